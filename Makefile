@@ -1,0 +1,75 @@
+# make            build everything (with CUDA if nvcc is on the PATH)
+# make run        chat with the demo model, or MODEL=path/to/Qwen3-0.6B
+# make test       run the tests
+# make help       all targets
+CFLAGS   ?= -O3
+WARN      = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion
+MODEL    ?= demo
+PREFIX   ?= /usr/local
+NVCC     ?= $(shell command -v nvcc 2>/dev/null)
+CUDA_ARCH ?= $(shell tools/cuda_arch.sh "$(NVCC)")
+NVCCFLAGS = -O3 -std=c++17 -Xcompiler -Wall,-Wextra -Werror all-warnings $(CUDA_ARCH)
+LDLIBS    = -lm -lpthread
+DEPS      = qwen3.h Makefile
+
+ifneq ($(NVCC),)
+CUDA_OBJ  = build/qwen3_cuda.o
+CUDA_DEF  = -DQWEN3_WITH_CUDA
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+LDLIBS   += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart -lstdc++
+endif
+
+all: example bench lib
+
+example: example.c $(DEPS) $(CUDA_OBJ)
+	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) example.c $(CUDA_OBJ) -o $@ $(LDLIBS)
+
+bench: bench.c $(DEPS) $(CUDA_OBJ)
+	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) bench.c $(CUDA_OBJ) -o $@ $(LDLIBS)
+
+build/test: test.c tests/*.h $(DEPS) $(CUDA_OBJ) | build
+	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) test.c $(CUDA_OBJ) -o $@ $(LDLIBS)
+
+build/qwen3_cuda.o: qwen3_cuda.cu $(DEPS) | build
+	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c qwen3_cuda.cu -o $@
+
+build/qwen3.o: $(DEPS) | build
+	$(CC) -std=c99 $(CFLAGS) $(WARN) -fPIC -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o $@
+
+build/libqwen3.a: build/qwen3.o $(CUDA_OBJ)
+	rm -f $@ && $(AR) rcs $@ $^
+
+build:
+	mkdir -p build
+
+lib: build/libqwen3.a
+
+run: example
+	@tools/welcome.sh "$(MODEL)"
+	@./example "$(MODEL)" $(ARGS)
+
+test: build/test
+	build/test
+
+download: MODEL = Qwen/Qwen3-0.6B
+download:
+	tools/download.sh $(MODEL)
+
+install: lib
+	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib
+	install -m 644 qwen3.h qwen3_cuda.cu $(DESTDIR)$(PREFIX)/include
+	install -m 644 build/libqwen3.a $(DESTDIR)$(PREFIX)/lib
+
+clean:
+	rm -rf build example bench
+
+help:
+	@echo "all       example, bench and build/libqwen3.a$(if $(NVCC), with CUDA ($(NVCC)),; no nvcc found: CPU only)"
+	@echo "run       chat with MODEL (default: the demo); ARGS=... are passed on"
+	@echo "test      build and run the tests"
+	@echo "bench     build the benchmark; ./bench --help"
+	@echo "download  fetch MODEL=Qwen/Qwen3-0.6B (or another) into models/"
+	@echo "install   header, CUDA source and static library under PREFIX ($(PREFIX))"
+	@echo "clean     remove what was built"
+
+.PHONY: all run test lib download install clean help
