@@ -1,0 +1,56 @@
+/* Every test of qwen3.h in one program.
+
+       cc -O2 test.c -o test -lm -lpthread && ./test [-k part-of-a-name] [-v] [--data tests/data]
+
+   It includes the library with its internals. Compiled with -DQWEN3_TEST_CUDA and linked with
+   qwen3_cuda.cu it also tests that backend. The last line says how many tests passed and failed. */
+#include <stdint.h>
+#include <stddef.h>
+static void *test_malloc(size_t size);
+static void  test_free(void *p);
+#define QWEN3_MALLOC(size) test_malloc(size)
+#define QWEN3_FREE(ptr)    test_free(ptr)
+#define QWEN3_IMPLEMENTATION
+#include "qwen3.h"
+
+#include "tests/test.h"
+#include "tests/fixture.h"
+#include "tests/test_cpu.h"
+#include "tests/test_tokenizer.h"
+#include "tests/test_chat.h"
+#include "tests/test_parity.h"
+#include "tests/test_sampler.h"
+#include "tests/test_api.h"
+#include "tests/test_faults.h"
+#ifdef QWEN3_TEST_CUDA
+  #include "tests/test_cuda.h"
+#endif
+
+static int usage(const char *program) {
+    fprintf(stderr, "usage: %s [-k part-of-a-name] [-v] [--data DIR]\n", program);
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    int i;
+    for (i = 1; i < argc; i++) {
+        if (strcmp(argv[i], "-k") == 0 && i + 1 < argc) test_filter = argv[++i];
+        else if (strcmp(argv[i], "--data") == 0 && i + 1 < argc) test_data = argv[++i];
+        else if (strcmp(argv[i], "-v") == 0) test_verbose = 1;
+        else return usage(argv[0]);
+    }
+    suite_cpu();
+    suite_tokenizer();
+    suite_chat();
+    suite_parity();
+    suite_sampler();
+    suite_api();
+    suite_faults();
+#ifdef QWEN3_TEST_CUDA
+    suite_cuda();
+#endif
+    printf("%d passed, %d failed", test_passed, test_failed);
+    if (test_skipped) printf(", %d skipped", test_skipped);
+    printf("\n");
+    return test_failed != 0;
+}
