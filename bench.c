@@ -1,0 +1,381 @@
+/* bench - measures how fast a model is evaluated, beside limits measured in the same run. See bench --help.
+   Build: cc -O3 bench.c -o bench -lm -lpthread      (the Makefile adds CUDA where nvcc is found)            */
+#define QWEN3_IMPLEMENTATION
+#include "qwen3.h"
+
+#ifdef QWEN3_WITH_CUDA
+enum { HAVE_CUDA = 1 };
+#else
+enum { HAVE_CUDA = 0 };
+static const qwen3_backend *no_backend(void) { return NULL; }
+#define qwen3_cuda_backend no_backend
+#endif
+
+static const char usage[] =
+    "usage: bench [MODEL_DIR | --random SIZE] [options]\n"
+    "  --random SIZE   0.6B 1.7B 4B 8B 14B 32B: random weights made in memory (default: 0.6B)\n"
+    "  --type T        of random weights: bf16 f16 f32 (default bf16)\n"
+    "  --tests LIST    ppN[@CTX] prefill of N tokens, tgN[@CTX] decode of N, after CTX tokens\n"
+    "                  (default pp512,pp2048,tg128@512)\n"
+    "  --batch LIST    sequences decoded at once (default 1)\n"
+    "  --sample        decode with temperature 0.6, top-k 20, top-p 0.95 instead of greedily\n"
+    "  --repeat N      measurements of each test; the median counts (default 5)\n"
+    "  --chunk N --threads N --kv f32|f16|bf16 --standard --cuda --cpu\n"
+    "  --json          one JSON object a line\n";
+
+typedef struct options {
+    const char *path, *random, *type, *tests, *batch;
+    int sample, repeat, chunk, threads, kv, standard, cuda, cpu, json;
+} options;
+
+static void die(const char *what, const char *detail) {
+    fprintf(stderr, "bench: %s%s%s\n", what, detail ? ": " : "", detail ? detail : "");
+    exit(1);
+}
+
+static int whole(const char *flag, const char *value) {
+    char *end;
+    long v = value ? strtol(value, &end, 10) : 0;
+    if (!value || *end || v < 0 || v > 1 << 30) die("bad or missing value after", flag);
+    return (int)v;
+}
+
+static int kv_of(const char *name) {
+    if (name && !strcmp(name, "f32"))  return QWEN3_KV_F32;
+    if (name && !strcmp(name, "f16"))  return QWEN3_KV_F16;
+    if (name && !strcmp(name, "bf16")) return QWEN3_KV_BF16;
+    die("bad or missing value after", "--kv");
+    return 0;
+}
+
+static options parse(int argc, char **argv) {
+    options o;
+    int i;
+    memset(&o, 0, sizeof o);
+    o.type = "bf16"; o.tests = "pp512,pp2048,tg128@512"; o.batch = "1"; o.repeat = 5;
+    for (i = 1; i < argc; i++) {
+        const char *a = argv[i], *v = i + 1 < argc ? argv[i + 1] : NULL;
+        if      (!strcmp(a, "--sample"))   o.sample = 1;
+        else if (!strcmp(a, "--standard")) o.standard = 1;
+        else if (!strcmp(a, "--cuda"))     o.cuda = 1;
+        else if (!strcmp(a, "--cpu"))      o.cpu = 1;
+        else if (!strcmp(a, "--json"))     o.json = 1;
+        else if (!strcmp(a, "--help") || !strcmp(a, "-h")) { fputs(usage, stdout); exit(0); }
+        else if (a[0] != '-' && !o.path)   o.path = a;
+        else {
+            if      (!strcmp(a, "--random"))  o.random = v;
+            else if (!strcmp(a, "--type"))    o.type = v;
+            else if (!strcmp(a, "--tests"))   o.tests = v;
+            else if (!strcmp(a, "--batch"))   o.batch = v;
+            else if (!strcmp(a, "--repeat"))  o.repeat = whole(a, v);
+            else if (!strcmp(a, "--chunk"))   o.chunk = whole(a, v);
+            else if (!strcmp(a, "--threads")) o.threads = whole(a, v);
+            else if (!strcmp(a, "--kv"))      o.kv = kv_of(v);
+            else die("unknown argument (see --help)", a);
+            if (!v) die("missing value after", a);
+            i++;
+        }
+    }
+    if (!o.path && !o.random) o.random = "0.6B";
+    if (o.repeat < 1 || o.repeat > 100) die("--repeat is 1 to 100", NULL);
+    return o;
+}
+
+/* ---- random models: the files of a checkpoint, made in memory --------------------------------------------- */
+typedef struct shape { const char *name; int layers, embd, ff, heads, kv, tied; } shape;
+static const shape shapes[] = {         /* of the published models; head_dim 128, vocabulary 151,936 */
+    {"0.6B", 28, 1024, 3072, 16, 8, 1}, {"1.7B", 28, 2048, 6144, 16, 8, 1}, {"4B", 36, 2560, 9728, 32, 8, 1},
+    {"8B", 36, 4096, 12288, 32, 8, 0}, {"14B", 40, 5120, 17408, 40, 8, 0}, {"32B", 64, 5120, 25600, 64, 8, 0}
+};
+enum { VOCAB = 151936, HEAD = 128, POOL = 1 << 22 };
+
+typedef struct builder { char *header; size_t at, cap, offset; const char *dtype; size_t element; } builder;
+
+static void add_tensor(builder *b, const char *name, int rows, int cols) {
+    size_t n = (size_t)(rows ? rows : 1) * (size_t)cols * b->element;
+    char dims[32];
+    snprintf(dims, sizeof dims, rows ? "%d,%d" : "%.0d%d", rows, cols);
+    b->at += (size_t)snprintf(b->header + b->at, b->cap - b->at, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%lu,%lu]}",
+                              b->at > 1 ? "," : "", name, b->dtype, dims, (unsigned long)b->offset, (unsigned long)(b->offset + n));
+    b->offset += n;
+}
+
+static void add_layer(builder *b, const shape *s, int i) {
+    static const char *const names[] = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn.q_proj",
+        "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
+    const int q = s->heads * HEAD, kv = s->kv * HEAD;
+    const int rows[] = {0, 0, 0, 0, q, kv, kv, s->embd, s->ff, s->ff, s->embd};
+    const int cols[] = {s->embd, s->embd, HEAD, HEAD, s->embd, s->embd, s->embd, q, s->embd, s->embd, s->ff};
+    char name[96];
+    int k;
+    for (k = 0; k < 11; k++) {
+        snprintf(name, sizeof name, "model.layers.%d.%s.weight", i, names[k]);
+        add_tensor(b, name, rows[k], cols[k]);
+    }
+}
+
+/* Values of about N(0, 0.02), repeated from a pool at odd distances: speed does not depend on them. */
+static void fill_random(char *dst, size_t n, qwen3i_type type) {
+    const size_t element = qwen3i_type_size(type), pool_bytes = POOL * element;
+    char *pool = (char *)malloc(pool_bytes);
+    uint64_t rng = 1;
+    size_t i;
+    if (!pool) die("out of memory", NULL);
+    for (i = 0; i < POOL; i++) {
+        uint64_t r = qwen3i_random(&rng);
+        float f = ((float)(r & 0xFFFF) + (float)(r >> 16 & 0xFFFF) + (float)(r >> 32 & 0xFFFF) - 98302.5f) * (0.02f / 32768.0f);
+        uint32_t u;
+        uint16_t h;
+        memcpy(&u, &f, 4);
+        h = type == QWEN3I_BF16 ? (uint16_t)(u >> 16) : (uint16_t)((u >> 16 & 0x8000) | (((u >> 23 & 255) > 112 ? (u >> 23 & 255) - 112 : 0) << 10) | (u >> 13 & 0x3FF));
+        if (type == QWEN3I_F32) memcpy(pool + 4 * i, &f, 4);
+        else memcpy(pool + 2 * i, &h, 2);
+    }
+    for (i = 0; i < n; i += pool_bytes - 8191 * element)
+        memcpy(dst + i, pool, n - i < pool_bytes ? n - i : pool_bytes);
+    free(pool);
+}
+
+static qwen3_file make_weights(const shape *s, const char *type) {
+    builder b;
+    qwen3_file f;
+    char *data;
+    uint64_t length;
+    int i;
+    qwen3i_type t = !strcmp(type, "f32") ? QWEN3I_F32 : !strcmp(type, "f16") ? QWEN3I_F16 : QWEN3I_BF16;
+    memset(&b, 0, sizeof b);
+    b.cap = 200u * (11u * (size_t)s->layers + 4u);
+    b.header = (char *)malloc(b.cap);
+    if (!b.header) die("out of memory", NULL);
+    b.dtype = t == QWEN3I_F32 ? "F32" : t == QWEN3I_F16 ? "F16" : "BF16";
+    b.element = qwen3i_type_size(t);
+    b.header[b.at++] = '{';
+    add_tensor(&b, "model.embed_tokens.weight", VOCAB, s->embd);
+    for (i = 0; i < s->layers; i++) add_layer(&b, s, i);
+    add_tensor(&b, "model.norm.weight", 0, s->embd);
+    if (!s->tied) add_tensor(&b, "lm_head.weight", VOCAB, s->embd);
+    b.header[b.at++] = '}';
+    while (b.at % 64 != 56) b.header[b.at++] = ' ';
+    f.name = "model.safetensors";
+    f.size = 8 + b.at + b.offset;
+    data = (char *)malloc(f.size);
+    if (!data) die("out of memory for random weights", s->name);
+    length = b.at;
+    memcpy(data, &length, 8);
+    memcpy(data + 8, b.header, b.at);
+    fill_random(data + 8 + b.at, b.offset, t);
+    f.data = data;
+    free(b.header);
+    return f;
+}
+
+static qwen3_file make_config(const shape *s, char *text, size_t cap) {
+    qwen3_file f;
+    f.name = "config.json";
+    f.data = text;
+    f.size = (size_t)snprintf(text, cap, "{\"model_type\":\"qwen3\",\"architectures\":[\"Qwen3ForCausalLM\"],\"num_hidden_layers\":%d,\"hidden_size\":%d,"
+        "\"intermediate_size\":%d,\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"vocab_size\":%d,\"tie_word_embeddings\":%s,"
+        "\"max_position_embeddings\":40960,\"rms_norm_eps\":1e-6,\"rope_theta\":1000000}", s->layers, s->embd, s->ff, s->heads, s->kv, HEAD, VOCAB, s->tied ? "true" : "false");
+    return f;
+}
+
+/* ---- limits ------------------------------------------------------------------------------------------------- */
+typedef struct stream_job { const uint64_t *data; volatile uint64_t sink; } stream_job;
+
+static void stream_part(void *arg, int begin, int end, int lane) {
+    stream_job *job = (stream_job *)arg;
+    uint64_t sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+    size_t i, k;
+    (void)lane;
+    for (i = (size_t)begin << 17; i < (size_t)end << 17; i += 8) for (k = 0; k < 8; k++) sum[k] += job->data[i + k];
+    job->sink += sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
+}
+
+static int compare_doubles(const void *a, const void *b) {
+    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+}
+
+/* Bytes a second that all threads together read from memory: the limit of CPU decoding. */
+static double cpu_stream(int threads) {
+    enum { MIB = 1024 };
+    qwen3_ctx_desc d;
+    qwen3i_pool pool;
+    stream_job job;
+    uint64_t *data = (uint64_t *)malloc((size_t)MIB << 20);
+    double best = 0;
+    int i;
+    memset(&d, 0, sizeof d);
+    d.threads = threads;
+    if (!data || qwen3i_pool_create(&pool, &d, NULL) != QWEN3_OK) die("out of memory", NULL);
+    memset(data, 1, (size_t)MIB << 20);
+    job.data = data;
+    job.sink = 0;
+    for (i = 0; i < 5; i++) {
+        double t = qwen3i_now_ms();
+        qwen3i_parallel(&pool, MIB, 8, stream_part, &job);
+        t = (double)((size_t)MIB << 20) / (qwen3i_now_ms() - t) * 1e3;
+        if (t > best) best = t;
+    }
+    qwen3i_pool_destroy(&pool);
+    free(data);
+    return best;
+}
+
+/* ---- tests ---------------------------------------------------------------------------------------------------- */
+typedef struct bench {
+    options opt;
+    qwen3_model *model;
+    qwen3_info info;
+    qwen3_ctx *ctx;
+    double stream;                      /* bytes a second; 0: not measured */
+    uint64_t step_bytes;                /* weights read for one decode step */
+} bench;
+
+static void must(const bench *b, qwen3_result r, const char *what) {
+    if (r < 0) { fprintf(stderr, "bench: %s: %s: %s\n", what, qwen3_result_string(r), b->ctx ? qwen3_ctx_error(b->ctx) : ""); exit(1); }
+}
+
+/* Bring a sequence to n pseudo-random tokens. */
+static void fill_sequence(bench *b, int seq, int n) {
+    uint64_t rng = (uint64_t)seq;
+    int i, have = qwen3_seq_len(b->ctx, seq);
+    qwen3_token *tokens;
+    qwen3_item item;
+    if (have >= n) { must(b, qwen3_seq_truncate(b->ctx, seq, n), "truncate"); return; }
+    tokens = (qwen3_token *)malloc((size_t)n * sizeof *tokens);
+    if (!tokens) die("out of memory", NULL);
+    for (i = 0; i < n; i++) tokens[i] = (qwen3_token)(qwen3i_random(&rng) % (uint64_t)b->info.n_vocab);
+    memset(&item, 0, sizeof item);
+    item.seq = seq;
+    item.tokens = tokens + have;
+    item.n = n - have;
+    must(b, qwen3_eval(b->ctx, &item, 1), "prefill");
+    if (!qwen3_logits(b->ctx, seq)) must(b, QWEN3_ERR_DEVICE, "logits");     /* waits for the device */
+    free(tokens);
+}
+
+/* Seconds for a prefill of n tokens after ctx others. */
+static double time_prefill(bench *b, int n, int ctx) {
+    double start;
+    fill_sequence(b, 0, ctx);
+    start = qwen3i_now_ms();
+    fill_sequence(b, 0, ctx + n);
+    return (qwen3i_now_ms() - start) * 1e-3;
+}
+
+/* Seconds for n decode steps of batch sequences, each ctx tokens long. */
+static double time_decode(bench *b, int n, int ctx, int batch) {
+    qwen3_sampler samplers[64], *list[64];
+    int seqs[64], i;
+    qwen3_token out[64];
+    double start;
+    for (i = 0; i < batch; i++) {
+        fill_sequence(b, i, ctx > 0 ? ctx : 1);
+        memset(&samplers[i], 0, sizeof samplers[i]);
+        if (b->opt.sample) samplers[i] = qwen3_sampler_preset(QWEN3_THINKING, (uint64_t)i);
+        list[i] = &samplers[i];
+        seqs[i] = i;
+    }
+    must(b, qwen3_next_batch(b->ctx, seqs, batch, list, out, NULL), "decode");  /* captures graphs, refreshes logits */
+    start = qwen3i_now_ms();
+    for (i = 0; i < n; i++) must(b, qwen3_next_batch(b->ctx, seqs, batch, list, out, NULL), "decode");
+    return (qwen3i_now_ms() - start) * 1e-3;
+}
+
+static void report(const bench *b, const char *name, int batch, int tokens, double *seconds, int n) {
+    double median, limit = 0;
+    qsort(seconds, (size_t)n, sizeof *seconds, compare_doubles);
+    median = seconds[n / 2];
+    if (name[0] == 't' && b->stream > 0) limit = (double)b->step_bytes * tokens / batch / median / b->stream;
+    if (b->opt.json)
+        printf("{\"test\":\"%s\",\"batch\":%d,\"backend\":\"%s\",\"device\":\"%s\",\"tokens_per_s\":%.2f,\"min\":%.2f,\"max\":%.2f,\"repeats\":%d,"
+               "\"weight_bytes\":%llu,\"stream_bytes_per_s\":%.4g,\"share_of_stream\":%.4f}\n", name, batch, b->info.backend_name, b->info.device_name,
+               tokens / median, tokens / seconds[n - 1], tokens / seconds[0], n, (unsigned long long)b->step_bytes, b->stream, limit);
+    else if (limit > 0) printf("%-14s batch %-3d %10.1f tok/s  (%.1f to %.1f)  %5.1f %% of the stream limit\n", name, batch, tokens / median, tokens / seconds[n - 1], tokens / seconds[0], 100 * limit);
+    else                printf("%-14s batch %-3d %10.1f tok/s  (%.1f to %.1f)\n", name, batch, tokens / median, tokens / seconds[n - 1], tokens / seconds[0]);
+    fflush(stdout);
+}
+
+static void create(bench *b, int ctx, int batch) {
+    qwen3_ctx_desc d;
+    char err[256];
+    memset(&d, 0, sizeof d);
+    d.max_ctx = ctx;
+    d.max_seqs = batch;
+    d.prefill_chunk = b->opt.chunk;
+    d.kv_type = b->opt.kv;
+    d.threads = b->opt.threads;
+    d.kernels = b->opt.standard ? QWEN3_PATH_STANDARD : QWEN3_PATH_FUSED;
+    qwen3_ctx_free(b->ctx);
+    b->ctx = NULL;
+    if (qwen3_ctx_create(&b->ctx, b->model, &d, err, sizeof err) != QWEN3_OK) die("cannot create a context", err);
+}
+
+/* One test: ppN[@CTX] or tgN[@CTX]. */
+static void run_test(bench *b, const char *name, int batch) {
+    double seconds[100];
+    int n = 0, ctx = 0, i, decode = name[0] == 't';
+    if (sscanf(name, decode ? "tg%d@%d" : "pp%d@%d", &n, &ctx) < 1 || n < 1 || ctx < 0) die("a test is ppN, ppN@CTX, tgN or tgN@CTX", name);
+    if (!decode) batch = 1;
+    create(b, ctx + n + 2, batch);
+    if (decode) time_decode(b, 4, ctx, batch); else time_prefill(b, n, ctx);        /* warm up */
+    for (i = 0; i < b->opt.repeat; i++) seconds[i] = decode ? time_decode(b, n, ctx, batch) : time_prefill(b, n, ctx);
+    report(b, name, batch, n * batch, seconds, b->opt.repeat);
+}
+
+static void run_batches(bench *b, const char *name) {
+    char list[256], *at;
+    snprintf(list, sizeof list, "%s", b->opt.batch);
+    for (at = strtok(list, ","); at; at = strtok(NULL, ",")) {
+        int batch = whole("--batch", at);
+        if (batch < 1 || batch > 64) die("--batch is 1 to 64", at);
+        run_test(b, name, batch);
+        if (name[0] == 'p') return;     /* prefill is one sequence */
+    }
+}
+
+static void load(bench *b) {
+    qwen3_load_desc d;
+    qwen3_file files[2];
+    char config[1024], err[512];
+    qwen3_result r = QWEN3_ERR_DEVICE;
+    int i;
+    memset(&d, 0, sizeof d);
+    d.path = b->opt.path;
+    if (!b->opt.path) {
+        for (i = 0; i < QWEN3I_COUNT(shapes) && strcmp(shapes[i].name, b->opt.random); i++) { }
+        if (i == QWEN3I_COUNT(shapes)) die("--random: sizes are 0.6B 1.7B 4B 8B 14B 32B, not", b->opt.random);
+        files[0] = make_config(&shapes[i], config, sizeof config);
+        files[1] = make_weights(&shapes[i], b->opt.type);
+        d.files = files;
+        d.n_files = 2;
+    }
+    if (HAVE_CUDA && !b->opt.cpu) { d.backend = qwen3_cuda_backend(); r = qwen3_load(&b->model, &d, err, sizeof err); }
+    else if (b->opt.cuda) die("--cuda: this program was built without CUDA", NULL);
+    if (r == QWEN3_ERR_DEVICE && !b->opt.cuda) { d.backend = NULL; r = qwen3_load(&b->model, &d, err, sizeof err); }
+    if (r != QWEN3_OK) die(qwen3_result_string(r), err);
+    b->info = qwen3_get_info(b->model);
+    b->step_bytes = b->info.weight_bytes;
+    if (b->model->weights.head.data != b->model->weights.embed.data)            /* an embedding of its own is looked up, not read */
+        b->step_bytes -= (uint64_t)b->info.n_vocab * (uint64_t)b->info.n_embd * qwen3i_type_size(b->model->weights.embed.type);
+}
+
+int main(int argc, char **argv) {
+    static bench b;
+    char list[512], *name, *next;
+    b.opt = parse(argc, argv);
+    load(&b);
+    if (!strcmp(b.info.backend_name, "cpu")) b.stream = cpu_stream(b.opt.threads);
+    if (!b.opt.json)
+        printf("%s: %.2f billion parameters, %.2f GB read a step; %s (%s)%s%.1f%s\n", b.opt.path ? b.opt.path : b.opt.random, (double)b.info.n_params * 1e-9,
+               (double)b.step_bytes * 1e-9, b.info.backend_name, b.info.device_name, b.stream > 0 ? "; memory stream " : "; ", b.stream * 1e-9, b.stream > 0 ? " GB/s" : "");
+    snprintf(list, sizeof list, "%s", b.opt.tests);
+    for (name = list; name && *name; name = next) {
+        next = strchr(name, ',');
+        if (next) *next++ = '\0';
+        run_batches(&b, name);
+    }
+    qwen3_ctx_free(b.ctx);
+    qwen3_free(b.model);
+    return 0;
+}

@@ -1,0 +1,7143 @@
+/* qwen3.h - run Qwen3 language models from C. One file; MIT or public domain (see the end).
+
+   DO THIS in exactly one C or C++ file, to create the implementation:
+
+       #define QWEN3_IMPLEMENTATION
+       #include "qwen3.h"
+
+   Every other file just includes "qwen3.h". Nothing to link but the C library, its maths
+   library and threads:  cc -O2 app.c -lm -lpthread
+
+   HELLO WORLD (complete; `cc -O2 hello.c -lm -lpthread && ./a.out path/to/Qwen3-0.6B`)
+
+    #include <stdio.h>
+    #define QWEN3_IMPLEMENTATION
+    #include "qwen3.h"
+
+    static int put(const char *utf8, int n_bytes, int thinking, void *user) {
+        (void)thinking; (void)user;
+        return fwrite(utf8, 1, (size_t)n_bytes, stdout) == 0 || fflush(stdout) != 0;
+    }
+
+    int main(int argc, char **argv) {
+        static qwen3_load_desc load; static qwen3_ctx_desc desc;   // all zero: all defaults
+        static qwen3_chat_desc chat; static qwen3_gen_desc gen; static qwen3_msg msg;
+        qwen3_sampler sampler = qwen3_sampler_preset(QWEN3_NON_THINKING, 42);
+        qwen3_model *model = NULL; qwen3_ctx *ctx = NULL; char err[256] = "";
+        qwen3_result r;
+
+        load.path = argc > 1 ? argv[1] : "Qwen3-0.6B";
+        msg.role = QWEN3_USER; msg.text = "What is the capital of France?";
+        chat.msgs = &msg; chat.n_msgs = 1; chat.flags = QWEN3_CHAT_NO_THINK;
+        gen.sampler = &sampler; gen.on_text = put;
+
+        r = qwen3_load(&model, &load, err, sizeof err);
+        if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, &desc, err, sizeof err);
+        if (r == QWEN3_OK) r = qwen3_chat(ctx, 0, &chat, &gen);
+        if (r < 0) fprintf(stderr, "%s: %s\n", qwen3_result_string(r), ctx ? qwen3_ctx_error(ctx) : err);
+        qwen3_ctx_free(ctx); qwen3_free(model);
+        return r < 0;
+    }
+
+   WHAT IT RUNS
+     Dense Qwen3 in Hugging Face layout (0.6B to 32B, base, chat, Thinking-2507, Instruct-2507,
+     Embedding, Reranker): config.json, model.safetensors or shards with an index, tokenizer.json or
+     vocab.json + merges.txt; weights in BF16, F16 or F32. Not mixture-of-experts models.
+     The CPU backend below is the reference. qwen3_cuda.cu beside this file adds NVIDIA GPUs:
+     compile it with nvcc, link it, and set load.backend = qwen3_cuda_backend().
+
+   MACROS, each defined (or not) before the include
+     QWEN3_IMPLEMENTATION   emit the implementation in this file
+     QWEN3_STATIC           make every function static: a private copy in this file
+     QWEN3_MALLOC(size), QWEN3_FREE(ptr)    default allocator (malloc, free); define both or neither
+     QWEN3_ASSERT(x)        checks for bugs of the library itself (assert); never for input
+     QWEN3_NO_STDIO         no file access at all: load through desc.files or desc.io
+     QWEN3_NO_MMAP          read files into memory instead of mapping them
+     QWEN3_NO_THREADS       no thread pool; qwen3_ctx_desc.jobs still works
+     QWEN3_NO_SIMD          plain C dot products only
+
+   CONCEPTS
+     A *model* is weights and tokenizer: immutable once loaded. A *context* holds the KV cache and
+     the scratch memory of one user of a model; it contains max_seqs independent *sequences*, each a
+     list of tokens that have been evaluated. Hand qwen3_chat the whole conversation each time: what
+     the sequence already holds is found and not evaluated again.
+
+   THREADS
+     Any number of threads may use one model at once (all functions that take a const qwen3_model).
+     A context belongs to one thread at a time. Callbacks run on the calling thread, inside the call,
+     and must not call functions on the same context. There are no globals.
+
+   MEMORY
+     Weights are mapped from the file and used in place. A context takes all its memory when it is
+     created; evaluating, sampling and generating allocate nothing. Encoding and chat rendering
+     allocate temporaries. Everything goes through the allocator in the descriptor.
+
+   ERRORS
+     The library never prints, exits or aborts. A function that can fail returns a qwen3_result:
+     0 or more is not an error, below 0 is. Details: the err buffer of qwen3_load and
+     qwen3_ctx_create, qwen3_ctx_error() for everything on a context. A failed call leaves every
+     sequence as it was before the call, except that what had been evaluated completely may stay.
+     Model files, saved states and text may hold any bytes.                                        */
+
+#ifndef QWEN3_H
+#define QWEN3_H
+#include <stddef.h>
+#include <stdint.h>
+
+#define QWEN3_VERSION 100              /* 1.0.0: major * 100 + minor * 10 + patch */
+
+#ifndef QWEN3_API
+  #if defined(QWEN3_STATIC)
+    #if defined(__GNUC__)
+      #define QWEN3_API static __attribute__((unused))
+    #else
+      #define QWEN3_API static
+    #endif
+  #else
+    #define QWEN3_API extern
+  #endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef int32_t qwen3_token;
+typedef struct qwen3_model   qwen3_model;    /* weights + tokenizer; immutable after load */
+typedef struct qwen3_ctx     qwen3_ctx;      /* KV cache + scratch; one thread at a time  */
+typedef struct qwen3_backend qwen3_backend;  /* NULL means the CPU reference backend      */
+
+/* ---- results ------------------------------------------------------------------------------- */
+typedef enum qwen3_result {
+    QWEN3_OK              =  0,
+    QWEN3_END             =  1,  /* not an error: the model ended its turn, or a stop string came  */
+    QWEN3_STOPPED         =  2,  /* not an error: a callback asked to stop                         */
+    QWEN3_ERR_ARG         = -1,  /* a parameter is out of range; nothing was done                  */
+    QWEN3_ERR_MEMORY      = -2,  /* host allocation failed                                         */
+    QWEN3_ERR_DEVICE_MEMORY = -3,/* device allocation failed                                       */
+    QWEN3_ERR_DEVICE      = -4,  /* no usable device, or a CUDA error; free the context            */
+    QWEN3_ERR_IO          = -5,  /* a file is missing or cannot be read                            */
+    QWEN3_ERR_FORMAT      = -6,  /* not a model file, or damaged                                   */
+    QWEN3_ERR_UNSUPPORTED = -7,  /* a valid file, but not a model that this build runs             */
+    QWEN3_ERR_CONTEXT_FULL = -8, /* the sequence has no room for the tokens                        */
+    QWEN3_ERR_MISMATCH    = -9   /* saved state belongs to another model, KV type or version       */
+} qwen3_result;
+
+/* ---- hooks: every field may be zero ---------------------------------------------------------- */
+typedef struct qwen3_allocator {        /* set both functions or neither; called from the thread   */
+    void *(*alloc)(size_t size, void *user);            /* that calls the library; at least 16-byte */
+    void  (*free)(void *ptr, size_t size, void *user);  /* aligned; size is that given to alloc     */
+    void   *user;
+} qwen3_allocator;
+
+typedef enum qwen3_log_level {
+    QWEN3_LOG_ERROR = 1, QWEN3_LOG_WARN = 2, QWEN3_LOG_INFO = 3, QWEN3_LOG_DEBUG = 4
+} qwen3_log_level;
+typedef struct qwen3_logger {           /* no function: silence. One line a call, no newline */
+    void (*log)(qwen3_log_level level, const char *message, void *user);
+    void  *user;
+} qwen3_logger;
+
+typedef struct qwen3_file {             /* a model file that is already in memory; borrowed: keep it */
+    const char *name;                   /* alive until qwen3_free. The name has no directory:        */
+    const void *data;                   /* "config.json", "model.safetensors", ...                   */
+    size_t      size;
+} qwen3_file;
+
+typedef struct qwen3_io {               /* read callbacks: pak files, archives, network */
+    int64_t (*size)(void *user, const char *name);     /* bytes in the file, or -1: there is none */
+    int     (*read)(void *user, const char *name, uint64_t offset, void *dst, size_t size); /* 0 = ok */
+    void   *user;
+} qwen3_io;
+
+typedef struct qwen3_jobs {             /* the host's job system, instead of threads of our own.   */
+    void (*parallel_for)(void *user, int count, void (*fn)(void *arg, int index), void *arg);
+    void  *user;                        /* calls fn(arg, 0..count-1), in any order, on any threads, */
+} qwen3_jobs;                           /* and returns when all have returned                       */
+
+/* ---- model --------------------------------------------------------------------------------- */
+enum {
+    QWEN3_LOAD_VOCAB_ONLY = 1,          /* tokenizer and configuration only; no weights             */
+    QWEN3_LOAD_NO_MMAP    = 2,          /* read the weights into memory: safe if the file changes   */
+    QWEN3_LOAD_CHECK      = 4           /* also look for NaN and Inf in every weight (reads it all) */
+};
+
+typedef struct qwen3_load_desc {
+    const char       *path;             /* exactly one of: a model directory (UTF-8) ...            */
+    const qwen3_file *files; int n_files;  /* ... its files in memory ...                           */
+    qwen3_io          io;               /* ... or callbacks that read them                          */
+    const qwen3_backend *backend;       /* NULL: CPU; or qwen3_cuda_backend()                       */
+    int               device;           /* index of the CUDA device                                 */
+    int               flags;            /* QWEN3_LOAD_*                                             */
+    int             (*progress)(float done, void *user);  /* done 0..1; nonzero return cancels      */
+    void             *progress_user;
+    qwen3_allocator   allocator;
+    qwen3_logger      logger;
+} qwen3_load_desc;
+
+typedef enum qwen3_chat_style {         /* which chat template the model was trained with          */
+    QWEN3_STYLE_HYBRID   = 0,           /* Qwen3: thinks unless QWEN3_CHAT_NO_THINK                */
+    QWEN3_STYLE_THINKING = 1,           /* Thinking-2507: always thinks, prompt ends in <think>     */
+    QWEN3_STYLE_INSTRUCT = 2            /* Instruct-2507: never thinks                              */
+} qwen3_chat_style;
+
+typedef struct qwen3_bias { qwen3_token token; float bias; } qwen3_bias;
+
+/* Sampling parameters and state: a plain struct that the caller owns; all zero is greedy.
+   Order: logit += bias; penalties; filter; temperature; top_k; top_p; min_p; draw.
+     repeat_penalty r    of tokens seen in the last penalty_last_n: logit > 0 ? logit / r : logit * r
+     presence_penalty    subtracted once from tokens seen there          (OpenAI's definition)
+     top_k               keep the k most probable
+     top_p               then the fewest of them whose probabilities add up to top_p
+     min_p               then those with at least min_p times the largest probability
+   Ties are broken towards the lower token id. The same logits, parameters and rng give the same
+   token on every platform and backend: after the temperature the arithmetic is in integers.        */
+typedef struct qwen3_sampler {
+    float    temperature;               /* 0: greedy                                               */
+    float    top_p;                     /* 0 or 1: off                                             */
+    float    min_p;                     /* 0: off                                                  */
+    int      top_k;                     /* 0: off                                                  */
+    float    repeat_penalty;            /* 0 or 1: off                                             */
+    float    presence_penalty;          /* 0: off                                                  */
+    int      penalty_last_n;            /* tokens looked back at; 0: 256; -1: the whole sequence   */
+    uint64_t rng;                       /* seed in, state out: keep it to replay                   */
+    const qwen3_bias *bias; int n_bias; /* logit bias, e.g. -1e30f bans a token; borrowed           */
+    void   (*filter)(float *logits, int n_vocab, const qwen3_token *seq, int n, void *user);
+    void    *filter_user;               /* grammar, bans: set logits to -1e30f (or -INFINITY) or so */
+} qwen3_sampler;
+
+typedef enum qwen3_preset {             /* Qwen's published recommendations */
+    QWEN3_GREEDY       = 0,
+    QWEN3_THINKING     = 1,             /* temperature 0.6, top_p 0.95, top_k 20 */
+    QWEN3_NON_THINKING = 2              /* temperature 0.7, top_p 0.8,  top_k 20 */
+} qwen3_preset;
+
+typedef struct qwen3_info {
+    int n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab;
+    int max_ctx;                        /* positions the model was made for                        */
+    int n_tokens;                       /* tokens with a text: ids 0 .. n_tokens-1; 0: no tokenizer */
+    qwen3_token im_start, im_end, end_of_text, think_begin, think_end;  /* -1: the model has none   */
+    qwen3_chat_style chat_style;
+    qwen3_sampler sampler;              /* what generation_config.json recommends; rng 0           */
+    uint64_t n_params, weight_bytes;
+    uint64_t fingerprint;               /* of configuration and weights; ties saved states to them */
+    const char *backend_name;           /* "cpu", "cuda"                                           */
+    const char *device_name;            /* of the GPU, or the CPU's instruction set in use          */
+} qwen3_info;
+
+/* The version that the implementation was compiled from (QWEN3_VERSION). */
+QWEN3_API int          qwen3_version(void);
+
+/* A short static English name of r, e.g. "out of memory". Never NULL. */
+QWEN3_API const char  *qwen3_result_string(qwen3_result r);
+
+/* Load a model. On success *out owns everything and needs qwen3_free. On failure *out is NULL,
+   everything is released and err (may be NULL) holds a message of at most err_size - 1 bytes that
+   names the file, the key or tensor, and the reason. QWEN3_STOPPED when progress cancels. Without
+   tokenizer files the model loads for token-level use. Blocking; safe from any thread.             */
+QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc, char *err, size_t err_size);
+
+/* Release a model. NULL is fine. All of its contexts must have been freed before. */
+QWEN3_API void         qwen3_free(qwen3_model *model);
+
+/* Facts about a model, by value; the strings live as long as the model. */
+QWEN3_API qwen3_info   qwen3_get_info(const qwen3_model *model);
+
+/* Defined in qwen3_cuda.cu: link that file if you call this. Never NULL; without a usable GPU
+   qwen3_load then fails with QWEN3_ERR_DEVICE and says why. */
+extern const qwen3_backend *qwen3_cuda_backend(void);
+
+/* ---- tokenizer: pure functions of the model, safe from any thread ----------------------------- */
+enum { QWEN3_PARSE_SPECIAL = 1 };       /* default: "<|im_end|>" in text is plain text */
+
+/* Text (n_bytes of it, any bytes; invalid UTF-8 is read as U+FFFD) to tokens. Writes at most cap
+   tokens to out (which may be NULL if cap is 0) and returns how many there are in all, which may be
+   more than cap; or a negative qwen3_result: no tokenizer (UNSUPPORTED), no memory, more than
+   INT_MAX tokens. */
+QWEN3_API int          qwen3_encode(const qwen3_model *model, const char *text, size_t n_bytes, int flags,
+                                    qwen3_token *out, int cap);
+
+/* The bytes of a token, not NUL-terminated and perhaps not whole characters; owned by the model.
+   NULL (and 0) for ids without text. */
+QWEN3_API const char  *qwen3_token_bytes(const qwen3_model *model, qwen3_token token, int *n_bytes);
+
+/* The id of an added token by its exact text, e.g. "<|im_end|>"; -1 if there is none. */
+QWEN3_API qwen3_token  qwen3_token_id(const qwen3_model *model, const char *added_token);
+
+/* How many of the n bytes form whole UTF-8 characters: the rest, at most 3 bytes, is the start of a
+   character still to come. Bytes that can never become valid count as whole. */
+QWEN3_API int          qwen3_utf8_complete(const char *bytes, int n);
+
+/* ---- chat ------------------------------------------------------------------------------------ */
+typedef enum qwen3_role { QWEN3_SYSTEM = 0, QWEN3_USER = 1, QWEN3_ASSISTANT = 2, QWEN3_TOOL = 3 } qwen3_role;
+
+typedef struct qwen3_tool_call {
+    const char *name;
+    const char *arguments;              /* a JSON object as text, inserted as it is */
+} qwen3_tool_call;
+
+typedef struct qwen3_msg {              /* strings are NUL-terminated UTF-8, borrowed for the call */
+    qwen3_role  role;
+    const char *text;                   /* NULL: empty. An assistant's may hold <think>...</think> */
+    const char *reasoning;              /* assistant: its thinking, if kept apart from the text    */
+    const qwen3_tool_call *calls; int n_calls;  /* assistant: tool calls it made                  */
+} qwen3_msg;
+
+enum {
+    QWEN3_CHAT_NO_THINK        = 1,     /* answer at once (the template's enable_thinking = false)   */
+    QWEN3_CHAT_KEEP_THINKING   = 2,     /* leave the reasoning of earlier turns in the transcript    */
+    QWEN3_CHAT_NO_REPLY_HEADER = 4      /* do not open the assistant's turn at the end               */
+};
+
+typedef struct qwen3_chat_desc {
+    const qwen3_msg   *msgs;  int n_msgs;
+    const char *const *tools; int n_tools;  /* each a JSON object as text: {"type": "function", ...} */
+    int                flags;               /* QWEN3_CHAT_*                                         */
+} qwen3_chat_desc;
+
+/* A conversation to tokens, exactly as the model's chat template renders it; the text of messages
+   cannot produce control tokens. Returns the count needed, as qwen3_encode does, or a negative
+   qwen3_result (ERR_ARG: unknown role, tool that is not JSON). Safe from any thread. */
+QWEN3_API int          qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc *chat,
+                                         qwen3_token *out, int cap);
+
+/* ---- context --------------------------------------------------------------------------------- */
+enum { QWEN3_KV_DEFAULT = 0, QWEN3_KV_F32 = 1, QWEN3_KV_F16 = 2, QWEN3_KV_BF16 = 3 };
+enum { QWEN3_PATH_FUSED = 0, QWEN3_PATH_STANDARD = 1 };
+
+typedef struct qwen3_ctx_desc {
+    int   max_ctx;          /* positions in a sequence; 0: 4096, or the model's limit if lower        */
+    int   max_seqs;         /* sequences; 0: 1                                                       */
+    int   prefill_chunk;    /* tokens evaluated in one step; 0: the backend's choice                 */
+    int   kv_type;          /* QWEN3_KV_*; default F16 (values beyond its range are clamped)          */
+    int   threads;          /* CPU threads, the caller's included; 0: one a core                     */
+    int   kernels;          /* CUDA: QWEN3_PATH_FUSED, or STANDARD to compare with                   */
+    void *stream;           /* CUDA: a cudaStream_t of the caller's to work on; NULL: one of our own  */
+    float yarn_factor;      /* 0: as config.json says; else YaRN scaling, e.g. 4 for 131,072 positions */
+    int (*cancel)(void *user);  /* polled often while evaluating; nonzero: the call returns STOPPED   */
+    void *cancel_user;
+    qwen3_jobs      jobs;
+    qwen3_allocator allocator;  /* zero: the model's */
+    qwen3_logger    logger;     /* zero: the model's */
+} qwen3_ctx_desc;
+
+typedef struct qwen3_memory { uint64_t host_bytes, device_bytes; } qwen3_memory;
+typedef struct qwen3_stats {
+    int64_t n_prefill, n_decode;        /* tokens evaluated: in batches, and one by one             */
+    int64_t n_reused;                   /* tokens that qwen3_sync and qwen3_chat did not have to     */
+    double  prefill_ms, decode_ms;      /* wall time of those                                       */
+} qwen3_stats;
+
+/* What qwen3_ctx_create would take with this descriptor. Both 0 if the descriptor is not valid. */
+QWEN3_API qwen3_memory qwen3_ctx_memory(const qwen3_model *model, const qwen3_ctx_desc *desc);
+
+/* Create a context on a model, which must outlive it; desc may be NULL (all defaults). On failure
+   *out is NULL and err (may be NULL) says why. */
+QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *model, const qwen3_ctx_desc *desc,
+                                        char *err, size_t err_size);
+QWEN3_API void         qwen3_ctx_free(qwen3_ctx *ctx);              /* NULL is fine                        */
+QWEN3_API const char  *qwen3_ctx_error(const qwen3_ctx *ctx);       /* detail of its last failure; "" if none */
+QWEN3_API qwen3_stats  qwen3_ctx_stats(const qwen3_ctx *ctx);       /* since it was created                 */
+
+/* ---- sequences and evaluation ------------------------------------------------------------------ */
+typedef struct qwen3_item {             /* append n tokens to a sequence and evaluate them */
+    int    seq;                         /* 0 .. max_seqs - 1; at most one item a sequence  */
+    const qwen3_token *tokens; int n;
+    float *all_logits;                  /* NULL, or [n, n_vocab] out                               */
+    float *all_hidden;                  /* NULL, or [n, n_embd] out: states after the final norm   */
+    float *hidden;                      /* NULL, or [n_embd] out: that of the last token           */
+    float *logprobs;                    /* NULL, or [n] out: ln P(tokens[i] | all before it); 0 for */
+} qwen3_item;                           /* the first token of an empty sequence. No [n, n_vocab]    */
+                                        /* is held: use this to score long texts                    */
+
+/* Evaluate items, of several sequences at once if need be, in steps of prefill_chunk tokens. On
+   STOPPED or an error the sequences keep the tokens of the steps that were completed. */
+QWEN3_API qwen3_result qwen3_eval(qwen3_ctx *ctx, const qwen3_item *items, int n_items);
+
+/* Make a sequence hold exactly these tokens, evaluating only what follows the common prefix. */
+QWEN3_API qwen3_result qwen3_sync(qwen3_ctx *ctx, int seq, const qwen3_token *tokens, int n);
+
+/* Logits [n_vocab] that follow the sequence's last token; NULL if it is empty or on error. Owned by
+   ctx, valid until the next call on it. */
+QWEN3_API const float *qwen3_logits(qwen3_ctx *ctx, int seq);
+
+QWEN3_API int          qwen3_seq_len(const qwen3_ctx *ctx, int seq);             /* -1: no such sequence */
+QWEN3_API const qwen3_token *qwen3_seq_tokens(const qwen3_ctx *ctx, int seq);    /* [seq_len], owned by ctx */
+
+/* Forget all tokens from position len on (0: all). Costs nothing. */
+QWEN3_API qwen3_result qwen3_seq_truncate(qwen3_ctx *ctx, int seq, int len);
+
+/* Make dst a copy of src, e.g. to share an evaluated system prompt. */
+QWEN3_API qwen3_result qwen3_seq_copy(qwen3_ctx *ctx, int dst, int src);
+
+/* Save a sequence to memory and restore it: into any context of the same model with the same KV
+   type, on either backend, in another process. Generation goes on bit for bit. The size is exact.
+   A damaged or foreign state is an error (FORMAT, MISMATCH) and leaves the sequence as it was. */
+QWEN3_API uint64_t     qwen3_seq_state_size(const qwen3_ctx *ctx, int seq);
+QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *ctx, int seq, void *dst, uint64_t cap, uint64_t *written);
+QWEN3_API qwen3_result qwen3_seq_load(qwen3_ctx *ctx, int seq, const void *src, uint64_t size);
+
+/* ---- sampling -------------------------------------------------------------------------------- */
+typedef struct qwen3_prob { qwen3_token token; float logprob; } qwen3_prob;
+
+QWEN3_API qwen3_sampler qwen3_sampler_preset(qwen3_preset preset, uint64_t seed);
+
+/* Choose the token to follow the sequence, without appending it. sampler NULL: greedy. ERR_ARG if
+   bias or filter ban every token. */
+QWEN3_API qwen3_result  qwen3_sample(qwen3_ctx *ctx, int seq, qwen3_sampler *sampler, qwen3_token *out);
+
+/* The k most probable next tokens, best first, with natural-log probabilities under the plain
+   distribution (temperature 1, nothing cut). Returns how many were written, or a negative result. */
+QWEN3_API int           qwen3_top_probs(qwen3_ctx *ctx, int seq, qwen3_prob *out, int k);
+
+/* ---- generation ------------------------------------------------------------------------------ */
+typedef struct qwen3_gen_desc {
+    qwen3_sampler     *sampler;         /* NULL: greedy                                             */
+    int                max_tokens;      /* 0: until the end of the turn, or the context is full     */
+    int                think_budget;    /* thinking tokens after which </think> is forced; 0: none  */
+    const char *const *stop; int n_stop;    /* texts that end the answer; they are not delivered    */
+    int              (*on_text)(const char *utf8, int n_bytes, int thinking, void *user);
+    void              *user;            /* on_text gets whole, valid UTF-8 characters; thinking is   */
+} qwen3_gen_desc;                       /* 1 for reasoning and its tags; nonzero return stops        */
+
+/* Pull: choose the next token, append it to the sequence and evaluate it. Returns OK, or END when
+   the token ends the turn (it is then not appended), or CONTEXT_FULL before anything is chosen. */
+QWEN3_API qwen3_result qwen3_next(qwen3_ctx *ctx, int seq, qwen3_sampler *sampler, qwen3_token *out);
+
+/* The same for n different sequences in one step. samplers[i] may be NULL (greedy), as may samplers.
+   results (may be NULL) gets each one's OK, END or CONTEXT_FULL. Returns OK, STOPPED or an error. */
+QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *ctx, const int *seqs, int n, qwen3_sampler *const *samplers,
+                                        qwen3_token *out, qwen3_result *results);
+
+/* Push: generate until the turn ends (END), a callback stops it (STOPPED), max_tokens are made (OK)
+   or the context is full (ERR_CONTEXT_FULL; all text so far was delivered). The tokens generated
+   stay in the sequence. */
+QWEN3_API qwen3_result qwen3_generate(qwen3_ctx *ctx, int seq, const qwen3_gen_desc *gen);
+
+/* Render the conversation, bring the sequence up to date with it, and generate the reply. */
+QWEN3_API qwen3_result qwen3_chat(qwen3_ctx *ctx, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen);
+
+/* ---- embeddings and reranking ------------------------------------------------------------------ */
+/* Embedding of a text with a Qwen3-Embedding model: the last-token state, L2-normalised, [n_embd]
+   floats to out. With task not NULL the text is a query: "Instruct: {task}\nQuery:{text}". Uses, and
+   afterwards empties, sequence seq. */
+QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *ctx, int seq, const char *task, const char *text, float *out);
+
+/* Relevance 0..1 of a document to a query with a Qwen3-Reranker model: P("yes") against P("no").
+   task NULL: web search retrieval. Uses sequence seq; the prompt's common part is reused. */
+QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *ctx, int seq, const char *task, const char *query,
+                                    const char *document, float *score);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* QWEN3_H */
+
+/* ================================================================================================
+   STOP HERE if you only want the API. What follows is the implementation.
+   ================================================================================================ */
+#if defined(QWEN3_IMPLEMENTATION) || defined(QWEN3_BACKEND_INTERFACE)
+#ifndef QWEN3I_INTERFACE
+#define QWEN3I_INTERFACE
+
+/* ================================================================================================
+   BACKEND INTERFACE: what the decoder loop asks of a backend, and what a backend sees of a model.
+   qwen3_cuda.cu reads this section alone, with QWEN3_BACKEND_INTERFACE defined.
+   ================================================================================================ */
+
+typedef enum qwen3i_type { QWEN3I_F32 = 1, QWEN3I_F16 = 2, QWEN3I_BF16 = 3 } qwen3i_type; /* = QWEN3_KV_* */
+
+typedef struct qwen3i_matrix {          /* y[rows] = W x[cols]; row-major, aligned to its element */
+    const void *data;
+    int         rows, cols;
+    qwen3i_type type;
+} qwen3i_matrix;
+
+typedef struct qwen3i_layer {           /* norm gains are float32 copies: [n_embd] or [head_dim] */
+    const float  *attn_norm, *q_norm, *k_norm, *mlp_norm;
+    qwen3i_matrix wq, wk, wv;           /* [n_head * head_dim | n_head_kv * head_dim, n_embd] */
+    qwen3i_matrix wo;                   /* [n_embd, n_head * head_dim] */
+    qwen3i_matrix w_gate, w_up;         /* [n_ff, n_embd] */
+    qwen3i_matrix w_down;               /* [n_embd, n_ff] */
+} qwen3i_layer;
+
+typedef struct qwen3i_config {
+    int    n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab, max_ctx;
+    int    tied;                        /* the head is the embedding */
+    float  rms_eps;
+    double rope_theta;
+    double yarn_factor;                 /* 0: plain RoPE */
+    double yarn_beta_fast, yarn_beta_slow, yarn_attn_factor;
+    int    yarn_original_ctx;
+} qwen3i_config;
+
+typedef struct qwen3i_weights {
+    qwen3i_matrix embed, head;          /* [n_vocab, n_embd]; the same data if tied */
+    const float  *final_norm;           /* [n_embd] */
+    const qwen3i_layer *layers;         /* [n_layer] */
+} qwen3i_weights;
+
+typedef struct qwen3i_err { char *text; size_t cap; } qwen3i_err;  /* where a message goes; text may be NULL */
+
+typedef struct qwen3i_out {             /* what is wanted of one row of a batch; NULL: not wanted */
+    int    row;
+    int    keep_seq;                    /* >= 0: these logits become that sequence's; -1: no */
+    float *logits;                      /* [n_vocab] */
+    float *hidden;                      /* [n_embd], after the final norm */
+    float *logprob;                     /* ln P(target) under this row's logits */
+    qwen3_token target;
+} qwen3i_out;
+
+typedef struct qwen3i_batch {           /* rows of one sequence are consecutive and in order */
+    const qwen3_token *tokens;          /* [n_rows], each 0 .. n_vocab - 1 (checked) */
+    const int32_t *seqs, *positions;    /* [n_rows], checked: seq < max_seqs, pos < max_ctx */
+    int            n_rows;              /* 1 .. prefill_chunk, or max_seqs if that is more */
+    const qwen3i_out *outs;             /* in order of row */
+    int            n_outs;
+} qwen3i_batch;
+
+typedef struct qwen3i_next {            /* one sequence's part of a decode step */
+    int                seq;
+    const qwen3_token *tokens;          /* [n] what it holds; tokens[n-1]'s logits are kept */
+    int                n;
+    qwen3_sampler     *sampler;         /* NULL: greedy. rng is advanced by the backend */
+    qwen3_token        out;             /* the choice */
+    int                ended;           /* set if out ends the turn: it was not evaluated */
+} qwen3i_next;
+
+/* All functions return 0 or a negative code and then say why in err; QWEN3_STOPPED when the context's
+   cancel hook said so. model_state and ctx_state are the backend's own. */
+struct qwen3_backend {
+    int         version;                /* QWEN3_VERSION it was compiled with: checked by qwen3_load */
+    const char *name;
+    int         default_chunk;
+    qwen3_result (*model_create)(void **model_state, const qwen3_model *model, const qwen3_load_desc *desc, const qwen3i_err *err);
+    void         (*model_free)(void *model_state);
+    const char  *(*device_name)(const void *model_state);
+    qwen3_memory (*ctx_memory)(const void *model_state, const qwen3_model *model, const qwen3_ctx_desc *desc);
+    qwen3_result (*ctx_create)(void **ctx_state, void *model_state, const qwen3_model *model,
+                               const qwen3_ctx_desc *desc, const qwen3i_err *err);   /* desc: defaults filled in */
+    void         (*ctx_free)(void *ctx_state);
+    /* Evaluate rows: write their K and V, and deliver outs. May return before the device is done,
+       unless outs asks for host memory. */
+    qwen3_result (*forward)(void *ctx_state, const qwen3i_batch *batch, const qwen3i_err *err);
+    /* The kept logits of a sequence, [n_vocab] on the host, valid until the next call. */
+    qwen3_result (*logits)(void *ctx_state, int seq, const float **out, const qwen3i_err *err);
+    /* Sample and evaluate on the device. NULL: the core does it with logits() and forward().
+       May run ahead; every other call on a sequence then drops what was not handed out. */
+    qwen3_result (*next)(void *ctx_state, qwen3i_next *items, int n, const qwen3i_err *err);
+    /* Keep the first n_pos positions of src in dst, and its kept logits. */
+    qwen3_result (*seq_copy)(void *ctx_state, int dst, int src, int n_pos, const qwen3i_err *err);
+    /* Positions [0, n_pos) of one layer to or from the host: K then V, each [n_pos, n_head_kv * head_dim]
+       in the context's KV type. */
+    qwen3_result (*kv_read)(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v, const qwen3i_err *err);
+    qwen3_result (*kv_write)(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v, const qwen3i_err *err);
+    qwen3_result (*set_logits)(void *ctx_state, int seq, const float *logits, const qwen3i_err *err);
+};
+
+/* Services for backends, defined with the implementation. */
+#ifdef __cplusplus
+extern "C" {
+#endif
+typedef struct qwen3i_model_view { const qwen3i_config *config; const qwen3i_weights *weights; const qwen3_allocator *allocator;
+                                   const qwen3_token *eos; int n_eos; int n_tokens; } qwen3i_model_view;
+QWEN3_API qwen3i_model_view qwen3i_view(const qwen3_model *model);
+#ifdef __cplusplus
+}
+#endif
+#endif /* QWEN3I_INTERFACE */
+#endif
+
+#ifdef QWEN3_IMPLEMENTATION
+#ifndef QWEN3I_IMPLEMENTED
+#define QWEN3I_IMPLEMENTED
+/* ================================================================================================
+   PLATFORM, MEMORY AND ERRORS
+   ================================================================================================ */
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>      /* vsnprintf; files unless QWEN3_NO_STDIO */
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef QWEN3_NO_STDIO
+  #undef  QWEN3_NO_MMAP
+  #define QWEN3_NO_MMAP
+#endif
+#if defined(_WIN32)
+  #ifndef WIN32_LEAN_AND_MEAN
+    #define WIN32_LEAN_AND_MEAN
+  #endif
+  #ifndef NOMINMAX
+    #define NOMINMAX
+  #endif
+  #include <windows.h>
+#else
+  #include <sys/time.h>
+  #include <unistd.h>
+  #include <errno.h>
+  #include <fcntl.h>
+  #include <sys/stat.h>
+  #ifndef QWEN3_NO_MMAP
+    #include <sys/mman.h>
+  #endif
+  #ifndef QWEN3_NO_THREADS
+    #include <pthread.h>
+  #endif
+#endif
+
+#if defined(QWEN3_MALLOC) != defined(QWEN3_FREE)
+  #error "qwen3.h: define both QWEN3_MALLOC and QWEN3_FREE, or neither"
+#endif
+#ifndef QWEN3_MALLOC
+  #define QWEN3_MALLOC(size) malloc(size)
+  #define QWEN3_FREE(ptr)    free(ptr)
+#endif
+#ifndef QWEN3_ASSERT
+  #include <assert.h>
+  #define QWEN3_ASSERT(x) assert(x)
+#endif
+
+#if defined(__GNUC__)
+  #define QWEN3I_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+  #define QWEN3I_UNUSED __attribute__((unused))
+  #define QWEN3I_INLINE static inline __attribute__((always_inline, unused))
+#else
+  #define QWEN3I_PRINTF(fmt, args)
+  #define QWEN3I_UNUSED
+  #define QWEN3I_INLINE static inline
+#endif
+#define QWEN3I_COUNT(a) ((int)(sizeof(a) / sizeof *(a)))
+
+static int     qwen3i_min(int a, int b)         { return a < b ? a : b; }
+static int     qwen3i_max(int a, int b)         { return a > b ? a : b; }
+static size_t  qwen3i_min_size(size_t a, size_t b) { return a < b ? a : b; }
+
+/* *out = a * b, or 0 if that overflows: sizes from files are multiplied with nothing else. */
+static int qwen3i_mul_u64(uint64_t a, uint64_t b, uint64_t *out) {
+    if (b != 0 && a > UINT64_MAX / b) return 0;
+    *out = a * b;
+    return 1;
+}
+
+static int qwen3i_little_endian(void) {
+    const uint16_t one = 1;
+    unsigned char first;
+    memcpy(&first, &one, 1);
+    return first == 1;
+}
+
+static double qwen3i_now_ms(void) {
+#if defined(_WIN32)
+    LARGE_INTEGER t, f;
+    QueryPerformanceCounter(&t);
+    QueryPerformanceFrequency(&f);
+    return 1e3 * (double)t.QuadPart / (double)f.QuadPart;
+#else
+    struct timeval t;
+    gettimeofday(&t, NULL);
+    return 1e3 * (double)t.tv_sec + 1e-3 * (double)t.tv_usec;
+#endif
+}
+
+/* ---- memory: the allocator in effect has both functions, or neither for the default ---------- */
+static void *qwen3i_alloc(const qwen3_allocator *a, size_t size) {
+    if (size == 0) size = 1;
+    return a->alloc ? a->alloc(size, a->user) : QWEN3_MALLOC(size);
+}
+
+static void qwen3i_free(const qwen3_allocator *a, const void *ptr, size_t size) {
+    union { const void *in; void *out; } p;     /* frees what is const to everyone else */
+    if (!ptr) return;
+    p.in = ptr;
+    if (a->free) a->free(p.out, size ? size : 1, a->user);
+    else QWEN3_FREE(p.out);
+}
+
+/* n elements, or NULL also if n * size overflows. */
+static void *qwen3i_alloc_array(const qwen3_allocator *a, size_t n, size_t size) {
+    if (size != 0 && n > (size_t)-1 / size) return NULL;
+    return qwen3i_alloc(a, n * size);
+}
+
+static void *qwen3i_alloc_zero(const qwen3_allocator *a, size_t n, size_t size) {
+    void *p = qwen3i_alloc_array(a, n, size);
+    if (p) memset(p, 0, n * size);
+    return p;
+}
+
+/* ---- errors ------------------------------------------------------------------------------------ */
+/* Write the message and return the code, so that a failure is one statement. */
+QWEN3I_PRINTF(3, 4)
+static qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, const char *format, ...) {
+    va_list args;
+    if (!e || !e->text || e->cap == 0) return code;
+    va_start(args, format);
+    vsnprintf(e->text, e->cap, format, args);
+    va_end(args);
+    return code;
+}
+
+static qwen3_result qwen3i_no_memory(const qwen3i_err *e, const char *what, uint64_t bytes) {
+    return qwen3i_fail(e, QWEN3_ERR_MEMORY, "out of memory: %llu bytes for %s", (unsigned long long)bytes, what);
+}
+
+QWEN3I_PRINTF(3, 4)
+static void qwen3i_log(const qwen3_logger *logger, qwen3_log_level level, const char *format, ...) {
+    char line[512];
+    va_list args;
+    if (!logger->log) return;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    logger->log(level, line, logger->user);
+}
+
+QWEN3_API const char *qwen3_result_string(qwen3_result r) {
+    switch (r) {
+        case QWEN3_OK:                return "ok";
+        case QWEN3_END:               return "end of turn";
+        case QWEN3_STOPPED:           return "stopped by a callback";
+        case QWEN3_ERR_ARG:           return "invalid argument";
+        case QWEN3_ERR_MEMORY:        return "out of memory";
+        case QWEN3_ERR_DEVICE_MEMORY: return "out of device memory";
+        case QWEN3_ERR_DEVICE:        return "device error";
+        case QWEN3_ERR_IO:            return "cannot read file";
+        case QWEN3_ERR_FORMAT:        return "malformed data";
+        case QWEN3_ERR_UNSUPPORTED:   return "unsupported";
+        case QWEN3_ERR_CONTEXT_FULL:  return "context full";
+        case QWEN3_ERR_MISMATCH:      return "saved state does not match";
+    }
+    return "unknown result";
+}
+
+QWEN3_API int qwen3_version(void) { return QWEN3_VERSION; }
+
+/* ---- hashing: fingerprints, checksums and lookup tables ------------------------------------------ */
+/* 64-bit multiply-xorshift over 8-byte words; not cryptographic. Equal on every little-endian host. */
+static uint64_t qwen3i_hash(uint64_t seed, const void *data, size_t n) {
+    const unsigned char *p = (const unsigned char *)data;
+    uint64_t h = seed ^ ((uint64_t)n * 0x9E3779B97F4A7C15u), w;
+    for (; n >= 8; p += 8, n -= 8) {
+        memcpy(&w, p, 8);
+        h = (h ^ w) * 0xFF51AFD7ED558CCDu;
+        h ^= h >> 32;
+    }
+    w = 0;
+    memcpy(&w, p, n);
+    h = (h ^ w) * 0xC4CEB9FE1A85EC53u;
+    return h ^ (h >> 29);
+}
+
+/* ================================================================================================
+   JSON READER: pulls values from memory. No allocation, no recursion, no trust.
+   After any error every call returns 0 and j->error says what was wrong at j->p.
+   ================================================================================================ */
+#define QWEN3I_JSON_DEPTH 64
+
+typedef struct qwen3i_str { const char *p; size_t n; } qwen3i_str;   /* a slice; for JSON strings still escaped */
+typedef struct qwen3i_json { const char *p, *end, *start, *error; } qwen3i_json;
+typedef struct qwen3i_json_iter { char close; int started; } qwen3i_json_iter;
+
+static qwen3i_json qwen3i_json_begin(const void *data, size_t n) {
+    qwen3i_json j;
+    j.start = j.p = (const char *)data;
+    j.end = j.p + n;
+    j.error = NULL;
+    return j;
+}
+
+static int qwen3i_json_bad(qwen3i_json *j, const char *what) {
+    if (!j->error) j->error = what;
+    return 0;
+}
+
+static size_t qwen3i_json_offset(const qwen3i_json *j) { return (size_t)(j->p - j->start); }
+
+/* The first byte of the next value or punctuation, 0 at the end or after an error. */
+static char qwen3i_json_peek(qwen3i_json *j) {
+    if (j->error) return 0;
+    while (j->p < j->end && (*j->p == ' ' || *j->p == '\n' || *j->p == '\r' || *j->p == '\t')) j->p++;
+    return j->p < j->end ? *j->p : '\0';
+}
+
+static int qwen3i_json_expect(qwen3i_json *j, char c, const char *what) {
+    if (qwen3i_json_peek(j) != c) return qwen3i_json_bad(j, what);
+    j->p++;
+    return 1;
+}
+
+static int qwen3i_hex(char c) {
+    if (c >= '0' && c <= '9') return c - '0';
+    if (c >= 'a' && c <= 'f') return c - 'a' + 10;
+    if (c >= 'A' && c <= 'F') return c - 'A' + 10;
+    return -1;
+}
+
+/* Four hex digits at p, or -1. */
+static int qwen3i_json_hex4(const char *p, const char *end) {
+    int i, v = 0;
+    if (end - p < 4) return -1;
+    for (i = 0; i < 4; i++) {
+        int h = qwen3i_hex(p[i]);
+        if (h < 0) return -1;
+        v = v * 16 + h;
+    }
+    return v;
+}
+
+/* A string token: out is the slice between the quotes, checked but still escaped. */
+static int qwen3i_json_string(qwen3i_json *j, qwen3i_str *out) {
+    if (!qwen3i_json_expect(j, '"', "a string was expected")) return 0;
+    out->p = j->p;
+    for (; j->p < j->end && *j->p != '"'; j->p++) {
+        if ((unsigned char)*j->p < 0x20) return qwen3i_json_bad(j, "control character in a string");
+        if (*j->p != '\\') continue;
+        if (++j->p == j->end) break;
+        if (*j->p == 'u') {
+            if (qwen3i_json_hex4(j->p + 1, j->end) < 0) return qwen3i_json_bad(j, "bad \\u escape");
+            j->p += 4;
+        } else if (!strchr("\"\\/bfnrt", *j->p) || !*j->p) return qwen3i_json_bad(j, "bad escape in a string");
+    }
+    if (j->p >= j->end) return qwen3i_json_bad(j, "a string does not end");
+    out->n = (size_t)(j->p++ - out->p);
+    return 1;
+}
+
+/* Append a code point as UTF-8; returns the bytes written (1..4). */
+static int qwen3i_utf8_put(char *dst, uint32_t c) {
+    if (c < 0x80) { dst[0] = (char)c; return 1; }
+    if (c < 0x800) { dst[0] = (char)(0xC0 | (c >> 6)); dst[1] = (char)(0x80 | (c & 63)); return 2; }
+    if (c < 0x10000) {
+        dst[0] = (char)(0xE0 | (c >> 12)); dst[1] = (char)(0x80 | ((c >> 6) & 63)); dst[2] = (char)(0x80 | (c & 63));
+        return 3;
+    }
+    dst[0] = (char)(0xF0 | (c >> 18)); dst[1] = (char)(0x80 | ((c >> 12) & 63));
+    dst[2] = (char)(0x80 | ((c >> 6) & 63)); dst[3] = (char)(0x80 | (c & 63));
+    return 4;
+}
+
+/* The escape sequence at p (after its backslash); advances p. A lone surrogate becomes U+FFFD. */
+static uint32_t qwen3i_json_escape(const char **p, const char *end) {
+    static const char from[] = "bfnrt", to[] = "\b\f\n\r\t";
+    const char *hit;
+    int c, low;
+    if (**p != 'u') {
+        hit = strchr(from, **p);
+        c = hit ? to[hit - from] : **p;
+        ++*p;
+        return (uint32_t)(unsigned char)c;
+    }
+    c = qwen3i_json_hex4(*p + 1, end);
+    *p += 5;
+    if (c < 0xD800 || c > 0xDFFF) return (uint32_t)c;
+    if (c < 0xDC00 && end - *p >= 6 && (*p)[0] == '\\' && (*p)[1] == 'u') {
+        low = qwen3i_json_hex4(*p + 2, end);
+        if (low >= 0xDC00 && low <= 0xDFFF) {
+            *p += 6;
+            return 0x10000u + (((uint32_t)c - 0xD800u) << 10) + ((uint32_t)low - 0xDC00u);
+        }
+    }
+    return 0xFFFD;
+}
+
+/* Unescape s into dst, which has room for s.n bytes (escapes only ever shrink). Returns the length. */
+static size_t qwen3i_json_unescape(qwen3i_str s, char *dst) {
+    const char *p = s.p, *end = s.p + s.n;
+    char *d = dst;
+    while (p < end) {
+        const char *plain = p;
+        while (p < end && *p != '\\') p++;
+        memmove(d, plain, (size_t)(p - plain));
+        d += p - plain;
+        if (p < end) { p++; d += qwen3i_utf8_put(d, qwen3i_json_escape(&p, end)); }
+    }
+    return (size_t)(d - dst);
+}
+
+/* Does the (still escaped) string equal this literal? */
+static int qwen3i_json_is(qwen3i_str s, const char *literal) {
+    char buf[256];
+    if (s.n > sizeof buf) return 0;
+    s.n = qwen3i_json_unescape(s, buf);
+    return s.n == strlen(literal) && memcmp(buf, literal, s.n) == 0;
+}
+
+/* Open an object ('{') or array ('['), then step through it:
+       if (qwen3i_json_open(j, '{', &it)) while (qwen3i_json_next(j, &it, &key)) ...read or skip the value... */
+static int qwen3i_json_open(qwen3i_json *j, char open, qwen3i_json_iter *it) {
+    it->close = open == '{' ? '}' : ']';
+    it->started = 0;
+    return qwen3i_json_expect(j, open, open == '{' ? "an object was expected" : "an array was expected");
+}
+
+/* 1: another element follows (for objects, *key is set). 0: closed, or an error. key may be NULL for arrays. */
+static int qwen3i_json_next(qwen3i_json *j, qwen3i_json_iter *it, qwen3i_str *key) {
+    char c = qwen3i_json_peek(j);
+    if (j->error) return 0;
+    if (c == it->close) { j->p++; return 0; }
+    if (it->started && !qwen3i_json_expect(j, ',', "',' or the end of the list was expected")) return 0;
+    it->started = 1;
+    if (it->close == ']') return qwen3i_json_peek(j) ? 1 : qwen3i_json_bad(j, "unexpected end");
+    return qwen3i_json_string(j, key) && qwen3i_json_expect(j, ':', "':' was expected");
+}
+
+/* A number by its grammar; the value is correctly rounded up to 15 digits and exponents within 22. */
+static int qwen3i_json_number(qwen3i_json *j, double *out) {
+    const char *p, *digits;
+    double v = 0, scale = 1;
+    int negative, e = 0, exponent = 0, exponent_negative = 0;
+    qwen3i_json_peek(j);
+    if (j->error) return 0;
+    p = j->p;
+    negative = p < j->end && *p == '-';
+    if (negative) p++;
+    digits = p;
+    if (p == j->end || *p < '0' || *p > '9') return qwen3i_json_bad(j, "a number was expected");
+    for (; p < j->end && *p >= '0' && *p <= '9'; p++) v = v * 10 + (*p - '0');
+    if (*digits == '0' && p - digits > 1) return qwen3i_json_bad(j, "a number starts with 0");
+    if (p < j->end && *p == '.') {
+        digits = ++p;
+        for (; p < j->end && *p >= '0' && *p <= '9'; p++)
+            if (p - digits < 300) { v = v * 10 + (*p - '0'); e--; }
+        if (p == digits) return qwen3i_json_bad(j, "digits are missing after the decimal point");
+    }
+    if (p < j->end && (*p == 'e' || *p == 'E')) {
+        p++;
+        if (p < j->end && (*p == '+' || *p == '-')) exponent_negative = *p++ == '-';
+        digits = p;
+        for (; p < j->end && *p >= '0' && *p <= '9'; p++) if (exponent < 10000) exponent = exponent * 10 + (*p - '0');
+        if (p == digits) return qwen3i_json_bad(j, "digits are missing in an exponent");
+    }
+    e += exponent_negative ? -exponent : exponent;
+    for (; e > 0 && scale < 1e300; e--) scale *= 10;
+    for (; e < 0 && scale < 1e300; e++) { scale *= 10; exponent_negative = 2; }
+    v = exponent_negative == 2 ? v / scale : v * scale;
+    if (!(v <= DBL_MAX)) v = DBL_MAX;
+    j->p = p;
+    *out = negative ? -v : v;
+    return 1;
+}
+
+/* A whole number; fractions and values beyond 2^53 are errors. */
+static int qwen3i_json_int(qwen3i_json *j, int64_t *out) {
+    double v;
+    if (!qwen3i_json_number(j, &v)) return 0;
+    if (v < -9007199254740992.0 || v > 9007199254740992.0 || v != floor(v))
+        return qwen3i_json_bad(j, "a whole number was expected");
+    *out = (int64_t)v;
+    return 1;
+}
+
+static int qwen3i_json_word(qwen3i_json *j, const char *word) {
+    size_t n = strlen(word);
+    qwen3i_json_peek(j);
+    if (j->error || (size_t)(j->end - j->p) < n || memcmp(j->p, word, n) != 0) return 0;
+    j->p += n;
+    return 1;
+}
+
+static int qwen3i_json_bool(qwen3i_json *j, int *out) {
+    if (qwen3i_json_word(j, "true"))  { *out = 1; return 1; }
+    if (qwen3i_json_word(j, "false")) { *out = 0; return 1; }
+    return qwen3i_json_bad(j, "true or false was expected");
+}
+
+static int qwen3i_json_scalar(qwen3i_json *j) {
+    double number;
+    qwen3i_str text;
+    switch (qwen3i_json_peek(j)) {
+        case '"': return qwen3i_json_string(j, &text);
+        case 't': if (qwen3i_json_word(j, "true")) return 1; break;
+        case 'f': if (qwen3i_json_word(j, "false")) return 1; break;
+        case 'n': if (qwen3i_json_word(j, "null")) return 1; break;
+        case '\0': return qwen3i_json_bad(j, "unexpected end");
+        default: return qwen3i_json_number(j, &number);
+    }
+    return qwen3i_json_bad(j, "a value was expected");
+}
+
+/* Skip the next value, whatever it is, checking its grammar. */
+static int qwen3i_json_skip(qwen3i_json *j) {
+    qwen3i_json_iter stack[QWEN3I_JSON_DEPTH];
+    qwen3i_str key;
+    int depth = 0;
+    for (;;) {
+        char c = qwen3i_json_peek(j);
+        if (c == '{' || c == '[') {
+            if (depth == QWEN3I_JSON_DEPTH) return qwen3i_json_bad(j, "nested too deeply");
+            if (!qwen3i_json_open(j, c, &stack[depth++])) return 0;
+        } else if (!qwen3i_json_scalar(j)) return 0;
+        while (depth > 0 && !qwen3i_json_next(j, &stack[depth - 1], &key)) {
+            if (j->error) return 0;
+            depth--;
+        }
+        if (depth == 0) return 1;
+    }
+}
+
+/* Nothing but white space may follow the document. */
+static int qwen3i_json_end(qwen3i_json *j) {
+    qwen3i_json_peek(j);
+    if (j->error) return 0;
+    return j->p == j->end ? 1 : qwen3i_json_bad(j, "unexpected text after the end");
+}
+/* ================================================================================================
+   FILES: a model's files from a directory, from memory or through callbacks, as blobs of bytes
+   ================================================================================================ */
+typedef struct qwen3i_tokenizer qwen3i_tokenizer;
+
+typedef enum qwen3i_blob_kind { QWEN3I_BORROWED, QWEN3I_OWNED, QWEN3I_MAPPED } qwen3i_blob_kind;
+typedef struct qwen3i_blob {
+    const unsigned char *data;          /* NULL: there is no such file */
+    size_t               size;
+    qwen3i_blob_kind     kind;
+} qwen3i_blob;
+
+typedef struct qwen3i_block {           /* memory that lives as long as the model; payload follows */
+    struct qwen3i_block *next;
+    size_t               size;
+} qwen3i_block;
+#define QWEN3I_BLOCK_HEAD 64            /* keeps the payload aligned for vector loads */
+
+typedef struct qwen3i_shard { const char *name; qwen3i_blob blob; } qwen3i_shard;
+
+#define QWEN3I_MAX_EOS 8
+
+struct qwen3_model {
+    qwen3_allocator      allocator;
+    qwen3_logger         logger;
+    qwen3_info           info;
+    qwen3i_config        config;
+    qwen3i_weights       weights;
+    qwen3i_tokenizer    *tokenizer;     /* NULL: the directory has none */
+    qwen3_token          eos[QWEN3I_MAX_EOS];
+    int                  n_eos;
+    const qwen3_backend *backend;
+    void                *backend_state;
+    qwen3i_shard        *shards;        /* [n_shards] weight files */
+    int                  n_shards;
+    qwen3i_block        *blocks;        /* everything else that was allocated */
+};
+
+typedef struct qwen3i_loader {          /* what the functions of one qwen3_load share */
+    const qwen3_load_desc *desc;
+    qwen3_model           *model;
+    const qwen3i_err      *err;
+    float                  done, step;  /* progress before the current file, and its share */
+} qwen3i_loader;
+
+/* Memory owned by the model; NULL if there is none. */
+static void *qwen3i_model_alloc(qwen3_model *m, size_t n, size_t size) {
+    qwen3i_block *b;
+    if (size != 0 && n > ((size_t)-1 - QWEN3I_BLOCK_HEAD) / size) return NULL;
+    b = (qwen3i_block *)qwen3i_alloc(&m->allocator, QWEN3I_BLOCK_HEAD + n * size);
+    if (!b) return NULL;
+    b->size = QWEN3I_BLOCK_HEAD + n * size;
+    b->next = m->blocks;
+    m->blocks = b;
+    return (char *)b + QWEN3I_BLOCK_HEAD;
+}
+
+/* Tell the caller how far the load is; QWEN3_STOPPED if it wants no more. */
+static qwen3_result qwen3i_progress(const qwen3i_loader *l, double share) {
+    float done = l->done + l->step * (float)share;
+    if (!l->desc->progress || l->desc->progress(done, l->desc->progress_user) == 0) return QWEN3_OK;
+    return qwen3i_fail(l->err, QWEN3_STOPPED, "loading was cancelled");
+}
+
+/* Read n bytes in slices, so that a load can be cancelled: read_slice(handle, offset, dst, n) gives 0 on success. */
+typedef int (*qwen3i_read_slice)(void *handle, uint64_t offset, void *dst, size_t n);
+
+static qwen3_result qwen3i_read_all(const qwen3i_loader *l, const char *name, uint64_t size,
+                                    qwen3i_read_slice read_slice, void *handle, qwen3i_blob *out) {
+    const size_t slice = (size_t)8 << 20;
+    const qwen3_allocator *a = &l->model->allocator;
+    unsigned char *data = NULL;
+    qwen3_result r = QWEN3_OK;
+    size_t at, n;
+    if (size < (size_t)-1) data = (unsigned char *)qwen3i_alloc(a, (size_t)size);
+    if (!data) return qwen3i_no_memory(l->err, name, size);
+    for (at = 0; at < size && r == QWEN3_OK; at += n) {
+        n = qwen3i_min_size(slice, (size_t)size - at);
+        if (read_slice(handle, at, data + at, n) != 0)
+            r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot read %lu bytes at offset %lu (the file has %llu)",
+                            name, (unsigned long)n, (unsigned long)at, (unsigned long long)size);
+        else if (size > slice) r = qwen3i_progress(l, (double)(at + n) / (double)size);
+    }
+    if (r != QWEN3_OK) { qwen3i_free(a, data, (size_t)size); return r; }
+    out->data = data;
+    out->size = (size_t)size;
+    out->kind = QWEN3I_OWNED;
+    return QWEN3_OK;
+}
+
+#ifndef QWEN3_NO_STDIO
+#if defined(_WIN32)
+typedef HANDLE qwen3i_handle;
+
+static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size) {
+    WCHAR wide[32768];
+    LARGE_INTEGER n;
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, QWEN3I_COUNT(wide))) return 0;
+    *h = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
+    if (*h == INVALID_HANDLE_VALUE) return 0;
+    if (GetFileSizeEx(*h, &n)) { *size = (uint64_t)n.QuadPart; return 1; }
+    CloseHandle(*h);
+    return 0;
+}
+static void qwen3i_handle_close(qwen3i_handle h) { CloseHandle(h); }
+
+static int qwen3i_handle_read(void *handle, uint64_t offset, void *dst, size_t n) {
+    DWORD got = 0;
+    (void)offset;                       /* slices come in order */
+    return !ReadFile(*(qwen3i_handle *)handle, dst, (DWORD)n, &got, NULL) || got != n;
+}
+
+static int qwen3i_is_directory(const char *path) {
+    WCHAR wide[32768];
+    DWORD a;
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, QWEN3I_COUNT(wide))) return 0;
+    a = GetFileAttributesW(wide);
+    return a != INVALID_FILE_ATTRIBUTES && (a & FILE_ATTRIBUTE_DIRECTORY) != 0;
+}
+
+#ifndef QWEN3_NO_MMAP
+static const void *qwen3i_map(qwen3i_handle h, size_t size) {
+    const void *p;
+    HANDLE mapping = CreateFileMappingW(h, NULL, PAGE_READONLY, 0, 0, NULL);
+    (void)size;
+    if (!mapping) return NULL;
+    p = MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0);
+    CloseHandle(mapping);               /* the view keeps it alive */
+    return p;
+}
+static void qwen3i_unmap(const void *p, size_t size) { (void)size; UnmapViewOfFile(p); }
+#endif
+
+#else /* POSIX */
+typedef int qwen3i_handle;
+
+static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size) {
+    struct stat st;
+    do *h = open(path, O_RDONLY); while (*h < 0 && errno == EINTR);
+    if (*h < 0) return 0;
+    if (fstat(*h, &st) == 0 && S_ISREG(st.st_mode) && st.st_size >= 0) { *size = (uint64_t)st.st_size; return 1; }
+    close(*h);
+    return 0;
+}
+static void qwen3i_handle_close(qwen3i_handle h) { close(h); }
+
+static int qwen3i_handle_read(void *handle, uint64_t offset, void *dst, size_t n) {
+    char *p = (char *)dst;
+    (void)offset;                       /* slices come in order */
+    while (n > 0) {
+        ssize_t got = read(*(qwen3i_handle *)handle, p, n);
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return 1;         /* an error, or the file has shrunk */
+        p += got;
+        n -= (size_t)got;
+    }
+    return 0;
+}
+
+static int qwen3i_is_directory(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+#ifndef QWEN3_NO_MMAP
+static const void *qwen3i_map(qwen3i_handle h, size_t size) {
+    void *p = mmap(NULL, size, PROT_READ, MAP_SHARED, h, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+static void qwen3i_unmap(const void *p, size_t size) {
+    union { const void *in; void *out; } u;
+    u.in = p;
+    munmap(u.out, size);
+}
+#endif
+#endif
+
+static qwen3_result qwen3i_open_path(const qwen3i_loader *l, const char *name, int map, qwen3i_blob *out) {
+    const qwen3_allocator *a = &l->model->allocator;
+    size_t n = strlen(l->desc->path) + strlen(name) + 2;
+    char *path = (char *)qwen3i_alloc(a, n);
+    qwen3i_handle h;
+    uint64_t size;
+    qwen3_result r = QWEN3_OK;
+    int found;
+    if (!path) return qwen3i_no_memory(l->err, "a path", n);
+    snprintf(path, n, "%s/%s", l->desc->path, name);
+    found = qwen3i_handle_open(&h, path, &size);
+    qwen3i_free(a, path, n);
+    if (!found) return QWEN3_OK;
+#ifndef QWEN3_NO_MMAP
+    if (map && size > 0 && size < (size_t)-1 && !(l->desc->flags & QWEN3_LOAD_NO_MMAP)) {
+        out->data = (const unsigned char *)qwen3i_map(h, (size_t)size);
+        out->size = (size_t)size;
+        out->kind = QWEN3I_MAPPED;
+    }
+#endif
+    (void)map;
+    if (!out->data) r = qwen3i_read_all(l, name, size, qwen3i_handle_read, &h, out);
+    qwen3i_handle_close(h);
+    return r;
+}
+#endif /* QWEN3_NO_STDIO */
+
+typedef struct qwen3i_io_file { const qwen3_io *io; const char *name; } qwen3i_io_file;
+
+static int qwen3i_io_read(void *handle, uint64_t offset, void *dst, size_t n) {
+    const qwen3i_io_file *f = (const qwen3i_io_file *)handle;
+    return f->io->read(f->io->user, f->name, offset, dst, n);
+}
+
+/* Get a file by name. If there is none, out->data is NULL and the result is OK. map: mapping is worth it. */
+static qwen3_result qwen3i_open(const qwen3i_loader *l, const char *name, int map, qwen3i_blob *out) {
+    const qwen3_load_desc *d = l->desc;
+    int i;
+    memset(out, 0, sizeof *out);
+    if (d->io.read) {
+        qwen3i_io_file f;
+        int64_t size = d->io.size(d->io.user, name);
+        if (size < 0) return QWEN3_OK;
+        f.io = &d->io;
+        f.name = name;
+        return qwen3i_read_all(l, name, (uint64_t)size, qwen3i_io_read, &f, out);
+    }
+    for (i = 0; i < d->n_files; i++) {
+        if (strcmp(d->files[i].name, name) != 0) continue;
+        out->data = d->files[i].data ? (const unsigned char *)d->files[i].data : (const unsigned char *)"";
+        out->size = d->files[i].data ? d->files[i].size : 0;
+        return QWEN3_OK;
+    }
+#ifndef QWEN3_NO_STDIO
+    if (d->path) return qwen3i_open_path(l, name, map, out);
+#endif
+    (void)map;
+    return QWEN3_OK;
+}
+
+static void qwen3i_close(const qwen3_allocator *a, qwen3i_blob *b) {
+    if (b->kind == QWEN3I_OWNED) qwen3i_free(a, b->data, b->size);
+#ifndef QWEN3_NO_MMAP
+    if (b->kind == QWEN3I_MAPPED) qwen3i_unmap(b->data, b->size);
+#endif
+    memset(b, 0, sizeof *b);
+}
+
+/* ================================================================================================
+   SAFETENSORS: the header of each weight file, checked to the last byte
+   ================================================================================================ */
+#define QWEN3I_MAX_RANK 8
+#define QWEN3I_MAX_SHARDS 256
+#define QWEN3I_MAX_HEADER 100000000u    /* the format's own limit */
+
+typedef struct qwen3i_tensor {
+    qwen3i_str           name;          /* in the file's header */
+    uint64_t             shape[QWEN3I_MAX_RANK];
+    int                  rank;
+    qwen3i_str           dtype;
+    uint64_t             begin, end;    /* offsets into the data section */
+    const unsigned char *data;
+    const char          *file;
+} qwen3i_tensor;
+
+typedef struct qwen3i_tensors { qwen3i_tensor *list; size_t n, cap; } qwen3i_tensors;
+
+/* Heapsort: in place, no recursion, no worst case. swap space: the elements are at most 192 bytes. */
+static void qwen3i_sort(void *base, size_t n, size_t size, int (*compare)(const void *, const void *)) {
+    char *a = (char *)base, tmp[192];
+    size_t start = n / 2, end = n, root, child;
+    QWEN3_ASSERT(size <= sizeof tmp);
+    while (end > 1) {
+        if (start > 0) start--;         /* first build the heap, */
+        else {                          /* then take its top off, again and again */
+            end--;
+            memcpy(tmp, a, size);
+            memcpy(a, a + end * size, size);
+            memcpy(a + end * size, tmp, size);
+        }
+        for (root = start; (child = 2 * root + 1) < end; root = child) {
+            if (child + 1 < end && compare(a + child * size, a + (child + 1) * size) < 0) child++;
+            if (compare(a + root * size, a + child * size) >= 0) break;
+            memcpy(tmp, a + root * size, size);
+            memcpy(a + root * size, a + child * size, size);
+            memcpy(a + child * size, tmp, size);
+        }
+    }
+}
+
+static int qwen3i_compare_str(qwen3i_str a, qwen3i_str b) {
+    int c = memcmp(a.p, b.p, qwen3i_min_size(a.n, b.n));
+    return c ? c : (a.n > b.n) - (a.n < b.n);
+}
+
+static int qwen3i_compare_names(const void *a, const void *b) {
+    return qwen3i_compare_str(((const qwen3i_tensor *)a)->name, ((const qwen3i_tensor *)b)->name);
+}
+
+static int qwen3i_compare_offsets(const void *a, const void *b) {
+    const qwen3i_tensor *x = (const qwen3i_tensor *)a, *y = (const qwen3i_tensor *)b;
+    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
+    return (x->end > y->end) - (x->end < y->end);   /* empty tensors first */
+}
+
+/* printf arguments for "%.*s" */
+#define QWEN3I_STR(s) (int)qwen3i_min_size((s).n, 120), (s).p
+
+static const qwen3i_tensor *qwen3i_find_tensor(const qwen3i_tensors *t, const char *name) {
+    size_t low = 0, high = t->n;
+    qwen3i_str key;
+    key.p = name;
+    key.n = strlen(name);
+    while (low < high) {
+        size_t mid = low + (high - low) / 2;
+        int c = qwen3i_compare_str(t->list[mid].name, key);
+        if (c == 0) return &t->list[mid];
+        if (c < 0) low = mid + 1; else high = mid;
+    }
+    return NULL;
+}
+
+/* Bytes of an element, 0 for dtypes that this library does not know (they may lie in the file unused). */
+static unsigned qwen3i_dtype_size(qwen3i_str dtype) {
+    static const struct { const char *name; unsigned size; } known[] = {
+        {"F64", 8}, {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4}, {"F16", 2}, {"BF16", 2}, {"I16", 2},
+        {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}
+    };
+    int i;
+    for (i = 0; i < QWEN3I_COUNT(known); i++) if (qwen3i_json_is(dtype, known[i].name)) return known[i].size;
+    return 0;
+}
+
+/* One tensor's description: {"dtype": .., "shape": [..], "data_offsets": [begin, end]} */
+static int qwen3i_parse_tensor(qwen3i_json *j, qwen3i_tensor *t) {
+    qwen3i_json_iter object, array;
+    qwen3i_str key;
+    int64_t v, offsets[2] = {0, 0};
+    int seen = 0, n = 0;
+    t->rank = 0;
+    if (!qwen3i_json_open(j, '{', &object)) return 0;
+    while (qwen3i_json_next(j, &object, &key)) {
+        int what = qwen3i_json_is(key, "dtype") ? 1 : qwen3i_json_is(key, "shape") ? 2 :
+                   qwen3i_json_is(key, "data_offsets") ? 4 : 0;
+        if (what & seen) return qwen3i_json_bad(j, "a key appears twice");
+        seen |= what;
+        if (what == 0) { if (!qwen3i_json_skip(j)) return 0; }
+        else if (what == 1) { if (!qwen3i_json_string(j, &t->dtype)) return 0; }
+        else {
+            if (!qwen3i_json_open(j, '[', &array)) return 0;
+            while (qwen3i_json_next(j, &array, NULL)) {
+                if (!qwen3i_json_int(j, &v)) return 0;
+                if (v < 0) return qwen3i_json_bad(j, "a size or offset is negative");
+                if (what == 2) {
+                    if (t->rank == QWEN3I_MAX_RANK) return qwen3i_json_bad(j, "more than 8 dimensions");
+                    t->shape[t->rank++] = (uint64_t)v;
+                } else if (n < 2) offsets[n++] = v;
+                else return qwen3i_json_bad(j, "data_offsets has more than 2 numbers");
+            }
+        }
+    }
+    if (j->error) return 0;
+    if (seen != 7 || n != 2) return qwen3i_json_bad(j, "dtype, shape or data_offsets is missing");
+    t->begin = (uint64_t)offsets[0];
+    t->end = (uint64_t)offsets[1];
+    return 1;
+}
+
+static qwen3_result qwen3i_json_fail(const qwen3i_err *err, const char *file, const qwen3i_json *j) {
+    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: byte %lu: %s", file, (unsigned long)qwen3i_json_offset(j),
+                       j->error ? j->error : "malformed");
+}
+
+/* How many tensors the header names, checking its grammar on the way. */
+static int qwen3i_count_tensors(qwen3i_json j, size_t *n, qwen3i_json *where) {
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    *n = 0;
+    if (qwen3i_json_open(&j, '{', &it))
+        while (qwen3i_json_next(&j, &it, &key)) {
+            if (!qwen3i_json_is(key, "__metadata__")) ++*n;
+            qwen3i_json_skip(&j);
+        }
+    qwen3i_json_end(&j);
+    *where = j;
+    return !j.error;
+}
+
+/* Every tensor's bytes must be those that its shape asks for, and all tensors must tile the data exactly. */
+static qwen3_result qwen3i_check_layout(qwen3i_tensor *list, size_t n, const char *file, uint64_t data_size, const qwen3i_err *err) {
+    uint64_t at = 0;
+    size_t i;
+    int k;
+    qwen3i_sort(list, n, sizeof *list, qwen3i_compare_offsets);
+    for (i = 0; i < n; i++) {
+        const qwen3i_tensor *t = &list[i];
+        uint64_t bytes = qwen3i_dtype_size(t->dtype);
+        if (t->end < t->begin || t->end > data_size)
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' lies outside the file", file, QWEN3I_STR(t->name));
+        if (t->begin != at)
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' starts at byte %llu of the data, not at %llu "
+                               "where the one before it ends", file, QWEN3I_STR(t->name),
+                               (unsigned long long)t->begin, (unsigned long long)at);
+        if (bytes) {
+            for (k = 0; k < t->rank; k++)
+                if (!qwen3i_mul_u64(bytes, t->shape[k], &bytes))
+                    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: the size of tensor '%.*s' overflows", file, QWEN3I_STR(t->name));
+            if (bytes != t->end - t->begin)
+                return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' needs %llu bytes for its shape but has %llu",
+                                   file, QWEN3I_STR(t->name), (unsigned long long)bytes, (unsigned long long)(t->end - t->begin));
+        }
+        at = t->end;
+    }
+    if (at != data_size)
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: the tensors end at byte %llu of the data, the file at %llu",
+                           file, (unsigned long long)at, (unsigned long long)data_size);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_grow_tensors(qwen3i_tensors *t, size_t more, const qwen3_allocator *a, const qwen3i_err *err) {
+    size_t cap = t->n + more;
+    qwen3i_tensor *list = (qwen3i_tensor *)qwen3i_alloc_array(a, cap, sizeof *list);
+    if (!list) return qwen3i_no_memory(err, "the list of tensors", (uint64_t)cap * sizeof *list);
+    if (t->n) memcpy(list, t->list, t->n * sizeof *list);
+    qwen3i_free(a, t->list, t->cap * sizeof *list);
+    t->list = list;
+    t->cap = cap;
+    return QWEN3_OK;
+}
+
+/* Add the tensors of one safetensors file to the list. */
+static qwen3_result qwen3i_parse_safetensors(const qwen3i_shard *s, qwen3i_tensors *t, const qwen3_allocator *a, const qwen3i_err *err) {
+    const unsigned char *file = s->blob.data;
+    uint64_t header = 0, data_size;
+    qwen3i_json j;
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    qwen3i_tensor *first, *next;
+    qwen3_result r;
+    size_t n;
+    int i;
+    for (i = 7; i >= 0 && s->blob.size >= 8; i--) header = header << 8 | file[i];
+    if (s->blob.size < 8 || header > QWEN3I_MAX_HEADER || header > s->blob.size - 8)
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: not a safetensors file, or truncated: the header is said to have %llu bytes, the file has %llu",
+                           s->name, (unsigned long long)header, (unsigned long long)s->blob.size);
+    if (!qwen3i_count_tensors(qwen3i_json_begin(file + 8, (size_t)header), &n, &j)) return qwen3i_json_fail(err, s->name, &j);
+    r = qwen3i_grow_tensors(t, n, a, err);
+    if (r != QWEN3_OK) return r;
+    data_size = s->blob.size - 8 - header;
+    first = next = t->list + t->n;
+    j = qwen3i_json_begin(file + 8, (size_t)header);
+    qwen3i_json_open(&j, '{', &it);
+    while (qwen3i_json_next(&j, &it, &key)) {
+        if (qwen3i_json_is(key, "__metadata__")) { qwen3i_json_skip(&j); continue; }
+        next->name = key;
+        if (!qwen3i_parse_tensor(&j, next)) {
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s': byte %lu: %s", s->name, QWEN3I_STR(key),
+                               (unsigned long)(8 + qwen3i_json_offset(&j)), j.error);
+        }
+        next->file = s->name;
+        next->data = file + 8 + header + (next->begin <= data_size ? next->begin : 0);
+        next++;
+    }
+    r = qwen3i_check_layout(first, n, s->name, data_size, err);
+    if (r == QWEN3_OK) t->n += n;
+    return r;
+}
+
+/* Sort by name, refusing duplicates. */
+static qwen3_result qwen3i_index_tensors(qwen3i_tensors *t, const qwen3i_err *err) {
+    size_t i;
+    qwen3i_sort(t->list, t->n, sizeof *t->list, qwen3i_compare_names);
+    for (i = 1; i < t->n; i++)
+        if (qwen3i_compare_names(&t->list[i - 1], &t->list[i]) == 0)
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' appears twice", t->list[i].file, QWEN3I_STR(t->list[i].name));
+    return QWEN3_OK;
+}
+
+/* Shards lie beside their index: a name with a directory in it is an attack or a mistake. */
+static int qwen3i_shard_name_ok(qwen3i_str s) {
+    size_t i;
+    if (s.n == 0 || s.n > 200 || s.p[0] == '.') return 0;
+    for (i = 0; i < s.n; i++) if (strchr("/\\:", s.p[i]) || (unsigned char)s.p[i] < 0x20) return 0;
+    return 1;
+}
+
+/* Open a shard unless it is open already. Repeated names are mostly the last one seen. */
+static qwen3_result qwen3i_add_shard(qwen3i_loader *l, qwen3i_str name) {
+    qwen3_model *m = l->model;
+    char *copy;
+    int i;
+    for (i = m->n_shards - 1; i >= 0; i--)
+        if (strlen(m->shards[i].name) == name.n && memcmp(m->shards[i].name, name.p, name.n) == 0) return QWEN3_OK;
+    if (m->n_shards == QWEN3I_MAX_SHARDS) return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "more than %d weight files", QWEN3I_MAX_SHARDS);
+    if (!m->shards) {
+        m->shards = (qwen3i_shard *)qwen3i_model_alloc(m, QWEN3I_MAX_SHARDS, sizeof *m->shards);
+        if (!m->shards) return qwen3i_no_memory(l->err, "the list of weight files", QWEN3I_MAX_SHARDS * sizeof *m->shards);
+    }
+    copy = (char *)qwen3i_model_alloc(m, name.n + 1, 1);
+    if (!copy) return qwen3i_no_memory(l->err, "a file name", name.n + 1);
+    memcpy(copy, name.p, name.n);
+    copy[name.n] = '\0';
+    m->shards[m->n_shards].name = copy;
+    memset(&m->shards[m->n_shards].blob, 0, sizeof(qwen3i_blob));
+    m->n_shards++;
+    return QWEN3_OK;
+}
+
+/* Step through the index's weight_map: {"tensor": "file", ...}. visit gets each pair. */
+typedef qwen3_result (*qwen3i_visit_weight)(qwen3i_loader *l, qwen3i_str tensor, qwen3i_str file, void *arg);
+
+static qwen3_result qwen3i_walk_index(qwen3i_loader *l, const char *name, const qwen3i_blob *index, qwen3i_visit_weight visit, void *arg) {
+    qwen3i_json j = qwen3i_json_begin(index->data, index->size);
+    qwen3i_json_iter object, map;
+    qwen3i_str key, file;
+    qwen3_result r;
+    int found = 0;
+    if (qwen3i_json_open(&j, '{', &object))
+        while (qwen3i_json_next(&j, &object, &key)) {
+            if (!qwen3i_json_is(key, "weight_map")) { qwen3i_json_skip(&j); continue; }
+            if (found++) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: weight_map appears twice", name);
+            if (!qwen3i_json_open(&j, '{', &map)) break;
+            while (qwen3i_json_next(&j, &map, &key)) {
+                if (!qwen3i_json_string(&j, &file)) break;
+                if (!qwen3i_shard_name_ok(file))
+                    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' is said to be in '%.*s', which is not a plain file name",
+                                       name, QWEN3I_STR(key), QWEN3I_STR(file));
+                r = visit(l, key, file, arg);
+                if (r != QWEN3_OK) return r;
+            }
+        }
+    qwen3i_json_end(&j);
+    if (j.error) return qwen3i_json_fail(l->err, name, &j);
+    if (!found) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: key 'weight_map' is missing", name);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_visit_shard(qwen3i_loader *l, qwen3i_str tensor, qwen3i_str file, void *arg) {
+    (void)tensor; (void)arg;
+    return qwen3i_add_shard(l, file);
+}
+
+/* The index must not promise what the shards do not hold. */
+static qwen3_result qwen3i_visit_check(qwen3i_loader *l, qwen3i_str tensor, qwen3i_str file, void *arg) {
+    const qwen3i_tensors *t = (const qwen3i_tensors *)arg;
+    const qwen3i_tensor *hit;
+    char name[256];
+    if (tensor.n >= sizeof name) return QWEN3_OK;       /* no tensor that we use has such a name */
+    memcpy(name, tensor.p, tensor.n);
+    name[tensor.n] = '\0';
+    hit = qwen3i_find_tensor(t, name);
+    if (hit && strlen(hit->file) == file.n && memcmp(hit->file, file.p, file.n) == 0) return QWEN3_OK;
+    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%.*s: tensor '%.*s' is missing from it, though the index names it",
+                       QWEN3I_STR(file), QWEN3I_STR(tensor));
+}
+
+static qwen3_result qwen3i_open_shards(qwen3i_loader *l, qwen3i_tensors *t) {
+    qwen3_model *m = l->model;
+    qwen3_result r = QWEN3_OK;
+    float share = l->step / (float)m->n_shards;
+    int i;
+    for (i = 0; i < m->n_shards && r == QWEN3_OK; i++) {
+        l->step = share;
+        r = qwen3i_open(l, m->shards[i].name, 1, &m->shards[i].blob);
+        if (r == QWEN3_OK && !m->shards[i].blob.data)
+            r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot open this weight file, though the index names it", m->shards[i].name);
+        if (r == QWEN3_OK) r = qwen3i_parse_safetensors(&m->shards[i], t, &m->allocator, l->err);
+        if (r == QWEN3_OK) r = qwen3i_progress(l, 1);
+        l->done += share;
+    }
+    return r == QWEN3_OK ? qwen3i_index_tensors(t, l->err) : r;
+}
+
+static qwen3_result qwen3i_open_sharded(qwen3i_loader *l, const char *index_name, const qwen3i_blob *index, qwen3i_tensors *t) {
+    qwen3_result r = qwen3i_walk_index(l, index_name, index, qwen3i_visit_shard, NULL);
+    if (r != QWEN3_OK) return r;
+    if (l->model->n_shards == 0) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: weight_map names no file", index_name);
+    r = qwen3i_open_shards(l, t);
+    return r == QWEN3_OK ? qwen3i_walk_index(l, index_name, index, qwen3i_visit_check, t) : r;
+}
+
+/* Open model.safetensors, or the shards that model.safetensors.index.json names, and list their tensors. */
+static qwen3_result qwen3i_open_weights(qwen3i_loader *l, qwen3i_tensors *t) {
+    static const char single[] = "model.safetensors", index_name[] = "model.safetensors.index.json";
+    qwen3i_blob index;
+    qwen3i_str name;
+    qwen3_result r;
+    name.p = single;
+    name.n = sizeof single - 1;
+    r = qwen3i_add_shard(l, name);
+    if (r == QWEN3_OK) r = qwen3i_open(l, single, 1, &l->model->shards[0].blob);
+    if (r != QWEN3_OK) return r;
+    if (l->model->shards[0].blob.data) {
+        r = qwen3i_parse_safetensors(&l->model->shards[0], t, &l->model->allocator, l->err);
+        return r == QWEN3_OK ? qwen3i_index_tensors(t, l->err) : r;
+    }
+    l->model->n_shards = 0;
+    r = qwen3i_open(l, index_name, 0, &index);
+    if (r != QWEN3_OK) return r;
+    if (!index.data)
+        return qwen3i_fail(l->err, QWEN3_ERR_IO, "neither %s nor %s can be opened%s%s", single, index_name,
+                           l->desc->path ? " in " : "", l->desc->path ? l->desc->path : "");
+    r = qwen3i_open_sharded(l, index_name, &index, t);
+    qwen3i_close(&l->model->allocator, &index);
+    return r;
+}
+/* ================================================================================================
+   UNICODE: UTF-8 of any bytes, character classes, normal form C.
+   The classes are those of Unicode 16 and the normal form is that of Unicode 9: so it is in the
+   tokenizer that the models were trained with.
+   ================================================================================================ */
+enum { QWEN3I_LETTER = 1, QWEN3I_NUMBER = 2, QWEN3I_SPACE = 3, QWEN3I_CLASS = 3, QWEN3I_UNSAFE = 4 };
+#define QWEN3I_REPLACEMENT 0xFFFDu
+#define QWEN3I_CLASSES_LOW 0x20000u     /* characters below are looked up, the others searched */
+
+/* generated by tools/gen_unicode.py: begin */
+/* Properties of characters, from each code at which they change: code << 11 | combining class << 3 | flags. */
+static const uint32_t qwen3i_uc_props[2142] = {
+    0, 18435, 28672, 65539, 67584, 98306, 118784, 133121, 186368, 198657, 251904, 272387, 274432, 327683, 329728,
+    348161, 350208, 364546, 368640, 370689, 372736, 378882, 380929, 382976, 385026, 391168, 393217, 440320, 442369,
+    505856, 507905, 1445888, 1454081, 1478656, 1507329, 1517568, 1531905, 1533952, 1536001, 1538048, 1574708, 1617732,
+    1619684, 1627972, 1629892, 1631972, 1642068, 1646308, 1654356, 1658596, 1679372, 1691364, 1699636, 1716100, 1718068,
+    1720036, 1726260, 1732324, 1734656, 1738548, 1744612, 1752884, 1754948, 1756900, 1761076, 1763148, 1765204, 1769292,
+    1771348, 1775436, 1777460, 1802241, 1810437, 1812480, 1814529, 1818624, 1822721, 1830916, 1832961, 1835008, 1847297,
+    1849348, 1851393, 1857536, 1859585, 1861632, 1863681, 1904640, 1906689, 2076672, 2078721, 2363392, 2367284, 2375680,
+    2379777, 2719744, 2721793, 2799616, 2803713, 2805760, 2818049, 2902016, 2920164, 2922292, 2930404, 2932532, 2938612,
+    2940644, 2942772, 2954980, 2967348, 2971364, 2973492, 2977524, 2979620, 2981684, 2981972, 2984028, 2986084, 2988140,
+    2990196, 2992252, 2994308, 2996364, 2998420, 3000476, 3004580, 3006636, 3008692, 3010560, 3012796, 3014656, 3016900,
+    3018956, 3020800, 3024692, 3026660, 3026944, 3029140, 3031040, 3047425, 3102720, 3110913, 3119104, 3180340, 3195124,
+    3197180, 3199236, 3201024, 3211265, 3299548, 3301604, 3303660, 3305716, 3307772, 3309828, 3311884, 3313940, 3317556,
+    3321572, 3325748, 3335908, 3338036, 3342052, 3342338, 3362816, 3371009, 3375388, 3377153, 3579904, 3581953, 3585844,
+    3598336, 3604276, 3612388, 3614516, 3614721, 3620660, 3622912, 3626724, 3628852, 3632868, 3633153, 3637250, 3657729,
+    3663872, 3667969, 3670016, 3702785, 3705124, 3706881, 3770164, 3772132, 3774260, 3778276, 3780404, 3784420, 3790644,
+    3792612, 3796788, 3798756, 3800884, 3806948, 3809076, 3811044, 3813172, 3815140, 3817268, 3819236, 3821364, 3823616,
+    3827713, 4009984, 4032513, 4034560, 4063234, 4083713, 4153140, 4167396, 4169524, 4169729, 4173824, 4182017, 4184064,
+    4194305, 4241204, 4247553, 4251444, 4268033, 4271924, 4276225, 4280116, 4288512, 4325377, 4378340, 4382720, 4390913,
+    4413440, 4423681, 4472832, 4474881, 4487168, 4521985, 4608000, 4630324, 4657152, 4660964, 4663092, 4667108, 4669236,
+    4673252, 4675380, 4681444, 4686044, 4688100, 4690156, 4693812, 4699876, 4702004, 4706020, 4710196, 4718592, 4726785,
+    4837376, 4841532, 4843521, 4845568, 4876364, 4878336, 4882433, 4886324, 4888292, 4890420, 4892672, 4898821, 4915201,
+    4919296, 4927490, 4947968, 4950017, 4982784, 4990977, 5007360, 5011457, 5015552, 5019649, 5064704, 5066753, 5081088,
+    5083137, 5085184, 5091329, 5099520, 5103676, 5105665, 5107716, 5109760, 5138508, 5140481, 5142528, 5158916, 5160960,
+    5169157, 5173248, 5175301, 5177345, 5181440, 5189634, 5210113, 5214208, 5218306, 5230592, 5234689, 5236736, 5253121,
+    5265408, 5273601, 5277696, 5281793, 5326848, 5328897, 5343232, 5345281, 5347333, 5349376, 5351425, 5353477, 5355520,
+    5357569, 5361664, 5365820, 5367808, 5400652, 5402624, 5425157, 5431297, 5433344, 5435397, 5437440, 5451778, 5472256,
+    5476353, 5482496, 5515265, 5533696, 5535745, 5541888, 5543937, 5588992, 5591041, 5605376, 5607425, 5611520, 5613569,
+    5623808, 5627964, 5629953, 5632000, 5662796, 5664768, 5668865, 5670912, 5701633, 5705728, 5713922, 5734400, 5752833,
+    5754880, 5777409, 5793792, 5797889, 5801984, 5806081, 5851136, 5853185, 5867520, 5869569, 5873664, 5875713, 5885952,
+    5890108, 5892097, 5894148, 5896192, 5924940, 5926912, 5943300, 5947392, 5955589, 5959680, 5961729, 5967872, 5976066,
+    5996544, 5998593, 6000642, 6012928, 6035457, 6037504, 6039553, 6051840, 6057985, 6064128, 6066177, 6074368, 6080513,
+    6084608, 6086657, 6088704, 6090753, 6094848, 6100993, 6105088, 6111233, 6117376, 6123521, 6148096, 6156292, 6158336,
+    6187084, 6189056, 6193153, 6195200, 6207492, 6209536, 6238210, 6264832, 6301697, 6318080, 6320129, 6326272, 6328321,
+    6375424, 6377473, 6410240, 6416385, 6418432, 6449228, 6451200, 6466212, 6468316, 6469632, 6471681, 6477824, 6481921,
+    6483968, 6488065, 6492160, 6500354, 6520832, 6537218, 6551552, 6553601, 6555648, 6563841, 6580224, 6582273, 6588416,
+    6590465, 6637568, 6639617, 6660096, 6662145, 6672384, 6676540, 6678529, 6680576, 6688772, 6690816, 6711372, 6713344,
+    6727684, 6731776, 6744065, 6748160, 6750209, 6754304, 6762498, 6782976, 6785025, 6789120, 6823937, 6842368, 6844417,
+    6850560, 6852609, 6936576, 6940673, 6942724, 6944768, 6973516, 6975489, 6977536, 6987777, 6993924, 6995970, 7010305,
+    7016448, 7024642, 7063552, 7065601, 7077888, 7088129, 7124992, 7131137, 7180288, 7182337, 7200768, 7202817, 7204864,
+    7208961, 7223296, 7229516, 7231488, 7239684, 7241728, 7272452, 7274496, 7286786, 7307264, 7342081, 7440384, 7442433,
+    7446528, 7455548, 7458892, 7460864, 7471105, 7485440, 7488348, 7495680, 7503874, 7524352, 7604225, 7608320, 7610369,
+    7612416, 7614465, 7624704, 7626753, 7675904, 7677953, 7680000, 7682049, 7702528, 7704577, 7708672, 7717812, 7720960,
+    7727105, 7729152, 7733249, 7743488, 7745537, 7747584, 7750612, 7757824, 7766018, 7786496, 7790593, 7798784, 7864321,
+    7866368, 7915236, 7917568, 7929858, 7970816, 7974628, 7974912, 7978724, 7979008, 7982788, 7983104, 7995393, 8001541,
+    8003585, 8011776, 8013825, 8022021, 8024065, 8032261, 8034305, 8042501, 8044545, 8052741, 8054785, 8079365, 8081409,
+    8087552, 8096780, 8098836, 8099844, 8102948, 8103940, 8108032, 8110084, 8112128, 8115220, 8122368, 8127508, 8128516,
+    8132404, 8134732, 8136704, 8140596, 8142849, 8153088, 8165380, 8167424, 8185860, 8187904, 8196100, 8198144, 8206340,
+    8208384, 8216580, 8218624, 8243204, 8245248, 8271588, 8271872, 8388609, 8476672, 8482820, 8484864, 8501308, 8503296,
+    8505420, 8509440, 8517633, 8519682, 8540160, 8552449, 8564736, 8572929, 8581120, 8587265, 8589312, 8595457, 8599552,
+    8613889, 8620032, 8628225, 8654848, 8679140, 8679425, 8681472, 8683522, 8704000, 8716289, 8794112, 8796161, 8798208,
+    8808449, 8810496, 8814593, 8902656, 8904705, 9111557, 9154561, 9256965, 9312257, 9586688, 9588737, 9596928, 9601025,
+    9615360, 9617409, 9619456, 9621505, 9629696, 9633793, 9717760, 9719809, 9728000, 9732097, 9799680, 9801729, 9809920,
+    9814017, 9828352, 9830401, 9832448, 9834497, 9842688, 9846785, 9877504, 9879553, 9996288, 9998337, 10006528,
+    10010625, 10147840, 10153780, 10158080, 10176514, 10217472, 10223617, 10256384, 10289153, 10465280, 10469377,
+    10481664, 10487809, 11757568, 11761665, 11796483, 11798529, 11851776, 11862017, 12015616, 12021762, 12027905,
+    12044288, 12058625, 12095488, 12099660, 12101632, 12122113, 12161024, 12165196, 12167168, 12189697, 12226560,
+    12255233, 12281856, 12283905, 12290048, 12320769, 12427264, 12488780, 12490752, 12498945, 12500992, 12509185,
+    12513076, 12513280, 12517378, 12537856, 12550146, 12570624, 12615682, 12636160, 12648449, 12830720, 12845057,
+    12855296, 12859393, 12930852, 12931073, 12933120, 12943361, 13086720, 13107201, 13170688, 13225716, 13227828,
+    13229796, 13230080, 13250562, 13271041, 13332480, 13336577, 13346816, 13369345, 13459456, 13467649, 13520896,
+    13533186, 13555712, 13631489, 13680436, 13682404, 13682688, 13697025, 13805568, 13828172, 13830144, 13872948,
+    13887488, 13893348, 13893634, 13914112, 13926402, 13946880, 13973505, 13975552, 13993780, 14003940, 14016308,
+    14020324, 14020608, 14166017, 14262332, 14264324, 14266368, 14295116, 14297089, 14313472, 14319618, 14340096,
+    14376756, 14378724, 14380852, 14393344, 14424065, 14485504, 14504012, 14508032, 14512129, 14516226, 14536705,
+    14626876, 14628864, 14651468, 14655488, 14680065, 14753792, 14792764, 14794752, 14811138, 14831616, 14837761,
+    14843906, 14864385, 14938112, 14942209, 14964736, 14974977, 15063040, 15067137, 15073280, 15107892, 15112192,
+    15114252, 15118052, 15128372, 15132388, 15140660, 15140864, 15142924, 15157249, 15167204, 15167489, 15181620,
+    15181825, 15185920, 15189812, 15192065, 15194112, 15204353, 15599412, 15603428, 15605556, 15619812, 15621940,
+    15626068, 15627956, 15630052, 15631956, 15634228, 15708160, 15720244, 15722316, 15724260, 15726388, 15728356,
+    15728641, 16297984, 16302081, 16314368, 16318465, 16396288, 16400385, 16412672, 16416769, 16433152, 16435201,
+    16437248, 16439297, 16441344, 16443393, 16445440, 16447489, 16484357, 16486401, 16488453, 16490497, 16492549,
+    16494593, 16496645, 16498689, 16500741, 16502785, 16504837, 16506881, 16508933, 16510976, 16515073, 16623616,
+    16625665, 16635909, 16637953, 16640000, 16642053, 16644096, 16650241, 16656384, 16658433, 16664581, 16666625,
+    16668677, 16670721, 16672768, 16678913, 16685061, 16687104, 16691201, 16701445, 16703488, 16711681, 16717829,
+    16719873, 16734213, 16736257, 16738304, 16740356, 16744448, 16748545, 16754688, 16756737, 16762885, 16764929,
+    16766981, 16769025, 16771076, 16773120, 16777223, 16781315, 16799744, 16859139, 16863232, 16873475, 16875520,
+    16971779, 16973824, 17006594, 17008641, 17010688, 17014786, 17027072, 17037313, 17039362, 17059840, 17072129,
+    17098752, 17205044, 17207308, 17213236, 17219596, 17227572, 17229824, 17239860, 17240064, 17246220, 17252148,
+    17254116, 17256244, 17256460, 17262308, 17270580, 17270784, 17305601, 17307648, 17315841, 17317888, 17321985,
+    17342464, 17344513, 17346560, 17352705, 17362944, 17375233, 17377280, 17379333, 17381376, 17383425, 17385472,
+    17387525, 17391617, 17395712, 17397761, 17420288, 17424385, 17432576, 17442817, 17453056, 17461249, 17463296,
+    17465346, 17569793, 17573890, 17584128, 18434052, 18438144, 19070978, 19193856, 19353602, 19398656, 20688898,
+    20750336, 22470660, 22472704, 23068673, 23537664, 23549953, 23559988, 23564289, 23568384, 23586818, 23588864,
+    23592961, 23670784, 23672833, 23674880, 23685121, 23687168, 23691265, 23805952, 23820289, 23822336, 23853132,
+    23855105, 23902208, 23920641, 23934976, 23937025, 23951360, 23953409, 23967744, 23969793, 23984128, 23986177,
+    24000512, 24002561, 24016896, 24018945, 24033280, 24035329, 24049664, 24053556, 24117248, 24213505, 24215552,
+    25165827, 25167872, 25176065, 25180162, 25182208, 25233410, 25253588, 25255716, 25257796, 25259764, 25261828,
+    25264128, 25266177, 25276416, 25280514, 25286657, 25290752, 25298945, 25475072, 25479236, 25483264, 25487361,
+    25493504, 25495553, 25679872, 25681921, 25690112, 25700353, 25788416, 25790465, 25982976, 25989122, 25997312,
+    26017793, 26083328, 26181633, 26214400, 26279938, 26300416, 26361858, 26378240, 26380290, 26411008, 26476546,
+    26497024, 26576898, 26607616, 27262977, 40763392, 40894465, 86272000, 86409217, 86503424, 86507521, 87058432,
+    87064577, 87097346, 87117825, 87121920, 87162881, 87260980, 87261184, 87271220, 87289856, 87291905, 87357236,
+    87359489, 87502850, 87525172, 87527424, 87603201, 87621632, 87625729, 87836672, 87840769, 87977984, 87982081,
+    87986176, 87988225, 87990272, 87992321, 88008704, 88051713, 88084480, 88086529, 88092748, 88094721, 88102912,
+    88104961, 88152064, 88178690, 88190976, 88211457, 88317952, 88346625, 88449024, 88481868, 88483840, 88506370,
+    88526848, 88540980, 88576001, 88588288, 88594433, 88596480, 88598529, 88602624, 88604674, 88625153, 88682496,
+    88694500, 88698880, 88702977, 88750080, 88774732, 88776704, 88801281, 88860672, 88875009, 88971324, 88973312,
+    88997964, 88999936, 89028609, 89030658, 89051136, 89063425, 89073664, 89075713, 89096194, 89116673, 89126912,
+    89128961, 89212928, 89260033, 89266176, 89268225, 89284608, 89292802, 89313280, 89325569, 89372672, 89378817,
+    89380864, 89387009, 89491252, 89491457, 89495348, 89499364, 89499649, 89505588, 89507841, 89519924, 89522177,
+    89526068, 89526273, 89528320, 89577473, 89583616, 89587713, 89610240, 89624577, 89630720, 89632844, 89634816,
+    89655297, 89667584, 89671681, 89683968, 89688065, 89700352, 89718785, 89733120, 89735169, 89749504, 89751553,
+    89839616, 89841665, 89870336, 89882625, 90118144, 90138700, 90140672, 90144770, 90165248, 90177537, 113057792,
+    113082369, 113129472, 113137665, 113238016, 130547717, 131100673, 131104773, 131106817, 131108869, 131110913,
+    131115013, 131135489, 131137541, 131139585, 131141637, 131143681, 131147781, 131151873, 131158021, 131297280,
+    131301381, 131518464, 131596289, 131610624, 131635201, 131645440, 131655685, 131657940, 131659781, 131661825,
+    131680256, 131682309, 131708928, 131710981, 131721216, 131723269, 131725312, 131727365, 131731456, 131733509,
+    131737600, 131739653, 131758081, 131960832, 132028417, 132771840, 132808705, 132939776, 132943873, 133054464,
+    133136385, 133160960, 133236532, 133250788, 133265204, 133267456, 133398529, 133408768, 133410817, 133687296,
+    133726210, 133746688, 133761025, 133814272, 133826561, 133879808, 133902337, 134084608, 134090753, 134103040,
+    134107137, 134119424, 134123521, 134135808, 134139905, 134146048, 134217729, 134242304, 134244353, 134297600,
+    134299649, 134338560, 134340609, 134344704, 134346753, 134377472, 134381569, 134410240, 134479873, 134731776,
+    134756354, 134848512, 134873090, 134989824, 135024642, 135028736, 135261924, 135262208, 135528449, 135587840,
+    135593985, 135694336, 135726820, 135727106, 135782400, 135790593, 135856130, 135864320, 135882753, 135923714,
+    135925761, 135942146, 135944192, 135954433, 136034100, 136042496, 136052737, 136114176, 136118273, 136192000,
+    136200193, 136216576, 136218626, 136228864, 136314881, 136638464, 136642562, 136663040, 136675329, 136749056,
+    136757249, 136830976, 136839169, 136921088, 136937473, 137043968, 137068545, 137091072, 137093121, 137123840,
+    137125889, 137140224, 137142273, 137146368, 137148417, 137170944, 137172993, 137203712, 137205761, 137220096,
+    137222145, 137226240, 137232385, 137338880, 137363457, 138000384, 138018817, 138063872, 138084353, 138100736,
+    138149889, 138162176, 138164225, 138250240, 138252289, 138270720, 138412033, 138424320, 138428417, 138430464,
+    138432513, 138522624, 138524673, 138528768, 138534913, 138536960, 138541057, 138588160, 138592258, 138608641,
+    138655744, 138659842, 138674177, 138737664, 138754050, 138772480, 138870785, 138909696, 138911745, 138915840,
+    138926082, 138936321, 138981378, 138993664, 139001857, 139055104, 139198465, 139313152, 139321346, 139325441,
+    139329538, 139362304, 139366402, 139460609, 139462656, 139488996, 139489280, 139493172, 139493377, 139501568,
+    139503617, 139509760, 139511809, 139571200, 139577140, 139577356, 139581156, 139581440, 139589708, 139591682,
+    139610112, 139657217, 139716610, 139720704, 139722753, 139782146, 139788288, 139853825, 139870208, 139872257,
+    139931444, 139933412, 139933696, 139941890, 139952128, 139984897, 140095488, 140115969, 140161024, 140165122,
+    140181505, 140220416, 140230658, 140247041, 140283904, 140331010, 140345344, 140509185, 140658688, 140771329,
+    140875776, 140902401, 141006848, 141021186, 141033473, 141107200, 141131778, 141152256, 141164546, 141185025,
+    141242368, 141260801, 141307904, 141754370, 141817856, 141819905, 141905920, 141918209, 141922304, 141955073,
+    141961216, 142082049, 142141442, 142161921, 142163968, 142180353, 142225408, 142247938, 142256128, 142311425,
+    142348288, 142442497, 142485506, 142499840, 142540801, 142587904, 142612481, 142721024, 142749772, 142751744,
+    142774274, 142835712, 142837761, 142841856, 142845953, 142848000, 142866508, 142868480, 142874625, 142966784,
+    142985292, 142987324, 142989312, 143032321, 143083520, 143097858, 143118336, 143132468, 143136769, 143210500,
+    143212544, 143235148, 143239168, 143241218, 143261696, 143269889, 143271936, 143276033, 143278080, 143294465,
+    143366204, 143368192, 143372289, 143374336, 143398913, 143497216, 143523916, 143525889, 143534080, 143544380,
+    143546368, 143556610, 143577089, 143579136, 143581185, 143583232, 143591426, 143632384, 143654913, 143691776,
+    143693825, 143745024, 143763532, 143765564, 143767552, 143783937, 143788032, 143917057, 143931392, 143933441,
+    143935488, 143937537, 143945728, 143947777, 143978496, 143980545, 144001024, 144015361, 144111616, 144132156,
+    144134220, 144136192, 144146434, 144166912, 144189441, 144205824, 144209921, 144214016, 144218113, 144263168,
+    144265217, 144279552, 144281601, 144285696, 144287745, 144297984, 144302140, 144304129, 144306180, 144308224,
+    144336972, 144338944, 144343041, 144345088, 144357380, 144359424, 144369665, 144379904, 144389940, 144402432,
+    144410420, 144418816, 144441345, 144461824, 144463873, 144465920, 144470017, 144472064, 144474113, 144551936,
+    144553985, 144556032, 144607233, 144609280, 144611329, 144613376, 144703489, 144812032, 144838732, 144840704,
+    144846908, 144848897, 144857088, 144867330, 144887808, 144898049, 144904192, 144965633, 145063940, 145065984,
+    145084420, 145086464, 145090564, 145092608, 145100876, 145102908, 145104897, 145108992, 145111041, 145113088,
+    145129474, 145149952, 145489921, 145586180, 145588224, 145619020, 145621052, 145623040, 145670145, 145678336,
+    145752065, 145850368, 145881164, 145883136, 145891329, 145893376, 145915906, 145936384, 146014209, 146102272,
+    146124876, 146126908, 146128897, 146130944, 146145282, 146165760, 146178050, 146219008, 146276353, 146331648,
+    146364492, 146366464, 146374658, 146399232, 146407425, 146421760, 146800641, 146890752, 147128321, 147259394,
+    147298304, 147322881, 147339264, 147343361, 147345408, 147349505, 147365888, 147367937, 147372032, 147374081,
+    147423232, 147453953, 147456000, 147458049, 147460096, 147488770, 147509248, 147652609, 147668992, 147673089,
+    147752960, 147785729, 147787776, 147789825, 147791872, 147849217, 147851264, 147871745, 147953664, 147968001,
+    147970048, 148013057, 148015104, 148037633, 148131840, 148170753, 148172800, 148209665, 148359168, 148766721,
+    148834304, 148865026, 148885504, 148897793, 148916224, 148918273, 148994048, 149026892, 149028865, 149030912,
+    149061634, 149121024, 149131265, 149192704, 149422081, 149436416, 149438465, 149442560, 149444609, 149522432,
+    149565441, 149567488, 149585922, 149606400, 149618689, 149630976, 149633025, 149637120, 149639169, 149704704,
+    149733377, 149735424, 149749762, 149770240, 150405121, 150444032, 150474753, 150476800, 150478849, 150505472,
+    150507521, 150577152, 150634498, 150654976, 150831105, 150833152, 150863874, 150906880, 150994945, 152883200,
+    153092098, 153319424, 153354241, 153755648, 159154177, 159352832, 159383553, 161579008, 161613825, 161626112,
+    161677313, 169859072, 169869313, 171063296, 185073665, 185135104, 185171970, 185192448, 188743681, 189908992,
+    189923329, 189986816, 189988866, 190009344, 190021633, 190183424, 190185474, 190205952, 190218241, 190279680,
+    190283788, 190294016, 190316545, 190416692, 190429184, 190447617, 190455808, 190480386, 190500864, 190502914,
+    190517248, 190519297, 190562304, 190572545, 190611456, 191496193, 191588352, 191594498, 191614976, 192020481,
+    192151554, 192198656, 192413697, 192567296, 192577537, 192579584, 192714753, 192741376, 192872449, 192876544,
+    192878593, 192880640, 192937985, 205504512, 205520897, 208056320, 208140289, 208160768, 226459649, 226467840,
+    226469889, 226484224, 226486273, 226490368, 226492417, 227088384, 227119105, 227121152, 227180545, 227186688,
+    227190785, 227192832, 227221505, 227229696, 227246081, 228057088, 232783873, 233003008, 233013249, 233039872,
+    233046017, 233064448, 233078785, 233099264, 233107468, 233109504, 241664002, 241684480, 243986436, 244002500,
+    244004876, 244011008, 244018964, 244020932, 244029440, 244047588, 244062208, 244068148, 244078308, 244080640,
+    244143924, 244150272, 244176900, 244189184, 244455220, 244459520, 244711426, 244752384, 244776962, 244817920,
+    245039106, 245090304, 245366785, 245540864, 245542913, 245688320, 245690369, 245694464, 245698561, 245700608,
+    245704705, 245708800, 245712897, 245721088, 245723137, 245747712, 245749761, 245751808, 245753857, 245768192,
+    245770241, 245903360, 245905409, 245913600, 245917697, 245934080, 245936129, 245950464, 245952513, 246009856,
+    246011905, 246020096, 246022145, 246032384, 246034433, 246036480, 246042625, 246056960, 246059009, 246755328,
+    246759425, 246810624, 246812673, 246863872, 246865921, 246929408, 246931457, 246982656, 246984705, 247048192,
+    247050241, 247101440, 247103489, 247166976, 247169025, 247220224, 247222273, 247285760, 247287809, 247339008,
+    247341057, 247357440, 247361538, 247463936, 251133953, 251197440, 251209729, 251222016, 251660084, 251672576,
+    251676468, 251709440, 251715380, 251727872, 251731764, 251734016, 251737908, 251746304, 251756545, 251883520,
+    252182529, 252274688, 252295169, 252309504, 252313602, 252334080, 252342273, 252344320, 253001729, 253063168,
+    253100033, 253190144, 253198338, 253218816, 254181377, 254238720, 254246914, 254267392, 254705665, 254767104,
+    254771201, 254773250, 254793728, 255787009, 255801344, 255803393, 255811584, 255813633, 255817728, 255819777,
+    255850496, 255852545, 256256000, 256260098, 256280292, 256292864, 256376833, 256517940, 256528444, 256530433,
+    256532480, 256540674, 256561152, 258181122, 258301952, 258304002, 258310144, 258312194, 258320384, 258476034,
+    258568192, 258570242, 258600960, 258998273, 259006464, 259008513, 259063808, 259065857, 259069952, 259072001,
+    259074048, 259078145, 259080192, 259082241, 259102720, 259104769, 259112960, 259115009, 259117056, 259119105,
+    259121152, 259133441, 259135488, 259143681, 259145728, 259147777, 259149824, 259151873, 259153920, 259155969,
+    259162112, 259164161, 259168256, 259170305, 259172352, 259176449, 259178496, 259180545, 259182592, 259184641,
+    259186688, 259188737, 259190784, 259192833, 259194880, 259196929, 259201024, 259203073, 259205120, 259209217,
+    259217408, 259219457, 259233792, 259235841, 259244032, 259246081, 259254272, 259256321, 259258368, 259260417,
+    259280896, 259282945, 259317760, 259328001, 259334144, 259336193, 259346432, 259348481, 259383296, 260571138,
+    260597760, 266305538, 266326016, 268435457, 355926016, 355991553, 364498944, 364511233, 364965888, 364969985,
+    376770560, 376799233, 392103936, 392134657, 393408512, 398458885, 399568896, 402653185, 412768256, 412778497,
+    421363712,
+};
+/* Canonical decompositions: runs of consecutive codes as (first code, index), then [index] -> first, second
+   (0: none); and the indices of those that NFC composes, ordered by (first, second). */
+static const uint32_t qwen3i_uc_runs[462] = {
+    192, 0, 199, 6, 209, 15, 217, 21, 224, 26, 231, 32, 241, 41, 249, 47, 255, 52, 274, 69, 296, 89, 308, 98, 313, 102,
+    323, 108, 332, 114, 340, 120, 360, 138, 416, 161, 431, 163, 461, 165, 478, 181, 486, 187, 500, 198, 504, 200, 542,
+    236, 550, 238, 832, 252, 835, 254, 884, 256, 894, 257, 901, 258, 908, 264, 910, 265, 938, 268, 970, 275, 979, 280,
+    1024, 282, 1027, 284, 1031, 285, 1036, 286, 1049, 289, 1081, 290, 1104, 291, 1107, 293, 1111, 294, 1116, 295, 1142,
+    298, 1217, 300, 1232, 302, 1238, 306, 1242, 308, 1250, 314, 1258, 320, 1272, 332, 1570, 334, 1728, 339, 1730, 340,
+    1747, 341, 2345, 342, 2353, 343, 2356, 344, 2392, 345, 2507, 353, 2524, 355, 2527, 357, 2611, 358, 2614, 359, 2649,
+    360, 2654, 363, 2888, 364, 2891, 365, 2908, 367, 2964, 369, 3018, 370, 3144, 373, 3264, 374, 3271, 375, 3274, 377,
+    3402, 379, 3546, 382, 3548, 383, 3907, 386, 3917, 387, 3922, 388, 3927, 389, 3932, 390, 3945, 391, 3955, 392, 3957,
+    393, 3960, 395, 3969, 396, 3987, 397, 3997, 398, 4002, 399, 4007, 400, 4012, 401, 4025, 402, 4134, 403, 6918, 404,
+    6920, 405, 6922, 406, 6924, 407, 6926, 408, 6930, 409, 6971, 410, 6973, 411, 6976, 412, 6979, 414, 7680, 415, 7835,
+    569, 7840, 570, 7936, 660, 7960, 682, 7968, 688, 8008, 726, 8016, 732, 8025, 740, 8027, 741, 8029, 742, 8031, 743,
+    8064, 774, 8118, 827, 8126, 834, 8129, 835, 8134, 839, 8150, 853, 8157, 859, 8178, 878, 8182, 881, 8192, 889, 8486,
+    891, 8490, 892, 8602, 894, 8622, 896, 8653, 897, 8708, 900, 8713, 901, 8716, 902, 8740, 903, 8742, 904, 8769, 905,
+    8772, 906, 8775, 907, 8777, 908, 8800, 909, 8802, 910, 8813, 911, 8820, 916, 8824, 918, 8832, 920, 8836, 922, 8840,
+    924, 8876, 926, 8928, 930, 8938, 934, 9001, 938, 10972, 940, 12364, 941, 12366, 942, 12368, 943, 12370, 944, 12372,
+    945, 12374, 946, 12376, 947, 12378, 948, 12380, 949, 12382, 950, 12384, 951, 12386, 952, 12389, 953, 12391, 954,
+    12393, 955, 12400, 956, 12403, 958, 12406, 960, 12409, 962, 12412, 964, 12436, 966, 12446, 967, 12460, 968, 12462,
+    969, 12464, 970, 12466, 971, 12468, 972, 12470, 973, 12472, 974, 12474, 975, 12476, 976, 12478, 977, 12480, 978,
+    12482, 979, 12485, 980, 12487, 981, 12489, 982, 12496, 983, 12499, 985, 12502, 987, 12505, 989, 12508, 991, 12532,
+    993, 12535, 994, 12542, 998, 63744, 999, 64016, 1269, 64018, 1270, 64021, 1271, 64032, 1281, 64034, 1282, 64037,
+    1283, 64042, 1285, 64112, 1353, 64285, 1459, 64287, 1460, 64298, 1461, 64312, 1474, 64318, 1479, 64320, 1480, 64323,
+    1482, 64326, 1484, 69786, 1493, 69788, 1494, 69803, 1495, 69934, 1496, 70475, 1498, 70843, 1500, 70846, 1502, 71098,
+    1503, 119134, 1505, 119227, 1512, 194560, 1518, 1114112, 2060,
+};
+static const uint32_t qwen3i_uc_first[2060] = {
+    65, 65, 65, 65, 65, 65, 67, 69, 69, 69, 69, 73, 73, 73, 73, 78, 79, 79, 79, 79, 79, 85, 85, 85, 85, 89, 97, 97, 97,
+    97, 97, 97, 99, 101, 101, 101, 101, 105, 105, 105, 105, 110, 111, 111, 111, 111, 111, 117, 117, 117, 117, 121, 121,
+    65, 97, 65, 97, 65, 97, 67, 99, 67, 99, 67, 99, 67, 99, 68, 100, 69, 101, 69, 101, 69, 101, 69, 101, 69, 101, 71,
+    103, 71, 103, 71, 103, 71, 103, 72, 104, 73, 105, 73, 105, 73, 105, 73, 105, 73, 74, 106, 75, 107, 76, 108, 76, 108,
+    76, 108, 78, 110, 78, 110, 78, 110, 79, 111, 79, 111, 79, 111, 82, 114, 82, 114, 82, 114, 83, 115, 83, 115, 83, 115,
+    83, 115, 84, 116, 84, 116, 85, 117, 85, 117, 85, 117, 85, 117, 85, 117, 85, 117, 87, 119, 89, 121, 89, 90, 122, 90,
+    122, 90, 122, 79, 111, 85, 117, 65, 97, 73, 105, 79, 111, 85, 117, 220, 252, 220, 252, 220, 252, 220, 252, 196, 228,
+    550, 551, 198, 230, 71, 103, 75, 107, 79, 111, 490, 491, 439, 658, 106, 71, 103, 78, 110, 197, 229, 198, 230, 216,
+    248, 65, 97, 65, 97, 69, 101, 69, 101, 73, 105, 73, 105, 79, 111, 79, 111, 82, 114, 82, 114, 85, 117, 85, 117, 83,
+    115, 84, 116, 72, 104, 65, 97, 69, 101, 214, 246, 213, 245, 79, 111, 558, 559, 89, 121, 768, 769, 787, 776, 697, 59,
+    168, 913, 183, 917, 919, 921, 927, 933, 937, 970, 921, 933, 945, 949, 951, 953, 971, 953, 965, 959, 965, 969, 978,
+    978, 1045, 1045, 1043, 1030, 1050, 1048, 1059, 1048, 1080, 1077, 1077, 1075, 1110, 1082, 1080, 1091, 1140, 1141,
+    1046, 1078, 1040, 1072, 1040, 1072, 1045, 1077, 1240, 1241, 1046, 1078, 1047, 1079, 1048, 1080, 1048, 1080, 1054,
+    1086, 1256, 1257, 1069, 1101, 1059, 1091, 1059, 1091, 1059, 1091, 1063, 1095, 1067, 1099, 1575, 1575, 1608, 1575,
+    1610, 1749, 1729, 1746, 2344, 2352, 2355, 2325, 2326, 2327, 2332, 2337, 2338, 2347, 2351, 2503, 2503, 2465, 2466,
+    2479, 2610, 2616, 2582, 2583, 2588, 2603, 2887, 2887, 2887, 2849, 2850, 2962, 3014, 3015, 3014, 3142, 3263, 3270,
+    3270, 3270, 3274, 3398, 3399, 3398, 3545, 3545, 3548, 3545, 3906, 3916, 3921, 3926, 3931, 3904, 3953, 3953, 4018,
+    4019, 3953, 3986, 3996, 4001, 4006, 4011, 3984, 4133, 6917, 6919, 6921, 6923, 6925, 6929, 6970, 6972, 6974, 6975,
+    6978, 65, 97, 66, 98, 66, 98, 66, 98, 199, 231, 68, 100, 68, 100, 68, 100, 68, 100, 68, 100, 274, 275, 274, 275, 69,
+    101, 69, 101, 552, 553, 70, 102, 71, 103, 72, 104, 72, 104, 72, 104, 72, 104, 72, 104, 73, 105, 207, 239, 75, 107,
+    75, 107, 75, 107, 76, 108, 7734, 7735, 76, 108, 76, 108, 77, 109, 77, 109, 77, 109, 78, 110, 78, 110, 78, 110, 78,
+    110, 213, 245, 213, 245, 332, 333, 332, 333, 80, 112, 80, 112, 82, 114, 82, 114, 7770, 7771, 82, 114, 83, 115, 83,
+    115, 346, 347, 352, 353, 7778, 7779, 84, 116, 84, 116, 84, 116, 84, 116, 85, 117, 85, 117, 85, 117, 360, 361, 362,
+    363, 86, 118, 86, 118, 87, 119, 87, 119, 87, 119, 87, 119, 87, 119, 88, 120, 88, 120, 89, 121, 90, 122, 90, 122, 90,
+    122, 104, 116, 119, 121, 383, 65, 97, 65, 97, 194, 226, 194, 226, 194, 226, 194, 226, 7840, 7841, 258, 259, 258,
+    259, 258, 259, 258, 259, 7840, 7841, 69, 101, 69, 101, 69, 101, 202, 234, 202, 234, 202, 234, 202, 234, 7864, 7865,
+    73, 105, 73, 105, 79, 111, 79, 111, 212, 244, 212, 244, 212, 244, 212, 244, 7884, 7885, 416, 417, 416, 417, 416,
+    417, 416, 417, 416, 417, 85, 117, 85, 117, 431, 432, 431, 432, 431, 432, 431, 432, 431, 432, 89, 121, 89, 121, 89,
+    121, 89, 121, 945, 945, 7936, 7937, 7936, 7937, 7936, 7937, 913, 913, 7944, 7945, 7944, 7945, 7944, 7945, 949, 949,
+    7952, 7953, 7952, 7953, 917, 917, 7960, 7961, 7960, 7961, 951, 951, 7968, 7969, 7968, 7969, 7968, 7969, 919, 919,
+    7976, 7977, 7976, 7977, 7976, 7977, 953, 953, 7984, 7985, 7984, 7985, 7984, 7985, 921, 921, 7992, 7993, 7992, 7993,
+    7992, 7993, 959, 959, 8000, 8001, 8000, 8001, 927, 927, 8008, 8009, 8008, 8009, 965, 965, 8016, 8017, 8016, 8017,
+    8016, 8017, 933, 8025, 8025, 8025, 969, 969, 8032, 8033, 8032, 8033, 8032, 8033, 937, 937, 8040, 8041, 8040, 8041,
+    8040, 8041, 945, 940, 949, 941, 951, 942, 953, 943, 959, 972, 965, 973, 969, 974, 7936, 7937, 7938, 7939, 7940,
+    7941, 7942, 7943, 7944, 7945, 7946, 7947, 7948, 7949, 7950, 7951, 7968, 7969, 7970, 7971, 7972, 7973, 7974, 7975,
+    7976, 7977, 7978, 7979, 7980, 7981, 7982, 7983, 8032, 8033, 8034, 8035, 8036, 8037, 8038, 8039, 8040, 8041, 8042,
+    8043, 8044, 8045, 8046, 8047, 945, 945, 8048, 945, 940, 945, 8118, 913, 913, 913, 902, 913, 953, 168, 8052, 951,
+    942, 951, 8134, 917, 904, 919, 905, 919, 8127, 8127, 8127, 953, 953, 970, 912, 953, 970, 921, 921, 921, 906, 8190,
+    8190, 8190, 965, 965, 971, 944, 961, 961, 965, 971, 933, 933, 933, 910, 929, 168, 901, 96, 8060, 969, 974, 969,
+    8182, 927, 908, 937, 911, 937, 180, 8194, 8195, 937, 75, 197, 8592, 8594, 8596, 8656, 8660, 8658, 8707, 8712, 8715,
+    8739, 8741, 8764, 8771, 8773, 8776, 61, 8801, 8781, 60, 62, 8804, 8805, 8818, 8819, 8822, 8823, 8826, 8827, 8834,
+    8835, 8838, 8839, 8866, 8872, 8873, 8875, 8828, 8829, 8849, 8850, 8882, 8883, 8884, 8885, 12296, 12297, 10973,
+    12363, 12365, 12367, 12369, 12371, 12373, 12375, 12377, 12379, 12381, 12383, 12385, 12388, 12390, 12392, 12399,
+    12399, 12402, 12402, 12405, 12405, 12408, 12408, 12411, 12411, 12358, 12445, 12459, 12461, 12463, 12465, 12467,
+    12469, 12471, 12473, 12475, 12477, 12479, 12481, 12484, 12486, 12488, 12495, 12495, 12498, 12498, 12501, 12501,
+    12504, 12504, 12507, 12507, 12454, 12527, 12528, 12529, 12530, 12541, 35912, 26356, 36554, 36040, 28369, 20018,
+    21477, 40860, 40860, 22865, 37329, 21895, 22856, 25078, 30313, 32645, 34367, 34746, 35064, 37007, 27138, 27931,
+    28889, 29662, 33853, 37226, 39409, 20098, 21365, 27396, 29211, 34349, 40478, 23888, 28651, 34253, 35172, 25289,
+    33240, 34847, 24266, 26391, 28010, 29436, 37070, 20358, 20919, 21214, 25796, 27347, 29200, 30439, 32769, 34310,
+    34396, 36335, 38706, 39791, 40442, 30860, 31103, 32160, 33737, 37636, 40575, 35542, 22751, 24324, 31840, 32894,
+    29282, 30922, 36034, 38647, 22744, 23650, 27155, 28122, 28431, 32047, 32311, 38475, 21202, 32907, 20956, 20940,
+    31260, 32190, 33777, 38517, 35712, 25295, 27138, 35582, 20025, 23527, 24594, 29575, 30064, 21271, 30971, 20415,
+    24489, 19981, 27852, 25976, 32034, 21443, 22622, 30465, 33865, 35498, 27578, 36784, 27784, 25342, 33509, 25504,
+    30053, 20142, 20841, 20937, 26753, 31975, 33391, 35538, 37327, 21237, 21570, 22899, 24300, 26053, 28670, 31018,
+    38317, 39530, 40599, 40654, 21147, 26310, 27511, 36706, 24180, 24976, 25088, 25754, 28451, 29001, 29833, 31178,
+    32244, 32879, 36646, 34030, 36899, 37706, 21015, 21155, 21693, 28872, 35010, 35498, 24265, 24565, 25467, 27566,
+    31806, 29557, 20196, 22265, 23527, 23994, 24604, 29618, 29801, 32666, 32838, 37428, 38646, 38728, 38936, 20363,
+    31150, 37300, 38584, 24801, 20102, 20698, 23534, 23615, 26009, 27138, 29134, 30274, 34044, 36988, 40845, 26248,
+    38446, 21129, 26491, 26611, 27969, 28316, 29705, 30041, 30827, 32016, 39006, 20845, 25134, 38520, 20523, 23833,
+    28138, 36650, 24459, 24900, 26647, 29575, 38534, 21033, 21519, 23653, 26131, 26446, 26792, 27877, 29702, 30178,
+    32633, 35023, 35041, 37324, 38626, 21311, 28346, 21533, 29136, 29848, 34298, 38563, 40023, 40607, 26519, 28107,
+    33256, 31435, 31520, 31890, 29376, 28825, 35672, 20160, 33590, 21050, 20999, 24230, 25299, 31958, 23429, 27934,
+    26292, 36667, 34892, 38477, 35211, 24275, 20800, 21952, 22618, 26228, 20958, 29482, 30410, 31036, 31070, 31077,
+    31119, 38742, 31934, 32701, 34322, 35576, 36920, 37117, 39151, 39164, 39208, 40372, 37086, 38583, 20398, 20711,
+    20813, 21193, 21220, 21329, 21917, 22022, 22120, 22592, 22696, 23652, 23662, 24724, 24936, 24974, 25074, 25935,
+    26082, 26257, 26757, 28023, 28186, 28450, 29038, 29227, 29730, 30865, 31038, 31049, 31048, 31056, 31062, 31069,
+    31117, 31118, 31296, 31361, 31680, 32244, 32265, 32321, 32626, 32773, 33261, 33401, 33401, 33879, 35088, 35222,
+    35585, 35641, 36051, 36104, 36790, 36920, 38627, 38911, 38971, 24693, 148206, 33304, 20006, 20917, 20840, 20352,
+    20805, 20864, 21191, 21242, 21917, 21845, 21913, 21986, 22618, 22707, 22852, 22868, 23138, 23336, 24274, 24281,
+    24425, 24493, 24792, 24910, 24840, 24974, 24928, 25074, 25140, 25540, 25628, 25682, 25942, 26228, 26391, 26395,
+    26454, 27513, 27578, 27969, 28379, 28363, 28450, 28702, 29038, 30631, 29237, 29359, 29482, 29809, 29958, 30011,
+    30237, 30239, 30410, 30427, 30452, 30538, 30528, 30924, 31409, 31680, 31867, 32091, 32244, 32574, 32773, 33618,
+    33775, 34681, 35137, 35206, 35222, 35519, 35576, 35531, 35585, 35582, 35565, 35641, 35722, 36104, 36664, 36978,
+    37273, 37494, 38524, 38627, 38742, 38875, 38911, 38923, 38971, 39698, 40860, 141386, 141380, 144341, 15261, 16408,
+    16441, 152137, 154832, 163539, 40771, 40846, 1497, 1522, 1513, 1513, 64329, 64329, 1488, 1488, 1488, 1489, 1490,
+    1491, 1492, 1493, 1494, 1496, 1497, 1498, 1499, 1500, 1502, 1504, 1505, 1507, 1508, 1510, 1511, 1512, 1513, 1514,
+    1493, 1489, 1499, 1508, 69785, 69787, 69797, 69937, 69938, 70471, 70471, 70841, 70841, 70841, 71096, 71097, 119127,
+    119128, 119135, 119135, 119135, 119135, 119135, 119225, 119226, 119227, 119228, 119227, 119228, 20029, 20024, 20033,
+    131362, 20320, 20398, 20411, 20482, 20602, 20633, 20711, 20687, 13470, 132666, 20813, 20820, 20836, 20855, 132380,
+    13497, 20839, 20877, 132427, 20887, 20900, 20172, 20908, 20917, 168415, 20981, 20995, 13535, 21051, 21062, 21106,
+    21111, 13589, 21191, 21193, 21220, 21242, 21253, 21254, 21271, 21321, 21329, 21338, 21363, 21373, 21375, 21375,
+    21375, 133676, 28784, 21450, 21471, 133987, 21483, 21489, 21510, 21662, 21560, 21576, 21608, 21666, 21750, 21776,
+    21843, 21859, 21892, 21892, 21913, 21931, 21939, 21954, 22294, 22022, 22295, 22097, 22132, 20999, 22766, 22478,
+    22516, 22541, 22411, 22578, 22577, 22700, 136420, 22770, 22775, 22790, 22810, 22818, 22882, 136872, 136938, 23020,
+    23067, 23079, 23000, 23142, 14062, 14076, 23304, 23358, 23358, 137672, 23491, 23512, 23527, 23539, 138008, 23551,
+    23558, 24403, 23586, 14209, 23648, 23662, 23744, 23693, 138724, 23875, 138726, 23918, 23915, 23932, 24033, 24034,
+    14383, 24061, 24104, 24125, 24169, 14434, 139651, 14460, 24240, 24243, 24246, 24266, 172946, 24318, 140081, 140081,
+    33281, 24354, 24354, 14535, 144056, 156122, 24418, 24427, 14563, 24474, 24525, 24535, 24569, 24705, 14650, 14620,
+    24724, 141012, 24775, 24904, 24908, 24910, 24908, 24954, 24974, 25010, 24996, 25007, 25054, 25074, 25078, 25104,
+    25115, 25181, 25265, 25300, 25424, 142092, 25405, 25340, 25448, 25475, 25572, 142321, 25634, 25541, 25513, 14894,
+    25705, 25726, 25757, 25719, 14956, 25935, 25964, 143370, 26083, 26360, 26185, 15129, 26257, 15112, 15076, 20882,
+    20885, 26368, 26268, 32941, 17369, 26391, 26395, 26401, 26462, 26451, 144323, 15177, 26618, 26501, 26706, 26757,
+    144493, 26766, 26655, 26900, 15261, 26946, 27043, 27114, 27304, 145059, 27355, 15384, 27425, 145575, 27476, 15438,
+    27506, 27551, 27578, 27579, 146061, 138507, 146170, 27726, 146620, 27839, 27853, 27751, 27926, 27966, 28023, 27969,
+    28009, 28024, 28037, 146718, 27956, 28207, 28270, 15667, 28363, 28359, 147153, 28153, 28526, 147294, 147342, 28614,
+    28729, 28702, 28699, 15766, 28746, 28797, 28791, 28845, 132389, 28997, 148067, 29084, 148395, 29224, 29237, 29264,
+    149000, 29312, 29333, 149301, 149524, 29562, 29579, 16044, 29605, 16056, 16056, 29767, 29788, 29809, 29829, 29898,
+    16155, 29988, 150582, 30014, 150674, 30064, 139679, 30224, 151457, 151480, 151620, 16380, 16392, 30452, 151795,
+    151794, 151833, 151859, 30494, 30495, 30495, 30538, 16441, 30603, 16454, 16534, 152605, 30798, 30860, 30924, 16611,
+    153126, 31062, 153242, 153285, 31119, 31211, 16687, 31296, 31306, 31311, 153980, 154279, 154279, 31470, 16898,
+    154539, 31686, 31689, 16935, 154752, 31954, 17056, 31976, 31971, 32000, 155526, 32099, 17153, 32199, 32258, 32325,
+    17204, 156200, 156231, 17241, 156377, 32634, 156478, 32661, 32762, 32773, 156890, 156963, 32864, 157096, 32880,
+    144223, 17365, 32946, 33027, 17419, 33086, 23221, 157607, 157621, 144275, 144284, 33281, 33284, 36766, 17515, 33425,
+    33419, 33437, 21171, 33457, 33459, 33469, 33510, 158524, 33509, 33565, 33635, 33709, 33571, 33725, 33767, 33879,
+    33619, 33738, 33740, 33756, 158774, 159083, 158933, 17707, 34033, 34035, 34070, 160714, 34148, 159532, 17757, 17761,
+    159665, 159954, 17771, 34384, 34396, 34407, 34409, 34473, 34440, 34574, 34530, 34681, 34600, 34667, 34694, 17879,
+    34785, 34817, 17913, 34912, 34915, 161383, 35031, 35038, 17973, 35066, 13499, 161966, 162150, 18110, 18119, 35488,
+    35565, 35722, 35925, 162984, 36011, 36033, 36123, 36215, 163631, 133124, 36299, 36284, 36336, 133342, 36564, 36664,
+    165330, 165357, 37012, 37105, 37137, 165678, 37147, 37432, 37591, 37592, 37500, 37881, 37909, 166906, 38283, 18837,
+    38327, 167287, 18918, 38595, 23986, 38691, 168261, 168474, 19054, 19062, 38880, 168970, 19122, 169110, 38923, 38923,
+    38953, 169398, 39138, 19251, 39209, 39335, 39362, 39422, 19406, 170800, 39698, 40000, 40189, 19662, 19693, 40295,
+    172238, 19704, 172293, 172558, 172689, 40635, 19798, 40697, 40702, 40709, 40719, 40726, 40763, 173568,
+};
+static const uint32_t qwen3i_uc_second[2060] = {
+    768, 769, 770, 771, 776, 778, 807, 768, 769, 770, 776, 768, 769, 770, 776, 771, 768, 769, 770, 771, 776, 768, 769,
+    770, 776, 769, 768, 769, 770, 771, 776, 778, 807, 768, 769, 770, 776, 768, 769, 770, 776, 771, 768, 769, 770, 771,
+    776, 768, 769, 770, 776, 769, 776, 772, 772, 774, 774, 808, 808, 769, 769, 770, 770, 775, 775, 780, 780, 780, 780,
+    772, 772, 774, 774, 775, 775, 808, 808, 780, 780, 770, 770, 774, 774, 775, 775, 807, 807, 770, 770, 771, 771, 772,
+    772, 774, 774, 808, 808, 775, 770, 770, 807, 807, 769, 769, 807, 807, 780, 780, 769, 769, 807, 807, 780, 780, 772,
+    772, 774, 774, 779, 779, 769, 769, 807, 807, 780, 780, 769, 769, 770, 770, 807, 807, 780, 780, 807, 807, 780, 780,
+    771, 771, 772, 772, 774, 774, 778, 778, 779, 779, 808, 808, 770, 770, 770, 770, 776, 769, 769, 775, 775, 780, 780,
+    795, 795, 795, 795, 780, 780, 780, 780, 780, 780, 780, 780, 772, 772, 769, 769, 780, 780, 768, 768, 772, 772, 772,
+    772, 772, 772, 780, 780, 780, 780, 808, 808, 772, 772, 780, 780, 780, 769, 769, 768, 768, 769, 769, 769, 769, 769,
+    769, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783,
+    785, 785, 806, 806, 806, 806, 780, 780, 775, 775, 807, 807, 772, 772, 772, 772, 775, 775, 772, 772, 772, 772, 0, 0,
+    0, 769, 0, 0, 769, 769, 0, 769, 769, 769, 769, 769, 769, 769, 776, 776, 769, 769, 769, 769, 769, 776, 776, 769, 769,
+    769, 769, 776, 768, 776, 769, 776, 769, 768, 774, 774, 774, 768, 776, 769, 776, 769, 768, 774, 783, 783, 774, 774,
+    774, 774, 776, 776, 774, 774, 776, 776, 776, 776, 776, 776, 772, 772, 776, 776, 776, 776, 776, 776, 776, 776, 772,
+    772, 776, 776, 779, 779, 776, 776, 776, 776, 1619, 1620, 1620, 1621, 1620, 1620, 1620, 1620, 2364, 2364, 2364, 2364,
+    2364, 2364, 2364, 2364, 2364, 2364, 2364, 2494, 2519, 2492, 2492, 2492, 2620, 2620, 2620, 2620, 2620, 2620, 2902,
+    2878, 2903, 2876, 2876, 3031, 3006, 3006, 3031, 3158, 3285, 3285, 3286, 3266, 3285, 3390, 3390, 3415, 3530, 3535,
+    3530, 3551, 4023, 4023, 4023, 4023, 4023, 4021, 3954, 3956, 3968, 3968, 3968, 4023, 4023, 4023, 4023, 4023, 4021,
+    4142, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 805, 805, 775, 775, 803, 803, 817, 817, 769,
+    769, 775, 775, 803, 803, 817, 817, 807, 807, 813, 813, 768, 768, 769, 769, 813, 813, 816, 816, 774, 774, 775, 775,
+    772, 772, 775, 775, 803, 803, 776, 776, 807, 807, 814, 814, 816, 816, 769, 769, 769, 769, 803, 803, 817, 817, 803,
+    803, 772, 772, 817, 817, 813, 813, 769, 769, 775, 775, 803, 803, 775, 775, 803, 803, 817, 817, 813, 813, 769, 769,
+    776, 776, 768, 768, 769, 769, 769, 769, 775, 775, 775, 775, 803, 803, 772, 772, 817, 817, 775, 775, 803, 803, 775,
+    775, 775, 775, 775, 775, 775, 775, 803, 803, 817, 817, 813, 813, 804, 804, 816, 816, 813, 813, 769, 769, 776, 776,
+    771, 771, 803, 803, 768, 768, 769, 769, 776, 776, 775, 775, 803, 803, 775, 775, 776, 776, 775, 775, 770, 770, 803,
+    803, 817, 817, 817, 776, 778, 778, 775, 803, 803, 777, 777, 769, 769, 768, 768, 777, 777, 771, 771, 770, 770, 769,
+    769, 768, 768, 777, 777, 771, 771, 774, 774, 803, 803, 777, 777, 771, 771, 769, 769, 768, 768, 777, 777, 771, 771,
+    770, 770, 777, 777, 803, 803, 803, 803, 777, 777, 769, 769, 768, 768, 777, 777, 771, 771, 770, 770, 769, 769, 768,
+    768, 777, 777, 771, 771, 803, 803, 803, 803, 777, 777, 769, 769, 768, 768, 777, 777, 771, 771, 803, 803, 768, 768,
+    803, 803, 777, 777, 771, 771, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834, 787,
+    788, 768, 768, 769, 769, 787, 788, 768, 768, 769, 769, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768, 768,
+    769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768,
+    768, 769, 769, 787, 788, 768, 768, 769, 769, 787, 788, 768, 768, 769, 769, 834, 834, 788, 768, 769, 834, 787, 788,
+    768, 768, 769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834, 768, 0, 768, 0, 768, 0, 768, 0, 768, 0, 768,
+    0, 768, 0, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837,
+    837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837,
+    837, 837, 837, 837, 774, 772, 837, 837, 837, 834, 837, 774, 772, 768, 0, 837, 0, 834, 837, 837, 837, 834, 837, 768,
+    0, 768, 0, 837, 768, 769, 834, 774, 772, 768, 0, 834, 834, 774, 772, 768, 0, 768, 769, 834, 774, 772, 768, 0, 787,
+    788, 834, 834, 774, 772, 768, 0, 788, 768, 0, 0, 837, 837, 837, 834, 837, 768, 0, 768, 0, 837, 0, 0, 0, 0, 0, 0,
+    824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824,
+    824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 0, 0, 824,
+    12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441,
+    12442, 12441, 12442, 12441, 12442, 12441, 12442, 12441, 12442, 12441, 12441, 12441, 12441, 12441, 12441, 12441,
+    12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12442, 12441, 12442, 12441, 12442,
+    12441, 12442, 12441, 12442, 12441, 12441, 12441, 12441, 12441, 12441, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1460, 1463, 1473, 1474, 1473, 1474, 1463, 1464, 1468, 1468, 1468,
+    1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468,
+    1465, 1471, 1471, 1471, 69818, 69818, 69818, 69927, 69927, 70462, 70487, 70842, 70832, 70845, 71087, 71087, 119141,
+    119141, 119150, 119151, 119152, 119153, 119154, 119141, 119141, 119150, 119150, 119151, 119151, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+};
+static const uint16_t qwen3i_uc_compose[940] = {
+    912, 909, 913, 0, 1, 2, 3, 53, 55, 238, 4, 572, 5, 165, 208, 210, 570, 415, 57, 417, 419, 421, 59, 61, 63, 65, 6,
+    425, 67, 427, 431, 433, 429, 7, 8, 9, 598, 69, 71, 73, 10, 596, 77, 212, 214, 594, 240, 75, 439, 441, 445, 198, 79,
+    447, 81, 83, 187, 85, 87, 449, 453, 236, 451, 455, 457, 11, 12, 13, 89, 91, 93, 97, 14, 610, 167, 216, 218, 612, 95,
+    459, 98, 463, 189, 465, 100, 467, 102, 106, 469, 104, 475, 473, 477, 479, 481, 200, 108, 15, 483, 112, 485, 110,
+    489, 487, 16, 17, 18, 19, 114, 116, 246, 20, 616, 118, 169, 220, 222, 161, 614, 191, 499, 501, 120, 503, 124, 224,
+    226, 505, 122, 509, 126, 128, 511, 132, 513, 232, 130, 521, 136, 523, 234, 134, 527, 525, 21, 22, 23, 138, 140, 142,
+    24, 640, 144, 146, 171, 228, 230, 163, 638, 529, 148, 533, 531, 539, 541, 543, 545, 150, 549, 547, 551, 553, 555,
+    652, 25, 152, 658, 250, 557, 154, 656, 654, 155, 559, 157, 159, 561, 563, 26, 27, 28, 29, 54, 56, 239, 30, 573, 31,
+    166, 209, 211, 571, 416, 58, 418, 420, 422, 60, 62, 64, 66, 32, 426, 68, 428, 432, 434, 430, 33, 34, 35, 599, 70,
+    72, 74, 36, 597, 78, 213, 215, 595, 241, 76, 440, 442, 446, 199, 80, 448, 82, 84, 188, 86, 88, 450, 454, 237, 452,
+    456, 458, 565, 37, 38, 39, 90, 92, 94, 40, 611, 168, 217, 219, 613, 96, 460, 99, 197, 464, 190, 466, 101, 468, 103,
+    107, 470, 105, 476, 474, 478, 480, 482, 201, 109, 41, 484, 113, 486, 111, 490, 488, 42, 43, 44, 45, 115, 117, 247,
+    46, 617, 119, 170, 221, 223, 162, 615, 192, 500, 502, 121, 504, 125, 225, 227, 506, 123, 510, 127, 129, 512, 133,
+    514, 233, 131, 522, 566, 137, 524, 235, 135, 528, 526, 47, 48, 49, 139, 141, 143, 50, 641, 145, 147, 172, 229, 231,
+    164, 639, 530, 149, 534, 532, 540, 542, 544, 546, 151, 550, 548, 567, 552, 554, 556, 653, 51, 153, 659, 251, 558,
+    52, 657, 568, 655, 156, 560, 158, 160, 562, 564, 875, 258, 835, 576, 574, 580, 578, 181, 202, 204, 185, 423, 602,
+    600, 606, 604, 461, 620, 618, 624, 622, 491, 244, 493, 242, 206, 179, 175, 173, 177, 577, 575, 581, 579, 182, 203,
+    205, 186, 424, 603, 601, 607, 605, 462, 621, 619, 625, 623, 492, 245, 494, 243, 207, 180, 176, 174, 178, 586, 584,
+    590, 588, 587, 585, 591, 589, 435, 437, 436, 438, 495, 497, 496, 498, 515, 516, 517, 518, 535, 536, 537, 538, 569,
+    630, 628, 634, 632, 636, 631, 629, 635, 633, 637, 644, 642, 648, 646, 650, 645, 643, 649, 647, 651, 195, 193, 194,
+    183, 184, 443, 444, 248, 249, 196, 831, 259, 830, 829, 668, 669, 833, 841, 261, 682, 683, 843, 262, 696, 697, 845,
+    857, 263, 856, 855, 268, 712, 713, 883, 264, 726, 727, 874, 872, 265, 871, 870, 269, 740, 885, 266, 752, 753, 887,
+    826, 838, 760, 270, 823, 822, 660, 661, 827, 825, 762, 271, 676, 677, 764, 272, 688, 689, 839, 837, 766, 273, 850,
+    849, 275, 704, 705, 853, 768, 277, 720, 721, 866, 867, 770, 278, 863, 862, 276, 732, 733, 868, 772, 279, 744, 745,
+    881, 879, 851, 267, 854, 864, 274, 869, 880, 280, 281, 285, 302, 304, 284, 282, 306, 283, 300, 310, 312, 287, 314,
+    289, 316, 286, 318, 324, 288, 326, 328, 330, 332, 322, 303, 305, 293, 291, 307, 292, 301, 311, 313, 296, 315, 290,
+    317, 295, 319, 325, 297, 327, 329, 331, 333, 323, 294, 298, 299, 308, 309, 320, 321, 334, 335, 337, 336, 338, 340,
+    341, 339, 342, 343, 344, 353, 354, 365, 364, 366, 369, 370, 372, 371, 373, 374, 377, 375, 376, 378, 379, 381, 380,
+    382, 383, 385, 384, 403, 404, 405, 406, 407, 408, 409, 410, 411, 412, 413, 414, 471, 472, 507, 508, 519, 520, 582,
+    592, 583, 593, 608, 609, 626, 627, 662, 664, 666, 774, 663, 665, 667, 775, 776, 777, 778, 779, 780, 781, 670, 672,
+    674, 782, 671, 673, 675, 783, 784, 785, 786, 787, 788, 789, 678, 680, 679, 681, 684, 686, 685, 687, 690, 692, 694,
+    790, 691, 693, 695, 791, 792, 793, 794, 795, 796, 797, 698, 700, 702, 798, 699, 701, 703, 799, 800, 801, 802, 803,
+    804, 805, 706, 708, 710, 707, 709, 711, 714, 716, 718, 715, 717, 719, 722, 724, 723, 725, 728, 730, 729, 731, 734,
+    736, 738, 735, 737, 739, 741, 742, 743, 746, 748, 750, 806, 747, 749, 751, 807, 808, 809, 810, 811, 812, 813, 754,
+    756, 758, 814, 755, 757, 759, 815, 816, 817, 818, 819, 820, 821, 824, 836, 878, 828, 846, 847, 848, 840, 882, 859,
+    860, 861, 894, 895, 896, 897, 899, 898, 900, 901, 902, 903, 904, 905, 906, 907, 908, 911, 910, 914, 915, 916, 917,
+    918, 919, 920, 921, 930, 931, 922, 923, 924, 925, 932, 933, 926, 927, 928, 929, 934, 935, 936, 937, 966, 941, 942,
+    943, 944, 945, 946, 947, 948, 949, 950, 951, 952, 953, 954, 955, 956, 957, 958, 959, 960, 961, 962, 963, 964, 965,
+    967, 993, 968, 969, 970, 971, 972, 973, 974, 975, 976, 977, 978, 979, 980, 981, 982, 983, 984, 985, 986, 987, 988,
+    989, 990, 991, 992, 994, 995, 996, 997, 998, 1493, 1494, 1495, 1496, 1497, 1498, 1499, 1501, 1500, 1502, 1503, 1504,
+};
+/* generated by tools/gen_unicode.py: end */
+
+/* Bytes that grow. Every failure is that of memory: 0. */
+typedef struct qwen3i_buf { const qwen3_allocator *allocator; char *p; size_t n, cap; } qwen3i_buf;
+
+static qwen3i_buf qwen3i_buf_make(const qwen3_allocator *a) {
+    qwen3i_buf b;
+    b.allocator = a;
+    b.p = NULL;
+    b.n = b.cap = 0;
+    return b;
+}
+
+static void qwen3i_buf_free(qwen3i_buf *b) {
+    qwen3i_free(b->allocator, b->p, b->cap);
+    *b = qwen3i_buf_make(b->allocator);
+}
+
+/* Room for extra more bytes. */
+static int qwen3i_buf_reserve(qwen3i_buf *b, size_t extra) {
+    size_t cap = b->cap < 128 ? 256 : b->cap;
+    char *p;
+    if (extra <= b->cap - b->n) return 1;
+    if (extra > (size_t)-1 / 4 - b->n) return 0;
+    while (cap - b->n < extra) cap *= 2;
+    p = (char *)qwen3i_alloc(b->allocator, cap);
+    if (!p) return 0;
+    if (b->n) memcpy(p, b->p, b->n);
+    qwen3i_free(b->allocator, b->p, b->cap);
+    b->p = p;
+    b->cap = cap;
+    return 1;
+}
+
+static int qwen3i_buf_add(qwen3i_buf *b, const char *p, size_t n) {
+    if (!qwen3i_buf_reserve(b, n)) return 0;
+    if (n) memcpy(b->p + b->n, p, n);
+    b->n += n;
+    return 1;
+}
+
+/* The character at p, which is before end; returns its bytes. Invalid UTF-8 is U+FFFD once for each
+   maximal subpart, which is what Unicode recommends and Python does. *truncated: it is cut off by end. */
+static int qwen3i_utf8_scan(const char *p, const char *end, uint32_t *c, int *truncated) {
+    unsigned lead = (unsigned char)*p, low = 0x80, high = 0xBF, byte;
+    int i, n = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    uint32_t value = lead & (0x7Fu >> n);
+    *truncated = 0;
+    *c = lead;
+    if (lead < 0x80) return 1;
+    *c = QWEN3I_REPLACEMENT;
+    if (lead < 0xC2 || lead > 0xF4) return 1;
+    if (lead == 0xE0) low = 0xA0;       /* no overlong forms, surrogates, or values past 10FFFF */
+    if (lead == 0xED) high = 0x9F;
+    if (lead == 0xF0) low = 0x90;
+    if (lead == 0xF4) high = 0x8F;
+    for (i = 1; i < n; i++) {
+        if (p + i == end) { *truncated = 1; return i; }
+        byte = (unsigned char)p[i];
+        if (byte < low || byte > high) return i;
+        value = value << 6 | (byte & 63);
+        low = 0x80; high = 0xBF;
+    }
+    *c = value;
+    return n;
+}
+
+static int qwen3i_utf8_get(const char *p, const char *end, uint32_t *c) {
+    int truncated;
+    return qwen3i_utf8_scan(p, end, c, &truncated);
+}
+
+QWEN3_API int qwen3_utf8_complete(const char *bytes, int n) {
+    int back, truncated;
+    uint32_t c;
+    if (!bytes || n <= 0) return 0;
+    for (back = 1; back <= 3 && back <= n; back++) {
+        const char *p = bytes + n - back;
+        if (((unsigned char)*p & 0xC0) == 0x80) continue;   /* not a first byte */
+        return qwen3i_utf8_scan(p, bytes + n, &c, &truncated) == back && truncated ? n - back : n;
+    }
+    return n;
+}
+
+/* ---- properties ---------------------------------------------------------------------------------- */
+/* Index of the last of n ascending keys that is not above key; keys[0] is. */
+static int qwen3i_uc_search(const uint32_t *keys, int n, int stride, uint32_t key) {
+    int low = 0, high = n;              /* keys[low] <= key < keys[high] */
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (keys[middle * stride] <= key) low = middle; else high = middle;
+    }
+    return low;
+}
+
+/* Combining class << 3 | UNSAFE | class. UNSAFE: normalisation may change it, or join it to what precedes. */
+static int qwen3i_uc_property(uint32_t c) {
+    int i = qwen3i_uc_search(qwen3i_uc_props, QWEN3I_COUNT(qwen3i_uc_props), 1, c << 11 | 0x7FF);
+    return (int)(qwen3i_uc_props[i] & 0x7FF);
+}
+
+/* classes[QWEN3I_CLASSES_LOW]: the table that qwen3i_class reads. */
+static void qwen3i_classes_fill(unsigned char *classes) {
+    int i;
+    for (i = 0; i + 1 < QWEN3I_COUNT(qwen3i_uc_props); i++) {
+        uint32_t c = qwen3i_uc_props[i] >> 11, end = qwen3i_uc_props[i + 1] >> 11;
+        for (; c < end && c < QWEN3I_CLASSES_LOW; c++) classes[c] = (unsigned char)(qwen3i_uc_props[i] & 7);
+    }
+}
+
+static int qwen3i_class(const unsigned char *classes, uint32_t c) {
+    return c < QWEN3I_CLASSES_LOW ? classes[c] : qwen3i_uc_property(c) & 7;
+}
+
+/* ---- normal form C -------------------------------------------------------------------------------- */
+enum { QWEN3I_S = 0xAC00, QWEN3I_L = 0x1100, QWEN3I_V = 0x1161, QWEN3I_T = 0x11A7,    /* Hangul is arithmetic */
+       QWEN3I_LS = 19, QWEN3I_VS = 21, QWEN3I_TS = 28, QWEN3I_SS = 11172 };
+
+/* Canonical decomposition of c: 1 to 4 characters. */
+static int qwen3i_decompose(uint32_t c, uint32_t out[4]) {
+    uint32_t tail[3];
+    int n = 0, n_tail = 0, run, i;
+    if (c - QWEN3I_S < QWEN3I_SS) {
+        c -= QWEN3I_S;
+        out[n++] = QWEN3I_L + c / (QWEN3I_VS * QWEN3I_TS);
+        out[n++] = QWEN3I_V + c / QWEN3I_TS % QWEN3I_VS;
+        if (c % QWEN3I_TS) out[n++] = QWEN3I_T + c % QWEN3I_TS;
+        return n;
+    }
+    while (n_tail < 3 && c >= qwen3i_uc_runs[0]) {
+        run = 2 * qwen3i_uc_search(qwen3i_uc_runs, QWEN3I_COUNT(qwen3i_uc_runs) / 2, 2, c);
+        i = (int)(qwen3i_uc_runs[run + 1] + (c - qwen3i_uc_runs[run]));
+        if (run + 3 >= QWEN3I_COUNT(qwen3i_uc_runs) || i >= (int)qwen3i_uc_runs[run + 3]) break;
+        if (qwen3i_uc_second[i]) tail[n_tail++] = qwen3i_uc_second[i];
+        c = qwen3i_uc_first[i];
+    }
+    out[n++] = c;
+    while (n_tail > 0) out[n++] = tail[--n_tail];
+    return n;
+}
+
+/* The character that a followed by b is in normal form C, or 0. */
+static uint32_t qwen3i_compose(uint32_t a, uint32_t b) {
+    int low = 0, high = QWEN3I_COUNT(qwen3i_uc_compose);
+    if (a - QWEN3I_L < QWEN3I_LS && b - QWEN3I_V < QWEN3I_VS)
+        return QWEN3I_S + ((a - QWEN3I_L) * QWEN3I_VS + (b - QWEN3I_V)) * QWEN3I_TS;
+    if (a - QWEN3I_S < QWEN3I_SS && (a - QWEN3I_S) % QWEN3I_TS == 0 && b - QWEN3I_T - 1 < QWEN3I_TS - 1)
+        return a + (b - QWEN3I_T);
+    while (low < high) {
+        int middle = (low + high) / 2, i = qwen3i_uc_compose[middle], run;
+        if (qwen3i_uc_first[i] != a ? qwen3i_uc_first[i] < a : qwen3i_uc_second[i] < b) low = middle + 1;
+        else if (qwen3i_uc_first[i] != a || qwen3i_uc_second[i] != b) high = middle;
+        else {
+            run = 2 * qwen3i_uc_search(qwen3i_uc_runs + 1, QWEN3I_COUNT(qwen3i_uc_runs) / 2, 2, (uint32_t)i);
+            return qwen3i_uc_runs[run] + ((uint32_t)i - qwen3i_uc_runs[run + 1]);
+        }
+    }
+    return 0;
+}
+
+/* While normalising, a character is code | combining class << 24. */
+#define QWEN3I_CODE(x) ((x) & 0xFFFFFFu)
+#define QWEN3I_CCC(x)  ((x) >> 24)
+
+/* Put n marks in canonical order: a stable sort by combining class, linear also for long runs. */
+static void qwen3i_order_marks(uint32_t *marks, size_t n, uint32_t *scratch) {
+    size_t count[256], i, k;
+    if (n <= 16) {
+        for (i = 1; i < n; i++) {
+            uint32_t mark = marks[i];
+            for (k = i; k > 0 && QWEN3I_CCC(marks[k - 1]) > QWEN3I_CCC(mark); k--) marks[k] = marks[k - 1];
+            marks[k] = mark;
+        }
+        return;
+    }
+    memset(count, 0, sizeof count);
+    for (i = 0; i < n; i++) count[QWEN3I_CCC(marks[i])]++;
+    for (i = 0, k = 0; i < 256; i++) { size_t here = count[i]; count[i] = k; k += here; }
+    for (i = 0; i < n; i++) scratch[count[QWEN3I_CCC(marks[i])]++] = marks[i];
+    memcpy(marks, scratch, n * sizeof *marks);
+}
+
+/* Compose n ordered characters in place; returns how many remain. */
+static size_t qwen3i_compose_all(uint32_t *x, size_t n) {
+    size_t i, kept = 0, starter = 0;
+    int have_starter = 0;
+    for (i = 0; i < n; i++) {
+        int blocked = !have_starter || (kept != starter + 1 && QWEN3I_CCC(x[kept - 1]) >= QWEN3I_CCC(x[i]));
+        uint32_t joined = blocked ? 0 : qwen3i_compose(QWEN3I_CODE(x[starter]), QWEN3I_CODE(x[i]));
+        if (joined) { x[starter] = joined; continue; }
+        if (QWEN3I_CCC(x[i]) == 0) { starter = kept; have_starter = 1; }
+        x[kept++] = x[i];
+    }
+    return kept;
+}
+
+typedef struct qwen3i_nfc {             /* temporaries of qwen3i_normalize */
+    qwen3i_buf text;                    /* the normalised text */
+    qwen3i_buf codes, scratch;          /* uint32_t each: one region's characters */
+} qwen3i_nfc;
+
+static qwen3i_nfc qwen3i_nfc_make(const qwen3_allocator *a) {
+    qwen3i_nfc w;
+    w.text = w.codes = w.scratch = qwen3i_buf_make(a);
+    return w;
+}
+
+static void qwen3i_nfc_free(qwen3i_nfc *w) {
+    qwen3i_buf_free(&w->text);
+    qwen3i_buf_free(&w->codes);
+    qwen3i_buf_free(&w->scratch);
+}
+
+/* Decompose p..end into w->codes. */
+static int qwen3i_nfc_decompose(qwen3i_nfc *w, const char *p, const char *end) {
+    uint32_t c, parts[4];
+    int i, n;
+    w->codes.n = 0;
+    while (p < end) {
+        p += qwen3i_utf8_get(p, end, &c);
+        n = qwen3i_decompose(c, parts);
+        for (i = 0; i < n; i++) parts[i] |= (uint32_t)(qwen3i_uc_property(parts[i]) >> 3) << 24;
+        if (!qwen3i_buf_add(&w->codes, (const char *)parts, (size_t)n * sizeof *parts)) return 0;
+    }
+    return 1;
+}
+
+/* Append the normal form of p..end, which starts with a character that nothing before can change. */
+static int qwen3i_nfc_region(qwen3i_nfc *w, const char *p, const char *end) {
+    uint32_t *x;                        /* [n] */
+    size_t i, k, n;
+    if (!qwen3i_nfc_decompose(w, p, end)) return 0;
+    w->scratch.n = 0;
+    if (!qwen3i_buf_reserve(&w->scratch, w->codes.n)) return 0;
+    x = (uint32_t *)(void *)w->codes.p;
+    n = w->codes.n / sizeof *x;
+    for (i = 0; i < n; i = k + 1) {
+        for (k = i; k < n && QWEN3I_CCC(x[k]); k++) {}
+        qwen3i_order_marks(x + i, k - i, (uint32_t *)(void *)w->scratch.p);
+    }
+    n = qwen3i_compose_all(x, n);
+    if (!qwen3i_buf_reserve(&w->text, 4 * n)) return 0;
+    for (i = 0; i < n; i++) w->text.n += (size_t)qwen3i_utf8_put(w->text.p + w->text.n, QWEN3I_CODE(x[i]));
+    return 1;
+}
+
+/* The first byte from p on that is not ASCII, or end. */
+static const char *qwen3i_skip_ascii(const char *p, const char *end) {
+    uint64_t w;
+    for (; end - p >= 8; p += 8) {
+        memcpy(&w, p, 8);
+        if (w & 0x8080808080808080u) break;
+    }
+    while (p < end && (unsigned char)*p < 0x80) p++;
+    return p;
+}
+
+/* text as valid UTF-8, in normal form C if nfc is set. Returns text itself if nothing changes, else what
+   is then in w->text; NULL: no memory. Only the regions around characters that can change are touched. */
+static const char *qwen3i_normalize(qwen3i_nfc *w, const unsigned char *classes, int nfc,
+                                    const char *text, size_t n, size_t *out_n) {
+    const char *p = text, *end = text + n, *copied = text, *before = text;  /* before: the last safe character */
+    w->text.n = 0;
+    while (p < end) {
+        uint32_t c;
+        int length, unsafe, valid;
+        if ((unsigned char)*p < 0x80) {
+            p = qwen3i_skip_ascii(p, end);
+            before = p - 1;
+            if (p == end) break;
+        }
+        length = qwen3i_utf8_get(p, end, &c);
+        unsafe = nfc && (qwen3i_class(classes, c) & QWEN3I_UNSAFE);
+        valid = c != QWEN3I_REPLACEMENT || (length == 3 && (unsigned char)*p == 0xEF);
+        if (unsafe) {
+            if (!qwen3i_buf_add(&w->text, copied, (size_t)(before - copied))) return NULL;
+            do p += length;
+            while (p < end && (length = qwen3i_utf8_get(p, end, &c), qwen3i_class(classes, c) & QWEN3I_UNSAFE));
+            if (!qwen3i_nfc_region(w, before, p)) return NULL;
+            copied = before = p;
+        } else if (!valid) {
+            if (!qwen3i_buf_add(&w->text, copied, (size_t)(p - copied)) || !qwen3i_buf_add(&w->text, "\xEF\xBF\xBD", 3))
+                return NULL;
+            copied = before = p += length;
+        } else { before = p; p += length; }
+    }
+    *out_n = n;
+    if (copied == text) return text;
+    if (!qwen3i_buf_add(&w->text, copied, (size_t)(end - copied))) return NULL;
+    *out_n = w->text.n;
+    return w->text.p;
+}
+/* ================================================================================================
+   TOKENIZER: byte-level BPE. Text is normalised, cut into words, and the bytes of each word are merged.
+   ================================================================================================ */
+#define QWEN3I_MAX_ID      (1 << 24)
+#define QWEN3I_MAX_ADDED   1024         /* bytes in an added token: bounds the work at each byte of text */
+#define QWEN3I_MAX_PROBES  2048         /* a table that needs more was made to be slow */
+#define QWEN3I_SHORT_WORD  64           /* bytes up to which words are merged on the stack */
+#define QWEN3I_NONE        0xFFFFFFFFu
+#define QWEN3I_WHOLE       0x80000000u  /* flag of an id in the word table: BPE gives the word this one token */
+
+/* The expression that cuts text into words; qwen3i_word_end is this, by hand. */
+#define QWEN3I_WORD_EXPRESSION "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|" \
+                               " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+
+typedef struct qwen3i_text { uint32_t start, length; } qwen3i_text;    /* in qwen3i_tokenizer.bytes; length 0: no token */
+typedef struct qwen3i_word { uint32_t hash, id; } qwen3i_word;         /* id NONE: free */
+typedef struct qwen3i_pair { uint32_t left, right, rank, id; } qwen3i_pair; /* left NONE: free; id: what they merge to */
+
+enum { QWEN3I_ADDED_SPECIAL = 1, QWEN3I_ADDED_PLAIN = 2, QWEN3I_ADDED_RAW = 4, QWEN3I_ADDED_NORMALIZED = 8,
+       QWEN3I_ADDED_ALL = 15 };
+typedef struct qwen3i_added { const char *p; uint32_t length; int id, kinds; } qwen3i_added; /* SPECIAL or PLAIN, RAW or NORM. */
+
+struct qwen3i_tokenizer {               /* immutable once loaded */
+    qwen3_allocator allocator;
+    qwen3i_buf    bytes;                /* the bytes of all tokens */
+    qwen3i_text  *texts;                /* [cap_texts] by id */
+    int           n_tokens, cap_texts;
+    qwen3i_word  *words;                /* hash table [word_mask + 1]: bytes -> id, without added tokens */
+    uint32_t      word_mask, n_words;
+    qwen3i_pair  *pairs;                /* hash table [pair_mask + 1]: two ids -> one */
+    uint32_t      pair_mask, n_pairs;
+    uint32_t      byte_id[256];
+    qwen3i_added *added;                /* [n_added] ordered by text */
+    int           n_added, cap_added;
+    int           added_kinds;          /* of all of them */
+    int           nfc;
+    unsigned char added_first[256];     /* does an added token start with this byte? */
+    unsigned char classes[QWEN3I_CLASSES_LOW];
+};
+
+static int qwen3i_tokenizer_size(const qwen3i_tokenizer *t) { return t->n_tokens; }
+
+static void qwen3i_tokenizer_free(qwen3i_tokenizer *t) {
+    qwen3_allocator a;
+    if (!t) return;
+    a = t->allocator;
+    qwen3i_free(&a, t->bytes.p, t->bytes.cap);
+    qwen3i_free(&a, t->texts, (size_t)t->cap_texts * sizeof *t->texts);
+    qwen3i_free(&a, t->words, t->words ? ((size_t)t->word_mask + 1) * sizeof *t->words : 0);
+    qwen3i_free(&a, t->pairs, t->pairs ? ((size_t)t->pair_mask + 1) * sizeof *t->pairs : 0);
+    qwen3i_free(&a, t->added, (size_t)t->cap_added * sizeof *t->added);
+    qwen3i_free(&a, t, sizeof *t);
+}
+
+/* ---- lookup ------------------------------------------------------------------------------------------ */
+static uint32_t qwen3i_word_hash(const char *p, size_t n) {
+    uint64_t h = qwen3i_hash(0, p, n);
+    return (uint32_t)(h ^ (h >> 32));
+}
+
+/* The word's slot, or the free one where it belongs; NULL: that would be too far. */
+static qwen3i_word *qwen3i_find_word(const qwen3i_tokenizer *t, const char *p, size_t n, uint32_t hash) {
+    uint32_t probe;
+    for (probe = 0; probe < QWEN3I_MAX_PROBES; probe++) {
+        qwen3i_word *w = &t->words[(hash + probe) & t->word_mask];
+        const qwen3i_text *text;
+        if (w->id == QWEN3I_NONE) return w;
+        if (w->hash != hash) continue;
+        text = &t->texts[w->id & ~QWEN3I_WHOLE];
+        if (text->length == n && memcmp(t->bytes.p + text->start, p, n) == 0) return w;
+    }
+    return NULL;
+}
+
+/* The id of a word, perhaps with the flag WHOLE; NONE. */
+static uint32_t qwen3i_word_id(const qwen3i_tokenizer *t, const char *p, size_t n) {
+    const qwen3i_word *w = qwen3i_find_word(t, p, n, qwen3i_word_hash(p, n));
+    return w ? w->id : QWEN3I_NONE;
+}
+
+static uint32_t qwen3i_pair_hash(uint32_t left, uint32_t right) {
+    uint64_t h = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
+    h = (h ^ (h >> 29)) * 0xBF58476D1CE4E5B9u;
+    return (uint32_t)(h >> 32);
+}
+
+/* The slot of the merge of left and right, or the free one where it belongs; NULL: that would be too far. */
+static qwen3i_pair *qwen3i_pair_slot(const qwen3i_tokenizer *t, uint32_t left, uint32_t right) {
+    uint32_t hash = qwen3i_pair_hash(left, right), probe;
+    for (probe = 0; probe < QWEN3I_MAX_PROBES; probe++) {
+        qwen3i_pair *m = &t->pairs[(hash + probe) & t->pair_mask];
+        if ((m->left == left && m->right == right) || m->left == QWEN3I_NONE) return m;
+    }
+    return NULL;
+}
+
+/* What left and right merge to, or NULL. */
+static const qwen3i_pair *qwen3i_find_pair(const qwen3i_tokenizer *t, uint32_t left, uint32_t right) {
+    const qwen3i_pair *m = qwen3i_pair_slot(t, left, right);
+    return m && m->left == left ? m : NULL;
+}
+
+/* The longest added token of these kinds that starts at p; NULL: none does. */
+static const qwen3i_added *qwen3i_added_at(const qwen3i_tokenizer *t, const char *p, const char *end, int kinds) {
+    int low = 0, high = t->n_added, middle, stop;
+    uint32_t depth;
+    const qwen3i_added *best = NULL;
+    for (depth = 0; low < high && p < end; depth++, p++) {      /* [low, high): those that start with the bytes so far */
+        unsigned char c = (unsigned char)*p;
+        if (t->added[low].length == depth) low++;
+        for (stop = high; low < stop;) {
+            middle = low + (stop - low) / 2;
+            if ((unsigned char)t->added[middle].p[depth] < c) low = middle + 1; else stop = middle;
+        }
+        for (stop = low; stop < high;) {
+            middle = stop + (high - stop) / 2;
+            if ((unsigned char)t->added[middle].p[depth] > c) high = middle; else stop = middle + 1;
+        }
+        if (low < high && t->added[low].length == depth + 1 && (t->added[low].kinds & ~kinds) == 0) best = &t->added[low];
+    }
+    return best;
+}
+
+/* The first added token of these kinds from p on: *at is where it starts, or end if there is none. */
+static const qwen3i_added *qwen3i_added_next(const qwen3i_tokenizer *t, const char *p, const char *end, int kinds,
+                                             const char **at) {
+    for (; p < end; p++) {
+        const qwen3i_added *hit;
+        if (!t->added_first[(unsigned char)*p]) continue;
+        hit = qwen3i_added_at(t, p, end, kinds);
+        if (hit) { *at = p; return hit; }
+    }
+    *at = end;
+    return NULL;
+}
+
+static qwen3_token qwen3i_added_id(const qwen3i_tokenizer *t, const char *text) {
+    size_t n = strlen(text);
+    const qwen3i_added *hit = qwen3i_added_at(t, text, text + n, QWEN3I_ADDED_ALL);
+    return hit && hit->length == n ? hit->id : -1;
+}
+
+/* ---- words ------------------------------------------------------------------------------------------- */
+static int qwen3i_class_at(const qwen3i_tokenizer *t, const char *p, const char *end, int *length) {
+    uint32_t c;
+    *length = 1;
+    if ((unsigned char)*p < 0x80) return t->classes[(unsigned char)*p] & QWEN3I_CLASS;
+    *length = qwen3i_utf8_get(p, end, &c);
+    return qwen3i_class(t->classes, c) & QWEN3I_CLASS;
+}
+
+/* The end of the run of characters of this class that starts at p. */
+static const char *qwen3i_class_run(const qwen3i_tokenizer *t, const char *p, const char *end, int class_) {
+    int length;
+    while (p < end && qwen3i_class_at(t, p, end, &length) == class_) p += length;
+    return p;
+}
+
+/* 's 't 're 've 'm 'll 'd in any case, after the apostrophe at p: its length in all, or 0. */
+static int qwen3i_contraction(const char *p, const char *end) {
+    int a = end - p > 1 ? (unsigned char)p[1] | 0x20 : 0, b = end - p > 2 ? (unsigned char)p[2] | 0x20 : 0;
+    if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+    if ((a == 'r' && b == 'e') || (a == 'v' && b == 'e') || (a == 'l' && b == 'l')) return 3;
+    return end - p > 2 && memcmp(p + 1, "\xC5\xBF", 2) == 0 ? 3 : 0;    /* the long s is an s to (?i) */
+}
+
+/* White space at p: up to its last line break; else all of it at the end of the text; else all but the
+   last character, which goes with what follows; but at least that one. */
+static const char *qwen3i_space_end(const qwen3i_tokenizer *t, const char *p, const char *end) {
+    const char *q = p, *line = NULL, *last = p;
+    int length;
+    for (; q < end && qwen3i_class_at(t, q, end, &length) == QWEN3I_SPACE; q += length) {
+        last = q;
+        if (*q == '\r' || *q == '\n') line = q + 1;
+    }
+    return line ? line : q == end || last == p ? q : last;
+}
+
+/* The end of the word at p < end: QWEN3I_WORD_EXPRESSION, alternative by alternative. Valid UTF-8. */
+static const char *qwen3i_word_end(const qwen3i_tokenizer *t, const char *p, const char *end) {
+    int length, next_length, class_ = qwen3i_class_at(t, p, end, &length), next;
+    const char *q = p + length;
+    if (class_ == QWEN3I_LETTER) return qwen3i_class_run(t, q, end, QWEN3I_LETTER);
+    if (class_ == QWEN3I_NUMBER) return q;
+    if (*p == '\'' && qwen3i_contraction(p, end)) return p + qwen3i_contraction(p, end);
+    next = q < end ? qwen3i_class_at(t, q, end, &next_length) : QWEN3I_SPACE;
+    if (next == QWEN3I_LETTER && *p != '\r' && *p != '\n') return qwen3i_class_run(t, q, end, QWEN3I_LETTER);
+    if (class_ == QWEN3I_SPACE && (*p != ' ' || next != 0)) return qwen3i_space_end(t, p, end);
+    q = qwen3i_class_run(t, q, end, 0);
+    while (q < end && (*q == '\r' || *q == '\n')) q++;
+    return q;
+}
+
+/* ---- merging ----------------------------------------------------------------------------------------- */
+/* BPE of a word of at most QWEN3I_SHORT_WORD bytes into ids; returns how many. */
+static int qwen3i_merge_short(const qwen3i_tokenizer *t, const char *p, int n, uint32_t *ids) {
+    const qwen3i_pair *pair[QWEN3I_SHORT_WORD];     /* [i]: what ids[i] and ids[i+1] merge to */
+    int i, best;
+    for (i = 0; i < n; i++) ids[i] = t->byte_id[(unsigned char)p[i]];
+    for (i = 0; i + 1 < n; i++) pair[i] = qwen3i_find_pair(t, ids[i], ids[i + 1]);
+    for (;;) {
+        for (best = -1, i = 0; i + 1 < n; i++)
+            if (pair[i] && (best < 0 || pair[i]->rank < pair[best]->rank)) best = i;
+        if (best < 0) return n;
+        ids[best] = pair[best]->id;
+        n--;
+        for (i = best + 1; i < n; i++) { ids[i] = ids[i + 1]; pair[i - 1] = pair[i]; }
+        if (best + 1 < n) pair[best] = qwen3i_find_pair(t, ids[best], ids[best + 1]);
+        if (best > 0) pair[best - 1] = qwen3i_find_pair(t, ids[best - 1], ids[best]);
+    }
+}
+
+/* Long words: a list of symbols and a heap of possible merges, by rank and then from the left. */
+typedef struct qwen3i_symbol { uint32_t id, previous, next, rank; } qwen3i_symbol;  /* rank: of the merge with next */
+typedef struct qwen3i_merger {
+    const qwen3i_tokenizer *t;
+    qwen3i_symbol *symbols;
+    uint64_t      *heap;                /* rank << 32 | symbol; an entry whose rank has changed is void */
+    size_t         n_heap;
+} qwen3i_merger;
+
+static void qwen3i_heap_push(uint64_t *heap, size_t *n, uint64_t x) {
+    size_t i = (*n)++;
+    for (; i > 0 && heap[(i - 1) / 2] > x; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = x;
+}
+
+static uint64_t qwen3i_heap_pop(uint64_t *heap, size_t *n) {
+    uint64_t top = heap[0], x = heap[--*n];
+    size_t i = 0, child;
+    while ((child = 2 * i + 1) < *n) {
+        if (child + 1 < *n && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= x) break;
+        heap[i] = heap[child];
+        i = child;
+    }
+    heap[i] = x;
+    return top;
+}
+
+/* Find the merge of symbol i with its successor anew. */
+static void qwen3i_merger_update(qwen3i_merger *m, uint32_t i) {
+    qwen3i_symbol *s = &m->symbols[i];
+    const qwen3i_pair *pair = s->next == QWEN3I_NONE ? NULL : qwen3i_find_pair(m->t, s->id, m->symbols[s->next].id);
+    s->rank = pair ? pair->rank : QWEN3I_NONE;
+    if (pair) qwen3i_heap_push(m->heap, &m->n_heap, (uint64_t)pair->rank << 32 | i);
+}
+
+static void qwen3i_merger_run(qwen3i_merger *m) {
+    while (m->n_heap > 0) {
+        uint64_t top = qwen3i_heap_pop(m->heap, &m->n_heap);
+        uint32_t i = (uint32_t)top, k;
+        qwen3i_symbol *s = &m->symbols[i];
+        if (s->rank != (uint32_t)(top >> 32)) continue;
+        k = s->next;
+        s->id = qwen3i_find_pair(m->t, s->id, m->symbols[k].id)->id;
+        s->next = m->symbols[k].next;
+        m->symbols[k].rank = QWEN3I_NONE;
+        if (s->next != QWEN3I_NONE) m->symbols[s->next].previous = i;
+        qwen3i_merger_update(m, i);
+        if (s->previous != QWEN3I_NONE) qwen3i_merger_update(m, s->previous);
+    }
+}
+
+/* BPE of a word of any length: m->symbols[0] starts the list of the result. Every merge takes one symbol
+   away and adds at most two entries, so 3 n entries are enough. */
+static int qwen3i_merge_long(qwen3i_merger *m, qwen3i_buf *work, const char *p, size_t n) {
+    const size_t each = sizeof *m->symbols + 3 * sizeof *m->heap;
+    uint32_t i, last = (uint32_t)n - 1;
+    work->n = 0;
+    if (n >= INT_MAX || n > (size_t)-1 / each || !qwen3i_buf_reserve(work, n * each)) return 0;
+    m->heap = (uint64_t *)(void *)work->p;
+    m->symbols = (qwen3i_symbol *)(void *)(m->heap + 3 * n);
+    m->n_heap = 0;
+    for (i = 0; i <= last; i++) {
+        m->symbols[i].id = m->t->byte_id[(unsigned char)p[i]];
+        m->symbols[i].previous = i == 0 ? QWEN3I_NONE : i - 1;
+        m->symbols[i].next = i == last ? QWEN3I_NONE : i + 1;
+    }
+    for (i = 0; i <= last; i++) qwen3i_merger_update(m, i);
+    qwen3i_merger_run(m);
+    return 1;
+}
+
+/* ---- encoding ---------------------------------------------------------------------------------------- */
+typedef struct qwen3i_encoder {
+    const qwen3i_tokenizer *t;
+    qwen3_token *out;                   /* [cap] */
+    int          cap;
+    int64_t      n;                     /* tokens so far, written or not */
+    qwen3i_nfc   nfc;
+    qwen3i_buf   work;                  /* of long words */
+} qwen3i_encoder;
+
+static qwen3i_encoder qwen3i_encoder_make(const qwen3i_tokenizer *t, qwen3_token *out, int cap) {
+    qwen3i_encoder e;
+    e.t = t;
+    e.out = out;
+    e.cap = cap;
+    e.n = 0;
+    e.nfc = qwen3i_nfc_make(&t->allocator);
+    e.work = qwen3i_buf_make(&t->allocator);
+    return e;
+}
+
+/* Release the temporaries; the count, or what went wrong. */
+static int qwen3i_encoder_end(qwen3i_encoder *e, qwen3_result r) {
+    qwen3i_nfc_free(&e->nfc);
+    qwen3i_buf_free(&e->work);
+    if (r == QWEN3_OK && e->n > INT_MAX) r = QWEN3_ERR_ARG;
+    return r == QWEN3_OK ? (int)e->n : (int)r;
+}
+
+static void qwen3i_put(qwen3i_encoder *e, uint32_t id) {
+    if (e->n < e->cap) e->out[e->n] = (qwen3_token)id;
+    e->n++;
+}
+
+static int qwen3i_encode_word(qwen3i_encoder *e, const char *p, size_t n) {
+    uint32_t ids[QWEN3I_SHORT_WORD], i;
+    qwen3i_merger m;
+    uint32_t id = qwen3i_word_id(e->t, p, n);
+    if (id != QWEN3I_NONE && (id & QWEN3I_WHOLE)) { qwen3i_put(e, id & ~QWEN3I_WHOLE); return 1; }
+    if (n <= QWEN3I_SHORT_WORD) {
+        uint32_t count = (uint32_t)qwen3i_merge_short(e->t, p, (int)n, ids);
+        for (i = 0; i < count; i++) qwen3i_put(e, ids[i]);
+        return 1;
+    }
+    m.t = e->t;
+    if (!qwen3i_merge_long(&m, &e->work, p, n)) return 0;
+    for (i = 0; i != QWEN3I_NONE; i = m.symbols[i].next) qwen3i_put(e, m.symbols[i].id);
+    return 1;
+}
+
+/* Text that is already normalised and holds no added tokens. */
+static qwen3_result qwen3i_encode_words(qwen3i_encoder *e, const char *p, const char *end) {
+    while (p < end) {
+        const char *q = qwen3i_word_end(e->t, p, end);
+        if (!qwen3i_encode_word(e, p, (size_t)(q - p))) return QWEN3_ERR_MEMORY;
+        p = q;
+    }
+    return QWEN3_OK;
+}
+
+/* Any bytes, in which added tokens are not looked for, or only those that are matched after normalisation. */
+static qwen3_result qwen3i_encode_text(qwen3i_encoder *e, const char *text, size_t n, int kinds) {
+    const char *p, *end, *at;
+    const qwen3i_added *hit;
+    qwen3_result r = QWEN3_OK;
+    if (n == 0) return QWEN3_OK;
+    p = qwen3i_normalize(&e->nfc, e->t->classes, e->t->nfc, text, n, &n);
+    if (!p) return QWEN3_ERR_MEMORY;
+    end = p + n;
+    if (!(kinds & e->t->added_kinds & QWEN3I_ADDED_NORMALIZED)) return qwen3i_encode_words(e, p, end);
+    for (; p < end && r == QWEN3_OK; p = at) {
+        hit = qwen3i_added_next(e->t, p, end, kinds & ~QWEN3I_ADDED_RAW, &at);
+        r = qwen3i_encode_words(e, p, at);
+        if (hit && r == QWEN3_OK) { qwen3i_put(e, (uint32_t)hit->id); at += hit->length; }
+    }
+    return r;
+}
+
+/* The same, with added tokens. */
+static qwen3_result qwen3i_encode_special(qwen3i_encoder *e, const char *p, size_t n) {
+    const char *end = p + n, *at;
+    qwen3_result r = QWEN3_OK;
+    for (; p < end && r == QWEN3_OK; p = at) {
+        const qwen3i_added *hit = qwen3i_added_next(e->t, p, end, QWEN3I_ADDED_ALL & ~QWEN3I_ADDED_NORMALIZED, &at);
+        r = qwen3i_encode_text(e, p, (size_t)(at - p), QWEN3I_ADDED_ALL);
+        if (hit && r == QWEN3_OK) { qwen3i_put(e, (uint32_t)hit->id); at += hit->length; }
+    }
+    return r;
+}
+
+QWEN3_API int qwen3_encode(const qwen3_model *model, const char *text, size_t n_bytes, int flags,
+                           qwen3_token *out, int cap) {
+    qwen3i_encoder e;
+    if (!model || (!text && n_bytes) || (flags & ~QWEN3_PARSE_SPECIAL) || cap < 0 || (!out && cap)) return QWEN3_ERR_ARG;
+    if (!model->tokenizer) return QWEN3_ERR_UNSUPPORTED;
+    if (n_bytes == 0) return 0;
+    e = qwen3i_encoder_make(model->tokenizer, out, cap);
+    return qwen3i_encoder_end(&e, flags & QWEN3_PARSE_SPECIAL ? qwen3i_encode_special(&e, text, n_bytes)
+                                                              : qwen3i_encode_text(&e, text, n_bytes, 0));
+}
+
+QWEN3_API const char *qwen3_token_bytes(const qwen3_model *model, qwen3_token token, int *n_bytes) {
+    const qwen3i_tokenizer *t = model ? model->tokenizer : NULL;
+    int known = t && token >= 0 && token < t->n_tokens && t->texts[token].length > 0;
+    if (n_bytes) *n_bytes = known ? (int)t->texts[token].length : 0;
+    return known ? t->bytes.p + t->texts[token].start : NULL;
+}
+
+QWEN3_API qwen3_token qwen3_token_id(const qwen3_model *model, const char *added_token) {
+    return model && model->tokenizer && added_token ? qwen3i_added_id(model->tokenizer, added_token) : -1;
+}
+
+/* ---- loading: tables that grow, while the files are read -------------------------------------------------- */
+typedef struct qwen3i_vocab_loader {
+    qwen3i_tokenizer *t;
+    const char       *file;             /* in messages */
+    const qwen3i_err *err;
+    qwen3i_json       json;
+    qwen3i_buf        text, joined;     /* of the token at hand, of a merge's two tokens */
+    size_t            max_id;           /* ids beyond are damage: they would take memory out of proportion */
+    int               whole;            /* ignore_merges: a word that is a token is never merged */
+} qwen3i_vocab_loader;
+
+/* Bytes from the files that stand in messages: this many of them. */
+#define QWEN3I_SHOW(n) ((int)qwen3i_min_size(n, 60))
+
+static qwen3_result qwen3i_vocab_memory(const qwen3i_vocab_loader *l) {
+    return qwen3i_fail(l->err, QWEN3_ERR_MEMORY, "%s: out of memory for the tokenizer", l->file);
+}
+
+/* The reader found something wrong. */
+static qwen3_result qwen3i_vocab_json(const qwen3i_vocab_loader *l) {
+    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: byte %llu: %s", l->file,
+                       (unsigned long long)qwen3i_json_offset(&l->json), l->json.error ? l->json.error : "not understood");
+}
+
+static qwen3_result qwen3i_vocab_slow(const qwen3i_vocab_loader *l) {
+    return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: the vocabulary cannot be hashed", l->file);
+}
+
+/* Twice the slots, if more than half are taken. */
+static int qwen3i_words_grow(qwen3i_tokenizer *t) {
+    const qwen3i_word *old = t->words;
+    uint32_t old_mask = t->word_mask, i, k;
+    qwen3i_word *w;
+    if (old && t->n_words <= old_mask / 2) return 1;
+    t->word_mask = old ? old_mask * 2 + 1 : 1023;
+    w = (qwen3i_word *)qwen3i_alloc_array(&t->allocator, (size_t)t->word_mask + 1, sizeof *w);
+    if (!w) { t->word_mask = old_mask; return 0; }
+    memset(w, 0xFF, ((size_t)t->word_mask + 1) * sizeof *w);     /* all free */
+    for (i = 0; old && i <= old_mask; i++) {
+        if (old[i].id == QWEN3I_NONE) continue;
+        for (k = old[i].hash & t->word_mask; w[k].id != QWEN3I_NONE; k = (k + 1) & t->word_mask) {}
+        w[k] = old[i];
+    }
+    qwen3i_free(&t->allocator, old, old ? ((size_t)old_mask + 1) * sizeof *old : 0);
+    t->words = w;
+    return 1;
+}
+
+static int qwen3i_pairs_grow(qwen3i_tokenizer *t) {
+    const qwen3i_pair *old = t->pairs;
+    uint32_t old_mask = t->pair_mask, i, k;
+    qwen3i_pair *p;
+    if (old && t->n_pairs <= old_mask / 2) return 1;
+    t->pair_mask = old ? old_mask * 2 + 1 : 1023;
+    p = (qwen3i_pair *)qwen3i_alloc_array(&t->allocator, (size_t)t->pair_mask + 1, sizeof *p);
+    if (!p) { t->pair_mask = old_mask; return 0; }
+    memset(p, 0xFF, ((size_t)t->pair_mask + 1) * sizeof *p);     /* all free */
+    for (i = 0; old && i <= old_mask; i++) {
+        if (old[i].left == QWEN3I_NONE) continue;
+        for (k = qwen3i_pair_hash(old[i].left, old[i].right) & t->pair_mask; p[k].left != QWEN3I_NONE; k = (k + 1) & t->pair_mask) {}
+        p[k] = old[i];
+    }
+    qwen3i_free(&t->allocator, old, old ? ((size_t)old_mask + 1) * sizeof *old : 0);
+    t->pairs = p;
+    return 1;
+}
+
+/* Room for id in texts. */
+static int qwen3i_texts_grow(qwen3i_tokenizer *t, int id) {
+    int cap = qwen3i_max(1024, t->cap_texts);
+    qwen3i_text *texts;
+    if (id < t->cap_texts) return 1;
+    while (cap <= id) cap *= 2;
+    texts = (qwen3i_text *)qwen3i_alloc_zero(&t->allocator, (size_t)cap, sizeof *texts);
+    if (!texts) return 0;
+    if (t->texts) memcpy(texts, t->texts, (size_t)t->cap_texts * sizeof *texts);
+    qwen3i_free(&t->allocator, t->texts, (size_t)t->cap_texts * sizeof *texts);
+    t->texts = texts;
+    t->cap_texts = cap;
+    return 1;
+}
+
+/* Give id the text in l->text. */
+static qwen3_result qwen3i_vocab_text(qwen3i_vocab_loader *l, int64_t id) {
+    qwen3i_tokenizer *t = l->t;
+    const qwen3i_buf *text = &l->text;
+    if (id < 0 || id >= QWEN3I_MAX_ID || (uint64_t)id > l->max_id)
+        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld, which is out of range",
+                           l->file, QWEN3I_SHOW(text->n), text->p, (long long)id);
+    if (text->n == 0) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token %lld is empty", l->file, (long long)id);
+    if (id < t->n_tokens && t->texts[id].length)
+        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld of another token",
+                           l->file, QWEN3I_SHOW(text->n), text->p, (long long)id);
+    if (t->bytes.n + text->n > INT_MAX) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: too large", l->file);
+    if (!qwen3i_texts_grow(t, (int)id) || !qwen3i_buf_reserve(&t->bytes, text->n)) return qwen3i_vocab_memory(l);
+    t->texts[id].start = (uint32_t)t->bytes.n;
+    t->texts[id].length = (uint32_t)text->n;
+    qwen3i_buf_add(&t->bytes, text->p, text->n);
+    t->n_tokens = qwen3i_max(t->n_tokens, (int)id + 1);
+    return QWEN3_OK;
+}
+
+/* ---- loading: vocabulary and merges ------------------------------------------------------------------------ */
+/* The byte that a character of a vocabulary stands for, or -1: printable bytes stand for themselves, the
+   others are written as U+0100 and up. */
+static int qwen3i_alphabet(uint32_t c) {
+    if ((c >= 0x21 && c <= 0x7E) || (c >= 0xA1 && c <= 0xAC) || (c >= 0xAE && c <= 0xFF)) return (int)c;
+    if (c < 0x100 || c > 0x143) return -1;
+    c -= 0x100;
+    return (int)(c <= 0x20 ? c : c < 0x43 ? c - 0x21 + 0x7F : 0xAD);
+}
+
+/* n bytes of vocabulary text to the bytes they stand for, appended to out. 1; 0: it has characters that stand
+   for none, and is taken literally; -1: no memory. */
+static int qwen3i_alphabet_decode(qwen3i_buf *out, const char *p, size_t n) {
+    const char *q = p, *end = p + n;
+    size_t start = out->n;
+    uint32_t c;
+    int byte;
+    if (!qwen3i_buf_reserve(out, n)) return -1;
+    while (q < end) {
+        q += qwen3i_utf8_get(q, end, &c);
+        byte = qwen3i_alphabet(c);
+        if (byte < 0) { out->n = start; return qwen3i_buf_add(out, p, n) ? 0 : -1; }
+        out->p[out->n++] = (char)byte;
+    }
+    return 1;
+}
+
+/* The same for a string of JSON. */
+static int qwen3i_vocab_decode(qwen3i_buf *out, qwen3i_str s) {
+    char *raw;                          /* behind its own decoding, which never overtakes it */
+    if (!qwen3i_buf_reserve(out, 2 * s.n + 1)) return -1;
+    raw = out->p + out->n + s.n;
+    return qwen3i_alphabet_decode(out, raw, qwen3i_json_unescape(s, raw));
+}
+
+static qwen3_result qwen3i_vocab_token(qwen3i_vocab_loader *l, qwen3i_str key, int64_t id) {
+    qwen3i_tokenizer *t = l->t;
+    qwen3i_word *w;
+    uint32_t hash;
+    qwen3_result r;
+    int whole;
+    l->text.n = 0;
+    whole = qwen3i_vocab_decode(&l->text, key);
+    if (whole < 0) return qwen3i_vocab_memory(l);
+    r = qwen3i_vocab_text(l, id);
+    if (r != QWEN3_OK || !whole) return r;
+    if (!qwen3i_words_grow(t)) return qwen3i_vocab_memory(l);
+    hash = qwen3i_word_hash(l->text.p, l->text.n);
+    w = qwen3i_find_word(t, l->text.p, l->text.n, hash);
+    if (!w) return qwen3i_vocab_slow(l);
+    if (w->id != QWEN3I_NONE)
+        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" is there twice", l->file, QWEN3I_SHOW(key.n), key.p);
+    w->hash = hash;
+    w->id = (uint32_t)id;
+    t->n_words++;
+    if (l->text.n == 1) t->byte_id[(unsigned char)l->text.p[0]] = (uint32_t)id;
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_vocab_tokens(qwen3i_vocab_loader *l) {
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    int64_t id;
+    qwen3_result r = QWEN3_OK;
+    if (!qwen3i_json_open(&l->json, '{', &it)) return qwen3i_vocab_json(l);
+    while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key))
+        r = qwen3i_json_int(&l->json, &id) ? qwen3i_vocab_token(l, key, id) : qwen3i_vocab_json(l);
+    return r != QWEN3_OK || !l->json.error ? r : qwen3i_vocab_json(l);
+}
+
+/* The token whose bytes are buf[from..], or NONE. */
+static uint32_t qwen3i_vocab_find(const qwen3i_tokenizer *t, const qwen3i_buf *buf, size_t from) {
+    const char *p = buf->p + from;
+    size_t n = buf->n - from;
+    return n ? qwen3i_word_id(t, p, n) : QWEN3I_NONE;
+}
+
+/* Merge number rank; a and b are vocabulary texts, to be unescaped if they come from JSON. */
+static qwen3_result qwen3i_vocab_merge(qwen3i_vocab_loader *l, uint32_t rank, qwen3i_str a, qwen3i_str b, int escaped) {
+    qwen3i_tokenizer *t = l->t;
+    qwen3i_buf *both = &l->joined;
+    qwen3i_pair *pair;
+    uint32_t left, right, id;
+    size_t n;
+    both->n = 0;
+    if ((escaped ? qwen3i_vocab_decode(both, a) : qwen3i_alphabet_decode(both, a.p, a.n)) < 0) return qwen3i_vocab_memory(l);
+    n = both->n;
+    left = qwen3i_vocab_find(t, both, 0);
+    if ((escaped ? qwen3i_vocab_decode(both, b) : qwen3i_alphabet_decode(both, b.p, b.n)) < 0) return qwen3i_vocab_memory(l);
+    right = qwen3i_vocab_find(t, both, n);
+    id = qwen3i_vocab_find(t, both, 0);
+    if (left == QWEN3I_NONE || right == QWEN3I_NONE || id == QWEN3I_NONE)
+        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: merge %u (\"%.*s\" \"%.*s\") names a token that is not there",
+                           l->file, rank, QWEN3I_SHOW(a.n), a.p, QWEN3I_SHOW(b.n), b.p);
+    if (!qwen3i_pairs_grow(t)) return qwen3i_vocab_memory(l);
+    pair = qwen3i_pair_slot(t, left, right);
+    if (!pair) return qwen3i_vocab_slow(l);
+    if (pair->left == QWEN3I_NONE) t->n_pairs++;
+    pair->left = left;
+    pair->right = right;
+    pair->rank = rank;                  /* of merges that are there twice the last one counts */
+    pair->id = id;
+    return QWEN3_OK;
+}
+
+/* "a b" into its two halves. */
+static int qwen3i_merge_split(qwen3i_str line, qwen3i_str *a, qwen3i_str *b) {
+    const char *space = line.n ? (const char *)memchr(line.p, ' ', line.n) : NULL;
+    if (!space) return 0;
+    a->p = line.p;
+    a->n = (size_t)(space - line.p);
+    b->p = space + 1;
+    b->n = line.n - a->n - 1;
+    return a->n > 0 && b->n > 0 && !memchr(b->p, ' ', b->n);
+}
+
+static qwen3_result qwen3i_merge_malformed(const qwen3i_vocab_loader *l, uint32_t rank) {
+    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: merge %u does not have two parts", l->file, rank);
+}
+
+/* One element of "merges": ["a", "b"] or "a b". */
+static qwen3_result qwen3i_vocab_merge_json(qwen3i_vocab_loader *l, uint32_t rank) {
+    qwen3i_json *j = &l->json;
+    qwen3i_json_iter it;
+    qwen3i_str part[2];
+    int n = 0;
+    if (qwen3i_json_peek(j) == '"') {
+        if (!qwen3i_json_string(j, &part[0])) return qwen3i_vocab_json(l);
+        return qwen3i_merge_split(part[0], &part[0], &part[1]) ? qwen3i_vocab_merge(l, rank, part[0], part[1], 1)
+                                                              : qwen3i_merge_malformed(l, rank);
+    }
+    if (!qwen3i_json_open(j, '[', &it)) return qwen3i_vocab_json(l);
+    while (qwen3i_json_next(j, &it, NULL)) {
+        if (n == 2) return qwen3i_merge_malformed(l, rank);
+        if (!qwen3i_json_string(j, &part[n++])) return qwen3i_vocab_json(l);
+    }
+    if (j->error) return qwen3i_vocab_json(l);
+    return n == 2 ? qwen3i_vocab_merge(l, rank, part[0], part[1], 1) : qwen3i_merge_malformed(l, rank);
+}
+
+static qwen3_result qwen3i_vocab_merges(qwen3i_vocab_loader *l) {
+    qwen3i_json_iter it;
+    uint32_t rank = 0;
+    qwen3_result r = QWEN3_OK;
+    if (!qwen3i_json_open(&l->json, '[', &it)) return qwen3i_vocab_json(l);
+    while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, NULL)) r = qwen3i_vocab_merge_json(l, rank++);
+    return r != QWEN3_OK || !l->json.error ? r : qwen3i_vocab_json(l);
+}
+
+/* merges.txt: a merge a line, after a line that starts with #version. */
+static qwen3_result qwen3i_vocab_merge_lines(qwen3i_vocab_loader *l, const char *p, size_t n) {
+    const char *end = p + n, *stop;
+    uint32_t rank = 0;
+    qwen3i_str line, a, b;
+    qwen3_result r = QWEN3_OK;
+    for (; p < end && r == QWEN3_OK; p = stop + 1) {
+        stop = (const char *)memchr(p, '\n', (size_t)(end - p));
+        if (!stop) stop = end;
+        line.p = p;
+        line.n = (size_t)(stop - p);
+        if (line.n && p[line.n - 1] == '\r') line.n--;
+        if (line.n == 0 || (line.n >= 8 && memcmp(p, "#version", 8) == 0)) continue;
+        r = qwen3i_merge_split(line, &a, &b) ? qwen3i_vocab_merge(l, rank, a, b, 0) : qwen3i_merge_malformed(l, rank);
+        rank++;
+    }
+    return r;
+}
+
+/* ---- loading: added tokens ------------------------------------------------------------------------------------ */
+typedef struct qwen3i_added_fields { int64_t id; qwen3i_str content; int special, normalized, unusual; } qwen3i_added_fields;
+
+/* The object that describes an added token; the reader's error, if any, is left to the caller. */
+static void qwen3i_added_read(qwen3i_json *j, qwen3i_added_fields *f) {
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    int flag;
+    if (qwen3i_json_open(j, '{', &it)) while (qwen3i_json_next(j, &it, &key)) {
+        flag = 0;
+        if (qwen3i_json_is(key, "id")) qwen3i_json_int(j, &f->id);
+        else if (qwen3i_json_is(key, "content")) qwen3i_json_string(j, &f->content);
+        else if (qwen3i_json_is(key, "special")) qwen3i_json_bool(j, &f->special);
+        else if (qwen3i_json_is(key, "normalized")) qwen3i_json_bool(j, &f->normalized);
+        else if (qwen3i_json_is(key, "single_word") || qwen3i_json_is(key, "lstrip") || qwen3i_json_is(key, "rstrip")) {
+            qwen3i_json_bool(j, &flag);
+            f->unusual |= flag;
+        } else qwen3i_json_skip(j);
+    }
+}
+
+/* A token that is matched in normalised text must be in normal form itself, to be found as it is. */
+static int qwen3i_added_is_normal(const qwen3i_vocab_loader *l, int *normal) {
+    qwen3i_nfc w = qwen3i_nfc_make(&l->t->allocator);
+    size_t n;
+    const char *p = qwen3i_normalize(&w, l->t->classes, l->t->nfc, l->text.p, l->text.n, &n);
+    *normal = p && n == l->text.n && memcmp(p, l->text.p, n) == 0;
+    qwen3i_nfc_free(&w);
+    return p != NULL;
+}
+
+static int qwen3i_added_append(qwen3i_tokenizer *t, const qwen3i_added *item) {
+    int cap = t->cap_added ? 2 * t->cap_added : 64;
+    if (t->n_added == t->cap_added) {
+        qwen3i_added *p = (qwen3i_added *)qwen3i_alloc_array(&t->allocator, (size_t)cap, sizeof *p);
+        if (!p) return 0;
+        if (t->n_added) memcpy(p, t->added, (size_t)t->n_added * sizeof *p);
+        qwen3i_free(&t->allocator, t->added, (size_t)t->cap_added * sizeof *p);
+        t->added = p;
+        t->cap_added = cap;
+    }
+    t->added[t->n_added++] = *item;
+    return 1;
+}
+
+static qwen3_result qwen3i_added_token(qwen3i_vocab_loader *l, const qwen3i_added_fields *f) {
+    qwen3i_added item;
+    qwen3_result r;
+    int normal = 1;
+    l->text.n = 0;
+    if (!qwen3i_buf_reserve(&l->text, f->content.n + 1)) return qwen3i_vocab_memory(l);
+    l->text.n = qwen3i_json_unescape(f->content, l->text.p);
+    if (f->unusual || l->text.n > QWEN3I_MAX_ADDED)
+        return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\": %s", l->file,
+                           QWEN3I_SHOW(l->text.n), l->text.p, f->unusual ? "lstrip, rstrip or single_word is set" : "too long");
+    if (f->normalized && l->text.n && !qwen3i_added_is_normal(l, &normal)) return qwen3i_vocab_memory(l);
+    if (!normal) return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" changes when it is normalised",
+                                    l->file, QWEN3I_SHOW(l->text.n), l->text.p);
+    item.p = NULL;
+    item.length = (uint32_t)l->text.n;
+    item.id = (int)f->id;
+    item.kinds = (f->special ? QWEN3I_ADDED_SPECIAL : QWEN3I_ADDED_PLAIN) |
+                 (f->normalized ? QWEN3I_ADDED_NORMALIZED : QWEN3I_ADDED_RAW);
+    if (f->id >= 0 && f->id < l->t->n_tokens && l->t->texts[f->id].length == l->text.n && l->text.n &&
+        memcmp(l->t->bytes.p + l->t->texts[f->id].start, l->text.p, l->text.n) == 0) r = QWEN3_OK;   /* in the vocabulary too */
+    else r = qwen3i_vocab_text(l, f->id);
+    if (r != QWEN3_OK) return r;
+    return qwen3i_added_append(l->t, &item) ? QWEN3_OK : qwen3i_vocab_memory(l);
+}
+
+/* "added_tokens": [{"id": 7, "content": "<x>", ...}] of tokenizer.json, or "added_tokens_decoder":
+   {"7": {"content": "<x>", ...}} of tokenizer_config.json. */
+static qwen3_result qwen3i_added_tokens(qwen3i_vocab_loader *l) {
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    qwen3i_added_fields f;
+    qwen3_result r = QWEN3_OK;
+    int is_map = qwen3i_json_peek(&l->json) == '{';
+    size_t i;
+    if (!qwen3i_json_open(&l->json, is_map ? '{' : '[', &it)) return qwen3i_vocab_json(l);
+    while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key)) {
+        memset(&f, 0, sizeof f);
+        f.id = is_map && key.n > 0 && key.n < 10 ? 0 : -1;
+        for (i = 0; f.id >= 0 && i < key.n; i++) f.id = key.p[i] >= '0' && key.p[i] <= '9' ? f.id * 10 + (key.p[i] - '0') : -1;
+        qwen3i_added_read(&l->json, &f);
+        r = l->json.error ? qwen3i_vocab_json(l) : qwen3i_added_token(l, &f);
+    }
+    return r != QWEN3_OK || !l->json.error ? r : qwen3i_vocab_json(l);
+}
+
+static int qwen3i_added_compare(const void *x, const void *y) {
+    const qwen3i_added *a = (const qwen3i_added *)x, *b = (const qwen3i_added *)y;
+    int r = memcmp(a->p, b->p, a->length < b->length ? a->length : b->length);
+    return r ? r : a->length < b->length ? -1 : a->length > b->length;
+}
+
+/* All are there, and t->bytes no longer moves: put them in order. */
+static qwen3_result qwen3i_added_finish(qwen3i_vocab_loader *l) {
+    qwen3i_tokenizer *t = l->t;
+    int i;
+    for (i = 0; i < t->n_added; i++) {
+        t->added[i].p = t->bytes.p + t->texts[t->added[i].id].start;
+        t->added_first[(unsigned char)t->added[i].p[0]] = 1;
+        t->added_kinds |= t->added[i].kinds;
+    }
+    if (t->n_added) qsort(t->added, (size_t)t->n_added, sizeof *t->added, qwen3i_added_compare);
+    for (i = 1; i < t->n_added; i++)
+        if (qwen3i_added_compare(&t->added[i - 1], &t->added[i]) == 0)
+            return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: added token \"%.*s\" is there twice", l->file,
+                               QWEN3I_SHOW(t->added[i].length), t->added[i].p);
+    return QWEN3_OK;
+}
+
+/* ---- loading: settings of tokenizer.json ------------------------------------------------------------------------ */
+typedef struct qwen3i_setting {
+    const char *key;
+    const char *allowed;                /* its values, as JSON with | between them; NULL: see where it is */
+} qwen3i_setting;
+
+static int qwen3i_one_of(qwen3i_str value, const char *list) {
+    for (;; list++) {
+        const char *bar = strchr(list, '|');
+        size_t n = bar ? (size_t)(bar - list) : strlen(list);
+        if (n == value.n && memcmp(list, value.p, n) == 0) return 1;
+        if (!bar) return 0;
+        list = bar;
+    }
+}
+
+/* Read an object (name: in messages) and check those of its keys that are in list, which ends in a NULL; the others
+   do not matter. *seen: a bit for each that is there; at[i]: where the value of the i-th is. */
+static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_loader *l, const char *name, const qwen3i_setting *list,
+                                          int *seen, qwen3i_json *at) {
+    qwen3i_json_iter it;
+    qwen3i_str key, value;
+    int i;
+    *seen = 0;
+    if (!qwen3i_json_open(&l->json, '{', &it)) return qwen3i_vocab_json(l);
+    while (qwen3i_json_next(&l->json, &it, &key)) {
+        for (i = 0; list[i].key && !qwen3i_json_is(key, list[i].key); i++) {}
+        qwen3i_json_peek(&l->json);
+        value.p = l->json.p;
+        if (list[i].key) { *seen |= 1 << i; at[i] = l->json; }
+        if (!qwen3i_json_skip(&l->json)) break;
+        value.n = (size_t)(l->json.p - value.p);
+        if (list[i].key && list[i].allowed && !qwen3i_one_of(value, list[i].allowed))
+            return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: %s: %s is %.*s, supported is %s", l->file, name,
+                               list[i].key, QWEN3I_SHOW(value.n), value.p, list[i].allowed);
+    }
+    return l->json.error ? qwen3i_vocab_json(l) : QWEN3_OK;
+}
+
+static qwen3_result qwen3i_vocab_normalizer(qwen3i_vocab_loader *l) {
+    static const qwen3i_setting nfc[] = { { "type", "\"NFC\"" }, { NULL, NULL } };
+    qwen3i_json at[1];
+    int seen;
+    if (qwen3i_json_word(&l->json, "null")) return QWEN3_OK;
+    l->t->nfc = 1;
+    return qwen3i_vocab_settings(l, "normalizer", nfc, &seen, at);
+}
+
+static qwen3_result qwen3i_vocab_unlike(qwen3i_vocab_loader *l, const char *why) {
+    return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: pre_tokenizer: %s", l->file, why);
+}
+
+/* The first step: Split by {"Regex": expression}, which has to be ours. */
+static qwen3_result qwen3i_vocab_split(qwen3i_vocab_loader *l) {
+    static const qwen3i_setting split[] = { { "type", "\"Split\"" }, { "behavior", "\"Isolated\"" }, { "invert", "false" },
+                                            { "pattern", NULL }, { NULL, NULL } };
+    static const qwen3i_setting pattern[] = { { "Regex", NULL }, { NULL, NULL } };
+    qwen3i_json at[4], after;
+    qwen3i_str expression;
+    int seen;
+    qwen3_result r = qwen3i_vocab_settings(l, "pre_tokenizer", split, &seen, at);
+    if (r != QWEN3_OK) return r;
+    if (seen != 15) return qwen3i_vocab_unlike(l, "Split lacks a setting");
+    after = l->json;
+    l->json = at[3];
+    r = qwen3i_vocab_settings(l, "pre_tokenizer: pattern", pattern, &seen, at);
+    if (r != QWEN3_OK) return r;
+    if (!seen || !qwen3i_json_string(&at[0], &expression) || !qwen3i_json_is(expression, QWEN3I_WORD_EXPRESSION))
+        return qwen3i_vocab_unlike(l, "the pattern is not that of Qwen3");
+    l->json = after;
+    return QWEN3_OK;
+}
+
+/* A sequence of Split and ByteLevel, and nothing else. */
+static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_loader *l) {
+    static const qwen3i_setting sequence[] = { { "type", "\"Sequence\"" }, { "pretokenizers", NULL }, { NULL, NULL } };
+    static const qwen3i_setting bytes[] = { { "type", "\"ByteLevel\"" }, { "add_prefix_space", "false" },
+                                            { "use_regex", "false" }, { NULL, NULL } };
+    qwen3i_json at[3], after;
+    qwen3i_json_iter it;
+    int n = 0, seen;
+    qwen3_result r;
+    if (qwen3i_json_peek(&l->json) != '{') return qwen3i_vocab_unlike(l, "not a sequence");
+    r = qwen3i_vocab_settings(l, "pre_tokenizer", sequence, &seen, at);
+    if (r != QWEN3_OK) return r;
+    if (seen != 3) return qwen3i_vocab_unlike(l, "not a sequence");
+    after = l->json;
+    l->json = at[1];
+    if (!qwen3i_json_open(&l->json, '[', &it)) return qwen3i_vocab_json(l);
+    for (; r == QWEN3_OK && qwen3i_json_next(&l->json, &it, NULL); n++)
+        r = n == 0 ? qwen3i_vocab_split(l) : qwen3i_vocab_settings(l, "pre_tokenizer", bytes, &seen, at);
+    if (r == QWEN3_OK && l->json.error) r = qwen3i_vocab_json(l);
+    if (r == QWEN3_OK && (n != 2 || seen != 7)) r = qwen3i_vocab_unlike(l, "not Split and then ByteLevel");
+    l->json = after;
+    return r;
+}
+
+/* Settings first, then vocabulary, then merges, in whatever order the file has them. */
+static qwen3_result qwen3i_vocab_model(qwen3i_vocab_loader *l) {
+    static const qwen3i_setting model[] = {
+        { "type", "\"BPE\"" }, { "vocab", NULL }, { "merges", NULL }, { "dropout", "null" },
+        { "continuing_subword_prefix", "null|\"\"" }, { "end_of_word_suffix", "null|\"\"" }, { "byte_fallback", "false" },
+        { "ignore_merges", "false|true" }, { NULL, NULL } };
+    qwen3i_json at[8], after;
+    int seen;
+    qwen3_result r = qwen3i_vocab_settings(l, "model", model, &seen, at);
+    if (r != QWEN3_OK) return r;
+    if ((seen & 7) != 7) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: model lacks its type, vocab or merges", l->file);
+    if (seen & 128) qwen3i_json_bool(&at[7], &l->whole);
+    after = l->json;
+    l->json = at[1];
+    r = qwen3i_vocab_tokens(l);
+    if (r == QWEN3_OK) {
+        l->json = at[2];
+        r = qwen3i_vocab_merges(l);
+    }
+    l->json = after;
+    return r;
+}
+
+/* ---- loading: the whole --------------------------------------------------------------------------------------- */
+static qwen3_result qwen3i_vocab_begin(qwen3i_vocab_loader *l, const qwen3_allocator *a, const qwen3i_err *err, size_t size) {
+    qwen3i_tokenizer *t = (qwen3i_tokenizer *)qwen3i_alloc_zero(a, 1, sizeof *t);
+    memset(l, 0, sizeof *l);
+    l->err = err;
+    l->file = "tokenizer";
+    l->max_id = size;                   /* a token takes more than one byte of the files */
+    l->text = l->joined = qwen3i_buf_make(a);
+    l->t = t;
+    if (!t) return qwen3i_vocab_memory(l);
+    t->allocator = *a;
+    t->bytes = qwen3i_buf_make(&t->allocator);
+    memset(t->byte_id, 0xFF, sizeof t->byte_id);
+    qwen3i_classes_fill(t->classes);
+    if (!qwen3i_words_grow(t) || !qwen3i_pairs_grow(t)) return qwen3i_vocab_memory(l);
+    return QWEN3_OK;
+}
+
+/* Mark the words that BPE gives one token: most of the words of most texts need no merging. */
+static void qwen3i_vocab_mark_whole(qwen3i_vocab_loader *l) {
+    qwen3i_tokenizer *t = l->t;
+    uint32_t ids[QWEN3I_SHORT_WORD], i;
+    for (i = 0; i <= t->word_mask; i++) {
+        qwen3i_word *w = &t->words[i];
+        const qwen3i_text *text;
+        int whole = l->whole;
+        if (w->id == QWEN3I_NONE) continue;
+        text = &t->texts[w->id];
+        if (!whole && text->length <= QWEN3I_SHORT_WORD)
+            whole = qwen3i_merge_short(t, t->bytes.p + text->start, (int)text->length, ids) == 1 && ids[0] == w->id;
+        if (whole) w->id |= QWEN3I_WHOLE;
+    }
+}
+
+/* Everything was read (r: how that went): finish the tables and hand over, or release. */
+static qwen3_result qwen3i_vocab_end(qwen3i_vocab_loader *l, qwen3_result r, qwen3i_tokenizer **out) {
+    int i;
+    if (r == QWEN3_OK) r = qwen3i_added_finish(l);
+    for (i = 0; i < 256 && r == QWEN3_OK; i++)
+        if (l->t->byte_id[i] == QWEN3I_NONE)
+            r = qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: there is no token for the byte 0x%02X", l->file, i);
+    if (r == QWEN3_OK) qwen3i_vocab_mark_whole(l);
+    qwen3i_buf_free(&l->text);
+    qwen3i_buf_free(&l->joined);
+    if (r != QWEN3_OK) qwen3i_tokenizer_free(l->t);
+    *out = r == QWEN3_OK ? l->t : NULL;
+    return r;
+}
+
+static qwen3_result qwen3i_vocab_document(qwen3i_vocab_loader *l) {
+    static const qwen3i_setting top[] = { { "pre_tokenizer", NULL }, { "model", NULL }, { "normalizer", NULL },
+                                          { "added_tokens", NULL }, { NULL, NULL } };
+    typedef qwen3_result (*reader)(qwen3i_vocab_loader *);
+    static const reader read[] = { qwen3i_vocab_pre_tokenizer, qwen3i_vocab_model, qwen3i_vocab_normalizer, qwen3i_added_tokens };
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    qwen3_result r = QWEN3_OK;
+    int i, seen = 0;
+    if (!qwen3i_json_open(&l->json, '{', &it)) return qwen3i_vocab_json(l);
+    while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key)) {
+        for (i = 0; top[i].key && !qwen3i_json_is(key, top[i].key); i++) {}
+        if (!top[i].key) { qwen3i_json_skip(&l->json); continue; }
+        if (seen & 1 << i) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: %s is there twice", l->file, top[i].key);
+        seen |= 1 << i;
+        r = read[i](l);
+    }
+    if (r != QWEN3_OK) return r;
+    if (!qwen3i_json_end(&l->json)) return qwen3i_vocab_json(l);
+    if ((seen & 3) == 3) return QWEN3_OK;
+    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: there is no %s", l->file, seen & 1 ? "model" : "pre_tokenizer");
+}
+
+/* Read tokenizer.json (file: its name in messages). On success *out is the caller's. */
+static qwen3_result qwen3i_tokenizer_from_json(qwen3i_tokenizer **out, const qwen3_allocator *a, const char *file,
+                                               const void *data, size_t n, const qwen3i_err *err) {
+    qwen3i_vocab_loader l;
+    qwen3_result r = qwen3i_vocab_begin(&l, a, err, n);
+    l.file = file;
+    l.json = qwen3i_json_begin(data, n);
+    if (r == QWEN3_OK && n > INT_MAX) r = qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: too large", file);
+    if (r == QWEN3_OK) r = qwen3i_vocab_document(&l);
+    return qwen3i_vocab_end(&l, r, out);
+}
+
+/* The top-level key of an object: 1, and j stands at its value. 0: it is not there, or j->error is set. */
+static int qwen3i_json_find(qwen3i_json *j, const char *wanted) {
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    if (qwen3i_json_open(j, '{', &it)) while (qwen3i_json_next(j, &it, &key)) {
+        if (qwen3i_json_is(key, wanted)) return 1;
+        qwen3i_json_skip(j);
+    }
+    return 0;
+}
+
+/* The same from vocab.json, merges.txt, and the added tokens of tokenizer_config.json (which may be NULL). */
+static qwen3_result qwen3i_tokenizer_from_vocab(qwen3i_tokenizer **out, const qwen3_allocator *a,
+                                                const void *vocab, size_t vocab_n, const void *merges, size_t merges_n,
+                                                const void *config, size_t config_n, const qwen3i_err *err) {
+    qwen3i_vocab_loader l;
+    qwen3_result r = qwen3i_vocab_begin(&l, a, err, vocab_n + config_n);
+    if (r == QWEN3_OK && (vocab_n > INT_MAX || merges_n > INT_MAX || config_n > INT_MAX))
+        r = qwen3i_fail(err, QWEN3_ERR_FORMAT, "vocab.json, merges.txt: too large");
+    l.file = "vocab.json";
+    l.json = qwen3i_json_begin(vocab, vocab_n);
+    if (r == QWEN3_OK) { l.t->nfc = 1; r = qwen3i_vocab_tokens(&l); }
+    if (r == QWEN3_OK && !qwen3i_json_end(&l.json)) r = qwen3i_vocab_json(&l);
+    l.file = "merges.txt";
+    if (r == QWEN3_OK) r = qwen3i_vocab_merge_lines(&l, (const char *)merges, merges_n);
+    l.file = "tokenizer_config.json";
+    l.json = qwen3i_json_begin(config, config_n);
+    if (r == QWEN3_OK && config) {
+        if (qwen3i_json_find(&l.json, "added_tokens_decoder")) r = qwen3i_added_tokens(&l);
+        else if (l.json.error) r = qwen3i_vocab_json(&l);
+    }
+    if (r == QWEN3_OK) l.file = "vocab.json";
+    return qwen3i_vocab_end(&l, r, out);
+}
+
+/* ---- which chat template ------------------------------------------------------------------------------------------ */
+static int qwen3i_contains(const char *text, size_t n, const char *wanted) {
+    size_t k = strlen(wanted), i;
+    for (i = 0; i + k <= n; i++)
+        if (text[i] == *wanted && memcmp(text + i, wanted, k) == 0) return 1;
+    return 0;
+}
+
+/* By the template's text: one that asks enable_thinking is hybrid, one whose reply header opens <think> always
+   thinks. Line breaks may be real, or escapes of Jinja or of JSON around it. */
+static qwen3_chat_style qwen3i_chat_style_of(const char *text, size_t n) {
+    if (n == 0 || qwen3i_contains(text, n, "enable_thinking")) return QWEN3_STYLE_HYBRID;
+    if (qwen3i_contains(text, n, "<|im_start|>assistant\n<think>") || qwen3i_contains(text, n, "<|im_start|>assistant\\n<think>") ||
+        qwen3i_contains(text, n, "<|im_start|>assistant\\\\n<think>")) return QWEN3_STYLE_THINKING;
+    return QWEN3_STYLE_INSTRUCT;
+}
+
+/* Of a list of {"name": ..., "template": ...}: the one named default, or else the first. */
+static qwen3i_str qwen3i_template_of_list(qwen3i_json *j) {
+    qwen3i_json_iter list, it;
+    qwen3i_str key, name, text, found;
+    int take;
+    found.p = NULL;
+    found.n = 0;
+    if (qwen3i_json_open(j, '[', &list)) while (qwen3i_json_next(j, &list, NULL)) {
+        take = found.p == NULL;
+        text = found;
+        if (qwen3i_json_open(j, '{', &it)) while (qwen3i_json_next(j, &it, &key)) {
+            if (qwen3i_json_is(key, "template")) qwen3i_json_string(j, &text);
+            else if (!qwen3i_json_is(key, "name")) qwen3i_json_skip(j);
+            else if (qwen3i_json_string(j, &name) && qwen3i_json_is(name, "default")) take = 1;
+        }
+        if (take) found = text;
+    }
+    return found;
+}
+
+/* By tokenizer_config.json (NULL: there is none), whose chat_template is a text or a list of named ones. */
+static qwen3_chat_style qwen3i_chat_style_of_config(const void *config, size_t n) {
+    qwen3i_json j = qwen3i_json_begin(config, n);
+    qwen3i_str text;
+    text.p = NULL;
+    text.n = 0;
+    if (config && qwen3i_json_find(&j, "chat_template")) {
+        if (qwen3i_json_peek(&j) == '[') text = qwen3i_template_of_list(&j);
+        else if (!qwen3i_json_string(&j, &text)) text.n = 0;
+    }
+    return qwen3i_chat_style_of(text.p, text.n);
+}
+/* ================================================================================================
+   MODEL: configuration, weights, loading
+   ================================================================================================ */
+static const qwen3_backend *qwen3i_cpu_backend(void);
+
+QWEN3_API qwen3i_model_view qwen3i_view(const qwen3_model *m) {
+    qwen3i_model_view v;
+    v.config = &m->config;
+    v.weights = &m->weights;
+    v.allocator = &m->allocator;
+    v.eos = m->eos;
+    v.n_eos = m->n_eos;
+    v.n_tokens = m->info.n_tokens ? m->info.n_tokens : m->config.n_vocab;
+    return v;
+}
+
+/* ---- config.json: every key that the computation depends on must be there -------------------------- */
+typedef struct qwen3i_int_key { const char *name; int *value; } qwen3i_int_key;
+
+#define QWEN3I_MAX_DIM (1 << 24)        /* of any size in config.json: products of two fit 64 bits with room */
+
+typedef struct qwen3i_config_reader {
+    qwen3i_json      j;
+    const char      *file;
+    const qwen3i_err *err;
+    qwen3_model     *m;
+    double           eps, theta, yarn[5];   /* factor, beta_fast, beta_slow, attention factor, original ctx */
+    int              yarn_on, arch_ok, type_ok;
+    char             type[64];              /* model_type as found, for the message */
+} qwen3i_config_reader;
+
+static qwen3_result qwen3i_config_bad(const qwen3i_config_reader *c, const char *key, const char *why) {
+    return qwen3i_fail(c->err, QWEN3_ERR_UNSUPPORTED, "%s: key '%s': %s", c->file, key, why);
+}
+
+/* rope_scaling, or rope_parameters as newer files call it: {"rope_type": "yarn", "factor": 4, ...} */
+static qwen3_result qwen3i_config_rope(qwen3i_config_reader *c, const char *parent) {
+    static const char *const names[] = {"factor", "beta_fast", "beta_slow", "attention_factor",
+                                        "original_max_position_embeddings", "rope_theta"};
+    qwen3i_json_iter it;
+    qwen3i_str key, type;
+    int i;
+    if (qwen3i_json_word(&c->j, "null")) return QWEN3_OK;
+    if (!qwen3i_json_open(&c->j, '{', &it)) return QWEN3_OK;
+    while (qwen3i_json_next(&c->j, &it, &key)) {
+        if (qwen3i_json_is(key, "rope_type") || qwen3i_json_is(key, "type")) {
+            if (!qwen3i_json_string(&c->j, &type)) break;
+            if (qwen3i_json_is(type, "yarn")) c->yarn_on = 1;
+            else if (!qwen3i_json_is(type, "default"))
+                return qwen3i_config_bad(c, parent, "only the RoPE types 'default' and 'yarn' are supported");
+            continue;
+        }
+        for (i = 0; i < 6 && !qwen3i_json_is(key, names[i]); i++) { }
+        if (i < 6 && !qwen3i_json_word(&c->j, "null")) qwen3i_json_number(&c->j, i < 5 ? &c->yarn[i] : &c->theta);
+        else if (i == 6) qwen3i_json_skip(&c->j);
+    }
+    return QWEN3_OK;
+}
+
+/* eos_token_id: a number, a list of numbers, or null. */
+static void qwen3i_read_eos(qwen3i_json *j, qwen3_model *m) {
+    qwen3i_json_iter it;
+    int64_t id;
+    int list = qwen3i_json_peek(j) == '[';
+    if (qwen3i_json_word(j, "null")) return;
+    if (list && !qwen3i_json_open(j, '[', &it)) return;
+    while (!list || qwen3i_json_next(j, &it, NULL)) {
+        if (!qwen3i_json_int(j, &id)) return;
+        if (id >= 0 && id <= INT32_MAX && m->n_eos < QWEN3I_MAX_EOS) m->eos[m->n_eos++] = (qwen3_token)id;
+        if (!list) return;
+    }
+}
+
+static void qwen3i_config_names(qwen3i_config_reader *c) {
+    qwen3i_json_iter it;
+    qwen3i_str s;
+    if (qwen3i_json_word(&c->j, "null") || !qwen3i_json_open(&c->j, '[', &it)) return;
+    while (qwen3i_json_next(&c->j, &it, NULL) && qwen3i_json_string(&c->j, &s))
+        if (qwen3i_json_is(s, "Qwen3ForCausalLM") || qwen3i_json_is(s, "Qwen3Model")) c->arch_ok = 1;
+}
+
+/* Keys whose other values would mean another computation. */
+static qwen3_result qwen3i_config_switch(qwen3i_config_reader *c, qwen3i_str key, int *known) {
+    qwen3i_json_iter it;
+    qwen3i_str s;
+    int flag = 0;
+    *known = 1;
+    if (qwen3i_json_is(key, "attention_bias")) {
+        if (qwen3i_json_bool(&c->j, &flag) && flag) return qwen3i_config_bad(c, "attention_bias", "biases are not supported");
+    } else if (qwen3i_json_is(key, "use_sliding_window")) {
+        if (qwen3i_json_bool(&c->j, &flag) && flag) return qwen3i_config_bad(c, "use_sliding_window", "sliding windows are not supported");
+    } else if (qwen3i_json_is(key, "hidden_act")) {
+        if (qwen3i_json_string(&c->j, &s) && !qwen3i_json_is(s, "silu")) return qwen3i_config_bad(c, "hidden_act", "only 'silu' is supported");
+    } else if (qwen3i_json_is(key, "quantization_config")) {
+        if (!qwen3i_json_word(&c->j, "null")) return qwen3i_config_bad(c, "quantization_config", "quantised checkpoints are not supported; use the BF16 one");
+    } else if (qwen3i_json_is(key, "layer_types")) {
+        if (qwen3i_json_word(&c->j, "null") || !qwen3i_json_open(&c->j, '[', &it)) return QWEN3_OK;
+        while (qwen3i_json_next(&c->j, &it, NULL) && qwen3i_json_string(&c->j, &s))
+            if (!qwen3i_json_is(s, "full_attention")) return qwen3i_config_bad(c, "layer_types", "only 'full_attention' is supported");
+    } else *known = 0;
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, const qwen3i_int_key *ints, int n_ints) {
+    qwen3i_json *j = &c->j;
+    qwen3i_str s;
+    qwen3_result r;
+    int64_t v;
+    int i, known;
+    for (i = 0; i < n_ints; i++) {
+        if (!qwen3i_json_is(key, ints[i].name)) continue;
+        if (!qwen3i_json_int(j, &v)) return QWEN3_OK;
+        if (v < 1 || v > QWEN3I_MAX_DIM)
+            return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key '%s' is %lld; 1 to %d is possible", c->file, ints[i].name, (long long)v, QWEN3I_MAX_DIM);
+        *ints[i].value = (int)v;
+        return QWEN3_OK;
+    }
+    r = qwen3i_config_switch(c, key, &known);
+    if (known || r != QWEN3_OK) return r;
+    if (qwen3i_json_is(key, "model_type")) {
+        if (!qwen3i_json_string(j, &s)) return QWEN3_OK;
+        c->type_ok = qwen3i_json_is(s, "qwen3");
+        snprintf(c->type, sizeof c->type, "%.*s", QWEN3I_STR(s));
+    } else if (qwen3i_json_is(key, "architectures"))     qwen3i_config_names(c);
+    else if (qwen3i_json_is(key, "rms_norm_eps"))        qwen3i_json_number(j, &c->eps);
+    else if (qwen3i_json_is(key, "rope_theta"))          qwen3i_json_number(j, &c->theta);
+    else if (qwen3i_json_is(key, "tie_word_embeddings")) qwen3i_json_bool(j, &c->m->config.tied);
+    else if (qwen3i_json_is(key, "rope_scaling"))        return qwen3i_config_rope(c, "rope_scaling");
+    else if (qwen3i_json_is(key, "rope_parameters"))     return qwen3i_config_rope(c, "rope_parameters");
+    else if (qwen3i_json_is(key, "eos_token_id"))        qwen3i_read_eos(j, c->m);
+    else qwen3i_json_skip(j);
+    return QWEN3_OK;
+}
+
+/* YaRN's defaults are those of the paper (Peng et al. 2023) and of transformers. */
+static qwen3_result qwen3i_config_yarn(qwen3i_config_reader *c) {
+    qwen3i_config *k = &c->m->config;
+    double factor = c->yarn[0];
+    k->yarn_beta_fast = 32;
+    k->yarn_beta_slow = 1;
+    k->yarn_original_ctx = qwen3i_min(k->max_ctx, 32768);     /* Qwen3's own, for qwen3_ctx_desc.yarn_factor */
+    if (!c->yarn_on) return QWEN3_OK;
+    if (!(factor >= 1 && factor <= 1024)) return qwen3i_config_bad(c, "rope_scaling", "YaRN needs a factor from 1 to 1024");
+    k->yarn_factor = factor;
+    if (c->yarn[1] > 0) k->yarn_beta_fast = c->yarn[1];
+    if (c->yarn[2] > 0) k->yarn_beta_slow = c->yarn[2];
+    k->yarn_attn_factor = c->yarn[3] > 0 ? c->yarn[3] : 0.1 * log(factor) + 1;
+    k->yarn_original_ctx = c->yarn[4] >= 1 && c->yarn[4] <= QWEN3I_MAX_DIM ? (int)c->yarn[4] : k->max_ctx;
+    return QWEN3_OK;
+}
+
+/* What config.json must have said by now. */
+static qwen3_result qwen3i_config_check(qwen3i_config_reader *c, const qwen3i_int_key *ints, int n_ints) {
+    qwen3i_config *k = &c->m->config;
+    int i;
+    if (!c->type_ok && !c->type[0]) return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key 'model_type' is missing", c->file);
+    if (!c->type_ok || !c->arch_ok)
+        return qwen3i_fail(c->err, QWEN3_ERR_UNSUPPORTED, "%s: model_type is '%s'%s; this library runs 'qwen3' (Qwen3ForCausalLM)",
+                           c->file, c->type, c->type_ok ? " but architectures does not name Qwen3ForCausalLM" : "");
+    for (i = 0; i < n_ints; i++)
+        if (*ints[i].value == 0) return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key '%s' is missing", c->file, ints[i].name);
+    if (!(c->eps > 0 && c->eps < 1))        return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key 'rms_norm_eps' is missing or not between 0 and 1", c->file);
+    if (!(c->theta >= 1 && c->theta < 1e30)) return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key 'rope_theta' is missing or out of range", c->file);
+    if (k->tied < 0)                        return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key 'tie_word_embeddings' is missing", c->file);
+    if (k->head_dim % 2)                    return qwen3i_fail(c->err, QWEN3_ERR_UNSUPPORTED, "%s: head_dim %d is odd", c->file, k->head_dim);
+    if (k->n_head % k->n_head_kv)           return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: %d attention heads cannot share %d key/value heads", c->file, k->n_head, k->n_head_kv);
+    if ((int64_t)k->n_head * k->head_dim > QWEN3I_MAX_DIM) return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: head_dim x num_attention_heads is out of range", c->file);
+    k->rms_eps = (float)c->eps;
+    k->rope_theta = c->theta;
+    return qwen3i_config_yarn(c);
+}
+
+static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err) {
+    qwen3i_config *k = &m->config;
+    qwen3i_int_key ints[8];
+    qwen3i_config_reader c;
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    qwen3_result r = QWEN3_OK;
+    int n = 0;
+    ints[n].name = "num_hidden_layers";       ints[n++].value = &k->n_layer;
+    ints[n].name = "hidden_size";             ints[n++].value = &k->n_embd;
+    ints[n].name = "num_attention_heads";     ints[n++].value = &k->n_head;
+    ints[n].name = "num_key_value_heads";     ints[n++].value = &k->n_head_kv;
+    ints[n].name = "head_dim";                ints[n++].value = &k->head_dim;
+    ints[n].name = "intermediate_size";       ints[n++].value = &k->n_ff;
+    ints[n].name = "vocab_size";              ints[n++].value = &k->n_vocab;
+    ints[n].name = "max_position_embeddings"; ints[n++].value = &k->max_ctx;
+    memset(&c, 0, sizeof c);
+    c.j = qwen3i_json_begin(b->data, b->size);
+    c.file = file;
+    c.err = err;
+    c.m = m;
+    k->tied = -1;
+    if (qwen3i_json_open(&c.j, '{', &it))
+        while (r == QWEN3_OK && qwen3i_json_next(&c.j, &it, &key)) {
+            r = qwen3i_config_key(&c, key, ints, n);
+            if (c.j.error) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%.*s': byte %lu: %s", file, QWEN3I_STR(key),
+                                              (unsigned long)qwen3i_json_offset(&c.j), c.j.error);
+        }
+    if (r != QWEN3_OK) return r;
+    qwen3i_json_end(&c.j);
+    if (c.j.error) return qwen3i_json_fail(err, file, &c.j);
+    return qwen3i_config_check(&c, ints, n);
+}
+
+/* generation_config.json: sampling defaults and the tokens that end a turn. Its values are advice, so
+   what is out of range is ignored; only broken JSON is an error. */
+static qwen3_result qwen3i_parse_generation(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err) {
+    qwen3i_json j = qwen3i_json_begin(b->data, b->size);
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    double temperature = 1, top_p = 1, top_k = 50, min_p = 0, repeat = 1;   /* transformers' defaults */
+    int sample = 0;
+    if (qwen3i_json_open(&j, '{', &it))
+        while (qwen3i_json_next(&j, &it, &key)) {
+            double *number = qwen3i_json_is(key, "temperature") ? &temperature : qwen3i_json_is(key, "top_p") ? &top_p :
+                             qwen3i_json_is(key, "top_k") ? &top_k : qwen3i_json_is(key, "min_p") ? &min_p :
+                             qwen3i_json_is(key, "repetition_penalty") ? &repeat : NULL;
+            if (qwen3i_json_word(&j, "null")) continue;
+            if (number) qwen3i_json_number(&j, number);
+            else if (qwen3i_json_is(key, "do_sample")) qwen3i_json_bool(&j, &sample);
+            else if (qwen3i_json_is(key, "eos_token_id")) { m->n_eos = 0; qwen3i_read_eos(&j, m); }
+            else qwen3i_json_skip(&j);
+        }
+    qwen3i_json_end(&j);
+    if (j.error) return qwen3i_json_fail(err, file, &j);
+    if (!sample) return QWEN3_OK;
+    m->info.sampler.temperature = temperature >= 0 && temperature < 100 ? (float)temperature : 1.0f;
+    m->info.sampler.top_p = top_p > 0 && top_p <= 1 ? (float)top_p : 0.0f;
+    m->info.sampler.min_p = min_p > 0 && min_p <= 1 ? (float)min_p : 0.0f;
+    m->info.sampler.top_k = top_k >= 1 && top_k < 1e6 ? (int)top_k : 0;
+    m->info.sampler.repeat_penalty = repeat > 0 && repeat < 100 ? (float)repeat : 0.0f;
+    return QWEN3_OK;
+}
+
+/* ---- weights: tensors, found by name and held against the shapes of the configuration ---------------- */
+typedef struct qwen3i_binder {
+    qwen3i_loader        *l;
+    const qwen3i_tensors *tensors;
+    uint64_t              n_params, n_bytes, fingerprint;
+} qwen3i_binder;
+
+static size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }
+
+static qwen3i_type qwen3i_type_of(qwen3i_str dtype) {
+    if (qwen3i_json_is(dtype, "BF16")) return QWEN3I_BF16;
+    if (qwen3i_json_is(dtype, "F16"))  return QWEN3I_F16;
+    if (qwen3i_json_is(dtype, "F32"))  return QWEN3I_F32;
+    return (qwen3i_type)0;
+}
+
+static void qwen3i_shape_string(char *dst, size_t cap, const uint64_t *shape, int rank) {
+    size_t at = 1;
+    int i;
+    snprintf(dst, cap, "[");
+    for (i = 0; i < rank && at < cap; i++)
+        at += (size_t)snprintf(dst + at, cap - at, i ? ", %llu" : "%llu", (unsigned long long)shape[i]);
+    if (at < cap) snprintf(dst + at, cap - at, "]");
+}
+
+/* A float that is NaN or Inf has all exponent bits set: this holds under -ffast-math, too. */
+static int qwen3i_all_finite(const void *data, qwen3i_type type, uint64_t n) {
+    const uint32_t mask = type == QWEN3I_F32 ? 0x7F800000u : type == QWEN3I_F16 ? 0x7C00u : 0x7F80u;
+    uint64_t i;
+    int bad = 0;
+    if (type == QWEN3I_F32) for (i = 0; i < n; i++) bad |= (((const uint32_t *)data)[i] & mask) == mask;
+    else                    for (i = 0; i < n; i++) bad |= (((const uint16_t *)data)[i] & mask) == mask;
+    return !bad;
+}
+
+/* Data that is not aligned to its element is copied: the only weights that are. */
+static const void *qwen3i_align_tensor(qwen3_model *m, const qwen3i_tensor *t, size_t element) {
+    void *copy;
+    if ((uintptr_t)t->data % element == 0) return t->data;
+    copy = qwen3i_model_alloc(m, (size_t)(t->end - t->begin), 1);
+    if (copy) memcpy(copy, t->data, (size_t)(t->end - t->begin));
+    return copy;
+}
+
+/* Find a tensor of shape [rows, cols], or [cols] if rows is 0. */
+static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
+    const qwen3i_err *err = b->l->err;
+    const qwen3i_tensor *t = qwen3i_find_tensor(b->tensors, name);
+    uint64_t want[2], n = (uint64_t)(rows ? rows : 1) * (uint64_t)cols;
+    int rank = rows ? 2 : 1, same;
+    char has[128], needs[64];
+    want[0] = (uint64_t)(rows ? rows : cols);
+    want[1] = (uint64_t)cols;
+    if (!t) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing", b->l->model->shards[0].name, name);
+    same = t->rank == rank && memcmp(t->shape, want, (size_t)rank * sizeof want[0]) == 0;
+    if (!same) {
+        qwen3i_shape_string(has, sizeof has, t->shape, t->rank);
+        qwen3i_shape_string(needs, sizeof needs, want, rank);
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s; config.json asks for %s", t->file, name, has, needs);
+    }
+    out->type = qwen3i_type_of(t->dtype);
+    if (!out->type) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has dtype %.*s; BF16, F16 and F32 are supported", t->file, name, QWEN3I_STR(t->dtype));
+    out->rows = rows ? rows : 1;
+    out->cols = cols;
+    out->data = qwen3i_align_tensor(b->l->model, t, qwen3i_type_size(out->type));
+    if (!out->data) return qwen3i_no_memory(err, name, t->end - t->begin);
+    if ((b->l->desc->flags & QWEN3_LOAD_CHECK) && !qwen3i_all_finite(out->data, out->type, n))
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' contains NaN or Inf", t->file, name);
+    b->n_params += n;
+    b->n_bytes += t->end - t->begin;
+    /* 64 bytes from the middle of each tensor tell checkpoints of one shape apart */
+    b->fingerprint = qwen3i_hash(b->fingerprint + (uint64_t)out->type, t->data + (t->end - t->begin) / 2, qwen3i_min_size(64, (size_t)((t->end - t->begin + 1) / 2)));
+    return QWEN3_OK;
+}
+
+static float qwen3i_bf16_value(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+static float qwen3i_f16_value(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3FFu, u;
+    float f;
+    if (exponent == 0) {                /* zero or subnormal: exact in float32 */
+        f = (float)mantissa * (1.0f / 16777216.0f);
+        return sign ? -f : f;
+    }
+    u = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112u) << 23) | mantissa << 13;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+/* A norm's gains as float32: small enough to copy, and then every kernel reads one type. */
+static qwen3_result qwen3i_bind_gains(qwen3i_binder *b, const char *name, int n, const float **out) {
+    qwen3i_matrix t;
+    float *gains;
+    int i;
+    qwen3_result r = qwen3i_bind(b, name, 0, n, &t);
+    if (r != QWEN3_OK) return r;
+    gains = (float *)qwen3i_model_alloc(b->l->model, (size_t)n, sizeof *gains);
+    if (!gains) return qwen3i_no_memory(b->l->err, name, (uint64_t)n * sizeof *gains);
+    for (i = 0; i < n; i++)
+        gains[i] = t.type == QWEN3I_F32  ? ((const float *)t.data)[i] :
+                   t.type == QWEN3I_BF16 ? qwen3i_bf16_value(((const uint16_t *)t.data)[i])
+                                         : qwen3i_f16_value(((const uint16_t *)t.data)[i]);
+    *out = gains;
+    return QWEN3_OK;
+}
+
+typedef struct qwen3i_binding {         /* one tensor of a layer */
+    const char    *name;
+    int            rows, cols;          /* rows 0: gains */
+    qwen3i_matrix *matrix;
+    const float  **gains;
+} qwen3i_binding;
+
+static qwen3i_binding qwen3i_binding_of(const char *name, int rows, int cols, qwen3i_matrix *matrix, const float **gains) {
+    qwen3i_binding b;
+    b.name = name; b.rows = rows; b.cols = cols; b.matrix = matrix; b.gains = gains;
+    return b;
+}
+
+static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer *w) {
+    const qwen3i_config *c = &b->l->model->config;
+    const int q_dim = c->n_head * c->head_dim, kv_dim = c->n_head_kv * c->head_dim;
+    qwen3i_binding list[11];
+    char name[128];
+    qwen3_result r = QWEN3_OK;
+    int i, n = 0;
+    list[n++] = qwen3i_binding_of("input_layernorm",          0,        c->n_embd,   NULL, &w->attn_norm);
+    list[n++] = qwen3i_binding_of("self_attn.q_proj",         q_dim,    c->n_embd,   &w->wq, NULL);
+    list[n++] = qwen3i_binding_of("self_attn.k_proj",         kv_dim,   c->n_embd,   &w->wk, NULL);
+    list[n++] = qwen3i_binding_of("self_attn.v_proj",         kv_dim,   c->n_embd,   &w->wv, NULL);
+    list[n++] = qwen3i_binding_of("self_attn.q_norm",         0,        c->head_dim, NULL, &w->q_norm);
+    list[n++] = qwen3i_binding_of("self_attn.k_norm",         0,        c->head_dim, NULL, &w->k_norm);
+    list[n++] = qwen3i_binding_of("self_attn.o_proj",         c->n_embd, q_dim,      &w->wo, NULL);
+    list[n++] = qwen3i_binding_of("post_attention_layernorm", 0,        c->n_embd,   NULL, &w->mlp_norm);
+    list[n++] = qwen3i_binding_of("mlp.gate_proj",            c->n_ff,  c->n_embd,   &w->w_gate, NULL);
+    list[n++] = qwen3i_binding_of("mlp.up_proj",              c->n_ff,  c->n_embd,   &w->w_up, NULL);
+    list[n++] = qwen3i_binding_of("mlp.down_proj",            c->n_embd, c->n_ff,    &w->w_down, NULL);
+    for (i = 0; i < n && r == QWEN3_OK; i++) {
+        snprintf(name, sizeof name, "model.layers.%d.%s.weight", index, list[i].name);
+        r = list[i].rows ? qwen3i_bind(b, name, list[i].rows, list[i].cols, list[i].matrix)
+                         : qwen3i_bind_gains(b, name, list[i].cols, list[i].gains);
+    }
+    return r;
+}
+
+static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
+    qwen3_model *m = b->l->model;
+    const qwen3i_config *c = &m->config;
+    qwen3i_weights *w = &m->weights;
+    qwen3i_layer *layers;
+    qwen3_result r;
+    int i;
+    r = qwen3i_bind(b, "model.embed_tokens.weight", c->n_vocab, c->n_embd, &w->embed);
+    if (r == QWEN3_OK) r = qwen3i_bind_gains(b, "model.norm.weight", c->n_embd, &w->final_norm);
+    w->head = w->embed;                 /* when tied, a head in the file is a copy: not used */
+    if (r == QWEN3_OK && !c->tied) r = qwen3i_bind(b, "lm_head.weight", c->n_vocab, c->n_embd, &w->head);
+    if (r != QWEN3_OK) return r;
+    if ((size_t)c->n_layer > b->tensors->n / 11 + 1)    /* before memory is taken for them */
+        return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "config.json: num_hidden_layers is %d, but the files hold only %lu tensors",
+                           c->n_layer, (unsigned long)b->tensors->n);
+    layers = (qwen3i_layer *)qwen3i_model_alloc(m, (size_t)c->n_layer, sizeof *layers);
+    if (!layers) return qwen3i_no_memory(b->l->err, "the layers", (uint64_t)c->n_layer * sizeof *layers);
+    memset(layers, 0, (size_t)c->n_layer * sizeof *layers);
+    w->layers = layers;
+    for (i = 0; i < c->n_layer && r == QWEN3_OK; i++) {
+        r = qwen3i_bind_layer(b, i, &layers[i]);
+        if (r == QWEN3_OK) r = qwen3i_progress(b->l, (i + 1.0) / c->n_layer);
+    }
+    return r;
+}
+
+/* ---- tokenizer files -------------------------------------------------------------------------------- */
+static qwen3_result qwen3i_load_vocab(qwen3i_loader *l, const qwen3i_blob *config) {
+    qwen3_model *m = l->model;
+    qwen3i_blob vocab, merges;
+    qwen3_result r = qwen3i_open(l, "vocab.json", 0, &vocab);
+    if (r != QWEN3_OK || !vocab.data) return r;
+    r = qwen3i_open(l, "merges.txt", 0, &merges);
+    if (r == QWEN3_OK && !merges.data) r = qwen3i_fail(l->err, QWEN3_ERR_IO, "merges.txt is missing beside vocab.json");
+    if (r == QWEN3_OK)
+        r = qwen3i_tokenizer_from_vocab(&m->tokenizer, &m->allocator, vocab.data, vocab.size, merges.data, merges.size,
+                                        config->data, config->size, l->err);
+    qwen3i_close(&m->allocator, &merges);
+    qwen3i_close(&m->allocator, &vocab);
+    return r;
+}
+
+/* The template decides how the model was taught to think; it may also lie in a file of its own. */
+static qwen3_result qwen3i_load_style(qwen3i_loader *l, const qwen3i_blob *config) {
+    qwen3i_blob jinja;
+    qwen3_result r = qwen3i_open(l, "chat_template.jinja", 0, &jinja);
+    if (r != QWEN3_OK) return r;
+    l->model->info.chat_style = jinja.data ? qwen3i_chat_style_of((const char *)jinja.data, jinja.size)
+                                           : qwen3i_chat_style_of_config(config->data, config->size);
+    qwen3i_close(&l->model->allocator, &jinja);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_load_tokenizer(qwen3i_loader *l) {
+    qwen3_model *m = l->model;
+    qwen3i_blob json, config;
+    qwen3_result r = qwen3i_open(l, "tokenizer_config.json", 0, &config);
+    if (r != QWEN3_OK) return r;
+    r = qwen3i_open(l, "tokenizer.json", 1, &json);
+    if (r == QWEN3_OK && json.data)
+        r = qwen3i_tokenizer_from_json(&m->tokenizer, &m->allocator, "tokenizer.json", json.data, json.size, l->err);
+    else if (r == QWEN3_OK) r = qwen3i_load_vocab(l, &config);
+    if (r == QWEN3_OK && m->tokenizer) r = qwen3i_load_style(l, &config);
+    qwen3i_close(&m->allocator, &json);
+    qwen3i_close(&m->allocator, &config);
+    if (r == QWEN3_OK && m->tokenizer && qwen3i_tokenizer_size(m->tokenizer) > m->config.n_vocab)
+        r = qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "the tokenizer has ids up to %d, the embedding only %d rows",
+                        qwen3i_tokenizer_size(m->tokenizer) - 1, m->config.n_vocab);
+    return r;
+}
+
+/* ---- loading ------------------------------------------------------------------------------------------ */
+typedef qwen3_result (*qwen3i_parse_file)(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err);
+
+static qwen3_result qwen3i_load_json(qwen3i_loader *l, const char *name, int required, qwen3i_parse_file parse) {
+    qwen3i_blob b;
+    const char *path = l->desc->path;
+    qwen3_result r = qwen3i_open(l, name, 0, &b);
+    if (r != QWEN3_OK) return r;
+    if (b.data) r = parse(l->model, name, &b, l->err);
+    else if (required)
+        r = qwen3i_fail(l->err, QWEN3_ERR_IO, "no %s %s%s: a Qwen3 model directory holds config.json, model.safetensors and tokenizer.json",
+                        name, path ? "in " : "given", path ? path : "");
+    qwen3i_close(&l->model->allocator, &b);
+    return r;
+}
+
+static void qwen3i_add_eos(qwen3_model *m, qwen3_token id) {
+    int i;
+    if (id < 0 || m->n_eos == QWEN3I_MAX_EOS) return;
+    for (i = 0; i < m->n_eos; i++) if (m->eos[i] == id) return;
+    m->eos[m->n_eos++] = id;
+}
+
+static void qwen3i_fill_info(qwen3_model *m) {
+    const qwen3i_config *c = &m->config;
+    qwen3_info *f = &m->info;
+    f->n_layer = c->n_layer; f->n_embd = c->n_embd; f->n_head = c->n_head; f->n_head_kv = c->n_head_kv;
+    f->head_dim = c->head_dim; f->n_ff = c->n_ff; f->n_vocab = c->n_vocab; f->max_ctx = c->max_ctx;
+    f->n_tokens = m->tokenizer ? qwen3i_tokenizer_size(m->tokenizer) : 0;
+    f->im_start = qwen3_token_id(m, "<|im_start|>");
+    f->im_end = qwen3_token_id(m, "<|im_end|>");
+    f->end_of_text = qwen3_token_id(m, "<|endoftext|>");
+    f->think_begin = qwen3_token_id(m, "<think>");
+    f->think_end = qwen3_token_id(m, "</think>");
+    f->backend_name = m->backend->name;
+    f->device_name = m->weights.layers ? m->backend->device_name(m->backend_state) : "none";
+    qwen3i_add_eos(m, f->im_end);       /* both end a turn, whatever the files list */
+    qwen3i_add_eos(m, f->end_of_text);
+}
+
+static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
+    qwen3_model *m = l->model;
+    qwen3i_tensors tensors;
+    qwen3i_binder b;
+    qwen3_result r;
+    memset(&tensors, 0, sizeof tensors);
+    memset(&b, 0, sizeof b);
+    b.l = l;
+    b.tensors = &tensors;
+    b.fingerprint = qwen3i_hash(QWEN3_VERSION / 100, &m->config.n_layer, 8 * sizeof(int));
+    b.fingerprint = qwen3i_hash(b.fingerprint, &m->config.rope_theta, sizeof(double));
+    l->step = 0.4f;
+    r = qwen3i_open_weights(l, &tensors);
+    l->done = 0.4f;
+    l->step = 0.1f;
+    if (r == QWEN3_OK) r = qwen3i_bind_model(&b);
+    qwen3i_free(&m->allocator, tensors.list, tensors.cap * sizeof *tensors.list);
+    m->info.n_params = b.n_params;
+    m->info.weight_bytes = b.n_bytes;
+    m->info.fingerprint = b.fingerprint;
+    l->done = 0.5f;
+    if (r == QWEN3_OK) r = m->backend->model_create(&m->backend_state, m, l->desc, l->err);
+    return r;
+}
+
+static qwen3_result qwen3i_load_all(qwen3i_loader *l) {
+    qwen3_result r = qwen3i_load_json(l, "config.json", 1, qwen3i_parse_config);
+    if (r == QWEN3_OK) r = qwen3i_load_json(l, "generation_config.json", 0, qwen3i_parse_generation);
+    if (r == QWEN3_OK) r = qwen3i_load_tokenizer(l);
+    if (r == QWEN3_OK && !(l->desc->flags & QWEN3_LOAD_VOCAB_ONLY)) r = qwen3i_load_weights(l);
+    if (r != QWEN3_OK) return r;
+    qwen3i_fill_info(l->model);
+    l->done = 1;
+    l->step = 0;
+    return qwen3i_progress(l, 1);
+}
+
+static qwen3_result qwen3i_check_allocator(const qwen3_allocator *a, const qwen3i_err *err) {
+    if (!a->alloc == !a->free) return QWEN3_OK;
+    return qwen3i_fail(err, QWEN3_ERR_ARG, "allocator: set both alloc and free, or neither");
+}
+
+static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err *err) {
+    int sources = (d->path != NULL) + (d->files != NULL) + (d->io.read != NULL), i;
+    if (sources != 1) return qwen3i_fail(err, QWEN3_ERR_ARG, "set exactly one of path, files and io; %d are set", sources);
+    if (d->io.read && !d->io.size) return qwen3i_fail(err, QWEN3_ERR_ARG, "io: size is not set");
+    if (d->files && d->n_files <= 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "n_files is %d", d->n_files);
+    for (i = 0; d->files && i < d->n_files; i++)
+        if (!d->files[i].name) return qwen3i_fail(err, QWEN3_ERR_ARG, "files[%d] has no name", i);
+    if (d->flags & ~(QWEN3_LOAD_VOCAB_ONLY | QWEN3_LOAD_NO_MMAP | QWEN3_LOAD_CHECK)) return qwen3i_fail(err, QWEN3_ERR_ARG, "unknown load flags 0x%x", (unsigned)d->flags);
+    if (d->backend && d->backend->version != QWEN3_VERSION)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "the backend was compiled with version %d of qwen3.h, this is %d", d->backend->version, QWEN3_VERSION);
+    if (!qwen3i_little_endian()) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "big-endian machines are not supported");
+#ifdef QWEN3_NO_STDIO
+    if (d->path) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "compiled with QWEN3_NO_STDIO: load from files or io instead of a path");
+#else
+    if (d->path && !qwen3i_is_directory(d->path)) return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is not a directory: a Qwen3 model directory was looked for there", d->path);
+#endif
+    return qwen3i_check_allocator(&d->allocator, err);
+}
+
+QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc, char *err_text, size_t err_size) {
+    qwen3i_err err;
+    qwen3i_loader l;
+    qwen3_model *m;
+    qwen3_result r;
+    err.text = err_text;
+    err.cap = err_size;
+    if (err_text && err_size) err_text[0] = '\0';
+    if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
+    *out = NULL;
+    if (!desc) return qwen3i_fail(&err, QWEN3_ERR_ARG, "desc is NULL");
+    r = qwen3i_check_load(desc, &err);
+    if (r != QWEN3_OK) return r;
+    m = (qwen3_model *)qwen3i_alloc_zero(&desc->allocator, 1, sizeof *m);
+    if (!m) return qwen3i_no_memory(&err, "the model", sizeof *m);
+    m->allocator = desc->allocator;
+    m->logger = desc->logger;
+    m->backend = desc->backend ? desc->backend : qwen3i_cpu_backend();
+    memset(&l, 0, sizeof l);
+    l.desc = desc;
+    l.model = m;
+    l.err = &err;
+    r = qwen3i_load_all(&l);
+    if (r != QWEN3_OK) { qwen3_free(m); return r; }
+    qwen3i_log(&m->logger, QWEN3_LOG_INFO, "loaded %llu parameters, %llu bytes, on %s (%s)%s", (unsigned long long)m->info.n_params,
+               (unsigned long long)m->info.weight_bytes, m->info.backend_name, m->info.device_name, m->tokenizer ? "" : "; no tokenizer files");
+    *out = m;
+    return QWEN3_OK;
+}
+
+QWEN3_API void qwen3_free(qwen3_model *m) {
+    qwen3_allocator a;
+    qwen3i_block *b, *next;
+    int i;
+    if (!m) return;
+    a = m->allocator;
+    if (m->backend_state) m->backend->model_free(m->backend_state);
+    qwen3i_tokenizer_free(m->tokenizer);
+    for (i = 0; i < m->n_shards; i++) qwen3i_close(&a, &m->shards[i].blob);
+    for (b = m->blocks; b; b = next) { next = b->next; qwen3i_free(&a, b, b->size); }
+    qwen3i_free(&a, m, sizeof *m);
+}
+
+QWEN3_API qwen3_info qwen3_get_info(const qwen3_model *m) {
+    qwen3_info none;
+    if (m) return m->info;
+    memset(&none, 0, sizeof none);
+    return none;
+}
+/* ================================================================================================
+   CHAT FORMAT: a conversation to tokens, as the models' chat templates have it. Template text may
+   name control tokens, an assistant's text only those that are not special (<think>, <tool_call>),
+   and the text of everyone else none at all.
+   ================================================================================================ */
+typedef struct qwen3i_chat {
+    qwen3i_encoder e;
+    qwen3i_buf     run;                 /* text since the last control token: it is encoded as a whole */
+    qwen3i_buf     text;                /* a JSON string, unescaped */
+    qwen3_token    im_start, im_end;
+    qwen3_result   result;              /* after a failure nothing more is done */
+} qwen3i_chat;
+
+static qwen3i_str qwen3i_str_of(const char *text) {
+    qwen3i_str s;
+    s.p = text ? text : "";
+    s.n = strlen(s.p);
+    return s;
+}
+
+static void qwen3i_chat_text(qwen3i_chat *c, const char *p, size_t n) {
+    if (c->result == QWEN3_OK && !qwen3i_buf_add(&c->run, p, n)) c->result = QWEN3_ERR_MEMORY;
+}
+
+static void qwen3i_chat_control(qwen3i_chat *c, int id) {
+    if (c->result == QWEN3_OK) c->result = qwen3i_encode_text(&c->e, c->run.p, c->run.n, 0);
+    c->run.n = 0;
+    if (id >= 0) qwen3i_put(&c->e, (uint32_t)id);
+}
+
+/* Text in which added tokens of these kinds count. */
+static void qwen3i_chat_marked(qwen3i_chat *c, qwen3i_str s, int kinds) {
+    const char *p = s.p, *end = s.p + s.n, *at;
+    for (; p < end; p = at) {
+        const qwen3i_added *hit = qwen3i_added_next(c->e.t, p, end, kinds, &at);
+        qwen3i_chat_text(c, p, (size_t)(at - p));
+        if (hit) { qwen3i_chat_control(c, hit->id); at += hit->length; }
+    }
+}
+
+static void qwen3i_chat_literal(qwen3i_chat *c, const char *text) {
+    qwen3i_chat_marked(c, qwen3i_str_of(text), QWEN3I_ADDED_ALL);
+}
+
+static void qwen3i_chat_assistant_text(qwen3i_chat *c, qwen3i_str s) {
+    qwen3i_chat_marked(c, s, QWEN3I_ADDED_ALL & ~QWEN3I_ADDED_SPECIAL);
+}
+
+static void qwen3i_chat_plain(qwen3i_chat *c, const char *text) {
+    qwen3i_str s = qwen3i_str_of(text);
+    qwen3i_chat_text(c, s.p, s.n);
+}
+
+static void qwen3i_chat_open(qwen3i_chat *c, const char *role) {
+    qwen3i_chat_control(c, c->im_start);
+    qwen3i_chat_plain(c, role);
+}
+
+static void qwen3i_chat_close(qwen3i_chat *c) {
+    qwen3i_chat_control(c, c->im_end);
+    qwen3i_chat_plain(c, "\n");
+}
+
+/* ---- JSON, written as Python's json.dumps(ensure_ascii=False) does -------------------------------------- */
+static void qwen3i_chat_json_string(qwen3i_chat *c, qwen3i_str s) {
+    static const char from[] = "\"\\\n\r\t\b\f", to[] = "\"\\nrtbf";
+    char escape[8];
+    size_t i, n, plain = 0;
+    c->text.n = 0;
+    if (!qwen3i_buf_reserve(&c->text, s.n + 1)) { c->result = QWEN3_ERR_MEMORY; return; }
+    n = qwen3i_json_unescape(s, c->text.p);
+    qwen3i_chat_text(c, "\"", 1);
+    for (i = 0; i < n; i++) {
+        unsigned char byte = (unsigned char)c->text.p[i];
+        const char *hit = byte ? strchr(from, byte) : NULL;
+        if (!hit && byte >= 0x20) continue;
+        qwen3i_chat_text(c, c->text.p + plain, i - plain);
+        plain = i + 1;
+        if (hit) snprintf(escape, sizeof escape, "\\%c", to[hit - from]);
+        else snprintf(escape, sizeof escape, "\\u%04x", (unsigned)byte);
+        qwen3i_chat_plain(c, escape);
+    }
+    qwen3i_chat_text(c, c->text.p + plain, n - plain);
+    qwen3i_chat_text(c, "\"", 1);
+}
+
+typedef struct qwen3i_decimal { char digits[16]; int n, point; } qwen3i_decimal;   /* 0.digits * 10^point */
+
+/* A number that was checked; 0 if it has more than 15 significant digits or an extreme exponent. */
+static int qwen3i_decimal_read(qwen3i_str s, qwen3i_decimal *d) {
+    const char *p = s.p, *end = s.p + s.n;
+    int seen_point = 0, zeros = 0, exponent = 0, negative;
+    d->n = d->point = 0;
+    for (p += *p == '-'; p < end && *p != 'e' && *p != 'E'; p++) {
+        if (*p == '.') { seen_point = 1; continue; }
+        if (d->n == 0 && *p == '0') { d->point -= seen_point; continue; }
+        d->point += !seen_point;
+        if (*p == '0') { zeros++; d->n += d->n == 0; continue; }
+        if (d->n + zeros >= 15) return 0;
+        for (; zeros > 0; zeros--) d->digits[d->n++] = '0';
+        d->digits[d->n++] = *p;
+    }
+    if (p < end) {
+        negative = *++p == '-';
+        for (p += *p == '-' || *p == '+'; p < end; p++) if (exponent < 10000) exponent = exponent * 10 + (*p - '0');
+        d->point += negative ? -exponent : exponent;
+    }
+    return d->n == 0 || (d->point > -290 && d->point < 290);
+}
+
+/* As Python prints the float: the fewest digits that mean the same, which up to 15 are those that are there.
+   Longer numbers, and integers, stay as they are written. */
+static void qwen3i_chat_json_number(qwen3i_chat *c, qwen3i_str s) {
+    qwen3i_decimal d;
+    char tail[16];
+    int i, is_float = memchr(s.p, '.', s.n) || memchr(s.p, 'e', s.n) || memchr(s.p, 'E', s.n);
+    if (s.n == 2 && s.p[0] == '-' && s.p[1] == '0') { qwen3i_chat_text(c, "0", 1); return; }
+    if (!is_float || !qwen3i_decimal_read(s, &d)) { qwen3i_chat_text(c, s.p, s.n); return; }
+    if (*s.p == '-') qwen3i_chat_text(c, "-", 1);
+    if (d.n == 0) { qwen3i_chat_plain(c, "0.0"); return; }
+    if (d.point < -3 || d.point > 16) {
+        qwen3i_chat_text(c, d.digits, 1);
+        if (d.n > 1) qwen3i_chat_text(c, ".", 1);
+        qwen3i_chat_text(c, d.digits + 1, (size_t)d.n - 1);
+        snprintf(tail, sizeof tail, "e%c%02d", d.point < 1 ? '-' : '+', d.point < 1 ? 1 - d.point : d.point - 1);
+        qwen3i_chat_plain(c, tail);
+        return;
+    }
+    if (d.point <= 0) qwen3i_chat_text(c, "0.", 2);
+    for (i = d.point; i < 0; i++) qwen3i_chat_text(c, "0", 1);
+    for (i = 0; i < d.n || i <= d.point; i++) {
+        if (i == d.point && i > 0) qwen3i_chat_text(c, ".", 1);
+        qwen3i_chat_text(c, i < d.n ? d.digits + i : "0", 1);
+    }
+}
+
+static void qwen3i_chat_json_scalar(qwen3i_chat *c, qwen3i_json *j) {
+    qwen3i_str s;
+    double ignored;
+    char first = qwen3i_json_peek(j);
+    s.p = j->p;
+    if (first == '"') { if (qwen3i_json_string(j, &s)) qwen3i_chat_json_string(c, s); return; }
+    if (first == '-' || (first >= '0' && first <= '9')) {
+        if (!qwen3i_json_number(j, &ignored)) return;
+        s.n = (size_t)(j->p - s.p);
+        qwen3i_chat_json_number(c, s);
+        return;
+    }
+    if (qwen3i_json_scalar(j)) qwen3i_chat_text(c, s.p, (size_t)(j->p - s.p));
+}
+
+/* One JSON object, in a single line. */
+static void qwen3i_chat_json(qwen3i_chat *c, const char *text) {
+    qwen3i_json_iter stack[QWEN3I_JSON_DEPTH];
+    qwen3i_str key;
+    int depth = 0, first;
+    qwen3i_json j = qwen3i_json_begin(text, strlen(text));
+    if (qwen3i_json_peek(&j) != '{') qwen3i_json_bad(&j, "an object was expected");
+    do {
+        char open = qwen3i_json_peek(&j);
+        if (open != '{' && open != '[') qwen3i_chat_json_scalar(c, &j);
+        else if (depth == QWEN3I_JSON_DEPTH) qwen3i_json_bad(&j, "nested too deeply");
+        else {
+            qwen3i_json_open(&j, open, &stack[depth++]);
+            qwen3i_chat_text(c, &open, 1);
+        }
+        while (depth > 0 && (first = !stack[depth - 1].started, !qwen3i_json_next(&j, &stack[depth - 1], &key)) && !j.error)
+            qwen3i_chat_text(c, &stack[--depth].close, 1);
+        if (j.error || depth == 0) break;
+        if (!first) qwen3i_chat_text(c, ", ", 2);
+        if (stack[depth - 1].close == '}') { qwen3i_chat_json_string(c, key); qwen3i_chat_text(c, ": ", 2); }
+    } while (c->result == QWEN3_OK);
+    if (c->result == QWEN3_OK && !qwen3i_json_end(&j)) c->result = QWEN3_ERR_ARG;
+}
+
+/* ---- the template ------------------------------------------------------------------------------------------ */
+static const char *qwen3i_str_find(qwen3i_str s, const char *wanted, int last) {
+    size_t k = strlen(wanted), i;
+    const char *hit = NULL;
+    for (i = 0; i + k <= s.n; i++)
+        if (s.p[i] == *wanted && memcmp(s.p + i, wanted, k) == 0) {
+            hit = s.p + i;
+            if (!last) break;
+        }
+    return hit;
+}
+
+static qwen3i_str qwen3i_str_strip(qwen3i_str s, int left, int right) {
+    for (; left && s.n > 0 && s.p[0] == '\n'; s.n--) s.p++;
+    while (right && s.n > 0 && s.p[s.n - 1] == '\n') s.n--;
+    return s;
+}
+
+/* An assistant's content, and its reasoning if that is part of the text. */
+static void qwen3i_chat_split(const qwen3_msg *m, qwen3i_str *content, qwen3i_str *reasoning) {
+    static const char begin[] = "<think>", end[] = "</think>";
+    const char *first, *last, *open;
+    *content = qwen3i_str_of(m->text);
+    *reasoning = qwen3i_str_of(m->reasoning);
+    first = m->reasoning ? NULL : qwen3i_str_find(*content, end, 0);
+    if (!first) return;
+    last = qwen3i_str_find(*content, end, 1) + sizeof end - 1;
+    reasoning->p = content->p;
+    reasoning->n = (size_t)(first - content->p);
+    *reasoning = qwen3i_str_strip(*reasoning, 0, 1);
+    open = qwen3i_str_find(*reasoning, begin, 1);
+    if (open) {
+        reasoning->n -= (size_t)(open + sizeof begin - 1 - reasoning->p);
+        reasoning->p = open + sizeof begin - 1;
+    }
+    *reasoning = qwen3i_str_strip(*reasoning, 1, 0);
+    content->n -= (size_t)(last - content->p);
+    content->p = last;
+    *content = qwen3i_str_strip(*content, 1, 0);
+}
+
+/* show_thinking: 0: leave the reasoning out; 1: show it if there is any; 2: show that there is none, too. */
+static void qwen3i_chat_assistant(qwen3i_chat *c, const qwen3_msg *m, qwen3_chat_style style, int show_thinking) {
+    qwen3i_str content = qwen3i_str_of(m->text), reasoning = qwen3i_str_of(NULL);
+    int i;
+    if (style != QWEN3_STYLE_INSTRUCT) qwen3i_chat_split(m, &content, &reasoning);
+    qwen3i_chat_open(c, "assistant\n");
+    if (style != QWEN3_STYLE_INSTRUCT && (show_thinking == 2 || (show_thinking && reasoning.n > 0))) {
+        qwen3i_chat_literal(c, "<think>\n");
+        qwen3i_chat_assistant_text(c, qwen3i_str_strip(reasoning, 1, 1));
+        qwen3i_chat_literal(c, "\n</think>\n\n");
+        qwen3i_chat_assistant_text(c, qwen3i_str_strip(content, 1, 0));
+    } else qwen3i_chat_assistant_text(c, content);
+    for (i = 0; i < m->n_calls; i++) {
+        if (i > 0 || content.n > 0) qwen3i_chat_plain(c, "\n");
+        qwen3i_chat_literal(c, "<tool_call>\n{\"name\": \"");
+        qwen3i_chat_assistant_text(c, qwen3i_str_of(m->calls[i].name));
+        qwen3i_chat_plain(c, "\", \"arguments\": ");
+        qwen3i_chat_assistant_text(c, qwen3i_str_of(m->calls[i].arguments));
+        qwen3i_chat_literal(c, "}\n</tool_call>");
+    }
+    qwen3i_chat_close(c);
+}
+
+/* Consecutive tool results share one turn. */
+static void qwen3i_chat_tool_result(qwen3i_chat *c, const qwen3_msg *m, int is_first, int is_last) {
+    if (is_first) qwen3i_chat_open(c, "user");
+    qwen3i_chat_literal(c, "\n<tool_response>\n");
+    qwen3i_chat_plain(c, m->text);
+    qwen3i_chat_literal(c, "\n</tool_response>");
+    if (is_last) qwen3i_chat_close(c);
+}
+
+static void qwen3i_chat_system(qwen3i_chat *c, const qwen3_chat_desc *chat) {
+    const char *text = chat->msgs[0].role == QWEN3_SYSTEM ? chat->msgs[0].text : NULL;
+    int i;
+    if (chat->n_tools == 0 && chat->msgs[0].role != QWEN3_SYSTEM) return;
+    qwen3i_chat_open(c, "system\n");
+    qwen3i_chat_plain(c, text);
+    if (chat->n_tools > 0) {
+        if (chat->msgs[0].role == QWEN3_SYSTEM) qwen3i_chat_plain(c, "\n\n");
+        qwen3i_chat_literal(c, "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+            "You are provided with function signatures within <tools></tools> XML tags:\n<tools>");
+        for (i = 0; i < chat->n_tools; i++) { qwen3i_chat_plain(c, "\n"); qwen3i_chat_json(c, chat->tools[i]); }
+        qwen3i_chat_literal(c, "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+            "within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": "
+            "<args-json-object>}\n</tool_call>");
+    }
+    qwen3i_chat_close(c);
+}
+
+/* The last message of a user that does not only wrap a tool's result; the last message if there is none. */
+static int qwen3i_chat_last_query(const qwen3_chat_desc *chat) {
+    static const char open[] = "<tool_response>", close[] = "</tool_response>";
+    int i;
+    for (i = chat->n_msgs - 1; i >= 0; i--) {
+        qwen3i_str s = qwen3i_str_of(chat->msgs[i].text);
+        if (chat->msgs[i].role != QWEN3_USER) continue;
+        if (s.n < sizeof close - 1 || memcmp(s.p, open, sizeof open - 1) != 0 ||
+            memcmp(s.p + s.n - (sizeof close - 1), close, sizeof close - 1) != 0) return i;
+    }
+    return chat->n_msgs - 1;
+}
+
+static void qwen3i_chat_messages(qwen3i_chat *c, const qwen3_chat_desc *chat, qwen3_chat_style style) {
+    int i, n = chat->n_msgs, last_query = qwen3i_chat_last_query(chat), show;
+    for (i = 0; i < n && c->result == QWEN3_OK; i++) {
+        const qwen3_msg *m = &chat->msgs[i];
+        if (m->role == QWEN3_ASSISTANT) {
+            show = i > last_query ? 1 + (i == n - 1) : (chat->flags & QWEN3_CHAT_KEEP_THINKING) != 0;
+            qwen3i_chat_assistant(c, m, style, show);
+        } else if (m->role == QWEN3_TOOL) {
+            qwen3i_chat_tool_result(c, m, i == 0 || m[-1].role != QWEN3_TOOL, i == n - 1 || m[1].role != QWEN3_TOOL);
+        } else if (m->role == QWEN3_USER || i > 0) {
+            qwen3i_chat_open(c, m->role == QWEN3_USER ? "user\n" : "system\n");
+            qwen3i_chat_plain(c, m->text);
+            qwen3i_chat_close(c);
+        }
+    }
+    if (chat->flags & QWEN3_CHAT_NO_REPLY_HEADER) return;
+    qwen3i_chat_open(c, "assistant\n");
+    if (style == QWEN3_STYLE_THINKING) qwen3i_chat_literal(c, "<think>\n");
+    else if (style == QWEN3_STYLE_HYBRID && (chat->flags & QWEN3_CHAT_NO_THINK)) qwen3i_chat_literal(c, "<think>\n\n</think>\n\n");
+}
+
+static int qwen3i_chat_valid(const qwen3_chat_desc *chat) {
+    int i, k;
+    if (chat->n_msgs <= 0 || !chat->msgs || chat->n_tools < 0 || (chat->n_tools > 0 && !chat->tools)) return 0;
+    if (chat->flags & ~(QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER)) return 0;
+    for (i = 0; i < chat->n_tools; i++) if (!chat->tools[i]) return 0;
+    for (i = 0; i < chat->n_msgs; i++) {
+        const qwen3_msg *m = &chat->msgs[i];
+        if ((int)m->role < QWEN3_SYSTEM || (int)m->role > QWEN3_TOOL) return 0;
+        if (m->n_calls < 0 || (m->n_calls > 0 && !m->calls)) return 0;
+        for (k = 0; k < m->n_calls; k++) if (!m->calls[k].name || !m->calls[k].arguments) return 0;
+    }
+    return 1;
+}
+
+QWEN3_API int qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc *chat, qwen3_token *out, int cap) {
+    qwen3i_chat c;
+    if (!model || !chat || cap < 0 || (!out && cap) || !qwen3i_chat_valid(chat)) return QWEN3_ERR_ARG;
+    if (!model->tokenizer) return QWEN3_ERR_UNSUPPORTED;
+    c.im_start = qwen3i_added_id(model->tokenizer, "<|im_start|>");
+    c.im_end = qwen3i_added_id(model->tokenizer, "<|im_end|>");
+    if (c.im_start < 0 || c.im_end < 0) return QWEN3_ERR_UNSUPPORTED;
+    c.e = qwen3i_encoder_make(model->tokenizer, out, cap);
+    c.run = c.text = qwen3i_buf_make(&model->tokenizer->allocator);
+    c.result = QWEN3_OK;
+    qwen3i_chat_system(&c, chat);
+    qwen3i_chat_messages(&c, chat, model->info.chat_style);
+    qwen3i_chat_control(&c, -1);        /* what remains */
+    qwen3i_buf_free(&c.run);
+    qwen3i_buf_free(&c.text);
+    return qwen3i_encoder_end(&c.e, c.result);
+}
+
+/* ================================================================================================
+   NUMBER FORMATS AND VECTOR KERNELS
+   Everything below computes on vectors of 16 float32 lanes, whatever the instruction set: lane j of
+   a sum takes elements j, j + 16, j + 32 ... in order, and lanes are added up in one fixed tree
+   (j with j + 8, then + 4, + 2, + 1). So a result never depends on how work was tiled, batched or
+   split over threads, and AVX-512, AVX2 and NEON agree bit for bit; the plain C lanes differ from
+   them only in that they have no fused multiply-add.
+   ================================================================================================ */
+#ifndef QWEN3_NO_SIMD
+  #if defined(__x86_64__) && defined(__GNUC__) && (!defined(__MINGW32__) || defined(__clang__))
+    #define QWEN3I_X86      /* not MinGW's gcc: it does not align the stack for AVX registers */
+    #include <immintrin.h>
+  #elif defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__)
+    #define QWEN3I_NEON
+    #include <arm_neon.h>
+  #endif
+#endif
+
+/* Full unrolling keeps the accumulators of a tile in registers. */
+#if defined(__clang__)
+  #define QWEN3I_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+  #define QWEN3I_UNROLL _Pragma("GCC unroll 8")
+#else
+  #define QWEN3I_UNROLL
+#endif
+
+static float qwen3i_float_from_bits(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static uint32_t qwen3i_bits_from_float(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+
+static float qwen3i_bf16_to_f32(uint16_t h) { return qwen3i_float_from_bits((uint32_t)h << 16); }
+
+/* Round to nearest even; what would round beyond the largest bf16 stays at it. */
+static uint16_t qwen3i_f32_to_bf16(float f) {
+    uint32_t bits = qwen3i_bits_from_float(f), sign = bits & 0x80000000u, size = bits & 0x7FFFFFFFu;
+    if (size > 0x7F800000u) return (uint16_t)((sign | 0x7FC00000u) >> 16);
+    if (size > 0x7F7F0000u) size = 0x7F7F0000u;
+    return (uint16_t)((sign | (size + 0x7FFFu + ((size >> 16) & 1u))) >> 16);
+}
+
+static float qwen3i_f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3FFu;
+    float tiny;
+    if (exponent == 31) return qwen3i_float_from_bits(sign | 0x7F800000u | (fraction << 13));
+    if (exponent != 0) return qwen3i_float_from_bits(sign | ((exponent + 112u) << 23) | (fraction << 13));
+    tiny = (float)fraction * (1.0f / 16777216.0f);
+    return sign ? -tiny : tiny;
+}
+
+/* Round to nearest even; what lies beyond +-65504 becomes +-65504. */
+static uint16_t qwen3i_f32_to_f16(float f) {
+    uint32_t bits = qwen3i_bits_from_float(f), sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu, shift, half, rest;
+    if (size > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
+    if (size >= 0x477FE000u) return (uint16_t)(sign | 0x7BFFu);
+    if (size < 0x33000000u) return (uint16_t)sign;              /* below half the smallest subnormal */
+    shift = size >= 0x38800000u ? 13u : 126u - (size >> 23);    /* subnormals lose bits; 24 of them are exact */
+    half = size >= 0x38800000u ? size - 0x38000000u : (size & 0x7FFFFFu) | 0x800000u;
+    rest = half & ((1u << shift) - 1u);
+    half >>= shift;
+    if (rest > (1u << (shift - 1)) || (rest == (1u << (shift - 1)) && (half & 1u))) half++;
+    return (uint16_t)(sign | half);
+}
+
+/* ---- the kernels of one instruction set ------------------------------------------------------- */
+typedef struct qwen3i_simd {
+    const char *name;
+    /* y[t * ldy + r] = w[r] . x[t] for n_w rows of w and n_x rows of x, all [n_cols]; ld* in elements */
+    void (*dot)(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
+                const float *x, size_t ldx, int n_x, int n_cols);
+    /* y[t * ldy + d] += sum over r of p[t * ldp + r] * v[r * ldv + d], in order of r; n_p rows of p, d < n_cols */
+    void (*mix)(float *y, size_t ldy, const float *p, size_t ldp, int n_p,
+                const void *v, size_t ldv, qwen3i_type type, int n_v, int n_cols);
+    /* s = softmax(scale * s) over [n]; s has room for n rounded up to 16, which are overwritten */
+    void (*softmax)(float *s, int n, float scale);
+    /* y = x / sqrt(mean(x^2) + eps) * gain, all [n]; y may be x */
+    void (*rmsnorm)(float *y, const float *x, const float *gain, int n, float eps);
+    /* y = gate / (1 + exp(-gate)) * up, all [n]; y may be gate */
+    void (*silu_mul)(float *y, const float *gate, const float *up, int n);
+    /* y = exp(x - shift), both [n]; to 2 ulp; 0 where the result would be below 1.2e-38 */
+    void (*exp)(float *y, const float *x, float shift, int n);
+    /* n elements from type to float32 */
+    void (*load)(float *y, const void *x, qwen3i_type type, int n);
+    /* n elements from float32 to type, rounded to nearest even and clamped to the finite range */
+    void (*store)(void *y, const float *x, qwen3i_type type, int n);
+} qwen3i_simd;
+
+#define QWEN3I_K_BLOCK 1024     /* columns that one tile sums up before they join the rest of the row:
+                                   six rows of x then stay in the first-level cache */
+#define QWEN3I_EXP_LOW  (-87.3f)
+#define QWEN3I_EXP_HIGH 88.3f
+
+/* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v
+   and the functions V_zero, set1, load, load_bf16, load_f16, store, store_bf16, store_f16, add, mul,
+   div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n), drop_below (0 where x < low),
+   sum (of R vectors, by the tree). A tile is R rows of w times up to C rows of x. */
+#define QWEN3I_DEFINE_KERNELS(V, TARGET, R, C) \
+TARGET QWEN3I_INLINE V##_v V##_load_n(const float *p, int n) { \
+    float part[16] = {0}; \
+    memcpy(part, p, (size_t)n * 4); \
+    return V##_load(part); \
+} \
+TARGET QWEN3I_INLINE void V##_store_n(float *p, V##_v v, int n) { \
+    float part[16]; \
+    V##_store(part, v); \
+    memcpy(p, part, (size_t)n * 4); \
+} \
+/* elements i .. i + 15 of a row */ \
+TARGET QWEN3I_INLINE V##_v V##_from(const void *row, size_t i, qwen3i_type type) { \
+    if (type == QWEN3I_BF16) return V##_load_bf16((const uint16_t *)row + i); \
+    if (type == QWEN3I_F16)  return V##_load_f16((const uint16_t *)row + i); \
+    return V##_load((const float *)row + i); \
+} \
+/* elements i .. i + n - 1, then zeros */ \
+TARGET QWEN3I_INLINE V##_v V##_from_n(const void *row, size_t i, qwen3i_type type, int n) { \
+    uint16_t part[16] = {0}; \
+    if (type == QWEN3I_F32) return V##_load_n((const float *)row + i, n); \
+    memcpy(part, (const uint16_t *)row + i, (size_t)n * 2); \
+    return type == QWEN3I_BF16 ? V##_load_bf16(part) : V##_load_f16(part); \
+} \
+TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
+    V##_v rows[R]; \
+    float sums[R]; \
+    int r; \
+    for (r = 0; r < R; r++) rows[r] = v; \
+    V##_sum(sums, rows); \
+    return sums[0]; \
+} \
+/* One tile over n columns: y[t * ldy + r] = (first ? 0 : y) + w[r] . x[t]; only n_w of the R rows are stored */ \
+TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, const char *const *w, int n_w, qwen3i_type type, \
+                                   const float *x, size_t ldx, int n_x, int n, int first) { \
+    V##_v acc[C][R], wv[R], xv; \
+    float sums[R]; \
+    int r, t, k; \
+    QWEN3I_UNROLL for (t = 0; t < n_x; t++) { QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_zero(); } \
+    for (k = 0; k + 16 <= n; k += 16) { \
+        QWEN3I_UNROLL for (r = 0; r < R; r++) wv[r] = V##_from(w[r], (size_t)k, type); \
+        QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
+            xv = V##_load(x + (size_t)t * ldx + k); \
+            QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_fma(wv[r], xv, acc[t][r]); \
+        } \
+    } \
+    if (k < n) { \
+        QWEN3I_UNROLL for (r = 0; r < R; r++) wv[r] = V##_from_n(w[r], (size_t)k, type, n - k); \
+        QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
+            xv = V##_load_n(x + (size_t)t * ldx + k, n - k); \
+            QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_fma(wv[r], xv, acc[t][r]); \
+        } \
+    } \
+    QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
+        V##_sum(sums, acc[t]); \
+        for (r = 0; r < n_w; r++) y[(size_t)t * ldy + (size_t)r] = first ? sums[r] : y[(size_t)t * ldy + (size_t)r] + sums[r]; \
+    } \
+} \
+/* Rows of w through one tile of x: n_x is made a constant so that each size gets its own code. */ \
+TARGET QWEN3I_INLINE void V##_tiles(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
+                                    const float *x, size_t ldx, int n_x, int n, int first) { \
+    int r, i; \
+    for (r = 0; r < n_w; r += R) { \
+        const char *rows[R]; \
+        int m = qwen3i_min(R, n_w - r); \
+        for (i = 0; i < R; i++) rows[i] = w + (size_t)(r + qwen3i_min(i, m - 1)) * row_bytes; \
+        switch (n_x) { \
+            case 1:  V##_tile(y + r, ldy, rows, m, type, x, ldx, 1, n, first); break; \
+            case 2:  V##_tile(y + r, ldy, rows, m, type, x, ldx, 2, n, first); break; \
+            case 3:  V##_tile(y + r, ldy, rows, m, type, x, ldx, 3, n, first); break; \
+            case 4:  if (C >= 4) V##_tile(y + r, ldy, rows, m, type, x, ldx, qwen3i_min(4, C), n, first); break; \
+            case 5:  if (C >= 5) V##_tile(y + r, ldy, rows, m, type, x, ldx, qwen3i_min(5, C), n, first); break; \
+            default: if (C >= 6) V##_tile(y + r, ldy, rows, m, type, x, ldx, qwen3i_min(6, C), n, first); break; \
+        } \
+    } \
+} \
+/* A tile of x stays in the first-level cache while the block of w streams past it from the second; \
+   with a single tile, w is read row by row as it lies in memory. */ \
+TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t ldw, qwen3i_type type, int n_w, \
+                                       const float *x, size_t ldx, int n_x, int n_cols) { \
+    size_t size = qwen3i_type_size(type), row_bytes = ldw * size; \
+    int step = n_x <= C ? R : n_w, r, t, k; \
+    for (r = 0; r < n_w; r += step) \
+        for (t = 0; t < n_x; t += C) \
+            for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
+                V##_tiles(y + (size_t)t * ldy + r, ldy, w + (size_t)r * row_bytes + (size_t)k * size, row_bytes, type, \
+                          qwen3i_min(step, n_w - r), x + (size_t)t * ldx + k, ldx, qwen3i_min(C, n_x - t), \
+                          qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), k == 0); \
+} \
+TARGET static void V##_dot(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w, \
+                           const float *x, size_t ldx, int n_x, int n_cols) { \
+    switch (type) { \
+        case QWEN3I_BF16: V##_dot_type(y, ldy, (const char *)w, ldw, QWEN3I_BF16, n_w, x, ldx, n_x, n_cols); break; \
+        case QWEN3I_F16:  V##_dot_type(y, ldy, (const char *)w, ldw, QWEN3I_F16, n_w, x, ldx, n_x, n_cols); break; \
+        case QWEN3I_F32:  V##_dot_type(y, ldy, (const char *)w, ldw, QWEN3I_F32, n_w, x, ldx, n_x, n_cols); break; \
+    } \
+} \
+/* n_vec vectors of columns of up to C rows of y; the last vector has n_last of its 16 columns */ \
+TARGET QWEN3I_INLINE void V##_mix_tile(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
+                                       const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_vec, int n_last) { \
+    V##_v acc[C][R], vv[R], pv; \
+    int t, c, r; \
+    QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < n_vec; c++) \
+        acc[t][c] = n_last < 16 ? V##_load_n(y + (size_t)t * ldy + 16 * c, n_last) : V##_load(y + (size_t)t * ldy + 16 * c); } \
+    for (r = 0; r < n_v; r++, v += row_bytes) { \
+        QWEN3I_UNROLL for (c = 0; c < n_vec; c++) \
+            vv[c] = n_last < 16 ? V##_from_n(v, 16 * (size_t)c, type, n_last) : V##_from(v, 16 * (size_t)c, type); \
+        QWEN3I_UNROLL for (t = 0; t < n_p; t++) { \
+            pv = V##_set1(p[(size_t)t * ldp + (size_t)r]); \
+            QWEN3I_UNROLL for (c = 0; c < n_vec; c++) acc[t][c] = V##_fma(pv, vv[c], acc[t][c]); \
+        } \
+    } \
+    QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < n_vec; c++) { \
+        if (n_last < 16) V##_store_n(y + (size_t)t * ldy + 16 * c, acc[t][c], n_last); \
+        else V##_store(y + (size_t)t * ldy + 16 * c, acc[t][c]); \
+    } } \
+} \
+TARGET QWEN3I_INLINE void V##_mix_rows(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
+                                       const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_cols) { \
+    size_t size = qwen3i_type_size(type); \
+    int d = 0; \
+    for (; d + 16 * R <= n_cols; d += 16 * R) \
+        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, R, 16); \
+    for (; d + 16 <= n_cols; d += 16) \
+        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, 1, 16); \
+    if (d < n_cols) V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, 1, n_cols - d); \
+} \
+TARGET QWEN3I_INLINE void V##_mix_type(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
+                                       const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_cols) { \
+    int t = 0; \
+    for (; t + C <= n_p; t += C) \
+        V##_mix_rows(y + (size_t)t * ldy, ldy, p + (size_t)t * ldp, ldp, C, v, row_bytes, type, n_v, n_cols); \
+    for (; t + 2 <= n_p; t += 2) \
+        V##_mix_rows(y + (size_t)t * ldy, ldy, p + (size_t)t * ldp, ldp, 2, v, row_bytes, type, n_v, n_cols); \
+    if (t < n_p) V##_mix_rows(y + (size_t)t * ldy, ldy, p + (size_t)t * ldp, ldp, 1, v, row_bytes, type, n_v, n_cols); \
+} \
+TARGET static void V##_mix(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
+                           const void *v, size_t ldv, qwen3i_type type, int n_v, int n_cols) { \
+    switch (type) { \
+        case QWEN3I_BF16: V##_mix_type(y, ldy, p, ldp, n_p, (const char *)v, ldv * 2, QWEN3I_BF16, n_v, n_cols); break; \
+        case QWEN3I_F16:  V##_mix_type(y, ldy, p, ldp, n_p, (const char *)v, ldv * 2, QWEN3I_F16, n_v, n_cols); break; \
+        case QWEN3I_F32:  V##_mix_type(y, ldy, p, ldp, n_p, (const char *)v, ldv * 4, QWEN3I_F32, n_v, n_cols); break; \
+    } \
+} \
+/* e^x = 2^n e^r with |r| <= ln(2) / 2; e^r by a polynomial of degree 6 (error 1e-8 before rounding) */ \
+TARGET QWEN3I_INLINE V##_v V##_exp_v(V##_v x) { \
+    V##_v c = V##_min(V##_max(x, V##_set1(QWEN3I_EXP_LOW)), V##_set1(QWEN3I_EXP_HIGH)); \
+    V##_v n = V##_round(V##_mul(c, V##_set1(1.44269504f))); \
+    V##_v r = V##_fma(n, V##_set1(-0.693359375f), c), p; \
+    r = V##_fma(n, V##_set1(2.12194440e-4f), r); \
+    p = V##_fma(V##_set1(1.3926376e-3f), r, V##_set1(8.3633335e-3f)); \
+    p = V##_fma(p, r, V##_set1(4.1666552e-2f)); \
+    p = V##_fma(p, r, V##_set1(0.16666576f)); \
+    p = V##_fma(p, r, V##_set1(0.5f)); \
+    p = V##_add(V##_fma(V##_mul(r, r), p, r), V##_set1(1.0f)); \
+    return V##_drop_below(V##_mul(p, V##_exp2i(n)), x, QWEN3I_EXP_LOW); \
+} \
+TARGET static void V##_exp(float *y, const float *x, float shift, int n) { \
+    V##_v minus = V##_set1(-shift); \
+    int i; \
+    for (i = 0; i + 16 <= n; i += 16) V##_store(y + i, V##_exp_v(V##_add(V##_load(x + i), minus))); \
+    if (i < n) V##_store_n(y + i, V##_exp_v(V##_add(V##_load_n(x + i, n - i), minus)), n - i); \
+} \
+TARGET static void V##_softmax(float *s, int n, float scale) { \
+    V##_v best = V##_set1(-FLT_MAX), sum = V##_zero(), by = V##_set1(scale), minus; \
+    float lanes[16], top; \
+    int i, padded = (n + 15) / 16 * 16; \
+    for (i = n; i < padded; i++) s[i] = -1e30f;     /* their exponential is 0 */ \
+    for (i = 0; i < padded; i += 16) best = V##_max(best, V##_load(s + i)); \
+    V##_store(lanes, best); \
+    for (top = lanes[0], i = 1; i < 16; i++) top = lanes[i] > top ? lanes[i] : top; \
+    minus = V##_set1(-top * scale); \
+    for (i = 0; i < padded; i += 16) { \
+        V##_v e = V##_exp_v(V##_fma(V##_load(s + i), by, minus)); \
+        V##_store(s + i, e); \
+        sum = V##_add(sum, e); \
+    } \
+    by = V##_set1(1.0f / V##_sum1(sum)); \
+    for (i = 0; i < padded; i += 16) V##_store(s + i, V##_mul(V##_load(s + i), by)); \
+} \
+TARGET static void V##_rmsnorm(float *y, const float *x, const float *gain, int n, float eps) { \
+    V##_v sum = V##_zero(), v, by; \
+    int i; \
+    for (i = 0; i + 16 <= n; i += 16) v = V##_load(x + i), sum = V##_fma(v, v, sum); \
+    if (i < n) v = V##_load_n(x + i, n - i), sum = V##_fma(v, v, sum); \
+    by = V##_set1(1.0f / sqrtf(V##_sum1(sum) / (float)n + eps)); \
+    for (i = 0; i + 16 <= n; i += 16) V##_store(y + i, V##_mul(V##_mul(V##_load(x + i), by), V##_load(gain + i))); \
+    if (i < n) V##_store_n(y + i, V##_mul(V##_mul(V##_load_n(x + i, n - i), by), V##_load_n(gain + i, n - i)), n - i); \
+} \
+TARGET QWEN3I_INLINE V##_v V##_silu_mul_v(V##_v gate, V##_v up) { \
+    V##_v one = V##_set1(1.0f); \
+    return V##_mul(V##_div(gate, V##_add(one, V##_exp_v(V##_mul(gate, V##_set1(-1.0f))))), up); \
+} \
+TARGET static void V##_silu_mul(float *y, const float *gate, const float *up, int n) { \
+    int i; \
+    for (i = 0; i + 16 <= n; i += 16) V##_store(y + i, V##_silu_mul_v(V##_load(gate + i), V##_load(up + i))); \
+    if (i < n) V##_store_n(y + i, V##_silu_mul_v(V##_load_n(gate + i, n - i), V##_load_n(up + i, n - i)), n - i); \
+} \
+TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n) { \
+    int i; \
+    for (i = 0; i + 16 <= n; i += 16) V##_store(y + i, V##_from(x, (size_t)i, type)); \
+    if (i < n) V##_store_n(y + i, V##_from_n(x, (size_t)i, type, n - i), n - i); \
+} \
+TARGET static void V##_store_row(void *y, const float *x, qwen3i_type type, int n) { \
+    uint16_t *h = (uint16_t *)y; \
+    int i; \
+    if (type == QWEN3I_F32) { memcpy(y, x, (size_t)n * 4); return; } \
+    for (i = 0; i + 16 <= n; i += 16) { \
+        if (type == QWEN3I_F16) V##_store_f16(h + i, V##_load(x + i)); \
+        else V##_store_bf16(h + i, V##_load(x + i)); \
+    } \
+    for (; i < n; i++) h[i] = type == QWEN3I_F16 ? qwen3i_f32_to_f16(x[i]) : qwen3i_f32_to_bf16(x[i]); \
+} \
+static const qwen3i_simd V##_kernels = { V##_name, V##_dot, V##_mix, V##_softmax, V##_rmsnorm, V##_silu_mul, \
+                                         V##_exp, V##_load_row, V##_store_row };
+
+/* ---- plain C lanes ------------------------------------------------------------------------------- */
+#define QWEN3I_LANES for (i = 0; i < 16; i++)
+#define qwen3i_plain_name "plain C"
+typedef struct qwen3i_plain_v { float f[16]; } qwen3i_plain_v;
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_set1(float a) { qwen3i_plain_v y; int i; QWEN3I_LANES y.f[i] = a; return y; }
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_zero(void) { return qwen3i_plain_set1(0.0f); }
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load(const float *p) { qwen3i_plain_v y; memcpy(y.f, p, 64); return y; }
+QWEN3I_INLINE void qwen3i_plain_store(float *p, qwen3i_plain_v v) { memcpy(p, v.f, 64); }
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load_bf16(const uint16_t *p) {
+    qwen3i_plain_v y;
+    int i;
+    QWEN3I_LANES y.f[i] = qwen3i_bf16_to_f32(p[i]);
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load_f16(const uint16_t *p) {
+    qwen3i_plain_v y;
+    int i;
+    QWEN3I_LANES y.f[i] = qwen3i_f16_to_f32(p[i]);
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_plain_store_bf16(uint16_t *p, qwen3i_plain_v v) {
+    int i;
+    QWEN3I_LANES p[i] = qwen3i_f32_to_bf16(v.f[i]);
+}
+
+QWEN3I_INLINE void qwen3i_plain_store_f16(uint16_t *p, qwen3i_plain_v v) {
+    int i;
+    QWEN3I_LANES p[i] = qwen3i_f32_to_f16(v.f[i]);
+}
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_add(qwen3i_plain_v a, qwen3i_plain_v b) { int i; QWEN3I_LANES a.f[i] += b.f[i]; return a; }
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_mul(qwen3i_plain_v a, qwen3i_plain_v b) { int i; QWEN3I_LANES a.f[i] *= b.f[i]; return a; }
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_div(qwen3i_plain_v a, qwen3i_plain_v b) { int i; QWEN3I_LANES a.f[i] /= b.f[i]; return a; }
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_fma(qwen3i_plain_v a, qwen3i_plain_v b, qwen3i_plain_v c) {
+    int i;
+    QWEN3I_LANES c.f[i] += a.f[i] * b.f[i];
+    return c;
+}
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_max(qwen3i_plain_v a, qwen3i_plain_v b) {
+    int i;
+    QWEN3I_LANES a.f[i] = a.f[i] > b.f[i] ? a.f[i] : b.f[i];
+    return a;
+}
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_min(qwen3i_plain_v a, qwen3i_plain_v b) {
+    int i;
+    QWEN3I_LANES a.f[i] = a.f[i] < b.f[i] ? a.f[i] : b.f[i];
+    return a;
+}
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_round(qwen3i_plain_v v) {
+    int i;
+    QWEN3I_LANES v.f[i] = (float)(int)(v.f[i] < 0 ? v.f[i] - 0.5f : v.f[i] + 0.5f);
+    return v;
+}
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_exp2i(qwen3i_plain_v n) {
+    int i;
+    QWEN3I_LANES n.f[i] = qwen3i_float_from_bits((uint32_t)((int)n.f[i] + 127) << 23);
+    return n;
+}
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_drop_below(qwen3i_plain_v y, qwen3i_plain_v x, float low) {
+    int i;
+    QWEN3I_LANES y.f[i] = x.f[i] < low ? 0.0f : y.f[i];
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_plain_sum(float *sums, qwen3i_plain_v *rows) {
+    int r, i, half;
+    for (r = 0; r < 2; r++) {
+        for (half = 8; half > 0; half /= 2)
+            for (i = 0; i < half; i++) rows[r].f[i] += rows[r].f[i + half];
+        sums[r] = rows[r].f[0];
+    }
+}
+
+QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 2, 3)
+
+#ifdef QWEN3I_X86
+/* ---- AVX2 lanes: two registers ------------------------------------------------------------------- */
+#define QWEN3I_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define qwen3i_avx2_name "AVX2"
+typedef struct qwen3i_avx2_v { __m256 lo, hi; } qwen3i_avx2_v;
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_pair(__m256 lo, __m256 hi) { qwen3i_avx2_v y; y.lo = lo; y.hi = hi; return y; }
+#define QWEN3I_AVX2_EACH(op, a, b) qwen3i_avx2_pair(op((a).lo, (b).lo), op((a).hi, (b).hi))
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_zero(void) { return qwen3i_avx2_pair(_mm256_setzero_ps(), _mm256_setzero_ps()); }
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_set1(float a) { return qwen3i_avx2_pair(_mm256_set1_ps(a), _mm256_set1_ps(a)); }
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load(const float *p) { return qwen3i_avx2_pair(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
+QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_store(float *p, qwen3i_avx2_v v) { _mm256_storeu_ps(p, v.lo); _mm256_storeu_ps(p + 8, v.hi); }
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_add(qwen3i_avx2_v a, qwen3i_avx2_v b) { return QWEN3I_AVX2_EACH(_mm256_add_ps, a, b); }
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_mul(qwen3i_avx2_v a, qwen3i_avx2_v b) { return QWEN3I_AVX2_EACH(_mm256_mul_ps, a, b); }
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_div(qwen3i_avx2_v a, qwen3i_avx2_v b) { return QWEN3I_AVX2_EACH(_mm256_div_ps, a, b); }
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_max(qwen3i_avx2_v a, qwen3i_avx2_v b) { return QWEN3I_AVX2_EACH(_mm256_max_ps, a, b); }
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_min(qwen3i_avx2_v a, qwen3i_avx2_v b) { return QWEN3I_AVX2_EACH(_mm256_min_ps, a, b); }
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_fma(qwen3i_avx2_v a, qwen3i_avx2_v b, qwen3i_avx2_v c) {
+    return qwen3i_avx2_pair(_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_widen(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)), 16));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_bf16(const uint16_t *p) {
+    return qwen3i_avx2_pair(qwen3i_avx2_widen(p), qwen3i_avx2_widen(p + 8));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_f16(const uint16_t *p) {
+    return qwen3i_avx2_pair(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)),
+                            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 8))));
+}
+
+/* as qwen3i_f32_to_bf16, except for NaN */
+QWEN3I_AVX2 QWEN3I_INLINE __m256i qwen3i_avx2_bf16_bits(__m256 v) {
+    const __m256 top = _mm256_castsi256_ps(_mm256_set1_epi32(0x7F7F0000));
+    __m256i bits = _mm256_castps_si256(_mm256_max_ps(_mm256_min_ps(v, top), _mm256_sub_ps(_mm256_setzero_ps(), top)));
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_store_bf16(uint16_t *p, qwen3i_avx2_v v) {
+    __m256i packed = _mm256_packus_epi32(qwen3i_avx2_bf16_bits(v.lo), qwen3i_avx2_bf16_bits(v.hi));
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm256_permute4x64_epi64(packed, 0xD8));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE __m128i qwen3i_avx2_f16_bits(__m256 v) {
+    v = _mm256_max_ps(_mm256_min_ps(v, _mm256_set1_ps(65504.0f)), _mm256_set1_ps(-65504.0f));
+    return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_store_f16(uint16_t *p, qwen3i_avx2_v v) {
+    _mm_storeu_si128((__m128i *)(void *)p, qwen3i_avx2_f16_bits(v.lo));
+    _mm_storeu_si128((__m128i *)(void *)(p + 8), qwen3i_avx2_f16_bits(v.hi));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_round(qwen3i_avx2_v v) {
+    return qwen3i_avx2_pair(_mm256_round_ps(v.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                            _mm256_round_ps(v.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_exp2i8(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_exp2i(qwen3i_avx2_v n) {
+    return qwen3i_avx2_pair(qwen3i_avx2_exp2i8(n.lo), qwen3i_avx2_exp2i8(n.hi));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_drop_below(qwen3i_avx2_v y, qwen3i_avx2_v x, float low) {
+    __m256 limit = _mm256_set1_ps(low);
+    return qwen3i_avx2_pair(_mm256_andnot_ps(_mm256_cmp_ps(x.lo, limit, _CMP_LT_OQ), y.lo),
+                            _mm256_andnot_ps(_mm256_cmp_ps(x.hi, limit, _CMP_LT_OQ), y.hi));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_sum(float *sums, const qwen3i_avx2_v *rows) {
+    __m256 a = _mm256_add_ps(rows[0].lo, rows[0].hi), b = _mm256_add_ps(rows[1].lo, rows[1].hi);
+    __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    ab = _mm256_add_ps(ab, _mm256_permute_ps(ab, 0x4E));
+    ab = _mm256_add_ps(ab, _mm256_permute_ps(ab, 0xB1));
+    sums[0] = _mm256_cvtss_f32(ab);
+    sums[1] = _mm_cvtss_f32(_mm256_extractf128_ps(ab, 1));
+}
+
+QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
+
+/* ---- AVX-512 lanes: one register ------------------------------------------------------------------ */
+#define QWEN3I_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define qwen3i_avx512_name "AVX-512"
+typedef __m512 qwen3i_avx512_v;
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_zero(void) { return _mm512_setzero_ps(); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_set1(float a) { return _mm512_set1_ps(a); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load(const float *p) { return _mm512_loadu_ps(p); }
+QWEN3I_AVX512 QWEN3I_INLINE void   qwen3i_avx512_store(float *p, __m512 v) { _mm512_storeu_ps(p, v); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_mul(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_div(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_min(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_round(__m512 v) { return _mm512_roundscale_ps(v, 0); }
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16));
+}
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_f16(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+
+/* as qwen3i_f32_to_bf16, except for NaN */
+QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_store_bf16(uint16_t *p, __m512 v) {
+    const __m512 top = _mm512_castsi512_ps(_mm512_set1_epi32(0x7F7F0000));
+    __m512i bits = _mm512_castps_si512(_mm512_max_ps(_mm512_min_ps(v, top), _mm512_sub_ps(_mm512_setzero_ps(), top)));
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(bits));
+}
+
+QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_store_f16(uint16_t *p, __m512 v) {
+    v = _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(65504.0f)), _mm512_set1_ps(-65504.0f));
+    _mm256_storeu_si256((__m256i *)(void *)p, _mm512_maskz_cvtps_ph(0xFFFF, v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_exp2i(__m512 n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_drop_below(__m512 y, __m512 x, float low) {
+    return _mm512_maskz_mov_ps(_mm512_cmpnlt_ps_mask(x, _mm512_set1_ps(low)), y);
+}
+
+/* Four trees at once: each step adds halves of two vectors, so that half as many vectors remain. */
+QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_sum(float *sums, const __m512 *rows) {
+    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(rows[0], rows[1], 0x44), _mm512_shuffle_f32x4(rows[0], rows[1], 0xEE));
+    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(rows[2], rows[3], 0x44), _mm512_shuffle_f32x4(rows[2], rows[3], 0xEE));
+    __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E));
+    all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xB1));
+    _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), all)));
+}
+
+QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
+#endif /* QWEN3I_X86 */
+
+#ifdef QWEN3I_NEON
+/* ---- NEON lanes: four registers ------------------------------------------------------------------- */
+#define qwen3i_neon_name "NEON"
+#define QWEN3I_QUADS for (i = 0; i < 4; i++)
+typedef float32x4x4_t qwen3i_neon_v;
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_set1(float a) { qwen3i_neon_v y; int i; QWEN3I_QUADS y.val[i] = vdupq_n_f32(a); return y; }
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_zero(void) { return qwen3i_neon_set1(0.0f); }
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load(const float *p) { qwen3i_neon_v y; int i; QWEN3I_QUADS y.val[i] = vld1q_f32(p + 4 * i); return y; }
+QWEN3I_INLINE void qwen3i_neon_store(float *p, qwen3i_neon_v v) { int i; QWEN3I_QUADS vst1q_f32(p + 4 * i, v.val[i]); }
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_add(qwen3i_neon_v a, qwen3i_neon_v b) { int i; QWEN3I_QUADS a.val[i] = vaddq_f32(a.val[i], b.val[i]); return a; }
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_mul(qwen3i_neon_v a, qwen3i_neon_v b) { int i; QWEN3I_QUADS a.val[i] = vmulq_f32(a.val[i], b.val[i]); return a; }
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_div(qwen3i_neon_v a, qwen3i_neon_v b) { int i; QWEN3I_QUADS a.val[i] = vdivq_f32(a.val[i], b.val[i]); return a; }
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_max(qwen3i_neon_v a, qwen3i_neon_v b) { int i; QWEN3I_QUADS a.val[i] = vmaxq_f32(a.val[i], b.val[i]); return a; }
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_min(qwen3i_neon_v a, qwen3i_neon_v b) { int i; QWEN3I_QUADS a.val[i] = vminq_f32(a.val[i], b.val[i]); return a; }
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_round(qwen3i_neon_v a) { int i; QWEN3I_QUADS a.val[i] = vrndnq_f32(a.val[i]); return a; }
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_fma(qwen3i_neon_v a, qwen3i_neon_v b, qwen3i_neon_v c) {
+    int i;
+    QWEN3I_QUADS c.val[i] = vfmaq_f32(c.val[i], a.val[i], b.val[i]);
+    return c;
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load_bf16(const uint16_t *p) {
+    qwen3i_neon_v y;
+    int i;
+    QWEN3I_QUADS y.val[i] = vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16));
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load_f16(const uint16_t *p) {
+    qwen3i_neon_v y;
+    int i;
+    QWEN3I_QUADS y.val[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_neon_store_bf16(uint16_t *p, qwen3i_neon_v v) {
+    float part[16];
+    int i;
+    qwen3i_neon_store(part, v);
+    QWEN3I_LANES p[i] = qwen3i_f32_to_bf16(part[i]);
+}
+
+QWEN3I_INLINE void qwen3i_neon_store_f16(uint16_t *p, qwen3i_neon_v v) {
+    int i;
+    v = qwen3i_neon_max(qwen3i_neon_min(v, qwen3i_neon_set1(65504.0f)), qwen3i_neon_set1(-65504.0f));
+    QWEN3I_QUADS vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(v.val[i])));
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_exp2i(qwen3i_neon_v n) {
+    int i;
+    QWEN3I_QUADS n.val[i] = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.val[i]), vdupq_n_s32(127)), 23));
+    return n;
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_drop_below(qwen3i_neon_v y, qwen3i_neon_v x, float low) {
+    int i;
+    QWEN3I_QUADS y.val[i] = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y.val[i]), vcltq_f32(x.val[i], vdupq_n_f32(low))));
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_neon_sum(float *sums, const qwen3i_neon_v *rows) {
+    int r;
+    for (r = 0; r < 2; r++) {
+        float32x4_t four = vaddq_f32(vaddq_f32(rows[r].val[0], rows[r].val[2]), vaddq_f32(rows[r].val[1], rows[r].val[3]));
+        float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+        sums[r] = vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+    }
+}
+
+QWEN3I_DEFINE_KERNELS(qwen3i_neon, , 2, 3)
+#endif /* QWEN3I_NEON */
+
+/* The instruction sets that this machine runs, best first; level 0 is what contexts use. NULL: no more. */
+static const qwen3i_simd *qwen3i_simd_level(int level) {
+    const qwen3i_simd *found[4];
+    int n = 0;
+#ifdef QWEN3I_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
+        && __builtin_cpu_supports("avx512dq")) found[n++] = &qwen3i_avx512_kernels;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = &qwen3i_avx2_kernels;
+#endif
+#ifdef QWEN3I_NEON
+    found[n++] = &qwen3i_neon_kernels;
+#endif
+    found[n++] = &qwen3i_plain_kernels;
+    return level < n ? found[level] : NULL;
+}
+
+/* ================================================================================================
+   THREAD POOL
+   One parallel loop at a time, cut into chunks that the lanes grab. Lane 0 is the caller; the others
+   are threads of the pool, or whatever the host's job system provides. A worker that wakes up late
+   finds nothing left to grab and is not waited for.
+   ================================================================================================ */
+#if defined(_MSC_VER) && !defined(__clang__)
+static uint64_t qwen3i_atomic_get(volatile uint64_t *p) { return (uint64_t)InterlockedOr64((volatile LONG64 *)p, 0); }
+static void     qwen3i_atomic_set(volatile uint64_t *p, uint64_t v) { InterlockedExchange64((volatile LONG64 *)p, (LONG64)v); }
+static uint64_t qwen3i_atomic_add(volatile uint64_t *p, uint64_t v) { return (uint64_t)InterlockedExchangeAdd64((volatile LONG64 *)p, (LONG64)v) + v; }
+static int      qwen3i_atomic_swap(volatile uint64_t *p, uint64_t from, uint64_t to) {
+    return (uint64_t)InterlockedCompareExchange64((volatile LONG64 *)p, (LONG64)to, (LONG64)from) == from;
+}
+static void     qwen3i_pause(void) { YieldProcessor(); }
+#else
+static uint64_t qwen3i_atomic_get(volatile uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static void     qwen3i_atomic_set(volatile uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+static uint64_t qwen3i_atomic_add(volatile uint64_t *p, uint64_t v) { return __atomic_add_fetch(p, v, __ATOMIC_SEQ_CST); }
+static int      qwen3i_atomic_swap(volatile uint64_t *p, uint64_t from, uint64_t to) {
+    return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+static QWEN3I_UNUSED void qwen3i_pause(void) {
+  #if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+  #elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+  #endif
+}
+#endif
+
+#define QWEN3I_MAX_LANES 64
+#define QWEN3I_SPIN      2000           /* pauses, some tens of microseconds, before a waiting thread sleeps */
+
+typedef void (*qwen3i_loop_fn)(void *arg, int begin, int end, int lane);
+
+/* `ticket` is the number of the loop (upper half) and the next chunk to grab (lower half), which is
+   QWEN3I_NO_CHUNK while the next loop is being set up. Who has taken a chunk knows that the loop
+   cannot end, and its fields cannot change, before that chunk is counted in `done`. */
+#define QWEN3I_NO_CHUNK 0xFFFFFFFFu
+
+struct qwen3i_pool;
+typedef struct qwen3i_worker { struct qwen3i_pool *pool; int lane; } qwen3i_worker;
+
+typedef struct qwen3i_pool {
+    int               n_lanes;
+    qwen3_jobs        jobs;             /* used instead of threads if it has a function */
+    volatile uint64_t ticket, n_chunks, done, stop, n_asleep;
+    qwen3i_loop_fn    fn;
+    void             *arg;
+    int               n_items, grain;
+#ifndef QWEN3_NO_THREADS
+    int               n_threads;        /* started */
+  #if defined(_WIN32)
+    SRWLOCK           lock;
+    CONDITION_VARIABLE changed;
+    HANDLE            threads[QWEN3I_MAX_LANES];
+  #else
+    pthread_mutex_t   lock;
+    pthread_cond_t    changed;
+    pthread_t         threads[QWEN3I_MAX_LANES];
+  #endif
+    qwen3i_worker     workers[QWEN3I_MAX_LANES];
+#endif
+} qwen3i_pool;
+
+static int qwen3i_cpu_cores(void) {
+#if defined(_WIN32)
+    SYSTEM_INFO info;
+    GetSystemInfo(&info);
+    return qwen3i_max(1, (int)info.dwNumberOfProcessors);
+#else
+    return qwen3i_max(1, (int)sysconf(_SC_NPROCESSORS_ONLN));
+#endif
+}
+
+/* How many lanes a context with this descriptor has. */
+static int qwen3i_pool_lanes(const qwen3_ctx_desc *desc) {
+    int n = desc->threads > 0 ? desc->threads : qwen3i_cpu_cores();
+#ifdef QWEN3_NO_THREADS
+    if (!desc->jobs.parallel_for) n = 1;
+#endif
+    return qwen3i_min(n, QWEN3I_MAX_LANES);
+}
+
+/* Grab chunks of the current loop until none is left. Returns 1 if it did the last one of the loop. */
+static int qwen3i_pool_work(qwen3i_pool *p, int lane) {
+    int last = 0;
+    for (;;) {
+        uint64_t ticket = qwen3i_atomic_get(&p->ticket), n_chunks = qwen3i_atomic_get(&p->n_chunks), chunk = ticket & 0xFFFFFFFFu;
+        int begin;
+        if (chunk >= n_chunks) return last;
+        if (!qwen3i_atomic_swap(&p->ticket, ticket, ticket + 1)) continue;
+        begin = (int)chunk * p->grain;
+        p->fn(p->arg, begin, begin + qwen3i_min(p->grain, p->n_items - begin), lane);
+        last = qwen3i_atomic_add(&p->done, 1) == n_chunks;
+    }
+}
+
+#ifndef QWEN3_NO_THREADS
+#if defined(_WIN32)
+static void qwen3i_pool_lock(qwen3i_pool *p)   { AcquireSRWLockExclusive(&p->lock); }
+static void qwen3i_pool_unlock(qwen3i_pool *p) { ReleaseSRWLockExclusive(&p->lock); }
+static void qwen3i_pool_sleep(qwen3i_pool *p)  { SleepConditionVariableSRW(&p->changed, &p->lock, INFINITE, 0); }
+static void qwen3i_pool_notify(qwen3i_pool *p) { WakeAllConditionVariable(&p->changed); }
+#else
+static void qwen3i_pool_lock(qwen3i_pool *p)   { pthread_mutex_lock(&p->lock); }
+static void qwen3i_pool_unlock(qwen3i_pool *p) { pthread_mutex_unlock(&p->lock); }
+static void qwen3i_pool_sleep(qwen3i_pool *p)  { pthread_cond_wait(&p->changed, &p->lock); }
+static void qwen3i_pool_notify(qwen3i_pool *p) { pthread_cond_broadcast(&p->changed); }
+#endif
+
+/* After a change that a sleeper waits for. The sleeper counts itself before it looks a last time. */
+static void qwen3i_pool_wake(qwen3i_pool *p) {
+    if (qwen3i_atomic_get(&p->n_asleep) == 0) return;
+    qwen3i_pool_lock(p);
+    qwen3i_pool_notify(p);
+    qwen3i_pool_unlock(p);
+}
+
+/* A new loop has been published (its number is not `seen`), or the pool is to stop. */
+static int qwen3i_pool_has_work(qwen3i_pool *p, uint64_t seen) {
+    return qwen3i_atomic_get(&p->ticket) >> 32 != seen || qwen3i_atomic_get(&p->stop);
+}
+
+static int qwen3i_pool_finished(qwen3i_pool *p, uint64_t seen) {
+    (void)seen;
+    return qwen3i_atomic_get(&p->done) == qwen3i_atomic_get(&p->n_chunks);
+}
+
+/* Wait until ready(p, seen): spin for a moment, because the next loop of an evaluation is near, then sleep. */
+static void qwen3i_pool_wait(qwen3i_pool *p, int (*ready)(qwen3i_pool *p, uint64_t seen), uint64_t seen) {
+    int i;
+    for (i = 0; i < QWEN3I_SPIN; i++) {
+        if (ready(p, seen)) return;
+        qwen3i_pause();
+    }
+    qwen3i_pool_lock(p);
+    qwen3i_atomic_add(&p->n_asleep, 1);
+    while (!ready(p, seen)) qwen3i_pool_sleep(p);
+    qwen3i_atomic_add(&p->n_asleep, (uint64_t)-1);
+    qwen3i_pool_unlock(p);
+}
+
+static void qwen3i_pool_thread(qwen3i_worker *w) {
+    qwen3i_pool *p = w->pool;
+    uint64_t seen = 0;
+    for (;;) {
+        qwen3i_pool_wait(p, qwen3i_pool_has_work, seen);
+        if (qwen3i_atomic_get(&p->stop)) return;
+        seen = qwen3i_atomic_get(&p->ticket) >> 32;
+        if (qwen3i_pool_work(p, w->lane)) qwen3i_pool_wake(p);
+    }
+}
+
+#if defined(_WIN32)
+static DWORD WINAPI qwen3i_pool_main(void *worker) { qwen3i_pool_thread((qwen3i_worker *)worker); return 0; }
+static int qwen3i_pool_start(qwen3i_pool *p, int i) {
+    p->threads[i] = CreateThread(NULL, 0, qwen3i_pool_main, &p->workers[i], 0, NULL);
+    return p->threads[i] != NULL;
+}
+static void qwen3i_pool_join(qwen3i_pool *p, int i) {
+    WaitForSingleObject(p->threads[i], INFINITE);
+    CloseHandle(p->threads[i]);
+}
+static int  qwen3i_pool_locks_create(qwen3i_pool *p) {
+    InitializeSRWLock(&p->lock);
+    InitializeConditionVariable(&p->changed);
+    return 1;
+}
+static void qwen3i_pool_locks_destroy(qwen3i_pool *p) { (void)p; }
+#else
+static void *qwen3i_pool_main(void *worker) { qwen3i_pool_thread((qwen3i_worker *)worker); return NULL; }
+static int  qwen3i_pool_start(qwen3i_pool *p, int i) {
+    return pthread_create(&p->threads[i], NULL, qwen3i_pool_main, &p->workers[i]) == 0;
+}
+static void qwen3i_pool_join(qwen3i_pool *p, int i) { pthread_join(p->threads[i], NULL); }
+static int  qwen3i_pool_locks_create(qwen3i_pool *p) {
+    if (pthread_mutex_init(&p->lock, NULL) != 0) return 0;
+    if (pthread_cond_init(&p->changed, NULL) == 0) return 1;
+    pthread_mutex_destroy(&p->lock);
+    return 0;
+}
+static void qwen3i_pool_locks_destroy(qwen3i_pool *p) {
+    pthread_cond_destroy(&p->changed);
+    pthread_mutex_destroy(&p->lock);
+}
+#endif
+
+static void qwen3i_pool_threads_stop(qwen3i_pool *p) {
+    int i;
+    qwen3i_atomic_set(&p->stop, 1);
+    qwen3i_pool_wake(p);
+    for (i = 0; i < p->n_threads; i++) qwen3i_pool_join(p, i);
+    qwen3i_pool_locks_destroy(p);
+}
+
+static qwen3_result qwen3i_pool_threads_start(qwen3i_pool *p, const qwen3i_err *err) {
+    if (!qwen3i_pool_locks_create(p)) return qwen3i_fail(err, QWEN3_ERR_MEMORY, "cannot create a lock");
+    for (p->n_threads = 0; p->n_threads < p->n_lanes - 1; p->n_threads++) {
+        qwen3i_worker *w = &p->workers[p->n_threads];
+        w->pool = p;
+        w->lane = p->n_threads + 1;
+        if (qwen3i_pool_start(p, p->n_threads)) continue;
+        qwen3i_pool_threads_stop(p);
+        return qwen3i_fail(err, QWEN3_ERR_MEMORY, "cannot start thread %d of %d", w->lane + 1, p->n_lanes);
+    }
+    return QWEN3_OK;
+}
+#endif /* QWEN3_NO_THREADS */
+
+/* Threads are started here; after a failure there is nothing to destroy. */
+static qwen3_result qwen3i_pool_create(qwen3i_pool *p, const qwen3_ctx_desc *desc, const qwen3i_err *err) {
+    memset(p, 0, sizeof *p);
+    p->jobs = desc->jobs;
+    p->n_lanes = qwen3i_pool_lanes(desc);
+#ifndef QWEN3_NO_THREADS
+    if (!p->jobs.parallel_for && p->n_lanes > 1) return qwen3i_pool_threads_start(p, err);
+#endif
+    (void)err;
+    return QWEN3_OK;
+}
+
+static void qwen3i_pool_destroy(qwen3i_pool *p) {
+#ifndef QWEN3_NO_THREADS
+    if (!p->jobs.parallel_for && p->n_lanes > 1) qwen3i_pool_threads_stop(p);
+#endif
+    (void)p;
+}
+
+static void qwen3i_pool_job(void *pool, int lane) { qwen3i_pool_work((qwen3i_pool *)pool, lane); }
+
+/* fn(arg, begin, end, lane) over [0, n_items) in chunks of `grain`. Which lane gets which chunk is
+   left to chance: results must not depend on it. Returns when all is done. */
+static void qwen3i_parallel(qwen3i_pool *p, int n_items, int grain, qwen3i_loop_fn fn, void *arg) {
+    uint64_t loop;
+    grain = qwen3i_max(1, grain);
+    if (n_items <= grain || p->n_lanes == 1) {
+        if (n_items > 0) fn(arg, 0, n_items, 0);
+        return;
+    }
+    loop = qwen3i_atomic_get(&p->ticket) >> 32;
+    qwen3i_atomic_set(&p->ticket, loop << 32 | QWEN3I_NO_CHUNK);    /* late workers grab nothing from here on */
+    p->fn = fn;
+    p->arg = arg;
+    p->n_items = n_items;
+    p->grain = grain;
+    qwen3i_atomic_set(&p->done, 0);
+    qwen3i_atomic_set(&p->n_chunks, (uint64_t)((n_items + grain - 1) / grain));
+    qwen3i_atomic_set(&p->ticket, (loop + 1) << 32);
+    if (p->jobs.parallel_for) {
+        p->jobs.parallel_for(p->jobs.user, p->n_lanes, qwen3i_pool_job, p);
+        return;
+    }
+#ifndef QWEN3_NO_THREADS
+    qwen3i_pool_wake(p);
+    qwen3i_pool_work(p, 0);
+    qwen3i_pool_wait(p, qwen3i_pool_finished, 0);
+#endif
+}
+
+/* ================================================================================================
+   CPU BACKEND: the reference. float32 everywhere between the matrices; every row's result depends on
+   that row alone, bit for bit, whatever the batch, the chunk size and the number of threads.
+   ================================================================================================ */
+typedef struct qwen3i_exec {            /* who computes, and with which instructions */
+    qwen3i_pool       *pool;
+    const qwen3i_simd *simd;
+} qwen3i_exec;
+
+/* ---- embedding and norms ------------------------------------------------------------------------- */
+/* x[i] = embed[tokens[i]]: tokens [n], embed [n_vocab, n_embd], x [n, n_embd] */
+static void qwen3i_embed(const qwen3i_exec *e, float *x, const qwen3i_matrix *embed, const qwen3_token *tokens, int n) {
+    size_t width = (size_t)embed->cols, row_bytes = width * qwen3i_type_size(embed->type);
+    int i;
+    for (i = 0; i < n; i++)
+        e->simd->load(x + (size_t)i * width, (const char *)embed->data + (size_t)tokens[i] * row_bytes, embed->type, embed->cols);
+}
+
+typedef struct qwen3i_rmsnorm_args { const qwen3i_simd *simd; float *y; const float *x, *gain; int width; float eps; } qwen3i_rmsnorm_args;
+
+static void qwen3i_rmsnorm_rows(void *args, int begin, int end, int lane) {
+    const qwen3i_rmsnorm_args *a = (const qwen3i_rmsnorm_args *)args;
+    int i;
+    (void)lane;
+    for (i = begin; i < end; i++)
+        a->simd->rmsnorm(a->y + (size_t)i * (size_t)a->width, a->x + (size_t)i * (size_t)a->width, a->gain, a->width, a->eps);
+}
+
+/* y = x / sqrt(mean(x^2) + eps) * gain for each row: x, y [n, width], gain [width]; y may be x */
+static void qwen3i_rmsnorm(const qwen3i_exec *e, float *y, const float *x, const float *gain, int n, int width, float eps) {
+    qwen3i_rmsnorm_args a;
+    a.simd = e->simd; a.y = y; a.x = x; a.gain = gain; a.width = width; a.eps = eps;
+    qwen3i_parallel(e->pool, n, 4, qwen3i_rmsnorm_rows, &a);
+}
+
+/* The same for each head of one row, in place: x [n_head, head_dim], gain [head_dim] */
+static void qwen3i_rmsnorm_heads(const qwen3i_simd *simd, float *x, const float *gain, int n_head, int head_dim, float eps) {
+    int i;
+    for (i = 0; i < n_head; i++, x += head_dim) simd->rmsnorm(x, x, gain, head_dim, eps);
+}
+
+/* ---- rotary position embedding --------------------------------------------------------------------- */
+/* The pair of dimensions that turns `turns` times over the original context (YaRN). */
+static double qwen3i_yarn_pair(const qwen3i_config *c, double original_ctx, double turns) {
+    return c->head_dim * log(original_ctx / (turns * 6.283185307179586)) / (2 * log(c->rope_theta));
+}
+
+/* freqs [head_dim / 2]: radians a position, in float32 as transformers computes them. yarn_factor
+   overrides the configuration's if it is not 0. Returns the factor for cosines and sines. */
+static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *c, double yarn_factor) {
+    double factor = yarn_factor > 0 ? yarn_factor : c->yarn_factor, low, high, original;
+    int i, half = c->head_dim / 2;
+    for (i = 0; i < half; i++)
+        freqs[i] = 1.0f / (float)pow((double)(float)c->rope_theta, (double)((float)(2 * i) / (float)c->head_dim));
+    if (factor <= 0) return 1.0f;
+    original = c->yarn_original_ctx > 0 ? c->yarn_original_ctx : c->max_ctx;
+    low  = floor(qwen3i_yarn_pair(c, original, c->yarn_beta_fast > 0 ? c->yarn_beta_fast : 32));
+    high = ceil(qwen3i_yarn_pair(c, original, c->yarn_beta_slow > 0 ? c->yarn_beta_slow : 1));
+    if (low < 0) low = 0;
+    if (high > c->head_dim - 1) high = c->head_dim - 1;
+    if (low == high) high += 0.001;
+    for (i = 0; i < half; i++) {        /* fast pairs stay as they are, slow ones are slowed down by factor */
+        float slow = ((float)i - (float)low) / (float)(high - low), keep, base = freqs[i];
+        slow = slow < 0 ? 0.0f : slow > 1 ? 1.0f : slow;
+        keep = 1.0f - slow;
+        freqs[i] = 1.0f / ((float)factor * (1.0f / base)) * (1.0f - keep) + base * keep;
+    }
+    if (yarn_factor <= 0 && c->yarn_attn_factor > 0) return (float)c->yarn_attn_factor;
+    return factor > 1 ? (float)(0.1 * log(factor) + 1) : 1.0f;
+}
+
+/* cosines, sines [n, half] of positions [n] times freqs [half], times scale */
+static void qwen3i_rope_angles(float *cosines, float *sines, const int32_t *positions, int n,
+                               const float *freqs, int half, float scale) {
+    int i, j;
+    for (i = 0; i < n; i++)
+        for (j = 0; j < half; j++) {
+            float angle = (float)positions[i] * freqs[j];
+            *cosines++ = (float)cos((double)angle) * scale;
+            *sines++ = (float)sin((double)angle) * scale;
+        }
+}
+
+/* Rotate the pairs (j, j + head_dim / 2) of each head of one row: x [n_head, head_dim],
+   cosines, sines [head_dim / 2] */
+static void qwen3i_rope(float *x, const float *cosines, const float *sines, int n_head, int head_dim) {
+    int i, j, half = head_dim / 2;
+    for (i = 0; i < n_head; i++, x += head_dim)
+        for (j = 0; j < half; j++) {
+            float a = x[j], b = x[j + half];
+            x[j]        = a * cosines[j] - b * sines[j];
+            x[j + half] = b * cosines[j] + a * sines[j];
+        }
+}
+
+/* ---- matrix products --------------------------------------------------------------------------------- */
+#define QWEN3I_TILE_ROWS   128          /* most rows of a matrix that are one piece of work */
+#define QWEN3I_TILE_TOKENS 24
+#define QWEN3I_TILE_BYTES  (256 * 1024) /* of weights: they stay in the second-level cache for all tokens */
+
+typedef struct qwen3i_matmul_args {
+    const qwen3i_simd   *simd;
+    const qwen3i_matrix *w[3];          /* with the same number of columns */
+    float               *y[3];          /* [n, rows of w] */
+    int                  n_w;
+    const float         *x;             /* [n, cols] */
+    int                  n;
+} qwen3i_matmul_args;
+
+/* Rows begin .. end - 1 of W x for rows t .. t + n - 1 of x; y points at row `begin` of the first result */
+static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
+                                int begin, int end, int t, int n) {
+    size_t cols = (size_t)w->cols;
+    const char *rows = (const char *)w->data + (size_t)begin * cols * qwen3i_type_size(w->type);
+    a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols);
+}
+
+/* How many rows make one piece: enough pieces for all lanes, and not too many bytes in each */
+static int qwen3i_matmul_grain(const qwen3i_pool *pool, const qwen3i_matrix *w, int n_rows) {
+    size_t fit = QWEN3I_TILE_BYTES / ((size_t)w->cols * qwen3i_type_size(w->type));
+    int share = n_rows / (4 * pool->n_lanes);
+    return qwen3i_max(8, qwen3i_min(share, (int)qwen3i_min_size(fit, QWEN3I_TILE_ROWS))) / 4 * 4;
+}
+
+static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {
+    const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
+    int i, first = 0;                   /* the matrices' rows are counted through */
+    (void)lane;
+    for (i = 0; i < a->n_w; first += a->w[i++]->rows) {
+        int from = qwen3i_max(begin - first, 0), to = qwen3i_min(end - first, a->w[i]->rows);
+        if (from < to) qwen3i_matmul_block(a, a->w[i], a->y[i] + from, (size_t)a->w[i]->rows, from, to, 0, a->n);
+    }
+}
+
+/* y = W x for each row of x: x [n, cols], y [n, rows] */
+static void qwen3i_matmul(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n) {
+    qwen3i_matmul_args a;
+    a.simd = e->simd; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n;
+    qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w, w->rows), qwen3i_matmul_rows, &a);
+}
+
+/* q = Wq x, k = Wk x, v = Wv x, in one go */
+static void qwen3i_matmul_qkv(const qwen3i_exec *e, float *q, float *k, float *v, const qwen3i_layer *layer, const float *x, int n) {
+    qwen3i_matmul_args a;
+    int rows = layer->wq.rows + layer->wk.rows + layer->wv.rows;
+    a.simd = e->simd; a.n_w = 3; a.x = x; a.n = n;
+    a.w[0] = &layer->wq; a.w[1] = &layer->wk; a.w[2] = &layer->wv;
+    a.y[0] = q; a.y[1] = k; a.y[2] = v;
+    qwen3i_parallel(e->pool, rows, qwen3i_matmul_grain(e->pool, &layer->wq, rows), qwen3i_matmul_rows, &a);
+}
+
+static void qwen3i_matmul_add_rows(void *args, int begin, int end, int lane) {
+    const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
+    float tile[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS], *y;
+    int t, n, i, r, b, rows;
+    (void)lane;
+    for (b = begin; b < end; b += rows)
+        for (rows = qwen3i_min(QWEN3I_TILE_ROWS, end - b), t = 0; t < a->n; t += n) {
+            n = qwen3i_min(QWEN3I_TILE_TOKENS, a->n - t);
+            qwen3i_matmul_block(a, a->w[0], tile, (size_t)rows, b, b + rows, t, n);
+            for (i = 0; i < n; i++)
+                for (y = a->y[0] + (size_t)(t + i) * (size_t)a->w[0]->rows + b, r = 0; r < rows; r++) y[r] += tile[i * rows + r];
+        }
+}
+
+/* y = y + W x for each row of x: x [n, cols], y [n, rows] */
+static void qwen3i_matmul_add(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n) {
+    qwen3i_matmul_args a;
+    a.simd = e->simd; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n;
+    qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w, w->rows), qwen3i_matmul_add_rows, &a);
+}
+
+static void qwen3i_swiglu_rows(void *args, int begin, int end, int lane) {
+    const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
+    float gate[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS], up[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS];
+    int t, n, i, b, rows;
+    (void)lane;
+    for (b = begin; b < end; b += rows)
+        for (rows = qwen3i_min(QWEN3I_TILE_ROWS, end - b), t = 0; t < a->n; t += n) {
+            n = qwen3i_min(QWEN3I_TILE_TOKENS, a->n - t);
+            qwen3i_matmul_block(a, a->w[0], gate, (size_t)rows, b, b + rows, t, n);
+            qwen3i_matmul_block(a, a->w[1], up, (size_t)rows, b, b + rows, t, n);
+            for (i = 0; i < n; i++)
+                a->simd->silu_mul(a->y[0] + (size_t)(t + i) * (size_t)a->w[0]->rows + b, gate + i * rows, up + i * rows, rows);
+        }
+}
+
+/* y = silu(Wgate x) * (Wup x) for each row of x, with silu(g) = g / (1 + exp(-g)): x [n, n_embd], y [n, n_ff] */
+static void qwen3i_swiglu(const qwen3i_exec *e, float *y, const qwen3i_matrix *w_gate, const qwen3i_matrix *w_up,
+                          const float *x, int n) {
+    qwen3i_matmul_args a;
+    a.simd = e->simd; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x; a.n = n;
+    qwen3i_parallel(e->pool, w_gate->rows, qwen3i_matmul_grain(e->pool, w_gate, w_gate->rows) / 2 + 2, qwen3i_swiglu_rows, &a);
+}
+
+/* ---- attention ----------------------------------------------------------------------------------------- */
+#define QWEN3I_ATTENTION_ROWS  24       /* query rows that share one pass over keys and values */
+#define QWEN3I_ATTENTION_BLOCK 64       /* positions of it at a time */
+
+typedef struct qwen3i_attention_args {
+    const qwen3i_simd *simd;
+    float             *a;               /* [n, n_head * head_dim] out */
+    const float       *q;               /* [n, n_head * head_dim] after norm and rotation */
+    const void        *k, *v;           /* [seqs, max_ctx, n_head_kv * head_dim]: this layer's cache */
+    qwen3i_type        type;            /* of the cache */
+    const int32_t     *seqs, *positions;/* [n] rows of one sequence are consecutive, positions ascend by 1 */
+    int                n, n_head, n_head_kv, head_dim, max_ctx;
+    int                tokens, heads;   /* most in one piece of work: tokens * heads <= QWEN3I_ATTENTION_ROWS */
+    float             *scratch;         /* [lanes, qwen3i_attention_scratch()] */
+} qwen3i_attention_args;
+
+/* Floats between the score rows of one lane: softmax wants multiples of 16; powers of two collide in caches */
+static size_t qwen3i_attention_stride(int max_ctx) { return ((size_t)max_ctx + 15) / 16 * 16 + 16; }
+
+/* Floats of scratch a lane: scores, queries, results */
+static size_t qwen3i_attention_scratch(int max_ctx, int head_dim) {
+    return QWEN3I_ATTENTION_ROWS * (qwen3i_attention_stride(max_ctx) + 2 * (size_t)head_dim);
+}
+
+/* Tokens t .. t + n_t - 1 (one sequence), query heads h .. h + n_h - 1 (one KV head). The rows of the
+   piece are (token, head) pairs. Scores are held in full, so that sums run in order of position. */
+static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratch, int t, int n_t, int h, int n_h) {
+    size_t dim = (size_t)a->head_dim, ld = qwen3i_attention_stride(a->max_ctx), size = qwen3i_type_size(a->type);
+    size_t kv_dim = (size_t)a->n_head_kv * dim, q_dim = (size_t)a->n_head * dim, width = (size_t)n_h * dim;
+    size_t base = ((size_t)a->seqs[t] * (size_t)a->max_ctx * kv_dim + (size_t)(h / (a->n_head / a->n_head_kv)) * dim) * size;
+    const char *k = (const char *)a->k + base, *v = (const char *)a->v + base;   /* position p: p * kv_dim * size further */
+    float *scores = scratch, *q = scores + QWEN3I_ATTENTION_ROWS * ld, *out = q + QWEN3I_ATTENTION_ROWS * dim;
+    int first = a->positions[t], last = first + n_t - 1, i, p, m;
+
+    for (i = 0; i < n_t; i++) memcpy(q + (size_t)i * width, a->q + (size_t)(t + i) * q_dim + (size_t)h * dim, width * 4);
+    for (p = 0; p <= last; p += m) {                    /* scores = q . k */
+        m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, last + 1 - p);
+        a->simd->dot(scores + p, ld, k + (size_t)p * kv_dim * size, kv_dim, a->type, m, q, dim, n_t * n_h, a->head_dim);
+    }
+    for (i = 0; i < n_t * n_h; i++)                     /* each token sees the positions up to its own */
+        a->simd->softmax(scores + (size_t)i * ld, first + i / n_h + 1, (float)(1.0 / sqrt((double)a->head_dim)));
+    memset(out, 0, (size_t)n_t * width * 4);
+    for (p = 0; p <= first; p += m) {                   /* out = scores . v: what all tokens see, ... */
+        m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, first + 1 - p);
+        a->simd->mix(out, dim, scores + p, ld, n_t * n_h, v + (size_t)p * kv_dim * size, kv_dim, a->type, m, a->head_dim);
+    }
+    for (i = 1; i < n_t; i++)                           /* ... then the rest */
+        a->simd->mix(out + (size_t)i * width, dim, scores + (size_t)(i * n_h) * ld + p, ld, n_h,
+                     v + (size_t)p * kv_dim * size, kv_dim, a->type, i, a->head_dim);
+    for (i = 0; i < n_t; i++) memcpy(a->a + (size_t)(t + i) * q_dim + (size_t)h * dim, out + (size_t)i * width, width * 4);
+}
+
+/* Pieces of work are (tokens, heads) tiles: [ceil(n / tokens), n_head_kv, ceil(group / heads)] */
+static void qwen3i_attention_pieces(void *args, int begin, int end, int lane) {
+    const qwen3i_attention_args *a = (const qwen3i_attention_args *)args;
+    float *scratch = a->scratch + (size_t)lane * qwen3i_attention_scratch(a->max_ctx, a->head_dim);
+    int group = a->n_head / a->n_head_kv, splits = (group + a->heads - 1) / a->heads, i;
+    for (i = begin; i < end; i++) {
+        int h = i / splits % a->n_head_kv * group + i % splits * a->heads;
+        int n_h = qwen3i_min(a->heads, group - i % splits * a->heads);
+        int t = i / splits / a->n_head_kv * a->tokens, t_end = qwen3i_min(t + a->tokens, a->n), n_t;
+        for (; t < t_end; t += n_t) {
+            for (n_t = 1; t + n_t < t_end && a->seqs[t + n_t] == a->seqs[t]; n_t++) {}
+            qwen3i_attention_piece(a, scratch, t, n_t, h, n_h);
+        }
+    }
+}
+
+static int qwen3i_attention_count(const qwen3i_attention_args *a) {
+    int group = a->n_head / a->n_head_kv;
+    return (a->n + a->tokens - 1) / a->tokens * a->n_head_kv * ((group + a->heads - 1) / a->heads);
+}
+
+/* a = softmax(q . k / sqrt(head_dim)) v, each row over the positions of its sequence up to its own. The
+   query heads of a group, and as many tokens as fit, share the pass over keys and values. */
+static void qwen3i_attention(const qwen3i_exec *e, qwen3i_attention_args *a) {
+    a->simd = e->simd;
+    a->heads = qwen3i_min(a->n_head / a->n_head_kv, QWEN3I_ATTENTION_ROWS);
+    a->tokens = QWEN3I_ATTENTION_ROWS / a->heads;
+    while (a->tokens > 1 && qwen3i_attention_count(a) < 4 * e->pool->n_lanes) a->tokens = (a->tokens + 1) / 2;
+    while (a->heads > 1 && qwen3i_attention_count(a) < e->pool->n_lanes) a->heads = (a->heads + 1) / 2;
+    qwen3i_parallel(e->pool, qwen3i_attention_count(a), 1, qwen3i_attention_pieces, a);
+}
+
+/* ---- the context -------------------------------------------------------------------------------------- */
+#define QWEN3I_HEAD_ROWS 16             /* rows of logits computed at a time */
+
+typedef struct qwen3i_cpu {
+    const qwen3i_config  *config;
+    const qwen3i_weights *weights;
+    qwen3_ctx_desc        desc;
+    qwen3i_exec           exec;
+    qwen3i_pool           pool;
+    void                 *memory;       /* holds all that follows */
+    uint64_t              memory_size;
+    char  *k, *v;                       /* [n_layer, max_seqs, max_ctx, n_head_kv * head_dim] in the KV type */
+    float *kept;                        /* [max_seqs, n_vocab] logits after each sequence's last token */
+    float *x, *h;                       /* [rows, n_embd]: residual stream, normalised; rows: see qwen3i_cpu_rows */
+    float *q, *a;                       /* [rows, n_head * head_dim]: queries, attention's result */
+    float *key, *value;                 /* [rows, n_head_kv * head_dim]: on their way to the cache */
+    float *ff;                          /* [rows, n_ff] */
+    float *freqs, *cosines, *sines;     /* [head_dim / 2], [rows, head_dim / 2] */
+    float  rope_scale;
+    float *logits;                      /* [QWEN3I_HEAD_ROWS or rows, n_vocab] */
+    float *attention;                   /* [lanes, qwen3i_attention_scratch()] */
+} qwen3i_cpu;
+
+typedef struct qwen3i_arena { char *base; uint64_t used; int overflow; } qwen3i_arena;
+
+/* a * b * c bytes at a multiple of 64; without a base it only counts */
+static void *qwen3i_arena_take(qwen3i_arena *m, uint64_t a, uint64_t b, uint64_t c) {
+    void *p = m->base ? m->base + m->used : NULL;
+    uint64_t size;
+    if (!qwen3i_mul_u64(a, b, &size) || !qwen3i_mul_u64(size, c, &size) || size > UINT64_MAX / 4 - m->used) m->overflow = 1;
+    else m->used += (size + 63) / 64 * 64;
+    return p;
+}
+
+static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) { return qwen3i_max(desc->prefill_chunk, desc->max_seqs); }
+
+/* Lay the context's arrays out from base on (NULL: only count). Returns the bytes, or 0 if they overflow. */
+static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc, char *base) {
+    qwen3i_arena m = {NULL, 0, 0};
+    uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), half = (uint64_t)g->head_dim / 2, seqs = (uint64_t)desc->max_seqs;
+    uint64_t q_dim = (uint64_t)g->n_head * (uint64_t)g->head_dim, kv_dim = (uint64_t)g->n_head_kv * (uint64_t)g->head_dim;
+    uint64_t kv_row = kv_dim * qwen3i_type_size((qwen3i_type)desc->kv_type);
+    m.base = base;
+    c->k         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx, kv_row);
+    c->v         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx, kv_row);
+    c->kept      = (float *)qwen3i_arena_take(&m, seqs, (uint64_t)g->n_vocab, 4);
+    c->x         = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_embd, 4);
+    c->h         = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_embd, 4);
+    c->q         = (float *)qwen3i_arena_take(&m, rows, q_dim, 4);
+    c->a         = (float *)qwen3i_arena_take(&m, rows, q_dim, 4);
+    c->key       = (float *)qwen3i_arena_take(&m, rows, kv_dim, 4);
+    c->value     = (float *)qwen3i_arena_take(&m, rows, kv_dim, 4);
+    c->ff        = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_ff, 4);
+    c->freqs     = (float *)qwen3i_arena_take(&m, 1, half, 4);
+    c->cosines   = (float *)qwen3i_arena_take(&m, rows, half, 4);
+    c->sines     = (float *)qwen3i_arena_take(&m, rows, half, 4);
+    c->logits    = (float *)qwen3i_arena_take(&m, rows < QWEN3I_HEAD_ROWS ? rows : QWEN3I_HEAD_ROWS, (uint64_t)g->n_vocab, 4);
+    c->attention = (float *)qwen3i_arena_take(&m, (uint64_t)qwen3i_pool_lanes(desc),
+                                              qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
+    return m.overflow || m.used + 64 > (size_t)-1 ? 0 : m.used + 64;    /* 64 to align the base */
+}
+
+static qwen3_memory qwen3i_cpu_memory(const void *model_state, const qwen3_model *model, const qwen3_ctx_desc *desc) {
+    qwen3_memory m = {0, 0};
+    qwen3i_cpu c;
+    (void)model_state;
+    m.host_bytes = qwen3i_cpu_layout(&c, qwen3i_view(model).config, desc, NULL);
+    if (m.host_bytes) m.host_bytes += sizeof c;
+    return m;
+}
+
+static void qwen3i_cpu_free(void *ctx_state) {
+    qwen3i_cpu *c = (qwen3i_cpu *)ctx_state;
+    if (!c) return;
+    qwen3i_pool_destroy(&c->pool);
+    qwen3i_free(&c->desc.allocator, c->memory, (size_t)c->memory_size);
+    qwen3i_free(&c->desc.allocator, c, sizeof *c);
+}
+
+static qwen3_result qwen3i_cpu_fill(qwen3i_cpu *c, const qwen3i_err *err) {
+    uint64_t size = qwen3i_cpu_layout(c, c->config, &c->desc, NULL);
+    char *base;
+    if (size == 0) return qwen3i_fail(err, QWEN3_ERR_MEMORY, "the context's size overflows");
+    c->memory = qwen3i_alloc(&c->desc.allocator, (size_t)size);
+    if (!c->memory) return qwen3i_no_memory(err, "the context", size);
+    c->memory_size = size;
+    base = (char *)c->memory;
+    qwen3i_cpu_layout(c, c->config, &c->desc, base + (64 - (uintptr_t)base % 64) % 64);
+    memset(c->kept, 0, (size_t)c->desc.max_seqs * (size_t)c->config->n_vocab * 4);
+    c->rope_scale = qwen3i_rope_freqs(c->freqs, c->config, (double)c->desc.yarn_factor);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_cpu_create(void **ctx_state, void *model_state, const qwen3_model *model,
+                                      const qwen3_ctx_desc *desc, const qwen3i_err *err) {
+    qwen3i_model_view view = qwen3i_view(model);
+    qwen3i_cpu *c = (qwen3i_cpu *)qwen3i_alloc_zero(&desc->allocator, 1, sizeof *c);
+    qwen3_result r;
+    (void)model_state;
+    *ctx_state = NULL;
+    if (!c) return qwen3i_no_memory(err, "a context", sizeof *c);
+    c->config = view.config;
+    c->weights = view.weights;
+    c->desc = *desc;
+    c->exec.simd = qwen3i_simd_level(0);
+    c->exec.pool = &c->pool;
+    r = qwen3i_cpu_fill(c, err);
+    if (r == QWEN3_OK) r = qwen3i_pool_create(&c->pool, desc, err);
+    if (r == QWEN3_OK) { *ctx_state = c; return QWEN3_OK; }
+    qwen3i_free(&desc->allocator, c->memory, (size_t)c->memory_size);
+    qwen3i_free(&desc->allocator, c, sizeof *c);
+    return r;
+}
+
+/* The byte in c->k or c->v where position pos of a sequence lies. */
+static size_t qwen3i_cpu_kv_at(const qwen3i_cpu *c, int layer, int seq, int pos) {
+    size_t row = (size_t)c->config->n_head_kv * (size_t)c->config->head_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
+    return (((size_t)layer * (size_t)c->desc.max_seqs + (size_t)seq) * (size_t)c->desc.max_ctx + (size_t)pos) * row;
+}
+
+/* ---- the decoder --------------------------------------------------------------------------------------- */
+typedef struct qwen3i_step { qwen3i_cpu *c; const qwen3i_batch *batch; int layer; } qwen3i_step;
+
+/* For each row: norm the heads of q and k, rotate them, round k and v into the cache. */
+static void qwen3i_place_rows(void *step, int begin, int end, int lane) {
+    const qwen3i_step *s = (const qwen3i_step *)step;
+    const qwen3i_cpu *c = s->c;
+    const qwen3i_config *g = c->config;
+    const qwen3i_layer *w = &c->weights->layers[s->layer];
+    int i, kv_dim = g->n_head_kv * g->head_dim, half = g->head_dim / 2;
+    (void)lane;
+    for (i = begin; i < end; i++) {
+        float *q = c->q + (size_t)i * (size_t)(g->n_head * g->head_dim);        /* [n_head, head_dim] */
+        float *k = c->key + (size_t)i * (size_t)kv_dim, *v = c->value + (size_t)i * (size_t)kv_dim;  /* [n_head_kv, head_dim] */
+        const float *cosines = c->cosines + (size_t)i * (size_t)half, *sines = c->sines + (size_t)i * (size_t)half;
+        size_t at = qwen3i_cpu_kv_at(c, s->layer, s->batch->seqs[i], s->batch->positions[i]);
+        qwen3i_rmsnorm_heads(c->exec.simd, q, w->q_norm, g->n_head, g->head_dim, g->rms_eps);
+        qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, g->n_head_kv, g->head_dim, g->rms_eps);
+        qwen3i_rope(q, cosines, sines, g->n_head, g->head_dim);
+        qwen3i_rope(k, cosines, sines, g->n_head_kv, g->head_dim);
+        c->exec.simd->store(c->k + at, k, (qwen3i_type)c->desc.kv_type, kv_dim);
+        c->exec.simd->store(c->v + at, v, (qwen3i_type)c->desc.kv_type, kv_dim);
+    }
+}
+
+static void qwen3i_attend(const qwen3i_step *s) {
+    const qwen3i_cpu *c = s->c;
+    qwen3i_attention_args a;
+    a.a = c->a; a.q = c->q;
+    a.k = c->k + qwen3i_cpu_kv_at(c, s->layer, 0, 0);
+    a.v = c->v + qwen3i_cpu_kv_at(c, s->layer, 0, 0);
+    a.type = (qwen3i_type)c->desc.kv_type;
+    a.seqs = s->batch->seqs; a.positions = s->batch->positions; a.n = s->batch->n_rows;
+    a.n_head = c->config->n_head; a.n_head_kv = c->config->n_head_kv; a.head_dim = c->config->head_dim;
+    a.max_ctx = c->desc.max_ctx;
+    a.scratch = c->attention;
+    qwen3i_attention(&c->exec, &a);
+}
+
+/* One decoder layer: x [n_rows, n_embd] in place */
+static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int layer) {
+    const qwen3i_layer *w = &c->weights->layers[layer];
+    const qwen3i_exec *e = &c->exec;
+    int n = batch->n_rows, n_embd = c->config->n_embd;
+    qwen3i_step step;
+    step.c = c; step.batch = batch; step.layer = layer;
+
+    qwen3i_rmsnorm(e, c->h, c->x, w->attn_norm, n, n_embd, c->config->rms_eps);     /* h = RMSNorm(x)                  */
+    qwen3i_matmul_qkv(e, c->q, c->key, c->value, w, c->h, n);                       /* q, k, v = Wq h, Wk h, Wv h      */
+    qwen3i_parallel(e->pool, n, 4, qwen3i_place_rows, &step);                       /* q, k = RoPE(RMSNorm(q, k)); k, v into the cache */
+    qwen3i_attend(&step);                                                           /* a = softmax(q k / sqrt(d)) v    */
+    qwen3i_matmul_add(e, c->x, &w->wo, c->a, n);                                    /* x = x + Wo a                    */
+    qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, c->config->rms_eps);      /* h = RMSNorm(x)                  */
+    qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, c->h, n);                         /* f = silu(Wgate h) * (Wup h)     */
+    qwen3i_matmul_add(e, c->x, &w->w_down, c->ff, n);                               /* x = x + Wdown f                 */
+}
+
+/* ln P(target) under logits [n] */
+static float qwen3i_log_prob(const qwen3i_simd *simd, const float *logits, int n, qwen3_token target) {
+    float top = logits[0], part[256];
+    double sum = 0;
+    int i, j, m;
+    for (i = 1; i < n; i++) top = logits[i] > top ? logits[i] : top;
+    for (i = 0; i < n; i += m) {
+        m = qwen3i_min(QWEN3I_COUNT(part), n - i);
+        simd->exp(part, logits + i, top, m);
+        for (j = 0; j < m; j++) sum += (double)part[j];
+    }
+    return (float)((double)logits[target] - (double)top - log(sum));
+}
+
+typedef struct qwen3i_head_deliver_args { const qwen3i_cpu *c; const qwen3i_out *outs; } qwen3i_head_deliver_args;
+
+/* outs[i] gets row i of c->h and c->logits. */
+static void qwen3i_head_deliver(void *args, int begin, int end, int lane) {
+    const qwen3i_head_deliver_args *a = (const qwen3i_head_deliver_args *)args;
+    const qwen3i_cpu *c = a->c;
+    size_t n_embd = (size_t)c->config->n_embd, n_vocab = (size_t)c->config->n_vocab;
+    int i;
+    (void)lane;
+    for (i = begin; i < end; i++) {
+        const qwen3i_out *o = &a->outs[i];
+        const float *logits = c->logits + (size_t)i * n_vocab;
+        if (o->hidden) memcpy(o->hidden, c->h + (size_t)i * n_embd, n_embd * 4);
+        if (o->logits) memcpy(o->logits, logits, n_vocab * 4);
+        if (o->keep_seq >= 0) memcpy(c->kept + (size_t)o->keep_seq * n_vocab, logits, n_vocab * 4);
+        if (o->logprob) *o->logprob = qwen3i_log_prob(c->exec.simd, logits, c->config->n_vocab, o->target);
+    }
+}
+
+/* Final norm and logits of the rows that are wanted, at most QWEN3I_HEAD_ROWS of them (and no more than
+   there is scratch for) */
+static void qwen3i_head(qwen3i_cpu *c, const qwen3i_out *outs, int n) {
+    qwen3i_head_deliver_args args;
+    size_t n_embd = (size_t)c->config->n_embd;
+    int i, any = 0;
+    for (i = 0; i < n; i++) {
+        c->exec.simd->rmsnorm(c->h + (size_t)i * n_embd, c->x + (size_t)outs[i].row * n_embd, c->weights->final_norm,
+                              c->config->n_embd, c->config->rms_eps);
+        any |= outs[i].logits || outs[i].logprob || outs[i].keep_seq >= 0;
+    }
+    if (any) qwen3i_matmul(&c->exec, c->logits, &c->weights->head, c->h, n);
+    args.c = c; args.outs = outs;
+    qwen3i_parallel(&c->pool, n, 1, qwen3i_head_deliver, &args);
+}
+
+static int qwen3i_cpu_cancelled(const qwen3i_cpu *c) { return c->desc.cancel && c->desc.cancel(c->desc.cancel_user); }
+
+static qwen3_result qwen3i_cpu_forward(void *ctx_state, const qwen3i_batch *batch, const qwen3i_err *err) {
+    qwen3i_cpu *c = (qwen3i_cpu *)ctx_state;
+    int i, tile = qwen3i_min(QWEN3I_HEAD_ROWS, qwen3i_cpu_rows(&c->desc));
+    (void)err;
+    qwen3i_embed(&c->exec, c->x, &c->weights->embed, batch->tokens, batch->n_rows);
+    qwen3i_rope_angles(c->cosines, c->sines, batch->positions, batch->n_rows, c->freqs, c->config->head_dim / 2, c->rope_scale);
+    for (i = 0; i < c->config->n_layer; i++) {
+        if (qwen3i_cpu_cancelled(c)) return QWEN3_STOPPED;
+        qwen3i_decoder_layer(c, batch, i);
+    }
+    for (i = 0; i < batch->n_outs; i += tile) {
+        if (qwen3i_cpu_cancelled(c)) return QWEN3_STOPPED;
+        qwen3i_head(c, batch->outs + i, qwen3i_min(tile, batch->n_outs - i));
+    }
+    return QWEN3_OK;
+}
+
+/* ---- the rest of the interface -------------------------------------------------------------------------- */
+static qwen3_result qwen3i_cpu_model_create(void **model_state, const qwen3_model *model, const qwen3_load_desc *desc, const qwen3i_err *err) {
+    (void)model; (void)desc; (void)err;
+    *model_state = NULL;                /* the weights are used where they are */
+    return QWEN3_OK;
+}
+
+static void qwen3i_cpu_model_free(void *model_state) { (void)model_state; }
+
+static const char *qwen3i_cpu_device_name(const void *model_state) {
+    (void)model_state;
+    return qwen3i_simd_level(0)->name;
+}
+
+static float *qwen3i_cpu_kept(const qwen3i_cpu *c, int seq) { return c->kept + (size_t)seq * (size_t)c->config->n_vocab; }
+
+static qwen3_result qwen3i_cpu_logits(void *ctx_state, int seq, const float **out, const qwen3i_err *err) {
+    (void)err;
+    *out = qwen3i_cpu_kept((const qwen3i_cpu *)ctx_state, seq);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_cpu_set_logits(void *ctx_state, int seq, const float *logits, const qwen3i_err *err) {
+    const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
+    (void)err;
+    memmove(qwen3i_cpu_kept(c, seq), logits, (size_t)c->config->n_vocab * 4);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_cpu_kv_read(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v, const qwen3i_err *err) {
+    const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
+    size_t at = qwen3i_cpu_kv_at(c, layer, seq, 0), size = qwen3i_cpu_kv_at(c, 0, 0, n_pos);
+    (void)err;
+    memcpy(k, c->k + at, size);
+    memcpy(v, c->v + at, size);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_cpu_kv_write(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v, const qwen3i_err *err) {
+    const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
+    size_t at = qwen3i_cpu_kv_at(c, layer, seq, 0), size = qwen3i_cpu_kv_at(c, 0, 0, n_pos);
+    (void)err;
+    memcpy(c->k + at, k, size);
+    memcpy(c->v + at, v, size);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_cpu_seq_copy(void *ctx_state, int dst, int src, int n_pos, const qwen3i_err *err) {
+    const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
+    int i;
+    if (dst == src) return QWEN3_OK;
+    for (i = 0; i < c->config->n_layer; i++) {
+        size_t at = qwen3i_cpu_kv_at(c, i, src, 0);
+        qwen3i_cpu_kv_write(ctx_state, dst, i, n_pos, c->k + at, c->v + at, err);
+    }
+    return qwen3i_cpu_set_logits(ctx_state, dst, qwen3i_cpu_kept(c, src), err);
+}
+
+static const qwen3_backend *qwen3i_cpu_backend(void) {
+    static const qwen3_backend backend = {
+        QWEN3_VERSION, "cpu", 128,
+        qwen3i_cpu_model_create, qwen3i_cpu_model_free, qwen3i_cpu_device_name,
+        qwen3i_cpu_memory, qwen3i_cpu_create, qwen3i_cpu_free, qwen3i_cpu_forward, qwen3i_cpu_logits,
+        NULL,                           /* next: sampling is the core's */
+        qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits
+    };
+    return &backend;
+}
+/* ================================================================================================
+   SAMPLER: from logits to one token. Order of the kept tokens: by logit, ties towards the lower id.
+   After the temperature everything is integers, so that every platform and backend agrees.
+   ================================================================================================ */
+typedef struct qwen3i_candidate { float logit; int32_t id; } qwen3i_candidate;
+
+typedef struct qwen3i_sampler_scratch { /* both [n_vocab]; owned by the context */
+    float            *logits;
+    qwen3i_candidate *candidates;
+} qwen3i_sampler_scratch;
+
+#define QWEN3I_BANNED (-1e30f)          /* this and below, NaN included: never sampled */
+
+QWEN3_API qwen3_sampler qwen3_sampler_preset(qwen3_preset preset, uint64_t seed) {
+    qwen3_sampler s;
+    memset(&s, 0, sizeof s);
+    s.rng = seed;
+    if (preset == QWEN3_THINKING)     { s.temperature = 0.6f; s.top_p = 0.95f; s.top_k = 20; }
+    if (preset == QWEN3_NON_THINKING) { s.temperature = 0.7f; s.top_p = 0.8f;  s.top_k = 20; }
+    return s;
+}
+
+/* splitmix64 (Steele, Lea, Flood 2014): one step a choice, so a state can be moved ahead by n steps at once. */
+#define QWEN3I_RNG_STEP 0x9E3779B97F4A7C15u
+
+static uint64_t qwen3i_random(uint64_t *state) {
+    uint64_t z = *state += QWEN3I_RNG_STEP;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+/* floor(a * b / 2^64) */
+static uint64_t qwen3i_mul_high(uint64_t a, uint64_t b) {
+    uint64_t a0 = a & 0xFFFFFFFFu, a1 = a >> 32, b0 = b & 0xFFFFFFFFu, b1 = b >> 32;
+    uint64_t mid = a1 * b0 + (a0 * b0 >> 32);
+    return a1 * b1 + (mid >> 32) + ((a0 * b1 + (mid & 0xFFFFFFFFu)) >> 32);
+}
+
+/* floor(total * share) for a share of 0..1 */
+static uint64_t qwen3i_share_of(uint64_t total, float share) {
+    uint64_t s = (uint64_t)((double)share * 4294967296.0);
+    return (total >> 32) * s + ((total & 0xFFFFFFFFu) * s >> 32);
+}
+
+/* Probability weight exp(-below) as an integer, 2^39 for below = 0; 0 from 39 octaves down. The sum over
+   the largest vocabulary (QWEN3I_MAX_DIM) fits 63 bits. 2^-f on [0, 1): polynomial fitted to a relative error of 5e-9. */
+static uint64_t qwen3i_weight(float below) {
+    static const uint32_t c[6] = {1488521986u, 515877902u, 119165493u, 20571132u, 2737501u, 234126u};
+    const float octaves = below * 1.44269504f;
+    uint32_t fixed, f;
+    uint64_t p = c[5];
+    int i;
+    if (!(octaves < 39.0f)) return 0;
+    fixed = (uint32_t)(octaves * 1048576.0f);
+    f = fixed & 0xFFFFFu;
+    for (i = 4; i >= 0; i--) p = c[i] - (p * f >> 20);
+    return (2147483648u - (p * f >> 20)) << 8 >> (fixed >> 20);
+}
+
+static uint64_t qwen3i_candidate_weight(qwen3i_candidate c, float top, float temperature) {
+    const float below = top - c.logit;
+    return qwen3i_weight(below / temperature);
+}
+
+/* Is the logit a number that may be sampled? By its bits: this must hold under -ffast-math, too. */
+static int qwen3i_allowed(float logit) {
+    uint32_t u;
+    memcpy(&u, &logit, 4);
+    return (u & 0x7F800000u) != 0x7F800000u && logit > QWEN3I_BANNED;
+}
+
+static int qwen3i_ranks_before(qwen3i_candidate a, qwen3i_candidate b) {
+    return a.logit > b.logit || (!(a.logit < b.logit) && a.id < b.id);
+}
+
+static int qwen3i_compare_rank(const void *a, const void *b) {
+    return qwen3i_ranks_before(*(const qwen3i_candidate *)b, *(const qwen3i_candidate *)a) -
+           qwen3i_ranks_before(*(const qwen3i_candidate *)a, *(const qwen3i_candidate *)b);
+}
+
+static int qwen3i_compare_id(const void *a, const void *b) {
+    const int32_t x = ((const qwen3i_candidate *)a)->id, y = ((const qwen3i_candidate *)b)->id;
+    return (x > y) - (x < y);
+}
+
+/* Restore the heap below i: the root is the candidate that ranks last (least = 1) or first (least = 0). */
+static void qwen3i_sift(qwen3i_candidate *h, int n, int i, int least) {
+    int child;
+    while ((child = 2 * i + 1) < n) {
+        qwen3i_candidate tmp = h[i];
+        if (child + 1 < n && qwen3i_ranks_before(h[child + 1], h[child]) != least) child++;
+        if (qwen3i_ranks_before(h[child], h[i]) == least) return;
+        h[i] = h[child];
+        h[child] = tmp;
+        i = child;
+    }
+}
+
+static void qwen3i_heapify(qwen3i_candidate *h, int n, int least) {
+    int i;
+    for (i = n / 2 - 1; i >= 0; i--) qwen3i_sift(h, n, i, least);
+}
+
+/* All tokens that may be sampled, in order of id. Returns how many. */
+static int qwen3i_all_candidates(const float *logits, int n, qwen3i_candidate *out) {
+    int i, count = 0;
+    for (i = 0; i < n; i++)
+        if (qwen3i_allowed(logits[i])) { out[count].logit = logits[i]; out[count++].id = i; }
+    return count;
+}
+
+/* The k that rank first, in order of rank. O(n log k) at worst, O(n) in practice. Returns how many. */
+static int qwen3i_select_top(const float *logits, int n, int k, qwen3i_candidate *out) {
+    qwen3i_candidate c;
+    int count = 0;
+    for (c.id = 0; c.id < n; c.id++) {
+        c.logit = logits[c.id];
+        if (count == k && !(c.logit > out[0].logit)) continue;      /* ids ascend: a tie ranks after */
+        if (!qwen3i_allowed(c.logit)) continue;
+        if (count < k) {
+            out[count++] = c;
+            if (count == k) qwen3i_heapify(out, k, 1);
+        } else {
+            out[0] = c;
+            qwen3i_sift(out, k, 0, 1);
+        }
+    }
+    qwen3i_sort(out, (size_t)count, sizeof *out, qwen3i_compare_rank);
+    return count;
+}
+
+/* Keep the fewest candidates, in order of rank, whose weights reach the share top_p of all. Sorted ones are
+   walked; unsorted ones come off a heap, so that only what is kept is put in order. Returns how many. */
+static int qwen3i_cut_top_p(qwen3i_candidate *c, int n, int sorted, float top_p, float top, float temperature) {
+    uint64_t total = 0, sum = 0, need;
+    int i, kept = 0;
+    for (i = 0; i < n; i++) total += qwen3i_candidate_weight(c[i], top, temperature);
+    need = qwen3i_share_of(total, top_p);
+    if (sorted) {
+        do sum += qwen3i_candidate_weight(c[kept++], top, temperature); while (kept < n && sum < need);
+        return kept;
+    }
+    qwen3i_heapify(c, n, 0);
+    do {
+        qwen3i_candidate best = c[0];
+        sum += qwen3i_candidate_weight(best, top, temperature);
+        kept++;
+        c[0] = c[n - kept];
+        c[n - kept] = best;             /* what is kept gathers at the end of the array */
+        qwen3i_sift(c, n - kept, 0, 0);
+    } while (kept < n && sum < need);
+    memmove(c, c + n - kept, (size_t)kept * sizeof *c);
+    return kept;
+}
+
+/* Walk the candidates in order of id until a random share of their total weight is reached. */
+static qwen3_token qwen3i_draw(qwen3i_candidate *c, int n, float top, float min_p, float temperature, uint64_t *rng) {
+    uint64_t total = 0, target, w, least = qwen3i_share_of((uint64_t)1 << 39, min_p);
+    int i;
+    for (i = 0; i < n; i++) {
+        w = qwen3i_candidate_weight(c[i], top, temperature);
+        if (w >= least) total += w;
+    }
+    target = qwen3i_mul_high(qwen3i_random(rng), total);
+    for (i = 0; i < n; i++) {
+        w = qwen3i_candidate_weight(c[i], top, temperature);
+        if (w < least) continue;
+        if (target < w) break;
+        target -= w;
+    }
+    return c[i < n ? i : n - 1].id;
+}
+
+/* Presence and repetition penalties, once for each distinct token among the last ones. */
+static void qwen3i_penalise(float *logits, int n_vocab, const qwen3_token *seq, int n, const qwen3_sampler *s, qwen3i_candidate *mark) {
+    const int last = s->penalty_last_n == 0 ? 256 : s->penalty_last_n < 0 ? n : qwen3i_min(s->penalty_last_n, n);
+    const float repeat = s->repeat_penalty > 0 ? s->repeat_penalty : 1.0f;
+    int i, from = qwen3i_max(n - last, 0);
+    for (i = from; i < n; i++) if (seq[i] >= 0 && seq[i] < n_vocab) mark[seq[i]].id = 0;
+    for (i = from; i < n; i++) {
+        float *l = seq[i] >= 0 && seq[i] < n_vocab ? &logits[seq[i]] : NULL;
+        if (!l || mark[seq[i]].id) continue;
+        mark[seq[i]].id = 1;
+        *l = *l > 0 ? *l / repeat : *l * repeat;
+        *l -= s->presence_penalty;
+    }
+}
+
+static int qwen3i_changes_logits(const qwen3_sampler *s) {
+    return s->n_bias > 0 || s->filter || s->presence_penalty < 0 || s->presence_penalty > 0 ||
+           (s->repeat_penalty > 0 && (s->repeat_penalty < 1 || s->repeat_penalty > 1));
+}
+
+/* The logits to choose from: those given, or a copy with bias, penalties and filter applied. */
+static const float *qwen3i_adjust(const float *logits, int n_vocab, const qwen3_token *seq, int n,
+                                  const qwen3_sampler *s, const qwen3i_sampler_scratch *scratch) {
+    int i;
+    if (!qwen3i_changes_logits(s)) return logits;
+    memcpy(scratch->logits, logits, (size_t)n_vocab * sizeof *logits);
+    for (i = 0; i < s->n_bias; i++)
+        if (s->bias[i].token >= 0 && s->bias[i].token < n_vocab) scratch->logits[s->bias[i].token] += s->bias[i].bias;
+    qwen3i_penalise(scratch->logits, n_vocab, seq, n, s, scratch->candidates);
+    if (s->filter) s->filter(scratch->logits, n_vocab, seq, n, s->filter_user);
+    return scratch->logits;
+}
+
+/* logits [n_vocab]; only ids below n_choose are ever chosen; seq [n]: the tokens so far. */
+static qwen3_result qwen3i_choose(const float *logits, int n_vocab, int n_choose, const qwen3_token *seq, int n, qwen3_sampler *s,
+                                  const qwen3i_sampler_scratch *scratch, qwen3_token *out, const qwen3i_err *err) {
+    qwen3i_candidate *c = scratch->candidates;
+    const int cut_p = s && s->top_p > 0 && s->top_p < 1;
+    int greedy, count;
+    float top;
+    if (s) logits = qwen3i_adjust(logits, n_vocab, seq, n, s, scratch);
+    greedy = !s || !(s->temperature > 0);
+    if (greedy || s->top_k > 0) count = qwen3i_select_top(logits, n_choose, greedy ? 1 : qwen3i_min(s->top_k, n_choose), c);
+    else count = qwen3i_all_candidates(logits, n_choose, c);
+    if (count == 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "every token is banned by bias or filter, or the logits are not numbers");
+    *out = c[0].id;
+    if (greedy) return QWEN3_OK;
+    top = c[0].logit;
+    if (s->top_k <= 0) { int i; for (i = 1; i < count; i++) if (c[i].logit > top) top = c[i].logit; }
+    if (cut_p) count = qwen3i_cut_top_p(c, count, s->top_k > 0, s->top_p, top, s->temperature);
+    if (cut_p || s->top_k > 0) qwen3i_sort(c, (size_t)count, sizeof *c, qwen3i_compare_id);
+    *out = qwen3i_draw(c, count, top, s->min_p > 0 ? s->min_p : 0.0f, s->temperature, &s->rng);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_check_sampler(const qwen3_sampler *s, const qwen3i_err *err) {
+    if (!s) return QWEN3_OK;
+    if (!(s->temperature >= 0 && s->temperature <= 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: temperature is not between 0 and 10000");
+    if (!(s->top_p >= 0 && s->top_p <= 1)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: top_p is not between 0 and 1");
+    if (!(s->min_p >= 0 && s->min_p <= 1)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: min_p is not between 0 and 1");
+    if (s->top_k < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: top_k is negative");
+    if (!(s->repeat_penalty >= 0 && s->repeat_penalty <= 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: repeat_penalty is not between 0 and 10000");
+    if (!(s->presence_penalty >= -1e4f && s->presence_penalty <= 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: presence_penalty is not between -10000 and 10000");
+    if (s->n_bias < 0 || (s->n_bias > 0 && !s->bias)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: bias is NULL or n_bias negative");
+    return QWEN3_OK;
+}
+
+/* ln sum exp(logits), in double. */
+static double qwen3i_log_sum_exp(const float *logits, int n) {
+    double sum = 0;
+    float top = logits[0];
+    int i;
+    for (i = 1; i < n; i++) if (logits[i] > top) top = logits[i];
+    for (i = 0; i < n; i++) sum += exp((double)(logits[i] - top));
+    return (double)top + log(sum);
+}
+/* ================================================================================================
+   CONTEXT: sequences, and evaluating batches of them in chunks
+   ================================================================================================ */
+typedef struct qwen3i_seq {
+    qwen3_token *tokens;                /* [max_ctx] */
+    int          len;
+    int          fresh;                 /* the kept logits are those of the last token */
+} qwen3i_seq;
+
+struct qwen3_ctx {
+    const qwen3_model *model;
+    qwen3_ctx_desc     desc;            /* with all defaults filled in */
+    void              *state;           /* the backend's */
+    qwen3i_seq        *seqs;            /* [max_seqs] */
+    qwen3_token       *prompt;          /* [max_ctx] where conversations are rendered */
+    qwen3_token       *row_tokens;      /* [rows] the batch being built, */
+    int32_t           *row_seqs, *row_positions;
+    qwen3i_out        *outs;            /* [rows] and what is wanted of it */
+    qwen3i_next       *next;            /* [max_seqs] a decode step */
+    qwen3_item        *items;           /* [max_seqs] */
+    uint64_t          *rngs;            /* [max_seqs] */
+    qwen3i_sampler_scratch scratch;
+    qwen3_stats        stats;
+    char               error[256];
+    void              *memory;          /* all of the above lies in one block */
+    size_t             memory_size;
+};
+
+static qwen3i_err qwen3i_ctx_err(qwen3_ctx *c) {
+    qwen3i_err e;
+    e.text = c->error;
+    e.cap = sizeof c->error;
+    return e;
+}
+
+QWEN3_API const char *qwen3_ctx_error(const qwen3_ctx *c) { return c ? c->error : ""; }
+
+QWEN3_API qwen3_stats qwen3_ctx_stats(const qwen3_ctx *c) {
+    qwen3_stats none;
+    if (c) return c->stats;
+    memset(&none, 0, sizeof none);
+    return none;
+}
+
+/* ---- creating ---------------------------------------------------------------------------------------- */
+/* Positions the model can tell apart, stretched by YaRN if that is on. */
+static int qwen3i_max_positions(const qwen3i_config *k, float yarn_factor) {
+    double factor = yarn_factor > 0 ? (double)yarn_factor : k->yarn_factor, n = k->yarn_original_ctx * factor;
+    if (!(n > k->max_ctx)) return k->max_ctx;
+    return n < INT_MAX ? (int)n : INT_MAX;
+}
+
+static int qwen3i_rows(const qwen3_ctx_desc *d) { return qwen3i_max(d->prefill_chunk, d->max_seqs); }
+
+/* Check a descriptor and fill its defaults in. */
+static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_desc *in, qwen3_ctx_desc *d, const qwen3i_err *err) {
+    int limit;
+    memset(d, 0, sizeof *d);
+    if (in) *d = *in;
+    if (!(d->yarn_factor >= 0 && d->yarn_factor <= 1024)) return qwen3i_fail(err, QWEN3_ERR_ARG, "yarn_factor is not between 0 and 1024");
+    limit = qwen3i_max_positions(&m->config, d->yarn_factor);
+    if (d->max_ctx == 0) d->max_ctx = qwen3i_min(4096, limit);
+    if (d->max_ctx < 0 || d->max_ctx > limit)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "max_ctx is %d; the model has 1 to %d positions (more with yarn_factor)", d->max_ctx, limit);
+    if (d->max_seqs == 0) d->max_seqs = 1;
+    if (d->max_seqs < 0 || d->max_seqs > 4096) return qwen3i_fail(err, QWEN3_ERR_ARG, "max_seqs is %d; 1 to 4096 is possible", d->max_seqs);
+    if (d->prefill_chunk < 0 || d->prefill_chunk > 65536) return qwen3i_fail(err, QWEN3_ERR_ARG, "prefill_chunk is %d; 1 to 65536 is possible", d->prefill_chunk);
+    if (d->prefill_chunk == 0) d->prefill_chunk = m->backend->default_chunk;
+    if ((int64_t)d->prefill_chunk > (int64_t)d->max_ctx * d->max_seqs) d->prefill_chunk = d->max_ctx * d->max_seqs;
+    if (d->kv_type == QWEN3_KV_DEFAULT) d->kv_type = QWEN3_KV_F16;
+    if (d->kv_type < QWEN3_KV_F32 || d->kv_type > QWEN3_KV_BF16) return qwen3i_fail(err, QWEN3_ERR_ARG, "kv_type %d is unknown", d->kv_type);
+    if (d->kernels != QWEN3_PATH_FUSED && d->kernels != QWEN3_PATH_STANDARD) return qwen3i_fail(err, QWEN3_ERR_ARG, "kernels %d is unknown", d->kernels);
+    if (d->threads < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "threads is negative");
+    if (!d->allocator.alloc && !d->allocator.free) d->allocator = m->allocator;
+    if (!d->logger.log) d->logger = m->logger;
+    return qwen3i_check_allocator(&d->allocator, err);
+}
+
+/* Hands out parts of one block; with no base it only counts. */
+typedef struct qwen3i_carver { char *base; uint64_t used; } qwen3i_carver;
+
+static void *qwen3i_carve(qwen3i_carver *v, uint64_t n, uint64_t size) {
+    uint64_t at = (v->used + 63) / 64 * 64;     /* cache lines */
+    v->used = at + n * size;                    /* n and size are checked counts: below 2^48 together */
+    return v->base ? v->base + at : NULL;
+}
+
+/* Lay out a context in a block (or just measure it): the one place that says what a context needs. */
+static void qwen3i_carve_ctx(qwen3i_carver *v, qwen3_ctx *c, const qwen3_model *m, const qwen3_ctx_desc *d) {
+    const uint64_t rows = (uint64_t)qwen3i_rows(d), seqs = (uint64_t)d->max_seqs, vocab = (uint64_t)m->config.n_vocab;
+    qwen3_token *tokens;
+    int i;
+    c->seqs          = (qwen3i_seq *)qwen3i_carve(v, seqs, sizeof *c->seqs);
+    tokens           = (qwen3_token *)qwen3i_carve(v, seqs * (uint64_t)d->max_ctx, sizeof *tokens);
+    c->prompt        = (qwen3_token *)qwen3i_carve(v, (uint64_t)d->max_ctx, sizeof *c->prompt);
+    c->row_tokens    = (qwen3_token *)qwen3i_carve(v, rows, sizeof *c->row_tokens);
+    c->row_seqs      = (int32_t *)qwen3i_carve(v, rows, sizeof *c->row_seqs);
+    c->row_positions = (int32_t *)qwen3i_carve(v, rows, sizeof *c->row_positions);
+    c->outs          = (qwen3i_out *)qwen3i_carve(v, rows, sizeof *c->outs);
+    c->next          = (qwen3i_next *)qwen3i_carve(v, seqs, sizeof *c->next);
+    c->items         = (qwen3_item *)qwen3i_carve(v, seqs, sizeof *c->items);
+    c->rngs          = (uint64_t *)qwen3i_carve(v, seqs, sizeof *c->rngs);
+    c->scratch.logits     = (float *)qwen3i_carve(v, vocab, sizeof *c->scratch.logits);
+    c->scratch.candidates = (qwen3i_candidate *)qwen3i_carve(v, vocab, sizeof *c->scratch.candidates);
+    for (i = 0; v->base && i < d->max_seqs; i++) {
+        c->seqs[i].tokens = tokens + (size_t)i * (size_t)d->max_ctx;
+        c->seqs[i].len = 0;
+        c->seqs[i].fresh = 0;
+    }
+}
+
+static uint64_t qwen3i_ctx_bytes(const qwen3_model *m, const qwen3_ctx_desc *d) {
+    qwen3i_carver v = {NULL, 0};
+    qwen3_ctx c;
+    qwen3i_carve_ctx(&v, &c, m, d);
+    return v.used;
+}
+
+QWEN3_API qwen3_memory qwen3_ctx_memory(const qwen3_model *m, const qwen3_ctx_desc *desc) {
+    qwen3_memory bytes = {0, 0};
+    qwen3_ctx_desc d;
+    if (!m || !m->weights.layers || qwen3i_resolve_ctx(m, desc, &d, NULL) != QWEN3_OK) return bytes;
+    bytes = m->backend->ctx_memory(m->backend_state, m, &d);
+    bytes.host_bytes += qwen3i_ctx_bytes(m, &d) + sizeof(qwen3_ctx);
+    return bytes;
+}
+
+static qwen3_result qwen3i_build_ctx(qwen3_ctx *c, const qwen3i_err *err) {
+    const qwen3_model *m = c->model;
+    qwen3i_carver v = {NULL, 0};
+    uint64_t bytes = qwen3i_ctx_bytes(m, &c->desc);
+    if (bytes < (size_t)-1) c->memory = qwen3i_alloc(&c->desc.allocator, (size_t)bytes);
+    if (!c->memory) return qwen3i_no_memory(err, "the context", bytes);
+    c->memory_size = (size_t)bytes;
+    v.base = (char *)c->memory;
+    qwen3i_carve_ctx(&v, c, m, &c->desc);
+    return m->backend->ctx_create(&c->state, m->backend_state, m, &c->desc, err);
+}
+
+QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *m, const qwen3_ctx_desc *desc, char *err_text, size_t err_size) {
+    qwen3i_err err;
+    qwen3_ctx_desc d;
+    qwen3_ctx *c;
+    qwen3_result r;
+    err.text = err_text;
+    err.cap = err_size;
+    if (err_text && err_size) err_text[0] = '\0';
+    if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
+    *out = NULL;
+    if (!m) return qwen3i_fail(&err, QWEN3_ERR_ARG, "model is NULL");
+    if (!m->weights.layers) return qwen3i_fail(&err, QWEN3_ERR_ARG, "the model was loaded with QWEN3_LOAD_VOCAB_ONLY: it has no weights");
+    r = qwen3i_resolve_ctx(m, desc, &d, &err);
+    if (r != QWEN3_OK) return r;
+    c = (qwen3_ctx *)qwen3i_alloc_zero(&d.allocator, 1, sizeof *c);
+    if (!c) return qwen3i_no_memory(&err, "the context", sizeof *c);
+    c->model = m;
+    c->desc = d;
+    r = qwen3i_build_ctx(c, &err);
+    if (r != QWEN3_OK) { qwen3_ctx_free(c); return r; }
+    *out = c;
+    return QWEN3_OK;
+}
+
+QWEN3_API void qwen3_ctx_free(qwen3_ctx *c) {
+    qwen3_allocator a;
+    if (!c) return;
+    a = c->desc.allocator;
+    if (c->state) c->model->backend->ctx_free(c->state);
+    qwen3i_free(&a, c->memory, c->memory_size);
+    qwen3i_free(&a, c, sizeof *c);
+}
+
+/* ---- sequences ---------------------------------------------------------------------------------------- */
+static qwen3_result qwen3i_check_seq(qwen3_ctx *c, int seq, const qwen3i_err *err) {
+    if (seq >= 0 && seq < c->desc.max_seqs) return QWEN3_OK;
+    return qwen3i_fail(err, QWEN3_ERR_ARG, "there is no sequence %d; max_seqs is %d", seq, c->desc.max_seqs);
+}
+
+static qwen3_result qwen3i_check_tokens(const qwen3_ctx *c, const qwen3_token *tokens, int n, const qwen3i_err *err) {
+    int i;
+    if (n < 0 || (n > 0 && !tokens)) return qwen3i_fail(err, QWEN3_ERR_ARG, "tokens is NULL or n negative");
+    for (i = 0; i < n; i++)
+        if (tokens[i] < 0 || tokens[i] >= c->model->config.n_vocab)
+            return qwen3i_fail(err, QWEN3_ERR_ARG, "tokens[%d] is %d; ids are 0 to %d", i, (int)tokens[i], c->model->config.n_vocab - 1);
+    return QWEN3_OK;
+}
+
+QWEN3_API int qwen3_seq_len(const qwen3_ctx *c, int seq) {
+    return c && seq >= 0 && seq < c->desc.max_seqs ? c->seqs[seq].len : -1;
+}
+
+QWEN3_API const qwen3_token *qwen3_seq_tokens(const qwen3_ctx *c, int seq) {
+    return c && seq >= 0 && seq < c->desc.max_seqs ? c->seqs[seq].tokens : NULL;
+}
+
+QWEN3_API qwen3_result qwen3_seq_truncate(qwen3_ctx *c, int seq, int len) {
+    qwen3i_err err;
+    qwen3_result r;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    r = qwen3i_check_seq(c, seq, &err);
+    if (r != QWEN3_OK) return r;
+    if (len < 0 || len > c->seqs[seq].len)
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "cannot truncate sequence %d of %d tokens to %d", seq, c->seqs[seq].len, len);
+    if (len < c->seqs[seq].len) c->seqs[seq].fresh = 0;
+    c->seqs[seq].len = len;
+    return QWEN3_OK;
+}
+
+QWEN3_API qwen3_result qwen3_seq_copy(qwen3_ctx *c, int dst, int src) {
+    qwen3i_err err;
+    qwen3i_seq *from, *to;
+    qwen3_result r;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    r = qwen3i_check_seq(c, dst, &err);
+    if (r == QWEN3_OK) r = qwen3i_check_seq(c, src, &err);
+    if (r != QWEN3_OK || dst == src) return r;
+    from = &c->seqs[src];
+    to = &c->seqs[dst];
+    r = c->model->backend->seq_copy(c->state, dst, src, from->len, &err);
+    if (r != QWEN3_OK) return r;
+    memcpy(to->tokens, from->tokens, (size_t)from->len * sizeof *to->tokens);
+    to->len = from->len;
+    to->fresh = from->fresh;
+    return QWEN3_OK;
+}
+
+/* ---- evaluating ------------------------------------------------------------------------------------------ */
+/* Describe what item wants of its k-th token's row. Returns 0 if nothing. */
+static int qwen3i_want(const qwen3_ctx *c, const qwen3_item *item, int k, int row, qwen3i_out *out) {
+    const size_t vocab = (size_t)c->model->config.n_vocab, embd = (size_t)c->model->config.n_embd;
+    const int last = k == item->n - 1;
+    memset(out, 0, sizeof *out);
+    out->row = row;
+    out->keep_seq = last ? item->seq : -1;
+    if (item->all_logits) out->logits = item->all_logits + (size_t)k * vocab;
+    if (item->all_hidden) out->hidden = item->all_hidden + (size_t)k * embd;
+    else if (last)        out->hidden = item->hidden;
+    if (item->logprobs && !last) { out->logprob = &item->logprobs[k + 1]; out->target = item->tokens[k + 1]; }
+    return last || out->logits || out->hidden || out->logprob;
+}
+
+/* hidden and all_hidden both wanted: the last row of one is the other. */
+static void qwen3i_copy_hidden(const qwen3_ctx *c, const qwen3_item *item) {
+    const size_t embd = (size_t)c->model->config.n_embd;
+    if (item->hidden && item->all_hidden && item->n > 0)
+        memcpy(item->hidden, item->all_hidden + ((size_t)item->n - 1) * embd, embd * sizeof(float));
+}
+
+/* The sequences take over the tokens of a batch that was evaluated. */
+static void qwen3i_append_rows(qwen3_ctx *c, const qwen3i_batch *b) {
+    int i;
+    for (i = 0; i < b->n_rows; i++) {
+        qwen3i_seq *s = &c->seqs[b->seqs[i]];
+        s->tokens[s->len++] = b->tokens[i];
+        s->fresh = 0;
+    }
+    for (i = 0; i < b->n_outs; i++) if (b->outs[i].keep_seq >= 0) c->seqs[b->outs[i].keep_seq].fresh = 1;
+}
+
+/* Evaluate items whose arguments have been checked, in steps of at most prefill_chunk rows. */
+static qwen3_result qwen3i_eval(qwen3_ctx *c, const qwen3_item *items, int n_items, const qwen3i_err *err) {
+    const int step = qwen3i_rows(&c->desc);
+    qwen3i_batch b;
+    qwen3_result r;
+    int item = 0, k = 0;                /* the next token: items[item].tokens[k] */
+    b.tokens = c->row_tokens;
+    b.seqs = c->row_seqs;
+    b.positions = c->row_positions;
+    b.outs = c->outs;
+    while (item < n_items) {
+        int first = item, at = k;       /* of the first item in this batch */
+        b.n_rows = b.n_outs = 0;
+        while (item < n_items && b.n_rows < step) {
+            const qwen3_item *it = &items[item];
+            if (k == it->n) { item++; k = 0; continue; }
+            c->row_tokens[b.n_rows] = it->tokens[k];
+            c->row_seqs[b.n_rows] = it->seq;
+            c->row_positions[b.n_rows] = c->seqs[it->seq].len + (item == first ? k - at : k);
+            b.n_outs += qwen3i_want(c, it, k, b.n_rows, &c->outs[b.n_outs]);
+            b.n_rows++;
+            k++;
+        }
+        if (b.n_rows == 0) break;
+        r = c->model->backend->forward(c->state, &b, err);
+        if (r != QWEN3_OK) return r;
+        qwen3i_append_rows(c, &b);
+    }
+    return QWEN3_OK;
+}
+
+/* qwen3i_eval with statistics. */
+static qwen3_result qwen3i_timed_eval(qwen3_ctx *c, const qwen3_item *items, int n_items, const qwen3i_err *err) {
+    double start = qwen3i_now_ms(), ms;
+    int64_t n = 0;
+    int i, decode = 1;
+    qwen3_result r = qwen3i_eval(c, items, n_items, err);
+    ms = qwen3i_now_ms() - start;
+    for (i = 0; i < n_items; i++) { n += items[i].n; decode &= items[i].n <= 1; }
+    if (r != QWEN3_OK) return r;
+    if (decode) { c->stats.n_decode += n; c->stats.decode_ms += ms; }
+    else        { c->stats.n_prefill += n; c->stats.prefill_ms += ms; }
+    return QWEN3_OK;
+}
+
+/* Make the kept logits those of the sequence's last token, evaluating it once more if they are not. */
+static qwen3_result qwen3i_refresh(qwen3_ctx *c, int seq, const qwen3i_err *err) {
+    qwen3i_seq *s = &c->seqs[seq];
+    qwen3_item item;
+    qwen3_token last;
+    qwen3_result r;
+    if (s->fresh) return QWEN3_OK;
+    if (s->len == 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "sequence %d is empty: evaluate something first", seq);
+    memset(&item, 0, sizeof item);
+    last = s->tokens[s->len - 1];
+    item.seq = seq;
+    item.tokens = &last;
+    item.n = 1;
+    s->len--;
+    r = qwen3i_timed_eval(c, &item, 1, err);
+    if (r != QWEN3_OK) s->len++;
+    return r;
+}
+
+/* The logits that follow a sequence: [n_vocab] on the host. */
+static qwen3_result qwen3i_get_logits(qwen3_ctx *c, int seq, const float **out, const qwen3i_err *err) {
+    qwen3_result r = qwen3i_check_seq(c, seq, err);
+    if (r == QWEN3_OK) r = qwen3i_refresh(c, seq, err);
+    return r == QWEN3_OK ? c->model->backend->logits(c->state, seq, out, err) : r;
+}
+
+/* The log-probability of an item's first token comes from the logits that the sequence already has. */
+static qwen3_result qwen3i_first_logprob(qwen3_ctx *c, const qwen3_item *item, const qwen3i_err *err) {
+    const float *logits;
+    qwen3_result r;
+    if (!item->logprobs || item->n == 0) return QWEN3_OK;
+    item->logprobs[0] = 0;
+    if (c->seqs[item->seq].len == 0) return QWEN3_OK;
+    r = qwen3i_get_logits(c, item->seq, &logits, err);
+    if (r == QWEN3_OK) item->logprobs[0] = (float)((double)logits[item->tokens[0]] - qwen3i_log_sum_exp(logits, c->model->config.n_vocab));
+    return r;
+}
+
+static qwen3_result qwen3i_check_item(qwen3_ctx *c, const qwen3_item *items, int i, const qwen3i_err *err) {
+    const qwen3_item *item = &items[i];
+    qwen3_result r = qwen3i_check_seq(c, item->seq, err);
+    int len, k;
+    if (r == QWEN3_OK) r = qwen3i_check_tokens(c, item->tokens, item->n, err);
+    if (r != QWEN3_OK) return r;
+    for (k = 0; k < i; k++)
+        if (items[k].seq == item->seq) return qwen3i_fail(err, QWEN3_ERR_ARG, "items %d and %d are both of sequence %d", k, i, item->seq);
+    len = c->seqs[item->seq].len;
+    if (item->n > c->desc.max_ctx - len)
+        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "sequence %d holds %d of %d positions: %d more do not fit", item->seq, len, c->desc.max_ctx, item->n);
+    return QWEN3_OK;
+}
+
+QWEN3_API qwen3_result qwen3_eval(qwen3_ctx *c, const qwen3_item *items, int n_items) {
+    qwen3i_err err;
+    qwen3_result r = QWEN3_OK;
+    int i;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    if (n_items < 0 || n_items > c->desc.max_seqs || (n_items > 0 && !items))
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "items is NULL, or n_items (%d) not 0 to max_seqs (%d)", n_items, c->desc.max_seqs);
+    for (i = 0; i < n_items && r == QWEN3_OK; i++) r = qwen3i_check_item(c, items, i, &err);
+    for (i = 0; i < n_items && r == QWEN3_OK; i++) r = qwen3i_first_logprob(c, &items[i], &err);
+    if (r == QWEN3_OK) r = qwen3i_timed_eval(c, items, n_items, &err);
+    for (i = 0; i < n_items && r == QWEN3_OK; i++) qwen3i_copy_hidden(c, &items[i]);
+    return r;
+}
+
+QWEN3_API qwen3_result qwen3_sync(qwen3_ctx *c, int seq, const qwen3_token *tokens, int n) {
+    qwen3i_err err;
+    qwen3i_seq *s;
+    qwen3_item item;
+    qwen3_result r;
+    int common = 0;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    r = qwen3i_check_seq(c, seq, &err);
+    if (r == QWEN3_OK) r = qwen3i_check_tokens(c, tokens, n, &err);
+    if (r != QWEN3_OK) return r;
+    if (n > c->desc.max_ctx) return qwen3i_fail(&err, QWEN3_ERR_CONTEXT_FULL, "%d tokens do not fit into %d positions", n, c->desc.max_ctx);
+    s = &c->seqs[seq];
+    while (common < n && common < s->len && s->tokens[common] == tokens[common]) common++;
+    qwen3_seq_truncate(c, seq, common);
+    c->stats.n_reused += common;
+    memset(&item, 0, sizeof item);
+    item.seq = seq;
+    item.tokens = tokens + common;
+    item.n = n - common;
+    return item.n > 0 ? qwen3i_timed_eval(c, &item, 1, &err) : QWEN3_OK;
+}
+
+QWEN3_API const float *qwen3_logits(qwen3_ctx *c, int seq) {
+    const float *logits = NULL;
+    qwen3i_err err;
+    if (!c) return NULL;
+    err = qwen3i_ctx_err(c);
+    return qwen3i_get_logits(c, seq, &logits, &err) == QWEN3_OK ? logits : NULL;
+}
+
+QWEN3_API int qwen3_top_probs(qwen3_ctx *c, int seq, qwen3_prob *out, int k) {
+    const float *logits;
+    qwen3i_err err;
+    double lse;
+    qwen3_result r;
+    int i, n;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    if (k < 0 || (k > 0 && !out)) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL or k negative");
+    r = qwen3i_get_logits(c, seq, &logits, &err);
+    if (r != QWEN3_OK || k == 0) return r;
+    n = qwen3i_select_top(logits, c->model->config.n_vocab, qwen3i_min(k, c->model->config.n_vocab), c->scratch.candidates);
+    lse = qwen3i_log_sum_exp(logits, c->model->config.n_vocab);
+    for (i = 0; i < n; i++) {
+        out[i].token = c->scratch.candidates[i].id;
+        out[i].logprob = (float)((double)c->scratch.candidates[i].logit - lse);
+    }
+    return n;
+}
+/* ================================================================================================
+   GENERATION: choosing tokens, one by one, and turning them into text
+   ================================================================================================ */
+static int qwen3i_is_eos(const qwen3_model *m, qwen3_token t) {
+    int i;
+    for (i = 0; i < m->n_eos; i++) if (m->eos[i] == t) return 1;
+    return 0;
+}
+
+/* Ids from which a token may be chosen: the embedding's padding rows have no text. */
+static int qwen3i_n_choose(const qwen3_model *m) { return m->info.n_tokens ? m->info.n_tokens : m->config.n_vocab; }
+
+static qwen3_result qwen3i_sample(qwen3_ctx *c, int seq, qwen3_sampler *s, qwen3_token *out, const qwen3i_err *err) {
+    const float *logits;
+    qwen3_result r = qwen3i_get_logits(c, seq, &logits, err);
+    if (r == QWEN3_OK) r = qwen3i_check_sampler(s, err);
+    if (r != QWEN3_OK) return r;
+    return qwen3i_choose(logits, c->model->config.n_vocab, qwen3i_n_choose(c->model), c->seqs[seq].tokens, c->seqs[seq].len,
+                         s, &c->scratch, out, err);
+}
+
+QWEN3_API qwen3_result qwen3_sample(qwen3_ctx *c, int seq, qwen3_sampler *sampler, qwen3_token *out) {
+    qwen3i_err err;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
+    return qwen3i_sample(c, seq, sampler, out, &err);
+}
+
+/* ---- decode steps ------------------------------------------------------------------------------------- */
+/* Choose on the host, then evaluate what was chosen. */
+static qwen3_result qwen3i_next_on_host(qwen3_ctx *c, qwen3i_next *next, int n, const qwen3i_err *err) {
+    qwen3_result r = QWEN3_OK;
+    int i, n_items = 0;
+    for (i = 0; i < n && r == QWEN3_OK; i++) {
+        r = qwen3i_sample(c, next[i].seq, next[i].sampler, &next[i].out, err);
+        next[i].ended = r == QWEN3_OK && qwen3i_is_eos(c->model, next[i].out);
+        if (r != QWEN3_OK || next[i].ended) continue;
+        memset(&c->items[n_items], 0, sizeof *c->items);
+        c->items[n_items].seq = next[i].seq;
+        c->items[n_items].tokens = &next[i].out;
+        c->items[n_items++].n = 1;
+    }
+    return r == QWEN3_OK && n_items > 0 ? qwen3i_timed_eval(c, c->items, n_items, err) : r;
+}
+
+/* The backend chooses and evaluates; the sequences then take the tokens over. */
+static qwen3_result qwen3i_next_on_backend(qwen3_ctx *c, qwen3i_next *next, int n, const qwen3i_err *err) {
+    double start;
+    qwen3_result r = QWEN3_OK;
+    int i;
+    for (i = 0; i < n && r == QWEN3_OK; i++) {
+        r = qwen3i_check_sampler(next[i].sampler, err);
+        if (r == QWEN3_OK) r = qwen3i_refresh(c, next[i].seq, err);
+        next[i].tokens = c->seqs[next[i].seq].tokens;
+        next[i].n = c->seqs[next[i].seq].len;
+    }
+    start = qwen3i_now_ms();
+    if (r == QWEN3_OK) r = c->model->backend->next(c->state, next, n, err);
+    if (r != QWEN3_OK) return r;
+    c->stats.decode_ms += qwen3i_now_ms() - start;
+    for (i = 0; i < n; i++) {
+        qwen3i_seq *s = &c->seqs[next[i].seq];
+        if (next[i].ended) continue;
+        s->tokens[s->len++] = next[i].out;
+        c->stats.n_decode++;
+    }
+    return QWEN3_OK;
+}
+
+/* One decode step of n sequences that have room. A failure leaves the samplers as they were. */
+static qwen3_result qwen3i_next_step(qwen3_ctx *c, qwen3i_next *next, int n, const qwen3i_err *err) {
+    int i, host = !c->model->backend->next;
+    qwen3_result r;
+    for (i = 0; i < n; i++) {
+        c->rngs[i] = next[i].sampler ? next[i].sampler->rng : 0;
+        host |= next[i].sampler && next[i].sampler->filter;
+    }
+    r = host ? qwen3i_next_on_host(c, next, n, err) : qwen3i_next_on_backend(c, next, n, err);
+    for (i = 0; i < n && r != QWEN3_OK; i++) if (next[i].sampler) next[i].sampler->rng = c->rngs[i];
+    return r;
+}
+
+QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *c, const int *seqs, int n, qwen3_sampler *const *samplers,
+                                        qwen3_token *out, qwen3_result *results) {
+    qwen3i_err err;
+    qwen3_result r;
+    int i, k, active = 0;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    if (n < 0 || n > c->desc.max_seqs || (n > 0 && (!seqs || !out)))
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "seqs or out is NULL, or n (%d) not 0 to max_seqs (%d)", n, c->desc.max_seqs);
+    for (i = 0; i < n; i++) {
+        r = qwen3i_check_seq(c, seqs[i], &err);
+        if (r != QWEN3_OK) return r;
+        for (k = 0; k < i; k++)
+            if (seqs[k] == seqs[i]) return qwen3i_fail(&err, QWEN3_ERR_ARG, "sequence %d appears twice", seqs[i]);
+    }
+    for (i = 0; i < n; i++) {
+        out[i] = -1;
+        if (results) results[i] = QWEN3_ERR_CONTEXT_FULL;
+        if (c->seqs[seqs[i]].len >= c->desc.max_ctx) continue;
+        memset(&c->next[active], 0, sizeof *c->next);
+        c->next[active].seq = seqs[i];
+        c->next[active++].sampler = samplers ? samplers[i] : NULL;
+    }
+    r = active > 0 ? qwen3i_next_step(c, c->next, active, &err) : QWEN3_OK;
+    for (i = k = 0; i < n && r == QWEN3_OK; i++) {
+        if (k == active || c->next[k].seq != seqs[i]) continue;
+        out[i] = c->next[k].out;
+        if (results) results[i] = c->next[k].ended ? QWEN3_END : QWEN3_OK;
+        k++;
+    }
+    return r;
+}
+
+QWEN3_API qwen3_result qwen3_next(qwen3_ctx *c, int seq, qwen3_sampler *sampler, qwen3_token *out) {
+    qwen3_result one = QWEN3_OK, r;
+    qwen3i_err err;
+    if (!c) return QWEN3_ERR_ARG;
+    r = qwen3_next_batch(c, &seq, 1, &sampler, out, &one);
+    if (r != QWEN3_OK || one != QWEN3_ERR_CONTEXT_FULL) return r != QWEN3_OK ? r : one;
+    err = qwen3i_ctx_err(c);
+    return qwen3i_fail(&err, one, "sequence %d holds all of its %d positions", seq, c->desc.max_ctx);
+}
+
+/* ---- text streams: whole characters, stop strings, thinking ------------------------------------------------ */
+#define QWEN3I_MAX_STOP 1024
+#define QWEN3I_PENDING  4096            /* more than the longest stop string and a character */
+
+typedef struct qwen3i_stream {
+    const qwen3_gen_desc *gen;
+    char   pending[QWEN3I_PENDING];     /* bytes not delivered yet */
+    int    n;
+    int    thinking;                    /* between <think> and </think> */
+    int    leading;                     /* white space between </think> and the answer */
+} qwen3i_stream;
+
+/* The length of the UTF-8 sequence that starts with this byte, 0 if none does. */
+static int qwen3i_utf8_length(unsigned char c) {
+    return c < 0x80 ? 1 : c >= 0xC2 && c < 0xE0 ? 2 : c >= 0xE0 && c < 0xF0 ? 3 : c >= 0xF0 && c < 0xF5 ? 4 : 0;
+}
+
+/* How many bytes at p form one valid character; 0: the first byte is not part of one. */
+static int qwen3i_utf8_valid(const char *p, int n) {
+    const unsigned char *u = (const unsigned char *)p;
+    int i, len = qwen3i_utf8_length(u[0]);
+    if (len == 0 || len > n) return 0;
+    for (i = 1; i < len; i++) if ((u[i] & 0xC0) != 0x80) return 0;
+    if ((u[0] == 0xE0 && u[1] < 0xA0) || (u[0] == 0xED && u[1] > 0x9F)) return 0;   /* overlong; surrogates */
+    if ((u[0] == 0xF0 && u[1] < 0x90) || (u[0] == 0xF4 && u[1] > 0x8F)) return 0;   /* overlong; > U+10FFFF */
+    return len;
+}
+
+/* Deliver bytes as valid UTF-8: what never becomes a character is replaced by U+FFFD. */
+static int qwen3i_deliver(const qwen3i_stream *s, const char *p, int n, int thinking) {
+    const qwen3_gen_desc *g = s->gen;
+    int start = 0, i = 0, stop = 0;
+    while (i < n && !stop) {
+        int len = qwen3i_utf8_valid(p + i, n - i);
+        if (len) { i += len; continue; }
+        if (i > start) stop = g->on_text(p + start, i - start, thinking, g->user);
+        if (!stop) stop = g->on_text("\xEF\xBF\xBD", 3, thinking, g->user);
+        start = ++i;
+    }
+    if (!stop && i > start) stop = g->on_text(p + start, i - start, thinking, g->user);
+    return stop ? QWEN3_STOPPED : QWEN3_OK;
+}
+
+/* Deliver the first n pending bytes; white space right after </think> still belongs to the thinking. */
+static qwen3_result qwen3i_flush(qwen3i_stream *s, int n) {
+    int lead = 0, r = QWEN3_OK;
+    while (s->leading && lead < n && strchr(" \n\r\t", s->pending[lead]) && s->pending[lead]) lead++;
+    if (lead < n) s->leading = 0;
+    if (s->gen->on_text && lead > 0) r = qwen3i_deliver(s, s->pending, lead, 1);
+    if (s->gen->on_text && lead < n && r == QWEN3_OK) r = qwen3i_deliver(s, s->pending + lead, n - lead, s->thinking);
+    memmove(s->pending, s->pending + n, (size_t)(s->n - n));
+    s->n -= n;
+    return (qwen3_result)r;
+}
+
+/* Where in the pending bytes a stop string begins; s->n if none does. *held: bytes at the end that may
+   still become one. */
+static int qwen3i_find_stop(const qwen3i_stream *s, int *held) {
+    int i, k, first = s->n;
+    *held = 0;
+    for (k = 0; k < s->gen->n_stop; k++) {
+        const char *stop = s->gen->stop[k];
+        const int len = (int)strlen(stop);
+        for (i = 0; i < s->n; i++) {
+            const int common = qwen3i_min(len, s->n - i);
+            if (s->pending[i] != stop[0] || memcmp(s->pending + i, stop, (size_t)common) != 0) continue;
+            if (common == len) { if (i < first) first = i; }
+            else *held = qwen3i_max(*held, s->n - i);
+            break;
+        }
+    }
+    return first;
+}
+
+/* Deliver what is certain. END if a stop string is complete. */
+static qwen3_result qwen3i_pump(qwen3i_stream *s) {
+    int held, ready, stop = qwen3i_find_stop(s, &held);
+    qwen3_result r;
+    if (stop < s->n) {
+        r = qwen3i_flush(s, stop);
+        s->n = 0;
+        return r == QWEN3_OK ? QWEN3_END : r;
+    }
+    ready = qwen3_utf8_complete(s->pending, s->n - held);
+    return ready > 0 ? qwen3i_flush(s, ready) : QWEN3_OK;
+}
+
+static qwen3_result qwen3i_stream_bytes(qwen3i_stream *s, const char *bytes, int n) {
+    qwen3_result r = QWEN3_OK;
+    while (n > 0 && r == QWEN3_OK) {    /* tokens may be longer than the buffer */
+        int part = qwen3i_min(n, QWEN3I_PENDING - s->n);
+        memcpy(s->pending + s->n, bytes, (size_t)part);
+        s->n += part;
+        bytes += part;
+        n -= part;
+        r = qwen3i_pump(s);
+    }
+    return r;
+}
+
+static int qwen3i_token_is_special(const qwen3i_tokenizer *t, qwen3_token id) {
+    int i;
+    for (i = 0; i < t->n_added; i++) if (t->added[i].id == id) return (t->added[i].kinds & QWEN3I_ADDED_SPECIAL) != 0;
+    return 0;
+}
+
+/* A token's text; control tokens have none. The thinking tags switch the stream over. */
+static qwen3_result qwen3i_stream_token(qwen3i_stream *s, const qwen3_model *m, qwen3_token t) {
+    const char *bytes;
+    qwen3_result r = QWEN3_OK;
+    int n;
+    if (!s->gen->on_text && s->gen->n_stop == 0) return QWEN3_OK;
+    if (qwen3i_token_is_special(m->tokenizer, t)) return QWEN3_OK;
+    bytes = qwen3_token_bytes(m, t, &n);
+    if (t == m->info.think_begin || t == m->info.think_end) {
+        r = qwen3i_flush(s, s->n);
+        s->thinking = 1;
+        s->leading = 0;
+    }
+    if (r == QWEN3_OK) r = qwen3i_stream_bytes(s, bytes, n);
+    if (t == m->info.think_end) {
+        if (r == QWEN3_OK) r = qwen3i_flush(s, s->n);
+        s->thinking = 0;
+        s->leading = 1;
+    }
+    return r;
+}
+
+/* Does the sequence end inside an open <think>? Looks back to the start of the turn. */
+static int qwen3i_is_thinking(const qwen3_model *m, const qwen3i_seq *s) {
+    int i;
+    for (i = s->len - 1; i >= 0 && s->tokens[i] != m->info.im_start && s->tokens[i] != m->info.think_end; i--)
+        if (s->tokens[i] == m->info.think_begin) return m->info.think_begin >= 0;
+    return 0;
+}
+
+static qwen3_result qwen3i_check_gen(const qwen3_ctx *c, const qwen3_gen_desc *g, const qwen3i_err *err) {
+    int i;
+    if (!g) return qwen3i_fail(err, QWEN3_ERR_ARG, "gen is NULL");
+    if (g->max_tokens < 0 || g->think_budget < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "max_tokens or think_budget is negative");
+    if (g->n_stop < 0 || (g->n_stop > 0 && !g->stop)) return qwen3i_fail(err, QWEN3_ERR_ARG, "stop is NULL or n_stop negative");
+    for (i = 0; i < g->n_stop; i++)
+        if (!g->stop[i] || !g->stop[i][0] || strlen(g->stop[i]) > QWEN3I_MAX_STOP)
+            return qwen3i_fail(err, QWEN3_ERR_ARG, "stop[%d] is NULL, empty, or longer than %d bytes", i, QWEN3I_MAX_STOP);
+    if ((g->on_text || g->n_stop) && !c->model->tokenizer)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files: it can make tokens but no text");
+    return QWEN3_OK;
+}
+
+/* Append </think> instead of what the model would say. */
+static qwen3_result qwen3i_force(qwen3_ctx *c, int seq, qwen3_token t, const qwen3i_err *err) {
+    qwen3_item item;
+    memset(&item, 0, sizeof item);
+    item.seq = seq;
+    item.tokens = &t;
+    item.n = 1;
+    if (c->seqs[seq].len >= c->desc.max_ctx) return QWEN3_ERR_CONTEXT_FULL;
+    return qwen3i_timed_eval(c, &item, 1, err);
+}
+
+static qwen3_result qwen3i_generate(qwen3_ctx *c, int seq, qwen3i_stream *s, const qwen3i_err *err) {
+    const qwen3_model *m = c->model;
+    const qwen3_gen_desc *g = s->gen;
+    int made, thought = 0;
+    qwen3_token t;
+    qwen3_result r = QWEN3_OK;
+    s->thinking = qwen3i_is_thinking(m, &c->seqs[seq]);
+    for (made = 0; r == QWEN3_OK && (g->max_tokens == 0 || made < g->max_tokens); made++) {
+        if (s->thinking && g->think_budget > 0 && thought >= g->think_budget && m->info.think_end >= 0) {
+            t = m->info.think_end;
+            r = qwen3i_force(c, seq, t, err);
+        } else r = qwen3_next(c, seq, g->sampler, &t);
+        if (r != QWEN3_OK) break;
+        if (t == m->info.think_begin) s->thinking = 1;
+        thought += s->thinking;
+        r = qwen3i_stream_token(s, m, t);
+        if (t == m->info.think_end) s->thinking = 0;
+    }
+    return r;
+}
+
+QWEN3_API qwen3_result qwen3_generate(qwen3_ctx *c, int seq, const qwen3_gen_desc *gen) {
+    qwen3i_err err;
+    qwen3i_stream s;
+    qwen3_result r, last;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    r = qwen3i_check_seq(c, seq, &err);
+    if (r == QWEN3_OK) r = qwen3i_check_gen(c, gen, &err);
+    if (r != QWEN3_OK) return r;
+    s.gen = gen;
+    s.n = s.leading = 0;
+    r = qwen3i_generate(c, seq, &s, &err);
+    last = qwen3i_flush(&s, s.n);       /* what was held back is text after all */
+    return r == QWEN3_OK && last != QWEN3_OK ? last : r;
+}
+
+/* Bring a sequence up to date with a conversation. */
+static qwen3_result qwen3i_sync_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3i_err *err) {
+    int n = qwen3_chat_render(c->model, chat, c->prompt, c->desc.max_ctx);
+    if (n == QWEN3_ERR_ARG)         return qwen3i_fail(err, QWEN3_ERR_ARG, "chat: no message, an unknown role or flag, or a tool that is not JSON");
+    if (n == QWEN3_ERR_UNSUPPORTED) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model has no tokenizer files, or they lack <|im_start|> and <|im_end|>");
+    if (n < 0)                      return qwen3i_fail(err, (qwen3_result)n, "the conversation cannot be rendered: %s", qwen3_result_string((qwen3_result)n));
+    if (n > c->desc.max_ctx)
+        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "the conversation has %d tokens, the sequence %d positions", n, c->desc.max_ctx);
+    return qwen3_sync(c, seq, c->prompt, n);
+}
+
+QWEN3_API qwen3_result qwen3_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen) {
+    qwen3i_err err;
+    qwen3_result r;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    r = qwen3i_check_seq(c, seq, &err);
+    if (r == QWEN3_OK) r = qwen3i_check_gen(c, gen, &err);
+    if (r != QWEN3_OK) return r;
+    r = qwen3i_sync_chat(c, seq, chat, &err);
+    return r == QWEN3_OK ? qwen3_generate(c, seq, gen) : r;
+}
+
+/* ---- embeddings and reranking, as their model cards define them ------------------------------------------------ */
+static qwen3_result qwen3i_check_texts(qwen3_ctx *c, int seq, const char *a, const char *b, const void *out, const qwen3i_err *err) {
+    if (!a || !b || !out) return qwen3i_fail(err, QWEN3_ERR_ARG, "a text or out is NULL");
+    if (!c->model->tokenizer) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
+    return qwen3i_check_seq(c, seq, err);
+}
+
+/* Join texts into one string that the caller frees with its size; NULL if there is no memory. */
+static char *qwen3i_join(const qwen3_allocator *a, const char *const *parts, int n, size_t *size) {
+    char *text;
+    size_t at = 0;
+    int i;
+    *size = 1;
+    for (i = 0; i < n; i++) *size += strlen(parts[i]);
+    text = (char *)qwen3i_alloc(a, *size);
+    if (!text) return NULL;
+    for (i = 0; i < n; i++) { size_t len = strlen(parts[i]); memcpy(text + at, parts[i], len); at += len; }
+    text[at] = '\0';
+    return text;
+}
+
+static void qwen3i_normalise(float *x, int n) {
+    double sum = 0, scale;
+    int i;
+    for (i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    scale = sum > 0 ? 1.0 / sqrt(sum) : 0.0;
+    for (i = 0; i < n; i++) x[i] = (float)((double)x[i] * scale);
+}
+
+QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, const char *text, float *out) {
+    const char *parts[4];
+    qwen3i_err err;
+    qwen3_item item;
+    qwen3_result r;
+    size_t size;
+    char *joined;
+    int n;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    r = qwen3i_check_texts(c, seq, text, "", out, &err);
+    if (r != QWEN3_OK) return r;
+    if (c->model->info.end_of_text < 0) return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no <|endoftext|>, at which embeddings are read");
+    parts[0] = "Instruct: "; parts[1] = task; parts[2] = "\nQuery:"; parts[3] = text;
+    joined = task ? qwen3i_join(&c->desc.allocator, parts, 4, &size) : qwen3i_join(&c->desc.allocator, &parts[3], 1, &size);
+    if (!joined) return qwen3i_no_memory(&err, "a text", size);
+    n = qwen3_encode(c->model, joined, size - 1, 0, c->prompt, c->desc.max_ctx - 1);
+    qwen3i_free(&c->desc.allocator, joined, size);
+    if (n < 0) return qwen3i_fail(&err, (qwen3_result)n, "the text cannot be encoded: %s", qwen3_result_string((qwen3_result)n));
+    if (n >= c->desc.max_ctx) return qwen3i_fail(&err, QWEN3_ERR_CONTEXT_FULL, "the text has %d tokens, the sequence %d positions", n + 1, c->desc.max_ctx);
+    c->prompt[n] = c->model->info.end_of_text;
+    memset(&item, 0, sizeof item);
+    item.seq = seq; item.tokens = c->prompt; item.n = n + 1; item.hidden = out;
+    qwen3_seq_truncate(c, seq, 0);
+    r = qwen3_eval(c, &item, 1);
+    qwen3_seq_truncate(c, seq, 0);
+    if (r == QWEN3_OK) qwen3i_normalise(out, c->model->config.n_embd);
+    return r;
+}
+
+/* P(yes) against P(no) after a prompt that is in the sequence. */
+static qwen3_result qwen3i_yes_or_no(qwen3_ctx *c, int seq, float *score, const qwen3i_err *err) {
+    qwen3_token yes, no;
+    const float *logits;
+    qwen3_result r;
+    if (qwen3_encode(c->model, "yes", 3, 0, &yes, 1) != 1 || qwen3_encode(c->model, "no", 2, 0, &no, 1) != 1)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no tokens \"yes\" and \"no\": not a reranker");
+    r = qwen3i_get_logits(c, seq, &logits, err);
+    if (r == QWEN3_OK) *score = (float)(1.0 / (1.0 + exp((double)logits[no] - (double)logits[yes])));
+    return r;
+}
+
+QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, const char *query, const char *document, float *score) {
+    const char *parts[6];
+    qwen3_msg msgs[2];
+    qwen3_chat_desc chat;
+    qwen3i_err err;
+    qwen3_result r;
+    size_t size;
+    char *joined;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    r = qwen3i_check_texts(c, seq, query, document, score, &err);
+    if (r != QWEN3_OK) return r;
+    parts[0] = "<Instruct>: "; parts[1] = task ? task : "Given a web search query, retrieve relevant passages that answer the query";
+    parts[2] = "\n<Query>: ";  parts[3] = query;
+    parts[4] = "\n<Document>: "; parts[5] = document;
+    joined = qwen3i_join(&c->desc.allocator, parts, 6, &size);
+    if (!joined) return qwen3i_no_memory(&err, "a prompt", size);
+    memset(msgs, 0, sizeof msgs);
+    msgs[0].role = QWEN3_SYSTEM;
+    msgs[0].text = "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+                   "Note that the answer can only be \"yes\" or \"no\".";
+    msgs[1].role = QWEN3_USER;
+    msgs[1].text = joined;
+    memset(&chat, 0, sizeof chat);
+    chat.msgs = msgs; chat.n_msgs = 2; chat.flags = QWEN3_CHAT_NO_THINK;
+    r = qwen3i_sync_chat(c, seq, &chat, &err);
+    qwen3i_free(&c->desc.allocator, joined, size);
+    return r == QWEN3_OK ? qwen3i_yes_or_no(c, seq, score, &err) : r;
+}
+/* ================================================================================================
+   SAVED STATES: one sequence as bytes, little-endian:
+     header | tokens int32 [n] | logits float32 [n_vocab], if kept | per layer: K [n, kv_dim], V [n, kv_dim]
+   ================================================================================================ */
+#define QWEN3I_STATE_MAGIC   0x314553334E455751u    /* "QWEN3SE1" */
+
+typedef struct qwen3i_state_header {    /* 64 bytes, no padding */
+    uint64_t magic, fingerprint, total; /* total: bytes in all */
+    uint64_t checksum;                  /* of everything after this field */
+    uint32_t kv_type, n_layer, kv_dim, n_vocab, n_tokens, has_logits, yarn_bits, reserved;
+} qwen3i_state_header;
+
+#define QWEN3I_CHECKSUM_FROM offsetof(qwen3i_state_header, kv_type)
+
+static qwen3i_state_header qwen3i_state_of(const qwen3_ctx *c, uint32_t n_tokens, int has_logits) {
+    const qwen3i_config *k = &c->model->config;
+    qwen3i_state_header h;
+    uint64_t per_token;
+    memset(&h, 0, sizeof h);
+    h.magic = QWEN3I_STATE_MAGIC;
+    h.fingerprint = c->model->info.fingerprint;
+    h.kv_type = (uint32_t)c->desc.kv_type;
+    h.n_layer = (uint32_t)k->n_layer;
+    h.kv_dim = (uint32_t)(k->n_head_kv * k->head_dim);
+    h.n_vocab = (uint32_t)k->n_vocab;
+    h.n_tokens = n_tokens;
+    h.has_logits = (uint32_t)has_logits;
+    memcpy(&h.yarn_bits, &c->desc.yarn_factor, 4);
+    per_token = 2 * (uint64_t)h.n_layer * h.kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type) + sizeof(qwen3_token);
+    h.total = sizeof h + n_tokens * per_token + (has_logits ? (uint64_t)h.n_vocab * sizeof(float) : 0);
+    return h;
+}
+
+QWEN3_API uint64_t qwen3_seq_state_size(const qwen3_ctx *c, int seq) {
+    if (!c || seq < 0 || seq >= c->desc.max_seqs) return 0;
+    return qwen3i_state_of(c, (uint32_t)c->seqs[seq].len, c->seqs[seq].fresh).total;
+}
+
+static qwen3_result qwen3i_save_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, char *p, const qwen3i_err *err) {
+    const qwen3_backend *b = c->model->backend;
+    const size_t n = h->n_tokens, half = n * h->kv_dim * qwen3i_type_size((qwen3i_type)h->kv_type);
+    const float *logits;
+    qwen3_result r = QWEN3_OK;
+    uint32_t layer;
+    if (n) memcpy(p, c->seqs[seq].tokens, n * sizeof(qwen3_token));
+    p += n * sizeof(qwen3_token);
+    if (h->has_logits) {
+        r = b->logits(c->state, seq, &logits, err);
+        if (r != QWEN3_OK) return r;
+        memcpy(p, logits, h->n_vocab * sizeof *logits);
+        p += h->n_vocab * sizeof *logits;
+    }
+    for (layer = 0; n > 0 && layer < h->n_layer && r == QWEN3_OK; layer++, p += 2 * half)
+        r = b->kv_read(c->state, seq, (int)layer, (int)n, p, p + half, err);
+    return r;
+}
+
+QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *c, int seq, void *dst, uint64_t cap, uint64_t *written) {
+    qwen3i_state_header h;
+    qwen3i_err err;
+    qwen3_result r;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    if (written) *written = 0;
+    r = qwen3i_check_seq(c, seq, &err);
+    if (r != QWEN3_OK) return r;
+    h = qwen3i_state_of(c, (uint32_t)c->seqs[seq].len, c->seqs[seq].fresh);
+    if (!dst || cap < h.total)
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "the state has %llu bytes, the buffer %llu", (unsigned long long)h.total, (unsigned long long)(dst ? cap : 0));
+    r = qwen3i_save_body(c, seq, &h, (char *)dst + sizeof h, &err);
+    if (r != QWEN3_OK) return r;
+    memcpy(dst, &h, sizeof h);
+    h.checksum = qwen3i_hash(h.fingerprint, (char *)dst + QWEN3I_CHECKSUM_FROM, (size_t)h.total - QWEN3I_CHECKSUM_FROM);
+    memcpy(dst, &h, sizeof h);
+    if (written) *written = h.total;
+    return QWEN3_OK;
+}
+
+/* Every field is compared with what this context would have written. */
+static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint64_t size, qwen3i_state_header *h, const qwen3i_err *err) {
+    qwen3i_state_header want;
+    if (!src || size < sizeof *h) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is too short: %llu bytes", (unsigned long long)size);
+    memcpy(h, src, sizeof *h);
+    if (h->magic != QWEN3I_STATE_MAGIC) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "not a saved state, or of another version");
+    if (h->total != size) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state has %llu bytes, of %llu", (unsigned long long)size, (unsigned long long)h->total);
+    if (h->checksum != qwen3i_hash(h->fingerprint, (const char *)src + QWEN3I_CHECKSUM_FROM, (size_t)size - QWEN3I_CHECKSUM_FROM))
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged: its checksum is wrong");
+    if (h->has_logits > 1) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
+    want = qwen3i_state_of(c, h->n_tokens, (int)h->has_logits);
+    if (h->fingerprint != want.fingerprint || h->n_layer != want.n_layer || h->kv_dim != want.kv_dim || h->n_vocab != want.n_vocab)
+        return qwen3i_fail(err, QWEN3_ERR_MISMATCH, "the saved state belongs to another model");
+    if (h->kv_type != want.kv_type || h->yarn_bits != want.yarn_bits)
+        return qwen3i_fail(err, QWEN3_ERR_MISMATCH, "the saved state has another KV type or yarn_factor than this context");
+    if (h->total != want.total || h->reserved) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
+    if (h->n_tokens > (uint32_t)c->desc.max_ctx)
+        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "the saved state has %u tokens, the sequence %d positions", (unsigned)h->n_tokens, c->desc.max_ctx);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_load_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, const char *p, const qwen3i_err *err) {
+    const qwen3_backend *b = c->model->backend;
+    const size_t n = h->n_tokens, half = n * h->kv_dim * qwen3i_type_size((qwen3i_type)h->kv_type);
+    qwen3_result r = QWEN3_OK;
+    uint32_t layer;
+    p += n * sizeof(qwen3_token);
+    if (h->has_logits) {
+        memcpy(c->scratch.logits, p, h->n_vocab * sizeof(float));     /* src may not be aligned */
+        r = b->set_logits(c->state, seq, c->scratch.logits, err);
+        p += h->n_vocab * sizeof(float);
+    }
+    for (layer = 0; n > 0 && layer < h->n_layer && r == QWEN3_OK; layer++, p += 2 * half)
+        r = b->kv_write(c->state, seq, (int)layer, (int)n, p, p + half, err);
+    return r;
+}
+
+QWEN3_API qwen3_result qwen3_seq_load(qwen3_ctx *c, int seq, const void *src, uint64_t size) {
+    qwen3i_state_header h;
+    qwen3i_err err;
+    qwen3i_seq *s;
+    qwen3_token t;
+    qwen3_result r;
+    uint32_t i;
+    if (!c) return QWEN3_ERR_ARG;
+    err = qwen3i_ctx_err(c);
+    r = qwen3i_check_seq(c, seq, &err);
+    if (r == QWEN3_OK) r = qwen3i_check_state(c, src, size, &h, &err);
+    for (i = 0; r == QWEN3_OK && i < h.n_tokens; i++) {
+        memcpy(&t, (const char *)src + sizeof h + i * sizeof t, sizeof t);
+        if (t < 0 || t >= c->model->config.n_vocab) r = qwen3i_fail(&err, QWEN3_ERR_FORMAT, "the saved state is damaged: token %u is %d", (unsigned)i, (int)t);
+    }
+    if (r != QWEN3_OK) return r;
+    s = &c->seqs[seq];
+    s->len = s->fresh = 0;              /* from here on only the device can fail, and then the context is lost */
+    r = qwen3i_load_body(c, seq, &h, (const char *)src + sizeof h, &err);
+    if (r != QWEN3_OK) return r;
+    if (h.n_tokens) memcpy(s->tokens, (const char *)src + sizeof h, h.n_tokens * sizeof(qwen3_token));
+    s->len = (int)h.n_tokens;
+    s->fresh = h.n_tokens > 0 && h.has_logits;
+    return QWEN3_OK;
+}
+#endif /* QWEN3I_IMPLEMENTED */
+#endif /* QWEN3_IMPLEMENTATION */
+
+/* ------------------------------------------------------------------------------------------------
+   This software is available under two licences; choose whichever you prefer.
+
+   ALTERNATIVE A - MIT License
+   Copyright (c) 2026 the qwen3.h authors
+   Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+   associated documentation files (the "Software"), to deal in the Software without restriction,
+   including without limitation the rights to use, copy, modify, merge, publish, distribute,
+   sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+   furnished to do so, subject to the following conditions: The above copyright notice and this
+   permission notice shall be included in all copies or substantial portions of the Software.
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+   NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+   NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+   DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+   OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+
+   ALTERNATIVE B - Public Domain (www.unlicense.org)
+   This is free and unencumbered software released into the public domain. Anyone is free to copy,
+   modify, publish, use, compile, sell, or distribute this software, either in source code form or as
+   a compiled binary, for any purpose, commercial or non-commercial, and by any means. In
+   jurisdictions that recognize copyright laws, the author or authors of this software dedicate any
+   and all copyright interest in the software to the public domain. We make this dedication for the
+   benefit of the public at large and to the detriment of our heirs and successors. We intend this
+   dedication to be an overt act of relinquishment in perpetuity of all present and future rights to
+   this software under copyright law.
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+   NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+   NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+   LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+   CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+   ------------------------------------------------------------------------------------------------ */
