@@ -13,8 +13,8 @@ cp "$dir/hello.c" "$dir/hello.cpp"
 build() {   # what, command...
     what=$1; shift
     start=$(date +%s)
-    "$@" 2> "$dir/log" || { cat "$dir/log"; echo "hello: does not compile as $what"; exit 1; }
-    [ ! -s "$dir/log" ] || { cat "$dir/log"; echo "hello: warnings as $what"; exit 1; }
+    "$@" 2> "$dir/log" || { head -20 "$dir/log"; echo "hello: does not compile as $what"; exit 1; }
+    [ ! -s "$dir/log" ] || { head -5 "$dir/log"; grep -c warning: "$dir/log"; echo "hello: warnings as $what"; exit 1; }
     echo "hello: compiled as $what in $(($(date +%s) - start)) s"
 }
 build C "${CC:-cc}" -O2 -Wall -Wextra -I. "$dir/hello.c" -o "$dir/hello" -lm -lpthread

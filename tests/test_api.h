@@ -48,6 +48,27 @@ static void test_api_fingerprints(void) {
     }
 }
 
+/* Saved states must not cross between models that compute differently from the same weights. */
+static void test_api_fingerprint_of_config(void) {
+    static const char *const edits[][2] = {
+        {"\"rms_norm_eps\": 1e-06", "\"rms_norm_eps\": 1e-05"}, {"\"rope_theta\": 1000000", "\"rope_theta\": 5000000"},
+        {"\"factor\": 4.0", "\"factor\": 2.0"}, {"\"original_max_position_embeddings\": 4096", "\"original_max_position_embeddings\": 2048"}
+    };
+    uint64_t seen[5];
+    int i, k;
+    for (i = 0; i < 5; i++) {
+        model_files files;
+        qwen3_model *m;
+        if (!model_files_read(&files, "yarn")) return;
+        if (i < 4) CHECK(model_files_edit(&files, "config.json", edits[i][0], edits[i][1]));
+        m = model_files_load(&files);
+        seen[i] = m ? qwen3_get_info(m).fingerprint : 0;
+        for (k = 0; k < i; k++) CHECK_MSG(seen[k] != seen[i], "configurations %d and %d have one fingerprint", k, i);
+        qwen3_free(m);
+        model_files_free(&files);
+    }
+}
+
 /* ---- loading ---------------------------------------------------------------------------------------- */
 typedef struct load_io { model_files files; long calls, fail_at; } load_io;
 
@@ -941,7 +962,7 @@ static void test_api_limits(void) {
     t.gen.max_tokens = -1;
     CHECK(qwen3_generate(t.ctx, 0, &t.gen) == QWEN3_ERR_ARG);
     t.gen.max_tokens = 0;
-    t.gen.n_stop = 1;
+    t.gen.stop = NULL;
     CHECK(qwen3_generate(t.ctx, 0, &t.gen) == QWEN3_ERR_ARG);
     talk_close(&t);
 }
@@ -1171,6 +1192,7 @@ static void suite_api(void) {
     RUN(test_api_version);
     RUN(test_api_info);
     RUN(test_api_fingerprints);
+    RUN(test_api_fingerprint_of_config);
     RUN(test_api_load_sources);
     RUN(test_api_load_unaligned);
     RUN(test_api_vocab_only);
