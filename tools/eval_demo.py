@@ -1,0 +1,223 @@
+#!/usr/bin/env python3
+"""Score the demo model on dialogues whose names, wares, prices and phrasings it has never seen.
+
+    python tools/eval_demo.py --engine ./example           the chat program, one process a dialogue
+    python tools/eval_demo.py                              transformers, greedy, float32
+    python tools/eval_demo.py --engine ./example --compare 50
+                                                           the program's words against transformers'
+
+Prints a table of what was asked for and how often the answer was right. The exit status is 1 when
+a target is missed, or when --compare finds a difference.
+
+The program reads one line a turn from its standard input, /tool RESULT for the result of a tool, and
+ends each answer with a NUL byte.
+"""
+import argparse
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from train_demo import make_dialogue  # noqa: E402
+
+TARGETS = {"name": 95, "price": 95, "tool call": 95, "sum": 90, "change": 90}
+LONGEST_ANSWER = 400
+
+
+# --------------------------------------------------------------------------------------------
+# Is an answer right?
+
+def spoken(answer):
+    """An answer without its thoughts; nothing if they never end."""
+    said = answer.rpartition("</think>")[2].strip()
+    return "" if said.startswith("<think>") else said
+
+
+def tool_call(said):
+    match = re.fullmatch(r"<tool_call>\n(.*)\n</tool_call>", said, re.S)
+    try:
+        return json.loads(match[1]) if match else None
+    except ValueError:
+        return None
+
+
+CHECKS = {
+    "has": lambda said, numbers, want: all(text.lower() in said for text in want),
+    "any": lambda said, numbers, want: any(text.lower() in said for text in want),
+    "lacks": lambda said, numbers, want: not any(text in said for text in want),
+    "numbers": lambda said, numbers, want: set(numbers) == set(want),
+    "holds": lambda said, numbers, want: set(want) <= set(numbers),
+    "last": lambda said, numbers, want: numbers[-1:] == [want],
+}
+
+
+def is_right(turn, answer):
+    said = spoken(answer)
+    if turn.call:
+        return tool_call(said) == {"name": "buy", "arguments": turn.call}
+    numbers = [int(digits) for digits in re.findall(r"\d+", said)]
+    checks = (CHECKS[kind](said.lower(), numbers, want) for kind, want in turn.want.items())
+    return tool_call(said) is None and all(checks)
+
+
+# --------------------------------------------------------------------------------------------
+# The chat program
+
+def command_line(program, model, dialogue, tools_file):
+    """How the program is called."""
+    line = [program, model, "-0", "--temp", "0", "--max", str(LONGEST_ANSWER), "-s", dialogue.system]
+    if not dialogue.thinking:
+        line.append("--no-think")
+    if dialogue.tools:
+        line += ["--tools", tools_file]
+    return line
+
+
+def input_line(turn):
+    return ("/tool " if turn.role == "tool" else "") + turn.text + "\n"
+
+
+class ProgramEngine:
+    def __init__(self, program, model):
+        self.program, self.model = program, model
+
+    def answers(self, dialogues):
+        return [self.converse(dialogue) for dialogue in dialogues]
+
+    def converse(self, dialogue):
+        with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as tools:
+            tools.writelines(json.dumps(tool, ensure_ascii=False) + "\n" for tool in dialogue.tools)
+            tools.flush()
+            lines = "".join(input_line(turn) for turn in dialogue.turns)
+            done = subprocess.run(
+                command_line(self.program, self.model, dialogue, tools.name), input=lines,
+                capture_output=True, encoding="utf-8", errors="replace", timeout=600)
+        answers = done.stdout.split("\0")[:-1]
+        if len(answers) != len(dialogue.turns):
+            sys.exit(f"{self.program} gave {len(answers)} of {len(dialogue.turns)} answers: {done.stderr.strip()}")
+        return answers
+
+
+# --------------------------------------------------------------------------------------------
+# transformers
+
+class TransformersEngine:
+    def __init__(self, model, device="cpu", batch=None):
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
+        self.batch = batch or (500 if device == "cuda" else 32)
+
+    def answers(self, dialogues):
+        return [answers for first in range(0, len(dialogues), self.batch)
+                for answers in self.converse(dialogues[first:first + self.batch])]
+
+    def converse(self, dialogues):
+        """All the dialogues side by side, one turn of each at a time."""
+        talks = [[{"role": "system", "content": dialogue.system}] for dialogue in dialogues]
+        answers = [[] for _ in dialogues]
+        for number in range(max(len(dialogue.turns) for dialogue in dialogues)):
+            active = [i for i, dialogue in enumerate(dialogues) if number < len(dialogue.turns)]
+            for i in active:
+                turn = dialogues[i].turns[number]
+                talks[i].append({"role": turn.role, "content": turn.text})
+            said = self.generate([self.prompt(dialogues[i], talks[i]) for i in active])
+            for i, answer in zip(active, said):
+                answers[i].append(answer)
+                talks[i].append({"role": "assistant", "content": answer})
+        return answers
+
+    def prompt(self, dialogue, messages):
+        return self.tokenizer.apply_chat_template(
+            messages, tools=dialogue.tools or None, tokenize=False, add_generation_prompt=True,
+            enable_thinking=dialogue.thinking)
+
+    def generate(self, prompts):
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
+        output = self.model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False,
+                                     temperature=None, top_p=None, top_k=None)
+        return self.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+
+
+# --------------------------------------------------------------------------------------------
+# Scores
+
+def score(engine, count, show_wrong=0):
+    """Right and asked for every slot over count held-out dialogues."""
+    dialogues = [make_dialogue(seed, heldout=True) for seed in range(count)]
+    right, asked, wrong = collections.Counter(), collections.Counter(), []
+    for dialogue, answers in zip(dialogues, engine.answers(dialogues)):
+        for turn, answer in zip(dialogue.turns, answers):
+            if turn.slot:
+                asked[turn.slot] += 1
+                right[turn.slot] += is_right(turn, answer)
+                if not is_right(turn, answer):
+                    wrong.append((dialogue, turn, answer))
+    for example in wrong[:show_wrong]:
+        describe_wrong(*example)
+    slots = {slot: {"right": right[slot], "asked": asked[slot], "target": TARGETS.get(slot),
+                    "percent": round(100 * right[slot] / asked[slot], 1)} for slot in sorted(asked)}
+    passed = all(s["percent"] >= (s["target"] or 0) for s in slots.values())
+    return {"dialogues": count, "slots": slots, "passed": passed}
+
+
+def describe_wrong(dialogue, turn, answer):
+    print(f"{turn.slot}: {turn.text}\n  wanted {turn.call or turn.want}\n  got {answer!r}\n"
+          f"  in {dialogue.system!r}", file=sys.stderr)
+
+
+def markdown_table(result):
+    lines = ["| asked for | right | of | percent | target |", "|---|---|---|---|---|"]
+    lines += [f"| {slot} | {s['right']} | {s['asked']} | {s['percent']} | {s['target'] or ''} |"
+              for slot, s in result["slots"].items()]
+    return "\n".join(lines)
+
+
+def compare(program, reference, count):
+    """Whether the program says the same as transformers, to the letter, up to the first difference of
+    each dialogue. A program in a pipe leaves its thoughts out, so only what is said is compared."""
+    dialogues = [make_dialogue(seed, heldout=True) for seed in range(count)]
+    same = 0
+    for dialogue, ours, theirs in zip(dialogues, program.answers(dialogues), reference.answers(dialogues)):
+        for turn, our, their in zip(dialogue.turns, ours, theirs):
+            if spoken(our) != spoken(their):
+                print(f"asked {turn.text!r}\n  program      {our!r}\n  transformers {their!r}")
+                break  # what follows depends on it
+            same += 1
+    total = sum(len(dialogue.turns) for dialogue in dialogues)
+    print(f"{same} of {total} answers are the same")
+    return same == total
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Score the demo model.")
+    parser.add_argument("--engine", default="transformers", help="transformers or the path of the chat program")
+    parser.add_argument("--model", default="demo", help="folder of the model")
+    parser.add_argument("--count", type=int, default=500, help="number of dialogues")
+    parser.add_argument("--compare", type=int, metavar="N", help="compare with transformers on N dialogues")
+    parser.add_argument("--device", default="cpu", help="where transformers runs")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--wrong", type=int, default=0, metavar="N", help="show N wrong answers")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_arguments()
+    if args.engine == "transformers":
+        engine = TransformersEngine(args.model, args.device)
+    else:
+        engine = ProgramEngine(args.engine, args.model)
+    if args.compare:
+        return 0 if compare(engine, TransformersEngine(args.model, args.device), args.compare) else 1
+    result = score(engine, args.count, args.wrong)
+    print(json.dumps(result, indent=2) if args.json else markdown_table(result))
+    return 0 if result["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
