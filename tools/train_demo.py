@@ -329,7 +329,7 @@ DEEDS = (
     "is looking for {name}", "owes {name} a fortune", "fears the {creature}", "guards the {place}",
     "has found {a_ware} in the {place}", "was once a {creature}", "wants to buy the {place}",
     "buried {a_ware} behind the {place}", "has not left the {place} for {n} days", "quarrelled with {name}",
-    "sings to a {creature} every night", "was chased away by {n} {creature}s", "is the child of {name}")
+    "sings to a {creature} every night", "was chased away by a {creature}", "is the child of {name}")
 
 
 @dataclasses.dataclass
@@ -341,9 +341,6 @@ class Shop:
     discount: int      # most that may be taken off a price
     ways: list         # (place, where it is)
     rumours: list
-
-    def price(self, ware):
-        return dict(self.wares)[ware]
 
 
 def make_shop_name(src):
