@@ -5,7 +5,6 @@
 #include <math.h>
 
 static const char *test_data = "tests/data";
-static int test_verbose;
 
 /* ---- a heap that counts, checks sizes and can fail: behind QWEN3_MALLOC and behind the hooks ------ */
 typedef struct test_heap {

@@ -5,9 +5,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 static int test_passed, test_failed, test_skipped, test_bad;   /* tests; failed checks of the running test */
 static const char *test_filter;                                /* run only tests whose name contains this */
+static int test_verbose;                                       /* figures, and the seconds that tests take */
 
 #if defined(__GNUC__)
 __attribute__((format(printf, 4, 5)))
@@ -30,15 +32,21 @@ static int test_check(int ok, const char *file, int line, const char *format, ..
 #define CHECK_MSG(cond, ...) test_check(!!(cond), __FILE__, __LINE__, __VA_ARGS__)
 
 static void test_run(const char *name, void (*test)(void)) {
+    clock_t start;
     if (test_filter && !strstr(name, test_filter)) return;
     test_bad = 0;
+    start = clock();
     test();
+    if (test_verbose) printf("%5.1f ", (double)(clock() - start) / CLOCKS_PER_SEC);
     if (test_bad) { test_failed++; printf("FAIL  %s (%d checks)\n", name, test_bad); }
     else { test_passed++; printf("ok    %s\n", name); }
     fflush(stdout);
 }
 #define RUN(test) test_run(#test, test)
 
+#if defined(__GNUC__)
+__attribute__((unused))
+#endif
 static void test_skip(const char *name, const char *why) {
     if (test_filter && !strstr(name, test_filter)) return;
     test_skipped++;

@@ -5,6 +5,7 @@
 #include "fixture.h"
 
 #define SAMPLER_VOCAB 4096
+#define SAMPLER_DRAWS 40000
 static qwen3i_candidate sampler_candidates[SAMPLER_VOCAB];
 static float sampler_logits[SAMPLER_VOCAB];
 
@@ -96,7 +97,7 @@ static void check_distribution(int which, const int *counts, const float *probs,
 }
 
 static void sampler_distribution_case(const ref *r, int which) {
-    int n, n_params, n_probs, n_history, n_bias, i, draws = 200000, *counts;
+    int n, n_params, n_probs, n_history, n_bias, i, draws = SAMPLER_DRAWS, *counts;
     const float *logits = ref_f32(r, which, "logits", &n), *p = ref_f32(r, which, "params", &n_params);
     const float *probs = ref_f32(r, which, "probs", &n_probs), *bias;
     const qwen3_token *history = ref_tokens(r, which, "history", &n_history), *ids = ref_tokens(r, which, "bias_ids", &n_bias);
@@ -112,7 +113,7 @@ static void sampler_distribution_case(const ref *r, int which) {
     s.bias = list;
     s.n_bias = n_bias;
     counts = (int *)calloc((size_t)n, sizeof *counts);
-    if (n > 1000) draws = 40000;
+    if (n > 1000) draws /= 4;
     for (i = 0; i < draws; i++) {
         qwen3_token t = -1;
         if (!CHECK(choose_of(logits, n, n, history, n_history, &s, &t) == QWEN3_OK && t >= 0 && t < n)) break;

@@ -480,7 +480,7 @@ def sampler_cases():
         sampler_case(rng, 40, temperature=2.0, top_k=15, top_p=0.9, min_p=0.05),
         sampler_case(rng, 40, temperature=1.2, repeat_penalty=1.3, history=history),
         sampler_case(rng, 40, temperature=1.2, presence_penalty=1.5, history=history, penalty_last_n=8),
-        sampler_case(rng, 40, temperature=1.0, repeat_penalty=1.1, presence_penalty=0.5, history=history,
+        sampler_case(rng, 40, temperature=1.0, repeat_penalty=1.5, presence_penalty=1.0, history=history,
                      penalty_last_n=-1, bias=[(3, 2.0), (5, -1e30), (7, 1.0)], top_k=12, top_p=0.9),
         sampler_case(rng, 3000, temperature=1.0, scale=1.0, top_p=0.5),
         sampler_case(rng, 3000, temperature=0.9, scale=2.0, top_k=50, top_p=0.95),
