@@ -467,6 +467,59 @@ static void test_fault_cancel_decode(void) {
     fixture_close(&f);
 }
 
+/* Many sequences at once, so that logits of some are computed before the call is cancelled. */
+static void test_fault_cancel_many(void) {
+    enum { SEQS = 20, LEN = 4, MORE = 30 };
+    fixture f;
+    qwen3_token tokens[SEQS][LEN], more[MORE];
+    qwen3_item items[2];
+    uint64_t seed = 7;
+    float *plain[SEQS], *rows;
+    int vocab, i, what;
+    long at, stopped = 0;
+    if (!fixture_open(&f, "plain")) return;
+    vocab = f.info.n_vocab;
+    random_tokens(&seed, more, MORE, vocab);
+    rows = floats((size_t)MORE * (size_t)vocab);
+    for (i = 0; i < SEQS; i++) {
+        random_tokens(&seed, tokens[i], LEN, vocab);
+        plain[i] = plain_logits(f.model, tokens[i], LEN, QWEN3_KV_F16);
+    }
+    for (what = 0; what < 2; what++) for (at = 1; at < FAULT_LIMIT; at++) {
+        qwen3_ctx_desc d = ctx_desc(64, SEQS, 0, QWEN3_KV_F16);
+        qwen3_token out[SEQS];
+        qwen3_result r;
+        int seqs[SEQS];
+        stopper s;
+        qwen3_ctx *ctx;
+        memset(&s, 0, sizeof s);
+        d.cancel = stop_cancel;
+        d.cancel_user = &s;
+        ctx = ctx_open_desc(f.model, &d);
+        if (!ctx) break;
+        for (i = 0; i < SEQS; i++) { seqs[i] = i; CHECK_OK(ctx, eval(ctx, i, tokens[i], LEN, NULL)); }
+        s.calls = 0;
+        s.stop_at = at;
+        if (what == 0) r = qwen3_next_batch(ctx, seqs, SEQS, NULL, out, NULL);
+        else {
+            items[0] = item_of(3, more, 3);
+            items[1] = item_of(0, more, MORE);
+            items[0].all_logits = items[1].all_logits = rows;
+            r = qwen3_eval(ctx, items, 2);
+        }
+        s.stop_at = 0;
+        stopped += r == QWEN3_STOPPED;
+        for (i = 0; i < SEQS && r == QWEN3_STOPPED; i++)
+            CHECK_MSG(qwen3_seq_len(ctx, i) == LEN && same_logits(ctx, i, plain[i] + (LEN - 1) * vocab, vocab), "step %d, poll %ld: sequence %d has changed", what, at, i);
+        qwen3_ctx_free(ctx);
+        if (r != QWEN3_STOPPED) break;
+    }
+    CHECK(stopped >= 2);
+    for (i = 0; i < SEQS; i++) free(plain[i]);
+    free(rows);
+    fixture_close(&f);
+}
+
 static void test_fault_cancel_chat(void) {
     test_heap model_heap;
     fault_world w;
@@ -508,6 +561,7 @@ static void suite_faults(void) {
     RUN(test_fault_cancel_load);
     RUN(test_fault_cancel_prefill);
     RUN(test_fault_cancel_decode);
+    RUN(test_fault_cancel_many);
     RUN(test_fault_cancel_chat);
 }
 #endif
