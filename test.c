@@ -31,6 +31,16 @@ static int usage(const char *program) {
     return 2;
 }
 
+static int data_missing(void) {
+    char path[1024];
+    FILE *f;
+    snprintf(path, sizeof path, "%s/sampler.ref", test_data);
+    f = fopen(path, "rb");
+    if (f) { fclose(f); return 0; }
+    fprintf(stderr, "cannot open %s: run this from the top of the repository, or use --data\n", path);
+    return 1;
+}
+
 int main(int argc, char **argv) {
     int i;
     for (i = 1; i < argc; i++) {
@@ -39,6 +49,7 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "-v") == 0) test_verbose = 1;
         else return usage(argv[0]);
     }
+    if (data_missing()) return 2;
     suite_cpu();
     suite_tokenizer();
     suite_chat();
