@@ -72,21 +72,21 @@ static unsigned char *read_file(const char *path, size_t *size) {
 
 /* ---- reference arrays: the format is described in tools/make_reference.py ------------------------- */
 enum { REF_I32 = 1, REF_F32 = 2, REF_TEXT = 3 };
-typedef struct ref { unsigned char *data; size_t size; } ref;
+typedef struct ref_file { unsigned char *data; size_t size; } ref_file;
 
-static int ref_open(ref *r, const char *path) {
+static int ref_open(ref_file *r, const char *path) {
     r->data = read_file(path, &r->size);
     return CHECK_MSG(r->data && r->size >= 8 && memcmp(r->data, "QWEN3REF", 8) == 0, "%s: no reference data", path);
 }
 
-static void ref_close(ref *r) { free(r->data); r->data = NULL; }
+static void ref_close(ref_file *r) { free(r->data); r->data = NULL; }
 
 static uint32_t ref_u32(const unsigned char *p) {
     return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
 /* The elements of an array, or NULL. */
-static const void *ref_find(const ref *r, const char *name, uint32_t type, int *count) {
+static const void *ref_find(const ref_file *r, const char *name, uint32_t type, int *count) {
     size_t at = 8;
     while (r->data && at + 32 <= r->size) {
         uint32_t t = ref_u32(r->data + at + 24), n = ref_u32(r->data + at + 28);
@@ -98,21 +98,21 @@ static const void *ref_find(const ref *r, const char *name, uint32_t type, int *
 }
 
 /* The array "<i>.<name>". */
-static const void *ref_item(const ref *r, int i, const char *name, uint32_t type, int *count) {
+static const void *ref_item(const ref_file *r, int i, const char *name, uint32_t type, int *count) {
     char full[32];
     snprintf(full, sizeof full, "%d.%s", i, name);
     return ref_find(r, full, type, count);
 }
 
-static const float *ref_f32(const ref *r, int i, const char *name, int *count) {
+static const float *ref_f32(const ref_file *r, int i, const char *name, int *count) {
     return (const float *)ref_item(r, i, name, REF_F32, count);
 }
-static const qwen3_token *ref_tokens(const ref *r, int i, const char *name, int *count) {
+static const qwen3_token *ref_tokens(const ref_file *r, int i, const char *name, int *count) {
     return (const qwen3_token *)ref_item(r, i, name, REF_I32, count);
 }
 
 /* A text, as a string to free(). */
-static char *ref_text(const ref *r, const char *name) {
+static char *ref_text(const ref_file *r, const char *name) {
     int n;
     const void *p = ref_find(r, name, REF_TEXT, &n);
     char *s = (char *)malloc((size_t)n + 1);
@@ -132,7 +132,7 @@ static void model_path(char *path, size_t cap, const char *model, const char *fi
     snprintf(path, cap, "%s/models/%s%s%s", test_data, model, file[0] ? "/" : "", file);
 }
 
-typedef struct fixture { qwen3_model *model; qwen3_info info; ref ref; } fixture;
+typedef struct fixture { qwen3_model *model; qwen3_info info; ref_file ref; } fixture;
 
 static int fixture_open(fixture *f, const char *name) {
     char path[1024], err[512] = "";

@@ -736,25 +736,25 @@ done:
 }
 
 /* ---- texts: a filter forces the tokens, so that a random model says what the test wants ------------------ */
-typedef struct script {
+typedef struct talk_script {
     const qwen3_token *tokens;      /* to be generated, */
     int n, base;                    /* from this length of the sequence on */
     int broken;                     /* the filter saw something that it should not */
     qwen3_ctx *ctx;
-} script;
+} talk_script;
 
 static void script_filter(float *logits, int n_vocab, const qwen3_token *seq, int n, void *user) {
-    script *s = (script *)user;
+    talk_script *s = (talk_script *)user;
     int i, at = n - s->base;
     qwen3_token only = at >= 0 && at < s->n ? s->tokens[at] : s->tokens[s->n - 1];
     if (at < 0 || !seq) s->broken = 1;
     for (i = 0; i < n_vocab; i++) if (i != only) logits[i] = -1e30f;
 }
 
-typedef struct stream {
+typedef struct talk_stream {
     char text[4096], thinking[4096];
     int n_text, n_thinking, calls, stop_after, invalid;
-} stream;
+} talk_stream;
 
 static int valid_utf8(const char *s, int n) {
     int i = 0;
@@ -771,7 +771,7 @@ static int valid_utf8(const char *s, int n) {
 }
 
 static int stream_put(const char *utf8, int n, int thinking, void *user) {
-    stream *s = (stream *)user;
+    talk_stream *s = (talk_stream *)user;
     char *dst = thinking ? s->thinking : s->text;
     int *at = thinking ? &s->n_thinking : &s->n_text;
     if (n <= 0 || !valid_utf8(utf8, n) || *at + n >= 4096) { s->invalid++; return 1; }
@@ -781,7 +781,7 @@ static int stream_put(const char *utf8, int n, int thinking, void *user) {
     return ++s->calls == s->stop_after;
 }
 
-typedef struct talk { fixture f; qwen3_ctx *ctx; qwen3_token tokens[600]; int n; script script; stream stream; qwen3_sampler sampler; qwen3_gen_desc gen; } talk;
+typedef struct talk { fixture f; qwen3_ctx *ctx; qwen3_token tokens[600]; int n; talk_script script; talk_stream stream; qwen3_sampler sampler; qwen3_gen_desc gen; } talk;
 
 /* A context on the chat model, whose sequence 0 holds a prompt; what follows is scripted. */
 static int talk_open(talk *t) {

@@ -96,7 +96,7 @@ static void check_distribution(int which, const int *counts, const float *probs,
     if (test_verbose) printf("      case %d: chi-square %.1f, %d degrees of freedom\n", which, chi, df);
 }
 
-static void sampler_distribution_case(const ref *r, int which) {
+static void sampler_distribution_case(const ref_file *r, int which) {
     int n, n_params, n_probs, n_history, n_bias, i, draws = SAMPLER_DRAWS, *counts;
     const float *logits = ref_f32(r, which, "logits", &n), *p = ref_f32(r, which, "params", &n_params);
     const float *probs = ref_f32(r, which, "probs", &n_probs), *bias;
@@ -125,7 +125,7 @@ static void sampler_distribution_case(const ref *r, int which) {
 
 static void test_sampler_distribution(void) {
     char path[1024];
-    ref r;
+    ref_file r;
     int i, n;
     snprintf(path, sizeof path, "%s/sampler.ref", test_data);
     if (!ref_open(&r, path)) return;
@@ -159,6 +159,7 @@ static void test_sampler_golden(void) {
 
 static void test_sampler_bias(void) {
     float logits[4] = {1, 2, 3, 4};
+    static const qwen3_token seq[4] = {0, 1, 2, 3};
     qwen3_bias bias[4] = {{3, -1e30f}, {0, 5}, {-1, 1e9f}, {4, 1e9f}};      /* ids out of range are ignored */
     qwen3_sampler s = qwen3_sampler_preset(QWEN3_GREEDY, 0);
     qwen3_token t;
@@ -176,6 +177,8 @@ static void test_sampler_bias(void) {
     s.temperature = 1;
     s.top_p = 0.9f;
     CHECK(choose_of(logits, 4, 4, NULL, 0, &s, &t) == QWEN3_ERR_ARG);
+    s.repeat_penalty = 0.5f;                        /* which rewards: but what is banned stays so */
+    CHECK(choose_of(logits, 4, 4, seq, 4, &s, &t) == QWEN3_ERR_ARG);
 }
 
 static void test_sampler_penalties(void) {
