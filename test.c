@@ -1,8 +1,8 @@
 /* Every test of qwen3.h in one program.
 
-       cc -O2 test.c -o test -lm -lpthread && ./test [-k part-of-a-name] [-v] [--data tests/data]
+       cc -O2 test.c -o test -lm -lpthread && ./test [-k part-of-a-name] [-v | -q] [--data DIR]
 
-   It includes the library with its internals. Compiled with -DQWEN3_TEST_CUDA and linked with
+   It includes the library with its internals. Compiled with -DQWEN3_WITH_CUDA and linked with
    qwen3_cuda.cu it also tests that backend. The last line says how many tests passed and failed. */
 #include <stdint.h>
 #include <stddef.h>
@@ -22,12 +22,15 @@ static void  test_free(void *p);
 #include "tests/test_sampler.h"
 #include "tests/test_api.h"
 #include "tests/test_faults.h"
+#if defined(QWEN3_WITH_CUDA) && !defined(QWEN3_TEST_CUDA)
+  #define QWEN3_TEST_CUDA
+#endif
 #ifdef QWEN3_TEST_CUDA
   #include "tests/test_cuda.h"
 #endif
 
 static int usage(const char *program) {
-    fprintf(stderr, "usage: %s [-k part-of-a-name] [-v] [--data DIR]\n", program);
+    fprintf(stderr, "usage: %s [-k part-of-a-name] [-v | -q] [--data DIR]\n", program);
     return 2;
 }
 
@@ -47,6 +50,7 @@ int main(int argc, char **argv) {
         if (strcmp(argv[i], "-k") == 0 && i + 1 < argc) test_filter = argv[++i];
         else if (strcmp(argv[i], "--data") == 0 && i + 1 < argc) test_data = argv[++i];
         else if (strcmp(argv[i], "-v") == 0) test_verbose = 1;
+        else if (strcmp(argv[i], "-q") == 0) test_quiet = 1;
         else return usage(argv[0]);
     }
     if (data_missing()) return 2;

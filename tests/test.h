@@ -9,7 +9,7 @@
 
 static int test_passed, test_failed, test_skipped, test_bad;   /* tests; failed checks of the running test */
 static const char *test_filter;                                /* run only tests whose name contains this */
-static int test_verbose;                                       /* figures, and the seconds that tests take */
+static int test_verbose, test_quiet;                           /* figures and seconds; only what fails */
 
 #if defined(__GNUC__)
 __attribute__((format(printf, 4, 5)))
@@ -39,7 +39,7 @@ static void test_run(const char *name, void (*test)(void)) {
     test();
     if (test_verbose) printf("%5.1f ", (double)(clock() - start) / CLOCKS_PER_SEC);
     if (test_bad) { test_failed++; printf("FAIL  %s (%d checks)\n", name, test_bad); }
-    else { test_passed++; printf("ok    %s\n", name); }
+    else { test_passed++; if (!test_quiet) printf("ok    %s\n", name); }
     fflush(stdout);
 }
 #define RUN(test) test_run(#test, test)
