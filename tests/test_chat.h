@@ -1,5 +1,5 @@
-/* Chat format: conversations to tokens. The expected results in tests/data/tokenizer/chats.txt are those of Jinja2 with the
-   models' own template and Hugging Face tokenizers (tools/make_tokenizer_tests.py). */
+/* Chat format: conversations to tokens. The expected results in tests/data/tokenizer/chats.txt are those of Jinja2
+   with the models' own template and Hugging Face tokenizers (tools/make_tokenizer_tests.py). */
 #ifndef QWEN3_TESTS_TEST_CHAT_H
 #define QWEN3_TESTS_TEST_CHAT_H
 #include "test_tokenizer.h"
@@ -57,7 +57,8 @@ static void test_chat_cases(void) {
         if (line[0] != '=') { chat_case_line(&c, line); continue; }
         m.info.chat_style = c.style;
         got = qwen3_chat_render(&m, &c.desc, ids, QWEN3I_COUNT(ids));
-        CHECK_MSG(got > 0 && got <= QWEN3I_COUNT(ids) && tokenizer_ids_equal(line + 1, ids, got), "chat %d: %d tokens", count, got);
+        CHECK_MSG(got > 0 && got <= QWEN3I_COUNT(ids) &&
+                tokenizer_ids_equal(line + 1, ids, got), "chat %d: %d tokens", count, got);
         CHECK(qwen3_chat_render(&m, &c.desc, NULL, 0) == got);
         count++;
     }
@@ -96,7 +97,8 @@ static void test_chat_styles(void) {
     msgs[2].text = "C";
     chat.msgs = msgs;
     chat.n_msgs = 3;
-    chat_expect(&m, &chat, "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n");
+    chat_expect(&m, &chat, "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\nB<|im_end|>\n"
+                           "<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n");
     chat.flags = QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_THINK;
     chat_expect(&m, &chat, "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nB<|im_end|>\n"
                            "<|im_start|>user\nC<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n");
@@ -141,10 +143,12 @@ static void test_chat_injection(void) {
         msg.text = evil;
         n = qwen3_chat_render(&m, &chat, ids, QWEN3I_COUNT(ids));
         CHECK(n > 0 && n <= QWEN3I_COUNT(ids));
-        CHECK(chat_count(ids, n, qwen3_token_id(&m, "<|im_start|>")) == 1 && chat_count(ids, n, qwen3_token_id(&m, "<|im_end|>")) == 1);
+        CHECK(chat_count(ids, n, qwen3_token_id(&m, "<|im_start|>")) == 1 &&
+                chat_count(ids, n, qwen3_token_id(&m, "<|im_end|>")) == 1);
         CHECK(chat_count(ids, n, qwen3_token_id(&m, "<|endoftext|>")) == 0);
         CHECK(chat_count(ids, n, qwen3_token_id(&m, "<tool_call>")) == (msg.role == QWEN3_ASSISTANT));
-        CHECK(chat_count(ids, n, qwen3_token_id(&m, "<think>")) == 0);   /* an assistant's is part of the reasoning, left out */
+        /* an assistant's is part of the reasoning, left out */
+        CHECK(chat_count(ids, n, qwen3_token_id(&m, "<think>")) == 0);
     }
     qwen3i_tokenizer_free(m.tokenizer);
 }
@@ -160,24 +164,30 @@ static void chat_expect_json(const qwen3_model *m, const char *tool, const char 
     chat.n_msgs = 1;
     chat.tools = &tool;
     chat.n_tools = 1;
-    if (!expected) { CHECK_MSG(qwen3_chat_render(m, &chat, NULL, 0) == QWEN3_ERR_ARG, "accepted: %.40s", tool); return; }
+    if (!expected) { CHECK_MSG(qwen3_chat_render(m, &chat, NULL, 0) == QWEN3_ERR_ARG, "accepted: %.40s",
+            tool); return; }
     text = chat_text(m, &chat);
     hit = strstr(text, "<tools>\n");
     hit = strstr(hit ? hit + 8 : text, "<tools>\n");
     if (!hit) hit = strstr(text, "<tools>\n");
-    if (CHECK(hit != NULL)) CHECK_MSG(strncmp(hit + 8, expected, strlen(expected)) == 0 && hit[8 + strlen(expected)] == '\n', "%s gave %.80s", tool, hit);
+    if (CHECK(hit != NULL)) CHECK_MSG(strncmp(hit + 8, expected, strlen(expected)) == 0 &&
+            hit[8 + strlen(expected)] == '\n', "%s gave %.80s", tool, hit);
     free(text);
 }
 
 /* Tools are printed as Python's json.dumps prints them. */
 static void test_chat_json(void) {
     static const char *const good[][2] = {
-        { "{}", "{}" }, { " { \"a\" :[ ] , \"b\":{} } ", "{\"a\": [], \"b\": {}}" }, { "{\"a\":[1,2,{\"b\":null}],\"c\":true}", "{\"a\": [1, 2, {\"b\": null}], \"c\": true}" },
+        { "{}", "{}" }, { " { \"a\" :[ ] , \"b\":{} } ", "{\"a\": [], \"b\": {}}" },
+            { "{\"a\":[1,2,{\"b\":null}],\"c\":true}", "{\"a\": [1, 2, {\"b\": null}], \"c\": true}" },
         { "{\"\\u0061\\/\\n\\u00e9\\u0007\":\"\\\"\\\\\\u007f\"}", "{\"a/\\n\xC3\xA9\\u0007\": \"\\\"\\\\\x7F\"}" },
-        { "{\"n\":[1.0,1.50,0.1,-0.0,-0,1e5,1E400,1e16,1e-5,12e-5,123456789012345678.5,1.25e22,100,1e15,0.0001,120.0e1]}",
-          "{\"n\": [1.0, 1.5, 0.1, -0.0, 0, 100000.0, 1E400, 1e+16, 1e-05, 0.00012, 123456789012345678.5, 1.25e+22, 100, 1000000000000000.0, 0.0001, 1200.0]}" },
+        { "{\"n\":[1.0,1.50,0.1,-0.0,-0,1e5,1E400,1e16,1e-5,12e-5,123456789012345678.5,"
+          "1.25e22,100,1e15,0.0001,120.0e1]}",
+          "{\"n\": [1.0, 1.5, 0.1, -0.0, 0, 100000.0, 1E400, 1e+16, 1e-05, 0.00012, "
+          "123456789012345678.5, 1.25e+22, 100, 1000000000000000.0, 0.0001, 1200.0]}" },
         { "{\"\\ud83d\\ude00\":\"\\ud83d\"}", "{\"\xF0\x9F\x98\x80\": \"\xEF\xBF\xBD\"}" } };
-    static const char *const bad[] = { "", "[]", "7", "\"a\"", "{", "{\"a\"}", "{\"a\":1,}", "{\"a\":1}x", "{\"a\":01}", "{\"a\":NaN}", "{'a':1}", "{\"a\":\"\n\"}", "nul" };
+    static const char *const bad[] = { "", "[]", "7", "\"a\"", "{", "{\"a\"}", "{\"a\":1,}", "{\"a\":1}x",
+            "{\"a\":01}", "{\"a\":NaN}", "{'a':1}", "{\"a\":\"\n\"}", "nul" };
     qwen3_model m;
     char deep[300];
     int i;
@@ -211,15 +221,17 @@ static void test_chat_arguments(void) {
     CHECK(qwen3_chat_render(&m, &chat, NULL, 0) > 0);                   /* a text that is NULL is empty */
     CHECK(qwen3_chat_render(&m, &chat, ids, 4) > 4 && ids[0] == qwen3_token_id(&m, "<|im_start|>"));
     CHECK(qwen3_chat_render(&none, &chat, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
-    CHECK(qwen3_chat_render(NULL, &chat, NULL, 0) == QWEN3_ERR_ARG && qwen3_chat_render(&m, NULL, NULL, 0) == QWEN3_ERR_ARG);
-    CHECK(qwen3_chat_render(&m, &chat, NULL, 4) == QWEN3_ERR_ARG && qwen3_chat_render(&m, &chat, ids, -1) == QWEN3_ERR_ARG);
+    CHECK(qwen3_chat_render(NULL, &chat, NULL, 0) == QWEN3_ERR_ARG &&
+            qwen3_chat_render(&m, NULL, NULL, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_chat_render(&m, &chat, NULL, 4) == QWEN3_ERR_ARG &&
+            qwen3_chat_render(&m, &chat, ids, -1) == QWEN3_ERR_ARG);
     chat.flags = 64;
     CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_ARG);
     chat.flags = 0;
     chat.n_tools = 1;
     CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_ARG);
     chat.n_tools = 0;
-    msg.role = (qwen3_role)4;
+    memset(&msg.role, 4, sizeof msg.role);
     CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_ARG);
     msg.role = QWEN3_ASSISTANT;
     msg.n_calls = 1;
@@ -245,14 +257,18 @@ static void test_chat_style_of(void) {
         { "{\"chat_template\":\"{{- '<|im_start|>assistant\\\\n<think>\\\\n' }}\"}", QWEN3_STYLE_THINKING },
         { "{\"chat_template\":\"{{- '<|im_start|>assistant\\n<think>\\n' }}\"}", QWEN3_STYLE_THINKING },
         { "{\"chat_template\":\"{{- '<|im_start|>assistant\\\\n' }}\"}", QWEN3_STYLE_INSTRUCT },
-        { "{\"x\":1}", QWEN3_STYLE_HYBRID }, { "{\"chat_template\":null}", QWEN3_STYLE_HYBRID }, { "{", QWEN3_STYLE_HYBRID },
-        { "{\"chat_template\":[{\"name\":\"tool\",\"template\":\"enable_thinking\"},{\"template\":\"abc\",\"name\":\"default\"}]}", QWEN3_STYLE_INSTRUCT },
-        { "{\"chat_template\":[{\"name\":\"a\",\"template\":\"abc\"},{\"name\":\"b\",\"template\":\"enable_thinking\"}]}", QWEN3_STYLE_INSTRUCT },
+        { "{\"x\":1}", QWEN3_STYLE_HYBRID }, { "{\"chat_template\":null}", QWEN3_STYLE_HYBRID },
+            { "{", QWEN3_STYLE_HYBRID },
+        { "{\"chat_template\":[{\"name\":\"tool\",\"template\":\"enable_thinking\"},"
+          "{\"template\":\"abc\",\"name\":\"default\"}]}", QWEN3_STYLE_INSTRUCT },
+        { "{\"chat_template\":[{\"name\":\"a\",\"template\":\"abc\"},"
+          "{\"name\":\"b\",\"template\":\"enable_thinking\"}]}", QWEN3_STYLE_INSTRUCT },
         { "{\"chat_template\":[]}", QWEN3_STYLE_HYBRID } };
     static const char raw[] = "{{- '<|im_start|>assistant\n<think>\n' }}";
     int i;
     for (i = 0; i < QWEN3I_COUNT(cases); i++)
-        CHECK_MSG(qwen3i_chat_style_of_config(cases[i].config, strlen(cases[i].config)) == cases[i].style, "case %d", i);
+        CHECK_MSG(qwen3i_chat_style_of_config(cases[i].config, strlen(cases[i].config)) == cases[i].style, "case %d",
+                i);
     CHECK(qwen3i_chat_style_of_config(NULL, 0) == QWEN3_STYLE_HYBRID);
     CHECK(qwen3i_chat_style_of(raw, sizeof raw - 1) == QWEN3_STYLE_THINKING);
 }

@@ -11,6 +11,7 @@ static char *tokenizer_read(const char *path, size_t *n) {
     FILE *f = fopen(path, "rb");
     char *data;
     long size;
+    *n = 0;
     if (!f) return NULL;
     fseek(f, 0, SEEK_END);
     size = ftell(f);
@@ -98,9 +99,12 @@ static char *tokenizer_decode(const qwen3_model *m, const qwen3_token *ids, int 
 /* ---- UTF-8 and Unicode ------------------------------------------------------------------------------------ */
 static void test_utf8_complete(void) {
     static const struct { const char *text; int complete; } cases[] = {
-        { "", 0 }, { "a", 1 }, { "\xC3", 0 }, { "\xC3\xA9", 2 }, { "ab\xE4\xB8", 2 }, { "\xE4\xB8\xAD", 3 }, { "x\xF0\x9F\x98", 1 },
-        { "\xF0\x9F\x98\x80", 4 }, { "\xF0", 0 }, { "\x80", 1 }, { "\x80\x80\x80\x80", 4 }, { "\xFF", 1 }, { "\xC0", 1 },
-        { "\xED\xA0", 2 }, { "\xED\x9F", 0 }, { "\xE0\x80", 2 }, { "\xE0\xA0", 0 }, { "\xF4\x90", 2 }, { "\xF4\x8F", 0 },
+        { "", 0 }, { "a", 1 }, { "\xC3", 0 }, { "\xC3\xA9", 2 }, { "ab\xE4\xB8", 2 }, { "\xE4\xB8\xAD", 3 },
+            { "x\xF0\x9F\x98", 1 },
+        { "\xF0\x9F\x98\x80", 4 }, { "\xF0", 0 }, { "\x80", 1 }, { "\x80\x80\x80\x80", 4 }, { "\xFF", 1 },
+            { "\xC0", 1 },
+        { "\xED\xA0", 2 }, { "\xED\x9F", 0 }, { "\xE0\x80", 2 }, { "\xE0\xA0", 0 }, { "\xF4\x90", 2 },
+            { "\xF4\x8F", 0 },
         { "\xF0\x8F", 2 }, { "\xC3\xC3", 1 }, { "\xE4\x61", 2 }, { "a\x80\x80\x80", 4 } };
     int i;
     for (i = 0; i < QWEN3I_COUNT(cases); i++)
@@ -122,9 +126,12 @@ static int unicode_is(const unsigned char *classes, const char *text, const char
 static void test_unicode(void) {
     static const char *const pairs[][2] = {
         { "plain", "plain" }, { "e\xCC\x81", "\xC3\xA9" }, { "\xE2\x84\xAB", "\xC3\x85" },          /* Angstrom sign */
-        { "a\xCC\x81\xCC\xA3", "\xE1\xBA\xA1\xCC\x81" },                                           /* reordered, then composed */
-        { "\xE1\x84\x80\xE1\x85\xA1\xE1\x86\xA8", "\xEA\xB0\x81" }, { "\xEA\xB0\x80\xE1\x86\xA8", "\xEA\xB0\x81" },   /* Hangul */
-        { "\xE0\xA5\x98", "\xE0\xA4\x95\xE0\xA4\xBC" },                                            /* excluded from composition */
+        /* reordered, then composed */
+        { "a\xCC\x81\xCC\xA3", "\xE1\xBA\xA1\xCC\x81" },
+        /* Hangul */
+        { "\xE1\x84\x80\xE1\x85\xA1\xE1\x86\xA8", "\xEA\xB0\x81" }, { "\xEA\xB0\x80\xE1\x86\xA8", "\xEA\xB0\x81" },
+        /* excluded from composition */
+        { "\xE0\xA5\x98", "\xE0\xA4\x95\xE0\xA4\xBC" },
         { "x\xFFy\xE4\xB8", "x\xEF\xBF\xBDy\xEF\xBF\xBD" }, { "\xED\xA0\x80", "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD" },
         { "\xF0\x9F\x98!", "\xEF\xBF\xBD!" }, { "\xCC\x81""a", "\xCC\x81""a" }, { "\xEF\xBF\xBD", "\xEF\xBF\xBD" },
         { ">\xCC\xB8", "\xE2\x89\xAF" }, { "\xEF\xA4\x80", "\xE8\xB1\x88" } };
@@ -141,10 +148,13 @@ static void test_unicode(void) {
         for (k = 0; k < n; k++) x[k] |= (uint32_t)(qwen3i_uc_property(x[k]) >> 3) << 24;
         if (n == 1 && x[0] == c) continue;
         k = qwen3i_compose_all(x, n);
-        if (!((k == 1 && QWEN3I_CODE(x[0]) == c) || qwen3i_class(classes, c) & QWEN3I_UNSAFE)) { CHECK_MSG(0, "U+%04X", (unsigned)c); break; }
+        if (!((k == 1 && QWEN3I_CODE(x[0]) == c) ||
+                qwen3i_class(classes, c) & QWEN3I_UNSAFE)) { CHECK_MSG(0, "U+%04X", (unsigned)c); break; }
     }
-    CHECK((qwen3i_class(classes, 0x0378) & QWEN3I_CLASS) == 0 && (qwen3i_class(classes, 0x31350) & QWEN3I_CLASS) == QWEN3I_LETTER);
-    CHECK((qwen3i_class(classes, 0x1C) & QWEN3I_CLASS) == 0 && (qwen3i_class(classes, 0x85) & QWEN3I_CLASS) == QWEN3I_SPACE);
+    CHECK((qwen3i_class(classes, 0x0378) & QWEN3I_CLASS) == 0 &&
+            (qwen3i_class(classes, 0x31350) & QWEN3I_CLASS) == QWEN3I_LETTER);
+    CHECK((qwen3i_class(classes, 0x1C) & QWEN3I_CLASS) == 0 &&
+            (qwen3i_class(classes, 0x85) & QWEN3I_CLASS) == QWEN3I_SPACE);
     free(classes);
 }
 
@@ -182,9 +192,10 @@ static void test_tokenizer_strings(void) {
     free(file);
 }
 
-/* Text in normal form comes back from its tokens, and every id's bytes encode to something that is those bytes. */
+/* Text in normal form comes back from its tokens, and so does the text of every token. */
 static void test_tokenizer_round_trip(void) {
-    static const char text[] = "It's 12.5 \xC2\xB0""C; \xE4\xBD\xA0\xE5\xA5\xBD \xF0\x9F\x98\x80\r\n\r\n\t x = [1,2]; <|im_end|> \xEA\xB0\x81";
+    static const char text[] = "It's 12.5 \xC2\xB0""C; \xE4\xBD\xA0\xE5\xA5\xBD \xF0\x9F\x98\x80\r\n\r\n"
+                               "\t x = [1,2]; <|im_end|> \xEA\xB0\x81";
     qwen3_model m;
     qwen3_token ids[256];
     int n, i, length;
@@ -199,10 +210,11 @@ static void test_tokenizer_round_trip(void) {
     for (i = 0; i < qwen3i_tokenizer_size(m.tokenizer); i++) {
         const char *p = qwen3_token_bytes(&m, i, &length);
         if (!CHECK(p != NULL && length > 0)) break;
-        if (qwen3_utf8_complete(p, length) != length || !unicode_is(m.tokenizer->classes, "", "")) continue;
+        /* may be part of a character */
+        if ((unsigned char)p[0] >= 0x80 || (unsigned char)p[length - 1] >= 0x80) continue;
         n = qwen3_encode(&m, p, (size_t)length, 0, ids, 256);
-        back = tokenizer_decode(&m, ids, qwen3i_min(n, 256), &back_n);
-        if (strchr("\x80", *p) == NULL && (unsigned char)*p < 0x80) CHECK_MSG(back_n == (size_t)length && memcmp(back, p, back_n) == 0, "token %d", i);
+        back = tokenizer_decode(&m, ids, n, &back_n);
+        CHECK_MSG(back_n == (size_t)length && memcmp(back, p, back_n) == 0, "token %d", i);
         free(back);
     }
     qwen3i_tokenizer_free(m.tokenizer);
@@ -216,15 +228,18 @@ static void test_tokenizer_api(void) {
     CHECK(qwen3_encode(&none, "a", 1, 0, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
     CHECK(qwen3_token_bytes(&none, 0, &n) == NULL && n == 0 && qwen3_token_id(&none, "<think>") == -1);
     if (!tokenizer_open_small(&m)) return;
-    CHECK(qwen3_encode(NULL, "a", 1, 0, NULL, 0) == QWEN3_ERR_ARG && qwen3_encode(&m, NULL, 1, 0, NULL, 0) == QWEN3_ERR_ARG);
-    CHECK(qwen3_encode(&m, "a", 1, 2, NULL, 0) == QWEN3_ERR_ARG && qwen3_encode(&m, "a", 1, 0, NULL, 1) == QWEN3_ERR_ARG);
+    CHECK(qwen3_encode(NULL, "a", 1, 0, NULL, 0) == QWEN3_ERR_ARG &&
+            qwen3_encode(&m, NULL, 1, 0, NULL, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_encode(&m, "a", 1, 2, NULL, 0) == QWEN3_ERR_ARG &&
+            qwen3_encode(&m, "a", 1, 0, NULL, 1) == QWEN3_ERR_ARG);
     CHECK(qwen3_encode(&m, "a", 1, 0, ids, -1) == QWEN3_ERR_ARG && qwen3_encode(&m, NULL, 0, 0, NULL, 0) == 0);
     CHECK(qwen3_encode(&m, "\0", 1, 0, ids, 8) == 1);                    /* NUL is a byte like others */
     CHECK(qwen3_encode(&m, "123456", 6, 0, ids, 2) == 6 && ids[2] == 0); /* no more than cap is written */
     CHECK(qwen3_token_id(&m, "<think>") > 0 && qwen3_token_id(&m, "<thin") == -1 && qwen3_token_id(&m, "") == -1);
     CHECK(qwen3_token_id(&m, "the") == -1 && qwen3_token_id(&m, "<think>x") == -1 && qwen3_token_id(&m, NULL) == -1);
     CHECK(qwen3_token_bytes(&m, -1, &n) == NULL && qwen3_token_bytes(&m, 1 << 30, NULL) == NULL);
-    CHECK(qwen3_encode(&m, "<|im_end|>", 10, QWEN3_PARSE_SPECIAL, ids, 8) == 1 && ids[0] == qwen3_token_id(&m, "<|im_end|>"));
+    CHECK(qwen3_encode(&m, "<|im_end|>", 10, QWEN3_PARSE_SPECIAL, ids, 8) == 1 &&
+            ids[0] == qwen3_token_id(&m, "<|im_end|>"));
     n = qwen3_encode(&m, "<|im_end|>", 10, 0, ids, 8);
     CHECK(n > 1);
     while (n > 0) { n--; CHECK(n >= 8 || ids[n] != qwen3_token_id(&m, "<|im_end|>")); }
@@ -262,7 +277,8 @@ static void test_tokenizer_malformed(void) {
         { "\"type\":\"BPE\"", "\"type\":\"WordPiece\"", "type", QWEN3_ERR_UNSUPPORTED },
         { "\"byte_fallback\":false", "\"byte_fallback\":true", "byte_fallback", QWEN3_ERR_UNSUPPORTED },
         { "\"dropout\":null", "\"dropout\":0.1", "dropout", QWEN3_ERR_UNSUPPORTED },
-        { "\"end_of_word_suffix\":\"\"", "\"end_of_word_suffix\":\"</w>\"", "end_of_word_suffix", QWEN3_ERR_UNSUPPORTED },
+        { "\"end_of_word_suffix\":\"\"", "\"end_of_word_suffix\":\"</w>\"", "end_of_word_suffix",
+                QWEN3_ERR_UNSUPPORTED },
         { "\"vocab\":{", "\"vocab\":{\"!\":300,", "twice", QWEN3_ERR_FORMAT },
         { "\"vocab\":{", "\"vocab\":{\"quite new\":0,", "id 0 of another", QWEN3_ERR_FORMAT },
         { "\"vocab\":{", "\"vocab\":{\"new\":-1,", "out of range", QWEN3_ERR_FORMAT },
@@ -295,13 +311,15 @@ static void test_tokenizer_malformed(void) {
     for (i = 0; i < QWEN3I_COUNT(cases); i++) {
         bad = tokenizer_edit(data, cases[i].from, cases[i].to, &k);
         if (!bad) continue;
-        CHECK_MSG(tokenizer_open(&m, bad, k, message) == cases[i].result && m.tokenizer == NULL, "case %d: %s", i, message);
+        CHECK_MSG(tokenizer_open(&m, bad, k, message) == cases[i].result &&
+                m.tokenizer == NULL, "case %d: %s", i, message);
         CHECK_MSG(strstr(message, cases[i].message) && strstr(message, "tokenizer.json"), "case %d: %s", i, message);
         free(bad);
     }
     CHECK(tokenizer_open(&m, "", 0, message) == QWEN3_ERR_FORMAT);
     for (k = 0; k < n; k += n / 200 + 1)
-        if (!CHECK_MSG(tokenizer_open(&m, data, k, message) < 0 && m.tokenizer == NULL, "cut at %lu", (unsigned long)k)) break;
+        if (!CHECK_MSG(tokenizer_open(&m, data, k, message) < 0 &&
+                m.tokenizer == NULL, "cut at %lu", (unsigned long)k)) break;
     deep = (char *)malloc(60000);
     memset(deep, '[', 60000);
     memcpy(deep, "{\"x\":", 5);
@@ -397,7 +415,7 @@ static void test_tokenizer_memory(void) {
     CHECK(heap.in_use == 0);
 }
 
-/* ---- the real vocabulary, where it is at hand --------------------------------------------------------------------- */
+/* ---- the real vocabulary, where it is at hand -------------------------------------------------- */
 #define TOKENIZER_REAL "../shared/qwen3-tokenizer/"
 
 /* added_tokens.json ({"text": id}) as tokenizer_config.json has it; all are called special here. Free it. */
@@ -419,7 +437,8 @@ static char *tokenizer_real_config(const char *added, size_t n) {
 static void tokenizer_real_cases(const qwen3_model *m) {
     static const char mark[] = "\n__ggml_vocab_test__\n";
     size_t in_n, out_n;
-    char *in = tokenizer_read(TOKENIZER_REAL "cases.inp", &in_n), *out = tokenizer_read(TOKENIZER_REAL "cases.out", &out_n);
+    char *in = tokenizer_read(TOKENIZER_REAL "cases.inp", &in_n),
+        *out = tokenizer_read(TOKENIZER_REAL "cases.out", &out_n);
     char *text = in, *lines = out, *line, *stop;
     qwen3_token ids[512];
     int count = 0, n;
@@ -440,7 +459,8 @@ static void tokenizer_real_cases(const qwen3_model *m) {
 
 static void test_tokenizer_real(void) {
     size_t vocab_n, merges_n, added_n;
-    char *vocab = tokenizer_read(TOKENIZER_REAL "vocab.json", &vocab_n), *merges = tokenizer_read(TOKENIZER_REAL "merges.txt", &merges_n);
+    char *vocab = tokenizer_read(TOKENIZER_REAL "vocab.json", &vocab_n),
+        *merges = tokenizer_read(TOKENIZER_REAL "merges.txt", &merges_n);
     char *added = tokenizer_read(TOKENIZER_REAL "added_tokens.json", &added_n), *config, message[256] = "";
     qwen3i_err err;
     qwen3_model m;
@@ -450,7 +470,8 @@ static void test_tokenizer_real(void) {
     err.cap = sizeof message;
     if (CHECK(vocab && merges && added)) {
         config = tokenizer_real_config(added, added_n);
-        CHECK_MSG(qwen3i_tokenizer_from_vocab(&m.tokenizer, &m.allocator, vocab, vocab_n, merges, merges_n, config, strlen(config), &err)
+        CHECK_MSG(qwen3i_tokenizer_from_vocab(&m.tokenizer, &m.allocator, vocab, vocab_n, merges, merges_n, config,
+                strlen(config), &err)
                   == QWEN3_OK, "%s", message);
         free(config);
     }
@@ -489,7 +510,8 @@ static void test_tokenizer_vocab(void) {
     memset(&m, 0, sizeof m);
 #define FROM_VOCAB(merges, n, config, config_n) \
     qwen3i_tokenizer_from_vocab(&m.tokenizer, &m.allocator, vocab, strlen(vocab), merges, n, config, config_n, &err)
-    CHECK(FROM_VOCAB(absent, sizeof absent - 1, NULL, 0) == QWEN3_ERR_FORMAT && strstr(message, "merges.txt") && strstr(message, "\"q\" \"e\""));
+    CHECK(FROM_VOCAB(absent, sizeof absent - 1, NULL, 0) == QWEN3_ERR_FORMAT && strstr(message, "merges.txt") &&
+            strstr(message, "\"q\" \"e\""));
     CHECK(FROM_VOCAB(three, sizeof three - 1, NULL, 0) == QWEN3_ERR_FORMAT && strstr(message, "two parts"));
     CHECK(FROM_VOCAB(good, sizeof good - 1, "{", 1) == QWEN3_ERR_FORMAT && strstr(message, "tokenizer_config.json"));
     CHECK(FROM_VOCAB(good, sizeof good - 1, "{}", 2) == QWEN3_OK);
