@@ -1,0 +1,400 @@
+/* Enough of CUDA to run qwen3_cuda.cu on a CPU, so that its kernels can be tested where there is no GPU:
+
+       c++ -std=c++17 -x c++ -Itests/cuda_on_cpu -I. -c qwen3_cuda.cu
+
+   A block's threads are coroutines of one host thread. They switch only where CUDA threads meet: barriers, warp
+   exchanges, matrix instructions. Which runs first changes with every launch, and blocks run in a shuffled order, so
+   that a missing barrier or a dependence between blocks shows as a changing result. Memory starts as NaN; a warp whose lanes
+   do not all arrive at an exchange, or a block that can never go on, is an error that aborts. Sums of matrix
+   instructions are exact float32 here, timing means nothing, and streams do their work at once.                 */
+#ifndef CUDA_ON_CPU_H
+#define CUDA_ON_CPU_H
+#include <functional>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <utility>
+#include <vector>
+
+#define QWEN3_CUDA_EMULATED 1
+#define CUDART_VERSION 13000
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+#define QWEN3_DYNAMIC_SHARED(name) unsigned char *const name = emulated::now().dynamic
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct uint3 { unsigned x, y, z; };
+struct dim3 { unsigned x, y, z; dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {} };
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { uint4 v = {x, y, z, w}; return v; }
+static inline float2 make_float2(float x, float y) { float2 v = {x, y}; return v; }
+static inline float4 make_float4(float x, float y, float z, float w) { float4 v = {x, y, z, w}; return v; }
+
+inline thread_local uint3 threadIdx, blockIdx;
+inline thread_local dim3 blockDim, gridDim;
+
+/* ---- coroutines ------------------------------------------------------------------------------------ */
+#if !defined(__x86_64__)
+#error "cuda_on_cpu switches stacks for x86-64 only"
+#endif
+extern "C" void emulated_switch(void **save, void *to);
+__asm__(".text\n.weak emulated_switch\n.type emulated_switch, @function\nemulated_switch:\n"
+        "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+        "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
+        "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n"
+        ".size emulated_switch, .-emulated_switch\n.section .note.GNU-stack,\"\",@progbits\n.text\n");
+
+namespace emulated {
+
+const size_t STACK = 128 * 1024;
+
+struct thread { void *sp; char *stack; bool done; };
+struct warp { uint64_t word[2][32][8]; int arrived, live; unsigned turn; };
+
+struct machine {                        /* one multiprocessor for each host thread */
+    std::vector<thread> threads;
+    std::vector<warp> warps;
+    std::function<void()> body;
+    void *scheduler;
+    int current, live, waiting;
+    unsigned barrier_turn;
+    long progress;
+    unsigned char *dynamic;
+    std::vector<unsigned char> dynamic_memory;
+    uint64_t random;
+};
+inline machine &now() { static thread_local machine m; return m; }
+
+inline void die(const char *why) { fprintf(stderr, "cuda_on_cpu: %s\n", why); abort(); }
+
+inline uint64_t random_number() {
+    machine &m = now();
+    m.random = m.random * 6364136223846793005u + 1442695040888963407u;
+    return m.random >> 33;
+}
+
+inline void yield() {
+    machine &m = now();
+    emulated_switch(&m.threads[(size_t)m.current].sp, m.scheduler);
+}
+
+inline void leave() {                   /* a thread has returned */
+    machine &m = now();
+    m.threads[(size_t)m.current].done = true;
+    m.live--;
+    m.warps[(size_t)m.current / 32].live--;
+    m.progress++;
+    if (m.live > 0 && m.waiting == m.live) { m.waiting = 0; m.barrier_turn++; }
+    yield();
+    die("a finished thread was resumed");
+}
+
+inline void enter() { now().body(); leave(); }
+
+inline void barrier() {
+    machine &m = now();
+    const unsigned turn = m.barrier_turn;
+    m.progress++;
+    if (++m.waiting == m.live) { m.waiting = 0; m.barrier_turn++; return; }
+    while (m.barrier_turn == turn) yield();
+}
+
+/* All lanes of the warp hand in n words; each gets to see all of them until the next exchange but one. */
+inline const uint64_t (*exchange(const uint64_t *words, int n))[8] {
+    machine &m = now();
+    warp &w = m.warps[(size_t)m.current / 32];
+    const unsigned turn = w.turn;
+    if (w.live != 32) die("a warp exchanges values after some of its lanes have returned");
+    memcpy(w.word[turn & 1][m.current % 32], words, (size_t)n * 8);
+    m.progress++;
+    if (++w.arrived == 32) { w.arrived = 0; w.turn++; }
+    else while (w.turn == turn) yield();
+    return w.word[turn & 1];
+}
+
+inline void start_thread(int i) {
+    machine &m = now();
+    thread &t = m.threads[(size_t)i];
+    if (!t.stack) t.stack = (char *)aligned_alloc(64, STACK);
+    void **sp = (void **)(void *)(t.stack + STACK);
+    *--sp = NULL;                       /* keeps the stack aligned as after a call */
+    *--sp = (void *)enter;
+    for (int r = 0; r < 6; r++) *--sp = NULL;
+    t.sp = sp;
+    t.done = false;
+}
+
+inline void run_block(dim3 block, size_t shared) {
+    machine &m = now();
+    const int n = (int)(block.x * block.y * block.z);
+    if (block.y != 1 || block.z != 1 || n % 32 != 0 || n > 1024) die("blocks must have a multiple of 32 threads in x");
+    if (m.threads.size() < (size_t)n) { thread none = {NULL, NULL, true}; m.threads.resize((size_t)n, none); }
+    m.warps.assign((size_t)n / 32, warp());
+    for (size_t i = 0; i < m.warps.size(); i++) m.warps[i].live = 32;
+    m.dynamic_memory.assign(shared + 64, 0xFF);
+    m.dynamic = m.dynamic_memory.data() + (64 - (uintptr_t)m.dynamic_memory.data() % 64) % 64;
+    m.live = n;
+    m.waiting = 0;
+    m.barrier_turn = 0;
+    for (int i = 0; i < n; i++) start_thread(i);
+    while (m.live > 0) {
+        const long before = m.progress;
+        const int first = (int)(random_number() % (uint64_t)n), step = random_number() % 2 ? 1 : n - 1;
+        for (int k = 0, i = first; k < n; k++, i = (i + step) % n) {
+            if (m.threads[(size_t)i].done) continue;
+            m.current = i;
+            threadIdx.x = (unsigned)i;
+            emulated_switch(&m.scheduler, m.threads[(size_t)i].sp);
+        }
+        if (m.progress == before) die("a block can never go on: its threads wait for each other");
+    }
+}
+
+inline void run_grid(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body) {
+    machine &m = now();
+    const size_t n = (size_t)grid.x * grid.y * grid.z;
+    std::vector<uint32_t> order(n);
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) die("the grid is empty or too large");
+    for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
+    for (size_t i = n; i > 1; i--) std::swap(order[i - 1], order[random_number() % i]);
+    gridDim = grid;
+    blockDim = block;
+    threadIdx.y = threadIdx.z = 0;
+    m.body = body;
+    for (size_t i = 0; i < n; i++) {
+        blockIdx.x = order[i] % grid.x;
+        blockIdx.y = order[i] / grid.x % grid.y;
+        blockIdx.z = order[i] / grid.x / grid.y;
+        run_block(block, shared);
+    }
+}
+
+inline uint64_t bits_of(const void *p, size_t n) { uint64_t v = 0; memcpy(&v, p, n); return v; }
+
+template <class T> T shuffle(T v, int from) {
+    const uint64_t word = bits_of(&v, sizeof v);
+    const uint64_t (*all)[8] = exchange(&word, 1);
+    T out;
+    memcpy(&out, &all[from], sizeof out);
+    return out;
+}
+
+} /* namespace emulated */
+
+/* ---- device functions ----------------------------------------------------------------------------------- */
+static inline void __syncthreads() { emulated::barrier(); }
+static inline void __syncwarp(unsigned = 0xFFFFFFFFu) { const uint64_t none = 0; emulated::exchange(&none, 1); }
+static inline void __threadfence() {}
+template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return emulated::shuffle(v, (emulated::now().current % 32) ^ mask); }
+template <class T> T __shfl_sync(unsigned, T v, int lane) { return emulated::shuffle(v, lane % 32); }
+template <class T> T __shfl_up_sync(unsigned, T v, unsigned by) {
+    const int lane = emulated::now().current % 32;
+    return emulated::shuffle(v, lane >= (int)by ? lane - (int)by : lane);
+}
+template <class T> T __ldcg(const T *p) { return *p; }
+template <class T> T atomicAdd(T *p, T v) { const T old = *p; *p = old + v; return old; }
+static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long v) { const unsigned long long old = *p; *p = old + v; return old; }
+template <class T> T atomicMax(T *p, T v) { const T old = *p; if (v > old) *p = v; return old; }
+template <class T> T atomicOr(T *p, T v) { const T old = *p; *p = old | v; return old; }
+static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+static inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
+
+#include "cuda_fp16.h"
+#include "cuda_bf16.h"
+
+static inline uint4 load_stream(const void *p) {
+    uint4 v;
+    if ((uintptr_t)p % 16 != 0) emulated::die("a 16-byte load is not aligned");
+    memcpy(&v, p, 16);
+    return v;
+}
+static inline void copy_async(void *dst, const void *src, bool valid) {
+    if ((uintptr_t)dst % 16 != 0 || (uintptr_t)src % 16 != 0) emulated::die("a 16-byte copy is not aligned");
+    if (valid) memcpy(dst, src, 16);
+    else memset(dst, 0, 16);
+}
+static inline void copy_commit() {}
+template <int PENDING> void copy_wait() {}
+
+static inline void load_matrices_of(unsigned (&r)[4], const void *row, bool transposed) {
+    const int lane = emulated::now().current % 32;
+    const uint64_t word = (uint64_t)(uintptr_t)row;
+    if ((uintptr_t)row % 16 != 0) emulated::die("a matrix row is not aligned");
+    const uint64_t (*all)[8] = emulated::exchange(&word, 1);
+    for (int i = 0; i < 4; i++) {
+        unsigned short e[2];
+        for (int j = 0; j < 2; j++) {
+            const int y = transposed ? lane % 4 * 2 + j : lane / 4, x = transposed ? lane / 4 : lane % 4 * 2 + j;
+            memcpy(&e[j], (const char *)(uintptr_t)all[i * 8 + y][0] + 2 * x, 2);
+        }
+        r[i] = (unsigned)e[0] | (unsigned)e[1] << 16;
+    }
+    emulated::exchange(&word, 1);       /* nobody overwrites the matrices before all have read */
+}
+static inline void load_matrices(unsigned (&r)[4], const void *row) { load_matrices_of(r, row, false); }
+static inline void load_matrices_transposed(unsigned (&r)[4], const void *row) { load_matrices_of(r, row, true); }
+
+static inline float emulated_element(unsigned pair, int i, __half) { return __half2float(__ushort_as_half((unsigned short)(pair >> (16 * i)))); }
+static inline float emulated_element(unsigned pair, int i, __nv_bfloat16) { return __uint_as_float(pair >> (16 * i) << 16); }
+
+/* d[16, 8] += a[16, 16] b[16, 8]: which lane holds what is the hardware's fragment layout of m16n8k16. */
+template <class T> void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T type) {
+    const int lane = emulated::now().current % 32;
+    const uint64_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    const uint64_t (*all)[8] = emulated::exchange(words, 6);
+    for (int j = 0; j < 4; j++) {
+        const int row = lane / 4 + (j >= 2 ? 8 : 0), col = lane % 4 * 2 + j % 2;
+        for (int k = 0; k < 16; k++) {
+            const unsigned x = (unsigned)all[row % 8 * 4 + k % 8 / 2][(row >= 8 ? 1 : 0) + (k >= 8 ? 2 : 0)];
+            const unsigned y = (unsigned)all[col * 4 + k % 8 / 2][4 + (k >= 8 ? 1 : 0)];
+            d[j] += emulated_element(x, k % 2, type) * emulated_element(y, k % 2, type);
+        }
+    }
+}
+
+/* ---- the runtime ------------------------------------------------------------------------------------------ */
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35,
+                   cudaErrorInvalidDevice = 101, cudaErrorNoDevice = 100, cudaErrorNotReady = 600 };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0, cudaHostAllocMapped = 2 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+typedef std::vector<std::function<void()> > *cudaGraph_t, *cudaGraphExec_t;
+struct emulated_stream { cudaGraph_t graph; };
+typedef emulated_stream *cudaStream_t;
+struct emulated_event { int dummy; };
+typedef emulated_event *cudaEvent_t;
+struct cudaDeviceProp { int major, minor, multiProcessorCount; char name[256]; };
+struct cudaFuncAttributes { int numRegs; };
+struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
+
+inline int emulated_capability = 80;    /* tests may change these: the chip, its size, */
+inline int emulated_sms = 4;
+inline size_t emulated_memory = (size_t)4 << 30, emulated_used;
+inline int emulated_devices = 1, emulated_device;
+inline long emulated_calls, emulated_fail_at;   /* the call that fails, counted from 1; 0: none */
+
+static inline cudaError_t emulated_call() {
+    return ++emulated_calls == emulated_fail_at ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+static inline const char *cudaGetErrorString(cudaError_t e) {
+    return e == cudaSuccess ? "no error" : e == cudaErrorMemoryAllocation ? "out of memory" : e == cudaErrorNoDevice ? "no device" : "an error";
+}
+static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+static inline cudaError_t cudaGetDeviceCount(int *n) { *n = emulated_devices; return emulated_devices ? cudaSuccess : cudaErrorNoDevice; }
+static inline cudaError_t cudaGetDevice(int *d) { *d = emulated_device; return cudaSuccess; }
+static inline cudaError_t cudaSetDevice(int d) { emulated_device = d; return d < emulated_devices ? cudaSuccess : cudaErrorInvalidDevice; }
+static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    p->major = emulated_capability / 10;
+    p->minor = emulated_capability % 10;
+    p->multiProcessorCount = emulated_sms;
+    snprintf(p->name, sizeof p->name, "CUDA on CPU");
+    return cudaSuccess;
+}
+template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, K *) { return cudaSuccess; }
+template <class K> cudaError_t cudaFuncSetAttribute(K *, cudaFuncAttribute, int) { return cudaSuccess; }
+
+static inline cudaError_t cudaMalloc(void **p, size_t size) {
+    *p = NULL;
+    if (emulated_call() != cudaSuccess || size > emulated_memory - emulated_used) return cudaErrorMemoryAllocation;
+    char *block = (char *)aligned_alloc(256, (size + 511) / 256 * 256);
+    if (!block) return cudaErrorMemoryAllocation;
+    memcpy(block, &size, sizeof size);
+    memset(block + 256, 0xFF, (size + 255) / 256 * 256);        /* NaN */
+    emulated_used += size;
+    *p = block + 256;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaFree(void *p) {
+    size_t size;
+    if (!p) return cudaSuccess;
+    memcpy(&size, (char *)p - 256, sizeof size);
+    emulated_used -= size;
+    free((char *)p - 256);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaHostAlloc(void **p, size_t size, unsigned) {
+    *p = emulated_call() == cudaSuccess ? malloc(size) : NULL;
+    if (*p) memset(*p, 0xFF, size);
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+static inline cudaError_t cudaFreeHost(void *p) { free(p); return cudaSuccess; }
+static inline cudaError_t cudaMemGetInfo(size_t *f, size_t *total) { *f = emulated_memory - emulated_used; *total = emulated_memory; return cudaSuccess; }
+
+/* Do it now, or note it down if the stream is being captured. */
+static inline cudaError_t emulated_enqueue(cudaStream_t s, const std::function<void()> &work) {
+    const cudaError_t e = emulated_call();
+    if (e != cudaSuccess) return e;
+    if (s && s->graph) s->graph->push_back(work);
+    else work();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind, cudaStream_t s) {
+    return emulated_enqueue(s, [=] { memmove(to, from, n); });
+}
+static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind) { memmove(to, from, n); return cudaSuccess; }
+static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind, cudaStream_t s) {
+    return emulated_enqueue(s, [=] { for (size_t i = 0; i < height; i++) memmove((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width); });
+}
+static inline cudaError_t cudaMemsetAsync(void *to, int v, size_t n, cudaStream_t s) { return emulated_enqueue(s, [=] { memset(to, v, n); }); }
+static inline cudaError_t cudaMemset2DAsync(void *to, size_t pitch, int v, size_t width, size_t height, cudaStream_t s) {
+    return emulated_enqueue(s, [=] { for (size_t i = 0; i < height; i++) memset((char *)to + i * pitch, v, width); });
+}
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
+    *s = NULL;
+    if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
+    *s = new emulated_stream();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
+    *e = NULL;
+    if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
+    *e = new emulated_event();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return emulated_call(); }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+static inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) { *ms = 0; return cudaSuccess; }
+static inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
+    if (s->graph) return cudaErrorInvalidValue;
+    s->graph = new std::vector<std::function<void()> >();
+    return cudaSuccess;
+}
+static inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) { *g = s->graph; s->graph = NULL; return *g ? cudaSuccess : cudaErrorInvalidValue; }
+static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long) {
+    *e = NULL;
+    if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
+    *e = new std::vector<std::function<void()> >(*g);
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t) {
+    if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
+    for (size_t i = 0; i < e->size(); i++) (*e)[i]();
+    return cudaSuccess;
+}
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *c, void (*kernel)(P...), A... args) {
+    const dim3 grid = c->gridDim, block = c->blockDim;
+    const size_t shared = c->dynamicSmemBytes;
+    return emulated_enqueue(c->stream, [=] { emulated::run_grid(grid, block, shared, [=] { kernel((P)args...); }); });
+}
+#endif

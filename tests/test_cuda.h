@@ -1,0 +1,783 @@
+/* The CUDA backend: every kernel against its CPU twin, whole models against the reference, and what a decode
+   step promises. Without a GPU only that error is tested - or everything, more slowly, if qwen3_cuda.cu was
+   compiled with tests/cuda_on_cpu. */
+#ifndef QWEN3_TESTS_TEST_CUDA_H
+#define QWEN3_TESTS_TEST_CUDA_H
+#include "fixture.h"
+#include "test_parity.h"
+
+#define CUDA_EXACT   1e-6       /* float32 results: ||a - b|| / ||b|| */
+#define CUDA_ROUNDED 5e-4       /* rounded once to 11 bits on the way */
+
+/* ---- comparing -------------------------------------------------------------------------------------- */
+static double cuda_error(const float *a, const float *b, size_t n) {
+    double difference = 0, size = 0;
+    size_t i;
+    for (i = 0; i < n; i++) {
+        double d = (double)a[i] - (double)b[i];
+        difference += d * d;
+        size += (double)b[i] * (double)b[i];
+        if (!(d * d < 1e60)) return 1e30;       /* NaN, too */
+    }
+    return size > 0 ? sqrt(difference / size) : sqrt(difference);
+}
+
+/* Are these within one rounding to type of each other? */
+static int cuda_one_rounding(const float *a, const float *b, size_t n, qwen3i_type type) {
+    const double ulp = type == QWEN3I_F32 ? 4e-6 : type == QWEN3I_F16 ? 1.0 / 1024 : 1.0 / 128;
+    size_t i;
+    for (i = 0; i < n; i++)
+        if (!(fabs((double)a[i] - (double)b[i]) <= ulp * fabs((double)b[i]) + (type == QWEN3I_F32 ? 2e-6 : 1e-7))) return 0;
+    return 1;
+}
+
+static const char *cuda_type_name(qwen3i_type t) { return t == QWEN3I_F32 ? "F32" : t == QWEN3I_F16 ? "F16" : "BF16"; }
+
+/* ---- a model of one layer with random weights, on both sides ------------------------------------------ */
+typedef struct lab {
+    qwen3_model  model;
+    qwen3i_layer layer;
+    qwen3_ctx_desc desc;
+    qwen3i_exec  exec;
+    qwen3i_pool  pool;
+    void        *state, *ctx;
+    void        *owned[32];
+    int          n_owned;
+    uint64_t     seed;
+    char         text[256];
+    qwen3i_err   err;
+} lab;
+
+typedef struct lab_shape { int n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab; } lab_shape;
+
+#define LAB_OK(l, call) CHECK_MSG((call) == QWEN3_OK, "%s: %s", #call, (l)->text)
+
+static float lab_random(lab *l, float size) { return size * ((float)(int)(test_random(&l->seed) & 0xFFFF) / 32768.0f - 1.0f); }
+
+/* n values that F16 holds exactly even after scaling by a power of two: eleven bits, about `size`, a power of two */
+static float *lab_values(lab *l, size_t n, float size) {
+    float *v = floats(n);
+    size_t i;
+    for (i = 0; i < n; i++) v[i] = size * (float)((int)(test_random(&l->seed) % 2047) - 1023) / 512.0f;
+    return v;
+}
+
+static void *lab_own(lab *l, void *p) { return l->owned[l->n_owned++] = p; }
+
+static qwen3i_matrix lab_matrix(lab *l, int rows, int cols, qwen3i_type type, float size) {
+    size_t n = (size_t)rows * (size_t)cols, i;
+    float *v = floats(n);
+    qwen3i_matrix m;
+    for (i = 0; i < n; i++) v[i] = lab_random(l, size) * (i % 97 == 0 ? 4.0f : 1.0f);
+    m.rows = rows;
+    m.cols = cols;
+    m.type = type;
+    m.data = lab_own(l, malloc(n * 4));
+    l->exec.simd->store((void *)m.data, v, type, (int)n);
+    free(v);
+    return m;
+}
+
+static const float *lab_gain(lab *l, int n, float size) {
+    float *v = (float *)lab_own(l, floats((size_t)n));
+    int i;
+    for (i = 0; i < n; i++) v[i] = i % 13 == 0 ? size : 1.0f + lab_random(l, 0.5f);
+    return v;
+}
+
+static void lab_weights(lab *l, const lab_shape *s, qwen3i_type type) {
+    int q = s->n_head * s->head_dim, kv = s->n_head_kv * s->head_dim;
+    float in = 2.0f / sqrtf((float)s->n_embd);
+    l->layer.attn_norm = lab_gain(l, s->n_embd, 8);
+    l->layer.mlp_norm = lab_gain(l, s->n_embd, 8);
+    l->layer.q_norm = lab_gain(l, s->head_dim, 2);
+    l->layer.k_norm = lab_gain(l, s->head_dim, 8);
+    l->layer.wq = lab_matrix(l, q, s->n_embd, type, in);
+    l->layer.wk = lab_matrix(l, kv, s->n_embd, type, in);
+    l->layer.wv = lab_matrix(l, kv, s->n_embd, type, in);
+    l->layer.wo = lab_matrix(l, s->n_embd, q, type, 2.0f / sqrtf((float)q));
+    l->layer.w_gate = lab_matrix(l, s->n_ff, s->n_embd, type, in);
+    l->layer.w_up = lab_matrix(l, s->n_ff, s->n_embd, type, in);
+    l->layer.w_down = lab_matrix(l, s->n_embd, s->n_ff, type, 2.0f / sqrtf((float)s->n_ff));
+    l->model.weights.embed = lab_matrix(l, s->n_vocab, s->n_embd, type, 1);
+    l->model.weights.head = lab_matrix(l, s->n_vocab, s->n_embd, type, in);
+    l->model.weights.final_norm = lab_gain(l, s->n_embd, 8);
+    l->model.weights.layers = &l->layer;
+}
+
+static int lab_open(lab *l, const lab_shape *s, qwen3i_type type, const qwen3_ctx_desc *desc) {
+    const qwen3_backend *b = qwen3_cuda_backend();
+    qwen3_load_desc load;
+    qwen3i_config *c = &l->model.config;
+    memset(l, 0, sizeof *l);
+    memset(&load, 0, sizeof load);
+    l->seed = 7 + (uint64_t)s->n_embd;
+    l->err.text = l->text;
+    l->err.cap = sizeof l->text;
+    l->desc = *desc;
+    l->exec.simd = qwen3i_simd_level(0);
+    l->exec.pool = &l->pool;
+    c->n_layer = 1; c->n_embd = s->n_embd; c->n_head = s->n_head; c->n_head_kv = s->n_head_kv; c->head_dim = s->head_dim;
+    c->n_ff = s->n_ff; c->n_vocab = s->n_vocab; c->max_ctx = desc->max_ctx;
+    c->rms_eps = 1e-6f;
+    c->rope_theta = 1e6;
+    lab_weights(l, s, type);
+    return LAB_OK(l, qwen3i_pool_create(&l->pool, desc, &l->err)) &&
+           LAB_OK(l, b->model_create(&l->state, &l->model, &load, &l->err)) &&
+           LAB_OK(l, b->ctx_create(&l->ctx, l->state, &l->model, desc, &l->err));
+}
+
+static void lab_close(lab *l) {
+    const qwen3_backend *b = qwen3_cuda_backend();
+    int i;
+    b->ctx_free(l->ctx);
+    b->model_free(l->state);
+    qwen3i_pool_destroy(&l->pool);
+    for (i = 0; i < l->n_owned; i++) free(l->owned[i]);
+}
+
+/* Rows 0 .. n - 1: n_seqs sequences that follow `before` positions each */
+typedef struct lab_rows { qwen3_token tokens[2100]; int32_t seqs[2100], positions[2100]; qwen3i_batch batch; } lab_rows;
+
+static void lab_make_rows(lab *l, lab_rows *r, int n, int n_seqs, int before) {
+    int i;
+    memset(&r->batch, 0, sizeof r->batch);
+    for (i = 0; i < n; i++) {
+        r->seqs[i] = (int32_t)((long)i * n_seqs / n);
+        r->positions[i] = i > 0 && r->seqs[i] == r->seqs[i - 1] ? r->positions[i - 1] + 1 : before + 3 * r->seqs[i];
+        r->tokens[i] = random_below(&l->seed, l->model.config.n_vocab);
+    }
+    r->batch.tokens = r->tokens;
+    r->batch.seqs = r->seqs;
+    r->batch.positions = r->positions;
+    r->batch.n_rows = n;
+    LAB_OK(l, qwen3_cuda_get_kernels()->rows(l->ctx, &r->batch, &l->err));
+}
+
+static void lab_run(lab *l, qwen3_cuda_op op) { LAB_OK(l, qwen3_cuda_get_kernels()->run(l->ctx, op, 0, 1, NULL, &l->err)); }
+static void lab_put(lab *l, qwen3_cuda_buffer b, const float *v) { LAB_OK(l, qwen3_cuda_get_kernels()->put(l->ctx, b, v, &l->err)); }
+static void lab_get(lab *l, qwen3_cuda_buffer b, float *v) { LAB_OK(l, qwen3_cuda_get_kernels()->get(l->ctx, b, v, &l->err)); }
+
+/* What a buffer holds against what it should, then both are freed. */
+static void lab_check(lab *l, const char *what, qwen3_cuda_buffer b, float *want, int rows, int width, double limit) {
+    float *got = floats((size_t)rows * (size_t)width);
+    double e;
+    lab_get(l, b, got);
+    e = cuda_error(got, want, (size_t)rows * (size_t)width);
+    if (test_verbose) printf("    %-10s %4d rows, width %5d: %.2e\n", what, rows, width, e);
+    CHECK_MSG(e <= limit, "%s, %d rows, width %d, head_dim %d, %s cache, %s: error %.3g", what, rows, width, l->model.config.head_dim,
+              cuda_type_name((qwen3i_type)l->desc.kv_type), l->desc.kernels ? "standard" : "fused", e);
+    free(got);
+    free(want);
+}
+
+/* Fill positions [0, n) of all sequences of the cache. */
+static void lab_fill_cache(lab *l, int n, char **k, char **v) {
+    const qwen3_backend *b = qwen3_cuda_backend();
+    size_t kv_dim = (size_t)(l->model.config.n_head_kv * l->model.config.head_dim), size = qwen3i_type_size((qwen3i_type)l->desc.kv_type);
+    size_t each = (size_t)l->desc.max_ctx * kv_dim;
+    int s;
+    *k = (char *)calloc((size_t)l->desc.max_seqs * each, size);
+    *v = (char *)calloc((size_t)l->desc.max_seqs * each, size);
+    for (s = 0; s < l->desc.max_seqs; s++) {
+        float *x = lab_values(l, (size_t)n * kv_dim, 2), *y = lab_values(l, (size_t)n * kv_dim, 1);
+        l->exec.simd->store(*k + (size_t)s * each * size, x, (qwen3i_type)l->desc.kv_type, (int)((size_t)n * kv_dim));
+        l->exec.simd->store(*v + (size_t)s * each * size, y, (qwen3i_type)l->desc.kv_type, (int)((size_t)n * kv_dim));
+        LAB_OK(l, b->kv_write(l->ctx, s, 0, n, *k + (size_t)s * each * size, *v + (size_t)s * each * size, &l->err));
+        free(x);
+        free(y);
+    }
+}
+
+/* ---- each operation ------------------------------------------------------------------------------------- */
+static int lab_rounds(const lab *l, int n) {
+    return l->layer.wq.type != QWEN3I_F32 && (n > 8 || l->desc.kernels == QWEN3_PATH_STANDARD);
+}
+
+static void lab_check_embed(lab *l, const lab_rows *r) {
+    int n = r->batch.n_rows, width = l->model.config.n_embd;
+    float *want = floats((size_t)n * (size_t)width);
+    qwen3i_embed(&l->exec, want, &l->model.weights.embed, r->tokens, n);
+    lab_run(l, QWEN3_CUDA_EMBED);
+    lab_check(l, "embed", QWEN3_CUDA_X, want, n, width, 0);
+}
+
+static void lab_check_norm(lab *l, int n, float size) {
+    int width = l->model.config.n_embd;
+    float *x = lab_values(l, (size_t)n * (size_t)width, size), *want = floats((size_t)n * (size_t)width);
+    qwen3i_rmsnorm(&l->exec, want, x, l->layer.attn_norm, n, width, l->model.config.rms_eps);
+    lab_put(l, QWEN3_CUDA_X, x);
+    lab_run(l, QWEN3_CUDA_NORM);
+    lab_check(l, "norm", QWEN3_CUDA_H, want, n, width, lab_rounds(l, n) ? CUDA_ROUNDED : CUDA_EXACT);
+    free(x);
+}
+
+/* One layer's k or v of the rows, as the device has them and as floats. */
+static float *lab_cached(lab *l, const lab_rows *r, int value) {
+    const qwen3_backend *b = qwen3_cuda_backend();
+    size_t kv_dim = (size_t)(l->model.config.n_head_kv * l->model.config.head_dim), size = qwen3i_type_size((qwen3i_type)l->desc.kv_type);
+    char *k = (char *)malloc((size_t)l->desc.max_ctx * kv_dim * size), *v = (char *)malloc((size_t)l->desc.max_ctx * kv_dim * size);
+    float *out = floats((size_t)r->batch.n_rows * kv_dim);
+    int i;
+    for (i = 0; i < r->batch.n_rows; i++) {
+        if (i == 0 || r->seqs[i] != r->seqs[i - 1]) LAB_OK(l, b->kv_read(l->ctx, r->seqs[i], 0, l->desc.max_ctx, k, v, &l->err));
+        l->exec.simd->load(out + (size_t)i * kv_dim, (value ? v : k) + (size_t)r->positions[i] * kv_dim * size, (qwen3i_type)l->desc.kv_type, (int)kv_dim);
+    }
+    free(k);
+    free(v);
+    return out;
+}
+
+static void lab_check_qkv(lab *l, const lab_rows *r) {
+    const qwen3i_config *c = &l->model.config;
+    const qwen3i_type kv = (qwen3i_type)l->desc.kv_type;
+    int n = r->batch.n_rows, q_dim = c->n_head * c->head_dim, kv_dim = c->n_head_kv * c->head_dim, half = c->head_dim / 2, i;
+    float *h = lab_values(l, (size_t)n * (size_t)c->n_embd, 1), *q = floats((size_t)n * (size_t)q_dim), *got;
+    float *k = floats((size_t)n * (size_t)kv_dim), *v = floats((size_t)n * (size_t)kv_dim);
+    float *cosines = floats((size_t)n * (size_t)half), *sines = floats((size_t)n * (size_t)half), freqs[128], scale;
+    qwen3i_matmul_qkv(&l->exec, q, k, v, &l->layer, h, n);
+    scale = qwen3i_rope_freqs(freqs, c, 0);
+    qwen3i_rope_angles(cosines, sines, r->positions, n, freqs, half, scale);
+    for (i = 0; i < n; i++) {
+        float *qi = q + (size_t)i * (size_t)q_dim, *ki = k + (size_t)i * (size_t)kv_dim;
+        qwen3i_rmsnorm_heads(l->exec.simd, qi, l->layer.q_norm, c->n_head, c->head_dim, c->rms_eps);
+        qwen3i_rmsnorm_heads(l->exec.simd, ki, l->layer.k_norm, c->n_head_kv, c->head_dim, c->rms_eps);
+        qwen3i_rope(qi, cosines + (size_t)i * (size_t)half, sines + (size_t)i * (size_t)half, c->n_head, c->head_dim);
+        qwen3i_rope(ki, cosines + (size_t)i * (size_t)half, sines + (size_t)i * (size_t)half, c->n_head_kv, c->head_dim);
+    }
+    lab_put(l, QWEN3_CUDA_H, h);
+    lab_run(l, QWEN3_CUDA_QKV_ROPE);
+    lab_check(l, "q", QWEN3_CUDA_Q, q, n, q_dim, CUDA_EXACT);
+    got = lab_cached(l, r, 0);
+    CHECK_MSG(cuda_one_rounding(got, k, (size_t)n * (size_t)kv_dim, kv), "k, %d rows: more than one rounding to %s", n, cuda_type_name(kv));
+    free(got);
+    got = lab_cached(l, r, 1);
+    CHECK_MSG(cuda_one_rounding(got, v, (size_t)n * (size_t)kv_dim, kv), "v, %d rows: more than one rounding to %s", n, cuda_type_name(kv));
+    free(got); free(h); free(k); free(v); free(cosines); free(sines);
+}
+
+static void lab_check_attention(lab *l, const lab_rows *r, float size) {
+    const qwen3i_config *c = &l->model.config;
+    int n = r->batch.n_rows, q_dim = c->n_head * c->head_dim, i, top = 0;
+    float *q = lab_values(l, (size_t)n * (size_t)q_dim, size), *want = floats((size_t)n * (size_t)q_dim);
+    float *scratch = floats(qwen3i_attention_scratch(l->desc.max_ctx, c->head_dim));
+    char *k, *v;
+    qwen3i_attention_args a;
+    for (i = 0; i < n; i++) top = qwen3i_max(top, r->positions[i]);
+    lab_fill_cache(l, top + 1, &k, &v);
+    memset(&a, 0, sizeof a);
+    a.a = want; a.q = q; a.k = k; a.v = v; a.type = (qwen3i_type)l->desc.kv_type;
+    a.seqs = r->seqs; a.positions = r->positions; a.n = n;
+    a.n_head = c->n_head; a.n_head_kv = c->n_head_kv; a.head_dim = c->head_dim; a.max_ctx = l->desc.max_ctx;
+    a.scratch = scratch;
+    qwen3i_attention(&l->exec, &a);
+    lab_put(l, QWEN3_CUDA_Q, q);
+    lab_run(l, QWEN3_CUDA_ATTENTION);
+    lab_check(l, "attention", QWEN3_CUDA_A, want, n, q_dim, 2 * CUDA_EXACT);    /* the twin's own error is in it */
+    free(q); free(scratch); free(k); free(v);
+}
+
+static void lab_check_add(lab *l, const char *what, qwen3_cuda_op op, qwen3_cuda_buffer from, const qwen3i_matrix *w, int n, float size) {
+    int width = l->model.config.n_embd;
+    float *x = lab_values(l, (size_t)n * (size_t)width, 1), *in = lab_values(l, (size_t)n * (size_t)w->cols, size);
+    lab_put(l, QWEN3_CUDA_X, x);
+    lab_put(l, from, in);
+    lab_run(l, op);
+    qwen3i_matmul_add(&l->exec, x, w, in, n);
+    lab_check(l, what, QWEN3_CUDA_X, x, n, width, CUDA_EXACT);
+    free(in);
+}
+
+static void lab_check_mlp(lab *l, int n, float size) {
+    const qwen3i_config *c = &l->model.config;
+    float *h = lab_values(l, (size_t)n * (size_t)c->n_embd, size), *want = floats((size_t)n * (size_t)c->n_ff);
+    qwen3i_swiglu(&l->exec, want, &l->layer.w_gate, &l->layer.w_up, h, n);
+    lab_put(l, QWEN3_CUDA_H, h);
+    lab_run(l, QWEN3_CUDA_MLP);
+    lab_check(l, "mlp", QWEN3_CUDA_M, want, n, c->n_ff, lab_rounds(l, n) ? CUDA_ROUNDED : CUDA_EXACT);
+    free(h);
+}
+
+static void lab_check_head(lab *l, lab_rows *r) {
+    const qwen3i_config *c = &l->model.config;
+    int n = qwen3i_min(r->batch.n_rows, 64), i;
+    float *x = lab_values(l, (size_t)r->batch.n_rows * (size_t)c->n_embd, 1), *h = floats((size_t)n * (size_t)c->n_embd);
+    float *want = floats((size_t)n * (size_t)c->n_vocab);
+    qwen3i_out outs[64];
+    memset(outs, 0, sizeof outs);
+    for (i = 0; i < n; i++) { outs[i].row = i; outs[i].keep_seq = -1; }
+    r->batch.outs = outs;
+    r->batch.n_outs = n;
+    LAB_OK(l, qwen3_cuda_get_kernels()->rows(l->ctx, &r->batch, &l->err));
+    qwen3i_rmsnorm(&l->exec, h, x, l->model.weights.final_norm, n, c->n_embd, c->rms_eps);
+    qwen3i_matmul(&l->exec, want, &l->model.weights.head, h, n);
+    lab_put(l, QWEN3_CUDA_X, x);
+    lab_run(l, QWEN3_CUDA_HEAD);
+    if (r->batch.n_rows <= 64)
+        lab_check(l, "head", QWEN3_CUDA_LOGITS, want, n, c->n_vocab, lab_rounds(l, n) ? CUDA_ROUNDED : CUDA_EXACT);
+    else free(want);
+    free(x);
+    free(h);
+}
+
+static void lab_check_all(const lab_shape *s, qwen3i_type type, int kv_type, int kernels, int n, int n_seqs, int before) {
+    qwen3_ctx_desc desc = ctx_desc(before + n + 40, n_seqs, qwen3i_max(n, 1), kv_type);
+    lab *l = (lab *)malloc(sizeof *l);
+    lab_rows *r = (lab_rows *)malloc(sizeof *r);
+    desc.kernels = kernels;
+    if (test_verbose) printf("  %d x %d/%d x %d, ff %d, %s weights, %s cache, %s, %d rows of %d after %d\n", s->n_embd, s->n_head, s->n_head_kv, s->head_dim,
+                             s->n_ff, cuda_type_name(type), cuda_type_name((qwen3i_type)kv_type), kernels ? "standard" : "fused", n, n_seqs, before);
+    if (lab_open(l, s, type, &desc)) {
+        lab_make_rows(l, r, n, n_seqs, before);
+        lab_check_embed(l, r);
+        lab_check_norm(l, n, 1);
+        lab_check_norm(l, n, 20000);
+        lab_check_norm(l, n, 1e-4f);
+        lab_check_qkv(l, r);
+        lab_check_attention(l, r, 1);
+        lab_check_attention(l, r, 8);
+        lab_check_add(l, "o_proj", QWEN3_CUDA_O_PROJ, QWEN3_CUDA_A, &l->layer.wo, n, 1);
+        lab_check_mlp(l, n, 1);
+        lab_check_mlp(l, n, 1024);              /* products far beyond 65504 */
+        lab_check_add(l, "down", QWEN3_CUDA_DOWN, QWEN3_CUDA_M, &l->layer.w_down, n, 1);
+        lab_check_add(l, "down", QWEN3_CUDA_DOWN, QWEN3_CUDA_M, &l->layer.w_down, n, 1048576.0f);
+        lab_check_head(l, r);
+    }
+    lab_close(l);
+    free(r);
+    free(l);
+}
+
+static const lab_shape lab_small = {48, 4, 2, 16, 80, 100}, lab_odd = {37, 6, 2, 24, 51, 77}, lab_wide = {72, 10, 2, 128, 40, 50},
+                       lab_mid = {64, 8, 1, 64, 96, 130}, lab_real = {1024, 16, 8, 128, 3072, 512};
+
+static void test_cuda_kernels_fused(void) {
+    lab_check_all(&lab_small, QWEN3I_F32,  QWEN3_KV_F32,  QWEN3_PATH_FUSED, 1, 1, 0);
+    lab_check_all(&lab_small, QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 2, 1, 62);
+    lab_check_all(&lab_small, QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 3, 3, 63);
+    lab_check_all(&lab_odd,   QWEN3I_F32,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 5, 2, 64);
+    lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 8, 8, 130);
+    lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 9, 1, 20);
+    lab_check_all(&lab_wide,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 999);
+    lab_check_all(&lab_wide,  QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 4, 4, 65);
+    lab_check_all(&lab_mid,   QWEN3I_F32,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 6, 1, 0);
+    lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 7, 7, 31);
+}
+
+static void test_cuda_kernels_batched(void) {
+    lab_check_all(&lab_wide,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 65, 1, 0);
+    lab_check_all(&lab_wide,  QWEN3I_F32,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 17, 1, 64);
+    lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 63, 3, 5);
+    lab_check_all(&lab_mid,   QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 30, 2, 33);
+    lab_check_all(&lab_mid,   QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 12, 12, 40);
+    lab_check_all(&lab_odd,   QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 40, 2, 7);
+}
+
+static void test_cuda_kernels_standard(void) {
+    lab_check_all(&lab_small, QWEN3I_F32,  QWEN3_KV_F16,  QWEN3_PATH_STANDARD, 1, 1, 5);
+    lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_STANDARD, 3, 3, 9);
+    lab_check_all(&lab_wide,  QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_STANDARD, 33, 1, 3);
+}
+
+/* Sizes of real models: only where a GPU makes that quick. */
+static void test_cuda_kernels_real_shapes(void) {
+    static const lab_shape shapes[] = {{1024, 16, 8, 128, 3072, 1000}, {2048, 16, 8, 128, 6144, 1000}, {2560, 32, 8, 128, 9728, 1000},
+                                       {4096, 32, 8, 128, 12288, 1000}, {5120, 40, 8, 128, 17408, 1000}, {5120, 64, 8, 128, 25600, 1000}};
+    static const int rows[] = {1, 8, 65};
+    int i, k;
+    for (i = 0; i < 6; i++)
+        for (k = 0; k < 3; k++) lab_check_all(&shapes[i], i % 2 ? QWEN3I_F16 : QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, rows[k], 1, i == 0 ? 1000 : 63);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1000, 1, 0);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 1000, 2, 17);
+    lab_check_all(&lab_real, QWEN3I_F32, QWEN3_KV_F32, QWEN3_PATH_FUSED, 64, 1, 64);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_STANDARD, 8, 8, 300);
+}
+
+/* RMSNorm by itself: any width and type, tiny and huge values, against double. */
+static void test_cuda_rmsnorm(void) {
+    static const int widths[] = {1, 63, 64, 65, 1000, 1024, 2048, 2560, 4096, 5120};
+    static const float sizes[] = {1, 1e-4f, 6e4f, 1e15f};
+    uint64_t seed = 3;
+    const qwen3i_simd *simd = qwen3i_simd_level(0);
+    char text[256] = "";
+    qwen3i_err err;
+    int i, t, n = 3;
+    err.text = text;
+    err.cap = sizeof text;
+    for (i = 0; i < 10; i++)
+        for (t = 0; t < 3 * 4; t++) {
+            const qwen3i_type type = (qwen3i_type)(1 + t % 3);
+            const size_t count = (size_t)(n * widths[i]);
+            float *x = floats(count), *y = floats(count), *want = floats(count), *gain = floats((size_t)widths[i]);
+            void *stored = malloc(count * 4);
+            double e;
+            size_t k;
+            int r;
+            for (k = 0; k < count; k++) x[k] = sizes[t / 3] * ((float)random_below(&seed, 20001) / 10000.0f - 1.0f);
+            for (k = 0; k < (size_t)widths[i]; k++) gain[k] = (float)random_below(&seed, 1000) / 10.0f;
+            simd->store(stored, x, type, (int)count);
+            simd->load(x, stored, type, (int)count);
+            for (r = 0; r < n; r++) {
+                double sum = 0, scale;
+                const float *in = x + (size_t)(r * widths[i]);
+                for (k = 0; k < (size_t)widths[i]; k++) sum += (double)in[k] * (double)in[k];
+                scale = 1 / sqrt(sum / widths[i] + (double)1e-6f);
+                for (k = 0; k < (size_t)widths[i]; k++) want[(size_t)(r * widths[i]) + k] = (float)((double)in[k] * scale * (double)gain[k]);
+            }
+            CHECK_MSG(qwen3_cuda_get_kernels()->rmsnorm(y, stored, type, gain, n, widths[i], 1e-6f, 1, NULL, &err) == QWEN3_OK, "%s", text);
+            e = cuda_error(y, want, count);
+            CHECK_MSG(e <= CUDA_EXACT, "rmsnorm, width %d, %s, about %g: error %.3g", widths[i], cuda_type_name(type), (double)sizes[t / 3], e);
+            free(x); free(y); free(want); free(gain); free(stored);
+        }
+}
+
+/* ---- whole models ------------------------------------------------------------------------------------------ */
+static int cuda_fixture(fixture *f, const char *name) {
+    char path[1024], err[512] = "";
+    qwen3_load_desc desc;
+    qwen3_result r;
+    memset(f, 0, sizeof *f);
+    memset(&desc, 0, sizeof desc);
+    model_path(path, sizeof path, name, "reference.ref");
+    if (!ref_open(&f->ref, path)) return 0;
+    model_path(path, sizeof path, name, "");
+    desc.path = path;
+    desc.backend = qwen3_cuda_backend();
+    r = qwen3_load(&f->model, &desc, err, sizeof err);
+    if (!CHECK_MSG(r == QWEN3_OK, "%s: %s: %s", path, qwen3_result_string(r), err)) { ref_close(&f->ref); return 0; }
+    f->info = qwen3_get_info(f->model);
+    CHECK(strcmp(f->info.backend_name, "cuda") == 0 && f->info.device_name[0]);
+    return 1;
+}
+
+static double cuda_row_kl(const float *p, const float *q, int n) {
+    double a = qwen3i_log_sum_exp(p, n), b = qwen3i_log_sum_exp(q, n), sum = 0;
+    int i;
+    for (i = 0; i < n; i++) sum += exp((double)p[i] - a) * (((double)p[i] - a) - ((double)q[i] - b));
+    return sum;
+}
+
+static int cuda_argmax(const float *l, int n) {
+    int i, best = 0;
+    for (i = 1; i < n; i++) if (l[i] > l[best]) best = i;
+    return best;
+}
+
+typedef struct cuda_distance { double kl, worst; int rows, differ; } cuda_distance;   /* differ: top-1, where it is no tie */
+
+static void cuda_compare(cuda_distance *d, const float *want, const float *got, int n, int vocab) {
+    int i;
+    for (i = 0; i < n; i++, want += vocab, got += vocab) {
+        int a = cuda_argmax(want, vocab), b = cuda_argmax(got, vocab);
+        d->kl += cuda_row_kl(want, got, vocab);
+        d->rows++;
+        d->differ += a != b && (double)(want[a] - want[b]) > 1e-3 * fabs((double)want[a]);
+    }
+}
+
+/* Every prompt of a fixture against transformers' float32. */
+static cuda_distance cuda_distance_of(const fixture *f, const qwen3_ctx_desc *desc) {
+    cuda_distance d = {0, 0, 0, 0};
+    qwen3_ctx *ctx = ctx_open_desc(f->model, desc);
+    const qwen3_token *tokens;
+    int i, n, count, vocab = f->info.n_vocab;
+    for (i = 0; ctx && (tokens = ref_tokens(&f->ref, i, "tokens", &n)) != NULL; i++) {
+        const float *want = ref_f32(&f->ref, i, "logits", &count);
+        float *got = floats((size_t)n * (size_t)vocab);
+        double e;
+        CHECK_OK(ctx, qwen3_seq_truncate(ctx, 0, 0));
+        if (CHECK(want && count == n * vocab)) {
+            CHECK_OK(ctx, eval(ctx, 0, tokens, n, got));
+            cuda_compare(&d, want, got, n, vocab);
+            e = parity_error(got, want, n, vocab);
+            if (!(e <= d.worst)) d.worst = e;
+        }
+        free(got);
+    }
+    qwen3_ctx_free(ctx);
+    d.kl /= d.rows > 0 ? d.rows : 1;
+    return d;
+}
+
+/* kl: on top of what the CPU's rounding of the cache does */
+static void cuda_check_models(int kv_type, int kernels, int chunk, double worst, double kl) {
+    int i;
+    for (i = 0; i < N_MODELS; i++) {
+        qwen3_ctx_desc desc = ctx_desc(256, 1, chunk, kv_type);
+        cuda_distance d, cpu;
+        fixture f;
+        if (!fixture_open(&f, model_names[i])) continue;
+        cpu = cuda_distance_of(&f, &desc);
+        fixture_close(&f);
+        if (!cuda_fixture(&f, model_names[i])) continue;
+        desc.kernels = kernels;
+        d = cuda_distance_of(&f, &desc);
+        if (test_verbose) printf("    %-10s %s cache, %s, chunks of %d: worst %.2e, KL %.2e, top-1 differs %d of %d\n", model_names[i],
+                                 cuda_type_name((qwen3i_type)kv_type), kernels ? "standard" : "fused", chunk, d.worst, d.kl, d.differ, d.rows);
+        CHECK_MSG(d.worst <= worst, "%s: logits differ by %.3g of their largest", model_names[i], d.worst);
+        CHECK_MSG(d.kl <= kl + 1.2 * fabs(cpu.kl), "%s: mean KL divergence %.3g", model_names[i], d.kl);
+        CHECK_MSG(d.differ * 1000 <= d.rows, "%s: top-1 differs in %d of %d", model_names[i], d.differ, d.rows);
+        fixture_close(&f);
+    }
+}
+
+/* At most 8 rows at a time nothing is rounded but the cache. */
+static void test_cuda_models_exact(void)    { cuda_check_models(QWEN3_KV_F32, QWEN3_PATH_FUSED, 8, 2e-4, 1e-7); }
+static void test_cuda_models_fused(void)    { cuda_check_models(QWEN3_KV_F32, QWEN3_PATH_FUSED, 0, 1e-2, 1e-5); }
+static void test_cuda_models_standard(void) { cuda_check_models(QWEN3_KV_F32, QWEN3_PATH_STANDARD, 0, 1e-2, 1e-5); }
+static void test_cuda_models_f16(void)      { cuda_check_models(QWEN3_KV_F16, QWEN3_PATH_FUSED, 13, 4e-2, 1e-5); }
+static void test_cuda_models_bf16(void)     { cuda_check_models(QWEN3_KV_BF16, QWEN3_PATH_FUSED, 0, 1e-1, 1e-5); }
+
+/* ---- decode steps ------------------------------------------------------------------------------------------- */
+#define CUDA_STEPS 24
+
+static qwen3_ctx *cuda_prompted(const fixture *f, int max_seqs, int kernels, uint64_t seed) {
+    qwen3_ctx_desc desc = ctx_desc(160, max_seqs, 0, QWEN3_KV_F16);
+    qwen3_ctx *ctx;
+    qwen3_token prompt[16];
+    int s;
+    desc.kernels = kernels;
+    ctx = ctx_open_desc(f->model, &desc);
+    for (s = 0; ctx && s < max_seqs; s++) {
+        random_tokens(&seed, prompt, 16, f->info.n_vocab);
+        CHECK_OK(ctx, eval(ctx, s, prompt, 5 + s % 7, NULL));
+    }
+    return ctx;
+}
+
+/* next() chooses what the CPU's sampler chooses from the same logits, and evaluates as qwen3_eval does, whether
+   it runs ahead (two calls in a row) or not (logits asked for in between). */
+static void cuda_check_next(const fixture *f, const qwen3_sampler *like, int kernels) {
+    qwen3_ctx *a = cuda_prompted(f, 1, kernels, 11), *b = cuda_prompted(f, 1, kernels, 11);
+    qwen3_sampler sa = *like, sb = *like;
+    int i, vocab = f->info.n_vocab;
+    for (i = 0; a && b && i < CUDA_STEPS; i++) {
+        qwen3_token x = -1, y = -2;
+        qwen3_result r = qwen3_next(a, 0, &sa, &x);
+        CHECK_OK(b, qwen3_sample(b, 0, &sb, &y));
+        CHECK_MSG(x == y && sa.rng == sb.rng, "step %d: the device chose %d, the host %d", i, (int)x, (int)y);
+        if (r == QWEN3_END) break;
+        CHECK_OK(a, r);
+        CHECK_OK(b, eval(b, 0, &y, 1, NULL));
+        if (i % 3 == 0) CHECK_MSG(same_logits(a, 0, qwen3_logits(b, 0), vocab), "step %d: logits differ", i);
+        if (x != y) break;
+    }
+    qwen3_ctx_free(a);
+    qwen3_ctx_free(b);
+}
+
+static void test_cuda_next(void) {
+    static const qwen3_bias bias[3] = {{5, 3.0f}, {7, -1e30f}, {5, 0.25f}};
+    qwen3_sampler s[7];
+    fixture f;
+    int i;
+    if (!cuda_fixture(&f, "chat")) return;
+    for (i = 0; i < 7; i++) s[i] = qwen3_sampler_preset(i == 0 ? QWEN3_GREEDY : i == 1 ? QWEN3_THINKING : QWEN3_NON_THINKING, (uint64_t)i);
+    s[2].top_k = 0;
+    s[3].top_k = 0; s[3].top_p = 0; s[3].temperature = 3;
+    s[4].presence_penalty = 1.5f;
+    s[5].repeat_penalty = 1.3f; s[5].penalty_last_n = 4; s[5].bias = bias; s[5].n_bias = 3;
+    s[6].temperature = 0; s[6].repeat_penalty = 1.2f; s[6].penalty_last_n = -1;
+    for (i = 0; i < 7; i++) {
+        cuda_check_next(&f, &s[i], QWEN3_PATH_FUSED);
+        if (i < 2) cuda_check_next(&f, &s[i], QWEN3_PATH_STANDARD);
+    }
+    fixture_close(&f);
+}
+
+/* A batch gives each sequence the same bits with other neighbours, and what was begun ahead is dropped when the
+   batch changes. */
+static void test_cuda_next_batch(void) {
+    qwen3_ctx *a, *b;
+    fixture f;
+    int i, s, seqs[5] = {0, 1, 2, 3, 4};
+    if (!cuda_fixture(&f, "plain")) return;
+    a = cuda_prompted(&f, 12, QWEN3_PATH_FUSED, 21);
+    b = cuda_prompted(&f, 12, QWEN3_PATH_FUSED, 21);
+    for (s = 1; b && s < 12; s++) {             /* other neighbours of the same length */
+        qwen3_token other[16];
+        uint64_t seed = 100 + (uint64_t)s;
+        int n = qwen3_seq_len(b, s);
+        random_tokens(&seed, other, 16, f.info.n_vocab);
+        CHECK_OK(b, qwen3_sync(b, s, other, n));
+    }
+    for (i = 0; a && b && i < 8; i++) {
+        qwen3_token x[12], y[12];
+        const int n = i < 4 ? 5 : 3;
+        qwen3_result rx[12], ry[12];
+        CHECK_OK(a, qwen3_next_batch(a, seqs, n, NULL, x, rx));
+        CHECK_OK(b, qwen3_next_batch(b, seqs, n, NULL, y, ry));
+        CHECK_MSG(x[0] == y[0] && rx[0] == ry[0], "step %d: %d and %d", i, (int)x[0], (int)y[0]);
+        if (rx[0] == QWEN3_OK) CHECK(same_logits(a, 0, qwen3_logits(b, 0), f.info.n_vocab));
+        if (i == 5) { CHECK_OK(a, qwen3_seq_truncate(a, 0, qwen3_seq_len(a, 0) - 2)); CHECK_OK(b, qwen3_seq_truncate(b, 0, qwen3_seq_len(b, 0) - 2)); }
+    }
+    qwen3_ctx_free(a);
+    qwen3_ctx_free(b);
+    fixture_close(&f);
+}
+
+/* The device's choice for given logits is the CPU's, also for flat, tied, huge and banned ones. */
+static void test_cuda_choose(void) {
+    qwen3_ctx *ctx;
+    fixture f;
+    uint64_t seed = 77;
+    int i, k, vocab;
+    if (!cuda_fixture(&f, "plain")) return;
+    ctx = cuda_prompted(&f, 1, QWEN3_PATH_FUSED, 31);
+    vocab = f.info.n_vocab;
+    for (i = 0; ctx && i < 60; i++) {
+        float *l = floats((size_t)vocab);
+        qwen3_sampler s = qwen3_sampler_preset(QWEN3_GREEDY, (uint64_t)i), t;
+        qwen3_token x = -1, y = -2;
+        qwen3i_err err = qwen3i_ctx_err(ctx);
+        for (k = 0; k < vocab; k++) {
+            l[k] = (float)random_below(&seed, 4001) / 200.0f - 10.0f;
+            if (i % 5 == 1) l[k] = floorf(l[k]);
+            if (i % 5 == 2) l[k] = 1;
+            if (i % 5 == 3) l[k] *= 1000;
+            if (i % 5 == 4 && k % 3) l[k] = -1e30f;
+        }
+        s.temperature = i % 7 == 0 ? 0.0f : 0.3f * (float)(i % 7);
+        s.top_k = i % 4 == 0 ? 0 : i % 4 == 1 ? 20 : i % 4 == 2 ? 1 : vocab;
+        s.top_p = i % 3 == 0 ? 0.0f : i % 3 == 1 ? 0.9f : 0.05f;
+        s.min_p = i % 6 == 5 ? 0.2f : 0.0f;
+        CHECK(ctx->model->backend->set_logits(ctx->state, 0, l, &err) == QWEN3_OK);
+        ctx->seqs[0].fresh = 1;
+        t = s;
+        CHECK_OK(ctx, qwen3_sample(ctx, 0, &s, &x));
+        CHECK((qwen3_next(ctx, 0, &t, &y)) >= 0);
+        CHECK_MSG(x == y && s.rng == t.rng, "%d: the host chose %d, the device %d", i, (int)x, (int)y);
+        CHECK_OK(ctx, qwen3_seq_truncate(ctx, 0, 3));
+        free(l);
+    }
+    qwen3_ctx_free(ctx);
+    fixture_close(&f);
+}
+
+/* ---- contexts ----------------------------------------------------------------------------------------------- */
+static void test_cuda_same_twice(void) {
+    fixture f;
+    qwen3_token prompt[40];
+    uint64_t seed = 5;
+    float *one, *two;
+    if (!cuda_fixture(&f, "sharded")) return;
+    random_tokens(&seed, prompt, 40, f.info.n_vocab);
+    one = plain_logits(f.model, prompt, 40, QWEN3_KV_F16);
+    two = plain_logits(f.model, prompt, 40, QWEN3_KV_F16);
+    CHECK(same_floats(one, two, 40 * f.info.n_vocab));
+    free(one);
+    free(two);
+    fixture_close(&f);
+}
+
+/* A sequence moves between sequences, contexts and backends. */
+static void test_cuda_states(void) {
+    fixture f, cpu;
+    qwen3_ctx *a, *b, *c;
+    uint64_t size;
+    void *state;
+    if (!cuda_fixture(&f, "chat")) return;
+    if (!fixture_open(&cpu, "chat")) { fixture_close(&f); return; }
+    a = cuda_prompted(&f, 3, QWEN3_PATH_FUSED, 41);
+    b = ctx_open(f.model, 160, 1, 0, QWEN3_KV_F16);
+    c = ctx_open(cpu.model, 160, 1, 0, QWEN3_KV_F16);
+    if (a && b && c) {
+        qwen3_token x, y, z;
+        CHECK_OK(a, qwen3_seq_copy(a, 2, 0));
+        CHECK(same_logits(a, 2, qwen3_logits(a, 0), 0) && qwen3_seq_len(a, 2) == qwen3_seq_len(a, 0));
+        CHECK(qwen3_next(a, 0, NULL, &x) >= 0 && qwen3_next(a, 2, NULL, &y) >= 0 && x == y);
+        size = qwen3_seq_state_size(a, 0);
+        state = malloc((size_t)size);
+        CHECK_OK(a, qwen3_seq_save(a, 0, state, size, NULL));
+        CHECK_OK(b, qwen3_seq_load(b, 0, state, size));
+        CHECK_OK(c, qwen3_seq_load(c, 0, state, size));
+        CHECK(qwen3_next(a, 0, NULL, &x) >= 0 && qwen3_next(b, 0, NULL, &y) >= 0 && qwen3_next(c, 0, NULL, &z) >= 0 && x == y && x == z);
+        free(state);
+    }
+    qwen3_ctx_free(a);
+    qwen3_ctx_free(b);
+    qwen3_ctx_free(c);
+    fixture_close(&cpu);
+    fixture_close(&f);
+}
+
+static int cuda_cancel_after(void *user) { return --*(int *)user < 0; }
+
+static void test_cuda_cancel(void) {
+    fixture f;
+    qwen3_ctx_desc desc = ctx_desc(200, 1, 20, QWEN3_KV_F16);
+    qwen3_token prompt[150];
+    uint64_t seed = 6;
+    int left, polls;
+    if (!cuda_fixture(&f, "plain")) return;
+    random_tokens(&seed, prompt, 150, f.info.n_vocab);
+    desc.cancel = cuda_cancel_after;
+    desc.cancel_user = &left;
+    for (polls = 0; polls < 12; polls += 3) {
+        qwen3_ctx *ctx = ctx_open_desc(f.model, &desc);
+        left = polls;
+        CHECK(eval(ctx, 0, prompt, 150, NULL) == QWEN3_STOPPED);
+        CHECK(qwen3_seq_len(ctx, 0) % 20 == 0 && qwen3_seq_len(ctx, 0) < 150);
+        left = 1 << 30;
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, prompt, 150));
+        qwen3_ctx_free(ctx);
+    }
+    fixture_close(&f);
+}
+
+static void test_cuda_memory(void) {
+    fixture f;
+    qwen3_ctx_desc desc = ctx_desc(512, 4096, 65536, QWEN3_KV_F32);
+    qwen3_ctx_desc small = ctx_desc(64, 2, 16, QWEN3_KV_F16);
+    qwen3_memory bytes;
+    char err[256] = "";
+    qwen3_ctx *ctx = NULL;
+    if (!cuda_fixture(&f, "hot")) return;
+    bytes = qwen3_ctx_memory(f.model, &small);
+    CHECK(bytes.device_bytes > 2 * 64 * 2 && bytes.device_bytes < (uint64_t)1 << 30 && bytes.host_bytes > 0);
+    bytes = qwen3_ctx_memory(f.model, &desc);
+    if (bytes.device_bytes > (uint64_t)4 << 30 && !strcmp(f.info.device_name, "CUDA on CPU")) {
+        CHECK(qwen3_ctx_create(&ctx, f.model, &desc, err, sizeof err) == QWEN3_ERR_DEVICE_MEMORY && !ctx);
+        CHECK_MSG(strstr(err, "MiB") != NULL, "%s", err);
+    }
+    fixture_close(&f);
+}
+
+static void test_cuda_absent(void) {
+    char path[1024], err[512] = "";
+    qwen3_load_desc desc;
+    qwen3_model *model = NULL;
+    memset(&desc, 0, sizeof desc);
+    model_path(path, sizeof path, "plain", "");
+    desc.path = path;
+    desc.backend = qwen3_cuda_backend();
+    if (qwen3_cuda_get_kernels()->no_device() == NULL) desc.device = 1000;
+    CHECK(qwen3_load(&model, &desc, err, sizeof err) == QWEN3_ERR_DEVICE && !model);
+    CHECK_MSG(strstr(err, "CUDA") != NULL, "'%s'", err);
+}
+
+static void suite_cuda(void) {
+    const char *why = qwen3_cuda_get_kernels()->no_device();
+    RUN(test_cuda_absent);
+    if (why) { test_skip("test_cuda_kernels, _models, _next and others", why); return; }
+    RUN(test_cuda_rmsnorm);
+    RUN(test_cuda_kernels_fused);
+    RUN(test_cuda_kernels_batched);
+    RUN(test_cuda_kernels_standard);
+#ifndef QWEN3_TEST_CUDA_ON_CPU
+    RUN(test_cuda_kernels_real_shapes);
+#endif
+    RUN(test_cuda_models_exact);
+    RUN(test_cuda_models_fused);
+    RUN(test_cuda_models_standard);
+    RUN(test_cuda_models_f16);
+    RUN(test_cuda_models_bf16);
+    RUN(test_cuda_next);
+    RUN(test_cuda_next_batch);
+    RUN(test_cuda_choose);
+    RUN(test_cuda_same_twice);
+    RUN(test_cuda_states);
+    RUN(test_cuda_cancel);
+    RUN(test_cuda_memory);
+}
+#endif
