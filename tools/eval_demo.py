@@ -22,7 +22,7 @@ import sys
 import tempfile
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from train_demo import make_dialogue  # noqa: E402
+from demo_grammar import make_dialogue  # noqa: E402
 
 TARGETS = {"name": 95, "price": 95, "tool call": 95, "sum": 90, "change": 90}
 LONGEST_ANSWER = 400
@@ -69,7 +69,9 @@ def is_right(turn, answer):
 
 def command_line(program, model, dialogue, tools_file):
     """How the program is called."""
-    line = [program, model, "-0", "--temp", "0", "--max", str(LONGEST_ANSWER), "-s", dialogue.system]
+    line = [program, model, "-0", "--temp", "0", "--max", str(LONGEST_ANSWER)]
+    if dialogue.system:
+        line += ["-s", dialogue.system]
     if not dialogue.thinking:
         line.append("--no-think")
     if dialogue.tools:
@@ -119,7 +121,7 @@ class TransformersEngine:
 
     def converse(self, dialogues):
         """All the dialogues side by side, one turn of each at a time."""
-        talks = [[{"role": "system", "content": dialogue.system}] for dialogue in dialogues]
+        talks = [[{"role": "system", "content": dialogue.system}] if dialogue.system else [] for dialogue in dialogues]
         answers = [[] for _ in dialogues]
         for number in range(max(len(dialogue.turns) for dialogue in dialogues)):
             active = [i for i, dialogue in enumerate(dialogues) if number < len(dialogue.turns)]
