@@ -213,6 +213,8 @@ def write_settings(folder, init):
     write_json(folder, "generation_config.json", generation_config())
     ids = dict(bos_token_id=TOKEN_ID["<|endoftext|>"], eos_token_id=TOKEN_ID["<|im_end|>"])
     write_json(folder, "config.json", {**CONFIG, **ids})
+    with open(os.path.join(folder, "system.txt"), "w", encoding="utf-8") as file:
+        file.write(EXAMPLE_PROMPT + "\n")
 
 
 # --------------------------------------------------------------------------------------------
@@ -433,7 +435,8 @@ It knows nothing else, speaks English only, and was trained on conversations of 
 
 ## How to ask it
 
-The system prompt describes the shop. The order of its parts and most of their wording are free:
+The system prompt describes the shop. The order of its parts and most of their wording are free; this one
+lies beside the model as `system.txt`:
 
 ```
 {prompt}
