@@ -583,7 +583,7 @@ class Talk:
         kind = self.src.random.random()
         if kind < 0.12 and not self.player:
             self.player = self.src.name()
-            asked = f"{self.ask(MY_NAME, n=self.player)} {asked}"
+            asked = f"{self.ask(MY_NAME, n=self.player).rstrip('.!')}. {asked}"
         elif kind < 0.2:
             asked = self.src.any(DISTRACTIONS).format(n=self.src.coined().capitalize()) + asked
         self.say(asked, self.answer(PRICE, w=ware, p=price), f"{ware}: {price}.", "price", numbers=[price])

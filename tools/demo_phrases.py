@@ -150,7 +150,7 @@ ASK_PRICE = (
     "[What|How much] [will|would|does|might|could] [the|a|that|this|one|your] {w} [cost|cost me|be]?",
     "[How much|What] [are|do] you [asking|want|charge|take|get|ask] for [a|that|this|one|your] {w}?",
     "[How much|How many {c}] [is|are|for|must I pay for|do you ask for|do I need for] [a|that|your] {w}?",
-    "[What price|Which price|What sum] [has|does|do you ask for] the {w}[ have|]?", "{w}?", "the {w}?",
+    "[What price|Which price|What sum] [has|do you ask for] the {w}?", "{w}?", "the {w}?",
     "[And|So|Okay,|Now,] [what about|how about] [the|a|that] {w}?", "Does the {w} cost [a lot|much]?",
     "[What|How much] [is|for] [that|this|the|a] [nice |fine |lovely |pretty |]{w} [over there|here|]?",
     "[I'm|I am] interested in the {w}. [How much|Price|What does it cost|How much is it]?",
@@ -177,7 +177,7 @@ ASK_STOCK = (
     "[Will|Would|Can|Could] you sell [me |][{ws}|some {ws}]?", "{ws}?",
     "[I want|I'd love|I would love|I was hoping for] {a}. [Do you have one|Have you got one|Do you sell those]?",
     "[Where|How] do I [get|find|buy] {a}?", "You don't [happen to |]have {a}, do you?",
-    "[Is|Would] {a} [for sale|be for sale|available|in stock]?", "Do you have something like {a}?",
+    "Is {a} [for sale|available|in stock|on your shelves]?", "Do you have something like {a}?",
     "Someone told me you sell {ws}.", "I heard [that |]you [have|sell|keep] {ws}[.|, is that true?]")
 ASK_LIST = (
     "What do you sell?", "What do you have?", "Show me your wares.", "What is for sale?",
@@ -295,7 +295,7 @@ ASK_CHEAPER = (
     "[How much|What] [can|could|would] you take off [the price of |]the {w}?", "I want to haggle over the {w}.",
     "[Make|Sell] [me |]the {w} [cheaper|for less][, please|].", "Can't you make the {w} [a bit |]cheaper?",
     "[A|Some] discount [on|for] the {w}, [please|perhaps|maybe]?", "the {w}, but cheaper?",
-    "[Is|Can] the price of the {w} [negotiable|be lowered|be changed|fixed]?",
+    "Is the price of the {w} [negotiable|fixed|your last word|final]?",
     "[I can't afford|I cannot afford|I can't pay that much for] the {w}. [Cheaper|Can you help|Any discount]?")
 ASK_WAY = (
     "Where is the {p}?", "How do I get to the {p}?", "How do I find the {p}?", "Which way is the {p}?",
