@@ -50,7 +50,7 @@ static void test_chat_cases(void) {
     static qwen3_token ids[16384];
     qwen3_model m;
     size_t n;
-    char *file = tokenizer_read(TOKENIZER_DATA "chats.txt", &n), *at = file, *line;
+    char *file = tokenizer_data("chats.txt", &n), *at = file, *line;
     int count = 0, got;
     if (!CHECK(file != NULL) || !tokenizer_open_small(&m)) { free(file); return; }
     while ((line = tokenizer_line(&at)) != NULL) {
@@ -241,7 +241,7 @@ static void test_chat_arguments(void) {
     call.name = call.arguments = "";
     CHECK(qwen3_chat_render(&m, &chat, NULL, 0) > 0);
     qwen3i_tokenizer_free(m.tokenizer);
-    data = tokenizer_read(TOKENIZER_DATA "tokenizer.json", &n);         /* a tokenizer without <|im_start|> */
+    data = tokenizer_data("tokenizer.json", &n);         /* a tokenizer without <|im_start|> */
     if (data) bad = tokenizer_edit(data, "\"content\":\"<|im_start|>\"", "\"content\":\"<|start|>\"", &n);
     if (bad && CHECK_MSG(tokenizer_open(&m, bad, n, message) == QWEN3_OK, "%s", message)) {
         CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_UNSUPPORTED);

@@ -3,8 +3,7 @@
 #ifndef QWEN3_TESTS_TEST_TOKENIZER_H
 #define QWEN3_TESTS_TEST_TOKENIZER_H
 #include "test.h"
-
-#define TOKENIZER_DATA "tests/data/tokenizer/"
+#include "fixture.h"
 
 /* A whole file with a NUL behind it, or NULL; free it. */
 static char *tokenizer_read(const char *path, size_t *n) {
@@ -23,6 +22,13 @@ static char *tokenizer_read(const char *path, size_t *n) {
     return data;
 }
 
+/* The same for a file of tests/data/tokenizer. */
+static char *tokenizer_data(const char *name, size_t *n) {
+    char path[1024];
+    snprintf(path, sizeof path, "%s/tokenizer/%s", test_data, name);
+    return tokenizer_read(path, n);
+}
+
 /* A model that is only a tokenizer; message gets the error. */
 static qwen3_result tokenizer_open(qwen3_model *m, const char *data, size_t n, char message[256]) {
     qwen3i_err err;
@@ -36,7 +42,7 @@ static qwen3_result tokenizer_open(qwen3_model *m, const char *data, size_t n, c
 static int tokenizer_open_small(qwen3_model *m) {
     char message[256];
     size_t n;
-    char *data = tokenizer_read(TOKENIZER_DATA "tokenizer.json", &n);
+    char *data = tokenizer_data("tokenizer.json", &n);
     int ok = CHECK(data != NULL) && CHECK_MSG(tokenizer_open(m, data, n, message) == QWEN3_OK, "%s", message);
     free(data);
     return ok;
@@ -162,7 +168,7 @@ static void test_unicode(void) {
 static void test_tokenizer_strings(void) {
     qwen3_model m;
     size_t file_n;
-    char *file = tokenizer_read(TOKENIZER_DATA "strings.txt", &file_n), *at = file, *line;
+    char *file = tokenizer_data("strings.txt", &file_n), *at = file, *line;
     int count = 0;
     if (!CHECK(file != NULL) || !tokenizer_open_small(&m)) { free(file); return; }
     while ((line = tokenizer_line(&at)) != NULL) {
@@ -305,7 +311,7 @@ static void test_tokenizer_malformed(void) {
     char message[256], *bad, *deep;
     qwen3_model m;
     size_t n, k;
-    char *data = tokenizer_read(TOKENIZER_DATA "tokenizer.json", &n);
+    char *data = tokenizer_data("tokenizer.json", &n);
     int i;
     if (!CHECK(data != NULL)) return;
     for (i = 0; i < QWEN3I_COUNT(cases); i++) {
@@ -336,7 +342,7 @@ static void test_tokenizer_damaged(void) {
     qwen3_token ids[100];
     uint32_t x = 1;
     size_t n;
-    char *data = tokenizer_read(TOKENIZER_DATA "tokenizer.json", &n);
+    char *data = tokenizer_data("tokenizer.json", &n);
     int i, k;
     if (!CHECK(data != NULL)) return;
     for (i = 0; i < 200; i++) {
@@ -379,7 +385,7 @@ static void test_tokenizer_memory(void) {
     qwen3_model m;
     tokenizer_heap heap = { 0, -1, 0 };
     size_t n;
-    char *data = tokenizer_read(TOKENIZER_DATA "tokenizer.json", &n);
+    char *data = tokenizer_data("tokenizer.json", &n);
     qwen3_result r;
     int count;
     long before;
