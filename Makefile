@@ -46,7 +46,7 @@ lib: build/libqwen3.a
 
 run: example
 	@tools/welcome.sh "$(MODEL)"
-	@./example "$(MODEL)" $(ARGS)
+	@./example "$(MODEL)" $(if $(wildcard $(MODEL)/system.txt),-s @$(MODEL)/system.txt) $(ARGS)
 
 test: build/test
 	build/test
