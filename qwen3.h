@@ -523,7 +523,8 @@ struct qwen3_backend {
     qwen3_result (*forward)(void *ctx_state, const qwen3i_batch *batch, const qwen3i_err *err);
     /* The kept logits of a sequence, [n_vocab] on the host, valid until the next call. */
     qwen3_result (*logits)(void *ctx_state, int seq, const float **out, const qwen3i_err *err);
-    /* Sample and evaluate on the device. NULL: the core does it with logits() and forward().
+    /* Sample and evaluate on the device. NULL, or QWEN3_ERR_UNSUPPORTED (nothing was done): the core does it
+       with logits() and forward(). Never called with a sampler that has a filter.
        May run ahead; every other call on a sequence then drops what was not handed out. */
     qwen3_result (*next)(void *ctx_state, qwen3i_next *items, int n, const qwen3i_err *err);
     /* Keep the first n_pos positions of src in dst, and its kept logits. */
@@ -535,6 +536,35 @@ struct qwen3_backend {
     qwen3_result (*set_logits)(void *ctx_state, int seq, const float *logits, const qwen3i_err *err);
 };
 
+/* The kernels of qwen3_cuda.cu one by one, for tests and benches: a model of any shape with a context, whose
+   float32 buffers can be set and read, and the operations on them. Rows: as in a batch. */
+typedef enum qwen3_cuda_buffer {        /* [n_rows, width] float32 */
+    QWEN3_CUDA_X, QWEN3_CUDA_H, QWEN3_CUDA_Q, QWEN3_CUDA_A, QWEN3_CUDA_M, QWEN3_CUDA_LOGITS
+} qwen3_cuda_buffer;                    /* n_embd, n_embd, q_dim, q_dim, n_ff, n_vocab (of at most 64 rows) */
+typedef enum qwen3_cuda_op {
+    QWEN3_CUDA_EMBED,                   /* X = rows of the embedding                      qwen3i_embed */
+    QWEN3_CUDA_NORM,                    /* H = rmsnorm(X) with the layer's attn_norm      qwen3i_rmsnorm */
+    QWEN3_CUDA_QKV_ROPE,                /* Q, and K and V in the cache, from H            qwen3i_matmul_qkv, _rmsnorm_heads, _rope */
+    QWEN3_CUDA_ATTENTION,               /* A from Q and the cache                         qwen3i_attention */
+    QWEN3_CUDA_O_PROJ,                  /* X += Wo A                                      qwen3i_matmul_add */
+    QWEN3_CUDA_MLP,                     /* M = silu(Wgate H) * (Wup H)                    qwen3i_swiglu */
+    QWEN3_CUDA_DOWN,                    /* X += Wdown M                                   qwen3i_matmul_add */
+    QWEN3_CUDA_HEAD,                    /* LOGITS = head rmsnorm(X)                       qwen3i_rmsnorm, qwen3i_matmul */
+    QWEN3_CUDA_STEP                     /* all of a decode step, as next() does it        */
+} qwen3_cuda_op;
+typedef struct qwen3_cuda_kernels {
+    const char  *(*no_device)(void);    /* NULL if device 0 can be used, else why not */
+    /* Row-wise RMSNorm by itself, from and to host memory; x of any type, in place on the device if it is F32. */
+    qwen3_result (*rmsnorm)(float *y, const void *x, qwen3i_type type, const float *gain, int n, int width, float eps,
+                            int repeat, float *us, const qwen3i_err *err);
+    /* ctx is the ctx_state of the backend's functions. Rows of the batch that the operations then work on. */
+    qwen3_result (*rows)(void *ctx, const qwen3i_batch *batch, const qwen3i_err *err);
+    qwen3_result (*put)(void *ctx, qwen3_cuda_buffer buffer, const float *from, const qwen3i_err *err);
+    qwen3_result (*get)(void *ctx, qwen3_cuda_buffer buffer, float *to, const qwen3i_err *err);
+    /* Run it `repeat` times on a layer; us (may be NULL): mean microseconds by the device's clock. */
+    qwen3_result (*run)(void *ctx, qwen3_cuda_op op, int layer, int repeat, float *us, const qwen3i_err *err);
+} qwen3_cuda_kernels;
+
 /* Services for backends, defined with the implementation. */
 #ifdef __cplusplus
 extern "C" {
@@ -542,6 +572,9 @@ extern "C" {
 typedef struct qwen3i_model_view { const qwen3i_config *config; const qwen3i_weights *weights; const qwen3_allocator *allocator;
                                    const qwen3_token *eos; int n_eos; int n_tokens; } qwen3i_model_view;
 QWEN3_API qwen3i_model_view qwen3i_view(const qwen3_model *model);
+/* freqs [head_dim / 2]: radians a position; yarn_factor 0: as the configuration says. Returns the factor for cosines and sines. */
+QWEN3_API float qwen3i_rotation(float *freqs, const qwen3i_config *config, double yarn_factor);
+extern const qwen3_cuda_kernels *qwen3_cuda_get_kernels(void);  /* defined in qwen3_cuda.cu */
 #ifdef __cplusplus
 }
 #endif
@@ -669,6 +702,13 @@ static void *qwen3i_alloc_zero(const qwen3_allocator *a, size_t n, size_t size) 
 }
 
 /* ---- errors ------------------------------------------------------------------------------------ */
+/* Names and texts from files stand in messages, and messages on terminals: no control characters. */
+static void qwen3i_printable(char *text) {
+    unsigned char *p = (unsigned char *)text;
+    for (; *p; p++)
+        if (*p < 0x20 || *p == 0x7F || (*p == 0xC2 && p[1] >= 0x80 && p[1] < 0xA0)) *p = '?';
+}
+
 /* Write the message and return the code, so that a failure is one statement. */
 QWEN3I_PRINTF(3, 4)
 static qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, const char *format, ...) {
@@ -677,6 +717,7 @@ static qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, const ch
     va_start(args, format);
     vsnprintf(e->text, e->cap, format, args);
     va_end(args);
+    qwen3i_printable(e->text);
     return code;
 }
 
@@ -692,6 +733,7 @@ static void qwen3i_log(const qwen3_logger *logger, qwen3_log_level level, const 
     va_start(args, format);
     vsnprintf(line, sizeof line, format, args);
     va_end(args);
+    qwen3i_printable(line);
     logger->log(level, line, logger->user);
 }
 
@@ -743,7 +785,7 @@ typedef struct qwen3i_json_iter { char close; int started; } qwen3i_json_iter;
 
 static qwen3i_json qwen3i_json_begin(const void *data, size_t n) {
     qwen3i_json j;
-    j.start = j.p = (const char *)data;
+    j.start = j.p = data ? (const char *)data : "";      /* NULL + 0 is undefined in C */
     j.end = j.p + n;
     j.error = NULL;
     return j;
@@ -1078,15 +1120,16 @@ static qwen3_result qwen3i_read_all(const qwen3i_loader *l, const char *name, ui
 #if defined(_WIN32)
 typedef HANDLE qwen3i_handle;
 
+/* 1; 0: there is no such file; -1: there is, but it cannot be opened, or is no regular file. */
 static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size) {
     WCHAR wide[32768];
     LARGE_INTEGER n;
     if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, QWEN3I_COUNT(wide))) return 0;
     *h = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
-    if (*h == INVALID_HANDLE_VALUE) return 0;
-    if (GetFileSizeEx(*h, &n)) { *size = (uint64_t)n.QuadPart; return 1; }
+    if (*h == INVALID_HANDLE_VALUE) return GetLastError() == ERROR_FILE_NOT_FOUND ? 0 : -1;
+    if (GetFileType(*h) == FILE_TYPE_DISK && GetFileSizeEx(*h, &n)) { *size = (uint64_t)n.QuadPart; return 1; }
     CloseHandle(*h);
-    return 0;
+    return -1;
 }
 static void qwen3i_handle_close(qwen3i_handle h) { CloseHandle(h); }
 
@@ -1120,13 +1163,14 @@ static void qwen3i_unmap(const void *p, size_t size) { (void)size; UnmapViewOfFi
 #else /* POSIX */
 typedef int qwen3i_handle;
 
+/* 1; 0: there is no such file; -1: there is, but it cannot be opened, or is no regular file. */
 static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size) {
     struct stat st;
-    do *h = open(path, O_RDONLY); while (*h < 0 && errno == EINTR);
-    if (*h < 0) return 0;
+    do *h = open(path, O_RDONLY | O_NONBLOCK); while (*h < 0 && errno == EINTR);    /* not to wait for a pipe's writer */
+    if (*h < 0) return errno == ENOENT ? 0 : -1;
     if (fstat(*h, &st) == 0 && S_ISREG(st.st_mode) && st.st_size >= 0) { *size = (uint64_t)st.st_size; return 1; }
     close(*h);
-    return 0;
+    return -1;
 }
 static void qwen3i_handle_close(qwen3i_handle h) { close(h); }
 
@@ -1166,13 +1210,14 @@ static qwen3_result qwen3i_open_path(const qwen3i_loader *l, const char *name, i
     size_t n = strlen(l->desc->path) + strlen(name) + 2;
     char *path = (char *)qwen3i_alloc(a, n);
     qwen3i_handle h;
-    uint64_t size;
+    uint64_t size = 0;
     qwen3_result r = QWEN3_OK;
     int found;
     if (!path) return qwen3i_no_memory(l->err, "a path", n);
     snprintf(path, n, "%s/%s", l->desc->path, name);
     found = qwen3i_handle_open(&h, path, &size);
     qwen3i_free(a, path, n);
+    if (found < 0) return qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot be opened, or is no regular file", name);
     if (!found) return QWEN3_OK;
 #ifndef QWEN3_NO_MMAP
     if (map && size > 0 && size < (size_t)-1 && !(l->desc->flags & QWEN3_LOAD_NO_MMAP)) {
@@ -1289,14 +1334,11 @@ static int qwen3i_compare_offsets(const void *a, const void *b) {
 /* printf arguments for "%.*s" */
 #define QWEN3I_STR(s) (int)qwen3i_min_size((s).n, 120), (s).p
 
-static const qwen3i_tensor *qwen3i_find_tensor(const qwen3i_tensors *t, const char *name) {
+static const qwen3i_tensor *qwen3i_find_tensor(const qwen3i_tensors *t, qwen3i_str name) {
     size_t low = 0, high = t->n;
-    qwen3i_str key;
-    key.p = name;
-    key.n = strlen(name);
     while (low < high) {
         size_t mid = low + (high - low) / 2;
-        int c = qwen3i_compare_str(t->list[mid].name, key);
+        int c = qwen3i_compare_str(t->list[mid].name, name);
         if (c == 0) return &t->list[mid];
         if (c < 0) low = mid + 1; else high = mid;
     }
@@ -1354,19 +1396,48 @@ static qwen3_result qwen3i_json_fail(const qwen3i_err *err, const char *file, co
                        j->error ? j->error : "malformed");
 }
 
-/* How many tensors the header names, checking its grammar on the way. */
-static int qwen3i_count_tensors(qwen3i_json j, size_t *n, qwen3i_json *where) {
+/* A file's header being read: its tensors one by one. */
+typedef struct qwen3i_header { qwen3i_json j; qwen3i_json_iter it; int metadata; } qwen3i_header;
+
+static qwen3i_header qwen3i_header_begin(const unsigned char *file, uint64_t size) {
+    qwen3i_header h;
+    memset(&h, 0, sizeof h);
+    h.j = qwen3i_json_begin(file, 8 + (size_t)size);
+    h.j.p += 8;
+    if (size == 0 || *h.j.p != '{') qwen3i_json_bad(&h.j, "the header does not start with {");
+    qwen3i_json_open(&h.j, '{', &h.it);
+    return h;
+}
+
+/* "__metadata__": {"text": "text", ...}, once */
+static int qwen3i_header_metadata(qwen3i_header *h) {
     qwen3i_json_iter it;
-    qwen3i_str key;
-    *n = 0;
-    if (qwen3i_json_open(&j, '{', &it))
-        while (qwen3i_json_next(&j, &it, &key)) {
-            if (!qwen3i_json_is(key, "__metadata__")) ++*n;
-            qwen3i_json_skip(&j);
-        }
-    qwen3i_json_end(&j);
-    *where = j;
-    return !j.error;
+    qwen3i_str s;
+    if (h->metadata++) return qwen3i_json_bad(&h->j, "__metadata__ appears twice");
+    if (qwen3i_json_open(&h->j, '{', &it)) while (qwen3i_json_next(&h->j, &it, &s) && qwen3i_json_string(&h->j, &s)) {}
+    return !h->j.error;
+}
+
+/* 1: *t is the next tensor. 0: there is none, or h->j has an error. */
+static int qwen3i_header_next(qwen3i_header *h, qwen3i_tensor *t) {
+    t->name.n = 0;                      /* of which tensor an error is */
+    while (qwen3i_json_next(&h->j, &h->it, &t->name)) {
+        if (!qwen3i_json_is(t->name, "__metadata__")) return qwen3i_parse_tensor(&h->j, t);
+        if (!qwen3i_header_metadata(h)) return 0;
+        t->name.n = 0;
+    }
+    return 0;
+}
+
+/* How many tensors there are, and that all of them can be read. */
+static qwen3_result qwen3i_count_tensors(qwen3i_header h, const char *file, size_t *n, const qwen3i_err *err) {
+    qwen3i_tensor t;
+    for (*n = 0; qwen3i_header_next(&h, &t); ++*n) {}
+    qwen3i_json_end(&h.j);
+    if (!h.j.error) return QWEN3_OK;
+    if (t.name.n == 0) return qwen3i_json_fail(err, file, &h.j);
+    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s': byte %lu: %s", file, QWEN3I_STR(t.name),
+                       (unsigned long)qwen3i_json_offset(&h.j), h.j.error);
 }
 
 /* Every tensor's bytes must be those that its shape asks for, and all tensors must tile the data exactly. */
@@ -1415,35 +1486,26 @@ static qwen3_result qwen3i_grow_tensors(qwen3i_tensors *t, size_t more, const qw
 static qwen3_result qwen3i_parse_safetensors(const qwen3i_shard *s, qwen3i_tensors *t, const qwen3_allocator *a, const qwen3i_err *err) {
     const unsigned char *file = s->blob.data;
     uint64_t header = 0, data_size;
-    qwen3i_json j;
-    qwen3i_json_iter it;
-    qwen3i_str key;
-    qwen3i_tensor *first, *next;
+    qwen3i_header h;
+    qwen3i_tensor *first;
     qwen3_result r;
-    size_t n;
+    size_t n, k;
     int i;
     for (i = 7; i >= 0 && s->blob.size >= 8; i--) header = header << 8 | file[i];
     if (s->blob.size < 8 || header > QWEN3I_MAX_HEADER || header > s->blob.size - 8)
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: not a safetensors file, or truncated: the header is said to have %llu bytes, the file has %llu",
                            s->name, (unsigned long long)header, (unsigned long long)s->blob.size);
-    if (!qwen3i_count_tensors(qwen3i_json_begin(file + 8, (size_t)header), &n, &j)) return qwen3i_json_fail(err, s->name, &j);
-    r = qwen3i_grow_tensors(t, n, a, err);
+    h = qwen3i_header_begin(file, header);
+    r = qwen3i_count_tensors(h, s->name, &n, err);
+    if (r == QWEN3_OK) r = qwen3i_grow_tensors(t, n, a, err);
     if (r != QWEN3_OK) return r;
     data_size = s->blob.size - 8 - header;
-    first = next = t->list + t->n;
-    j = qwen3i_json_begin(file + 8, (size_t)header);
-    qwen3i_json_open(&j, '{', &it);
-    while (qwen3i_json_next(&j, &it, &key)) {
-        if (qwen3i_json_is(key, "__metadata__")) { qwen3i_json_skip(&j); continue; }
-        next->name = key;
-        if (!qwen3i_parse_tensor(&j, next)) {
-            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s': byte %lu: %s", s->name, QWEN3I_STR(key),
-                               (unsigned long)(8 + qwen3i_json_offset(&j)), j.error);
-        }
-        next->file = s->name;
-        next->data = file + 8 + header + (next->begin <= data_size ? next->begin : 0);
-        next++;
+    first = t->list + t->n;
+    for (k = 0; k < n && qwen3i_header_next(&h, &first[k]); k++) {
+        first[k].file = s->name;
+        first[k].data = file + 8 + header + (first[k].begin <= data_size ? first[k].begin : 0);
     }
+    if (k < n) return qwen3i_fail(err, QWEN3_ERR_IO, "%s: the file was changed while it was read", s->name);
     r = qwen3i_check_layout(first, n, s->name, data_size, err);
     if (r == QWEN3_OK) t->n += n;
     return r;
@@ -1526,12 +1588,7 @@ static qwen3_result qwen3i_visit_shard(qwen3i_loader *l, qwen3i_str tensor, qwen
 /* The index must not promise what the shards do not hold. */
 static qwen3_result qwen3i_visit_check(qwen3i_loader *l, qwen3i_str tensor, qwen3i_str file, void *arg) {
     const qwen3i_tensors *t = (const qwen3i_tensors *)arg;
-    const qwen3i_tensor *hit;
-    char name[256];
-    if (tensor.n >= sizeof name) return QWEN3_OK;       /* no tensor that we use has such a name */
-    memcpy(name, tensor.p, tensor.n);
-    name[tensor.n] = '\0';
-    hit = qwen3i_find_tensor(t, name);
+    const qwen3i_tensor *hit = qwen3i_find_tensor(t, tensor);
     if (hit && strlen(hit->file) == file.n && memcmp(hit->file, file.p, file.n) == 0) return QWEN3_OK;
     return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%.*s: tensor '%.*s' is missing from it, though the index names it",
                        QWEN3I_STR(file), QWEN3I_STR(tensor));
@@ -2137,7 +2194,7 @@ QWEN3_API int qwen3_utf8_complete(const char *bytes, int n) {
     return n;
 }
 
-/* ---- properties ---------------------------------------------------------------------------------- */
+/* ---- properties -------------------------------------------------------------------------------------- */
 /* Index of the last of n ascending keys that is not above key; keys[0] is. */
 static int qwen3i_uc_search(const uint32_t *keys, int n, int stride, uint32_t key) {
     int low = 0, high = n;              /* keys[low] <= key < keys[high] */
@@ -2167,7 +2224,7 @@ static int qwen3i_class(const unsigned char *classes, uint32_t c) {
     return c < QWEN3I_CLASSES_LOW ? classes[c] : qwen3i_uc_property(c) & 7;
 }
 
-/* ---- normal form C -------------------------------------------------------------------------------- */
+/* ---- normal form C ----------------------------------------------------------------------------------- */
 enum { QWEN3I_S = 0xAC00, QWEN3I_L = 0x1100, QWEN3I_V = 0x1161, QWEN3I_T = 0x11A7,    /* Hangul is arithmetic */
        QWEN3I_LS = 19, QWEN3I_VS = 21, QWEN3I_TS = 28, QWEN3I_SS = 11172 };
 
@@ -2348,34 +2405,37 @@ static const char *qwen3i_normalize(qwen3i_nfc *w, const unsigned char *classes,
 /* ================================================================================================
    TOKENIZER: byte-level BPE. Text is normalised, cut into words, and the bytes of each word are merged.
    ================================================================================================ */
-#define QWEN3I_MAX_ID      (1 << 24)
+#define QWEN3I_MAX_ID      0xFFFFFFu    /* ids and ranks are below: 8 bits of the hash go with them in a table's slot */
 #define QWEN3I_MAX_ADDED   1024         /* bytes in an added token: bounds the work at each byte of text */
 #define QWEN3I_MAX_PROBES  2048         /* a table that needs more was made to be slow */
 #define QWEN3I_SHORT_WORD  64           /* bytes up to which words are merged on the stack */
 #define QWEN3I_NONE        0xFFFFFFFFu
-#define QWEN3I_WHOLE       0x80000000u  /* flag of an id in the word table: BPE gives the word this one token */
+#define QWEN3I_WHOLE       0x80000000u  /* flag of a length: BPE of these bytes gives this one token */
 
 /* The expression that cuts text into words; qwen3i_word_end is this, by hand. */
 #define QWEN3I_WORD_EXPRESSION "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|" \
                                " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 
-typedef struct qwen3i_text { uint32_t start, length; } qwen3i_text;    /* in qwen3i_tokenizer.bytes; length 0: no token */
-typedef struct qwen3i_word { uint32_t hash, id; } qwen3i_word;         /* id NONE: free */
-typedef struct qwen3i_pair { uint32_t left, right, rank, id; } qwen3i_pair; /* left NONE: free; id: what they merge to */
+typedef struct qwen3i_text { uint32_t start, length; } qwen3i_text;     /* in bytes; length 0: there is no such token */
+typedef struct qwen3i_pair { uint32_t left, right, id; } qwen3i_pair;   /* two tokens and what they merge to */
+typedef struct qwen3i_table { uint32_t *slots, mask, used; } qwen3i_table;  /* slot: tag << 24 | index, or NONE */
 
 enum { QWEN3I_ADDED_SPECIAL = 1, QWEN3I_ADDED_PLAIN = 2, QWEN3I_ADDED_RAW = 4, QWEN3I_ADDED_NORMALIZED = 8,
        QWEN3I_ADDED_ALL = 15 };
-typedef struct qwen3i_added { const char *p; uint32_t length; int id, kinds; } qwen3i_added; /* SPECIAL or PLAIN, RAW or NORM. */
+typedef struct qwen3i_added {
+    const char *p; uint32_t length;
+    int id, kinds;                      /* SPECIAL or PLAIN; RAW or NORMALIZED: the text that it is looked for in */
+} qwen3i_added;
 
 struct qwen3i_tokenizer {               /* immutable once loaded */
     qwen3_allocator allocator;
     qwen3i_buf    bytes;                /* the bytes of all tokens */
     qwen3i_text  *texts;                /* [cap_texts] by id */
     int           n_tokens, cap_texts;
-    qwen3i_word  *words;                /* hash table [word_mask + 1]: bytes -> id, without added tokens */
-    uint32_t      word_mask, n_words;
-    qwen3i_pair  *pairs;                /* hash table [pair_mask + 1]: two ids -> one */
-    uint32_t      pair_mask, n_pairs;
+    qwen3i_table  words;                /* of the ids of texts, without added tokens */
+    qwen3i_pair  *pairs;                /* [cap_pairs] by rank */
+    uint32_t      n_pairs, cap_pairs;
+    qwen3i_table  merges;               /* of the ranks of pairs */
     uint32_t      byte_id[256];
     qwen3i_added *added;                /* [n_added] ordered by text */
     int           n_added, cap_added;
@@ -2393,8 +2453,9 @@ static void qwen3i_tokenizer_free(qwen3i_tokenizer *t) {
     a = t->allocator;
     qwen3i_free(&a, t->bytes.p, t->bytes.cap);
     qwen3i_free(&a, t->texts, (size_t)t->cap_texts * sizeof *t->texts);
-    qwen3i_free(&a, t->words, t->words ? ((size_t)t->word_mask + 1) * sizeof *t->words : 0);
-    qwen3i_free(&a, t->pairs, t->pairs ? ((size_t)t->pair_mask + 1) * sizeof *t->pairs : 0);
+    qwen3i_free(&a, t->words.slots, ((size_t)t->words.mask + 1) * sizeof *t->words.slots);
+    qwen3i_free(&a, t->pairs, (size_t)t->cap_pairs * sizeof *t->pairs);
+    qwen3i_free(&a, t->merges.slots, ((size_t)t->merges.mask + 1) * sizeof *t->merges.slots);
     qwen3i_free(&a, t->added, (size_t)t->cap_added * sizeof *t->added);
     qwen3i_free(&a, t, sizeof *t);
 }
@@ -2405,54 +2466,57 @@ static uint32_t qwen3i_word_hash(const char *p, size_t n) {
     return (uint32_t)(h ^ (h >> 32));
 }
 
-/* The word's slot, or the free one where it belongs; NULL: that would be too far. */
-static qwen3i_word *qwen3i_find_word(const qwen3i_tokenizer *t, const char *p, size_t n, uint32_t hash) {
-    uint32_t probe;
-    for (probe = 0; probe < QWEN3I_MAX_PROBES; probe++) {
-        qwen3i_word *w = &t->words[(hash + probe) & t->word_mask];
-        const qwen3i_text *text;
-        if (w->id == QWEN3I_NONE) return w;
-        if (w->hash != hash) continue;
-        text = &t->texts[w->id & ~QWEN3I_WHOLE];
-        if (text->length == n && memcmp(t->bytes.p + text->start, p, n) == 0) return w;
-    }
-    return NULL;
-}
-
-/* The id of a word, perhaps with the flag WHOLE; NONE. */
-static uint32_t qwen3i_word_id(const qwen3i_tokenizer *t, const char *p, size_t n) {
-    const qwen3i_word *w = qwen3i_find_word(t, p, n, qwen3i_word_hash(p, n));
-    return w ? w->id : QWEN3I_NONE;
-}
-
 static uint32_t qwen3i_pair_hash(uint32_t left, uint32_t right) {
     uint64_t h = ((uint64_t)left << 32 | right) * 0x9E3779B97F4A7C15u;
     h = (h ^ (h >> 29)) * 0xBF58476D1CE4E5B9u;
     return (uint32_t)(h >> 32);
 }
 
-/* The slot of the merge of left and right, or the free one where it belongs; NULL: that would be too far. */
-static qwen3i_pair *qwen3i_pair_slot(const qwen3i_tokenizer *t, uint32_t left, uint32_t right) {
-    uint32_t hash = qwen3i_pair_hash(left, right), probe;
+/* The slot of a word, or the free one where it belongs; NULL: that would be too far. */
+static uint32_t *qwen3i_word_slot(const qwen3i_tokenizer *t, const char *p, size_t n, uint32_t hash) {
+    uint32_t probe;
     for (probe = 0; probe < QWEN3I_MAX_PROBES; probe++) {
-        qwen3i_pair *m = &t->pairs[(hash + probe) & t->pair_mask];
-        if ((m->left == left && m->right == right) || m->left == QWEN3I_NONE) return m;
+        uint32_t *slot = &t->words.slots[(hash + probe) & t->words.mask];
+        const qwen3i_text *text;
+        if (*slot == QWEN3I_NONE) return slot;
+        if ((*slot ^ hash) >> 24) continue;
+        text = &t->texts[*slot & QWEN3I_MAX_ID];
+        if ((text->length & ~QWEN3I_WHOLE) == n && memcmp(t->bytes.p + text->start, p, n) == 0) return slot;
     }
     return NULL;
 }
 
-/* What left and right merge to, or NULL. */
-static const qwen3i_pair *qwen3i_find_pair(const qwen3i_tokenizer *t, uint32_t left, uint32_t right) {
-    const qwen3i_pair *m = qwen3i_pair_slot(t, left, right);
-    return m && m->left == left ? m : NULL;
+static uint32_t *qwen3i_pair_slot(const qwen3i_tokenizer *t, uint32_t left, uint32_t right, uint32_t hash) {
+    uint32_t probe;
+    for (probe = 0; probe < QWEN3I_MAX_PROBES; probe++) {
+        uint32_t *slot = &t->merges.slots[(hash + probe) & t->merges.mask];
+        const qwen3i_pair *pair;
+        if (*slot == QWEN3I_NONE) return slot;
+        if ((*slot ^ hash) >> 24) continue;
+        pair = &t->pairs[*slot & QWEN3I_MAX_ID];
+        if (pair->left == left && pair->right == right) return slot;
+    }
+    return NULL;
+}
+
+/* The id of a word, or NONE. */
+static uint32_t qwen3i_word_id(const qwen3i_tokenizer *t, const char *p, size_t n) {
+    const uint32_t *slot = qwen3i_word_slot(t, p, n, qwen3i_word_hash(p, n));
+    return !slot || *slot == QWEN3I_NONE ? QWEN3I_NONE : *slot & QWEN3I_MAX_ID;
+}
+
+/* The rank of the merge of left and right, or NONE. */
+static uint32_t qwen3i_rank(const qwen3i_tokenizer *t, uint32_t left, uint32_t right) {
+    const uint32_t *slot = qwen3i_pair_slot(t, left, right, qwen3i_pair_hash(left, right));
+    return !slot || *slot == QWEN3I_NONE ? QWEN3I_NONE : *slot & QWEN3I_MAX_ID;
 }
 
 /* The longest added token of these kinds that starts at p; NULL: none does. */
 static const qwen3i_added *qwen3i_added_at(const qwen3i_tokenizer *t, const char *p, const char *end, int kinds) {
     int low = 0, high = t->n_added, middle, stop;
     uint32_t depth;
-    const qwen3i_added *best = NULL;
-    for (depth = 0; low < high && p < end; depth++, p++) {      /* [low, high): those that start with the bytes so far */
+    const qwen3i_added *best = NULL, *shortest;
+    for (depth = 0; low < high && p < end; depth++, p++) {  /* [low, high): those that start with the bytes so far */
         unsigned char c = (unsigned char)*p;
         if (t->added[low].length == depth) low++;
         for (stop = high; low < stop;) {
@@ -2463,7 +2527,8 @@ static const qwen3i_added *qwen3i_added_at(const qwen3i_tokenizer *t, const char
             middle = stop + (high - stop) / 2;
             if ((unsigned char)t->added[middle].p[depth] > c) high = middle; else stop = middle + 1;
         }
-        if (low < high && t->added[low].length == depth + 1 && (t->added[low].kinds & ~kinds) == 0) best = &t->added[low];
+        shortest = &t->added[low];
+        if (low < high && shortest->length == depth + 1 && (shortest->kinds & ~kinds) == 0) best = shortest;
     }
     return best;
 }
@@ -2541,20 +2606,20 @@ static const char *qwen3i_word_end(const qwen3i_tokenizer *t, const char *p, con
 /* ---- merging ----------------------------------------------------------------------------------------- */
 /* BPE of a word of at most QWEN3I_SHORT_WORD bytes into ids; returns how many. */
 static int qwen3i_merge_short(const qwen3i_tokenizer *t, const char *p, int n, uint32_t *ids) {
-    const qwen3i_pair *pair[QWEN3I_SHORT_WORD];     /* [i]: what ids[i] and ids[i+1] merge to */
+    uint32_t rank[QWEN3I_SHORT_WORD];   /* [i]: of the merge of ids[i] and ids[i+1] */
     int i, best;
     for (i = 0; i < n; i++) ids[i] = t->byte_id[(unsigned char)p[i]];
-    for (i = 0; i + 1 < n; i++) pair[i] = qwen3i_find_pair(t, ids[i], ids[i + 1]);
-    for (;;) {
-        for (best = -1, i = 0; i + 1 < n; i++)
-            if (pair[i] && (best < 0 || pair[i]->rank < pair[best]->rank)) best = i;
-        if (best < 0) return n;
-        ids[best] = pair[best]->id;
+    for (i = 0; i + 1 < n; i++) rank[i] = qwen3i_rank(t, ids[i], ids[i + 1]);
+    while (n > 1) {
+        for (best = 0, i = 1; i + 1 < n; i++) if (rank[i] < rank[best]) best = i;
+        if (rank[best] == QWEN3I_NONE) break;
+        ids[best] = t->pairs[rank[best]].id;
         n--;
-        for (i = best + 1; i < n; i++) { ids[i] = ids[i + 1]; pair[i - 1] = pair[i]; }
-        if (best + 1 < n) pair[best] = qwen3i_find_pair(t, ids[best], ids[best + 1]);
-        if (best > 0) pair[best - 1] = qwen3i_find_pair(t, ids[best - 1], ids[best]);
+        for (i = best + 1; i < n; i++) { ids[i] = ids[i + 1]; rank[i - 1] = rank[i]; }
+        if (best + 1 < n) rank[best] = qwen3i_rank(t, ids[best], ids[best + 1]);
+        if (best > 0) rank[best - 1] = qwen3i_rank(t, ids[best - 1], ids[best]);
     }
+    return n;
 }
 
 /* Long words: a list of symbols and a heap of possible merges, by rank and then from the left. */
@@ -2588,9 +2653,8 @@ static uint64_t qwen3i_heap_pop(uint64_t *heap, size_t *n) {
 /* Find the merge of symbol i with its successor anew. */
 static void qwen3i_merger_update(qwen3i_merger *m, uint32_t i) {
     qwen3i_symbol *s = &m->symbols[i];
-    const qwen3i_pair *pair = s->next == QWEN3I_NONE ? NULL : qwen3i_find_pair(m->t, s->id, m->symbols[s->next].id);
-    s->rank = pair ? pair->rank : QWEN3I_NONE;
-    if (pair) qwen3i_heap_push(m->heap, &m->n_heap, (uint64_t)pair->rank << 32 | i);
+    s->rank = s->next == QWEN3I_NONE ? QWEN3I_NONE : qwen3i_rank(m->t, s->id, m->symbols[s->next].id);
+    if (s->rank != QWEN3I_NONE) qwen3i_heap_push(m->heap, &m->n_heap, (uint64_t)s->rank << 32 | i);
 }
 
 static void qwen3i_merger_run(qwen3i_merger *m) {
@@ -2600,7 +2664,7 @@ static void qwen3i_merger_run(qwen3i_merger *m) {
         qwen3i_symbol *s = &m->symbols[i];
         if (s->rank != (uint32_t)(top >> 32)) continue;
         k = s->next;
-        s->id = qwen3i_find_pair(m->t, s->id, m->symbols[k].id)->id;
+        s->id = m->t->pairs[s->rank].id;
         s->next = m->symbols[k].next;
         m->symbols[k].rank = QWEN3I_NONE;
         if (s->next != QWEN3I_NONE) m->symbols[s->next].previous = i;
@@ -2667,7 +2731,7 @@ static int qwen3i_encode_word(qwen3i_encoder *e, const char *p, size_t n) {
     uint32_t ids[QWEN3I_SHORT_WORD], i;
     qwen3i_merger m;
     uint32_t id = qwen3i_word_id(e->t, p, n);
-    if (id != QWEN3I_NONE && (id & QWEN3I_WHOLE)) { qwen3i_put(e, id & ~QWEN3I_WHOLE); return 1; }
+    if (id != QWEN3I_NONE && (e->t->texts[id].length & QWEN3I_WHOLE)) { qwen3i_put(e, id); return 1; }
     if (n <= QWEN3I_SHORT_WORD) {
         uint32_t count = (uint32_t)qwen3i_merge_short(e->t, p, (int)n, ids);
         for (i = 0; i < count; i++) qwen3i_put(e, ids[i]);
@@ -2722,7 +2786,8 @@ static qwen3_result qwen3i_encode_special(qwen3i_encoder *e, const char *p, size
 QWEN3_API int qwen3_encode(const qwen3_model *model, const char *text, size_t n_bytes, int flags,
                            qwen3_token *out, int cap) {
     qwen3i_encoder e;
-    if (!model || (!text && n_bytes) || (flags & ~QWEN3_PARSE_SPECIAL) || cap < 0 || (!out && cap)) return QWEN3_ERR_ARG;
+    if (!model || (!text && n_bytes) || cap < 0 || (!out && cap)) return QWEN3_ERR_ARG;
+    if (flags & ~QWEN3_PARSE_SPECIAL) return QWEN3_ERR_ARG;
     if (!model->tokenizer) return QWEN3_ERR_UNSUPPORTED;
     if (n_bytes == 0) return 0;
     e = qwen3i_encoder_make(model->tokenizer, out, cap);
@@ -2732,8 +2797,8 @@ QWEN3_API int qwen3_encode(const qwen3_model *model, const char *text, size_t n_
 
 QWEN3_API const char *qwen3_token_bytes(const qwen3_model *model, qwen3_token token, int *n_bytes) {
     const qwen3i_tokenizer *t = model ? model->tokenizer : NULL;
-    int known = t && token >= 0 && token < t->n_tokens && t->texts[token].length > 0;
-    if (n_bytes) *n_bytes = known ? (int)t->texts[token].length : 0;
+    int known = t && token >= 0 && token < t->n_tokens && (t->texts[token].length & ~QWEN3I_WHOLE) > 0;
+    if (n_bytes) *n_bytes = known ? (int)(t->texts[token].length & ~QWEN3I_WHOLE) : 0;
     return known ? t->bytes.p + t->texts[token].start : NULL;
 }
 
@@ -2741,7 +2806,7 @@ QWEN3_API qwen3_token qwen3_token_id(const qwen3_model *model, const char *added
     return model && model->tokenizer && added_token ? qwen3i_added_id(model->tokenizer, added_token) : -1;
 }
 
-/* ---- loading: tables that grow, while the files are read -------------------------------------------------- */
+/* ---- loading: tables that grow, while the files are read --------------------------------------------- */
 typedef struct qwen3i_vocab_loader {
     qwen3i_tokenizer *t;
     const char       *file;             /* in messages */
@@ -2761,50 +2826,54 @@ static qwen3_result qwen3i_vocab_memory(const qwen3i_vocab_loader *l) {
 
 /* The reader found something wrong. */
 static qwen3_result qwen3i_vocab_json(const qwen3i_vocab_loader *l) {
+    const char *why = l->json.error ? l->json.error : "not understood";
     return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: byte %llu: %s", l->file,
-                       (unsigned long long)qwen3i_json_offset(&l->json), l->json.error ? l->json.error : "not understood");
+                       (unsigned long long)qwen3i_json_offset(&l->json), why);
 }
 
 static qwen3_result qwen3i_vocab_slow(const qwen3i_vocab_loader *l) {
     return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: the vocabulary cannot be hashed", l->file);
 }
 
-/* Twice the slots, if more than half are taken. */
-static int qwen3i_words_grow(qwen3i_tokenizer *t) {
-    const qwen3i_word *old = t->words;
-    uint32_t old_mask = t->word_mask, i, k;
-    qwen3i_word *w;
-    if (old && t->n_words <= old_mask / 2) return 1;
-    t->word_mask = old ? old_mask * 2 + 1 : 1023;
-    w = (qwen3i_word *)qwen3i_alloc_array(&t->allocator, (size_t)t->word_mask + 1, sizeof *w);
-    if (!w) { t->word_mask = old_mask; return 0; }
-    memset(w, 0xFF, ((size_t)t->word_mask + 1) * sizeof *w);     /* all free */
-    for (i = 0; old && i <= old_mask; i++) {
-        if (old[i].id == QWEN3I_NONE) continue;
-        for (k = old[i].hash & t->word_mask; w[k].id != QWEN3I_NONE; k = (k + 1) & t->word_mask) {}
-        w[k] = old[i];
+/* Twice the slots, if more than three quarters are taken. */
+static int qwen3i_table_grow(const qwen3i_tokenizer *t, qwen3i_table *table, int of_words) {
+    const uint32_t *old = table->slots;
+    uint32_t old_n = old ? table->mask + 1 : 0, n = old ? 2 * old_n : 1024, i, k, hash, *slots;
+    if (table->used < old_n / 4 * 3) return 1;
+    slots = (uint32_t *)qwen3i_alloc_array(&t->allocator, n, sizeof *slots);
+    if (!slots) return 0;
+    memset(slots, 0xFF, n * sizeof *slots);     /* all free */
+    for (i = 0; i < old_n; i++) {
+        const uint32_t index = old[i] & QWEN3I_MAX_ID;
+        if (old[i] == QWEN3I_NONE) continue;
+        hash = of_words ? qwen3i_word_hash(t->bytes.p + t->texts[index].start, t->texts[index].length)
+                        : qwen3i_pair_hash(t->pairs[index].left, t->pairs[index].right);
+        for (k = hash & (n - 1); slots[k] != QWEN3I_NONE; k = (k + 1) & (n - 1)) {}
+        slots[k] = old[i];
     }
-    qwen3i_free(&t->allocator, old, old ? ((size_t)old_mask + 1) * sizeof *old : 0);
-    t->words = w;
+    qwen3i_free(&t->allocator, old, old_n * sizeof *old);
+    table->slots = slots;
+    table->mask = n - 1;
     return 1;
 }
 
+/* Put index into the slot that was found for it. */
+static void qwen3i_table_put(qwen3i_table *table, uint32_t *slot, uint32_t hash, uint32_t index) {
+    table->used += *slot == QWEN3I_NONE;
+    *slot = (hash & ~QWEN3I_MAX_ID) | index;
+}
+
+/* Room for one more pair. */
 static int qwen3i_pairs_grow(qwen3i_tokenizer *t) {
-    const qwen3i_pair *old = t->pairs;
-    uint32_t old_mask = t->pair_mask, i, k;
+    uint32_t cap = t->cap_pairs ? 2 * t->cap_pairs : 1024;
     qwen3i_pair *p;
-    if (old && t->n_pairs <= old_mask / 2) return 1;
-    t->pair_mask = old ? old_mask * 2 + 1 : 1023;
-    p = (qwen3i_pair *)qwen3i_alloc_array(&t->allocator, (size_t)t->pair_mask + 1, sizeof *p);
-    if (!p) { t->pair_mask = old_mask; return 0; }
-    memset(p, 0xFF, ((size_t)t->pair_mask + 1) * sizeof *p);     /* all free */
-    for (i = 0; old && i <= old_mask; i++) {
-        if (old[i].left == QWEN3I_NONE) continue;
-        for (k = qwen3i_pair_hash(old[i].left, old[i].right) & t->pair_mask; p[k].left != QWEN3I_NONE; k = (k + 1) & t->pair_mask) {}
-        p[k] = old[i];
-    }
-    qwen3i_free(&t->allocator, old, old ? ((size_t)old_mask + 1) * sizeof *old : 0);
+    if (t->n_pairs < t->cap_pairs) return 1;
+    p = (qwen3i_pair *)qwen3i_alloc_array(&t->allocator, cap, sizeof *p);
+    if (!p) return 0;
+    if (t->n_pairs) memcpy(p, t->pairs, t->n_pairs * sizeof *p);
+    qwen3i_free(&t->allocator, t->pairs, t->cap_pairs * sizeof *p);
     t->pairs = p;
+    t->cap_pairs = cap;
     return 1;
 }
 
@@ -2827,7 +2896,7 @@ static int qwen3i_texts_grow(qwen3i_tokenizer *t, int id) {
 static qwen3_result qwen3i_vocab_text(qwen3i_vocab_loader *l, int64_t id) {
     qwen3i_tokenizer *t = l->t;
     const qwen3i_buf *text = &l->text;
-    if (id < 0 || id >= QWEN3I_MAX_ID || (uint64_t)id > l->max_id)
+    if (id < 0 || id >= (int64_t)QWEN3I_MAX_ID || (uint64_t)id > l->max_id)
         return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld, which is out of range",
                            l->file, QWEN3I_SHOW(text->n), text->p, (long long)id);
     if (text->n == 0) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token %lld is empty", l->file, (long long)id);
@@ -2843,7 +2912,7 @@ static qwen3_result qwen3i_vocab_text(qwen3i_vocab_loader *l, int64_t id) {
     return QWEN3_OK;
 }
 
-/* ---- loading: vocabulary and merges ------------------------------------------------------------------------ */
+/* ---- loading: vocabulary and merges ------------------------------------------------------------------ */
 /* The byte that a character of a vocabulary stands for, or -1: printable bytes stand for themselves, the
    others are written as U+0100 and up. */
 static int qwen3i_alphabet(uint32_t c) {
@@ -2870,9 +2939,10 @@ static int qwen3i_alphabet_decode(qwen3i_buf *out, const char *p, size_t n) {
     return 1;
 }
 
-/* The same for a string of JSON. */
-static int qwen3i_vocab_decode(qwen3i_buf *out, qwen3i_str s) {
+/* The same for a string, which is still escaped if it comes from JSON. */
+static int qwen3i_vocab_decode(qwen3i_buf *out, qwen3i_str s, int escaped) {
     char *raw;                          /* behind its own decoding, which never overtakes it */
+    if (!escaped) return qwen3i_alphabet_decode(out, s.p, s.n);
     if (!qwen3i_buf_reserve(out, 2 * s.n + 1)) return -1;
     raw = out->p + out->n + s.n;
     return qwen3i_alphabet_decode(out, raw, qwen3i_json_unescape(s, raw));
@@ -2880,24 +2950,21 @@ static int qwen3i_vocab_decode(qwen3i_buf *out, qwen3i_str s) {
 
 static qwen3_result qwen3i_vocab_token(qwen3i_vocab_loader *l, qwen3i_str key, int64_t id) {
     qwen3i_tokenizer *t = l->t;
-    qwen3i_word *w;
-    uint32_t hash;
+    uint32_t *slot, hash;
     qwen3_result r;
-    int whole;
+    int is_word;
     l->text.n = 0;
-    whole = qwen3i_vocab_decode(&l->text, key);
-    if (whole < 0) return qwen3i_vocab_memory(l);
+    is_word = qwen3i_vocab_decode(&l->text, key, 1);
+    if (is_word < 0) return qwen3i_vocab_memory(l);
     r = qwen3i_vocab_text(l, id);
-    if (r != QWEN3_OK || !whole) return r;
-    if (!qwen3i_words_grow(t)) return qwen3i_vocab_memory(l);
+    if (r != QWEN3_OK || !is_word) return r;
+    if (!qwen3i_table_grow(t, &t->words, 1)) return qwen3i_vocab_memory(l);
     hash = qwen3i_word_hash(l->text.p, l->text.n);
-    w = qwen3i_find_word(t, l->text.p, l->text.n, hash);
-    if (!w) return qwen3i_vocab_slow(l);
-    if (w->id != QWEN3I_NONE)
-        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" is there twice", l->file, QWEN3I_SHOW(key.n), key.p);
-    w->hash = hash;
-    w->id = (uint32_t)id;
-    t->n_words++;
+    slot = qwen3i_word_slot(t, l->text.p, l->text.n, hash);
+    if (!slot) return qwen3i_vocab_slow(l);
+    if (*slot != QWEN3I_NONE) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" is there twice", l->file,
+                                                 QWEN3I_SHOW(key.n), key.p);
+    qwen3i_table_put(&t->words, slot, hash, (uint32_t)id);
     if (l->text.n == 1) t->byte_id[(unsigned char)l->text.p[0]] = (uint32_t)id;
     return QWEN3_OK;
 }
@@ -2920,31 +2987,30 @@ static uint32_t qwen3i_vocab_find(const qwen3i_tokenizer *t, const qwen3i_buf *b
     return n ? qwen3i_word_id(t, p, n) : QWEN3I_NONE;
 }
 
-/* Merge number rank; a and b are vocabulary texts, to be unescaped if they come from JSON. */
-static qwen3_result qwen3i_vocab_merge(qwen3i_vocab_loader *l, uint32_t rank, qwen3i_str a, qwen3i_str b, int escaped) {
+/* The next merge; a and b are vocabulary texts, to be unescaped if they come from JSON. */
+static qwen3_result qwen3i_vocab_merge(qwen3i_vocab_loader *l, qwen3i_str a, qwen3i_str b, int escaped) {
     qwen3i_tokenizer *t = l->t;
     qwen3i_buf *both = &l->joined;
-    qwen3i_pair *pair;
-    uint32_t left, right, id;
+    qwen3i_pair pair;
+    uint32_t *slot, hash;
     size_t n;
     both->n = 0;
-    if ((escaped ? qwen3i_vocab_decode(both, a) : qwen3i_alphabet_decode(both, a.p, a.n)) < 0) return qwen3i_vocab_memory(l);
+    if (qwen3i_vocab_decode(both, a, escaped) < 0) return qwen3i_vocab_memory(l);
     n = both->n;
-    left = qwen3i_vocab_find(t, both, 0);
-    if ((escaped ? qwen3i_vocab_decode(both, b) : qwen3i_alphabet_decode(both, b.p, b.n)) < 0) return qwen3i_vocab_memory(l);
-    right = qwen3i_vocab_find(t, both, n);
-    id = qwen3i_vocab_find(t, both, 0);
-    if (left == QWEN3I_NONE || right == QWEN3I_NONE || id == QWEN3I_NONE)
+    pair.left = qwen3i_vocab_find(t, both, 0);
+    if (qwen3i_vocab_decode(both, b, escaped) < 0) return qwen3i_vocab_memory(l);
+    pair.right = qwen3i_vocab_find(t, both, n);
+    pair.id = qwen3i_vocab_find(t, both, 0);
+    if (pair.left == QWEN3I_NONE || pair.right == QWEN3I_NONE || pair.id == QWEN3I_NONE)
         return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: merge %u (\"%.*s\" \"%.*s\") names a token that is not there",
-                           l->file, rank, QWEN3I_SHOW(a.n), a.p, QWEN3I_SHOW(b.n), b.p);
-    if (!qwen3i_pairs_grow(t)) return qwen3i_vocab_memory(l);
-    pair = qwen3i_pair_slot(t, left, right);
-    if (!pair) return qwen3i_vocab_slow(l);
-    if (pair->left == QWEN3I_NONE) t->n_pairs++;
-    pair->left = left;
-    pair->right = right;
-    pair->rank = rank;                  /* of merges that are there twice the last one counts */
-    pair->id = id;
+                           l->file, (unsigned)t->n_pairs, QWEN3I_SHOW(a.n), a.p, QWEN3I_SHOW(b.n), b.p);
+    if (t->n_pairs == QWEN3I_MAX_ID) return qwen3i_vocab_slow(l);
+    if (!qwen3i_pairs_grow(t) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(l);
+    hash = qwen3i_pair_hash(pair.left, pair.right);
+    slot = qwen3i_pair_slot(t, pair.left, pair.right, hash);
+    if (!slot) return qwen3i_vocab_slow(l);
+    t->pairs[t->n_pairs] = pair;
+    qwen3i_table_put(&t->merges, slot, hash, t->n_pairs++);     /* of a merge that is there twice the last one counts */
     return QWEN3_OK;
 }
 
@@ -2959,43 +3025,42 @@ static int qwen3i_merge_split(qwen3i_str line, qwen3i_str *a, qwen3i_str *b) {
     return a->n > 0 && b->n > 0 && !memchr(b->p, ' ', b->n);
 }
 
-static qwen3_result qwen3i_merge_malformed(const qwen3i_vocab_loader *l, uint32_t rank) {
-    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: merge %u does not have two parts", l->file, rank);
+static qwen3_result qwen3i_merge_malformed(const qwen3i_vocab_loader *l) {
+    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: merge %u does not have two parts", l->file,
+                       (unsigned)l->t->n_pairs);
 }
 
 /* One element of "merges": ["a", "b"] or "a b". */
-static qwen3_result qwen3i_vocab_merge_json(qwen3i_vocab_loader *l, uint32_t rank) {
+static qwen3_result qwen3i_vocab_merge_json(qwen3i_vocab_loader *l) {
     qwen3i_json *j = &l->json;
     qwen3i_json_iter it;
     qwen3i_str part[2];
     int n = 0;
     if (qwen3i_json_peek(j) == '"') {
         if (!qwen3i_json_string(j, &part[0])) return qwen3i_vocab_json(l);
-        return qwen3i_merge_split(part[0], &part[0], &part[1]) ? qwen3i_vocab_merge(l, rank, part[0], part[1], 1)
-                                                              : qwen3i_merge_malformed(l, rank);
+        return qwen3i_merge_split(part[0], &part[0], &part[1]) ? qwen3i_vocab_merge(l, part[0], part[1], 1)
+                                                              : qwen3i_merge_malformed(l);
     }
     if (!qwen3i_json_open(j, '[', &it)) return qwen3i_vocab_json(l);
     while (qwen3i_json_next(j, &it, NULL)) {
-        if (n == 2) return qwen3i_merge_malformed(l, rank);
+        if (n == 2) return qwen3i_merge_malformed(l);
         if (!qwen3i_json_string(j, &part[n++])) return qwen3i_vocab_json(l);
     }
     if (j->error) return qwen3i_vocab_json(l);
-    return n == 2 ? qwen3i_vocab_merge(l, rank, part[0], part[1], 1) : qwen3i_merge_malformed(l, rank);
+    return n == 2 ? qwen3i_vocab_merge(l, part[0], part[1], 1) : qwen3i_merge_malformed(l);
 }
 
 static qwen3_result qwen3i_vocab_merges(qwen3i_vocab_loader *l) {
     qwen3i_json_iter it;
-    uint32_t rank = 0;
     qwen3_result r = QWEN3_OK;
     if (!qwen3i_json_open(&l->json, '[', &it)) return qwen3i_vocab_json(l);
-    while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, NULL)) r = qwen3i_vocab_merge_json(l, rank++);
+    while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, NULL)) r = qwen3i_vocab_merge_json(l);
     return r != QWEN3_OK || !l->json.error ? r : qwen3i_vocab_json(l);
 }
 
 /* merges.txt: a merge a line, after a line that starts with #version. */
 static qwen3_result qwen3i_vocab_merge_lines(qwen3i_vocab_loader *l, const char *p, size_t n) {
     const char *end = p + n, *stop;
-    uint32_t rank = 0;
     qwen3i_str line, a, b;
     qwen3_result r = QWEN3_OK;
     for (; p < end && r == QWEN3_OK; p = stop + 1) {
@@ -3005,14 +3070,17 @@ static qwen3_result qwen3i_vocab_merge_lines(qwen3i_vocab_loader *l, const char 
         line.n = (size_t)(stop - p);
         if (line.n && p[line.n - 1] == '\r') line.n--;
         if (line.n == 0 || (line.n >= 8 && memcmp(p, "#version", 8) == 0)) continue;
-        r = qwen3i_merge_split(line, &a, &b) ? qwen3i_vocab_merge(l, rank, a, b, 0) : qwen3i_merge_malformed(l, rank);
-        rank++;
+        r = qwen3i_merge_split(line, &a, &b) ? qwen3i_vocab_merge(l, a, b, 0) : qwen3i_merge_malformed(l);
     }
     return r;
 }
 
-/* ---- loading: added tokens ------------------------------------------------------------------------------------ */
-typedef struct qwen3i_added_fields { int64_t id; qwen3i_str content; int special, normalized, unusual; } qwen3i_added_fields;
+/* ---- loading: added tokens --------------------------------------------------------------------------- */
+typedef struct qwen3i_added_fields {
+    int64_t    id;
+    qwen3i_str content;
+    int        special, normalized, unusual;
+} qwen3i_added_fields;
 
 /* The object that describes an added token; the reader's error, if any, is left to the caller. */
 static void qwen3i_added_read(qwen3i_json *j, qwen3i_added_fields *f) {
@@ -3033,13 +3101,16 @@ static void qwen3i_added_read(qwen3i_json *j, qwen3i_added_fields *f) {
 }
 
 /* A token that is matched in normalised text must be in normal form itself, to be found as it is. */
-static int qwen3i_added_is_normal(const qwen3i_vocab_loader *l, int *normal) {
+static qwen3_result qwen3i_added_normal(const qwen3i_vocab_loader *l, const qwen3i_added *item) {
     qwen3i_nfc w = qwen3i_nfc_make(&l->t->allocator);
     size_t n;
-    const char *p = qwen3i_normalize(&w, l->t->classes, l->t->nfc, l->text.p, l->text.n, &n);
-    *normal = p && n == l->text.n && memcmp(p, l->text.p, n) == 0;
+    const char *p = qwen3i_normalize(&w, l->t->classes, l->t->nfc, item->p, item->length, &n);
+    int same = p && n == item->length && memcmp(p, item->p, n) == 0;
     qwen3i_nfc_free(&w);
-    return p != NULL;
+    if (!p) return qwen3i_vocab_memory(l);
+    if (same) return QWEN3_OK;
+    return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" changes when it is normalised", l->file,
+                       QWEN3I_SHOW(item->length), item->p);
 }
 
 static int qwen3i_added_append(qwen3i_tokenizer *t, const qwen3i_added *item) {
@@ -3056,29 +3127,43 @@ static int qwen3i_added_append(qwen3i_tokenizer *t, const qwen3i_added *item) {
     return 1;
 }
 
+/* Does id have the text in l->text already? The vocabulary may list added tokens, too. */
+static int qwen3i_vocab_has(const qwen3i_vocab_loader *l, int64_t id) {
+    const qwen3i_text *text = id >= 0 && id < l->t->n_tokens ? &l->t->texts[id] : NULL;
+    return text && text->length > 0 && text->length == l->text.n &&
+           memcmp(l->t->bytes.p + text->start, l->text.p, l->text.n) == 0;
+}
+
 static qwen3_result qwen3i_added_token(qwen3i_vocab_loader *l, const qwen3i_added_fields *f) {
     qwen3i_added item;
-    qwen3_result r;
-    int normal = 1;
+    qwen3_result r = QWEN3_OK;
     l->text.n = 0;
     if (!qwen3i_buf_reserve(&l->text, f->content.n + 1)) return qwen3i_vocab_memory(l);
     l->text.n = qwen3i_json_unescape(f->content, l->text.p);
     if (f->unusual || l->text.n > QWEN3I_MAX_ADDED)
-        return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\": %s", l->file,
-                           QWEN3I_SHOW(l->text.n), l->text.p, f->unusual ? "lstrip, rstrip or single_word is set" : "too long");
-    if (f->normalized && l->text.n && !qwen3i_added_is_normal(l, &normal)) return qwen3i_vocab_memory(l);
-    if (!normal) return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" changes when it is normalised",
-                                    l->file, QWEN3I_SHOW(l->text.n), l->text.p);
+        return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" %s", l->file,
+                           QWEN3I_SHOW(l->text.n), l->text.p,
+                           f->unusual ? "has lstrip, rstrip or single_word set" : "is too long");
     item.p = NULL;
     item.length = (uint32_t)l->text.n;
     item.id = (int)f->id;
     item.kinds = (f->special ? QWEN3I_ADDED_SPECIAL : QWEN3I_ADDED_PLAIN) |
                  (f->normalized ? QWEN3I_ADDED_NORMALIZED : QWEN3I_ADDED_RAW);
-    if (f->id >= 0 && f->id < l->t->n_tokens && l->t->texts[f->id].length == l->text.n && l->text.n &&
-        memcmp(l->t->bytes.p + l->t->texts[f->id].start, l->text.p, l->text.n) == 0) r = QWEN3_OK;   /* in the vocabulary too */
-    else r = qwen3i_vocab_text(l, f->id);
+    if (!qwen3i_vocab_has(l, f->id)) r = qwen3i_vocab_text(l, f->id);
     if (r != QWEN3_OK) return r;
     return qwen3i_added_append(l->t, &item) ? QWEN3_OK : qwen3i_vocab_memory(l);
+}
+
+/* An id that is written as a key; -1 if it is none. */
+static int64_t qwen3i_added_key(qwen3i_str key) {
+    int64_t id = 0;
+    size_t i;
+    if (key.n == 0 || key.n > 9) return -1;
+    for (i = 0; i < key.n; i++) {
+        if (key.p[i] < '0' || key.p[i] > '9') return -1;
+        id = id * 10 + (key.p[i] - '0');
+    }
+    return id;
 }
 
 /* "added_tokens": [{"id": 7, "content": "<x>", ...}] of tokenizer.json, or "added_tokens_decoder":
@@ -3089,12 +3174,10 @@ static qwen3_result qwen3i_added_tokens(qwen3i_vocab_loader *l) {
     qwen3i_added_fields f;
     qwen3_result r = QWEN3_OK;
     int is_map = qwen3i_json_peek(&l->json) == '{';
-    size_t i;
     if (!qwen3i_json_open(&l->json, is_map ? '{' : '[', &it)) return qwen3i_vocab_json(l);
     while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key)) {
         memset(&f, 0, sizeof f);
-        f.id = is_map && key.n > 0 && key.n < 10 ? 0 : -1;
-        for (i = 0; f.id >= 0 && i < key.n; i++) f.id = key.p[i] >= '0' && key.p[i] <= '9' ? f.id * 10 + (key.p[i] - '0') : -1;
+        f.id = is_map ? qwen3i_added_key(key) : -1;
         qwen3i_added_read(&l->json, &f);
         r = l->json.error ? qwen3i_vocab_json(l) : qwen3i_added_token(l, &f);
     }
@@ -3110,13 +3193,16 @@ static int qwen3i_added_compare(const void *x, const void *y) {
 /* All are there, and t->bytes no longer moves: put them in order. */
 static qwen3_result qwen3i_added_finish(qwen3i_vocab_loader *l) {
     qwen3i_tokenizer *t = l->t;
+    qwen3_result r = QWEN3_OK;
     int i;
     for (i = 0; i < t->n_added; i++) {
         t->added[i].p = t->bytes.p + t->texts[t->added[i].id].start;
         t->added_first[(unsigned char)t->added[i].p[0]] = 1;
         t->added_kinds |= t->added[i].kinds;
+        if (t->added[i].kinds & QWEN3I_ADDED_NORMALIZED) r = qwen3i_added_normal(l, &t->added[i]);
+        if (r != QWEN3_OK) return r;
     }
-    if (t->n_added) qsort(t->added, (size_t)t->n_added, sizeof *t->added, qwen3i_added_compare);
+    if (t->n_added) qwen3i_sort(t->added, (size_t)t->n_added, sizeof *t->added, qwen3i_added_compare);
     for (i = 1; i < t->n_added; i++)
         if (qwen3i_added_compare(&t->added[i - 1], &t->added[i]) == 0)
             return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: added token \"%.*s\" is there twice", l->file,
@@ -3124,7 +3210,7 @@ static qwen3_result qwen3i_added_finish(qwen3i_vocab_loader *l) {
     return QWEN3_OK;
 }
 
-/* ---- loading: settings of tokenizer.json ------------------------------------------------------------------------ */
+/* ---- loading: settings of tokenizer.json ------------------------------------------------------------- */
 typedef struct qwen3i_setting {
     const char *key;
     const char *allowed;                /* its values, as JSON with | between them; NULL: see where it is */
@@ -3178,8 +3264,8 @@ static qwen3_result qwen3i_vocab_unlike(qwen3i_vocab_loader *l, const char *why)
 
 /* The first step: Split by {"Regex": expression}, which has to be ours. */
 static qwen3_result qwen3i_vocab_split(qwen3i_vocab_loader *l) {
-    static const qwen3i_setting split[] = { { "type", "\"Split\"" }, { "behavior", "\"Isolated\"" }, { "invert", "false" },
-                                            { "pattern", NULL }, { NULL, NULL } };
+    static const qwen3i_setting split[] = { { "type", "\"Split\"" }, { "behavior", "\"Isolated\"" },
+                                            { "invert", "false" }, { "pattern", NULL }, { NULL, NULL } };
     static const qwen3i_setting pattern[] = { { "Regex", NULL }, { NULL, NULL } };
     qwen3i_json at[4], after;
     qwen3i_str expression;
@@ -3206,7 +3292,7 @@ static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_loader *l) {
     qwen3i_json_iter it;
     int n = 0, seen;
     qwen3_result r;
-    if (qwen3i_json_peek(&l->json) != '{') return qwen3i_vocab_unlike(l, "not a sequence");
+    if (qwen3i_json_word(&l->json, "null")) return qwen3i_vocab_unlike(l, "not a sequence");
     r = qwen3i_vocab_settings(l, "pre_tokenizer", sequence, &seen, at);
     if (r != QWEN3_OK) return r;
     if (seen != 3) return qwen3i_vocab_unlike(l, "not a sequence");
@@ -3225,13 +3311,14 @@ static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_loader *l) {
 static qwen3_result qwen3i_vocab_model(qwen3i_vocab_loader *l) {
     static const qwen3i_setting model[] = {
         { "type", "\"BPE\"" }, { "vocab", NULL }, { "merges", NULL }, { "dropout", "null" },
-        { "continuing_subword_prefix", "null|\"\"" }, { "end_of_word_suffix", "null|\"\"" }, { "byte_fallback", "false" },
-        { "ignore_merges", "false|true" }, { NULL, NULL } };
+        { "continuing_subword_prefix", "null|\"\"" }, { "end_of_word_suffix", "null|\"\"" },
+        { "byte_fallback", "false" }, { "ignore_merges", "false|true" }, { NULL, NULL } };
     qwen3i_json at[8], after;
     int seen;
     qwen3_result r = qwen3i_vocab_settings(l, "model", model, &seen, at);
     if (r != QWEN3_OK) return r;
-    if ((seen & 7) != 7) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: model lacks its type, vocab or merges", l->file);
+    if ((seen & 7) != 7)
+        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: model lacks its type, vocab or merges", l->file);
     if (seen & 128) qwen3i_json_bool(&at[7], &l->whole);
     after = l->json;
     l->json = at[1];
@@ -3244,13 +3331,14 @@ static qwen3_result qwen3i_vocab_model(qwen3i_vocab_loader *l) {
     return r;
 }
 
-/* ---- loading: the whole --------------------------------------------------------------------------------------- */
-static qwen3_result qwen3i_vocab_begin(qwen3i_vocab_loader *l, const qwen3_allocator *a, const qwen3i_err *err, size_t size) {
+/* ---- loading: the whole ------------------------------------------------------------------------------ */
+static qwen3_result qwen3i_vocab_begin(qwen3i_vocab_loader *l, const qwen3_allocator *a, const qwen3i_err *err,
+                                       size_t size) {
     qwen3i_tokenizer *t = (qwen3i_tokenizer *)qwen3i_alloc_zero(a, 1, sizeof *t);
     memset(l, 0, sizeof *l);
     l->err = err;
     l->file = "tokenizer";
-    l->max_id = size;                   /* a token takes more than one byte of the files */
+    l->max_id = size / 4;               /* a token takes more than four bytes of the files */
     l->text = l->joined = qwen3i_buf_make(a);
     l->t = t;
     if (!t) return qwen3i_vocab_memory(l);
@@ -3258,23 +3346,20 @@ static qwen3_result qwen3i_vocab_begin(qwen3i_vocab_loader *l, const qwen3_alloc
     t->bytes = qwen3i_buf_make(&t->allocator);
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     qwen3i_classes_fill(t->classes);
-    if (!qwen3i_words_grow(t) || !qwen3i_pairs_grow(t)) return qwen3i_vocab_memory(l);
+    if (!qwen3i_table_grow(t, &t->words, 1) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(l);
     return QWEN3_OK;
 }
 
 /* Mark the words that BPE gives one token: most of the words of most texts need no merging. */
 static void qwen3i_vocab_mark_whole(qwen3i_vocab_loader *l) {
     qwen3i_tokenizer *t = l->t;
-    uint32_t ids[QWEN3I_SHORT_WORD], i;
-    for (i = 0; i <= t->word_mask; i++) {
-        qwen3i_word *w = &t->words[i];
-        const qwen3i_text *text;
-        int whole = l->whole;
-        if (w->id == QWEN3I_NONE) continue;
-        text = &t->texts[w->id];
-        if (!whole && text->length <= QWEN3I_SHORT_WORD)
-            whole = qwen3i_merge_short(t, t->bytes.p + text->start, (int)text->length, ids) == 1 && ids[0] == w->id;
-        if (whole) w->id |= QWEN3I_WHOLE;
+    uint32_t ids[QWEN3I_SHORT_WORD];
+    int id;
+    for (id = 0; id < t->n_tokens; id++) {
+        qwen3i_text *text = &t->texts[id];
+        if (l->whole || (text->length > 0 && text->length <= QWEN3I_SHORT_WORD &&
+            qwen3i_merge_short(t, t->bytes.p + text->start, (int)text->length, ids) == 1 && ids[0] == (uint32_t)id))
+            text->length |= QWEN3I_WHOLE;
     }
 }
 
@@ -3297,7 +3382,8 @@ static qwen3_result qwen3i_vocab_document(qwen3i_vocab_loader *l) {
     static const qwen3i_setting top[] = { { "pre_tokenizer", NULL }, { "model", NULL }, { "normalizer", NULL },
                                           { "added_tokens", NULL }, { NULL, NULL } };
     typedef qwen3_result (*reader)(qwen3i_vocab_loader *);
-    static const reader read[] = { qwen3i_vocab_pre_tokenizer, qwen3i_vocab_model, qwen3i_vocab_normalizer, qwen3i_added_tokens };
+    static const reader readers[] = { qwen3i_vocab_pre_tokenizer, qwen3i_vocab_model, qwen3i_vocab_normalizer,
+                                      qwen3i_added_tokens };
     qwen3i_json_iter it;
     qwen3i_str key;
     qwen3_result r = QWEN3_OK;
@@ -3308,7 +3394,7 @@ static qwen3_result qwen3i_vocab_document(qwen3i_vocab_loader *l) {
         if (!top[i].key) { qwen3i_json_skip(&l->json); continue; }
         if (seen & 1 << i) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: %s is there twice", l->file, top[i].key);
         seen |= 1 << i;
-        r = read[i](l);
+        r = readers[i](l);
     }
     if (r != QWEN3_OK) return r;
     if (!qwen3i_json_end(&l->json)) return qwen3i_vocab_json(l);
@@ -3363,7 +3449,7 @@ static qwen3_result qwen3i_tokenizer_from_vocab(qwen3i_tokenizer **out, const qw
     return qwen3i_vocab_end(&l, r, out);
 }
 
-/* ---- which chat template ------------------------------------------------------------------------------------------ */
+/* ---- which chat template ----------------------------------------------------------------------------- */
 static int qwen3i_contains(const char *text, size_t n, const char *wanted) {
     size_t k = strlen(wanted), i;
     for (i = 0; i + k <= n; i++)
@@ -3374,9 +3460,11 @@ static int qwen3i_contains(const char *text, size_t n, const char *wanted) {
 /* By the template's text: one that asks enable_thinking is hybrid, one whose reply header opens <think> always
    thinks. Line breaks may be real, or escapes of Jinja or of JSON around it. */
 static qwen3_chat_style qwen3i_chat_style_of(const char *text, size_t n) {
+    static const char *const headers[] = { "<|im_start|>assistant\n<think>", "<|im_start|>assistant\\n<think>",
+                                           "<|im_start|>assistant\\\\n<think>" };
+    int i;
     if (n == 0 || qwen3i_contains(text, n, "enable_thinking")) return QWEN3_STYLE_HYBRID;
-    if (qwen3i_contains(text, n, "<|im_start|>assistant\n<think>") || qwen3i_contains(text, n, "<|im_start|>assistant\\n<think>") ||
-        qwen3i_contains(text, n, "<|im_start|>assistant\\\\n<think>")) return QWEN3_STYLE_THINKING;
+    for (i = 0; i < QWEN3I_COUNT(headers); i++) if (qwen3i_contains(text, n, headers[i])) return QWEN3_STYLE_THINKING;
     return QWEN3_STYLE_INSTRUCT;
 }
 
@@ -3556,6 +3644,7 @@ static qwen3_result qwen3i_config_yarn(qwen3i_config_reader *c) {
     if (!c->yarn_on) return QWEN3_OK;
     if (!(factor >= 1 && factor <= 1024)) return qwen3i_config_bad(c, "rope_scaling", "YaRN needs a factor from 1 to 1024");
     k->yarn_factor = factor;
+    if (!(c->yarn[3] < 1e6)) return qwen3i_config_bad(c, "rope_scaling", "attention_factor is out of range");
     if (c->yarn[1] > 0) k->yarn_beta_fast = c->yarn[1];
     if (c->yarn[2] > 0) k->yarn_beta_slow = c->yarn[2];
     k->yarn_attn_factor = c->yarn[3] > 0 ? c->yarn[3] : 0.1 * log(factor) + 1;
@@ -3695,10 +3784,14 @@ static const void *qwen3i_align_tensor(qwen3_model *m, const qwen3i_tensor *t, s
 /* Find a tensor of shape [rows, cols], or [cols] if rows is 0. */
 static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
     const qwen3i_err *err = b->l->err;
-    const qwen3i_tensor *t = qwen3i_find_tensor(b->tensors, name);
+    const qwen3i_tensor *t;
+    qwen3i_str key;
     uint64_t want[2], n = (uint64_t)(rows ? rows : 1) * (uint64_t)cols;
     int rank = rows ? 2 : 1, same;
     char has[128], needs[64];
+    key.p = name;
+    key.n = strlen(name);
+    t = qwen3i_find_tensor(b->tensors, key);
     want[0] = (uint64_t)(rows ? rows : cols);
     want[1] = (uint64_t)cols;
     if (!t) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing", b->l->model->shards[0].name, name);
@@ -3851,10 +3944,22 @@ static qwen3_result qwen3i_load_style(qwen3i_loader *l, const qwen3i_blob *confi
     return QWEN3_OK;
 }
 
+/* tokenizer_config.json is only searched, so that it is whole has to be seen first. */
+static qwen3_result qwen3i_open_tokenizer_config(qwen3i_loader *l, qwen3i_blob *config) {
+    static const char name[] = "tokenizer_config.json";
+    qwen3i_json j;
+    qwen3_result r = qwen3i_open(l, name, 0, config);
+    if (r != QWEN3_OK || !config->data) return r;
+    j = qwen3i_json_begin(config->data, config->size);
+    if (qwen3i_json_skip(&j) && qwen3i_json_end(&j)) return QWEN3_OK;
+    qwen3i_close(&l->model->allocator, config);
+    return qwen3i_json_fail(l->err, name, &j);
+}
+
 static qwen3_result qwen3i_load_tokenizer(qwen3i_loader *l) {
     qwen3_model *m = l->model;
     qwen3i_blob json, config;
-    qwen3_result r = qwen3i_open(l, "tokenizer_config.json", 0, &config);
+    qwen3_result r = qwen3i_open_tokenizer_config(l, &config);
     if (r != QWEN3_OK) return r;
     r = qwen3i_open(l, "tokenizer.json", 1, &json);
     if (r == QWEN3_OK && json.data)
@@ -3909,6 +4014,14 @@ static void qwen3i_fill_info(qwen3_model *m) {
     qwen3i_add_eos(m, f->end_of_text);
 }
 
+/* What the configuration adds to the computation besides the shapes. */
+static uint64_t qwen3i_hash_numbers(uint64_t seed, const qwen3i_config *c) {
+    double v[7];
+    v[0] = c->rope_theta;     v[1] = (double)c->rms_eps;   v[2] = c->yarn_factor;  v[3] = c->yarn_beta_fast;
+    v[4] = c->yarn_beta_slow; v[5] = c->yarn_attn_factor;  v[6] = c->yarn_original_ctx;
+    return qwen3i_hash(seed, v, sizeof v);
+}
+
 static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     qwen3_model *m = l->model;
     qwen3i_tensors tensors;
@@ -3919,7 +4032,7 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     b.l = l;
     b.tensors = &tensors;
     b.fingerprint = qwen3i_hash(QWEN3_VERSION / 100, &m->config.n_layer, 8 * sizeof(int));
-    b.fingerprint = qwen3i_hash(b.fingerprint, &m->config.rope_theta, sizeof(double));
+    b.fingerprint = qwen3i_hash_numbers(b.fingerprint, &m->config);
     l->step = 0.4f;
     r = qwen3i_open_weights(l, &tensors);
     l->done = 0.4f;
@@ -4082,7 +4195,7 @@ static void qwen3i_chat_close(qwen3i_chat *c) {
     qwen3i_chat_plain(c, "\n");
 }
 
-/* ---- JSON, written as Python's json.dumps(ensure_ascii=False) does -------------------------------------- */
+/* ---- JSON, written as Python's json.dumps(ensure_ascii=False) does ----------------------------------- */
 static void qwen3i_chat_json_string(qwen3i_chat *c, qwen3i_str s) {
     static const char from[] = "\"\\\n\r\t\b\f", to[] = "\"\\nrtbf";
     char escape[8];
@@ -4174,7 +4287,7 @@ static void qwen3i_chat_json_scalar(qwen3i_chat *c, qwen3i_json *j) {
 static void qwen3i_chat_json(qwen3i_chat *c, const char *text) {
     qwen3i_json_iter stack[QWEN3I_JSON_DEPTH];
     qwen3i_str key;
-    int depth = 0, first;
+    int depth = 0, first = 1;
     qwen3i_json j = qwen3i_json_begin(text, strlen(text));
     if (qwen3i_json_peek(&j) != '{') qwen3i_json_bad(&j, "an object was expected");
     do {
@@ -4185,8 +4298,10 @@ static void qwen3i_chat_json(qwen3i_chat *c, const char *text) {
             qwen3i_json_open(&j, open, &stack[depth++]);
             qwen3i_chat_text(c, &open, 1);
         }
-        while (depth > 0 && (first = !stack[depth - 1].started, !qwen3i_json_next(&j, &stack[depth - 1], &key)) && !j.error)
-            qwen3i_chat_text(c, &stack[--depth].close, 1);
+        for (; depth > 0; qwen3i_chat_text(c, &stack[--depth].close, 1)) {
+            first = !stack[depth - 1].started;
+            if (qwen3i_json_next(&j, &stack[depth - 1], &key) || j.error) break;
+        }
         if (j.error || depth == 0) break;
         if (!first) qwen3i_chat_text(c, ", ", 2);
         if (stack[depth - 1].close == '}') { qwen3i_chat_json_string(c, key); qwen3i_chat_text(c, ": ", 2); }
@@ -4194,7 +4309,7 @@ static void qwen3i_chat_json(qwen3i_chat *c, const char *text) {
     if (c->result == QWEN3_OK && !qwen3i_json_end(&j)) c->result = QWEN3_ERR_ARG;
 }
 
-/* ---- the template ------------------------------------------------------------------------------------------ */
+/* ---- the template ------------------------------------------------------------------------------------ */
 static const char *qwen3i_str_find(qwen3i_str s, const char *wanted, int last) {
     size_t k = strlen(wanted), i;
     const char *hit = NULL;
@@ -4278,9 +4393,9 @@ static void qwen3i_chat_system(qwen3i_chat *c, const qwen3_chat_desc *chat) {
         qwen3i_chat_literal(c, "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
             "You are provided with function signatures within <tools></tools> XML tags:\n<tools>");
         for (i = 0; i < chat->n_tools; i++) { qwen3i_chat_plain(c, "\n"); qwen3i_chat_json(c, chat->tools[i]); }
-        qwen3i_chat_literal(c, "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
-            "within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": "
-            "<args-json-object>}\n</tool_call>");
+        qwen3i_chat_literal(c, "\n</tools>\n\nFor each function call, return a json object with function name and "
+            "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, "
+            "\"arguments\": <args-json-object>}\n</tool_call>");
     }
     qwen3i_chat_close(c);
 }
@@ -4316,17 +4431,19 @@ static void qwen3i_chat_messages(qwen3i_chat *c, const qwen3_chat_desc *chat, qw
     if (chat->flags & QWEN3_CHAT_NO_REPLY_HEADER) return;
     qwen3i_chat_open(c, "assistant\n");
     if (style == QWEN3_STYLE_THINKING) qwen3i_chat_literal(c, "<think>\n");
-    else if (style == QWEN3_STYLE_HYBRID && (chat->flags & QWEN3_CHAT_NO_THINK)) qwen3i_chat_literal(c, "<think>\n\n</think>\n\n");
+    if (style == QWEN3_STYLE_HYBRID && (chat->flags & QWEN3_CHAT_NO_THINK))
+        qwen3i_chat_literal(c, "<think>\n\n</think>\n\n");
 }
 
 static int qwen3i_chat_valid(const qwen3_chat_desc *chat) {
-    int i, k;
+    int i, k, role;
     if (chat->n_msgs <= 0 || !chat->msgs || chat->n_tools < 0 || (chat->n_tools > 0 && !chat->tools)) return 0;
     if (chat->flags & ~(QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER)) return 0;
     for (i = 0; i < chat->n_tools; i++) if (!chat->tools[i]) return 0;
     for (i = 0; i < chat->n_msgs; i++) {
         const qwen3_msg *m = &chat->msgs[i];
-        if ((int)m->role < QWEN3_SYSTEM || (int)m->role > QWEN3_TOOL) return 0;
+        memcpy(&role, &m->role, sizeof role);   /* any value, though the type has but four */
+        if (role < QWEN3_SYSTEM || role > QWEN3_TOOL) return 0;
         if (m->n_calls < 0 || (m->n_calls > 0 && !m->calls)) return 0;
         for (k = 0; k < m->n_calls; k++) if (!m->calls[k].name || !m->calls[k].arguments) return 0;
     }
@@ -4376,6 +4493,12 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc 
   #define QWEN3I_UNROLL _Pragma("GCC unroll 8")
 #else
   #define QWEN3I_UNROLL
+#endif
+
+#if defined(__GNUC__)
+  #define QWEN3I_PREFETCH(p) __builtin_prefetch(p)
+#else
+  #define QWEN3I_PREFETCH(p) ((void)(p))
 #endif
 
 static float qwen3i_float_from_bits(uint32_t bits) {
@@ -4448,6 +4571,8 @@ typedef struct qwen3i_simd {
 
 #define QWEN3I_K_BLOCK 1024     /* columns that one tile sums up before they join the rest of the row:
                                    six rows of x then stay in the first-level cache */
+#define QWEN3I_AHEAD   4096     /* bytes by which memory is fetched ahead, at least */
+#define QWEN3I_FEW_ROWS 12       /* rows of x that are met row of w by row of w */
 #define QWEN3I_EXP_LOW  (-87.3f)
 #define QWEN3I_EXP_HIGH 88.3f
 
@@ -4487,15 +4612,17 @@ TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     V##_sum(sums, rows); \
     return sums[0]; \
 } \
-/* One tile over n columns: y[t * ldy + r] = (first ? 0 : y) + w[r] . x[t]; only n_w of the R rows are stored */ \
-TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, const char *const *w, int n_w, qwen3i_type type, \
-                                   const float *x, size_t ldx, int n_x, int n, int first) { \
-    V##_v acc[C][R], wv[R], xv; \
-    float sums[R]; \
+/* acc[t][r] = w[r] . x[t] in lanes, over n columns; w's next rows are fetched meanwhile */ \
+TARGET QWEN3I_INLINE void V##_lanes(V##_v (*acc)[R], const char *const *w, size_t next, qwen3i_type type, \
+                                    const float *x, size_t ldx, int n_x, int n) { \
+    V##_v wv[R], xv; \
     int r, t, k; \
     QWEN3I_UNROLL for (t = 0; t < n_x; t++) { QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_zero(); } \
     for (k = 0; k + 16 <= n; k += 16) { \
-        QWEN3I_UNROLL for (r = 0; r < R; r++) wv[r] = V##_from(w[r], (size_t)k, type); \
+        QWEN3I_UNROLL for (r = 0; r < R; r++) { \
+            wv[r] = V##_from(w[r], (size_t)k, type); \
+            QWEN3I_PREFETCH(w[r] + next + (size_t)k * qwen3i_type_size(type)); \
+        } \
         QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
             xv = V##_load(x + (size_t)t * ldx + k); \
             QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_fma(wv[r], xv, acc[t][r]); \
@@ -4508,7 +4635,16 @@ TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, const char *const *w, i
             QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_fma(wv[r], xv, acc[t][r]); \
         } \
     } \
+} \
+/* One tile over n columns: y[t * ldy + r] = (first ? 0 : y) + w[r] . x[t]; only n_w of the R rows are stored */ \
+TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, const char *const *w, int n_w, size_t next, qwen3i_type type, \
+                                   const float *x, size_t ldx, int n_x, int n, int first) { \
+    V##_v acc[C][R]; \
+    float sums[R]; \
+    int r, t; \
+    V##_lanes(acc, w, next, type, x, ldx, n_x, n); \
     QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
+        if (first && n_w == R) { V##_sum(y + (size_t)t * ldy, acc[t]); continue; } \
         V##_sum(sums, acc[t]); \
         for (r = 0; r < n_w; r++) y[(size_t)t * ldy + (size_t)r] = first ? sums[r] : y[(size_t)t * ldy + (size_t)r] + sums[r]; \
     } \
@@ -4516,32 +4652,33 @@ TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, const char *const *w, i
 /* Rows of w through one tile of x: n_x is made a constant so that each size gets its own code. */ \
 TARGET QWEN3I_INLINE void V##_tiles(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
                                     const float *x, size_t ldx, int n_x, int n, int first) { \
+    size_t next = R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
     int r, i; \
     for (r = 0; r < n_w; r += R) { \
         const char *rows[R]; \
         int m = qwen3i_min(R, n_w - r); \
         for (i = 0; i < R; i++) rows[i] = w + (size_t)(r + qwen3i_min(i, m - 1)) * row_bytes; \
         switch (n_x) { \
-            case 1:  V##_tile(y + r, ldy, rows, m, type, x, ldx, 1, n, first); break; \
-            case 2:  V##_tile(y + r, ldy, rows, m, type, x, ldx, 2, n, first); break; \
-            case 3:  V##_tile(y + r, ldy, rows, m, type, x, ldx, 3, n, first); break; \
-            case 4:  if (C >= 4) V##_tile(y + r, ldy, rows, m, type, x, ldx, qwen3i_min(4, C), n, first); break; \
-            case 5:  if (C >= 5) V##_tile(y + r, ldy, rows, m, type, x, ldx, qwen3i_min(5, C), n, first); break; \
-            default: if (C >= 6) V##_tile(y + r, ldy, rows, m, type, x, ldx, qwen3i_min(6, C), n, first); break; \
+            case 1:  V##_tile(y + r, ldy, rows, m, next, type, x, ldx, 1, n, first); break; \
+            case 2:  V##_tile(y + r, ldy, rows, m, next, type, x, ldx, 2, n, first); break; \
+            case 3:  V##_tile(y + r, ldy, rows, m, next, type, x, ldx, 3, n, first); break; \
+            case 4:  if (C >= 4) V##_tile(y + r, ldy, rows, m, next, type, x, ldx, qwen3i_min(4, C), n, first); break; \
+            case 5:  if (C >= 5) V##_tile(y + r, ldy, rows, m, next, type, x, ldx, qwen3i_min(5, C), n, first); break; \
+            default: if (C >= 6) V##_tile(y + r, ldy, rows, m, next, type, x, ldx, qwen3i_min(6, C), n, first); break; \
         } \
     } \
 } \
-/* A tile of x stays in the first-level cache while the block of w streams past it from the second; \
-   with a single tile, w is read row by row as it lies in memory. */ \
+/* Many rows of x: a tile of them stays in the first-level cache while the block of w streams past it \
+   from the second. Few rows: w comes from memory, and each of its rows meets all of x at once. */ \
 TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t ldw, qwen3i_type type, int n_w, \
                                        const float *x, size_t ldx, int n_x, int n_cols) { \
     size_t size = qwen3i_type_size(type), row_bytes = ldw * size; \
-    int step = n_x <= C ? R : n_w, r, t, k; \
+    int tile = (n_x + (n_x + C - 1) / C - 1) / ((n_x + C - 1) / C), step = n_x <= QWEN3I_FEW_ROWS ? R : n_w, r, t, k; \
     for (r = 0; r < n_w; r += step) \
-        for (t = 0; t < n_x; t += C) \
+        for (t = 0; t < n_x; t += tile) \
             for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
                 V##_tiles(y + (size_t)t * ldy + r, ldy, w + (size_t)r * row_bytes + (size_t)k * size, row_bytes, type, \
-                          qwen3i_min(step, n_w - r), x + (size_t)t * ldx + k, ldx, qwen3i_min(C, n_x - t), \
+                          qwen3i_min(step, n_w - r), x + (size_t)t * ldx + k, ldx, qwen3i_min(tile, n_x - t), \
                           qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), k == 0); \
 } \
 TARGET static void V##_dot(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w, \
@@ -4560,6 +4697,7 @@ TARGET QWEN3I_INLINE void V##_mix_tile(float *y, size_t ldy, const float *p, siz
     QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < n_vec; c++) \
         acc[t][c] = n_last < 16 ? V##_load_n(y + (size_t)t * ldy + 16 * c, n_last) : V##_load(y + (size_t)t * ldy + 16 * c); } \
     for (r = 0; r < n_v; r++, v += row_bytes) { \
+        QWEN3I_UNROLL for (c = 0; c < n_vec; c++) QWEN3I_PREFETCH(v + 16 * (size_t)c * qwen3i_type_size(type) + QWEN3I_AHEAD); \
         QWEN3I_UNROLL for (c = 0; c < n_vec; c++) \
             vv[c] = n_last < 16 ? V##_from_n(v, 16 * (size_t)c, type, n_last) : V##_from(v, 16 * (size_t)c, type); \
         QWEN3I_UNROLL for (t = 0; t < n_p; t++) { \
@@ -4711,7 +4849,11 @@ QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_div(qwen3i_plain_v a, qwen3i_plain_v b
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_fma(qwen3i_plain_v a, qwen3i_plain_v b, qwen3i_plain_v c) {
     int i;
+  #ifdef FP_FAST_FMAF                   /* else the compiler might fuse one copy of a loop and not another */
+    QWEN3I_LANES c.f[i] = fmaf(a.f[i], b.f[i], c.f[i]);
+  #else
     QWEN3I_LANES c.f[i] += a.f[i] * b.f[i];
+  #endif
     return c;
 }
 
@@ -4757,6 +4899,11 @@ QWEN3I_INLINE void qwen3i_plain_sum(float *sums, qwen3i_plain_v *rows) {
 QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 2, 3)
 
 #ifdef QWEN3I_X86
+#if !defined(__clang__)
+  #pragma GCC diagnostic push
+  #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"    /* the undefined operands of gcc's own intrinsics */
+  #pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 /* ---- AVX2 lanes: two registers ------------------------------------------------------------------- */
 #define QWEN3I_AVX2 __attribute__((target("avx2,fma,f16c")))
 #define qwen3i_avx2_name "AVX2"
@@ -4859,7 +5006,7 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_div(__m512 a, __m512 b) { retur
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_min(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_round(__m512 v) { return _mm512_roundscale_ps(v, 0); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_round(__m512 v) { return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(v)); }
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16));
@@ -4902,6 +5049,9 @@ QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_sum(float *sums, const __m512 *ro
 }
 
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
+#if !defined(__clang__)
+  #pragma GCC diagnostic pop
+#endif
 #endif /* QWEN3I_X86 */
 
 #ifdef QWEN3I_NEON
@@ -5302,6 +5452,12 @@ static double qwen3i_yarn_pair(const qwen3i_config *c, double original_ctx, doub
     return c->head_dim * log(original_ctx / (turns * 6.283185307179586)) / (2 * log(c->rope_theta));
 }
 
+/* The context the model was trained for. Models with 40,960 positions count 8,192 for the reply on top. */
+static double qwen3i_yarn_original(const qwen3i_config *c) {
+    if (c->yarn_original_ctx > 0) return c->yarn_original_ctx;
+    return c->max_ctx == 40960 ? 32768 : c->max_ctx;
+}
+
 /* freqs [head_dim / 2]: radians a position, in float32 as transformers computes them. yarn_factor
    overrides the configuration's if it is not 0. Returns the factor for cosines and sines. */
 static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *c, double yarn_factor) {
@@ -5310,7 +5466,7 @@ static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *c, double yarn
     for (i = 0; i < half; i++)
         freqs[i] = 1.0f / (float)pow((double)(float)c->rope_theta, (double)((float)(2 * i) / (float)c->head_dim));
     if (factor <= 0) return 1.0f;
-    original = c->yarn_original_ctx > 0 ? c->yarn_original_ctx : c->max_ctx;
+    original = qwen3i_yarn_original(c);
     low  = floor(qwen3i_yarn_pair(c, original, c->yarn_beta_fast > 0 ? c->yarn_beta_fast : 32));
     high = ceil(qwen3i_yarn_pair(c, original, c->yarn_beta_slow > 0 ? c->yarn_beta_slow : 1));
     if (low < 0) low = 0;
@@ -5458,7 +5614,7 @@ typedef struct qwen3i_attention_args {
     const qwen3i_simd *simd;
     float             *a;               /* [n, n_head * head_dim] out */
     const float       *q;               /* [n, n_head * head_dim] after norm and rotation */
-    const void        *k, *v;           /* [seqs, max_ctx, n_head_kv * head_dim]: this layer's cache */
+    const void        *k, *v;           /* [seqs, n_head_kv, max_ctx, head_dim]: this layer's cache */
     qwen3i_type        type;            /* of the cache */
     const int32_t     *seqs, *positions;/* [n] rows of one sequence are consecutive, positions ascend by 1 */
     int                n, n_head, n_head_kv, head_dim, max_ctx;
@@ -5478,27 +5634,28 @@ static size_t qwen3i_attention_scratch(int max_ctx, int head_dim) {
    piece are (token, head) pairs. Scores are held in full, so that sums run in order of position. */
 static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratch, int t, int n_t, int h, int n_h) {
     size_t dim = (size_t)a->head_dim, ld = qwen3i_attention_stride(a->max_ctx), size = qwen3i_type_size(a->type);
-    size_t kv_dim = (size_t)a->n_head_kv * dim, q_dim = (size_t)a->n_head * dim, width = (size_t)n_h * dim;
-    size_t base = ((size_t)a->seqs[t] * (size_t)a->max_ctx * kv_dim + (size_t)(h / (a->n_head / a->n_head_kv)) * dim) * size;
-    const char *k = (const char *)a->k + base, *v = (const char *)a->v + base;   /* position p: p * kv_dim * size further */
+    size_t q_dim = (size_t)a->n_head * dim, width = (size_t)n_h * dim, row = dim * size;
+    size_t head = (size_t)a->seqs[t] * (size_t)a->n_head_kv + (size_t)(h / (a->n_head / a->n_head_kv));
+    const char *k = (const char *)a->k + head * (size_t)a->max_ctx * row;           /* [max_ctx, head_dim] */
+    const char *v = (const char *)a->v + head * (size_t)a->max_ctx * row;
     float *scores = scratch, *q = scores + QWEN3I_ATTENTION_ROWS * ld, *out = q + QWEN3I_ATTENTION_ROWS * dim;
     int first = a->positions[t], last = first + n_t - 1, i, p, m;
 
     for (i = 0; i < n_t; i++) memcpy(q + (size_t)i * width, a->q + (size_t)(t + i) * q_dim + (size_t)h * dim, width * 4);
     for (p = 0; p <= last; p += m) {                    /* scores = q . k */
         m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, last + 1 - p);
-        a->simd->dot(scores + p, ld, k + (size_t)p * kv_dim * size, kv_dim, a->type, m, q, dim, n_t * n_h, a->head_dim);
+        a->simd->dot(scores + p, ld, k + (size_t)p * row, dim, a->type, m, q, dim, n_t * n_h, a->head_dim);
     }
     for (i = 0; i < n_t * n_h; i++)                     /* each token sees the positions up to its own */
         a->simd->softmax(scores + (size_t)i * ld, first + i / n_h + 1, (float)(1.0 / sqrt((double)a->head_dim)));
     memset(out, 0, (size_t)n_t * width * 4);
     for (p = 0; p <= first; p += m) {                   /* out = scores . v: what all tokens see, ... */
         m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, first + 1 - p);
-        a->simd->mix(out, dim, scores + p, ld, n_t * n_h, v + (size_t)p * kv_dim * size, kv_dim, a->type, m, a->head_dim);
+        a->simd->mix(out, dim, scores + p, ld, n_t * n_h, v + (size_t)p * row, dim, a->type, m, a->head_dim);
     }
     for (i = 1; i < n_t; i++)                           /* ... then the rest */
         a->simd->mix(out + (size_t)i * width, dim, scores + (size_t)(i * n_h) * ld + p, ld, n_h,
-                     v + (size_t)p * kv_dim * size, kv_dim, a->type, i, a->head_dim);
+                     v + (size_t)p * row, dim, a->type, i, a->head_dim);
     for (i = 0; i < n_t; i++) memcpy(a->a + (size_t)(t + i) * q_dim + (size_t)h * dim, out + (size_t)i * width, width * 4);
 }
 
@@ -5545,7 +5702,8 @@ typedef struct qwen3i_cpu {
     qwen3i_pool           pool;
     void                 *memory;       /* holds all that follows */
     uint64_t              memory_size;
-    char  *k, *v;                       /* [n_layer, max_seqs, max_ctx, n_head_kv * head_dim] in the KV type */
+    char  *k, *v;                       /* [n_layer, max_seqs, n_head_kv, max_ctx, head_dim] in the KV type: attention
+                                           reads a head's positions as one stream */
     float *kept;                        /* [max_seqs, n_vocab] logits after each sequence's last token */
     float *x, *h;                       /* [rows, n_embd]: residual stream, normalised; rows: see qwen3i_cpu_rows */
     float *q, *a;                       /* [rows, n_head * head_dim]: queries, attention's result */
@@ -5648,10 +5806,15 @@ static qwen3_result qwen3i_cpu_create(void **ctx_state, void *model_state, const
     return r;
 }
 
-/* The byte in c->k or c->v where position pos of a sequence lies. */
-static size_t qwen3i_cpu_kv_at(const qwen3i_cpu *c, int layer, int seq, int pos) {
-    size_t row = (size_t)c->config->n_head_kv * (size_t)c->config->head_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
-    return (((size_t)layer * (size_t)c->desc.max_seqs + (size_t)seq) * (size_t)c->desc.max_ctx + (size_t)pos) * row;
+/* Bytes of one head at one position in the cache. */
+static size_t qwen3i_cpu_kv_row(const qwen3i_cpu *c) {
+    return (size_t)c->config->head_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
+}
+
+/* The byte in c->k or c->v where position pos of a sequence's KV head lies. */
+static size_t qwen3i_cpu_kv_at(const qwen3i_cpu *c, int layer, int seq, int head, int pos) {
+    size_t heads = ((size_t)layer * (size_t)c->desc.max_seqs + (size_t)seq) * (size_t)c->config->n_head_kv + (size_t)head;
+    return (heads * (size_t)c->desc.max_ctx + (size_t)pos) * qwen3i_cpu_kv_row(c);
 }
 
 /* ---- the decoder --------------------------------------------------------------------------------------- */
@@ -5663,19 +5826,21 @@ static void qwen3i_place_rows(void *step, int begin, int end, int lane) {
     const qwen3i_cpu *c = s->c;
     const qwen3i_config *g = c->config;
     const qwen3i_layer *w = &c->weights->layers[s->layer];
-    int i, kv_dim = g->n_head_kv * g->head_dim, half = g->head_dim / 2;
+    int i, j, kv_dim = g->n_head_kv * g->head_dim, half = g->head_dim / 2;
     (void)lane;
     for (i = begin; i < end; i++) {
         float *q = c->q + (size_t)i * (size_t)(g->n_head * g->head_dim);        /* [n_head, head_dim] */
         float *k = c->key + (size_t)i * (size_t)kv_dim, *v = c->value + (size_t)i * (size_t)kv_dim;  /* [n_head_kv, head_dim] */
         const float *cosines = c->cosines + (size_t)i * (size_t)half, *sines = c->sines + (size_t)i * (size_t)half;
-        size_t at = qwen3i_cpu_kv_at(c, s->layer, s->batch->seqs[i], s->batch->positions[i]);
         qwen3i_rmsnorm_heads(c->exec.simd, q, w->q_norm, g->n_head, g->head_dim, g->rms_eps);
         qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, g->n_head_kv, g->head_dim, g->rms_eps);
         qwen3i_rope(q, cosines, sines, g->n_head, g->head_dim);
         qwen3i_rope(k, cosines, sines, g->n_head_kv, g->head_dim);
-        c->exec.simd->store(c->k + at, k, (qwen3i_type)c->desc.kv_type, kv_dim);
-        c->exec.simd->store(c->v + at, v, (qwen3i_type)c->desc.kv_type, kv_dim);
+        for (j = 0; j < g->n_head_kv; j++, k += g->head_dim, v += g->head_dim) {
+            size_t at = qwen3i_cpu_kv_at(c, s->layer, s->batch->seqs[i], j, s->batch->positions[i]);
+            c->exec.simd->store(c->k + at, k, (qwen3i_type)c->desc.kv_type, g->head_dim);
+            c->exec.simd->store(c->v + at, v, (qwen3i_type)c->desc.kv_type, g->head_dim);
+        }
     }
 }
 
@@ -5683,8 +5848,8 @@ static void qwen3i_attend(const qwen3i_step *s) {
     const qwen3i_cpu *c = s->c;
     qwen3i_attention_args a;
     a.a = c->a; a.q = c->q;
-    a.k = c->k + qwen3i_cpu_kv_at(c, s->layer, 0, 0);
-    a.v = c->v + qwen3i_cpu_kv_at(c, s->layer, 0, 0);
+    a.k = c->k + qwen3i_cpu_kv_at(c, s->layer, 0, 0, 0);
+    a.v = c->v + qwen3i_cpu_kv_at(c, s->layer, 0, 0, 0);
     a.type = (qwen3i_type)c->desc.kv_type;
     a.seqs = s->batch->seqs; a.positions = s->batch->positions; a.n = s->batch->n_rows;
     a.n_head = c->config->n_head; a.n_head_kv = c->config->n_head_kv; a.head_dim = c->config->head_dim;
@@ -5808,32 +5973,45 @@ static qwen3_result qwen3i_cpu_set_logits(void *ctx_state, int seq, const float 
     return QWEN3_OK;
 }
 
+/* Copy between the cache, [n_head_kv, max_ctx, head_dim], and the interface's [n_pos, n_head_kv * head_dim]. */
+static void qwen3i_cpu_kv_copy(const qwen3i_cpu *c, char *cache, char *flat, int n_pos, int to_cache) {
+    size_t row = qwen3i_cpu_kv_row(c), n_head = (size_t)c->config->n_head_kv, h, p;
+    for (h = 0; h < n_head; h++)
+        for (p = 0; p < (size_t)n_pos; p++) {
+            char *in_cache = cache + (h * (size_t)c->desc.max_ctx + p) * row, *in_flat = flat + (p * n_head + h) * row;
+            if (to_cache) memcpy(in_cache, in_flat, row);
+            else memcpy(in_flat, in_cache, row);
+        }
+}
+
 static qwen3_result qwen3i_cpu_kv_read(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v, const qwen3i_err *err) {
     const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
-    size_t at = qwen3i_cpu_kv_at(c, layer, seq, 0), size = qwen3i_cpu_kv_at(c, 0, 0, n_pos);
+    size_t at = qwen3i_cpu_kv_at(c, layer, seq, 0, 0);
     (void)err;
-    memcpy(k, c->k + at, size);
-    memcpy(v, c->v + at, size);
+    qwen3i_cpu_kv_copy(c, c->k + at, (char *)k, n_pos, 0);
+    qwen3i_cpu_kv_copy(c, c->v + at, (char *)v, n_pos, 0);
     return QWEN3_OK;
 }
 
 static qwen3_result qwen3i_cpu_kv_write(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v, const qwen3i_err *err) {
     const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
-    size_t at = qwen3i_cpu_kv_at(c, layer, seq, 0), size = qwen3i_cpu_kv_at(c, 0, 0, n_pos);
+    size_t at = qwen3i_cpu_kv_at(c, layer, seq, 0, 0);
     (void)err;
-    memcpy(c->k + at, k, size);
-    memcpy(c->v + at, v, size);
+    qwen3i_cpu_kv_copy(c, c->k + at, (char *)k, n_pos, 1);
+    qwen3i_cpu_kv_copy(c, c->v + at, (char *)v, n_pos, 1);
     return QWEN3_OK;
 }
 
 static qwen3_result qwen3i_cpu_seq_copy(void *ctx_state, int dst, int src, int n_pos, const qwen3i_err *err) {
     const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
-    int i;
+    int i, h;
     if (dst == src) return QWEN3_OK;
-    for (i = 0; i < c->config->n_layer; i++) {
-        size_t at = qwen3i_cpu_kv_at(c, i, src, 0);
-        qwen3i_cpu_kv_write(ctx_state, dst, i, n_pos, c->k + at, c->v + at, err);
-    }
+    for (i = 0; i < c->config->n_layer; i++)
+        for (h = 0; h < c->config->n_head_kv; h++) {
+            size_t to = qwen3i_cpu_kv_at(c, i, dst, h, 0), from = qwen3i_cpu_kv_at(c, i, src, h, 0);
+            memcpy(c->k + to, c->k + from, (size_t)n_pos * qwen3i_cpu_kv_row(c));
+            memcpy(c->v + to, c->v + from, (size_t)n_pos * qwen3i_cpu_kv_row(c));
+        }
     return qwen3i_cpu_set_logits(ctx_state, dst, qwen3i_cpu_kept(c, src), err);
 }
 
@@ -5912,12 +6090,17 @@ static uint64_t qwen3i_candidate_weight(qwen3i_candidate c, float top, float tem
     return qwen3i_weight(below / temperature);
 }
 
-/* Is the logit a number that may be sampled? By its bits: this must hold under -ffast-math, too. */
-static int qwen3i_allowed(float logit) {
+/* Neither NaN nor Inf, by its bits: this must hold under -ffast-math, too. */
+static int qwen3i_is_number(float x) {
     uint32_t u;
-    memcpy(&u, &logit, 4);
-    return (u & 0x7F800000u) != 0x7F800000u && logit > QWEN3I_BANNED;
+    memcpy(&u, &x, 4);
+    return (u & 0x7F800000u) != 0x7F800000u;
 }
+
+static int qwen3i_between(float x, float low, float high) { return qwen3i_is_number(x) && x >= low && x <= high; }
+
+/* May a token with this logit be sampled? */
+static int qwen3i_allowed(float logit) { return qwen3i_is_number(logit) && logit > QWEN3I_BANNED; }
 
 static int qwen3i_ranks_before(qwen3i_candidate a, qwen3i_candidate b) {
     return a.logit > b.logit || (!(a.logit < b.logit) && a.id < b.id);
@@ -6029,7 +6212,7 @@ static void qwen3i_penalise(float *logits, int n_vocab, const qwen3_token *seq, 
     for (i = from; i < n; i++) if (seq[i] >= 0 && seq[i] < n_vocab) mark[seq[i]].id = 0;
     for (i = from; i < n; i++) {
         float *l = seq[i] >= 0 && seq[i] < n_vocab ? &logits[seq[i]] : NULL;
-        if (!l || mark[seq[i]].id) continue;
+        if (!l || mark[seq[i]].id || !qwen3i_allowed(*l)) continue;     /* what is banned stays so */
         mark[seq[i]].id = 1;
         *l = *l > 0 ? *l / repeat : *l * repeat;
         *l -= s->presence_penalty;
@@ -6078,12 +6261,12 @@ static qwen3_result qwen3i_choose(const float *logits, int n_vocab, int n_choose
 
 static qwen3_result qwen3i_check_sampler(const qwen3_sampler *s, const qwen3i_err *err) {
     if (!s) return QWEN3_OK;
-    if (!(s->temperature >= 0 && s->temperature <= 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: temperature is not between 0 and 10000");
-    if (!(s->top_p >= 0 && s->top_p <= 1)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: top_p is not between 0 and 1");
-    if (!(s->min_p >= 0 && s->min_p <= 1)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: min_p is not between 0 and 1");
+    if (!qwen3i_between(s->temperature, 0, 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: temperature is not between 0 and 10000");
+    if (!qwen3i_between(s->top_p, 0, 1)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: top_p is not between 0 and 1");
+    if (!qwen3i_between(s->min_p, 0, 1)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: min_p is not between 0 and 1");
     if (s->top_k < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: top_k is negative");
-    if (!(s->repeat_penalty >= 0 && s->repeat_penalty <= 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: repeat_penalty is not between 0 and 10000");
-    if (!(s->presence_penalty >= -1e4f && s->presence_penalty <= 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: presence_penalty is not between -10000 and 10000");
+    if (!qwen3i_between(s->repeat_penalty, 0, 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: repeat_penalty is not between 0 and 10000");
+    if (!qwen3i_between(s->presence_penalty, -1e4f, 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: presence_penalty is not between -10000 and 10000");
     if (s->n_bias < 0 || (s->n_bias > 0 && !s->bias)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: bias is NULL or n_bias negative");
     return QWEN3_OK;
 }
@@ -6096,6 +6279,12 @@ static double qwen3i_log_sum_exp(const float *logits, int n) {
     for (i = 1; i < n; i++) if (logits[i] > top) top = logits[i];
     for (i = 0; i < n; i++) sum += exp((double)(logits[i] - top));
     return (double)top + log(sum);
+}
+/* ================================================================================================
+   SERVICES FOR BACKENDS: see the backend interface
+   ================================================================================================ */
+QWEN3_API float qwen3i_rotation(float *freqs, const qwen3i_config *config, double yarn_factor) {
+    return qwen3i_rope_freqs(freqs, config, yarn_factor);
 }
 /* ================================================================================================
    CONTEXT: sequences, and evaluating batches of them in chunks
@@ -6156,7 +6345,7 @@ static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_des
     int limit;
     memset(d, 0, sizeof *d);
     if (in) *d = *in;
-    if (!(d->yarn_factor >= 0 && d->yarn_factor <= 1024)) return qwen3i_fail(err, QWEN3_ERR_ARG, "yarn_factor is not between 0 and 1024");
+    if (!qwen3i_between(d->yarn_factor, 0, 1024)) return qwen3i_fail(err, QWEN3_ERR_ARG, "yarn_factor is not between 0 and 1024");
     limit = qwen3i_max_positions(&m->config, d->yarn_factor);
     if (d->max_ctx == 0) d->max_ctx = qwen3i_min(4096, limit);
     if (d->max_ctx < 0 || d->max_ctx > limit)
@@ -6358,6 +6547,12 @@ static void qwen3i_append_rows(qwen3_ctx *c, const qwen3i_batch *b) {
     for (i = 0; i < b->n_outs; i++) if (b->outs[i].keep_seq >= 0) c->seqs[b->outs[i].keep_seq].fresh = 1;
 }
 
+/* A step that failed may have replaced some of the kept logits: have them computed again when asked for. */
+static void qwen3i_forget_logits(qwen3_ctx *c, const qwen3i_batch *b) {
+    int i;
+    for (i = 0; i < b->n_outs; i++) if (b->outs[i].keep_seq >= 0) c->seqs[b->outs[i].keep_seq].fresh = 0;
+}
+
 /* Evaluate items whose arguments have been checked, in steps of at most prefill_chunk rows. */
 static qwen3_result qwen3i_eval(qwen3_ctx *c, const qwen3_item *items, int n_items, const qwen3i_err *err) {
     const int step = qwen3i_rows(&c->desc);
@@ -6383,7 +6578,7 @@ static qwen3_result qwen3i_eval(qwen3_ctx *c, const qwen3_item *items, int n_ite
         }
         if (b.n_rows == 0) break;
         r = c->model->backend->forward(c->state, &b, err);
-        if (r != QWEN3_OK) return r;
+        if (r != QWEN3_OK) { qwen3i_forget_logits(c, &b); return r; }
         qwen3i_append_rows(c, &b);
     }
     return QWEN3_OK;
@@ -6488,7 +6683,7 @@ QWEN3_API qwen3_result qwen3_sync(qwen3_ctx *c, int seq, const qwen3_token *toke
     c->stats.n_reused += common;
     memset(&item, 0, sizeof item);
     item.seq = seq;
-    item.tokens = tokens + common;
+    item.tokens = common < n ? tokens + common : NULL;
     item.n = n - common;
     return item.n > 0 ? qwen3i_timed_eval(c, &item, 1, &err) : QWEN3_OK;
 }
@@ -6598,7 +6793,8 @@ static qwen3_result qwen3i_next_step(qwen3_ctx *c, qwen3i_next *next, int n, con
         c->rngs[i] = next[i].sampler ? next[i].sampler->rng : 0;
         host |= next[i].sampler && next[i].sampler->filter;
     }
-    r = host ? qwen3i_next_on_host(c, next, n, err) : qwen3i_next_on_backend(c, next, n, err);
+    r = host ? QWEN3_ERR_UNSUPPORTED : qwen3i_next_on_backend(c, next, n, err);
+    if (r == QWEN3_ERR_UNSUPPORTED) r = qwen3i_next_on_host(c, next, n, err);
     for (i = 0; i < n && r != QWEN3_OK; i++) if (next[i].sampler) next[i].sampler->rng = c->rngs[i];
     return r;
 }
@@ -6656,6 +6852,7 @@ typedef struct qwen3i_stream {
     int    n;
     int    thinking;                    /* between <think> and </think> */
     int    leading;                     /* white space between </think> and the answer */
+    int    closed;                      /* the callback wants no more */
 } qwen3i_stream;
 
 /* The length of the UTF-8 sequence that starts with this byte, 0 if none does. */
@@ -6691,11 +6888,13 @@ static int qwen3i_deliver(const qwen3i_stream *s, const char *p, int n, int thin
 
 /* Deliver the first n pending bytes; white space right after </think> still belongs to the thinking. */
 static qwen3_result qwen3i_flush(qwen3i_stream *s, int n) {
+    const int open = s->gen->on_text && !s->closed;
     int lead = 0, r = QWEN3_OK;
     while (s->leading && lead < n && strchr(" \n\r\t", s->pending[lead]) && s->pending[lead]) lead++;
     if (lead < n) s->leading = 0;
-    if (s->gen->on_text && lead > 0) r = qwen3i_deliver(s, s->pending, lead, 1);
-    if (s->gen->on_text && lead < n && r == QWEN3_OK) r = qwen3i_deliver(s, s->pending + lead, n - lead, s->thinking);
+    if (open && lead > 0) r = qwen3i_deliver(s, s->pending, lead, 1);
+    if (open && lead < n && r == QWEN3_OK) r = qwen3i_deliver(s, s->pending + lead, n - lead, s->thinking);
+    if (r != QWEN3_OK) s->closed = 1;
     memmove(s->pending, s->pending + n, (size_t)(s->n - n));
     s->n -= n;
     return (qwen3_result)r;
@@ -6837,7 +7036,7 @@ QWEN3_API qwen3_result qwen3_generate(qwen3_ctx *c, int seq, const qwen3_gen_des
     if (r == QWEN3_OK) r = qwen3i_check_gen(c, gen, &err);
     if (r != QWEN3_OK) return r;
     s.gen = gen;
-    s.n = s.leading = 0;
+    s.n = s.leading = s.closed = 0;
     r = qwen3i_generate(c, seq, &s, &err);
     last = qwen3i_flush(&s, s.n);       /* what was held back is text after all */
     return r == QWEN3_OK && last != QWEN3_OK ? last : r;
@@ -7047,7 +7246,8 @@ QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *c, int seq, void *dst, uint64_t
 /* Every field is compared with what this context would have written. */
 static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint64_t size, qwen3i_state_header *h, const qwen3i_err *err) {
     qwen3i_state_header want;
-    if (!src || size < sizeof *h) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is too short: %llu bytes", (unsigned long long)size);
+    if (!src) return qwen3i_fail(err, QWEN3_ERR_ARG, "src is NULL");
+    if (size < sizeof *h) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is too short: %llu bytes", (unsigned long long)size);
     memcpy(h, src, sizeof *h);
     if (h->magic != QWEN3I_STATE_MAGIC) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "not a saved state, or of another version");
     if (h->total != size) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state has %llu bytes, of %llu", (unsigned long long)size, (unsigned long long)h->total);
@@ -7059,9 +7259,9 @@ static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint
         return qwen3i_fail(err, QWEN3_ERR_MISMATCH, "the saved state belongs to another model");
     if (h->kv_type != want.kv_type || h->yarn_bits != want.yarn_bits)
         return qwen3i_fail(err, QWEN3_ERR_MISMATCH, "the saved state has another KV type or yarn_factor than this context");
-    if (h->total != want.total || h->reserved) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
-    if (h->n_tokens > (uint32_t)c->desc.max_ctx)
+    if (h->n_tokens > (uint32_t)c->desc.max_ctx)                /* first: the total of more than fits could overflow */
         return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "the saved state has %u tokens, the sequence %d positions", (unsigned)h->n_tokens, c->desc.max_ctx);
+    if (h->total != want.total || h->reserved) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
     return QWEN3_OK;
 }
 
