@@ -22,6 +22,7 @@ static void  test_free(void *p);
 #include "tests/test_sampler.h"
 #include "tests/test_api.h"
 #include "tests/test_faults.h"
+#include "tests/test_malformed.h"
 #if defined(QWEN3_WITH_CUDA) && !defined(QWEN3_TEST_CUDA)
   #define QWEN3_TEST_CUDA
 #endif
@@ -61,6 +62,7 @@ int main(int argc, char **argv) {
     suite_sampler();
     suite_api();
     suite_faults();
+    suite_malformed();
 #ifdef QWEN3_TEST_CUDA
     suite_cuda();
 #endif

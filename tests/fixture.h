@@ -19,6 +19,7 @@ static test_heap heap_default;  /* what the library's default allocator uses */
 
 typedef struct heap_block { size_t size, check; } heap_block;   /* in front of each block: 16 bytes */
 #define HEAP_CHECK ((size_t)0x5AFE5AFE)
+#define HEAP_MOST  ((size_t)1 << 30)                            /* nothing here needs a gigabyte */
 
 #if defined(__GNUC__)           /* contexts of several threads may share a heap */
   #define HEAP_ADD(x, n) __atomic_add_fetch(&(x), (n), __ATOMIC_RELAXED)
@@ -30,7 +31,7 @@ static void *heap_alloc(size_t size, void *user) {
     test_heap *h = (test_heap *)user;
     heap_block *b;
     if (HEAP_ADD(h->calls, 1) == h->fail_at) { HEAP_ADD(h->failed, 1); return NULL; }
-    b = (heap_block *)malloc(sizeof *b + size);
+    b = size < HEAP_MOST ? (heap_block *)malloc(sizeof *b + size) : NULL;
     if (!b) return NULL;
     b->size = size;
     b->check = HEAP_CHECK ^ size;

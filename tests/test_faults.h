@@ -281,6 +281,40 @@ static void test_fault_read(void) {
     }
 }
 
+/* Callbacks that promise more bytes than they can read, or fewer, or absurdly many. */
+static const char *lying_name;          /* of this file the size is wrong, */
+static int64_t lying_by;                /* by so much, or it is so large */
+static int64_t lying_size(void *user, const char *name) {
+    int64_t size = load_io_size(user, name);
+    if (strcmp(name, lying_name) != 0) return size;
+    return lying_by > INT32_MAX ? lying_by : size + lying_by;
+}
+
+static void test_fault_lying_sizes(void) {
+    static const int64_t by[] = {1, -1, -8, INT64_MAX, (int64_t)1 << 50};
+    load_io io;
+    int k, i;
+    memset(&io, 0, sizeof io);
+    if (!model_files_read(&io.files, "chat")) return;
+    for (k = 0; k < io.files.n; k++) for (i = 0; i < 5; i++) {
+        qwen3_load_desc d = load_desc_io(&io);
+        test_heap h;
+        qwen3_model *m = (qwen3_model *)&h;
+        char err[256] = "";
+        qwen3_result r;
+        lying_name = io.files.file[k].name;
+        lying_by = by[i];
+        d.io.size = lying_size;
+        d.allocator = heap_allocator(&h);
+        r = qwen3_load(&m, &d, err, sizeof err);
+        if (by[i] == -1 && r == QWEN3_OK) { qwen3_free(m); m = NULL; r = QWEN3_ERR_FORMAT; }    /* a last newline is no loss */
+        CHECK_MSG((r == (by[i] == 1 ? QWEN3_ERR_IO : by[i] < 0 ? QWEN3_ERR_FORMAT : QWEN3_ERR_MEMORY)) && !m,
+                  "%s, size %lld: %s '%s'", lying_name, (long long)by[i], qwen3_result_string(r), err);
+        check_heap_empty(&h, lying_name, i);
+    }
+    model_files_free(&io.files);
+}
+
 /* Files that are shorter or longer than they should be, or absent. */
 static void test_fault_sizes(void) {
     int i, k;
@@ -557,6 +591,7 @@ static void suite_faults(void) {
     RUN(test_fault_memory_context);
     RUN(test_fault_memory_use);
     RUN(test_fault_read);
+    RUN(test_fault_lying_sizes);
     RUN(test_fault_sizes);
     RUN(test_fault_cancel_load);
     RUN(test_fault_cancel_prefill);
