@@ -331,14 +331,14 @@ def text_cases(folder, model, ids, arrays):
 
 
 def invite_end(w, folder, s, ids):
-    """Tilt the head so that a reply ends after some ten tokens, and so that rows without text look best."""
+    """Tilt the head so that a reply ends after some tokens, and so that rows without text look best."""
     model = load_model(folder)
     rng = np.random.default_rng(s["seed"] + 1000)
     hidden = forward(model, rng.integers(0, 256, 200).tolist())[1]
     mean = torch.from_numpy(hidden.mean(0))
     push = mean / mean.dot(mean)
     head = w["lm_head.weight"].float()
-    head[ids["<|im_end|>"]] += 6.0 * push
+    head[ids["<|im_end|>"]] += 2.0 * push
     padding = head[N_BPE + len(ids):]           # pairs of opposite long rows: one of each pair has a large logit
     padding[::2] *= 6.0
     padding[1::2] = -padding[::2]
