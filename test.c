@@ -23,6 +23,7 @@ static void  test_free(void *p);
 #include "tests/test_api.h"
 #include "tests/test_faults.h"
 #include "tests/test_malformed.h"
+#include "tests/test_threads.h"
 #if defined(QWEN3_WITH_CUDA) && !defined(QWEN3_TEST_CUDA)
   #define QWEN3_TEST_CUDA
 #endif
@@ -63,6 +64,7 @@ int main(int argc, char **argv) {
     suite_api();
     suite_faults();
     suite_malformed();
+    suite_threads();
 #ifdef QWEN3_TEST_CUDA
     suite_cuda();
 #endif

@@ -1,0 +1,439 @@
+/* Fuzz targets of qwen3.h, all in one program; the environment variable FUZZ_TARGET chooses (see targets[]).
+
+       clang -g -O1 -fsanitize=fuzzer,address,undefined tests/fuzz/fuzz.c -o fuzz -lm -lpthread
+       FUZZ_TARGET=safetensors ./fuzz tests/fuzz/seeds/safetensors          libFuzzer; or all: tests/fuzz/run.sh
+       afl-clang-fast -DFUZZ_MAIN ... && FUZZ_TARGET=json afl-fuzz -i tests/fuzz/seeds/json -o out ./fuzz @@
+       cc -DFUZZ_MAIN ... && FUZZ_TARGET=json ./fuzz FILE...                run files again
+       cc -DFUZZ_MAIN ... && ./fuzz --seeds tests/fuzz/seeds                write the seeds
+
+   Besides what the sanitizers see, a violated promise is a trap: memory out of proportion, a leak, an error
+   without a message, tokens that do not give the text back. */
+#include <stdint.h>
+#include <stddef.h>
+#define QWEN3_IMPLEMENTATION
+#include "../../qwen3.h"
+#include "../tiny.h"
+#include <sys/types.h>
+
+#define MUST(x) do { if (!(x)) { fprintf(stderr, "%s:%d: violated: %s\n", __FILE__, __LINE__, #x); __builtin_trap(); } } while (0)
+
+/* ---- memory under watch -------------------------------------------------------------------------------- */
+typedef struct heap { size_t now, peak; } heap;
+static heap memory;
+
+static void *heap_alloc(size_t size, void *user) {
+    void *p = size < (size_t)1 << 30 ? malloc(size) : NULL;
+    (void)user;
+    if (p) memory.now += size;
+    if (memory.now > memory.peak) memory.peak = memory.now;
+    return p;
+}
+static void heap_free(void *p, size_t size, void *user) {
+    (void)user;
+    memory.now -= size;
+    free(p);
+}
+
+/* ---- what a model that loads is put through -------------------------------------------------------------- */
+static const char sample[] = "abab The e\xCC\x81 \xF0\x9F\x98\x80<|im_end|> <think>\xFF 12\n\n";
+
+static void use(const qwen3_model *m) {
+    qwen3_ctx_desc d;
+    qwen3_ctx *ctx = NULL;
+    qwen3_item item;
+    qwen3_token tokens[256];
+    qwen3_sampler s = qwen3_sampler_preset(QWEN3_THINKING, 1);
+    int n = qwen3_encode(m, sample, sizeof sample - 1, QWEN3_PARSE_SPECIAL, tokens, 256), i;
+    MUST(n > 0 || n == QWEN3_ERR_UNSUPPORTED);
+    for (i = 0; i < n && i < 256; i++) MUST(tokens[i] >= 0 && tokens[i] < qwen3_get_info(m).n_tokens);
+    memset(&d, 0, sizeof d);
+    d.threads = 1;
+    d.max_ctx = 8;
+    d.prefill_chunk = 2;
+    if (qwen3_get_info(m).n_vocab > 100000 || qwen3_ctx_create(&ctx, m, &d, NULL, 0) != QWEN3_OK) return;
+    memset(&item, 0, sizeof item);
+    tokens[0] = tokens[1] = tokens[2] = 0;
+    item.tokens = tokens;
+    item.n = 3;
+    MUST(qwen3_eval(ctx, &item, 1) == QWEN3_OK);
+    MUST(qwen3_next(ctx, 0, &s, tokens) >= QWEN3_ERR_ARG);
+    qwen3_ctx_free(ctx);
+}
+
+/* Load the files; whatever happens must be in order. */
+static void load(const tiny_model *t, int flags) {
+    qwen3_file files[TINY_FILES];
+    qwen3_load_desc d;
+    qwen3_model *m = NULL;
+    qwen3_result r;
+    char err[300] = "";
+    memset(&d, 0, sizeof d);
+    d.n_files = tiny_list(t, files);
+    d.files = files;
+    d.flags = flags;
+    d.allocator.alloc = heap_alloc;
+    d.allocator.free = heap_free;
+    memory.now = memory.peak = 0;
+    r = qwen3_load(&m, &d, err, sizeof err);
+    MUST(memory.peak <= 8 * tiny_size(t) + 64 * 1024 + sizeof(qwen3i_tokenizer));
+    MUST(r == QWEN3_OK || r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_UNSUPPORTED || r == QWEN3_ERR_IO);
+    MUST((r == QWEN3_OK) == (m != NULL) && (r == QWEN3_OK) == !err[0] && (r == QWEN3_OK || strstr(err, ".json") || strstr(err, ".safetensors") ||
+         strstr(err, "merges.txt") || strstr(err, "the tokenizer has ids")));
+    if (m) use(m);
+    qwen3_free(m);
+    MUST(memory.now == 0);
+}
+
+/* The tiny model with one file replaced. */
+static void load_with(int which, const uint8_t *data, size_t n, int sharded, int vocab_files) {
+    tiny_model t;
+    tiny_make(&t, sharded, vocab_files);
+    free(t.file[which].p);
+    t.file[which].p = (char *)malloc(n ? n : 1);        /* exactly: reading on is seen */
+    if (n) memcpy(t.file[which].p, data, n);
+    t.file[which].n = n;
+    load(&t, 0);
+    tiny_free(&t);
+}
+
+/* ---- targets: files ---------------------------------------------------------------------------------------- */
+static void fuzz_config(const uint8_t *data, size_t n)      { load_with(TINY_CONFIG, data, n, 0, 0); }
+static void fuzz_generation(const uint8_t *data, size_t n)  { load_with(TINY_GENERATION, data, n, 0, 0); }
+static void fuzz_safetensors(const uint8_t *data, size_t n) { load_with(TINY_WEIGHTS, data, n, 0, 0); }
+static void fuzz_index(const uint8_t *data, size_t n)       { load_with(TINY_INDEX, data, n, 1, 0); }
+static void fuzz_tokenizer(const uint8_t *data, size_t n)   { load_with(TINY_TOKENIZER, data, n, 0, 0); }
+
+/* The first byte says which of the three files it is. */
+static void fuzz_vocab(const uint8_t *data, size_t n) {
+    if (n > 0) load_with(data[0] % 3 == 0 ? TINY_VOCAB : data[0] % 3 == 1 ? TINY_MERGES : TINY_TOKENIZER_CONFIG, data + 1, n - 1, 0, 1);
+}
+
+/* Skipping a value and reading it say the same about it; every string in it can be unescaped. */
+static void fuzz_json(const uint8_t *data, size_t n) {
+    char *copy = (char *)malloc(n ? n : 1), *text = (char *)malloc(n + 1);
+    qwen3i_json skip, j;
+    qwen3i_json_iter stack[QWEN3I_JSON_DEPTH];
+    qwen3i_str s;
+    double number;
+    int depth = 0, more = 1;
+    if (n) memcpy(copy, data, n);
+    skip = j = qwen3i_json_begin(copy, n);
+    qwen3i_json_skip(&skip);
+    while (more && !j.error) {
+        char c = qwen3i_json_peek(&j);
+        if (c == '{' || c == '[') {
+            if (depth == QWEN3I_JSON_DEPTH) break;
+            qwen3i_json_open(&j, c, &stack[depth++]);
+        } else if (c == '"') {
+            if (qwen3i_json_string(&j, &s)) { MUST(qwen3i_json_unescape(s, text) <= s.n); qwen3i_json_is(s, "model_type"); }
+        } else if (c == '-' || (c >= '0' && c <= '9')) {
+            if (qwen3i_json_number(&j, &number)) MUST(number >= -DBL_MAX && number <= DBL_MAX);
+        } else qwen3i_json_scalar(&j);
+        while ((more = depth > 0) != 0 && !qwen3i_json_next(&j, &stack[depth - 1], &s)) {
+            if (j.error) break;
+            depth--;
+        }
+        MUST(j.p >= j.start && j.p <= j.end);
+    }
+    if (more && !j.error) MUST(skip.error != NULL);             /* too deep */
+    else MUST(!skip.error == !j.error && skip.p == j.p);
+    free(copy);
+    free(text);
+}
+
+/* ---- targets: text --------------------------------------------------------------------------------------------- */
+static qwen3_model *shared_model(void) {
+    static qwen3_model *m;
+    static tiny_model t;
+    qwen3_file files[TINY_FILES];
+    qwen3_load_desc d;
+    if (m) return m;
+    tiny_make(&t, 0, 0);
+    memset(&d, 0, sizeof d);
+    d.n_files = tiny_list(&t, files);
+    d.files = files;
+    MUST(qwen3_load(&m, &d, NULL, 0) == QWEN3_OK);
+    return m;
+}
+
+static void fuzz_encode(const uint8_t *data, size_t n) {
+    const qwen3_model *m = shared_model();
+    const char *text = (const char *)data + 1;
+    qwen3_token *tokens, few[4] = {-7, -7, -7, -7};
+    int flags, count, i, k, ascii = 1;
+    size_t at = 0;
+    if (n < 1) return;
+    flags = data[0] & 1;
+    n--;
+    count = qwen3_encode(m, text, n, flags, NULL, 0);
+    MUST(count >= 0 && (size_t)count <= 9 * n);                 /* at most 3 characters of 3 bytes for one */
+    tokens = (qwen3_token *)malloc(((size_t)count + 1) * sizeof *tokens);
+    MUST(qwen3_encode(m, text, n, flags, tokens, count) == count && qwen3_encode(m, text, n, flags, few, 3) == count && few[3] == -7);
+    for (i = 0; i < 3 && i < count; i++) MUST(few[i] == tokens[i]);
+    for (at = 0; at < n; at++) ascii &= (unsigned char)text[at] < 0x80;
+    for (i = 0, at = 0; i < count; i++) {
+        const char *p = qwen3_token_bytes(m, tokens[i], &k);
+        MUST(p && k > 0 && (flags || tokens[i] < 257));         /* no control tokens out of plain text */
+        if (ascii) MUST(at + (size_t)k <= n && memcmp(text + at, p, (size_t)k) == 0);
+        at += (size_t)k;
+    }
+    if (ascii) MUST(at == n);
+    MUST(qwen3_utf8_complete(text, (int)n) <= (int)n && qwen3_utf8_complete(text, (int)n) >= (int)n - 3);
+    free(tokens);
+}
+
+/* Lines of text: the first character of each says what it is. */
+static void fuzz_chat(const uint8_t *data, size_t n) {
+    const qwen3_model *m = shared_model();
+    char *text = (char *)malloc(n + 1), *p, *line;
+    qwen3_msg msgs[8];
+    qwen3_tool_call calls[8];
+    const char *tools[4];
+    qwen3_chat_desc chat;
+    qwen3_token few[4];
+    int n_calls = 0, count;
+    memset(&chat, 0, sizeof chat);
+    memset(msgs, 0, sizeof msgs);
+    if (n) memcpy(text, data, n);
+    text[n] = '\0';
+    for (p = text; (line = p) != NULL;) {
+        qwen3_msg *last = chat.n_msgs > 0 ? &msgs[chat.n_msgs - 1] : NULL;
+        p = strchr(line, '\x1E');
+        if (p) *p++ = '\0';
+        if (*line >= '0' && *line <= '4' && chat.n_msgs < 8) {
+            msgs[chat.n_msgs].role = (qwen3_role)(*line - '0');
+            msgs[chat.n_msgs++].text = line + 1;
+        } else if (*line == 't' && chat.n_tools < 4) tools[chat.n_tools++] = line + 1;
+        else if (*line == 'r' && last) last->reasoning = line + 1;
+        else if (*line == 'c' && last && n_calls < 8) {
+            if (last->n_calls == 0) last->calls = &calls[n_calls];
+            calls[n_calls].name = "f";
+            calls[n_calls++].arguments = line + 1;
+            last->n_calls++;
+        } else if (*line == 'f') chat.flags = line[1] & 15;
+        if (last && last->n_calls && last->calls + last->n_calls > calls + n_calls) last->n_calls = 0;
+    }
+    chat.msgs = msgs;
+    chat.tools = tools;
+    count = qwen3_chat_render(m, &chat, NULL, 0);
+    MUST(count >= QWEN3_ERR_ARG);
+    if (count >= 0) {
+        qwen3_token *tokens = (qwen3_token *)malloc(((size_t)count + 1) * sizeof *tokens);
+        int i, opened = 0;
+        MUST(qwen3_chat_render(m, &chat, tokens, count) == count && qwen3_chat_render(m, &chat, few, 4) == count);
+        for (i = 0; i < count; i++) opened += tokens[i] == 258;
+        MUST(opened <= chat.n_msgs + 2);                        /* nobody's text opened a turn */
+        free(tokens);
+    }
+    free(text);
+}
+
+/* ---- targets: states and whole models -------------------------------------------------------------------------- */
+static qwen3_ctx *shared_ctx(unsigned char **state, size_t *size) {
+    static qwen3_ctx *ctx;
+    static unsigned char *saved;
+    static size_t saved_size;
+    static const qwen3_token tokens[5] = {10, 20, 30, 40, 50};
+    qwen3_ctx_desc d;
+    qwen3_item item;
+    if (!ctx) {
+        memset(&d, 0, sizeof d);
+        memset(&item, 0, sizeof item);
+        d.threads = 1;
+        d.max_ctx = 16;
+        MUST(qwen3_ctx_create(&ctx, shared_model(), &d, NULL, 0) == QWEN3_OK);
+        item.tokens = tokens;
+        item.n = 5;
+        MUST(qwen3_eval(ctx, &item, 1) == QWEN3_OK);
+        saved_size = (size_t)qwen3_seq_state_size(ctx, 0);
+        saved = (unsigned char *)malloc(saved_size);
+        MUST(qwen3_seq_save(ctx, 0, saved, saved_size, NULL) == QWEN3_OK);
+    }
+    *state = saved;
+    *size = saved_size;
+    return ctx;
+}
+
+/* The first byte: 0: the bytes as they are; 1: with a right checksum; else: changes to a good state, sealed. */
+static void fuzz_state(const uint8_t *data, size_t n) {
+    unsigned char *good, *bytes;
+    size_t size, i;
+    qwen3_ctx *ctx = shared_ctx(&good, &size);
+    qwen3i_state_header h;
+    qwen3_token t;
+    qwen3_result r;
+    int mode = n > 0 ? data[0] % 3 : 0, before;
+    if (n > 0) { data++; n--; }
+    if (mode == 2) {
+        bytes = (unsigned char *)malloc(size);
+        memcpy(bytes, good, size);
+        for (i = 0; i + 3 <= n; i += 3) bytes[((size_t)data[i] << 8 | data[i + 1]) % size] ^= data[i + 2];
+    } else {
+        size = n;
+        bytes = (unsigned char *)malloc(n ? n : 1);
+        if (n) memcpy(bytes, data, n);
+    }
+    if (mode > 0 && size >= sizeof h) {
+        memcpy(&h, bytes, sizeof h);
+        if (mode == 1) h.total = size;
+        memcpy(bytes, &h, sizeof h);
+        h.checksum = qwen3i_hash(h.fingerprint, bytes + QWEN3I_CHECKSUM_FROM, size - QWEN3I_CHECKSUM_FROM);
+        memcpy(bytes, &h, sizeof h);
+    }
+    before = qwen3_seq_len(ctx, 0);
+    r = qwen3_seq_load(ctx, 0, bytes, size);
+    if (r == QWEN3_OK) MUST(qwen3_seq_len(ctx, 0) == 0 || qwen3_next(ctx, 0, NULL, &t) >= QWEN3_ERR_CONTEXT_FULL);
+    else MUST((r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_MISMATCH || r == QWEN3_ERR_CONTEXT_FULL) && qwen3_ctx_error(ctx)[0] && qwen3_seq_len(ctx, 0) == before);
+    free(bytes);
+}
+
+/* Almost valid models: shapes, types, rope and sharding from the first bytes, then changes of single bytes. */
+static void fuzz_model(const uint8_t *data, size_t n) {
+    static const char *const types[4] = {"BF16", "F16", "F32", "I8"};
+    static const int sizes[4] = {2, 2, 4, 1};
+    uint8_t b[12] = {0};
+    tiny_model t;
+    tiny_text header = {NULL, 0};
+    int i, n_embd, n_kv, n_head, head_dim, n_ff, layers, layer, vocab = 264;
+    size_t at = 0, k;
+    for (i = 0; i < 12 && n > 0; i++, n--) b[i] = *data++;
+    n_embd = 1 + b[0] % 35; n_kv = 1 + b[1] % 3; n_head = n_kv * (1 + b[2] % 5); head_dim = 2 + 2 * (b[3] % 12) + (b[3] == 255);
+    n_ff = 1 + b[4] % 40; layers = 1 + b[5] % 3;
+    tiny_make(&t, 0, b[6] & 1);
+    tiny_remove(&t, TINY_CONFIG);
+    tiny_printf(&t.file[TINY_CONFIG], "{\"architectures\":[\"Qwen3ForCausalLM\"],\"model_type\":\"qwen3\",\"num_hidden_layers\":%d,\"hidden_size\":%d,"
+        "\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"intermediate_size\":%d,\"vocab_size\":%d,\"max_position_embeddings\":%d,"
+        "\"rms_norm_eps\":1e-6,\"rope_theta\":%d,\"tie_word_embeddings\":%s", layers, n_embd, n_head, n_kv, head_dim, n_ff, vocab, 1 + b[7], 1 + 100 * b[8],
+        b[6] & 2 ? "true" : "false");
+    if (b[6] & 4) tiny_printf(&t.file[TINY_CONFIG], ",\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":%d.%d,\"original_max_position_embeddings\":%d,"
+                              "\"beta_fast\":%d}", b[9] % 16, b[9] / 16, b[10], b[11]);
+    tiny_printf(&t.file[TINY_CONFIG], "}");
+    tiny_printf(&header, "{");
+    for (layer = -1; layer < layers; layer++) for (i = 0; i < (layer < 0 ? 3 : 11); i++) {
+        const char *const names[11] = {"input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm", "self_attn.k_norm",
+                                       "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
+        const char *const outer[3] = {"model.norm", "model.embed_tokens", "lm_head"};
+        const int rows[11] = {0, n_head * head_dim, n_kv * head_dim, n_kv * head_dim, 0, 0, n_embd, 0, n_ff, n_ff, n_embd};
+        const int cols[11] = {n_embd, n_embd, n_embd, n_embd, head_dim, head_dim, n_head * head_dim, n_embd, n_embd, n_embd, n_ff};
+        int r = layer < 0 ? (i ? vocab : 0) : rows[i], c = layer < 0 ? n_embd : cols[i], type = b[6] >> 3 & 3;
+        size_t size;
+        if (b[6] & 32 && (i + layer) % 2) type = b[11] & 3;
+        if (type == 3) type = b[11] == 77 ? 3 : 0;
+        size = (size_t)sizes[type] * (size_t)(r ? r : 1) * (size_t)c;
+        tiny_printf(&header, header.n > 1 ? ",\"" : "\"");
+        if (layer < 0) tiny_printf(&header, "%s.weight", outer[i]);
+        else tiny_printf(&header, "model.layers.%d.%s.weight", layer, names[i]);
+        tiny_printf(&header, "\":{\"dtype\":\"%s\",\"shape\":[", types[type]);
+        if (r) tiny_printf(&header, "%d,", r);
+        tiny_printf(&header, "%d],\"data_offsets\":[%lu,%lu]}", c, (unsigned long)at, (unsigned long)(at + size));
+        at += size;
+    }
+    tiny_printf(&header, "}%.*s", b[6] >> 6, "   ");            /* padding: unaligned data */
+    tiny_remove(&t, TINY_WEIGHTS);
+    t.file[TINY_WEIGHTS] = tiny_safetensors(header.p, header.n, at);
+    for (; n >= 4; data += 4, n -= 4) {
+        tiny_text *f = &t.file[data[0] % 4 == 1 ? TINY_WEIGHTS : data[0] % TINY_FILES];
+        k = (size_t)data[1] << 8 | data[2];
+        if (f->n > 0) f->p[(data[0] & 16 ? k * 13 : k) % f->n] ^= (char)data[3];
+    }
+    load(&t, b[10] & QWEN3_LOAD_CHECK);
+    free(header.p);
+    tiny_free(&t);
+}
+
+/* ---- choosing ------------------------------------------------------------------------------------------------ */
+typedef struct target { const char *name; void (*run)(const uint8_t *data, size_t n); } target;
+static const target targets[] = {
+    {"json", fuzz_json}, {"config", fuzz_config}, {"generation", fuzz_generation}, {"safetensors", fuzz_safetensors}, {"index", fuzz_index},
+    {"tokenizer", fuzz_tokenizer}, {"vocab", fuzz_vocab}, {"encode", fuzz_encode}, {"chat", fuzz_chat}, {"state", fuzz_state}, {"model", fuzz_model}
+};
+
+static const target *chosen(void) {
+    const char *name = getenv("FUZZ_TARGET");
+    size_t i;
+    for (i = 0; name && i < sizeof targets / sizeof *targets; i++) if (strcmp(name, targets[i].name) == 0) return &targets[i];
+    fprintf(stderr, "FUZZ_TARGET is not one of:");
+    for (i = 0; i < sizeof targets / sizeof *targets; i++) fprintf(stderr, " %s", targets[i].name);
+    fprintf(stderr, "\n");
+    exit(2);
+}
+
+#ifdef __cplusplus
+extern "C"
+#endif
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
+    static const target *t;
+    if (!t) t = chosen();
+    t->run(data, n);
+    return 0;
+}
+
+#ifdef FUZZ_MAIN
+#include <sys/stat.h>
+static void write_seed(const char *dir, const char *name, const char *target_name, const void *p, size_t n) {
+    char path[512];
+    FILE *f;
+    snprintf(path, sizeof path, "%s/%s", dir, target_name);
+    mkdir(path, 0755);
+    snprintf(path, sizeof path, "%s/%s/%s", dir, target_name, name);
+    f = fopen(path, "wb");
+    MUST(f && fwrite(p, 1, n, f) == n);
+    fclose(f);
+}
+
+static void write_seeds(const char *dir) {
+    static const char json[] = "{\"a\":[1,-2.5e3,0.125,true,false,null,{}],\"\\u00e9\\ud83d\\ude00\\n\":\"\\\"\\\\/\"}";
+    static const char text[] = "\1The e\xCC\x81 \xEA\xB0\x80 don't WON'T 12  \r\n\n x<|im_end|><think> \xF0\x9F\x98\x80 abab\xFF\xC3";
+    static const char chat[] = "0You are\x1E" "t{\"type\":\"function\",\"function\":{\"name\":\"f\",\"x\":[1.50,-0.0,1e-9]}}\x1E" "1Hi <|im_end|>\x1E"
+                               "2<think>\nhm\n</think>\n\nyes\x1E" "c{\"a\":1}\x1E" "342\x1E" "3<tool_response>\x1E" "1<tool_response>x</tool_response>\x1E" "f1";
+    unsigned char *state, whole[4096] = {0};
+    size_t size;
+    tiny_model t;
+    int form, i;
+    for (form = 0; form < 2; form++) {
+        static const char *const of[TINY_FILES] = {"config", "generation", "safetensors", "tokenizer", "index", NULL, NULL, "vocab", "vocab", "vocab"};
+        tiny_make(&t, form, form);
+        for (i = 0; i < TINY_FILES; i++) {
+            tiny_text f = {NULL, 0};
+            char name[8];
+            if (!of[i] || !t.file[i].p) continue;
+            snprintf(name, sizeof name, "%d", i);
+            if (i >= TINY_VOCAB) tiny_printf(&f, "%c", '0' + i - TINY_VOCAB);
+            tiny_append(&f, t.file[i].p, t.file[i].n);
+            write_seed(dir, name, of[i], f.p, f.n);
+            free(f.p);
+        }
+        tiny_free(&t);
+    }
+    shared_ctx(&state, &size);
+    memcpy(whole + 1, state, size);
+    write_seed(dir, "whole", "state", whole, size + 1);
+    whole[0] = 1;
+    write_seed(dir, "sealed", "state", whole, size + 1);
+    write_seed(dir, "changed", "state", "\2\0\60\7\0\100\377", 7);
+    write_seed(dir, "json", "json", json, sizeof json - 1);
+    write_seed(dir, "text", "encode", text, sizeof text - 1);
+    write_seed(dir, "chat", "chat", chat, sizeof chat - 1);
+    write_seed(dir, "plain", "model", "\3\0\1\0\5\0\3\37\144\4\0\0", 12);
+    write_seed(dir, "yarn", "model", "\7\1\1\3\37\1\6\37\144\104\20\40", 12);
+    write_seed(dir, "mixed", "model", "\40\1\2\7\11\2\355\377\144\4\4\2\1\0\10\1\1\0\200\100", 20);
+}
+
+int main(int argc, char **argv) {
+    int i;
+    if (argc == 3 && strcmp(argv[1], "--seeds") == 0) { write_seeds(argv[2]); return 0; }
+    for (i = 1; i < argc; i++) {
+        FILE *f = fopen(argv[i], "rb");
+        tiny_text t = {NULL, 0};
+        char part[4096];
+        size_t n;
+        if (!f) { fprintf(stderr, "cannot open %s\n", argv[i]); return 2; }
+        while ((n = fread(part, 1, sizeof part, f)) > 0) tiny_append(&t, part, n);
+        fclose(f);
+        LLVMFuzzerTestOneInput((const uint8_t *)(t.p ? t.p : ""), t.n);
+        free(t.p);
+    }
+    return 0;
+}
+#endif
