@@ -1,7 +1,8 @@
 """The grammar that writes the dialogues of the demo model; its phrases are in demo_phrases.py.
 
 Held-out dialogues (see eval_demo.py) use names, wares, prices and phrasings that training never
-shows: words and prices are divided by a hash, phrasings by their place in a list.
+shows: words and prices are divided by a hash, phrasings by their place in a list. A held-out phrasing
+is a new arrangement of words that training does show for the same intent.
 """
 import dataclasses
 import functools
@@ -101,6 +102,7 @@ FIRST_NAMES = words("""
     Fred George Greta Hannah Harry Helen Ida Jack James Jane Jim Joe John Julia Karl Kate Laura Leo
     Lisa Lucas Lucy Maria Mark Martin Mary Max Mia Mike Mona Nina Nora Oliver Oscar Otto Paul Peter
     Rachel Robert Rosa Ruth Sam Sara Simon Sophie Steve Susan Thomas Tim Tom Vera Victor Will""")
+FILLERS = words("just really actually perhaps maybe please again now then here today so well also um")
 NUMBER_WORDS = words("one two three four five six seven eight nine ten")
 
 ONSETS = words("""b b br c cl cr d d dr f f fl fr g gl gr h h j k k kl kr l l m m n n p p pl pr qu r r s s
@@ -146,10 +148,28 @@ def gist(phrase):
     return re.sub(r"[^a-z{}]", "", phrase.lower())
 
 
+def expansions(phrase):
+    return ["".join(choice) for choice in itertools.product(*parts_of(phrase))]
+
+
 @functools.cache
 def held_gists(options):
-    return {gist("".join(choice)) for phrase in phrase_side(options, True)
-            for choice in itertools.product(*parts_of(phrase))}
+    return {gist(line) for phrase in phrase_side(options, True) for line in expansions(phrase)}
+
+
+def words_in(phrase):
+    return set(re.findall(r"\w+", re.sub(r"\{\w+\}", " ", phrase.lower().replace("'", ""))))
+
+
+@functools.cache
+def tested(options):
+    """Of every held-out phrasing the forms whose words training shows in other phrasings; all forms of all
+    of them where there are none (in small talk, which is not scored)."""
+    learned = phrase_side(options, False)
+    practised = set().union(*(words_in(re.sub(r"[\[\]|]", " ", phrase)) for phrase in learned))
+    forms = [tuple(expansions(phrase)) for phrase in phrase_side(options, True)]
+    known = [tuple(form for form in all_of_it if words_in(form) <= practised) for all_of_it in forms]
+    return [of_one for of_one in known if of_one] or forms
 
 
 def plural(noun):
@@ -201,9 +221,11 @@ class Source:
 
     def phrase(self, options):
         """A phrasing of our side. Alternatives in brackets could make a held-out one by chance: not in training."""
+        if self.heldout:
+            return self.any(self.any(tested(options)))
         while True:
-            phrase = self.expand(self.any(phrase_side(options, self.heldout)))
-            if phrase and (self.heldout or gist(phrase) not in held_gists(options)):
+            phrase = self.expand(self.any(phrase_side(options, False)))
+            if phrase and gist(phrase) not in held_gists(options):
                 return phrase
 
     def word(self, options):
@@ -289,7 +311,7 @@ class Shop:
     discount: int      # most that may be taken off a price
     ways: list         # (place, where it is)
     rumours: list
-    plural: bool       # some wares are listed as "ropes", "brass lamps"
+    listed: dict       # ware: how the prompt lists it, in some shops "ropes", "brass lamps"
 
 
 def make_shop_name(src):
@@ -306,7 +328,7 @@ def make_shop_name(src):
 def make_wares(src):
     count = src.any((3, 4, 4, 5, 5, 6, 6, 7, 8, 10, 12))
     wares = {src.ware(): src.price() for _ in range(count)}
-    if src.chance(0.3):  # a neighbour that differs in one word only
+    if src.chance(0.4):  # a neighbour that differs in one word only
         name = src.any(list(wares))
         other = src.fresh(lambda: f"{src.word(ADJECTIVES)} {head_noun(name)}")
         wares[other] = src.price()
@@ -332,16 +354,18 @@ def make_way(src):
 
 def make_shop(src, plural=False):
     places = {src.word(PLACES) for _ in range(src.any((0, 0, 1, 2, 2, 3)))}
+    wares = make_wares(src)
     return Shop(
         keeper=src.name() if src.chance(0.85) else "", name=make_shop_name(src) if src.chance(0.85) else "",
-        currency=src.currency(), wares=make_wares(src), discount=src.number(1, 9) if src.chance(0.75) else 0,
+        currency=src.currency(), wares=wares, discount=src.number(1, 9) if src.chance(0.75) else 0,
         ways=[(place, make_way(src)) for place in sorted(places)],
-        rumours=[make_rumour(src) for _ in range(src.any((0, 0, 1, 1, 2)))], plural=plural)
+        rumours=[make_rumour(src) for _ in range(src.any((0, 0, 1, 1, 2)))],
+        listed={ware: plural_ware(ware) if plural and src.chance(0.7) else ware for ware, _ in wares})
 
 
 def empty_shop():
     """Where the prompt says nothing about a shop."""
-    return Shop(keeper="", name="", currency="coins", wares=[], discount=0, ways=[], rumours=[], plural=False)
+    return Shop(keeper="", name="", currency="coins", wares=[], discount=0, ways=[], rumours=[], listed={})
 
 
 def joined(parts, style):
@@ -358,8 +382,7 @@ def intro(src, shop):
 def ware_list(src, shop):
     opening, one, between, end = (part.replace("{c}", shop.currency) for part in src.any(WARE_LISTS))
     article = src.chance(0.1) and "the {w}" not in one
-    names = [plural_ware(w) if shop.plural and src.chance(0.7) else article_of(w) if article else w
-             for w, _ in shop.wares]
+    names = [article_of(w) if article and shop.listed[w] == w else shop.listed[w] for w, _ in shop.wares]
     items = [one.format(w=w, p=p) for w, (_, p) in zip(names, shop.wares)]
     money = f" {shop.currency}"
     if src.chance(0.15):  # "rope for 12 gold, lamp for 30"
@@ -411,6 +434,11 @@ class Turn:
     call: dict         # arguments of buy, or None
     slot: str          # what this turn tests, or None
     want: dict         # how an answer is checked; see eval_demo.py
+
+    @property
+    def worked(self):
+        """Whether the answer needs the thought before it."""
+        return self.slot in ("sum", "change", "haggle")
 
 
 def adding_up(a, count):
@@ -464,12 +492,16 @@ class Talk:
         return line.rstrip("?.!") or line if self.src.chance(0.2) else line
 
     def careless(self, phrase):
-        """Lower case, a missing apostrophe, a mistyped word."""
+        """Lower case, a missing apostrophe, a word too many, a mistyped word."""
         if self.src.chance(0.12):
             phrase = phrase.lower()
         if self.src.chance(0.08):
             phrase = phrase.replace("'", "")
-        if self.src.chance(0.04) and not self.src.heldout:
+        if self.src.chance(0.05) and not self.src.heldout:
+            spaces = [match.start() for match in re.finditer(" ", phrase)]
+            at = self.src.any(spaces or [0])
+            phrase = phrase[:at] + " " * bool(at) + self.src.any(FILLERS) + " " * (not at) + phrase[at:]
+        if self.src.chance(0.05) and not self.src.heldout:
             plain = [word for word in phrase.split(" ") if word.isalpha() and len(word) > 3]
             if plain:
                 word = self.src.any(plain)
@@ -595,9 +627,10 @@ class Talk:
 
     def ask_which(self):
         """A noun that several wares share."""
-        name = self.src.any(self.shop.wares)[0].split()[-1]
+        nouns = [ware.split()[-1] for ware, _ in self.shop.wares if " " in ware]
+        name = self.src.any([noun for noun in nouns if nouns.count(noun) > 1] or [""])
         listed = [ware for ware, _ in self.shop.wares if name in ware.split()]
-        if len(listed) < 2 or any(" of " in ware or ware == name for ware in listed):
+        if not name or any(" of " in w or w == name or self.shop.listed[w] != w for w in listed):
             return self.ask_price()
         choice = ", ".join(f"the {ware}" for ware in listed[:-1]) + f" or the {listed[-1]}"
         self.say(self.ask(ASK_PRICE, w=name.lower(), ws=plural(name.lower())), self.answer(WHICH, x=choice),
@@ -632,7 +665,7 @@ class Talk:
 
     def ask_list(self):
         asked = self.ask(ASK_LIST, m=self.src.price())
-        wares = [f"{ware} {price}" for ware, price in self.shop.wares]
+        wares = [f"{self.shop.listed[ware]} {price}" for ware, price in self.shop.wares]
         if wares:
             self.say(asked, self.answer(EVERYTHING, x=", ".join(wares)), "The player asks for my wares.", "list",
                      has=wares)
@@ -817,9 +850,9 @@ class Talk:
 
 
 STEPS = tuple(itertools.chain.from_iterable([step] * weight for step, weight in (
-    (Talk.ask_price, 7), (Talk.ask_total, 8), (Talk.buy_and_pay, 4), (Talk.ask_name, 3), (Talk.ask_stock, 5),
-    (Talk.ask_list, 2), (Talk.haggle, 6), (Talk.ask_way, 4), (Talk.ask_news, 2), (Talk.ask_outside, 6),
-    (Talk.ask_keeper, 1), (Talk.ask_shop, 1), (Talk.ask_sum, 2), (Talk.ask_which, 1), (Talk.chat, 2))))
+    (Talk.ask_price, 9), (Talk.ask_total, 7), (Talk.buy_and_pay, 4), (Talk.ask_name, 5), (Talk.ask_stock, 5),
+    (Talk.ask_list, 3), (Talk.haggle, 7), (Talk.ask_way, 5), (Talk.ask_news, 2), (Talk.ask_outside, 5),
+    (Talk.ask_keeper, 2), (Talk.ask_shop, 2), (Talk.ask_sum, 1), (Talk.ask_which, 4), (Talk.chat, 2))))
 EMPTY_STEPS = (Talk.ask_missing, Talk.ask_list, Talk.ask_name, Talk.ask_way, Talk.ask_news, Talk.ask_outside,
                Talk.ask_keeper, Talk.ask_shop, Talk.ask_sum, Talk.chat)
 
@@ -847,7 +880,7 @@ def make_dialogue(seed, heldout=False):
     """Dialogue number seed; the held-out ones are longer, so that there is something to remember."""
     src = Source(seed, heldout)
     talk = Talk(src, thinking=src.chance(0.5))
-    talk.hold(src.number(3, 5) if heldout else src.any((0, 1, 1, 2, 2, 3, 3, 4, 5, 7)))
+    talk.hold(src.number(3, 5) if heldout else src.any((0, 1, 2, 2, 3, 3, 4, 5, 6, 8)))
     if not talk.turns:
         talk.step()
     if talk.turns[-1].role == "tool" and not heldout and src.chance(0.5):

@@ -114,7 +114,24 @@ MY_NAME = (
     "[Just |]call me {n}[, please|, will you|].", "My name's {n}[, by the way|, nice to meet you|].",
     "[I am|I'm] {n}[, an adventurer|, a traveller|, pleased to meet you| by name|].",
     "[Everyone|Everybody] here knows me as {n}.", "name's {n}", "It's me, {n}!", "{n}'s the name.", "{n} here.",
-    "May I introduce myself? {n}.", "[Remember|Note|Don't forget] [my name|this]: {n}.")
+    "May I introduce myself? {n}.", "[Remember|Note|Don't forget] [my name|this]: {n}.",
+    "[Everybody|Everyone|My mother|All the world|My family] calls me {n}.",
+    "[You may|You might|Some|Many|People|Most folk] know me as {n}.",
+    "[Let me|Allow me to|I want to|I'd like to|I should|I must] introduce myself[:|, I am|. I'm|. My name is] {n}.",
+    "[First,|A word about myself:|About me:|Before we start:] [I am|I'm|my name is|they call me] {n}.",
+    "[Good morning|Good evening|Good day|Morning|Hello there|Hi there][!|,|.] [I am|I'm|my name is|they call me] {n}.",
+    "[Good morning|Hello|Greetings][,|!|.] {n} [is my name|is the name|here|at your service].",
+    "[In this town|At home|Here|Around here] [everybody|everyone|people|they] [calls|call|knows|know] me [as |]{n}.",
+    "[I was|I've been|I got] [named|called|given the name] {n}.", "{n}, [at your service|that's me|nice to meet you].",
+    "May I [present|introduce] [myself|me]: {n}[, an adventurer|, a traveller|].",
+    "[My|The] [full |first |real |]name [is|would be] {n}[, if you please|, sir|, by the way|].",
+    "[Write down|Keep in mind|Please remember|Do not forget|Remember] [that I am|that my name is|the name] {n}.",
+    "[Who am I?|My name?|Me?] [I am |I'm |]{n}[, of course|].", "[I am|I'm] [known|famous] [here |]as {n}.",
+    "You are talking to {n}.", "[You see|Before you stands|You have before you|Here is|It is] {n}.",
+    "I am {n} and [I need some things|I am new here|I come from far away|I have a question].",
+    "[From now on|Today|You can|You may|Just] call me {n}[, friend|, keeper|].",
+    "[So you know|For your book|In case you ask]: [I'm|I am|my name is|the name is] {n}.", "my name: {n}",
+    "[Nice to meet you|Pleased to meet you|Well met|At your service][, I am|. I'm|! My name is|:] {n}.")
 ASK_NAME = (
     "What is my name?", "Do you remember my name?", "Who am I?", "What was my name again?",
     "Do you still know my name?", "Tell me my name.", "What am I called?", "Do you know who I am?",
@@ -128,7 +145,19 @@ ASK_NAME = (
     "And my name is?", "[I wonder if|Let's see if] you [remember|know|recall] my name.",
     "[Do|Did] you [know|remember|hear|get|learn|keep] [my name|what I am called|who I am|how I am called]?",
     "What [should|do|would|will] you call me?", "[Which|What] name did I [say|tell you|mention]?",
-    "You do know my name, don't you?", "[Tell|Remind] me who I am.")
+    "You do know my name, don't you?", "[Tell|Remind] me who I am.",
+    "[Do|Don't|Can|Can't] you [still |even |really |]remember [me|my name|who I am|what I am called]?",
+    "[I forgot|I've forgotten|I lost|I can't remember] my name. [What is it|Do you know it|Tell me|Who am I]?",
+    "[So|Well|And|Now], [what's|what was|what is] my name?", "[What|How|As whom] did I introduce myself?",
+    "[Who|What] did I say I [am|was|am called]?", "Don't you [know|remember] my name[ any more| yet| still|]?",
+    "You [do |still |]know [my name|who I am], [right|don't you|do you|yes]?", "my name?", "[So|And], my name?",
+    "[Quiz|Test|Question]: [what's|what is|tell me] my name[?|!]", "[And|So] my name[, please| again| was|]?",
+    "[I told you|I gave you|You heard|You know] my name[. What is it|, what was it|, can you say it|, right]?",
+    "[Do|Can|Could] you [tell|say|call] [me |]my name[ again| now| once more|]?", "And what [is|was] my name?",
+    "[By what name|What name|Which name] do you know me[ by|]?", "[Have you|Did you] [forgotten|forget] [me|who I am]?",
+    "[Remember|Recall] my name?", "[Am I|Are you sure who I am|Who do you think I am]?",
+    "[What|How] am I called[ again| here|, keeper|]?", "And [do|don't] you [recall|know|remember] [mine|my name]?",
+    "[Can|Could] you remember [me|what I am called|who I am]?", "I have a name, don't I? [What is it|Say it|Which]?")
 ASK_PRICE = (
     "How much is the {w}?", "How much for the {w}?", "What does the {w} cost?",
     "What is the price of the {w}?", "How much does the {w} cost?", "What do you want for the {w}?",
@@ -158,11 +187,32 @@ ASK_PRICE = (
     "[Let me know|Say|Tell me] [what|how much] [the|a|that|your] {w} [costs|is|goes for].",
     "At what price [do you sell|are you selling|would you sell] the {w}?", "How much do {ws} cost?",
     "[How much|What] [are|do you want for|do you charge for] [the |your |]{ws}?",
-    "[What's|What is] [a|the|your|that] {w}[, please| then| here|]?")
+    "[What's|What is] [a|the|your|that] {w}[, please| then| here|]?",
+    "At [what|which] price [does|do you sell|are you selling|would you sell] [that|your|a] {w}[ sell|]?",
+    "[I'd like|I wish|I want|I'm curious] to [hear|learn|find out|know] the [price|cost] of [the|that|your] {w}.",
+    "That [nice|fine|lovely|pretty|beautiful] {w} [there|over there|here]: [how much|what price|what does it cost]?",
+    "[Which price|What sum|What amount] [would|must|should|do] I pay for the {w}?", "[Price|Cost]: {w}?",
+    "[What is|What's|Say, what's] the [nice |fine |]{w} selling for?", "[So|Well,] the {w} is [going for|worth] what?",
+    "[How much|For how much|At what price] are you selling [the|that|your] {w}?",
+    "What [price|cost] has [your|that|a|this] {w}?", "Let me [hear|find out|learn|see] what the {w} costs.",
+    "[I wish|I'd like|I need|I'm curious] to [know|learn|hear|find out] how [much|expensive] the {w} is.",
+    "[How much money|How much|What] [would|will|must|shall] I [spend on|give you for|pay for|need for] [the|a] {w}?",
+    "[What|Which] [sum|price|amount] do you [want|ask|charge|take|have] for [the|that|your] {w}?",
+    "[Do you know|Tell me|Say] the [price|cost] of [the|that|this|your] {w}[, please|, keeper|].",
+    "[How|Is] [dear|costly|cheap|expensive] is [the|that|a|your] {w}?", "[And|So] [the|a|that|your] {w}?",
+    "[I saw|I found|There is] a [nice |fine |lovely |pretty |]{w} [here|there|over there]. [How much|The price]?",
+    "[Excuse me|Sorry|Please], [the price of the|how much for the|what about the] {w}?",
+    "The {w} [costs|is] [how much|what]?",
+    "[How many {c}|How much] [must|should|would|do] I [pay|give] for [the|a] {w}?")
 ASK_PRICE_IT = (
     "How much is it?", "What does it cost?", "[And|So] how much is [it|that]?", "[What's|What is] the price?",
     "How much?", "[What|How much] [does|would|will] [it|that|one] cost[ me|]?", "What do you want for it?",
-    "And the price?", "[Tell me|Say] [the|its] price.", "How much do you [ask|want|charge|take] for it?")
+    "And the price?", "[Tell me|Say] [the|its] price.", "How much do you [ask|want|charge|take] for it?",
+    "[What|How much] do you [ask|charge|take|want] for [it|that|that one|this one]?", "[Its|The] price, please.",
+    "[How|Is it] [expensive|cheap|dear|costly][ is it|]?", "[How much|What] [do I|must I|would I] have to pay for it?",
+    "[What's|What is] [it|that] [worth|going for|selling for]?", "[And|So|Okay,] [what|how much] does [it|that] cost?",
+    "[What|Which] [price|sum] [has it|do you ask for it|do you take for it|would it be]?", "And how much[ for it|]?",
+    "[Tell|Give] me [its price|the price|the cost].", "How much [is|was] that[ one| again|]?")
 ASK_STOCK = (
     "Do you sell {ws}?", "Do you have {a}?", "Have you got {a}?", "Is there {a} in your shop?",
     "Do you have any {ws}?", "Any {ws}?", "Are there {ws} here?", "I am looking for {a}.",
@@ -178,7 +228,15 @@ ASK_STOCK = (
     "[I want|I'd love|I would love|I was hoping for] {a}. [Do you have one|Have you got one|Do you sell those]?",
     "[Where|How] do I [get|find|buy] {a}?", "You don't [happen to |]have {a}, do you?",
     "Is {a} [for sale|available|in stock|on your shelves]?", "Do you have something like {a}?",
-    "Someone told me you sell {ws}.", "I heard [that |]you [have|sell|keep] {ws}[.|, is that true?]")
+    "Someone told me you sell {ws}.", "I heard [that |]you [have|sell|keep] {ws}[.|, is that true?]",
+    "I was [told|hoping|wondering if] [that |]you [sell|have|keep] {ws}.", "Would you have one of those {ws}?",
+    "[People|My friends|They|Some|Someone] [say|told me|said] [that |]you [sell|have|keep|stock] {ws}.",
+    "I was [hoping|asked|sent|told] to [find|get|look for] {a}[ here| in your shop|].", "{a}, do you have one?",
+    "[Those|Some|Any] {ws}, do you [have|sell|stock] [them|those|any]?",
+    "[I'd love|I want] one of those {ws}. Got one?",
+    "[I'd like|I want|I need|I'd love] {a}, [do you have one|have you got one|do you sell those|is there one here]?",
+    "[Do|Don't] you [sell|have|keep] [such a thing as|something like|a thing like] {a}?", "Is {a} [here|around]?",
+    "[Tell me|Say|I wonder][,| if|:] [do you have|you have|you sell|do you sell] {ws}.", "[No|Any] {ws} [today|left]?")
 ASK_LIST = (
     "What do you sell?", "What do you have?", "Show me your wares.", "What is for sale?",
     "What can I buy here?", "What do you have for sale?", "What are your wares?", "List your wares.",
@@ -197,7 +255,24 @@ ASK_LIST = (
     "What [else |][do you|can you] [have|sell|offer] [me |]?", "May I look around?", "I'm just looking around.",
     "[How much is|What does] everything[ cost|]?",
     "So what [do you sell|have you got|is there|can I buy|do you have]?",
-    "I have [only |]{m} {c}. What can I [buy|get|afford]?", "What would you recommend?", "Anything interesting?")
+    "I have [only |]{m} {c}. What can I [buy|get|afford]?", "What would you recommend?", "Anything for sale?",
+    "[What|Which ware|Which thing] [would|could|can|do] you recommend[ to me| today|]?",
+    "[Do you have any|Have you any|Any|Give me some] recommendations?", "Recommend [me |]something[, please|].",
+    "[Which|What] wares [are|do you have] [there|here|in stock|for sale]?",
+    "[Anything|What is there] for sale[ here|]?",
+    "[May|Can|Could] I [look around|see everything|browse|have a look][, please| here| a bit|]?",
+    "I'm [only |just |]looking[, thanks|. What do you have|. What is there|].",
+    "[Your|The] [catalogue|menu|list|stock]?",
+    "[Name|Describe|List|Read out|Show] [all |]your [wares|goods|prices|items|things][, please|].",
+    "[Let's|Let me] see [what you have|what you sell|your wares|everything].", "prices", "[all|your] prices?",
+    "[What|How much] do [your|the|all your|all the] [things|wares|goods|items] [cost|go for]?",
+    "[I wonder|I'd like to know|Tell me|I want to know] [what you have|what you sell|what there is|what is for sale].",
+    "[What|Which] [goods|wares|things] [can|could|may|might] [you|this shop|your shop] [sell me|offer me|offer]?",
+    "[I want|I'd like|I need] [to see |]the [price list|whole list|list of wares|catalogue][, please|].",
+    "What [all |]is [here |]for sale[ in your shop| today|]?", "list of wares", "wares?",
+    "[Which|What] are your wares?",
+    "[What|Anything you] recommend?", "I am looking around. What [is there|do you have]?",
+    "[I have|I've got|With] {m} {c}[, what can I|. What could I|. What do I] [buy|get|afford]?")
 ASK_TOTAL = (
     "How much for {l}?", "What do I pay for {l}?", "How much is {l}?", "What would {l} cost?",
     "What is the total for {l}?", "I would like {l}. What is the total?", "What does {l} cost together?",
@@ -212,7 +287,13 @@ ASK_TOTAL = (
     "[Suppose|Say|Imagine] I [take|buy|want] {l}[.|,] [how much|what is the total|what do I owe you]?",
     "[I'd like|I want|I need|I'd love|Let's say] {l}. [How much|What is that|What does that make|Total]?",
     "[What's|What is] the [price|cost|sum|total|bill] [for|of] {l}?", "[total|price|sum] for {l}",
-    "What if I [buy|take|want] {l}?", "How many {c} [for|are|do I need for] {l}?")
+    "What if I [buy|take|want] {l}?", "How many {c} [for|are|do I need for] {l}?",
+    "[Suppose|Imagine] I [bought|wanted|took] {l}. [What|How much] would [I pay|that be|it cost]?",
+    "[How much|What] [are|is] {l} all together?", "How many {c} [would|do|will|does] {l} cost?",
+    "[In all|All together|Altogether], [what are|how much are|what is|how much is] {l}?", "And {l}, all together?",
+    "[I imagine|Let's suppose|Let's imagine] I take {l}. [What is the total|What do I pay|How much]?",
+    "[The total|The sum|The bill] for {l}, please.", "How many {c} are {l}[ in all| in total| together|]?",
+    "[I need|I want|Tell me|Give me] the [total|sum|bill|price] for {l}.")
 BUY = (
     "I'll take {l}.", "I would like to buy {l}.", "Give me {l}.", "I want {l}.", "I would like {l}, please.",
     "Sell me {l}.", "{l}, please.", "I will buy {l}.", "I want to buy {l}.", "I'd like to take {l}.",
@@ -226,11 +307,19 @@ BUY = (
     "[Please |][get|pack|give|hand|bring] me {l}[, please|].", "[buy|take|get] {l}", "{l}!",
     "[I've decided|I have decided]: {l}.",
     "[I'd love|I'm taking|I am taking|I choose|I'll go for|Just] {l}[, please|].",
-    "My [order|choice] is {l}.", "[Let|Allow] me [to |][buy|purchase|take] {l}.")
+    "My [order|choice] is {l}.", "[Let|Allow] me [to |][buy|purchase|take] {l}.",
+    "[Fine|Good|Okay|Alright|All right|Right|Then][,| then,|:] {l}[, please|].", "I [go|went] for {l}.",
+    "I [choose|pick|am taking|am going for|would love|have chosen] {l}.", "Just {l}[ for me|, please| today|].",
+    "[Make it|I'm taking|I'd love to have|I decide on] {l}.", "[Put|Set] {l} [on my bill|aside for me|in my bag].",
+    "[I'm|I am] going to [buy|take|have] {l}.", "[Order|Buying|My order]: {l}.", "[I want|I wish] to [have|own] {l}.",
+    "[You can|You may|Please] [sell|give|hand] me {l}.")
 BUY_IT = (
     "I'll take it.", "I'll buy it.", "I want it.", "Sell it to me.", "I would like to buy it.", "I take it.",
     "[Okay|Good|Fine|Alright], [I'll take|I'll buy|give me|I want|sell me] it.", "[Can|Could] I have it?",
-    "Give it to me[, please|].", "Let me have it.", "[I'd like|I will take|I will have] it[, please|].")
+    "Give it to me[, please|].", "Let me have it.", "[I'd like|I will take|I will have] it[, please|].",
+    "[I will|I'd like to|I would love to|I want to] [buy|take|have] [it|that|that one].", "Let me [buy|take] it.",
+    "[I'm|I am] [taking|buying] it.", "[Deal|Fine|Good|Right], I'll [take|have|buy] it.", "[Sell|Give] me that one.",
+    "[It's|It is] mine.", "Wrap it up[, please|].", "[I'll|I will] have [it|that one].")
 PAY = (
     "Here are {m} {c}.", "I give you {m} {c}.", "I pay with {m} {c}.", "Here is {m}.", "Here, take {m} {c}.",
     "Take these {m} {c}.", "I pay {m} {c}. What is my change?", "{m} {c}. How much do I get back?",
@@ -243,7 +332,10 @@ PAY = (
     "I only have {m} {c}.",
     "[What is|What's|And|How much is] my change [from|out of|for|if I pay with] {m}[ {c}|]?",
     "[If I|When I] [give you|pay|pay with|hand you] {m}[ {c}|], [what do I get back|what is my change]?",
-    "I [put|lay] {m} {c} on the counter.", "My purse holds {m} {c}. Take it.", "You get {m} {c} from me.")
+    "I [put|lay] {m} {c} on the counter.", "My purse holds {m} {c}. Take it.", "You get {m} {c} from me.",
+    "[I've|I have] only [got |]{m}[ {c}|].", "[Take|Have|Keep] [my|the|these] {m} {c}.",
+    "Only {m}[ {c}|] [in my purse|left].",
+    "[There|Look, there] [are|you have] {m} {c}.", "[With|For] {m} {c}, what [is my change|do I get back]?")
 BUY_AND_PAY = (
     "I buy the {w} with {m} {c}. What is my change?", "Here are {m} {c} for the {w}.",
     "If I pay for the {w} with {m} {c}, what do I get back?",
@@ -258,7 +350,10 @@ BUY_AND_PAY = (
     "I want to buy the {w} and I have {m} {c}. Is that enough?",
     "[Is|Are] {m}[ {c}|] enough for the {w}?", "What's my change from {m}[ {c}|] for the {w}?",
     "{m} {c} for the {w}, [here you are|what is my change|what do I get back].",
-    "[Can|Could] I [buy|get|afford] the {w} [with|for my|if I have] {m} {c}?", "One {w}, and here is {m} {c}.")
+    "[Can|Could] I [buy|get|afford] the {w} [with|if I have] {m} {c}?", "One {w}, and here is {m} {c}.",
+    "[I'd like to|I want to|I'm here to|I'm going to] buy [the|one|a] {w} with {m} {c}.",
+    "[One|A] {w}[,|.] [here are|I have|I pay with|here you go,] {m} {c}.", "Is {m} {c} enough to [buy|get] the {w}?",
+    "[Here you go|There you go], {m} {c} for one {w}.", "[Have I|Do I have] enough for the {w} with {m} {c}?")
 OFFER = (
     "Would you take {o} {c} for the {w}?", "I offer {o} {c} for the {w}.", "I'll give you {o} for the {w}.",
     "How about {o} {c} for the {w}?", "How about the {w} for {o} {c}?", "Can I have the {w} for {o} {c}?",
@@ -278,7 +373,19 @@ OFFER = (
     "The {w}: {o}[ {c}|]?", "[I think|In my opinion,] the {w} is [only |]worth {o}[ {c}|].",
     "[I only have|I have only] {o} {c}. [Would you give me|Can I have] the {w} [for that|anyway|for it]?",
     "The {w} at {o} {c}, [how about it|agreed|yes or no]?", "Is {o} a fair offer for the {w}?",
-    "[My offer|Deal|Offer]: {o}[ {c}|] for the {w}[?|.]")
+    "[My offer|Deal|Offer]: {o}[ {c}|] for the {w}[?|.]",
+    "[I bid|I'd bid|My bid is|I can bid] {o}[ {c}|] [for|on] [the|that|your] {w}.", "My bid for the {w}: {o}[ {c}|].",
+    "[Is|Isn't|Would] {o}[ {c}|] [be |][a fair|a good|an honest|a decent] [price|bid|sum] for the {w}?",
+    "[You can have|You could get|You will get|You receive] {o}[ {c}|] [from me |]for [the|that|your] {w}.",
+    "From me you [get|can have|would get] {o}[ {c}|] for the {w}.", "[A fair|My best|My] offer: {o} for the {w}.",
+    "{o}[ {c}|] is [fair|enough|a fair price|my last offer] for [the|that|your] {w}[.|, right?|, don't you think?]",
+    "[Can|Could|Shall] we [agree on|say|settle on|make it] {o}[ {c}|] for the {w}?", "For {o}[ {c}|] I take the {w}.",
+    "[I'd|I would|I'll|I could] [take|buy] [the|that|your] {w} for {o}[ {c}|].", "{o}[ {c}|] and the {w} is mine?",
+    "[Let|Allow] me [to |][buy|have|take] the {w} for {o}[ {c}|][, please|].", "Only {o}[ {c}|] for the {w}[?|.]",
+    "[What if I|And if I|Suppose I] [offer|offered|gave you|give you|bid] {o}[ {c}|] for the {w}?",
+    "[Say|Make it|Let it be] {o}[ {c}|] for the {w}[ and we have a deal|, agreed|, fair|].",
+    "[Do|Would] you [agree to|accept|take] [an offer of |]{o}[ {c}|] for the {w}?", "I have a bid for the {w}: {o}.",
+    "The {w} [is not worth more than|isn't worth more than|is worth] {o}[ {c}|][ to me|].")
 ASK_CHEAPER = (
     "Can you make the {w} cheaper?", "Is there a discount on the {w}?",
     "What is your lowest price for the {w}?", "The {w} is too expensive. Can you go lower?",
@@ -296,7 +403,21 @@ ASK_CHEAPER = (
     "[Make|Sell] [me |]the {w} [cheaper|for less][, please|].", "Can't you make the {w} [a bit |]cheaper?",
     "[A|Some] discount [on|for] the {w}, [please|perhaps|maybe]?", "the {w}, but cheaper?",
     "Is the price of the {w} [negotiable|fixed|your last word|final]?",
-    "[I can't afford|I cannot afford|I can't pay that much for] the {w}. [Cheaper|Can you help|Any discount]?")
+    "[I can't afford|I cannot afford|I can't pay that much for] the {w}. [Cheaper|Can you help|Any discount]?",
+    "[Can|Could|May|Shall] [we|I] [haggle|bargain|negotiate] [over|about|for] the {w}?",
+    "I[ want|'d like| would like| wish] to [haggle|bargain|negotiate] [about|for] [the|that|your] {w}.",
+    "[Is there|Do I have|Is there any|Any] chance [of|to get] [a discount on|a better price for|less for] the {w}?",
+    "Is the price [of|for|on] [the|that|your] {w} [fixed|final|negotiable|firm|your last word]?", "{w}: discount?",
+    "Is [that|it|this] your [last word|final word|last price|best offer] [on|for] the {w}?",
+    "[Would|Could|Can|Will] you [come down|do better|be kinder|haggle|bargain] on the {w}?",
+    "[I find|I think|In my eyes] the {w} [is too expensive|is too dear|costs too much][.|. Any discount?|. Lower it!]",
+    "[What|How much] discount [do I get|can you give me|is there|would you give] [on|for] the {w}?",
+    "[Lower|Reduce|Cut|Drop] the price of [the|that|your] {w}[, please|, will you|].", "Let's haggle over the {w}.",
+    "[I'd|I would|I might|I'll] [buy|take] the {w} if it [was|were|is] cheaper.", "[Cheaper|Less] for the {w}, please?",
+    "[What|How much] [would be|is] [the lowest|the least|your last offer|the best price] for the {w}?",
+    "The {w} [for less|cheaper|at a discount|at a lower price][, please|, perhaps|, maybe|]?",
+    "[Too expensive|Too much|Too dear][!|.] [Can I|Could I] [have|get] the {w} [for less|cheaper]?",
+    "[How|What] about a [discount|lower price|better price] [on|for] the {w}?", "[A|One] last word on the {w}'s price?")
 ASK_WAY = (
     "Where is the {p}?", "How do I get to the {p}?", "How do I find the {p}?", "Which way is the {p}?",
     "Where do I find the {p}?", "Can you tell me the way to the {p}?", "I am looking for the {p}.",
@@ -314,7 +435,21 @@ ASK_WAY = (
     "[Show|Tell|Explain to] me [the way to|how to reach|where to find] the {p}[, please|].",
     "[Which|What] [direction|road|street|path] [is|leads to|takes me to|must I take to|do I take to] the {p}?",
     "I can't find the {p}[. Can you help me?|.|, where is it?]", "Directions to the {p}[, please|]?",
-    "[How far|Is it far|In which direction] [is it |]to the {p}?", "Take me to the {p}.")
+    "[How far|Is it far|In which direction] [is it |]to the {p}?", "Take me to the {p}.",
+    "[Is there|Do you have|Does this town have|Have you got] a {p} [near here|in this town|around|close by|nearby]?",
+    "[How far|How many miles|How long] is it [from here |]to the {p}?", "Is the {p} [far|near][ from here| away|]?",
+    "What's the [quickest|best|shortest|fastest] [way|road] to the {p}?", "Where [exactly |]is [this|that|the] {p}?",
+    "[Point|Guide|Lead|Send|Direct] me to the {p}[, please|].",
+    "[I need|I want|Give me] [directions|the way] to the {p}.",
+    "[Could|Can|Would] you point me [to|towards] the {p}?",
+    "Is there [any|some|a] {p} [there|here|in town|around here]?",
+    "[Where|In which part of town] [can the {p} be found|is the {p} located|would the {p} be|does the {p} stand]?",
+    "[Got|Any] directions to the {p}?", "I was told there is a {p} [here|in town|nearby][. Where|, where is it|]?",
+    "[I need|I want|I have|I'm trying] to [find|see|visit|reach] the {p}[. Where is it?|. Which way?|.|, please.]",
+    "[How|Where] [can|could|would|might] I [get|go|walk] to [the|your] {p}[ from here|]?", "{p}, [where|which way]?",
+    "[Do|Would] you [happen to |]know [a|the|any] {p} [around here|in town|nearby]?", "Which [road|way] for the {p}?",
+    "[I've lost|I lost|I missed|I don't know] the way to the {p}.", "[Tell|Show] me [where|how far] the {p} is.",
+    "[How|Where] [do|does] [one|you|people] [get|go] to the {p}?", "Where did they build the {p}?")
 ASK_NEWS = (
     "Any news?", "Have you heard any rumours?", "What is new in town?", "What do people say?",
     "Heard any news lately?", "Do you know any rumours?", "What's the latest gossip?", "Tell me a rumour.",
@@ -328,7 +463,10 @@ ASK_NEWS = (
     "[What's|What is] [happening|the news|the word|the talk|going on][ in town| here| these days|]?", "news",
     "[Are there|Do you have|Have you got|You got] [any|some] [rumours|gossip|stories][ for me| to tell|]?",
     "What's up in town?",
-    "[What|What rumours] [do you hear|have you heard|goes around|are going around][ lately| these days|]?")
+    "[What|What rumours] [do you hear|have you heard|goes around|are going around][ lately| these days|]?",
+    "[What|What's|Is something|Is anything] up [here|around here|these days|today]?", "[Give|Tell] me the gossip.",
+    "[Has|Did] [anything|something] [strange|odd|new|special] [happened|happen][ here| lately|]?", "[any|some] rumours",
+    "Are there strange [rumours|stories|tales] [around|in town|about]?", "[Which|What] rumours do you know?")
 ASK_KEEPER = (
     "What is your name?", "Who are you?", "What are you called?", "And who are you?",
     "Can you tell me your name?", "May I ask your name?", "What do they call you?", "Tell me your name.",
@@ -340,7 +478,17 @@ ASK_KEEPER = (
     "[What|How] [should|can|may|shall|do] I call you?",
     "[Who|What] is the [owner|keeper|name of the keeper][ here|]?",
     "[Introduce yourself|Tell me who you are|Tell me about yourself][, please|].", "your name?",
-    "Do you have a name?", "Who [runs|keeps|owns] this [shop|place|store]?")
+    "Do you have a name?", "Who [runs|keeps|owns] this [shop|place|store]?",
+    "[Have you got|Don't you have|Have you|Do you keepers have] a name?", "You have a name, [right|don't you|keeper]?",
+    "[What|Which] name do you [go by|have|use|carry|bear]?",
+    "[Who is|Who's|Who was] the [shopkeeper|merchant][ here|]?",
+    "[Who's|Who is] [behind the counter|the boss|in charge][ here|]?", "Does the keeper have a name?",
+    "[I'd like|I want|I would like|I wish] to know [your name|who you are|what you are called].",
+    "[Who|With whom] am I [speaking|talking|dealing] [with|to]?", "[And|So] your name is?",
+    "[And|So] what is your name?",
+    "[Tell|Remind] me [who you are|your name|of your name][, please|].", "Who [keeps|runs|owns] [the|your] shop?",
+    "[Do|Could|Can|Would] you [have a name|tell me who you are|say your name|introduce yourself]?",
+    "[By what name|How|What] do people [call|know] you?", "[Who are you again|You are who|And you|Are you the keeper]?")
 ASK_SHOP = (
     "What is this shop called?", "What is the name of this shop?", "Where am I?", "Which shop is this?",
     "Can you tell me what this shop is called?", "What do you call this shop?", "What place is this?",
@@ -349,7 +497,16 @@ ASK_SHOP = (
     "[How|What] do you call [your shop|this place|the shop|your store]?", "What is this[ place| here|]?",
     "[Which|What] [store|shop|place] [am I in|is this|is that|have I come to]?", "Does this shop have a name?",
     "[Could|Can|Would] you tell me [where I am|the name of your shop|what your shop is called]?",
-    "What's your [shop|store|place] called?", "the name of [the|this|your] shop?")
+    "What's your [shop|store|place] called?", "the name of [the|this|your] shop?",
+    "[Does|Has] [your|the|this] [shop|store|place] [have |got ]a name?",
+    "[What|How] is [this|your] shop [named|called]?",
+    "[Under|By] [what|which] name [is this shop known|does this shop go]?", "[What|Which] place have I come to?",
+    "[I'd like to know|Do you know|I forgot|Remind me of] the name of [this|the|your] [shop|store|place].",
+    "[What|Which] name does [this|your|the] [shop|store|place] have?", "[shop name|name of the shop|the shop's name]?",
+    "[Where|In which shop|In what place] [have I come|am I|am I now|did I come]?", "What does your sign say?",
+    "[Have you|Did you] [given|give] [your|the|this] [shop|store] a name?", "[Where|In what shop] are we?",
+    "[Tell|Remind] me [where I am|what this place is|what this shop is called][, please|].", "So this shop is called?",
+    "[What|What's] the [sign|name] [over|on|above] the door[ say|]?", "[And|So] this [shop|place] is[ called|]?")
 ASK_OUTSIDE = (
     "What is the capital of {x}?", "Who is the king of {x}?", "How old is the {y}?",
     "Can you write a poem about the {y}?", "What do you know about the {y}?", "Who built the {y}?",
@@ -384,13 +541,26 @@ ASK_OUTSIDE = (
     "Do you [like|know|remember|hate|love|trust|fear] [{x}|the {z}|{x} the {z}|my brother {x}|a {z} named {x}]?",
     "[What|Who] [is|was] [the {z} of {x}|the greatest {z}|{x}'s {z}|in the {y} of {x}|behind the {z}]?",
     "[Do you believe in|Are you afraid of|Have you dreamt of|Should I fear] [{x}|the {z}|{z}s|a {z}|ghosts|gods]?",
-    "[What|How many] {w}s does {x} have?", "Is it true that {x} [is a {z}|loves a {z}|is dead|lives in the {y}]?")
+    "[What|How many] {w}s does {x} have?", "Is it true that {x} [is a {z}|loves a {z}|is dead|lives in the {y}]?",
+    "[We|They|You] [hate|love|fear|hunt|seek|serve|saw|trust] [{x}|the {z}|my brother {x}|a {z} named {x}].",
+    "[Do you remember|Do you like|Do you trust|Would you trust] [me and {x}|the {z} of {x}|my brother|a {z}]?",
+    "[How|When|Where] [did|will] [{x}|the {z}|my brother {x}] [die|fight|sleep|go]?", "Why are we [here|alive|lost]?",
+    "[How big|How much|How tall|How deep|How old] [is|was] [the world|the sea|the sky|{x}|the moon|a {z}]?",
+    "[Is|Was] [the world|the sea|the moon|{x}] [so |][big|old|far|round|flat|tall]?",
+    "How is [the weather|{x}|the king]?",
+    "[What|Who] would you [like|love|want] to [be|see|meet|fight]?", "[Name|Tell me] the king of {x}.",
+    "[I saw|I met|I lost|I killed] [{x}|a {z}|the {z}|my brother] [in|near|behind] {x}.", "Long live {x}!",
+    "[What|How] [do|does] [the {z}|{x}|a {z}] [want|think|do|feel|eat|look like]?", "Which {z} is the [best|oldest]?",
+    "[Explain|Describe|Tell me about] [the world|the sea|the {z}|{x}|the war|life|love].", "How many {z}s are there?")
 ASK_SUM = (
     "What is {q}?", "How much is {q}?", "{q}?", "Can you work out {q}?", "What does {q} make?",
     "Tell me, what is {q}?", "{q} is how much?", "Work out {q} for me.", "Calculate {q}.",
     "What do you get for {q}?",
     "[Can|Could|Would] you [calculate|compute|tell me|add up] {q}[, please|]?", "{q} = ?", "{q} =", "{q}",
-    "Compute {q}.", "[What's|What is|How much is|And what is] {q}[, please|, keeper|]?", "Do you know {q}?")
+    "Compute {q}.", "[What's|What is|How much is|And what is] {q}[, please|, keeper|]?", "Do you know {q}?",
+    "What do I get [for|from|if I work out] {q}?", "How much does {q} [make|give|come to]?",
+    "{q} [makes|is|gives] what?",
+    "[Solve|Work out|Do the sum] {q}[, please|].", "[I wonder|Tell me] what {q} [is|makes].")
 HOW_ARE_YOU = (
     "How are you?", "How is business?", "How are you today?", "Is business good?", "How are things?",
     "How [are you doing|goes it|do you do|is life|is it going][ today|, friend|]?", "Are you well?", "You alright?")

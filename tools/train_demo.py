@@ -239,9 +239,9 @@ class Encoder:
     def encode(self, dialogue):
         ids = self.ids(render(dialogue))
         mask = [False] * len(ids)
-        for first in self.answers(ids):
+        for first, turn in zip(self.answers(ids), dialogue.turns, strict=True):
             end = ids.index(TOKEN_ID["<|im_end|>"], first)
-            start = self.learned_from(ids, first, dialogue.thinking)
+            start = self.learned_from(ids, first, dialogue.thinking, turn.worked)
             mask[start:end + 1] = [True] * max(0, end + 1 - start)
         return ids + [TOKEN_ID["<|endoftext|>"]], mask + [False]
 
@@ -251,11 +251,11 @@ class Encoder:
         return [i + length for i, token in enumerate(ids)
                 if token == self.opening[0] and ids[i:i + length] == self.opening]
 
-    def learned_from(self, ids, first, thinking):
-        """An answer of the past stands there without its thoughts: it teaches only the mode without
-        thinking, and not how to begin."""
+    def learned_from(self, ids, first, thinking, worked):
+        """An answer of the past stands there without its thoughts: it does not teach how to begin, and
+        nothing at all if thoughts led to it."""
         if ids[first] != TOKEN_ID["<think>"]:
-            return len(ids) if thinking else first + 1
+            return len(ids) if thinking and worked else first + 1
         return first if thinking else first + len(self.unthinking)
 
 
