@@ -495,6 +495,7 @@ def parse_arguments():
     parser.add_argument("--eager", action="store_true", help="do without torch.compile")
     parser.add_argument("--report", type=int, default=100, help="steps between lines of the log")
     parser.add_argument("--score", type=int, default=500, help="held-out dialogues to score at the end")
+    parser.add_argument("--wrong", type=int, default=0, metavar="N", help="show N wrong answers of the score")
     parser.add_argument("--show", type=int, metavar="N", help="print N dialogues and stop")
     parser.add_argument("--heldout", action="store_true", help="show held-out dialogues")
     args = parser.parse_args()
@@ -513,7 +514,7 @@ def main():
     write_settings(args.out, args.init)
     model, training = train(args, device)
     save_weights(model, args.out)
-    result = eval_demo.score(eval_demo.TransformersEngine(args.out, device), args.score)
+    result = eval_demo.score(eval_demo.TransformersEngine(args.out, device), args.score, args.wrong)
     print(eval_demo.markdown_table(result))
     start = "an earlier model of the same program, with its tokenizer" if args.init else "random weights, seed 0"
     write_card(args.out, model, training, device, result, start)
