@@ -4,12 +4,15 @@
 
    A block's threads are coroutines of one host thread. They switch only where CUDA threads meet: barriers, warp
    exchanges, matrix instructions. Which runs first changes with every launch, and blocks run in a shuffled order, so
-   that a missing barrier or a dependence between blocks shows as a changing result. Memory starts as NaN; a warp whose lanes
-   do not all arrive at an exchange, or a block that can never go on, is an error that aborts. Sums of matrix
+   that a missing barrier or a dependence between blocks shows as a changing result. Memory starts as NaN; a warp whose
+   lanes do not all arrive at an exchange, or a block that can never go on, is an error that aborts. Sums of matrix
    instructions are exact float32 here, timing means nothing, and streams do their work at once.                 */
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
 #include <functional>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -60,6 +63,27 @@ const size_t STACK = 128 * 1024;
 struct thread { void *sp; char *stack; bool done; };
 struct warp { uint64_t word[2][32][8]; int arrived, live; unsigned turn; };
 
+struct device_block { char *begin, *end; };
+inline std::vector<device_block> &device_blocks() { static std::vector<device_block> all; return all; }
+
+/* If this is device memory, reads and writes there are errors from now on, with the address sanitizer. */
+inline void forbid(void *p, size_t n) {
+#ifdef __SANITIZE_ADDRESS__
+    for (size_t i = 0; i < device_blocks().size(); i++)
+        if ((char *)p >= device_blocks()[i].begin && (char *)p < device_blocks()[i].end)
+            __asan_poison_memory_region(p, n);
+#else
+    (void)p; (void)n;
+#endif
+}
+inline void allow(void *p, size_t n) {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(p, n);
+#else
+    (void)p; (void)n;
+#endif
+}
+
 struct machine {                        /* one multiprocessor for each host thread */
     std::vector<thread> threads;
     std::vector<warp> warps;
@@ -71,6 +95,9 @@ struct machine {                        /* one multiprocessor for each host thre
     unsigned char *dynamic;
     std::vector<unsigned char> dynamic_memory;
     uint64_t random;
+    machine()
+        : scheduler(NULL), current(0), live(0), waiting(0), barrier_turn(0), progress(0), dynamic(NULL), random(1) {}
+    ~machine() { for (size_t i = 0; i < threads.size(); i++) free(threads[i].stack); }
 };
 inline machine &now() { static thread_local machine m; return m; }
 
@@ -163,7 +190,8 @@ inline void run_grid(dim3 grid, dim3 block, size_t shared, const std::function<v
     machine &m = now();
     const size_t n = (size_t)grid.x * grid.y * grid.z;
     std::vector<uint32_t> order(n);
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) die("the grid is empty or too large");
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+        die("the grid is empty or too large");
     for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
     for (size_t i = n; i > 1; i--) std::swap(order[i - 1], order[random_number() % i]);
     gridDim = grid;
@@ -194,7 +222,9 @@ template <class T> T shuffle(T v, int from) {
 static inline void __syncthreads() { emulated::barrier(); }
 static inline void __syncwarp(unsigned = 0xFFFFFFFFu) { const uint64_t none = 0; emulated::exchange(&none, 1); }
 static inline void __threadfence() {}
-template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return emulated::shuffle(v, (emulated::now().current % 32) ^ mask); }
+template <class T> T __shfl_xor_sync(unsigned, T v, int mask) {
+    return emulated::shuffle(v, (emulated::now().current % 32) ^ mask);
+}
 template <class T> T __shfl_sync(unsigned, T v, int lane) { return emulated::shuffle(v, lane % 32); }
 template <class T> T __shfl_up_sync(unsigned, T v, unsigned by) {
     const int lane = emulated::now().current % 32;
@@ -202,7 +232,11 @@ template <class T> T __shfl_up_sync(unsigned, T v, unsigned by) {
 }
 template <class T> T __ldcg(const T *p) { return *p; }
 template <class T> T atomicAdd(T *p, T v) { const T old = *p; *p = old + v; return old; }
-static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long v) { const unsigned long long old = *p; *p = old + v; return old; }
+static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long v) {
+    const unsigned long long old = *p;
+    *p = old + v;
+    return old;
+}
 template <class T> T atomicMax(T *p, T v) { const T old = *p; if (v > old) *p = v; return old; }
 template <class T> T atomicOr(T *p, T v) { const T old = *p; *p = old | v; return old; }
 static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
@@ -211,8 +245,38 @@ static inline unsigned long long __umul64hi(unsigned long long a, unsigned long 
     return (unsigned long long)((unsigned __int128)a * b >> 64);
 }
 
-#include "cuda_fp16.h"
-#include "cuda_bf16.h"
+/* ---- 16-bit floats --------------------------------------------------------------------------------------- */
+struct __half { unsigned short bits; };
+static inline __half __ushort_as_half(unsigned short u) { __half h; h.bits = u; return h; }
+static inline unsigned short __half_as_ushort(__half h) { return h.bits; }
+
+static inline float __half2float(__half h) {
+    const unsigned sign = (unsigned)(h.bits & 0x8000u) << 16, exponent = h.bits >> 10 & 31u, fraction = h.bits & 1023u;
+    if (exponent == 31) return __uint_as_float(sign | 0x7F800000u | fraction << 13);
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * (float)fraction * 5.9604644775390625e-8f;
+    return __uint_as_float(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+/* Round to nearest, ties to even. */
+static inline __half __float2half_rn(float f) {
+    const unsigned u = __float_as_uint(f), sign = u >> 16 & 0x8000u, a = u & 0x7FFFFFFFu;
+    if (a > 0x7F800000u) return __ushort_as_half(0x7FFF);
+    if (a >= 0x477FF000u) return __ushort_as_half((unsigned short)(sign | 0x7C00u));
+    if (a < 0x38800000u)
+        return __ushort_as_half((unsigned short)(sign | (unsigned)lrintf(__uint_as_float(a) * 16777216.0f)));
+    return __ushort_as_half((unsigned short)(sign | (a - 0x38000000u + 0xFFFu + (a >> 13 & 1u)) >> 13));
+}
+
+struct __nv_bfloat16 { unsigned short bits; };
+static inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 h) { return h.bits; }
+static inline float __bfloat162float(__nv_bfloat16 h) { return __uint_as_float((unsigned)h.bits << 16); }
+static inline __nv_bfloat16 __float2bfloat16_rn(float f) {
+    const unsigned u = __float_as_uint(f);
+    __nv_bfloat16 h;
+    h.bits = (u & 0x7FFFFFFFu) > 0x7F800000u ? (unsigned short)0x7FFF
+                                             : (unsigned short)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
+    return h;
+}
 
 static inline uint4 load_stream(const void *p) {
     uint4 v;
@@ -246,8 +310,12 @@ static inline void load_matrices_of(unsigned (&r)[4], const void *row, bool tran
 static inline void load_matrices(unsigned (&r)[4], const void *row) { load_matrices_of(r, row, false); }
 static inline void load_matrices_transposed(unsigned (&r)[4], const void *row) { load_matrices_of(r, row, true); }
 
-static inline float emulated_element(unsigned pair, int i, __half) { return __half2float(__ushort_as_half((unsigned short)(pair >> (16 * i)))); }
-static inline float emulated_element(unsigned pair, int i, __nv_bfloat16) { return __uint_as_float(pair >> (16 * i) << 16); }
+static inline float emulated_element(unsigned pair, int i, __half) {
+    return __half2float(__ushort_as_half((unsigned short)(pair >> (16 * i))));
+}
+static inline float emulated_element(unsigned pair, int i, __nv_bfloat16) {
+    return __uint_as_float(pair >> (16 * i) << 16);
+}
 
 /* d[16, 8] += a[16, 16] b[16, 8]: which lane holds what is the hardware's fragment layout of m16n8k16. */
 template <class T> void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T type) {
@@ -265,8 +333,15 @@ template <class T> void multiply(float (&d)[4], const unsigned (&a)[4], unsigned
 }
 
 /* ---- the runtime ------------------------------------------------------------------------------------------ */
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35,
-                   cudaErrorInvalidDevice = 101, cudaErrorNoDevice = 100, cudaErrorNotReady = 600 };
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorNoDevice = 100,
+    cudaErrorNotReady = 600
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0, cudaHostAllocMapped = 2 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
@@ -290,12 +365,21 @@ static inline cudaError_t emulated_call() {
     return ++emulated_calls == emulated_fail_at ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 static inline const char *cudaGetErrorString(cudaError_t e) {
-    return e == cudaSuccess ? "no error" : e == cudaErrorMemoryAllocation ? "out of memory" : e == cudaErrorNoDevice ? "no device" : "an error";
+    return e == cudaSuccess                 ? "no error"
+           : e == cudaErrorMemoryAllocation ? "out of memory"
+           : e == cudaErrorNoDevice         ? "no device"
+                                            : "an error";
 }
 static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-static inline cudaError_t cudaGetDeviceCount(int *n) { *n = emulated_devices; return emulated_devices ? cudaSuccess : cudaErrorNoDevice; }
+static inline cudaError_t cudaGetDeviceCount(int *n) {
+    *n = emulated_devices;
+    return emulated_devices ? cudaSuccess : cudaErrorNoDevice;
+}
 static inline cudaError_t cudaGetDevice(int *d) { *d = emulated_device; return cudaSuccess; }
-static inline cudaError_t cudaSetDevice(int d) { emulated_device = d; return d < emulated_devices ? cudaSuccess : cudaErrorInvalidDevice; }
+static inline cudaError_t cudaSetDevice(int d) {
+    emulated_device = d;
+    return d < emulated_devices ? cudaSuccess : cudaErrorInvalidDevice;
+}
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     p->major = emulated_capability / 10;
     p->minor = emulated_capability % 10;
@@ -314,6 +398,8 @@ static inline cudaError_t cudaMalloc(void **p, size_t size) {
     memcpy(block, &size, sizeof size);
     memset(block + 256, 0xFF, (size + 255) / 256 * 256);        /* NaN */
     emulated_used += size;
+    const emulated::device_block range = {block + 256, block + 256 + size};
+    emulated::device_blocks().push_back(range);
     *p = block + 256;
     return cudaSuccess;
 }
@@ -322,6 +408,12 @@ static inline cudaError_t cudaFree(void *p) {
     if (!p) return cudaSuccess;
     memcpy(&size, (char *)p - 256, sizeof size);
     emulated_used -= size;
+    emulated::allow(p, size);
+    for (size_t i = 0; i < emulated::device_blocks().size(); i++)
+        if (emulated::device_blocks()[i].begin == (char *)p) {
+            emulated::device_blocks().erase(emulated::device_blocks().begin() + (long)i);
+            break;
+        }
     free((char *)p - 256);
     return cudaSuccess;
 }
@@ -331,7 +423,11 @@ static inline cudaError_t cudaHostAlloc(void **p, size_t size, unsigned) {
     return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 static inline cudaError_t cudaFreeHost(void *p) { free(p); return cudaSuccess; }
-static inline cudaError_t cudaMemGetInfo(size_t *f, size_t *total) { *f = emulated_memory - emulated_used; *total = emulated_memory; return cudaSuccess; }
+static inline cudaError_t cudaMemGetInfo(size_t *f, size_t *total) {
+    *f = emulated_memory - emulated_used;
+    *total = emulated_memory;
+    return cudaSuccess;
+}
 
 /* Do it now, or note it down if the stream is being captured. */
 static inline cudaError_t emulated_enqueue(cudaStream_t s, const std::function<void()> &work) {
@@ -344,12 +440,22 @@ static inline cudaError_t emulated_enqueue(cudaStream_t s, const std::function<v
 static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind, cudaStream_t s) {
     return emulated_enqueue(s, [=] { memmove(to, from, n); });
 }
-static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind) { memmove(to, from, n); return cudaSuccess; }
-static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind, cudaStream_t s) {
-    return emulated_enqueue(s, [=] { for (size_t i = 0; i < height; i++) memmove((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width); });
+static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind) {
+    memmove(to, from, n);
+    return cudaSuccess;
 }
-static inline cudaError_t cudaMemsetAsync(void *to, int v, size_t n, cudaStream_t s) { return emulated_enqueue(s, [=] { memset(to, v, n); }); }
-static inline cudaError_t cudaMemset2DAsync(void *to, size_t pitch, int v, size_t width, size_t height, cudaStream_t s) {
+static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
+                                            size_t width, size_t height, cudaMemcpyKind, cudaStream_t s) {
+    return emulated_enqueue(s, [=] {
+        for (size_t i = 0; i < height; i++)
+            memmove((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width);
+    });
+}
+static inline cudaError_t cudaMemsetAsync(void *to, int v, size_t n, cudaStream_t s) {
+    return emulated_enqueue(s, [=] { memset(to, v, n); });
+}
+static inline cudaError_t cudaMemset2DAsync(void *to, size_t pitch, int v, size_t width, size_t height,
+                                            cudaStream_t s) {
     return emulated_enqueue(s, [=] { for (size_t i = 0; i < height; i++) memset((char *)to + i * pitch, v, width); });
 }
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
@@ -377,7 +483,11 @@ static inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptu
     s->graph = new std::vector<std::function<void()> >();
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) { *g = s->graph; s->graph = NULL; return *g ? cudaSuccess : cudaErrorInvalidValue; }
+static inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) {
+    *g = s->graph;
+    s->graph = NULL;
+    return *g ? cudaSuccess : cudaErrorInvalidValue;
+}
 static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long) {
     *e = NULL;
     if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;

@@ -1,0 +1,1417 @@
+/* qwen3_cuda_kernels.cuh - the kernels of qwen3_cuda.cu, which includes this file and says what holds for all of
+   them. Each head comment gives shapes, launch, order of the sums, and the function of qwen3.h that it equals.
+
+   Rooms: device helpers, rows and cache, RMSNorm, matrix times vectors, Q K V, attention, MLP, logits, sampling,
+   weights. */
+#ifndef QWEN3_CUDA_KERNELS_CUH
+#define QWEN3_CUDA_KERNELS_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace {
+
+typedef __half        half_t;
+typedef __nv_bfloat16 bf16_t;
+
+const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
+const int MATVEC_WARPS  = 8;
+const int HEAD_ROWS     = 64;           /* rows whose logits are computed at a time */
+const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
+const int SPLIT_WARPS   = 4;
+const int TILE_ROWS     = 64;           /* (token, head) rows and ...               */
+const int TILE_POS      = 32;           /* ... positions of a tile of attention      */
+const int MAX_HEAD_DIM  = 256;
+const float LOG2E       = 1.44269504088896f;
+const float LOWEST      = -1e30f;       /* stands for minus infinity */
+
+static __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1) / b * b; }
+
+/* ================================================================================================
+   DEVICE HELPERS
+   ================================================================================================ */
+/* Instructions without a C++ name. An emulator may bring its own. */
+#ifndef QWEN3_CUDA_EMULATED
+#define QWEN3_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+/* 16 bytes that are read once: past the L1 cache. */
+static __device__ __forceinline__ uint4 load_stream(const void *p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+static __device__ __forceinline__ unsigned shared_address(const void *p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+
+/* 16 bytes from global to shared memory, or zeros if !valid, without waiting (sm_80 on). */
+static __device__ __forceinline__ void copy_async(void *dst, const void *src, bool valid) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(dst)), "l"(src), "r"(valid ? 16 : 0) : "memory");
+#else
+    *(uint4 *)dst = valid ? *(const uint4 *)src : make_uint4(0, 0, 0, 0);
+#endif
+}
+static __device__ __forceinline__ void copy_commit() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING> static __device__ __forceinline__ void copy_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+#endif
+}
+
+/* Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. */
+static __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+static __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+
+/* d[16, 8] += a[16, 16] b[16, 8] with float32 sums; sm_75 takes two steps of 8. */
+static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                                half_t) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+                 "%1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                                bf16_t) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    (void)d; (void)a; (void)b0; (void)b1;       /* never launched there */
+#endif
+}
+#endif
+
+const unsigned ALL = 0xFFFFFFFFu;
+
+static __device__ __forceinline__ int tid()       { return (int)threadIdx.x; }
+static __device__ __forceinline__ int lane_id()   { return (int)threadIdx.x % 32; }
+static __device__ __forceinline__ int warp_id()   { return (int)threadIdx.x / 32; }
+static __device__ __forceinline__ int n_threads() { return (int)blockDim.x; }
+static __device__ __forceinline__ int block_x()   { return (int)blockIdx.x; }
+static __device__ __forceinline__ int block_y()   { return (int)blockIdx.y; }
+
+static __device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+    return v;
+}
+static __device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) v = fmaxf(v, __shfl_xor_sync(ALL, v, o));
+    return v;
+}
+
+/* Over the block, the same bits in every thread: warps by exchange, then the warps in order. shared [32]. */
+static __device__ __forceinline__ float block_sum(float v, float *shared) {
+    float sum = 0;
+    v = warp_sum(v);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / 32; i++) sum += shared[i];
+    __syncthreads();
+    return sum;
+}
+static __device__ __forceinline__ float block_max(float v, float *shared) {
+    v = warp_max(v);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / 32; i++) v = fmaxf(v, shared[i]);
+    __syncthreads();
+    return v;
+}
+
+static __device__ __forceinline__ float to_float(float v)  { return v; }
+static __device__ __forceinline__ float to_float(half_t v) { return __half2float(v); }
+static __device__ __forceinline__ float to_float(bf16_t v) { return __bfloat162float(v); }
+
+/* The one rounding of K and V; values beyond F16's range are clamped. */
+static __device__ __forceinline__ void store(float *p, float v)  { *p = v; }
+static __device__ __forceinline__ void store(half_t *p, float v) {
+    *p = __float2half_rn(fminf(fmaxf(v, -65504.0f), 65504.0f));
+}
+static __device__ __forceinline__ void store(bf16_t *p, float v) { *p = __float2bfloat16_rn(v); }
+
+/* 16 bytes of weights or cache to 8 or 4 floats. */
+static __device__ __forceinline__ void unpack(float (&f)[8], uint4 v, half_t) {
+    const unsigned w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        f[2 * i] = __half2float(__ushort_as_half((unsigned short)(w[i] & 0xFFFFu)));
+        f[2 * i + 1] = __half2float(__ushort_as_half((unsigned short)(w[i] >> 16)));
+    }
+}
+static __device__ __forceinline__ void unpack(float (&f)[8], uint4 v, bf16_t) {
+    const unsigned w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        f[2 * i] = __uint_as_float(w[i] << 16);
+        f[2 * i + 1] = __uint_as_float(w[i] & 0xFFFF0000u);
+    }
+}
+static __device__ __forceinline__ void unpack(float (&f)[4], uint4 v, float) {
+    f[0] = __uint_as_float(v.x); f[1] = __uint_as_float(v.y);
+    f[2] = __uint_as_float(v.z); f[3] = __uint_as_float(v.w);
+}
+
+/* Two floats as a pair of 16-bit elements, the first in the low half; and what that lost of each. */
+static __device__ __forceinline__ unsigned pack(float &a, float &b, half_t) {
+    const half_t x = __float2half_rn(a), y = __float2half_rn(b);
+    a -= __half2float(x);
+    b -= __half2float(y);
+    return (unsigned)__half_as_ushort(x) | (unsigned)__half_as_ushort(y) << 16;
+}
+static __device__ __forceinline__ unsigned pack(float &a, float &b, bf16_t) {
+    const bf16_t x = __float2bfloat16_rn(a), y = __float2bfloat16_rn(b);
+    a -= __bfloat162float(x);
+    b -= __bfloat162float(y);
+    return (unsigned)__bfloat16_as_ushort(x) | (unsigned)__bfloat16_as_ushort(y) << 16;
+}
+
+/* 2^k such that top * 2^k is in [2^14, 2^15): as far up in F16's range as is safe. 1 for 0 and for what
+   is not a number. */
+static __device__ __forceinline__ float half_scale(float top) {
+    const int exponent = (int)(__float_as_uint(top) >> 23 & 255u);
+    if (exponent == 0 || exponent == 255) return 1.0f;
+    const int k = 127 + 14 - exponent;
+    return __uint_as_float((unsigned)(127 + (k < -100 ? -100 : k > 100 ? 100 : k)) << 23);
+}
+
+/* Of n positions the length of each of at most `splits` parts: whole tiles of 32, from n alone. */
+static __device__ __forceinline__ int split_length(int n, int splits) { return round_up(ceil_div(n, splits), 32); }
+
+/* ================================================================================================
+   KERNELS: rows and cache
+   ================================================================================================ */
+struct row_info {                       /* row i of a batch, and what is wanted of it; in device memory */
+    int token, seq, position;
+    int out_row, out_slot, out_target; /* output i: of which row; where its logits are kept, or -1; its target, or -1 */
+};
+
+struct kv_layer {                       /* one layer's cache: [max_seqs, max_ctx, kv_dim] of the KV type */
+    void *k, *v;
+    int   max_ctx, kv_dim;
+};
+
+static __device__ __forceinline__ size_t kv_at(const kv_layer &c, int seq, int pos) {
+    return ((size_t)seq * c.max_ctx + (size_t)pos) * c.kv_dim;
+}
+
+/* embed: x[row, :] = E[token, :] * scale, as float32. Exact.
+   One block a row. Equal to the CPU's row copy (qwen3i_embed). */
+template <class W>
+static __global__ void embed_kernel(float *x, const W *table, float scale, const row_info *rows, int width, int ld) {
+    const W *from = table + (size_t)rows[blockIdx.x].token * ld;
+    for (int i = tid(); i < width; i += n_threads())
+        x[(size_t)blockIdx.x * ld + i] = to_float(from[i]) * scale;
+}
+
+/* rope_table: table[pos, i] = cosine and sine of pos * freqs[i], times scale. One block a position.
+   Equals qwen3i_rope_angles: the angle is a float32 product, its cosine is taken in double. */
+static __global__ void rope_table_kernel(float2 *table, const float *freqs, int half, float scale) {
+    for (int i = tid(); i < half; i += n_threads()) {
+        const float angle = (float)blockIdx.x * freqs[i];
+        table[(size_t)blockIdx.x * half + i] =
+            make_float2((float)cos((double)angle) * scale, (float)sin((double)angle) * scale);
+    }
+}
+
+/* ================================================================================================
+   KERNELS: RMSNorm
+   ================================================================================================ */
+template <int N, class T> static __device__ __forceinline__ void load_n(float (&v)[N], const T *p) {
+    if (N == 4 && sizeof(T) == 4) {
+        const float4 f = *(const float4 *)(const void *)p;
+        v[0] = f.x; v[N > 1 ? 1 : 0] = f.y; v[N > 2 ? 2 : 0] = f.z; v[N > 3 ? 3 : 0] = f.w;
+    } else if (N == 4) {
+        union { uint2 raw; T t[8 / sizeof(T)]; } u;
+        u.raw = *(const uint2 *)(const void *)p;
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = to_float(u.t[i % (8 / (int)sizeof(T))]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = to_float(p[i]);
+    }
+}
+template <int N> static __device__ __forceinline__ void store_n(float *p, const float (&v)[N]) {
+    if (N == 4) *(float4 *)(void *)p = make_float4(v[0], v[N > 1 ? 1 : 0], v[N > 2 ? 2 : 0], v[N > 3 ? 3 : 0]);
+    else p[0] = v[0];
+}
+
+/* rmsnorm: y[row, group, :] = x[row, group, :] * gain / sqrt(mean square + eps), float32 throughout.
+   x, y: rows ldx and ldy apart, each of gridDim.y groups of `width`; y may be x; gain [width]; with pad,
+   y[row, width .. pad) = 0. Grid (rows, groups). outs: NULL, or row i is made from row out_row of x.
+   N elements (4: all aligned, or 1) a thread at a time; order: thread, warp, block.
+   Equals qwen3i_rmsnorm; with groups = heads its per-head form. */
+template <class T, int N> static __global__ void __launch_bounds__(1024)
+    rmsnorm_kernel(float *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int width, int pad,
+                   float eps) {
+    __shared__ float shared[32];
+    const size_t row = outs ? (size_t)outs[blockIdx.x].out_row : blockIdx.x, group = (size_t)blockIdx.y * width;
+    const T *in = x + row * ldx + group;
+    float *out = y + (size_t)blockIdx.x * ldy + group;
+    const int step = n_threads() * N, first = tid() * N;
+    float v[N], g[N], sum = 0;
+    for (int i = first; i < width; i += step) {
+        load_n<N>(v, in + i);
+#pragma unroll
+        for (int j = 0; j < N; j++) sum += v[j] * v[j];
+    }
+    const float r = 1.0f / sqrtf(block_sum(sum, shared) / (float)width + eps);
+    for (int i = first; i < width; i += step) {
+        load_n<N>(v, in + i);
+        load_n<N>(g, gain + i);
+#pragma unroll
+        for (int j = 0; j < N; j++) v[j] = v[j] * r * g[j];
+        store_n<N>(out + i, v);
+    }
+    for (int i = width + tid(); i < pad; i += n_threads()) out[i] = 0;
+}
+
+/* The input of a matrix product with many rows: float32, or F16 with row r standing for data * scale[r]. With
+   rest not 0 what the rounding lost goes that many elements further: the sum of both has 22 bits. */
+static __device__ __forceinline__ void store_input(float *p, float v, float, size_t) { *p = v; }
+static __device__ __forceinline__ void store_input(half_t *p, float v, float up, size_t rest) {
+    const float scaled = v * up;
+    const half_t high = __float2half_rn(scaled);
+    *p = high;
+    if (rest) p[rest] = __float2half_rn(scaled - __half2float(high));
+}
+
+/* add_rmsnorm: x[row, :] += add[row, :] * add_scale[row], then out = rmsnorm(x) rounded once to the product's
+   input. x [rows, ld] float32 residual; add [rows, ld] or NULL; out [rows, ld], zero from width to ld.
+   One block a row; order as rmsnorm. Equals qwen3i_add, qwen3i_rmsnorm, and one rounding. */
+template <class O>
+static __global__ void __launch_bounds__(1024) add_rmsnorm_kernel(O *out, float *out_scale, float *x, const float *add,
+                                                           const float *add_scale, const float *gain,
+                                                           int width, int ld, size_t rest, float eps) {
+    __shared__ float shared[32];
+    const size_t base = (size_t)blockIdx.x * ld;
+    const float s = add_scale ? add_scale[blockIdx.x] : 1.0f;
+    float sum = 0, top = 0, up = 1;
+    for (int i = tid(); i < width; i += n_threads()) {
+        float v = x[base + i];
+        if (add) x[base + i] = v = v + add[base + i] * s;
+        sum += v * v;
+        top = fmaxf(top, fabsf(v * gain[i]));
+    }
+    const float r = 1.0f / sqrtf(block_sum(sum, shared) / (float)width + eps);
+    if (sizeof(O) == 2) {
+        up = half_scale(block_max(top, shared) * r);
+        if (threadIdx.x == 0) out_scale[blockIdx.x] = 1.0f / up;
+    }
+    for (int i = tid(); i < ld; i += n_threads())
+        store_input(&out[base + i], i < width ? x[base + i] * r * gain[i] : 0.0f, up, rest);
+}
+
+/* round_rows: the input of a product from float32 rows. in [rows, ld_in], out [rows, ld], zero from width on.
+   One block a row. */
+template <class O> static __global__ void round_rows_kernel(O *out, float *out_scale, const float *in, int ld_in,
+                                                            int width, int ld, size_t rest) {
+    __shared__ float shared[32];
+    const float *from = in + (size_t)blockIdx.x * ld_in;
+    float top = 0, up = 1;
+    if (sizeof(O) == 2) {
+        for (int i = tid(); i < width; i += n_threads()) top = fmaxf(top, fabsf(from[i]));
+        up = half_scale(block_max(top, shared));
+        if (threadIdx.x == 0) out_scale[blockIdx.x] = 1.0f / up;
+    }
+    for (int i = tid(); i < ld; i += n_threads())
+        store_input(&out[(size_t)blockIdx.x * ld + i], i < width ? from[i] : 0.0f, up, rest);
+}
+
+/* add_rows: x[row, :] += add[row, :] * scale[row] (scale NULL: 1). One block a row. Equals qwen3i_add. */
+static __global__ void add_rows_kernel(float *x, const float *add, const float *scale, int width, int ld) {
+    const size_t base = (size_t)blockIdx.x * ld;
+    const float s = scale ? scale[blockIdx.x] : 1.0f;
+    for (int i = tid(); i < width; i += n_threads()) x[base + i] += add[base + i] * s;
+}
+
+/* scale_rows: x[row, 0 .. width) *= scale[row], after a product of scaled rows. One block a row. */
+static __global__ void scale_rows_kernel(float *x, const float *scale, int width, int ld) {
+    const float s = scale[blockIdx.x];
+    for (int i = tid(); i < width; i += n_threads()) x[(size_t)blockIdx.x * ld + i] *= s;
+}
+
+/* ================================================================================================
+   KERNELS: matrix times 1 to 8 vectors
+   ================================================================================================ */
+struct matvec_in {
+    const void  *w;                     /* [n, ldw], rows 16-byte aligned, zero from k to ldw */
+    float        scale;                 /* W = w * scale */
+    int          n, k, ldw;
+    const float *x;                     /* [rows, ldx] */
+    int          rows, ldx;
+};
+
+/* x for k in [k0, k0 + TILE) to shared memory, zero past k and past the rows. Groups of V are kept as V / 4
+   planes of float4, so that the lanes of a warp read neighbouring 16 bytes. */
+template <int V, int R, int TILE>
+static __device__ __forceinline__ void stage_x(float4 *xs, const matvec_in &in, int k0) {
+    for (int i = tid(); i < R * TILE / 4; i += n_threads()) {
+        const int r = i / (TILE / 4), q = i % (TILE / 4), k = k0 + 4 * q;
+        float4 v = make_float4(0, 0, 0, 0);
+        if (r < in.rows && k < in.k) {
+            const float *p = in.x + (size_t)r * in.ldx + k;
+            if (k + 4 <= in.k) v = *(const float4 *)(const void *)p;
+            else { v.x = p[0]; if (k + 1 < in.k) v.y = p[1]; if (k + 2 < in.k) v.z = p[2]; }
+        }
+        xs[r * (TILE / 4) + q % (V / 4) * (TILE / V) + q / (V / 4)] = v;
+    }
+}
+
+/* acc[j][r] = sum over k of W[rows[j]][k] x[r][k], in every lane of the warp. The first weights are asked for
+   before anything of x is read. Order: lane l takes elements V l .. V l + V - 1 of each 32 V, lanes are added
+   by exchange: it depends on k alone. */
+template <class W, int R, int NR> static __device__ __forceinline__ void dot_rows(float (&acc)[NR][R],
+                                                                                  const int (&rows)[NR],
+                                                                                  const matvec_in &in, float4 *xs) {
+    const int V = 16 / (int)sizeof(W), U = 8 / NR, BATCH = U * 32 * V, TILE = 8192 / R;
+    static_assert(TILE % BATCH == 0, "a batch of loads stays within a tile of x");
+    const int lane = lane_id();
+    const W *w = (const W *)in.w;
+    uint4 next[U][NR], now[U][NR];
+#define QWEN3_LOAD(k0) do { \
+        _Pragma("unroll") for (int u = 0; u < U; u++) \
+        _Pragma("unroll") for (int j = 0; j < NR; j++) { \
+            const int at = (k0) + (u * 32 + lane) * V; \
+            next[u][j] = at < in.ldw ? load_stream(w + (size_t)rows[j] * in.ldw + at) : make_uint4(0, 0, 0, 0); \
+        } } while (0)
+#pragma unroll
+    for (int j = 0; j < NR; j++)
+#pragma unroll
+        for (int r = 0; r < R; r++) acc[j][r] = 0;
+    QWEN3_LOAD(0);
+    for (int tile = 0; tile < in.k; tile += TILE) {
+        __syncthreads();
+        stage_x<V, R, TILE>(xs, in, tile);
+        __syncthreads();
+        const int end = tile + TILE < in.k ? tile + TILE : in.k;
+        for (int k = tile; k < end; k += BATCH) {
+#pragma unroll
+            for (int u = 0; u < U; u++)
+#pragma unroll
+                for (int j = 0; j < NR; j++) now[u][j] = next[u][j];
+            if (k + BATCH < in.k) QWEN3_LOAD(k + BATCH);
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                const int at = (k - tile) / V + u * 32 + lane;
+                float f[NR][V];
+#pragma unroll
+                for (int j = 0; j < NR; j++) unpack(f[j], now[u][j], W());
+#pragma unroll
+                for (int r = 0; r < R; r++)
+#pragma unroll
+                    for (int p = 0; p < V / 4; p++) {
+                        const float4 x = xs[r * (TILE / 4) + p * (TILE / V) + at];
+#pragma unroll
+                        for (int j = 0; j < NR; j++) {
+                            acc[j][r] += f[j][4 * p] * x.x;
+                            acc[j][r] += f[j][4 * p + 1] * x.y;
+                            acc[j][r] += f[j][4 * p + 2] * x.z;
+                            acc[j][r] += f[j][4 * p + 3] * x.w;
+                        }
+                    }
+            }
+        }
+    }
+#undef QWEN3_LOAD
+#pragma unroll
+    for (int j = 0; j < NR; j++)
+#pragma unroll
+        for (int r = 0; r < R; r++) acc[j][r] = warp_sum(acc[j][r]) * in.scale;
+}
+
+/* The NR rows of W that belong to this warp; past the end the last one, whose result is not used. */
+template <int NR> static __device__ __forceinline__ int matvec_rows(int (&rows)[NR], int n) {
+    const int first = (block_x() * MATVEC_WARPS + warp_id()) * NR;
+#pragma unroll
+    for (int j = 0; j < NR; j++) rows[j] = first + j < n ? first + j : n - 1;
+    return first;
+}
+
+/* matvec: y[slot(r), i] = (W x[r])_i, or += with ADD. x [rows, ldx] float32, rows <= R; y [.., ldy] float32;
+   slot(r) = outs ? its out_slot : r; none if that is -1. One warp for NR rows of W, 8 warps a block.
+   Equals qwen3i_matmul; with ADD the residual is added in float32. */
+template <class W, int R, int NR, bool ADD> static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
+    matvec_kernel(matvec_in in, float *y, int ldy, const row_info *outs) {
+    __shared__ float4 xs[8192 / 4];
+    int rows[NR];
+    float acc[NR][R];
+    const int first = matvec_rows<NR>(rows, in.n);
+    dot_rows<W, R, NR>(acc, rows, in, xs);
+    if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        if (r >= in.rows) break;
+        const int slot = outs ? outs[r].out_slot : r;
+        float *out = y + (size_t)slot * ldy + first;
+        if (slot < 0) continue;
+#pragma unroll
+        for (int j = 0; j < NR; j++) if (first + j < in.n) out[j] = ADD ? out[j] + acc[j][r] : acc[j][r];
+    }
+}
+
+static __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+/* mlp: y[r, i] = silu(gate_i) * up_i in float32, where gate = W[0 .. n_ff) x[r] and up = W[n_ff .. 2 n_ff) x[r].
+   One warp for P pairs of rows. Equals qwen3i_swiglu of the two products. */
+template <class W, int R, int P>
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS) mlp_kernel(matvec_in in, float *y, int ldy) {
+    __shared__ float4 xs[8192 / 4];
+    const int n_ff = in.n / 2;
+    int pair[P], rows[2 * P];
+    float acc[2 * P][R];
+    const int first = matvec_rows<P>(pair, n_ff);
+#pragma unroll
+    for (int j = 0; j < P; j++) { rows[2 * j] = pair[j]; rows[2 * j + 1] = n_ff + pair[j]; }
+    dot_rows<W, R, 2 * P>(acc, rows, in, xs);
+    if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int j = 0; j < P; j++)
+            if (r < in.rows && first + j < n_ff)
+                y[(size_t)r * ldy + first + j] = silu(acc[2 * j][r]) * acc[2 * j + 1][r];
+}
+
+/* ================================================================================================
+   KERNELS: Q, K and V
+   ================================================================================================ */
+struct qkv_args {
+    float        *qkv;                  /* [rows, ld]: projections in, rotated q out; ld = q_dim + 2 kv_dim */
+    int           ld, n_head, n_head_kv, head_dim;
+    float         eps;
+    const float  *q_norm, *k_norm;      /* [head_dim] */
+    const float2 *rope;                 /* [max_ctx, head_dim / 2] cosine, sine */
+    const row_info *rows;
+    kv_layer      kv;
+};
+
+/* One head of one row, by one warp: RMSNorm over its head_dim values, rotate-half, then q back in float32 or
+   k to the cache with one rounding. in [head_dim], times scale. */
+template <class T>
+static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row, int head, float scale) {
+    const int half = a.head_dim / 2, lane = lane_id(), pos = a.rows[row].position;
+    float *v = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
+    const float *gain = head < a.n_head ? a.q_norm : a.k_norm;
+    const float2 *turn = a.rope + (size_t)pos * half;
+    T *k = (T *)a.kv.k + kv_at(a.kv, a.rows[row].seq, pos) + (size_t)(head - a.n_head) * a.head_dim;
+    float lo[MAX_HEAD_DIM / 64], hi[MAX_HEAD_DIM / 64], sum = 0;
+#pragma unroll
+    for (int j = 0; j < MAX_HEAD_DIM / 64; j++) {
+        const int i = lane + 32 * j;
+        lo[j] = i < half ? __ldcg(v + i) * scale : 0.0f;
+        hi[j] = i < half ? __ldcg(v + i + half) * scale : 0.0f;
+        sum += lo[j] * lo[j] + hi[j] * hi[j];
+    }
+    const float r = 1.0f / sqrtf(warp_sum(sum) / (float)a.head_dim + a.eps);
+#pragma unroll
+    for (int j = 0; j < MAX_HEAD_DIM / 64; j++) {
+        const int i = lane + 32 * j;
+        if (i >= half) break;
+        const float x = lo[j] * r * gain[i], y = hi[j] * r * gain[i + half];
+        const float2 t = turn[i];
+        const float p = x * t.x - y * t.y, q = y * t.x + x * t.y;
+        if (head < a.n_head) { v[i] = p; v[i + half] = q; }
+        else { store(k + i, p); store(k + i + half, q); }
+    }
+}
+
+/* qkv_rope: q, k and v of 1 to 8 rows from their *normalised* hidden states, in one pass over x and W.
+   in: W [q_dim + 2 kv_dim, n_embd], x [rows, n_embd] float32. The block that finishes a head last norms and
+   rotates it; v goes straight from the sum into the cache. tickets [n_head + n_head_kv], zero before and after.
+   Equals qwen3i_matmul of wq, wk, wv, then qwen3i_rmsnorm a head, qwen3i_rope, one rounding of k and v. */
+template <class W, class T, int R, int NR> static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
+    qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
+    __shared__ float4 xs[8192 / 4];
+    __shared__ int finished[MATVEC_WARPS * NR];
+    int rows[NR];
+    float acc[NR][R];
+    const int first = matvec_rows<NR>(rows, in.n), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    dot_rows<W, R, NR>(acc, rows, in, xs);
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int j = 0; j < NR; j++) {
+                const int i = first + j;
+                if (r >= in.rows || i >= in.n) continue;
+                if (i < rotated) a.qkv[(size_t)r * a.ld + i] = acc[j][r];
+                else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), acc[j][r]);
+            }
+    }
+    const int from = block_x() * MATVEC_WARPS * NR;
+    const int to = from + MATVEC_WARPS * NR < rotated ? from + MATVEC_WARPS * NR : rotated;
+    if (from >= rotated) return;
+    const int head0 = from / a.head_dim, n_heads = (to - 1) / a.head_dim - head0 + 1;
+    __threadfence();
+    __syncthreads();
+    if (tid() < n_heads) {
+        const int begin = (head0 + tid()) * a.head_dim, end = begin + a.head_dim;
+        const unsigned mine = (unsigned)((end < to ? end : to) - (begin > from ? begin : from));
+        const unsigned before = atomicAdd(&tickets[head0 + tid()], mine);
+        finished[threadIdx.x] = before + mine == (unsigned)a.head_dim;
+        if (finished[threadIdx.x]) tickets[head0 + tid()] = 0;
+    }
+    __syncthreads();
+    __threadfence();
+    for (int h = 0; h < n_heads; h++)
+        if (finished[h])
+            for (int r = warp_id(); r < in.rows; r += MATVEC_WARPS) norm_rope_head<T>(a, r, head0 + h, 1.0f);
+}
+
+/* norm_rope_store: the same after a cuBLASLt product, for any number of rows: qkv [rows, ld] times scale[row].
+   Grid (rows, ceil(heads / 8)), one warp a head of q, k or v. */
+template <class T>
+static __global__ void norm_rope_store_kernel(qkv_args a, const float *scale) {
+    const int row = block_x(), head = block_y() * 8 + warp_id();
+    const float s = scale ? scale[row] : 1.0f;
+    if (head >= a.n_head + 2 * a.n_head_kv) return;
+    if (head < a.n_head + a.n_head_kv) { norm_rope_head<T>(a, row, head, s); return; }
+    const int offset = (head - a.n_head - a.n_head_kv) * a.head_dim;
+    const float *v = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
+    T *to = (T *)a.kv.v + kv_at(a.kv, a.rows[row].seq, a.rows[row].position) + offset;
+    for (int i = lane_id(); i < a.head_dim; i += 32) store(to + i, v[i] * s);
+}
+
+/* rope (standard path): q and k heads of qkv in place. Grid (rows, n_head + n_head_kv). Equals qwen3i_rope. */
+static __global__ void rope_kernel(qkv_args a) {
+    const int half = a.head_dim / 2;
+    float *v = a.qkv + (size_t)blockIdx.x * a.ld + (size_t)blockIdx.y * a.head_dim;
+    const float2 *turn = a.rope + (size_t)a.rows[blockIdx.x].position * half;
+    for (int i = tid(); i < half; i += n_threads()) {
+        const float x = v[i], y = v[i + half];
+        v[i] = x * turn[i].x - y * turn[i].y;
+        v[i + half] = y * turn[i].x + x * turn[i].y;
+    }
+}
+
+/* kv_store (standard path): k and v of qkv to the cache, one rounding. One block a row. */
+template <class T>
+static __global__ void kv_store_kernel(qkv_args a) {
+    const float *k = a.qkv + (size_t)blockIdx.x * a.ld + (size_t)a.n_head * a.head_dim;
+    const size_t at = kv_at(a.kv, a.rows[blockIdx.x].seq, a.rows[blockIdx.x].position);
+    for (int i = tid(); i < a.kv.kv_dim; i += n_threads()) {
+        store((T *)a.kv.k + at + i, k[i]);
+        store((T *)a.kv.v + at + i, k[a.kv.kv_dim + i]);
+    }
+}
+
+/* ================================================================================================
+   KERNELS: attention
+   ================================================================================================ */
+struct attention_args {
+    const float *q; int ldq;            /* [rows, n_head, head_dim] */
+    float       *out; int ldo;          /* [rows, n_head, head_dim] */
+    int          n_head, n_head_kv, head_dim;
+    float        scale;                 /* 1 / sqrt(head_dim) */
+    const row_info *rows;
+    kv_layer     kv;
+    float       *parts;                 /* [rows, n_head, splits, head_dim + 2] */
+    unsigned    *tickets;               /* [rows, gridDim.y], zero before and after */
+};
+
+template <class T> struct kv_vector { uint4 raw[sizeof(T) / 2]; };      /* 8 elements */
+
+template <class T> static __device__ __forceinline__ kv_vector<T> kv_load(const T *p, bool valid) {
+    kv_vector<T> v;
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof(T) / 2); i++)
+        v.raw[i] = valid ? ((const uint4 *)(const void *)p)[i] : make_uint4(0, 0, 0, 0);
+    return v;
+}
+template <class T> static __device__ __forceinline__ void kv_unpack(float (&f)[8], const kv_vector<T> &v) {
+    unpack(f, v.raw[0], T());
+}
+template <> __device__ __forceinline__ void kv_unpack<float>(float (&f)[8], const kv_vector<float> &v) {
+    float lo[4], hi[4];
+    unpack(lo, v.raw[0], 0.0f);
+    unpack(hi, v.raw[1], 0.0f);
+#pragma unroll
+    for (int i = 0; i < 4; i++) { f[i] = lo[i]; f[4 + i] = hi[i]; }
+}
+
+/* Softmax over one warp's share of the positions, for G heads at once: top, sum and weighted v of each.
+   A lane holds 8 of the head_dim values; `lanes` of them make a position, so a warp reads 32 / lanes at a time. */
+template <class T, int G>
+struct split_state { float q[G][8], o[G][8], top[G], sum[G]; };
+
+template <class T, int G, int U> static __device__ __forceinline__ void split_step(split_state<T, G> &s, const T *k,
+                                                                                   const T *v, int stride, int left,
+                                                                                   int lanes, bool owner) {
+    const int sub = lane_id() / lanes, each = 32 / lanes;
+    kv_vector<T> kr[U], vr[U];
+    float score[U][G], f[8];
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        const int p = u * each + sub;
+        kr[u] = kv_load<T>(k + (size_t)p * stride, owner && p < left);
+        vr[u] = kv_load<T>(v + (size_t)p * stride, owner && p < left);
+    }
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        kv_unpack<T>(f, kr[u]);
+#pragma unroll
+        for (int g = 0; g < G; g++) {
+            float d = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) d += s.q[g][i] * f[i];
+            for (int o = lanes / 2; o > 0; o >>= 1) d += __shfl_xor_sync(ALL, d, o);
+            score[u][g] = u * each + sub < left ? d : LOWEST;
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+        float top = s.top[g];
+#pragma unroll
+        for (int u = 0; u < U; u++) top = fmaxf(top, score[u][g]);
+        for (int o = 16; o >= lanes; o >>= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
+        const float keep = exp2f(s.top[g] - top);
+        s.top[g] = top;
+        s.sum[g] *= keep;
+#pragma unroll
+        for (int i = 0; i < 8; i++) s.o[g][i] *= keep;
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            score[u][g] = u * each + sub < left ? exp2f(score[u][g] - top) : 0.0f;
+            s.sum[g] += score[u][g];
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        kv_unpack<T>(f, vr[u]);
+#pragma unroll
+        for (int g = 0; g < G; g++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) s.o[g][i] += score[u][g] * f[i];
+    }
+}
+
+/* attention, any rows: out[row, head, :] = softmax(q k^T * scale) v over positions 0 .. position of the
+   row's sequence, all float32. Grid (rows, n_head_kv * ceil(group / G), splits), 4 warps: a block takes one part
+   of the positions for up to G heads of one group, which share its reads of k and v; its warps take turns of
+   positions. The block of a row that finishes last joins the parts, in order. How the positions are split
+   depends on the row's own length and on gridDim.z. Equals qwen3i_attention. */
+template <class T, int G, int LANES>
+static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kernel(attention_args a) {
+    __shared__ float part[SPLIT_WARPS][G][MAX_HEAD_DIM], part_top[SPLIT_WARPS][G], part_sum[SPLIT_WARPS][G];
+    __shared__ int last;
+    const int U = G >= 8 ? 2 : 4;
+    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G);
+    const int row = block_x(), kv_head = block_y() / chunks, g0 = block_y() % chunks * G;
+    const int n_g = group - g0 < G ? group - g0 : G, head0 = kv_head * group + g0, dim = a.head_dim;
+    const int warp = warp_id(), lane = lane_id();
+    const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z), active = ceil_div(n, length);
+    const int begin = (int)blockIdx.z * length, end = begin + length < n ? begin + length : n;
+    if (begin >= n) return;
+
+    int lanes = LANES;
+    if (LANES == 0) for (lanes = 1; lanes * 8 < dim; lanes *= 2) {}
+    const int at = lane % lanes * 8, turn = U * (32 / lanes);
+    const bool owner = at < dim;
+    const T *k = (const T *)a.kv.k + kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim + at;
+    const T *v = (const T *)a.kv.v + kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim + at;
+    split_state<T, G> s;
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+        s.top[g] = LOWEST;
+        s.sum[g] = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            s.o[g][i] = 0;
+            s.q[g][i] = owner && g < n_g
+                            ? a.q[(size_t)row * a.ldq + (size_t)(head0 + g) * dim + at + i] * (a.scale * LOG2E)
+                            : 0.0f;
+        }
+    }
+    for (int p = begin + warp * turn; p < end; p += SPLIT_WARPS * turn)
+        split_step<T, G, U>(s, k + (size_t)p * a.kv.kv_dim, v + (size_t)p * a.kv.kv_dim, a.kv.kv_dim, end - p, lanes,
+                            owner);
+
+#pragma unroll
+    for (int g = 0; g < G; g++) {       /* the positions that this warp read side by side */
+        for (int o = 16; o >= lanes; o >>= 1) {
+            s.sum[g] += __shfl_xor_sync(ALL, s.sum[g], o);
+#pragma unroll
+            for (int i = 0; i < 8; i++) s.o[g][i] += __shfl_xor_sync(ALL, s.o[g][i], o);
+        }
+        if (lane < lanes && owner)
+#pragma unroll
+            for (int i = 0; i < 8; i++) part[warp][g][at + i] = s.o[g][i];
+        if (lane == 0) { part_top[warp][g] = s.top[g]; part_sum[warp][g] = s.sum[g]; }
+    }
+    __syncthreads();
+    for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
+        const int g = i / dim, d = i % dim;
+        float top = LOWEST, sum = 0, o = 0;
+        for (int w = 0; w < SPLIT_WARPS; w++) top = fmaxf(top, part_top[w][g]);
+        for (int w = 0; w < SPLIT_WARPS; w++) {
+            const float keep = exp2f(part_top[w][g] - top);
+            sum += part_sum[w][g] * keep;
+            if (part_sum[w][g] > 0) o += part[w][g][d] * keep;
+        }
+        if (active == 1) a.out[(size_t)row * a.ldo + (size_t)(head0 + g) * dim + d] = o / sum;
+        else {
+            float *to = a.parts + (((size_t)row * a.n_head + (size_t)(head0 + g)) * gridDim.z + blockIdx.z) * (dim + 2);
+            to[d] = o;
+            if (d == 0) { to[dim] = top; to[dim + 1] = sum; }
+        }
+    }
+    if (active == 1) return;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unsigned *ticket = &a.tickets[(size_t)row * gridDim.y + blockIdx.y];
+        last = atomicAdd(ticket, 1u) == (unsigned)active - 1;
+        if (last) *ticket = 0;
+    }
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
+        const int g = i / dim, d = i % dim;
+        const float *from = a.parts + ((size_t)row * a.n_head + (size_t)(head0 + g)) * gridDim.z * (dim + 2);
+        float top = LOWEST, sum = 0, o = 0;
+        for (int p = 0; p < active; p++) top = fmaxf(top, __ldcg(from + (size_t)p * (dim + 2) + dim));
+        for (int p = 0; p < active; p++) {
+            const float *one = from + (size_t)p * (dim + 2);
+            const float keep = exp2f(__ldcg(one + dim) - top);
+            sum += __ldcg(one + dim + 1) * keep;
+            o += __ldcg(one + d) * keep;
+        }
+        a.out[(size_t)row * a.ldo + (size_t)(head0 + g) * dim + d] = o / sum;
+    }
+}
+
+struct attention_tile { int row0, n_tokens, seq, pos0; };   /* consecutive tokens of one sequence */
+
+/* Where element (row, 8 * chunk) of a [rows, D] tile lies in shared memory: chunks are mixed so that eight rows
+   of one column of chunks fall into different banks. */
+template <int D> static __device__ __forceinline__ int tile_at(int row, int chunk) {
+    return row * D + ((chunk ^ (row & 7)) * 8);
+}
+
+/* 32 positions of k and v to shared memory; zeros past n. */
+template <class T, int D>
+static __device__ __forceinline__ void load_kv_tile(T *ks, T *vs, const T *k, const T *v, int stride, int p0, int n) {
+    for (int i = tid(); i < TILE_POS * D / 8; i += 128) {
+        const int p = i / (D / 8), chunk = i % (D / 8);
+        const bool valid = p0 + p < n;
+        const size_t from = (size_t)(valid ? p0 + p : 0) * stride + (size_t)(chunk * 8);
+        copy_async(ks + tile_at<D>(p, chunk), k + from, valid);
+        copy_async(vs + tile_at<D>(p, chunk), v + from, valid);
+    }
+    copy_commit();
+}
+
+/* One row of q as TERMS 16-bit rows that add up to q * 2^k; returns 2^-k. By one warp. */
+template <class T, int D, int TERMS>
+static __device__ __forceinline__ float split_q_row(T *qs, int row, const float *q) {
+    const int lane = lane_id();
+    float v[D / 32], top = 0;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        v[i] = q ? q[lane * (D / 32) + i] : 0.0f;
+        top = fmaxf(top, fabsf(v[i]));
+    }
+    const float up = half_scale(warp_max(top));
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) v[i] *= up;
+#pragma unroll
+    for (int t = 0; t < TERMS; t++)
+#pragma unroll
+        for (int i = 0; i < D / 32; i += 2) {
+            const int d = lane * (D / 32) + i;
+            *(unsigned *)(void *)(qs + (size_t)t * TILE_ROWS * D + tile_at<D>(row, d / 8) + d % 8) =
+                pack(v[i], v[i + 1], T());
+        }
+    return 1.0f / up;
+}
+
+/* attention, many rows of a sequence: the same result by tensor cores. A tile is up to 64 (token, head) rows of
+   one group of heads, token-major; grid (tiles, n_head_kv), 4 warps of 16 rows; positions in steps of 32, two
+   stages in shared memory. q and the weights p go in as TERMS 16-bit terms each (2 of F16, 3 of BF16), so what
+   is lost is float32's rounding, not theirs; each step's sums start from zero and are added in float32.
+   Equals qwen3i_attention. Needs head_dim D, group <= 64 and a 16-bit cache; BF16 needs sm_80. */
+template <class T, int D, int TERMS>
+static __global__ void __launch_bounds__(128) attention_tile_kernel(attention_args a, const attention_tile *tiles) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    T *qs = (T *)(void *)memory, *ks = qs + TERMS * TILE_ROWS * D, *vs = ks + 2 * TILE_POS * D;
+    const attention_tile tile = tiles[gridDim.x - 1 - blockIdx.x];      /* the longest first */
+    const int group = a.n_head / a.n_head_kv, kv_head = block_y();
+    const int warp = warp_id(), lane = lane_id(), quad = lane / 4, pair = lane % 4 * 2;
+    const int n = tile.pos0 + tile.n_tokens, stride = a.kv.kv_dim;
+    const T *k = (const T *)a.kv.k + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * D;
+    const T *v = (const T *)a.kv.v + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * D;
+    load_kv_tile<T, D>(ks, vs, k, v, stride, 0, n);
+
+    float scale[2] = {0, 0};            /* of this thread's two rows: to scores in powers of two */
+    for (int i = 0; i < 16; i++) {
+        const int row = warp * 16 + i, token = row / group;
+        const float *q = token < tile.n_tokens
+                             ? a.q + (size_t)(tile.row0 + token) * a.ldq + (size_t)(kv_head * group + row % group) * D
+                             : NULL;
+        const float s = split_q_row<T, D, TERMS>(qs, row, q) * a.scale * LOG2E;
+        if (i == quad) scale[0] = s;
+        if (i == quad + 8) scale[1] = s;
+    }
+    int last[2];                        /* the last position that each of them sees */
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int token = (warp * 16 + quad + 8 * i) / group;
+        last[i] = tile.pos0 + (token < tile.n_tokens ? token : tile.n_tokens - 1);
+    }
+    float o[D / 8][4], top[2] = {LOWEST, LOWEST}, sum[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < D / 8; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) o[i][j] = 0;
+
+    for (int p0 = 0, stage = 0; p0 < n; p0 += TILE_POS, stage ^= 1) {
+        if (p0 + TILE_POS < n) {
+            load_kv_tile<T, D>(ks + (stage ^ 1) * TILE_POS * D, vs + (stage ^ 1) * TILE_POS * D, k, v, stride,
+                               p0 + TILE_POS, n);
+            copy_wait<1>();
+        } else copy_wait<0>();
+        __syncthreads();
+        const T *kt = ks + stage * TILE_POS * D, *vt = vs + stage * TILE_POS * D;
+
+        float s[TILE_POS / 8][4];       /* scores: rows quad, quad + 8; positions 8 i + pair, + 1 */
+#pragma unroll
+        for (int i = 0; i < TILE_POS / 8; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) s[i][j] = 0;
+#pragma unroll
+        for (int d = 0; d < D / 8; d += 2) {
+            unsigned b[TILE_POS / 16][4], f[4];
+#pragma unroll
+            for (int i = 0; i < TILE_POS / 16; i++)
+                load_matrices(b[i], kt + tile_at<D>(i * 16 + lane % 8 + lane / 16 * 8, d + lane / 8 % 2));
+#pragma unroll
+            for (int t = TERMS - 1; t >= 0; t--) {
+                load_matrices(f, qs + t * TILE_ROWS * D + tile_at<D>(warp * 16 + lane % 16, d + lane / 16));
+#pragma unroll
+                for (int i = 0; i < TILE_POS / 16; i++) {
+                    multiply(s[2 * i], f, b[i][0], b[i][1], T());
+                    multiply(s[2 * i + 1], f, b[i][2], b[i][3], T());
+                }
+            }
+        }
+
+        float keep[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float high = top[r], part = 0;
+#pragma unroll
+            for (int i = 0; i < TILE_POS / 8; i++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float &x = s[i][2 * r + j];
+                    x = p0 + i * 8 + pair + j <= last[r] ? x * scale[r] : LOWEST;
+                    high = fmaxf(high, x);
+                }
+            high = fmaxf(high, __shfl_xor_sync(ALL, high, 1));
+            high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
+            keep[r] = exp2f(top[r] - high);
+            top[r] = high;
+#pragma unroll
+            for (int i = 0; i < TILE_POS / 8; i++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float &x = s[i][2 * r + j];
+                    x = exp2f(x - high + 14.0f);        /* times 2^14: F16 then has the small ones, too */
+                    part += x;
+                }
+            sum[r] = sum[r] * keep[r] + part;
+        }
+
+        unsigned p[TERMS][TILE_POS / 16][4];            /* the weights, as left operands */
+#pragma unroll
+        for (int t = 0; t < TERMS; t++)
+#pragma unroll
+            for (int i = 0; i < TILE_POS / 16; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    p[t][i][j] = pack(s[2 * i + j / 2][j % 2 * 2], s[2 * i + j / 2][j % 2 * 2 + 1], T());
+#pragma unroll
+        for (int d = 0; d < D / 8; d += 2) {
+            float t0[4] = {0, 0, 0, 0}, t1[4] = {0, 0, 0, 0};
+            unsigned b[4];
+#pragma unroll
+            for (int i = 0; i < TILE_POS / 16; i++) {
+                load_matrices_transposed(b, vt + tile_at<D>(i * 16 + lane % 16, d + lane / 16));
+#pragma unroll
+                for (int t = TERMS - 1; t >= 0; t--) {
+                    multiply(t0, p[t][i], b[0], b[1], T());
+                    multiply(t1, p[t][i], b[2], b[3], T());
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                o[d][j] = o[d][j] * keep[j / 2] + t0[j];
+                o[d + 1][j] = o[d + 1][j] * keep[j / 2] + t1[j];
+            }
+        }
+        __syncthreads();                /* before the next step overwrites this stage */
+    }
+
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = warp * 16 + quad + 8 * r, token = row / group;
+        sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
+        sum[r] += __shfl_xor_sync(ALL, sum[r], 2);
+        if (token >= tile.n_tokens) continue;
+        float *to = a.out + (size_t)(tile.row0 + token) * a.ldo + (size_t)(kv_head * group + row % group) * D + pair;
+#pragma unroll
+        for (int i = 0; i < D / 8; i++)
+            *(float2 *)(void *)(to + i * 8) = make_float2(o[i][2 * r] / sum[r], o[i][2 * r + 1] / sum[r]);
+    }
+}
+
+template <class T, int D, int TERMS> static size_t attention_tile_shared() {
+    return sizeof(T) * ((size_t)TERMS * TILE_ROWS * D + 4 * TILE_POS * D);
+}
+
+/* ================================================================================================
+   KERNELS: MLP after cuBLASLt
+   ================================================================================================ */
+/* swiglu: m = silu(gate) * up for gate_up [rows, 2 n_ff], times scale[row] before, as the input of the down
+   projection [rows, ld], zero from n_ff on. The product is float32; only the scaled result is rounded.
+   One block a row. Equals qwen3i_swiglu, and one rounding. */
+template <class O> static __global__ void swiglu_kernel(O *out, float *out_scale, const float *gate_up,
+                                                        const float *scale, int n_ff, int ld_in, int ld, size_t rest) {
+    __shared__ float shared[32];
+    const float *gate = gate_up + (size_t)blockIdx.x * ld_in, *up_in = gate + n_ff;
+    const float s = scale ? scale[blockIdx.x] : 1.0f;
+    float top = 0, up = 1;
+    if (sizeof(O) == 2) {
+        for (int i = tid(); i < n_ff; i += n_threads()) top = fmaxf(top, fabsf(silu(gate[i] * s) * (up_in[i] * s)));
+        up = half_scale(block_max(top, shared));
+    }
+    for (int i = tid(); i < ld; i += n_threads())
+        store_input(&out[(size_t)blockIdx.x * ld + i], i < n_ff ? silu(gate[i] * s) * (up_in[i] * s) : 0.0f, up, rest);
+    if (sizeof(O) == 2 && threadIdx.x == 0) out_scale[blockIdx.x] = 1.0f / up;
+}
+
+/* ================================================================================================
+   KERNELS: logits
+   ================================================================================================ */
+/* keep_logits: kept[out_slot, :] = logits[row, :] * scale[row] (NULL: 1); slot -1: not kept. Grid (blocks, rows). */
+static __global__ void keep_logits_kernel(float *kept, const float *logits, const float *scale, const row_info *outs,
+                                          int n) {
+    const int slot = outs[blockIdx.y].out_slot;
+    const float s = scale ? scale[blockIdx.y] : 1.0f;
+    if (slot < 0) return;
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += (int)(gridDim.x * blockDim.x))
+        kept[(size_t)slot * n + i] = logits[(size_t)blockIdx.y * n + i] * s;
+}
+
+/* logprob: ln P(out_target) under logits [row, :]; 0 for target -1. One block a row. Equals qwen3i_log_prob. */
+static __global__ void logprob_kernel(float *out, const float *logits, const row_info *outs, int n) {
+    __shared__ float shared[32];
+    const float *l = logits + (size_t)blockIdx.x * n;
+    float top = LOWEST, sum = 0;
+    for (int i = tid(); i < n; i += n_threads()) top = fmaxf(top, l[i]);
+    top = block_max(top, shared);
+    for (int i = tid(); i < n; i += n_threads()) sum += expf(l[i] - top);
+    sum = block_sum(sum, shared);
+    const int target = outs[blockIdx.x].out_target;
+    if (threadIdx.x == 0) out[blockIdx.x] = target >= 0 ? (l[target] - top) - logf(sum) : 0.0f;
+}
+
+/* ================================================================================================
+   KERNELS: sampling. The twin of qwen3i_choose: sums of integer weights do not depend on their order,
+   so blocks and threads may add them as they come and the choice is the CPU's, bit for bit.
+   ================================================================================================ */
+typedef unsigned long long u64;
+
+struct listed { int token; float bias; };
+
+struct choice {                         /* what one row's choice depends on */
+    float temperature, top_p, min_p, repeat, presence;
+    int   top_k;
+    u64   random;
+    int   slot;                         /* of its kept logits */
+    int   list_at, n_bias, n_seen;      /* lists[list_at ..]: biases, then tokens to penalise */
+    int   chain;                        /* chosen[row], of the step before, is penalised, too */
+    int   adjust;                       /* bias or penalties: choose from the copy */
+};
+
+const int LIST_KEYS   = 4096;           /* candidates that are sorted in shared memory */
+const int WEIGHT_BINS = 720;            /* sixteenths of an octave below the top; weights end at 45 octaves */
+const int CHOOSE_THREADS = 1024;
+
+/* Larger for what ranks before: higher logit, then lower id. 0: may not be chosen. */
+static __device__ __forceinline__ u64 rank_key(float logit, int id) {
+    const unsigned u = __float_as_uint(logit + 0.0f);
+    if ((u & 0x7F800000u) == 0x7F800000u || !(logit > LOWEST)) return 0;
+    return (u64)(u & 0x80000000u ? ~u : u | 0x80000000u) << 32 | (0xFFFFFFFFu - (unsigned)id);
+}
+static __device__ __forceinline__ int key_id(u64 key) { return (int)(0xFFFFFFFFu - (unsigned)(key & 0xFFFFFFFFu)); }
+static __device__ __forceinline__ float key_logit(u64 key) {
+    const unsigned u = (unsigned)(key >> 32);
+    return __uint_as_float(u & 0x80000000u ? u & 0x7FFFFFFFu : ~u);
+}
+
+static __device__ __forceinline__ float octaves_below(float logit, float top, float temperature) {
+    return (top - logit) / temperature * 1.44269504f;
+}
+
+/* Equals qwen3i_weight. */
+static __device__ u64 choice_weight(float octaves) {
+    const unsigned c[5] = {1488521986u, 515877902u, 119165493u, 20571132u, 2737501u};
+    u64 p = 234126u;
+    if (!(octaves < 45.0f)) return 0;
+    const unsigned fixed = (unsigned)(octaves * 1048576.0f), f = fixed & 0xFFFFFu;
+#pragma unroll
+    for (int i = 4; i >= 0; i--) p = c[i] - (p * f >> 20);
+    return (2147483648u - (p * f >> 20)) << 14 >> (fixed >> 20);
+}
+
+/* Equals qwen3i_share_of. */
+static __device__ __forceinline__ u64 share_of(u64 total, float share) {
+    const u64 s = (u64)((double)share * 4294967296.0);
+    return (total >> 32) * s + ((total & 0xFFFFFFFFu) * s >> 32);
+}
+
+/* adjust: bias and penalties on a copy of the row's logits. copy [rows, n] (made before); one block a row; a bit
+   for each token in shared memory. Equals qwen3i_adjust without the filter. */
+static __global__ void adjust_kernel(float *copy, const choice *choices, const listed *lists, const int *chosen,
+                                     int n) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    unsigned *seen = (unsigned *)(void *)memory;
+    const choice c = choices[blockIdx.x];
+    const listed *bias = lists + c.list_at, *past = bias + c.n_bias;
+    float *l = copy + (size_t)blockIdx.x * n;
+    if (!c.adjust) return;
+    for (int i = tid(); i < ceil_div(n, 32); i += n_threads()) seen[i] = 0;
+    for (int i = tid(); i < c.n_bias; i += n_threads()) {
+        const int t = bias[i].token;
+        bool first = t >= 0 && t < n;   /* of its entries; it adds them all, in order */
+        for (int j = 0; j < i && first; j++) first = bias[j].token != t;
+        for (int j = i; j < c.n_bias && first; j++) if (bias[j].token == t) l[t] += bias[j].bias;
+    }
+    __syncthreads();
+    for (int i = tid(); i < c.n_seen + c.chain; i += n_threads()) {
+        const int t = i < c.n_seen ? past[i].token : chosen[blockIdx.x];
+        if (t < 0 || t >= n || (atomicOr(&seen[t / 32], 1u << (t % 32)) >> (t % 32) & 1u)) continue;
+        const float v = l[t] - c.presence;
+        l[t] = v > 0 ? v / c.repeat : v * c.repeat;
+    }
+}
+
+/* copy_logits: copy[row, :] = kept[slot of row, :] for the rows to adjust. Grid (blocks, rows). */
+static __global__ void copy_logits_kernel(float *copy, const float *kept, const choice *choices, int n) {
+    const choice *c = &choices[blockIdx.y];
+    if (!c->adjust) return;
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += (int)(gridDim.x * blockDim.x))
+        copy[(size_t)blockIdx.y * n + i] = kept[(size_t)c->slot * n + i];
+}
+
+static __device__ __forceinline__ const float *choice_logits(const choice &c, const float *kept, const float *copy,
+                                                             int row, int n) {
+    return c.adjust ? copy + (size_t)row * n : kept + (size_t)c.slot * n;
+}
+
+/* best: first stage of the choice: best[row] = the largest key of ids below n_choose. Grid (blocks, rows);
+   best [rows], zero before. */
+static __global__ void best_kernel(u64 *best, const float *kept, const float *copy, const choice *choices, int n,
+                                   int n_choose) {
+    const choice c = choices[blockIdx.y];
+    const float *l = choice_logits(c, kept, copy, block_y(), n);
+    u64 top = 0;
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n_choose; i += (int)(gridDim.x * blockDim.x)) {
+        const u64 key = rank_key(l[i], i);
+        top = key > top ? key : top;
+    }
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) {
+        const u64 other = __shfl_xor_sync(ALL, top, o);
+        top = other > top ? other : top;
+    }
+    if (threadIdx.x % 32 == 0 && top) atomicMax(&best[blockIdx.y], top);
+}
+
+struct choose_shared {
+    u64 bins[WEIGHT_BINS + 1];          /* counts or weights */
+    u64 keys[LIST_KEYS];
+    u64 sums[CHOOSE_THREADS / 32];
+    u64 value, need;                    /* what one thread found for all */
+    unsigned n_keys, bin;
+};
+
+struct row_logits { const float *l; int n; float top, temperature; };
+
+static __device__ __forceinline__ int weight_bin(float octaves) {
+    return octaves < 45.0f ? (int)(octaves * 16.0f) : WEIGHT_BINS;
+}
+
+/* Sorts keys[0 .. n) from large to small; n <= LIST_KEYS. By the block. */
+static __device__ void sort_keys(u64 *keys, int n) {
+    int size = 1;
+    while (size < n) size *= 2;
+    for (int i = n + tid(); i < size; i += n_threads()) keys[i] = 0;
+    for (int k = 2; k <= size; k *= 2)
+        for (int j = k / 2; j > 0; j /= 2) {
+            __syncthreads();
+            for (int i = tid(); i < size; i += n_threads()) {
+                const int other = i ^ j;
+                if (other <= i) continue;
+                const u64 a = keys[i], b = keys[other];
+                if ((a < b) == ((i & k) == 0)) { keys[i] = b; keys[other] = a; }
+            }
+        }
+    __syncthreads();
+}
+
+/* Sum over the block, in every thread. */
+static __device__ u64 block_sum_u64(choose_shared &s, u64 v) {
+    u64 sum = 0;
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) s.sums[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / 32; i++) sum += s.sums[i];
+    return sum;
+}
+
+/* Histogram over bins of weight_bin: counts, or weights, of the keys from `least` on. */
+static __device__ void fill_bins(choose_shared &s, const row_logits &r, u64 least, bool weights) {
+    for (int i = tid(); i <= WEIGHT_BINS; i += n_threads()) s.bins[i] = 0;
+    __syncthreads();
+    for (int i = tid(); i < r.n; i += n_threads()) {
+        const u64 key = rank_key(r.l[i], i);
+        if (key == 0 || key < least) continue;
+        const float octaves = octaves_below(r.l[i], r.top, r.temperature);
+        atomicAdd(&s.bins[weight_bin(octaves)], weights ? choice_weight(octaves) : 1ull);
+    }
+    __syncthreads();
+}
+
+/* The first bin up to which the bins add up to need (0: that share of their total, but at least 1), or
+   WEIGHT_BINS if they never do. s.value: the sum before it; s.need: need. By the first warp. */
+static __device__ int find_bin(choose_shared &s, u64 need, float share) {
+    const int run = ceil_div(WEIGHT_BINS, 32), begin = tid() * run;
+    const int end = begin + run < WEIGHT_BINS ? begin + run : WEIGHT_BINS;
+    if (threadIdx.x < 32) {
+        u64 sum = 0, upto;
+        for (int b = begin; b < end; b++) sum += s.bins[b];
+        upto = sum;
+#pragma unroll
+        for (int o = 1; o < 32; o *= 2) {
+            const u64 v = __shfl_up_sync(ALL, upto, (unsigned)o);
+            if (tid() >= o) upto += v;
+        }
+        const u64 total = __shfl_sync(ALL, upto, 31);
+        if (need == 0) need = share_of(total, share);
+        if (need == 0) need = 1;
+        if (threadIdx.x == 0) { s.need = need; s.bin = (unsigned)WEIGHT_BINS; }
+        __syncwarp();
+        upto -= sum;
+        for (int b = begin; b < end && upto < need; b++) {
+            if (upto + s.bins[b] >= need) { s.bin = (unsigned)b; s.value = upto; break; }
+            upto += s.bins[b];
+        }
+    }
+    __syncthreads();
+    return (int)s.bin;
+}
+
+/* Gathers the keys of bins from .. to into s.keys; s.n_keys is how many there are, of which LIST_KEYS fit. */
+static __device__ void gather_keys(choose_shared &s, const row_logits &r, u64 least, int from, int to) {
+    if (threadIdx.x == 0) s.n_keys = 0;
+    __syncthreads();
+    for (int i = tid(); i < r.n; i += n_threads()) {
+        const u64 key = rank_key(r.l[i], i);
+        if (key == 0 || key < least) continue;
+        const int bin = weight_bin(octaves_below(r.l[i], r.top, r.temperature));
+        if (bin < from || bin > to) continue;
+        const unsigned at = atomicAdd(&s.n_keys, 1u);
+        if (at < (unsigned)LIST_KEYS) s.keys[at] = key;
+    }
+    __syncthreads();
+}
+
+/* The largest key such that the keys from it on count, or weigh, at least need: bit by bit, for the rare rows
+   with thousands of logits alike. */
+static __device__ u64 bisect_keys(choose_shared &s, const row_logits &r, u64 least, u64 need, bool weights) {
+    u64 key = 0;
+    for (int bit = 63; bit >= 0; bit--) {
+        const u64 probe = key | 1ull << bit;
+        u64 sum = 0;
+        for (int i = tid(); i < r.n; i += n_threads()) {
+            const u64 k = rank_key(r.l[i], i);
+            if (k < probe || k < least || k == 0) continue;
+            sum += weights ? choice_weight(octaves_below(r.l[i], r.top, r.temperature)) : 1ull;
+        }
+        if (block_sum_u64(s, sum) >= need) key = probe;
+    }
+    return key;
+}
+
+/* The key of the k-th in rank: everything from it on is kept. */
+static __device__ u64 cut_top_k(choose_shared &s, const row_logits &r, int k) {
+    fill_bins(s, r, 1, false);
+    const int bin = find_bin(s, (u64)k, 0);
+    if (bin == WEIGHT_BINS) return 1;   /* what lies there has no weight: in or out is the same */
+    const int before = (int)s.value;
+    gather_keys(s, r, 1, bin, bin);
+    if (s.n_keys > (unsigned)LIST_KEYS) return bisect_keys(s, r, 1, (u64)k, false);
+    sort_keys(s.keys, (int)s.n_keys);
+    return s.keys[k - before - 1];
+}
+
+/* The key from which on the kept weights reach the share top_p of those from `least` on. */
+static __device__ u64 cut_top_p(choose_shared &s, const row_logits &r, u64 least, float top_p) {
+    fill_bins(s, r, least, true);
+    const int bin = find_bin(s, 0, top_p);
+    const u64 need = s.need;
+    u64 sum = s.value;
+    if (bin == WEIGHT_BINS) return least;
+    gather_keys(s, r, least, bin, bin);
+    if (s.n_keys > (unsigned)LIST_KEYS) return bisect_keys(s, r, least, need, true);
+    sort_keys(s.keys, (int)s.n_keys);
+    if (threadIdx.x == 0) {
+        int i = 0;
+        do sum += choice_weight(octaves_below(key_logit(s.keys[i]), r.top, r.temperature));
+        while (sum < need && ++i < (int)s.n_keys);
+        s.value = s.keys[i < (int)s.n_keys ? i : (int)s.n_keys - 1];
+    }
+    __syncthreads();
+    return s.value;
+}
+
+/* Walks the kept tokens in order of id until a random share of their total weight is reached. Each thread takes
+   a run of ids. Equals qwen3i_draw. */
+static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key, float min_p, u64 random) {
+    const int run = ceil_div(r.n, n_threads()), begin = tid() * run, lane = lane_id();
+    const int end = begin + run < r.n ? begin + run : r.n;
+    const u64 least = share_of(1ull << 45, min_p);
+    u64 mine = 0, before, total = 0;
+    for (int i = begin; i < end; i++) {
+        if (rank_key(r.l[i], i) < least_key) continue;
+        const u64 w = choice_weight(octaves_below(r.l[i], r.top, r.temperature));
+        if (w >= least) mine += w;
+    }
+    before = mine;                      /* sums of the threads before this one: warp scan, then warps in order */
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        const u64 v = __shfl_up_sync(ALL, before, (unsigned)o);
+        if (lane >= o) before += v;
+    }
+    __syncthreads();
+    if (lane == 31) s.sums[threadIdx.x / 32] = before;
+    before -= mine;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / 32; i++) {
+        if (i == threadIdx.x / 32) before += total;
+        total += s.sums[i];
+    }
+    u64 target = __umul64hi(random, total);
+    if (target >= before && target - before < mine) {
+        target -= before;
+        for (int i = begin; i < end; i++) {
+            if (rank_key(r.l[i], i) < least_key) continue;
+            const u64 w = choice_weight(octaves_below(r.l[i], r.top, r.temperature));
+            if (w < least) continue;
+            if (target < w) { s.bin = (unsigned)i; break; }
+            target -= w;
+        }
+    }
+    __syncthreads();
+    return (int)s.bin;
+}
+
+/* choose: second stage: the row's token, chosen[row] and report[row] (host memory) = the choice; -1 if everything is
+   banned.
+   One block of 1024 a row. best [rows] is zero again afterwards. Equals qwen3i_choose. */
+static __global__ void __launch_bounds__(CHOOSE_THREADS)
+    choose_kernel(row_info *rows, int *chosen, int *report, u64 *best, const float *kept, const float *copy,
+                  const choice *choices, int n, int n_choose) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    choose_shared &s = *(choose_shared *)(void *)memory;
+    const choice c = choices[blockIdx.x];
+    const u64 first = best[blockIdx.x];
+    int id = first ? key_id(first) : -1;
+    if (first && c.temperature > 0) {
+        row_logits r;
+        u64 least = 1;
+        r.l = choice_logits(c, kept, copy, block_x(), n);
+        r.n = n_choose;
+        r.top = key_logit(first);
+        r.temperature = c.temperature;
+        if (c.top_k > 0 && c.top_k < n_choose) least = cut_top_k(s, r, c.top_k);
+        if (c.top_p > 0 && c.top_p < 1) least = cut_top_p(s, r, least, c.top_p);
+        id = draw(s, r, least, c.min_p, c.random);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        rows[blockIdx.x].token = id < 0 ? 0 : id;       /* the step goes on with something valid */
+        chosen[blockIdx.x] = id;
+        report[blockIdx.x] = id;
+        best[blockIdx.x] = 0;
+    }
+}
+
+/* ================================================================================================
+   KERNELS: weights
+   ================================================================================================ */
+/* top_bits: *top = the largest |w| of a BF16 matrix, as bits (they order like the values). *top is 0 before. */
+static __global__ void top_bits_kernel(unsigned *top, const unsigned short *w, size_t n) {
+    unsigned most_bits = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        const unsigned bits = (unsigned)(w[i] & 0x7FFFu) << 16;
+        most_bits = bits > most_bits ? bits : most_bits;
+    }
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) {
+        const unsigned other = __shfl_xor_sync(ALL, most_bits, o);
+        most_bits = other > most_bits ? other : most_bits;
+    }
+    if (threadIdx.x % 32 == 0) atomicMax(top, most_bits);
+}
+
+/* bf16_to_f16: w = w * 2^k in place, with 2^k as half_scale() of the largest. */
+static __global__ void bf16_to_f16_kernel(unsigned short *w, size_t n, const unsigned *top) {
+    const float up = half_scale(__uint_as_float(*top));
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+        w[i] = __half_as_ushort(__float2half_rn(__uint_as_float((unsigned)w[i] << 16) * up));
+}
+
+/* act_to_float: out[row, :] = act[row, :] * scale[row]. One block a row. */
+template <class O> static __global__ void act_to_float_kernel(float *out, const O *act, const float *scale, int width,
+                                                              int ld, size_t rest) {
+    for (int i = tid(); i < width; i += n_threads()) {
+        const size_t at = (size_t)blockIdx.x * ld + i;
+        out[at] = (to_float(act[at]) + (rest ? to_float(act[at + rest]) : 0.0f)) * (scale ? scale[blockIdx.x] : 1.0f);
+    }
+}
+
+} /* namespace */
+#endif
