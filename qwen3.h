@@ -75,8 +75,9 @@
    ERRORS
      The library never prints, exits or aborts. A function that can fail returns a qwen3_result:
      0 or more is not an error, below 0 is. Details: the err buffer of qwen3_load and
-     qwen3_ctx_create, qwen3_ctx_error() for everything on a context. A failed call leaves every
-     sequence as it was before the call, except that what had been evaluated completely may stay.
+     qwen3_ctx_create, qwen3_ctx_error() for everything on a context. A failed or cancelled
+     call leaves a sequence with its tokens from before the call plus those whose evaluation was
+     completed (qwen3_sync and qwen3_chat: the common prefix plus those); it can go on from there.
      Model files, saved states and text may hold any bytes.                                        */
 
 #ifndef QWEN3_H
@@ -395,7 +396,7 @@ typedef struct qwen3_gen_desc {
     qwen3_sampler     *sampler;         /* NULL: greedy                                             */
     int                max_tokens;      /* 0: until the end of the turn, or the context is full     */
     int                think_budget;    /* thinking tokens after which </think> is forced; 0: none  */
-    const char *const *stop; int n_stop;    /* texts that end the answer; they are not delivered    */
+    const char *const *stop; int n_stop;    /* texts that end the answer (also in its thinking); not delivered */
     int              (*on_text)(const char *utf8, int n_bytes, int thinking, void *user);
     void              *user;            /* on_text gets whole, valid UTF-8 characters; thinking is   */
 } qwen3_gen_desc;                       /* 1 for reasoning and its tags; nonzero return stops        */
@@ -405,7 +406,8 @@ typedef struct qwen3_gen_desc {
 QWEN3_API qwen3_result qwen3_next(qwen3_ctx *ctx, int seq, qwen3_sampler *sampler, qwen3_token *out);
 
 /* The same for n different sequences in one step. samplers[i] may be NULL (greedy), as may samplers.
-   results (may be NULL) gets each one's OK, END or CONTEXT_FULL. Returns OK, STOPPED or an error. */
+   results (may be NULL) gets each one's OK, END or CONTEXT_FULL. Returns OK, or else STOPPED or an
+   error, which then stands in all results. */
 QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *ctx, const int *seqs, int n, qwen3_sampler *const *samplers,
                                         qwen3_token *out, qwen3_result *results);
 
@@ -3177,6 +3179,7 @@ static qwen3_result qwen3i_added_tokens(qwen3i_vocab_loader *l) {
     if (!qwen3i_json_open(&l->json, is_map ? '{' : '[', &it)) return qwen3i_vocab_json(l);
     while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key)) {
         memset(&f, 0, sizeof f);
+        f.content.p = "";
         f.id = is_map ? qwen3i_added_key(key) : -1;
         qwen3i_added_read(&l->json, &f);
         r = l->json.error ? qwen3i_vocab_json(l) : qwen3i_added_token(l, &f);
@@ -4497,8 +4500,10 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc 
 
 #if defined(__GNUC__)
   #define QWEN3I_PREFETCH(p) __builtin_prefetch(p)
+  #define QWEN3I_NOINLINE    __attribute__((noinline))
 #else
   #define QWEN3I_PREFETCH(p) ((void)(p))
+  #define QWEN3I_NOINLINE
 #endif
 
 static float qwen3i_float_from_bits(uint32_t bits) {
@@ -4576,6 +4581,13 @@ typedef struct qwen3i_simd {
 #define QWEN3I_EXP_LOW  (-87.3f)
 #define QWEN3I_EXP_HIGH 88.3f
 
+/* A function of its own for each type, so that the compiler has registers enough. */
+#define QWEN3I_DEFINE_DOT(V, TARGET, name, type) \
+TARGET QWEN3I_NOINLINE static void name(float *y, size_t ldy, const char *w, size_t row_bytes, int n_w, \
+                                        const float *x, size_t ldx, int n_x, int n_cols) { \
+    V##_dot_type(y, ldy, w, row_bytes, type, n_w, x, ldx, n_x, n_cols); \
+}
+
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v
    and the functions V_zero, set1, load, load_bf16, load_f16, store, store_bf16, store_f16, add, mul,
    div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n), drop_below (0 where x < low),
@@ -4612,102 +4624,103 @@ TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     V##_sum(sums, rows); \
     return sums[0]; \
 } \
-/* acc[t][r] = w[r] . x[t] in lanes, over n columns; w's next rows are fetched meanwhile */ \
-TARGET QWEN3I_INLINE void V##_lanes(V##_v (*acc)[R], const char *const *w, size_t next, qwen3i_type type, \
-                                    const float *x, size_t ldx, int n_x, int n) { \
-    V##_v wv[R], xv; \
+/* One tile over n columns, a multiple of 16: y[t * ldy + r] = (first ? 0 : y) + w[r] . x[t]; only n_w of the \
+   R rows are stored. What comes next of w is fetched meanwhile. */ \
+TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
+                                   const float *x, size_t ldx, int n_x, int n, int first) { \
+    size_t next = R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
+    V##_v acc[C][R], wv[R], xv; \
+    float sums[R]; \
+    const char *rows[R]; \
     int r, t, k; \
+    for (r = 0; r < R; r++) rows[r] = w + (size_t)qwen3i_min(r, n_w - 1) * row_bytes; \
     QWEN3I_UNROLL for (t = 0; t < n_x; t++) { QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_zero(); } \
-    for (k = 0; k + 16 <= n; k += 16) { \
+    for (k = 0; k < n; k += 16) { \
         QWEN3I_UNROLL for (r = 0; r < R; r++) { \
-            wv[r] = V##_from(w[r], (size_t)k, type); \
-            QWEN3I_PREFETCH(w[r] + next + (size_t)k * qwen3i_type_size(type)); \
+            wv[r] = V##_from(rows[r], (size_t)k, type); \
+            QWEN3I_PREFETCH(rows[r] + next + (size_t)k * qwen3i_type_size(type)); \
         } \
         QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
             xv = V##_load(x + (size_t)t * ldx + k); \
             QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_fma(wv[r], xv, acc[t][r]); \
         } \
     } \
-    if (k < n) { \
-        QWEN3I_UNROLL for (r = 0; r < R; r++) wv[r] = V##_from_n(w[r], (size_t)k, type, n - k); \
-        QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
-            xv = V##_load_n(x + (size_t)t * ldx + k, n - k); \
-            QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_fma(wv[r], xv, acc[t][r]); \
-        } \
-    } \
-} \
-/* One tile over n columns: y[t * ldy + r] = (first ? 0 : y) + w[r] . x[t]; only n_w of the R rows are stored */ \
-TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, const char *const *w, int n_w, size_t next, qwen3i_type type, \
-                                   const float *x, size_t ldx, int n_x, int n, int first) { \
-    V##_v acc[C][R]; \
-    float sums[R]; \
-    int r, t; \
-    V##_lanes(acc, w, next, type, x, ldx, n_x, n); \
-    QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
-        if (first && n_w == R) { V##_sum(y + (size_t)t * ldy, acc[t]); continue; } \
+    QWEN3I_UNROLL for (t = 0; t < n_x; t++, y += ldy) { \
+        if (first && n_w == R) { V##_sum(y, acc[t]); continue; } \
         V##_sum(sums, acc[t]); \
-        for (r = 0; r < n_w; r++) y[(size_t)t * ldy + (size_t)r] = first ? sums[r] : y[(size_t)t * ldy + (size_t)r] + sums[r]; \
+        for (r = 0; r < n_w; r++) y[r] = first ? sums[r] : y[r] + sums[r]; \
     } \
 } \
-/* Rows of w through one tile of x: n_x is made a constant so that each size gets its own code. */ \
+/* All rows of w through one tile of x: n_x, one of the cases, becomes a constant so that each has its own code. */ \
 TARGET QWEN3I_INLINE void V##_tiles(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
                                     const float *x, size_t ldx, int n_x, int n, int first) { \
-    size_t next = R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
-    int r, i; \
-    for (r = 0; r < n_w; r += R) { \
-        const char *rows[R]; \
-        int m = qwen3i_min(R, n_w - r); \
-        for (i = 0; i < R; i++) rows[i] = w + (size_t)(r + qwen3i_min(i, m - 1)) * row_bytes; \
+    for (; n_w > 0; n_w -= R, w += R * row_bytes, y += R) { \
+        int m = qwen3i_min(R, n_w); \
         switch (n_x) { \
-            case 1:  V##_tile(y + r, ldy, rows, m, next, type, x, ldx, 1, n, first); break; \
-            case 2:  V##_tile(y + r, ldy, rows, m, next, type, x, ldx, 2, n, first); break; \
-            case 3:  V##_tile(y + r, ldy, rows, m, next, type, x, ldx, 3, n, first); break; \
-            case 4:  if (C >= 4) V##_tile(y + r, ldy, rows, m, next, type, x, ldx, qwen3i_min(4, C), n, first); break; \
-            case 5:  if (C >= 5) V##_tile(y + r, ldy, rows, m, next, type, x, ldx, qwen3i_min(5, C), n, first); break; \
-            default: if (C >= 6) V##_tile(y + r, ldy, rows, m, next, type, x, ldx, qwen3i_min(6, C), n, first); break; \
+            case 1:  V##_tile(y, ldy, w, row_bytes, type, m, x, ldx, 1, n, first); break; \
+            case 2:  V##_tile(y, ldy, w, row_bytes, type, m, x, ldx, qwen3i_min(2, C), n, first); break; \
+            case C:  V##_tile(y, ldy, w, row_bytes, type, m, x, ldx, C, n, first); break; \
+            default: V##_tile(y, ldy, w, row_bytes, type, m, x, ldx, qwen3i_min(4, C), n, first); break; \
         } \
     } \
 } \
 /* Many rows of x: a tile of them stays in the first-level cache while the block of w streams past it \
    from the second. Few rows: w comes from memory, and each of its rows meets all of x at once. */ \
-TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t ldw, qwen3i_type type, int n_w, \
+TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
                                        const float *x, size_t ldx, int n_x, int n_cols) { \
-    size_t size = qwen3i_type_size(type), row_bytes = ldw * size; \
-    int tile = (n_x + (n_x + C - 1) / C - 1) / ((n_x + C - 1) / C), step = n_x <= QWEN3I_FEW_ROWS ? R : n_w, r, t, k; \
+    int step = n_x <= QWEN3I_FEW_ROWS ? R : n_w, r, t, k, m; \
     for (r = 0; r < n_w; r += step) \
-        for (t = 0; t < n_x; t += tile) \
-            for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
-                V##_tiles(y + (size_t)t * ldy + r, ldy, w + (size_t)r * row_bytes + (size_t)k * size, row_bytes, type, \
-                          qwen3i_min(step, n_w - r), x + (size_t)t * ldx + k, ldx, qwen3i_min(tile, n_x - t), \
-                          qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), k == 0); \
+        for (t = 0; t < n_x; t += m) { \
+            m = n_x - t >= C ? C : n_x - t >= 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
+            for (k = 0; k == 0 || k < n_cols; k += QWEN3I_K_BLOCK) \
+                V##_tiles(y + (size_t)t * ldy + r, ldy, w + (size_t)r * row_bytes + (size_t)k * qwen3i_type_size(type), row_bytes, type, \
+                          qwen3i_min(step, n_w - r), x + (size_t)t * ldx + k, ldx, m, qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), k == 0); \
+        } \
+} \
+QWEN3I_DEFINE_DOT(V, TARGET, V##_dot_bf16, QWEN3I_BF16) \
+QWEN3I_DEFINE_DOT(V, TARGET, V##_dot_f16, QWEN3I_F16) \
+QWEN3I_DEFINE_DOT(V, TARGET, V##_dot_f32, QWEN3I_F32) \
+/* The last columns of a number that is not a multiple of 16 join last. */ \
+TARGET static void V##_dot_rest(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
+                                const float *x, size_t ldx, int n_x, int done, int n_cols) { \
+    int r, t; \
+    for (t = 0; t < n_x; t++, y += ldy, x += ldx) \
+        for (r = 0; r < n_w; r++) \
+            y[r] += V##_sum1(V##_mul(V##_from_n(w + (size_t)r * row_bytes, (size_t)done, type, n_cols - done), \
+                                     V##_load_n(x + done, n_cols - done))); \
 } \
 TARGET static void V##_dot(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w, \
                            const float *x, size_t ldx, int n_x, int n_cols) { \
+    const char *rows = (const char *)w; \
+    size_t row_bytes = ldw * qwen3i_type_size(type); \
+    int n = n_cols / 16 * 16; \
     switch (type) { \
-        case QWEN3I_BF16: V##_dot_type(y, ldy, (const char *)w, ldw, QWEN3I_BF16, n_w, x, ldx, n_x, n_cols); break; \
-        case QWEN3I_F16:  V##_dot_type(y, ldy, (const char *)w, ldw, QWEN3I_F16, n_w, x, ldx, n_x, n_cols); break; \
-        case QWEN3I_F32:  V##_dot_type(y, ldy, (const char *)w, ldw, QWEN3I_F32, n_w, x, ldx, n_x, n_cols); break; \
+        case QWEN3I_BF16: V##_dot_bf16(y, ldy, rows, row_bytes, n_w, x, ldx, n_x, n); break; \
+        case QWEN3I_F16:  V##_dot_f16(y, ldy, rows, row_bytes, n_w, x, ldx, n_x, n); break; \
+        case QWEN3I_F32:  V##_dot_f32(y, ldy, rows, row_bytes, n_w, x, ldx, n_x, n); break; \
     } \
+    if (n < n_cols) V##_dot_rest(y, ldy, rows, row_bytes, type, n_w, x, ldx, n_x, n, n_cols); \
 } \
-/* n_vec vectors of columns of up to C rows of y; the last vector has n_last of its 16 columns */ \
+/* n_vec vectors of columns of up to C rows of y, or up to 16 columns if n_vec is 0 */ \
 TARGET QWEN3I_INLINE void V##_mix_tile(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
-                                       const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_vec, int n_last) { \
+                                       const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_vec, int n_cols) { \
     V##_v acc[C][R], vv[R], pv; \
-    int t, c, r; \
-    QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < n_vec; c++) \
-        acc[t][c] = n_last < 16 ? V##_load_n(y + (size_t)t * ldy + 16 * c, n_last) : V##_load(y + (size_t)t * ldy + 16 * c); } \
+    int t, c, r, n = qwen3i_max(n_vec, 1); \
+    QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < n; c++) \
+        acc[t][c] = n_vec ? V##_load(y + (size_t)t * ldy + 16 * c) : V##_load_n(y + (size_t)t * ldy, n_cols); } \
     for (r = 0; r < n_v; r++, v += row_bytes) { \
-        QWEN3I_UNROLL for (c = 0; c < n_vec; c++) QWEN3I_PREFETCH(v + 16 * (size_t)c * qwen3i_type_size(type) + QWEN3I_AHEAD); \
-        QWEN3I_UNROLL for (c = 0; c < n_vec; c++) \
-            vv[c] = n_last < 16 ? V##_from_n(v, 16 * (size_t)c, type, n_last) : V##_from(v, 16 * (size_t)c, type); \
+        QWEN3I_UNROLL for (c = 0; c < n; c++) { \
+            vv[c] = n_vec ? V##_from(v, 16 * (size_t)c, type) : V##_from_n(v, 0, type, n_cols); \
+            QWEN3I_PREFETCH(v + 16 * (size_t)c * qwen3i_type_size(type) + QWEN3I_AHEAD); \
+        } \
         QWEN3I_UNROLL for (t = 0; t < n_p; t++) { \
             pv = V##_set1(p[(size_t)t * ldp + (size_t)r]); \
-            QWEN3I_UNROLL for (c = 0; c < n_vec; c++) acc[t][c] = V##_fma(pv, vv[c], acc[t][c]); \
+            QWEN3I_UNROLL for (c = 0; c < n; c++) acc[t][c] = V##_fma(pv, vv[c], acc[t][c]); \
         } \
     } \
-    QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < n_vec; c++) { \
-        if (n_last < 16) V##_store_n(y + (size_t)t * ldy + 16 * c, acc[t][c], n_last); \
-        else V##_store(y + (size_t)t * ldy + 16 * c, acc[t][c]); \
+    QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < n; c++) { \
+        if (n_vec) V##_store(y + (size_t)t * ldy + 16 * c, acc[t][c]); \
+        else V##_store_n(y + (size_t)t * ldy, acc[t][c], n_cols); \
     } } \
 } \
 TARGET QWEN3I_INLINE void V##_mix_rows(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
@@ -4715,10 +4728,9 @@ TARGET QWEN3I_INLINE void V##_mix_rows(float *y, size_t ldy, const float *p, siz
     size_t size = qwen3i_type_size(type); \
     int d = 0; \
     for (; d + 16 * R <= n_cols; d += 16 * R) \
-        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, R, 16); \
-    for (; d + 16 <= n_cols; d += 16) \
-        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, 1, 16); \
-    if (d < n_cols) V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, 1, n_cols - d); \
+        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, R, 16 * R); \
+    for (; d < n_cols; d += 16) \
+        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, 0, qwen3i_min(16, n_cols - d)); \
 } \
 TARGET QWEN3I_INLINE void V##_mix_type(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
                                        const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_cols) { \
@@ -5045,7 +5057,7 @@ QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_sum(float *sums, const __m512 *ro
     __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
     all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E));
     all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xB1));
-    _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), all)));
+    _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
 }
 
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
@@ -6823,6 +6835,7 @@ QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *c, const int *seqs, int n, qw
         c->next[active++].sampler = samplers ? samplers[i] : NULL;
     }
     r = active > 0 ? qwen3i_next_step(c, c->next, active, &err) : QWEN3_OK;
+    for (i = 0; i < n && r != QWEN3_OK && results; i++) results[i] = r;
     for (i = k = 0; i < n && r == QWEN3_OK; i++) {
         if (k == active || c->next[k].seq != seqs[i]) continue;
         out[i] = c->next[k].out;
