@@ -769,7 +769,7 @@ static void test_malformed_state(void) {
     }
     CHECK(qwen3_seq_load(ctx, 0, NULL, 100) == QWEN3_ERR_ARG && same_logits(ctx, 0, before, 264));
     memcpy(copy, state, size);
-    memset(copy + 64 + 5 * 4, 0xFF, size - 64 - 5 * 4); /* well formed, but all logits, keys and values are NaN */
+    for (i = 64 + 5 * 4; i < size; i++) copy[i] = 0xFF; /* well formed, but all logits, keys and values are NaN */
     malformed_state_seal(copy, size);
     CHECK_OK(ctx, qwen3_seq_load(ctx, 0, copy, size));
     CHECK(qwen3_next(ctx, 0, NULL, (qwen3_token *)(void *)copy) == QWEN3_ERR_ARG && strstr(qwen3_ctx_error(ctx), "not numbers"));

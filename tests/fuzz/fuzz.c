@@ -78,7 +78,7 @@ static void load(const tiny_model *t, int flags) {
     MUST(memory.peak <= 8 * tiny_size(t) + 64 * 1024 + sizeof(qwen3i_tokenizer));
     MUST(r == QWEN3_OK || r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_UNSUPPORTED || r == QWEN3_ERR_IO);
     MUST((r == QWEN3_OK) == (m != NULL) && (r == QWEN3_OK) == !err[0] && (r == QWEN3_OK || strstr(err, ".json") || strstr(err, ".safetensors") ||
-         strstr(err, "merges.txt") || strstr(err, "the tokenizer has ids")));
+         strstr(err, "merges.txt") || strstr(err, "the tokenizer has ids") || strstr(err, "the index names it")));
     if (m) use(m);
     qwen3_free(m);
     MUST(memory.now == 0);

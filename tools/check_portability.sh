@@ -1,0 +1,147 @@
+#!/usr/bin/env bash
+# Does qwen3.h compile without a warning wherever it is dropped, and do the tests pass there?
+#     tools/check_portability.sh [part-of-a-name]
+# One line a check; the last says how many passed. As root on Debian it installs what is missing.
+set -u
+cd "$(dirname "$0")/.."
+only=${1:-}
+passed=0; failed=0; skipped=0; tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+WARN='-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Werror'
+
+have() { command -v "$1" >/dev/null 2>&1; }
+need() {                                # need COMMAND PACKAGE...: is the command there, perhaps only now?
+    local command=$1; shift
+    have "$command" && return 0
+    [ "$(id -u)" = 0 ] && have apt-get && { apt-get update -q && apt-get install -y -q --no-install-recommends "$@"; } >/dev/null 2>&1
+    have "$command"
+}
+check() {                               # check NAME COMMAND...
+    local name=$1 start=$SECONDS; shift
+    case $name in *"$only"*) ;; *) return ;; esac
+    if "$@" >"$tmp/log" 2>&1; then passed=$((passed + 1)); printf 'ok    %-50s %4d s\n' "$name" $((SECONDS - start))
+    else failed=$((failed + 1)); printf 'FAIL  %-50s %4d s\n' "$name" $((SECONDS - start)); tail -20 "$tmp/log"; fi
+}
+skip() {                                # skip NAME WHY
+    case $1 in *"$only"*) skipped=$((skipped + 1)); printf 'skip  %s: %s\n' "$1" "$2" ;; esac
+}
+
+# ---- no warnings -------------------------------------------------------------------------------------
+strict() {                              # strict COMPILER STANDARD FLAGS...: the implementation and the API alone
+    local cc=$1 std=$2 lang=c; shift 2
+    case $std in *++*) lang=c++ ;; esac
+    "$cc" -std="$std" -x $lang $WARN "$@" -DQWEN3_IMPLEMENTATION -c qwen3.h -o "$tmp/strict.o" &&
+    "$cc" -std="$std" -x $lang $WARN "$@" -c qwen3.h -o "$tmp/api.o"
+}
+need clang clang
+for cc in gcc clang; do
+    have $cc || { skip "strict $cc" 'not installed'; continue; }
+    for std in c99 c11 c17 c2x c++11 c++17 c++20; do
+        check "strict $cc $std -O2" strict $cc $std -O2
+    done
+    for std in c99 c++11; do
+        check "strict $cc $std -O0" strict $cc $std -O0
+        check "strict $cc $std -O3 -ffast-math" strict $cc $std -O3 -ffast-math
+        check "strict $cc $std bare" strict $cc $std -O2 -DQWEN3_NO_STDIO -DQWEN3_NO_THREADS -DQWEN3_NO_SIMD
+    done
+    if echo '#include <stdint.h>' | $cc -m32 -x c -c - -o "$tmp/m32.o" 2>/dev/null || need i686-linux-gnu-gcc gcc-multilib g++-multilib; then
+        for std in c99 c++11; do check "strict $cc $std -m32" strict $cc $std -O2 -m32; done
+    else skip "strict $cc -m32" 'no 32-bit headers'; fi
+done
+
+# ---- as a library --------------------------------------------------------------------------------------
+exports() {                             # nothing but qwen3_...
+    gcc -O1 -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o "$tmp/lib.o" || return 1
+    ! nm -g --defined-only "$tmp/lib.o" | awk '{print $3}' | grep -v '^qwen3_' | grep -v '^qwen3i_\(view\|rotation\)$'
+}
+two_files() {                           # two private copies in one program, and a user of the API beside them
+    local i
+    for i in 1 2; do
+        printf '#define QWEN3_STATIC\n#define QWEN3_IMPLEMENTATION\n#include "qwen3.h"\nint version_%d(void);\nint version_%d(void) { return qwen3_version(); }\n' $i $i >"$tmp/$i.c"
+        gcc -std=c99 $WARN -O1 -I. -c "$tmp/$i.c" -o "$tmp/$i.o" || return 1
+        [ -z "$(nm -g --defined-only "$tmp/$i.o" | grep qwen3)" ] || { echo 'QWEN3_STATIC exports'; return 1; }
+    done
+    printf 'int version_1(void); int version_2(void);\nint main(void) { return version_1() != version_2(); }\n' >"$tmp/main.c"
+    gcc "$tmp/main.c" "$tmp/1.o" "$tmp/2.o" -o "$tmp/two" -lm -lpthread && "$tmp/two"
+}
+no_globals() {                          # no writable data in the library
+    gcc -O1 -fno-pic -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o "$tmp/lib.o" || return 1
+    ! nm "$tmp/lib.o" | grep -E ' [bBdDC] ' | grep -v ' d \.'
+}
+check 'only qwen3_ is exported' exports
+check 'two private copies in one program' two_files
+check 'no mutable globals' no_globals
+
+# ---- static analysis -------------------------------------------------------------------------------------
+tidy() {        # off, because in this code they are noise: what they would have is named after each
+    local off='-clang-analyzer-security.insecureAPI.DeprecatedOrUnsafeBufferHandling'  # memcpy_s, which C libraries lack
+    off="$off,-clang-analyzer-deadcode.DeadStores"                                     # ends of carving and lists
+    printf '#define QWEN3_IMPLEMENTATION\n#define QWEN3_NO_SIMD\n#include "qwen3.h"\n' >"$tmp/tidy.c"
+    clang-tidy --quiet --checks="clang-analyzer-*,bugprone-*,$off,-bugprone-easily-swappable-parameters,-bugprone-reserved-identifier,-bugprone-narrowing-conversions,-bugprone-macro-parentheses,-bugprone-branch-clone,-bugprone-implicit-widening-of-multiplication-result,-bugprone-assignment-in-if-condition,-bugprone-suspicious-string-compare" \
+        --warnings-as-errors='*' --header-filter='.*' "$tmp/tidy.c" -- -std=c99 -I.
+}
+analyse() {
+    printf '#define QWEN3_IMPLEMENTATION\n#define QWEN3_NO_SIMD\n#include "qwen3.h"\n' >"$tmp/check.c"
+    cppcheck --quiet --error-exitcode=1 --enable=warning,portability --inline-suppr --std=c99 -I. -D__linux__ -D__x86_64__ \
+        --suppress=missingInclude --suppress=normalCheckLevelMaxBranches "$tmp/check.c"
+}
+need clang-tidy clang-tidy && check 'clang-tidy' tidy || have clang-tidy || skip 'clang-tidy' 'not installed'
+need cppcheck cppcheck && check 'cppcheck' analyse || have cppcheck || skip 'cppcheck' 'not installed'
+
+# ---- other floating point, C libraries, systems and processors -------------------------------------------------
+suite() {                               # suite COMPILER FLAGS...: the tests, built so
+    local cc=$1; shift
+    "$cc" "$@" test.c -o "$tmp/test" -lm -lpthread && "$tmp/test" -q
+}
+check 'tests, gcc -O3 -ffast-math' suite gcc -O3 -ffast-math
+have clang && check 'tests, clang -O3 -ffast-math' suite clang -O3 -ffast-math
+echo 'int main(void) { return 0; }' >"$tmp/empty.c"
+if gcc -m32 "$tmp/empty.c" -o "$tmp/empty" 2>/dev/null; then check 'tests, -m32' suite gcc -O2 -m32 -msse2 -mfpmath=sse
+else skip 'tests, -m32' 'no 32-bit libraries'; fi
+if need musl-gcc musl-tools; then check 'tests, musl' suite musl-gcc -O2 -static; else skip 'tests, musl' 'not installed'; fi
+
+windows() {
+    x86_64-w64-mingw32-gcc -std=c99 $WARN -O2 -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o "$tmp/win.o" &&
+    x86_64-w64-mingw32-gcc -O2 -static test.c -o "$tmp/test.exe" -lm
+}
+wine_suite() { windows && WINEDEBUG=-all WINEPREFIX="$tmp/wine" HOME="$tmp" timeout 900 "$wine" "$tmp/test.exe" -q; }
+if need x86_64-w64-mingw32-gcc gcc-mingw-w64-x86-64; then
+    need wine64 wine64; wine=$(command -v wine64 || command -v wine || ls /usr/lib/wine/wine64 2>/dev/null)
+    if [ -n "$wine" ]; then check 'tests, MinGW-w64 under Wine' wine_suite
+    else check 'MinGW-w64 builds' windows; skip 'tests under Wine' 'not installed'; fi
+else skip 'MinGW-w64' 'not installed'; fi
+
+arm() {
+    aarch64-linux-gnu-gcc -std=c99 $WARN -O2 -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o "$tmp/arm.o" &&
+    aarch64-linux-gnu-gcc -O2 -static test.c -o "$tmp/test-arm" -lm -lpthread && timeout 900 qemu-aarch64 "$tmp/test-arm" -q
+}
+if need aarch64-linux-gnu-gcc gcc-aarch64-linux-gnu libc6-dev-arm64-cross && need qemu-aarch64 qemu-user; then check 'tests, aarch64 under QEMU' arm
+else skip 'tests, aarch64' 'not installed'; fi
+
+big_endian() {                          # refused, with a reason
+    cat >"$tmp/big.c" <<'END'
+#include <stdio.h>
+#include <string.h>
+#define QWEN3_IMPLEMENTATION
+#include "qwen3.h"
+int main(void) {
+    char err[256];
+    qwen3_model *m;
+    qwen3_file file = {"config.json", "{}", 2};
+    qwen3_load_desc d;
+    qwen3_result r;
+    memset(&d, 0, sizeof d);
+    d.files = &file;
+    d.n_files = 1;
+    r = qwen3_load(&m, &d, err, sizeof err);
+    puts(err);
+    return !(r == QWEN3_ERR_UNSUPPORTED && strstr(err, "big-endian"));
+}
+END
+    s390x-linux-gnu-gcc -O1 -static -I. "$tmp/big.c" -o "$tmp/big" -lm -lpthread && qemu-s390x "$tmp/big"
+}
+if need s390x-linux-gnu-gcc gcc-s390x-linux-gnu libc6-dev-s390x-cross && need qemu-s390x qemu-user; then check 's390x (big-endian) is refused' big_endian
+else skip 's390x' 'not installed'; fi
+
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" -eq 0 ]
