@@ -137,6 +137,26 @@ static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t sh
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
 }
 
+#if QWEN3_CUDA_PDL
+/* The same for a kernel that calls wait_for_previous(): it may start before the one before it has ended. */
+template <class... P, class... A>
+static cudaError_t launch_early(cudaStream_t stream, dim3 grid, int threads, size_t shared, void (*kernel)(P...), A... args) {
+    cudaLaunchConfig_t config = cudaLaunchConfig_t();
+    cudaLaunchAttribute early;
+    config.gridDim = grid;
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    return cudaLaunchKernelEx(&config, kernel, (P)args...);
+}
+#else
+#define launch_early launch
+#endif
+
 /* ================================================================================================
    MODEL: weights in device memory
    ================================================================================================ */
@@ -892,9 +912,9 @@ template <class T> static cudaError_t launch_rmsnorm(cudaStream_t s, float *y, i
     const bool four = width % 4 == 0 && ldx % 4 == 0 && ldy % 4 == 0 && (size_t)x % 16 == 0 && (size_t)y % 16 == 0 &&
                       (size_t)gain % 16 == 0;
     if (four)
-        return launch(s, grid2(rows, groups), row_threads(width, 4, rows), 0, rmsnorm_kernel<T, 4>, y, ldy, x, ldx,
+        return launch_early(s, grid2(rows, groups), row_threads(width, 4, rows), 0, rmsnorm_kernel<T, 4>, y, ldy, x, ldx,
                       outs, gain, width, pad, eps);
-    return launch(s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_kernel<T, 1>, y, ldy, x, ldx, outs,
+    return launch_early(s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_kernel<T, 1>, y, ldy, x, ldx, outs,
                   gain, width, pad, eps);
 }
 
@@ -943,7 +963,7 @@ static int rows_a_warp(const pass *p, int n, int most_rows) {
 
 template <class W, int R, int NR, bool ADD>
 static cudaError_t launch_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
-    return launch(p->s, grid1(ceil_div(in.n, MATVEC_WARPS * NR)), 32 * MATVEC_WARPS, 0, matvec_kernel<W, R, NR, ADD>,
+    return launch_early(p->s, grid1(ceil_div(in.n, MATVEC_WARPS * NR)), 32 * MATVEC_WARPS, 0, matvec_kernel<W, R, NR, ADD>,
                   in, y, ldy, outs);
 }
 template <class W, bool ADD>
@@ -968,7 +988,7 @@ template <bool ADD> static qwen3_result matvec(const pass *p, float *y, int ldy,
 }
 
 template <class W, int R, int P> static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int ldy) {
-    return launch(p->s, grid1(ceil_div(in.n / 2, MATVEC_WARPS * P)), 32 * MATVEC_WARPS, 0, mlp_kernel<W, R, P>, in, y,
+    return launch_early(p->s, grid1(ceil_div(in.n / 2, MATVEC_WARPS * P)), 32 * MATVEC_WARPS, 0, mlp_kernel<W, R, P>, in, y,
                   ldy);
 }
 template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in &in, float *y, int ldy) {
@@ -980,7 +1000,7 @@ template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in
 
 template <class W, class T, int R, int NR>
 static cudaError_t launch_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
-    return launch(p->s, grid1(ceil_div(in.n, MATVEC_WARPS * NR)), 32 * MATVEC_WARPS, 0, qkv_rope_kernel<W, T, R, NR>,
+    return launch_early(p->s, grid1(ceil_div(in.n, MATVEC_WARPS * NR)), 32 * MATVEC_WARPS, 0, qkv_rope_kernel<W, T, R, NR>,
                   in, a, p->c->qkv_tickets);
 }
 template <class W, class T> static cudaError_t qkv_rows_of(const pass *p, const matvec_in &in, const qkv_args &a) {
@@ -1000,7 +1020,7 @@ static cudaError_t fused_qkv(const pass *p, const matrix &w, const matvec_in &in
 
 /* ---- x = embedding of the rows' tokens ------------------------------------------------------------- */
 template <class W> static cudaError_t launch_embed(const pass *p, const matrix &w) {
-    return launch(p->s, grid1(p->n), row_threads(w.cols, 4, p->n), 0, embed_kernel<W>,
+    return launch_early(p->s, grid1(p->n), row_threads(w.cols, 4, p->n), 0, embed_kernel<W>,
                   p->c->x, (const W *)w.data, w.scale, (const row_info *)p->c->rows, w.cols, w.ld);
 }
 static qwen3_result embed(const pass *p) {
@@ -1117,8 +1137,8 @@ static attention_args attention_arguments(const pass *p, int layer) {
 template <class T, int G> static cudaError_t launch_split(const pass *p, const attention_args &a) {
     const int group = a.n_head / a.n_head_kv, splits = attention_splits(p->c, p->n);
     const dim3 grid((unsigned)p->n, (unsigned)(a.n_head_kv * ceil_div(group, G)), (unsigned)splits);
-    if (a.head_dim == 128) return launch(p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 16>, a);
-    return launch(p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 0>, a);
+    if (a.head_dim == 128) return launch_early(p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 16>, a);
+    return launch_early(p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 0>, a);
 }
 template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
     const int group = a.n_head / a.n_head_kv;
@@ -1883,7 +1903,7 @@ static qwen3_result lab_run(void *ctx_state, qwen3_cuda_op op, int layer, int re
     timer t;
     CUDA_TRY(guard.status);
     CUDA_TRY(t.start(c->stream));
-    for (int i = 0; i < repeat; i++) TRY(lab_one(&p, op, layer));
+    for (int i = 0; i < repeat; i++) TRY(lab_one(&p, op, layer < 0 ? i % c->m->config.n_layer : layer));
     CUDA_TRY(t.stop(c->stream, repeat, us));
     return QWEN3_OK;
 }

@@ -32,6 +32,22 @@ static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1
 /* ================================================================================================
    DEVICE HELPERS
    ================================================================================================ */
+/* With QWEN3_CUDA_PDL the kernels of a decode step start while the one before still runs (sm_90 on): each waits for
+   its results before it touches anything but weights, and says when its own blocks have little left to do. */
+#ifndef QWEN3_CUDA_PDL
+#define QWEN3_CUDA_PDL 0
+#endif
+static __device__ __forceinline__ void wait_for_previous() {
+#if QWEN3_CUDA_PDL && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void let_next_start() {
+#if QWEN3_CUDA_PDL && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 /* Instructions without a C++ name. An emulator may bring its own. */
 #ifndef QWEN3_CUDA_EMULATED
 #define QWEN3_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -225,6 +241,8 @@ static __device__ __forceinline__ size_t kv_at(const kv_layer &c, int seq, int p
    One block a row. Equal to the CPU's row copy (qwen3i_embed). */
 template <class W>
 static __global__ void embed_kernel(float *x, const W *table, float scale, const row_info *rows, int width, int ld) {
+    wait_for_previous();
+    let_next_start();
     const W *from = table + (size_t)rows[blockIdx.x].token * ld;
     for (int i = tid(); i < width; i += n_threads())
         x[(size_t)blockIdx.x * ld + i] = to_float(from[i]) * scale;
@@ -271,6 +289,8 @@ template <class T, int N> static __global__ void __launch_bounds__(1024)
     rmsnorm_kernel(float *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int width, int pad,
                    float eps) {
     __shared__ float shared[32];
+    wait_for_previous();
+    let_next_start();
     const size_t row = outs ? (size_t)outs[blockIdx.x].out_row : blockIdx.x, group = (size_t)blockIdx.y * width;
     const T *in = x + row * ldx + group;
     float *out = y + (size_t)blockIdx.x * ldy + group;
@@ -406,6 +426,7 @@ template <class W, int R, int NR> static __device__ __forceinline__ void dot_row
 #pragma unroll
         for (int r = 0; r < R; r++) acc[j][r] = 0;
     QWEN3_LOAD(0);
+    wait_for_previous();
     for (int tile = 0; tile < in.k; tile += TILE) {
         __syncthreads();
         stage_x<V, R, TILE>(xs, in, tile);
@@ -440,6 +461,7 @@ template <class W, int R, int NR> static __device__ __forceinline__ void dot_row
         }
     }
 #undef QWEN3_LOAD
+    let_next_start();
 #pragma unroll
     for (int j = 0; j < NR; j++)
 #pragma unroll
@@ -721,6 +743,8 @@ template <class T, int G, int LANES>
 static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kernel(attention_args a) {
     __shared__ float part[SPLIT_WARPS][G][MAX_HEAD_DIM], part_top[SPLIT_WARPS][G], part_sum[SPLIT_WARPS][G];
     __shared__ int last;
+    wait_for_previous();
+    let_next_start();
     const int U = G >= 8 ? 2 : 4;
     const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G);
     const int row = block_x(), kv_head = block_y() / chunks, g0 = block_y() % chunks * G;

@@ -37,28 +37,48 @@ chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | he
 [ "$chip" = 90 ] && chip=90a
 note "GPU" "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | head -n 1), sm_$chip"
 
+# build NAME FLAGS...: build/gpu_check_NAME_test and _bench
 build() {
+    name=$1; shift
     "$NVCC" -O3 -std=c++17 -lineinfo -gencode "arch=compute_$chip,code=sm_$chip" -Werror all-warnings \
-        -Xcompiler -Wall,-Wextra -Xptxas -v -c qwen3_cuda.cu -o build/gpu_check_cuda.o &&
+        -Xcompiler -Wall,-Wextra -Xptxas -v "$@" -c qwen3_cuda.cu -o "build/gpu_check_$name.o" || return 1
     for program in test bench; do
-        if [ -f $program.c ]; then
-            cc -std=c99 -O3 -DQWEN3_WITH_CUDA $program.c build/gpu_check_cuda.o -o build/gpu_check_$program \
-                -L"$CUDA/lib64" -Wl,-rpath,"$CUDA/lib64" -lcublasLt -lcudart -lstdc++ -lm -lpthread || return 1
-        fi
+        cc -std=c99 -O3 -DQWEN3_WITH_CUDA $program.c "build/gpu_check_$name.o" -o "build/gpu_check_${name}_$program" \
+            -L"$CUDA/lib64" -Wl,-rpath,"$CUDA/lib64" -lcublasLt -lcudart -lstdc++ -lm -lpthread || return 1
     done
 }
-( build ) > "$OUT/build.log" 2>&1 || { note build "FAILED: $(grep -m 1 error "$OUT/build.log")"; cat "$OUT/table"; exit 1; }
+( build early -DQWEN3_CUDA_PDL=1 ) > "$OUT/build.early.log" 2>&1 &
+( build plain ) > "$OUT/build.log" 2>&1 || { note build "FAILED: $(grep -m 1 error "$OUT/build.log")"; cat "$OUT/table"; exit 1; }
+wait
 note build "ok, $(grep -c 'Compiling entry' "$OUT/build.log") kernels, $(grep 'bytes spill stores' "$OUT/build.log" | grep -cv ' 0 bytes spill stores') spill"
 
-run tests 300 build/gpu_check_test -v -k test_cuda
+run tests 200 build/gpu_check_plain_test -k test_cuda
+run tests.early 200 build/gpu_check_early_test -k test_cuda_models
+run speed 60 build/gpu_check_plain_test -v -k test_cuda_speed
+run speed.early 60 build/gpu_check_early_test -v -k test_cuda_speed
+
+# bench NAME OPTIONS...: the figures go to the table
+bench() {
+    name=$1; program=$2; shift 2
+    run "bench.$name" 90 "$program" --cuda --repeat 3 "$@"
+    grep -E 'pp[0-9]|tg[0-9]' "$OUT/bench.$name.log" | sed 's/^/    /' >> "$OUT/table"
+}
+for size in ${SIZES:-0.6B 1.7B 4B 8B}; do
+    bench $size build/gpu_check_plain_bench --random $size --tests pp2048,tg128@512
+    bench $size.early build/gpu_check_early_bench --random $size --tests tg128@512
+done
+bench 0.6B.batch64 build/gpu_check_plain_bench --random 0.6B --tests tg64@512 --batch 64
+bench 0.6B.sample build/gpu_check_plain_bench --random 0.6B --tests tg128@512 --sample
+bench 0.6B.standard build/gpu_check_plain_bench --random 0.6B --tests pp2048,tg128@512 --standard
+[ -n "$MODEL" ] && bench model build/gpu_check_plain_bench "$MODEL"
+
 if [ -z "$QUICK" ] && [ -n "$SANITIZER" ]; then
     for tool in memcheck racecheck initcheck; do
         for suite in test_cuda_kernels_fused test_cuda_kernels_batched test_cuda_kernels_standard test_cuda_next test_cuda_choose; do
-            run "$tool.$suite" "$LIMIT" "$SANITIZER" --tool $tool --error-exitcode 9 build/gpu_check_test -k "$suite"
+            run "$tool.$suite" "$LIMIT" "$SANITIZER" --tool $tool --error-exitcode 9 build/gpu_check_plain_test -k "$suite"
         done
     done
 elif [ -z "$QUICK" ]; then note sanitizer "compute-sanitizer was not found"
 fi
-if [ -x build/gpu_check_bench ] && [ -n "$MODEL" ]; then run bench 300 build/gpu_check_bench --cuda "$MODEL"; fi
 cat "$OUT/table"
 ! grep -q FAILED "$OUT/table"

@@ -33,14 +33,20 @@ template <class T> cublasStatus_t emulated_new(T **p, const T &v) {
     *p = NULL;
     if (emulated_status() != CUBLAS_STATUS_SUCCESS) return CUBLAS_STATUS_ALLOC_FAILED;
     *p = new T(v);
+    emulated_live++;
     return CUBLAS_STATUS_SUCCESS;
 }
 static inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *h) { return emulated_new(h, emulated_handle()); }
-static inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) { delete h; return CUBLAS_STATUS_SUCCESS; }
+static inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) {
+    emulated_live--;
+    delete h;
+    return CUBLAS_STATUS_SUCCESS;
+}
 static inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *d, cublasComputeType_t, cudaDataType_t) {
     return emulated_new(d, emulated_op());
 }
 static inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
+    emulated_live--;
     delete d;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -54,6 +60,7 @@ static inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *
     return emulated_new(l, v);
 }
 static inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) {
+    emulated_live--;
     delete l;
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -61,6 +68,7 @@ static inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPrefer
     return emulated_new(p, emulated_wish());
 }
 static inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) {
+    emulated_live--;
     delete p;
     return CUBLAS_STATUS_SUCCESS;
 }

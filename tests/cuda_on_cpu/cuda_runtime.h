@@ -3,10 +3,11 @@
        c++ -std=c++17 -x c++ -Itests/cuda_on_cpu -I. -c qwen3_cuda.cu
 
    A block's threads are coroutines of one host thread. They switch only where CUDA threads meet: barriers, warp
-   exchanges, matrix instructions. Which runs first changes with every launch, and blocks run in a shuffled order, so
-   that a missing barrier or a dependence between blocks shows as a changing result. Memory starts as NaN; a warp whose
-   lanes do not all arrive at an exchange, or a block that can never go on, is an error that aborts. Sums of matrix
-   instructions are exact float32 here, timing means nothing, and streams do their work at once.                 */
+   exchanges, matrix instructions. Who runs first, and whether a warp runs ahead of the others, changes from block to
+   block, and blocks run in a shuffled order: a missing barrier, or a dependence between blocks, shows as a changing
+   result. Memory starts as NaN; a warp whose lanes do not all arrive at an exchange, or a block that can never go on,
+   is an error that aborts. Sums of matrix instructions are exact float32 here, timing means nothing, and streams do
+   their work at once. */
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
 #include <functional>
@@ -160,6 +161,18 @@ inline void start_thread(int i) {
     t.done = false;
 }
 
+/* Let each of these threads go on once, in some order. */
+inline void run_threads(int begin, int n) {
+    machine &m = now();
+    const int first = (int)(random_number() % (uint64_t)n), step = random_number() % 2 ? 1 : n - 1;
+    for (int k = 0, i = first; k < n; k++, i = (i + step) % n) {
+        if (m.threads[(size_t)(begin + i)].done) continue;
+        m.current = begin + i;
+        threadIdx.x = (unsigned)(begin + i);
+        emulated_switch(&m.scheduler, m.threads[(size_t)(begin + i)].sp);
+    }
+}
+
 inline void run_block(dim3 block, size_t shared) {
     machine &m = now();
     const int n = (int)(block.x * block.y * block.z);
@@ -173,14 +186,13 @@ inline void run_block(dim3 block, size_t shared) {
     m.waiting = 0;
     m.barrier_turn = 0;
     for (int i = 0; i < n; i++) start_thread(i);
+    const bool fair = random_number() % 2 != 0;         /* or each warp for as long as it can go on */
     while (m.live > 0) {
         const long before = m.progress;
-        const int first = (int)(random_number() % (uint64_t)n), step = random_number() % 2 ? 1 : n - 1;
-        for (int k = 0, i = first; k < n; k++, i = (i + step) % n) {
-            if (m.threads[(size_t)i].done) continue;
-            m.current = i;
-            threadIdx.x = (unsigned)i;
-            emulated_switch(&m.scheduler, m.threads[(size_t)i].sp);
+        if (fair) run_threads(0, n);
+        else for (int k = 0, w = (int)(random_number() % (uint64_t)(n / 32)); k < n / 32; k++, w = (w + 1) % (n / 32)) {
+            long mine;
+            do { mine = m.progress; run_threads(32 * w, 32); } while (m.progress != mine);
         }
         if (m.progress == before) die("a block can never go on: its threads wait for each other");
     }
@@ -360,6 +372,15 @@ inline int emulated_sms = 4;
 inline size_t emulated_memory = (size_t)4 << 30, emulated_used;
 inline int emulated_devices = 1, emulated_device;
 inline long emulated_calls, emulated_fail_at;   /* the call that fails, counted from 1; 0: none */
+inline long emulated_live;                      /* objects and blocks of memory that exist */
+
+/* For tests in C: let the n-th call from now fail (0: none); how many calls there were; what has not been freed. */
+extern "C" __attribute__((used)) inline void cuda_on_cpu_fail(long n) {
+    emulated_calls = 0;
+    emulated_fail_at = n;
+}
+extern "C" __attribute__((used)) inline long cuda_on_cpu_calls(void) { return emulated_calls; }
+extern "C" __attribute__((used)) inline long cuda_on_cpu_live(void) { return emulated_live; }
 
 static inline cudaError_t emulated_call() {
     return ++emulated_calls == emulated_fail_at ? cudaErrorMemoryAllocation : cudaSuccess;
@@ -398,6 +419,7 @@ static inline cudaError_t cudaMalloc(void **p, size_t size) {
     memcpy(block, &size, sizeof size);
     memset(block + 256, 0xFF, (size + 255) / 256 * 256);        /* NaN */
     emulated_used += size;
+    emulated_live++;
     const emulated::device_block range = {block + 256, block + 256 + size};
     emulated::device_blocks().push_back(range);
     *p = block + 256;
@@ -408,6 +430,7 @@ static inline cudaError_t cudaFree(void *p) {
     if (!p) return cudaSuccess;
     memcpy(&size, (char *)p - 256, sizeof size);
     emulated_used -= size;
+    emulated_live--;
     emulated::allow(p, size);
     for (size_t i = 0; i < emulated::device_blocks().size(); i++)
         if (emulated::device_blocks()[i].begin == (char *)p) {
@@ -420,9 +443,14 @@ static inline cudaError_t cudaFree(void *p) {
 static inline cudaError_t cudaHostAlloc(void **p, size_t size, unsigned) {
     *p = emulated_call() == cudaSuccess ? malloc(size) : NULL;
     if (*p) memset(*p, 0xFF, size);
+    emulated_live += *p != NULL;
     return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
-static inline cudaError_t cudaFreeHost(void *p) { free(p); return cudaSuccess; }
+static inline cudaError_t cudaFreeHost(void *p) {
+    emulated_live -= p != NULL;
+    free(p);
+    return cudaSuccess;
+}
 static inline cudaError_t cudaMemGetInfo(size_t *f, size_t *total) {
     *f = emulated_memory - emulated_used;
     *total = emulated_memory;
@@ -462,18 +490,28 @@ static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
     *s = NULL;
     if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
     *s = new emulated_stream();
+    emulated_live++;
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { delete s; return cudaSuccess; }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
+    emulated_live--;
+    delete s;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
     *e = NULL;
     if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
     *e = new emulated_event();
+    emulated_live++;
     return cudaSuccess;
 }
 static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }
-static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) {
+    emulated_live--;
+    delete e;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return emulated_call(); }
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 static inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
@@ -481,6 +519,7 @@ static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
     if (s->graph) return cudaErrorInvalidValue;
     s->graph = new std::vector<std::function<void()> >();
+    emulated_live++;
     return cudaSuccess;
 }
 static inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) {
@@ -492,10 +531,19 @@ static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g
     *e = NULL;
     if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
     *e = new std::vector<std::function<void()> >(*g);
+    emulated_live++;
     return cudaSuccess;
 }
-static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete g; return cudaSuccess; }
-static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete e; return cudaSuccess; }
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) {
+    emulated_live--;
+    delete g;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) {
+    emulated_live--;
+    delete e;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t) {
     if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
     for (size_t i = 0; i < e->size(); i++) (*e)[i]();
