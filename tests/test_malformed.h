@@ -216,6 +216,7 @@ static void test_malformed_config(void) {
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":1e300}", NOT, "factor"},
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4,\"attention_factor\":1e300}", NOT, "attention_factor"},
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":\"4\"}", BAD, "'rope_scaling'|number"},
+        {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4,\"more\":[1]}", GOOD, ""},
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":7}", BAD, "'rope_scaling'|string"},
         {"\"rope_scaling\":null", "\"quantization_config\":{\"bits\":4}", NOT, "quantization_config"},
         {"\"rope_scaling\":null", "\"layer_types\":[\"sliding_attention\"]", NOT, "'layer_types'"},
@@ -866,7 +867,81 @@ static void test_malformed_directory(void) {
     CHECK(rmdir(dir) == 0);
     tiny_free(&m);
 }
+
+/* A weight file that loses its end while it is read: seen, because it is not mapped. */
+static const char *malformed_shrinking;
+static int malformed_shrink(float done, void *user) {
+    FILE *f = *(int *)user ? NULL : fopen(malformed_shrinking, "wb");
+    (void)done;
+    if (f) fclose(f);
+    *(int *)user = 1;
+    return 0;
+}
+
+static void test_malformed_shrinking_file(void) {
+    char dir[64], path[600], err[512] = "";
+    tiny_model m;
+    qwen3_load_desc d;
+    qwen3_model *model = NULL;
+    FILE *f;
+    int shrunk = 0;
+    snprintf(dir, sizeof dir, "/tmp/qwen3-test-%ld", (long)getpid());
+    if (!CHECK_MSG(mkdir(dir, 0700) == 0, "cannot make %s", dir)) return;
+    tiny_make(&m, 0, 0);
+    malformed_write(dir, "config.json", &m.file[TINY_CONFIG]);
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    f = fopen(path, "wb");
+    if (CHECK(f && fseek(f, 20 << 20, SEEK_SET) == 0 && fputc(0, f) == 0 && fclose(f) == 0)) {
+        memset(&d, 0, sizeof d);
+        d.path = dir;
+        d.flags = QWEN3_LOAD_NO_MMAP;
+        d.progress = malformed_shrink;
+        d.progress_user = &shrunk;
+        malformed_shrinking = path;
+        CHECK_MSG(qwen3_load(&model, &d, err, sizeof err) == QWEN3_ERR_IO && shrunk && malformed_says(err, "model.safetensors|cannot read"), "%s", err);
+        qwen3_free(model);
+    }
+    unlink(path);
+    snprintf(path, sizeof path, "%s/config.json", dir);
+    unlink(path);
+    CHECK(rmdir(dir) == 0);
+    tiny_free(&m);
+}
 #endif
+
+/* Descriptors that are wrong, and what is said along the way. */
+static void malformed_log(qwen3_log_level level, const char *message, void *user) {
+    if (level == QWEN3_LOG_INFO && strstr(message, "loaded")) ++*(int *)user;
+}
+
+static void test_malformed_descriptor(void) {
+    qwen3_backend other = *qwen3i_cpu_backend();
+    qwen3_file files[TINY_FILES];
+    qwen3_load_desc d;
+    qwen3_model *model = NULL;
+    tiny_model m;
+    char err[512] = "";
+    int lines = 0;
+    tiny_make(&m, 0, 0);
+    memset(&d, 0, sizeof d);
+    d.n_files = tiny_list(&m, files);
+    d.files = files;
+    d.logger.log = malformed_log;
+    d.logger.user = &lines;
+    CHECK_MSG(qwen3_load(&model, &d, err, sizeof err) == QWEN3_OK && lines == 1, "%d lines, '%s'", lines, err);
+    qwen3_free(model);
+    other.version++;
+    d.backend = &other;
+    CHECK_MSG(qwen3_load(&model, &d, err, sizeof err) == QWEN3_ERR_ARG && !model && strstr(err, "version"), "%s", err);
+    d.backend = NULL;
+    err[8] = 'x';
+    tiny_set(&m, TINY_CONFIG, "{}", 2);         /* a message is cut off where the buffer ends */
+    d.n_files = tiny_list(&m, files);
+    CHECK(qwen3_load(&model, &d, err, 8) == QWEN3_ERR_FORMAT && strcmp(err, "config.") == 0 && err[8] == 'x');
+    CHECK(qwen3_load(&model, &d, NULL, 100) == QWEN3_ERR_FORMAT && qwen3_load(&model, &d, err, 0) == QWEN3_ERR_FORMAT);
+    CHECK(qwen3_get_info(NULL).n_layer == 0);
+    tiny_free(&m);
+}
 
 /* How many there were, and that none of it took too much. */
 static void test_malformed_summary(void) {
@@ -891,7 +966,9 @@ static void suite_malformed(void) {
 #endif
 #if !defined(_WIN32) && !defined(QWEN3_NO_STDIO)
     RUN(test_malformed_directory);
+    RUN(test_malformed_shrinking_file);
 #endif
+    RUN(test_malformed_descriptor);
     RUN(test_malformed_summary);
 }
 #undef BAD

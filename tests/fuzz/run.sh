@@ -2,7 +2,8 @@
 # Fuzz: tests/fuzz/run.sh SECONDS [TARGET...]    (all targets, two at a time; JOBS=1 for one)
 # Builds with clang's libFuzzer, address and undefined behaviour sanitizer, without the vector kernels (it
 # would take clang minutes to instrument them). The last line says whether all targets passed; findings are
-# left in build/fuzz/found. CORPUS=DIR keeps what was learnt there; FUZZER=PROGRAM is one that was built.
+# left in build/fuzz/found. CORPUS=DIR keeps what was learnt there; FUZZER=PROGRAM is one that was
+# built; RUNS=N ends each target after so many runs, if the time is not over before.
 set -u
 cd "$(dirname "$0")/../.."
 seconds=${1:?usage: tests/fuzz/run.sh SECONDS [TARGET...]}; shift
@@ -20,7 +21,7 @@ one() {                                 # one TARGET: a line about it; not 0 if 
         state|model|encode) ;;
         *) dict=-dict=tests/fuzz/json.dict ;;
     esac
-    FUZZ_TARGET=$target nice -n 10 "${FUZZER:-$out/fuzz}" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -max_len=16384 \
+    FUZZ_TARGET=$target nice -n 10 "${FUZZER:-$out/fuzz}" -max_total_time="$seconds" -runs="${RUNS:--1}" -timeout=60 -rss_limit_mb=2048 -max_len=16384 \
         -print_final_stats=1 -artifact_prefix="$out/found/$target-" $dict "$corpus/$target" tests/fuzz/seeds/"$target" >"$log" 2>&1
     local rc=$? runs edges
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
