@@ -139,8 +139,8 @@ static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t sh
 
 #if QWEN3_CUDA_PDL
 /* The same for a kernel that calls wait_for_previous(): it may start before the one before it has ended. */
-template <class... P, class... A>
-static cudaError_t launch_early(cudaStream_t stream, dim3 grid, int threads, size_t shared, void (*kernel)(P...), A... args) {
+template <class... P, class... A> static cudaError_t launch_early(cudaStream_t stream, dim3 grid, int threads,
+                                                                  size_t shared, void (*kernel)(P...), A... args) {
     cudaLaunchConfig_t config = cudaLaunchConfig_t();
     cudaLaunchAttribute early;
     config.gridDim = grid;
@@ -752,6 +752,8 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
         cudaMemcpyAsync(c->freqs, freqs, (size_t)g->head_dim / 2 * sizeof(float), cudaMemcpyHostToDevice, c->stream));
     CUDA_TRY(launch(c->stream, dim3((unsigned)c->desc.max_ctx), 64, 0, rope_table_kernel, c->rope,
                     (const float *)c->freqs, g->head_dim / 2, scale));
+    CUDA_TRY(cudaMemsetAsync(c->k, 0, (size_t)g->n_layer * c->kv_layer_bytes, c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->v, 0, (size_t)g->n_layer * c->kv_layer_bytes, c->stream));
     CUDA_TRY(cudaMemsetAsync(c->kept, 0, (size_t)c->desc.max_seqs * KEPT * g->n_vocab * sizeof(float), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->qkv_tickets, 0, (size_t)(g->n_head + g->n_head_kv) * sizeof(unsigned), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->attn_tickets, 0, (size_t)c->max_rows * g->n_head * sizeof(unsigned), c->stream));
@@ -868,6 +870,8 @@ struct pass {                           /* one batch on its way through the laye
     cudaStream_t       s;
     int                n, n_tiles;      /* n_tiles 0: attention row by row */
     mode               how;
+    bool               fuse_norms;      /* matrix-vector kernels may do the norm of their input themselves */
+    const float       *gain;            /* not NULL: the next one is to do it, with this gain */
     bool               pending;         /* tmp is still to be added to x ... */
     const float       *pending_scale;   /* ... times this */
     const qwen3i_err  *err;
@@ -891,6 +895,8 @@ static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwe
     pass p;
     p.c = c; p.s = s; p.n = n; p.n_tiles = n_tiles;
     p.how = c->desc.kernels == QWEN3_PATH_STANDARD ? STANDARD : n <= MATVEC_ROWS ? MATVEC : GEMM;
+    p.fuse_norms = false;
+    p.gain = NULL;
     p.pending = false;
     p.pending_scale = NULL;
     p.err = err;
@@ -912,10 +918,10 @@ template <class T> static cudaError_t launch_rmsnorm(cudaStream_t s, float *y, i
     const bool four = width % 4 == 0 && ldx % 4 == 0 && ldy % 4 == 0 && (size_t)x % 16 == 0 && (size_t)y % 16 == 0 &&
                       (size_t)gain % 16 == 0;
     if (four)
-        return launch_early(s, grid2(rows, groups), row_threads(width, 4, rows), 0, rmsnorm_kernel<T, 4>, y, ldy, x, ldx,
-                      outs, gain, width, pad, eps);
-    return launch_early(s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_kernel<T, 1>, y, ldy, x, ldx, outs,
-                  gain, width, pad, eps);
+        return launch_early(s, grid2(rows, groups), row_threads(width, 4, rows), 0, rmsnorm_kernel<T, 4>, y, ldy, x,
+                            ldx, outs, gain, width, pad, eps);
+    return launch_early(s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_kernel<T, 1>, y, ldy, x, ldx,
+                        outs, gain, width, pad, eps);
 }
 
 /* Input of a product with W: float32 rows to c->act in W's type. */
@@ -947,70 +953,90 @@ static qwen3_result add_pending(pass *p) {
 }
 
 /* ---- matrix-vector kernels by type, rows and rows a warp ---------------------------------------- */
-static matvec_in vector_input(const pass *p, const matrix &w, const float *x, int ldx) {
+static matvec_in vector_input(const pass *p, const matrix &w, const float *x, int ldx, int rows) {
     matvec_in in;
     in.w = w.data; in.scale = w.scale; in.n = w.rows; in.k = w.cols; in.ldw = w.ld;
-    in.x = x; in.rows = p->n; in.ldx = ldx;
+    in.x = x; in.rows = rows; in.ldx = ldx;
+    in.gain = NULL; in.eps = p->c->m->config.rms_eps;
     return in;
 }
 
-/* Rows a warp: as many as leave a block for every multiprocessor. */
-static int rows_a_warp(const pass *p, int n, int most_rows) {
-    int r = most_rows;
-    while (r > 1 && ceil_div(n, MATVEC_WARPS * r) * 10 < p->c->m->n_sm * 9) r /= 2;
-    return r;
+/* h as such an input, or x with the norm that is still to be done */
+static matvec_in normalised_input(const pass *p, const matrix &w) {
+    matvec_in in = vector_input(p, w, p->gain ? p->c->x : p->c->h, p->c->embd_ld, p->n);
+    in.gain = p->gain;
+    return in;
+}
+
+struct share { int blocks, rows; };     /* rows: the most that a warp gets */
+
+/* n rows of W for warps that take at most most_rows: blocks that fill the chip once, or a whole number of times. */
+static share matvec_share(const pass *p, int n, int most_rows) {
+    const int fill = p->c->m->n_sm, times = ceil_div(ceil_div(n, fill * MATVEC_WARPS), most_rows);
+    share s;
+    s.blocks = least(fill * times, ceil_div(n, MATVEC_WARPS));
+    s.rows = ceil_div(n, s.blocks * MATVEC_WARPS);
+    return s;
 }
 
 template <class W, int R, int NR, bool ADD>
 static cudaError_t launch_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
-    return launch_early(p->s, grid1(ceil_div(in.n, MATVEC_WARPS * NR)), 32 * MATVEC_WARPS, 0, matvec_kernel<W, R, NR, ADD>,
-                  in, y, ldy, outs);
+    const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
+    return launch_early(p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, matvec_kernel<W, R, NR, ADD>, in, y, ldy, outs);
 }
 template <class W, bool ADD>
 static cudaError_t matvec_rows_of(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
     if (in.rows > 4) return launch_matvec<W, 8, 2, ADD>(p, in, y, ldy, outs);
     if (in.rows > 2) return launch_matvec<W, 4, 2, ADD>(p, in, y, ldy, outs);
     if (in.rows > 1) return launch_matvec<W, 2, 2, ADD>(p, in, y, ldy, outs);
-    switch (rows_a_warp(p, in.n, 4)) {
-        case 4:  return launch_matvec<W, 1, 4, ADD>(p, in, y, ldy, outs);
+    switch (matvec_share(p, in.n, 4).rows) {
+        case 1:  return launch_matvec<W, 1, 1, ADD>(p, in, y, ldy, outs);
         case 2:  return launch_matvec<W, 1, 2, ADD>(p, in, y, ldy, outs);
-        default: return launch_matvec<W, 1, 1, ADD>(p, in, y, ldy, outs);
+        case 3:  return launch_matvec<W, 1, 3, ADD>(p, in, y, ldy, outs);
+        default: return launch_matvec<W, 1, 4, ADD>(p, in, y, ldy, outs);
     }
 }
+
 /* y (+)= W x */
 template <bool ADD> static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
                                                const float *x, int ldx, int rows) {
-    matvec_in in = vector_input(p, w, x, ldx);
-    in.rows = rows;
+    const matvec_in in = vector_input(p, w, x, ldx, rows);
 #define CALL(T) matvec_rows_of<T, ADD>(p, in, y, ldy, outs)
     return launched(p, BY_WEIGHT_TYPE(w, CALL), "matvec");
 #undef CALL
 }
 
-template <class W, int R, int P> static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int ldy) {
-    return launch_early(p->s, grid1(ceil_div(in.n / 2, MATVEC_WARPS * P)), 32 * MATVEC_WARPS, 0, mlp_kernel<W, R, P>, in, y,
-                  ldy);
+template <class W, int R, int P>
+static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int ldy) {
+    const share s = matvec_share(p, in.n / 2, R == 1 ? 3 : P);
+    return launch_early(p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, mlp_kernel<W, R, P>, in, y, ldy);
 }
 template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in &in, float *y, int ldy) {
     if (in.rows > 4) return launch_mlp<W, 8, 1>(p, in, y, ldy);
     if (in.rows > 2) return launch_mlp<W, 4, 1>(p, in, y, ldy);
     if (in.rows > 1) return launch_mlp<W, 2, 1>(p, in, y, ldy);
-    return rows_a_warp(p, in.n / 2, 2) == 2 ? launch_mlp<W, 1, 2>(p, in, y, ldy) : launch_mlp<W, 1, 1>(p, in, y, ldy);
+    switch (matvec_share(p, in.n / 2, 3).rows) {
+        case 1:  return launch_mlp<W, 1, 1>(p, in, y, ldy);
+        case 2:  return launch_mlp<W, 1, 2>(p, in, y, ldy);
+        default: return launch_mlp<W, 1, 3>(p, in, y, ldy);
+    }
 }
 
 template <class W, class T, int R, int NR>
 static cudaError_t launch_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
-    return launch_early(p->s, grid1(ceil_div(in.n, MATVEC_WARPS * NR)), 32 * MATVEC_WARPS, 0, qkv_rope_kernel<W, T, R, NR>,
-                  in, a, p->c->qkv_tickets);
+    const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
+    return launch_early(p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, qkv_rope_kernel<W, T, R, NR>, in, a,
+                        p->c->qkv_tickets);
 }
 template <class W, class T> static cudaError_t qkv_rows_of(const pass *p, const matvec_in &in, const qkv_args &a) {
     if (in.rows > 4) return launch_qkv<W, T, 8, 2>(p, in, a);
     if (in.rows > 2) return launch_qkv<W, T, 4, 2>(p, in, a);
     if (in.rows > 1) return launch_qkv<W, T, 2, 2>(p, in, a);
-    switch (rows_a_warp(p, in.n, 4)) {
-        case 4:  return launch_qkv<W, T, 1, 4>(p, in, a);
+    switch (matvec_share(p, in.n, 4).rows) {
+        case 1:  return launch_qkv<W, T, 1, 1>(p, in, a);
         case 2:  return launch_qkv<W, T, 1, 2>(p, in, a);
-        default: return launch_qkv<W, T, 1, 1>(p, in, a);
+        case 3:  return launch_qkv<W, T, 1, 3>(p, in, a);
+        default: return launch_qkv<W, T, 1, 4>(p, in, a);
     }
 }
 template <class T>
@@ -1042,6 +1068,8 @@ template <class O> static cudaError_t launch_add_rmsnorm(const pass *p, const fl
 static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
+    p->gain = p->fuse_norms ? gain : NULL;
+    if (p->gain) return QWEN3_OK;
     if (p->how == GEMM) {
 #define CALL(T) launch_add_rmsnorm<T>(p, gain, w)
         TRY(launched(p, BY_WEIGHT_TYPE(w, CALL), "add_rmsnorm"));
@@ -1105,7 +1133,7 @@ static qwen3_result qkv_rope(const pass *p, int layer) {
     cudaError_t e;
     if (p->how == STANDARD) return standard_qkv(p, w, a);
     if (p->how == MATVEC) {
-        const matvec_in in = vector_input(p, w, c->h, c->embd_ld);
+        const matvec_in in = normalised_input(p, w);
 #define CALL(T) fused_qkv<T>(p, w, in, a)
         e = BY_KV_TYPE(c, CALL);
 #undef CALL
@@ -1222,7 +1250,7 @@ static qwen3_result mlp(const pass *p, int layer) {
     const matrix &w = c->m->layers[layer].gate_up, &down = c->m->layers[layer].w_down;
     if (p->how == STANDARD) return standard_mlp(p, w, down);
     if (p->how == MATVEC) {
-        const matvec_in in = vector_input(p, w, c->h, c->embd_ld);
+        const matvec_in in = normalised_input(p, w);
 #define CALL(T) mlp_rows_of<T>(p, in, c->ff, c->ff_ld)
         return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
 #undef CALL
@@ -1255,6 +1283,8 @@ static qwen3_result decoder_layer(pass *p, int layer) {
 static int cancelled(const cuda_ctx *c) { return c->desc.cancel && c->desc.cancel(c->desc.cancel_user); }
 
 static qwen3_result all_layers(pass *p, bool may_cancel) {
+    const int rows = p->n > 4 ? 8 : p->n > 2 ? 4 : p->n;
+    p->fuse_norms = QWEN3_CUDA_FUSE_NORM && p->how == MATVEC && rows * p->c->m->config.n_embd <= MATVEC_TILE;
     TRY(embed(p));
     for (int i = 0; i < p->c->m->config.n_layer; i++) {
         if (may_cancel && cancelled(p->c)) return fail(p->err, QWEN3_STOPPED, "cancelled");

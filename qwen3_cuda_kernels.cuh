@@ -17,6 +17,7 @@ typedef __nv_bfloat16 bf16_t;
 
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
 const int MATVEC_WARPS  = 8;
+const int MATVEC_TILE   = 8192;         /* floats of x that a block holds at a time */
 const int HEAD_ROWS     = 64;           /* rows whose logits are computed at a time */
 const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
 const int SPLIT_WARPS   = 4;
@@ -35,7 +36,10 @@ static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1
 /* With QWEN3_CUDA_PDL the kernels of a decode step start while the one before still runs (sm_90 on): each waits for
    its results before it touches anything but weights, and says when its own blocks have little left to do. */
 #ifndef QWEN3_CUDA_PDL
-#define QWEN3_CUDA_PDL 0
+#define QWEN3_CUDA_PDL 0                /* 2: it says so as soon as it may, 1: when its sums are done */
+#endif
+#ifndef QWEN3_CUDA_FUSE_NORM
+#define QWEN3_CUDA_FUSE_NORM 0          /* each block of a matrix-vector kernel does the RMSNorm of its input itself */
 #endif
 static __device__ __forceinline__ void wait_for_previous() {
 #if QWEN3_CUDA_PDL && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -59,6 +63,9 @@ static __device__ __forceinline__ uint4 load_stream(const void *p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
+
+/* Brings a line to the second-level cache. */
+static __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 static __device__ __forceinline__ unsigned shared_address(const void *p) {
     return (unsigned)__cvta_generic_to_shared(p);
@@ -386,52 +393,81 @@ struct matvec_in {
     int          n, k, ldw;
     const float *x;                     /* [rows, ldx] */
     int          rows, ldx;
+    const float *gain;                  /* [k]: x is to be normalised first; NULL: it is */
+    float        eps;
 };
 
-/* x for k in [k0, k0 + TILE) to shared memory, zero past k and past the rows. Groups of V are kept as V / 4
-   planes of float4, so that the lanes of a warp read neighbouring 16 bytes. */
+/* k .. k + 3 of n floats, zero past the end */
+static __device__ __forceinline__ float4 load_up_to_4(const float *p, int k, int n) {
+    float4 v = make_float4(0, 0, 0, 0);
+    if (k + 4 <= n) return *(const float4 *)(const void *)(p + k);
+    if (k < n) v.x = p[k];
+    if (k + 1 < n) v.y = p[k + 1];
+    if (k + 2 < n) v.z = p[k + 2];
+    return v;
+}
+
+/* x for k in [k0, k0 + n) to shared memory, zero past in.k and past the rows. Groups of V are kept as V / 4 planes
+   of float4, so that the lanes of a warp read neighbouring 16 bytes. With a gain, all of x must fit: each block then
+   does the RMSNorm for itself, in float32, before anything is multiplied. */
 template <int V, int R, int TILE>
-static __device__ __forceinline__ void stage_x(float4 *xs, const matvec_in &in, int k0) {
-    for (int i = tid(); i < R * TILE / 4; i += n_threads()) {
-        const int r = i / (TILE / 4), q = i % (TILE / 4), k = k0 + 4 * q;
-        float4 v = make_float4(0, 0, 0, 0);
-        if (r < in.rows && k < in.k) {
-            const float *p = in.x + (size_t)r * in.ldx + k;
-            if (k + 4 <= in.k) v = *(const float4 *)(const void *)p;
-            else { v.x = p[0]; if (k + 1 < in.k) v.y = p[1]; if (k + 2 < in.k) v.z = p[2]; }
+static __device__ __forceinline__ void stage_x(float4 *xs, const matvec_in &in, int k0, int n, float *shared) {
+    for (int r = 0; r < R; r++) {
+        float4 *to = xs + r * (TILE / 4);
+        float sum = 0;
+        for (int q = tid(); q < n / 4; q += n_threads()) {
+            const float4 v =
+                r < in.rows ? load_up_to_4(in.x + (size_t)r * in.ldx, k0 + 4 * q, in.k) : make_float4(0, 0, 0, 0);
+            to[q % (V / 4) * (TILE / V) + q / (V / 4)] = v;
+            sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
         }
-        xs[r * (TILE / 4) + q % (V / 4) * (TILE / V) + q / (V / 4)] = v;
+        if (!in.gain) continue;
+        const float s = 1.0f / sqrtf(block_sum(sum, shared) / (float)in.k + in.eps);
+        for (int q = tid(); q < n / 4; q += n_threads()) {
+            const float4 g = load_up_to_4(in.gain, 4 * q, in.k);
+            float4 &v = to[q % (V / 4) * (TILE / V) + q / (V / 4)];
+            v = make_float4(v.x * s * g.x, v.y * s * g.y, v.z * s * g.z, v.w * s * g.w);
+        }
     }
 }
 
-/* acc[j][r] = sum over k of W[rows[j]][k] x[r][k], in every lane of the warp. The first weights are asked for
-   before anything of x is read. Order: lane l takes elements V l .. V l + V - 1 of each 32 V, lanes are added
-   by exchange: it depends on k alone. */
+/* acc[j][r] = sum over k of W[rows[j]][k] x[r][k], in every lane of the warp; nothing for a row of -1. The first
+   weights are asked for before anything of x is read. Order: lane l takes elements V l .. V l + V - 1 of each 32 V,
+   lanes are added by exchange: it depends on k alone. */
 template <class W, int R, int NR> static __device__ __forceinline__ void dot_rows(float (&acc)[NR][R],
                                                                                   const int (&rows)[NR],
                                                                                   const matvec_in &in, float4 *xs) {
-    const int V = 16 / (int)sizeof(W), U = 8 / NR, BATCH = U * 32 * V, TILE = 8192 / R;
+    const int V = 16 / (int)sizeof(W), U = NR > 4 ? 1 : 8 / NR, BATCH = U * 32 * V, TILE = MATVEC_TILE / R;
+    __shared__ float shared[32];
     static_assert(TILE % BATCH == 0, "a batch of loads stays within a tile of x");
     const int lane = lane_id();
     const W *w = (const W *)in.w;
     uint4 next[U][NR], now[U][NR];
-#define QWEN3_LOAD(k0) do { \
-        _Pragma("unroll") for (int u = 0; u < U; u++) \
-        _Pragma("unroll") for (int j = 0; j < NR; j++) { \
-            const int at = (k0) + (u * 32 + lane) * V; \
-            next[u][j] = at < in.ldw ? load_stream(w + (size_t)rows[j] * in.ldw + at) : make_uint4(0, 0, 0, 0); \
-        } } while (0)
+#define QWEN3_LOAD(k0)                                                                                                 \
+    do {                                                                                                               \
+        _Pragma("unroll") for (int u = 0; u < U; u++) _Pragma("unroll") for (int j = 0; j < NR; j++) {                 \
+            const int at = (k0) + (u * 32 + lane) * V;                                                                 \
+            next[u][j] =                                                                                               \
+                at < in.ldw && rows[j] >= 0 ? load_stream(w + (size_t)rows[j] * in.ldw + at) : make_uint4(0, 0, 0, 0); \
+        }                                                                                                              \
+    } while (0)
 #pragma unroll
     for (int j = 0; j < NR; j++)
 #pragma unroll
         for (int r = 0; r < R; r++) acc[j][r] = 0;
     QWEN3_LOAD(0);
+    if (QWEN3_CUDA_PDL)                 /* ... and the rest brought as near as possible */
+        for (int k = BATCH + lane * (128 / (int)sizeof(W)); k < in.ldw; k += 32 * (128 / (int)sizeof(W)))
+#pragma unroll
+            for (int j = 0; j < NR; j++) if (rows[j] >= 0) prefetch(w + (size_t)rows[j] * in.ldw + k);
     wait_for_previous();
+    if (QWEN3_CUDA_PDL > 1) let_next_start();
     for (int tile = 0; tile < in.k; tile += TILE) {
+        const int left = in.k - tile, n = left < TILE ? round_up(left, BATCH) : TILE;
         __syncthreads();
-        stage_x<V, R, TILE>(xs, in, tile);
+        stage_x<V, R, TILE>(xs, in, tile, n, shared);
         __syncthreads();
-        const int end = tile + TILE < in.k ? tile + TILE : in.k;
+        const int end = left < TILE ? in.k : tile + TILE;
         for (int k = tile; k < end; k += BATCH) {
 #pragma unroll
             for (int u = 0; u < U; u++)
@@ -461,64 +497,71 @@ template <class W, int R, int NR> static __device__ __forceinline__ void dot_row
         }
     }
 #undef QWEN3_LOAD
-    let_next_start();
+    if (QWEN3_CUDA_PDL == 1) let_next_start();
 #pragma unroll
     for (int j = 0; j < NR; j++)
 #pragma unroll
         for (int r = 0; r < R; r++) acc[j][r] = warp_sum(acc[j][r]) * in.scale;
 }
 
-/* The NR rows of W that belong to this warp; past the end the last one, whose result is not used. */
-template <int NR> static __device__ __forceinline__ int matvec_rows(int (&rows)[NR], int n) {
-    const int first = (block_x() * MATVEC_WARPS + warp_id()) * NR;
+/* n rows of W are shared evenly by the warps of the grid: where the share of a warp begins. */
+static __device__ __forceinline__ int share_begin(int warp, int n) {
+    return (int)((long long)warp * n / ((int)gridDim.x * MATVEC_WARPS));
+}
+
+/* This warp's rows, at most NR; -1 for those that it has not. */
+template <int NR> static __device__ __forceinline__ void matvec_rows(int (&rows)[NR], int n) {
+    const int warp = block_x() * MATVEC_WARPS + warp_id(), first = share_begin(warp, n), end = share_begin(warp + 1, n);
 #pragma unroll
-    for (int j = 0; j < NR; j++) rows[j] = first + j < n ? first + j : n - 1;
-    return first;
+    for (int j = 0; j < NR; j++) rows[j] = first + j < end ? first + j : -1;
 }
 
 /* matvec: y[slot(r), i] = (W x[r])_i, or += with ADD. x [rows, ldx] float32, rows <= R; y [.., ldy] float32;
-   slot(r) = outs ? its out_slot : r; none if that is -1. One warp for NR rows of W, 8 warps a block.
+   slot(r) = outs ? its out_slot : r; none if that is -1. A warp has at most NR rows of W; 8 warps a block.
    Equals qwen3i_matmul; with ADD the residual is added in float32. */
 template <class W, int R, int NR, bool ADD> static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
     matvec_kernel(matvec_in in, float *y, int ldy, const row_info *outs) {
-    __shared__ float4 xs[8192 / 4];
+    __shared__ float4 xs[MATVEC_TILE / 4];
     int rows[NR];
     float acc[NR][R];
-    const int first = matvec_rows<NR>(rows, in.n);
+    matvec_rows<NR>(rows, in.n);
     dot_rows<W, R, NR>(acc, rows, in, xs);
     if (threadIdx.x % 32 != 0) return;
 #pragma unroll
     for (int r = 0; r < R; r++) {
         if (r >= in.rows) break;
         const int slot = outs ? outs[r].out_slot : r;
-        float *out = y + (size_t)slot * ldy + first;
         if (slot < 0) continue;
 #pragma unroll
-        for (int j = 0; j < NR; j++) if (first + j < in.n) out[j] = ADD ? out[j] + acc[j][r] : acc[j][r];
+        for (int j = 0; j < NR; j++) {
+            if (rows[j] < 0) continue;
+            float &out = y[(size_t)slot * ldy + rows[j]];
+            out = ADD ? out + acc[j][r] : acc[j][r];
+        }
     }
 }
 
 static __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 /* mlp: y[r, i] = silu(gate_i) * up_i in float32, where gate = W[0 .. n_ff) x[r] and up = W[n_ff .. 2 n_ff) x[r].
-   One warp for P pairs of rows. Equals qwen3i_swiglu of the two products. */
+   A warp has at most P pairs of rows. Equals qwen3i_swiglu of the two products. */
 template <class W, int R, int P>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS) mlp_kernel(matvec_in in, float *y, int ldy) {
-    __shared__ float4 xs[8192 / 4];
+    __shared__ float4 xs[MATVEC_TILE / 4];
     const int n_ff = in.n / 2;
     int pair[P], rows[2 * P];
     float acc[2 * P][R];
-    const int first = matvec_rows<P>(pair, n_ff);
+    matvec_rows<P>(pair, n_ff);
 #pragma unroll
-    for (int j = 0; j < P; j++) { rows[2 * j] = pair[j]; rows[2 * j + 1] = n_ff + pair[j]; }
+    for (int j = 0; j < P; j++) { rows[2 * j] = pair[j]; rows[2 * j + 1] = pair[j] < 0 ? -1 : n_ff + pair[j]; }
     dot_rows<W, R, 2 * P>(acc, rows, in, xs);
     if (threadIdx.x % 32 != 0) return;
 #pragma unroll
     for (int r = 0; r < R; r++)
 #pragma unroll
         for (int j = 0; j < P; j++)
-            if (r < in.rows && first + j < n_ff)
-                y[(size_t)r * ldy + first + j] = silu(acc[2 * j][r]) * acc[2 * j + 1][r];
+            if (r < in.rows && pair[j] >= 0)
+                y[(size_t)r * ldy + pair[j]] = silu(acc[2 * j][r]) * acc[2 * j + 1][r];
 }
 
 /* ================================================================================================
@@ -570,26 +613,28 @@ static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row
    Equals qwen3i_matmul of wq, wk, wv, then qwen3i_rmsnorm a head, qwen3i_rope, one rounding of k and v. */
 template <class W, class T, int R, int NR> static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
     qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
-    __shared__ float4 xs[8192 / 4];
+    __shared__ float4 xs[MATVEC_TILE / 4];
     __shared__ int finished[MATVEC_WARPS * NR];
     int rows[NR];
     float acc[NR][R];
-    const int first = matvec_rows<NR>(rows, in.n), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    matvec_rows<NR>(rows, in.n);
     dot_rows<W, R, NR>(acc, rows, in, xs);
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
         for (int r = 0; r < R; r++)
 #pragma unroll
             for (int j = 0; j < NR; j++) {
-                const int i = first + j;
-                if (r >= in.rows || i >= in.n) continue;
+                const int i = rows[j];
+                if (r >= in.rows || i < 0) continue;
                 if (i < rotated) a.qkv[(size_t)r * a.ld + i] = acc[j][r];
                 else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), acc[j][r]);
             }
     }
-    const int from = block_x() * MATVEC_WARPS * NR;
-    const int to = from + MATVEC_WARPS * NR < rotated ? from + MATVEC_WARPS * NR : rotated;
-    if (from >= rotated) return;
+    const int from = share_begin(block_x() * MATVEC_WARPS, in.n),
+              next = share_begin((block_x() + 1) * MATVEC_WARPS, in.n);
+    const int to = next < rotated ? next : rotated;
+    if (from >= to) return;
     const int head0 = from / a.head_dim, n_heads = (to - 1) / a.head_dim - head0 + 1;
     __threadfence();
     __syncthreads();

@@ -296,6 +296,7 @@ static inline uint4 load_stream(const void *p) {
     memcpy(&v, p, 16);
     return v;
 }
+static inline void prefetch(const void *) {}
 static inline void copy_async(void *dst, const void *src, bool valid) {
     if ((uintptr_t)dst % 16 != 0 || (uintptr_t)src % 16 != 0) emulated::die("a 16-byte copy is not aligned");
     if (valid) memcpy(dst, src, 16);
@@ -368,7 +369,7 @@ struct cudaFuncAttributes { int numRegs; };
 struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
 
 inline int emulated_capability = 80;    /* tests may change these: the chip, its size, */
-inline int emulated_sms = 4;
+inline int emulated_sms = 5;
 inline size_t emulated_memory = (size_t)4 << 30, emulated_used;
 inline int emulated_devices = 1, emulated_device;
 inline long emulated_calls, emulated_fail_at;   /* the call that fails, counted from 1; 0: none */
