@@ -563,7 +563,7 @@ typedef struct qwen3_cuda_kernels {
     qwen3_result (*rows)(void *ctx, const qwen3i_batch *batch, const qwen3i_err *err);
     qwen3_result (*put)(void *ctx, qwen3_cuda_buffer buffer, const float *from, const qwen3i_err *err);
     qwen3_result (*get)(void *ctx, qwen3_cuda_buffer buffer, float *to, const qwen3i_err *err);
-    /* Run it `repeat` times on a layer; us (may be NULL): mean microseconds by the device's clock. */
+    /* Run it `repeat` times on a layer (-1: on each in turn); us (may be NULL): mean microseconds by the device's clock. */
     qwen3_result (*run)(void *ctx, qwen3_cuda_op op, int layer, int repeat, float *us, const qwen3i_err *err);
 } qwen3_cuda_kernels;
 
@@ -4500,10 +4500,8 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc 
 
 #if defined(__GNUC__)
   #define QWEN3I_PREFETCH(p) __builtin_prefetch(p)
-  #define QWEN3I_NOINLINE    __attribute__((noinline))
 #else
   #define QWEN3I_PREFETCH(p) ((void)(p))
-  #define QWEN3I_NOINLINE
 #endif
 
 static float qwen3i_float_from_bits(uint32_t bits) {
@@ -4539,7 +4537,8 @@ static float qwen3i_f16_to_f32(uint16_t h) {
 
 /* Round to nearest even; what lies beyond +-65504 becomes +-65504. */
 static uint16_t qwen3i_f32_to_f16(float f) {
-    uint32_t bits = qwen3i_bits_from_float(f), sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu, shift, half, rest;
+    uint32_t bits = qwen3i_bits_from_float(f), sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu;
+    uint32_t shift, half, rest;
     if (size > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
     if (size >= 0x477FE000u) return (uint16_t)(sign | 0x7BFFu);
     if (size < 0x33000000u) return (uint16_t)sign;              /* below half the smallest subnormal */
@@ -4576,17 +4575,10 @@ typedef struct qwen3i_simd {
 
 #define QWEN3I_K_BLOCK 1024     /* columns that one tile sums up before they join the rest of the row:
                                    six rows of x then stay in the first-level cache */
-#define QWEN3I_AHEAD   4096     /* bytes by which memory is fetched ahead, at least */
-#define QWEN3I_FEW_ROWS 12       /* rows of x that are met row of w by row of w */
+#define QWEN3I_AHEAD   4096     /* bytes by which memory is fetched ahead */
+#define QWEN3I_FEW_ROWS 12      /* rows of x for which w is read once, tile by tile */
 #define QWEN3I_EXP_LOW  (-87.3f)
 #define QWEN3I_EXP_HIGH 88.3f
-
-/* A function of its own for each type, so that the compiler has registers enough. */
-#define QWEN3I_DEFINE_DOT(V, TARGET, name, type) \
-TARGET QWEN3I_NOINLINE static void name(float *y, size_t ldy, const char *w, size_t row_bytes, int n_w, \
-                                        const float *x, size_t ldx, int n_x, int n_cols) { \
-    V##_dot_type(y, ldy, w, row_bytes, type, n_w, x, ldx, n_x, n_cols); \
-}
 
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v
    and the functions V_zero, set1, load, load_bf16, load_f16, store, store_bf16, store_f16, add, mul,
@@ -4624,21 +4616,21 @@ TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     V##_sum(sums, rows); \
     return sums[0]; \
 } \
-/* One tile over n columns, a multiple of 16: y[t * ldy + r] = (first ? 0 : y) + w[r] . x[t]; only n_w of the \
-   R rows are stored. What comes next of w is fetched meanwhile. */ \
-TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
-                                   const float *x, size_t ldx, int n_x, int n, int first) { \
-    size_t next = R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
+/* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose results \
+   belong `apart` floats apart: y[t * ldy + r * apart] = (first ? 0 : y) + w[r] . x[t]. What lies `ahead` bytes \
+   further on is fetched meanwhile. */ \
+TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *w, size_t stride, size_t ahead, \
+                                   qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, int first) { \
     V##_v acc[C][R], wv[R], xv; \
     float sums[R]; \
     const char *rows[R]; \
     int r, t, k; \
-    for (r = 0; r < R; r++) rows[r] = w + (size_t)qwen3i_min(r, n_w - 1) * row_bytes; \
+    for (r = 0; r < R; r++) rows[r] = w + (size_t)qwen3i_min(r, n_w - 1) * stride; \
     QWEN3I_UNROLL for (t = 0; t < n_x; t++) { QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_zero(); } \
     for (k = 0; k < n; k += 16) { \
         QWEN3I_UNROLL for (r = 0; r < R; r++) { \
             wv[r] = V##_from(rows[r], (size_t)k, type); \
-            QWEN3I_PREFETCH(rows[r] + next + (size_t)k * qwen3i_type_size(type)); \
+            QWEN3I_PREFETCH(rows[r] + ahead + (size_t)k * qwen3i_type_size(type)); \
         } \
         QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
             xv = V##_load(x + (size_t)t * ldx + k); \
@@ -4646,48 +4638,51 @@ TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, const char *w, size_t r
         } \
     } \
     QWEN3I_UNROLL for (t = 0; t < n_x; t++, y += ldy) { \
-        if (first && n_w == R) { V##_sum(y, acc[t]); continue; } \
+        if (first && n_w == R && apart == 1) { V##_sum(y, acc[t]); continue; } \
         V##_sum(sums, acc[t]); \
-        for (r = 0; r < n_w; r++) y[r] = first ? sums[r] : y[r] + sums[r]; \
+        for (r = 0; r < n_w; r++) y[r * apart] = first ? sums[r] : y[r * apart] + sums[r]; \
     } \
 } \
-/* All rows of w through one tile of x: n_x, one of the cases, becomes a constant so that each has its own code. */ \
-TARGET QWEN3I_INLINE void V##_tiles(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
-                                    const float *x, size_t ldx, int n_x, int n, int first) { \
-    for (; n_w > 0; n_w -= R, w += R * row_bytes, y += R) { \
-        int m = qwen3i_min(R, n_w); \
-        switch (n_x) { \
-            case 1:  V##_tile(y, ldy, w, row_bytes, type, m, x, ldx, 1, n, first); break; \
-            case 2:  V##_tile(y, ldy, w, row_bytes, type, m, x, ldx, qwen3i_min(2, C), n, first); break; \
-            case C:  V##_tile(y, ldy, w, row_bytes, type, m, x, ldx, C, n, first); break; \
-            default: V##_tile(y, ldy, w, row_bytes, type, m, x, ldx, qwen3i_min(4, C), n, first); break; \
-        } \
+/* One tile of w against n_x rows of x. n_x becomes a constant, so that each size gets its own code. */ \
+TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char *w, size_t stride, size_t ahead, \
+                                     qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, \
+                                     int n, int first) { \
+    switch (n_x) { \
+        case 1:  V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, first); break; \
+        case 2:  V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 2, n, first); break; \
+        case C:  V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C, n, first); break; \
+        default: V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, qwen3i_min(4, C), n, first); break; \
     } \
 } \
-/* Many rows of x: a tile of them stays in the first-level cache while the block of w streams past it \
-   from the second. Few rows: w comes from memory, and each of its rows meets all of x at once. */ \
-TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
-                                       const float *x, size_t ldx, int n_x, int n_cols) { \
-    int step = n_x <= QWEN3I_FEW_ROWS ? R : n_w, r, t, k, m; \
-    for (r = 0; r < n_w; r += step) \
+/* Many rows of x: a tile of them stays in the first-level cache while the block of w streams past it from \
+   the second. Few: w comes from memory, and each tile of it meets all of x at once. One or two: memory is the \
+   limit, and it likes R streams best, each through a part of the block. */ \
+TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, \
+                                       int n_w, const float *x, size_t ldx, int n_x, int n_cols) { \
+    int tiles = (n_w + R - 1) / R, few = n_x <= QWEN3I_FEW_ROWS, step = few ? 1 : tiles, i, j, t, k, m; \
+    int apart = n_x <= 2 && (size_t)tiles * row_bytes >= 2 * QWEN3I_AHEAD ? tiles : 1; \
+    size_t ahead = apart > 1 ? QWEN3I_AHEAD / 2 : R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
+    for (i = 0; i < tiles; i += step) \
         for (t = 0; t < n_x; t += m) { \
             m = n_x - t >= C ? C : n_x - t >= 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
             for (k = 0; k == 0 || k < n_cols; k += QWEN3I_K_BLOCK) \
-                V##_tiles(y + (size_t)t * ldy + r, ldy, w + (size_t)r * row_bytes + (size_t)k * qwen3i_type_size(type), row_bytes, type, \
-                          qwen3i_min(step, n_w - r), x + (size_t)t * ldx + k, ldx, m, qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), k == 0); \
+                for (j = i; j < i + step; j++) { \
+                    int r = apart > 1 ? j : j * R; \
+                    V##_tile_n(y + (size_t)t * ldy + r, ldy, apart, \
+                               w + (size_t)r * row_bytes + (size_t)k * qwen3i_type_size(type), \
+                               (size_t)apart * row_bytes, ahead, type, qwen3i_min(R, (n_w - r + apart - 1) / apart), \
+                               x + (size_t)t * ldx + k, ldx, m, qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), k == 0); \
+                } \
         } \
 } \
-QWEN3I_DEFINE_DOT(V, TARGET, V##_dot_bf16, QWEN3I_BF16) \
-QWEN3I_DEFINE_DOT(V, TARGET, V##_dot_f16, QWEN3I_F16) \
-QWEN3I_DEFINE_DOT(V, TARGET, V##_dot_f32, QWEN3I_F32) \
 /* The last columns of a number that is not a multiple of 16 join last. */ \
 TARGET static void V##_dot_rest(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
                                 const float *x, size_t ldx, int n_x, int done, int n_cols) { \
     int r, t; \
     for (t = 0; t < n_x; t++, y += ldy, x += ldx) \
         for (r = 0; r < n_w; r++) \
-            y[r] += V##_sum1(V##_mul(V##_from_n(w + (size_t)r * row_bytes, (size_t)done, type, n_cols - done), \
-                                     V##_load_n(x + done, n_cols - done))); \
+            y[r] += V##_sum1(V##_fma(V##_from_n(w + (size_t)r * row_bytes, (size_t)done, type, n_cols - done), \
+                                     V##_load_n(x + done, n_cols - done), V##_zero())); \
 } \
 TARGET static void V##_dot(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w, \
                            const float *x, size_t ldx, int n_x, int n_cols) { \
@@ -4695,15 +4690,15 @@ TARGET static void V##_dot(float *y, size_t ldy, const void *w, size_t ldw, qwen
     size_t row_bytes = ldw * qwen3i_type_size(type); \
     int n = n_cols / 16 * 16; \
     switch (type) { \
-        case QWEN3I_BF16: V##_dot_bf16(y, ldy, rows, row_bytes, n_w, x, ldx, n_x, n); break; \
-        case QWEN3I_F16:  V##_dot_f16(y, ldy, rows, row_bytes, n_w, x, ldx, n_x, n); break; \
-        case QWEN3I_F32:  V##_dot_f32(y, ldy, rows, row_bytes, n_w, x, ldx, n_x, n); break; \
+        case QWEN3I_BF16: V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_BF16, n_w, x, ldx, n_x, n); break; \
+        case QWEN3I_F16:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F16, n_w, x, ldx, n_x, n); break; \
+        case QWEN3I_F32:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F32, n_w, x, ldx, n_x, n); break; \
     } \
     if (n < n_cols) V##_dot_rest(y, ldy, rows, row_bytes, type, n_w, x, ldx, n_x, n, n_cols); \
 } \
 /* n_vec vectors of columns of up to C rows of y, or up to 16 columns if n_vec is 0 */ \
-TARGET QWEN3I_INLINE void V##_mix_tile(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
-                                       const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_vec, int n_cols) { \
+TARGET QWEN3I_INLINE void V##_mix_tile(float *y, size_t ldy, const float *p, size_t ldp, int n_p, const char *v, \
+                                       size_t row_bytes, qwen3i_type type, int n_v, int n_vec, int n_cols) { \
     V##_v acc[C][R], vv[R], pv; \
     int t, c, r, n = qwen3i_max(n_vec, 1); \
     QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < n; c++) \
@@ -4711,7 +4706,7 @@ TARGET QWEN3I_INLINE void V##_mix_tile(float *y, size_t ldy, const float *p, siz
     for (r = 0; r < n_v; r++, v += row_bytes) { \
         QWEN3I_UNROLL for (c = 0; c < n; c++) { \
             vv[c] = n_vec ? V##_from(v, 16 * (size_t)c, type) : V##_from_n(v, 0, type, n_cols); \
-            QWEN3I_PREFETCH(v + 16 * (size_t)c * qwen3i_type_size(type) + QWEN3I_AHEAD); \
+            QWEN3I_PREFETCH(v + QWEN3I_AHEAD + 16 * (size_t)c * qwen3i_type_size(type)); \
         } \
         QWEN3I_UNROLL for (t = 0; t < n_p; t++) { \
             pv = V##_set1(p[(size_t)t * ldp + (size_t)r]); \
@@ -4728,9 +4723,10 @@ TARGET QWEN3I_INLINE void V##_mix_rows(float *y, size_t ldy, const float *p, siz
     size_t size = qwen3i_type_size(type); \
     int d = 0; \
     for (; d + 16 * R <= n_cols; d += 16 * R) \
-        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, R, 16 * R); \
+        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, R, 16); \
     for (; d < n_cols; d += 16) \
-        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, 0, qwen3i_min(16, n_cols - d)); \
+        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, 0, \
+                     qwen3i_min(16, n_cols - d)); \
 } \
 TARGET QWEN3I_INLINE void V##_mix_type(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
                                        const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_cols) { \
@@ -4743,10 +4739,12 @@ TARGET QWEN3I_INLINE void V##_mix_type(float *y, size_t ldy, const float *p, siz
 } \
 TARGET static void V##_mix(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
                            const void *v, size_t ldv, qwen3i_type type, int n_v, int n_cols) { \
+    const char *rows = (const char *)v; \
+    size_t row_bytes = ldv * qwen3i_type_size(type); \
     switch (type) { \
-        case QWEN3I_BF16: V##_mix_type(y, ldy, p, ldp, n_p, (const char *)v, ldv * 2, QWEN3I_BF16, n_v, n_cols); break; \
-        case QWEN3I_F16:  V##_mix_type(y, ldy, p, ldp, n_p, (const char *)v, ldv * 2, QWEN3I_F16, n_v, n_cols); break; \
-        case QWEN3I_F32:  V##_mix_type(y, ldy, p, ldp, n_p, (const char *)v, ldv * 4, QWEN3I_F32, n_v, n_cols); break; \
+        case QWEN3I_BF16: V##_mix_type(y, ldy, p, ldp, n_p, rows, row_bytes, QWEN3I_BF16, n_v, n_cols); break; \
+        case QWEN3I_F16:  V##_mix_type(y, ldy, p, ldp, n_p, rows, row_bytes, QWEN3I_F16, n_v, n_cols); break; \
+        case QWEN3I_F32:  V##_mix_type(y, ldy, p, ldp, n_p, rows, row_bytes, QWEN3I_F32, n_v, n_cols); break; \
     } \
 } \
 /* e^x = 2^n e^r with |r| <= ln(2) / 2; e^r by a polynomial of degree 6 (error 1e-8 before rounding) */ \
@@ -4826,10 +4824,21 @@ static const qwen3i_simd V##_kernels = { V##_name, V##_dot, V##_mix, V##_softmax
 #define qwen3i_plain_name "plain C"
 typedef struct qwen3i_plain_v { float f[16]; } qwen3i_plain_v;
 
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_set1(float a) { qwen3i_plain_v y; int i; QWEN3I_LANES y.f[i] = a; return y; }
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_set1(float a) {
+    qwen3i_plain_v y;
+    int i;
+    QWEN3I_LANES y.f[i] = a;
+    return y;
+}
+
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_zero(void) { return qwen3i_plain_set1(0.0f); }
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load(const float *p) { qwen3i_plain_v y; memcpy(y.f, p, 64); return y; }
 QWEN3I_INLINE void qwen3i_plain_store(float *p, qwen3i_plain_v v) { memcpy(p, v.f, 64); }
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load(const float *p) {
+    qwen3i_plain_v y;
+    memcpy(y.f, p, 64);
+    return y;
+}
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load_bf16(const uint16_t *p) {
     qwen3i_plain_v y;
@@ -4855,9 +4864,17 @@ QWEN3I_INLINE void qwen3i_plain_store_f16(uint16_t *p, qwen3i_plain_v v) {
     QWEN3I_LANES p[i] = qwen3i_f32_to_f16(v.f[i]);
 }
 
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_add(qwen3i_plain_v a, qwen3i_plain_v b) { int i; QWEN3I_LANES a.f[i] += b.f[i]; return a; }
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_mul(qwen3i_plain_v a, qwen3i_plain_v b) { int i; QWEN3I_LANES a.f[i] *= b.f[i]; return a; }
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_div(qwen3i_plain_v a, qwen3i_plain_v b) { int i; QWEN3I_LANES a.f[i] /= b.f[i]; return a; }
+#define QWEN3I_PLAIN_BINARY(name, expression) \
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_##name(qwen3i_plain_v a, qwen3i_plain_v b) { \
+    int i; \
+    QWEN3I_LANES a.f[i] = expression; \
+    return a; \
+}
+QWEN3I_PLAIN_BINARY(add, a.f[i] + b.f[i])
+QWEN3I_PLAIN_BINARY(mul, a.f[i] * b.f[i])
+QWEN3I_PLAIN_BINARY(div, a.f[i] / b.f[i])
+QWEN3I_PLAIN_BINARY(max, a.f[i] > b.f[i] ? a.f[i] : b.f[i])
+QWEN3I_PLAIN_BINARY(min, a.f[i] < b.f[i] ? a.f[i] : b.f[i])
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_fma(qwen3i_plain_v a, qwen3i_plain_v b, qwen3i_plain_v c) {
     int i;
@@ -4867,18 +4884,6 @@ QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_fma(qwen3i_plain_v a, qwen3i_plain_v b
     QWEN3I_LANES c.f[i] += a.f[i] * b.f[i];
   #endif
     return c;
-}
-
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_max(qwen3i_plain_v a, qwen3i_plain_v b) {
-    int i;
-    QWEN3I_LANES a.f[i] = a.f[i] > b.f[i] ? a.f[i] : b.f[i];
-    return a;
-}
-
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_min(qwen3i_plain_v a, qwen3i_plain_v b) {
-    int i;
-    QWEN3I_LANES a.f[i] = a.f[i] < b.f[i] ? a.f[i] : b.f[i];
-    return a;
 }
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_round(qwen3i_plain_v v) {
@@ -4921,24 +4926,47 @@ QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 2, 3)
 #define qwen3i_avx2_name "AVX2"
 typedef struct qwen3i_avx2_v { __m256 lo, hi; } qwen3i_avx2_v;
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_pair(__m256 lo, __m256 hi) { qwen3i_avx2_v y; y.lo = lo; y.hi = hi; return y; }
-#define QWEN3I_AVX2_EACH(op, a, b) qwen3i_avx2_pair(op((a).lo, (b).lo), op((a).hi, (b).hi))
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_zero(void) { return qwen3i_avx2_pair(_mm256_setzero_ps(), _mm256_setzero_ps()); }
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_set1(float a) { return qwen3i_avx2_pair(_mm256_set1_ps(a), _mm256_set1_ps(a)); }
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load(const float *p) { return qwen3i_avx2_pair(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
-QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_store(float *p, qwen3i_avx2_v v) { _mm256_storeu_ps(p, v.lo); _mm256_storeu_ps(p + 8, v.hi); }
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_add(qwen3i_avx2_v a, qwen3i_avx2_v b) { return QWEN3I_AVX2_EACH(_mm256_add_ps, a, b); }
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_mul(qwen3i_avx2_v a, qwen3i_avx2_v b) { return QWEN3I_AVX2_EACH(_mm256_mul_ps, a, b); }
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_div(qwen3i_avx2_v a, qwen3i_avx2_v b) { return QWEN3I_AVX2_EACH(_mm256_div_ps, a, b); }
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_max(qwen3i_avx2_v a, qwen3i_avx2_v b) { return QWEN3I_AVX2_EACH(_mm256_max_ps, a, b); }
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_min(qwen3i_avx2_v a, qwen3i_avx2_v b) { return QWEN3I_AVX2_EACH(_mm256_min_ps, a, b); }
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_pair(__m256 lo, __m256 hi) {
+    qwen3i_avx2_v y;
+    y.lo = lo;
+    y.hi = hi;
+    return y;
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_zero(void) {
+    return qwen3i_avx2_pair(_mm256_setzero_ps(), _mm256_setzero_ps());
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_set1(float a) {
+    return qwen3i_avx2_pair(_mm256_set1_ps(a), _mm256_set1_ps(a));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load(const float *p) {
+    return qwen3i_avx2_pair(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_store(float *p, qwen3i_avx2_v v) {
+    _mm256_storeu_ps(p, v.lo);
+    _mm256_storeu_ps(p + 8, v.hi);
+}
+
+#define QWEN3I_AVX2_BINARY(name) \
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_##name(qwen3i_avx2_v a, qwen3i_avx2_v b) { \
+    return qwen3i_avx2_pair(_mm256_##name##_ps(a.lo, b.lo), _mm256_##name##_ps(a.hi, b.hi)); \
+}
+QWEN3I_AVX2_BINARY(add)
+QWEN3I_AVX2_BINARY(mul)
+QWEN3I_AVX2_BINARY(div)
+QWEN3I_AVX2_BINARY(max)
+QWEN3I_AVX2_BINARY(min)
 
 QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_fma(qwen3i_avx2_v a, qwen3i_avx2_v b, qwen3i_avx2_v c) {
     return qwen3i_avx2_pair(_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi));
 }
 
 QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_widen(const uint16_t *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)), 16));
+    __m128i half = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
 QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_bf16(const uint16_t *p) {
@@ -5021,7 +5049,8 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_fma(__m512 a, __m512 b, __m512 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_round(__m512 v) { return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(v)); }
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_bf16(const uint16_t *p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p)), 16));
+    __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_f16(const uint16_t *p) {
@@ -5052,8 +5081,9 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_drop_below(__m512 y, __m512 x, 
 
 /* Four trees at once: each step adds halves of two vectors, so that half as many vectors remain. */
 QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_sum(float *sums, const __m512 *rows) {
-    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(rows[0], rows[1], 0x44), _mm512_shuffle_f32x4(rows[0], rows[1], 0xEE));
-    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(rows[2], rows[3], 0x44), _mm512_shuffle_f32x4(rows[2], rows[3], 0xEE));
+    __m512 a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+    __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xEE));
     __m512 all = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
     all = _mm512_add_ps(all, _mm512_permute_ps(all, 0x4E));
     all = _mm512_add_ps(all, _mm512_permute_ps(all, 0xB1));
@@ -5072,16 +5102,44 @@ QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
 #define QWEN3I_QUADS for (i = 0; i < 4; i++)
 typedef float32x4x4_t qwen3i_neon_v;
 
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_set1(float a) { qwen3i_neon_v y; int i; QWEN3I_QUADS y.val[i] = vdupq_n_f32(a); return y; }
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_set1(float a) {
+    qwen3i_neon_v y;
+    int i;
+    QWEN3I_QUADS y.val[i] = vdupq_n_f32(a);
+    return y;
+}
+
 QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_zero(void) { return qwen3i_neon_set1(0.0f); }
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load(const float *p) { qwen3i_neon_v y; int i; QWEN3I_QUADS y.val[i] = vld1q_f32(p + 4 * i); return y; }
-QWEN3I_INLINE void qwen3i_neon_store(float *p, qwen3i_neon_v v) { int i; QWEN3I_QUADS vst1q_f32(p + 4 * i, v.val[i]); }
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_add(qwen3i_neon_v a, qwen3i_neon_v b) { int i; QWEN3I_QUADS a.val[i] = vaddq_f32(a.val[i], b.val[i]); return a; }
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_mul(qwen3i_neon_v a, qwen3i_neon_v b) { int i; QWEN3I_QUADS a.val[i] = vmulq_f32(a.val[i], b.val[i]); return a; }
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_div(qwen3i_neon_v a, qwen3i_neon_v b) { int i; QWEN3I_QUADS a.val[i] = vdivq_f32(a.val[i], b.val[i]); return a; }
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_max(qwen3i_neon_v a, qwen3i_neon_v b) { int i; QWEN3I_QUADS a.val[i] = vmaxq_f32(a.val[i], b.val[i]); return a; }
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_min(qwen3i_neon_v a, qwen3i_neon_v b) { int i; QWEN3I_QUADS a.val[i] = vminq_f32(a.val[i], b.val[i]); return a; }
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_round(qwen3i_neon_v a) { int i; QWEN3I_QUADS a.val[i] = vrndnq_f32(a.val[i]); return a; }
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load(const float *p) {
+    qwen3i_neon_v y;
+    int i;
+    QWEN3I_QUADS y.val[i] = vld1q_f32(p + 4 * i);
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_neon_store(float *p, qwen3i_neon_v v) {
+    int i;
+    QWEN3I_QUADS vst1q_f32(p + 4 * i, v.val[i]);
+}
+
+#define QWEN3I_NEON_BINARY(name) \
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_##name(qwen3i_neon_v a, qwen3i_neon_v b) { \
+    int i; \
+    QWEN3I_QUADS a.val[i] = v##name##q_f32(a.val[i], b.val[i]); \
+    return a; \
+}
+QWEN3I_NEON_BINARY(add)
+QWEN3I_NEON_BINARY(mul)
+QWEN3I_NEON_BINARY(div)
+QWEN3I_NEON_BINARY(max)
+QWEN3I_NEON_BINARY(min)
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_round(qwen3i_neon_v v) {
+    int i;
+    QWEN3I_QUADS v.val[i] = vrndnq_f32(v.val[i]);
+    return v;
+}
 
 QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_fma(qwen3i_neon_v a, qwen3i_neon_v b, qwen3i_neon_v c) {
     int i;
@@ -5118,20 +5176,27 @@ QWEN3I_INLINE void qwen3i_neon_store_f16(uint16_t *p, qwen3i_neon_v v) {
 
 QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_exp2i(qwen3i_neon_v n) {
     int i;
-    QWEN3I_QUADS n.val[i] = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.val[i]), vdupq_n_s32(127)), 23));
+    QWEN3I_QUADS {
+        int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n.val[i]), vdupq_n_s32(127));
+        n.val[i] = vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23));
+    }
     return n;
 }
 
 QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_drop_below(qwen3i_neon_v y, qwen3i_neon_v x, float low) {
     int i;
-    QWEN3I_QUADS y.val[i] = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y.val[i]), vcltq_f32(x.val[i], vdupq_n_f32(low))));
+    QWEN3I_QUADS {
+        uint32x4_t below = vcltq_f32(x.val[i], vdupq_n_f32(low));
+        y.val[i] = vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(y.val[i]), below));
+    }
     return y;
 }
 
 QWEN3I_INLINE void qwen3i_neon_sum(float *sums, const qwen3i_neon_v *rows) {
     int r;
     for (r = 0; r < 2; r++) {
-        float32x4_t four = vaddq_f32(vaddq_f32(rows[r].val[0], rows[r].val[2]), vaddq_f32(rows[r].val[1], rows[r].val[3]));
+        float32x4_t even = vaddq_f32(rows[r].val[0], rows[r].val[2]), odd = vaddq_f32(rows[r].val[1], rows[r].val[3]);
+        float32x4_t four = vaddq_f32(even, odd);
         float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
         sums[r] = vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
     }
@@ -5164,18 +5229,24 @@ static const qwen3i_simd *qwen3i_simd_level(int level) {
    finds nothing left to grab and is not waited for.
    ================================================================================================ */
 #if defined(_MSC_VER) && !defined(__clang__)
-static uint64_t qwen3i_atomic_get(volatile uint64_t *p) { return (uint64_t)InterlockedOr64((volatile LONG64 *)p, 0); }
-static void     qwen3i_atomic_set(volatile uint64_t *p, uint64_t v) { InterlockedExchange64((volatile LONG64 *)p, (LONG64)v); }
-static uint64_t qwen3i_atomic_add(volatile uint64_t *p, uint64_t v) { return (uint64_t)InterlockedExchangeAdd64((volatile LONG64 *)p, (LONG64)v) + v; }
-static int      qwen3i_atomic_swap(volatile uint64_t *p, uint64_t from, uint64_t to) {
-    return (uint64_t)InterlockedCompareExchange64((volatile LONG64 *)p, (LONG64)to, (LONG64)from) == from;
+typedef volatile LONG64 qwen3i_atomic;
+static uint64_t qwen3i_atomic_get(qwen3i_atomic *p) { return (uint64_t)InterlockedOr64(p, 0); }
+static void     qwen3i_atomic_set(qwen3i_atomic *p, uint64_t v) { InterlockedExchange64(p, (LONG64)v); }
+static uint64_t qwen3i_atomic_add(qwen3i_atomic *p, uint64_t v) {       /* the new value */
+    return (uint64_t)InterlockedExchangeAdd64(p, (LONG64)v) + v;
+}
+static int      qwen3i_atomic_swap(qwen3i_atomic *p, uint64_t from, uint64_t to) {
+    return (uint64_t)InterlockedCompareExchange64(p, (LONG64)to, (LONG64)from) == from;
 }
 static void     qwen3i_pause(void) { YieldProcessor(); }
 #else
-static uint64_t qwen3i_atomic_get(volatile uint64_t *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
-static void     qwen3i_atomic_set(volatile uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
-static uint64_t qwen3i_atomic_add(volatile uint64_t *p, uint64_t v) { return __atomic_add_fetch(p, v, __ATOMIC_SEQ_CST); }
-static int      qwen3i_atomic_swap(volatile uint64_t *p, uint64_t from, uint64_t to) {
+typedef uint64_t qwen3i_atomic;
+static uint64_t qwen3i_atomic_get(qwen3i_atomic *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+static void     qwen3i_atomic_set(qwen3i_atomic *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+static uint64_t qwen3i_atomic_add(qwen3i_atomic *p, uint64_t v) {       /* the new value */
+    return __atomic_add_fetch(p, v, __ATOMIC_SEQ_CST);
+}
+static int      qwen3i_atomic_swap(qwen3i_atomic *p, uint64_t from, uint64_t to) {
     return __atomic_compare_exchange_n(p, &from, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 static QWEN3I_UNUSED void qwen3i_pause(void) {
@@ -5203,7 +5274,7 @@ typedef struct qwen3i_worker { struct qwen3i_pool *pool; int lane; } qwen3i_work
 typedef struct qwen3i_pool {
     int               n_lanes;
     qwen3_jobs        jobs;             /* used instead of threads if it has a function */
-    volatile uint64_t ticket, n_chunks, done, stop, n_asleep;
+    qwen3i_atomic     ticket, n_chunks, done, stop, n_asleep;
     qwen3i_loop_fn    fn;
     void             *arg;
     int               n_items, grain;
@@ -5245,7 +5316,8 @@ static int qwen3i_pool_lanes(const qwen3_ctx_desc *desc) {
 static int qwen3i_pool_work(qwen3i_pool *p, int lane) {
     int last = 0;
     for (;;) {
-        uint64_t ticket = qwen3i_atomic_get(&p->ticket), n_chunks = qwen3i_atomic_get(&p->n_chunks), chunk = ticket & 0xFFFFFFFFu;
+        uint64_t ticket = qwen3i_atomic_get(&p->ticket), chunk = ticket & 0xFFFFFFFFu;
+        uint64_t n_chunks = qwen3i_atomic_get(&p->n_chunks);
         int begin;
         if (chunk >= n_chunks) return last;
         if (!qwen3i_atomic_swap(&p->ticket, ticket, ticket + 1)) continue;
@@ -5392,9 +5464,10 @@ static void qwen3i_pool_job(void *pool, int lane) { qwen3i_pool_work((qwen3i_poo
    left to chance: results must not depend on it. Returns when all is done. */
 static void qwen3i_parallel(qwen3i_pool *p, int n_items, int grain, qwen3i_loop_fn fn, void *arg) {
     uint64_t loop;
+    int i;
     grain = qwen3i_max(1, grain);
     if (n_items <= grain || p->n_lanes == 1) {
-        if (n_items > 0) fn(arg, 0, n_items, 0);
+        for (i = 0; i < n_items; i += grain) fn(arg, i, qwen3i_min(i + grain, n_items), 0);
         return;
     }
     loop = qwen3i_atomic_get(&p->ticket) >> 32;
@@ -5429,31 +5502,40 @@ typedef struct qwen3i_exec {            /* who computes, and with which instruct
 /* ---- embedding and norms ------------------------------------------------------------------------- */
 /* x[i] = embed[tokens[i]]: tokens [n], embed [n_vocab, n_embd], x [n, n_embd] */
 static void qwen3i_embed(const qwen3i_exec *e, float *x, const qwen3i_matrix *embed, const qwen3_token *tokens, int n) {
-    size_t width = (size_t)embed->cols, row_bytes = width * qwen3i_type_size(embed->type);
+    size_t row_bytes = (size_t)embed->cols * qwen3i_type_size(embed->type);
+    const char *table = (const char *)embed->data;
     int i;
-    for (i = 0; i < n; i++)
-        e->simd->load(x + (size_t)i * width, (const char *)embed->data + (size_t)tokens[i] * row_bytes, embed->type, embed->cols);
+    for (i = 0; i < n; i++, x += embed->cols)
+        e->simd->load(x, table + (size_t)tokens[i] * row_bytes, embed->type, embed->cols);
 }
 
-typedef struct qwen3i_rmsnorm_args { const qwen3i_simd *simd; float *y; const float *x, *gain; int width; float eps; } qwen3i_rmsnorm_args;
+typedef struct qwen3i_rmsnorm_args {
+    const qwen3i_simd *simd;
+    float             *y;               /* [n, width] */
+    const float       *x, *gain;        /* [n, width], [width] */
+    int                width;
+    float              eps;
+} qwen3i_rmsnorm_args;
 
 static void qwen3i_rmsnorm_rows(void *args, int begin, int end, int lane) {
     const qwen3i_rmsnorm_args *a = (const qwen3i_rmsnorm_args *)args;
-    int i;
+    size_t width = (size_t)a->width, i;
     (void)lane;
-    for (i = begin; i < end; i++)
-        a->simd->rmsnorm(a->y + (size_t)i * (size_t)a->width, a->x + (size_t)i * (size_t)a->width, a->gain, a->width, a->eps);
+    for (i = (size_t)begin; i < (size_t)end; i++)
+        a->simd->rmsnorm(a->y + i * width, a->x + i * width, a->gain, a->width, a->eps);
 }
 
 /* y = x / sqrt(mean(x^2) + eps) * gain for each row: x, y [n, width], gain [width]; y may be x */
-static void qwen3i_rmsnorm(const qwen3i_exec *e, float *y, const float *x, const float *gain, int n, int width, float eps) {
+static void qwen3i_rmsnorm(const qwen3i_exec *e, float *y, const float *x, const float *gain,
+                           int n, int width, float eps) {
     qwen3i_rmsnorm_args a;
     a.simd = e->simd; a.y = y; a.x = x; a.gain = gain; a.width = width; a.eps = eps;
     qwen3i_parallel(e->pool, n, 4, qwen3i_rmsnorm_rows, &a);
 }
 
 /* The same for each head of one row, in place: x [n_head, head_dim], gain [head_dim] */
-static void qwen3i_rmsnorm_heads(const qwen3i_simd *simd, float *x, const float *gain, int n_head, int head_dim, float eps) {
+static void qwen3i_rmsnorm_heads(const qwen3i_simd *simd, float *x, const float *gain,
+                                 int n_head, int head_dim, float eps) {
     int i;
     for (i = 0; i < n_head; i++, x += head_dim) simd->rmsnorm(x, x, gain, head_dim, eps);
 }
@@ -5565,7 +5647,8 @@ static void qwen3i_matmul(const qwen3i_exec *e, float *y, const qwen3i_matrix *w
 }
 
 /* q = Wq x, k = Wk x, v = Wv x, in one go */
-static void qwen3i_matmul_qkv(const qwen3i_exec *e, float *q, float *k, float *v, const qwen3i_layer *layer, const float *x, int n) {
+static void qwen3i_matmul_qkv(const qwen3i_exec *e, float *q, float *k, float *v, const qwen3i_layer *layer,
+                              const float *x, int n) {
     qwen3i_matmul_args a;
     int rows = layer->wq.rows + layer->wk.rows + layer->wv.rows;
     a.simd = e->simd; a.n_w = 3; a.x = x; a.n = n;
@@ -5577,15 +5660,16 @@ static void qwen3i_matmul_qkv(const qwen3i_exec *e, float *q, float *k, float *v
 static void qwen3i_matmul_add_rows(void *args, int begin, int end, int lane) {
     const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
     float tile[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS], *y;
-    int t, n, i, r, b, rows;
+    int t, n, i, r, rows = end - begin;
     (void)lane;
-    for (b = begin; b < end; b += rows)
-        for (rows = qwen3i_min(QWEN3I_TILE_ROWS, end - b), t = 0; t < a->n; t += n) {
-            n = qwen3i_min(QWEN3I_TILE_TOKENS, a->n - t);
-            qwen3i_matmul_block(a, a->w[0], tile, (size_t)rows, b, b + rows, t, n);
-            for (i = 0; i < n; i++)
-                for (y = a->y[0] + (size_t)(t + i) * (size_t)a->w[0]->rows + b, r = 0; r < rows; r++) y[r] += tile[i * rows + r];
+    for (t = 0; t < a->n; t += n) {
+        n = qwen3i_min(QWEN3I_TILE_TOKENS, a->n - t);
+        qwen3i_matmul_block(a, a->w[0], tile, (size_t)rows, begin, end, t, n);
+        for (i = 0; i < n; i++) {
+            y = a->y[0] + (size_t)(t + i) * (size_t)a->w[0]->rows + begin;
+            for (r = 0; r < rows; r++) y[r] += tile[i * rows + r];
         }
+    }
 }
 
 /* y = y + W x for each row of x: x [n, cols], y [n, rows] */
@@ -5597,25 +5681,28 @@ static void qwen3i_matmul_add(const qwen3i_exec *e, float *y, const qwen3i_matri
 
 static void qwen3i_swiglu_rows(void *args, int begin, int end, int lane) {
     const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
-    float gate[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS], up[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS];
-    int t, n, i, b, rows;
+    float gate[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS], up[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS], *y;
+    int t, n, i, rows = end - begin;
     (void)lane;
-    for (b = begin; b < end; b += rows)
-        for (rows = qwen3i_min(QWEN3I_TILE_ROWS, end - b), t = 0; t < a->n; t += n) {
-            n = qwen3i_min(QWEN3I_TILE_TOKENS, a->n - t);
-            qwen3i_matmul_block(a, a->w[0], gate, (size_t)rows, b, b + rows, t, n);
-            qwen3i_matmul_block(a, a->w[1], up, (size_t)rows, b, b + rows, t, n);
-            for (i = 0; i < n; i++)
-                a->simd->silu_mul(a->y[0] + (size_t)(t + i) * (size_t)a->w[0]->rows + b, gate + i * rows, up + i * rows, rows);
+    for (t = 0; t < a->n; t += n) {
+        n = qwen3i_min(QWEN3I_TILE_TOKENS, a->n - t);
+        qwen3i_matmul_block(a, a->w[0], gate, (size_t)rows, begin, end, t, n);
+        qwen3i_matmul_block(a, a->w[1], up, (size_t)rows, begin, end, t, n);
+        for (i = 0; i < n; i++) {
+            y = a->y[0] + (size_t)(t + i) * (size_t)a->w[0]->rows + begin;
+            a->simd->silu_mul(y, gate + i * rows, up + i * rows, rows);
         }
+    }
 }
 
 /* y = silu(Wgate x) * (Wup x) for each row of x, with silu(g) = g / (1 + exp(-g)): x [n, n_embd], y [n, n_ff] */
 static void qwen3i_swiglu(const qwen3i_exec *e, float *y, const qwen3i_matrix *w_gate, const qwen3i_matrix *w_up,
                           const float *x, int n) {
     qwen3i_matmul_args a;
+    int grain;
     a.simd = e->simd; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x; a.n = n;
-    qwen3i_parallel(e->pool, w_gate->rows, qwen3i_matmul_grain(e->pool, w_gate, w_gate->rows) / 2 + 2, qwen3i_swiglu_rows, &a);
+    grain = qwen3i_matmul_grain(e->pool, w_gate, w_gate->rows) / 2;
+    qwen3i_parallel(e->pool, w_gate->rows, grain, qwen3i_swiglu_rows, &a);
 }
 
 /* ---- attention ----------------------------------------------------------------------------------------- */
@@ -5646,14 +5733,15 @@ static size_t qwen3i_attention_scratch(int max_ctx, int head_dim) {
    piece are (token, head) pairs. Scores are held in full, so that sums run in order of position. */
 static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratch, int t, int n_t, int h, int n_h) {
     size_t dim = (size_t)a->head_dim, ld = qwen3i_attention_stride(a->max_ctx), size = qwen3i_type_size(a->type);
-    size_t q_dim = (size_t)a->n_head * dim, width = (size_t)n_h * dim, row = dim * size;
+    size_t q_dim = (size_t)a->n_head * dim, at = (size_t)t * q_dim + (size_t)h * dim, width = (size_t)n_h * dim;
+    size_t row = dim * size;
     size_t head = (size_t)a->seqs[t] * (size_t)a->n_head_kv + (size_t)(h / (a->n_head / a->n_head_kv));
     const char *k = (const char *)a->k + head * (size_t)a->max_ctx * row;           /* [max_ctx, head_dim] */
     const char *v = (const char *)a->v + head * (size_t)a->max_ctx * row;
     float *scores = scratch, *q = scores + QWEN3I_ATTENTION_ROWS * ld, *out = q + QWEN3I_ATTENTION_ROWS * dim;
     int first = a->positions[t], last = first + n_t - 1, i, p, m;
 
-    for (i = 0; i < n_t; i++) memcpy(q + (size_t)i * width, a->q + (size_t)(t + i) * q_dim + (size_t)h * dim, width * 4);
+    for (i = 0; i < n_t; i++) memcpy(q + (size_t)i * width, a->q + at + (size_t)i * q_dim, width * 4);
     for (p = 0; p <= last; p += m) {                    /* scores = q . k */
         m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, last + 1 - p);
         a->simd->dot(scores + p, ld, k + (size_t)p * row, dim, a->type, m, q, dim, n_t * n_h, a->head_dim);
@@ -5668,7 +5756,7 @@ static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratc
     for (i = 1; i < n_t; i++)                           /* ... then the rest */
         a->simd->mix(out + (size_t)i * width, dim, scores + (size_t)(i * n_h) * ld + p, ld, n_h,
                      v + (size_t)p * row, dim, a->type, i, a->head_dim);
-    for (i = 0; i < n_t; i++) memcpy(a->a + (size_t)(t + i) * q_dim + (size_t)h * dim, out + (size_t)i * width, width * 4);
+    for (i = 0; i < n_t; i++) memcpy(a->a + at + (size_t)i * q_dim, out + (size_t)i * width, width * 4);
 }
 
 /* Pieces of work are (tokens, heads) tiles: [ceil(n / tokens), n_head_kv, ceil(group / heads)] */
@@ -5732,8 +5820,9 @@ typedef struct qwen3i_arena { char *base; uint64_t used; int overflow; } qwen3i_
 /* a * b * c bytes at a multiple of 64; without a base it only counts */
 static void *qwen3i_arena_take(qwen3i_arena *m, uint64_t a, uint64_t b, uint64_t c) {
     void *p = m->base ? m->base + m->used : NULL;
-    uint64_t size;
-    if (!qwen3i_mul_u64(a, b, &size) || !qwen3i_mul_u64(size, c, &size) || size > UINT64_MAX / 4 - m->used) m->overflow = 1;
+    uint64_t size = 0;
+    if (!qwen3i_mul_u64(a, b, &size) || !qwen3i_mul_u64(size, c, &size)) m->overflow = 1;
+    if (m->overflow || size > UINT64_MAX / 4 - m->used) m->overflow = 1;
     else m->used += (size + 63) / 64 * 64;
     return p;
 }
@@ -5743,8 +5832,10 @@ static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) { return qwen3i_max(desc-
 /* Lay the context's arrays out from base on (NULL: only count). Returns the bytes, or 0 if they overflow. */
 static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc, char *base) {
     qwen3i_arena m = {NULL, 0, 0};
-    uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), half = (uint64_t)g->head_dim / 2, seqs = (uint64_t)desc->max_seqs;
-    uint64_t q_dim = (uint64_t)g->n_head * (uint64_t)g->head_dim, kv_dim = (uint64_t)g->n_head_kv * (uint64_t)g->head_dim;
+    uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), seqs = (uint64_t)desc->max_seqs;
+    uint64_t head_rows = rows < QWEN3I_HEAD_ROWS ? rows : QWEN3I_HEAD_ROWS;
+    uint64_t dim = (uint64_t)g->head_dim, half = dim / 2;
+    uint64_t q_dim = (uint64_t)g->n_head * dim, kv_dim = (uint64_t)g->n_head_kv * dim;
     uint64_t kv_row = kv_dim * qwen3i_type_size((qwen3i_type)desc->kv_type);
     m.base = base;
     c->k         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx, kv_row);
@@ -5760,7 +5851,7 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     c->freqs     = (float *)qwen3i_arena_take(&m, 1, half, 4);
     c->cosines   = (float *)qwen3i_arena_take(&m, rows, half, 4);
     c->sines     = (float *)qwen3i_arena_take(&m, rows, half, 4);
-    c->logits    = (float *)qwen3i_arena_take(&m, rows < QWEN3I_HEAD_ROWS ? rows : QWEN3I_HEAD_ROWS, (uint64_t)g->n_vocab, 4);
+    c->logits    = (float *)qwen3i_arena_take(&m, head_rows, (uint64_t)g->n_vocab, 4);
     c->attention = (float *)qwen3i_arena_take(&m, (uint64_t)qwen3i_pool_lanes(desc),
                                               qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
     return m.overflow || m.used + 64 > (size_t)-1 ? 0 : m.used + 64;    /* 64 to align the base */
@@ -5825,8 +5916,9 @@ static size_t qwen3i_cpu_kv_row(const qwen3i_cpu *c) {
 
 /* The byte in c->k or c->v where position pos of a sequence's KV head lies. */
 static size_t qwen3i_cpu_kv_at(const qwen3i_cpu *c, int layer, int seq, int head, int pos) {
-    size_t heads = ((size_t)layer * (size_t)c->desc.max_seqs + (size_t)seq) * (size_t)c->config->n_head_kv + (size_t)head;
-    return (heads * (size_t)c->desc.max_ctx + (size_t)pos) * qwen3i_cpu_kv_row(c);
+    size_t n = (size_t)layer * (size_t)c->desc.max_seqs + (size_t)seq;
+    n = n * (size_t)c->config->n_head_kv + (size_t)head;
+    return (n * (size_t)c->desc.max_ctx + (size_t)pos) * qwen3i_cpu_kv_row(c);
 }
 
 /* ---- the decoder --------------------------------------------------------------------------------------- */
@@ -5842,7 +5934,8 @@ static void qwen3i_place_rows(void *step, int begin, int end, int lane) {
     (void)lane;
     for (i = begin; i < end; i++) {
         float *q = c->q + (size_t)i * (size_t)(g->n_head * g->head_dim);        /* [n_head, head_dim] */
-        float *k = c->key + (size_t)i * (size_t)kv_dim, *v = c->value + (size_t)i * (size_t)kv_dim;  /* [n_head_kv, head_dim] */
+        float *k = c->key + (size_t)i * (size_t)kv_dim;                         /* [n_head_kv, head_dim] */
+        float *v = c->value + (size_t)i * (size_t)kv_dim;
         const float *cosines = c->cosines + (size_t)i * (size_t)half, *sines = c->sines + (size_t)i * (size_t)half;
         qwen3i_rmsnorm_heads(c->exec.simd, q, w->q_norm, g->n_head, g->head_dim, g->rms_eps);
         qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, g->n_head_kv, g->head_dim, g->rms_eps);
@@ -5875,17 +5968,18 @@ static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int l
     const qwen3i_layer *w = &c->weights->layers[layer];
     const qwen3i_exec *e = &c->exec;
     int n = batch->n_rows, n_embd = c->config->n_embd;
+    float eps = c->config->rms_eps;
     qwen3i_step step;
     step.c = c; step.batch = batch; step.layer = layer;
 
-    qwen3i_rmsnorm(e, c->h, c->x, w->attn_norm, n, n_embd, c->config->rms_eps);     /* h = RMSNorm(x)                  */
-    qwen3i_matmul_qkv(e, c->q, c->key, c->value, w, c->h, n);                       /* q, k, v = Wq h, Wk h, Wv h      */
-    qwen3i_parallel(e->pool, n, 4, qwen3i_place_rows, &step);                       /* q, k = RoPE(RMSNorm(q, k)); k, v into the cache */
-    qwen3i_attend(&step);                                                           /* a = softmax(q k / sqrt(d)) v    */
-    qwen3i_matmul_add(e, c->x, &w->wo, c->a, n);                                    /* x = x + Wo a                    */
-    qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, c->config->rms_eps);      /* h = RMSNorm(x)                  */
-    qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, c->h, n);                         /* f = silu(Wgate h) * (Wup h)     */
-    qwen3i_matmul_add(e, c->x, &w->w_down, c->ff, n);                               /* x = x + Wdown f                 */
+    qwen3i_rmsnorm(e, c->h, c->x, w->attn_norm, n, n_embd, eps);        /* h = RMSNorm(x)                     */
+    qwen3i_matmul_qkv(e, c->q, c->key, c->value, w, c->h, n);           /* q, k, v = Wq h, Wk h, Wv h         */
+    qwen3i_parallel(e->pool, n, 4, qwen3i_place_rows, &step);           /* q, k = RoPE(RMSNorm of each head)  */
+    qwen3i_attend(&step);                                               /* a = softmax(q . k / sqrt(dim)) v   */
+    qwen3i_matmul_add(e, c->x, &w->wo, c->a, n);                        /* x = x + Wo a                       */
+    qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, eps);         /* h = RMSNorm(x)                     */
+    qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, c->h, n);             /* f = silu(Wgate h) * (Wup h)        */
+    qwen3i_matmul_add(e, c->x, &w->w_down, c->ff, n);                   /* x = x + Wdown f                    */
 }
 
 /* ln P(target) under logits [n] */
@@ -5944,7 +6038,8 @@ static qwen3_result qwen3i_cpu_forward(void *ctx_state, const qwen3i_batch *batc
     int i, tile = qwen3i_min(QWEN3I_HEAD_ROWS, qwen3i_cpu_rows(&c->desc));
     (void)err;
     qwen3i_embed(&c->exec, c->x, &c->weights->embed, batch->tokens, batch->n_rows);
-    qwen3i_rope_angles(c->cosines, c->sines, batch->positions, batch->n_rows, c->freqs, c->config->head_dim / 2, c->rope_scale);
+    qwen3i_rope_angles(c->cosines, c->sines, batch->positions, batch->n_rows,
+                       c->freqs, c->config->head_dim / 2, c->rope_scale);
     for (i = 0; i < c->config->n_layer; i++) {
         if (qwen3i_cpu_cancelled(c)) return QWEN3_STOPPED;
         qwen3i_decoder_layer(c, batch, i);
@@ -5957,7 +6052,8 @@ static qwen3_result qwen3i_cpu_forward(void *ctx_state, const qwen3i_batch *batc
 }
 
 /* ---- the rest of the interface -------------------------------------------------------------------------- */
-static qwen3_result qwen3i_cpu_model_create(void **model_state, const qwen3_model *model, const qwen3_load_desc *desc, const qwen3i_err *err) {
+static qwen3_result qwen3i_cpu_model_create(void **model_state, const qwen3_model *model,
+                                            const qwen3_load_desc *desc, const qwen3i_err *err) {
     (void)model; (void)desc; (void)err;
     *model_state = NULL;                /* the weights are used where they are */
     return QWEN3_OK;
@@ -5970,7 +6066,9 @@ static const char *qwen3i_cpu_device_name(const void *model_state) {
     return qwen3i_simd_level(0)->name;
 }
 
-static float *qwen3i_cpu_kept(const qwen3i_cpu *c, int seq) { return c->kept + (size_t)seq * (size_t)c->config->n_vocab; }
+static float *qwen3i_cpu_kept(const qwen3i_cpu *c, int seq) {
+    return c->kept + (size_t)seq * (size_t)c->config->n_vocab;
+}
 
 static qwen3_result qwen3i_cpu_logits(void *ctx_state, int seq, const float **out, const qwen3i_err *err) {
     (void)err;
@@ -5996,7 +6094,8 @@ static void qwen3i_cpu_kv_copy(const qwen3i_cpu *c, char *cache, char *flat, int
         }
 }
 
-static qwen3_result qwen3i_cpu_kv_read(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v, const qwen3i_err *err) {
+static qwen3_result qwen3i_cpu_kv_read(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v,
+                                       const qwen3i_err *err) {
     const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
     size_t at = qwen3i_cpu_kv_at(c, layer, seq, 0, 0);
     (void)err;
@@ -6005,7 +6104,8 @@ static qwen3_result qwen3i_cpu_kv_read(void *ctx_state, int seq, int layer, int 
     return QWEN3_OK;
 }
 
-static qwen3_result qwen3i_cpu_kv_write(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v, const qwen3i_err *err) {
+static qwen3_result qwen3i_cpu_kv_write(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v,
+                                        const qwen3i_err *err) {
     const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
     size_t at = qwen3i_cpu_kv_at(c, layer, seq, 0, 0);
     (void)err;
