@@ -8,7 +8,7 @@ MODEL    ?= demo
 PREFIX   ?= /usr/local
 NVCC     ?= $(shell command -v nvcc 2>/dev/null)
 CUDA_ARCH ?= $(shell tools/cuda_arch.sh "$(NVCC)")
-NVCCFLAGS = -O3 -std=c++17 -Xcompiler -Wall,-Wextra -Werror all-warnings $(CUDA_ARCH)
+NVCCFLAGS = -O3 -std=c++17 --threads 0 -Xcompiler -Wall,-Wextra -Werror all-warnings $(CUDA_ARCH)
 LDLIBS    = -lm -lpthread
 DEPS      = qwen3.h Makefile
 
