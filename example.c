@@ -41,9 +41,9 @@ static const qwen3_backend *no_backend(void) { return NULL; }
 
 typedef struct options {
     const char *model, *prompt, *system, *tools_file;
-    int ctx, threads, no_think, cuda, cpu, max_tokens, think_budget, nul, top_k;
-    double temp, top_p, min_p;          /* below 0: the model's advice */
-    long long seed;
+    double temp, top_p, min_p, top_k;   /* below 0: the model's advice */
+    double ctx, threads, max_tokens, think_budget, seed;
+    int no_think, cuda, cpu, nul, help;
 } options;
 
 typedef struct text { char *bytes; size_t n, cap; } text;        /* a growing string */
@@ -109,48 +109,41 @@ static int read_line(text *t) {
     return c != EOF || t->n > 0;
 }
 
-static double number(const char *flag, const char *value, double low, double high) {
+typedef struct flag { const char *name; double *number, low, high; const char **text; int *on; } flag;
+
+/* Take one option from the arguments at argv[i]; returns how many it used, 0 if it is none of ours. */
+static int take(const flag *flags, char **argv, int i, int argc) {
     char *end;
-    double v = value ? strtod(value, &end) : 0;
-    if (!value || end == value || *end || v < low || v > high) die(2, "bad or missing value after", flag);
-    return v;
+    const flag *f = flags;
+    while (f->name && strcmp(f->name, argv[i])) f++;
+    if (!f->name) return 0;
+    if (f->on) { *f->on = 1; return 1; }
+    if (i + 1 == argc) die(2, "missing value after", argv[i]);
+    if (f->text) { *f->text = argv[i + 1]; return 2; }
+    *f->number = strtod(argv[i + 1], &end);
+    if (end == argv[i + 1] || *end || *f->number < f->low || *f->number > f->high) die(2, "bad value after", argv[i]);
+    return 2;
 }
 
 static options parse(int argc, char **argv) {
-    options o;
-    int i;
-    memset(&o, 0, sizeof o);
+    static options o;
+    const flag flags[] = {
+        {"--temp", &o.temp, 0, 100, 0, 0}, {"--top-p", &o.top_p, 0, 1, 0, 0}, {"--min-p", &o.min_p, 0, 1, 0, 0},
+        {"--top-k", &o.top_k, 0, 1e9, 0, 0}, {"--seed", &o.seed, 0, 9e15, 0, 0}, {"--max", &o.max_tokens, 0, 1e9, 0, 0},
+        {"--think-budget", &o.think_budget, 0, 1e9, 0, 0}, {"--ctx", &o.ctx, 1, 1e9, 0, 0}, {"--threads", &o.threads, 0, 256, 0, 0},
+        {"-p", 0, 0, 0, &o.prompt, 0}, {"-s", 0, 0, 0, &o.system, 0}, {"--tools", 0, 0, 0, &o.tools_file, 0},
+        {"--no-think", 0, 0, 0, 0, &o.no_think}, {"--cuda", 0, 0, 0, 0, &o.cuda}, {"--cpu", 0, 0, 0, 0, &o.cpu},
+        {"-0", 0, 0, 0, 0, &o.nul}, {"--help", 0, 0, 0, 0, &o.help}, {"-h", 0, 0, 0, 0, &o.help}, {0, 0, 0, 0, 0, 0}
+    };
+    int i, used;
     o.temp = o.top_p = o.min_p = o.top_k = -1;
     o.seed = 42;
-    for (i = 1; i < argc; i++) {
-        const char *a = argv[i], *v = i + 1 < argc ? argv[i + 1] : NULL;
-        int takes_value = 1;
-        if      (!strcmp(a, "--temp"))         o.temp = number(a, v, 0, 100);
-        else if (!strcmp(a, "--top-p"))        o.top_p = number(a, v, 0, 1);
-        else if (!strcmp(a, "--min-p"))        o.min_p = number(a, v, 0, 1);
-        else if (!strcmp(a, "--top-k"))        o.top_k = (int)number(a, v, 0, 1e9);
-        else if (!strcmp(a, "--seed"))         o.seed = (long long)number(a, v, 0, 9e15);
-        else if (!strcmp(a, "--max"))          o.max_tokens = (int)number(a, v, 0, 1e9);
-        else if (!strcmp(a, "--think-budget")) o.think_budget = (int)number(a, v, 0, 1e9);
-        else if (!strcmp(a, "--ctx"))          o.ctx = (int)number(a, v, 1, 1e9);
-        else if (!strcmp(a, "--threads"))      o.threads = (int)number(a, v, 0, 256);
-        else if (!strcmp(a, "-p"))             o.prompt = v;
-        else if (!strcmp(a, "-s"))             o.system = v;
-        else if (!strcmp(a, "--tools"))        o.tools_file = v;
-        else {
-            takes_value = 0;
-            if      (!strcmp(a, "--no-think")) o.no_think = 1;
-            else if (!strcmp(a, "--cuda"))     o.cuda = 1;
-            else if (!strcmp(a, "--cpu"))      o.cpu = 1;
-            else if (!strcmp(a, "-0"))         o.nul = 1;
-            else if (!strcmp(a, "--help") || !strcmp(a, "-h")) { fputs(usage, stdout); exit(0); }
-            else if (a[0] == '-' || o.model)   die(2, "unknown argument (see --help)", a);
-            else o.model = a;
-        }
-        if (takes_value && !v) die(2, "missing value after", a);
-        i += takes_value;
+    for (i = 1; i < argc; i += used) {
+        used = take(flags, argv, i, argc);
+        if (used == 0 && (argv[i][0] == '-' || o.model)) die(2, "unknown argument (see --help)", argv[i]);
+        if (used == 0) { o.model = argv[i]; used = 1; }
     }
-    if (!o.model) { fputs(usage, stderr); exit(2); }
+    if (o.help || !o.model) { fputs(usage, o.help ? stdout : stderr); exit(o.help ? 0 : 2); }
     if (o.cuda && !HAVE_CUDA) die(2, "--cuda: this program was built without CUDA (make, with nvcc on the PATH, builds it in)", NULL);
     return o;
 }
@@ -191,8 +184,8 @@ static void create_context(chat *c) {
     qwen3_ctx_desc d;
     char err[512];
     memset(&d, 0, sizeof d);
-    d.max_ctx = o->ctx;
-    d.threads = o->threads;
+    d.max_ctx = (int)o->ctx;
+    d.threads = (int)o->threads;
     d.cancel = poll_interrupt;
     if (qwen3_ctx_create(&c->ctx, c->model, &d, err, sizeof err) != QWEN3_OK) die(1, "cannot create a context", err);
     c->sampler = qwen3_get_info(c->model).sampler;
@@ -200,7 +193,7 @@ static void create_context(chat *c) {
     if (o->temp  >= 0) c->sampler.temperature = (float)o->temp;
     if (o->top_p >= 0) c->sampler.top_p = (float)o->top_p;
     if (o->min_p >= 0) c->sampler.min_p = (float)o->min_p;
-    if (o->top_k >= 0) c->sampler.top_k = o->top_k;
+    if (o->top_k >= 0) c->sampler.top_k = (int)o->top_k;
 }
 
 static void load_tools(chat *c) {
@@ -261,7 +254,7 @@ static int reply(chat *c) {
     d.msgs = c->msgs; d.n_msgs = c->n_msgs; d.tools = c->tools; d.n_tools = c->n_tools;
     d.flags = c->opt.no_think ? QWEN3_CHAT_NO_THINK : 0;
     g.sampler = &c->sampler; g.on_text = put; g.user = c;
-    g.max_tokens = c->opt.max_tokens; g.think_budget = c->opt.think_budget;
+    g.max_tokens = (int)c->opt.max_tokens; g.think_budget = (int)c->opt.think_budget;
     interrupted = 0;
     c->answer.n = 0;
     append(&c->answer, "", 0);
@@ -325,8 +318,8 @@ static void restore(chat *c, const char *path) {
 static void stats(const chat *c) {
     const qwen3_info f = qwen3_get_info(c->model);
     const qwen3_stats s = qwen3_ctx_stats(c->ctx);
-    fprintf(stderr, "%.2f billion parameters on %s (%s); %d tokens in the context; %lld evaluated in prompts, %lld generated, %lld reused\n",
-            (double)f.n_params * 1e-9, f.backend_name, f.device_name, qwen3_seq_len(c->ctx, 0), (long long)s.n_prefill, (long long)s.n_decode, (long long)s.n_reused);
+    fprintf(stderr, "%.0f million parameters on %s (%s); %d tokens in the context; %lld evaluated in prompts, %lld generated, %lld reused\n",
+            (double)f.n_params * 1e-6, f.backend_name, f.device_name, qwen3_seq_len(c->ctx, 0), (long long)s.n_prefill, (long long)s.n_decode, (long long)s.n_reused);
 }
 
 /* Returns 0 to leave. *ok turns 0 if an answer failed. */
