@@ -114,11 +114,13 @@ static void test_cpu_formats_rows(void) {
     for (level = 0; (simd = qwen3i_simd_level(level)) != NULL; level++)
         for (t = 0; t < 3; t++)
             for (n = 0; n < 70; n++) {
-                float *x = cpu_floats((size_t)n, n % 3 == 0 ? 1e5 : n % 3 == 1 ? 1.0 : 1e-6), *back = cpu_floats((size_t)n, 0);
+                float *x = cpu_floats((size_t)n, n % 3 == 0 ? 1e5 : n % 3 == 1 ? 1.0 : 1e-6),
+                    *back = cpu_floats((size_t)n, 0);
                 void *y = cpu_typed((size_t)n, cpu_types[t], 0), *expected = cpu_typed((size_t)n, cpu_types[t], 0);
                 for (i = 0; i < n; i++) cpu_put(expected, cpu_types[t], (size_t)i, (double)x[i]);
                 simd->store(y, x, cpu_types[t], n);
-                CHECK_MSG(memcmp(y, expected, (size_t)n * qwen3i_type_size(cpu_types[t])) == 0, "%s store, %d", simd->name, n);
+                CHECK_MSG(memcmp(y, expected, (size_t)n * qwen3i_type_size(cpu_types[t])) == 0, "%s store, %d",
+                    simd->name, n);
                 simd->load(back, y, cpu_types[t], n);
                 for (i = 0; i < n; i++) CHECK((double)back[i] == cpu_at(y, cpu_types[t], (size_t)i));
                 free(x); free(back); free(y); free(expected);
@@ -127,22 +129,27 @@ static void test_cpu_formats_rows(void) {
 
 /* ---- kernels -------------------------------------------------------------------------------------- */
 static void test_cpu_exp(void) {
+#ifdef __FAST_MATH__
+    const double range = 80;        /* below, parts of the result are denormal and count as zero */
+#else
+    const double range = 87.3;
+#endif
     const qwen3i_simd *simd;
     float x[997], y[997], z[997];
     int level, i, pass;
     for (level = 0; (simd = qwen3i_simd_level(level)) != NULL; level++) {
         double worst = 0;
         for (pass = 0; pass < 60; pass++) {
-            for (i = 0; i < 997; i++) x[i] = (float)(pass < 30 ? 87.3 * cpu_uniform() : 1.5 * cpu_uniform());
+            for (i = 0; i < 997; i++) x[i] = (float)(pass < 30 ? range * cpu_uniform() : 1.5 * cpu_uniform());
             simd->exp(y, x, 0.0f, 997);
             for (i = 0; i < 997; i++) {
-                double ulps = fabs((double)y[i] - exp((double)x[i])) / ldexp(1.0, ilogb(exp((double)x[i])) - 23);
-                if (ulps > worst) worst = ulps;
+                double error = fabs((double)y[i] / exp((double)x[i]) - 1);
+                if (error > worst) worst = error;
             }
             simd->exp(z, x + 3, 0.0f, 5);       /* the place in a vector makes no difference */
             CHECK(cpu_same(y + 3, z, 5));
         }
-        CHECK_MSG(worst <= 2.0, "%s: %g ulp", simd->name, worst);
+        CHECK_MSG(worst < 1.5e-7, "%s: relative error %g", simd->name, worst);    /* 2 ulp: 1.2e-7 to 2.4e-7 */
         x[0] = 0.0f; x[1] = -88.0f; x[2] = -1e30f; x[3] = 1000.0f; x[4] = -0.0f; x[5] = -1e-40f;
         simd->exp(y, x, 0.0f, 6);
         CHECK(y[0] == 1.0f && y[1] == 0.0f && y[2] == 0.0f && y[3] > 1e38f && y[4] == 1.0f && y[5] == 1.0f);
@@ -168,8 +175,10 @@ static void cpu_dot_case(const qwen3i_simd *simd, qwen3i_type type, int n_w, int
                 size += fabs(p);
             }
             simd->dot(&one, 1, row, (size_t)cols, type, 1, x + t * cols, (size_t)cols, 1, cols);
-            CHECK_MSG(cpu_same(&one, &y[t * n_w + r], 1), "%s, type %d, %d x %d x %d: depends on the tile", simd->name, type, n_w, n_x, cols);
-            CHECK_MSG(fabs(sum - (double)one) <= 1e-6 * size, "%s, type %d, %d columns: %g, not %g", simd->name, type, cols, (double)one, sum);
+            CHECK_MSG(cpu_same(&one, &y[t * n_w + r], 1), "%s, type %d, %d x %d x %d: depends on the tile",
+                simd->name, type, n_w, n_x, cols);
+            CHECK_MSG(fabs(sum - (double)one) <= 1e-6 * size, "%s, type %d, %d columns: %g, not %g", simd->name, type,
+                cols, (double)one, sum);
         }
     free(w); free(x); free(y);
 }
@@ -199,7 +208,8 @@ static void cpu_mix_case(const qwen3i_simd *simd, qwen3i_type type, int n_p, int
     simd->mix(y, (size_t)cols, p, (size_t)n_v, n_p, v, (size_t)cols, type, n_v, cols);
     for (t = 0; t < n_p; t++) {
         simd->mix(split + t * cols, (size_t)cols, p + t * n_v, (size_t)n_v, 1, v, (size_t)cols, type, half, cols);
-        simd->mix(split + t * cols, (size_t)cols, p + t * n_v + half, (size_t)n_v, 1, rest, (size_t)cols, type, n_v - half, cols);
+        simd->mix(split + t * cols, (size_t)cols, p + t * n_v + half, (size_t)n_v, 1, rest, (size_t)cols, type,
+            n_v - half, cols);
         for (d = 0; d < cols; d++) {
             double sum = (double)before[t * cols + d], size = fabs(sum);
             for (r = 0; r < n_v; r++) {
@@ -229,7 +239,8 @@ static void test_cpu_softmax(void) {
     int level, n, i;
     for (level = 0; (simd = qwen3i_simd_level(level)) != NULL; level++)
         for (n = 1; n <= 300; n += n < 70 ? 1 : 23) {
-            float *s = cpu_floats((size_t)(n + 15) / 16 * 16, n % 5 == 0 ? 1e4 : n % 5 == 1 ? 0.0 : 3.0), *x = cpu_copy(s, (size_t)n);
+            float *s = cpu_floats((size_t)(n + 15) / 16 * 16, n % 5 == 0 ? 1e4 : n % 5 == 1 ? 0.0 : 3.0),
+                *x = cpu_copy(s, (size_t)n);
             double top = -1e300, sum = 0, total = 0;
             for (i = 0; i < n; i++) if ((double)x[i] * 0.125 > top) top = (double)x[i] * 0.125;
             for (i = 0; i < n; i++) sum += exp((double)x[i] * 0.125 - top);
@@ -252,14 +263,16 @@ static void test_cpu_rmsnorm(void) {
         for (c = 0; c < 12; c++)
             for (s = 0; s < 6; s++) {
                 int n = sizes[c];
-                float *x = cpu_floats((size_t)n, scales[s]), *gain = cpu_floats((size_t)n, 50.0), *y = cpu_floats((size_t)n, 1.0);
+                float *x = cpu_floats((size_t)n, scales[s]), *gain = cpu_floats((size_t)n, 50.0),
+                    *y = cpu_floats((size_t)n, 1.0);
                 double sum = 0;
                 if (s == 0) x[n / 2] = 1e4f;                        /* one channel sticks out */
                 for (i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
                 simd->rmsnorm(y, x, gain, n, 1e-6f);
                 for (i = 0; i < n; i++) {
                     double expected = (double)x[i] / sqrt(sum / n + 1e-6) * (double)gain[i];
-                    CHECK_MSG(fabs((double)y[i] - expected) <= 1e-6 * fabs(expected) + 1e-44, "%s, %d: %g, not %g", simd->name, n, (double)y[i], expected);
+                    CHECK_MSG(fabs((double)y[i] - expected) <= 1e-6 * fabs(expected) + 1e-44, "%s, %d: %g, not %g",
+                        simd->name, n, (double)y[i], expected);
                 }
                 simd->rmsnorm(x, x, gain, n, 1e-6f);                /* in place */
                 CHECK(cpu_same(x, y, (size_t)n));
@@ -274,11 +287,13 @@ static void test_cpu_silu_mul(void) {
     for (level = 0; (simd = qwen3i_simd_level(level)) != NULL; level++)
         for (n = 1; n <= 1000; n += n < 70 ? 1 : 93)
             for (s = 0; s < 5; s++) {
-                float *gate = cpu_floats((size_t)n, scales[s]), *up = cpu_floats((size_t)n, 1e5), *y = cpu_floats((size_t)n, 1.0);
+                float *gate = cpu_floats((size_t)n, scales[s]), *up = cpu_floats((size_t)n, 1e5),
+                    *y = cpu_floats((size_t)n, 1.0);
                 simd->silu_mul(y, gate, up, n);
                 for (i = 0; i < n; i++) {
                     double g = (double)gate[i], expected = g / (1 + exp(-g)) * (double)up[i];
-                    CHECK_MSG(fabs((double)y[i] - expected) <= 1e-6 * fabs(expected) + 1e-28, "%s, silu(%g): %g, not %g", simd->name, g, (double)y[i], expected);
+                    CHECK_MSG(fabs((double)y[i] - expected) <= 1e-6 * fabs(expected) + 1e-28,
+                        "%s, silu(%g): %g, not %g", simd->name, g, (double)y[i], expected);
                 }
                 free(gate); free(up); free(y);
             }
@@ -307,7 +322,7 @@ static void test_cpu_simd_agree(void) {
 /* ---- rotary embedding ------------------------------------------------------------------------------- */
 static int cpu_ulps(float a, float b) {
 #ifdef __FAST_MATH__
-    return fabs((double)a - (double)b) > 1e-4 * fabs((double)b) ? 1000 : 0;
+    return fabs((double)a - (double)b) > 0.02 * fabs((double)b) ? 1000 : 0;     /* an angle of 31337, 1 ulp off */
 #else
     int64_t d = (int64_t)qwen3i_bits_from_float(a) - (int64_t)qwen3i_bits_from_float(b);
     return (int)(d < 0 ? -d : d);
@@ -317,9 +332,12 @@ static int cpu_ulps(float a, float b) {
 /* Numbers from transformers' Qwen3RotaryEmbedding in float32. */
 static void test_cpu_rope_freqs(void) {
     static const int index[7] = {0, 1, 7, 32, 37, 62, 63}, index64[7] = {0, 1, 7, 16, 21, 30, 31};
-    static const float plain[7] = {1.0f, 0.805842221f, 0.220673397f, 0.00100000005f, 0.000339820836f, 1.53992653e-06f, 1.24093776e-06f};
-    static const float yarn[7]  = {1.0f, 0.805842221f, 0.220673397f, 0.000602941145f, 0.00012993149f, 3.84981632e-07f, 3.10234441e-07f};
-    static const float other[7] = {1.0f, 0.749894202f, 0.133352146f, 0.0073333336f, 0.000948549539f, 7.11311732e-05f, 5.33408565e-05f};
+    static const float plain[7] = {1.0f, 0.805842221f, 0.220673397f, 0.00100000005f, 0.000339820836f, 1.53992653e-06f,
+        1.24093776e-06f};
+    static const float yarn[7]  = {1.0f, 0.805842221f, 0.220673397f, 0.000602941145f, 0.00012993149f, 3.84981632e-07f,
+        3.10234441e-07f};
+    static const float other[7] = {1.0f, 0.749894202f, 0.133352146f, 0.0073333336f, 0.000948549539f, 7.11311732e-05f,
+        5.33408565e-05f};
     float freqs[64];
     qwen3i_config c;
     int i;
@@ -330,7 +348,8 @@ static void test_cpu_rope_freqs(void) {
     CHECK(cpu_ulps(qwen3i_rope_freqs(freqs, &c, 4), 1.138629436111989f) <= 1);      /* from 32,768 positions on */
     for (i = 0; i < 7; i++) CHECK(cpu_ulps(freqs[index[i]], yarn[i]) <= 1);
     c.head_dim = 64; c.rope_theta = 1e4;
-    c.yarn_factor = 2.5; c.yarn_original_ctx = 4096; c.yarn_beta_fast = 16; c.yarn_beta_slow = 2; c.yarn_attn_factor = 1.25;
+    c.yarn_factor = 2.5; c.yarn_original_ctx = 4096; c.yarn_beta_fast = 16; c.yarn_beta_slow = 2;
+    c.yarn_attn_factor = 1.25;
     CHECK(qwen3i_rope_freqs(freqs, &c, 0) == 1.25f);
     for (i = 0; i < 7; i++) CHECK(cpu_ulps(freqs[index64[i]], other[i]) <= 2);
 }
@@ -344,7 +363,8 @@ static void test_cpu_rope(void) {
     c.head_dim = 128; c.rope_theta = 1e6; c.max_ctx = 40960;
     qwen3i_rope_angles(cosines, sines, positions, 3, freqs, 64, qwen3i_rope_freqs(freqs, &c, 0));
     for (i = 0; i < 64; i++) CHECK(cosines[i] == 1.0f && sines[i] == 0.0f);
-    CHECK(cpu_ulps(cosines[128], -0.926151276f) <= 1 && cpu_ulps(sines[128], 0.377152264f) <= 1);
+    CHECK(cpu_ulps(cosines[128], -0.926151276f) <= 1);
+    CHECK(cpu_ulps(sines[128], 0.377152264f) <= 1);
     CHECK(cpu_ulps(cosines[128 + 32], 0.996887028f) <= 1 && cpu_ulps(sines[128 + 32], -0.0788428187f) <= 1);
     for (i = 0; i < 256; i++) y[i] = x[i] = (float)cpu_uniform();
     qwen3i_rope(y, cosines + 128, sines + 128, 2, 128);
@@ -416,7 +436,8 @@ static void cpu_ref_matmul(double *y, const qwen3i_matrix *w, const float *x, in
     for (t = 0; t < n; t++)
         for (r = 0; r < w->rows; r++) {
             double sum = 0;
-            for (k = 0; k < w->cols; k++) sum += cpu_at(w->data, w->type, (size_t)r * (size_t)w->cols + (size_t)k) * (double)x[t * w->cols + k];
+            for (k = 0; k < w->cols; k++)
+                sum += cpu_at(w->data, w->type, (size_t)r * (size_t)w->cols + (size_t)k) * (double)x[t * w->cols + k];
             y[t * w->rows + r] = sum;
         }
 }
@@ -460,8 +481,9 @@ static void test_cpu_matmul(void) {
                     cpu_ref_matmul(expected, &layer.w_gate, x, N);
                     cpu_ref_matmul(expected + N * FF, &layer.w_up, x, N);
                     for (i = 0; i < N * FF; i++) {
-                        CHECK(fabs((double)k[i] - expected[i]) < 1e-5 && fabs((double)v[i] - expected[N * FF + i]) < 1e-5);
-                        CHECK(fabs((double)ff[i] - expected[i] / (1 + exp(-expected[i])) * expected[N * FF + i]) < 1e-4);
+                        double g = expected[i], u = expected[N * FF + i];
+                        CHECK(fabs((double)k[i] - g) < 1e-5 && fabs((double)v[i] - u) < 1e-5);
+                        CHECK(fabs((double)ff[i] - g / (1 + exp(-g)) * u) < 1e-4);
                     }
                 }
                 CHECK(cpu_same(ff, glu, (size_t)n * FF));
@@ -469,7 +491,8 @@ static void test_cpu_matmul(void) {
             cpu_bench_free(b);
         }
         cpu_matrix_free(&layer.wq); cpu_matrix_free(&layer.wk); cpu_matrix_free(&layer.wv);
-        free(x); free(start); free(y); free(first); free(added); free(glu); free(ff); free(q); free(k); free(v); free(expected);
+        free(x); free(start); free(y); free(first); free(added); free(glu); free(ff); free(q); free(k); free(v);
+        free(expected);
     }
 }
 
@@ -481,7 +504,8 @@ static void test_cpu_embed(void) {
         qwen3i_matrix table = cpu_matrix(7, 21, cpu_types[t], 1.0);
         float *x = cpu_floats(4 * 21, 1.0);
         qwen3i_embed(&b->exec, x, &table, tokens, 4);
-        for (i = 0; i < 4 * 21; i++) CHECK((double)x[i] == cpu_at(table.data, table.type, (size_t)(tokens[i / 21] * 21 + i % 21)));
+        for (i = 0; i < 4 * 21; i++)
+            CHECK((double)x[i] == cpu_at(table.data, table.type, (size_t)(tokens[i / 21] * 21 + i % 21)));
         cpu_matrix_free(&table);
         free(x);
     }
@@ -492,26 +516,29 @@ static void test_cpu_embed(void) {
 static void cpu_ref_attention(double *out, const qwen3i_attention_args *a, int i, int h) {
     int dim = a->head_dim, n = a->positions[i] + 1, p, d;
     size_t head = (size_t)a->seqs[i] * (size_t)a->n_head_kv + (size_t)(h / (a->n_head / a->n_head_kv));
+    size_t base = head * (size_t)a->max_ctx * (size_t)dim;      /* of the KV head in the cache */
     double *s = (double *)malloc((size_t)n * 8), top = -1e300, sum = 0;
     for (p = 0; p < n; p++) {
         for (s[p] = 0, d = 0; d < dim; d++)
-            s[p] += (double)a->q[(i * a->n_head + h) * dim + d] * cpu_at(a->k, a->type, (head * (size_t)a->max_ctx + (size_t)p) * (size_t)dim + (size_t)d);
+            s[p] += (double)a->q[(i * a->n_head + h) * dim + d] * cpu_at(a->k, a->type, base + (size_t)(p * dim + d));
         s[p] /= sqrt((double)dim);
         if (s[p] > top) top = s[p];
     }
     for (p = 0; p < n; p++) sum += s[p] = exp(s[p] - top);
     for (d = 0; d < dim; d++)
         for (out[d] = 0, p = 0; p < n; p++)
-            out[d] += s[p] / sum * cpu_at(a->v, a->type, (head * (size_t)a->max_ctx + (size_t)p) * (size_t)dim + (size_t)d);
+            out[d] += s[p] / sum * cpu_at(a->v, a->type, base + (size_t)(p * dim + d));
     free(s);
 }
 
 /* Rows [0, n) in one call, and each row in a call of its own on other threads: the same bits. */
-static void cpu_attention_case(int n_head, int n_head_kv, int dim, qwen3i_type type, int n_past, int n_a, int n_b, double k_scale, int level) {
+static void cpu_attention_case(int n_head, int n_head_kv, int dim, qwen3i_type type, int n_past, int n_a, int n_b,
+    double k_scale, int level) {
     int max_ctx = n_past + qwen3i_max(n_a, n_b) + 3, n = n_a + n_b, width = n_head * dim, i, h, d;
     size_t cache = (size_t)2 * (size_t)n_head_kv * (size_t)max_ctx * (size_t)dim;
     void *k = cpu_typed(cache, type, k_scale), *v = cpu_typed(cache, type, 1.0);
-    float *q = cpu_floats((size_t)(n * width), 0.7), *out = cpu_floats((size_t)(n * width), 1.0), *one = cpu_floats((size_t)width, 1.0);
+    float *q = cpu_floats((size_t)(n * width), 0.7), *out = cpu_floats((size_t)(n * width), 1.0),
+        *one = cpu_floats((size_t)width, 1.0);
     int32_t *seqs = (int32_t *)malloc((size_t)n * 4), *positions = (int32_t *)malloc((size_t)n * 4);
     double *expected = (double *)malloc((size_t)dim * 8);
     cpu_bench *b = cpu_bench_create(1 + n % 3, level), *lone = cpu_bench_create(1 + (n + 1) % 3, level);
@@ -535,7 +562,8 @@ static void cpu_attention_case(int n_head, int n_head_kv, int dim, qwen3i_type t
             cpu_ref_attention(expected, &a, i, h);
             for (d = 0; d < dim; d++)
                 CHECK_MSG(fabs((double)out[i * width + h * dim + d] - expected[d]) < (k_scale > 100 ? 1e-2 : 2e-6),
-                          "%d/%d heads of %d, type %d, position %d: %g, not %g", n_head, n_head_kv, dim, type, positions[i],
+                          "%d/%d heads of %d, type %d, position %d: %g, not %g", n_head, n_head_kv, dim, type,
+                              positions[i],
                           (double)out[i * width + h * dim + d], expected[d]);
         }
     }
@@ -547,7 +575,8 @@ static void test_cpu_attention(void) {
     static const int dims[4] = {16, 64, 128, 80}, groups[4] = {1, 2, 4, 8};
     int i, level;
     for (i = 0; i < 64; i++)
-        cpu_attention_case(groups[i / 4 % 4] * (1 + i % 2), 1 + i % 2, dims[i % 4], cpu_types[i % 3], i * 37 % 290, 1 + i % 11, i % 5, 1.0, 0);
+        cpu_attention_case(groups[i / 4 % 4] * (1 + i % 2), 1 + i % 2, dims[i % 4], cpu_types[i % 3], i * 37 % 290,
+            1 + i % 11, i % 5, 1.0, 0);
     for (i = 0; i < 30; i++) cpu_attention_case(4, 2, 16, QWEN3I_F16, i * 10, 1, 0, 1.0, 0);
     cpu_attention_case(30, 1, 16, QWEN3I_F32, 5, 3, 2, 1.0, 0);         /* more heads in a group than a tile has rows */
     cpu_attention_case(14, 2, 6, QWEN3I_F32, 20, 40, 9, 1.0, 0);
@@ -561,7 +590,14 @@ static void test_cpu_attention(void) {
 /* ---- whole forward passes ---------------------------------------------------------------------------------- */
 enum { CPU_LAYERS = 3, CPU_EMBD = 40, CPU_HEADS = 6, CPU_KV_HEADS = 2, CPU_DIM = 12, CPU_FF = 50, CPU_VOCAB = 67 };
 
-typedef struct cpu_model { qwen3_model model; qwen3i_layer layers[CPU_LAYERS]; void *owned[64]; int n_owned; } cpu_model;
+typedef double cpu_kv[100][CPU_KV_HEADS * CPU_DIM];     /* of one layer, by position */
+
+typedef struct cpu_model {
+    qwen3_model  model;
+    qwen3i_layer layers[CPU_LAYERS];
+    void        *owned[64];
+    int          n_owned;
+} cpu_model;
 
 static qwen3i_matrix cpu_model_matrix(cpu_model *m, int rows, int cols, qwen3i_type type) {
     qwen3i_matrix w = cpu_matrix(rows, cols, type, 2.0 / sqrt((double)cols));
@@ -585,7 +621,8 @@ static cpu_model *cpu_model_create(qwen3i_type type, float k_gain) {
     qwen3i_config *c = &m->model.config;
     int i;
     cpu_seed = 7;
-    c->n_layer = CPU_LAYERS; c->n_embd = CPU_EMBD; c->n_head = CPU_HEADS; c->n_head_kv = CPU_KV_HEADS; c->head_dim = CPU_DIM;
+    c->n_layer = CPU_LAYERS; c->n_embd = CPU_EMBD; c->n_head = CPU_HEADS; c->n_head_kv = CPU_KV_HEADS;
+    c->head_dim = CPU_DIM;
     c->n_ff = CPU_FF; c->n_vocab = CPU_VOCAB; c->max_ctx = 1024; c->rms_eps = 1e-6f; c->rope_theta = 1e6; c->tied = 1;
     for (i = 0; i < CPU_LAYERS; i++) {
         qwen3i_layer *l = &m->layers[i];
@@ -638,7 +675,8 @@ static qwen3_result cpu_eval(qwen3i_cpu *c, int seq, const qwen3_token *tokens, 
         positions[i] = pos + i;
         outs[i].row = i; outs[i].keep_seq = i == n - 1 ? seq : -1; outs[i].logits = logits + i * CPU_VOCAB;
     }
-    batch.tokens = tokens + pos; batch.seqs = seqs; batch.positions = positions; batch.n_rows = n; batch.outs = outs; batch.n_outs = n;
+    batch.tokens = tokens + pos; batch.seqs = seqs; batch.positions = positions; batch.n_rows = n; batch.outs = outs;
+    batch.n_outs = n;
     return qwen3i_cpu_backend()->forward(c, &batch, NULL);
 }
 
@@ -667,19 +705,23 @@ static void cpu_ref_rope(double *x, int pos) {
     }
 }
 
-/* The model in double precision, one token: k and v [layers, positions, kv heads * dim] grow by it. */
-static void cpu_ref_forward(const cpu_model *m, double (*k)[100][CPU_KV_HEADS * CPU_DIM], double (*v)[100][CPU_KV_HEADS * CPU_DIM],
+/* The model in double precision, one token: k and v [layers] grow by it. */
+static void cpu_ref_forward(const cpu_model *m, cpu_kv *k, cpu_kv *v,
                             qwen3_token token, int pos, double *logits) {
     double x[CPU_EMBD], h[CPU_EMBD], q[CPU_HEADS * CPU_DIM], a[CPU_HEADS * CPU_DIM], gate[CPU_FF], up[CPU_FF], s[100];
     int l, i, d, p;
-    for (i = 0; i < CPU_EMBD; i++) x[i] = cpu_at(m->model.weights.embed.data, m->model.weights.embed.type, (size_t)(token * CPU_EMBD + i));
+    const qwen3i_matrix *e = &m->model.weights.embed;
+    for (i = 0; i < CPU_EMBD; i++) x[i] = cpu_at(e->data, e->type, (size_t)(token * CPU_EMBD + i));
     for (l = 0; l < CPU_LAYERS; l++) {
         const qwen3i_layer *w = &m->layers[l];
         cpu_ref_norm(h, x, w->attn_norm, CPU_EMBD);
         cpu_ref_product(q, &w->wq, h, 0);
         cpu_ref_product(k[l][pos], &w->wk, h, 0);
         cpu_ref_product(v[l][pos], &w->wv, h, 0);
-        for (i = 0; i < CPU_HEADS; i++) { cpu_ref_norm(q + i * CPU_DIM, q + i * CPU_DIM, w->q_norm, CPU_DIM); cpu_ref_rope(q + i * CPU_DIM, pos); }
+        for (i = 0; i < CPU_HEADS; i++) {
+            cpu_ref_norm(q + i * CPU_DIM, q + i * CPU_DIM, w->q_norm, CPU_DIM);
+            cpu_ref_rope(q + i * CPU_DIM, pos);
+        }
         for (i = 0; i < CPU_KV_HEADS; i++) {
             cpu_ref_norm(k[l][pos] + i * CPU_DIM, k[l][pos] + i * CPU_DIM, w->k_norm, CPU_DIM);
             cpu_ref_rope(k[l][pos] + i * CPU_DIM, pos);
@@ -688,11 +730,13 @@ static void cpu_ref_forward(const cpu_model *m, double (*k)[100][CPU_KV_HEADS * 
             int kv = i / (CPU_HEADS / CPU_KV_HEADS) * CPU_DIM;
             double top = -1e300, sum = 0;
             for (p = 0; p <= pos; p++) {
-                for (s[p] = 0, d = 0; d < CPU_DIM; d++) s[p] += q[i * CPU_DIM + d] * k[l][p][kv + d] / sqrt((double)CPU_DIM);
+                for (s[p] = 0, d = 0; d < CPU_DIM; d++)
+                    s[p] += q[i * CPU_DIM + d] * k[l][p][kv + d] / sqrt((double)CPU_DIM);
                 if (s[p] > top) top = s[p];
             }
             for (p = 0; p <= pos; p++) sum += s[p] = exp(s[p] - top);
-            for (d = 0; d < CPU_DIM; d++) for (a[i * CPU_DIM + d] = 0, p = 0; p <= pos; p++) a[i * CPU_DIM + d] += s[p] / sum * v[l][p][kv + d];
+            for (d = 0; d < CPU_DIM; d++)
+                for (a[i * CPU_DIM + d] = 0, p = 0; p <= pos; p++) a[i * CPU_DIM + d] += s[p] / sum * v[l][p][kv + d];
         }
         cpu_ref_product(x, &w->wo, a, 1);
         cpu_ref_norm(h, x, w->mlp_norm, CPU_EMBD);
@@ -712,9 +756,8 @@ static void cpu_tokens(qwen3_token *tokens, int n) {
 
 /* Largest difference from the double-precision model, relative to the largest logit. */
 static double cpu_forward_error(const cpu_model *m, qwen3i_cpu *c, int n) {
-    static const size_t size = sizeof(double[CPU_LAYERS][100][CPU_KV_HEADS * CPU_DIM]);
-    double (*k)[100][CPU_KV_HEADS * CPU_DIM] = (double (*)[100][CPU_KV_HEADS * CPU_DIM])malloc(size);
-    double (*v)[100][CPU_KV_HEADS * CPU_DIM] = (double (*)[100][CPU_KV_HEADS * CPU_DIM])malloc(size);
+    cpu_kv *k = (cpu_kv *)malloc(CPU_LAYERS * sizeof(cpu_kv));
+    cpu_kv *v = (cpu_kv *)malloc(CPU_LAYERS * sizeof(cpu_kv));
     double expected[CPU_VOCAB], worst = 0, top = 0;
     float *logits = cpu_floats((size_t)(n * CPU_VOCAB), 1.0);
     qwen3_token tokens[100];
@@ -770,10 +813,12 @@ static void test_cpu_forward_same_bits(void) {
             if (threads == 4) { d.jobs.parallel_for = cpu_jobs_backwards; d.jobs.user = &n_jobs; }
             c = cpu_ctx(m, &d);
             for (pos = 0; pos < 60; pos += chunks[i])
-                CHECK(cpu_eval(c, i % 3, tokens, pos, qwen3i_min(chunks[i], 60 - pos), logits + pos * CPU_VOCAB) == QWEN3_OK);
+                CHECK(cpu_eval(c, i % 3, tokens, pos, qwen3i_min(chunks[i], 60 - pos),
+                    logits + pos * CPU_VOCAB) == QWEN3_OK);
             if (!first) first = cpu_copy(logits, 60 * CPU_VOCAB);
             CHECK_MSG(cpu_same(first, logits, 60 * CPU_VOCAB), "chunks of %d, %d threads", chunks[i], threads);
-            CHECK(qwen3i_cpu_backend()->logits(c, i % 3, &kept, NULL) == QWEN3_OK && cpu_same(kept, first + 59 * CPU_VOCAB, CPU_VOCAB));
+            CHECK(qwen3i_cpu_backend()->logits(c, i % 3, &kept, NULL) == QWEN3_OK);
+            CHECK(cpu_same(kept, first + 59 * CPU_VOCAB, CPU_VOCAB));
             qwen3i_cpu_free(c);
         }
     cpu_model_free(m);
@@ -802,13 +847,15 @@ static void test_cpu_forward_batch(void) {
         outs[s].row = n - 1; outs[s].keep_seq = s == 1 ? -1 : s; outs[s].target = (qwen3_token)(s * 20);
         outs[s].logits = s == 2 ? NULL : logits[s]; outs[s].hidden = hidden[s]; outs[s].logprob = &logprob[s];
     }
-    batch.tokens = flat; batch.seqs = seqs; batch.positions = positions; batch.n_rows = n; batch.outs = outs; batch.n_outs = 3;
+    batch.tokens = flat; batch.seqs = seqs; batch.positions = positions; batch.n_rows = n; batch.outs = outs;
+    batch.n_outs = 3;
     CHECK(qwen3i_cpu_backend()->forward(c, &batch, NULL) == QWEN3_OK);
     for (s = 0; s < 3; s++) {
         const float *row = alone + outs[s].row * CPU_VOCAB;
         double sum = 0, expected[CPU_VOCAB];
         if (outs[s].logits) CHECK(cpu_same(outs[s].logits, row, CPU_VOCAB));
-        if (s != 1) CHECK(qwen3i_cpu_backend()->logits(c, s, &kept, NULL) == QWEN3_OK && cpu_same(kept, row, CPU_VOCAB));
+        if (s != 1)
+            CHECK(qwen3i_cpu_backend()->logits(c, s, &kept, NULL) == QWEN3_OK && cpu_same(kept, row, CPU_VOCAB));
         for (i = 0; i < CPU_VOCAB; i++) sum += exp((double)row[i]);
         CHECK(fabs((double)logprob[s] - ((double)row[s * 20] - log(sum))) < 1e-5);
         cpu_ref_matmul(expected, &m->model.weights.head, hidden[s], 1);
