@@ -5259,7 +5259,7 @@ static QWEN3I_UNUSED void qwen3i_pause(void) {
 #endif
 
 #define QWEN3I_MAX_LANES 64
-#define QWEN3I_SPIN      2000           /* pauses, some tens of microseconds, before a waiting thread sleeps */
+#define QWEN3I_SPIN      1000           /* pauses, about 30 microseconds, before a waiting thread sleeps */
 
 typedef void (*qwen3i_loop_fn)(void *arg, int begin, int end, int lane);
 
