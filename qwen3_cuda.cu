@@ -137,10 +137,11 @@ static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t sh
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
 }
 
-#if QWEN3_CUDA_PDL
-/* The same for a kernel that calls wait_for_previous(): it may start before the one before it has ended. */
-template <class... P, class... A> static cudaError_t launch_early(cudaStream_t stream, dim3 grid, int threads,
-                                                                  size_t shared, void (*kernel)(P...), A... args) {
+/* The same for a kernel that calls wait_for_previous(): where the chip can (sm_90 on), it may start before the one
+   before it has ended. */
+template <class... P, class... A>
+static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int threads, size_t shared,
+                                void (*kernel)(P...), A... args) {
     cudaLaunchConfig_t config = cudaLaunchConfig_t();
     cudaLaunchAttribute early;
     config.gridDim = grid;
@@ -148,14 +149,11 @@ template <class... P, class... A> static cudaError_t launch_early(cudaStream_t s
     config.dynamicSmemBytes = shared;
     config.stream = stream;
     config.attrs = &early;
-    config.numAttrs = 1;
+    config.numAttrs = can && QWEN3_CUDA_PDL ? 1 : 0;
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
 }
-#else
-#define launch_early launch
-#endif
 
 /* ================================================================================================
    MODEL: weights in device memory
@@ -498,7 +496,7 @@ const int LISTED_MAX = 1 << 15;         /* biases and penalised tokens in one st
 const int N_PLANS    = 256;
 const int KEPT       = 3;               /* logits of a sequence: see cuda_ctx */
 
-struct upload_slot {                    /* pinned memory, copied to its twin on the device */
+struct upload_slot {                    /* pinned memory, copied to its twin on the device or read there */
     row_info       *rows;               /* [max_rows] */
     attention_tile *tiles;              /* [max_rows] */
     choice         *choices;            /* [max_seqs] */
@@ -561,8 +559,9 @@ struct cuda_ctx {
     float  *parts;
     unsigned *qkv_tickets, *attn_tickets;
     void   *workspace;
-    row_info *rows; attention_tile *tile_list; choice *choices; listed *lists;
+    row_info *rows; attention_tile *tile_list; listed *lists;
     int    *chosen; u64 *best;                  /* [max_seqs] */
+    candidates *listed_keys;                    /* [head_rows] */
 
     /* pinned host memory */
     upload_slot slots[RING];
@@ -612,7 +611,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->workspace = a->take<char>(WORKSPACE);
     c->rows = a->take<row_info>(rows);
     c->tile_list = a->take<attention_tile>(rows);
-    c->choices = a->take<choice>(seqs);
+    c->listed_keys = a->take<candidates>((size_t)head_rows(c));
     c->lists = a->take<listed>((size_t)LISTED_MAX);
     c->chosen = a->take<int>(seqs);
     c->best = a->take<u64>(seqs);
@@ -870,6 +869,7 @@ struct pass {                           /* one batch on its way through the laye
     cudaStream_t       s;
     int                n, n_tiles;      /* n_tiles 0: attention row by row */
     mode               how;
+    bool               early;           /* kernels may start early: see launch_early */
     bool               fuse_norms;      /* matrix-vector kernels may do the norm of their input themselves */
     const float       *gain;            /* not NULL: the next one is to do it, with this gain */
     bool               pending;         /* tmp is still to be added to x ... */
@@ -895,6 +895,7 @@ static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwe
     pass p;
     p.c = c; p.s = s; p.n = n; p.n_tiles = n_tiles;
     p.how = c->desc.kernels == QWEN3_PATH_STANDARD ? STANDARD : n <= MATVEC_ROWS ? MATVEC : GEMM;
+    p.early = c->m->capability >= 90;
     p.fuse_norms = false;
     p.gain = NULL;
     p.pending = false;
@@ -912,16 +913,16 @@ static int row_threads(int n, int each, int rows) {
     return want < 32 ? 32 : want > limit ? limit : want;
 }
 
-template <class T> static cudaError_t launch_rmsnorm(cudaStream_t s, float *y, int ldy, const T *x, int ldx,
+template <class T> static cudaError_t launch_rmsnorm(bool early, cudaStream_t s, float *y, int ldy, const T *x, int ldx,
                                                      const row_info *outs, const float *gain, int rows, int groups,
                                                      int width, int pad, float eps) {
     const bool four = width % 4 == 0 && ldx % 4 == 0 && ldy % 4 == 0 && (size_t)x % 16 == 0 && (size_t)y % 16 == 0 &&
                       (size_t)gain % 16 == 0;
     if (four)
-        return launch_early(s, grid2(rows, groups), row_threads(width, 4, rows), 0, rmsnorm_kernel<T, 4>, y, ldy, x,
-                            ldx, outs, gain, width, pad, eps);
-    return launch_early(s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_kernel<T, 1>, y, ldy, x, ldx,
-                        outs, gain, width, pad, eps);
+        return launch_early(early, s, grid2(rows, groups), row_threads(width, 4, rows), 0, rmsnorm_kernel<T, 4>, y, ldy,
+                            x, ldx, outs, gain, width, pad, eps);
+    return launch_early(early, s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_kernel<T, 1>, y, ldy, x,
+                        ldx, outs, gain, width, pad, eps);
 }
 
 /* Input of a product with W: float32 rows to c->act in W's type. */
@@ -982,7 +983,8 @@ static share matvec_share(const pass *p, int n, int most_rows) {
 template <class W, int R, int NR, bool ADD>
 static cudaError_t launch_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
     const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
-    return launch_early(p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, matvec_kernel<W, R, NR, ADD>, in, y, ldy, outs);
+    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, matvec_kernel<W, R, NR, ADD>, in, y, ldy,
+                        outs);
 }
 template <class W, bool ADD>
 static cudaError_t matvec_rows_of(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
@@ -1009,7 +1011,7 @@ template <bool ADD> static qwen3_result matvec(const pass *p, float *y, int ldy,
 template <class W, int R, int P>
 static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int ldy) {
     const share s = matvec_share(p, in.n / 2, R == 1 ? 3 : P);
-    return launch_early(p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, mlp_kernel<W, R, P>, in, y, ldy);
+    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, mlp_kernel<W, R, P>, in, y, ldy);
 }
 template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in &in, float *y, int ldy) {
     if (in.rows > 4) return launch_mlp<W, 8, 1>(p, in, y, ldy);
@@ -1025,7 +1027,7 @@ template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in
 template <class W, class T, int R, int NR>
 static cudaError_t launch_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
     const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
-    return launch_early(p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, qkv_rope_kernel<W, T, R, NR>, in, a,
+    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, qkv_rope_kernel<W, T, R, NR>, in, a,
                         p->c->qkv_tickets);
 }
 template <class W, class T> static cudaError_t qkv_rows_of(const pass *p, const matvec_in &in, const qkv_args &a) {
@@ -1046,7 +1048,7 @@ static cudaError_t fused_qkv(const pass *p, const matrix &w, const matvec_in &in
 
 /* ---- x = embedding of the rows' tokens ------------------------------------------------------------- */
 template <class W> static cudaError_t launch_embed(const pass *p, const matrix &w) {
-    return launch_early(p->s, grid1(p->n), row_threads(w.cols, 4, p->n), 0, embed_kernel<W>,
+    return launch_early(p->early, p->s, grid1(p->n), row_threads(w.cols, 4, p->n), 0, embed_kernel<W>,
                   p->c->x, (const W *)w.data, w.scale, (const row_info *)p->c->rows, w.cols, w.ld);
 }
 static qwen3_result embed(const pass *p) {
@@ -1077,7 +1079,7 @@ static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
         p->pending = false;
         return QWEN3_OK;
     }
-    TRY(launched(p, launch_rmsnorm<float>(p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain,
+    TRY(launched(p, launch_rmsnorm<float>(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain,
                                           p->n, 1, g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
     return p->how == STANDARD ? round_rows(p, w, c->h, c->embd_ld, p->n) : QWEN3_OK;
 }
@@ -1115,9 +1117,11 @@ static qwen3_result standard_qkv(const pass *p, const matrix &w, const qkv_args 
     TRY(act_product(p, k, a.ld, w, c->q_dim, c->kv_dim));
     TRY(act_product(p, k + c->kv_dim, a.ld, w, c->q_dim + c->kv_dim, c->kv_dim));
     if (scale) RUN(grid1(p->n), row_threads(a.ld, 4, p->n), 0, scale_rows_kernel, q, scale, a.ld, a.ld);
-    cudaError_t e = launch_rmsnorm<float>(p->s, q, a.ld, q, a.ld, NULL, a.q_norm, p->n, a.n_head, a.head_dim, 0, a.eps);
+    cudaError_t e =
+        launch_rmsnorm<float>(p->early, p->s, q, a.ld, q, a.ld, NULL, a.q_norm, p->n, a.n_head, a.head_dim, 0, a.eps);
     if (e == cudaSuccess)
-        e = launch_rmsnorm<float>(p->s, k, a.ld, k, a.ld, NULL, a.k_norm, p->n, a.n_head_kv, a.head_dim, 0, a.eps);
+        e = launch_rmsnorm<float>(p->early, p->s, k, a.ld, k, a.ld, NULL, a.k_norm, p->n, a.n_head_kv, a.head_dim, 0,
+                                  a.eps);
     if (e == cudaSuccess)
         e = launch(p->s, grid2(p->n, a.n_head + a.n_head_kv), row_threads(a.head_dim / 2, 1, p->n), 0, rope_kernel, a);
 #define CALL(T) kv_store<T>(p, a)
@@ -1165,8 +1169,9 @@ static attention_args attention_arguments(const pass *p, int layer) {
 template <class T, int G> static cudaError_t launch_split(const pass *p, const attention_args &a) {
     const int group = a.n_head / a.n_head_kv, splits = attention_splits(p->c, p->n);
     const dim3 grid((unsigned)p->n, (unsigned)(a.n_head_kv * ceil_div(group, G)), (unsigned)splits);
-    if (a.head_dim == 128) return launch_early(p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 16>, a);
-    return launch_early(p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 0>, a);
+    if (a.head_dim == 128)
+        return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 16>, a);
+    return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 0>, a);
 }
 template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
     const int group = a.n_head / a.n_head_kv;
@@ -1298,7 +1303,7 @@ static qwen3_result all_layers(pass *p, bool may_cancel) {
 static qwen3_result head_norm(const pass *p, int first, int n) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
-    const cudaError_t e = launch_rmsnorm<float>(p->s, c->h, c->embd_ld, c->x, c->embd_ld, c->rows + first,
+    const cudaError_t e = launch_rmsnorm<float>(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, c->rows + first,
                                                 c->m->final_norm, n, 1, g->n_embd, c->embd_ld, g->rms_eps);
     return launched(p, e, "rmsnorm");
 }
@@ -1574,22 +1579,26 @@ static int make_choice(const cuda_ctx *c, const qwen3i_next *item, int ahead, up
     return 1;
 }
 
-/* Enqueue the choice of a token for n sequences whose choices are on the device. */
-static qwen3_result enqueue_choices(cuda_ctx *c, int n, bool adjust, int *report, const qwen3i_err *err) {
-    const int vocab = c->m->config.n_vocab, n_choose = c->n_choose, group = head_rows(c);
+/* Enqueue the choice of a token for n sequences. What a slot holds of it is read where it is, in host memory. */
+static qwen3_result enqueue_choices(cuda_ctx *c, int n, bool adjust, const upload_slot *slot, const qwen3i_err *err) {
+    const int vocab = c->m->config.n_vocab, group = head_rows(c);
+    const size_t seen = (size_t)ceil_div(vocab, 32) * 4;
     for (int i = 0; i < n; i += group) {
         const int count = least(group, n - i);
-        const choice *choices = c->choices + i;
+        const choice *choices = slot->choices + i;
+        const row_info *steps = slot->rows + i;
         const float *kept = c->kept, *copy = c->logits;
         if (adjust) {
-            CUDA_TRY(launch(c->stream, grid2(32, count), 256, 0, copy_logits_kernel, c->logits, kept, choices, vocab));
-            CUDA_TRY(launch(c->stream, grid1(count), 1024, (size_t)ceil_div(vocab, 32) * 4, adjust_kernel, c->logits,
-                            choices, (const listed *)c->lists, (const int *)c->chosen + i, vocab));
+            CUDA_TRY(
+                launch(c->stream, grid2(CHUNKS, count), 256, 0, copy_logits_kernel, c->logits, kept, choices, vocab));
+            CUDA_TRY(launch(c->stream, grid1(count), 1024, seen, adjust_kernel, c->logits, choices,
+                            (const listed *)c->lists, (const int *)c->chosen + i, vocab));
         }
-        CUDA_TRY(launch(c->stream, grid2(32, count), 256, 0, best_kernel, c->best + i, kept, copy, choices, vocab,
-                        n_choose));
+        CUDA_TRY(launch(c->stream, grid2(CHUNKS, count), CHUNK_THREADS, 0, best_kernel, c->best + i, c->listed_keys,
+                        kept, copy, choices, vocab, c->n_choose));
         CUDA_TRY(launch(c->stream, grid1(count), CHOOSE_THREADS, sizeof(choose_shared), choose_kernel, c->rows + i,
-                        c->chosen + i, report + i, c->best + i, kept, copy, choices, vocab, n_choose));
+                        steps, c->chosen + i, slot->report + i, c->best + i, (const candidates *)c->listed_keys, kept,
+                        copy, choices, vocab, c->n_choose));
     }
     return QWEN3_OK;
 }
@@ -1614,11 +1623,9 @@ static qwen3_result begin_step(cuda_ctx *c, const qwen3i_next *items, int n, int
         r->out_target = -1;
     }
     if (adjust && ceil_div(c->m->config.n_vocab, 32) * 4 > 48 * 1024) return QWEN3_ERR_UNSUPPORTED;
-    CUDA_TRY(send(c, c->rows, slot->rows, n));
-    CUDA_TRY(send(c, c->choices, slot->choices, n));
     CUDA_TRY(send(c, c->lists, slot->lists, n_lists));
+    TRY(enqueue_choices(c, n, adjust, slot, err));
     CUDA_TRY(cudaEventRecord(c->uploaded[*slot_at], c->stream));
-    TRY(enqueue_choices(c, n, adjust, slot->report, err));
     CUDA_TRY(cudaEventRecord(c->reported[*slot_at], c->stream));
     return run_step(c, n, err);
 }
@@ -1817,14 +1824,14 @@ static qwen3_result lab_norm_on_device(char *memory, float *y, const void *x, qw
     CUDA_TRY(t.start(0));
     for (int i = 0; i < repeat; i++) {
         if (type == QWEN3I_F32)
-            CUDA_TRY(launch_rmsnorm<float>(0, repeat > 1 ? dy : (float *)(void *)dx, width, (const float *)(void *)dx,
-                                           width, NULL, dg, n, 1, width, 0, eps));
+            CUDA_TRY(launch_rmsnorm<float>(false, 0, repeat > 1 ? dy : (float *)(void *)dx, width,
+                                           (const float *)(void *)dx, width, NULL, dg, n, 1, width, 0, eps));
         else if (type == QWEN3I_F16)
-            CUDA_TRY(
-                launch_rmsnorm<half_t>(0, dy, width, (const half_t *)(void *)dx, width, NULL, dg, n, 1, width, 0, eps));
+            CUDA_TRY(launch_rmsnorm<half_t>(false, 0, dy, width, (const half_t *)(void *)dx, width, NULL, dg, n, 1,
+                                            width, 0, eps));
         else
-            CUDA_TRY(
-                launch_rmsnorm<bf16_t>(0, dy, width, (const bf16_t *)(void *)dx, width, NULL, dg, n, 1, width, 0, eps));
+            CUDA_TRY(launch_rmsnorm<bf16_t>(false, 0, dy, width, (const bf16_t *)(void *)dx, width, NULL, dg, n, 1,
+                                            width, 0, eps));
     }
     CUDA_TRY(t.stop(0, repeat, us));
     CUDA_TRY(cudaMemcpy(y, type == QWEN3I_F32 && repeat == 1 ? (const float *)(void *)dx : dy, count * 4,

@@ -33,10 +33,11 @@ static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1
 /* ================================================================================================
    DEVICE HELPERS
    ================================================================================================ */
-/* With QWEN3_CUDA_PDL the kernels of a decode step start while the one before still runs (sm_90 on): each waits for
-   its results before it touches anything but weights, and says when its own blocks have little left to do. */
+/* With QWEN3_CUDA_PDL the kernels of a decode step start while the one before still runs (sm_90 on; on an H200 worth
+   11 % of the speed of 0.6B, 1 % of that of 8B): each waits for its results before it touches anything but weights
+   and what is older, and says when its own blocks have little left to do. */
 #ifndef QWEN3_CUDA_PDL
-#define QWEN3_CUDA_PDL 0                /* 2: it says so as soon as it may, 1: when its sums are done */
+#define QWEN3_CUDA_PDL 1                /* 0: off; 1: it says so when its sums are done, 2: as soon as it may */
 #endif
 #ifndef QWEN3_CUDA_FUSE_NORM
 #define QWEN3_CUDA_FUSE_NORM 0          /* each block of a matrix-vector kernel does the RMSNorm of its input itself */
@@ -577,31 +578,49 @@ struct qkv_args {
     kv_layer      kv;
 };
 
+/* Where a row stands, and this lane's cosines and sines there. */
+struct row_turn { int seq, position; float2 turn[MAX_HEAD_DIM / 64]; };
+
+static __device__ __forceinline__ row_turn load_turn(const qkv_args &a, int row) {
+    const int half = a.head_dim / 2;
+    row_turn t;
+    t.seq = a.rows[row].seq;
+    t.position = a.rows[row].position;
+#pragma unroll
+    for (int j = 0; j < MAX_HEAD_DIM / 64; j++) {
+        const int i = lane_id() + 32 * j;
+        t.turn[j] = i < half ? a.rope[(size_t)t.position * half + i] : make_float2(0, 0);
+    }
+    return t;
+}
+
 /* One head of one row, by one warp: RMSNorm over its head_dim values, rotate-half, then q back in float32 or
    k to the cache with one rounding. in [head_dim], times scale. */
 template <class T>
-static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row, int head, float scale) {
-    const int half = a.head_dim / 2, lane = lane_id(), pos = a.rows[row].position;
+static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row, int head, float scale,
+                                                      const row_turn &t) {
+    const int half = a.head_dim / 2, n = MAX_HEAD_DIM / 64;
     float *v = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
     const float *gain = head < a.n_head ? a.q_norm : a.k_norm;
-    const float2 *turn = a.rope + (size_t)pos * half;
-    T *k = (T *)a.kv.k + kv_at(a.kv, a.rows[row].seq, pos) + (size_t)(head - a.n_head) * a.head_dim;
-    float lo[MAX_HEAD_DIM / 64], hi[MAX_HEAD_DIM / 64], sum = 0;
+    float lo[n], hi[n], gain_lo[n], gain_hi[n], sum = 0;
 #pragma unroll
-    for (int j = 0; j < MAX_HEAD_DIM / 64; j++) {
-        const int i = lane + 32 * j;
-        lo[j] = i < half ? __ldcg(v + i) * scale : 0.0f;
-        hi[j] = i < half ? __ldcg(v + i + half) * scale : 0.0f;
+    for (int j = 0; j < n; j++) {
+        const int i = lane_id() + 32 * j;
+        const bool in = i < half;
+        lo[j] = in ? __ldcg(v + i) * scale : 0.0f;
+        hi[j] = in ? __ldcg(v + i + half) * scale : 0.0f;
+        gain_lo[j] = in ? gain[i] : 0.0f;
+        gain_hi[j] = in ? gain[i + half] : 0.0f;
         sum += lo[j] * lo[j] + hi[j] * hi[j];
     }
     const float r = 1.0f / sqrtf(warp_sum(sum) / (float)a.head_dim + a.eps);
+    T *k = (T *)a.kv.k + kv_at(a.kv, t.seq, t.position) + (size_t)(head - a.n_head) * a.head_dim;
 #pragma unroll
-    for (int j = 0; j < MAX_HEAD_DIM / 64; j++) {
-        const int i = lane + 32 * j;
+    for (int j = 0; j < n; j++) {
+        const int i = lane_id() + 32 * j;
         if (i >= half) break;
-        const float x = lo[j] * r * gain[i], y = hi[j] * r * gain[i + half];
-        const float2 t = turn[i];
-        const float p = x * t.x - y * t.y, q = y * t.x + x * t.y;
+        const float x = lo[j] * r * gain_lo[j], y = hi[j] * r * gain_hi[j];
+        const float p = x * t.turn[j].x - y * t.turn[j].y, q = y * t.turn[j].x + x * t.turn[j].y;
         if (head < a.n_head) { v[i] = p; v[i + half] = q; }
         else { store(k + i, p); store(k + i + half, q); }
     }
@@ -619,6 +638,8 @@ template <class W, class T, int R, int NR> static __global__ void __launch_bound
     float acc[NR][R];
     const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     matvec_rows<NR>(rows, in.n);
+    /* of the row that this warp will finish; written several kernels before, so there is nothing to wait for */
+    const row_turn turn = load_turn(a, warp_id() < in.rows ? warp_id() : 0);
     dot_rows<W, R, NR>(acc, rows, in, xs);
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
@@ -648,8 +669,7 @@ template <class W, class T, int R, int NR> static __global__ void __launch_bound
     __syncthreads();
     __threadfence();
     for (int h = 0; h < n_heads; h++)
-        if (finished[h])
-            for (int r = warp_id(); r < in.rows; r += MATVEC_WARPS) norm_rope_head<T>(a, r, head0 + h, 1.0f);
+        if (finished[h] && warp_id() < in.rows) norm_rope_head<T>(a, warp_id(), head0 + h, 1.0f, turn);
 }
 
 /* norm_rope_store: the same after a cuBLASLt product, for any number of rows: qkv [rows, ld] times scale[row].
@@ -659,7 +679,7 @@ static __global__ void norm_rope_store_kernel(qkv_args a, const float *scale) {
     const int row = block_x(), head = block_y() * 8 + warp_id();
     const float s = scale ? scale[row] : 1.0f;
     if (head >= a.n_head + 2 * a.n_head_kv) return;
-    if (head < a.n_head + a.n_head_kv) { norm_rope_head<T>(a, row, head, s); return; }
+    if (head < a.n_head + a.n_head_kv) { norm_rope_head<T>(a, row, head, s, load_turn(a, row)); return; }
     const int offset = (head - a.n_head - a.n_head_kv) * a.head_dim;
     const float *v = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
     T *to = (T *)a.kv.v + kv_at(a.kv, a.rows[row].seq, a.rows[row].position) + offset;
@@ -787,6 +807,7 @@ template <class T, int G, int U> static __device__ __forceinline__ void split_st
 template <class T, int G, int LANES>
 static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kernel(attention_args a) {
     __shared__ float part[SPLIT_WARPS][G][MAX_HEAD_DIM], part_top[SPLIT_WARPS][G], part_sum[SPLIT_WARPS][G];
+    __shared__ float weight[G][MAX_SPLITS];
     __shared__ int last;
     wait_for_previous();
     let_next_start();
@@ -862,18 +883,27 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
     __syncthreads();
     if (!last) return;
     __threadfence();
+    const size_t stride = (size_t)(dim + 2);
+    const float *parts = a.parts + ((size_t)row * a.n_head + head0) * gridDim.z * stride;
+    for (int g = warp; g < n_g; g += SPLIT_WARPS) {     /* how much each part counts: a lane for each */
+        const float *one = parts + ((size_t)g * gridDim.z + (lane < active ? lane : 0)) * stride + dim;
+        const float top = lane < active ? __ldcg(one) : LOWEST, sum = lane < active ? __ldcg(one + 1) : 0.0f;
+        const float highest = warp_max(top), keep = exp2f(top - highest);
+        weight[g][lane] = keep / warp_sum(sum * keep);
+    }
+    __syncthreads();
     for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
         const int g = i / dim, d = i % dim;
-        const float *from = a.parts + ((size_t)row * a.n_head + (size_t)(head0 + g)) * gridDim.z * (dim + 2);
-        float top = LOWEST, sum = 0, o = 0;
-        for (int p = 0; p < active; p++) top = fmaxf(top, __ldcg(from + (size_t)p * (dim + 2) + dim));
-        for (int p = 0; p < active; p++) {
-            const float *one = from + (size_t)p * (dim + 2);
-            const float keep = exp2f(__ldcg(one + dim) - top);
-            sum += __ldcg(one + dim + 1) * keep;
-            o += __ldcg(one + d) * keep;
+        const float *from = parts + (size_t)g * gridDim.z * stride + d;
+        float o = 0;
+        for (int p = 0; p < active; p += 8) {           /* eight reads on their way at a time */
+            float v[8];
+#pragma unroll
+            for (int u = 0; u < 8; u++) v[u] = p + u < active ? __ldcg(from + (size_t)(p + u) * stride) : 0.0f;
+#pragma unroll
+            for (int u = 0; u < 8; u++) if (p + u < active) o += v[u] * weight[g][p + u];
         }
-        a.out[(size_t)row * a.ldo + (size_t)(head0 + g) * dim + d] = o / sum;
+        a.out[(size_t)row * a.ldo + (size_t)(head0 + g) * dim + d] = o;
     }
 }
 
@@ -1132,6 +1162,11 @@ struct choice {                         /* what one row's choice depends on */
 };
 
 const int LIST_KEYS   = 4096;           /* candidates that are sorted in shared memory */
+const int LIST_TOP    = 64;             /* up to this top_k the first stage lists the candidates */
+const int CHUNKS      = 64;             /* blocks that a row's logits are shared by in the first stage, ... */
+const int CHUNK_THREADS = 256;
+const int CHUNK_EACH  = 16;             /* ... logits that a thread holds at a time ... */
+const int CHUNK_KEYS  = 128;            /* ... and candidates that a block can list */
 const int WEIGHT_BINS = 720;            /* sixteenths of an octave below the top; weights end at 45 octaves */
 const int CHOOSE_THREADS = 1024;
 
@@ -1207,27 +1242,59 @@ static __device__ __forceinline__ const float *choice_logits(const choice &c, co
     return c.adjust ? copy + (size_t)row * n : kept + (size_t)c.slot * n;
 }
 
-/* best: first stage of the choice: best[row] = the largest key of ids below n_choose. Grid (blocks, rows);
-   best [rows], zero before. */
-static __global__ void best_kernel(u64 *best, const float *kept, const float *copy, const choice *choices, int n,
-                                   int n_choose) {
+struct candidates { u64 keys[CHUNKS][CHUNK_KEYS]; unsigned counts[CHUNKS]; };  /* a count above CHUNK_KEYS: too many */
+
+/* first stage of the choice: best[row] = the largest key of ids below n_choose; best [rows], zero before. With a
+   top_k up to LIST_TOP also each block's candidates: the keys from the k-th largest of its threads' largest on, so
+   the k largest are among them. Grid (CHUNKS, rows). */
+static __global__ void __launch_bounds__(CHUNK_THREADS)
+    best_kernel(u64 *best, candidates *listed_keys, const float *kept, const float *copy, const choice *choices, int n,
+                int n_choose) {
+    __shared__ u64 tops[CHUNK_THREADS], limit;
+    __shared__ unsigned count;
     const choice c = choices[blockIdx.y];
     const float *l = choice_logits(c, kept, copy, block_y(), n);
-    u64 top = 0;
-    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n_choose; i += (int)(gridDim.x * blockDim.x)) {
-        const u64 key = rank_key(l[i], i);
-        top = key > top ? key : top;
+    const int run = ceil_div(n_choose, CHUNKS), begin = block_x() * run;
+    const int end = begin + run < n_choose ? begin + run : n_choose;
+    u64 keys[CHUNK_EACH], top = 0;
+    for (int base = begin + tid(); base < end || base == begin + tid(); base += CHUNK_EACH * CHUNK_THREADS) {
+#pragma unroll
+        for (int u = 0; u < CHUNK_EACH; u++) {
+            const int i = base + u * CHUNK_THREADS;
+            keys[u] = i < end ? rank_key(l[i], i) : 0;
+            top = keys[u] > top ? keys[u] : top;
+        }
     }
+    tops[tid()] = top;
+    u64 first = top;
 #pragma unroll
     for (int o = 16; o > 0; o >>= 1) {
-        const u64 other = __shfl_xor_sync(ALL, top, o);
-        top = other > top ? other : top;
+        const u64 other = __shfl_xor_sync(ALL, first, o);
+        first = other > first ? other : first;
     }
-    if (threadIdx.x % 32 == 0 && top) atomicMax(&best[blockIdx.y], top);
+    if (lane_id() == 0 && first) atomicMax(&best[blockIdx.y], first);
+    if (!(c.temperature > 0) || c.top_k <= 0 || c.top_k > LIST_TOP) return;
+
+    candidates *to = &listed_keys[blockIdx.y];
+    int rank = 0;
+    if (tid() == 0) count = run > CHUNK_EACH * CHUNK_THREADS ? CHUNK_KEYS + 1 : 0;      /* not all are in registers */
+    __syncthreads();
+    for (int i = 0; i < CHUNK_THREADS; i++) rank += tops[i] > top || (tops[i] == top && i < tid());
+    if (rank == c.top_k - 1) limit = top > 0 ? top : 1;
+    __syncthreads();
+#pragma unroll
+    for (int u = 0; u < CHUNK_EACH; u++) {
+        if (keys[u] < limit) continue;
+        const unsigned at = atomicAdd(&count, 1u);
+        if (at < (unsigned)CHUNK_KEYS) to->keys[blockIdx.x][at] = keys[u];
+    }
+    __syncthreads();
+    if (tid() == 0) to->counts[blockIdx.x] = count;
 }
 
 struct choose_shared {
-    u64 bins[WEIGHT_BINS + 1];          /* counts or weights */
+    unsigned low[WEIGHT_BINS + 1], high[WEIGHT_BINS + 1];      /* counts or weights: the halves of 64 bits */
+    u64 weights[LIST_TOP];
     u64 keys[LIST_KEYS];
     u64 sums[CHOOSE_THREADS / 32];
     u64 value, need;                    /* what one thread found for all */
@@ -1235,6 +1302,17 @@ struct choose_shared {
 };
 
 struct row_logits { const float *l; int n; float top, temperature; };
+
+/* f(id, logit) for all ids, each by some thread; eight loads at a time. */
+template <class F> static __device__ __forceinline__ void each_logit(const row_logits &r, F f) {
+    for (int base = tid(); base < r.n; base += 8 * n_threads()) {
+        float v[8];
+#pragma unroll
+        for (int u = 0; u < 8; u++) v[u] = base + u * n_threads() < r.n ? r.l[base + u * n_threads()] : 0.0f;
+#pragma unroll
+        for (int u = 0; u < 8; u++) if (base + u * n_threads() < r.n) f(base + u * n_threads(), v[u]);
+    }
+}
 
 static __device__ __forceinline__ int weight_bin(float octaves) {
     return octaves < 45.0f ? (int)(octaves * 16.0f) : WEIGHT_BINS;
@@ -1272,15 +1350,22 @@ static __device__ u64 block_sum_u64(choose_shared &s, u64 v) {
 
 /* Histogram over bins of weight_bin: counts, or weights, of the keys from `least` on. */
 static __device__ void fill_bins(choose_shared &s, const row_logits &r, u64 least, bool weights) {
-    for (int i = tid(); i <= WEIGHT_BINS; i += n_threads()) s.bins[i] = 0;
+    for (int i = tid(); i <= WEIGHT_BINS; i += n_threads()) s.low[i] = s.high[i] = 0;
     __syncthreads();
-    for (int i = tid(); i < r.n; i += n_threads()) {
-        const u64 key = rank_key(r.l[i], i);
-        if (key == 0 || key < least) continue;
-        const float octaves = octaves_below(r.l[i], r.top, r.temperature);
-        atomicAdd(&s.bins[weight_bin(octaves)], weights ? choice_weight(octaves) : 1ull);
-    }
+    each_logit(r, [&](int id, float logit) {
+        const u64 key = rank_key(logit, id);
+        if (key == 0 || key < least) return;
+        const float octaves = octaves_below(logit, r.top, r.temperature);
+        const int bin = weight_bin(octaves);
+        const u64 w = weights ? choice_weight(octaves) : 1ull;
+        const unsigned low = (unsigned)(w & 0xFFFFFFFFu), old = atomicAdd(&s.low[bin], low);
+        const unsigned high = (unsigned)(w >> 32) + (old > 0xFFFFFFFFu - low);          /* and what is carried */
+        if (high) atomicAdd(&s.high[bin], high);
+    });
     __syncthreads();
+}
+static __device__ __forceinline__ u64 bin_value(const choose_shared &s, int b) {
+    return (u64)s.high[b] << 32 | s.low[b];
 }
 
 /* The first bin up to which the bins add up to need (0: that share of their total, but at least 1), or
@@ -1290,7 +1375,7 @@ static __device__ int find_bin(choose_shared &s, u64 need, float share) {
     const int end = begin + run < WEIGHT_BINS ? begin + run : WEIGHT_BINS;
     if (threadIdx.x < 32) {
         u64 sum = 0, upto;
-        for (int b = begin; b < end; b++) sum += s.bins[b];
+        for (int b = begin; b < end; b++) sum += bin_value(s, b);
         upto = sum;
 #pragma unroll
         for (int o = 1; o < 32; o *= 2) {
@@ -1304,8 +1389,8 @@ static __device__ int find_bin(choose_shared &s, u64 need, float share) {
         __syncwarp();
         upto -= sum;
         for (int b = begin; b < end && upto < need; b++) {
-            if (upto + s.bins[b] >= need) { s.bin = (unsigned)b; s.value = upto; break; }
-            upto += s.bins[b];
+            if (upto + bin_value(s, b) >= need) { s.bin = (unsigned)b; s.value = upto; break; }
+            upto += bin_value(s, b);
         }
     }
     __syncthreads();
@@ -1316,14 +1401,14 @@ static __device__ int find_bin(choose_shared &s, u64 need, float share) {
 static __device__ void gather_keys(choose_shared &s, const row_logits &r, u64 least, int from, int to) {
     if (threadIdx.x == 0) s.n_keys = 0;
     __syncthreads();
-    for (int i = tid(); i < r.n; i += n_threads()) {
-        const u64 key = rank_key(r.l[i], i);
-        if (key == 0 || key < least) continue;
-        const int bin = weight_bin(octaves_below(r.l[i], r.top, r.temperature));
-        if (bin < from || bin > to) continue;
+    each_logit(r, [&](int id, float logit) {
+        const u64 key = rank_key(logit, id);
+        if (key == 0 || key < least) return;
+        const int bin = weight_bin(octaves_below(logit, r.top, r.temperature));
+        if (bin < from || bin > to) return;
         const unsigned at = atomicAdd(&s.n_keys, 1u);
         if (at < (unsigned)LIST_KEYS) s.keys[at] = key;
-    }
+    });
     __syncthreads();
 }
 
@@ -1334,11 +1419,11 @@ static __device__ u64 bisect_keys(choose_shared &s, const row_logits &r, u64 lea
     for (int bit = 63; bit >= 0; bit--) {
         const u64 probe = key | 1ull << bit;
         u64 sum = 0;
-        for (int i = tid(); i < r.n; i += n_threads()) {
-            const u64 k = rank_key(r.l[i], i);
-            if (k < probe || k < least || k == 0) continue;
-            sum += weights ? choice_weight(octaves_below(r.l[i], r.top, r.temperature)) : 1ull;
-        }
+        each_logit(r, [&](int id, float logit) {
+            const u64 k = rank_key(logit, id);
+            if (k < probe || k < least || k == 0) return;
+            sum += weights ? choice_weight(octaves_below(logit, r.top, r.temperature)) : 1ull;
+        });
         if (block_sum_u64(s, sum) >= need) key = probe;
     }
     return key;
@@ -1383,10 +1468,16 @@ static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key,
     const int end = begin + run < r.n ? begin + run : r.n;
     const u64 least = share_of(1ull << 45, min_p);
     u64 mine = 0, before, total = 0;
-    for (int i = begin; i < end; i++) {
-        if (rank_key(r.l[i], i) < least_key) continue;
-        const u64 w = choice_weight(octaves_below(r.l[i], r.top, r.temperature));
-        if (w >= least) mine += w;
+    for (int base = begin; base < end; base += 8) {
+        float v[8];
+#pragma unroll
+        for (int u = 0; u < 8; u++) v[u] = base + u < end ? r.l[base + u] : LOWEST;
+#pragma unroll
+        for (int u = 0; u < 8; u++) {
+            if (rank_key(v[u], base + u) < least_key) continue;
+            const u64 w = choice_weight(octaves_below(v[u], r.top, r.temperature));
+            if (w >= least) mine += w;
+        }
     }
     before = mine;                      /* sums of the threads before this one: warp scan, then warps in order */
 #pragma unroll
@@ -1417,12 +1508,79 @@ static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key,
     return (int)s.bin;
 }
 
-/* choose: second stage: the row's token, chosen[row] and report[row] (host memory) = the choice; -1 if everything is
-   banned.
-   One block of 1024 a row. best [rows] is zero again afterwards. Equals qwen3i_choose. */
+/* The choice among the candidates of the first stage, for top_k up to LIST_TOP; -1 if they were too many to list.
+   The kept ones are few: one warp weighs them, two to a lane, in order of rank; where a share of the weight ends
+   in order of id is found by adding up, for each, all with lower ids. */
+static __device__ int choose_listed(choose_shared &s, const candidates *from, const choice &c, float top) {
+    const int lane = lane_id();
+    if (tid() == 0) s.n_keys = 0;
+    __syncthreads();
+    for (int i = tid(); i < CHUNKS * CHUNK_KEYS; i += n_threads()) {
+        const unsigned count = from->counts[i / CHUNK_KEYS];
+        if ((unsigned)(i % CHUNK_KEYS) >= count && count <= (unsigned)CHUNK_KEYS) continue;
+        const unsigned at = atomicAdd(&s.n_keys, count <= (unsigned)CHUNK_KEYS ? 1u : (unsigned)LIST_KEYS + 1);
+        if (at < (unsigned)LIST_KEYS) s.keys[at] = from->keys[i / CHUNK_KEYS][i % CHUNK_KEYS];
+    }
+    __syncthreads();
+    if (s.n_keys > (unsigned)LIST_KEYS) return -1;
+    sort_keys(s.keys, (int)s.n_keys);
+    if (warp_id() == 0) {
+        const int kept = c.top_k < (int)s.n_keys ? c.top_k : (int)s.n_keys;
+        u64 w[2], upto[2], total = 0;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {   /* upto: of this rank and those before */
+            const int i = lane + 32 * h;
+            w[h] = upto[h] = i < kept ? choice_weight(octaves_below(key_logit(s.keys[i]), top, c.temperature)) : 0;
+#pragma unroll
+            for (int o = 1; o < 32; o *= 2) {
+                const u64 v = __shfl_up_sync(ALL, upto[h], (unsigned)o);
+                if (lane >= o) upto[h] += v;
+            }
+            upto[h] += total;
+            total = __shfl_sync(ALL, upto[h], 31);
+        }
+        const u64 need = c.top_p > 0 && c.top_p < 1 ? share_of(total, c.top_p) : total,
+                  least = share_of(1ull << 45, c.min_p);
+        u64 sum = 0;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int i = lane + 32 * h;
+            if ((i > 0 && upto[h] - w[h] >= need) || w[h] < least) w[h] = 0;
+            s.weights[i] = w[h];
+            sum += w[h];
+        }
+#pragma unroll
+        for (int o = 16; o > 0; o >>= 1) sum += __shfl_xor_sync(ALL, sum, o);
+        const u64 target = __umul64hi(c.random, sum);
+        __syncwarp();
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int i = lane + 32 * h, id = key_id(s.keys[i]);
+            u64 before = 0;
+            if (i >= kept) continue;
+            for (int j = 0; j < kept; j++) if (key_id(s.keys[j]) < id) before += s.weights[j];
+            if (target >= before && target - before < w[h]) s.bin = (unsigned)id;
+        }
+    }
+    __syncthreads();
+    return (int)s.bin;
+}
+
+/* The choice by passes over all logits. */
+static __device__ int choose_from_all(choose_shared &s, const row_logits &r, const choice &c) {
+    u64 least = 1;
+    if (c.top_k > 0 && c.top_k < r.n) least = cut_top_k(s, r, c.top_k);
+    if (c.top_p > 0 && c.top_p < 1) least = cut_top_p(s, r, least, c.top_p);
+    return draw(s, r, least, c.min_p, c.random);
+}
+
+/* choose: second stage: row i of the step = steps[i] with the token chosen for it; chosen[i] and report[i] (host
+   memory) = the choice, -1 if everything is banned. steps and choices may lie in host memory. One block of 1024 a row;
+   best [rows] is zero again afterwards. Equals qwen3i_choose. */
 static __global__ void __launch_bounds__(CHOOSE_THREADS)
-    choose_kernel(row_info *rows, int *chosen, int *report, u64 *best, const float *kept, const float *copy,
-                  const choice *choices, int n, int n_choose) {
+    choose_kernel(row_info *rows, const row_info *steps, int *chosen, int *report, u64 *best,
+                  const candidates *listed_keys, const float *kept, const float *copy, const choice *choices, int n,
+                  int n_choose) {
     QWEN3_DYNAMIC_SHARED(memory);
     choose_shared &s = *(choose_shared *)(void *)memory;
     const choice c = choices[blockIdx.x];
@@ -1430,18 +1588,18 @@ static __global__ void __launch_bounds__(CHOOSE_THREADS)
     int id = first ? key_id(first) : -1;
     if (first && c.temperature > 0) {
         row_logits r;
-        u64 least = 1;
         r.l = choice_logits(c, kept, copy, block_x(), n);
         r.n = n_choose;
         r.top = key_logit(first);
         r.temperature = c.temperature;
-        if (c.top_k > 0 && c.top_k < n_choose) least = cut_top_k(s, r, c.top_k);
-        if (c.top_p > 0 && c.top_p < 1) least = cut_top_p(s, r, least, c.top_p);
-        id = draw(s, r, least, c.min_p, c.random);
+        id = c.top_k > 0 && c.top_k <= LIST_TOP ? choose_listed(s, &listed_keys[blockIdx.x], c, r.top) : -1;
+        if (id < 0) id = choose_from_all(s, r, c);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        rows[blockIdx.x].token = id < 0 ? 0 : id;       /* the step goes on with something valid */
+        row_info row = steps[blockIdx.x];
+        row.token = id < 0 ? 0 : id;    /* the step goes on with something valid */
+        rows[blockIdx.x] = row;
         chosen[blockIdx.x] = id;
         report[blockIdx.x] = id;
         best[blockIdx.x] = 0;

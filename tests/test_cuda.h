@@ -108,7 +108,8 @@ static void lab_weights(lab *l, const lab_shape *s, qwen3i_type type) {
     l->layer.w_up = lab_matrix(l, s->n_ff, s->n_embd, type, in);
     l->layer.w_down = lab_matrix(l, s->n_embd, s->n_ff, type, 2.0f / sqrtf((float)s->n_ff));
     l->model.weights.embed = lab_matrix(l, s->n_vocab, s->n_embd, type, 1);
-    l->model.weights.head = lab_matrix(l, s->n_vocab, s->n_embd, type, in);
+    l->model.weights.head =
+        s->n_vocab > 100000 ? l->model.weights.embed : lab_matrix(l, s->n_vocab, s->n_embd, type, in);
     l->model.weights.final_norm = lab_gain(l, s->n_embd, 8);
     for (i = 0; i < 64; i++) l->layers[i] = l->layer;
     l->model.weights.layers = l->layers;
@@ -729,6 +730,60 @@ static void test_cuda_choose(void) {
     fixture_close(&f);
 }
 
+/* The same with a vocabulary that many blocks share, where the first stage lists candidates - or finds too many. */
+static void lab_check_choice(lab *l, int kind, const qwen3_sampler *like) {
+    const qwen3_backend *b = qwen3_cuda_backend();
+    const int vocab = l->model.config.n_vocab;
+    float *logits = floats((size_t)vocab), *copy = floats((size_t)vocab);
+    qwen3i_candidate *scratch = (qwen3i_candidate *)malloc((size_t)vocab * sizeof *scratch);
+    qwen3_sampler here = *like, there = *like;
+    qwen3i_sampler_scratch room;
+    qwen3i_next item;
+    qwen3_token want = -1, tokens[3] = {1, 2, 3};
+    int i;
+    for (i = 0; i < vocab; i++) {
+        logits[i] = (float)random_below(&l->seed, 200001) / 10000.0f - 10.0f;
+        if (kind == 1) logits[i] = floorf(logits[i]);           /* many ties at the top */
+        if (kind == 2) logits[i] = 2;
+        if (kind == 3) logits[i] = i < vocab / 64 ? logits[i] + 30 : logits[i];    /* all the best in one block */
+    }
+    memset(&item, 0, sizeof item);
+    item.tokens = tokens;
+    item.n = 3;
+    item.sampler = &there;
+    room.logits = copy;
+    room.candidates = scratch;
+    LAB_OK(l, b->set_logits(l->ctx, 0, logits, &l->err));
+    LAB_OK(l, qwen3i_choose(logits, vocab, vocab, tokens, 3, &here, &room, &want, &l->err));
+    LAB_OK(l, b->next(l->ctx, &item, 1, &l->err));
+    CHECK_MSG(item.out == want && here.rng == there.rng,
+              "kind %d, top_k %d, top_p %g, min_p %g: the host chose %d, the device %d", kind, like->top_k,
+              (double)like->top_p, (double)like->min_p, (int)want, (int)item.out);
+    free(logits);
+    free(copy);
+    free(scratch);
+}
+
+static void test_cuda_choose_many(void) {
+    static const lab_shape shape = {16, 2, 1, 16, 16, 20011, 1};
+    static const int top_k[] = {20, 1, 64, 65, 0, 5000};
+    qwen3_ctx_desc desc = ctx_desc(16, 1, 4, QWEN3_KV_F16);
+    lab *l = (lab *)malloc(sizeof *l);
+    int i, kind;
+    if (lab_open(l, &shape, QWEN3I_F16, &desc))
+        for (i = 0; i < 6; i++)
+            for (kind = 0; kind < 4; kind++) {
+                qwen3_sampler s = qwen3_sampler_preset(QWEN3_GREEDY, (uint64_t)(10 * i + kind));
+                s.temperature = kind == 1 ? 5.0f : 0.7f;
+                s.top_k = top_k[i];
+                s.top_p = i % 2 ? 0.0f : 0.8f;
+                s.min_p = kind == 3 ? 0.05f : 0.0f;
+                lab_check_choice(l, kind, &s);
+            }
+    lab_close(l);
+    free(l);
+}
+
 /* ---- speed: with -v, on a GPU ---------------------------------------------------------------------------- */
 /* Each operation alone, its weights alternating between layers that do not fit the cache together. */
 static void lab_time(lab *l, const char *what, qwen3_cuda_op op, double megabytes) {
@@ -773,15 +828,19 @@ static void lab_speed(const lab_shape *s, const char *name, int rows, int n_seqs
     free(l);
 }
 
-static void test_cuda_speed(void) {
-    static const lab_shape small = {1024, 16, 8, 128, 3072, 151936, 28}, large = {4096, 32, 8, 128, 12288, 16384, 6};
-    lab_speed(&small, "0.6B", 1, 1, 512, QWEN3_PATH_FUSED);
-    lab_speed(&small, "0.6B", 4, 4, 512, QWEN3_PATH_FUSED);
-    lab_speed(&small, "0.6B", 64, 64, 512, QWEN3_PATH_FUSED);
-    lab_speed(&small, "0.6B", 2048, 1, 0, QWEN3_PATH_FUSED);
-    lab_speed(&small, "0.6B", 1, 1, 512, QWEN3_PATH_STANDARD);
-    lab_speed(&large, "8B, 6 layers", 1, 1, 512, QWEN3_PATH_FUSED);
-    lab_speed(&large, "8B, 6 layers", 2048, 1, 0, QWEN3_PATH_FUSED);
+static const lab_shape lab_06b = {1024, 16, 8, 128, 3072, 151936, 28}, lab_8b = {4096, 32, 8, 128, 12288, 16384, 6};
+
+static void test_cuda_speed_one(void) {
+    lab_speed(&lab_06b, "0.6B", 1, 1, 512, QWEN3_PATH_FUSED);
+    lab_speed(&lab_8b, "8B, 6 layers", 1, 1, 512, QWEN3_PATH_FUSED);
+}
+
+static void test_cuda_speed_more(void) {
+    lab_speed(&lab_06b, "0.6B", 4, 4, 512, QWEN3_PATH_FUSED);
+    lab_speed(&lab_06b, "0.6B", 64, 64, 512, QWEN3_PATH_FUSED);
+    lab_speed(&lab_06b, "0.6B", 2048, 1, 0, QWEN3_PATH_FUSED);
+    lab_speed(&lab_8b, "8B, 6 layers", 2048, 1, 0, QWEN3_PATH_FUSED);
+    lab_speed(&lab_06b, "0.6B", 1, 1, 512, QWEN3_PATH_STANDARD);
 }
 
 /* ---- contexts ----------------------------------------------------------------------------------------------- */
@@ -958,7 +1017,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_faults);
 #else
     RUN(test_cuda_kernels_real_shapes);
-    if (test_verbose) RUN(test_cuda_speed);
+    if (test_verbose) { RUN(test_cuda_speed_one); RUN(test_cuda_speed_more); }
 #endif
     RUN(test_cuda_models_exact);
     RUN(test_cuda_models_fused);
@@ -968,6 +1027,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_next);
     RUN(test_cuda_next_batch);
     RUN(test_cuda_choose);
+    RUN(test_cuda_choose_many);
     RUN(test_cuda_same_twice);
     RUN(test_cuda_states);
     RUN(test_cuda_cancel);

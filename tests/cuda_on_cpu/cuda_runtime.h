@@ -366,7 +366,15 @@ struct emulated_event { int dummy; };
 typedef emulated_event *cudaEvent_t;
 struct cudaDeviceProp { int major, minor, multiProcessorCount; char name[256]; };
 struct cudaFuncAttributes { int numRegs; };
-struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
+enum { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; } val; };
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute *attrs;
+    unsigned numAttrs;
+};
 
 inline int emulated_capability = 80;    /* tests may change these: the chip, its size, */
 inline int emulated_sms = 5;
