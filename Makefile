@@ -30,7 +30,7 @@ bench: bench.c $(DEPS) $(CUDA_OBJ)
 build/test: test.c tests/*.h $(DEPS) $(CUDA_OBJ) | build
 	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) test.c $(CUDA_OBJ) -o $@ $(LDLIBS)
 
-build/qwen3_cuda.o: qwen3_cuda.cu $(DEPS) | build
+build/qwen3_cuda.o: qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DEPS) | build
 	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c qwen3_cuda.cu -o $@
 
 build/qwen3.o: $(DEPS) | build
@@ -57,7 +57,7 @@ download:
 
 install: lib
 	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib
-	install -m 644 qwen3.h qwen3_cuda.cu $(DESTDIR)$(PREFIX)/include
+	install -m 644 qwen3.h qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DESTDIR)$(PREFIX)/include
 	install -m 644 build/libqwen3.a $(DESTDIR)$(PREFIX)/lib
 
 clean:
