@@ -128,6 +128,14 @@ static void test_cpu_formats_rows(void) {
 }
 
 /* ---- kernels -------------------------------------------------------------------------------------- */
+#ifdef __FAST_MATH__                /* the compiler may join the two steps that reduce exp's argument in plain C: 4e-6 */
+  #define CPU_EXP_BOUND  1e-5
+  #define CPU_SILU_BOUND 1e-5
+#else
+  #define CPU_EXP_BOUND  1.5e-7     /* 2 ulp: 1.2e-7 to 2.4e-7 */
+  #define CPU_SILU_BOUND 1e-6
+#endif
+
 static void test_cpu_exp(void) {
 #ifdef __FAST_MATH__
     const double range = 80;        /* below, parts of the result are denormal and count as zero */
@@ -149,7 +157,7 @@ static void test_cpu_exp(void) {
             simd->exp(z, x + 3, 0.0f, 5);       /* the place in a vector makes no difference */
             CHECK(cpu_same(y + 3, z, 5));
         }
-        CHECK_MSG(worst < 1.5e-7, "%s: relative error %g", simd->name, worst);    /* 2 ulp: 1.2e-7 to 2.4e-7 */
+        CHECK_MSG(worst < CPU_EXP_BOUND, "%s: relative error %g", simd->name, worst);
         x[0] = 0.0f; x[1] = -88.0f; x[2] = -1e30f; x[3] = 1000.0f; x[4] = -0.0f; x[5] = -1e-40f;
         simd->exp(y, x, 0.0f, 6);
         CHECK(y[0] == 1.0f && y[1] == 0.0f && y[2] == 0.0f && y[3] > 1e38f && y[4] == 1.0f && y[5] == 1.0f);
@@ -292,7 +300,7 @@ static void test_cpu_silu_mul(void) {
                 simd->silu_mul(y, gate, up, n);
                 for (i = 0; i < n; i++) {
                     double g = (double)gate[i], expected = g / (1 + exp(-g)) * (double)up[i];
-                    CHECK_MSG(fabs((double)y[i] - expected) <= 1e-6 * fabs(expected) + 1e-28,
+                    CHECK_MSG(fabs((double)y[i] - expected) <= CPU_SILU_BOUND * fabs(expected) + 1e-28,
                         "%s, silu(%g): %g, not %g", simd->name, g, (double)y[i], expected);
                 }
                 free(gate); free(up); free(y);
