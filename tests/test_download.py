@@ -227,6 +227,7 @@ class DownloadTest(unittest.TestCase):
         return subprocess.Popen(
             [*SHELL, SCRIPT, *(arguments or [MODEL])], cwd=self.directory, env=self.environment(env),
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
             start_new_session=True)
 
     def run_script(self, *arguments, **env):
