@@ -429,6 +429,9 @@ static qwen3_result check_shapes(const qwen3i_config *c, const qwen3i_err *err) 
     if (c->head_dim % 8 != 0 || c->head_dim > MAX_HEAD_DIM)
         return fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: head_dim is %d; multiples of 8 up to %d can be run", c->head_dim,
                     MAX_HEAD_DIM);
+    if (c->n_ff > 1024 * 4 * VECTORS)
+        return fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: the MLP is %d wide; up to %d can be run", c->n_ff,
+                    1024 * 4 * VECTORS);
     return QWEN3_OK;
 }
 
@@ -1102,8 +1105,7 @@ static qkv_args qkv_arguments(const pass *p, int layer) {
 }
 
 template <class T> static cudaError_t norm_rope_store(const pass *p, const qkv_args &a, const float *scale) {
-    return launch(p->s, grid2(p->n, ceil_div(a.n_head + 2 * a.n_head_kv, 8)), 256, 0, norm_rope_store_kernel<T>, a,
-                  scale);
+    return launch(p->s, grid1(p->n), 256, 0, norm_rope_store_kernel<T>, a, scale);
 }
 template <class T> static cudaError_t kv_store(const pass *p, const qkv_args &a) {
     return launch(p->s, grid1(p->n), row_threads(a.kv.kv_dim, 4, p->n), 0, kv_store_kernel<T>, a);
@@ -1234,11 +1236,16 @@ static qwen3_result o_proj(pass *p, int layer) {
 }
 
 /* ---- m = silu(Wgate h) * (Wup h), as the input of Wdown ------------------------------------------------------- */
-template <class O> static cudaError_t launch_swiglu(const pass *p, O *out, const matrix &gate_up, size_t rest) {
+template <class O>
+static cudaError_t launch_swiglu(const pass *p, O *out, const matrix &gate_up, size_t rest) {
     cuda_ctx *c = p->c;
-    const int n_ff = c->m->config.n_ff;
-    return launch(p->s, grid1(p->n), row_threads(n_ff, 4, p->n), 0, swiglu_kernel<O>, out, c->act_scale,
-                  (const float *)c->gate_up, act_scale(p, gate_up), n_ff, 2 * c->ff_ld, c->ff_ld, rest);
+    const int n_ff = c->m->config.n_ff, want = round_up(ceil_div(n_ff, 16), 32), threads = want > 1024 ? 1024 : want;
+    const float *in = c->gate_up, *scale = act_scale(p, gate_up);
+    if (n_ff % 4 == 0)
+        return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O, 4>, out, c->act_scale, in, scale, n_ff,
+                      2 * c->ff_ld, c->ff_ld, rest);
+    return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O, 1>, out, c->act_scale, in, scale, n_ff, 2 * c->ff_ld,
+                  c->ff_ld, rest);
 }
 
 static qwen3_result standard_mlp(const pass *p, const matrix &w, const matrix &down) {

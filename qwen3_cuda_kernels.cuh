@@ -106,21 +106,21 @@ static __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4]
 static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
                                                 half_t) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
                  "%1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
 static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
                                                 bf16_t) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -578,8 +578,9 @@ struct qkv_args {
     kv_layer      kv;
 };
 
-/* Where a row stands, and this lane's cosines and sines there. */
-struct row_turn { int seq, position; float2 turn[MAX_HEAD_DIM / 64]; };
+/* Where a row stands, and cosines and sines there of the pairs 2 lane + 64 j and the next, which are this lane's. */
+const int TURNS = MAX_HEAD_DIM / 128;
+struct row_turn { int seq, position; float4 turn[TURNS]; };
 
 static __device__ __forceinline__ row_turn load_turn(const qkv_args &a, int row) {
     const int half = a.head_dim / 2;
@@ -587,11 +588,18 @@ static __device__ __forceinline__ row_turn load_turn(const qkv_args &a, int row)
     t.seq = a.rows[row].seq;
     t.position = a.rows[row].position;
 #pragma unroll
-    for (int j = 0; j < MAX_HEAD_DIM / 64; j++) {
-        const int i = lane_id() + 32 * j;
-        t.turn[j] = i < half ? a.rope[(size_t)t.position * half + i] : make_float2(0, 0);
+    for (int j = 0; j < TURNS; j++) {
+        const int i = 2 * lane_id() + 64 * j;
+        t.turn[j] = i < half ? *(const float4 *)(const void *)(a.rope + (size_t)t.position * half + i)
+                             : make_float4(0, 0, 0, 0);
     }
     return t;
+}
+
+static __device__ __forceinline__ void store_2(float *p, float x, float y) { *(float2 *)(void *)p = make_float2(x, y); }
+template <class T> static __device__ __forceinline__ void store_2(T *p, float x, float y) {
+    store(p, x);
+    store(p + 1, y);
 }
 
 /* One head of one row, by one warp: RMSNorm over its head_dim values, rotate-half, then q back in float32 or
@@ -599,30 +607,39 @@ static __device__ __forceinline__ row_turn load_turn(const qkv_args &a, int row)
 template <class T>
 static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row, int head, float scale,
                                                       const row_turn &t) {
-    const int half = a.head_dim / 2, n = MAX_HEAD_DIM / 64;
+    const int half = a.head_dim / 2;
     float *v = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
     const float *gain = head < a.n_head ? a.q_norm : a.k_norm;
-    float lo[n], hi[n], gain_lo[n], gain_hi[n], sum = 0;
+    float2 lo[TURNS], hi[TURNS], gain_lo[TURNS], gain_hi[TURNS];
+    float sum = 0;
 #pragma unroll
-    for (int j = 0; j < n; j++) {
-        const int i = lane_id() + 32 * j;
-        const bool in = i < half;
-        lo[j] = in ? __ldcg(v + i) * scale : 0.0f;
-        hi[j] = in ? __ldcg(v + i + half) * scale : 0.0f;
-        gain_lo[j] = in ? gain[i] : 0.0f;
-        gain_hi[j] = in ? gain[i + half] : 0.0f;
-        sum += lo[j] * lo[j] + hi[j] * hi[j];
+    for (int j = 0; j < TURNS; j++) {
+        const int i = 2 * lane_id() + 64 * j;
+        lo[j] = hi[j] = gain_lo[j] = gain_hi[j] = make_float2(0, 0);
+        if (i >= half) continue;
+        lo[j] = __ldcg((const float2 *)(const void *)(v + i));
+        hi[j] = __ldcg((const float2 *)(const void *)(v + i + half));
+        gain_lo[j] = *(const float2 *)(const void *)(gain + i);
+        gain_hi[j] = *(const float2 *)(const void *)(gain + i + half);
+    }
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) {
+        lo[j].x *= scale; lo[j].y *= scale; hi[j].x *= scale; hi[j].y *= scale;
+        sum += lo[j].x * lo[j].x + lo[j].y * lo[j].y + hi[j].x * hi[j].x + hi[j].y * hi[j].y;
     }
     const float r = 1.0f / sqrtf(warp_sum(sum) / (float)a.head_dim + a.eps);
     T *k = (T *)a.kv.k + kv_at(a.kv, t.seq, t.position) + (size_t)(head - a.n_head) * a.head_dim;
 #pragma unroll
-    for (int j = 0; j < n; j++) {
-        const int i = lane_id() + 32 * j;
+    for (int j = 0; j < TURNS; j++) {
+        const int i = 2 * lane_id() + 64 * j;
         if (i >= half) break;
-        const float x = lo[j] * r * gain_lo[j], y = hi[j] * r * gain_hi[j];
-        const float p = x * t.turn[j].x - y * t.turn[j].y, q = y * t.turn[j].x + x * t.turn[j].y;
-        if (head < a.n_head) { v[i] = p; v[i + half] = q; }
-        else { store(k + i, p); store(k + i + half, q); }
+        const float x0 = lo[j].x * r * gain_lo[j].x, y0 = hi[j].x * r * gain_hi[j].x;
+        const float x1 = lo[j].y * r * gain_lo[j].y, y1 = hi[j].y * r * gain_hi[j].y;
+        const float4 c = t.turn[j];     /* cosine, sine, cosine, sine */
+        const float p0 = x0 * c.x - y0 * c.y, q0 = y0 * c.x + x0 * c.y;
+        const float p1 = x1 * c.z - y1 * c.w, q1 = y1 * c.z + x1 * c.w;
+        if (head < a.n_head) { store_2(v + i, p0, p1); store_2(v + i + half, q0, q1); }
+        else { store_2(k + i, p0, p1); store_2(k + i + half, q0, q1); }
     }
 }
 
@@ -673,17 +690,19 @@ template <class W, class T, int R, int NR> static __global__ void __launch_bound
 }
 
 /* norm_rope_store: the same after a cuBLASLt product, for any number of rows: qkv [rows, ld] times scale[row].
-   Grid (rows, ceil(heads / 8)), one warp a head of q, k or v. */
+   One block a row; its warps take turns of the heads of q, k and v. */
 template <class T>
-static __global__ void norm_rope_store_kernel(qkv_args a, const float *scale) {
-    const int row = block_x(), head = block_y() * 8 + warp_id();
+static __global__ void __launch_bounds__(256) norm_rope_store_kernel(qkv_args a, const float *scale) {
+    const int row = block_x(), rotated = a.n_head + a.n_head_kv;
     const float s = scale ? scale[row] : 1.0f;
-    if (head >= a.n_head + 2 * a.n_head_kv) return;
-    if (head < a.n_head + a.n_head_kv) { norm_rope_head<T>(a, row, head, s, load_turn(a, row)); return; }
-    const int offset = (head - a.n_head - a.n_head_kv) * a.head_dim;
-    const float *v = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
-    T *to = (T *)a.kv.v + kv_at(a.kv, a.rows[row].seq, a.rows[row].position) + offset;
-    for (int i = lane_id(); i < a.head_dim; i += 32) store(to + i, v[i] * s);
+    const row_turn t = load_turn(a, row);
+    for (int head = warp_id(); head < rotated; head += n_threads() / 32) norm_rope_head<T>(a, row, head, s, t);
+    const float *v = a.qkv + (size_t)row * a.ld + (size_t)rotated * a.head_dim;
+    T *to = (T *)a.kv.v + kv_at(a.kv, t.seq, t.position);
+    for (int i = 2 * tid(); i < a.kv.kv_dim; i += 2 * n_threads()) {
+        const float2 x = *(const float2 *)(const void *)(v + i);
+        store_2(to + i, x.x * s, x.y * s);
+    }
 }
 
 /* rope (standard path): q and k heads of qkv in place. Grid (rows, n_head + n_head_kv). Equals qwen3i_rope. */
@@ -957,8 +976,8 @@ static __device__ __forceinline__ float split_q_row(T *qs, int row, const float 
    stages in shared memory. q and the weights p go in as TERMS 16-bit terms each (2 of F16, 3 of BF16), so what
    is lost is float32's rounding, not theirs; each step's sums start from zero and are added in float32.
    Equals qwen3i_attention. Needs head_dim D, group <= 64 and a 16-bit cache; BF16 needs sm_80. */
-template <class T, int D, int TERMS>
-static __global__ void __launch_bounds__(128) attention_tile_kernel(attention_args a, const attention_tile *tiles) {
+template <class T, int D, int TERMS> static __global__ void __launch_bounds__(128, 1)
+    attention_tile_kernel(attention_args a, const attention_tile *tiles) {
     QWEN3_DYNAMIC_SHARED(memory);
     T *qs = (T *)(void *)memory, *ks = qs + TERMS * TILE_ROWS * D, *vs = ks + 2 * TILE_POS * D;
     const attention_tile tile = tiles[gridDim.x - 1 - blockIdx.x];      /* the longest first */
@@ -1059,21 +1078,21 @@ static __global__ void __launch_bounds__(128) attention_tile_kernel(attention_ar
                     p[t][i][j] = pack(s[2 * i + j / 2][j % 2 * 2], s[2 * i + j / 2][j % 2 * 2 + 1], T());
 #pragma unroll
         for (int d = 0; d < D / 8; d += 2) {
-            float t0[4] = {0, 0, 0, 0}, t1[4] = {0, 0, 0, 0};
+            float sums[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
             unsigned b[4];
 #pragma unroll
             for (int i = 0; i < TILE_POS / 16; i++) {
                 load_matrices_transposed(b, vt + tile_at<D>(i * 16 + lane % 16, d + lane / 16));
 #pragma unroll
                 for (int t = TERMS - 1; t >= 0; t--) {
-                    multiply(t0, p[t][i], b[0], b[1], T());
-                    multiply(t1, p[t][i], b[2], b[3], T());
+                    multiply(sums[0], p[t][i], b[0], b[1], T());
+                    multiply(sums[1], p[t][i], b[2], b[3], T());
                 }
             }
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                o[d][j] = o[d][j] * keep[j / 2] + t0[j];
-                o[d + 1][j] = o[d + 1][j] * keep[j / 2] + t1[j];
+                o[d][j] = o[d][j] * keep[j / 2] + sums[0][j];
+                o[d + 1][j] = o[d + 1][j] * keep[j / 2] + sums[1][j];
             }
         }
         __syncthreads();                /* before the next step overwrites this stage */
@@ -1085,10 +1104,11 @@ static __global__ void __launch_bounds__(128) attention_tile_kernel(attention_ar
         sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
         sum[r] += __shfl_xor_sync(ALL, sum[r], 2);
         if (token >= tile.n_tokens) continue;
+        const float scale_out = 1.0f / sum[r];
         float *to = a.out + (size_t)(tile.row0 + token) * a.ldo + (size_t)(kv_head * group + row % group) * D + pair;
 #pragma unroll
         for (int i = 0; i < D / 8; i++)
-            *(float2 *)(void *)(to + i * 8) = make_float2(o[i][2 * r] / sum[r], o[i][2 * r + 1] / sum[r]);
+            *(float2 *)(void *)(to + i * 8) = make_float2(o[i][2 * r] * scale_out, o[i][2 * r + 1] * scale_out);
     }
 }
 
@@ -1101,20 +1121,41 @@ template <class T, int D, int TERMS> static size_t attention_tile_shared() {
    ================================================================================================ */
 /* swiglu: m = silu(gate) * up for gate_up [rows, 2 n_ff], times scale[row] before, as the input of the down
    projection [rows, ld], zero from n_ff on. The product is float32; only the scaled result is rounded.
-   One block a row. Equals qwen3i_swiglu, and one rounding. */
-template <class O> static __global__ void swiglu_kernel(O *out, float *out_scale, const float *gate_up,
-                                                        const float *scale, int n_ff, int ld_in, int ld, size_t rest) {
+   One block a row; a thread keeps up to 4 VECTORS values, N at a time. Equals qwen3i_swiglu, and one rounding. */
+const int VECTORS = 8;
+template <class O, int N> static __global__ void __launch_bounds__(1024)
+    swiglu_kernel(O *out, float *out_scale, const float *gate_up, const float *scale, int n_ff, int ld_in, int ld,
+                  size_t rest) {
     __shared__ float shared[32];
     const float *gate = gate_up + (size_t)blockIdx.x * ld_in, *up_in = gate + n_ff;
     const float s = scale ? scale[blockIdx.x] : 1.0f;
-    float top = 0, up = 1;
-    if (sizeof(O) == 2) {
-        for (int i = tid(); i < n_ff; i += n_threads()) top = fmaxf(top, fabsf(silu(gate[i] * s) * (up_in[i] * s)));
-        up = half_scale(block_max(top, shared));
+    const int step = n_threads() * N;
+    float m[VECTORS * 4 / N][N], u[N], top = 0, up = 1;
+#pragma unroll
+    for (int j = 0; j < VECTORS * 4 / N; j++) {
+        const int i = tid() * N + j * step;
+        if (i >= n_ff) break;
+        load_n<N>(m[j], gate + i);
+        load_n<N>(u, up_in + i);
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            m[j][k] = silu(m[j][k] * s) * (u[k] * s);
+            top = fmaxf(top, fabsf(m[j][k]));
+        }
     }
-    for (int i = tid(); i < ld; i += n_threads())
-        store_input(&out[(size_t)blockIdx.x * ld + i], i < n_ff ? silu(gate[i] * s) * (up_in[i] * s) : 0.0f, up, rest);
-    if (sizeof(O) == 2 && threadIdx.x == 0) out_scale[blockIdx.x] = 1.0f / up;
+    if (sizeof(O) == 2) {
+        up = half_scale(block_max(top, shared));
+        if (tid() == 0) out_scale[blockIdx.x] = 1.0f / up;
+    }
+    O *to = out + (size_t)blockIdx.x * ld;
+#pragma unroll
+    for (int j = 0; j < VECTORS * 4 / N; j++) {
+        const int i = tid() * N + j * step;
+        if (i >= n_ff) break;
+#pragma unroll
+        for (int k = 0; k < N; k++) store_input(to + i + k, m[j][k], up, rest);
+    }
+    for (int i = n_ff + tid(); i < ld; i += n_threads()) store_input(to + i, 0.0f, up, rest);
 }
 
 /* ================================================================================================
