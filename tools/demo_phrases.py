@@ -203,7 +203,21 @@ ASK_PRICE = (
     "[I saw|I found|There is] a [nice |fine |lovely |pretty |]{w} [here|there|over there]. [How much|The price]?",
     "[Excuse me|Sorry|Please], [the price of the|how much for the|what about the] {w}?",
     "The {w} [costs|is] [how much|what]?",
-    "[How many {c}|How much] [must|should|would|do] I [pay|give] for [the|a] {w}?")
+    "[How many {c}|How much] [must|should|would|do] I [pay|give] for [the|a] {w}?",
+    "[And|Okay,|Now|Hm,|Tell me,] [the|that|your] {w} [is|would be] [worth|going for] [how much|what]?",
+    "[So|Then|Well,] what is [the|that|your] {w} [worth|selling for], [keeper|then|friend]?",
+    "[The|That|Your] {w} is worth [what|how much][, keeper|, please|] [to you|in {c}|]?",
+    "[I want|I need|Let me|May I] [to |][hear|learn] [the|its] price[, I mean the {w}| of the {w}| for a {w}].",
+    "[Could|Can|May] I [hear|learn|find out|know] the [price|cost] of [the|that|your|a] {w}[, please|]?",
+    "[It's|It is] the [price|cost] of the {w} [I want to hear|I'd like to know|I'm curious about|I wish to learn].",
+    "[Would I have|Do I have|Will I have] to pay [much|a lot] for [the|that|a] {w}?",
+    "[How much|What] [would|do|will|must] I have to [pay|give you] for [one|a|that|your] {w}?",
+    "[So|And so|Then,|Well then,] [how much|what] [is|for] [the|that|your] {w}[ worth|]?",
+    "[At what|For what|For which] price [would|could|do] you [sell|part with|let me have] [a|that] {w}?",
+    "[I'm curious|I'd like to hear|I wish to know]: [the price of|what costs|how much for] the {w}?",
+    "[What|How much] for [one|your|such a] [lovely |nice |pretty |fine |]{w} [over there|there|here]?",
+    "[Then|Well] [the|that|a] {w}: [worth how much|going for what|at what price]?",
+    "[Say|Tell me|Let me hear] [at what price|for how much] you [sell|would sell|are selling] the {w}.")
 ASK_PRICE_IT = (
     "How much is it?", "What does it cost?", "[And|So] how much is [it|that]?", "[What's|What is] the price?",
     "How much?", "[What|How much] [does|would|will] [it|that|one] cost[ me|]?", "What do you want for it?",
@@ -272,7 +286,11 @@ ASK_LIST = (
     "What [all |]is [here |]for sale[ in your shop| today|]?", "list of wares", "wares?",
     "[Which|What] are your wares?",
     "[What|Anything you] recommend?", "I am looking around. What [is there|do you have]?",
-    "[I have|I've got|With] {m} {c}[, what can I|. What could I|. What do I] [buy|get|afford]?")
+    "[I have|I've got|With] {m} {c}[, what can I|. What could I|. What do I] [buy|get|afford]?",
+    "[What are|Tell me|List] the prices[ here|, please|]?",
+    "[the|your|the full|some] prices[, please|, keeper|!]", "[wares|goods|stock] and prices[?|, please|]",
+    "[And|So|Hm,|Okay,] [what about |][the|your] prices?",
+    "prices[ here|, please|, keeper| for everything| of your wares]?")
 ASK_TOTAL = (
     "How much for {l}?", "What do I pay for {l}?", "How much is {l}?", "What would {l} cost?",
     "What is the total for {l}?", "I would like {l}. What is the total?", "What does {l} cost together?",
@@ -385,7 +403,12 @@ OFFER = (
     "[What if I|And if I|Suppose I] [offer|offered|gave you|give you|bid] {o}[ {c}|] for the {w}?",
     "[Say|Make it|Let it be] {o}[ {c}|] for the {w}[ and we have a deal|, agreed|, fair|].",
     "[Do|Would] you [agree to|accept|take] [an offer of |]{o}[ {c}|] for the {w}?", "I have a bid for the {w}: {o}.",
-    "The {w} [is not worth more than|isn't worth more than|is worth] {o}[ {c}|][ to me|].")
+    "The {w} [is not worth more than|isn't worth more than|is worth] {o}[ {c}|][ to me|].",
+    "[I take|I'd take] the {w} for {o}[ {c}|][, keeper|, please|].",
+    "For {o}[ {c}|][,|] [I buy|I'd have|I have|I would take|I'd take] [the|that|your] {w}[, agreed|, yes or no|].",
+    "[You get|You receive|I give you] {o}[ {c}|][, no more,| at most] [for|if I get] the {w}[, from me|, agreed|].",
+    "[I take|I'd have|I buy] [the|that|your] {w} [at|for] {o}[ {c}|][, no more|, agreed|, my last offer].",
+    "For the {w} you [get|receive|can have] {o}[ {c}|][ from me| of mine|].")
 ASK_CHEAPER = (
     "Can you make the {w} cheaper?", "Is there a discount on the {w}?",
     "What is your lowest price for the {w}?", "The {w} is too expensive. Can you go lower?",
@@ -417,7 +440,12 @@ ASK_CHEAPER = (
     "[What|How much] [would be|is] [the lowest|the least|your last offer|the best price] for the {w}?",
     "The {w} [for less|cheaper|at a discount|at a lower price][, please|, perhaps|, maybe|]?",
     "[Too expensive|Too much|Too dear][!|.] [Can I|Could I] [have|get] the {w} [for less|cheaper]?",
-    "[How|What] about a [discount|lower price|better price] [on|for] the {w}?", "[A|One] last word on the {w}'s price?")
+    "[How|What] about a [discount|lower price|better price] [on|for] the {w}?", "[A|One] last word on the {w}'s price?",
+    "[Is|Isn't] the price [on|for|of] [that|your|the] {w} [your last offer|your last one|negotiable][, keeper|]?",
+    "[The|That] price [of|for|on] the {w}[:| -] is [it|that] [final|fixed|firm|your last word|negotiable][, keeper|]?",
+    "[Is it final|Is it your last word|Is that firm|Is that final], the price [of|for|on] [the|that|your] {w}?",
+    "Your price [of|for|on] the {w} is [final|fixed|your last word], [is it|isn't it|right]?",
+    "[Final|Fixed|Negotiable], [is it, |]the price [of|for|on] [the|your|that] {w}?")
 ASK_WAY = (
     "Where is the {p}?", "How do I get to the {p}?", "How do I find the {p}?", "Which way is the {p}?",
     "Where do I find the {p}?", "Can you tell me the way to the {p}?", "I am looking for the {p}.",
