@@ -573,9 +573,9 @@ extern "C" {
 #endif
 typedef struct qwen3i_model_view { const qwen3i_config *config; const qwen3i_weights *weights; const qwen3_allocator *allocator;
                                    const qwen3_token *eos; int n_eos; int n_tokens; } qwen3i_model_view;
-QWEN3_API qwen3i_model_view qwen3i_view(const qwen3_model *model);
+QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *model);
 /* freqs [head_dim / 2]: radians a position; yarn_factor 0: as the configuration says. Returns the factor for cosines and sines. */
-QWEN3_API float qwen3i_rotation(float *freqs, const qwen3i_config *config, double yarn_factor);
+QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config, double yarn_factor);
 extern const qwen3_cuda_kernels *qwen3_cuda_get_kernels(void);  /* defined in qwen3_cuda.cu */
 #ifdef __cplusplus
 }
@@ -3508,7 +3508,7 @@ static qwen3_chat_style qwen3i_chat_style_of_config(const void *config, size_t n
    ================================================================================================ */
 static const qwen3_backend *qwen3i_cpu_backend(void);
 
-QWEN3_API qwen3i_model_view qwen3i_view(const qwen3_model *m) {
+QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *m) {
     qwen3i_model_view v;
     v.config = &m->config;
     v.weights = &m->weights;
@@ -4313,15 +4313,21 @@ static void qwen3i_chat_json(qwen3i_chat *c, const char *text) {
 }
 
 /* ---- the template ------------------------------------------------------------------------------------ */
-static const char *qwen3i_str_find(qwen3i_str s, const char *wanted, int last) {
-    size_t k = strlen(wanted), i;
-    const char *hit = NULL;
+/* Where it begins, the first or the last of them; s.n: nowhere. */
+static size_t qwen3i_str_find(qwen3i_str s, const char *wanted, int last) {
+    size_t k = strlen(wanted), i, hit = s.n;
     for (i = 0; i + k <= s.n; i++)
         if (s.p[i] == *wanted && memcmp(s.p + i, wanted, k) == 0) {
-            hit = s.p + i;
+            hit = i;
             if (!last) break;
         }
     return hit;
+}
+
+static qwen3i_str qwen3i_str_from(qwen3i_str s, size_t at) {
+    s.p += at;
+    s.n -= at;
+    return s;
 }
 
 static qwen3i_str qwen3i_str_strip(qwen3i_str s, int left, int right) {
@@ -4333,24 +4339,19 @@ static qwen3i_str qwen3i_str_strip(qwen3i_str s, int left, int right) {
 /* An assistant's content, and its reasoning if that is part of the text. */
 static void qwen3i_chat_split(const qwen3_msg *m, qwen3i_str *content, qwen3i_str *reasoning) {
     static const char begin[] = "<think>", end[] = "</think>";
-    const char *first, *last, *open;
-    *content = qwen3i_str_of(m->text);
+    qwen3i_str text = qwen3i_str_of(m->text);
+    size_t first, last, open;
+    *content = text;
     *reasoning = qwen3i_str_of(m->reasoning);
-    first = m->reasoning ? NULL : qwen3i_str_find(*content, end, 0);
-    if (!first) return;
-    last = qwen3i_str_find(*content, end, 1) + sizeof end - 1;
-    reasoning->p = content->p;
-    reasoning->n = (size_t)(first - content->p);
-    *reasoning = qwen3i_str_strip(*reasoning, 0, 1);
-    open = qwen3i_str_find(*reasoning, begin, 1);
-    if (open) {
-        reasoning->n -= (size_t)(open + sizeof begin - 1 - reasoning->p);
-        reasoning->p = open + sizeof begin - 1;
-    }
-    *reasoning = qwen3i_str_strip(*reasoning, 1, 0);
-    content->n -= (size_t)(last - content->p);
-    content->p = last;
-    *content = qwen3i_str_strip(*content, 1, 0);
+    first = m->reasoning ? text.n : qwen3i_str_find(text, end, 0);
+    if (first == text.n) return;
+    last = qwen3i_str_find(text, end, 1) + sizeof end - 1;
+    *content = qwen3i_str_strip(qwen3i_str_from(text, last), 1, 0);
+    text.n = first;
+    text = qwen3i_str_strip(text, 0, 1);
+    open = qwen3i_str_find(text, begin, 1);
+    if (open < text.n) text = qwen3i_str_from(text, open + sizeof begin - 1);
+    *reasoning = qwen3i_str_strip(text, 1, 0);
 }
 
 /* show_thinking: 0: leave the reasoning out; 1: show it if there is any; 2: show that there is none, too. */
@@ -5861,7 +5862,7 @@ static qwen3_memory qwen3i_cpu_memory(const void *model_state, const qwen3_model
     qwen3_memory m = {0, 0};
     qwen3i_cpu c;
     (void)model_state;
-    m.host_bytes = qwen3i_cpu_layout(&c, qwen3i_view(model).config, desc, NULL);
+    m.host_bytes = qwen3i_cpu_layout(&c, qwen3_backend_view(model).config, desc, NULL);
     if (m.host_bytes) m.host_bytes += sizeof c;
     return m;
 }
@@ -5890,7 +5891,7 @@ static qwen3_result qwen3i_cpu_fill(qwen3i_cpu *c, const qwen3i_err *err) {
 
 static qwen3_result qwen3i_cpu_create(void **ctx_state, void *model_state, const qwen3_model *model,
                                       const qwen3_ctx_desc *desc, const qwen3i_err *err) {
-    qwen3i_model_view view = qwen3i_view(model);
+    qwen3i_model_view view = qwen3_backend_view(model);
     qwen3i_cpu *c = (qwen3i_cpu *)qwen3i_alloc_zero(&desc->allocator, 1, sizeof *c);
     qwen3_result r;
     (void)model_state;
@@ -6395,7 +6396,7 @@ static double qwen3i_log_sum_exp(const float *logits, int n) {
 /* ================================================================================================
    SERVICES FOR BACKENDS: see the backend interface
    ================================================================================================ */
-QWEN3_API float qwen3i_rotation(float *freqs, const qwen3i_config *config, double yarn_factor) {
+QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config, double yarn_factor) {
     return qwen3i_rope_freqs(freqs, config, yarn_factor);
 }
 /* ================================================================================================

@@ -486,7 +486,7 @@ static qwen3_result create_model_from(void **model_state, const qwen3i_model_vie
 
 static qwen3_result create_model(void **model_state, const qwen3_model *model, const qwen3_load_desc *desc,
                                  const qwen3i_err *err) {
-    const qwen3i_model_view view = qwen3i_view(model);
+    const qwen3i_model_view view = qwen3_backend_view(model);
     return create_model_from(model_state, &view, desc, err);
 }
 
@@ -749,7 +749,7 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     TRY(allow_tile_shared(c, err));
     CUDA_TRY(
         cudaFuncSetAttribute(choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(choose_shared)));
-    scale = qwen3i_rotation(freqs, g, (double)c->desc.yarn_factor);
+    scale = qwen3_backend_rotation(freqs, g, (double)c->desc.yarn_factor);
     CUDA_TRY(
         cudaMemcpyAsync(c->freqs, freqs, (size_t)g->head_dim / 2 * sizeof(float), cudaMemcpyHostToDevice, c->stream));
     CUDA_TRY(launch(c->stream, dim3((unsigned)c->desc.max_ctx), 64, 0, rope_table_kernel, c->rope,
@@ -772,7 +772,7 @@ static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_
     *ctx_state = NULL;
     if (!c) return no_host_memory(err, sizeof *c);
     shape_ctx(c, m, desc);
-    const qwen3i_model_view view = qwen3i_view(model);      /* the tokenizer may have come after the weights */
+    const qwen3i_model_view view = qwen3_backend_view(model);      /* the tokenizer may have come after the weights */
     c->eos = view.eos;
     c->n_eos = view.n_eos;
     c->n_choose = least(view.n_tokens, m->config.n_vocab);
