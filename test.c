@@ -30,6 +30,7 @@ static void  test_free(void *p);
 #ifdef QWEN3_TEST_CUDA
   #include "tests/test_cuda.h"
 #endif
+#include "tests/test_stability.h"
 
 static int usage(const char *program) {
     fprintf(stderr, "usage: %s [-k part-of-a-name] [-v | -q] [--data DIR]\n", program);
@@ -65,6 +66,7 @@ int main(int argc, char **argv) {
     suite_faults();
     suite_malformed();
     suite_threads();
+    suite_stability();
 #ifdef QWEN3_TEST_CUDA
     suite_cuda();
 #endif

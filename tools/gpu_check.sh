@@ -65,6 +65,7 @@ wait
 note build "ok, $(grep -c 'Compiling entry' "$OUT/build.log") kernels, $(grep 'bytes spill stores' "$OUT/build.log" | grep -cv ' 0 bytes spill stores') spill"
 
 run tests 200 build/gpu_check_plain_test -k test_cuda
+run stability 120 build/gpu_check_plain_test -v -k stability
 for v in $VARIANTS; do run tests.$v 60 build/gpu_check_${v}_test -k test_cuda_models; done
 
 # bench NAME OPTIONS...: the figures go to the table
