@@ -217,7 +217,15 @@ ASK_PRICE = (
     "[I'm curious|I'd like to hear|I wish to know]: [the price of|what costs|how much for] the {w}?",
     "[What|How much] for [one|your|such a] [lovely |nice |pretty |fine |]{w} [over there|there|here]?",
     "[Then|Well] [the|that|a] {w}: [worth how much|going for what|at what price]?",
-    "[Say|Tell me|Let me hear] [at what price|for how much] you [sell|would sell|are selling] the {w}.")
+    "[Say|Tell me|Let me hear] [at what price|for how much] you [sell|would sell|are selling] the {w}.",
+    "[Must|Should|Would] I pay [a lot|much] for [the|that|a|your] {w}?",
+    "[Is it much|Is it a lot], [what I have to pay|what I would pay|the price] for [the|that|a] {w}?",
+    "[And|So,] [is|would] [the|that|a] {w} [be |][a lot of money|dear|costly|much]?",
+    "[How much|What] [is|for|does] [the|that|your|one|a|this] [nice|fine|lovely|pretty|beautiful] {w}[ cost| go for|]?",
+    "[Do|Would|Will] I [have|need] to pay [a lot|much] [of money |][if I want|for] [the|that|a] {w}?",
+    "[The|That|This|Your] [nice|fine|lovely|pretty|beautiful] {w} [here|over there|there|], [how much|what price]?",
+    "[What a|Such a] [nice|fine|lovely|pretty|beautiful] {w}[!|.] [The price|How much|What for it|Its price]?",
+    "[The price|Price|How much] of [the|that|a] [nice|fine|lovely|pretty|] {w} [there|over there|here]?")
 ASK_PRICE_IT = (
     "How much is it?", "What does it cost?", "[And|So] how much is [it|that]?", "[What's|What is] the price?",
     "How much?", "[What|How much] [does|would|will] [it|that|one] cost[ me|]?", "What do you want for it?",
