@@ -137,33 +137,51 @@ static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t sh
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
 }
 
-/* The same for a kernel that calls wait_for_previous(): where the chip can (sm_90 on), it may start before the one
-   before it has ended. */
+/* The same in clusters of so many blocks. */
 template <class... P, class... A>
-static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int threads, size_t shared,
-                                void (*kernel)(P...), A... args) {
+static cudaError_t launch_clusters(bool early, int blocks, cudaStream_t stream, dim3 grid, int threads, size_t shared,
+                                   void (*kernel)(P...), A... args) {
     cudaLaunchConfig_t config = cudaLaunchConfig_t();
-    cudaLaunchAttribute early;
+    cudaLaunchAttribute attributes[2];
     config.gridDim = grid;
     config.blockDim = dim3((unsigned)threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = can && QWEN3_CUDA_PDL ? 1 : 0;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes;
+    if (early && QWEN3_CUDA_PDL) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (blocks > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim.x = (unsigned)blocks;
+        attributes[config.numAttrs].val.clusterDim.y = 1;
+        attributes[config.numAttrs++].val.clusterDim.z = 1;
+    }
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
+}
+
+/* For a kernel that calls wait_for_previous(): where the chip can (sm_90 on), it may start before the one before it
+   has ended. */
+template <class... P, class... A>
+static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int threads, size_t shared,
+                                void (*kernel)(P...), A... args) {
+    return launch_clusters(can, 1, stream, grid, threads, shared, kernel, args...);
 }
 
 /* ================================================================================================
    MODEL: weights in device memory
    ================================================================================================ */
+struct stored_map { u64 words[sizeof(CUtensorMap) / 8]; };      /* how TMA finds tiles; without the type's alignment */
+
 struct matrix {                         /* W [rows, cols] = data * scale; rows ld apart, zero from cols to ld */
     void       *data;
     int         rows, cols, ld;
     qwen3i_type type;                   /* F32 or F16 */
     int         terms;                  /* 16-bit terms of its input when there are many rows */
     float       scale;
+    stored_map  map;                    /* of a wide model's */
+    float      *bounds;                 /* of gate_up, in a wide model: see wide_norm */
 };
 
 /* Elements from the first term of n rows of a product's input to the second; 0: there is only one. */
@@ -184,6 +202,7 @@ struct cuda_model {
     layer_weights  *layers;
     matrix          embed, head;
     float          *final_norm;
+    bool            wide;               /* products with many rows can go through the kernels for Hopper */
 };
 
 static size_t type_size(qwen3i_type t) { return t == QWEN3I_F32 ? 4 : 2; }
@@ -242,6 +261,7 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
         l->mlp_norm = a->take<float>(n_embd);
         l->q_norm = a->take<float>(head_dim);
         l->k_norm = a->take<float>(head_dim);
+        l->gate_up.bounds = a->take<float>(2);
     }
     m->final_norm = a->take<float>(n_embd);
     *tops = a->take<unsigned>((size_t)n);
@@ -372,6 +392,73 @@ static qwen3_result convert_groups(uploader *u, cuda_model *m, const qwen3i_weig
     return QWEN3_OK;
 }
 
+/* A map of [z, y, x] 16-bit elements at p, read in tiles of [1, tile_y, 64]. */
+static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z, int tile_y, const qwen3i_err *err) {
+    typedef CUresult (*encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
+                               const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
+                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+    const cuuint64_t sizes[3] = {x, y, z}, strides[2] = {2 * x, 2 * x * y};
+    const cuuint32_t tile[3] = {(cuuint32_t)WIDE_K, (cuuint32_t)tile_y, 1}, steps[3] = {1, 1, 1};
+    CUtensorMap map;
+    cudaDriverEntryPointQueryResult found;
+    void *function = NULL;
+#if CUDART_VERSION >= 12050
+    CUDA_TRY(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+#else
+    CUDA_TRY(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+#endif
+    if (found != cudaDriverEntryPointSuccess || !function)
+        return fail(err, QWEN3_ERR_DEVICE, "CUDA: the driver has no cuTensorMapEncodeTiled");
+    const CUresult r =
+        ((encode)function)(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, z ? 3 : 2, (void *)p, sizes, strides, tile, steps,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (r != CUDA_SUCCESS) return fail(err, QWEN3_ERR_DEVICE, "CUDA: cuTensorMapEncodeTiled: error %d", (int)r);
+    memcpy(out, &map, sizeof *out);
+    return QWEN3_OK;
+}
+
+static CUtensorMap get_map(const stored_map &m) {
+    CUtensorMap map;
+    memcpy(&map, &m, sizeof map);
+    return map;
+}
+
+/* Are the shapes, types and the chip such that products with many rows can go through the kernels for Hopper? */
+static bool fits_wide(const cuda_model *m) {
+    const qwen3i_config *g = &m->config;
+    if (m->capability != 90 || g->head_dim != WIDE_DIM || g->n_head / g->n_head_kv > WIDE_M) return false;
+    if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 256 * NORM_VECTORS) return false;
+    for (int i = 0; i < g->n_layer; i++) {
+        const layer_weights &l = m->layers[i];
+        if (l.qkv.type != QWEN3I_F16 || l.wo.type != QWEN3I_F16 || l.gate_up.type != QWEN3I_F16 ||
+            l.w_down.type != QWEN3I_F16) return false;
+    }
+    return true;
+}
+
+static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *err) {
+    const int n_ff = m->config.n_ff;
+    int *answer = (int *)(void *)m->layers[0].gate_up.bounds, yes = 0;
+    if (!fits_wide(m)) return QWEN3_OK;
+    CUDA_TRY(launch(u->stream, dim3(1), 32, 0, has_wgmma_kernel, answer));
+    CUDA_TRY(cudaMemcpyAsync(&yes, answer, sizeof yes, cudaMemcpyDeviceToHost, u->stream));
+    CUDA_TRY(cudaStreamSynchronize(u->stream));
+    if (!yes) return QWEN3_OK;          /* built for another chip of this generation */
+    for (int i = 0; i < m->config.n_layer; i++) {
+        layer_weights *l = &m->layers[i];
+        matrix *const all[4] = {&l->qkv, &l->wo, &l->gate_up, &l->w_down}, &w = l->gate_up;
+        for (int k = 0; k < 4; k++)
+            TRY(make_map(&all[k]->map, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, 0, WIDE_N / 2, err));
+        CUDA_TRY(cudaMemsetAsync(w.bounds, 0, 2 * sizeof(float), u->stream));
+        for (int k = 0; k < 2; k++)
+            CUDA_TRY(launch(u->stream, dim3((unsigned)ceil_div(n_ff, 8)), 256, 0, row_norms_kernel, w.bounds + k,
+                            (const half_t *)w.data + (size_t)k * n_ff * w.ld, n_ff, w.cols, w.ld, w.scale));
+    }
+    m->wide = true;
+    return QWEN3_OK;
+}
+
 static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weights *w, unsigned *tops,
                                    const qwen3i_err *err) {
     const int n_embd = m->config.n_embd, head_dim = m->config.head_dim;
@@ -386,6 +473,7 @@ static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weig
     }
     TRY(upload_gain(u, m->final_norm, w->final_norm, n_embd, err));
     TRY(convert_groups(u, m, w, tops, err));
+    TRY(prepare_wide(u, m, err));
     if (m->head.data == NULL) m->head = m->embed;
     CUDA_TRY(cudaStreamSynchronize(u->stream));
     return QWEN3_OK;
@@ -537,6 +625,8 @@ struct cuda_ctx {
     qwen3_ctx_desc    desc;
     int               max_rows, group, kv_dim, q_dim, qkv_ld, act_ld, embd_ld, ff_ld;
     bool              own_stream, tiles;        /* tiles: the tensor core kernel does this model's attention */
+    bool              wide, wide_kv;            /* many rows go through the kernels for Hopper; attention, too; ... */
+    int               narrow_rows;              /* ... and only up to so many through the others */
     const qwen3_token *eos; int n_eos;          /* the model's */
     int               n_choose;                 /* ids below this may be chosen */
     cudaStream_t      stream, capture;
@@ -558,6 +648,9 @@ struct cuda_ctx {
     float  *x, *h, *tmp;                        /* [max_rows, n_embd padded]: residual, normalised, a product */
     float  *qkv, *attn, *gate_up, *ff;          /* [max_rows, qkv_ld | q_dim | 2 n_ff | n_ff padded] */
     void   *act; float *act_scale;              /* [max_rows, act_ld] input of a product */
+    half_t *wide_act, *wide_q, *wide_m;         /* [max_rows, n_embd or q_dim | q_dim | n_ff] the same on Hopper */
+    float  *ff_scale;                           /* [max_rows] of wide_m */
+    stored_map wide_h_map, wide_a_map, wide_m_map, k_map, v_map;
     float  *logits, *logprobs;                  /* [head_rows, n_vocab], [head_rows] */
     float  *parts;
     unsigned *qkv_tickets, *attn_tickets;
@@ -577,6 +670,8 @@ struct cuda_ctx {
     int         lab_rows, lab_tiles;            /* of the batch that single kernels work on */
 };
 
+const int WIDE_LEAST = 64;              /* above so many rows the kernels for Hopper are used */
+
 static int head_rows(const cuda_ctx *c) { return least(HEAD_ROWS, c->max_rows); }
 
 /* How many parts the positions of a row are split into: enough to fill the chip, from the shape alone. */
@@ -587,7 +682,8 @@ static int attention_splits(const cuda_ctx *c, int rows) {
 
 static void lay_out_device(cuda_ctx *c, arena *a) {
     const qwen3i_config *g = &c->m->config;
-    const size_t rows = (size_t)c->max_rows, seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
+    const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
+    const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
     const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
     const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);
     c->kv_layer_bytes = seqs * ctx * c->kv_dim * type_size((qwen3i_type)c->desc.kv_type);
@@ -597,15 +693,21 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->rope = a->take<float2>(ctx * half);
     c->freqs = a->take<float>(half);
     c->x = a->take<float>(rows * embd);
-    c->h = a->take<float>(rows * embd);
-    c->tmp = a->take<float>(rows * embd);
-    c->qkv = a->take<float>(rows * c->qkv_ld);
-    c->attn = a->take<float>(rows * c->q_dim);
-    c->gate_up = a->take<float>(rows * 2 * c->ff_ld);
+    c->h = a->take<float>(narrow * embd);
+    c->tmp = a->take<float>(narrow * embd);
+    c->qkv = a->take<float>((c->wide_kv ? narrow : rows) * c->qkv_ld);
+    c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
+    c->gate_up = a->take<float>(narrow * 2 * c->ff_ld);
     c->ff = a->take<float>((c->desc.kernels == QWEN3_PATH_STANDARD ? rows : (size_t)least(c->max_rows, MATVEC_ROWS)) *
                            c->ff_ld);
-    c->act = a->take<float>(rows * c->act_ld);
+    c->act = a->take<float>(narrow * c->act_ld);
     c->act_scale = a->take<float>(rows);
+    if (c->wide) {
+        c->wide_act = a->take<half_t>(rows * most(c->q_dim, g->n_embd));
+        c->wide_q = a->take<half_t>(c->wide_kv ? rows * c->q_dim : 0);
+        c->wide_m = a->take<half_t>(rows * g->n_ff);
+        c->ff_scale = a->take<float>(rows);
+    }
     c->logits = a->take<float>((size_t)head_rows(c) * vocab);
     c->logprobs = a->take<float>((size_t)head_rows(c));
     c->parts = a->take<float>(part_rows * g->n_head * (g->head_dim + 2));
@@ -661,6 +763,9 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
     c->act_ld = round_up(most(most(g->n_embd, g->n_ff), c->q_dim), 8);
     c->tiles = (g->head_dim == 64 || g->head_dim == 128) && c->group <= TILE_ROWS &&
                (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
+    c->wide = m->wide && desc->kernels != QWEN3_PATH_STANDARD;
+    c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
+    c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, WIDE_LEAST)) : c->max_rows;
 }
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
@@ -730,6 +835,29 @@ static qwen3_result take_memory(cuda_ctx *c, const qwen3i_err *err) {
 
 static qwen3_result allow_tile_shared(const cuda_ctx *c, const qwen3i_err *err);
 
+template <class K> static qwen3_result allow_shared(K *kernel, size_t bytes, const qwen3i_err *err) {
+    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    return QWEN3_OK;
+}
+
+static qwen3_result prepare_wide_ctx(cuda_ctx *c, const qwen3i_err *err) {
+    const qwen3i_config *g = &c->m->config;
+    const u64 rows = (u64)c->max_rows, ctx = (u64)c->desc.max_ctx, sets = (u64)c->desc.max_seqs * (u64)g->n_layer;
+    TRY(make_map(&c->wide_h_map, c->wide_act, (u64)g->n_embd, rows, 0, WIDE_M, err));
+    TRY(make_map(&c->wide_a_map, c->wide_act, (u64)c->q_dim, rows, 0, WIDE_M, err));
+    TRY(make_map(&c->wide_m_map, c->wide_m, (u64)g->n_ff, rows, 0, WIDE_M, err));
+    TRY(allow_shared(wide_product_kernel<WIDE_ADD>, WIDE_PRODUCT_SHARED, err));
+    TRY(allow_shared(wide_product_kernel<WIDE_QKV>, WIDE_PRODUCT_SHARED, err));
+    TRY(allow_shared(wide_product_kernel<WIDE_QKV, bf16_t>, WIDE_PRODUCT_SHARED, err));
+    TRY(allow_shared(wide_product_kernel<WIDE_QKV, float>, WIDE_PRODUCT_SHARED, err));
+    TRY(allow_shared(wide_product_kernel<WIDE_SWIGLU>, WIDE_PRODUCT_SHARED, err));
+    if (!c->wide_kv) return QWEN3_OK;
+    TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, WIDE_POS, err));
+    TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, WIDE_POS, err));
+    TRY(allow_shared(wide_attention_kernel, WIDE_ATTENTION_SHARED, err));
+    return QWEN3_OK;
+}
+
 static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     const qwen3i_config *g = &c->m->config;
     float freqs[MAX_HEAD_DIM / 2];
@@ -747,6 +875,7 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     }
     LT_TRY(cublasLtCreate(&c->lt));
     TRY(allow_tile_shared(c, err));
+    if (c->wide) TRY(prepare_wide_ctx(c, err));
     CUDA_TRY(
         cudaFuncSetAttribute(choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(choose_shared)));
     scale = qwen3_backend_rotation(freqs, g, (double)c->desc.yarn_factor);
@@ -759,6 +888,10 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     CUDA_TRY(cudaMemsetAsync(c->kept, 0, (size_t)c->desc.max_seqs * KEPT * g->n_vocab * sizeof(float), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->qkv_tickets, 0, (size_t)(g->n_head + g->n_head_kv) * sizeof(unsigned), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->attn_tickets, 0, (size_t)c->max_rows * g->n_head * sizeof(unsigned), c->stream));
+    if (c->wide) {                      /* tiles are read whole, whatever is in the rows that a batch has not */
+        CUDA_TRY(cudaMemsetAsync(c->wide_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2, c->stream));
+        CUDA_TRY(cudaMemsetAsync(c->wide_m, 0, (size_t)c->max_rows * g->n_ff * 2, c->stream));
+    }
     CUDA_TRY(cudaMemsetAsync(c->best, 0, (size_t)c->desc.max_seqs * sizeof(u64), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
     CUDA_TRY(cudaStreamSynchronize(c->stream));
@@ -865,7 +998,7 @@ static qwen3_result product(cuda_ctx *c, cudaStream_t s, float *y, int ldy, cons
 /* ================================================================================================
    LAYER: the operations on the rows of a batch, each in three ways
    ================================================================================================ */
-enum mode { MATVEC, GEMM, STANDARD };   /* fused up to 8 rows, fused with cuBLASLt, one kernel an operation */
+enum mode { MATVEC, GEMM, WIDE, STANDARD };     /* fused up to 8 rows, with cuBLASLt, on Hopper; one kernel an operation */
 
 struct pass {                           /* one batch on its way through the layers */
     cuda_ctx          *c;
@@ -894,10 +1027,15 @@ static qwen3_result launched(const pass *p, cudaError_t e, const char *what) {
     return e == cudaSuccess ? QWEN3_OK : cuda_fail(p->err, e, what);
 }
 
+static bool goes_wide(const cuda_ctx *c, int n, int n_tiles) {
+    return c->wide && n > WIDE_LEAST && (n_tiles > 0 || !c->tiles);
+}
+
 static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
     pass p;
     p.c = c; p.s = s; p.n = n; p.n_tiles = n_tiles;
-    p.how = c->desc.kernels == QWEN3_PATH_STANDARD ? STANDARD : n <= MATVEC_ROWS ? MATVEC : GEMM;
+    p.how = c->desc.kernels == QWEN3_PATH_STANDARD ? STANDARD : n <= MATVEC_ROWS ? MATVEC :
+            goes_wide(c, n, n_tiles) ? WIDE : GEMM;
     p.early = c->m->capability >= 90;
     p.fuse_norms = false;
     p.gain = NULL;
@@ -1075,6 +1213,10 @@ static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
     const qwen3i_config *g = &c->m->config;
     p->gain = p->fuse_norms ? gain : NULL;
     if (p->gain) return QWEN3_OK;
+    if (p->how == WIDE)
+        return launched(p, launch_early(p->early, p->s, grid1(p->n), 256, 0, wide_norm_kernel, c->wide_act,
+                                        c->act_scale, c->ff_scale, (const float *)w.bounds, (const float *)c->x,
+                                        c->embd_ld, gain, g->n_embd, g->rms_eps), "wide_norm");
     if (p->how == GEMM) {
 #define CALL(T) launch_add_rmsnorm<T>(p, gain, w)
         TRY(launched(p, BY_WEIGHT_TYPE(w, CALL), "add_rmsnorm"));
@@ -1085,6 +1227,71 @@ static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
     TRY(launched(p, launch_rmsnorm<float>(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain,
                                           p->n, 1, g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
     return p->how == STANDARD ? round_rows(p, w, c->h, c->embd_ld, p->n) : QWEN3_OK;
+}
+
+/* ---- the same products on Hopper ------------------------------------------------------------------------ */
+static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_scale) {
+    wide_args a;
+    memset(&a, 0, sizeof a);
+    a.rows = p->n;
+    a.k = w.cols;
+    a.n_tiles = w.rows / WIDE_N;
+    a.step = WIDE_N;
+    a.half = WIDE_N / 2;
+    a.w_scale = w.scale;
+    a.in_scale = in_scale;
+    return a;
+}
+
+template <int KIND, class T>
+static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
+    const int pairs = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles, p->c->m->n_sm / 2);
+    return launched(p, launch_clusters(p->early, 2, p->s, grid1(2 * pairs), WIDE_THREADS, WIDE_PRODUCT_SHARED,
+                                       wide_product_kernel<KIND, T>, get_map(in), get_map(w.map), a), "wide_product");
+}
+
+/* x += W in */
+static qwen3_result wide_add(const pass *p, const stored_map &in, const float *in_scale, const matrix &w) {
+    wide_args a = wide_arguments(p, w, in_scale);
+    a.x = p->c->x;
+    a.ldx = p->c->embd_ld;
+    return wide_product<WIDE_ADD, half_t>(p, in, w, a);
+}
+
+static qwen3_result wide_qkv(const pass *p, const matrix &w, const qkv_args &qkv) {
+    wide_args a = wide_arguments(p, w, p->c->act_scale);
+    a.out = p->c->wide_kv ? p->c->wide_q : NULL;
+    a.ldo = p->c->q_dim;
+    a.qkv = qkv;
+#define CALL(T) wide_product<WIDE_QKV, T>(p, p->c->wide_h_map, w, a)
+    return BY_KV_TYPE(p->c, CALL);
+#undef CALL
+}
+
+static qwen3_result wide_swiglu(const pass *p, const matrix &w) {
+    const int n_ff = p->c->m->config.n_ff;
+    wide_args a = wide_arguments(p, w, p->c->act_scale);
+    a.step = WIDE_N / 2;
+    a.half = n_ff;
+    a.out = p->c->wide_m;
+    a.ldo = n_ff;
+    a.out_scale = p->c->ff_scale;
+    return wide_product<WIDE_SWIGLU, half_t>(p, p->c->wide_h_map, w, a);
+}
+
+static qwen3_result wide_attention(const pass *p, const attention_args &from, int layer) {
+    const cuda_ctx *c = p->c;
+    wide_attention_args a;
+    a.q = c->wide_q;
+    a.out = c->wide_act;
+    a.n_head = from.n_head;
+    a.group = c->group;
+    a.layer = layer;
+    a.max_seqs = c->desc.max_seqs;
+    a.scale = from.scale;
+    return launched(p, launch_early(p->early, p->s, grid2(from.n_head_kv, p->n_tiles), WIDE_THREADS,
+                                    WIDE_ATTENTION_SHARED, wide_attention_kernel, get_map(c->k_map), get_map(c->v_map), a,
+                                    (const attention_tile *)c->tile_list), "wide_attention");
 }
 
 /* ---- q, k, v = RoPE(RMSNorm_head(W h)); k, v into the cache --------------------------------------------- */
@@ -1138,6 +1345,7 @@ static qwen3_result qkv_rope(const pass *p, int layer) {
     const qkv_args a = qkv_arguments(p, layer);
     cudaError_t e;
     if (p->how == STANDARD) return standard_qkv(p, w, a);
+    if (p->how == WIDE) return wide_qkv(p, w, a);
     if (p->how == MATVEC) {
         const matvec_in in = normalised_input(p, w);
 #define CALL(T) fused_qkv<T>(p, w, in, a)
@@ -1206,6 +1414,7 @@ static qwen3_result attention(const pass *p, int layer) {
     cuda_ctx *c = p->c;
     const attention_args a = attention_arguments(p, layer);
     cudaError_t e;
+    if (p->how == WIDE && c->wide_kv) return wide_attention(p, a, layer);
     if (p->n_tiles > 0) {
         const tile_kernel k = choose_tile_kernel(c);
         e = launch(p->s, grid2(p->n_tiles, a.n_head_kv), 128, k.shared, k.kernel, a,
@@ -1231,6 +1440,12 @@ static qwen3_result o_proj(pass *p, int layer) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].wo;
     if (p->how == MATVEC) return matvec<true>(p, c->x, c->embd_ld, NULL, w, c->attn, c->q_dim, p->n);
+    if (p->how == WIDE && c->wide_kv) return wide_add(p, c->wide_a_map, NULL, w);
+    if (p->how == WIDE) {
+        RUN(grid1(p->n), row_threads(w.ld, 4, p->n), 0, round_rows_kernel<half_t>, c->wide_act, c->act_scale,
+            (const float *)c->attn, c->q_dim, w.cols, w.ld, (size_t)0);
+        return wide_add(p, c->wide_a_map, c->act_scale, w);
+    }
     TRY(round_rows(p, w, c->attn, c->q_dim, p->n));
     return product_to_add(p, w);
 }
@@ -1261,6 +1476,7 @@ static qwen3_result mlp(const pass *p, int layer) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].gate_up, &down = c->m->layers[layer].w_down;
     if (p->how == STANDARD) return standard_mlp(p, w, down);
+    if (p->how == WIDE) return wide_swiglu(p, w);
     if (p->how == MATVEC) {
         const matvec_in in = normalised_input(p, w);
 #define CALL(T) mlp_rows_of<T>(p, in, c->ff, c->ff_ld)
@@ -1277,6 +1493,7 @@ static qwen3_result down_proj(pass *p, int layer) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].w_down;
     if (p->how == MATVEC) return matvec<true>(p, c->x, c->embd_ld, NULL, w, c->ff, c->ff_ld, p->n);
+    if (p->how == WIDE) return wide_add(p, c->wide_m_map, c->ff_scale, w);
     return product_to_add(p, w);
 }
 
@@ -1353,7 +1570,7 @@ template <class T> static cudaError_t send(cuda_ctx *c, T *to, const T *from, in
 
 /* The tiles of attention: consecutive tokens of one sequence. Returns how many. */
 static int make_tiles(const cuda_ctx *c, const qwen3i_batch *b, attention_tile *tiles) {
-    const int most_tokens = TILE_ROWS / c->group;
+    const int most_tokens = (c->wide_kv && goes_wide(c, b->n_rows, 1) ? WIDE_POS : TILE_ROWS) / c->group;
     int n = 0;
     for (int i = 0; i < b->n_rows; i += tiles[n++].n_tokens) {
         attention_tile *t = &tiles[n];
@@ -1391,7 +1608,8 @@ static qwen3_result upload_batch(cuda_ctx *c, const qwen3i_batch *b, int *n_tile
         r->out_slot = o && o->keep_seq >= 0 ? kept_slot(c, o->keep_seq, 1) : -1;
         r->out_target = o && o->logprob ? o->target : -1;
     }
-    *n_tiles = c->tiles && b->n_rows > MATVEC_ROWS && !one_row_each(b) ? make_tiles(c, b, slot->tiles) : 0;
+    *n_tiles = c->tiles && b->n_rows > MATVEC_ROWS && (!one_row_each(b) || b->n_rows > c->narrow_rows)
+                   ? make_tiles(c, b, slot->tiles) : 0;
     CUDA_TRY(send(c, c->rows, slot->rows, b->n_rows));
     CUDA_TRY(send(c, c->tile_list, slot->tiles, *n_tiles));
     CUDA_TRY(cudaEventRecord(c->uploaded[at], c->stream));
@@ -1890,12 +2108,57 @@ static lab_view lab_buffer(const pass *p, qwen3_cuda_buffer buffer) {
     return v;
 }
 
+/* The rows of a batch that goes through the kernels for Hopper; scale NULL: they are F16 as they are. */
+struct wide_view { half_t *rows; float *scale; int width; };
+
+static bool wide_buffer(const pass *p, qwen3_cuda_buffer buffer, wide_view *v) {
+    const cuda_ctx *c = p->c;
+    const wide_view h = {c->wide_act, c->act_scale, c->m->config.n_embd}, q = {c->wide_q, NULL, c->q_dim},
+                    a = {c->wide_act, NULL, c->q_dim}, m = {c->wide_m, c->ff_scale, c->m->config.n_ff};
+    if (p->how != WIDE || buffer == QWEN3_CUDA_X || buffer == QWEN3_CUDA_LOGITS) return false;
+    if (!c->wide_kv && (buffer == QWEN3_CUDA_Q || buffer == QWEN3_CUDA_A)) return false;
+    *v = buffer == QWEN3_CUDA_H ? h : buffer == QWEN3_CUDA_Q ? q : buffer == QWEN3_CUDA_A ? a : m;
+    return true;
+}
+
+static qwen3_result copy_wide(const pass *p, qwen3_cuda_buffer buffer, const wide_view &v, float *floats,
+                              const float *from, float *to) {
+    const cuda_ctx *c = p->c;
+    const size_t bytes = (size_t)p->n * v.width * sizeof(float);
+    const qwen3i_err *err = p->err;
+    if (from) {
+        CUDA_TRY(cudaMemcpyAsync(floats, from, bytes, cudaMemcpyHostToDevice, p->s));
+        RUN(grid1(p->n), 256, 0, round_rows_kernel<half_t>, v.rows, v.scale, (const float *)floats, v.width, v.width,
+            v.width, (size_t)0);
+        if (buffer == QWEN3_CUDA_H)
+            RUN(grid1(p->n), 256, 0, ff_scale_kernel, c->ff_scale, (const float *)c->m->layers[0].gate_up.bounds,
+                (const float *)floats, v.width);
+    } else {
+        RUN(grid1(p->n), 256, 0, act_to_float_kernel<half_t>, floats, (const half_t *)v.rows, (const float *)v.scale,
+            v.width, v.width, (size_t)0);
+        CUDA_TRY(cudaMemcpyAsync(to, floats, bytes, cudaMemcpyDeviceToHost, p->s));
+    }
+    CUDA_TRY(cudaStreamSynchronize(p->s));
+    return QWEN3_OK;
+}
+
+/* To or from such rows, whichever is not NULL. */
+static qwen3_result lab_wide(const pass *p, qwen3_cuda_buffer buffer, const wide_view &v, const float *from, float *to) {
+    char *floats = NULL;
+    TRY(device_alloc(&floats, (size_t)p->n * v.width * sizeof(float), "a test", p->err));
+    const qwen3_result r = copy_wide(p, buffer, v, (float *)(void *)floats, from, to);
+    cudaFree(floats);
+    return r;
+}
+
 static qwen3_result lab_put(void *ctx_state, qwen3_cuda_buffer buffer, const float *from, const qwen3i_err *err) {
     cuda_ctx *c = (cuda_ctx *)ctx_state;
     device_guard guard(c->m->device);
     const pass p = make_pass(c, c->stream, c->lab_rows, c->lab_tiles, err);
     const lab_view v = lab_buffer(&p, buffer);
+    wide_view wide;
     CUDA_TRY(guard.status);
+    if (wide_buffer(&p, buffer, &wide)) return lab_wide(&p, buffer, wide, from, NULL);
     CUDA_TRY(cudaMemset2DAsync(v.data, (size_t)v.ld * 4, 0, (size_t)v.width * 4, (size_t)p.n, c->stream));
     CUDA_TRY(cudaMemcpy2DAsync(v.data, (size_t)v.ld * 4, from, (size_t)v.width * 4, (size_t)v.width * 4, (size_t)p.n,
                                cudaMemcpyHostToDevice, c->stream));
@@ -1909,7 +2172,9 @@ static qwen3_result lab_get(void *ctx_state, qwen3_cuda_buffer buffer, float *to
     device_guard guard(c->m->device);
     const pass p_ = make_pass(c, c->stream, c->lab_rows, c->lab_tiles, err), *p = &p_;
     const lab_view v = lab_buffer(p, buffer);
+    wide_view wide;
     CUDA_TRY(guard.status);
+    if (wide_buffer(p, buffer, &wide)) return lab_wide(p, buffer, wide, NULL, to);
     if (v.act && v.act->type == QWEN3I_F32)
         RUN(grid1(p->n), 256, 0, act_to_float_kernel<float>, v.data, (const float *)c->act, (const float *)NULL,
             v.width, v.ld, (size_t)0);

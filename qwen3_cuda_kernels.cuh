@@ -6,6 +6,7 @@
 #ifndef QWEN3_CUDA_KERNELS_CUH
 #define QWEN3_CUDA_KERNELS_CUH
 
+#include <cuda.h>               /* types only */
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -356,14 +357,14 @@ static __global__ void __launch_bounds__(1024) add_rmsnorm_kernel(O *out, float 
         store_input(&out[base + i], i < width ? x[base + i] * r * gain[i] : 0.0f, up, rest);
 }
 
-/* round_rows: the input of a product from float32 rows. in [rows, ld_in], out [rows, ld], zero from width on.
-   One block a row. */
+/* round_rows: the input of a product from float32 rows. in [rows, ld_in], out [rows, ld], zero from width on; out_scale
+   NULL: F16 as it is. One block a row. */
 template <class O> static __global__ void round_rows_kernel(O *out, float *out_scale, const float *in, int ld_in,
                                                             int width, int ld, size_t rest) {
     __shared__ float shared[32];
     const float *from = in + (size_t)blockIdx.x * ld_in;
     float top = 0, up = 1;
-    if (sizeof(O) == 2) {
+    if (sizeof(O) == 2 && out_scale) {
         for (int i = tid(); i < width; i += n_threads()) top = fmaxf(top, fabsf(from[i]));
         up = half_scale(block_max(top, shared));
         if (threadIdx.x == 0) out_scale[blockIdx.x] = 1.0f / up;
@@ -1680,6 +1681,709 @@ template <class O> static __global__ void act_to_float_kernel(float *out, const 
         out[at] = (to_float(act[at]) + (rest ? to_float(act[at + rest]) : 0.0f)) * (scale ? scale[blockIdx.x] : 1.0f);
     }
 }
+
+/* ================================================================================================
+   KERNELS: many rows on Hopper (sm_90a). Tiles come by TMA to shared memory, where warpgroup products (wgmma) read
+   them; one warp loads, two warpgroups multiply. Everything here has a portable twin above or in cuBLASLt.
+   ================================================================================================ */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define QWEN3_WGMMA 1
+#endif
+
+const int WIDE_M       = 128;           /* rows of x and ... */
+const int WIDE_N       = 128;           /* ... of W in a tile of a product */
+const int WIDE_K       = 64;            /* elements of a row that are loaded at once: 128 bytes, as they are swizzled */
+const int WIDE_STAGES  = 6;
+const int WIDE_CHUNK   = 2;             /* of these the tensor core adds up before float32 does: see wide_product */
+const int WIDE_THREADS = 384;           /* a warpgroup that loads, two that multiply */
+const int WIDE_POS     = 128;           /* positions of a tile of attention, and its rows */
+const int WIDE_DIM     = 128;           /* head_dim */
+const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
+
+/* Was this kernel compiled for a chip with these instructions? */
+static __global__ void has_wgmma_kernel(int *yes) {
+#ifdef QWEN3_WGMMA
+    *yes = 1;
+#else
+    *yes = 0;
+#endif
+}
+
+#ifdef QWEN3_WGMMA
+typedef unsigned long long mbarrier;    /* in shared memory */
+
+static __device__ __forceinline__ void barrier_init(mbarrier *b, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+/* Arrive, and expect so many bytes to be copied. */
+static __device__ __forceinline__ void barrier_expect(mbarrier *b, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(b)), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void barrier_arrive(mbarrier *b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
+}
+/* The same at this place in block `rank` of the cluster. */
+static __device__ __forceinline__ void barrier_arrive_at(mbarrier *b, unsigned rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+                 :: "r"(shared_address(b)), "r"(rank) : "memory");
+}
+static __device__ __forceinline__ void barrier_wait(mbarrier *b, unsigned parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+                 :: "r"(shared_address(b)), "r"(parity) : "memory");
+}
+static __device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void barriers_ready() {       /* for copies and other blocks of the cluster */
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/* A tile by TMA; its bytes are counted by the barrier. */
+static __device__ __forceinline__ void load_tile(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(b)) : "memory");
+}
+static __device__ __forceinline__ void load_tile(void *to, const CUtensorMap *map, int x, int y, int z, mbarrier *b) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4}], [%5];"
+                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(b)) : "memory");
+}
+/* To this place, and this barrier, in both blocks of the cluster. */
+static __device__ __forceinline__ void load_tile_twice(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;"
+                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(b)), "h"((unsigned short)3)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void products_begin()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void products_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/* Wait until at most PENDING groups of products are under way. */
+template <int PENDING> static __device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
+/* From here on d is what the products made of it. */
+template <int N> static __device__ __forceinline__ void products_done(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
+}
+/* p must be complete before products that read it begin. */
+static __device__ __forceinline__ void products_read(unsigned (&p)[8][4]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) asm volatile("" : "+r"(p[i / 4][i % 4]) :: "memory");
+}
+
+/* Where an operand lies: rows of 128 swizzled bytes, groups of eight rows 1,024 bytes apart. If its rows are those of
+   the sum (k and not n is outside), blocks of 64 columns are `block` bytes apart. */
+static __device__ __forceinline__ u64 operand(const void *p, unsigned block = 16) {
+    return (u64)(shared_address(p) >> 4 & 0x3FFFu) | (u64)(block >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+#define QWEN3_D64 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, " \
+    "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define QWEN3_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+    "+f"(d[i + 6]), "+f"(d[i + 7])
+#define QWEN3_F64(d) QWEN3_F8(d, 0), QWEN3_F8(d, 8), QWEN3_F8(d, 16), QWEN3_F8(d, 24), QWEN3_F8(d, 32), \
+    QWEN3_F8(d, 40), QWEN3_F8(d, 48), QWEN3_F8(d, 56)
+
+/* d[64, 128] = a[64, 16] b[128, 16]^T, or += with add: by a warpgroup; d as in mma.sync, warp w has rows 16 w on. */
+static __device__ __forceinline__ void wide_multiply(float (&d)[64], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QWEN3_D64 ", %64, %65, p, 1, 1, 0, 0;\n}"
+                 : QWEN3_F64(d) : "l"(a), "l"(b), "r"(add));
+}
+/* d[64, 128] += a[64, 16] b[16, 128], a in registers, b with its rows outside. */
+static __device__ __forceinline__ void wide_multiply(float (&d)[64], const unsigned (&a)[4], u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QWEN3_D64 ", {%64, %65, %66, %67}, %68, p, 1, "
+                 "1, 1;\n}"
+                 : QWEN3_F64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+static __device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* silu() for what is rounded to 16 bits afterwards. */
+static __device__ __forceinline__ float silu_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + exp2_fast(-x * LOG2E)));
+    return x * y;
+}
+
+/* Two floats as F16, clamped to its range. */
+static __device__ __forceinline__ unsigned pack_halves(float a, float b) {
+    const __half2 h = __floats2half2_rn(fminf(fmaxf(a, -65504.0f), 65504.0f), fminf(fmaxf(b, -65504.0f), 65504.0f));
+    return *(const unsigned *)(const void *)&h;
+}
+
+/* The four lanes of a quad hold two neighbouring columns of each of four blocks of 8; afterwards lane i has block i. */
+static __device__ __forceinline__ uint4 gather_quad(unsigned (&w)[4]) {
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    unsigned a = odd ? w[0] : w[1], b = odd ? w[2] : w[3];
+    a = __shfl_xor_sync(ALL, a, 1);
+    b = __shfl_xor_sync(ALL, b, 1);
+    w[0] = odd ? a : w[0]; w[2] = odd ? b : w[2];
+    w[1] = odd ? w[1] : a; w[3] = odd ? w[3] : b;
+    a = high ? w[0] : w[2]; b = high ? w[1] : w[3];
+    a = __shfl_xor_sync(ALL, a, 2);
+    b = __shfl_xor_sync(ALL, b, 2);
+    w[0] = high ? a : w[0]; w[1] = high ? b : w[1];
+    w[2] = high ? w[2] : a; w[3] = high ? w[3] : b;
+    return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+/* 8 N columns of a row, two of each 8 in w, to 16-bit elements at `to`, if it is not NULL. By all lanes. */
+template <int N, class T> static __device__ __forceinline__ void store_words(T *to, const unsigned (&w)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        unsigned four[4] = {w[i], w[i + 1], w[i + 2], w[i + 3]};
+        const uint4 v = gather_quad(four);
+        if (to) *(uint4 *)(void *)(to + 8 * (i + (int)(threadIdx.x & 3))) = v;
+    }
+}
+#endif
+
+/* ---- norm ----------------------------------------------------------------------------------------------- */
+const int NORM_VECTORS = 8;             /* of four elements, that a thread of wide_norm keeps */
+
+/* What ff_scale is for the norm of a row of h. */
+static __device__ __forceinline__ float ff_scale_of(float norm, const float *bounds) {
+    return 1.0f / half_scale(norm * bounds[0] * (norm * bounds[1]));
+}
+
+/* wide_norm: out[row, :] = rmsnorm(x[row, :]) / scale[row], rounded once to F16; scale is a power of two. With
+   bounds, the largest norms of a row of W gate and of W up, also a power of two, ff_scale[row], with which the
+   products silu(gate) * up fit F16: |gate| <= |row of W gate| |h|. One block a row, of 256; width a multiple of 4, up to
+   8,192. Order as rmsnorm. Equals qwen3i_rmsnorm, and one rounding. */
+static __global__ void __launch_bounds__(256)
+    wide_norm_kernel(half_t *out, float *scale, float *ff_scale, const float *bounds, const float *x, int ldx,
+                     const float *gain, int width, float eps) {
+    __shared__ float sums[3][8];
+    float4 v[NORM_VECTORS];
+    float sum = 0, top = 0, size = 0;
+    wait_for_previous();
+    let_next_start();
+#pragma unroll
+    for (int j = 0; j < NORM_VECTORS; j++) {
+        const int i = 4 * (tid() + 256 * j);
+        if (i >= width) break;
+        const float4 g = *(const float4 *)(const void *)(gain + i);
+        v[j] = *(const float4 *)(const void *)(x + (size_t)blockIdx.x * ldx + i);
+        sum += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
+        v[j] = make_float4(v[j].x * g.x, v[j].y * g.y, v[j].z * g.z, v[j].w * g.w);
+        size += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
+        top = fmaxf(top, fmaxf(fmaxf(fabsf(v[j].x), fabsf(v[j].y)), fmaxf(fabsf(v[j].z), fabsf(v[j].w))));
+    }
+    sum = warp_sum(sum);
+    size = warp_sum(size);
+    top = warp_max(top);
+    if (lane_id() == 0) { sums[0][warp_id()] = sum; sums[1][warp_id()] = size; sums[2][warp_id()] = top; }
+    __syncthreads();
+    sum = size = top = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) { sum += sums[0][i]; size += sums[1][i]; top = fmaxf(top, sums[2][i]); }
+    const float r = 1.0f / sqrtf(sum / (float)width + eps), up = half_scale(top * r);
+    if (tid() == 0) {
+        scale[blockIdx.x] = 1.0f / up;
+        if (bounds) ff_scale[blockIdx.x] = ff_scale_of(sqrtf(size) * r, bounds);
+    }
+#pragma unroll
+    for (int j = 0; j < NORM_VECTORS; j++) {
+        const int i = 4 * (tid() + 256 * j);
+        if (i >= width) break;
+        float a = v[j].x * r * up, b = v[j].y * r * up, c = v[j].z * r * up, d = v[j].w * r * up;
+        *(uint2 *)(void *)(out + (size_t)blockIdx.x * width + i) = make_uint2(pack(a, b, half_t()), pack(c, d, half_t()));
+    }
+}
+
+/* ff_scale: for rows of h that wide_norm has not made. in [rows, width]; one block a row. */
+static __global__ void ff_scale_kernel(float *ff_scale, const float *bounds, const float *in, int width) {
+    __shared__ float shared[32];
+    float sum = 0;
+    for (int i = tid(); i < width; i += n_threads()) {
+        const float v = in[(size_t)blockIdx.x * width + i];
+        sum += v * v;
+    }
+    sum = block_sum(sum, shared);
+    if (tid() == 0) ff_scale[blockIdx.x] = ff_scale_of(sqrtf(sum), bounds);
+}
+
+/* row_norms: *most = the largest norm of n rows of W = w * scale, one warp a row; *most is 0 before. */
+static __global__ void row_norms_kernel(float *most, const half_t *w, int n, int k, int ld, float scale) {
+    const int row = block_x() * (n_threads() / 32) + warp_id();
+    float sum = 0;
+    if (row >= n) return;
+    for (int i = lane_id(); i < k; i += 32) {
+        const float v = to_float(w[(size_t)row * ld + i]) * scale;
+        sum += v * v;
+    }
+    sum = sqrtf(warp_sum(sum));
+    if (lane_id() == 0) atomicMax((unsigned *)(void *)most, __float_as_uint(sum));      /* they order like the values */
+}
+
+/* ---- products ------------------------------------------------------------------------------------------- */
+enum wide_kind { WIDE_ADD, WIDE_QKV, WIDE_SWIGLU };
+
+struct wide_args {
+    int          rows, k, n_tiles;      /* of W: tiles of 128 rows */
+    int          step, half;            /* rows of W from a tile to the next, and from its first half to its second */
+    float        w_scale;               /* W = w * w_scale; x[row] = in[row] * in_scale[row] (NULL: 1) */
+    const float *in_scale;
+    float       *x;  int ldx;           /* ADD: x[row, i] += (W in)_i */
+    half_t      *out; int ldo;          /* QKV: q, or NULL: to qkv.qkv as float32; SWIGLU: m */
+    const float *out_scale;             /* SWIGLU: out = m / out_scale[row] */
+    qkv_args     qkv;
+};
+
+#ifdef QWEN3_WGMMA
+/* Where a thread's two columns of each 8 of row begin, in a tile of x. */
+static __device__ __forceinline__ float2 *wide_residual(const wide_args &g, int row, int n) {
+    return (float2 *)(void *)(g.x + (size_t)row * g.ldx + n * WIDE_N + 2 * (lane_id() % 4));
+}
+
+/* The sums start from the residual: nothing waits for it until the first chunk is done. scale is a power of two. */
+static __device__ __forceinline__ void wide_add_begin(const wide_args &g, float (&acc)[64], int row, int r, int n,
+                                                      float scale) {
+    const float2 *x = wide_residual(g, row < g.rows ? row : g.rows - 1, n);
+    const float up = 1.0f / scale;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        const float2 v = x[4 * j];
+        acc[4 * j + 2 * r] = v.x * up;
+        acc[4 * j + 2 * r + 1] = v.y * up;
+    }
+}
+static __device__ __forceinline__ void wide_add_end(const wide_args &g, const float (&acc)[64], int row, int r, int n,
+                                                    float scale) {
+    float2 *x = wide_residual(g, row, n);
+    if (row >= g.rows) return;
+#pragma unroll
+    for (int j = 0; j < 16; j++) x[4 * j] = make_float2(acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
+}
+
+static __device__ __forceinline__ void wide_swiglu(const wide_args &g, const float (&acc)[64], int row, int r, int n,
+                                                   float scale) {
+    const float down = 1.0f / g.out_scale[row < g.rows ? row : g.rows - 1];
+    unsigned w[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const int gate = 4 * j + 2 * r, up = gate + 32;
+        w[j] = pack_halves(silu_fast(acc[gate] * scale) * (acc[up] * scale) * down,
+                           silu_fast(acc[gate + 1] * scale) * (acc[up + 1] * scale) * down);
+    }
+    store_words<8>(row < g.rows ? g.out + (size_t)row * g.ldo + n * (WIDE_N / 2) : NULL, w);
+}
+
+/* The same as 32-bit elements. */
+static __device__ __forceinline__ void store_columns(float *to, const float (&v)[16][2]) {
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+        if (to) *(float2 *)(void *)(to + 8 * j + 2 * (threadIdx.x & 3)) = make_float2(v[j][0], v[j][1]);
+}
+static __device__ __forceinline__ void store_columns(half_t *to, const float (&v)[16][2]) {
+    unsigned w[16];
+#pragma unroll
+    for (int j = 0; j < 16; j++) w[j] = pack_halves(v[j][0], v[j][1]);
+    store_words<16>(to, w);
+}
+static __device__ __forceinline__ void store_columns(bf16_t *to, const float (&v)[16][2]) {
+    unsigned w[16];
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        float x = v[j][0], y = v[j][1];
+        w[j] = pack(x, y, bf16_t());
+    }
+    store_words<16>(to, w);
+}
+
+/* One head of one row: as norm_rope_head, 32 values in each lane of a quad. q is kept as F16 for the attention that
+   reads an F16 cache, and as float32 for others. */
+template <class T> static __device__ __forceinline__ void wide_qkv(const wide_args &g, const float (&acc)[64], int row,
+                                                                   int r, int head, float scale, int seq,
+                                                                   int position) {
+    const qkv_args &a = g.qkv;
+    const bool valid = row < g.rows;
+    const int rotated = a.n_head + a.n_head_kv, kv_head = head < rotated ? head - a.n_head : head - rotated;
+    float v[16][2];
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        v[j][0] = acc[4 * j + 2 * r] * scale;
+        v[j][1] = acc[4 * j + 2 * r + 1] * scale;
+    }
+    if (head < rotated) {
+        const int col = 2 * (lane_id() % 4);
+        const float *gain = (head < a.n_head ? a.q_norm : a.k_norm) + col;
+        const float2 *turn = a.rope + (size_t)position * (WIDE_DIM / 2) + col;
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < 16; j++) sum += v[j][0] * v[j][0] + v[j][1] * v[j][1];
+        sum += __shfl_xor_sync(ALL, sum, 1);
+        sum += __shfl_xor_sync(ALL, sum, 2);
+        const float s = 1.0f / sqrtf(sum / (float)WIDE_DIM + a.eps);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 g0 = *(const float2 *)(const void *)(gain + 8 * j),
+                         g1 = *(const float2 *)(const void *)(gain + 8 * j + 64);
+            const float4 c = *(const float4 *)(const void *)(turn + 8 * j);     /* cosine, sine, cosine, sine */
+            const float x0 = v[j][0] * s * g0.x, x1 = v[j][1] * s * g0.y;
+            const float y0 = v[j + 8][0] * s * g1.x, y1 = v[j + 8][1] * s * g1.y;
+            v[j][0] = x0 * c.x - y0 * c.y;
+            v[j][1] = x1 * c.z - y1 * c.w;
+            v[j + 8][0] = y0 * c.x + x0 * c.y;
+            v[j + 8][1] = y1 * c.z + x1 * c.w;
+        }
+    }
+    if (head >= a.n_head) {
+        T *cache = (T *)(head < rotated ? a.kv.k : a.kv.v);
+        store_columns(valid ? cache + kv_at(a.kv, seq, position) + (size_t)kv_head * WIDE_DIM : NULL, v);
+    } else if (g.out) store_columns(valid ? g.out + (size_t)row * g.ldo + (size_t)head * WIDE_DIM : NULL, v);
+    else store_columns(valid ? a.qkv + (size_t)row * a.ld + (size_t)head * WIDE_DIM : NULL, v);
+}
+
+struct wide_stage { mbarrier full, empty; };    /* empty: both blocks' eight warps that multiply */
+
+/* Tiles of x and W to both blocks of a cluster: each loads its own rows of x, and half of W's for both. */
+static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
+                                 unsigned char *memory, wide_stage *stages, int rank) {
+    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2;
+    unsigned turn = 0;
+    for (int t = block_x() / 2; t < pairs * g.n_tiles; t += clusters) {
+        const int row = (t % pairs * 2 + rank) * WIDE_M, w_row = t / pairs * g.step + rank * g.half;
+        for (int k = 0; k < g.k; k += WIDE_K, turn++) {
+            const unsigned s = turn % WIDE_STAGES;
+            unsigned char *to = memory + 2 * WIDE_HALF * s;
+            barrier_wait(&stages[s].empty, (turn / WIDE_STAGES & 1) ^ 1);
+            barrier_expect(&stages[s].full, 2 * (unsigned)WIDE_HALF);
+            load_tile(to, x_map, k, row, &stages[s].full);
+            load_tile_twice(to + WIDE_HALF + WIDE_HALF / 2 * (size_t)rank, w_map, k, w_row, &stages[s].full);
+        }
+    }
+}
+
+static __device__ __forceinline__ void wide_release(wide_stage *s) {
+    if (lane_id() < 2) barrier_arrive_at(&s->empty, (unsigned)lane_id());
+}
+
+template <int KIND, class T, int CHUNK>
+static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank,
+                                           int group) {
+    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2;
+    float part[64];
+    unsigned turn = 0;
+#pragma unroll
+    for (int i = 0; i < 64; i++) part[i] = 0;
+    for (int t = block_x() / 2; t < pairs * g.n_tiles; t += clusters) {
+        const int row0 = (t % pairs * 2 + rank) * WIDE_M + 64 * group + warp_id() % 4 * 16 + lane_id() / 4, n = t / pairs;
+        float acc[64], scale[2];
+        int seq[2] = {0, 0}, position[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < 64; i++) acc[i] = 0;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {   /* what the rows need later is asked for now */
+            const int row = row0 + 8 * r < g.rows ? row0 + 8 * r : g.rows - 1;
+            scale[r] = g.w_scale * (g.in_scale ? g.in_scale[row] : 1.0f);
+            if (KIND == WIDE_ADD) wide_add_begin(g, acc, row0 + 8 * r, r, n, scale[r]);
+            if (KIND == WIDE_QKV) { seq[r] = g.qkv.rows[row].seq; position[r] = g.qkv.rows[row].position; }
+        }
+        for (int k = 0; k < g.k; k += CHUNK * WIDE_K) {
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++, turn++) {
+                const unsigned s = turn % WIDE_STAGES;
+                const unsigned char *x = memory + 2 * WIDE_HALF * s + WIDE_HALF / 2 * (size_t)group,
+                                    *w = memory + 2 * WIDE_HALF * s + WIDE_HALF;
+                barrier_wait(&stages[s].full, turn / WIDE_STAGES & 1);
+                products_begin();
+#pragma unroll
+                for (int j = 0; j < WIDE_K / 16; j++)
+                    wide_multiply(part, operand(x) + 2 * (unsigned)j, operand(w) + 2 * (unsigned)j, i + j > 0);
+                products_commit();
+                if (i == 0) continue;
+                products_wait<1>();
+                wide_release(&stages[(turn - 1) % WIDE_STAGES]);
+            }
+            products_wait<0>();
+            products_done(part);
+            wide_release(&stages[(turn - 1) % WIDE_STAGES]);
+#pragma unroll
+            for (int i = 0; i < 64; i++) acc[i] += part[i];
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int row = row0 + 8 * r;
+            if (KIND == WIDE_ADD) wide_add_end(g, acc, row, r, n, scale[r]);
+            else if (KIND == WIDE_QKV) wide_qkv<T>(g, acc, row, r, n, scale[r], seq[r], position[r]);
+            else wide_swiglu(g, acc, row, r, n, scale[r]);
+        }
+    }
+}
+#endif
+
+/* wide_product: y = W x for many rows, and what follows it. x [rows, k] F16, W [n, k] F16, k a multiple of 128.
+   ADD: the residual, in float32; equals qwen3i_matmul_add. SWIGLU: silu(gate) * up of rows of W n_ff apart, rounded
+   once; equals qwen3i_swiglu. QKV: each head's RMSNorm and rotation in float32, q rounded once, k and v to the cache
+   with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope; head_dim 128; T is the cache's type.
+   Clusters of two blocks take turns of tiles of [256, 128]. Order: the tensor core adds up CHUNK * 64 elements, which
+   start from zero, and float32 the chunks: the former cuts its sums off, and over a whole row that would show. */
+template <int KIND, class T = half_t, int CHUNK = WIDE_CHUNK> static __global__ void __launch_bounds__(WIDE_THREADS, 1)
+    wide_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+                        wide_args g) {
+#ifdef QWEN3_WGMMA
+    QWEN3_DYNAMIC_SHARED(raw);
+    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    wide_stage *stages = (wide_stage *)(void *)(memory + WIDE_STAGES * 2 * WIDE_HALF);
+    const int rank = block_x() % 2;
+    if (tid() == 0) {
+        for (int i = 0; i < WIDE_STAGES; i++) { barrier_init(&stages[i].full, 1); barrier_init(&stages[i].empty, 16); }
+        barriers_ready();
+    }
+    cluster_sync();
+    wait_for_previous();
+    let_next_start();
+    if (warp_id() < 4) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (tid() == 0) wide_load(&x_map, &w_map, g, memory, stages, rank);
+        __syncwarp();
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        wide_multiply_tiles<KIND, T, CHUNK>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0));
+    }
+    cluster_sync();                     /* the other block may still write here */
+#else
+    (void)x_map; (void)w_map; (void)g;
+#endif
+}
+
+const size_t WIDE_PRODUCT_SHARED = 1024 + WIDE_STAGES * (2 * WIDE_HALF + 16);
+
+/* ---- attention ------------------------------------------------------------------------------------------ */
+struct wide_attention_args {
+    const half_t *q; half_t *out;       /* [rows, n_head, 128] */
+    int           n_head, group, layer, max_seqs;
+    float         scale;                /* 1 / sqrt(head_dim) */
+};
+
+#ifdef QWEN3_WGMMA
+struct attention_stage { mbarrier k_full, k_empty, v_full, v_empty; };  /* empty: the eight warps that multiply */
+
+const int ATTENTION_STAGES = 2;
+
+static __device__ __forceinline__ void load_positions(unsigned char *to, const CUtensorMap *map, int head, int pos,
+                                                      int z, mbarrier *full, mbarrier *empty, unsigned turn) {
+    barrier_wait(empty, (turn / ATTENTION_STAGES & 1) ^ 1);
+    barrier_expect(full, 2 * (unsigned)WIDE_HALF);
+    load_tile(to, map, head * WIDE_DIM, pos, z, full);
+    load_tile(to + WIDE_HALF, map, head * WIDE_DIM + WIDE_K, pos, z, full);
+}
+
+/* This warpgroup's 64 rows of q to shared memory, swizzled; zeros for the rows that the tile has not. */
+static __device__ __forceinline__ void load_wide_q(unsigned char *to, const wide_attention_args &a,
+                                                   const attention_tile &tile, int kv_head, int first) {
+    for (int i = tid() % 128; i < 64 * 16; i += 128) {
+        const int row = first + i / 16, chunk = i % 16, token = row / a.group;
+        const half_t *from = a.q + ((size_t)(tile.row0 + token) * a.n_head + (size_t)(kv_head * a.group + row % a.group)) *
+                                       WIDE_DIM + chunk * 8;
+        *(uint4 *)(void *)(to + WIDE_HALF * (size_t)(chunk / 8) + row * 128 + ((chunk % 8) ^ (row & 7)) * 16) =
+            token < tile.n_tokens ? *(const uint4 *)(const void *)from : make_uint4(0, 0, 0, 0);
+    }
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("bar.sync %0, 128;" :: "r"(1 + first / 64) : "memory");
+}
+
+/* s = q k^T for 128 positions */
+static __device__ __forceinline__ void wide_scores(float (&s)[64], const unsigned char *q, const unsigned char *k) {
+    products_begin();
+#pragma unroll
+    for (int j = 0; j < WIDE_DIM / 16; j++) {
+        const size_t at = WIDE_HALF * (size_t)(j / 4);
+        wide_multiply(s, operand(q + at) + 2 * (unsigned)(j % 4), operand(k + at) + 2 * (unsigned)(j % 4), j > 0);
+    }
+    products_commit();
+}
+
+/* o += p v for 128 positions */
+static __device__ __forceinline__ void wide_values(float (&o)[64], const unsigned (&p)[8][4], const unsigned char *v) {
+    products_begin();
+#pragma unroll
+    for (int j = 0; j < WIDE_POS / 16; j++)
+        wide_multiply(o, p[j], operand(v, (unsigned)WIDE_HALF) + 128 * (unsigned)j, 1);
+    products_commit();
+}
+
+struct softmax_rows { float top[2], sum[2], keep[2]; int last[2]; };    /* of this thread's two rows */
+
+/* Scores to weights times 2^14 (F16 then has the small ones, too), with what is known of the rows so far. */
+static __device__ __forceinline__ void wide_softmax(float (&s)[64], softmax_rows &rows, int pos, bool mask,
+                                                    float scale) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float high = rows.top[r], part = 0;
+        if (mask) {
+            const int left = rows.last[r] - pos - 2 * (lane_id() % 4);
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) if (8 * i + j > left) s[4 * i + 2 * r + j] = LOWEST;
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i++) high = fmaxf(high, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+        high = fmaxf(high, __shfl_xor_sync(ALL, high, 1));
+        high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
+        rows.keep[r] = exp2_fast((rows.top[r] - high) * scale);
+        rows.top[r] = high;
+        const float offset = high * scale - 14.0f;
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float &x = s[4 * i + 2 * r + j];
+                x = exp2_fast(x * scale - offset);
+                part += x;
+            }
+        rows.sum[r] = rows.sum[r] * rows.keep[r] + part;
+    }
+}
+
+static __device__ __forceinline__ void weights_to_halves(unsigned (&p)[8][4], const float (&s)[64]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const __half2 h = __floats2half2_rn(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
+            p[i][j] = *(const unsigned *)(const void *)&h;
+        }
+}
+
+static __device__ void wide_attend(const wide_attention_args &a, const attention_tile &tile, unsigned char *memory,
+                                   attention_stage *stages, int kv_head, int group) {
+    unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
+    const unsigned char *q = memory + WIDE_HALF / 2 * (size_t)group;
+    const int first = 64 * group, row0 = first + warp_id() % 4 * 16 + lane_id() / 4;
+    const int n = tile.pos0 + tile.n_tokens, steps = ceil_div(n, WIDE_POS);
+    const float scale = a.scale * LOG2E;
+    float s[64], o[64];
+    unsigned p[8][4];
+    softmax_rows rows;
+    load_wide_q(memory, a, tile, kv_head, first);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int token = (row0 + 8 * r) / a.group;
+        rows.last[r] = tile.pos0 + (token < tile.n_tokens ? token : tile.n_tokens - 1);
+        rows.top[r] = LOWEST;
+        rows.sum[r] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i++) s[i] = o[i] = 0;
+    barrier_wait(&stages[0].k_full, 0);
+    wide_scores(s, q, ks);
+    products_wait<0>();
+    products_done(s);
+    if (lane_id() == 0) barrier_arrive(&stages[0].k_empty);
+    wide_softmax(s, rows, (steps - 1) * WIDE_POS, true, scale);
+    weights_to_halves(p, s);
+    for (int step = 1; step < steps; step++) {          /* from the last positions to the first */
+        const int at = step % ATTENTION_STAGES, before = (step - 1) % ATTENTION_STAGES;
+        const int pos = (steps - 1 - step) * WIDE_POS;
+        barrier_wait(&stages[at].k_full, (unsigned)(step / ATTENTION_STAGES) & 1);
+        products_done(o);
+        products_read(p);
+        wide_scores(s, q, ks + 2 * WIDE_HALF * (size_t)at);
+        barrier_wait(&stages[before].v_full, (unsigned)((step - 1) / ATTENTION_STAGES) & 1);
+        wide_values(o, p, vs + 2 * WIDE_HALF * (size_t)before);
+        products_wait<1>();
+        products_done(s);
+        if (lane_id() == 0) barrier_arrive(&stages[at].k_empty);
+        if (pos + WIDE_POS - 1 > tile.pos0) wide_softmax(s, rows, pos, true, scale);
+        else wide_softmax(s, rows, pos, false, scale);
+        products_wait<0>();
+        products_done(o);
+        if (lane_id() == 0) barrier_arrive(&stages[before].v_empty);
+#pragma unroll
+        for (int i = 0; i < 64; i++) o[i] *= rows.keep[i / 2 % 2];
+        weights_to_halves(p, s);
+    }
+    const int at = (steps - 1) % ATTENTION_STAGES;
+    barrier_wait(&stages[at].v_full, (unsigned)((steps - 1) / ATTENTION_STAGES) & 1);
+    products_done(o);
+    products_read(p);
+    wide_values(o, p, vs + 2 * WIDE_HALF * (size_t)at);
+    products_wait<0>();
+    products_done(o);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = row0 + 8 * r, token = row / a.group;
+        rows.sum[r] += __shfl_xor_sync(ALL, rows.sum[r], 1);
+        rows.sum[r] += __shfl_xor_sync(ALL, rows.sum[r], 2);
+        const float over = 1.0f / rows.sum[r];
+        unsigned w[16];
+#pragma unroll
+        for (int j = 0; j < 16; j++) w[j] = pack_halves(o[4 * j + 2 * r] * over, o[4 * j + 2 * r + 1] * over);
+        store_words<16>(token < tile.n_tokens
+                             ? a.out + ((size_t)(tile.row0 + token) * a.n_head + (size_t)(kv_head * a.group + row % a.group)) *
+                                           WIDE_DIM
+                             : NULL, w);
+    }
+}
+#endif
+
+/* wide_attention: as attention_tile, head_dim 128 and an F16 cache. A tile is up to 128 (token, head) rows; grid
+   (n_head_kv, tiles). q, the weights and the result are rounded once each to F16; scores, softmax and sums are
+   float32. Positions go in steps of 128, backwards: only the first steps need the mask. Equals qwen3i_attention. */
+static __global__ void __launch_bounds__(WIDE_THREADS, 1)
+    wide_attention_kernel(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
+                          wide_attention_args a, const attention_tile *tiles) {
+#ifdef QWEN3_WGMMA
+    QWEN3_DYNAMIC_SHARED(raw);
+    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
+    attention_stage *stages = (attention_stage *)(void *)(vs + ATTENTION_STAGES * 2 * WIDE_HALF);
+    if (tid() == 0) {
+        for (int i = 0; i < ATTENTION_STAGES; i++) {
+            barrier_init(&stages[i].k_full, 1); barrier_init(&stages[i].k_empty, 8);
+            barrier_init(&stages[i].v_full, 1); barrier_init(&stages[i].v_empty, 8);
+        }
+        barriers_ready();
+    }
+    __syncthreads();
+    wait_for_previous();
+    let_next_start();
+    const attention_tile tile = tiles[gridDim.y - 1 - blockIdx.y];      /* the longest first */
+    if (warp_id() < 4) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (tid() == 0) {
+            const int steps = ceil_div(tile.pos0 + tile.n_tokens, WIDE_POS), z = a.layer * a.max_seqs + tile.seq;
+            for (int step = 0; step <= steps; step++) {
+                if (step < steps) {
+                    const int i = step % ATTENTION_STAGES;
+                    load_positions(ks + 2 * WIDE_HALF * (size_t)i, &k_map, block_x(), (steps - 1 - step) * WIDE_POS, z,
+                                   &stages[i].k_full, &stages[i].k_empty, (unsigned)step);
+                }
+                if (step > 0) {
+                    const int i = (step - 1) % ATTENTION_STAGES;
+                    load_positions(vs + 2 * WIDE_HALF * (size_t)i, &v_map, block_x(), (steps - step) * WIDE_POS, z,
+                                   &stages[i].v_full, &stages[i].v_empty, (unsigned)step - 1);
+                }
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        wide_attend(a, tile, memory, stages, block_x(), __shfl_sync(ALL, warp_id() / 4 - 1, 0));
+    }
+#else
+    (void)k_map; (void)v_map; (void)a; (void)tiles;
+#endif
+}
+
+const size_t WIDE_ATTENTION_SHARED = 1024 + (2 + 2 * 2 * 2) * WIDE_HALF + 2 * 32;
 
 } /* namespace */
 #endif

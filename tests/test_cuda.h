@@ -234,6 +234,13 @@ static int lab_rounds(const lab *l, int n) {
     return l->layer.wq.type != QWEN3I_F32 && (n > 8 || l->desc.kernels == QWEN3_PATH_STANDARD);
 }
 
+/* On Hopper more than 64 rows of these shapes keep q and what attention gives in 16 bits, as it keeps the cache. */
+static int lab_halves(const lab *l, int n) {
+    const qwen3i_config *c = &l->model.config;
+    return lab_rounds(l, n) && n > 64 && l->desc.kv_type == QWEN3_KV_F16 && c->head_dim == 128 && c->n_embd % 128 == 0 &&
+           l->desc.kernels == QWEN3_PATH_FUSED;
+}
+
 static void lab_check_embed(lab *l, const lab_rows *r) {
     int n = r->batch.n_rows, width = l->model.config.n_embd;
     float *want = floats((size_t)n * (size_t)width);
@@ -293,7 +300,7 @@ static void lab_check_qkv(lab *l, const lab_rows *r) {
     }
     lab_put(l, QWEN3_CUDA_H, h);
     lab_run(l, QWEN3_CUDA_QKV_ROPE);
-    lab_check(l, "q", QWEN3_CUDA_Q, q, n, q_dim, lab_exact(l, n));
+    lab_check(l, "q", QWEN3_CUDA_Q, q, n, q_dim, lab_halves(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
     got = lab_cached(l, r, 0);
     CHECK_MSG(cuda_one_rounding(got, k, (size_t)n * (size_t)kv_dim, kv), "k, %d rows: more than one rounding to %s", n,
               cuda_type_name(kv));
@@ -321,7 +328,8 @@ static void lab_check_attention(lab *l, const lab_rows *r, float size) {
     qwen3i_attention(&l->exec, &a);
     lab_put(l, QWEN3_CUDA_Q, q);
     lab_run(l, QWEN3_CUDA_ATTENTION);
-    lab_check(l, "attention", QWEN3_CUDA_A, want, n, q_dim, 2 * CUDA_EXACT);    /* the twin's own error is in it */
+    lab_check(l, "attention", QWEN3_CUDA_A, want, n, q_dim,
+              lab_halves(l, n) ? CUDA_ROUNDED : 2 * CUDA_EXACT);                /* the twin's own error is in it */
     free(q); free(scratch); free(k); free(v);
 }
 
