@@ -13,7 +13,11 @@
    INPUTS   of a product with at most 8 rows stay float32. With more rows and 16-bit weights each row is
      rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size. The input of
      q, k and v keeps 22 bits, as two such terms and two products: the gains of the norms after it, up to 100
-     in real models, blow up what is lost there before the softmax.
+     in real models, blow up what is lost there before the softmax. (On Hopper it is rounded once, too: beside
+     the rounding of the cache that makes no difference that matters. docs/PERFORMANCE.md has the figures.)
+   HOPPER has kernels of its own (sm_90a; head_dim 128, widths that are multiples of 128, 16-bit weights) for
+     more than 64 rows: products whose sums the tensor cores add up 128 elements at a time, since they cut off
+     what they add, with everything up to the next product in the same kernel; and attention on an F16 cache.
    PATHS    FUSED, or STANDARD: cuBLASLt and one plain kernel for each operation.
    ORDER    No sum depends on timing: splits follow from shapes, partial sums are added in a fixed order,
      and atomics only count integers. The same input gives the same bits.
@@ -137,36 +141,22 @@ static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t sh
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
 }
 
-/* The same in clusters of so many blocks. */
+/* The same for a kernel that calls wait_for_previous(): where the chip can (sm_90 on), it may start before the one
+   before it has ended. */
 template <class... P, class... A>
-static cudaError_t launch_clusters(bool early, int blocks, cudaStream_t stream, dim3 grid, int threads, size_t shared,
-                                   void (*kernel)(P...), A... args) {
+static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int threads, size_t shared,
+                                void (*kernel)(P...), A... args) {
     cudaLaunchConfig_t config = cudaLaunchConfig_t();
-    cudaLaunchAttribute attributes[2];
+    cudaLaunchAttribute early;
     config.gridDim = grid;
     config.blockDim = dim3((unsigned)threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = attributes;
-    if (early && QWEN3_CUDA_PDL) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (blocks > 1) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs].val.clusterDim.x = (unsigned)blocks;
-        attributes[config.numAttrs].val.clusterDim.y = 1;
-        attributes[config.numAttrs++].val.clusterDim.z = 1;
-    }
+    config.attrs = &early;
+    config.numAttrs = can && QWEN3_CUDA_PDL ? 1 : 0;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
-}
-
-/* For a kernel that calls wait_for_previous(): where the chip can (sm_90 on), it may start before the one before it
-   has ended. */
-template <class... P, class... A>
-static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int threads, size_t shared,
-                                void (*kernel)(P...), A... args) {
-    return launch_clusters(can, 1, stream, grid, threads, shared, kernel, args...);
 }
 
 /* ================================================================================================
@@ -1246,8 +1236,8 @@ static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_
 template <int KIND, class T>
 static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
     const int pairs = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles, p->c->m->n_sm / 2);
-    return launched(p, launch_clusters(p->early, 2, p->s, grid1(2 * pairs), WIDE_THREADS, WIDE_PRODUCT_SHARED,
-                                       wide_product_kernel<KIND, T>, get_map(in), get_map(w.map), a), "wide_product");
+    return launched(p, launch_early(p->early, p->s, grid1(2 * pairs), WIDE_THREADS, WIDE_PRODUCT_SHARED,
+                                    wide_product_kernel<KIND, T>, get_map(in), get_map(w.map), a), "wide_product");
 }
 
 /* x += W in */
@@ -2016,6 +2006,8 @@ static const char *lab_no_device() {
     return e == cudaSuccess ? "there is no CUDA device" : cudaGetErrorString(e);
 }
 
+static int lab_own_products(const void *ctx_state) { return ((const cuda_ctx *)ctx_state)->wide; }
+
 struct timer {                          /* of the device, over what is enqueued between start and stop */
     cudaEvent_t from, to;
     timer() : from(NULL), to(NULL) {}
@@ -2229,6 +2221,7 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
 }
 
 extern "C" const qwen3_cuda_kernels *qwen3_cuda_get_kernels(void) {
-    static const qwen3_cuda_kernels kernels = { lab_no_device, lab_rmsnorm, lab_rows, lab_put, lab_get, lab_run };
+    static const qwen3_cuda_kernels kernels = { lab_no_device, lab_own_products, lab_rmsnorm, lab_rows, lab_put, lab_get,
+                                                lab_run };
     return &kernels;
 }

@@ -1700,6 +1700,12 @@ const int WIDE_POS     = 128;           /* positions of a tile of attention, and
 const int WIDE_DIM     = 128;           /* head_dim */
 const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define QWEN3_CLUSTER_OF_2 __cluster_dims__(2, 1, 1)
+#else
+#define QWEN3_CLUSTER_OF_2
+#endif
+
 /* Was this kernel compiled for a chip with these instructions? */
 static __global__ void has_wgmma_kernel(int *yes) {
 #ifdef QWEN3_WGMMA
@@ -2134,7 +2140,7 @@ static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *me
    with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope; head_dim 128; T is the cache's type.
    Clusters of two blocks take turns of tiles of [256, 128]. Order: the tensor core adds up CHUNK * 64 elements, which
    start from zero, and float32 the chunks: the former cuts its sums off, and over a whole row that would show. */
-template <int KIND, class T = half_t, int CHUNK = WIDE_CHUNK> static __global__ void __launch_bounds__(WIDE_THREADS, 1)
+template <int KIND, class T = half_t, int CHUNK = WIDE_CHUNK> static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
     wide_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                         wide_args g) {
 #ifdef QWEN3_WGMMA

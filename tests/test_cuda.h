@@ -226,20 +226,18 @@ static void lab_fill_cache(lab *l, int n, char **k, char **v) {
 }
 
 /* ---- each operation ------------------------------------------------------------------------------------- */
+static int lab_own_products(const lab *l, int n) { return n > 64 && qwen3_cuda_get_kernels()->own_products(l->ctx); }
+
 static double lab_exact(const lab *l, int n) {
-    return n > 8 || l->desc.kernels == QWEN3_PATH_STANDARD ? CUDA_PRODUCT : CUDA_EXACT;
+    return (n > 8 || l->desc.kernels == QWEN3_PATH_STANDARD) && !lab_own_products(l, n) ? CUDA_PRODUCT : CUDA_EXACT;
 }
 
 static int lab_rounds(const lab *l, int n) {
     return l->layer.wq.type != QWEN3I_F32 && (n > 8 || l->desc.kernels == QWEN3_PATH_STANDARD);
 }
 
-/* On Hopper more than 64 rows of these shapes keep q and what attention gives in 16 bits, as it keeps the cache. */
-static int lab_halves(const lab *l, int n) {
-    const qwen3i_config *c = &l->model.config;
-    return lab_rounds(l, n) && n > 64 && l->desc.kv_type == QWEN3_KV_F16 && c->head_dim == 128 && c->n_embd % 128 == 0 &&
-           l->desc.kernels == QWEN3_PATH_FUSED;
-}
+/* With these kernels q and what attention gives are rounded once, as the cache is, if that is F16. */
+static int lab_halves(const lab *l, int n) { return lab_own_products(l, n) && l->desc.kv_type == QWEN3_KV_F16; }
 
 static void lab_check_embed(lab *l, const lab_rows *r) {
     int n = r->batch.n_rows, width = l->model.config.n_embd;

@@ -31,6 +31,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __cluster_dims__(...)
 #define __shared__ static thread_local
 #define QWEN3_DYNAMIC_SHARED(name) unsigned char *const name = emulated::now().dynamic
 
@@ -368,8 +369,8 @@ struct emulated_event { int dummy; };
 typedef emulated_event *cudaEvent_t;
 struct cudaDeviceProp { int major, minor, multiProcessorCount; char name[256]; };
 struct cudaFuncAttributes { int numRegs; };
-enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
-struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; dim3 clusterDim; } val; };
+enum { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; } val; };
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     size_t dynamicSmemBytes;
