@@ -1,12 +1,13 @@
 /* example - chat with a Qwen3 model in a terminal or a pipe. Usage: example --help
    Build: cc -O2 example.c -o example -lm -lpthread      (the Makefile adds CUDA where nvcc is found)
-   Exit status: 0 all went well, 1 the model cannot be used, 2 wrong usage, 3 an answer failed.         */
+   Exit status: 0 all went well, 1 the model cannot be used, 2 wrong usage, 3 an answer or a check failed.         */
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "tools/check.h"
 #if defined(_WIN32)
   #include <io.h>
   #define IS_TERMINAL(stream) _isatty(_fileno(stream))
@@ -28,6 +29,8 @@ static const char usage[] =
     "  --threads N      CPU threads (default: one a core)\n"
     "  --tools FILE     tools the model may call, a JSON object a line; answer a call with /tool TEXT\n"
     "  --cuda, --cpu    insist on the GPU, or on the CPU (default: the GPU if there is one)\n"
+    "  --check          no chat: how large the numbers in the model get on the text of -p (or one of its own),\n"
+    "                   and whether the default cache is precise enough for it\n"
     "  -0               in a pipe, end each answer with a NUL byte instead of a newline\n"
     "In the chat: /help /reset /system TEXT /save FILE /load FILE /tool TEXT /stats /quit; Ctrl-C stops an answer.\n";
 
@@ -43,7 +46,7 @@ typedef struct options {
     const char *model, *prompt, *system, *tools_file;
     double temp, top_p, min_p, top_k;   /* below 0: the model's advice */
     double ctx, threads, max_tokens, think_budget, seed;
-    int no_think, cuda, cpu, nul, help;
+    int no_think, cuda, cpu, nul, check, help;
 } options;
 
 typedef struct text { char *bytes; size_t n, cap; } text;        /* a growing string */
@@ -133,7 +136,8 @@ static options parse(int argc, char **argv) {
         {"--think-budget", &o.think_budget, 0, 1e9, 0, 0}, {"--ctx", &o.ctx, 1, 1e9, 0, 0}, {"--threads", &o.threads, 0, 256, 0, 0},
         {"-p", 0, 0, 0, &o.prompt, 0}, {"-s", 0, 0, 0, &o.system, 0}, {"--tools", 0, 0, 0, &o.tools_file, 0},
         {"--no-think", 0, 0, 0, 0, &o.no_think}, {"--cuda", 0, 0, 0, 0, &o.cuda}, {"--cpu", 0, 0, 0, 0, &o.cpu},
-        {"-0", 0, 0, 0, 0, &o.nul}, {"--help", 0, 0, 0, 0, &o.help}, {"-h", 0, 0, 0, 0, &o.help}, {0, 0, 0, 0, 0, 0}
+        {"-0", 0, 0, 0, 0, &o.nul}, {"--check", 0, 0, 0, 0, &o.check},
+        {"--help", 0, 0, 0, 0, &o.help}, {"-h", 0, 0, 0, 0, &o.help}, {0, 0, 0, 0, 0, 0}
     };
     int i, used;
     o.temp = o.top_p = o.min_p = o.top_k = -1;
@@ -166,7 +170,7 @@ static void load(chat *c) {
     memset(&d, 0, sizeof d);
     d.path = c->opt.model;
     if (IS_TERMINAL(stderr)) d.progress = show_progress;
-    if (HAVE_CUDA && !c->opt.cpu) {
+    if (HAVE_CUDA && !c->opt.cpu && !c->opt.check) {
         d.backend = qwen3_cuda_backend();
         r = qwen3_load(&c->model, &d, err, sizeof err);
         if (c->opt.cuda && r != QWEN3_OK) die(1, qwen3_result_string(r), err);
@@ -194,6 +198,17 @@ static void create_context(chat *c) {
     if (o->top_p >= 0) c->sampler.top_p = (float)o->top_p;
     if (o->min_p >= 0) c->sampler.min_p = (float)o->min_p;
     if (o->top_k >= 0) c->sampler.top_k = (int)o->top_k;
+}
+
+/* The whole of --check; returns the exit status. */
+static int check_numbers(const chat *c) {
+    static const char sample[] =
+        "The quick brown fox jumps over the lazy dog. int main(void) { return 42; } In 1687 Newton published the "
+        "Principia; sqrt(2) is 1.41421356... \xE4\xBD\xA0\xE5\xA5\xBD\xEF\xBC\x8C\xE4\xB8\x96\xE7\x95\x8C";
+    char err[512];
+    const int fine = check_model(c->model, c->opt.prompt ? c->opt.prompt : sample, (int)c->opt.threads, err, sizeof err);
+    if (fine < 0) die(1, "cannot check the model", err);
+    return fine ? 0 : 3;
 }
 
 static void load_tools(chat *c) {
@@ -347,6 +362,7 @@ int main(int argc, char **argv) {
     c.colour = IS_TERMINAL(stdout);
     signal(SIGINT, on_interrupt);
     load(&c);
+    if (c.opt.check) return check_numbers(&c);
     create_context(&c);
     load_tools(&c);
     if (c.opt.system) set_system(&c, c.opt.system);

@@ -306,6 +306,21 @@ QWEN3_API int          qwen3_chat_render(const qwen3_model *model, const qwen3_c
 enum { QWEN3_KV_DEFAULT = 0, QWEN3_KV_F32 = 1, QWEN3_KV_F16 = 2, QWEN3_KV_BF16 = 3 };
 enum { QWEN3_PATH_FUSED = 0, QWEN3_PATH_STANDARD = 1 };
 
+/* What a layer computes, in this order, for a probe: [n_rows, width] float32 */
+typedef enum qwen3_value {
+    QWEN3_VALUE_Q,          /* queries, normed and rotated: width n_head * head_dim                    */
+    QWEN3_VALUE_K,          /* keys likewise, not yet rounded to the KV type: n_head_kv * head_dim     */
+    QWEN3_VALUE_V,          /* values: n_head_kv * head_dim                                            */
+    QWEN3_VALUE_ATTENTION,  /* what attention makes of these: n_head * head_dim                        */
+    QWEN3_VALUE_MLP_INPUT,  /* the residual stream with that added, normalised: n_embd                 */
+    QWEN3_VALUE_PRODUCT,    /* silu(gate) * up: n_ff                                                   */
+    QWEN3_VALUE_RESIDUAL    /* the residual stream after the layer: n_embd                             */
+} qwen3_value;
+typedef struct qwen3_probe {
+    void (*show)(int layer, qwen3_value what, const float *data, int n_rows, int width, void *user);
+    void  *user;
+} qwen3_probe;
+
 typedef struct qwen3_ctx_desc {
     int   max_ctx;          /* positions in a sequence; 0: 4096, or the model's limit if lower        */
     int   max_seqs;         /* sequences; 0: 1                                                       */
@@ -317,6 +332,7 @@ typedef struct qwen3_ctx_desc {
     float yarn_factor;      /* 0: as config.json says; else YaRN scaling, e.g. 4 for 131,072 positions */
     int (*cancel)(void *user);  /* polled often while evaluating; nonzero: the call returns STOPPED   */
     void *cancel_user;
+    qwen3_probe     probe;      /* CPU: is shown what each layer computes, once a step of prefill_chunk rows */
     qwen3_jobs      jobs;
     qwen3_allocator allocator;  /* zero: the model's */
     qwen3_logger    logger;     /* zero: the model's */
@@ -5965,6 +5981,22 @@ static void qwen3i_attend(const qwen3i_step *s) {
     qwen3i_attention(&c->exec, &a);
 }
 
+/* A layer's values to the probe: none of the buffers has been used twice. */
+static void qwen3i_show(const qwen3i_step *s) {
+    const qwen3i_cpu *c = s->c;
+    const qwen3i_config *g = c->config;
+    const qwen3_probe *p = &c->desc.probe;
+    int n = s->batch->n_rows, q_dim = g->n_head * g->head_dim, kv_dim = g->n_head_kv * g->head_dim;
+    if (!p->show) return;
+    p->show(s->layer, QWEN3_VALUE_Q, c->q, n, q_dim, p->user);
+    p->show(s->layer, QWEN3_VALUE_K, c->key, n, kv_dim, p->user);
+    p->show(s->layer, QWEN3_VALUE_V, c->value, n, kv_dim, p->user);
+    p->show(s->layer, QWEN3_VALUE_ATTENTION, c->a, n, q_dim, p->user);
+    p->show(s->layer, QWEN3_VALUE_MLP_INPUT, c->h, n, g->n_embd, p->user);
+    p->show(s->layer, QWEN3_VALUE_PRODUCT, c->ff, n, g->n_ff, p->user);
+    p->show(s->layer, QWEN3_VALUE_RESIDUAL, c->x, n, g->n_embd, p->user);
+}
+
 /* One decoder layer: x [n_rows, n_embd] in place */
 static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int layer) {
     const qwen3i_layer *w = &c->weights->layers[layer];
@@ -5982,6 +6014,7 @@ static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int l
     qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, eps);         /* h = RMSNorm(x)                     */
     qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, c->h, n);             /* f = silu(Wgate h) * (Wup h)        */
     qwen3i_matmul_add(e, c->x, &w->w_down, c->ff, n);                   /* x = x + Wdown f                    */
+    qwen3i_show(&step);
 }
 
 /* ln P(target) under logits [n] */
@@ -6473,6 +6506,8 @@ static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_des
     if (d->kv_type < QWEN3_KV_F32 || d->kv_type > QWEN3_KV_BF16) return qwen3i_fail(err, QWEN3_ERR_ARG, "kv_type %d is unknown", d->kv_type);
     if (d->kernels != QWEN3_PATH_FUSED && d->kernels != QWEN3_PATH_STANDARD) return qwen3i_fail(err, QWEN3_ERR_ARG, "kernels %d is unknown", d->kernels);
     if (d->threads < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "threads is negative");
+    if (d->probe.show && m->backend != qwen3i_cpu_backend())
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "a probe needs the CPU backend");
     if (!d->allocator.alloc && !d->allocator.free) d->allocator = m->allocator;
     if (!d->logger.log) d->logger = m->logger;
     return qwen3i_check_allocator(&d->allocator, err);

@@ -822,6 +822,52 @@ static void test_stability_tells_mistakes(void) {
     }
 }
 
+/* ---- the probe ------------------------------------------------------------------------------------------------- */
+typedef struct stab_seen { int n, rows, bad; float *last; const qwen3_info *info; } stab_seen;
+
+static void stab_show(int layer, qwen3_value what, const float *data, int n_rows, int width, void *user) {
+    stab_seen *s = (stab_seen *)user;
+    const qwen3_info *f = s->info;
+    const int q_dim = f->n_head * f->head_dim, kv_dim = f->n_head_kv * f->head_dim;
+    const int widths[] = {q_dim, kv_dim, kv_dim, q_dim, f->n_embd, f->n_ff, f->n_embd};
+    s->bad += layer != s->n / 7 % f->n_layer || (int)what != s->n % 7 || width != widths[what];
+    if (what == QWEN3_VALUE_Q && layer == 0) s->rows += n_rows;
+    if (what == QWEN3_VALUE_RESIDUAL) memcpy(s->last, data + (size_t)(n_rows - 1) * (size_t)width, (size_t)width * 4);
+    s->n++;
+}
+
+/* It sees every value of every step in order, the last of which gives the hidden state; the results stay the same. */
+static void test_stability_probe(void) {
+    fixture f;
+    qwen3_ctx_desc desc = ctx_desc(64, 1, 8, QWEN3_KV_F32);
+    qwen3_token tokens[20];
+    qwen3_item it = item_of(0, tokens, 20);
+    stab_seen seen;
+    qwen3_ctx *ctx;
+    float *plain, *hidden;
+    double *want;
+    if (!fixture_open(&f, "hot")) return;
+    memset(&seen, 0, sizeof seen);
+    seen.info = &f.info;
+    seen.last = floats((size_t)f.info.n_embd);
+    hidden = floats((size_t)f.info.n_embd);
+    stab_tokens(tokens, 20, f.info.n_vocab, 1);
+    plain = plain_logits(f.model, tokens, 20, QWEN3_KV_F32);
+    desc.probe.show = stab_show;
+    desc.probe.user = &seen;
+    ctx = ctx_open_desc(f.model, &desc);
+    it.hidden = hidden;
+    CHECK_OK(ctx, qwen3_eval(ctx, &it, 1));
+    CHECK(same_logits(ctx, 0, plain + 19 * f.info.n_vocab, f.info.n_vocab));
+    CHECK(seen.n == 3 * 7 * f.info.n_layer && seen.rows == 20 && !seen.bad);
+    want = stab_doubles(seen.last, (size_t)f.info.n_embd);
+    stab_norm(want, want, f.model->weights.final_norm, f.info.n_embd, STAB_EXACT);
+    CHECK(stab_error(hidden, want, 1, f.info.n_embd, 1e-25) < STAB_FLOAT);
+    qwen3_ctx_free(ctx);
+    free(plain); free(hidden); free(want); free(seen.last);
+    fixture_close(&f);
+}
+
 /* ---- the suite -------------------------------------------------------------------------------------------- */
 /* Each of them on the CPU, and on CUDA by both of its paths. */
 #ifdef QWEN3_TEST_CUDA
@@ -852,6 +898,7 @@ static void suite_stability(void) {
     RUN(test_stability_long_models);
     RUN(test_stability_batches);
     RUN(test_stability_tells_mistakes);
+    RUN(test_stability_probe);
 #ifdef QWEN3_TEST_CUDA
     if (qwen3_cuda_get_kernels()->no_device()) {
         test_skip("test_stability_cuda", qwen3_cuda_get_kernels()->no_device());
