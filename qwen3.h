@@ -3521,6 +3521,64 @@ static qwen3_chat_style qwen3i_chat_style_of_config(const void *config, size_t n
     return qwen3i_chat_style_of(text.p, text.n);
 }
 /* ================================================================================================
+   NUMBER FORMATS: bfloat16 and half precision to and from float32
+   ================================================================================================ */
+static size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }
+
+static float qwen3i_float_from_bits(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static uint32_t qwen3i_bits_from_float(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+
+static float qwen3i_bf16_to_f32(uint16_t h) { return qwen3i_float_from_bits((uint32_t)h << 16); }
+
+/* Round to nearest even; what would round beyond the largest bf16 stays at it. */
+static uint16_t qwen3i_f32_to_bf16(float f) {
+    uint32_t bits = qwen3i_bits_from_float(f), sign = bits & 0x80000000u, size = bits & 0x7FFFFFFFu;
+    if (size > 0x7F800000u) return (uint16_t)((sign | 0x7FC00000u) >> 16);
+    if (size > 0x7F7F0000u) size = 0x7F7F0000u;
+    return (uint16_t)((sign | (size + 0x7FFFu + ((size >> 16) & 1u))) >> 16);
+}
+
+static float qwen3i_f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3FFu;
+    float tiny;
+    if (exponent == 31) return qwen3i_float_from_bits(sign | 0x7F800000u | (fraction << 13));
+    if (exponent != 0) return qwen3i_float_from_bits(sign | ((exponent + 112u) << 23) | (fraction << 13));
+    tiny = (float)fraction * (1.0f / 16777216.0f);
+    return sign ? -tiny : tiny;
+}
+
+/* Round to nearest even; what lies beyond +-65504 becomes +-65504. */
+static uint16_t qwen3i_f32_to_f16(float f) {
+    uint32_t bits = qwen3i_bits_from_float(f), sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu;
+    uint32_t shift, half, rest;
+    if (size > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
+    if (size >= 0x477FE000u) return (uint16_t)(sign | 0x7BFFu);
+    if (size < 0x33000000u) return (uint16_t)sign;              /* below half the smallest subnormal */
+    shift = size >= 0x38800000u ? 13u : 126u - (size >> 23);    /* subnormals lose bits; 24 of them are exact */
+    half = size >= 0x38800000u ? size - 0x38000000u : (size & 0x7FFFFFu) | 0x800000u;
+    rest = half & ((1u << shift) - 1u);
+    half >>= shift;
+    if (rest > (1u << (shift - 1)) || (rest == (1u << (shift - 1)) && (half & 1u))) half++;
+    return (uint16_t)(sign | half);
+}
+
+/* Element i of an array of any type */
+static float qwen3i_value(const void *data, qwen3i_type type, int i) {
+    if (type == QWEN3I_F32) return ((const float *)data)[i];
+    return type == QWEN3I_BF16 ? qwen3i_bf16_to_f32(((const uint16_t *)data)[i])
+                               : qwen3i_f16_to_f32(((const uint16_t *)data)[i]);
+}
+
+/* ================================================================================================
    MODEL: configuration, weights, loading
    ================================================================================================ */
 static const qwen3_backend *qwen3i_cpu_backend(void);
@@ -3764,8 +3822,6 @@ typedef struct qwen3i_binder {
     uint64_t              n_params, n_bytes, fingerprint;
 } qwen3i_binder;
 
-static size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }
-
 static qwen3i_type qwen3i_type_of(qwen3i_str dtype) {
     if (qwen3i_json_is(dtype, "BF16")) return QWEN3I_BF16;
     if (qwen3i_json_is(dtype, "F16"))  return QWEN3I_F16;
@@ -3836,25 +3892,6 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
     return QWEN3_OK;
 }
 
-static float qwen3i_bf16_value(uint16_t h) {
-    uint32_t u = (uint32_t)h << 16;
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-static float qwen3i_f16_value(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, mantissa = h & 0x3FFu, u;
-    float f;
-    if (exponent == 0) {                /* zero or subnormal: exact in float32 */
-        f = (float)mantissa * (1.0f / 16777216.0f);
-        return sign ? -f : f;
-    }
-    u = sign | (exponent == 31 ? 0x7F800000u : (exponent + 112u) << 23) | mantissa << 13;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
 /* A norm's gains as float32: small enough to copy, and then every kernel reads one type. */
 static qwen3_result qwen3i_bind_gains(qwen3i_binder *b, const char *name, int n, const float **out) {
     qwen3i_matrix t;
@@ -3864,10 +3901,7 @@ static qwen3_result qwen3i_bind_gains(qwen3i_binder *b, const char *name, int n,
     if (r != QWEN3_OK) return r;
     gains = (float *)qwen3i_model_alloc(b->l->model, (size_t)n, sizeof *gains);
     if (!gains) return qwen3i_no_memory(b->l->err, name, (uint64_t)n * sizeof *gains);
-    for (i = 0; i < n; i++)
-        gains[i] = t.type == QWEN3I_F32  ? ((const float *)t.data)[i] :
-                   t.type == QWEN3I_BF16 ? qwen3i_bf16_value(((const uint16_t *)t.data)[i])
-                                         : qwen3i_f16_value(((const uint16_t *)t.data)[i]);
+    for (i = 0; i < n; i++) gains[i] = qwen3i_value(t.data, t.type, i);
     *out = gains;
     return QWEN3_OK;
 }
@@ -4490,7 +4524,7 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc 
 }
 
 /* ================================================================================================
-   NUMBER FORMATS AND VECTOR KERNELS
+   VECTOR KERNELS
    Everything below computes on vectors of 16 float32 lanes, whatever the instruction set: lane j of
    a sum takes elements j, j + 16, j + 32 ... in order, and lanes are added up in one fixed tree
    (j with j + 8, then + 4, + 2, + 1). So a result never depends on how work was tiled, batched or
@@ -4522,58 +4556,12 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc 
   #define QWEN3I_PREFETCH(p) ((void)(p))
 #endif
 
-static float qwen3i_float_from_bits(uint32_t bits) {
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-static uint32_t qwen3i_bits_from_float(float f) {
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    return bits;
-}
-
-static float qwen3i_bf16_to_f32(uint16_t h) { return qwen3i_float_from_bits((uint32_t)h << 16); }
-
-/* Round to nearest even; what would round beyond the largest bf16 stays at it. */
-static uint16_t qwen3i_f32_to_bf16(float f) {
-    uint32_t bits = qwen3i_bits_from_float(f), sign = bits & 0x80000000u, size = bits & 0x7FFFFFFFu;
-    if (size > 0x7F800000u) return (uint16_t)((sign | 0x7FC00000u) >> 16);
-    if (size > 0x7F7F0000u) size = 0x7F7F0000u;
-    return (uint16_t)((sign | (size + 0x7FFFu + ((size >> 16) & 1u))) >> 16);
-}
-
-static float qwen3i_f16_to_f32(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3FFu;
-    float tiny;
-    if (exponent == 31) return qwen3i_float_from_bits(sign | 0x7F800000u | (fraction << 13));
-    if (exponent != 0) return qwen3i_float_from_bits(sign | ((exponent + 112u) << 23) | (fraction << 13));
-    tiny = (float)fraction * (1.0f / 16777216.0f);
-    return sign ? -tiny : tiny;
-}
-
-/* Round to nearest even; what lies beyond +-65504 becomes +-65504. */
-static uint16_t qwen3i_f32_to_f16(float f) {
-    uint32_t bits = qwen3i_bits_from_float(f), sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu;
-    uint32_t shift, half, rest;
-    if (size > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
-    if (size >= 0x477FE000u) return (uint16_t)(sign | 0x7BFFu);
-    if (size < 0x33000000u) return (uint16_t)sign;              /* below half the smallest subnormal */
-    shift = size >= 0x38800000u ? 13u : 126u - (size >> 23);    /* subnormals lose bits; 24 of them are exact */
-    half = size >= 0x38800000u ? size - 0x38000000u : (size & 0x7FFFFFu) | 0x800000u;
-    rest = half & ((1u << shift) - 1u);
-    half >>= shift;
-    if (rest > (1u << (shift - 1)) || (rest == (1u << (shift - 1)) && (half & 1u))) half++;
-    return (uint16_t)(sign | half);
-}
-
 /* ---- the kernels of one instruction set ------------------------------------------------------- */
 typedef struct qwen3i_simd {
     const char *name;
-    /* y[t * ldy + r] = w[r] . x[t] for n_w rows of w and n_x rows of x, all [n_cols]; ld* in elements */
+    /* y[t * ldy + r] = w[r] . x[t], or += if add, for n_w rows of w and n_x rows of x, all [n_cols]; ld* in elements */
     void (*dot)(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
-                const float *x, size_t ldx, int n_x, int n_cols);
+                const float *x, size_t ldx, int n_x, int n_cols, int add);
     /* y[t * ldy + d] += sum over r of p[t * ldp + r] * v[r * ldv + d], in order of r; n_p rows of p, d < n_cols */
     void (*mix)(float *y, size_t ldy, const float *p, size_t ldp, int n_p,
                 const void *v, size_t ldv, qwen3i_type type, int n_v, int n_cols);
@@ -4595,6 +4583,7 @@ typedef struct qwen3i_simd {
                                    six rows of x then stay in the first-level cache */
 #define QWEN3I_AHEAD   4096     /* bytes by which memory is fetched ahead */
 #define QWEN3I_FEW_ROWS 12      /* rows of x for which w is read once, tile by tile */
+#define QWEN3I_MIX_ROWS 64      /* rows of v that become float32 at a time */
 #define QWEN3I_EXP_LOW  (-87.3f)
 #define QWEN3I_EXP_HIGH 88.3f
 
@@ -4603,13 +4592,16 @@ typedef struct qwen3i_simd {
    div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n), drop_below (0 where x < low),
    sum (of R vectors, by the tree). A tile is R rows of w times up to C rows of x. */
 #define QWEN3I_DEFINE_KERNELS(V, TARGET, R, C) \
+/* n lanes, or all 16 if n is more; when loading, the others are 0 */ \
 TARGET QWEN3I_INLINE V##_v V##_load_n(const float *p, int n) { \
     float part[16] = {0}; \
+    if (n >= 16) return V##_load(p); \
     memcpy(part, p, (size_t)n * 4); \
     return V##_load(part); \
 } \
 TARGET QWEN3I_INLINE void V##_store_n(float *p, V##_v v, int n) { \
     float part[16]; \
+    if (n >= 16) { V##_store(p, v); return; } \
     V##_store(part, v); \
     memcpy(p, part, (size_t)n * 4); \
 } \
@@ -4619,12 +4611,12 @@ TARGET QWEN3I_INLINE V##_v V##_from(const void *row, size_t i, qwen3i_type type)
     if (type == QWEN3I_F16)  return V##_load_f16((const uint16_t *)row + i); \
     return V##_load((const float *)row + i); \
 } \
-/* elements i .. i + n - 1, then zeros */ \
+/* the same for n lanes */ \
 TARGET QWEN3I_INLINE V##_v V##_from_n(const void *row, size_t i, qwen3i_type type, int n) { \
-    uint16_t part[16] = {0}; \
-    if (type == QWEN3I_F32) return V##_load_n((const float *)row + i, n); \
-    memcpy(part, (const uint16_t *)row + i, (size_t)n * 2); \
-    return type == QWEN3I_BF16 ? V##_load_bf16(part) : V##_load_f16(part); \
+    float part[16] = {0};               /* of any type */ \
+    if (n >= 16) return V##_from(row, i, type); \
+    memcpy(part, (const char *)row + i * qwen3i_type_size(type), (size_t)n * qwen3i_type_size(type)); \
+    return V##_from(part, 0, type); \
 } \
 TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     V##_v rows[R]; \
@@ -4634,11 +4626,15 @@ TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     V##_sum(sums, rows); \
     return sums[0]; \
 } \
+TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n) { \
+    int i; \
+    for (i = 0; i < n; i += 16) V##_store_n(y + i, V##_from_n(x, (size_t)i, type, n - i), n - i); \
+} \
 /* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose results \
-   belong `apart` floats apart: y[t * ldy + r * apart] = (first ? 0 : y) + w[r] . x[t]. What lies `ahead` bytes \
+   belong `apart` floats apart: y[t * ldy + r * apart] = (add ? y : 0) + w[r] . x[t]. What lies `ahead` bytes \
    further on is fetched meanwhile. */ \
 TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *w, size_t stride, size_t ahead, \
-                                   qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, int first) { \
+                                   qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, int add) { \
     V##_v acc[C][R], wv[R], xv; \
     float sums[R]; \
     const char *rows[R]; \
@@ -4656,114 +4652,108 @@ TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *
         } \
     } \
     QWEN3I_UNROLL for (t = 0; t < n_x; t++, y += ldy) { \
-        if (first && n_w == R && apart == 1) { V##_sum(y, acc[t]); continue; } \
         V##_sum(sums, acc[t]); \
-        for (r = 0; r < n_w; r++) y[r * apart] = first ? sums[r] : y[r * apart] + sums[r]; \
+        if (n_w == R && apart == 1) { QWEN3I_UNROLL for (r = 0; r < R; r++) y[r] = add ? y[r] + sums[r] : sums[r]; } \
+        else for (r = 0; r < n_w; r++) y[r * apart] = add ? y[r * apart] + sums[r] : sums[r]; \
     } \
 } \
 /* One tile of w against n_x rows of x. n_x becomes a constant, so that each size gets its own code. */ \
 TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char *w, size_t stride, size_t ahead, \
-                                     qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, \
-                                     int n, int first) { \
-    switch (n_x) { \
-        case 1:  V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, first); break; \
-        case 2:  V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 2, n, first); break; \
-        case C:  V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C, n, first); break; \
-        default: V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, qwen3i_min(4, C), n, first); break; \
-    } \
+                                     qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, int add) { \
+    if (n_x == C)               V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C, n, add); \
+    else if (n_x == 4 && C > 4) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 4, n, add); \
+    else if (n_x == 2 && C > 2) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 2, n, add); \
+    else                        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, add); \
 } \
 /* Many rows of x: a tile of them stays in the first-level cache while the block of w streams past it from \
    the second. Few: w comes from memory, and each tile of it meets all of x at once. One or two: memory is the \
    limit, and it likes R streams best, each through a part of the block. */ \
 TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, \
-                                       int n_w, const float *x, size_t ldx, int n_x, int n_cols) { \
+                                       int n_w, const float *x, size_t ldx, int n_x, int n_cols, int add) { \
     int tiles = (n_w + R - 1) / R, few = n_x <= QWEN3I_FEW_ROWS, step = few ? 1 : tiles, i, j, t, k, m; \
     int apart = n_x <= 2 && (size_t)tiles * row_bytes >= 2 * QWEN3I_AHEAD ? tiles : 1; \
     size_t ahead = apart > 1 ? QWEN3I_AHEAD / 2 : R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
     for (i = 0; i < tiles; i += step) \
-        for (t = 0; t < n_x; t += m) { \
-            m = n_x - t >= C ? C : n_x - t >= 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
-            for (k = 0; k == 0 || k < n_cols; k += QWEN3I_K_BLOCK) \
+        for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
+            for (t = 0; t < n_x; t += m) { \
+                m = n_x - t >= C ? C : n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
                 for (j = i; j < i + step; j++) { \
                     int r = apart > 1 ? j : j * R; \
                     V##_tile_n(y + (size_t)t * ldy + r, ldy, apart, \
                                w + (size_t)r * row_bytes + (size_t)k * qwen3i_type_size(type), \
                                (size_t)apart * row_bytes, ahead, type, qwen3i_min(R, (n_w - r + apart - 1) / apart), \
-                               x + (size_t)t * ldx + k, ldx, m, qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), k == 0); \
+                               x + (size_t)t * ldx + k, ldx, m, qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), k > 0 || add); \
                 } \
-        } \
+            } \
 } \
 /* The last columns of a number that is not a multiple of 16 join last. */ \
 TARGET static void V##_dot_rest(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
-                                const float *x, size_t ldx, int n_x, int done, int n_cols) { \
+                                const float *x, size_t ldx, int n_x, int done, int n_cols, int add) { \
+    float sum; \
     int r, t; \
     for (t = 0; t < n_x; t++, y += ldy, x += ldx) \
-        for (r = 0; r < n_w; r++) \
-            y[r] += V##_sum1(V##_fma(V##_from_n(w + (size_t)r * row_bytes, (size_t)done, type, n_cols - done), \
-                                     V##_load_n(x + done, n_cols - done), V##_zero())); \
+        for (r = 0; r < n_w; r++) { \
+            sum = V##_sum1(V##_fma(V##_from_n(w + (size_t)r * row_bytes, (size_t)done, type, n_cols - done), \
+                                   V##_load_n(x + done, n_cols - done), V##_zero())); \
+            y[r] = add ? y[r] + sum : sum; \
+        } \
 } \
 TARGET static void V##_dot(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w, \
-                           const float *x, size_t ldx, int n_x, int n_cols) { \
+                           const float *x, size_t ldx, int n_x, int n_cols, int add) { \
     const char *rows = (const char *)w; \
     size_t row_bytes = ldw * qwen3i_type_size(type); \
     int n = n_cols / 16 * 16; \
     switch (type) { \
-        case QWEN3I_BF16: V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_BF16, n_w, x, ldx, n_x, n); break; \
-        case QWEN3I_F16:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F16, n_w, x, ldx, n_x, n); break; \
-        case QWEN3I_F32:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F32, n_w, x, ldx, n_x, n); break; \
+        case QWEN3I_BF16: V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_BF16, n_w, x, ldx, n_x, n, add); break; \
+        case QWEN3I_F16:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F16, n_w, x, ldx, n_x, n, add); break; \
+        case QWEN3I_F32:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F32, n_w, x, ldx, n_x, n, add); break; \
     } \
-    if (n < n_cols) V##_dot_rest(y, ldy, rows, row_bytes, type, n_w, x, ldx, n_x, n, n_cols); \
+    if (n < n_cols) V##_dot_rest(y, ldy, rows, row_bytes, type, n_w, x, ldx, n_x, n, n_cols, n > 0 || add); \
 } \
-/* n_vec vectors of columns of up to C rows of y, or up to 16 columns if n_vec is 0 */ \
-TARGET QWEN3I_INLINE void V##_mix_tile(float *y, size_t ldy, const float *p, size_t ldp, int n_p, const char *v, \
-                                       size_t row_bytes, qwen3i_type type, int n_v, int n_vec, int n_cols) { \
+/* n_p rows of y, 16 * R columns of each; v is [n_v, 16 * R] in float32 */ \
+TARGET QWEN3I_INLINE void V##_mix_tile(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
+                                       const float *v, int n_v) { \
     V##_v acc[C][R], vv[R], pv; \
-    int t, c, r, n = qwen3i_max(n_vec, 1); \
-    QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < n; c++) \
-        acc[t][c] = n_vec ? V##_load(y + (size_t)t * ldy + 16 * c) : V##_load_n(y + (size_t)t * ldy, n_cols); } \
-    for (r = 0; r < n_v; r++, v += row_bytes) { \
-        QWEN3I_UNROLL for (c = 0; c < n; c++) { \
-            vv[c] = n_vec ? V##_from(v, 16 * (size_t)c, type) : V##_from_n(v, 0, type, n_cols); \
-            QWEN3I_PREFETCH(v + QWEN3I_AHEAD + 16 * (size_t)c * qwen3i_type_size(type)); \
-        } \
+    int t, c, r; \
+    QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < R; c++) \
+        acc[t][c] = V##_load(y + (size_t)t * ldy + 16 * c); } \
+    for (r = 0; r < n_v; r++, v += 16 * R) { \
+        QWEN3I_UNROLL for (c = 0; c < R; c++) vv[c] = V##_load(v + 16 * c); \
         QWEN3I_UNROLL for (t = 0; t < n_p; t++) { \
             pv = V##_set1(p[(size_t)t * ldp + (size_t)r]); \
-            QWEN3I_UNROLL for (c = 0; c < n; c++) acc[t][c] = V##_fma(pv, vv[c], acc[t][c]); \
+            QWEN3I_UNROLL for (c = 0; c < R; c++) acc[t][c] = V##_fma(pv, vv[c], acc[t][c]); \
         } \
     } \
-    QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < n; c++) { \
-        if (n_vec) V##_store(y + (size_t)t * ldy + 16 * c, acc[t][c]); \
-        else V##_store_n(y + (size_t)t * ldy, acc[t][c], n_cols); \
-    } } \
+    QWEN3I_UNROLL for (t = 0; t < n_p; t++) { QWEN3I_UNROLL for (c = 0; c < R; c++) \
+        V##_store(y + (size_t)t * ldy + 16 * c, acc[t][c]); } \
 } \
-TARGET QWEN3I_INLINE void V##_mix_rows(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
-                                       const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_cols) { \
-    size_t size = qwen3i_type_size(type); \
-    int d = 0; \
-    for (; d + 16 * R <= n_cols; d += 16 * R) \
-        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, R, 16); \
-    for (; d < n_cols; d += 16) \
-        V##_mix_tile(y + d, ldy, p, ldp, n_p, v + (size_t)d * size, row_bytes, type, n_v, 0, \
-                     qwen3i_min(16, n_cols - d)); \
-} \
-TARGET QWEN3I_INLINE void V##_mix_type(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
-                                       const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_cols) { \
-    int t = 0; \
-    for (; t + C <= n_p; t += C) \
-        V##_mix_rows(y + (size_t)t * ldy, ldy, p + (size_t)t * ldp, ldp, C, v, row_bytes, type, n_v, n_cols); \
-    for (; t + 2 <= n_p; t += 2) \
-        V##_mix_rows(y + (size_t)t * ldy, ldy, p + (size_t)t * ldp, ldp, 2, v, row_bytes, type, n_v, n_cols); \
-    if (t < n_p) V##_mix_rows(y + (size_t)t * ldy, ldy, p + (size_t)t * ldp, ldp, 1, v, row_bytes, type, n_v, n_cols); \
+/* Up to 16 * R columns: the block of v becomes float32, then all rows of p meet it. */ \
+TARGET static void V##_mix_block(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
+                                 const char *v, size_t row_bytes, qwen3i_type type, int n_v, int n_cols) { \
+    float block[QWEN3I_MIX_ROWS * 16 * R], part[C * 16 * R] = {0}; \
+    size_t bytes = (size_t)n_cols * 4; \
+    int r, t, m, i; \
+    for (r = 0; r < n_v; r++) V##_load_row(block + 16 * R * r, v + (size_t)r * row_bytes, type, n_cols); \
+    for (t = 0; t < n_p; t += m, y += (size_t)m * ldy, p += (size_t)m * ldp) { \
+        float *to = n_cols == 16 * R ? y : part; \
+        size_t ld = to == y ? ldy : 16 * R; \
+        m = n_p - t >= C ? C : n_p - t >= 2 ? 2 : 1; \
+        for (i = 0; to == part && i < m; i++) memcpy(part + 16 * R * i, y + (size_t)i * ldy, bytes); \
+        if (m == C)               V##_mix_tile(to, ld, p, ldp, C, block, n_v); \
+        else if (m == 2 && C > 2) V##_mix_tile(to, ld, p, ldp, 2, block, n_v); \
+        else                      V##_mix_tile(to, ld, p, ldp, 1, block, n_v); \
+        for (i = 0; to == part && i < m; i++) memcpy(y + (size_t)i * ldy, part + 16 * R * i, bytes); \
+    } \
 } \
 TARGET static void V##_mix(float *y, size_t ldy, const float *p, size_t ldp, int n_p, \
                            const void *v, size_t ldv, qwen3i_type type, int n_v, int n_cols) { \
     const char *rows = (const char *)v; \
-    size_t row_bytes = ldv * qwen3i_type_size(type); \
-    switch (type) { \
-        case QWEN3I_BF16: V##_mix_type(y, ldy, p, ldp, n_p, rows, row_bytes, QWEN3I_BF16, n_v, n_cols); break; \
-        case QWEN3I_F16:  V##_mix_type(y, ldy, p, ldp, n_p, rows, row_bytes, QWEN3I_F16, n_v, n_cols); break; \
-        case QWEN3I_F32:  V##_mix_type(y, ldy, p, ldp, n_p, rows, row_bytes, QWEN3I_F32, n_v, n_cols); break; \
-    } \
+    size_t size = qwen3i_type_size(type); \
+    int d, r; \
+    for (d = 0; d < n_cols; d += 16 * R) \
+        for (r = 0; r < n_v; r += QWEN3I_MIX_ROWS) \
+            V##_mix_block(y + d, ldy, p + r, ldp, n_p, rows + ((size_t)r * ldv + (size_t)d) * size, ldv * size, \
+                          type, qwen3i_min(QWEN3I_MIX_ROWS, n_v - r), qwen3i_min(16 * R, n_cols - d)); \
 } \
 /* e^x = 2^n e^r with |r| <= ln(2) / 2; e^r by a polynomial of degree 6 (error 1e-8 before rounding) */ \
 TARGET QWEN3I_INLINE V##_v V##_exp_v(V##_v x) { \
@@ -4781,8 +4771,7 @@ TARGET QWEN3I_INLINE V##_v V##_exp_v(V##_v x) { \
 TARGET static void V##_exp(float *y, const float *x, float shift, int n) { \
     V##_v minus = V##_set1(-shift); \
     int i; \
-    for (i = 0; i + 16 <= n; i += 16) V##_store(y + i, V##_exp_v(V##_add(V##_load(x + i), minus))); \
-    if (i < n) V##_store_n(y + i, V##_exp_v(V##_add(V##_load_n(x + i, n - i), minus)), n - i); \
+    for (i = 0; i < n; i += 16) V##_store_n(y + i, V##_exp_v(V##_add(V##_load_n(x + i, n - i), minus)), n - i); \
 } \
 TARGET static void V##_softmax(float *s, int n, float scale) { \
     V##_v best = V##_set1(-FLT_MAX), sum = V##_zero(), by = V##_set1(scale), minus; \
@@ -4804,25 +4793,19 @@ TARGET static void V##_softmax(float *s, int n, float scale) { \
 TARGET static void V##_rmsnorm(float *y, const float *x, const float *gain, int n, float eps) { \
     V##_v sum = V##_zero(), v, by; \
     int i; \
-    for (i = 0; i + 16 <= n; i += 16) v = V##_load(x + i), sum = V##_fma(v, v, sum); \
-    if (i < n) v = V##_load_n(x + i, n - i), sum = V##_fma(v, v, sum); \
+    for (i = 0; i < n; i += 16) v = V##_load_n(x + i, n - i), sum = V##_fma(v, v, sum); \
     by = V##_set1(1.0f / sqrtf(V##_sum1(sum) / (float)n + eps)); \
-    for (i = 0; i + 16 <= n; i += 16) V##_store(y + i, V##_mul(V##_mul(V##_load(x + i), by), V##_load(gain + i))); \
-    if (i < n) V##_store_n(y + i, V##_mul(V##_mul(V##_load_n(x + i, n - i), by), V##_load_n(gain + i, n - i)), n - i); \
-} \
-TARGET QWEN3I_INLINE V##_v V##_silu_mul_v(V##_v gate, V##_v up) { \
-    V##_v one = V##_set1(1.0f); \
-    return V##_mul(V##_div(gate, V##_add(one, V##_exp_v(V##_mul(gate, V##_set1(-1.0f))))), up); \
+    for (i = 0; i < n; i += 16) \
+        V##_store_n(y + i, V##_mul(V##_mul(V##_load_n(x + i, n - i), by), V##_load_n(gain + i, n - i)), n - i); \
 } \
 TARGET static void V##_silu_mul(float *y, const float *gate, const float *up, int n) { \
+    V##_v one = V##_set1(1.0f), g, e; \
     int i; \
-    for (i = 0; i + 16 <= n; i += 16) V##_store(y + i, V##_silu_mul_v(V##_load(gate + i), V##_load(up + i))); \
-    if (i < n) V##_store_n(y + i, V##_silu_mul_v(V##_load_n(gate + i, n - i), V##_load_n(up + i, n - i)), n - i); \
-} \
-TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n) { \
-    int i; \
-    for (i = 0; i + 16 <= n; i += 16) V##_store(y + i, V##_from(x, (size_t)i, type)); \
-    if (i < n) V##_store_n(y + i, V##_from_n(x, (size_t)i, type, n - i), n - i); \
+    for (i = 0; i < n; i += 16) { \
+        g = V##_load_n(gate + i, n - i); \
+        e = V##_exp_v(V##_mul(g, V##_set1(-1.0f))); \
+        V##_store_n(y + i, V##_mul(V##_div(g, V##_add(one, e)), V##_load_n(up + i, n - i)), n - i); \
+    } \
 } \
 TARGET static void V##_store_row(void *y, const float *x, qwen3i_type type, int n) { \
     uint16_t *h = (uint16_t *)y; \
@@ -4837,101 +4820,133 @@ TARGET static void V##_store_row(void *y, const float *x, qwen3i_type type, int 
 static const qwen3i_simd V##_kernels = { V##_name, V##_dot, V##_mix, V##_softmax, V##_rmsnorm, V##_silu_mul, \
                                          V##_exp, V##_load_row, V##_store_row };
 
-/* ---- plain C lanes ------------------------------------------------------------------------------- */
-#define QWEN3I_LANES for (i = 0; i < 16; i++)
+/* ---- plain C lanes: gcc's and clang's vectors of four where they have no fused multiply-add, else floats ---- */
+#if defined(__GNUC__) && !defined(FP_FAST_FMAF)
+typedef float qwen3i_quad __attribute__((vector_size(16)));
+#else
+typedef float qwen3i_quad;
+#endif
 #define qwen3i_plain_name "plain C"
-typedef struct qwen3i_plain_v { float f[16]; } qwen3i_plain_v;
+typedef struct qwen3i_plain_v { qwen3i_quad q[64 / sizeof(qwen3i_quad)]; } qwen3i_plain_v;
+#define QWEN3I_PLAIN_QUADS QWEN3I_UNROLL for (i = 0; i < QWEN3I_COUNT(((qwen3i_plain_v *)0)->q); i++)
+#define QWEN3I_LANES for (i = 0; i < 16; i++)
 
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_set1(float a) {
-    qwen3i_plain_v y;
-    int i;
-    QWEN3I_LANES y.f[i] = a;
-    return y;
-}
-
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_zero(void) { return qwen3i_plain_set1(0.0f); }
-QWEN3I_INLINE void qwen3i_plain_store(float *p, qwen3i_plain_v v) { memcpy(p, v.f, 64); }
+QWEN3I_INLINE void qwen3i_plain_store(float *p, qwen3i_plain_v v) { memcpy(p, &v, 64); }
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load(const float *p) {
     qwen3i_plain_v y;
-    memcpy(y.f, p, 64);
+    memcpy(&y, p, 64);
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_zero(void) {
+    qwen3i_plain_v y;
+    memset(&y, 0, 64);
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_set1(float a) {
+    qwen3i_plain_v y = qwen3i_plain_zero();
+    int i;
+    QWEN3I_PLAIN_QUADS y.q[i] += a;
     return y;
 }
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load_bf16(const uint16_t *p) {
-    qwen3i_plain_v y;
+    float y[16];
     int i;
-    QWEN3I_LANES y.f[i] = qwen3i_bf16_to_f32(p[i]);
-    return y;
+    QWEN3I_LANES y[i] = qwen3i_bf16_to_f32(p[i]);
+    return qwen3i_plain_load(y);
 }
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load_f16(const uint16_t *p) {
-    qwen3i_plain_v y;
+    float y[16];
     int i;
-    QWEN3I_LANES y.f[i] = qwen3i_f16_to_f32(p[i]);
-    return y;
+    QWEN3I_LANES y[i] = qwen3i_f16_to_f32(p[i]);
+    return qwen3i_plain_load(y);
 }
 
 QWEN3I_INLINE void qwen3i_plain_store_bf16(uint16_t *p, qwen3i_plain_v v) {
+    float x[16];
     int i;
-    QWEN3I_LANES p[i] = qwen3i_f32_to_bf16(v.f[i]);
+    qwen3i_plain_store(x, v);
+    QWEN3I_LANES p[i] = qwen3i_f32_to_bf16(x[i]);
 }
 
 QWEN3I_INLINE void qwen3i_plain_store_f16(uint16_t *p, qwen3i_plain_v v) {
+    float x[16];
     int i;
-    QWEN3I_LANES p[i] = qwen3i_f32_to_f16(v.f[i]);
+    qwen3i_plain_store(x, v);
+    QWEN3I_LANES p[i] = qwen3i_f32_to_f16(x[i]);
 }
 
-#define QWEN3I_PLAIN_BINARY(name, expression) \
+#define QWEN3I_PLAIN_BINARY(name, operation) \
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_##name(qwen3i_plain_v a, qwen3i_plain_v b) { \
     int i; \
-    QWEN3I_LANES a.f[i] = expression; \
+    QWEN3I_PLAIN_QUADS a.q[i] = a.q[i] operation b.q[i]; \
     return a; \
 }
-QWEN3I_PLAIN_BINARY(add, a.f[i] + b.f[i])
-QWEN3I_PLAIN_BINARY(mul, a.f[i] * b.f[i])
-QWEN3I_PLAIN_BINARY(div, a.f[i] / b.f[i])
-QWEN3I_PLAIN_BINARY(max, a.f[i] > b.f[i] ? a.f[i] : b.f[i])
-QWEN3I_PLAIN_BINARY(min, a.f[i] < b.f[i] ? a.f[i] : b.f[i])
+QWEN3I_PLAIN_BINARY(add, +)
+QWEN3I_PLAIN_BINARY(mul, *)
+QWEN3I_PLAIN_BINARY(div, /)
+
+#define QWEN3I_PLAIN_LANES(name, expression) \
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_##name(qwen3i_plain_v a, qwen3i_plain_v b) { \
+    float x[16], y[16]; \
+    int i; \
+    qwen3i_plain_store(x, a); \
+    qwen3i_plain_store(y, b); \
+    QWEN3I_LANES x[i] = expression; \
+    return qwen3i_plain_load(x); \
+}
+QWEN3I_PLAIN_LANES(max, x[i] > y[i] ? x[i] : y[i])
+QWEN3I_PLAIN_LANES(min, x[i] < y[i] ? x[i] : y[i])
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_fma(qwen3i_plain_v a, qwen3i_plain_v b, qwen3i_plain_v c) {
     int i;
   #ifdef FP_FAST_FMAF                   /* else the compiler might fuse one copy of a loop and not another */
-    QWEN3I_LANES c.f[i] = fmaf(a.f[i], b.f[i], c.f[i]);
+    QWEN3I_PLAIN_QUADS c.q[i] = fmaf(a.q[i], b.q[i], c.q[i]);
   #else
-    QWEN3I_LANES c.f[i] += a.f[i] * b.f[i];
+    QWEN3I_PLAIN_QUADS c.q[i] += a.q[i] * b.q[i];
   #endif
     return c;
 }
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_round(qwen3i_plain_v v) {
+    float x[16];
     int i;
-    QWEN3I_LANES v.f[i] = (float)(int)(v.f[i] < 0 ? v.f[i] - 0.5f : v.f[i] + 0.5f);
-    return v;
+    qwen3i_plain_store(x, v);
+    QWEN3I_LANES x[i] = (float)(int)(x[i] < 0 ? x[i] - 0.5f : x[i] + 0.5f);
+    return qwen3i_plain_load(x);
 }
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_exp2i(qwen3i_plain_v n) {
+    float x[16];
     int i;
-    QWEN3I_LANES n.f[i] = qwen3i_float_from_bits((uint32_t)((int)n.f[i] + 127) << 23);
-    return n;
+    qwen3i_plain_store(x, n);
+    QWEN3I_LANES x[i] = qwen3i_float_from_bits((uint32_t)((int)x[i] + 127) << 23);
+    return qwen3i_plain_load(x);
 }
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_drop_below(qwen3i_plain_v y, qwen3i_plain_v x, float low) {
+    float a[16], b[16];
     int i;
-    QWEN3I_LANES y.f[i] = x.f[i] < low ? 0.0f : y.f[i];
-    return y;
+    qwen3i_plain_store(a, y);
+    qwen3i_plain_store(b, x);
+    QWEN3I_LANES a[i] = b[i] < low ? 0.0f : a[i];
+    return qwen3i_plain_load(a);
 }
 
 QWEN3I_INLINE void qwen3i_plain_sum(float *sums, qwen3i_plain_v *rows) {
-    int r, i, half;
-    for (r = 0; r < 2; r++) {
-        for (half = 8; half > 0; half /= 2)
-            for (i = 0; i < half; i++) rows[r].f[i] += rows[r].f[i + half];
-        sums[r] = rows[r].f[0];
-    }
+    float x[16];
+    int i, half;
+    qwen3i_plain_store(x, rows[0]);
+    for (half = 8; half > 0; half /= 2)
+        for (i = 0; i < half; i++) x[i] += x[i + half];
+    sums[0] = x[0];
 }
 
-QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 2, 3)
+QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, 2)
 
 #ifdef QWEN3I_X86
 #if !defined(__clang__)
@@ -5619,9 +5634,9 @@ static void qwen3i_rope(float *x, const float *cosines, const float *sines, int 
 }
 
 /* ---- matrix products --------------------------------------------------------------------------------- */
-#define QWEN3I_TILE_ROWS   128          /* most rows of a matrix that are one piece of work */
-#define QWEN3I_TILE_TOKENS 24
-#define QWEN3I_TILE_BYTES  (256 * 1024) /* of weights: they stay in the second-level cache for all tokens */
+#define QWEN3I_PIECE_ROWS 128           /* most rows of a matrix that are one piece of work */
+#define QWEN3I_GLU_ROWS    64           /* the same where two matrices meet, whose results are held for */
+#define QWEN3I_GLU_TOKENS 128           /* so many rows of x */
 
 typedef struct qwen3i_matmul_args {
     const qwen3i_simd   *simd;
@@ -5630,6 +5645,7 @@ typedef struct qwen3i_matmul_args {
     int                  n_w;
     const float         *x;             /* [n, cols] */
     int                  n;
+    int                  add;           /* to y, instead of replacing it */
 } qwen3i_matmul_args;
 
 /* Rows begin .. end - 1 of W x for rows t .. t + n - 1 of x; y points at row `begin` of the first result */
@@ -5637,14 +5653,12 @@ static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix
                                 int begin, int end, int t, int n) {
     size_t cols = (size_t)w->cols;
     const char *rows = (const char *)w->data + (size_t)begin * cols * qwen3i_type_size(w->type);
-    a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols);
+    a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols, a->add);
 }
 
-/* How many rows make one piece: enough pieces for all lanes, and not too many bytes in each */
-static int qwen3i_matmul_grain(const qwen3i_pool *pool, const qwen3i_matrix *w, int n_rows) {
-    size_t fit = QWEN3I_TILE_BYTES / ((size_t)w->cols * qwen3i_type_size(w->type));
-    int share = n_rows / (4 * pool->n_lanes);
-    return qwen3i_max(8, qwen3i_min(share, (int)qwen3i_min_size(fit, QWEN3I_TILE_ROWS))) / 4 * 4;
+/* How many of n_rows make one piece: enough pieces for all lanes, and not too many */
+static int qwen3i_matmul_grain(const qwen3i_pool *pool, int n_rows) {
+    return qwen3i_max(8, qwen3i_min(n_rows / (4 * pool->n_lanes), QWEN3I_PIECE_ROWS)) / 4 * 4;
 }
 
 static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {
@@ -5657,11 +5671,19 @@ static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {
     }
 }
 
-/* y = W x for each row of x: x [n, cols], y [n, rows] */
-static void qwen3i_matmul(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n) {
+/* y = W x, or y = y + W x if add, for each row of x: x [n, cols], y [n, rows] */
+static void qwen3i_matmul_to(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n, int add) {
     qwen3i_matmul_args a;
-    a.simd = e->simd; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n;
-    qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w, w->rows), qwen3i_matmul_rows, &a);
+    a.simd = e->simd; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n; a.add = add;
+    qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w->rows), qwen3i_matmul_rows, &a);
+}
+
+static void qwen3i_matmul(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n) {
+    qwen3i_matmul_to(e, y, w, x, n, 0);
+}
+
+static void qwen3i_matmul_add(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n) {
+    qwen3i_matmul_to(e, y, w, x, n, 1);
 }
 
 /* q = Wq x, k = Wk x, v = Wv x, in one go */
@@ -5669,57 +5691,34 @@ static void qwen3i_matmul_qkv(const qwen3i_exec *e, float *q, float *k, float *v
                               const float *x, int n) {
     qwen3i_matmul_args a;
     int rows = layer->wq.rows + layer->wk.rows + layer->wv.rows;
-    a.simd = e->simd; a.n_w = 3; a.x = x; a.n = n;
+    a.simd = e->simd; a.n_w = 3; a.x = x; a.n = n; a.add = 0;
     a.w[0] = &layer->wq; a.w[1] = &layer->wk; a.w[2] = &layer->wv;
     a.y[0] = q; a.y[1] = k; a.y[2] = v;
-    qwen3i_parallel(e->pool, rows, qwen3i_matmul_grain(e->pool, &layer->wq, rows), qwen3i_matmul_rows, &a);
+    qwen3i_parallel(e->pool, rows, qwen3i_matmul_grain(e->pool, rows), qwen3i_matmul_rows, &a);
 }
 
-static void qwen3i_matmul_add_rows(void *args, int begin, int end, int lane) {
-    const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
-    float tile[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS], *y;
-    int t, n, i, r, rows = end - begin;
-    (void)lane;
-    for (t = 0; t < a->n; t += n) {
-        n = qwen3i_min(QWEN3I_TILE_TOKENS, a->n - t);
-        qwen3i_matmul_block(a, a->w[0], tile, (size_t)rows, begin, end, t, n);
-        for (i = 0; i < n; i++) {
-            y = a->y[0] + (size_t)(t + i) * (size_t)a->w[0]->rows + begin;
-            for (r = 0; r < rows; r++) y[r] += tile[i * rows + r];
-        }
-    }
-}
-
-/* y = y + W x for each row of x: x [n, cols], y [n, rows] */
-static void qwen3i_matmul_add(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n) {
-    qwen3i_matmul_args a;
-    a.simd = e->simd; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n;
-    qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w, w->rows), qwen3i_matmul_add_rows, &a);
-}
-
+/* w[0] is the gate, w[1] what it lets through. */
 static void qwen3i_swiglu_rows(void *args, int begin, int end, int lane) {
     const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
-    float gate[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS], up[QWEN3I_TILE_TOKENS * QWEN3I_TILE_ROWS], *y;
+    float up[QWEN3I_GLU_TOKENS * QWEN3I_GLU_ROWS];
+    size_t ldy = (size_t)a->w[0]->rows;
     int t, n, i, rows = end - begin;
     (void)lane;
     for (t = 0; t < a->n; t += n) {
-        n = qwen3i_min(QWEN3I_TILE_TOKENS, a->n - t);
-        qwen3i_matmul_block(a, a->w[0], gate, (size_t)rows, begin, end, t, n);
+        float *y = a->y[0] + (size_t)t * ldy + begin;
+        n = qwen3i_min(QWEN3I_GLU_TOKENS, a->n - t);
+        qwen3i_matmul_block(a, a->w[0], y, ldy, begin, end, t, n);
         qwen3i_matmul_block(a, a->w[1], up, (size_t)rows, begin, end, t, n);
-        for (i = 0; i < n; i++) {
-            y = a->y[0] + (size_t)(t + i) * (size_t)a->w[0]->rows + begin;
-            a->simd->silu_mul(y, gate + i * rows, up + i * rows, rows);
-        }
+        for (i = 0; i < n; i++, y += ldy) a->simd->silu_mul(y, y, up + i * rows, rows);
     }
 }
 
 /* y = silu(Wgate x) * (Wup x) for each row of x, with silu(g) = g / (1 + exp(-g)): x [n, n_embd], y [n, n_ff] */
 static void qwen3i_swiglu(const qwen3i_exec *e, float *y, const qwen3i_matrix *w_gate, const qwen3i_matrix *w_up,
                           const float *x, int n) {
+    int grain = qwen3i_min(qwen3i_matmul_grain(e->pool, w_gate->rows), QWEN3I_GLU_ROWS);
     qwen3i_matmul_args a;
-    int grain;
-    a.simd = e->simd; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x; a.n = n;
-    grain = qwen3i_matmul_grain(e->pool, w_gate, w_gate->rows) / 2;
+    a.simd = e->simd; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x; a.n = n; a.add = 0;
     qwen3i_parallel(e->pool, w_gate->rows, grain, qwen3i_swiglu_rows, &a);
 }
 
@@ -5762,7 +5761,7 @@ static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratc
     for (i = 0; i < n_t; i++) memcpy(q + (size_t)i * width, a->q + at + (size_t)i * q_dim, width * 4);
     for (p = 0; p <= last; p += m) {                    /* scores = q . k */
         m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, last + 1 - p);
-        a->simd->dot(scores + p, ld, k + (size_t)p * row, dim, a->type, m, q, dim, n_t * n_h, a->head_dim);
+        a->simd->dot(scores + p, ld, k + (size_t)p * row, dim, a->type, m, q, dim, n_t * n_h, a->head_dim, 0);
     }
     for (i = 0; i < n_t * n_h; i++)                     /* each token sees the positions up to its own */
         a->simd->softmax(scores + (size_t)i * ld, first + i / n_h + 1, (float)(1.0 / sqrt((double)a->head_dim)));
