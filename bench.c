@@ -8,7 +8,9 @@ enum { HAVE_CUDA = 1 };
 #else
 enum { HAVE_CUDA = 0 };
 static const qwen3_backend *no_backend(void) { return NULL; }
+static const qwen3_cuda_kernels *no_kernels(void) { return NULL; }
 #define qwen3_cuda_backend no_backend
+#define qwen3_cuda_get_kernels no_kernels
 #endif
 
 static const char usage[] =
@@ -20,12 +22,15 @@ static const char usage[] =
     "  --batch LIST    sequences decoded at once (default 1)\n"
     "  --sample        decode with temperature 0.6, top-k 20, top-p 0.95 instead of greedily\n"
     "  --repeat N      measurements of each test; the median counts (default 5)\n"
+    "  --kernels LIST  with CUDA, single operations for N rows of one sequence, or, as N@CTX, one row of each of N\n"
+    "                  sequences of CTX tokens: bytes, FLOP, and share of the limits (1@512,64@512,2048; \"\": none)\n"
+    "  --first         time to the first token, in parts\n"
     "  --chunk N --threads N --kv f32|f16|bf16 --standard --cuda --cpu\n"
     "  --json          one JSON object a line\n";
 
 typedef struct options {
-    const char *path, *random, *type, *tests, *batch;
-    int sample, repeat, chunk, threads, kv, standard, cuda, cpu, json;
+    const char *path, *random, *type, *tests, *batch, *kernels;
+    int first, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json;
 } options;
 
 static void die(const char *what, const char *detail) {
@@ -56,6 +61,7 @@ static options parse(int argc, char **argv) {
     for (i = 1; i < argc; i++) {
         const char *a = argv[i], *v = i + 1 < argc ? argv[i + 1] : NULL;
         if      (!strcmp(a, "--sample"))   o.sample = 1;
+        else if (!strcmp(a, "--first"))    o.first = 1;
         else if (!strcmp(a, "--standard")) o.standard = 1;
         else if (!strcmp(a, "--cuda"))     o.cuda = 1;
         else if (!strcmp(a, "--cpu"))      o.cpu = 1;
@@ -66,6 +72,7 @@ static options parse(int argc, char **argv) {
             if      (!strcmp(a, "--random"))  o.random = v;
             else if (!strcmp(a, "--type"))    o.type = v;
             else if (!strcmp(a, "--tests"))   o.tests = v;
+            else if (!strcmp(a, "--kernels")) o.kernels = v;
             else if (!strcmp(a, "--batch"))   o.batch = v;
             else if (!strcmp(a, "--repeat"))  o.repeat = whole(a, v);
             else if (!strcmp(a, "--chunk"))   o.chunk = whole(a, v);
@@ -228,6 +235,7 @@ typedef struct bench {
     qwen3_info info;
     qwen3_ctx *ctx;
     double stream;                      /* bytes a second; 0: not measured */
+    double product;                     /* multiplications and additions a second, of a large F16 product; as above */
     uint64_t step_bytes;                /* weights read for one decode step */
 } bench;
 
@@ -311,6 +319,145 @@ static void create(bench *b, int ctx, int batch) {
     if (qwen3_ctx_create(&b->ctx, b->model, &d, err, sizeof err) != QWEN3_OK) die("cannot create a context", err);
 }
 
+/* ---- single operations of the CUDA backend ------------------------------------------------------------------------ */
+typedef struct kernel_cost { double bytes, flop; } kernel_cost;     /* the least that must be moved, and computed */
+
+static kernel_cost cost_of(const bench *b, qwen3_cuda_op op, int rows, int ctx) {
+    const qwen3i_config *c = &b->model->config;
+    const double n = rows, embd = c->n_embd, ff = c->n_ff, q = (double)c->n_head * c->head_dim,
+                 kv = (double)c->n_head_kv * c->head_dim;
+    const double w = (double)qwen3i_type_size(b->model->weights.layers[0].wq.type),
+                 cache = (double)qwen3i_type_size((qwen3i_type)b->ctx->desc.kv_type), act = rows > 8 && w < 4 ? 2 : 4;
+    const double seen = ctx > 0 ? n * (ctx + 1) : n * (n + 1) / 2;  /* pairs of a row and a position that it sees */
+    const double held = ctx > 0 ? seen : n;                         /* positions that must be read */
+    const double head_rows = n < 64 ? n : 64, vocab = c->n_vocab;
+    kernel_cost k = {0, 0};
+    switch (op) {
+        case QWEN3_CUDA_NORM:      k.bytes = n * embd * (4 + act); break;
+        case QWEN3_CUDA_QKV_ROPE:  k.flop = 2 * n * embd * (q + 2 * kv);
+                                   k.bytes = w * embd * (q + 2 * kv) + n * (embd * act + q * act + 2 * kv * cache); break;
+        case QWEN3_CUDA_ATTENTION: k.flop = 4 * seen * q; k.bytes = 2 * held * kv * cache + 2 * n * q * act; break;
+        case QWEN3_CUDA_O_PROJ:    k.flop = 2 * n * embd * q; k.bytes = w * embd * q + n * (q * act + 8 * embd); break;
+        case QWEN3_CUDA_MLP:       k.flop = 4 * n * embd * ff; k.bytes = 2 * w * embd * ff + n * (embd + ff) * act; break;
+        case QWEN3_CUDA_DOWN:      k.flop = 2 * n * embd * ff; k.bytes = w * embd * ff + n * (ff * act + 8 * embd); break;
+        case QWEN3_CUDA_HEAD:      k.flop = 2 * head_rows * embd * vocab;
+                                   k.bytes = w * embd * vocab + head_rows * 4 * (embd + vocab); break;
+        default: break;
+    }
+    return k;
+}
+
+static void time_kernel(bench *b, const char *name, qwen3_cuda_op op, int rows, int ctx) {
+    const qwen3_cuda_kernels *k = qwen3_cuda_get_kernels();
+    const kernel_cost cost = cost_of(b, op, rows, ctx);
+    double us[100], median, moved, computed;
+    qwen3i_err err = qwen3i_ctx_err(b->ctx);
+    int i;
+    for (i = -1; i < b->opt.repeat; i++) {
+        float t = 0;
+        must(b, k->run(b->ctx->state, op, -1, 2 * b->info.n_layer, &t, &err), name);
+        if (i >= 0) us[i] = (double)t;
+    }
+    qsort(us, (size_t)b->opt.repeat, sizeof *us, compare_doubles);
+    median = us[b->opt.repeat / 2];
+    moved = cost.bytes / (median * 1e-6 * b->stream);
+    computed = cost.flop / (median * 1e-6 * b->product);
+    if (b->opt.json)
+        printf("{\"kernel\":\"%s\",\"rows\":%d,\"ctx\":%d,\"us\":%.3f,\"min\":%.3f,\"max\":%.3f,\"repeats\":%d,"
+               "\"bytes\":%.0f,\"flop\":%.0f,\"share_of_stream\":%.4f,\"share_of_product\":%.4f}\n", name, rows, ctx, median, us[0],
+               us[b->opt.repeat - 1], b->opt.repeat, cost.bytes, cost.flop, moved, computed);
+    else
+        printf("  %-10s %10.2f us (%.2f to %.2f) %9.2f MB %6.1f %% of the stream %9.3f GFLOP %6.1f %% of the product\n",
+               name, median, us[0], us[b->opt.repeat - 1], cost.bytes * 1e-6, 100 * moved, cost.flop * 1e-9, 100 * computed);
+    fflush(stdout);
+}
+
+/* Rows of a batch as the table's operations work on it: one of each sequence after ctx tokens, or all of one. */
+static void set_rows(bench *b, int rows, int ctx) {
+    qwen3i_err err = qwen3i_ctx_err(b->ctx);
+    qwen3i_batch batch;
+    int32_t *seqs = (int32_t *)malloc(3 * (size_t)rows * sizeof *seqs), *positions, *tokens;
+    int i;
+    if (!seqs) die("out of memory", NULL);
+    positions = seqs + rows;
+    tokens = positions + rows;
+    memset(&batch, 0, sizeof batch);
+    for (i = 0; i < rows; i++) {
+        seqs[i] = ctx > 0 ? i : 0;
+        positions[i] = ctx > 0 ? ctx : i;
+        tokens[i] = 1 + i * 37 % (b->info.n_vocab - 1);
+    }
+    batch.tokens = tokens;
+    batch.seqs = seqs;
+    batch.positions = positions;
+    batch.n_rows = rows;
+    must(b, qwen3_cuda_get_kernels()->rows(b->ctx->state, &batch, &err), "rows");
+    free(seqs);
+}
+
+static void run_kernels(bench *b, int rows, int ctx) {
+    static const struct { const char *name; qwen3_cuda_op op; } ops[] = {
+        {"norm", QWEN3_CUDA_NORM}, {"qkv_rope", QWEN3_CUDA_QKV_ROPE}, {"attention", QWEN3_CUDA_ATTENTION},
+        {"o_proj", QWEN3_CUDA_O_PROJ}, {"mlp", QWEN3_CUDA_MLP}, {"down", QWEN3_CUDA_DOWN}, {"head", QWEN3_CUDA_HEAD}
+    };
+    qwen3i_err err;
+    int i;
+    if (!b->opt.chunk && ctx == 0) b->opt.chunk = rows;
+    create(b, ctx > 0 ? ctx + 2 : rows + 1, ctx > 0 ? rows : 1);
+    err = qwen3i_ctx_err(b->ctx);
+    if (b->product <= 0) {
+        must(b, qwen3_cuda_get_kernels()->limits(b->ctx->state, &b->stream, &b->product, &err), "limits");
+        if (b->opt.json)
+            printf("{\"limits\":\"%s\",\"stream_bytes_per_s\":%.5g,\"product_flop_per_s\":%.5g}\n", b->info.device_name,
+                   b->stream, b->product);
+        else
+            printf("limits: stream read %.3f TB/s, F16 product %.1f TFLOP/s\n", b->stream * 1e-12, b->product * 1e-12);
+    }
+    for (i = 0; i < (ctx > 0 ? rows : 1); i++) fill_sequence(b, i, ctx > 0 ? ctx : rows);      /* nothing on zeros */
+    set_rows(b, rows, ctx);
+    must(b, qwen3_cuda_get_kernels()->run(b->ctx->state, QWEN3_CUDA_EMBED, 0, 1, NULL, &err), "embed");
+    if (!b->opt.json) printf("%d rows%s, microseconds by the device's clock, weights of all layers in turn\n", rows,
+                             ctx > 0 ? " of as many sequences" : "");
+    for (i = 0; i < QWEN3I_COUNT(ops); i++) time_kernel(b, ops[i].name, ops[i].op, rows, ctx);
+}
+
+static void all_kernels(bench *b) {
+    char list[256], *at;
+    const int chunk = b->opt.chunk;
+    if (!b->opt.kernels || !*b->opt.kernels) return;
+    if (strcmp(b->info.backend_name, "cuda")) die("--kernels needs the CUDA backend", NULL);
+    snprintf(list, sizeof list, "%s", b->opt.kernels);
+    for (at = strtok(list, ","); at; at = strtok(NULL, ",")) {
+        int rows = 0, ctx = 0;
+        if (sscanf(at, "%d@%d", &rows, &ctx) < 1 || rows < 1 || ctx < 0) die("--kernels takes N or N@CTX, not", at);
+        run_kernels(b, rows, ctx);
+        b->opt.chunk = chunk;
+    }
+}
+
+/* ---- the first token ------------------------------------------------------------------------------------------- */
+/* From the start of main(): loading, a context, a prompt, the first token and the one after it, which brings graphs. */
+static void first_token(bench *b, double start, double loaded) {
+    double at[5];
+    qwen3_token t;
+    int i;
+    at[0] = loaded;
+    create(b, 128, 1);
+    at[1] = qwen3i_now_ms();
+    fill_sequence(b, 0, 64);
+    at[2] = qwen3i_now_ms();
+    for (i = 3; i < 5; i++) {
+        must(b, qwen3_next(b->ctx, 0, NULL, &t), "decode");
+        at[i] = qwen3i_now_ms();
+    }
+    if (b->opt.json)
+        printf("{\"first_token_ms\":%.1f,\"load\":%.1f,\"context\":%.1f,\"prompt_of_64\":%.1f,\"token\":%.1f,"
+               "\"second_token\":%.1f}\n", at[3] - start, at[0] - start, at[1] - at[0], at[2] - at[1], at[3] - at[2], at[4] - at[3]);
+    else
+        printf("first token after %.0f ms: load %.0f, context %.0f, prompt of 64 tokens %.0f, token %.1f; the next one %.1f\n",
+               at[3] - start, at[0] - start, at[1] - at[0], at[2] - at[1], at[3] - at[2], at[4] - at[3]);
+}
+
 /* One test: ppN[@CTX] or tgN[@CTX]. */
 static void run_test(bench *b, const char *name, int batch) {
     double seconds[100];
@@ -363,12 +510,17 @@ static void load(bench *b) {
 int main(int argc, char **argv) {
     static bench b;
     char list[512], *name, *next;
+    const double start = qwen3i_now_ms();
+    double loaded;
     b.opt = parse(argc, argv);
     load(&b);
+    loaded = qwen3i_now_ms();
     if (!strcmp(b.info.backend_name, "cpu")) b.stream = cpu_stream(b.opt.threads);
     if (!b.opt.json)
         printf("%s: %.2f billion parameters, %.2f GB read a step; %s (%s)%s%.1f%s\n", b.opt.path ? b.opt.path : b.opt.random, (double)b.info.n_params * 1e-9,
                (double)b.step_bytes * 1e-9, b.info.backend_name, b.info.device_name, b.stream > 0 ? "; memory stream " : "; ", b.stream * 1e-9, b.stream > 0 ? " GB/s" : "");
+    if (b.opt.first) first_token(&b, start, loaded);
+    all_kernels(&b);
     snprintf(list, sizeof list, "%s", b.opt.tests);
     for (name = list; name && *name; name = next) {
         next = strchr(name, ',');

@@ -582,6 +582,8 @@ typedef struct qwen3_cuda_kernels {
     qwen3_result (*get)(void *ctx, qwen3_cuda_buffer buffer, float *to, const qwen3i_err *err);
     /* Run it `repeat` times on a layer (-1: on each in turn); us (may be NULL): mean microseconds by the device's clock. */
     qwen3_result (*run)(void *ctx, qwen3_cuda_op op, int layer, int repeat, float *us, const qwen3i_err *err);
+    /* What the device can do: bytes read, and multiplications and additions of a large F16 product, in a second. */
+    qwen3_result (*limits)(void *ctx, double *bytes, double *flop, const qwen3i_err *err);
 } qwen3_cuda_kernels;
 
 /* Services for backends, defined with the implementation. */

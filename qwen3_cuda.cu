@@ -2209,6 +2209,72 @@ static qwen3_result lab_run(void *ctx_state, qwen3_cuda_op op, int layer, int re
     return QWEN3_OK;
 }
 
+/* The median of five timings of f, in seconds. */
+template <class F> static qwen3_result time_of(cudaStream_t s, double *seconds, F f, const qwen3i_err *err) {
+    float us[5];
+    TRY(f());                           /* makes the plan, loads the code */
+    for (int i = 0; i < 5; i++) {
+        timer t;
+        int at = i;
+        CUDA_TRY(t.start(s));
+        TRY(f());
+        float now = 0;
+        CUDA_TRY(t.stop(s, 1, &now));
+        for (; at > 0 && us[at - 1] > now; at--) us[at] = us[at - 1];
+        us[at] = now;
+    }
+    *seconds = (double)us[2] * 1e-6;
+    return QWEN3_OK;
+}
+
+#ifdef QWEN3_CUDA_EMULATED
+const int LIMIT_SIZE = 64;
+#else
+const int LIMIT_SIZE = 8192;            /* rows and columns of the matrices */
+#endif
+
+static qwen3_result measure_limits(cuda_ctx *c, char *memory, double *bytes, double *flop, const qwen3i_err *err) {
+    const size_t n = (size_t)LIMIT_SIZE * LIMIT_SIZE, size = 8 * n;     /* two of F16, one of float32; read as one */
+    const int times = 4;
+    const int blocks = 2 * c->m->n_sm;
+    float *y = (float *)(void *)memory;
+    half_t *x = (half_t *)(void *)(y + n);
+    matrix w;
+    double seconds = 0;
+    memset(&w, 0, sizeof w);
+    w.data = x + n;
+    w.rows = w.cols = w.ld = LIMIT_SIZE;
+    w.type = QWEN3I_F16;
+    w.terms = 1;
+    w.scale = 1;
+    CUDA_TRY(launch(c->stream, grid1(blocks), 256, 0, random_halves_kernel, (half_t *)(void *)memory, size / 2));
+    TRY(time_of(c->stream, &seconds, [&]() -> qwen3_result {
+        for (int i = 0; i < times; i++)
+            CUDA_TRY(launch(c->stream, grid1(c->m->n_sm), 512, 0, read_kernel, (unsigned *)(void *)memory,
+                            (const uint4 *)(const void *)memory, size / 16));
+        return QWEN3_OK;
+    }, err));
+    *bytes = times * (double)size / seconds;
+    TRY(time_of(c->stream, &seconds, [&]() -> qwen3_result {
+        for (int i = 0; i < times; i++)
+            TRY(product(c, c->stream, y, LIMIT_SIZE, w, 0, LIMIT_SIZE, x, LIMIT_SIZE, err));
+        return QWEN3_OK;
+    }, err));
+    *flop = times * 2.0 * (double)n * LIMIT_SIZE / seconds;
+    return QWEN3_OK;
+}
+
+static qwen3_result lab_limits(void *ctx_state, double *bytes, double *flop, const qwen3i_err *err) {
+    cuda_ctx *c = (cuda_ctx *)ctx_state;
+    device_guard guard(c->m->device);
+    char *memory = NULL;
+    CUDA_TRY(guard.status);
+    TRY(device_alloc(&memory, 8 * (size_t)LIMIT_SIZE * LIMIT_SIZE, "a measurement", err));
+    const qwen3_result r = measure_limits(c, memory, bytes, flop, err);
+    cudaFree(memory);
+    return r;
+}
+
 } /* namespace */
 
 extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
@@ -2222,6 +2288,6 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
 
 extern "C" const qwen3_cuda_kernels *qwen3_cuda_get_kernels(void) {
     static const qwen3_cuda_kernels kernels = { lab_no_device, lab_own_products, lab_rmsnorm, lab_rows, lab_put, lab_get,
-                                                lab_run };
+                                                lab_run, lab_limits };
     return &kernels;
 }

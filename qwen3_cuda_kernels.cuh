@@ -1683,6 +1683,33 @@ template <class O> static __global__ void act_to_float_kernel(float *out, const 
 }
 
 /* ================================================================================================
+   KERNELS: what the device can do, for benches
+   ================================================================================================ */
+/* random_halves: n F16 values of about [-1, 1). */
+static __global__ void random_halves_kernel(half_t *p, size_t n) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        unsigned h = (unsigned)i * 2654435761u;
+        h = (h ^ h >> 15) * 2246822519u;
+        h = (h ^ h >> 13) * 3266489917u;
+        p[i] = __float2half_rn((float)(int)(h >> 16) / 32768.0f - 1.0f);
+    }
+}
+
+/* read: n times 16 bytes, eight on their way in each thread. *sum is written so that the loads stay. */
+static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const uint4 *p, size_t n) {
+    const size_t step = (size_t)gridDim.x * blockDim.x;
+    unsigned total = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += 8 * step) {
+        uint4 v[8];
+#pragma unroll
+        for (int u = 0; u < 8; u++) v[u] = i + u * step < n ? load_stream(p + i + u * step) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+        for (int u = 0; u < 8; u++) total += v[u].x ^ v[u].y ^ v[u].z ^ v[u].w;
+    }
+    if (total == 1) *sum = total;
+}
+
+/* ================================================================================================
    KERNELS: many rows on Hopper (sm_90a). Tiles come by TMA to shared memory, where warpgroup products (wgmma) read
    them; one warp loads, two warpgroups multiply. Everything here has a portable twin above or in cuBLASLt.
    ================================================================================================ */

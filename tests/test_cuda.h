@@ -265,10 +265,11 @@ static float *lab_cached(lab *l, const lab_rows *r, int value) {
     char *k = (char *)malloc((size_t)l->desc.max_ctx * kv_dim * size),
          *v = (char *)malloc((size_t)l->desc.max_ctx * kv_dim * size);
     float *out = floats((size_t)r->batch.n_rows * kv_dim);
-    int i;
+    int i, end;
     for (i = 0; i < r->batch.n_rows; i++) {
+        for (end = i; end + 1 < r->batch.n_rows && r->seqs[end + 1] == r->seqs[i];) end++;
         if (i == 0 || r->seqs[i] != r->seqs[i - 1])
-            LAB_OK(l, b->kv_read(l->ctx, r->seqs[i], 0, l->desc.max_ctx, k, v, &l->err));
+            LAB_OK(l, b->kv_read(l->ctx, r->seqs[i], 0, r->positions[end] + 1, k, v, &l->err));
         l->exec.simd->load(out + (size_t)i * kv_dim, (value ? v : k) + (size_t)r->positions[i] * kv_dim * size,
                            (qwen3i_type)l->desc.kv_type, (int)kv_dim);
     }
@@ -431,6 +432,15 @@ static void test_cuda_kernels_batched(void) {
     lab_check_all(&lab_mid,   QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 30, 2, 33);
     lab_check_all(&lab_mid,   QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 12, 12, 40);
     lab_check_all(&lab_odd,   QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 40, 2, 7);
+}
+
+/* The smallest shapes that go through the kernels for Hopper, where there is one. */
+static void test_cuda_kernels_hopper(void) {
+    static const lab_shape shape = {256, 4, 2, 128, 384, 128, 1};
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 65, 1, 0);
+    lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 130, 3, 100);
+    lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 66, 1, 5);
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 66, 2, 5);
 }
 
 static void test_cuda_kernels_standard(void) {
@@ -1018,6 +1028,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_rmsnorm);
     RUN(test_cuda_kernels_fused);
     RUN(test_cuda_kernels_batched);
+    RUN(test_cuda_kernels_hopper);
     RUN(test_cuda_kernels_standard);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
     RUN(test_cuda_faults);

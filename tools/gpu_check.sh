@@ -4,8 +4,9 @@
 #
 #     tools/gpu_check.sh [model directory]
 #
-# QUICK=1 leaves the sanitizer out, VARIANTS= the comparison of build options. LIMIT (seconds, default 60) bounds each
-# of the sanitizer's runs.
+# In one call of less than 400 s on an H200: tests, sanitizers, speed of SIZES with single operations and pictures, long
+# prompts, batches, and transformers beside ours. QUICK=1 leaves the sanitizers out, VARIANTS="late early norm ..." compares
+# build options, COMPARE= leaves transformers out. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
 OUT=${OUT:-gpu_out}
 LIMIT=${LIMIT:-60}
 NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
@@ -58,7 +59,7 @@ flags() {
         norm_early) echo -DQWEN3_CUDA_FUSE_NORM=1 -DQWEN3_CUDA_PDL=2 ;;
     esac
 }
-VARIANTS=${VARIANTS-late early norm norm_late norm_early}
+VARIANTS=${VARIANTS-}
 for v in $VARIANTS; do ( build $v $(flags $v) ) > "$OUT/build.$v.log" 2>&1 & done
 ( build plain ) > "$OUT/build.log" 2>&1 || { note build "FAILED: $(grep -m 1 error "$OUT/build.log")"; cat "$OUT/table"; exit 1; }
 wait
@@ -68,19 +69,27 @@ run tests 200 build/gpu_check_plain_test -k test_cuda
 run stability 120 build/gpu_check_plain_test -v -k stability
 for v in $VARIANTS; do run tests.$v 60 build/gpu_check_${v}_test -k test_cuda_models; done
 
-# bench NAME OPTIONS...: the figures go to the table
+# bench NAME PROGRAM OPTIONS...: its JSON to bench.NAME.log, the figures to the table
 bench() {
     name=$1; program=$2; shift 2
-    run "bench.$name" 90 "$program" --cuda --repeat 3 "$@"
-    grep -E 'pp[0-9]|tg[0-9]' "$OUT/bench.$name.log" | sed 's/^/    /' >> "$OUT/table"
+    run "bench.$name" 90 "$program" --cuda --repeat 3 --json "$@"
+    python3 tools/plot_bench.py --text "$OUT/bench.$name.log" >> "$OUT/table" 2>&1
 }
-for size in ${SIZES:-0.6B 1.7B 4B 8B}; do bench $size build/gpu_check_plain_bench --random $size --tests pp2048,tg128@512; done
+for size in ${SIZES:-0.6B 1.7B 4B 8B}; do
+    bench $size build/gpu_check_plain_bench --random $size --kernels 1@512,64@512,2048 \
+        --tests pp512,pp2048,pp8192,pp32768,tg128@512
+    python3 tools/plot_bench.py "$OUT/bench.$size.log" -o "$OUT/roofline.$size.svg" -t "$size" >> "$OUT/plot.log" 2>&1
+done
 for v in $VARIANTS; do bench 0.6B.$v build/gpu_check_${v}_bench --random 0.6B --tests tg128@512; done
-bench 0.6B.batch64 build/gpu_check_plain_bench --random 0.6B --tests tg64@512 --batch 64
+bench 0.6B.batch build/gpu_check_plain_bench --random 0.6B --tests tg64@512 --batch 4,16,64
+bench 8B.batch build/gpu_check_plain_bench --random 8B --tests tg64@512 --batch 32
 bench 0.6B.sample build/gpu_check_plain_bench --random 0.6B --tests tg128@512 --sample
 bench 0.6B.standard build/gpu_check_plain_bench --random 0.6B --tests pp2048,tg128@512 --standard
-[ -n "$MODEL" ] && bench model build/gpu_check_plain_bench "$MODEL"
-run speed 60 build/gpu_check_plain_test -v -k test_cuda_speed
+[ -n "$MODEL" ] && bench model build/gpu_check_plain_bench "$MODEL" --first
+for size in ${COMPARE-0.6B 8B}; do
+    run compare.$size 100 python3 tools/compare_speed.py --bench build/gpu_check_plain_bench --sizes $size --repeat 3
+    grep '^| [0-9]' "$OUT/compare.$size.log" | sed 's/^/    /' >> "$OUT/table"
+done
 for v in $VARIANTS; do run speed.$v 30 build/gpu_check_${v}_test -v -k test_cuda_speed_one; done
 
 # sanitize TOOL SUITE: what it finds inside of cuBLAS, whose kernels are not named *_kernel, is not ours
@@ -97,9 +106,11 @@ sanitize() {
 }
 if [ -z "$QUICK" ] && [ -n "$SANITIZER" ]; then
     for tool in memcheck racecheck initcheck; do
-        for suite in kernels_fused kernels_batched kernels_standard next choose; do sanitize $tool test_cuda_$suite & done
-        wait
+        for suite in kernels_fused kernels_batched kernels_hopper kernels_standard next choose; do
+            sanitize $tool test_cuda_$suite &
+        done
     done
+    wait
 elif [ -z "$QUICK" ]; then note sanitizer "compute-sanitizer was not found"
 fi
 cat "$OUT/table"
