@@ -10,6 +10,10 @@
 #define CHECK_HALF_MOST 65504.0         /* F16 ends there */
 #define CHECK_MOVED     0.1             /* a score that moves by less is harmless: a weight by a tenth */
 
+static const char check_sample[] =      /* to evaluate if there is nothing better */
+    "The quick brown fox jumps over the lazy dog. int main(void) { return 42; } In 1687 Newton published the "
+    "Principia; sqrt(2) is 1.41421356... \xE4\xBD\xA0\xE5\xA5\xBD\xEF\xBC\x8C\xE4\xB8\x96\xE7\x95\x8C";
+
 enum { CHECK_VALUES = QWEN3_VALUE_RESIDUAL + 1 };
 
 typedef struct check_layer { double value[CHECK_VALUES], score, moved[2]; } check_layer;    /* moved: by F16, by BF16 */
@@ -48,9 +52,9 @@ static void check_scores(check *c, check_layer *l, const float *k, int n, int kv
             for (h = 0; h < g->n_head; h++) {
                 const float *q = c->q + (size_t)i * (size_t)q_dim + (size_t)(h * g->head_dim);
                 const size_t at = (size_t)(h / group * g->head_dim);
-                simd->dot(c->scores, 0, k + at, (size_t)kv_dim, QWEN3I_F32, i + 1, q, 0, 1, g->head_dim);
+                simd->dot(c->scores, 0, k + at, (size_t)kv_dim, QWEN3I_F32, i + 1, q, 0, 1, g->head_dim, 0);
                 simd->dot(c->other, 0, c->rounded + 2 * at, (size_t)kv_dim, (qwen3i_type)type, i + 1, q, 0, 1,
-                          g->head_dim);
+                          g->head_dim, 0);
                 for (p = 0; p <= i; p++) {
                     const double s = scale * fabs((double)c->scores[p]),
                                  d = scale * fabs((double)(c->scores[p] - c->other[p]));
