@@ -2,6 +2,7 @@
 #ifndef QWEN3_TESTS_TEST_API_H
 #define QWEN3_TESTS_TEST_API_H
 #include "fixture.h"
+#include "tiny.h"
 
 /* ---- facts ------------------------------------------------------------------------------------------ */
 static void test_api_version(void) {
@@ -503,11 +504,44 @@ static void test_api_no_tokenizer(void) {
     CHECK(qwen3_token_bytes(f.model, 3, &n) == NULL && n == 0 && qwen3_token_id(f.model, "<think>") == -1);
     if (ctx) {
         CHECK(qwen3_chat(ctx, 0, &chat, &gen) == QWEN3_ERR_UNSUPPORTED && qwen3_ctx_error(ctx)[0]);
+        gen.stop = &msg.text;
+        gen.n_stop = 1;
+        CHECK(qwen3_generate(ctx, 0, &gen) == QWEN3_ERR_UNSUPPORTED && strstr(qwen3_ctx_error(ctx), "no text"));
         CHECK(qwen3_embed(ctx, 0, NULL, "a", vector) == QWEN3_ERR_UNSUPPORTED);
         CHECK(qwen3_rerank(ctx, 0, NULL, "a", "b", &score) == QWEN3_ERR_UNSUPPORTED);
     }
     qwen3_ctx_free(ctx);
     fixture_close(&f);
+}
+
+/* A vocabulary of bytes: "yes" is three tokens. The template, in a file of its own, shows how the model thinks. */
+static void test_api_tiny_model(void) {
+    static const char jinja[] = "{{- '<|im_start|>assistant\\n<think>\\n' }}";
+    tiny_model t;
+    qwen3_file files[TINY_FILES + 1];
+    qwen3_load_desc d;
+    qwen3_model *m = NULL;
+    qwen3_ctx *ctx;
+    const char *max_ctx = strstr(tiny_config, ":32,");
+    float score = 7;
+    tiny_make(&t, 0, 1);
+    tiny_remove(&t, TINY_CONFIG);
+    tiny_printf(&t.file[TINY_CONFIG], "%.*s:1024%s", (int)(max_ctx - tiny_config), tiny_config, max_ctx + 3);
+    memset(&d, 0, sizeof d);
+    d.n_files = tiny_list(&t, files);
+    d.files = files;
+    CHECK(qwen3_load(&m, &d, NULL, 0) == QWEN3_OK && qwen3_get_info(m).chat_style == QWEN3_STYLE_HYBRID);
+    qwen3_free(m);
+    files[d.n_files].name = "chat_template.jinja";
+    files[d.n_files].data = jinja;
+    files[d.n_files++].size = sizeof jinja - 1;
+    CHECK(qwen3_load(&m, &d, NULL, 0) == QWEN3_OK && qwen3_get_info(m).chat_style == QWEN3_STYLE_THINKING);
+    ctx = ctx_open(m, 1024, 1, 0, QWEN3_KV_F32);
+    CHECK(qwen3_rerank(ctx, 0, NULL, "a", "b", &score) == QWEN3_ERR_UNSUPPORTED && score == 7);
+    CHECK_MSG(strstr(qwen3_ctx_error(ctx), "yes") != NULL, "%s", qwen3_ctx_error(ctx));
+    qwen3_ctx_free(ctx);
+    qwen3_free(m);
+    tiny_free(&t);
 }
 
 static void test_api_context_full(void) {
@@ -932,7 +966,7 @@ static void test_api_think_budget(void) {
 }
 
 static void test_api_limits(void) {
-    static const char *const stop = "hey";
+    static const char *const stop = "hey", *const nothing = "";
     talk t;
     int i;
     if (!talk_open(&t)) return;
@@ -964,6 +998,8 @@ static void test_api_limits(void) {
     t.gen.max_tokens = 0;
     t.gen.stop = NULL;
     CHECK(qwen3_generate(t.ctx, 0, &t.gen) == QWEN3_ERR_ARG);
+    t.gen.stop = &nothing;
+    CHECK(qwen3_generate(t.ctx, 0, &t.gen) == QWEN3_ERR_ARG && strstr(qwen3_ctx_error(t.ctx), "stop[0]"));
     talk_close(&t);
 }
 
@@ -1204,6 +1240,7 @@ static void suite_api(void) {
     RUN(test_api_rejects);
     RUN(test_api_null);
     RUN(test_api_no_tokenizer);
+    RUN(test_api_tiny_model);
     RUN(test_api_context_full);
     RUN(test_api_item_outputs);
     RUN(test_api_top_probs);

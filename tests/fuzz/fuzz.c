@@ -71,6 +71,9 @@ static void load(const tiny_model *t, int flags) {
     d.n_files = tiny_list(t, files);
     d.files = files;
     d.flags = flags;
+#ifdef FUZZ_CUDA
+    d.backend = qwen3_cuda_backend();
+#endif
     d.allocator.alloc = heap_alloc;
     d.allocator.free = heap_free;
     memory.now = memory.peak = 0;
@@ -78,7 +81,7 @@ static void load(const tiny_model *t, int flags) {
     MUST(memory.peak <= 8 * tiny_size(t) + 64 * 1024 + sizeof(qwen3i_tokenizer));
     MUST(r == QWEN3_OK || r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_UNSUPPORTED || r == QWEN3_ERR_IO);
     MUST((r == QWEN3_OK) == (m != NULL) && (r == QWEN3_OK) == !err[0] && (r == QWEN3_OK || strstr(err, ".json") || strstr(err, ".safetensors") ||
-         strstr(err, "merges.txt") || strstr(err, "the tokenizer has ids") || strstr(err, "the index names it")));
+         strstr(err, "merges.txt") || strstr(err, "the tokenizer has ids") || strstr(err, "the index names it") || strstr(err, "CUDA: ")));
     if (m) use(m);
     qwen3_free(m);
     MUST(memory.now == 0);
@@ -298,6 +301,9 @@ static void fuzz_model(const uint8_t *data, size_t n) {
     size_t at = 0, k;
     for (i = 0; i < 12 && n > 0; i++, n--) b[i] = *data++;
     n_embd = 1 + b[0] % 35; n_kv = 1 + b[1] % 3; n_head = n_kv * (1 + b[2] % 5); head_dim = 2 + 2 * (b[3] % 12) + (b[3] == 255);
+#ifdef FUZZ_CUDA
+    if (b[3] & 15) head_dim = 8 * head_dim % 144;              /* multiples of 8 can be run, up to 128 */
+#endif
     n_ff = 1 + b[4] % 40; layers = 1 + b[5] % 3;
     tiny_make(&t, 0, b[6] & 1);
     tiny_remove(&t, TINY_CONFIG);
