@@ -5275,7 +5275,7 @@ static int      qwen3i_atomic_swap(qwen3i_atomic *p, uint64_t from, uint64_t to)
 }
 static void     qwen3i_pause(void) { YieldProcessor(); }
 #else
-typedef uint64_t qwen3i_atomic;
+typedef uint64_t __attribute__((aligned(8))) qwen3i_atomic;    /* 32-bit ABIs would give it 4 */
 static uint64_t qwen3i_atomic_get(qwen3i_atomic *p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 static void     qwen3i_atomic_set(qwen3i_atomic *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 static uint64_t qwen3i_atomic_add(qwen3i_atomic *p, uint64_t v) {       /* the new value */

@@ -13,7 +13,7 @@ typedef struct test_heap {
     long failed;                /* allocations refused */
     long live;                  /* blocks not yet freed */
     long bad;                   /* frees of a foreign block or with a wrong size */
-    long long bytes;            /* in live blocks */
+    long bytes;                 /* in live blocks */
 } test_heap;
 static test_heap heap_default;  /* what the library's default allocator uses */
 
@@ -37,7 +37,7 @@ static void *heap_alloc(size_t size, void *user) {
     b->check = HEAP_CHECK ^ size;
     memset(b + 1, 0xA5, size);  /* nobody may count on zeros */
     HEAP_ADD(h->live, 1);
-    HEAP_ADD(h->bytes, (long long)size);
+    HEAP_ADD(h->bytes, (long)size);
     return b + 1;
 }
 
@@ -46,7 +46,7 @@ static void heap_release(void *p, size_t size, int size_known, test_heap *h) {
     if (!p) return;
     if (b->check != (HEAP_CHECK ^ b->size) || (size_known && b->size != size)) { HEAP_ADD(h->bad, 1); return; }
     HEAP_ADD(h->live, -1);
-    HEAP_ADD(h->bytes, -(long long)b->size);
+    HEAP_ADD(h->bytes, -(long)b->size);
     memset(b, 0xDD, sizeof *b + b->size);
     free(b);
 }

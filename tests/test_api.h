@@ -358,7 +358,7 @@ static void test_api_memory(void) {
     ctx = ctx_open_desc(f.model, &d);
     if (ctx) {
         CHECK_MSG(heap.live > 0 && (uint64_t)heap.bytes <= said.host_bytes && said.host_bytes < (uint64_t)heap.bytes + (1 << 16),
-                  "%lld bytes were taken, %llu announced", heap.bytes, (unsigned long long)said.host_bytes);
+                  "%ld bytes were taken, %llu announced", heap.bytes, (unsigned long long)said.host_bytes);
         CHECK(said.device_bytes == 0);
         calls = heap.calls;
         CHECK_OK(ctx, eval(ctx, 0, &t, 1, NULL));
@@ -1220,7 +1220,7 @@ static void test_api_threads(void) {
 
 /* Nothing that earlier tests did may have leaked from the library's default allocator. */
 static void test_api_no_leaks(void) {
-    CHECK_MSG(heap_default.live == 0 && heap_default.bytes == 0, "%ld blocks of %lld bytes are not freed", heap_default.live, heap_default.bytes);
+    CHECK_MSG(heap_default.live == 0 && heap_default.bytes == 0, "%ld blocks of %ld bytes are not freed", heap_default.live, heap_default.bytes);
     CHECK_MSG(heap_default.bad == 0, "%ld wrong frees", heap_default.bad);
 }
 

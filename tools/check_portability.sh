@@ -159,8 +159,10 @@ suite() {                               # suite COMPILER FLAGS...: the tests, bu
 check 'tests, gcc -O0, as C++20' suite g++ -std=c++20 -O0 -x c++
 check 'tests, gcc -O3 -ffast-math' suite gcc -O3 -ffast-math
 have clang && check 'tests, clang -O3 -ffast-math' suite clang -O3 -ffast-math
-if has_m32 gcc; then check 'tests, -m32' suite gcc -O2 $M32 -msse2 -mfpmath=sse
-else skip 'tests, -m32' 'no 32-bit libraries'; fi
+for cc in gcc clang; do
+    if has_m32 $cc; then check "tests, $cc -m32" suite $cc -O2 $M32 -msse2 -mfpmath=sse
+    else skip "tests, $cc -m32" 'no 32-bit libraries'; fi
+done
 if need musl-gcc musl-tools; then check 'tests, musl' suite musl-gcc -O2 -static; else skip 'tests, musl' 'not installed'; fi
 
 windows() {
