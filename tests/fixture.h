@@ -91,7 +91,10 @@ static const void *ref_find(const ref_file *r, const char *name, uint32_t type, 
     size_t at = 8;
     while (r->data && at + 32 <= r->size) {
         uint32_t t = ref_u32(r->data + at + 24), n = ref_u32(r->data + at + 28);
-        if (t == type && strncmp((const char *)r->data + at, name, 24) == 0) { *count = (int)n; return r->data + at + 32; }
+        if (t == type && strncmp((const char *)r->data + at, name, 24) == 0) {
+            *count = (int)n;
+            return r->data + at + 32;
+        }
         at += 32 + (t == REF_TEXT ? ((size_t)n + 3) / 4 * 4 : (size_t)n * 4);
     }
     *count = 0;

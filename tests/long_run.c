@@ -6,7 +6,8 @@
 
 int main(int argc, char **argv) {
     long_run_result r = long_run(argc > 1 ? atol(argv[1]) : 100000, argc > 2 ? (uint64_t)atol(argv[2]) : 1);
-    printf("%ld tokens in %ld steps; %ld shifts, %ld restores, %ld copies, %ld cancels; %ld bytes at first, %ld at last\n",
+    printf("%ld tokens in %ld steps; %ld shifts, %ld restores, %ld copies, %ld cancels; "
+           "%ld bytes at first, %ld at last\n",
            r.tokens, r.steps, r.shifts, r.restores, r.copies, r.cancels, r.bytes_first, r.bytes_last);
     puts(r.ok ? "ok" : r.what);
     return !r.ok;

@@ -5,7 +5,11 @@
 #define QWEN3_TESTS_LONG_RUN_H
 #include "tiny.h"
 
-typedef struct long_run_result { int ok; char what[256]; long tokens, steps, shifts, restores, copies, cancels, bytes_first, bytes_last; } long_run_result;
+typedef struct long_run_result {
+    int  ok;
+    char what[256];
+    long tokens, steps, shifts, restores, copies, cancels, bytes_first, bytes_last;
+} long_run_result;
 
 enum { LONG_SEQS = 3, LONG_CTX = 32, LONG_VOCAB = 264 };
 
@@ -36,14 +40,17 @@ static int long_below(long_world *w, int n) {
 }
 
 static void long_fail(long_world *w, const char *what, qwen3_result r) {
-    if (w->r.ok) snprintf(w->r.what, sizeof w->r.what, "step %ld: %s: %s: %.100s", w->r.steps, what, qwen3_result_string(r), qwen3_ctx_error(w->ctx));
+    if (w->r.ok)
+        snprintf(w->r.what, sizeof w->r.what, "step %ld: %s: %s: %.100s", w->r.steps, what, qwen3_result_string(r),
+                 qwen3_ctx_error(w->ctx));
     w->r.ok = 0;
 }
 
 /* Does the sequence hold what it must, and do its logits follow from that? */
 static void long_check(long_world *w, int s) {
     const float *a, *b;
-    if (qwen3_seq_len(w->ctx, s) != w->len[s] || memcmp(qwen3_seq_tokens(w->ctx, s), w->seq[s], (size_t)w->len[s] * sizeof(qwen3_token)) != 0) {
+    if (qwen3_seq_len(w->ctx, s) != w->len[s] ||
+        memcmp(qwen3_seq_tokens(w->ctx, s), w->seq[s], (size_t)w->len[s] * sizeof(qwen3_token)) != 0) {
         long_fail(w, "a sequence holds other tokens", QWEN3_OK);
         return;
     }
@@ -94,7 +101,8 @@ static void long_append(long_world *w, int s, int cancelled) {
     w->len[s] = r == QWEN3_STOPPED ? qwen3_seq_len(w->ctx, s) : len + n;        /* the steps that were completed stay */
     w->r.cancels += r == QWEN3_STOPPED;
     w->r.tokens += w->len[s] - len;
-    if (w->len[s] < len || w->len[s] > len + n || (r != QWEN3_OK && (r != QWEN3_STOPPED || !cancelled))) long_fail(w, "append", r);
+    if (w->len[s] < len || w->len[s] > len + n || (r != QWEN3_OK && (r != QWEN3_STOPPED || !cancelled)))
+        long_fail(w, "append", r);
 }
 
 static void long_save(long_world *w, int s) {

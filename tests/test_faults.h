@@ -43,7 +43,8 @@ static void fault_load(const char *name, const qwen3_load_desc *from, int by_hoo
             if (by_hook) check_heap_empty(h, name, 0);
             break;
         }
-        CHECK_MSG(r == QWEN3_ERR_MEMORY && m == NULL && err[0], "%s: allocation %ld failed, but: %s '%s'", name, at, qwen3_result_string(r), err);
+        CHECK_MSG(r == QWEN3_ERR_MEMORY && m == NULL && err[0], "%s: allocation %ld failed, but: %s '%s'", name, at,
+                  qwen3_result_string(r), err);
         if (by_hook) check_heap_empty(h, name, at);
         CHECK_MSG(heap_default.live == live, "%s: allocation %ld: the hook was not used, or a leak", name, at);
         if (test_bad > 5) break;
@@ -92,7 +93,8 @@ static void test_fault_memory_context(void) {
             check_heap_empty(&h, "context", 0);
             break;
         }
-        CHECK_MSG(r == QWEN3_ERR_MEMORY && ctx == NULL && err[0], "allocation %ld failed, but: %s '%s'", at, qwen3_result_string(r), err);
+        CHECK_MSG(r == QWEN3_ERR_MEMORY && ctx == NULL && err[0], "allocation %ld failed, but: %s '%s'", at,
+                  qwen3_result_string(r), err);
         check_heap_empty(&h, "context", at);
     }
     fixture_close(&f);
@@ -121,14 +123,17 @@ static int fault_encode(fault_world *w) {
     return qwen3_encode(w->f.model, long_text, sizeof long_text - 1, QWEN3_PARSE_SPECIAL, out, 256);
 }
 
-static const char *const fault_tools[] = {"{\"type\": \"function\", \"function\": {\"name\": \"f\", \"parameters\": {}}}"};
+static const char *const fault_tools[] = {
+    "{\"type\": \"function\", \"function\": {\"name\": \"f\", \"parameters\": {}}}"
+};
 
 static void fault_chat_desc(qwen3_chat_desc *chat, qwen3_msg msgs[4], qwen3_tool_call *call) {
     memset(chat, 0, sizeof *chat);
     memset(msgs, 0, 4 * sizeof *msgs);
     msgs[0].role = QWEN3_SYSTEM;    msgs[0].text = "yes";
     msgs[1].role = QWEN3_USER;      msgs[1].text = "the \xC3\xA9 fox";
-    msgs[2].role = QWEN3_ASSISTANT; msgs[2].text = "<think>\nthe\n</think>\n\nno"; msgs[2].calls = call; msgs[2].n_calls = 1;
+    msgs[2].role = QWEN3_ASSISTANT; msgs[2].text = "<think>\nthe\n</think>\n\nno"; msgs[2].calls = call;
+    msgs[2].n_calls = 1;
     msgs[3].role = QWEN3_TOOL;      msgs[3].text = "42";
     call->name = "f";
     call->arguments = "{\"a\": 1}";
@@ -216,15 +221,17 @@ static void fault_world_close(fault_world *w) {
 static void check_world(fault_world *w, const char *what, long at) {
     const int vocab = w->f.info.n_vocab;
     const float *last = w->plain + (size_t)(w->n_prompt - 1) * (size_t)vocab;
-    CHECK_MSG(qwen3_seq_len(w->ctx, 0) == w->n_prompt && same_logits(w->ctx, 0, last, vocab), "%s, fault %ld: a neighbour has changed", what, at);
+    CHECK_MSG(qwen3_seq_len(w->ctx, 0) == w->n_prompt && same_logits(w->ctx, 0, last, vocab),
+              "%s, fault %ld: a neighbour has changed", what, at);
     CHECK_MSG(qwen3_sync(w->ctx, 1, w->prompt, w->n_prompt) == QWEN3_OK && same_logits(w->ctx, 1, last, vocab),
               "%s, fault %ld: the context is no longer right: %s", what, at, qwen3_ctx_error(w->ctx));
 }
 
 static void test_fault_memory_use(void) {
     static const struct { const char *name; int (*run)(fault_world *); } steps[] = {
-        {"encode", fault_encode}, {"render", fault_render}, {"chat", fault_chat}, {"save", fault_save}, {"restore", fault_restore},
-        {"sync", fault_sync}, {"copy", fault_copy}, {"next", fault_next}, {"embed", fault_embed}, {"rerank", fault_rerank}
+        {"encode", fault_encode}, {"render", fault_render}, {"chat", fault_chat}, {"save", fault_save},
+        {"restore", fault_restore}, {"sync", fault_sync}, {"copy", fault_copy}, {"next", fault_next},
+        {"embed", fault_embed}, {"rerank", fault_rerank}
     };
     test_heap model_heap;
     fault_world w;
@@ -241,7 +248,8 @@ static void test_fault_memory_use(void) {
             h->fail_at = at;
             r = steps[i].run(&w);
             h->fail_at = 0;
-            CHECK_MSG(model_heap.live == model_live && w.heap.live == ctx_live, "%s: a leak when allocation %ld fails", steps[i].name, at);
+            CHECK_MSG(model_heap.live == model_live && w.heap.live == ctx_live, "%s: a leak when allocation %ld fails",
+                      steps[i].name, at);
             if (!h->failed) { CHECK_MSG(r >= 0, "%s: %d %s", steps[i].name, r, qwen3_ctx_error(w.ctx)); break; }
             CHECK_MSG(r == QWEN3_ERR_MEMORY, "%s: allocation %ld failed, but the result is %d", steps[i].name, at, r);
             check_world(&w, steps[i].name, at);
@@ -274,7 +282,8 @@ static void test_fault_read(void) {
             io.fail_at = at;
             r = qwen3_load(&m, &d, err, sizeof err);
             if (io.calls < at) { CHECK_MSG(r == QWEN3_OK && at > 2, "%s", err); qwen3_free(m); break; }
-            CHECK_MSG(r == QWEN3_ERR_IO && m == NULL && strstr(err, "."), "%s: read %ld failed, but: %s '%s'", fault_models[i], at, qwen3_result_string(r), err);
+            CHECK_MSG(r == QWEN3_ERR_IO && m == NULL && strstr(err, "."), "%s: read %ld failed, but: %s '%s'",
+                      fault_models[i], at, qwen3_result_string(r), err);
             check_heap_empty(&h, "read", at);
         }
         model_files_free(&io.files);
@@ -307,7 +316,11 @@ static void test_fault_lying_sizes(void) {
         d.io.size = lying_size;
         d.allocator = heap_allocator(&h);
         r = qwen3_load(&m, &d, err, sizeof err);
-        if (by[i] == -1 && r == QWEN3_OK) { qwen3_free(m); m = NULL; r = QWEN3_ERR_FORMAT; }    /* a last newline is no loss */
+        if (by[i] == -1 && r == QWEN3_OK) {     /* a last newline is no loss */
+            qwen3_free(m);
+            m = NULL;
+            r = QWEN3_ERR_FORMAT;
+        }
         CHECK_MSG((r == (by[i] == 1 ? QWEN3_ERR_IO : by[i] < 0 ? QWEN3_ERR_FORMAT : QWEN3_ERR_MEMORY)) && !m,
                   "%s, size %lld: %s '%s'", lying_name, (long long)by[i], qwen3_result_string(r), err);
         check_heap_empty(&h, lying_name, i);
@@ -335,8 +348,8 @@ static void test_fault_sizes(void) {
             d.allocator = heap_allocator(&h);
             files.file[k].size = cut == 0 ? 0 : cut == 1 ? whole.size / 2 : whole.size - 2;
             r = qwen3_load(&m, &d, err, sizeof err);
-            CHECK_MSG(r == QWEN3_ERR_FORMAT && !m && err[0], "%s/%s cut to %lu bytes: %s '%s'", fault_models[i], whole.name,
-                      (unsigned long)files.file[k].size, qwen3_result_string(r), err);
+            CHECK_MSG(r == QWEN3_ERR_FORMAT && !m && err[0], "%s/%s cut to %lu bytes: %s '%s'", fault_models[i],
+                      whole.name, (unsigned long)files.file[k].size, qwen3_result_string(r), err);
             check_heap_empty(&h, "cut", (long)cut);
             qwen3_free(m);
             m = NULL;
@@ -390,11 +403,13 @@ static void test_fault_cancel_load(void) {
             r = qwen3_load(&m, &d, NULL, 0);
             CHECK_MSG(!s.wrong, "progress goes backwards, or is not 0 to 1");
             if (s.calls < at) {
-                CHECK_MSG(r == QWEN3_OK && at > 2 && s.last > 0.999f, "%s: progress was called %ld times, last with %g", fault_models[i], s.calls, (double)s.last);
+                CHECK_MSG(r == QWEN3_OK && at > 2 && s.last > 0.999f, "%s: progress was called %ld times, last with %g",
+                          fault_models[i], s.calls, (double)s.last);
                 qwen3_free(m);
                 break;
             }
-            CHECK_MSG(r == QWEN3_STOPPED && m == NULL, "%s: stopped at call %ld, but: %s", fault_models[i], at, qwen3_result_string(r));
+            CHECK_MSG(r == QWEN3_STOPPED && m == NULL, "%s: stopped at call %ld, but: %s", fault_models[i], at,
+                      qwen3_result_string(r));
             check_heap_empty(&h, "stopped load", at);
         }
         CHECK(at < FAULT_LIMIT);
@@ -434,11 +449,15 @@ static void test_fault_cancel_prefill(void) {
         if (r == QWEN3_OK) { qwen3_ctx_free(ctx); break; }
         stopped++;
         CHECK_MSG(r == QWEN3_STOPPED, "cancelled at poll %ld: %s", at, qwen3_result_string(r));
-        CHECK_MSG(len < N && (len - 3) % CHUNK == 0 && memcmp(qwen3_seq_tokens(ctx, 0), tokens, (size_t)len * sizeof *tokens) == 0, "%d tokens are left", len);
+        CHECK_MSG(len < N && (len - 3) % CHUNK == 0 &&
+                  memcmp(qwen3_seq_tokens(ctx, 0), tokens, (size_t)len * sizeof *tokens) == 0,
+                  "%d tokens are left", len);
         kept[len]++;
-        CHECK_MSG(same_logits(ctx, 0, plain + (size_t)(len - 1) * (size_t)vocab, vocab), "logits after cancelling at poll %ld, %d tokens", at, len);
+        CHECK_MSG(same_logits(ctx, 0, plain + (size_t)(len - 1) * (size_t)vocab, vocab),
+                  "logits after cancelling at poll %ld, %d tokens", at, len);
         CHECK_OK(ctx, eval(ctx, 0, tokens + len, N - len, NULL));
-        CHECK_MSG(same_logits(ctx, 0, plain + (size_t)(N - 1) * (size_t)vocab, vocab), "going on after poll %ld, %d tokens", at, len);
+        CHECK_MSG(same_logits(ctx, 0, plain + (size_t)(N - 1) * (size_t)vocab, vocab),
+                  "going on after poll %ld, %d tokens", at, len);
         qwen3_ctx_free(ctx);
     }
     CHECK_MSG(stopped >= 3 && kept[3] && kept[3 + CHUNK] && kept[3 + 2 * CHUNK], "cancelled %ld times only", stopped);
@@ -487,9 +506,12 @@ static void test_fault_cancel_decode(void) {
             break;
         }
         stopped[what]++;
-        CHECK_MSG(qwen3_seq_len(ctx, 0) == 11 && qwen3_seq_len(ctx, 1) == 7, "step %d, poll %ld: a token was kept", what, at);
-        CHECK_MSG(same_logits(ctx, 0, plain + (size_t)10 * (size_t)vocab, vocab), "step %d, poll %ld: the logits have changed", what, at);
-        CHECK_MSG(same_logits(ctx, 1, plain1 + (size_t)6 * (size_t)vocab, vocab), "step %d, poll %ld: a neighbour's logits have changed", what, at);
+        CHECK_MSG(qwen3_seq_len(ctx, 0) == 11 && qwen3_seq_len(ctx, 1) == 7, "step %d, poll %ld: a token was kept",
+                  what, at);
+        CHECK_MSG(same_logits(ctx, 0, plain + (size_t)10 * (size_t)vocab, vocab),
+                  "step %d, poll %ld: the logits have changed", what, at);
+        CHECK_MSG(same_logits(ctx, 1, plain1 + (size_t)6 * (size_t)vocab, vocab),
+                  "step %d, poll %ld: a neighbour's logits have changed", what, at);
         CHECK_MSG(sampler.rng == 3 && sampler1.rng == 3, "step %d, poll %ld: the random state has moved", what, at);
         CHECK_OK(ctx, eval(ctx, 0, tokens + 11, 1, NULL));
         CHECK(same_logits(ctx, 0, plain + (size_t)11 * (size_t)vocab, vocab));
@@ -544,7 +566,8 @@ static void test_fault_cancel_many(void) {
         s.stop_at = 0;
         stopped += r == QWEN3_STOPPED;
         for (i = 0; i < SEQS && r == QWEN3_STOPPED; i++)
-            CHECK_MSG(qwen3_seq_len(ctx, i) == LEN && same_logits(ctx, i, plain[i] + (LEN - 1) * vocab, vocab), "step %d, poll %ld: sequence %d has changed", what, at, i);
+            CHECK_MSG(qwen3_seq_len(ctx, i) == LEN && same_logits(ctx, i, plain[i] + (LEN - 1) * vocab, vocab),
+                      "step %d, poll %ld: sequence %d has changed", what, at, i);
         qwen3_ctx_free(ctx);
         if (r != QWEN3_STOPPED) break;
     }
@@ -570,7 +593,8 @@ static void test_fault_cancel_chat(void) {
     for (at = 1; w.ctx && at < 60; at++) {
         int i, r;
         static const struct { const char *name; int (*run)(fault_world *); } steps[] = {
-            {"chat", fault_chat}, {"sync", fault_sync}, {"embed", fault_embed}, {"rerank", fault_rerank}, {"next", fault_next}
+            {"chat", fault_chat}, {"sync", fault_sync}, {"embed", fault_embed}, {"rerank", fault_rerank},
+            {"next", fault_next}
         };
         for (i = 0; i < 5; i++) {
             CHECK_OK(w.ctx, qwen3_sync(w.ctx, 1, w.prompt + 1, i == 1 ? 20 : 4));
@@ -578,7 +602,8 @@ static void test_fault_cancel_chat(void) {
             s.stop_at = at;
             r = steps[i].run(&w);
             s.stop_at = 0;
-            CHECK_MSG(s.calls < at ? r >= 0 && r != QWEN3_STOPPED : r == QWEN3_STOPPED, "%s, poll %ld: %d", steps[i].name, at, r);
+            CHECK_MSG(s.calls < at ? r >= 0 && r != QWEN3_STOPPED : r == QWEN3_STOPPED, "%s, poll %ld: %d",
+                      steps[i].name, at, r);
             check_world(&w, steps[i].name, at);
         }
     }

@@ -56,13 +56,15 @@ static qwen3_result malformed_load_files(const qwen3_file *files, int n, size_t 
     err[0] = '\0';
     r = qwen3_load(&m, &d, err, 512);
     malformed_count++;
-    CHECK_MSG(heap.peak <= MALFORMED_FACTOR * (long long)size + MALFORMED_FIXED, "%lld bytes for files of %lu: %s", heap.peak, (unsigned long)size, err);
+    CHECK_MSG(heap.peak <= MALFORMED_FACTOR * (long long)size + MALFORMED_FIXED, "%lld bytes for files of %lu: %s",
+              heap.peak, (unsigned long)size, err);
     if ((double)(heap.peak - MALFORMED_FIXED) > malformed_factor * (double)size)
         malformed_factor = (double)(heap.peak - MALFORMED_FIXED) / (double)size;
     CHECK_MSG((r == QWEN3_OK) == (m != NULL) && (r == QWEN3_OK) == !err[0], "%s: '%s'", qwen3_result_string(r), err);
     if (m) malformed_use(m);
     qwen3_free(m);
-    CHECK_MSG(heap.h.live == 0 && heap.h.bad == 0, "%ld blocks leak, %ld wrong frees: %s", heap.h.live, heap.h.bad, err);
+    CHECK_MSG(heap.h.live == 0 && heap.h.bad == 0, "%ld blocks leak, %ld wrong frees: %s", heap.h.live, heap.h.bad,
+              err);
     return r;
 }
 
@@ -130,8 +132,8 @@ static void malformed_check(tiny_model *m, const malformed_case *c, const char *
     char err[512];
     qwen3_result r = malformed_load(m, err);
     int named = r == QWEN3_OK || !file || strstr(err, file);
-    CHECK_MSG(r == c->result && named && malformed_says(err, c->words), "'%.60s' -> '%.60s': %s: '%s'; not '%s' and %s", c->from ? c->from : "all",
-              c->to, qwen3_result_string(r), err, c->words, file ? file : "");
+    CHECK_MSG(r == c->result && named && malformed_says(err, c->words), "'%.60s' -> '%.60s': %s: '%s'; not '%s' and %s",
+              c->from ? c->from : "all", c->to, qwen3_result_string(r), err, c->words, file ? file : "");
 }
 
 /* Cases of a file that is text. */
@@ -214,8 +216,10 @@ static void test_malformed_config(void) {
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\"}", NOT, "factor"},
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":-4}", NOT, "factor"},
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":1e300}", NOT, "factor"},
-        {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4,\"attention_factor\":1e300}", NOT, "attention_factor"},
-        {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":\"4\"}", BAD, "'rope_scaling'|number"},
+        {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4,\"attention_factor\":1e300}", NOT,
+         "attention_factor"},
+        {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":\"4\"}", BAD,
+         "'rope_scaling'|number"},
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":4,\"more\":[1]}", GOOD, ""},
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":7}", BAD, "'rope_scaling'|string"},
         {"\"rope_scaling\":null", "\"quantization_config\":{\"bits\":4}", NOT, "quantization_config"},
@@ -252,10 +256,11 @@ static void test_malformed_config(void) {
     tiny_model m;
     size_t i;
     tiny_make(&m, 0, 0);
-    for (i = 0; i < sizeof cases / sizeof *cases; i++) {        /* the last ones are found when the weights are held against it */
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {    /* the last: when the weights are held against it */
         const tiny_text whole = m.file[TINY_CONFIG];
         m.file[TINY_CONFIG] = malformed_replace(whole.p, whole.n, cases[i].from, cases[i].to);
-        malformed_check(&m, &cases[i], strstr(cases[i].words, "weight") || strstr(cases[i].words, "proj") ? "model.safetensors" :
+        malformed_check(&m, &cases[i],
+                        strstr(cases[i].words, "weight") || strstr(cases[i].words, "proj") ? "model.safetensors" :
                         strstr(cases[i].words, "ids up") ? NULL : "config.json");
         free(m.file[TINY_CONFIG].p);
         m.file[TINY_CONFIG] = whole;
@@ -288,7 +293,8 @@ static void test_malformed_safetensors(void) {
         {"}}", "}} x", BAD, "after the end"}, {"}}", "}}       ", GOOD, ""}, {"}}", "},}", BAD, "string"},
         {"{\"format\":\"pt\"}", "{\"format\":7}", BAD, "string"}, {"{\"format\":\"pt\"}", "[]", BAD, "object"},
         {"{\"format\":\"pt\"}", "{{3000*\"a\":\"b\",}\"c\":\"d\"}", GOOD, ""},
-        {"\"__metadata__\":{\"format\":\"pt\"}", "\"__metadata__\":{},\"__metadata__\":{}", BAD, "__metadata__ appears twice"},
+        {"\"__metadata__\":{\"format\":\"pt\"}", "\"__metadata__\":{},\"__metadata__\":{}", BAD,
+         "__metadata__ appears twice"},
         {"\"__metadata__\":{\"format\":\"pt\"},", "", GOOD, ""},
         {"\"BF16\"", "\"BF17\"", NOT, "model.norm.weight|BF17"}, {"\"BF16\"", "16", BAD, "'model.norm.weight'|string"},
         {"\"BF16\"", "\"I16\"", NOT, "model.norm.weight|I16|BF16, F16 and F32"},
@@ -327,20 +333,25 @@ static void test_malformed_safetensors(void) {
         {"[8,16]", "[4,12]", BAD, "starts at byte 4"}, {"[8,16]", "[12,20]", BAD, "starts at byte"},
         {"[272,2384]", "[272,2385]", BAD, "model.embed_tokens.weight|outside"},
         {"[272,2384]", "[2720,4832]", BAD, "outside"},
-        {"[264,4],\"data_offsets\":[272,2384]", "[263,4],\"data_offsets\":[272,2376]", BAD, "end at byte 2376|the file at 2384"},
+        {"[264,4],\"data_offsets\":[272,2384]", "[263,4],\"data_offsets\":[272,2376]", BAD,
+         "end at byte 2376|the file at 2384"},
         {"\"model.norm.weight\"", "\"model.norm.w\"", BAD, "model.norm.weight|missing"},
         {"\"model.norm.weight\"", "\"model.norm\\u002eweight\"", BAD, "model.norm.weight|missing"},
         {"\"model.norm.weight\"", "\"{70000*n}\"", BAD, "model.norm.weight|missing"},
         {"\"model.norm.weight\"", "\"\"", BAD, "missing"}, {"\"model.norm.weight\"", "7", BAD, "string"},
-        {"\"model.norm.weight\"", "\"model.layers.0.mlp.up_proj.weight\"", BAD, "model.layers.0.mlp.up_proj.weight|twice"},
+        {"\"model.norm.weight\"", "\"model.layers.0.mlp.up_proj.weight\"", BAD,
+         "model.layers.0.mlp.up_proj.weight|twice"},
         {"\"model.norm.weight\"", "\"\x9B\"", BAD, "missing"},
-        {norm, "\"e\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},\"e\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}", BAD, "input_layernorm"},
+        {norm, "\"e\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},"
+               "\"e\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}", BAD, "input_layernorm"},
         {"\"model.norm", "\"e\":{\"dtype\":\"F32\",\"shape\":[0,9],\"data_offsets\":[0,0]},\"model.norm", GOOD, ""},
-        {"\"model.norm", "\"e\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},\"e\":{\"dtype\":\"I8\",\"shape\":[0],\"data_offsets\":[0,0]},\"model.norm", BAD, "'e'|twice"},
+        {"\"model.norm", "\"e\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},"
+                        "\"e\":{\"dtype\":\"I8\",\"shape\":[0],\"data_offsets\":[0,0]},\"model.norm", BAD, "'e'|twice"},
         {"\"model.norm", "\"e\":7,\"model.norm", BAD, "'e'|object"},
         {"\"model.norm", "\"e\":null,\"model.norm", BAD, "'e'|object"},
         {"\"model.norm", "\"e\":[],\"model.norm", BAD, "'e'|object"},
-        {"q_proj.weight\":{\"dtype\":\"BF16\",\"shape\":[4,4]", "q_proj.weight\":{\"dtype\":\"BF16\",\"shape\":[2,8]", BAD, "q_proj|[2, 8]|[4, 4]"}
+        {"q_proj.weight\":{\"dtype\":\"BF16\",\"shape\":[4,4]", "q_proj.weight\":{\"dtype\":\"BF16\",\"shape\":[2,8]",
+         BAD, "q_proj|[2, 8]|[4, 4]"}
     };
     tiny_model m;
     tiny_text header = {NULL, 0}, changed;
@@ -419,7 +430,8 @@ static void test_malformed_many(void) {
         header.p[header.n - 1] = '}';
         tiny_remove(&m, TINY_WEIGHTS);
         m.file[TINY_WEIGHTS] = tiny_safetensors(header.p, header.n, 0);
-        CHECK_MSG(malformed_load(&m, err) == QWEN3_ERR_FORMAT && strstr(err, "model.safetensors"), "%s: %s", many[i], err);
+        CHECK_MSG(malformed_load(&m, err) == QWEN3_ERR_FORMAT && strstr(err, "model.safetensors"), "%s: %s", many[i],
+                  err);
         free(header.p);
     }
     tiny_free(&m);
@@ -440,7 +452,8 @@ static void test_malformed_large_tokenizer(void) {
         static const char *const want[KINDS] = {"ids up to 20259", "not there", "ids up to 50000", "ids up to 20259"};
         tiny_append(&extra, from[kind], strlen(from[kind]));
         for (i = 0; i < TOKENS; i++) {
-            if (kind == 0) tiny_printf(&extra, "\"%c%c%c\":%d,", 'A' + i % 26, 'A' + i / 26 % 26, 'a' + i / 676, 260 + i);
+            if (kind == 0)
+                tiny_printf(&extra, "\"%c%c%c\":%d,", 'A' + i % 26, 'A' + i / 26 % 26, 'a' + i / 676, 260 + i);
             if (kind == 1) tiny_printf(&extra, ",\"a b\"");
             if (kind == 2) tiny_append(&extra, "          ", 10);
             if (kind == 3) tiny_printf(&extra, "{\"id\":%d,\"content\":\"<%d\"},", 260 + i, i);
@@ -481,13 +494,18 @@ static void test_malformed_index(void) {
     static const malformed_case others[] = {    /* what is found in or missing from other files */
         {"part-1", "part-9", NONE, "part-9.safetensors|cannot open|index"},
         {"part-1", "model", NONE, "model.safetensors|cannot open"},
-        {"model.norm.weight\":\"part-1", "model.norm.weight\":\"part-2", BAD, "part-2.safetensors|model.norm.weight|missing"},
+        {"model.norm.weight\":\"part-1", "model.norm.weight\":\"part-2", BAD,
+         "part-2.safetensors|model.norm.weight|missing"},
         {"\"model.norm.weight\"", "\"model.norm\"", BAD, "part-1.safetensors|'model.norm'|missing"},
-        {"\"weight_map\":{", "\"weight_map\":{\"lm_head.weight\":\"part-2.safetensors\",", BAD, "part-2.safetensors|lm_head.weight|missing"},
-        {"\"weight_map\":{", "\"weight_map\":{\"{5000*x}\":\"part-2.safetensors\",", BAD, "part-2.safetensors|xxxx|missing"},
+        {"\"weight_map\":{", "\"weight_map\":{\"lm_head.weight\":\"part-2.safetensors\",", BAD,
+         "part-2.safetensors|lm_head.weight|missing"},
+        {"\"weight_map\":{", "\"weight_map\":{\"{5000*x}\":\"part-2.safetensors\",", BAD,
+         "part-2.safetensors|xxxx|missing"},
         {"\"weight_map\":{", "\"weight_map\":{\"x\":\"config.json\",", BAD, "config.json|not a safetensors file"},
-        {"\"weight_map\":{", "\"weight_map\":{\"x\":\"model.safetensors.index.json\",", BAD, "index.json|not a safetensors file"},
-        {"\"model.norm.weight\":\"part-1.safetensors\",", "", GOOD, ""}     /* a tensor that the index does not name is there all the same */
+        {"\"weight_map\":{", "\"weight_map\":{\"x\":\"model.safetensors.index.json\",", BAD,
+         "index.json|not a safetensors file"},
+        /* a tensor that the index does not name is there all the same */
+        {"\"model.norm.weight\":\"part-1.safetensors\",", "", GOOD, ""}
     };
     tiny_model m;
     char err[512];
@@ -508,12 +526,14 @@ static void test_malformed_index(void) {
     tiny_remove(&m, TINY_SHARD_2);
     CHECK_MSG(malformed_load(&m, err) == QWEN3_ERR_IO && malformed_says(err, "part-2.safetensors"), "%s", err);
     tiny_remove(&m, TINY_INDEX);
-    tiny_printf(&m.file[TINY_INDEX], "{\"weight_map\":{\"a\":\"part-1.safetensors\"");      /* more files than there may be */
+    /* more files than there may be */
+    tiny_printf(&m.file[TINY_INDEX], "{\"weight_map\":{\"a\":\"part-1.safetensors\"");
     for (k = 0; k < 300; k++) tiny_printf(&m.file[TINY_INDEX], ",\"%d\":\"%d\"", k, k);
     tiny_printf(&m.file[TINY_INDEX], "}}");
     CHECK_MSG(malformed_load(&m, err) == QWEN3_ERR_UNSUPPORTED && strstr(err, "256 weight files"), "%s", err);
     tiny_remove(&m, TINY_INDEX);
-    CHECK_MSG(malformed_load(&m, err) == QWEN3_ERR_IO && malformed_says(err, "model.safetensors|index.json"), "%s", err);
+    CHECK_MSG(malformed_load(&m, err) == QWEN3_ERR_IO && malformed_says(err, "model.safetensors|index.json"), "%s",
+              err);
     tiny_free(&m);
 }
 
@@ -581,7 +601,8 @@ static void test_malformed_tokenizer(void) {
         {"\"added_tokens\":[", "\"added_tokens\":[7,", BAD, "object"},
         {"\"added_tokens\":[", "\"added_tokens\":7,\"x\":[", BAD, "array"},
         {"\"normalized\":false", "\"normalized\":true", GOOD, ""},
-        {"\"content\":\"<|im_end|>\",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false", "\"content\":\"e\xCC\x81\",\"normalized\":true", NOT, "normalised"},
+        {"\"content\":\"<|im_end|>\",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false",
+         "\"content\":\"e\xCC\x81\",\"normalized\":true", NOT, "normalised"},
         {"\"added_tokens\"", "\"normalizer\":null,\"added_tokens\"", BAD, "normalizer is there twice"},
         {"\"version\":\"1.0\"", "\"version\":tru", BAD, "value"},
         {"\"version\":\"1.0\"", "\"version\":{200000* }1", GOOD, ""},
@@ -662,8 +683,8 @@ static void malformed_cut(int sharded, int vocab_files) {
             m.file[i].n = cut;
             r = malformed_load(&m, err);
             if (i == TINY_MERGES && r == QWEN3_OK) continue;            /* lines that are whole are fine */
-            CHECK_MSG(r == QWEN3_ERR_FORMAT && strstr(err, tiny_names[i]), "%s cut to %lu of %lu bytes: %s '%s'", tiny_names[i],
-                      (unsigned long)cut, (unsigned long)whole.n, qwen3_result_string(r), err);
+            CHECK_MSG(r == QWEN3_ERR_FORMAT && strstr(err, tiny_names[i]), "%s cut to %lu of %lu bytes: %s '%s'",
+                      tiny_names[i], (unsigned long)cut, (unsigned long)whole.n, qwen3_result_string(r), err);
         }
         m.file[i] = whole;
     }
@@ -685,14 +706,15 @@ static void test_malformed_flips(void) {
         tiny_make(&m, form, form);
         for (i = 0; i < TINY_FILES; i++) {
             const size_t n = m.file[i].n, step = i == TINY_VOCAB || i == TINY_TOKENIZER ? 37 : 3;
-            end = i == TINY_WEIGHTS || i == TINY_SHARD_1 || i == TINY_SHARD_2 ? 8 + (n > 8 ? ref_u32((const unsigned char *)m.file[i].p) : 0) : n;
+            end = i == TINY_WEIGHTS || i == TINY_SHARD_1 || i == TINY_SHARD_2 ?
+                8 + (n > 8 ? ref_u32((const unsigned char *)m.file[i].p) : 0) : n;
             for (at = 0; at < 8 * n; at += at < 8 * end ? step : 509) {
                 qwen3_result r;
                 m.file[i].p[at / 8] = (char)(m.file[i].p[at / 8] ^ 1 << at % 8);
                 r = malformed_load(&m, err);
                 m.file[i].p[at / 8] = (char)(m.file[i].p[at / 8] ^ 1 << at % 8);
-                CHECK_MSG(r == QWEN3_OK || r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_UNSUPPORTED || r == QWEN3_ERR_IO, "%s, bit %lu: %s '%s'",
-                          tiny_names[i], (unsigned long)at, qwen3_result_string(r), err);
+                CHECK_MSG(r == QWEN3_OK || r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_UNSUPPORTED || r == QWEN3_ERR_IO,
+                          "%s, bit %lu: %s '%s'", tiny_names[i], (unsigned long)at, qwen3_result_string(r), err);
                 loaded += r == QWEN3_OK;
                 tried++;
             }
@@ -702,7 +724,7 @@ static void test_malformed_flips(void) {
     CHECK_MSG(loaded > 100 && loaded < tried / 2, "%d of %d models with a flipped bit load", loaded, tried);
 }
 
-/* ---- saved states ------------------------------------------------------------------------------------------------- */
+/* ---- saved states ------------------------------------------------------------------------------------------------ */
 static void malformed_state_seal(unsigned char *state, size_t size) {   /* a checksum that is right */
     qwen3i_state_header h;
     if (size < sizeof h) return;
@@ -755,8 +777,9 @@ static void test_malformed_state(void) {
         memcpy(copy + cases[i].at, &cases[i].value, 4);
         malformed_state_seal(copy, size);
         r = qwen3_seq_load(ctx, 0, copy, size);
-        CHECK_MSG((int)r == cases[i].result && strstr(qwen3_ctx_error(ctx), cases[i].words), "byte %lu is %08x: %s '%s'", (unsigned long)cases[i].at,
-                  (unsigned)cases[i].value, qwen3_result_string(r), qwen3_ctx_error(ctx));
+        CHECK_MSG((int)r == cases[i].result && strstr(qwen3_ctx_error(ctx), cases[i].words),
+                  "byte %lu is %08x: %s '%s'", (unsigned long)cases[i].at, (unsigned)cases[i].value,
+                  qwen3_result_string(r), qwen3_ctx_error(ctx));
         CHECK(qwen3_seq_len(ctx, 0) == 3 && same_logits(ctx, 0, before, 264));
     }
     for (i = 0; i < size; i++) {                        /* cut, and said to be so */
@@ -773,7 +796,8 @@ static void test_malformed_state(void) {
     for (i = 64 + 5 * 4; i < size; i++) copy[i] = 0xFF; /* well formed, but all logits, keys and values are NaN */
     malformed_state_seal(copy, size);
     CHECK_OK(ctx, qwen3_seq_load(ctx, 0, copy, size));
-    CHECK(qwen3_next(ctx, 0, NULL, (qwen3_token *)(void *)copy) == QWEN3_ERR_ARG && strstr(qwen3_ctx_error(ctx), "not numbers"));
+    CHECK(qwen3_next(ctx, 0, NULL, (qwen3_token *)(void *)copy) == QWEN3_ERR_ARG &&
+          strstr(qwen3_ctx_error(ctx), "not numbers"));
     CHECK_OK(ctx, eval(ctx, 0, tokens, 5, NULL));
     CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens + 1, 3));   /* and nothing of it stays */
     CHECK(same_logits(ctx, 0, before, 264));
@@ -784,7 +808,7 @@ static void test_malformed_state(void) {
     tiny_free(&m);
 }
 
-/* ---- deep nesting, on a small stack ------------------------------------------------------------------------------- */
+/* ---- deep nesting, on a small stack ------------------------------------------------------------------------------ */
 #if !defined(_WIN32) && !defined(QWEN3_NO_THREADS)
 static void *malformed_deep(void *arg) {
     static const char *const opens[] = {"[", "{\"a\":", "[{\"a\":", "{\"a\":[", "[[],", "{\"\":{},\"a\":"};
@@ -799,7 +823,8 @@ static void *malformed_deep(void *arg) {
             tiny_remove(&m, which);
             tiny_printf(&m.file[which], "{\"deep\":");
             for (k = 0; k < 200000; k += strlen(opens[i])) tiny_append(&m.file[which], opens[i], strlen(opens[i]));
-            CHECK_MSG(malformed_load(&m, err) == QWEN3_ERR_FORMAT && strstr(err, tiny_names[which]), "%s: %s", tiny_names[which], err);
+            CHECK_MSG(malformed_load(&m, err) == QWEN3_ERR_FORMAT && strstr(err, tiny_names[which]), "%s: %s",
+                      tiny_names[which], err);
         }
         tiny_free(&m);
     }
@@ -816,7 +841,7 @@ static void test_malformed_deep(void) {
 }
 #endif
 
-/* ---- directories in which names are not what they should be ---------------------------------------------------------- */
+/* ---- directories in which names are not what they should be ------------------------------------------------------ */
 #if !defined(_WIN32) && !defined(QWEN3_NO_STDIO)
 static void malformed_write(const char *dir, const char *name, const tiny_text *text) {
     char path[600];
@@ -854,12 +879,14 @@ static void test_malformed_directory(void) {
         snprintf(path, sizeof path, "%s/%s", dir, tiny_names[i]);
         unlink(path);
         if (!CHECK((kind ? mkfifo(path, 0600) : mkdir(path, 0700)) == 0)) continue;
-        CHECK_MSG(malformed_load_dir(dir, 0, err) == QWEN3_ERR_IO && strstr(err, tiny_names[i]), "%s: %s", tiny_names[i], err);
+        CHECK_MSG(malformed_load_dir(dir, 0, err) == QWEN3_ERR_IO && strstr(err, tiny_names[i]), "%s: %s",
+                  tiny_names[i], err);
         if (kind) unlink(path); else rmdir(path);
         malformed_write(dir, tiny_names[i], &m.file[i]);
     }
     CHECK_MSG(malformed_load_dir(dir, QWEN3_LOAD_NO_MMAP, err) == QWEN3_OK, "%s", err);
-    CHECK(malformed_load_dir(path, 0, err) == QWEN3_ERR_IO && strstr(err, "not a directory"));     /* a file instead of a directory */
+    /* a file instead of a directory */
+    CHECK(malformed_load_dir(path, 0, err) == QWEN3_ERR_IO && strstr(err, "not a directory"));
     for (i = 0; i <= TINY_TOKENIZER; i++) {
         snprintf(path, sizeof path, "%s/%s", dir, tiny_names[i]);
         unlink(path);
@@ -898,7 +925,8 @@ static void test_malformed_shrinking_file(void) {
         d.progress = malformed_shrink;
         d.progress_user = &shrunk;
         malformed_shrinking = path;
-        CHECK_MSG(qwen3_load(&model, &d, err, sizeof err) == QWEN3_ERR_IO && shrunk && malformed_says(err, "model.safetensors|cannot read"), "%s", err);
+        CHECK_MSG(qwen3_load(&model, &d, err, sizeof err) == QWEN3_ERR_IO && shrunk &&
+                  malformed_says(err, "model.safetensors|cannot read"), "%s", err);
         qwen3_free(model);
     }
     unlink(path);
@@ -945,7 +973,9 @@ static void test_malformed_descriptor(void) {
 
 /* How many there were, and that none of it took too much. */
 static void test_malformed_summary(void) {
-    if (test_verbose) printf("      %d malformed models; memory at most %.2f x their files + %d KB\n", malformed_count, malformed_factor, (int)(MALFORMED_FIXED / 1024));
+    if (test_verbose)
+        printf("      %d malformed models; memory at most %.2f x their files + %d KB\n", malformed_count,
+               malformed_factor, (int)(MALFORMED_FIXED / 1024));
 }
 
 static void suite_malformed(void) {

@@ -123,7 +123,8 @@ static void test_threads_cancel(void) {
             if (r != QWEN3_OK) break;
         }
         pthread_join(id, NULL);
-        CHECK_MSG(r == QWEN3_STOPPED && qwen3_seq_len(ctx, 0) < 60 && qwen3_seq_len(ctx, 0) % 4 == 0, "%s after %d tokens", qwen3_result_string(r), qwen3_seq_len(ctx, 0));
+        CHECK_MSG(r == QWEN3_STOPPED && qwen3_seq_len(ctx, 0) < 60 && qwen3_seq_len(ctx, 0) % 4 == 0,
+                  "%s after %d tokens", qwen3_result_string(r), qwen3_seq_len(ctx, 0));
         __atomic_store_n(&thread_stop_flag, 0, __ATOMIC_RELEASE);
         CHECK_OK(ctx, qwen3_sync(ctx, 0, prompt, 60));
         CHECK(same_logits(ctx, 0, plain + 59 * f.info.n_vocab, f.info.n_vocab));
@@ -137,7 +138,8 @@ static void test_threads_cancel(void) {
 static double thread_cpu_ms(void) {
     struct rusage u;
     getrusage(RUSAGE_SELF, &u);
-    return 1e3 * (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) + 1e-3 * (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec);
+    return 1e3 * (double)(u.ru_utime.tv_sec + u.ru_stime.tv_sec) +
+           1e-3 * (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec);
 }
 
 /* Threads with nothing to do take no processor time, from the first moment on and after work. */
@@ -198,11 +200,13 @@ static void test_threads_refused(void) {
 }
 #endif
 
-/* ---- a long life -------------------------------------------------------------------------------------------------- */
+/* ---- a long life ------------------------------------------------------------------------------------------------- */
 static void test_long_run(void) {
     long_run_result r = long_run(2000, 1);
     CHECK_MSG(r.ok, "%s", r.what);
-    if (test_verbose) printf("      %ld tokens in %ld steps; %ld shifts, %ld restores, %ld copies, %ld cancels\n", r.tokens, r.steps, r.shifts, r.restores, r.copies, r.cancels);
+    if (test_verbose)
+        printf("      %ld tokens in %ld steps; %ld shifts, %ld restores, %ld copies, %ld cancels\n", r.tokens, r.steps,
+               r.shifts, r.restores, r.copies, r.cancels);
 }
 
 static void suite_threads(void) {

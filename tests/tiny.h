@@ -50,8 +50,8 @@ static const tiny_tensor tiny_tensors[] = {
     {"model.layers.0.self_attn.k_proj", 2, 4}, {"model.layers.0.self_attn.v_proj", 2, 4},
     {"model.layers.0.self_attn.q_norm", 0, 2}, {"model.layers.0.self_attn.k_norm", 0, 2},
     {"model.layers.0.self_attn.o_proj", 4, 4}, {"model.layers.0.post_attention_layernorm", 0, 4},
-    {"model.layers.0.mlp.gate_proj", 6, 4}, {"model.layers.0.mlp.up_proj", 6, 4}, {"model.layers.0.mlp.down_proj", 4, 6},
-    {"model.embed_tokens", 264, 4}
+    {"model.layers.0.mlp.gate_proj", 6, 4}, {"model.layers.0.mlp.up_proj", 6, 4},
+    {"model.layers.0.mlp.down_proj", 4, 6}, {"model.embed_tokens", 264, 4}
 };
 #define TINY_TENSORS ((int)(sizeof tiny_tensors / sizeof *tiny_tensors))
 
@@ -115,17 +115,22 @@ static const char tiny_tokenizer_config[] =
     "\"chat_template\":\"{{ enable_thinking }}\"}";
 
 static tiny_text tiny_tokenizer(void) {
-    static const char expression[] = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}|"
-                                     " ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+";
+    static const char expression[] =
+        "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\\\r\\\\n\\\\p{L}\\\\p{N}]?\\\\p{L}+|\\\\p{N}|"
+        " ?[^\\\\s\\\\p{L}\\\\p{N}]+[\\\\r\\\\n]*|\\\\s*[\\\\r\\\\n]+|\\\\s+(?!\\\\S)|\\\\s+";
     tiny_text t = {NULL, 0};
     tiny_printf(&t, "{\"version\":\"1.0\",\"added_tokens\":["
-        "{\"id\":257,\"content\":\"<|im_end|>\",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,\"normalized\":false,\"special\":true},"
+        "{\"id\":257,\"content\":\"<|im_end|>\",\"single_word\":false,\"lstrip\":false,\"rstrip\":false,"
+        "\"normalized\":false,\"special\":true},"
         "{\"id\":258,\"content\":\"<|im_start|>\",\"normalized\":false,\"special\":true},"
-        "{\"id\":259,\"content\":\"<think>\",\"normalized\":false,\"special\":false}],\"normalizer\":{\"type\":\"NFC\"},");
-    tiny_printf(&t, "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\",\"pattern\":{\"Regex\":\"%s\"},"
-        "\"behavior\":\"Isolated\",\"invert\":false},{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":false,"
-        "\"use_regex\":false}]},", expression);
-    tiny_printf(&t, "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"byte_fallback\":false,\"ignore_merges\":false,\"vocab\":");
+        "{\"id\":259,\"content\":\"<think>\",\"normalized\":false,\"special\":false}],"
+        "\"normalizer\":{\"type\":\"NFC\"},");
+    tiny_printf(&t, "\"pre_tokenizer\":{\"type\":\"Sequence\",\"pretokenizers\":["
+        "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"%s\"},\"behavior\":\"Isolated\",\"invert\":false},"
+        "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":false,\"use_regex\":false}]},",
+        expression);
+    tiny_printf(&t, "\"model\":{\"type\":\"BPE\",\"dropout\":null,\"byte_fallback\":false,"
+        "\"ignore_merges\":false,\"vocab\":");
     tiny_vocab(&t);
     tiny_printf(&t, ",\"merges\":[[\"a\",\"b\"]]}}");
     return t;
@@ -167,7 +172,8 @@ static void tiny_set_index(tiny_model *m) {
     int i;
     tiny_remove(m, TINY_INDEX);
     for (i = 0; i < TINY_TENSORS; i++)
-        tiny_printf(&m->file[TINY_INDEX], "%s\"%s.weight\":\"%s\"", i ? "," : "{\"metadata\":{\"total_size\":2384},\"weight_map\":{",
+        tiny_printf(&m->file[TINY_INDEX], "%s\"%s.weight\":\"%s\"",
+                    i ? "," : "{\"metadata\":{\"total_size\":2384},\"weight_map\":{",
                     tiny_tensors[i].name, tiny_names[i < TINY_SPLIT ? TINY_SHARD_1 : TINY_SHARD_2]);
     tiny_printf(&m->file[TINY_INDEX], "}}");
 }

@@ -1,8 +1,6 @@
 /* Fuzz targets of qwen3.h, all in one program; the environment variable FUZZ_TARGET chooses (see targets[]).
 
-       clang -g -O1 -fsanitize=fuzzer,address,undefined tests/fuzz/fuzz.c -o fuzz -lm -lpthread
-       FUZZ_TARGET=safetensors ./fuzz tests/fuzz/seeds/safetensors          libFuzzer; or all: tests/fuzz/run.sh
-       afl-clang-fast -DFUZZ_MAIN ... && FUZZ_TARGET=json afl-fuzz -i tests/fuzz/seeds/json -o out ./fuzz @@
+       tests/fuzz/run.sh SECONDS            all with libFuzzer; BUILD=afl: with AFL++; see there for how it is built
        cc -DFUZZ_MAIN ... && FUZZ_TARGET=json ./fuzz FILE...                run files again
        cc -DFUZZ_MAIN ... && ./fuzz --seeds tests/fuzz/seeds                write the seeds
 
@@ -15,7 +13,12 @@
 #include "../tiny.h"
 #include <sys/types.h>
 
-#define MUST(x) do { if (!(x)) { fprintf(stderr, "%s:%d: violated: %s\n", __FILE__, __LINE__, #x); __builtin_trap(); } } while (0)
+static void must(int ok, int line, const char *what) {
+    if (ok) return;
+    fprintf(stderr, "fuzz.c:%d: violated: %s\n", line, what);
+    __builtin_trap();
+}
+#define MUST(x) must(!!(x), __LINE__, #x)
 
 /* ---- memory under watch -------------------------------------------------------------------------------- */
 typedef struct heap { size_t now, peak; } heap;
@@ -80,8 +83,9 @@ static void load(const tiny_model *t, int flags) {
     r = qwen3_load(&m, &d, err, sizeof err);
     MUST(memory.peak <= 8 * tiny_size(t) + 64 * 1024 + sizeof(qwen3i_tokenizer));
     MUST(r == QWEN3_OK || r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_UNSUPPORTED || r == QWEN3_ERR_IO);
-    MUST((r == QWEN3_OK) == (m != NULL) && (r == QWEN3_OK) == !err[0] && (r == QWEN3_OK || strstr(err, ".json") || strstr(err, ".safetensors") ||
-         strstr(err, "merges.txt") || strstr(err, "the tokenizer has ids") || strstr(err, "the index names it") || strstr(err, "CUDA: ")));
+    MUST((r == QWEN3_OK) == (m != NULL) && (r == QWEN3_OK) == !err[0]);
+    MUST(r == QWEN3_OK || strstr(err, ".json") || strstr(err, ".safetensors") || strstr(err, "merges.txt") ||
+         strstr(err, "the tokenizer has ids") || strstr(err, "the index names it") || strstr(err, "CUDA: "));
     if (m) use(m);
     qwen3_free(m);
     MUST(memory.now == 0);
@@ -108,7 +112,8 @@ static void fuzz_tokenizer(const uint8_t *data, size_t n)   { load_with(TINY_TOK
 
 /* The first byte says which of the three files it is. */
 static void fuzz_vocab(const uint8_t *data, size_t n) {
-    if (n > 0) load_with(data[0] % 3 == 0 ? TINY_VOCAB : data[0] % 3 == 1 ? TINY_MERGES : TINY_TOKENIZER_CONFIG, data + 1, n - 1, 0, 1);
+    static const int which[3] = {TINY_VOCAB, TINY_MERGES, TINY_TOKENIZER_CONFIG};
+    if (n > 0) load_with(which[data[0] % 3], data + 1, n - 1, 0, 1);
 }
 
 /* Skipping a value and reading it say the same about it; every string in it can be unescaped. */
@@ -128,7 +133,10 @@ static void fuzz_json(const uint8_t *data, size_t n) {
             if (depth == QWEN3I_JSON_DEPTH) break;
             qwen3i_json_open(&j, c, &stack[depth++]);
         } else if (c == '"') {
-            if (qwen3i_json_string(&j, &s)) { MUST(qwen3i_json_unescape(s, text) <= s.n); qwen3i_json_is(s, "model_type"); }
+            if (qwen3i_json_string(&j, &s)) {
+                MUST(qwen3i_json_unescape(s, text) <= s.n);
+                qwen3i_json_is(s, "model_type");
+            }
         } else if (c == '-' || (c >= '0' && c <= '9')) {
             if (qwen3i_json_number(&j, &number)) MUST(number >= -DBL_MAX && number <= DBL_MAX);
         } else qwen3i_json_scalar(&j);
@@ -171,7 +179,8 @@ static void fuzz_encode(const uint8_t *data, size_t n) {
     count = qwen3_encode(m, text, n, flags, NULL, 0);
     MUST(count >= 0 && (size_t)count <= 9 * n);                 /* at most 3 characters of 3 bytes for one */
     tokens = (qwen3_token *)malloc(((size_t)count + 1) * sizeof *tokens);
-    MUST(qwen3_encode(m, text, n, flags, tokens, count) == count && qwen3_encode(m, text, n, flags, few, 3) == count && few[3] == -7);
+    MUST(qwen3_encode(m, text, n, flags, tokens, count) == count);
+    MUST(qwen3_encode(m, text, n, flags, few, 3) == count && few[3] == -7);
     for (i = 0; i < 3 && i < count; i++) MUST(few[i] == tokens[i]);
     for (at = 0; at < n; at++) ascii &= (unsigned char)text[at] < 0x80;
     for (i = 0, at = 0; i < count; i++) {
@@ -286,7 +295,8 @@ static void fuzz_state(const uint8_t *data, size_t n) {
     before = qwen3_seq_len(ctx, 0);
     r = qwen3_seq_load(ctx, 0, bytes, size);
     if (r == QWEN3_OK) MUST(qwen3_seq_len(ctx, 0) == 0 || qwen3_next(ctx, 0, NULL, &t) >= QWEN3_ERR_CONTEXT_FULL);
-    else MUST((r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_MISMATCH || r == QWEN3_ERR_CONTEXT_FULL) && qwen3_ctx_error(ctx)[0] && qwen3_seq_len(ctx, 0) == before);
+    else MUST((r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_MISMATCH || r == QWEN3_ERR_CONTEXT_FULL) &&
+              qwen3_ctx_error(ctx)[0] && qwen3_seq_len(ctx, 0) == before);
     free(bytes);
 }
 
@@ -296,31 +306,41 @@ static void fuzz_model(const uint8_t *data, size_t n) {
     static const int sizes[4] = {2, 2, 4, 1};
     uint8_t b[12] = {0};
     tiny_model t;
-    tiny_text header = {NULL, 0};
+    tiny_text header = {NULL, 0}, *config;
     int i, n_embd, n_kv, n_head, head_dim, n_ff, layers, layer, vocab = 264;
     size_t at = 0, k;
     for (i = 0; i < 12 && n > 0; i++, n--) b[i] = *data++;
-    n_embd = 1 + b[0] % 35; n_kv = 1 + b[1] % 3; n_head = n_kv * (1 + b[2] % 5); head_dim = 2 + 2 * (b[3] % 12) + (b[3] == 255);
+    n_embd = 1 + b[0] % 35; n_kv = 1 + b[1] % 3; n_head = n_kv * (1 + b[2] % 5);
+    head_dim = 2 + 2 * (b[3] % 12) + (b[3] == 255);
 #ifdef FUZZ_CUDA
     if (b[3] & 15) head_dim = 8 * head_dim % 144;              /* multiples of 8 can be run, up to 128 */
 #endif
     n_ff = 1 + b[4] % 40; layers = 1 + b[5] % 3;
     tiny_make(&t, 0, b[6] & 1);
     tiny_remove(&t, TINY_CONFIG);
-    tiny_printf(&t.file[TINY_CONFIG], "{\"architectures\":[\"Qwen3ForCausalLM\"],\"model_type\":\"qwen3\",\"num_hidden_layers\":%d,\"hidden_size\":%d,"
-        "\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"intermediate_size\":%d,\"vocab_size\":%d,\"max_position_embeddings\":%d,"
-        "\"rms_norm_eps\":1e-6,\"rope_theta\":%d,\"tie_word_embeddings\":%s", layers, n_embd, n_head, n_kv, head_dim, n_ff, vocab, 1 + b[7], 1 + 100 * b[8],
-        b[6] & 2 ? "true" : "false");
-    if (b[6] & 4) tiny_printf(&t.file[TINY_CONFIG], ",\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":%d.%d,\"original_max_position_embeddings\":%d,"
-                              "\"beta_fast\":%d}", b[9] % 16, b[9] / 16, b[10], b[11]);
-    tiny_printf(&t.file[TINY_CONFIG], "}");
+    config = &t.file[TINY_CONFIG];
+    tiny_printf(config, "{\"architectures\":[\"Qwen3ForCausalLM\"],\"model_type\":\"qwen3\",\"rms_norm_eps\":1e-6");
+    tiny_printf(config, ",\"num_hidden_layers\":%d,\"hidden_size\":%d,\"num_attention_heads\":%d", layers, n_embd,
+                n_head);
+    tiny_printf(config, ",\"num_key_value_heads\":%d,\"head_dim\":%d,\"intermediate_size\":%d", n_kv, head_dim, n_ff);
+    tiny_printf(config, ",\"vocab_size\":%d,\"max_position_embeddings\":%d,\"rope_theta\":%d", vocab, 1 + b[7],
+                1 + 100 * b[8]);
+    tiny_printf(config, ",\"tie_word_embeddings\":%s", b[6] & 2 ? "true" : "false");
+    if (b[6] & 4)
+        tiny_printf(config, ",\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":%d.%d,"
+                    "\"original_max_position_embeddings\":%d,\"beta_fast\":%d}", b[9] % 16, b[9] / 16, b[10], b[11]);
+    tiny_printf(config, "}");
     tiny_printf(&header, "{");
     for (layer = -1; layer < layers; layer++) for (i = 0; i < (layer < 0 ? 3 : 11); i++) {
-        const char *const names[11] = {"input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm", "self_attn.k_norm",
-                                       "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
+        const char *const names[11] = {
+            "input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.q_norm",
+            "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj",
+            "mlp.down_proj"
+        };
         const char *const outer[3] = {"model.norm", "model.embed_tokens", "lm_head"};
-        const int rows[11] = {0, n_head * head_dim, n_kv * head_dim, n_kv * head_dim, 0, 0, n_embd, 0, n_ff, n_ff, n_embd};
-        const int cols[11] = {n_embd, n_embd, n_embd, n_embd, head_dim, head_dim, n_head * head_dim, n_embd, n_embd, n_embd, n_ff};
+        const int q_dim = n_head * head_dim, kv_dim = n_kv * head_dim;
+        const int rows[11] = {0, q_dim, kv_dim, kv_dim, 0, 0, n_embd, 0, n_ff, n_ff, n_embd};
+        const int cols[11] = {n_embd, n_embd, n_embd, n_embd, head_dim, head_dim, q_dim, n_embd, n_embd, n_embd, n_ff};
         int r = layer < 0 ? (i ? vocab : 0) : rows[i], c = layer < 0 ? n_embd : cols[i], type = b[6] >> 3 & 3;
         size_t size;
         if (b[6] & 32 && (i + layer) % 2) type = b[11] & 3;
@@ -350,14 +370,16 @@ static void fuzz_model(const uint8_t *data, size_t n) {
 /* ---- choosing ------------------------------------------------------------------------------------------------ */
 typedef struct target { const char *name; void (*run)(const uint8_t *data, size_t n); } target;
 static const target targets[] = {
-    {"json", fuzz_json}, {"config", fuzz_config}, {"generation", fuzz_generation}, {"safetensors", fuzz_safetensors}, {"index", fuzz_index},
-    {"tokenizer", fuzz_tokenizer}, {"vocab", fuzz_vocab}, {"encode", fuzz_encode}, {"chat", fuzz_chat}, {"state", fuzz_state}, {"model", fuzz_model}
+    {"json", fuzz_json}, {"config", fuzz_config}, {"generation", fuzz_generation}, {"safetensors", fuzz_safetensors},
+    {"index", fuzz_index}, {"tokenizer", fuzz_tokenizer}, {"vocab", fuzz_vocab}, {"encode", fuzz_encode},
+    {"chat", fuzz_chat}, {"state", fuzz_state}, {"model", fuzz_model}
 };
 
 static const target *chosen(void) {
     const char *name = getenv("FUZZ_TARGET");
     size_t i;
-    for (i = 0; name && i < sizeof targets / sizeof *targets; i++) if (strcmp(name, targets[i].name) == 0) return &targets[i];
+    for (i = 0; name && i < sizeof targets / sizeof *targets; i++)
+        if (strcmp(name, targets[i].name) == 0) return &targets[i];
     fprintf(stderr, "FUZZ_TARGET is not one of:");
     for (i = 0; i < sizeof targets / sizeof *targets; i++) fprintf(stderr, " %s", targets[i].name);
     fprintf(stderr, "\n");
@@ -390,15 +412,20 @@ static void write_seed(const char *dir, const char *name, const char *target_nam
 
 static void write_seeds(const char *dir) {
     static const char json[] = "{\"a\":[1,-2.5e3,0.125,true,false,null,{}],\"\\u00e9\\ud83d\\ude00\\n\":\"\\\"\\\\/\"}";
-    static const char text[] = "\1The e\xCC\x81 \xEA\xB0\x80 don't WON'T 12  \r\n\n x<|im_end|><think> \xF0\x9F\x98\x80 abab\xFF\xC3";
-    static const char chat[] = "0You are\x1E" "t{\"type\":\"function\",\"function\":{\"name\":\"f\",\"x\":[1.50,-0.0,1e-9]}}\x1E" "1Hi <|im_end|>\x1E"
-                               "2<think>\nhm\n</think>\n\nyes\x1E" "c{\"a\":1}\x1E" "342\x1E" "3<tool_response>\x1E" "1<tool_response>x</tool_response>\x1E" "f1";
+    static const char text[] = "\1The e\xCC\x81 \xEA\xB0\x80 don't WON'T 12  \r\n\n x<|im_end|><think> "
+        "\xF0\x9F\x98\x80 abab\xFF\xC3";
+    static const char chat[] = "0You are\x1E"
+        "t{\"type\":\"function\",\"function\":{\"name\":\"f\",\"x\":[1.50,-0.0,1e-9]}}\x1E" "1Hi <|im_end|>\x1E"
+        "2<think>\nhm\n</think>\n\nyes\x1E" "c{\"a\":1}\x1E" "342\x1E" "3<tool_response>\x1E"
+        "1<tool_response>x</tool_response>\x1E" "f1";
     unsigned char *state, whole[4096] = {0};
     size_t size;
     tiny_model t;
     int form, i;
     for (form = 0; form < 2; form++) {
-        static const char *const of[TINY_FILES] = {"config", "generation", "safetensors", "tokenizer", "index", NULL, NULL, "vocab", "vocab", "vocab"};
+        static const char *const of[TINY_FILES] = {
+            "config", "generation", "safetensors", "tokenizer", "index", NULL, NULL, "vocab", "vocab", "vocab"
+        };
         tiny_make(&t, form, form);
         for (i = 0; i < TINY_FILES; i++) {
             tiny_text f = {NULL, 0};
