@@ -159,6 +159,7 @@ static void test_threads_sleep(void) {
         thread_wait_ms(100);
         busy = thread_cpu_ms() - busy;
         CHECK_MSG(busy < 10, "28 idle threads took %.1f ms of processor time in 100 ms", busy);
+        if (test_verbose) printf("      28 idle threads took %.3f ms of processor time in 100 ms\n", busy);
         for (i = 0; i < 4; i++) CHECK_OK(ctx[i], qwen3_sync(ctx[i], 0, tokens, 4));
     }
     for (i = 0; i < 4; i++) qwen3_ctx_free(ctx[i]);

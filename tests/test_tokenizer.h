@@ -364,12 +364,13 @@ static void test_tokenizer_damaged(void) {
 }
 
 /* An allocator that fails at the n-th call, and counts what is in use. */
-typedef struct tokenizer_heap { long calls, fail_at, in_use; } tokenizer_heap;
+typedef struct tokenizer_heap { long calls, fail_at, in_use, peak; } tokenizer_heap;
 
 static void *tokenizer_heap_alloc(size_t size, void *user) {
     tokenizer_heap *h = (tokenizer_heap *)user;
     if (h->calls++ == h->fail_at) return NULL;
     h->in_use += (long)size;
+    if (h->in_use > h->peak) h->peak = h->in_use;
     return malloc(size);
 }
 
@@ -383,7 +384,7 @@ static void test_tokenizer_memory(void) {
     char message[256];
     qwen3i_err err;
     qwen3_model m;
-    tokenizer_heap heap = { 0, -1, 0 };
+    tokenizer_heap heap = { 0, -1, 0, 0 };
     size_t n;
     char *data = tokenizer_data("tokenizer.json", &n);
     qwen3_result r;
@@ -419,6 +420,64 @@ static void test_tokenizer_memory(void) {
     heap.fail_at = -1;
     qwen3i_tokenizer_free(m.tokenizer);
     CHECK(heap.in_use == 0);
+}
+
+/* Encode n bytes of a pattern: the tokens, and the processor's seconds (the least of three). */
+static int tokenizer_time(const qwen3_model *m, const char *pattern, size_t n, double *seconds) {
+    size_t i, k = strlen(pattern);
+    char *text = (char *)malloc(n);
+    clock_t start, took, least = 0;
+    int count = 0, round;
+    for (i = 0; i < n; i++) text[i] = pattern[i % k];
+    for (round = 0; round < 3; round++) {
+        start = clock();
+        count = qwen3_encode(m, text, n, QWEN3_PARSE_SPECIAL, NULL, 0);
+        took = clock() - start;
+        if (round == 0 || took < least) least = took;
+    }
+    free(text);
+    *seconds = (double)least / CLOCKS_PER_SEC;
+    return count;
+}
+
+/* Memory in proportion to the text, and time, too, whatever it is made of: one word, spaces, marks to be ordered,
+   Hangul to be composed, digits, invalid bytes, tokens, halves of tokens. */
+static void test_tokenizer_proportion(void) {
+    static const char *const patterns[] = {
+        "a", "the ", " ", "\n", " \n\t", "1", "e\xCC\x81", "\xCC\xA3\xCC\x81", "\xE1\x84\x80\xE1\x85\xA1", "\xFF",
+        "\xF0\x9F\x98\x80", "<|im_end|>", "<|im_en", "'s", "ab1 .\n"
+    };
+    enum { N = 9000 };                  /* 4 N is just more than a power of two: the worst for buffers that double */
+    const size_t n_patterns = sizeof patterns / sizeof *patterns;
+    tokenizer_heap heap = { 0, -1, 0, 0 };
+    char message[256];
+    qwen3i_err err;
+    qwen3_model m;
+    size_t n, i;
+    char *data = tokenizer_data("tokenizer.json", &n);
+    double most = 0, slowest = 0;
+    if (!CHECK(data != NULL)) return;
+    memset(&m, 0, sizeof m);
+    m.allocator.alloc = tokenizer_heap_alloc;
+    m.allocator.free = tokenizer_heap_free;
+    m.allocator.user = &heap;
+    err.text = message;
+    err.cap = sizeof message;
+    if (CHECK(qwen3i_tokenizer_from_json(&m.tokenizer, &m.allocator, "tokenizer.json", data, n, &err) == QWEN3_OK))
+        for (i = 0; i < n_patterns; i++) {
+            const long before = heap.peak = heap.in_use;
+            double one, four;
+            CHECK(tokenizer_time(&m, patterns[i], N, &one) > 0 && tokenizer_time(&m, patterns[i], 4 * N, &four) > 0);
+            CHECK_MSG(heap.peak - before <= 260L * 4 * N, "pattern %d: %ld bytes for a text of %d", (int)i,
+                      heap.peak - before, 4 * N);
+            CHECK_MSG(four < 10 * one + 0.01, "pattern %d: %g s, and %g s for four times as much", (int)i, one, four);
+            if ((double)(heap.peak - before) / (4 * N) > most) most = (double)(heap.peak - before) / (4 * N);
+            if (four > slowest) slowest = four;
+        }
+    if (test_verbose)
+        printf("      at most %.0f bytes and %.0f ns for a byte of text\n", most, 1e9 * slowest / (4 * N));
+    qwen3i_tokenizer_free(m.tokenizer);
+    free(data);
 }
 
 /* ---- the real vocabulary, where it is at hand -------------------------------------------------- */
@@ -540,6 +599,7 @@ static void suite_tokenizer(void) {
     RUN(test_tokenizer_malformed);
     RUN(test_tokenizer_damaged);
     RUN(test_tokenizer_memory);
+    RUN(test_tokenizer_proportion);
     RUN(test_tokenizer_vocab);
     if (real) { fclose(real); RUN(test_tokenizer_real); }
     else test_skip("test_tokenizer_real", "the real vocabulary is not here");

@@ -23,7 +23,9 @@ need() {                                # need COMMAND PACKAGE...: is the comman
 check() {                               # check NAME COMMAND...
     local name=$1 start=$SECONDS; shift
     case $name in *"$only"*) ;; *) return ;; esac
-    if timeout -k 5 "$LIMIT" bash -c '"$@"' - "$@" >"$tmp/log" 2>&1; then passed=$((passed + 1)); printf 'ok    %-50s %4d s\n' "$name" $((SECONDS - start))
+    if timeout -k 5 "$LIMIT" bash -c '"$@"' - "$@" >"$tmp/log" 2>&1; then
+        passed=$((passed + 1))
+        printf 'ok    %-50s %4d s\n' "$name" $((SECONDS - start))
     else
         failed=$((failed + 1))
         printf 'FAIL  %-50s %4d s\n' "$name" $((SECONDS - start))
@@ -124,7 +126,13 @@ no_globals() {                          # no writable data in the library
     gcc -O1 -fno-pic -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o "$tmp/lib.o" || return 1
     ! nm "$tmp/lib.o" | grep -E ' [bBdDC] ' | grep -v ' d \.'
 }
+no_recursion() {                        # tsort names the loops of the call graph, except the shortest
+    gcc -O0 -fcallgraph-info -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o "$tmp/calls.o" || return 1
+    sed -n 's/.*sourcename: "\([^"]*\)" targetname: "\([^"]*\)".*/\1 \2/p' "$tmp/calls.ci" >"$tmp/calls"
+    [ -s "$tmp/calls" ] && tsort "$tmp/calls" >/dev/null && ! awk '$1 == $2' "$tmp/calls" | grep .
+}
 check 'only qwen3_ is exported' exports
+check 'no recursion' no_recursion
 check 'two private copies in one program' two_files
 check 'no mutable globals' no_globals
 
