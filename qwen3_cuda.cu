@@ -1044,16 +1044,44 @@ static int row_threads(int n, int each, int rows) {
     return want < 32 ? 32 : want > limit ? limit : want;
 }
 
-template <class T> static cudaError_t launch_rmsnorm(bool early, cudaStream_t s, float *y, int ldy, const T *x, int ldx,
-                                                     const row_info *outs, const float *gain, int rows, int groups,
-                                                     int width, int pad, float eps) {
-    const bool four = width % 4 == 0 && ldx % 4 == 0 && ldy % 4 == 0 && (size_t)x % 16 == 0 && (size_t)y % 16 == 0 &&
-                      (size_t)gain % 16 == 0;
-    if (four)
-        return launch_early(early, s, grid2(rows, groups), row_threads(width, 4, rows), 0, rmsnorm_kernel<T, 4>, y, ldy,
-                            x, ldx, outs, gain, width, pad, eps);
-    return launch_early(early, s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_kernel<T, 1>, y, ldy, x,
-                        ldx, outs, gain, width, pad, eps);
+/* How rows of so many vectors are normed: `lanes` threads a row with k vectors each, `together` rows a block; k 0: one
+   element at a time. Few rows want one short pass, many want several loads in flight and full blocks. */
+struct norm_shape { int k, lanes, together; };
+
+static norm_shape rmsnorm_shape(int vectors, long long rows) {
+    norm_shape s;
+    const int most_lanes = rows <= 512 ? 1024 : 256;
+    s.k = 1;
+    while (s.k < 8 && ceil_div(vectors, s.k) > most_lanes) s.k *= 2;
+    s.lanes = ceil_div(vectors, s.k);
+    s.lanes = s.lanes <= 8 ? 8 : s.lanes <= 16 ? 16 : round_up(s.lanes, 32);
+    s.together = rows <= 512 ? 1 : most(256 / s.lanes, 1);
+    if (s.lanes < 32) s.together = most(s.together, 32 / s.lanes);
+    if (s.lanes > (s.k > 2 ? 512 : 1024)) s.k = 0;
+    return s;
+}
+
+template <class O, class T, int K>
+static cudaError_t launch_rmsnorm_shape(bool early, cudaStream_t s, norm_shape shape, O *y, int ldy, const T *x,
+                                        int ldx, const row_info *outs, const float *gain, int rows, int groups,
+                                        int width, int pad, float eps) {
+    return launch_early(early, s, grid2(ceil_div(rows, shape.together), groups), shape.lanes * shape.together, 0,
+                        rmsnorm_kernel<O, T, K>, y, ldy, x, ldx, outs, gain, rows, width, pad, eps, shape.lanes);
+}
+
+template <class O, class T> static cudaError_t launch_rmsnorm(bool early, cudaStream_t s, O *y, int ldy, const T *x,
+                                                              int ldx, const row_info *outs, const float *gain,
+                                                              int rows, int groups, int width, int pad, float eps) {
+    const int v = vector_of<T>::N;
+    const bool aligned = width % v == 0 && ldx % v == 0 && ldy % v == 0 && (size_t)x % 16 == 0 && (size_t)y % 16 == 0 &&
+                         (size_t)gain % 16 == 0;
+    const norm_shape shape = rmsnorm_shape(ceil_div(width, v), (long long)rows * groups);
+#define QWEN3_SHAPE(K) case K: return launch_rmsnorm_shape<O, T, K>(early, s, shape, y, ldy, x, ldx, outs, gain, rows, \
+                                                                    groups, width, pad, eps)
+    switch (aligned ? shape.k : 0) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
+#undef QWEN3_SHAPE
+    return launch_early(early, s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_any_kernel<O, T>, y, ldy,
+                        x, ldx, outs, gain, width, pad, eps);
 }
 
 /* Input of a product with W: float32 rows to c->act in W's type. */
@@ -1214,7 +1242,7 @@ static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
         p->pending = false;
         return QWEN3_OK;
     }
-    TRY(launched(p, launch_rmsnorm<float>(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain,
+    TRY(launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain,
                                           p->n, 1, g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
     return p->how == STANDARD ? round_rows(p, w, c->h, c->embd_ld, p->n) : QWEN3_OK;
 }
@@ -1317,9 +1345,9 @@ static qwen3_result standard_qkv(const pass *p, const matrix &w, const qkv_args 
     TRY(act_product(p, k + c->kv_dim, a.ld, w, c->q_dim + c->kv_dim, c->kv_dim));
     if (scale) RUN(grid1(p->n), row_threads(a.ld, 4, p->n), 0, scale_rows_kernel, q, scale, a.ld, a.ld);
     cudaError_t e =
-        launch_rmsnorm<float>(p->early, p->s, q, a.ld, q, a.ld, NULL, a.q_norm, p->n, a.n_head, a.head_dim, 0, a.eps);
+        launch_rmsnorm(p->early, p->s, q, a.ld, q, a.ld, NULL, a.q_norm, p->n, a.n_head, a.head_dim, 0, a.eps);
     if (e == cudaSuccess)
-        e = launch_rmsnorm<float>(p->early, p->s, k, a.ld, k, a.ld, NULL, a.k_norm, p->n, a.n_head_kv, a.head_dim, 0,
+        e = launch_rmsnorm(p->early, p->s, k, a.ld, k, a.ld, NULL, a.k_norm, p->n, a.n_head_kv, a.head_dim, 0,
                                   a.eps);
     if (e == cudaSuccess)
         e = launch(p->s, grid2(p->n, a.n_head + a.n_head_kv), row_threads(a.head_dim / 2, 1, p->n), 0, rope_kernel, a);
@@ -1517,7 +1545,7 @@ static qwen3_result all_layers(pass *p, bool may_cancel) {
 static qwen3_result head_norm(const pass *p, int first, int n) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
-    const cudaError_t e = launch_rmsnorm<float>(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, c->rows + first,
+    const cudaError_t e = launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, c->rows + first,
                                                 c->m->final_norm, n, 1, g->n_embd, c->embd_ld, g->rms_eps);
     return launched(p, e, "rmsnorm");
 }
@@ -2041,13 +2069,13 @@ static qwen3_result lab_norm_on_device(char *memory, float *y, const void *x, qw
     CUDA_TRY(t.start(0));
     for (int i = 0; i < repeat; i++) {
         if (type == QWEN3I_F32)
-            CUDA_TRY(launch_rmsnorm<float>(false, 0, repeat > 1 ? dy : (float *)(void *)dx, width,
+            CUDA_TRY(launch_rmsnorm(false, 0, repeat > 1 ? dy : (float *)(void *)dx, width,
                                            (const float *)(void *)dx, width, NULL, dg, n, 1, width, 0, eps));
         else if (type == QWEN3I_F16)
-            CUDA_TRY(launch_rmsnorm<half_t>(false, 0, dy, width, (const half_t *)(void *)dx, width, NULL, dg, n, 1,
+            CUDA_TRY(launch_rmsnorm(false, 0, dy, width, (const half_t *)(void *)dx, width, NULL, dg, n, 1,
                                             width, 0, eps));
         else
-            CUDA_TRY(launch_rmsnorm<bf16_t>(false, 0, dy, width, (const bf16_t *)(void *)dx, width, NULL, dg, n, 1,
+            CUDA_TRY(launch_rmsnorm(false, 0, dy, width, (const bf16_t *)(void *)dx, width, NULL, dg, n, 1,
                                             width, 0, eps));
     }
     CUDA_TRY(t.stop(0, repeat, us));

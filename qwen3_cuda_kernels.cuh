@@ -289,36 +289,98 @@ template <int N> static __device__ __forceinline__ void store_n(float *p, const 
     else p[0] = v[0];
 }
 
-/* rmsnorm: y[row, group, :] = x[row, group, :] * gain / sqrt(mean square + eps), float32 throughout.
-   x, y: rows ldx and ldy apart, each of gridDim.y groups of `width`; y may be x; gain [width]; with pad,
-   y[row, width .. pad) = 0. Grid (rows, groups). outs: NULL, or row i is made from row out_row of x.
-   N elements (4: all aligned, or 1) a thread at a time; order: thread, warp, block.
+template <class T> struct vector_of { enum { N = 16 / (int)sizeof(T) }; };       /* elements in 16 bytes */
+
+/* Sum of v over rows of `lanes` threads (8, 16 or whole warps), the same bits in each of them: by exchange within the
+   warps, then once more over the warps. shared [32]. */
+static __device__ __forceinline__ float row_sum(float v, int lanes, float *shared) {
+    const int warps = lanes / 32;
+    for (int o = lanes < 32 ? lanes / 2 : 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+    if (warps <= 1) return v;
+    if (lane_id() == 0) shared[warp_id()] = v;
+    __syncthreads();
+    return warp_sum(lane_id() < warps ? shared[warp_id() / warps * warps + lane_id()] : 0.0f);
+}
+
+/* What each of the `lanes` threads of a row has of it: K times the 16 bytes that lie lanes * 16 apart. */
+template <class T, int K, int V = vector_of<T>::N>
+static __device__ __forceinline__ void load_row(float (&v)[K][V], const T *row, int at, int step, int width) {
+#pragma unroll
+    for (int k = 0; k < K; k++)
+        unpack(v[k], at + k * step < width ? *(const uint4 *)(const void *)(row + at + k * step)
+                                           : make_uint4(0, 0, 0, 0), T());
+}
+template <int V> static __device__ __forceinline__ void load_gains(float (&g)[V], const float *gain) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+        const float4 f = *(const float4 *)(const void *)(gain + i);
+        g[i] = f.x; g[i + 1] = f.y; g[i + 2] = f.z; g[i + 3] = f.w;
+    }
+}
+template <int V> static __device__ __forceinline__ void store_vector(float *p, float (&v)[V]) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) *(float4 *)(void *)(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+}
+template <class O> static __device__ __forceinline__ void store_pairs(O *p, float (&v)[8]) {
+    *(uint4 *)(void *)p = make_uint4(pack(v[0], v[1], O()), pack(v[2], v[3], O()), pack(v[4], v[5], O()),
+                                     pack(v[6], v[7], O()));
+}
+static __device__ __forceinline__ void store_vector(half_t *p, float (&v)[8]) { store_pairs(p, v); }
+static __device__ __forceinline__ void store_vector(bf16_t *p, float (&v)[8]) { store_pairs(p, v); }
+
+/* rmsnorm: y[row, group, :] = x[row, group, :] * gain / sqrt(mean square + eps), float32 throughout, one rounding if
+   y is 16-bit. x, y: rows ldx and ldy apart, each of gridDim.y groups of `width`; y may be x; gain [width]; with pad,
+   y[row, width .. pad) = 0. outs: NULL, or row i is made from row out_row of x. `lanes` threads work on a row, which
+   they hold in registers (K vectors each), a block on as many rows as it has threads for. All 16-byte aligned.
    Equals qwen3i_rmsnorm; with groups = heads its per-head form. */
-template <class T, int N> static __global__ void __launch_bounds__(1024)
-    rmsnorm_kernel(float *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int width, int pad,
-                   float eps) {
+template <class O, class T, int K> static __global__ void __launch_bounds__(K > 2 ? 512 : 1024)
+    rmsnorm_kernel(O *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int rows, int width,
+                   int pad, float eps, int lanes) {
+    const int V = vector_of<T>::N;
+    __shared__ float shared[32];
+    const int at = tid() % lanes * V, step = lanes * V, slot = block_x() * (n_threads() / lanes) + tid() / lanes;
+    const bool mine = slot < rows;
+    float v[K][V], g[K][V], sum = 0;
+    if (K <= 2)                         /* gains are there already */
+#pragma unroll
+        for (int k = 0; k < K; k++) if (at + k * step < width) load_gains(g[k], gain + at + k * step);
+    wait_for_previous();
+    let_next_start();
+    const size_t row = outs && mine ? (size_t)outs[slot].out_row : (size_t)slot, group = (size_t)blockIdx.y * width;
+    load_row<T, K>(v, x + (mine ? row * ldx + group : 0), at, step, width);
+#pragma unroll
+    for (int k = 0; k < K; k++)
+#pragma unroll
+        for (int i = 0; i < V; i++) sum += v[k][i] * v[k][i];
+    const float r = 1.0f / sqrtf(row_sum(sum, lanes, shared) / (float)width + eps);
+    if (!mine) return;
+    O *out = y + (size_t)slot * ldy + group;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        if (at + k * step >= width) break;
+        if (K > 2) load_gains(g[k], gain + at + k * step);
+#pragma unroll
+        for (int i = 0; i < V; i++) v[k][i] = v[k][i] * r * g[k][i];
+        store_vector(out + at + k * step, v[k]);
+    }
+    for (int i = width + tid() % lanes; i < pad; i += lanes) store(out + i, 0.0f);
+}
+
+/* The same for any width and alignment, one element at a time. Grid (rows, groups). */
+template <class O, class T> static __global__ void __launch_bounds__(1024)
+    rmsnorm_any_kernel(O *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int width, int pad,
+                       float eps) {
     __shared__ float shared[32];
     wait_for_previous();
     let_next_start();
     const size_t row = outs ? (size_t)outs[blockIdx.x].out_row : blockIdx.x, group = (size_t)blockIdx.y * width;
     const T *in = x + row * ldx + group;
-    float *out = y + (size_t)blockIdx.x * ldy + group;
-    const int step = n_threads() * N, first = tid() * N;
-    float v[N], g[N], sum = 0;
-    for (int i = first; i < width; i += step) {
-        load_n<N>(v, in + i);
-#pragma unroll
-        for (int j = 0; j < N; j++) sum += v[j] * v[j];
-    }
+    O *out = y + (size_t)blockIdx.x * ldy + group;
+    float sum = 0;
+    for (int i = tid(); i < width; i += n_threads()) sum += to_float(in[i]) * to_float(in[i]);
     const float r = 1.0f / sqrtf(block_sum(sum, shared) / (float)width + eps);
-    for (int i = first; i < width; i += step) {
-        load_n<N>(v, in + i);
-        load_n<N>(g, gain + i);
-#pragma unroll
-        for (int j = 0; j < N; j++) v[j] = v[j] * r * g[j];
-        store_n<N>(out + i, v);
-    }
-    for (int i = width + tid(); i < pad; i += n_threads()) out[i] = 0;
+    for (int i = tid(); i < width; i += n_threads()) store(out + i, to_float(in[i]) * r * gain[i]);
+    for (int i = width + tid(); i < pad; i += n_threads()) store(out + i, 0.0f);
 }
 
 /* The input of a matrix product with many rows: float32, or F16 with row r standing for data * scale[r]. With
