@@ -12,6 +12,9 @@ static const qwen3_cuda_kernels *no_kernels(void) { return NULL; }
 #define qwen3_cuda_backend no_backend
 #define qwen3_cuda_get_kernels no_kernels
 #endif
+#ifdef QWEN3_WITH_FUSED_BASELINE
+extern const char *lab_fused_baseline(const char *size);         /* tools/kernels.cu */
+#endif
 
 static const char usage[] =
     "usage: bench [MODEL_DIR | --random SIZE] [options]\n"
@@ -26,11 +29,13 @@ static const char usage[] =
     "                  sequences of CTX tokens: bytes, FLOP, and share of the limits (1@512,64@512,2048; \"\": none)\n"
     "  --first         time to the first token, in parts\n"
     "  --chunk N --threads N --kv f32|f16|bf16 --standard --cuda --cpu\n"
-    "  --json          one JSON object a line\n";
+    "  --json          one JSON object a line\n"
+    "  --fused-baseline    only: RMSNorm + QKV on the GPU beside a kernel that fuses them, for --random SIZE or all\n"
+    "                  (make build/bench_fused makes a bench that has it)\n";
 
 typedef struct options {
     const char *path, *random, *type, *tests, *batch, *kernels;
-    int first, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json;
+    int first, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
 } options;
 
 static void die(const char *what, const char *detail) {
@@ -66,6 +71,7 @@ static options parse(int argc, char **argv) {
         else if (!strcmp(a, "--cuda"))     o.cuda = 1;
         else if (!strcmp(a, "--cpu"))      o.cpu = 1;
         else if (!strcmp(a, "--json"))     o.json = 1;
+        else if (!strcmp(a, "--fused-baseline")) o.fused = 1;
         else if (!strcmp(a, "--help") || !strcmp(a, "-h")) { fputs(usage, stdout); exit(0); }
         else if (a[0] != '-' && !o.path)   o.path = a;
         else {
@@ -83,7 +89,7 @@ static options parse(int argc, char **argv) {
             i++;
         }
     }
-    if (!o.path && !o.random) o.random = "0.6B";
+    if (!o.path && !o.random && !o.fused) o.random = "0.6B";
     if (o.repeat < 1 || o.repeat > 100) die("--repeat is 1 to 100", NULL);
     return o;
 }
@@ -507,12 +513,23 @@ static void load(bench *b) {
         b->step_bytes -= (uint64_t)b->info.n_vocab * (uint64_t)b->info.n_embd * qwen3i_type_size(b->model->weights.embed.type);
 }
 
+static void fused_baseline(const char *size) {
+#ifdef QWEN3_WITH_FUSED_BASELINE
+    const char *error = lab_fused_baseline(size);
+    if (error) die("--fused-baseline", error);
+#else
+    (void)size;
+    die("--fused-baseline: this program was built without it; build/bench_fused has it (make build/bench_fused)", NULL);
+#endif
+}
+
 int main(int argc, char **argv) {
     static bench b;
     char list[512], *name, *next;
     const double start = qwen3i_now_ms();
     double loaded;
     b.opt = parse(argc, argv);
+    if (b.opt.fused) { fused_baseline(b.opt.random); return 0; }
     load(&b);
     loaded = qwen3i_now_ms();
     if (!strcmp(b.info.backend_name, "cpu")) b.stream = cpu_stream(b.opt.threads);
