@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Our CUDA kernels beside PyTorch's and transformers', in one process on one GPU.
 
-usage: compare_torch.py [--library build/libqwen3_kernels.so] [--only norm|layers] [--tokens 8,512]
+usage: compare_torch.py [--library build/libqwen3_kernels.so] [--only norm|layers] [--tokens 8,512] [--model DIR]
+                        [--device cuda|cpu]
 
-Build the library first: make build/libqwen3_kernels.so
+Build the library first: make build/libqwen3_kernels.so; for --device cpu, which has the second part alone,
+cc -O3 -shared -fPIC tools/kernels_cpu.c -o build/libqwen3_kernels_cpu.so -lm -lpthread
 
 norm    RMSNorm on the same tensors, both replayed from CUDA graphs in turn: time, and error against float64.
 layers  A model of the 0.6B shape with random BF16 weights and k_norm gains as hot as published. transformers in float32
         is the reference; ours and transformers in bfloat16 are compared with it: each operation of single layers, the
         residual stream after every layer, and the logits.
-Exit status 1 if ours is slower or further off anywhere. --device cpu --small tries the second part without a GPU
-(the library then has to be built with tests/cuda_on_cpu).
+Exit status 1 if ours is slower or further off anywhere.
 """
 import argparse
 import ctypes
@@ -33,7 +34,9 @@ def load_library(path):
                                     ('lab_error', ctypes.c_char_p, []), ('lab_forward', ctypes.c_char_p, [p, p, i, p]),
                                     ('lab_layer', ctypes.c_char_p, [p, i, i] + [p] * 7),
                                     ('lab_logits', ctypes.c_char_p, [p, p, i, p])]:
-        function = getattr(library, name)
+        function = getattr(library, name, None)     # the CPU's library has no lab_rmsnorm
+        if not function:
+            continue
         function.restype, function.argtypes = result, arguments
     return library
 
@@ -172,12 +175,12 @@ class Transformers:
         return torch.stack([s.reshape(tokens.numel(), -1).float().cpu() for s in states]), logits.float().cpu()
 
     def layer(self, index, x):
-        """The operations of one layer on x [n, n_embd] in float32: q, k, attention, mlp, layer"""
+        """The operations of one layer on x [n, n_embd] in float32: q, k, attention, silu(gate) * up, layer"""
         layer, seen = self.model.model.layers[index], {}
         x = x.to(self.device, self.dtype)[None]
         positions = torch.arange(x.shape[1], device=self.device)[None]
         hooks = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.update(attention=args[0])),
-                 layer.mlp.register_forward_hook(lambda _, args, out: seen.update(mlp=out))]
+                 layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.update(product=args[0]))]
         with torch.no_grad():
             out = layer(x, position_embeddings=self.model.model.rotary_emb(x, positions), position_ids=positions)
         for hook in hooks:
@@ -209,10 +212,10 @@ class Ours:
         c, n = self.config, x.shape[0]
         q_dim, kv_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         x = x.contiguous()
-        q, k, v, a, mid, out = (torch.full((n, w), float('nan')) for w in
-                                (q_dim, kv_dim, kv_dim, q_dim, c.hidden_size, c.hidden_size))
-        check(self.library.lab_layer(self.model, index, n, *(t.data_ptr() for t in (x, q, k, v, a, mid, out))))
-        return {'q': q, 'k': k, 'attention': a, 'mlp': out - mid, 'layer': out}
+        q, k, v, a, product, out = (torch.full((n, w), float('nan')) for w in
+                                    (q_dim, kv_dim, kv_dim, q_dim, c.intermediate_size, c.hidden_size))
+        check(self.library.lab_layer(self.model, index, n, *(t.data_ptr() for t in (x, q, k, v, a, product, out))))
+        return {'q': q, 'k': k, 'attention': a, 'product': product, 'layer': out}
 
 
 def distance(a, b):
@@ -223,7 +226,11 @@ def distance(a, b):
 def compare_layers(library, args):
     bad = 0
     with tempfile.TemporaryDirectory() as directory:
-        config = make_model(directory, args.small)
+        if args.model:
+            from transformers import AutoConfig
+            directory, config = args.model, AutoConfig.from_pretrained(args.model)
+        else:
+            config = make_model(directory, args.small)
         models = [Transformers(directory, dtype, args.device) for dtype in (torch.float32, torch.bfloat16)]
         for n in args.tokens:
             ours = Ours(library, directory, n, config)
@@ -233,7 +240,7 @@ def compare_layers(library, args):
             print(f'{"one layer, the same input":28} {"transformers bf16":>18} {"ours":>10}')
             for index in [i for i in (0, 1, 5, 14, 27) if i < config.num_hidden_layers]:
                 parts = [m.layer(index, want[index]) for m in (*models, ours)]
-                for name in ('q', 'k', 'attention', 'mlp', 'layer'):
+                for name in ('q', 'k', 'attention', 'product', 'layer'):
                     d = [distance(p[name], parts[0][name]) for p in parts[1:]]
                     bad += not d[1] < d[0]
                     print(f'{f"layer {index}, {name}":28} {d[0]:18.2e} {d[1]:10.2e}{"" if d[1] < d[0] else " <-- worse"}')
@@ -257,6 +264,7 @@ def main():
     p.add_argument('--tokens', default='8,512', type=lambda s: [int(n) for n in s.split(',')])
     p.add_argument('--widths', default='128,1024,2560,4096,5120', type=lambda s: [int(n) for n in s.split(',')])
     p.add_argument('--rows', default='1,16,512,2048,16384', type=lambda s: [int(n) for n in s.split(',')])
+    p.add_argument('--model', help='a model directory instead of random weights')
     p.add_argument('--device', default='cuda')
     p.add_argument('--small', action='store_true')
     args = p.parse_args()

@@ -109,8 +109,8 @@ qwen3_result lab_kv(cuda_ctx *c, int layer, int n, float *k, float *v) {
     return QWEN3_OK;
 }
 
-qwen3_result lab_parts(lab_model *l, int layer, const float *x, float *q, float *k, float *v, float *a, float *mid,
-                       float *out) {
+qwen3_result lab_parts(lab_model *l, int layer, const float *x, float *q, float *k, float *v, float *a,
+                       float *product, float *out) {
     cuda_ctx *c = (cuda_ctx *)l->ctx;
     const layer_weights *w = &c->m->layers[layer];
     pass p = make_pass(c, c->stream, l->rows, c->lab_tiles, &lab_err);
@@ -122,10 +122,9 @@ qwen3_result lab_parts(lab_model *l, int layer, const float *x, float *q, float 
     TRY(attention(&p, layer));
     TRY(lab_get(c, QWEN3_CUDA_A, a, &lab_err));
     TRY(o_proj(&p, layer));
-    TRY(add_pending(&p));
-    TRY(lab_get(c, QWEN3_CUDA_X, mid, &lab_err));
     TRY(norm(&p, w->mlp_norm, w->gate_up));
     TRY(mlp(&p, layer));
+    TRY(lab_get(c, QWEN3_CUDA_M, product, &lab_err));
     TRY(down_proj(&p, layer));
     TRY(add_pending(&p));
     return lab_get(c, QWEN3_CUDA_X, out, &lab_err);
@@ -140,13 +139,13 @@ extern "C" const char *lab_forward(lab_model *l, const int *tokens, int n, float
     return lab_failed(r);
 }
 
-/* One layer on x [n, n_embd]: q [n, q_dim] and k, v [n, kv_dim] as attention gets them, its result a [n, q_dim], the
-   residual after attention and after the layer. Positions 0 to n - 1. */
+/* One layer on x [n, n_embd]: q [n, q_dim] and k, v [n, kv_dim] as attention gets them, its result a [n, q_dim],
+   silu(gate) * up [n, n_ff], and the residual after the layer. Positions 0 to n - 1. */
 extern "C" const char *lab_layer(lab_model *l, int layer, int n, const float *x, float *q, float *k, float *v, float *a,
-                                 float *mid, float *out) {
+                                 float *product, float *out) {
     std::vector<int> tokens((size_t)n, 0);
     qwen3_result r = lab_begin(l, tokens.data(), n);
-    if (r == QWEN3_OK) r = lab_parts(l, layer, x, q, k, v, a, mid, out);
+    if (r == QWEN3_OK) r = lab_parts(l, layer, x, q, k, v, a, product, out);
     return lab_failed(r);
 }
 
@@ -304,7 +303,12 @@ qwen3_result fused_qkv(const pass *p, int layer, const float *scales) {
 }
 
 /* ---- what it is tried on: layers of random weights, the gains of k_norm as hot as published -------------- */
-enum { FOLDED = 1, MOST_ROWS = 2048 };  /* layer 1 has the weights of layer 0 with its gains multiplied in */
+#ifdef QWEN3_CUDA_EMULATED              /* tests/cuda_on_cpu: the errors are right, the times mean nothing */
+enum { MOST_ROWS = 64, WEIGHT_BYTES = 1 };
+#else
+enum { MOST_ROWS = 2048, WEIGHT_BYTES = 200000000 };    /* far beyond the L2 cache */
+#endif
+enum { FOLDED = 1 };                    /* layer 1 has the weights of layer 0 with its gains multiplied in */
 
 struct trial {
     cuda_model  *m;
@@ -382,7 +386,7 @@ qwen3_result trial_open(trial *t, int embd, int heads) {
     qwen3i_config &g = t->config;
     memset(&g, 0, sizeof g);
     g.n_embd = embd; g.n_head = heads; g.n_head_kv = 8; g.head_dim = 128; g.n_ff = 64; g.n_vocab = 64;
-    g.n_layer = most(4, 200000000 / ((heads + 16) * 128 * embd * 2));   /* weights far beyond the L2 cache */
+    g.n_layer = most(2, ceil_div(WEIGHT_BYTES, (heads + 16) * 128 * embd * 2));
     g.max_ctx = MOST_ROWS; g.rms_eps = 1e-6f; g.rope_theta = 1e6;
     t->seed = 1;
     trial_weights(t);
@@ -557,14 +561,16 @@ qwen3_result trial_rows(trial *t, const char *size, int n) {
     std::vector<int32_t> seqs((size_t)n, 0), positions((size_t)n), tokens((size_t)n, 0);
     qwen3i_batch b = qwen3i_batch();
     trial_errors e;
-    double separate, one, fused;
+    double separate = 0, one = 0, fused = 0;
     for (int i = 0; i < n; i++) positions[(size_t)i] = i;
     b.tokens = tokens.data(); b.seqs = seqs.data(); b.positions = positions.data(); b.n_rows = n;
     TRY(lab_rows(t->c, &b, &lab_err));
     TRY(trial_errors_of(t, n, &e));
+#ifndef QWEN3_CUDA_EMULATED
     TRY(trial_time(t, n, SEPARATE, &separate));
     TRY(trial_time(t, n, SEPARATE_1, &one));
     TRY(trial_time(t, n, FUSED, &fused));
+#endif
     printf("%-5s %5d %9.2f %9.2f %9.2f  %5.2f %5.2f   %.1e %.1e  %.1e %.1e  %.1e %.1e  %.1e %.1e  %.1e %.1e\n", size, n,
            separate, one, fused, separate / fused, one / fused, e.separate.k, e.separate.score, e.separate_1.k,
            e.separate_1.score, e.after.k, e.after.score, e.folded.k, e.folded.score, e.bf16.k, e.bf16.score);
@@ -588,7 +594,7 @@ extern "C" const char *lab_fused_baseline(const char *size) {
         if (size && strcmp(size, sizes[i].name)) continue;
         trial *t = new trial();
         qwen3_result r = trial_open(t, sizes[i].embd, sizes[i].heads);
-        for (int k = 0; r == QWEN3_OK && k < 6; k++) r = trial_rows(t, sizes[i].name, rows[k]);
+        for (int k = 0; r == QWEN3_OK && k < 6 && rows[k] <= MOST_ROWS; k++) r = trial_rows(t, sizes[i].name, rows[k]);
         if (t->c) free_ctx(t->c);
         if (t->m) free_model(t->m);
         delete t;
