@@ -26,7 +26,8 @@ enum { STAB_MOST_SEQS = 64, STAB_MOST_TOKENS = 1 << 20 };
 
 /* ---- a model with hot gains ------------------------------------------------------------------------------ */
 typedef struct stab_shape { int n_layer, n_embd, n_head, n_head_kv, head_dim, n_ff, n_vocab; } stab_shape;
-static const stab_shape stab_small = {STAB_LAYERS, 64, 4, 2, 64, 96, 80}, stab_long = {1, 32, 1, 1, 64, 32, 40};
+static const stab_shape stab_small = {STAB_LAYERS, 64, 4, 2, 64, 96, 80}, stab_long = {1, 32, 1, 1, 64, 32, 40},
+                        stab_wide = {2, 256, 2, 1, 128, 256, 128};  /* fits the kernels for Hopper */
 
 typedef struct stab_model {
     qwen3_model  model;
@@ -290,6 +291,14 @@ static const char *stab_type(qwen3i_type t) { return t == QWEN3I_F32 ? "F32" : t
 static int stab_rounds(qwen3i_type weights, int rows) {
     return stab_is_cuda() && weights != QWEN3I_F32 && (stab_kernels == QWEN3_PATH_STANDARD || rows > 8);
 }
+static int stab_own_products(const stab_bench *b, int rows) {
+#ifdef QWEN3_TEST_CUDA
+    return stab_is_cuda() && rows > 64 && qwen3_cuda_get_kernels()->own_products(b->state);
+#else
+    (void)b; (void)rows;
+    return 0;
+#endif
+}
 static double stab_bound(qwen3i_type weights, int rows) {
     return stab_rounds(weights, rows) ? STAB_ROUNDED : STAB_FLOAT;
 }
@@ -467,7 +476,8 @@ static void stab_check_qkv(stab_bench *b, int rows, float times, const stab_rows
            *q = stab_doubles(NULL, (size_t)rows * (size_t)q_dim),
            *k = stab_doubles(NULL, (size_t)rows * (size_t)kv_dim),
            *v = stab_doubles(NULL, (size_t)rows * (size_t)kv_dim);
-    const double bound = STAB_FLOAT * 2 + (b->positions[0] + rows) / 16777216.0;    /* angles are float32 products */
+    const double angles = (b->positions[0] + rows) / 16777216.0;        /* they are float32 products */
+    const double bound = angles + 2 * (stab_own_products(b, rows) ? STAB_ROUNDED : STAB_FLOAT);
     char name[64];
     int i, clamped = 0;
     for (i = 0; i < rows; i++)
@@ -563,12 +573,12 @@ static void stab_check_attention(stab_bench *b, int n, int rows, float times) {
     free(want); free(in); free(keys); free(values);
 }
 
-static void stab_operations(void) {
+static void stab_operations_of(const stab_shape *shape) {
     static const int rows[] = {1, 63, 64, 128};
     int t, kv, i, k;
     for (t = 0; t < 3; t++)
         for (i = 0; i < 4; i++) {
-            stab_model *m = stab_create(&stab_small, cpu_types[t], stab_times[i], 2);
+            stab_model *m = stab_create(shape, cpu_types[t], stab_times[i], 2);
             for (kv = QWEN3_KV_F32; kv <= QWEN3_KV_BF16; kv++) {
                 stab_bench b;
                 if (stab_open(&b, m, 136, 1, 128, kv)) {
@@ -589,6 +599,11 @@ static void stab_operations(void) {
             }
             stab_destroy(m);
         }
+}
+
+static void stab_operations(void) {
+    stab_operations_of(&stab_small);
+    if (stab_is_cuda() && STAB_MOST_TOKENS > 65) stab_operations_of(&stab_wide);
 }
 
 static void stab_lengths(void) {
@@ -718,7 +733,7 @@ static void stab_products(void) {
     static const int rows[] = {1, 63, 64, 128};
     int t, i;
     for (t = 0; t < 3; t++) {
-        stab_model *m = stab_create(&stab_small, cpu_types[t], 1, 300);
+        stab_model *m = stab_create(stab_is_cuda() ? &stab_wide : &stab_small, cpu_types[t], 1, 300);
         for (i = 0; i < 4; i++) stab_check_model(m, "products beyond 65504", QWEN3_KV_F32, rows[i], rows[i]);
         stab_destroy(m);
     }

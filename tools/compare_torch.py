@@ -191,9 +191,9 @@ class Transformers:
 
 
 class Ours:
-    def __init__(self, library, directory, rows, config):
+    def __init__(self, library, directory, rows, config, kv):
         self.library, self.config = library, config
-        self.model = library.lab_open(directory.encode(), rows, 1)      # a cache of float32, as transformers has none
+        self.model = library.lab_open(directory.encode(), rows, kv)     # 1: a cache of F32, 2: of F16
         if not self.model:
             check(library.lab_error())
 
@@ -233,27 +233,30 @@ def compare_layers(library, args):
             config = make_model(directory, args.small)
         models = [Transformers(directory, dtype, args.device) for dtype in (torch.float32, torch.bfloat16)]
         for n in args.tokens:
-            ours = Ours(library, directory, n, config)
             tokens = torch.randint(0, config.vocab_size, (n,), generator=torch.Generator().manual_seed(2))
-            (want, want_logits), (theirs, their_logits), (got, got_logits) = (m.states(tokens) for m in (*models, ours))
+            engines = [*models, Ours(library, directory, n, config, 1), Ours(library, directory, n, config, 2)]
             print(f'\n{n} tokens: distance from transformers in float32, ||d|| / ||reference||')
-            print(f'{"one layer, the same input":28} {"transformers bf16":>18} {"ours":>10}')
+
+            def line(name, results):
+                d = [distance(r, results[0]) for r in results[1:]]
+                worse = not (d[1] < d[0] and d[2] < d[0])
+                print(f'{name:28} {d[0]:18.2e} {d[1]:16.2e} {d[2]:16.2e}{" <-- worse" if worse else ""}')
+                return worse
+            states = [e.states(tokens) for e in engines]
+            head = f'{"transformers bf16":>18} {"ours, F32 cache":>16} {"ours, F16 cache":>16}'
+            print(f'{"one layer, the same input":28} {head}')
             for index in [i for i in (0, 1, 5, 14, 27) if i < config.num_hidden_layers]:
-                parts = [m.layer(index, want[index]) for m in (*models, ours)]
+                parts = [e.layer(index, states[0][0][index]) for e in engines]
                 for name in ('q', 'k', 'attention', 'product', 'layer'):
-                    d = [distance(p[name], parts[0][name]) for p in parts[1:]]
-                    bad += not d[1] < d[0]
-                    print(f'{f"layer {index}, {name}":28} {d[0]:18.2e} {d[1]:10.2e}{"" if d[1] < d[0] else " <-- worse"}')
-            print(f'{"whole model, after":28} {"transformers bf16":>18} {"ours":>10}')
-            for i in range(1, len(want)):
-                d = distance(theirs[i], want[i]), distance(got[i], want[i])
-                bad += not d[1] < d[0]
-                print(f'{f"layer {i - 1}":28} {d[0]:18.2e} {d[1]:10.2e}{"" if d[1] < d[0] else " <-- worse"}')
-            d = distance(their_logits, want_logits), distance(got_logits, want_logits)
-            bad += not d[1] < d[0]
-            same = [(x.argmax(-1) == want_logits.argmax(-1)).float().mean().item() for x in (their_logits, got_logits)]
-            print(f'{"logits":28} {d[0]:18.2e} {d[1]:10.2e}\n{"same first choice":28} {100 * same[0]:17.1f}% {100 * same[1]:9.1f}%', flush=True)
-            ours.close()
+                    bad += line(f'layer {index}, {name}', [p[name] for p in parts])
+            print(f'{"whole model, after":28} {head}')
+            for i in range(1, config.num_hidden_layers + 1):
+                bad += line(f'layer {i - 1}', [s[0][i] for s in states])
+            bad += line('logits', [s[1] for s in states])
+            same = [100 * (s[1].argmax(-1) == states[0][1].argmax(-1)).float().mean().item() for s in states[1:]]
+            print(f'{"same first choice":28} {same[0]:17.1f}% {same[1]:15.1f}% {same[2]:15.1f}%', flush=True)
+            for engine in engines[2:]:
+                engine.close()
     return bad
 
 

@@ -6,7 +6,8 @@
 #
 # In one call of less than 400 s on an H200: tests, sanitizers, speed of SIZES with single operations and pictures, long
 # prompts, batches, and transformers beside ours. QUICK=1 leaves the sanitizers out, VARIANTS="late early norm ..." compares
-# build options, COMPARE= leaves transformers out. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
+# build options, COMPARE= leaves transformers out, PROOF= what takes up
+# to five minutes more: a fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
 OUT=${OUT:-gpu_out}
 LIMIT=${LIMIT:-60}
 NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
@@ -91,6 +92,21 @@ for size in ${COMPARE-0.6B 8B}; do
     grep '^| [0-9]' "$OUT/compare.$size.log" | sed 's/^/    /' >> "$OUT/table"
 done
 for v in $VARIANTS; do run speed.$v 30 build/gpu_check_${v}_test -v -k test_cuda_speed_one; done
+
+# each under a minute
+if [ -n "${PROOF-1}" ]; then
+    PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
+    run proof.build 300 make -s build/bench_fused build/libqwen3_kernels.so NVCC="$NVCC" \
+        CUDA_ARCH="-gencode=arch=compute_$chip,code=sm_$chip"
+    run proof.fused 60 build/bench_fused --fused-baseline && sed 's/^/    /' "$OUT/proof.fused.log" >> "$OUT/table"
+    if "$PYTHON" -c 'import torch' 2>/dev/null; then
+        run proof.norm 60 "$PYTHON" tools/compare_torch.py --only norm
+        run proof.layers 60 "$PYTHON" tools/compare_torch.py --only layers
+        run proof.sweep 60 "$PYTHON" tools/sweep_rmsnorm.py
+    else note proof.norm "PyTorch is not here"
+    fi
+    run proof.profile 60 "$PYTHON" tools/profile.py --bench build/gpu_check_plain_bench --ncu "${NCU:-$(command -v ncu || echo "$CUDA/bin/ncu")}"
+fi
 
 # sanitize TOOL SUITE: what it finds inside of cuBLAS, whose kernels are not named *_kernel, is not ours
 sanitize() {

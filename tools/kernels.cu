@@ -276,13 +276,14 @@ template <int R, int NR> cudaError_t launch_fused(const pass *p, const matvec_in
                         in, a, p->c->qkv_tickets, scales);
 }
 
-/* The fused operation on c->x (up to 8 rows) or c->act (its 16-bit form), with the weights of `layer`. */
+/* The fused operation on c->x (up to 8 rows) or its 16-bit form, with the weights of `layer`. */
 qwen3_result fused_qkv(const pass *p, int layer, const float *scales) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
     matrix w = c->m->layers[layer].qkv;
     const qkv_args a = qkv_arguments(p, layer);
     w.terms = 1;
+    if (p->how == WIDE) return wide_qkv(p, w, a);       /* the kernel before has left 1 / rms in act_scale */
     if (p->how != MATVEC) {
         TRY(act_product(p, c->qkv, a.ld, w, 0, w.rows));
         return launched(p, launch(p->s, grid1(p->n), 256, 0, fused_store_kernel<float>, a, (const half_t *)c->act,
@@ -317,6 +318,7 @@ struct trial {
     std::vector<qwen3i_layer> layers;
     std::vector<unsigned short> w, folded, rest;        /* F16: q, k and v below each other; for all else */
     std::vector<float> attn_norm, q_norm, k_norm, x;
+    float       *ones;                  /* [n_embd] on the device */
     uint64_t seed;
 };
 
@@ -385,7 +387,7 @@ qwen3_result trial_open(trial *t, int embd, int heads) {
     void *state = NULL;
     qwen3i_config &g = t->config;
     memset(&g, 0, sizeof g);
-    g.n_embd = embd; g.n_head = heads; g.n_head_kv = 8; g.head_dim = 128; g.n_ff = 64; g.n_vocab = 64;
+    g.n_embd = embd; g.n_head = heads; g.n_head_kv = 8; g.head_dim = 128; g.n_ff = 256; g.n_vocab = 64;
     g.n_layer = most(2, ceil_div(WEIGHT_BYTES, (heads + 16) * 128 * embd * 2));
     g.max_ctx = MOST_ROWS; g.rms_eps = 1e-6f; g.rope_theta = 1e6;
     t->seed = 1;
@@ -401,7 +403,12 @@ qwen3_result trial_open(trial *t, int embd, int heads) {
     desc.kv_type = QWEN3_KV_F32;        /* so that the errors are those of the computation */
     t->c = (cuda_ctx *)host_alloc(&desc.allocator, sizeof *t->c);
     shape_ctx(t->c, t->m, &desc);
-    return fill_ctx(t->c, &lab_err);
+    TRY(fill_ctx(t->c, &lab_err));
+    const std::vector<float> ones((size_t)embd, 1.0f);
+    TRY(device_alloc((char **)&t->ones, ones.size() * sizeof(float), "a comparison", &lab_err));
+    const qwen3i_err *err = &lab_err;
+    CUDA_TRY(cudaMemcpy(t->ones, ones.data(), ones.size() * sizeof(float), cudaMemcpyHostToDevice));
+    return QWEN3_OK;
 }
 
 /* ---- float64 ---------------------------------------------------------------------------------------------- */
@@ -479,8 +486,11 @@ qwen3_result trial_put(trial *t, pass *p, const float *x) {
     matrix one = c->m->layers[0].qkv;
     one.terms = 1;
     TRY(lab_put(c, QWEN3_CUDA_X, x, &lab_err));
-    if (p->how != MATVEC) TRY(round_rows(p, one, c->x, c->embd_ld, p->n));
-    return QWEN3_OK;
+    if (p->how == WIDE)
+        return launched(p, launch(p->s, grid1(p->n), 256, 0, wide_norm_kernel, c->wide_act, c->act_scale, c->ff_scale,
+                                  (const float *)NULL, (const float *)c->x, c->embd_ld, (const float *)t->ones,
+                                  t->config.n_embd, t->config.rms_eps), "wide_norm");
+    return p->how == MATVEC ? QWEN3_OK : round_rows(p, one, c->x, c->embd_ld, p->n);
 }
 
 /* Microseconds of one: a graph of one a layer, replayed; the median of nine. */
@@ -595,6 +605,7 @@ extern "C" const char *lab_fused_baseline(const char *size) {
         trial *t = new trial();
         qwen3_result r = trial_open(t, sizes[i].embd, sizes[i].heads);
         for (int k = 0; r == QWEN3_OK && k < 6 && rows[k] <= MOST_ROWS; k++) r = trial_rows(t, sizes[i].name, rows[k]);
+        if (t->ones) cudaFree(t->ones);
         if (t->c) free_ctx(t->c);
         if (t->m) free_model(t->m);
         delete t;

@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""Nsight Compute's figures for each kernel of a decode step and of a prefill, as a table.
+
+usage: profile.py [--bench ./bench] [--sizes 0.6B,8B] [--ncu ncu] [--launches 40]
+
+For every kernel the launch that took longest is shown: microseconds, share of the peak of memory (DRAM) and of the
+multiprocessors, warps in flight of those that fit, registers, and the three largest reasons why warps waited (issue
+slots lost to each). Clocks are left as they are. Needs permission to read the GPU's counters.
+"""
+import argparse
+import csv
+import io
+import subprocess
+import sys
+
+STALLS = ['long_scoreboard', 'short_scoreboard', 'barrier', 'membar', 'wait', 'math_pipe_throttle', 'mio_throttle',
+          'lg_throttle', 'tex_throttle', 'not_selected', 'no_instruction', 'sleeping', 'branch_resolve', 'gmma']
+STALL = 'smsp__average_warps_issue_stalled_{}_per_issue_active.ratio'
+TIME, DRAM, SM = 'gpu__time_duration.sum', 'dram__throughput.avg.pct_of_peak_sustained_elapsed', \
+    'sm__throughput.avg.pct_of_peak_sustained_elapsed'
+WARPS, REGISTERS = 'sm__warps_active.avg.pct_of_peak_sustained_active', 'launch__registers_per_thread'
+
+
+def profile(args, size, test, skip):
+    """Rows of ncu's CSV, one a launch, with units taken into account."""
+    metrics = ','.join([TIME, DRAM, SM, WARPS, REGISTERS] + [STALL.format(s) for s in STALLS])
+    command = [args.ncu, '--clock-control', 'none', '--csv', '--page', 'raw', '--print-units', 'base', '--metrics', metrics,
+               '--launch-skip', str(skip), '--launch-count', str(args.launches),
+               args.bench, '--cuda', '--random', size, '--tests', test, '--repeat', '1']
+    run = subprocess.run(command, capture_output=True, text=True)
+    lines = run.stdout.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        sys.exit(f'no figures from: {" ".join(command)}\n{run.stdout[-2000:]}{run.stderr[-2000:]}')
+    return [row for row in csv.DictReader(io.StringIO('\n'.join(lines[start:]))) if row['ID'].isdigit()]
+
+
+def number(row, name):
+    try:
+        return float(row.get(name, '').replace(',', ''))
+    except ValueError:
+        return 0.0
+
+
+def table(rows):
+    longest = {}
+    for row in rows:
+        name = row['Kernel Name'].split('(')[0].replace('<unnamed>::', '').replace('void ', '')
+        if name not in longest or number(row, TIME) > number(longest[name], TIME):
+            longest[name] = row
+    print(f'{"us":>8} {"DRAM %":>7} {"SM %":>6} {"warps %":>8} {"regs":>5}  {"grid x block":24} {"kernel":44} waits for')
+    for name, row in sorted(longest.items(), key=lambda item: -number(item[1], TIME)):
+        stalls = sorted(((number(row, STALL.format(s)), s) for s in STALLS), reverse=True)[:3]
+        shape = f'{row["Grid Size"]} x {row["Block Size"]}'.replace(' ', '')
+        print(f'{number(row, TIME) / 1000:8.2f} {number(row, DRAM):7.1f} {number(row, SM):6.1f} {number(row, WARPS):8.1f} '
+              f'{number(row, REGISTERS):5.0f}  {shape:24} {name[:44]:44} ' + ', '.join(f'{s} {v:.1f}' for v, s in stalls if v))
+
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument('--bench', default='./bench')
+    p.add_argument('--sizes', default='0.6B')
+    p.add_argument('--ncu', default='ncu')
+    p.add_argument('--launches', type=int, default=40)
+    args = p.parse_args()
+    for size in args.sizes.split(','):
+        for test, skip in (('tg2@512', 400), ('pp2048', 60)):       # past the loading of the weights
+            print(f'{size}, {test}')
+            table(profile(args, size, test, skip))
+
+
+main()
