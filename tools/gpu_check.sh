@@ -6,8 +6,8 @@
 #
 # In one call of less than 400 s on an H200: tests, sanitizers, speed of SIZES with single operations and pictures, long
 # prompts, batches, and transformers beside ours. QUICK=1 leaves the sanitizers out, VARIANTS="late early norm ..." compares
-# build options, COMPARE= leaves transformers out, PROOF= what takes up
-# to five minutes more: a fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
+# build options, COMPARE= leaves transformers out, PROOF= what takes up to five minutes more: a fused kernel, PyTorch,
+# RMSNorm's shapes, Nsight Compute. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
 OUT=${OUT:-gpu_out}
 LIMIT=${LIMIT:-60}
 NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
@@ -105,7 +105,7 @@ if [ -n "${PROOF-1}" ]; then
         run proof.sweep 60 "$PYTHON" tools/sweep_rmsnorm.py
     else note proof.norm "PyTorch is not here"
     fi
-    run proof.profile 60 "$PYTHON" tools/profile.py --bench build/gpu_check_plain_bench --ncu "${NCU:-$(command -v ncu || echo "$CUDA/bin/ncu")}"
+    run proof.profile 60 "$PYTHON" tools/profile_kernels.py --bench build/gpu_check_plain_bench --ncu "${NCU:-$(command -v ncu || echo "$CUDA/bin/ncu")}"
 fi
 
 # sanitize TOOL SUITE: what it finds inside of cuBLAS, whose kernels are not named *_kernel, is not ours

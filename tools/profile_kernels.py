@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Nsight Compute's figures for each kernel of a decode step and of a prefill, as a table.
 
-usage: profile.py [--bench ./bench] [--sizes 0.6B,8B] [--ncu ncu] [--launches 40]
+usage: profile_kernels.py [--bench ./bench] [--sizes 0.6B,8B] [--ncu ncu] [--launches 40]
 
 For every kernel the launch that took longest is shown: microseconds, share of the peak of memory (DRAM) and of the
 multiprocessors, warps in flight of those that fit, registers, and the three largest reasons why warps waited (issue
@@ -45,7 +45,10 @@ def number(row, name):
 def table(rows):
     longest = {}
     for row in rows:
-        name = row['Kernel Name'].split('(')[0].replace('<unnamed>::', '').replace('void ', '')
+        name = row['Kernel Name']
+        for noise in ('void ', '<unnamed>::', '(anonymous namespace)::', '(int)', '(bool)'):
+            name = name.replace(noise, '')
+        name = name.split('>(')[0] + '>' if '>(' in name else name.split('(')[0]
         if name not in longest or number(row, TIME) > number(longest[name], TIME):
             longest[name] = row
     print(f'{"us":>8} {"DRAM %":>7} {"SM %":>6} {"warps %":>8} {"regs":>5}  {"grid x block":24} {"kernel":44} waits for')
