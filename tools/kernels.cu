@@ -1,7 +1,12 @@
 /* kernels.cu - the kernels of qwen3_cuda.cu one by one on other people's data, for comparisons. No part of the library.
 
    As a shared library (make build/libqwen3_kernels.so) for tools/compare_torch.py and tools/sweep_rmsnorm.py; linked
-   with bench.c (make build/bench_fused) for `bench --fused-baseline`. All functions return NULL or an error's text. */
+   with bench.c (make build/bench_fused) for `bench --fused-baseline`. Without a GPU, for the errors alone:
+
+       g++ -O2 -std=c++17 -x c++ -Itests/cuda_on_cpu -I. -c tools/kernels.cu -o build/kernels.o
+       cc -O2 -DQWEN3_WITH_FUSED_BASELINE bench.c build/kernels.o -o build/bench_fused -lstdc++ -lm -lpthread
+
+   All functions return NULL or an error's text. */
 #include "../qwen3_cuda.cu"
 
 #include <algorithm>
@@ -426,7 +431,8 @@ void trial_reference(const trial *t, const std::vector<double> &h, int position,
     const int heads = g.n_head + g.n_head_kv, dim = g.head_dim;
     y.assign((size_t)(heads * dim), 0);
     for (size_t r = 0; r < y.size(); r++)
-        for (size_t i = 0; i < h.size(); i++) y[r] += (double)__half2float(__ushort_as_half(t->w[r * h.size() + i])) * h[i];
+        for (size_t i = 0; i < h.size(); i++)
+            y[r] += (double)__half2float(__ushort_as_half(t->w[r * h.size() + i])) * h[i];
     for (int n = 0; n < heads; n++) {
         double *v = &y[(size_t)(n * dim)], sum = 0;
         const float *gain = n < g.n_head ? t->q_norm.data() : t->k_norm.data();
@@ -581,9 +587,11 @@ qwen3_result trial_rows(trial *t, const char *size, int n) {
     TRY(trial_time(t, n, SEPARATE_1, &one));
     TRY(trial_time(t, n, FUSED, &fused));
 #endif
-    printf("%-5s %5d %9.2f %9.2f %9.2f  %5.2f %5.2f   %.1e %.1e  %.1e %.1e  %.1e %.1e  %.1e %.1e  %.1e %.1e\n", size, n,
-           separate, one, fused, separate / fused, one / fused, e.separate.k, e.separate.score, e.separate_1.k,
-           e.separate_1.score, e.after.k, e.after.score, e.folded.k, e.folded.score, e.bf16.k, e.bf16.score);
+    const trial_error all[] = {e.separate, e.separate_1, e.after, e.folded, e.bf16};
+    printf("%-5s %5d %9.2f %9.2f %9.2f  %5.2f %5.2f ", size, n, separate, one, fused, fused > 0 ? separate / fused : 0,
+           fused > 0 ? one / fused : 0);
+    for (const trial_error &each : all) printf("  %.1e %.1e", each.k, each.score);
+    printf("\n");
     fflush(stdout);
     return QWEN3_OK;
 }
@@ -596,8 +604,8 @@ extern "C" const char *lab_fused_baseline(const char *size) {
         {"0.6B", 1024, 16}, {"1.7B", 2048, 16}, {"4B", 2560, 32}, {"8B", 4096, 32}
     };
     static const int rows[] = {1, 2, 8, 64, 512, 2048};
-    printf("RMSNorm + QKV + norm of heads + RoPE + cache, microseconds; errors of k and of scores, absolute, under k_norm"
-           " gains of 96.5\n%-5s %5s %9s %9s %9s  %5s %5s   %-15s  %-15s  %-15s  %-15s  %-15s\n", "size", "rows",
+    printf("RMSNorm + QKV + norm of heads + RoPE + cache, microseconds; absolute errors of k and of scores, k_norm "
+           "gains of 96.5\n%-5s %5s %9s %9s %9s  %5s %5s   %-15s  %-15s  %-15s  %-15s  %-15s\n", "size", "rows",
            "separate", "1 term", "fused", "ratio", "1 t.", "separate", "1 term", "scale after", "gains folded",
            "bf16 input");
     for (int i = 0; i < 4; i++) {
