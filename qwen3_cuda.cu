@@ -186,6 +186,7 @@ struct cuda_model {
     qwen3_allocator allocator;
     qwen3i_config   config;
     int             device, n_sm, capability;   /* 90 for 9.0 */
+    size_t          cache_bytes;                /* of the second level */
     char            name[256];
     char           *memory;                     /* all weights */
     size_t          size;
@@ -489,6 +490,7 @@ static qwen3_result open_device(cuda_model *m, int device, const qwen3i_err *err
     CUDA_TRY(cudaGetDeviceProperties(&prop, device));
     m->device = device;
     m->n_sm = prop.multiProcessorCount;
+    m->cache_bytes = (size_t)prop.l2CacheSize;
     m->capability = prop.major * 10 + prop.minor;
     snprintf(m->name, sizeof m->name, "%s", prop.name);
     if (m->capability < 75)
@@ -1118,6 +1120,7 @@ static matvec_in vector_input(const pass *p, const matrix &w, const float *x, in
     in.w = w.data; in.scale = w.scale; in.n = w.rows; in.k = w.cols; in.ldw = w.ld;
     in.x = x; in.rows = rows; in.ldx = ldx;
     in.gain = NULL; in.eps = p->c->m->config.rms_eps;
+    in.near = (size_t)w.rows * w.ld * type_size(w.type) <= p->c->m->cache_bytes / 4;
     return in;
 }
 
@@ -1167,16 +1170,19 @@ template <bool ADD> static qwen3_result matvec(const pass *p, float *y, int ldy,
 #undef CALL
 }
 
+/* Pairs that a warp takes of n: three if that does all of them at once; otherwise two, with more of each on the way. */
+static int pairs_a_warp(const pass *p, int n) { return ceil_div(n, p->c->m->n_sm * MATVEC_WARPS) <= 3 ? 3 : 2; }
+
 template <class W, int R, int P>
 static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int ldy) {
-    const share s = matvec_share(p, in.n / 2, R == 1 ? 3 : P);
+    const share s = matvec_share(p, in.n / 2, R == 1 ? pairs_a_warp(p, in.n / 2) : P);
     return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, mlp_kernel<W, R, P>, in, y, ldy);
 }
 template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in &in, float *y, int ldy) {
     if (in.rows > 4) return launch_mlp<W, 8, 1>(p, in, y, ldy);
     if (in.rows > 2) return launch_mlp<W, 4, 1>(p, in, y, ldy);
     if (in.rows > 1) return launch_mlp<W, 2, 1>(p, in, y, ldy);
-    switch (matvec_share(p, in.n / 2, 3).rows) {
+    switch (matvec_share(p, in.n / 2, pairs_a_warp(p, in.n / 2)).rows) {
         case 1:  return launch_mlp<W, 1, 1>(p, in, y, ldy);
         case 2:  return launch_mlp<W, 1, 2>(p, in, y, ldy);
         default: return launch_mlp<W, 1, 3>(p, in, y, ldy);

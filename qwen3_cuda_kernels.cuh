@@ -459,6 +459,7 @@ struct matvec_in {
     int          rows, ldx;
     const float *gain;                  /* [k]: x is to be normalised first; NULL: it is */
     float        eps;
+    bool         near;                  /* W fits well into the second-level cache */
 };
 
 /* k .. k + 3 of n floats, zero past the end */
@@ -520,7 +521,7 @@ template <class W, int R, int NR> static __device__ __forceinline__ void dot_row
 #pragma unroll
         for (int r = 0; r < R; r++) acc[j][r] = 0;
     QWEN3_LOAD(0);
-    if (QWEN3_CUDA_PDL)                 /* ... and the rest brought as near as possible */
+    if (QWEN3_CUDA_PDL && in.near)      /* ... and the rest brought as near as possible */
         for (int k = BATCH + lane * (128 / (int)sizeof(W)); k < in.ldw; k += 32 * (128 / (int)sizeof(W)))
 #pragma unroll
             for (int j = 0; j < NR; j++) if (rows[j] >= 0) prefetch(w + (size_t)rows[j] * in.ldw + k);
@@ -881,6 +882,17 @@ template <class T, int G, int U> static __device__ __forceinline__ void split_st
     }
 }
 
+/* Brings the first positions from begin on towards this multiprocessor, of what begins `at` elements into the cache.
+   A line (128 bytes) a thread. */
+template <class T> static __device__ __forceinline__ void prefetch_cache(const kv_layer &kv, size_t at, int dim,
+                                                                         int begin, int end) {
+    const int each = 128 / (int)sizeof(T), lines = ceil_div(dim, each), n = end - begin < 64 ? end - begin : 64;
+    for (int i = tid(); i < 2 * n * lines; i += 32 * SPLIT_WARPS) {
+        const size_t to = at + (size_t)(begin + i / 2 / lines) * kv.kv_dim + (size_t)(i / 2 % lines) * each;
+        prefetch((const T *)(i % 2 ? kv.v : kv.k) + to);
+    }
+}
+
 /* attention, any rows: out[row, head, :] = softmax(q k^T * scale) v over positions 0 .. position of the
    row's sequence, all float32. Grid (rows, n_head_kv * ceil(group / G), splits), 4 warps: a block takes one part
    of the positions for up to G heads of one group, which share its reads of k and v; its warps take turns of
@@ -891,15 +903,17 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
     __shared__ float part[SPLIT_WARPS][G][MAX_HEAD_DIM], part_top[SPLIT_WARPS][G], part_sum[SPLIT_WARPS][G];
     __shared__ float weight[G][MAX_SPLITS];
     __shared__ int last;
-    wait_for_previous();
-    let_next_start();
     const int U = G >= 8 ? 2 : 4;
     const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G);
     const int row = block_x(), kv_head = block_y() / chunks, g0 = block_y() % chunks * G;
     const int n_g = group - g0 < G ? group - g0 : G, head0 = kv_head * group + g0, dim = a.head_dim;
     const int warp = warp_id(), lane = lane_id();
+    /* the rows were written several kernels before, the cache up to this position by earlier steps */
     const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z), active = ceil_div(n, length);
     const int begin = (int)blockIdx.z * length, end = begin + length < n ? begin + length : n;
+    if (QWEN3_CUDA_PDL) prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end);
+    wait_for_previous();
+    let_next_start();
     if (begin >= n) return;
 
     int lanes = LANES;
@@ -1346,15 +1360,18 @@ static __device__ __forceinline__ const float *choice_logits(const choice &c, co
     return c.adjust ? copy + (size_t)row * n : kept + (size_t)c.slot * n;
 }
 
-struct candidates { u64 keys[CHUNKS][CHUNK_KEYS]; unsigned counts[CHUNKS]; };  /* a count above CHUNK_KEYS: too many */
+struct candidates {                     /* a count above CHUNK_KEYS: too many */
+    u64 keys[CHUNKS][CHUNK_KEYS], limits[CHUNKS];
+    unsigned counts[CHUNKS];
+};
 
 /* first stage of the choice: best[row] = the largest key of ids below n_choose; best [rows], zero before. With a
-   top_k up to LIST_TOP also each block's candidates: the keys from the k-th largest of its threads' largest on, so
-   the k largest are among them. Grid (CHUNKS, rows). */
+   top_k up to LIST_TOP also each block's candidates: the keys from its limit on, the k-th largest of what is the largest
+   of two threads each, so its k largest are among them (limit 0: all). Grid (CHUNKS, rows). */
 static __global__ void __launch_bounds__(CHUNK_THREADS)
     best_kernel(u64 *best, candidates *listed_keys, const float *kept, const float *copy, const choice *choices, int n,
                 int n_choose) {
-    __shared__ u64 tops[CHUNK_THREADS], limit;
+    __shared__ u64 tops[CHUNK_THREADS / 2], limit;
     __shared__ unsigned count;
     const choice c = choices[blockIdx.y];
     const float *l = choice_logits(c, kept, copy, block_y(), n);
@@ -1369,13 +1386,14 @@ static __global__ void __launch_bounds__(CHUNK_THREADS)
             top = keys[u] > top ? keys[u] : top;
         }
     }
-    tops[tid()] = top;
     u64 first = top;
 #pragma unroll
-    for (int o = 16; o > 0; o >>= 1) {
+    for (int o = 1; o < 32; o <<= 1) {
         const u64 other = __shfl_xor_sync(ALL, first, o);
         first = other > first ? other : first;
+        if (o == 1) top = first;        /* of two threads */
     }
+    if (tid() % 2 == 0) tops[tid() / 2] = top;
     if (lane_id() == 0 && first) atomicMax(&best[blockIdx.y], first);
     if (!(c.temperature > 0) || c.top_k <= 0 || c.top_k > LIST_TOP) return;
 
@@ -1383,8 +1401,14 @@ static __global__ void __launch_bounds__(CHUNK_THREADS)
     int rank = 0;
     if (tid() == 0) count = run > CHUNK_EACH * CHUNK_THREADS ? CHUNK_KEYS + 1 : 0;      /* not all are in registers */
     __syncthreads();
-    for (int i = 0; i < CHUNK_THREADS; i++) rank += tops[i] > top || (tops[i] == top && i < tid());
-    if (rank == c.top_k - 1) limit = top > 0 ? top : 1;
+    if (tid() < CHUNK_THREADS / 2) {
+        top = tops[tid()];
+        for (int i = 0; i < CHUNK_THREADS / 2; i++) rank += tops[i] > top || (tops[i] == top && i < tid());
+        if (rank == c.top_k - 1) {
+            limit = top > 0 ? top : 1;
+            to->limits[blockIdx.x] = top;
+        }
+    }
     __syncthreads();
 #pragma unroll
     for (int u = 0; u < CHUNK_EACH; u++) {
@@ -1617,11 +1641,19 @@ static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key,
    in order of id is found by adding up, for each, all with lower ids. */
 static __device__ int choose_listed(choose_shared &s, const candidates *from, const choice &c, float top) {
     const int lane = lane_id();
+    u64 floor = 0;                      /* k keys are no less than a block's limit, so none below the largest is kept */
     if (tid() == 0) s.n_keys = 0;
+    for (int i = lane; i < CHUNKS; i += 32) floor = from->limits[i] > floor ? from->limits[i] : floor;
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) {
+        const u64 other = __shfl_xor_sync(ALL, floor, o);
+        floor = other > floor ? other : floor;
+    }
     __syncthreads();
     for (int i = tid(); i < CHUNKS * CHUNK_KEYS; i += n_threads()) {
         const unsigned count = from->counts[i / CHUNK_KEYS];
         if ((unsigned)(i % CHUNK_KEYS) >= count && count <= (unsigned)CHUNK_KEYS) continue;
+        if (count <= (unsigned)CHUNK_KEYS && from->keys[i / CHUNK_KEYS][i % CHUNK_KEYS] < floor) continue;
         const unsigned at = atomicAdd(&s.n_keys, count <= (unsigned)CHUNK_KEYS ? 1u : (unsigned)LIST_KEYS + 1);
         if (at < (unsigned)LIST_KEYS) s.keys[at] = from->keys[i / CHUNK_KEYS][i % CHUNK_KEYS];
     }
