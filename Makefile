@@ -33,21 +33,13 @@ build/test: test.c tests/*.h $(DEPS) $(CUDA_OBJ) | build
 build/qwen3_cuda.o: qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DEPS) | build
 	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c qwen3_cuda.cu -o $@
 
-# For comparisons only: see tools/kernels.cu
-build/kernels.o: tools/kernels.cu qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DEPS) | build
-	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c tools/kernels.cu -o $@
-
-build/libqwen3_kernels.so: build/kernels.o build/qwen3.o
-	$(CC) -shared $^ -o $@ $(LDLIBS)
-
-build/bench_fused: bench.c build/kernels.o
-	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) -DQWEN3_WITH_FUSED_BASELINE $^ -o $@ $(LDLIBS)
-
 build/qwen3.o: $(DEPS) | build
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -fPIC -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o $@
 
 build/libqwen3.a: build/qwen3.o $(CUDA_OBJ)
 	rm -f $@ && $(AR) rcs $@ $^
+
+include tools/kernels.mk
 
 build:
 	mkdir -p build

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """Our CUDA kernels beside PyTorch's and transformers', in one process on one GPU.
 
-usage: compare_torch.py [--library build/libqwen3_kernels.so] [--only norm|layers] [--tokens 8,512] [--model DIR]
-                        [--device cuda|cpu]
+usage: compare_torch.py [--only norm|layers] [--tokens 8,512] [--model DIR] [--device cuda|cpu] [--library FILE]
 
 Build the library first: make build/libqwen3_kernels.so; for --device cpu, which has the second part alone,
-cc -O3 -shared -fPIC tools/kernels_cpu.c -o build/libqwen3_kernels_cpu.so -lm -lpthread
+make build/libqwen3_kernels_cpu.so
 
 norm    RMSNorm on the same tensors, both replayed from CUDA graphs in turn: time, and error against float64.
 layers  A model of the 0.6B shape with random BF16 weights and k_norm gains as hot as published. transformers in float32
@@ -262,7 +261,7 @@ def compare_layers(library, args):
 
 def main():
     p = argparse.ArgumentParser()
-    p.add_argument('--library', default='build/libqwen3_kernels.so')
+    p.add_argument('--library', help='default: build/libqwen3_kernels.so, or build/libqwen3_kernels_cpu.so')
     p.add_argument('--only', choices=['norm', 'layers'])
     p.add_argument('--tokens', default='8,512', type=lambda s: [int(n) for n in s.split(',')])
     p.add_argument('--widths', default='128,1024,2560,4096,5120', type=lambda s: [int(n) for n in s.split(',')])
@@ -271,7 +270,7 @@ def main():
     p.add_argument('--device', default='cuda')
     p.add_argument('--small', action='store_true')
     args = p.parse_args()
-    library = load_library(args.library)
+    library = load_library(args.library or f'build/libqwen3_kernels{"_cpu" if args.device == "cpu" else ""}.so')
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     if args.device == 'cuda':

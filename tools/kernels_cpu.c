@@ -1,8 +1,5 @@
-/* kernels_cpu.c - what tools/kernels.cu gives tools/compare_torch.py, from the CPU backend:
-
-       cc -O3 -shared -fPIC tools/kernels_cpu.c -o build/libqwen3_kernels_cpu.so -lm -lpthread
-
-   All functions return NULL or an error's text. */
+/* kernels_cpu.c - what tools/kernels.cu gives tools/compare_torch.py, from the CPU backend (make
+   build/libqwen3_kernels_cpu.so). All functions return NULL or an error's text. */
 #define QWEN3_IMPLEMENTATION
 #include "../qwen3.h"
 

@@ -1,0 +1,12 @@
+# For comparisons only: see tools/kernels.cu, tools/kernels_cpu.c, tools/compare_torch.py
+build/kernels.o: tools/kernels.cu qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DEPS) | build
+	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c tools/kernels.cu -o $@
+
+build/libqwen3_kernels.so: build/kernels.o build/qwen3.o
+	$(CC) -shared $^ -o $@ $(LDLIBS)
+
+build/bench_fused: bench.c build/kernels.o
+	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) -DQWEN3_WITH_FUSED_BASELINE $^ -o $@ $(LDLIBS)
+
+build/libqwen3_kernels_cpu.so: tools/kernels_cpu.c $(DEPS) | build
+	$(CC) -std=c99 $(CFLAGS) $(WARN) -shared -fPIC tools/kernels_cpu.c -o $@ -lm -lpthread
