@@ -19,8 +19,14 @@ awk -v list="${1:-}" '
         next
     }
     /^(call|function|unconditional)/ { next }
-    { split($0, part, ":"); count = part[1]; line = part[2] + 0; gsub(/ /, "", count); text = $0; sub(/^[^:]*:[^:]*:/, "", text) }
-    bar && text ~ /^   [A-Z]/ { sub(/^ */, "", text); sub(/[:.(].*/, "", text); section = text; order[++n] = section; kernels = text ~ /NUMBER FORMATS/ }
+    {
+        split($0, part, ":"); count = part[1]; line = part[2] + 0; gsub(/ /, "", count)
+        text = $0; sub(/^[^:]*:[^:]*:/, "", text)
+    }
+    bar && text ~ /^   [A-Z]/ {
+        sub(/^ */, "", text); sub(/[:.(].*/, "", text)
+        section = text; order[++n] = section; kernels = text ~ /VECTOR KERNELS/
+    }
     { bar = text ~ /^\/\* =====/ }
     count == "-" { next }
     { lines[section]++; if (!kernels) all++ }
