@@ -156,7 +156,7 @@ static int reply(chat *c) {
     fflush(stdout);
     if (r < 0) fprintf(stderr, "example: %s: %s\n", qwen3_result_string(r), qwen3_ctx_error(c->ctx));
     if (r == QWEN3_STOPPED && c->colour) fputs("[stopped]\n", stderr);
-    if (c->colour) show_stats(c, &before);
+    if (c->colour) { fputs("\033[2m", stderr); show_stats(c, &before); fputs("\033[0m", stderr); }
     interrupted = 0;
     return say(c, QWEN3_ASSISTANT, c->answer.bytes) && r >= 0;
 }
