@@ -141,22 +141,37 @@ static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t sh
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
 }
 
-/* The same for a kernel that calls wait_for_previous(): where the chip can (sm_90 on), it may start before the one
-   before it has ended. */
+/* The same in clusters of so many blocks; 1: none, or what the kernel itself says. early: as below. */
 template <class... P, class... A>
-static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int threads, size_t shared,
-                                void (*kernel)(P...), A... args) {
+static cudaError_t launch_clusters(bool early, int blocks, cudaStream_t stream, dim3 grid, int threads, size_t shared,
+                                   void (*kernel)(P...), A... args) {
     cudaLaunchConfig_t config = cudaLaunchConfig_t();
-    cudaLaunchAttribute early;
+    cudaLaunchAttribute attributes[2];
     config.gridDim = grid;
     config.blockDim = dim3((unsigned)threads);
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    config.attrs = &early;
-    config.numAttrs = can && QWEN3_CUDA_PDL ? 1 : 0;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes;
+    config.numAttrs = 0;
+    if (early && QWEN3_CUDA_PDL) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (blocks > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim.x = (unsigned)blocks;
+        attributes[config.numAttrs].val.clusterDim.y = 1;
+        attributes[config.numAttrs++].val.clusterDim.z = 1;
+    }
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
+}
+
+/* For a kernel that calls wait_for_previous(): where the chip can (sm_90 on), it may start before the one before it
+   has ended. */
+template <class... P, class... A>
+static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int threads, size_t shared,
+                                void (*kernel)(P...), A... args) {
+    return launch_clusters(can, 1, stream, grid, threads, shared, kernel, args...);
 }
 
 /* ================================================================================================
@@ -1270,8 +1285,8 @@ static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_
 template <int KIND, class T>
 static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
     const int pairs = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles, p->c->m->n_sm / 2);
-    return launched(p, launch_early(p->early, p->s, grid1(2 * pairs), WIDE_THREADS, WIDE_PRODUCT_SHARED,
-                                    wide_product_kernel<KIND, T>, get_map(in), get_map(w.map), a), "wide_product");
+    return launched(p, launch_clusters(p->early, WIDE_CLUSTER, p->s, grid1(2 * pairs), WIDE_THREADS, WIDE_PRODUCT_SHARED,
+                                       wide_product_kernel<KIND, T>, get_map(in), get_map(w.map), a), "wide_product");
 }
 
 /* x += W in */

@@ -1807,7 +1807,7 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
    KERNELS: many rows on Hopper (sm_90a). Tiles come by TMA to shared memory, where warpgroup products (wgmma) read
    them; one warp loads, two warpgroups multiply. Everything here has a portable twin above or in cuBLASLt.
    ================================================================================================ */
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(QWEN3_CUDA_EMULATED)
 #define QWEN3_WGMMA 1
 #endif
 
@@ -1826,6 +1826,11 @@ const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 12
 #else
 #define QWEN3_CLUSTER_OF_2
 #endif
+#ifdef QWEN3_CUDA_EMULATED
+const int WIDE_CLUSTER = 2;             /* what a launch has to say of it */
+#else
+const int WIDE_CLUSTER = 1;
+#endif
 
 /* Was this kernel compiled for a chip with these instructions? */
 static __global__ void has_wgmma_kernel(int *yes) {
@@ -1836,7 +1841,8 @@ static __global__ void has_wgmma_kernel(int *yes) {
 #endif
 }
 
-#ifdef QWEN3_WGMMA
+/* Instructions without a C++ name; the emulator brings its own. */
+#if defined(QWEN3_WGMMA) && !defined(QWEN3_CUDA_EMULATED)
 typedef unsigned long long mbarrier;    /* in shared memory */
 
 static __device__ __forceinline__ void barrier_init(mbarrier *b, unsigned arrivals) {
@@ -1884,6 +1890,20 @@ static __device__ __forceinline__ void load_tile_twice(void *to, const CUtensorM
                  "[%0], [%1, {%2, %3}], [%4], %5;"
                  :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(b)), "h"((unsigned short)3)
                  : "memory");
+}
+
+/* What this thread has stored in shared memory is seen by products and copies that begin after the next barrier. */
+static __device__ __forceinline__ void stores_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/* A barrier for some of the block's threads. */
+static __device__ __forceinline__ void group_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+/* The registers of a thread of this warpgroup from here on. */
+template <int N> static __device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+template <int N> static __device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
 }
 
 static __device__ __forceinline__ void products_begin()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -1940,17 +1960,28 @@ static __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+static __device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Two floats as F16, the first in the low half. */
+static __device__ __forceinline__ unsigned round_halves(float a, float b) {
+    const __half2 h = __floats2half2_rn(a, b);
+    return *(const unsigned *)(const void *)&h;
+}
+#endif
+
+#ifdef QWEN3_WGMMA
 /* silu() for what is rounded to 16 bits afterwards. */
 static __device__ __forceinline__ float silu_fast(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + exp2_fast(-x * LOG2E)));
-    return x * y;
+    return x * reciprocal_fast(1.0f + exp2_fast(-x * LOG2E));
 }
 
 /* Two floats as F16, clamped to its range. */
 static __device__ __forceinline__ unsigned pack_halves(float a, float b) {
-    const __half2 h = __floats2half2_rn(fminf(fmaxf(a, -65504.0f), 65504.0f), fminf(fmaxf(b, -65504.0f), 65504.0f));
-    return *(const unsigned *)(const void *)&h;
+    return round_halves(fminf(fmaxf(a, -65504.0f), 65504.0f), fminf(fmaxf(b, -65504.0f), 65504.0f));
 }
 
 /* The four lanes of a quad hold two neighbouring columns of each of four blocks of 8; afterwards lane i has block i. */
@@ -2277,11 +2308,11 @@ template <int KIND, class T = half_t, int CHUNK = WIDE_CHUNK> static __global__ 
     wait_for_previous();
     let_next_start();
     if (warp_id() < 4) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        fewer_registers<40>();
         if (tid() == 0) wide_load(&x_map, &w_map, g, memory, stages, rank);
         __syncwarp();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        more_registers<232>();
         wide_multiply_tiles<KIND, T, CHUNK>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0));
     }
     cluster_sync();                     /* the other block may still write here */
@@ -2322,8 +2353,8 @@ static __device__ __forceinline__ void load_wide_q(unsigned char *to, const wide
         *(uint4 *)(void *)(to + WIDE_HALF * (size_t)(chunk / 8) + row * 128 + ((chunk % 8) ^ (row & 7)) * 16) =
             token < tile.n_tokens ? *(const uint4 *)(const void *)from : make_uint4(0, 0, 0, 0);
     }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("bar.sync %0, 128;" :: "r"(1 + first / 64) : "memory");
+    stores_ready();
+    group_sync(1 + first / 64, 128);
 }
 
 /* s = q k^T for 128 positions */
@@ -2384,10 +2415,7 @@ static __device__ __forceinline__ void weights_to_halves(unsigned (&p)[8][4], co
 #pragma unroll
     for (int i = 0; i < 8; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const __half2 h = __floats2half2_rn(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
-            p[i][j] = *(const unsigned *)(const void *)&h;
-        }
+        for (int j = 0; j < 4; j++) p[i][j] = round_halves(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
 }
 
 static __device__ void wide_attend(const wide_attention_args &a, const attention_tile &tile, unsigned char *memory,
@@ -2485,7 +2513,7 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
     let_next_start();
     const attention_tile tile = tiles[gridDim.y - 1 - blockIdx.y];      /* the longest first */
     if (warp_id() < 4) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        fewer_registers<24>();
         if (tid() == 0) {
             const int steps = ceil_div(tile.pos0 + tile.n_tokens, WIDE_POS), z = a.layer * a.max_seqs + tile.seq;
             for (int step = 0; step <= steps; step++) {
@@ -2502,7 +2530,7 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
             }
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        more_registers<240>();
         wide_attend(a, tile, memory, stages, block_x(), __shfl_sync(ALL, warp_id() / 4 - 1, 0));
     }
 #else

@@ -434,13 +434,21 @@ static void test_cuda_kernels_batched(void) {
     lab_check_all(&lab_odd,   QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 40, 2, 7);
 }
 
+#ifdef QWEN3_TEST_CUDA_ON_CPU
+extern void cuda_on_cpu_chip(int capability);
+#else
+static void cuda_on_cpu_chip(int capability) { (void)capability; }
+#endif
+
 /* The smallest shapes that go through the kernels for Hopper, where there is one. */
 static void test_cuda_kernels_hopper(void) {
     static const lab_shape shape = {256, 4, 2, 128, 384, 128, 1};
+    cuda_on_cpu_chip(90);
     lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 65, 1, 0);
     lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 130, 3, 100);
     lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 66, 1, 5);
     lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 66, 2, 5);
+    cuda_on_cpu_chip(80);
 }
 
 static void test_cuda_kernels_standard(void) {

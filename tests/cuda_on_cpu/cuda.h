@@ -1,10 +1,12 @@
-/* The part of the driver's interface that qwen3_cuda.cu names: tensor maps, which no kernel here can use. */
+/* The part of the driver's interface that qwen3_cuda.cu names - tensor maps - and the instructions of Hopper that read
+   and multiply tiles. A product is done when it is waited for, not before: what it reads must be there until then. */
 #ifndef CUDA_ON_CPU_DRIVER_H
 #define CUDA_ON_CPU_DRIVER_H
 #include "cuda_runtime.h"
+
 typedef uint32_t cuuint32_t;
 typedef uint64_t cuuint64_t;
-struct alignas(64) CUtensorMap { cuuint64_t words[16]; };
+struct alignas(64) CUtensorMap { cuuint64_t base, size[3], stride[2], tile[3], rank, none[5]; };
 enum CUresult { CUDA_SUCCESS = 0 };
 enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT16 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
@@ -13,10 +15,169 @@ enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_256B };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
 enum { cudaEnableDefault };
+
+static CUresult emulated_encode(CUtensorMap *map, CUtensorMapDataType, cuuint32_t rank, void *base,
+                                const cuuint64_t *size, const cuuint64_t *stride, const cuuint32_t *tile,
+                                const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                CUtensorMapFloatOOBfill) {
+    memset(map, 0, sizeof *map);
+    map->base = (cuuint64_t)(uintptr_t)base;
+    map->rank = rank;
+    for (cuuint32_t i = 0; i < 3; i++) {
+        map->size[i] = i < rank ? size[i] : 1;
+        map->tile[i] = i < rank ? tile[i] : 1;
+        if (i > 0 && i < rank) map->stride[i - 1] = stride[i - 1];
+    }
+    return map->base % 16 || map->tile[0] != 64 || map->tile[1] > 256 || map->stride[0] % 16 || map->stride[1] % 16
+               ? (CUresult)1 : CUDA_SUCCESS;
+}
 static inline cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **f, unsigned, unsigned long long,
                                                            cudaDriverEntryPointQueryResult *found) {
-    *f = NULL;
-    *found = cudaDriverEntryPointSymbolNotFound;
-    return cudaSuccess;
+    *f = (void *)emulated_encode;
+    *found = cudaDriverEntryPointSuccess;
+    return emulated_call();
+}
+
+/* ---- barriers that count arrivals and bytes ------------------------------------------------------------------ */
+struct mbarrier { short arrivals, left; int bytes : 31; unsigned phase : 1; };
+static_assert(sizeof(mbarrier) == 8, "as on the chip");
+
+namespace emulated {
+
+inline void check(mbarrier *b) {
+    now().progress++;
+    if (b->left < 0) die("more arrivals at a barrier than it was made for");
+    if (b->left == 0 && b->bytes == 0) { b->phase ^= 1; b->left = b->arrivals; }
+}
+
+/* The same place in another block of the cluster. */
+template <class T> T *in_block(T *p, unsigned rank) {
+    return (T *)(void *)((char *)p - (char *)block().dynamic + (char *)now().blocks[rank].dynamic);
+}
+
+inline uintptr_t swizzled(uintptr_t at) { return at ^ ((at >> 7 & 7) << 4); }
+inline float half_at(uintptr_t at) {
+    __half h;
+    memcpy(&h, (const void *)swizzled(at), 2);
+    return __half2float(h);
+}
+
+inline void load_tile(void *to, const CUtensorMap *m, const int (&from)[3], mbarrier *b) {
+    if ((uintptr_t)to % 1024) die("a tile that is loaded does not begin where its swizzle does");
+    for (uint64_t y = 0; y < m->tile[1]; y++)
+        for (uint64_t x = 0; x < 64; x++) {
+            const uint64_t at[3] = {from[0] + x, from[1] + y, (uint64_t)from[2]};
+            unsigned short v = 0;
+            if (at[0] < m->size[0] && at[1] < m->size[1] && at[2] < m->size[2])
+                memcpy(&v, (const char *)(uintptr_t)m->base + 2 * at[0] + m->stride[0] * at[1] + m->stride[1] * at[2], 2);
+            memcpy((void *)swizzled((uintptr_t)to + 128 * y + 2 * x), &v, 2);
+        }
+    b->bytes -= (int)(128 * m->tile[1]);
+    check(b);
+}
+
+/* d[64, columns] of four warps: this thread's elements. b's rows are the columns of the result, or the sum's index. */
+inline void multiply(const product &p, int warp, int lane) {
+    const uintptr_t a = (uintptr_t)(p.a << 16 >> 12), b = (uintptr_t)(p.b << 16 >> 12);
+    const uintptr_t block = (uintptr_t)(p.b >> 48) * 16;
+    for (int i = 0; i < p.columns / 2; i++) {
+        const int half = i / 2 % 2, row = 16 * warp + lane / 4 + 8 * half, col = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = p.add ? p.d[i] : 0;
+        for (int k = 0; k < 16; k++) {
+            const float x = p.a_in_registers ? p.a_rows[half][k] : half_at(a + (uintptr_t)(128 * row + 2 * k));
+            const uintptr_t y = p.a_in_registers
+                                    ? b + (uintptr_t)(col / 64) * block + (uintptr_t)(128 * k + col % 64 * 2)
+                                    : b + (uintptr_t)(128 * col + 2 * k);
+            sum += x * half_at(y);
+        }
+        p.d[i] = sum;
+    }
+}
+
+} /* namespace emulated */
+
+static inline unsigned shared_address(const void *p) { return (unsigned)(uintptr_t)p; }
+
+static inline void barrier_init(mbarrier *b, unsigned arrivals) {
+    memset(b, 0, sizeof *b);
+    b->arrivals = b->left = (short)arrivals;
+}
+static inline void barrier_expect(mbarrier *b, unsigned bytes) {
+    b->bytes += (int)bytes;
+    b->left--;
+    emulated::check(b);
+}
+static inline void barrier_arrive(mbarrier *b) { b->left--; emulated::check(b); }
+static inline void barrier_arrive_at(mbarrier *b, unsigned rank) { barrier_arrive(emulated::in_block(b, rank)); }
+static inline void barrier_wait(mbarrier *b, unsigned parity) { while (b->phase == parity) emulated::yield(); }
+static inline void barriers_ready() {}
+static inline void cluster_sync() { emulated::meet(emulated::now().cluster, emulated::now().live); }
+static inline void stores_ready() {}
+static inline void group_sync(int id, int threads) { emulated::meet(emulated::block().named[id], threads); }
+template <int N> void fewer_registers() {}
+template <int N> void more_registers() {}
+
+static inline void load_tile(void *to, const CUtensorMap *map, int x, int y, int z, mbarrier *b) {
+    const int from[3] = {x, y, z};
+    emulated::load_tile(to, map, from, b);
+}
+static inline void load_tile(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
+    load_tile(to, map, x, y, 0, b);
+}
+static inline void load_tile_twice(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
+    for (unsigned rank = 0; rank < 2; rank++)
+        load_tile(emulated::in_block((char *)to, rank), map, x, y, 0, emulated::in_block(b, rank));
+}
+
+/* ---- products of a warpgroup ------------------------------------------------------------------------------------ */
+static inline emulated::thread &emulated_thread() {
+    return emulated::now().threads[(size_t)emulated::now().current];
+}
+static inline uint64_t operand(const void *p, unsigned block = 16) {
+    return (uint64_t)(uintptr_t)p >> 4 | (uint64_t)(block >> 4) << 48;
+}
+static inline void products_begin() {}
+static inline void products_commit() { emulated_thread().groups++; }
+template <int PENDING> void products_wait() {
+    emulated::thread &t = emulated_thread();
+    size_t n = 0;
+    for (; n < t.products.size() && t.products[n].group < t.groups - PENDING; n++)
+        emulated::multiply(t.products[n], (int)threadIdx.x / 32 % 4, (int)threadIdx.x % 32);
+    t.products.erase(t.products.begin(), t.products.begin() + (long)n);
+    __syncwarp();                       /* no lane goes on before all have what they waited for */
+}
+template <int N> void products_done(float (&)[N]) {}
+static inline void products_read(unsigned (&)[8][4]) {}
+
+template <int N> emulated::product emulated_product(float (&d)[N], uint64_t b, int add) {
+    emulated::product p = emulated::product();
+    p.d = d;
+    p.columns = 2 * N;
+    p.group = emulated_thread().groups;
+    p.add = add != 0;
+    p.b = b;
+    return p;
+}
+template <int N> void wide_multiply(float (&d)[N], uint64_t a, uint64_t b, int add) {
+    emulated::product p = emulated_product(d, b, add);
+    p.a = a;
+    emulated_thread().products.push_back(p);
+}
+static inline void wide_multiply(float (&d)[64], const unsigned (&a)[4], uint64_t b, int add) {
+    emulated::product p = emulated_product(d, b, add);
+    const uint64_t words[4] = {a[0], a[1], a[2], a[3]};
+    const uint64_t (*all)[8] = emulated::exchange(words, 4);
+    const int quad = emulated::now().current % 32 / 4 * 4;
+    p.a_in_registers = true;
+    for (int half = 0; half < 2; half++)
+        for (int k = 0; k < 16; k++)
+            p.a_rows[half][k] = emulated_element((unsigned)all[quad + k % 8 / 2][half + k / 8 * 2], k % 2, __half());
+    emulated_thread().products.push_back(p);
+}
+
+static inline float exp2_fast(float x) { return exp2f(x); }
+static inline float reciprocal_fast(float x) { return 1.0f / x; }
+static inline unsigned round_halves(float a, float b) {
+    return (unsigned)__half_as_ushort(__float2half_rn(a)) | (unsigned)__half_as_ushort(__float2half_rn(b)) << 16;
 }
 #endif

@@ -64,7 +64,21 @@ namespace emulated {
 
 const size_t STACK = 128 * 1024;
 
-struct thread { void *sp; char *stack; bool done; };
+struct product {                        /* of a warpgroup's instruction, this thread's part; done when it is waited for */
+    float   *d;
+    int      columns, group;
+    bool     add, a_in_registers;
+    uint64_t a, b;
+    float    a_rows[2][16];
+};
+struct thread { void *sp; char *stack; bool done; std::vector<product> products; int groups; };
+struct meeting { int waiting; unsigned turn; };         /* a barrier */
+struct block_state {
+    int live;
+    meeting all, named[16];
+    uint3 index;
+    unsigned char *dynamic;
+};
 struct warp { uint64_t word[2][32][8]; int arrived, live; unsigned turn; };
 
 struct device_block { char *begin, *end; };
@@ -91,16 +105,17 @@ inline void allow(void *p, size_t n) {
 struct machine {                        /* one multiprocessor for each host thread */
     std::vector<thread> threads;
     std::vector<warp> warps;
+    std::vector<block_state> blocks;    /* of a cluster */
     std::function<void()> body;
     void *scheduler;
-    int current, live, waiting;
-    unsigned barrier_turn;
+    int current, live, block_threads;
+    meeting cluster;
     long progress;
     unsigned char *dynamic;
     std::vector<unsigned char> dynamic_memory;
     uint64_t random;
     machine()
-        : scheduler(NULL), current(0), live(0), waiting(0), barrier_turn(0), progress(0), dynamic(NULL), random(1) {}
+        : scheduler(NULL), current(0), live(0), block_threads(32), progress(0), dynamic(NULL), random(1) {}
     ~machine() { for (size_t i = 0; i < threads.size(); i++) free(threads[i].stack); }
 };
 inline machine &now() { static thread_local machine m; return m; }
@@ -118,26 +133,31 @@ inline void yield() {
     emulated_switch(&m.threads[(size_t)m.current].sp, m.scheduler);
 }
 
+inline block_state &block() { return now().blocks[(size_t)(now().current / now().block_threads)]; }
+
+inline void meet(meeting &m, int all) {
+    const unsigned turn = m.turn;
+    now().progress++;
+    if (++m.waiting >= all) { m.waiting = 0; m.turn++; return; }
+    while (m.turn == turn) yield();
+}
+
 inline void leave() {                   /* a thread has returned */
     machine &m = now();
+    block_state &b = block();
     m.threads[(size_t)m.current].done = true;
     m.live--;
+    b.live--;
     m.warps[(size_t)m.current / 32].live--;
     m.progress++;
-    if (m.live > 0 && m.waiting == m.live) { m.waiting = 0; m.barrier_turn++; }
+    if (b.live > 0 && b.all.waiting == b.live) { b.all.waiting = 0; b.all.turn++; }
     yield();
     die("a finished thread was resumed");
 }
 
 inline void enter() { now().body(); leave(); }
 
-inline void barrier() {
-    machine &m = now();
-    const unsigned turn = m.barrier_turn;
-    m.progress++;
-    if (++m.waiting == m.live) { m.waiting = 0; m.barrier_turn++; return; }
-    while (m.barrier_turn == turn) yield();
-}
+inline void barrier() { meet(block().all, block().live); }
 
 /* All lanes of the warp hand in n words; each gets to see all of them until the next exchange but one. */
 inline const uint64_t (*exchange(const uint64_t *words, int n))[8] {
@@ -162,6 +182,8 @@ inline void start_thread(int i) {
     for (int r = 0; r < 6; r++) *--sp = NULL;
     t.sp = sp;
     t.done = false;
+    t.products.clear();
+    t.groups = 0;
 }
 
 /* Let each of these threads go on once, in some order. */
@@ -171,23 +193,37 @@ inline void run_threads(int begin, int n) {
     for (int k = 0, i = first; k < n; k++, i = (i + step) % n) {
         if (m.threads[(size_t)(begin + i)].done) continue;
         m.current = begin + i;
-        threadIdx.x = (unsigned)(begin + i);
+        threadIdx.x = (unsigned)((begin + i) % m.block_threads);
+        blockIdx = block().index;
+        m.dynamic = block().dynamic;
         emulated_switch(&m.scheduler, m.threads[(size_t)(begin + i)].sp);
     }
 }
 
-inline void run_block(dim3 block, size_t shared) {
+/* The blocks of a cluster, side by side. (Only one block at a time has static shared memory of its own.) */
+inline void run_cluster(const std::vector<uint3> &indices, dim3 block, size_t shared) {
     machine &m = now();
-    const int n = (int)(block.x * block.y * block.z);
-    if (block.y != 1 || block.z != 1 || n % 32 != 0 || n > 1024) die("blocks must have a multiple of 32 threads in x");
-    if (m.threads.size() < (size_t)n) { thread none = {NULL, NULL, true}; m.threads.resize((size_t)n, none); }
+    const int each = (int)(block.x * block.y * block.z), n = each * (int)indices.size();
+    const size_t room = (shared + 2047) / 1024 * 1024;
+    if (block.y != 1 || block.z != 1 || each % 32 != 0 || each > 1024)
+        die("blocks must have a multiple of 32 threads in x");
+    while (m.threads.size() < (size_t)n) {
+        const thread none = {NULL, NULL, true, std::vector<product>(), 0};
+        m.threads.push_back(none);
+    }
     m.warps.assign((size_t)n / 32, warp());
     for (size_t i = 0; i < m.warps.size(); i++) m.warps[i].live = 32;
-    m.dynamic_memory.assign(shared + 64, 0xFF);
-    m.dynamic = m.dynamic_memory.data() + (64 - (uintptr_t)m.dynamic_memory.data() % 64) % 64;
+    m.dynamic_memory.assign(room * indices.size() + 1024, 0xFF);
+    m.blocks.assign(indices.size(), block_state());
+    for (size_t i = 0; i < indices.size(); i++) {
+        unsigned char *memory = m.dynamic_memory.data();
+        m.blocks[i].live = each;
+        m.blocks[i].index = indices[i];
+        m.blocks[i].dynamic = memory + (1024 - (uintptr_t)memory % 1024) % 1024 + i * room;
+    }
+    m.cluster = meeting();
+    m.block_threads = each;
     m.live = n;
-    m.waiting = 0;
-    m.barrier_turn = 0;
     for (int i = 0; i < n; i++) start_thread(i);
     const bool fair = random_number() % 2 != 0;         /* or each warp for as long as it can go on */
     while (m.live > 0) {
@@ -201,23 +237,28 @@ inline void run_block(dim3 block, size_t shared) {
     }
 }
 
-inline void run_grid(dim3 grid, dim3 block, size_t shared, const std::function<void()> &body) {
+inline void run_grid(dim3 grid, dim3 block, size_t shared, unsigned cluster, const std::function<void()> &body) {
     machine &m = now();
     const size_t n = (size_t)grid.x * grid.y * grid.z;
-    std::vector<uint32_t> order(n);
+    std::vector<uint32_t> order(n / cluster);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
         die("the grid is empty or too large");
-    for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
-    for (size_t i = n; i > 1; i--) std::swap(order[i - 1], order[random_number() % i]);
+    if (grid.x % cluster) die("the grid is not a whole number of clusters");
+    for (size_t i = 0; i < order.size(); i++) order[i] = (uint32_t)i;
+    for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[random_number() % i]);
     gridDim = grid;
     blockDim = block;
     threadIdx.y = threadIdx.z = 0;
     m.body = body;
-    for (size_t i = 0; i < n; i++) {
-        blockIdx.x = order[i] % grid.x;
-        blockIdx.y = order[i] / grid.x % grid.y;
-        blockIdx.z = order[i] / grid.x / grid.y;
-        run_block(block, shared);
+    for (size_t i = 0; i < order.size(); i++) {
+        std::vector<uint3> indices(cluster);
+        for (unsigned k = 0; k < cluster; k++) {
+            const uint32_t at = order[i] * cluster + k;
+            indices[k].x = at % grid.x;
+            indices[k].y = at / grid.x % grid.y;
+            indices[k].z = at / grid.x / grid.y;
+        }
+        run_cluster(indices, block, shared);
     }
 }
 
@@ -369,8 +410,8 @@ struct emulated_event { int dummy; };
 typedef emulated_event *cudaEvent_t;
 struct cudaDeviceProp { int major, minor, multiProcessorCount, l2CacheSize; char name[256]; };
 struct cudaFuncAttributes { int numRegs; };
-enum { cudaLaunchAttributeProgrammaticStreamSerialization };
-struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; } val; };
+enum { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; dim3 clusterDim; } val; };
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     size_t dynamicSmemBytes;
@@ -391,6 +432,7 @@ extern "C" __attribute__((used)) inline void cuda_on_cpu_fail(long n) {
     emulated_calls = 0;
     emulated_fail_at = n;
 }
+extern "C" __attribute__((used)) inline void cuda_on_cpu_chip(int capability) { emulated_capability = capability; }
 extern "C" __attribute__((used)) inline long cuda_on_cpu_calls(void) { return emulated_calls; }
 extern "C" __attribute__((used)) inline long cuda_on_cpu_live(void) { return emulated_live; }
 
@@ -566,6 +608,10 @@ template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *c, void (*kernel)(P...), A... args) {
     const dim3 grid = c->gridDim, block = c->blockDim;
     const size_t shared = c->dynamicSmemBytes;
-    return emulated_enqueue(c->stream, [=] { emulated::run_grid(grid, block, shared, [=] { kernel((P)args...); }); });
+    unsigned cluster = 1;
+    for (unsigned i = 0; i < c->numAttrs; i++)
+        if (c->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = c->attrs[i].val.clusterDim.x;
+    return emulated_enqueue(
+        c->stream, [=] { emulated::run_grid(grid, block, shared, cluster, [=] { kernel((P)args...); }); });
 }
 #endif
