@@ -572,7 +572,7 @@ typedef enum qwen3_cuda_op {
 } qwen3_cuda_op;
 typedef struct qwen3_cuda_kernels {
     const char  *(*no_device)(void);    /* NULL if device 0 can be used, else why not */
-    int          (*own_products)(const void *ctx);      /* do products of more than 64 rows go without cuBLASLt? */
+    int          (*own_products)(const void *ctx, int rows);    /* do products of so many rows go without cuBLASLt? */
     /* Row-wise RMSNorm by itself, from and to host memory; x of any type, in place on the device if it is F32. */
     qwen3_result (*rmsnorm)(float *y, const void *x, qwen3i_type type, const float *gain, int n, int width, float eps,
                             int repeat, float *us, const qwen3i_err *err);

@@ -440,7 +440,7 @@ static bool fits_wide(const cuda_model *m) {
         if (l.qkv.type != QWEN3I_F16 || l.wo.type != QWEN3I_F16 || l.gate_up.type != QWEN3I_F16 ||
             l.w_down.type != QWEN3I_F16) return false;
     }
-    return true;
+    return (m->head.data ? m->head : m->embed).type == QWEN3I_F16;
 }
 
 static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *err) {
@@ -461,6 +461,8 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
             CUDA_TRY(launch(u->stream, dim3((unsigned)ceil_div(n_ff, 8)), 256, 0, row_norms_kernel, w.bounds + k,
                             (const half_t *)w.data + (size_t)k * n_ff * w.ld, n_ff, w.cols, w.ld, w.scale));
     }
+    matrix &head = m->head.data ? m->head : m->embed;
+    TRY(make_map(&head.map, head.data, (u64)head.ld, (u64)head.rows, 0, WIDE_N / 2, err));
     m->wide = true;
     return QWEN3_OK;
 }
@@ -633,7 +635,7 @@ struct cuda_ctx {
     int               max_rows, group, kv_dim, q_dim, qkv_ld, act_ld, embd_ld, ff_ld;
     bool              own_stream, tiles;        /* tiles: the tensor core kernel does this model's attention */
     bool              wide, wide_kv;            /* many rows go through the kernels for Hopper; attention, too; ... */
-    int               narrow_rows;              /* ... and only up to so many through the others */
+    int               narrow_rows;              /* ... and only up to so many need float32 rows of q and attention */
     const qwen3_token *eos; int n_eos;          /* the model's */
     int               n_choose;                 /* ids below this may be chosen */
     cudaStream_t      stream, capture;
@@ -658,6 +660,7 @@ struct cuda_ctx {
     half_t *wide_act, *wide_q, *wide_m;         /* [max_rows, n_embd or q_dim | q_dim | n_ff] the same on Hopper */
     float  *ff_scale;                           /* [max_rows] of wide_m */
     stored_map wide_h_map, wide_a_map, wide_m_map, k_map, v_map;
+    stored_map few_h_map, few_a_map, few_m_map;                 /* the same in smaller tiles */
     float  *logits, *logprobs;                  /* [head_rows, n_vocab], [head_rows] */
     float  *parts;
     unsigned *qkv_tickets, *attn_tickets;
@@ -677,8 +680,6 @@ struct cuda_ctx {
     int         lab_rows, lab_tiles;            /* of the batch that single kernels work on */
 };
 
-const int WIDE_LEAST = 64;              /* above so many rows the kernels for Hopper are used */
-
 static int head_rows(const cuda_ctx *c) { return least(HEAD_ROWS, c->max_rows); }
 
 /* How many parts the positions of a row are split into: enough to fill the chip, from the shape alone. */
@@ -689,7 +690,7 @@ static int attention_splits(const cuda_ctx *c, int rows) {
 
 static void lay_out_device(cuda_ctx *c, arena *a) {
     const qwen3i_config *g = &c->m->config;
-    const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
+    const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows, gemm = !c->wide ? rows : QWEN3_CUDA_FEW ? 0 : narrow;
     const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
     const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
     const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);
@@ -701,13 +702,13 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->freqs = a->take<float>(half);
     c->x = a->take<float>(rows * embd);
     c->h = a->take<float>(narrow * embd);
-    c->tmp = a->take<float>(narrow * embd);
+    c->tmp = a->take<float>(gemm * embd);
     c->qkv = a->take<float>((c->wide_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
-    c->gate_up = a->take<float>(narrow * 2 * c->ff_ld);
+    c->gate_up = a->take<float>(gemm * 2 * c->ff_ld);
     c->ff = a->take<float>((c->desc.kernels == QWEN3_PATH_STANDARD ? rows : (size_t)least(c->max_rows, MATVEC_ROWS)) *
                            c->ff_ld);
-    c->act = a->take<float>(narrow * c->act_ld);
+    c->act = a->take<float>(gemm * c->act_ld);
     c->act_scale = a->take<float>(rows);
     if (c->wide) {
         c->wide_act = a->take<half_t>(rows * most(c->q_dim, g->n_embd));
@@ -772,7 +773,7 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
                (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
     c->wide = m->wide && desc->kernels != QWEN3_PATH_STANDARD;
     c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
-    c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, WIDE_LEAST)) : c->max_rows;
+    c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, FEW_MOST)) : c->max_rows;
 }
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
@@ -847,12 +848,27 @@ template <class K> static qwen3_result allow_shared(K *kernel, size_t bytes, con
     return QWEN3_OK;
 }
 
+template <int R> static qwen3_result allow_few_shared(const qwen3i_err *err) {
+    const size_t bytes = few_product_shared<R>();
+    TRY(allow_shared(few_product_kernel<WIDE_ADD, half_t, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<WIDE_QKV, half_t, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<WIDE_QKV, bf16_t, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<WIDE_QKV, float, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<WIDE_SWIGLU, half_t, R>, bytes, err));
+    return allow_shared(few_product_kernel<WIDE_STORE, half_t, R>, bytes, err);
+}
+
 static qwen3_result prepare_wide_ctx(cuda_ctx *c, const qwen3i_err *err) {
     const qwen3i_config *g = &c->m->config;
     const u64 rows = (u64)c->max_rows, ctx = (u64)c->desc.max_ctx, sets = (u64)c->desc.max_seqs * (u64)g->n_layer;
     TRY(make_map(&c->wide_h_map, c->wide_act, (u64)g->n_embd, rows, 0, WIDE_M, err));
     TRY(make_map(&c->wide_a_map, c->wide_act, (u64)c->q_dim, rows, 0, WIDE_M, err));
     TRY(make_map(&c->wide_m_map, c->wide_m, (u64)g->n_ff, rows, 0, WIDE_M, err));
+    TRY(make_map(&c->few_h_map, c->wide_act, (u64)g->n_embd, rows, 0, FEW_X_TILE, err));
+    TRY(make_map(&c->few_a_map, c->wide_act, (u64)c->q_dim, rows, 0, FEW_X_TILE, err));
+    TRY(make_map(&c->few_m_map, c->wide_m, (u64)g->n_ff, rows, 0, FEW_X_TILE, err));
+    TRY(allow_few_shared<32>(err));
+    TRY(allow_few_shared<64>(err));
     TRY(allow_shared(wide_product_kernel<WIDE_ADD>, WIDE_PRODUCT_SHARED, err));
     TRY(allow_shared(wide_product_kernel<WIDE_QKV>, WIDE_PRODUCT_SHARED, err));
     TRY(allow_shared(wide_product_kernel<WIDE_QKV, bf16_t>, WIDE_PRODUCT_SHARED, err));
@@ -1005,7 +1021,11 @@ static qwen3_result product(cuda_ctx *c, cudaStream_t s, float *y, int ldy, cons
 /* ================================================================================================
    LAYER: the operations on the rows of a batch, each in three ways
    ================================================================================================ */
-enum mode { MATVEC, GEMM, WIDE, STANDARD };     /* fused up to 8 rows, with cuBLASLt, on Hopper; one kernel an operation */
+enum mode {
+    MATVEC, GEMM,                       /* fused: up to 8 rows, and with cuBLASLt */
+    FEW, WIDE,                          /* the same as GEMM, by the kernels for Hopper: up to 64 rows, and more */
+    STANDARD                            /* one plain kernel for each operation */
+};
 
 struct pass {                           /* one batch on its way through the layers */
     cuda_ctx          *c;
@@ -1035,14 +1055,17 @@ static qwen3_result launched(const pass *p, cudaError_t e, const char *what) {
 }
 
 static bool goes_wide(const cuda_ctx *c, int n, int n_tiles) {
-    return c->wide && n > WIDE_LEAST && (n_tiles > 0 || !c->tiles);
+    return c->wide && n > FEW_MOST && (n_tiles > 0 || !c->tiles || QWEN3_CUDA_FEW);
 }
+
+/* Are q and what attention gives F16? */
+static bool halves(const pass *p) { return p->how == WIDE && p->c->wide_kv && p->n_tiles > 0; }
 
 static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
     pass p;
     p.c = c; p.s = s; p.n = n; p.n_tiles = n_tiles;
     p.how = c->desc.kernels == QWEN3_PATH_STANDARD ? STANDARD : n <= MATVEC_ROWS ? MATVEC :
-            goes_wide(c, n, n_tiles) ? WIDE : GEMM;
+            goes_wide(c, n, n_tiles) ? WIDE : c->wide && QWEN3_CUDA_FEW ? FEW : GEMM;
     p.early = c->m->capability >= 90;
     p.fuse_norms = false;
     p.gain = NULL;
@@ -1252,7 +1275,7 @@ static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
     const qwen3i_config *g = &c->m->config;
     p->gain = p->fuse_norms ? gain : NULL;
     if (p->gain) return QWEN3_OK;
-    if (p->how == WIDE)
+    if (p->how == WIDE || p->how == FEW)
         return launched(p, launch_early(p->early, p->s, grid1(p->n), 256, 0, wide_norm_kernel, c->wide_act,
                                         c->act_scale, c->ff_scale, (const float *)w.bounds, (const float *)c->x,
                                         c->embd_ld, gain, g->n_embd, g->rms_eps), "wide_norm");
@@ -1282,40 +1305,100 @@ static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_
     return a;
 }
 
+/* Blocks of a cluster that share a tile: enough to fill the chip, which holds two of them to a multiprocessor, but
+   each needs some steps to get going. */
+static int few_parts(const pass *p, const wide_args &a) {
+    const int steps = a.k / WIDE_K, room = 2 * p->c->m->n_sm;
+    int best = 1, least_cost = 1 << 30;
+    for (int parts = 1; parts <= 8 && steps % parts == 0; parts *= 2) {
+        const int cost = ceil_div(a.n_tiles * parts, room) * (steps / parts + 6);
+        if (cost < least_cost) { least_cost = cost; best = parts; }
+    }
+    return best;
+}
+
+template <int KIND, class T, int R>
+static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
+    const int parts = few_parts(p, a);
+    return launched(p, launch_clusters(p->early, parts, p->s, grid1(a.n_tiles * parts), FEW_THREADS,
+                                       few_product_shared<R>(), few_product_kernel<KIND, T, R>, get_map(in),
+                                       get_map(w.map), a, parts), "few_product");
+}
+
+/* in: the map for many rows, or for few */
 template <int KIND, class T>
 static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
+    if (p->how == FEW) return p->n <= 32 ? few_product<KIND, T, 32>(p, in, w, a) : few_product<KIND, T, 64>(p, in, w, a);
     const int pairs = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles, p->c->m->n_sm / 2);
     return launched(p, launch_clusters(p->early, WIDE_CLUSTER, p->s, grid1(2 * pairs), WIDE_THREADS, WIDE_PRODUCT_SHARED,
                                        wide_product_kernel<KIND, T>, get_map(in), get_map(w.map), a), "wide_product");
 }
 
-/* x += W in */
-static qwen3_result wide_add(const pass *p, const stored_map &in, const float *in_scale, const matrix &w) {
-    wide_args a = wide_arguments(p, w, in_scale);
-    a.x = p->c->x;
-    a.ldx = p->c->embd_ld;
-    return wide_product<WIDE_ADD, half_t>(p, in, w, a);
+static const stored_map &wide_map(const pass *p, const stored_map &wide, const stored_map &few) {
+    return p->how == FEW ? few : wide;
+}
+
+/* x += W a, of what attention gives */
+static qwen3_result wide_o_proj(const pass *p, const matrix &w) {
+    cuda_ctx *c = p->c;
+    const bool as_it_is = halves(p);
+    wide_args a = wide_arguments(p, w, as_it_is ? NULL : c->act_scale);
+    a.x = c->x;
+    a.ldx = c->embd_ld;
+    if (!as_it_is)
+        TRY(launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(w.ld, 4, p->n), 0,
+                                     round_rows_kernel<half_t>, c->wide_act, c->act_scale, (const float *)c->attn,
+                                     c->q_dim, w.cols, w.ld, (size_t)0), "round_rows"));
+    return wide_product<WIDE_ADD, half_t>(p, wide_map(p, c->wide_a_map, c->few_a_map), w, a);
+}
+
+/* x += W m */
+static qwen3_result wide_down(const pass *p, const matrix &w) {
+    cuda_ctx *c = p->c;
+    wide_args a = wide_arguments(p, w, c->ff_scale);
+    a.x = c->x;
+    a.ldx = c->embd_ld;
+    return wide_product<WIDE_ADD, half_t>(p, wide_map(p, c->wide_m_map, c->few_m_map), w, a);
 }
 
 static qwen3_result wide_qkv(const pass *p, const matrix &w, const qkv_args &qkv) {
-    wide_args a = wide_arguments(p, w, p->c->act_scale);
-    a.out = p->c->wide_kv ? p->c->wide_q : NULL;
-    a.ldo = p->c->q_dim;
+    cuda_ctx *c = p->c;
+    wide_args a = wide_arguments(p, w, c->act_scale);
+    a.out = halves(p) ? c->wide_q : NULL;
+    a.ldo = c->q_dim;
     a.qkv = qkv;
-#define CALL(T) wide_product<WIDE_QKV, T>(p, p->c->wide_h_map, w, a)
-    return BY_KV_TYPE(p->c, CALL);
+#define CALL(T) wide_product<WIDE_QKV, T>(p, wide_map(p, c->wide_h_map, c->few_h_map), w, a)
+    return BY_KV_TYPE(c, CALL);
 #undef CALL
 }
 
 static qwen3_result wide_swiglu(const pass *p, const matrix &w) {
-    const int n_ff = p->c->m->config.n_ff;
-    wide_args a = wide_arguments(p, w, p->c->act_scale);
+    cuda_ctx *c = p->c;
+    const int n_ff = c->m->config.n_ff;
+    wide_args a = wide_arguments(p, w, c->act_scale);
     a.step = WIDE_N / 2;
     a.half = n_ff;
-    a.out = p->c->wide_m;
+    a.out = c->wide_m;
     a.ldo = n_ff;
-    a.out_scale = p->c->ff_scale;
-    return wide_product<WIDE_SWIGLU, half_t>(p, p->c->wide_h_map, w, a);
+    a.out_scale = c->ff_scale;
+    return wide_product<WIDE_SWIGLU, half_t>(p, wide_map(p, c->wide_h_map, c->few_h_map), w, a);
+}
+
+/* y[slot(r), :] = W h[r] for n rows of h; slot as in matvec */
+static qwen3_result few_logits(const pass *p, float *y, const row_info *outs, const matrix &w, int n) {
+    cuda_ctx *c = p->c;
+    wide_args a = wide_arguments(p, w, c->act_scale);
+    a.rows = n;
+    a.n = w.rows;
+    a.n_tiles = ceil_div(w.rows, WIDE_N);
+    a.y = y;
+    a.ldy = w.rows;
+    a.outs = outs;
+    TRY(launched(p, launch_early(p->early, p->s, grid1(n), row_threads(w.ld, 4, n), 0, round_rows_kernel<half_t>,
+                                 c->wide_act, c->act_scale, (const float *)c->h, c->embd_ld, w.cols, w.ld, (size_t)0),
+                 "round_rows"));
+    return n <= 32 ? few_product<WIDE_STORE, half_t, 32>(p, c->few_h_map, w, a)
+                   : few_product<WIDE_STORE, half_t, 64>(p, c->few_h_map, w, a);
 }
 
 static qwen3_result wide_attention(const pass *p, const attention_args &from, int layer) {
@@ -1384,7 +1467,7 @@ static qwen3_result qkv_rope(const pass *p, int layer) {
     const qkv_args a = qkv_arguments(p, layer);
     cudaError_t e;
     if (p->how == STANDARD) return standard_qkv(p, w, a);
-    if (p->how == WIDE) return wide_qkv(p, w, a);
+    if (p->how == WIDE || p->how == FEW) return wide_qkv(p, w, a);
     if (p->how == MATVEC) {
         const matvec_in in = normalised_input(p, w);
 #define CALL(T) fused_qkv<T>(p, w, in, a)
@@ -1453,7 +1536,7 @@ static qwen3_result attention(const pass *p, int layer) {
     cuda_ctx *c = p->c;
     const attention_args a = attention_arguments(p, layer);
     cudaError_t e;
-    if (p->how == WIDE && c->wide_kv) return wide_attention(p, a, layer);
+    if (halves(p)) return wide_attention(p, a, layer);
     if (p->n_tiles > 0) {
         const tile_kernel k = choose_tile_kernel(c);
         e = launch(p->s, grid2(p->n_tiles, a.n_head_kv), 128, k.shared, k.kernel, a,
@@ -1479,12 +1562,7 @@ static qwen3_result o_proj(pass *p, int layer) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].wo;
     if (p->how == MATVEC) return matvec<true>(p, c->x, c->embd_ld, NULL, w, c->attn, c->q_dim, p->n);
-    if (p->how == WIDE && c->wide_kv) return wide_add(p, c->wide_a_map, NULL, w);
-    if (p->how == WIDE) {
-        RUN(grid1(p->n), row_threads(w.ld, 4, p->n), 0, round_rows_kernel<half_t>, c->wide_act, c->act_scale,
-            (const float *)c->attn, c->q_dim, w.cols, w.ld, (size_t)0);
-        return wide_add(p, c->wide_a_map, c->act_scale, w);
-    }
+    if (p->how == WIDE || p->how == FEW) return wide_o_proj(p, w);
     TRY(round_rows(p, w, c->attn, c->q_dim, p->n));
     return product_to_add(p, w);
 }
@@ -1515,7 +1593,7 @@ static qwen3_result mlp(const pass *p, int layer) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].gate_up, &down = c->m->layers[layer].w_down;
     if (p->how == STANDARD) return standard_mlp(p, w, down);
-    if (p->how == WIDE) return wide_swiglu(p, w);
+    if (p->how == WIDE || p->how == FEW) return wide_swiglu(p, w);
     if (p->how == MATVEC) {
         const matvec_in in = normalised_input(p, w);
 #define CALL(T) mlp_rows_of<T>(p, in, c->ff, c->ff_ld)
@@ -1532,7 +1610,7 @@ static qwen3_result down_proj(pass *p, int layer) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].w_down;
     if (p->how == MATVEC) return matvec<true>(p, c->x, c->embd_ld, NULL, w, c->ff, c->ff_ld, p->n);
-    if (p->how == WIDE) return wide_add(p, c->wide_m_map, c->ff_scale, w);
+    if (p->how == WIDE || p->how == FEW) return wide_down(p, w);
     return product_to_add(p, w);
 }
 
@@ -1580,7 +1658,10 @@ static qwen3_result head_logits(const pass *p, int first, int n, bool keep_only)
     if (n <= MATVEC_ROWS && p->how != STANDARD)
         TRY(matvec<false>(p, keep_only ? c->kept : c->logits, vocab, keep_only ? c->rows + first : NULL, w, c->h,
                           c->embd_ld, n));
-    else {
+    else if (c->wide && QWEN3_CUDA_FEW) {
+        TRY(few_logits(p, keep_only ? c->kept : c->logits, keep_only ? c->rows + first : NULL, w, n));
+        if (keep_only) return QWEN3_OK;
+    } else {
         TRY(round_rows(p, w, c->h, c->embd_ld, n));
         TRY(product(c, p->s, c->logits, vocab, w, 0, w.rows, c->act, n, p->err));
         scale = act_scale(p, w);
@@ -2055,7 +2136,9 @@ static const char *lab_no_device() {
     return e == cudaSuccess ? "there is no CUDA device" : cudaGetErrorString(e);
 }
 
-static int lab_own_products(const void *ctx_state) { return ((const cuda_ctx *)ctx_state)->wide; }
+static int lab_own_products(const void *ctx_state, int rows) {
+    return ((const cuda_ctx *)ctx_state)->wide && (rows > FEW_MOST || (QWEN3_CUDA_FEW && rows > MATVEC_ROWS));
+}
 
 struct timer {                          /* of the device, over what is enqueued between start and stop */
     cudaEvent_t from, to;
@@ -2156,8 +2239,8 @@ static bool wide_buffer(const pass *p, qwen3_cuda_buffer buffer, wide_view *v) {
     const cuda_ctx *c = p->c;
     const wide_view h = {c->wide_act, c->act_scale, c->m->config.n_embd}, q = {c->wide_q, NULL, c->q_dim},
                     a = {c->wide_act, NULL, c->q_dim}, m = {c->wide_m, c->ff_scale, c->m->config.n_ff};
-    if (p->how != WIDE || buffer == QWEN3_CUDA_X || buffer == QWEN3_CUDA_LOGITS) return false;
-    if (!c->wide_kv && (buffer == QWEN3_CUDA_Q || buffer == QWEN3_CUDA_A)) return false;
+    if ((p->how != WIDE && p->how != FEW) || buffer == QWEN3_CUDA_X || buffer == QWEN3_CUDA_LOGITS) return false;
+    if (!halves(p) && (buffer == QWEN3_CUDA_Q || buffer == QWEN3_CUDA_A)) return false;
     *v = buffer == QWEN3_CUDA_H ? h : buffer == QWEN3_CUDA_Q ? q : buffer == QWEN3_CUDA_A ? a : m;
     return true;
 }

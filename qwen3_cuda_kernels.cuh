@@ -426,6 +426,8 @@ template <class O> static __global__ void round_rows_kernel(O *out, float *out_s
     __shared__ float shared[32];
     const float *from = in + (size_t)blockIdx.x * ld_in;
     float top = 0, up = 1;
+    wait_for_previous();
+    let_next_start();
     if (sizeof(O) == 2 && out_scale) {
         for (int i = tid(); i < width; i += n_threads()) top = fmaxf(top, fabsf(from[i]));
         up = half_scale(block_max(top, shared));
@@ -1811,6 +1813,15 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
 #define QWEN3_WGMMA 1
 #endif
 
+/* Products of 9 to 64 rows in kernels of their own, too: run in emulation only, not yet on a chip. */
+#ifndef QWEN3_CUDA_FEW
+#ifdef QWEN3_CUDA_EMULATED
+#define QWEN3_CUDA_FEW 1
+#else
+#define QWEN3_CUDA_FEW 0
+#endif
+#endif
+
 const int WIDE_M       = 128;           /* rows of x and ... */
 const int WIDE_N       = 128;           /* ... of W in a tile of a product */
 const int WIDE_K       = 64;            /* elements of a row that are loaded at once: 128 bytes, as they are swizzled */
@@ -1869,6 +1880,17 @@ static __device__ __forceinline__ void barrier_wait(mbarrier *b, unsigned parity
 }
 static __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+/* The same, and what each block has written before is seen by all after it. */
+static __device__ __forceinline__ void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ float2 load_from_block(const float *p, unsigned rank) {
+    float2 v;
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %2, %3;\n"
+                 "ld.shared::cluster.v2.f32 {%0, %1}, [there];\n}"
+                 : "=f"(v.x), "=f"(v.y) : "r"(shared_address(p)), "r"(rank) : "memory");
+    return v;
 }
 static __device__ __forceinline__ void barriers_ready() {       /* for copies and other blocks of the cluster */
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
@@ -1945,6 +1967,20 @@ static __device__ __forceinline__ void wide_multiply(float (&d)[64], u64 a, u64 
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QWEN3_D64 ", %64, %65, p, 1, 1, 0, 0;\n}"
                  : QWEN3_F64(d) : "l"(a), "l"(b), "r"(add));
+}
+/* The same for 32 and 64 rows of b. */
+static __device__ __forceinline__ void wide_multiply(float (&d)[16], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;\n}"
+                 : QWEN3_F8(d, 0), QWEN3_F8(d, 8) : "l"(a), "l"(b), "r"(add));
+}
+static __device__ __forceinline__ void wide_multiply(float (&d)[32], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "%32, %33, p, 1, 1, 0, 0;\n}"
+                 : QWEN3_F8(d, 0), QWEN3_F8(d, 8), QWEN3_F8(d, 16), QWEN3_F8(d, 24) : "l"(a), "l"(b), "r"(add));
 }
 /* d[64, 128] += a[64, 16] b[16, 128], a in registers, b with its rows outside. */
 static __device__ __forceinline__ void wide_multiply(float (&d)[64], const unsigned (&a)[4], u64 b, int add) {
@@ -2090,7 +2126,7 @@ static __global__ void row_norms_kernel(float *most, const half_t *w, int n, int
 }
 
 /* ---- products ------------------------------------------------------------------------------------------- */
-enum wide_kind { WIDE_ADD, WIDE_QKV, WIDE_SWIGLU };
+enum wide_kind { WIDE_ADD, WIDE_QKV, WIDE_SWIGLU, WIDE_STORE };
 
 struct wide_args {
     int          rows, k, n_tiles;      /* of W: tiles of 128 rows */
@@ -2101,6 +2137,10 @@ struct wide_args {
     half_t      *out; int ldo;          /* QKV: q, or NULL: to qkv.qkv as float32; SWIGLU: m */
     const float *out_scale;             /* SWIGLU: out = m / out_scale[row] */
     qkv_args     qkv;
+    /* of few_product only */
+    int          n;                     /* rows of W */
+    float       *y; int ldy;            /* STORE: y[slot(row), i] = (W in)_i; slot as in matvec */
+    const row_info *outs;
 };
 
 #ifdef QWEN3_WGMMA
@@ -2322,6 +2362,172 @@ template <int KIND, class T = half_t, int CHUNK = WIDE_CHUNK> static __global__ 
 }
 
 const size_t WIDE_PRODUCT_SHARED = 1024 + WIDE_STAGES * (2 * WIDE_HALF + 16);
+
+/* ---- products of few rows --------------------------------------------------------------------------------- */
+const int FEW_MOST    = 64;             /* rows */
+const int FEW_STAGES  = 4;
+const int FEW_X_TILE  = 16;             /* rows of x that are loaded at once */
+const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
+const int FEW_LD      = WIDE_M + 4;     /* floats from a row of sums to the next: no bank twice */
+
+template <int R> struct few_tile { enum { BYTES = (int)WIDE_HALF + R * WIDE_K * 2 }; };
+template <int R> static size_t few_product_shared() { return 1024 + FEW_STAGES * ((size_t)few_tile<R>::BYTES + 16); }
+
+#ifdef QWEN3_WGMMA
+static __device__ __forceinline__ void few_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int tile,
+                                                  int k, wide_stage *s, unsigned bytes) {
+    barrier_expect(&s->full, bytes);
+    load_tile(to, map, k, tile * g.step, &s->full);
+    load_tile(to + WIDE_HALF / 2, map, k, tile * g.step + g.half, &s->full);
+}
+template <int R>
+static __device__ __forceinline__ void few_load_x(unsigned char *to, const CUtensorMap *map, int k, wide_stage *s) {
+#pragma unroll
+    for (int row = 0; row < R; row += FEW_X_TILE)
+        load_tile(to + WIDE_HALF + row * WIDE_K * 2, map, k, row, &s->full);
+}
+
+/* Steps of 64 elements, from k0 on, of a tile of W and of x. The first weights are asked for before x exists. */
+template <int R> static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
+                                                 unsigned char *memory, wide_stage *stages, int tile, int k0, int steps) {
+    const int early = steps < FEW_STAGES ? steps : FEW_STAGES;
+    for (int i = 0; i < early; i++)
+        few_load_w(memory + few_tile<R>::BYTES * i, w_map, g, tile, k0 + i * WIDE_K, &stages[i], few_tile<R>::BYTES);
+    wait_for_previous();
+    for (int i = 0; i < steps; i++) {
+        const int s = i % FEW_STAGES, k = k0 + i * WIDE_K;
+        unsigned char *to = memory + few_tile<R>::BYTES * s;
+        if (i >= early) {
+            barrier_wait(&stages[s].empty, (unsigned)(i / FEW_STAGES & 1) ^ 1);
+            few_load_w(to, w_map, g, tile, k, &stages[s], few_tile<R>::BYTES);
+        }
+        few_load_x<R>(to, x_map, k, &stages[s]);
+    }
+}
+
+/* This warpgroup's 64 rows of W times all rows of x, over the block's part of k: to sums [R, FEW_LD], over the stages. */
+template <int R> static __device__ void few_sum(unsigned char *memory, wide_stage *stages, int steps, int group) {
+    float acc[R / 2], part[R / 2];
+    float *sums = (float *)(void *)memory;
+#pragma unroll
+    for (int i = 0; i < R / 2; i++) acc[i] = part[i] = 0;
+    for (int i = 0; i < steps; i++) {
+        const int s = i % FEW_STAGES;
+        const unsigned char *w = memory + few_tile<R>::BYTES * s, *x = w + WIDE_HALF;
+        barrier_wait(&stages[s].full, (unsigned)(i / FEW_STAGES & 1));
+        products_begin();
+#pragma unroll
+        for (int j = 0; j < WIDE_K / 16; j++)
+            wide_multiply(part, operand(w + WIDE_HALF / 2 * (size_t)group) + 2 * (unsigned)j,
+                          operand(x) + 2 * (unsigned)j, j > 0);
+        products_commit();
+        products_wait<0>();
+        products_done(part);
+        if (lane_id() == 0) barrier_arrive(&stages[s].empty);
+#pragma unroll
+        for (int j = 0; j < R / 2; j++) acc[j] += part[j];
+    }
+    group_sync(1, 256);                 /* nobody reads the stages any more */
+    float *to = sums + lane_id() % 4 * 2 * FEW_LD + 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
+#pragma unroll
+    for (int j = 0; j < R / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            to[(8 * j + e) * FEW_LD] = acc[4 * j + e];
+            to[(8 * j + e) * FEW_LD + 8] = acc[4 * j + 2 + e];
+        }
+}
+
+/* What a lane has of a row of sums: columns 2 lane, + 1, and those 64 further. */
+template <int KIND, class T> static __device__ __forceinline__ void few_finish(const wide_args &g, float2 lo, float2 hi,
+                                                                               int row, int tile) {
+    const float scale = g.w_scale * (g.in_scale ? g.in_scale[row] : 1.0f);
+    const int col = 2 * lane_id();
+    lo.x *= scale; lo.y *= scale; hi.x *= scale; hi.y *= scale;
+    if (KIND == WIDE_ADD) {
+        float2 *x = (float2 *)(void *)(g.x + (size_t)row * g.ldx + tile * WIDE_M + col);
+        const float2 a = x[0], b = x[32];
+        x[0] = make_float2(a.x + lo.x, a.y + lo.y);
+        x[32] = make_float2(b.x + hi.x, b.y + hi.y);
+    } else if (KIND == WIDE_SWIGLU) {
+        const float down = 1.0f / g.out_scale[row];
+        *(unsigned *)(void *)(g.out + (size_t)row * g.ldo + tile * (WIDE_M / 2) + col) =
+            pack_halves(silu_fast(lo.x) * hi.x * down, silu_fast(lo.y) * hi.y * down);
+    } else if (KIND == WIDE_STORE) {
+        const int slot = g.outs ? g.outs[row].out_slot : row, at = tile * WIDE_M + col;
+        float *y = g.y + (size_t)slot * g.ldy + at;
+        if (slot < 0) return;
+        if (at < g.n) store_2(y, lo.x, lo.y);
+        if (at + 64 < g.n) store_2(y + 64, hi.x, hi.y);
+    } else {
+        const qkv_args &a = g.qkv;
+        const int rotated = a.n_head + a.n_head_kv, kv_head = tile < rotated ? tile - a.n_head : tile - rotated;
+        const row_info at = a.rows[row];
+        if (tile < rotated) {
+            const float *gain = (tile < a.n_head ? a.q_norm : a.k_norm) + col;
+            const float2 g0 = *(const float2 *)(const void *)gain, g1 = *(const float2 *)(const void *)(gain + 64);
+            const float4 c = *(const float4 *)(const void *)(a.rope + (size_t)at.position * (WIDE_DIM / 2) + col);
+            const float sum = warp_sum(lo.x * lo.x + lo.y * lo.y + hi.x * hi.x + hi.y * hi.y);
+            const float s = 1.0f / sqrtf(sum / (float)WIDE_DIM + a.eps);
+            const float x0 = lo.x * s * g0.x, x1 = lo.y * s * g0.y, y0 = hi.x * s * g1.x, y1 = hi.y * s * g1.y;
+            lo = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
+            hi = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
+        }
+        if (tile < a.n_head) {
+            float *q = a.qkv + (size_t)row * a.ld + tile * WIDE_DIM + col;
+            store_2(q, lo.x, lo.y);
+            store_2(q + 64, hi.x, hi.y);
+        } else {
+            T *to = (T *)(tile < rotated ? a.kv.k : a.kv.v) + kv_at(a.kv, at.seq, at.position) + kv_head * WIDE_DIM + col;
+            store_2(to, lo.x, lo.y);
+            store_2(to + 64, hi.x, hi.y);
+        }
+    }
+}
+#endif
+
+/* few_product: as wide_product for 9 to 64 rows, where the weights' bytes are what counts; also STORE: logits. R: 32 or
+   64, at least the rows. A cluster shares a tile of 128 rows of W: each of its blocks sums over a part of k, 64 elements
+   by the tensor core at a time, and finishes some of the rows from all parts, in order. Grid: tiles times blocks of a
+   cluster; k is 64 times a multiple of these. */
+template <int KIND, class T, int R> static __global__ void __launch_bounds__(FEW_THREADS, 2)
+    few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g,
+                       int parts) {
+#ifdef QWEN3_WGMMA
+    QWEN3_DYNAMIC_SHARED(raw);
+    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    wide_stage *stages = (wide_stage *)(void *)(memory + FEW_STAGES * few_tile<R>::BYTES);
+    const int rank = block_x() % parts, tile = block_x() / parts, steps = g.k / parts / WIDE_K;
+    const int warp = __shfl_sync(ALL, warp_id(), 0);
+    if (tid() == 0) {
+        for (int i = 0; i < FEW_STAGES; i++) { barrier_init(&stages[i].full, 1); barrier_init(&stages[i].empty, 8); }
+        barriers_ready();
+    }
+    __syncthreads();
+    let_next_start();
+    if (warp == 8) {
+        if (lane_id() == 0) few_load<R>(&x_map, &w_map, g, memory, stages, tile, rank * steps * WIDE_K, steps);
+        __syncwarp();
+    } else {
+        wait_for_previous();
+        few_sum<R>(memory, stages, steps, warp / 4);
+    }
+    cluster_meet();
+    if (warp < 8)
+        for (int row = rank * (R / parts) + warp; row < (rank + 1) * (R / parts) && row < g.rows; row += 8) {
+            const float *sums = (const float *)(const void *)memory + row * FEW_LD + 2 * lane_id();
+            float2 lo = make_float2(0, 0), hi = make_float2(0, 0);
+            for (int i = 0; i < parts; i++) {
+                const float2 a = load_from_block(sums, (unsigned)i), b = load_from_block(sums + 64, (unsigned)i);
+                lo.x += a.x; lo.y += a.y; hi.x += b.x; hi.y += b.y;
+            }
+            few_finish<KIND, T>(g, lo, hi, row, tile);
+        }
+    cluster_meet();                     /* nobody leaves while its sums are read */
+#else
+    (void)x_map; (void)w_map; (void)g; (void)parts;
+#endif
+}
 
 /* ---- attention ------------------------------------------------------------------------------------------ */
 struct wide_attention_args {

@@ -226,7 +226,7 @@ static void lab_fill_cache(lab *l, int n, char **k, char **v) {
 }
 
 /* ---- each operation ------------------------------------------------------------------------------------- */
-static int lab_own_products(const lab *l, int n) { return n > 64 && qwen3_cuda_get_kernels()->own_products(l->ctx); }
+static int lab_own_products(const lab *l, int n) { return qwen3_cuda_get_kernels()->own_products(l->ctx, n); }
 
 static double lab_exact(const lab *l, int n) {
     return (n > 8 || l->desc.kernels == QWEN3_PATH_STANDARD) && !lab_own_products(l, n) ? CUDA_PRODUCT : CUDA_EXACT;
@@ -237,7 +237,9 @@ static int lab_rounds(const lab *l, int n) {
 }
 
 /* With these kernels q and what attention gives are rounded once, as the cache is, if that is F16. */
-static int lab_halves(const lab *l, int n) { return lab_own_products(l, n) && l->desc.kv_type == QWEN3_KV_F16; }
+static int lab_halves(const lab *l, int n) {
+    return n > 64 && lab_own_products(l, n) && l->desc.kv_type == QWEN3_KV_F16;
+}
 
 static void lab_check_embed(lab *l, const lab_rows *r) {
     int n = r->batch.n_rows, width = l->model.config.n_embd;
@@ -379,7 +381,7 @@ static void lab_check_head(lab *l, lab_rows *r) {
 
 static void lab_check_all(const lab_shape *s, qwen3i_type type, int kv_type, int kernels, int n, int n_seqs,
                           int before) {
-    qwen3_ctx_desc desc = ctx_desc(before + n + 40, n_seqs, qwen3i_max(n, 1), kv_type);
+    qwen3_ctx_desc desc = ctx_desc(before + n + 3 * n_seqs + 40, n_seqs, qwen3i_max(n, 1), kv_type);
     lab *l = (lab *)malloc(sizeof *l);
     lab_rows *r = (lab_rows *)malloc(sizeof *r);
     desc.kernels = kernels;
@@ -448,6 +450,10 @@ static void test_cuda_kernels_hopper(void) {
     lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 130, 3, 100);
     lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 66, 1, 5);
     lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 66, 2, 5);
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 9, 9, 5);
+    lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 33, 2, 5);
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 64, 64, 3);
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 70, 70, 3);
     cuda_on_cpu_chip(80);
 }
 
@@ -463,13 +469,19 @@ static void test_cuda_kernels_real_shapes(void) {
         {1024, 16, 8, 128, 3072, 1000, 1}, {2048, 16, 8, 128, 6144, 1000, 1}, {2560, 32, 8, 128, 9728, 1000, 1},
         {4096, 32, 8, 128, 12288, 1000, 1}, {5120, 40, 8, 128, 17408, 1000, 1}, {5120, 64, 8, 128, 25600, 1000, 1}
     };
-    static const int rows[] = {1, 8, 65};
+    static const int rows[] = {1, 8, 33, 65};
     int i, k;
     for (i = 0; i < 6; i++)
-        for (k = 0; k < 3; k++)
+        for (k = 0; k < 4; k++)
             lab_check_all(&shapes[i], i % 2 ? QWEN3I_F16 : QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, rows[k], 1,
                           i == 0 ? 1000 : 63);
     lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1000, 1, 0);
+    lab_check_all(&lab_real, QWEN3I_F16, QWEN3_KV_F32, QWEN3_PATH_FUSED, 130, 1, 20);
+    lab_check_all(&lab_real, QWEN3I_F16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 9, 9, 40);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 64, 64, 100);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F32, QWEN3_PATH_FUSED, 40, 2, 3);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 100, 100, 30);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 200, 7, 200);
     lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 1000, 2, 17);
     lab_check_all(&lab_real, QWEN3I_F32, QWEN3_KV_F32, QWEN3_PATH_FUSED, 64, 1, 64);
     lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_STANDARD, 8, 8, 300);

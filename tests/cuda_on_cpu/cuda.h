@@ -52,6 +52,7 @@ inline void check(mbarrier *b) {
 
 /* The same place in another block of the cluster. */
 template <class T> T *in_block(T *p, unsigned rank) {
+    if (rank >= now().blocks.size()) die("there is no such block in the cluster");
     return (T *)(void *)((char *)p - (char *)block().dynamic + (char *)now().blocks[rank].dynamic);
 }
 
@@ -112,6 +113,10 @@ static inline void barrier_arrive_at(mbarrier *b, unsigned rank) { barrier_arriv
 static inline void barrier_wait(mbarrier *b, unsigned parity) { while (b->phase == parity) emulated::yield(); }
 static inline void barriers_ready() {}
 static inline void cluster_sync() { emulated::meet(emulated::now().cluster, emulated::now().live); }
+static inline void cluster_meet() { cluster_sync(); }
+static inline float2 load_from_block(const float *p, unsigned rank) {
+    return *(const float2 *)(const void *)emulated::in_block(p, rank);
+}
 static inline void stores_ready() {}
 static inline void group_sync(int id, int threads) { emulated::meet(emulated::block().named[id], threads); }
 template <int N> void fewer_registers() {}
