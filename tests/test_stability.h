@@ -293,7 +293,7 @@ static int stab_rounds(qwen3i_type weights, int rows) {
 }
 static int stab_own_products(const stab_bench *b, int rows) {
 #ifdef QWEN3_TEST_CUDA
-    return stab_is_cuda() && rows > 64 && qwen3_cuda_get_kernels()->own_products(b->state);
+    return stab_is_cuda() && rows > 64 && qwen3_cuda_get_kernels()->own_products(b->state, rows);
 #else
     (void)b; (void)rows;
     return 0;

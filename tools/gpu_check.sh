@@ -5,7 +5,7 @@
 #     tools/gpu_check.sh [model directory]
 #
 # In one call of less than 400 s on an H200: tests, sanitizers, speed of SIZES with single operations and pictures, long
-# prompts, batches, and transformers beside ours. QUICK=1 leaves the sanitizers out, VARIANTS="late early norm ..." compares
+# prompts, batches, and transformers beside ours. QUICK=1 leaves the sanitizers out, VARIANTS="few late early ..." compares
 # build options, COMPARE= leaves transformers out, PROOF= what takes up to five minutes more: a fused kernel, PyTorch,
 # RMSNorm's shapes, Nsight Compute. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
 OUT=${OUT:-gpu_out}
@@ -50,9 +50,10 @@ build() {
             -L"$CUDA/lib64" -Wl,-rpath,"$CUDA/lib64" -lcublasLt -lcudart -lstdc++ -lm -lpthread || return 1
     done
 }
-# what is to be compared with the defaults: late starts, early starts, norms within the matrix-vector kernels
+# what is to be compared with the defaults: own products of few rows, late starts, early starts, norms within the matrix-vector kernels
 flags() {
     case $1 in
+        few)       echo -DQWEN3_CUDA_FEW=1 ;;
         late)      echo -DQWEN3_CUDA_PDL=0 ;;
         early)     echo -DQWEN3_CUDA_PDL=2 ;;
         norm)      echo -DQWEN3_CUDA_FUSE_NORM=1 ;;
@@ -60,7 +61,7 @@ flags() {
         norm_early) echo -DQWEN3_CUDA_FUSE_NORM=1 -DQWEN3_CUDA_PDL=2 ;;
     esac
 }
-VARIANTS=${VARIANTS-}
+VARIANTS=${VARIANTS-few}
 for v in $VARIANTS; do ( build $v $(flags $v) ) > "$OUT/build.$v.log" 2>&1 & done
 ( build plain ) > "$OUT/build.log" 2>&1 || { note build "FAILED: $(grep -m 1 error "$OUT/build.log")"; cat "$OUT/table"; exit 1; }
 wait
@@ -68,7 +69,7 @@ note build "ok, $(grep -c 'Compiling entry' "$OUT/build.log") kernels, $(grep 'b
 
 run tests 200 build/gpu_check_plain_test -k test_cuda
 run stability 120 build/gpu_check_plain_test -v -k stability
-for v in $VARIANTS; do run tests.$v 60 build/gpu_check_${v}_test -k test_cuda_models; done
+for v in $VARIANTS; do run tests.$v 60 build/gpu_check_${v}_test -k test_cuda; done
 
 # bench NAME PROGRAM OPTIONS...: its JSON to bench.NAME.log, the figures to the table
 bench() {
@@ -81,7 +82,7 @@ for size in ${SIZES:-0.6B 1.7B 4B 8B}; do
         --tests pp512,pp2048,pp8192,pp32768,tg128@512
     python3 tools/plot_bench.py "$OUT/bench.$size.log" -o "$OUT/roofline.$size.svg" -t "$size" >> "$OUT/plot.log" 2>&1
 done
-for v in $VARIANTS; do bench 0.6B.$v build/gpu_check_${v}_bench --random 0.6B --tests tg128@512; done
+for v in $VARIANTS; do bench 0.6B.$v build/gpu_check_${v}_bench --random 0.6B --tests tg64@512 --batch 1,16,64; done
 bench 0.6B.batch build/gpu_check_plain_bench --random 0.6B --tests tg64@512 --batch 4,16,64
 bench 8B.batch build/gpu_check_plain_bench --random 8B --tests tg64@512 --batch 32
 bench 0.6B.sample build/gpu_check_plain_bench --random 0.6B --tests tg128@512 --sample
