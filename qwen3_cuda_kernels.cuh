@@ -15,6 +15,7 @@ namespace {
 
 typedef __half        half_t;
 typedef __nv_bfloat16 bf16_t;
+typedef unsigned long long u64;
 
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
 const int MATVEC_WARPS  = 8;
@@ -39,6 +40,9 @@ static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1
    and what is older, and says when its own blocks have little left to do. */
 #ifndef QWEN3_CUDA_PDL
 #define QWEN3_CUDA_PDL 1                /* 0: off; 1: it says so when its sums are done, 2: as soon as it may */
+#endif
+#ifndef QWEN3_CUDA_ONE_LAUNCH
+#define QWEN3_CUDA_ONE_LAUNCH 0         /* 1: a decode step of one row is one kernel (sm_90a): qwen3_cuda_step.cuh */
 #endif
 #ifndef QWEN3_CUDA_FUSE_NORM
 #define QWEN3_CUDA_FUSE_NORM 0          /* each block of a matrix-vector kernel does the RMSNorm of its input itself */
@@ -668,6 +672,28 @@ template <class T> static __device__ __forceinline__ void store_2(T *p, float x,
     store(p + 1, y);
 }
 
+/* RMSNorm and rotate-half of one head by one warp: this lane has its elements 2 lane + 64 j and the next in lo, those
+   half a head further in hi; all times scale. */
+static __device__ __forceinline__ void norm_rope(float2 (&lo)[TURNS], float2 (&hi)[TURNS],
+                                                 const float2 (&gain_lo)[TURNS], const float2 (&gain_hi)[TURNS],
+                                                 const row_turn &t, int head_dim, float eps, float scale) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) {
+        lo[j].x *= scale; lo[j].y *= scale; hi[j].x *= scale; hi[j].y *= scale;
+        sum += lo[j].x * lo[j].x + lo[j].y * lo[j].y + hi[j].x * hi[j].x + hi[j].y * hi[j].y;
+    }
+    const float r = 1.0f / sqrtf(warp_sum(sum) / (float)head_dim + eps);
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) {
+        const float x0 = lo[j].x * r * gain_lo[j].x, y0 = hi[j].x * r * gain_hi[j].x;
+        const float x1 = lo[j].y * r * gain_lo[j].y, y1 = hi[j].y * r * gain_hi[j].y;
+        const float4 c = t.turn[j];     /* cosine, sine, cosine, sine */
+        lo[j] = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
+        hi[j] = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
+    }
+}
+
 /* One head of one row, by one warp: RMSNorm over its head_dim values, rotate-half, then q back in float32 or
    k to the cache with one rounding. in [head_dim], times scale. */
 template <class T>
@@ -677,7 +703,6 @@ static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row
     float *v = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
     const float *gain = head < a.n_head ? a.q_norm : a.k_norm;
     float2 lo[TURNS], hi[TURNS], gain_lo[TURNS], gain_hi[TURNS];
-    float sum = 0;
 #pragma unroll
     for (int j = 0; j < TURNS; j++) {
         const int i = 2 * lane_id() + 64 * j;
@@ -688,24 +713,14 @@ static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row
         gain_lo[j] = *(const float2 *)(const void *)(gain + i);
         gain_hi[j] = *(const float2 *)(const void *)(gain + i + half);
     }
-#pragma unroll
-    for (int j = 0; j < TURNS; j++) {
-        lo[j].x *= scale; lo[j].y *= scale; hi[j].x *= scale; hi[j].y *= scale;
-        sum += lo[j].x * lo[j].x + lo[j].y * lo[j].y + hi[j].x * hi[j].x + hi[j].y * hi[j].y;
-    }
-    const float r = 1.0f / sqrtf(warp_sum(sum) / (float)a.head_dim + a.eps);
+    norm_rope(lo, hi, gain_lo, gain_hi, t, a.head_dim, a.eps, scale);
     T *k = (T *)a.kv.k + kv_at(a.kv, t.seq, t.position) + (size_t)(head - a.n_head) * a.head_dim;
 #pragma unroll
     for (int j = 0; j < TURNS; j++) {
         const int i = 2 * lane_id() + 64 * j;
         if (i >= half) break;
-        const float x0 = lo[j].x * r * gain_lo[j].x, y0 = hi[j].x * r * gain_hi[j].x;
-        const float x1 = lo[j].y * r * gain_lo[j].y, y1 = hi[j].y * r * gain_hi[j].y;
-        const float4 c = t.turn[j];     /* cosine, sine, cosine, sine */
-        const float p0 = x0 * c.x - y0 * c.y, q0 = y0 * c.x + x0 * c.y;
-        const float p1 = x1 * c.z - y1 * c.w, q1 = y1 * c.z + x1 * c.w;
-        if (head < a.n_head) { store_2(v + i, p0, p1); store_2(v + i + half, q0, q1); }
-        else { store_2(k + i, p0, p1); store_2(k + i + half, q0, q1); }
+        if (head < a.n_head) { store_2(v + i, lo[j].x, lo[j].y); store_2(v + i + half, hi[j].x, hi[j].y); }
+        else { store_2(k + i, lo[j].x, lo[j].y); store_2(k + i + half, hi[j].x, hi[j].y); }
     }
 }
 
@@ -833,18 +848,11 @@ template <> __device__ __forceinline__ void kv_unpack<float>(float (&f)[8], cons
 template <class T, int G>
 struct split_state { float q[G][8], o[G][8], top[G], sum[G]; };
 
-template <class T, int G, int U> static __device__ __forceinline__ void split_step(split_state<T, G> &s, const T *k,
-                                                                                   const T *v, int stride, int left,
-                                                                                   int lanes, bool owner) {
-    const int sub = lane_id() / lanes, each = 32 / lanes;
-    kv_vector<T> kr[U], vr[U];
+/* Adds U turns of positions, `stride` apart, whose k and v this lane has; `left` of them are from this lane's on. */
+template <class T, int G, int U>
+static __device__ __forceinline__ void split_scores(split_state<T, G> &s, const kv_vector<T> (&kr)[U],
+                                                    const kv_vector<T> (&vr)[U], int left, int stride, int lanes) {
     float score[U][G], f[8];
-#pragma unroll
-    for (int u = 0; u < U; u++) {
-        const int p = u * each + sub;
-        kr[u] = kv_load<T>(k + (size_t)p * stride, owner && p < left);
-        vr[u] = kv_load<T>(v + (size_t)p * stride, owner && p < left);
-    }
 #pragma unroll
     for (int u = 0; u < U; u++) {
         kv_unpack<T>(f, kr[u]);
@@ -854,7 +862,7 @@ template <class T, int G, int U> static __device__ __forceinline__ void split_st
 #pragma unroll
             for (int i = 0; i < 8; i++) d += s.q[g][i] * f[i];
             for (int o = lanes / 2; o > 0; o >>= 1) d += __shfl_xor_sync(ALL, d, o);
-            score[u][g] = u * each + sub < left ? d : LOWEST;
+            score[u][g] = u * stride < left ? d : LOWEST;
         }
     }
 #pragma unroll
@@ -870,7 +878,7 @@ template <class T, int G, int U> static __device__ __forceinline__ void split_st
         for (int i = 0; i < 8; i++) s.o[g][i] *= keep;
 #pragma unroll
         for (int u = 0; u < U; u++) {
-            score[u][g] = u * each + sub < left ? exp2f(score[u][g] - top) : 0.0f;
+            score[u][g] = u * stride < left ? exp2f(score[u][g] - top) : 0.0f;
             s.sum[g] += score[u][g];
         }
     }
@@ -881,6 +889,29 @@ template <class T, int G, int U> static __device__ __forceinline__ void split_st
         for (int g = 0; g < G; g++)
 #pragma unroll
             for (int i = 0; i < 8; i++) s.o[g][i] += score[u][g] * f[i];
+    }
+}
+
+template <class T, int G, int U> static __device__ __forceinline__ void split_step(split_state<T, G> &s, const T *k,
+                                                                                   const T *v, int stride, int left,
+                                                                                   int lanes, bool owner) {
+    const int sub = lane_id() / lanes, each = 32 / lanes;
+    kv_vector<T> kr[U], vr[U];
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        const int p = u * each + sub;
+        kr[u] = kv_load<T>(k + (size_t)p * stride, owner && p < left);
+        vr[u] = kv_load<T>(v + (size_t)p * stride, owner && p < left);
+    }
+    split_scores<T, G, U>(s, kr, vr, left - sub, each, lanes);
+}
+
+/* Adds up what the lanes of the warp have of head g, which read positions side by side. */
+template <class T, int G> static __device__ __forceinline__ void split_fold(split_state<T, G> &s, int g, int lanes) {
+    for (int o = 16; o >= lanes; o >>= 1) {
+        s.sum[g] += __shfl_xor_sync(ALL, s.sum[g], o);
+#pragma unroll
+        for (int i = 0; i < 8; i++) s.o[g][i] += __shfl_xor_sync(ALL, s.o[g][i], o);
     }
 }
 
@@ -913,7 +944,8 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
     /* the rows were written several kernels before, the cache up to this position by earlier steps */
     const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z), active = ceil_div(n, length);
     const int begin = (int)blockIdx.z * length, end = begin + length < n ? begin + length : n;
-    if (QWEN3_CUDA_PDL) prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end);
+    if (QWEN3_CUDA_PDL)
+        prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end);
     wait_for_previous();
     let_next_start();
     if (begin >= n) return;
@@ -943,11 +975,7 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
 
 #pragma unroll
     for (int g = 0; g < G; g++) {       /* the positions that this warp read side by side */
-        for (int o = 16; o >= lanes; o >>= 1) {
-            s.sum[g] += __shfl_xor_sync(ALL, s.sum[g], o);
-#pragma unroll
-            for (int i = 0; i < 8; i++) s.o[g][i] += __shfl_xor_sync(ALL, s.o[g][i], o);
-        }
+        split_fold<T, G>(s, g, lanes);
         if (lane < lanes && owner)
 #pragma unroll
             for (int i = 0; i < 8; i++) part[warp][g][at + i] = s.o[g][i];
@@ -1267,8 +1295,6 @@ static __global__ void logprob_kernel(float *out, const float *logits, const row
    KERNELS: sampling. The twin of qwen3i_choose: sums of integer weights do not depend on their order,
    so blocks and threads may add them as they come and the choice is the CPU's, bit for bit.
    ================================================================================================ */
-typedef unsigned long long u64;
-
 struct listed { int token; float bias; };
 
 struct choice {                         /* what one row's choice depends on */
@@ -1368,8 +1394,8 @@ struct candidates {                     /* a count above CHUNK_KEYS: too many */
 };
 
 /* first stage of the choice: best[row] = the largest key of ids below n_choose; best [rows], zero before. With a
-   top_k up to LIST_TOP also each block's candidates: the keys from its limit on, the k-th largest of what is the largest
-   of two threads each, so its k largest are among them (limit 0: all). Grid (CHUNKS, rows). */
+   top_k up to LIST_TOP also each block's candidates: the keys from its limit on, the k-th largest of what is the
+   largest of two threads each, so its k largest are among them (limit 0: all). Grid (CHUNKS, rows). */
 static __global__ void __launch_bounds__(CHUNK_THREADS)
     best_kernel(u64 *best, candidates *listed_keys, const float *kept, const float *copy, const choice *choices, int n,
                 int n_choose) {

@@ -427,6 +427,22 @@ static void test_cuda_kernels_fused(void) {
     lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 7, 7, 31);
 }
 
+#ifdef QWEN3_TEST_CUDA_ON_CPU
+extern void cuda_on_cpu_chip(int capability);
+#else
+static void cuda_on_cpu_chip(int capability) { (void)capability; }
+#endif
+
+/* One row at a time: with QWEN3_CUDA_ONE_LAUNCH on Hopper as phases of a step in one launch. */
+static void test_cuda_kernels_one(void) {
+    cuda_on_cpu_chip(90);
+    lab_check_all(&lab_small, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 30);
+    lab_check_all(&lab_odd,   QWEN3I_F16,  QWEN3_KV_F32,  QWEN3_PATH_FUSED, 1, 1, 7);
+    lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1, 1, 200);
+    lab_check_all(&lab_wide,  QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 300);
+    cuda_on_cpu_chip(80);
+}
+
 static void test_cuda_kernels_batched(void) {
     lab_check_all(&lab_wide,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 65, 1, 0);
     lab_check_all(&lab_wide,  QWEN3I_F32,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 17, 1, 64);
@@ -435,12 +451,6 @@ static void test_cuda_kernels_batched(void) {
     lab_check_all(&lab_mid,   QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 12, 12, 40);
     lab_check_all(&lab_odd,   QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 40, 2, 7);
 }
-
-#ifdef QWEN3_TEST_CUDA_ON_CPU
-extern void cuda_on_cpu_chip(int capability);
-#else
-static void cuda_on_cpu_chip(int capability) { (void)capability; }
-#endif
 
 /* The smallest shapes that go through the kernels for Hopper, where there is one. */
 static void test_cuda_kernels_hopper(void) {
@@ -692,6 +702,12 @@ static void test_cuda_next(void) {
         if (i < 2) cuda_check_next(&f, &s[i], QWEN3_PATH_STANDARD);
     }
     fixture_close(&f);
+}
+
+static void test_cuda_next_hopper(void) {
+    cuda_on_cpu_chip(90);
+    test_cuda_next();
+    cuda_on_cpu_chip(80);
 }
 
 /* A batch gives each sequence the same bits with other neighbours, and what was begun ahead is dropped when the
@@ -1047,6 +1063,7 @@ static void suite_cuda(void) {
     if (why) { test_skip("test_cuda_kernels, _models, _next and others", why); return; }
     RUN(test_cuda_rmsnorm);
     RUN(test_cuda_kernels_fused);
+    RUN(test_cuda_kernels_one);
     RUN(test_cuda_kernels_batched);
     RUN(test_cuda_kernels_hopper);
     RUN(test_cuda_kernels_standard);
@@ -1062,6 +1079,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_models_f16);
     RUN(test_cuda_models_bf16);
     RUN(test_cuda_next);
+    RUN(test_cuda_next_hopper);
     RUN(test_cuda_next_batch);
     RUN(test_cuda_choose);
     RUN(test_cuda_choose_many);

@@ -6,8 +6,8 @@
 #
 # In one call of less than 400 s on an H200: tests, sanitizers, speed of SIZES with single operations and pictures, long
 # prompts, batches, and transformers beside ours. QUICK=1 leaves the sanitizers out, VARIANTS="few late early ..." compares
-# build options, COMPARE= leaves transformers out, PROOF= what takes up to five minutes more: a fused kernel, PyTorch,
-# RMSNorm's shapes, Nsight Compute. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
+# build options with VARIANT_SIZES (0.6B), COMPARE= leaves transformers out, PROOF= what takes up to five minutes more: a
+# fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
 OUT=${OUT:-gpu_out}
 LIMIT=${LIMIT:-60}
 NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
@@ -50,7 +50,8 @@ build() {
             -L"$CUDA/lib64" -Wl,-rpath,"$CUDA/lib64" -lcublasLt -lcudart -lstdc++ -lm -lpthread || return 1
     done
 }
-# what is to be compared with the defaults: own products of few rows, late starts, early starts, norms within the matrix-vector kernels
+# what is to be compared with the defaults: own products of few rows, late starts, early starts, norms within the
+# matrix-vector kernels, decode steps in one launch (with as many slots of weights on their way, or larger ones)
 flags() {
     case $1 in
         few)       echo -DQWEN3_CUDA_FEW=1 ;;
@@ -59,6 +60,10 @@ flags() {
         norm)      echo -DQWEN3_CUDA_FUSE_NORM=1 ;;
         norm_late) echo -DQWEN3_CUDA_FUSE_NORM=1 -DQWEN3_CUDA_PDL=0 ;;
         norm_early) echo -DQWEN3_CUDA_FUSE_NORM=1 -DQWEN3_CUDA_PDL=2 ;;
+        one)       echo -DQWEN3_CUDA_ONE_LAUNCH=1 ;;
+        one_1)     echo -DQWEN3_CUDA_ONE_LAUNCH=1 -DQWEN3_CUDA_IN_FLIGHT=1 ;;
+        one_4)     echo -DQWEN3_CUDA_ONE_LAUNCH=1 -DQWEN3_CUDA_IN_FLIGHT=4 ;;
+        one_32)    echo -DQWEN3_CUDA_ONE_LAUNCH=1 -DQWEN3_CUDA_SLOT_KIB=32 ;;
     esac
 }
 VARIANTS=${VARIANTS-few}
@@ -82,7 +87,11 @@ for size in ${SIZES:-0.6B 1.7B 4B 8B}; do
         --tests pp512,pp2048,pp8192,pp32768,tg128@512
     python3 tools/plot_bench.py "$OUT/bench.$size.log" -o "$OUT/roofline.$size.svg" -t "$size" >> "$OUT/plot.log" 2>&1
 done
-for v in $VARIANTS; do bench 0.6B.$v build/gpu_check_${v}_bench --random 0.6B --tests tg64@512 --batch 1,16,64; done
+for v in $VARIANTS; do
+    for size in ${VARIANT_SIZES:-0.6B}; do
+        bench $size.$v build/gpu_check_${v}_bench --random $size --tests tg64@512 --batch 1,16,64
+    done
+done
 bench 0.6B.batch build/gpu_check_plain_bench --random 0.6B --tests tg64@512 --batch 4,16,64
 bench 8B.batch build/gpu_check_plain_bench --random 8B --tests tg64@512 --batch 32
 bench 0.6B.sample build/gpu_check_plain_bench --random 0.6B --tests tg128@512 --sample
