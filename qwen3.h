@@ -4659,12 +4659,13 @@ TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *
         else for (r = 0; r < n_w; r++) y[r * apart] = add ? y[r * apart] + sums[r] : sums[r]; \
     } \
 } \
-/* One tile of w against n_x rows of x. n_x becomes a constant, so that each size gets its own code. */ \
+/* One tile of w against n_x rows of x. n_x becomes a constant, so that each size gets its own code; it is at most C \
+   even in code that is never reached, for analysers. */ \
 TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char *w, size_t stride, size_t ahead, \
                                      qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, int add) { \
     if (n_x == C)               V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C, n, add); \
-    else if (n_x == 4 && C > 4) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 4, n, add); \
-    else if (n_x == 2 && C > 2) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 2, n, add); \
+    else if (n_x == 4 && C > 4) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 4 ? 4 : 1, n, add); \
+    else if (n_x == 2 && C > 2) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 2 ? 2 : 1, n, add); \
     else                        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, add); \
 } \
 /* Many rows of x: a tile of them stays in the first-level cache while the block of w streams past it from \
@@ -4742,7 +4743,7 @@ TARGET static void V##_mix_block(float *y, size_t ldy, const float *p, size_t ld
         m = n_p - t >= C ? C : n_p - t >= 2 ? 2 : 1; \
         for (i = 0; to == part && i < m; i++) memcpy(part + 16 * R * i, y + (size_t)i * ldy, bytes); \
         if (m == C)               V##_mix_tile(to, ld, p, ldp, C, block, n_v); \
-        else if (m == 2 && C > 2) V##_mix_tile(to, ld, p, ldp, 2, block, n_v); \
+        else if (m == 2 && C > 2) V##_mix_tile(to, ld, p, ldp, C > 2 ? 2 : 1, block, n_v); \
         else                      V##_mix_tile(to, ld, p, ldp, 1, block, n_v); \
         for (i = 0; to == part && i < m; i++) memcpy(y + (size_t)i * ldy, part + 16 * R * i, bytes); \
     } \
