@@ -724,6 +724,32 @@ static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row
     }
 }
 
+/* Adds what this block has summed up of each head to its ticket; the block that completes a head norms and rotates it.
+   All threads of the block; finished: shared, a flag a head; turn: of this warp's row. */
+template <class T> static __device__ __forceinline__ void finish_heads(const matvec_in &in, const qkv_args &a,
+                                                                       unsigned *tickets, int *finished,
+                                                                       const row_turn &turn) {
+    const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    const int from = share_begin(block_x() * MATVEC_WARPS, in.n),
+              next = share_begin((block_x() + 1) * MATVEC_WARPS, in.n);
+    const int to = next < rotated ? next : rotated;
+    if (from >= to) return;
+    const int head0 = from / a.head_dim, n_heads = (to - 1) / a.head_dim - head0 + 1;
+    __threadfence();
+    __syncthreads();
+    if (tid() < n_heads) {
+        const int begin = (head0 + tid()) * a.head_dim, end = begin + a.head_dim;
+        const unsigned mine = (unsigned)((end < to ? end : to) - (begin > from ? begin : from));
+        const unsigned before = atomicAdd(&tickets[head0 + tid()], mine);
+        finished[threadIdx.x] = before + mine == (unsigned)a.head_dim;
+        if (finished[threadIdx.x]) tickets[head0 + tid()] = 0;
+    }
+    __syncthreads();
+    __threadfence();
+    for (int h = 0; h < n_heads; h++)
+        if (finished[h] && warp_id() < in.rows) norm_rope_head<T>(a, warp_id(), head0 + h, 1.0f, turn);
+}
+
 /* qkv_rope: q, k and v of 1 to 8 rows from their *normalised* hidden states, in one pass over x and W.
    in: W [q_dim + 2 kv_dim, n_embd], x [rows, n_embd] float32. The block that finishes a head last norms and
    rotates it; v goes straight from the sum into the cache. tickets [n_head + n_head_kv], zero before and after.
@@ -750,24 +776,7 @@ template <class W, class T, int R, int NR> static __global__ void __launch_bound
                 else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), acc[j][r]);
             }
     }
-    const int from = share_begin(block_x() * MATVEC_WARPS, in.n),
-              next = share_begin((block_x() + 1) * MATVEC_WARPS, in.n);
-    const int to = next < rotated ? next : rotated;
-    if (from >= to) return;
-    const int head0 = from / a.head_dim, n_heads = (to - 1) / a.head_dim - head0 + 1;
-    __threadfence();
-    __syncthreads();
-    if (tid() < n_heads) {
-        const int begin = (head0 + tid()) * a.head_dim, end = begin + a.head_dim;
-        const unsigned mine = (unsigned)((end < to ? end : to) - (begin > from ? begin : from));
-        const unsigned before = atomicAdd(&tickets[head0 + tid()], mine);
-        finished[threadIdx.x] = before + mine == (unsigned)a.head_dim;
-        if (finished[threadIdx.x]) tickets[head0 + tid()] = 0;
-    }
-    __syncthreads();
-    __threadfence();
-    for (int h = 0; h < n_heads; h++)
-        if (finished[h] && warp_id() < in.rows) norm_rope_head<T>(a, warp_id(), head0 + h, 1.0f, turn);
+    finish_heads<T>(in, a, tickets, finished, turn);
 }
 
 /* norm_rope_store: the same after a cuBLASLt product, for any number of rows: qkv [rows, ld] times scale[row].

@@ -232,24 +232,7 @@ template <class W, class T, int R, int NR> __global__ void __launch_bounds__(32 
                 else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), y);
             }
     }
-    const int from = share_begin(block_x() * MATVEC_WARPS, in.n),
-              next = share_begin((block_x() + 1) * MATVEC_WARPS, in.n);
-    const int to = next < rotated ? next : rotated;
-    if (from >= to) return;
-    const int head0 = from / a.head_dim, n_heads = (to - 1) / a.head_dim - head0 + 1;
-    __threadfence();
-    __syncthreads();
-    if (tid() < n_heads) {
-        const int begin = (head0 + tid()) * a.head_dim, end = begin + a.head_dim;
-        const unsigned mine = (unsigned)((end < to ? end : to) - (begin > from ? begin : from));
-        const unsigned before = atomicAdd(&tickets[head0 + tid()], mine);
-        finished[threadIdx.x] = before + mine == (unsigned)a.head_dim;
-        if (finished[threadIdx.x]) tickets[head0 + tid()] = 0;
-    }
-    __syncthreads();
-    __threadfence();
-    for (int h = 0; h < n_heads; h++)
-        if (finished[h] && warp_id() < in.rows) norm_rope_head<T>(a, warp_id(), head0 + h, 1.0f, turn);
+    finish_heads<T>(in, a, tickets, finished, turn);
 }
 
 /* norm_rope_store_kernel that finds 1 / rms of its row of x [rows, ld] (16-bit, times scale[row]) by itself */
