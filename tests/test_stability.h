@@ -857,7 +857,7 @@ static void test_stability_probe(void) {
     fixture f;
     qwen3_ctx_desc desc = ctx_desc(64, 1, 8, QWEN3_KV_F32);
     qwen3_token tokens[20];
-    qwen3_item it = item_of(0, tokens, 20);
+    qwen3_item it;
     stab_seen seen;
     qwen3_ctx *ctx;
     float *plain, *hidden;
@@ -872,6 +872,7 @@ static void test_stability_probe(void) {
     desc.probe.show = stab_show;
     desc.probe.user = &seen;
     ctx = ctx_open_desc(f.model, &desc);
+    it = item_of(0, tokens, 20);
     it.hidden = hidden;
     CHECK_OK(ctx, qwen3_eval(ctx, &it, 1));
     CHECK(same_logits(ctx, 0, plain + 19 * f.info.n_vocab, f.info.n_vocab));

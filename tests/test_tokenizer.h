@@ -379,6 +379,14 @@ static void tokenizer_heap_free(void *p, size_t size, void *user) {
     free(p);
 }
 
+/* A model without anything but this allocator. */
+static void tokenizer_heap_model(qwen3_model *m, tokenizer_heap *heap) {
+    memset(m, 0, sizeof *m);
+    m->allocator.alloc = tokenizer_heap_alloc;
+    m->allocator.free = tokenizer_heap_free;
+    m->allocator.user = heap;
+}
+
 static void test_tokenizer_memory(void) {
     static char text[3000];
     char message[256];
@@ -391,10 +399,7 @@ static void test_tokenizer_memory(void) {
     int count;
     long before;
     if (!CHECK(data != NULL)) return;
-    memset(&m, 0, sizeof m);
-    m.allocator.alloc = tokenizer_heap_alloc;
-    m.allocator.free = tokenizer_heap_free;
-    m.allocator.user = &heap;
+    tokenizer_heap_model(&m, &heap);
     err.text = message;
     err.cap = sizeof message;
     do {
@@ -457,10 +462,7 @@ static void test_tokenizer_proportion(void) {
     char *data = tokenizer_data("tokenizer.json", &n);
     double most = 0, slowest = 0;
     if (!CHECK(data != NULL)) return;
-    memset(&m, 0, sizeof m);
-    m.allocator.alloc = tokenizer_heap_alloc;
-    m.allocator.free = tokenizer_heap_free;
-    m.allocator.user = &heap;
+    tokenizer_heap_model(&m, &heap);
     err.text = message;
     err.cap = sizeof message;
     if (CHECK(qwen3i_tokenizer_from_json(&m.tokenizer, &m.allocator, "tokenizer.json", data, n, &err) == QWEN3_OK))
