@@ -4590,7 +4590,7 @@ typedef struct qwen3i_simd {
 #define QWEN3I_EXP_HIGH 88.3f
 
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v
-   and the functions V_zero, set1, load, load_bf16, load_f16, store, store_bf16, store_f16, add, mul,
+   and the functions V_zero, set1, load, load_once (into a register), load_bf16, load_f16, store, store_bf16, store_f16, add, mul,
    div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n), drop_below (0 where x < low),
    sum (of R vectors, by the tree). A tile is R rows of w times up to C rows of x. */
 #define QWEN3I_DEFINE_KERNELS(V, TARGET, R, C) \
@@ -4639,17 +4639,19 @@ TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *
                                    qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, int add) { \
     V##_v acc[C][R], wv[R], xv; \
     float sums[R]; \
-    const char *rows[R]; \
-    int r, t, k; \
-    for (r = 0; r < R; r++) rows[r] = w + (size_t)qwen3i_min(r, n_w - 1) * stride; \
+    size_t w_at[R], x_at[C], step = 16 * qwen3i_type_size(type);    /* bytes: few pointers, so that none is spilled */ \
+    const char *xs = (const char *)x, *next = w + ahead, *end = w + (size_t)n / 16 * step; \
+    int r, t; \
+    QWEN3I_UNROLL for (r = 0; r < R; r++) w_at[r] = (size_t)qwen3i_min(r, n_w - 1) * stride; \
+    QWEN3I_UNROLL for (t = 0; t < n_x; t++) x_at[t] = (size_t)t * ldx * 4; \
     QWEN3I_UNROLL for (t = 0; t < n_x; t++) { QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_zero(); } \
-    for (k = 0; k < n; k += 16) { \
+    for (; w != end; w += step, next += step, xs += 64) { \
         QWEN3I_UNROLL for (r = 0; r < R; r++) { \
-            wv[r] = V##_from(rows[r], (size_t)k, type); \
-            QWEN3I_PREFETCH(rows[r] + ahead + (size_t)k * qwen3i_type_size(type)); \
+            wv[r] = V##_from(w + w_at[r], 0, type); \
+            if (ahead) QWEN3I_PREFETCH(next + w_at[r]); \
         } \
         QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
-            xv = V##_load(x + (size_t)t * ldx + k); \
+            xv = V##_load_once((const float *)(const void *)(xs + x_at[t])); \
             QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_fma(wv[r], xv, acc[t][r]); \
         } \
     } \
@@ -4679,7 +4681,7 @@ TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size
     for (i = 0; i < tiles; i += step) \
         for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
             for (t = 0; t < n_x; t += m) { \
-                m = n_x - t >= C ? C : n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
+                m = n_x - t >= C && n_x - t != 8 ? C : n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1;  /* 8: 4 and 4 */ \
                 for (j = i; j < i + step; j++) { \
                     int r = apart > 1 ? j : j * R; \
                     V##_tile_n(y + (size_t)t * ldy + r, ldy, apart, \
@@ -4829,6 +4831,7 @@ typedef float qwen3i_quad __attribute__((vector_size(16)));
 #else
 typedef float qwen3i_quad;
 #endif
+#define qwen3i_plain_load_once qwen3i_plain_load
 #define qwen3i_plain_name "plain C"
 typedef struct qwen3i_plain_v { qwen3i_quad q[64 / sizeof(qwen3i_quad)]; } qwen3i_plain_v;
 #define QWEN3I_PLAIN_QUADS QWEN3I_UNROLL for (i = 0; i < QWEN3I_COUNT(((qwen3i_plain_v *)0)->q); i++)
@@ -4959,6 +4962,7 @@ QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, 2)
 #endif
 /* ---- AVX2 lanes: two registers ------------------------------------------------------------------- */
 #define QWEN3I_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define qwen3i_avx2_load_once qwen3i_avx2_load
 #define qwen3i_avx2_name "AVX2"
 typedef struct qwen3i_avx2_v { __m256 lo, hi; } qwen3i_avx2_v;
 
@@ -5075,6 +5079,11 @@ typedef __m512 qwen3i_avx512_v;
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_zero(void) { return _mm512_setzero_ps(); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_set1(float a) { return _mm512_set1_ps(a); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load(const float *p) { return _mm512_loadu_ps(p); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_once(const float *p) {
+    __m512 v = _mm512_loadu_ps(p);
+    __asm__("" : "+v"(v));              /* or gcc gives each use a load of its own, and loads become the limit */
+    return v;
+}
 QWEN3I_AVX512 QWEN3I_INLINE void   qwen3i_avx512_store(float *p, __m512 v) { _mm512_storeu_ps(p, v); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_add(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_mul(__m512 a, __m512 b) { return _mm512_mul_ps(a, b); }
@@ -5134,6 +5143,7 @@ QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
 
 #ifdef QWEN3I_NEON
 /* ---- NEON lanes: four registers ------------------------------------------------------------------- */
+#define qwen3i_neon_load_once qwen3i_neon_load
 #define qwen3i_neon_name "NEON"
 #define QWEN3I_QUADS for (i = 0; i < 4; i++)
 typedef float32x4x4_t qwen3i_neon_v;
@@ -5999,7 +6009,21 @@ static void qwen3i_show(const qwen3i_step *s) {
     p->show(s->layer, QWEN3_VALUE_RESIDUAL, c->x, n, g->n_embd, p->user);
 }
 
-/* One decoder layer: x [n_rows, n_embd] in place */
+/* After the last layer's attention, rows of which nothing is wanted have done their part: the others' x and a
+   move together. Not with a probe, which is shown all rows. */
+static int qwen3i_only_wanted(const qwen3i_cpu *c) { return !c->desc.probe.show; }
+
+static int qwen3i_keep_wanted(const qwen3i_cpu *c, const qwen3i_batch *batch) {
+    size_t n_embd = (size_t)c->config->n_embd, q_dim = (size_t)c->config->n_head * (size_t)c->config->head_dim, i;
+    for (i = 0; i < (size_t)batch->n_outs; i++) {
+        size_t row = (size_t)batch->outs[i].row;
+        memmove(c->x + i * n_embd, c->x + row * n_embd, n_embd * 4);
+        memmove(c->a + i * q_dim, c->a + row * q_dim, q_dim * 4);
+    }
+    return batch->n_outs;
+}
+
+/* One decoder layer: x [n_rows, n_embd] in place; the last one: x [n_outs, n_embd], see above */
 static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int layer) {
     const qwen3i_layer *w = &c->weights->layers[layer];
     const qwen3i_exec *e = &c->exec;
@@ -6012,6 +6036,7 @@ static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int l
     qwen3i_matmul_qkv(e, c->q, c->key, c->value, w, c->h, n);           /* q, k, v = Wq h, Wk h, Wv h         */
     qwen3i_parallel(e->pool, n, 4, qwen3i_place_rows, &step);           /* q, k = RoPE(RMSNorm of each head)  */
     qwen3i_attend(&step);                                               /* a = softmax(q . k / sqrt(dim)) v   */
+    if (layer == c->config->n_layer - 1 && qwen3i_only_wanted(c)) n = qwen3i_keep_wanted(c, batch);
     qwen3i_matmul_add(e, c->x, &w->wo, c->a, n);                        /* x = x + Wo a                       */
     qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, eps);         /* h = RMSNorm(x)                     */
     qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, c->h, n);             /* f = silu(Wgate h) * (Wup h)        */
@@ -6052,14 +6077,16 @@ static void qwen3i_head_deliver(void *args, int begin, int end, int lane) {
     }
 }
 
-/* Final norm and logits of the rows that are wanted, at most QWEN3I_HEAD_ROWS of them (and no more than
-   there is scratch for) */
-static void qwen3i_head(qwen3i_cpu *c, const qwen3i_out *outs, int n) {
+/* Final norm and logits of n rows that are wanted from outs[first] on, at most QWEN3I_HEAD_ROWS of them (and no more
+   than there is scratch for) */
+static void qwen3i_head(qwen3i_cpu *c, const qwen3i_batch *batch, int first, int n) {
     qwen3i_head_deliver_args args;
+    const qwen3i_out *outs = batch->outs + first;
     size_t n_embd = (size_t)c->config->n_embd;
     int i, any = 0;
     for (i = 0; i < n; i++) {
-        c->exec.simd->rmsnorm(c->h + (size_t)i * n_embd, c->x + (size_t)outs[i].row * n_embd, c->weights->final_norm,
+        size_t row = (size_t)(qwen3i_only_wanted(c) ? first + i : outs[i].row);
+        c->exec.simd->rmsnorm(c->h + (size_t)i * n_embd, c->x + row * n_embd, c->weights->final_norm,
                               c->config->n_embd, c->config->rms_eps);
         any |= outs[i].logits || outs[i].logprob || outs[i].keep_seq >= 0;
     }
@@ -6083,7 +6110,7 @@ static qwen3_result qwen3i_cpu_forward(void *ctx_state, const qwen3i_batch *batc
     }
     for (i = 0; i < batch->n_outs; i += tile) {
         if (qwen3i_cpu_cancelled(c)) return QWEN3_STOPPED;
-        qwen3i_head(c, batch->outs + i, qwen3i_min(tile, batch->n_outs - i));
+        qwen3i_head(c, batch, i, qwen3i_min(tile, batch->n_outs - i));
     }
     return QWEN3_OK;
 }
