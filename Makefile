@@ -21,7 +21,7 @@ endif
 
 all: example bench lib
 
-example: example.c tools/check.h tools/cli.h $(DEPS) $(CUDA_OBJ)
+example: example.c tools/check.h tools/cli.h tools/conversation.h $(DEPS) $(CUDA_OBJ)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) example.c $(CUDA_OBJ) -o $@ $(LDLIBS)
 
 bench: bench.c $(DEPS) $(CUDA_OBJ)

@@ -5,6 +5,7 @@
 #include "qwen3.h"
 #include "tools/check.h"
 #include "tools/cli.h"
+#include "tools/conversation.h"
 #include <signal.h>
 #ifndef QWEN3_WITH_CUDA
   #define qwen3_cuda_backend() ((const qwen3_backend *)NULL)
@@ -45,7 +46,7 @@ typedef struct chat {
     qwen3_model *model;
     qwen3_ctx *ctx;
     qwen3_sampler sampler;
-    qwen3_msg msgs[1024]; int n_msgs;
+    conversation said;
     const char *tools[64]; int n_tools;
     cli_string answer;
     int colour, dimmed;                 /* stdout is a terminal; what is being printed on it is thinking */
@@ -91,25 +92,11 @@ static void load(chat *c, const char *path) {
     if (text[MIN_P]) c->sampler.min_p = (float)number[MIN_P];
 }
 
-static int say(chat *c, qwen3_role role, const char *what) {
-    cli_string s = {NULL, 0, 0};
-    if (c->n_msgs == 1024) { fputs("the conversation is too long; /reset starts a new one\n", stderr); return 0; }
-    cli_append(&s, what, strlen(what));
-    memset(&c->msgs[c->n_msgs], 0, sizeof *c->msgs);
-    c->msgs[c->n_msgs].role = role;
-    c->msgs[c->n_msgs++].text = s.bytes;
-    return 1;
-}
-
-static void forget(chat *c, int keep) {
-    while (c->n_msgs > keep) free((char *)(uintptr_t)c->msgs[--c->n_msgs].text);
-}
-
 static void set_system(chat *c, const char *what) {
     char *file = what[0] == '@' ? cli_read_file(what + 1) : NULL;
     if (what[0] == '@' && !file) { fprintf(stderr, "cannot read %s\n", what + 1); return; }
-    forget(c, 0);
-    say(c, QWEN3_SYSTEM, file ? file : what);
+    conversation_cut(&c->said, 0);
+    conversation_add(&c->said, QWEN3_SYSTEM, file ? file : what);
     free(file);
 }
 
@@ -136,13 +123,14 @@ static void show_stats(const chat *c, const qwen3_stats *before) {
             per_second(made, s.decode_ms - before->decode_ms), (long long)(s.n_reused - before->n_reused));
 }
 
-/* Let the model answer the conversation so far; its answer joins it. Returns 0 if that failed. */
-static int reply(chat *c) {
+/* Let the model answer what is said now; both join the conversation. Returns 0 if that failed. */
+static int reply(chat *c, qwen3_role role, const char *what) {
     const qwen3_stats before = qwen3_ctx_stats(c->ctx);
     static qwen3_chat_desc d;
     static qwen3_gen_desc g;
     qwen3_result r;
-    d.msgs = c->msgs; d.n_msgs = c->n_msgs; d.tools = c->tools; d.n_tools = c->n_tools;
+    conversation_add(&c->said, role, what);
+    d.msgs = c->said.msgs; d.n_msgs = c->said.n; d.tools = c->tools; d.n_tools = c->n_tools;
     d.flags = text[NO_THINK] ? QWEN3_CHAT_NO_THINK : 0;
     g.sampler = &c->sampler; g.on_text = put; g.user = c;
     g.max_tokens = (int)number[MAX]; g.think_budget = (int)number[BUDGET];
@@ -158,46 +146,8 @@ static int reply(chat *c) {
     if (r == QWEN3_STOPPED && c->colour) fputs("[stopped]\n", stderr);
     if (c->colour) { fputs("\033[2m", stderr); show_stats(c, &before); fputs("\033[0m", stderr); }
     interrupted = 0;
-    return say(c, QWEN3_ASSISTANT, c->answer.bytes) && r >= 0;
-}
-
-/* ---- /save and /load: the messages, each as its role, its length and its text; then the evaluated sequence ---- */
-static void save(chat *c, const char *path) {
-    const uint64_t n = qwen3_seq_state_size(c->ctx, 0);
-    char *state = (char *)malloc((size_t)n);
-    FILE *f = state ? fopen(path, "wb") : NULL;
-    int i, ok = f && qwen3_seq_save(c->ctx, 0, state, n, NULL) == QWEN3_OK;
-    if (ok) fprintf(f, "qwen3-chat %d\n", c->n_msgs);
-    for (i = 0; ok && i < c->n_msgs; i++) {
-        const qwen3_msg *m = &c->msgs[i];
-        ok = fprintf(f, "%d %lu\n%s\n", (int)m->role, (unsigned long)strlen(m->text), m->text) > 0;
-    }
-    ok = ok && fwrite(state, 1, (size_t)n, f) == n;
-    if (f) ok = fclose(f) == 0 && ok;
-    free(state);
-    fprintf(stderr, "%s %s\n", ok ? "saved to" : "cannot save to", path);
-}
-
-static void restore(chat *c, const char *path) {
-    FILE *f = fopen(path, "rb");
-    int role = 0, count = 0, ok = f && fscanf(f, "qwen3-chat %d", &count) == 1;
-    unsigned long n = 0;
-    cli_string s = {NULL, 0, 0};
-    if (ok) forget(c, 0);
-    while (ok && c->n_msgs < count) {
-        ok = fscanf(f, "%d %lu", &role, &n) == 2 && getc(f) == '\n' && role >= 0 && role <= QWEN3_TOOL;
-        if (ok && n > 0) s = cli_read(f, n);
-        ok = ok && s.n == n && say(c, (qwen3_role)role, n ? s.bytes : "");
-        free(s.bytes);
-        s.bytes = NULL, s.n = s.cap = 0;
-    }
-    if (ok && getc(f) == '\n' && getc(f) != EOF) { fseek(f, -1, SEEK_CUR); s = cli_read(f, CLI_ALL); }
-    if (!ok) fprintf(stderr, "cannot read %s, or it is not a saved chat\n", path);
-    else if (qwen3_seq_load(c->ctx, 0, s.bytes, s.n) != QWEN3_OK)
-        fprintf(stderr, "the messages were loaded, the evaluated state was not: %s\n", qwen3_ctx_error(c->ctx));
-    else fprintf(stderr, "loaded %s: %d messages, %d tokens\n", path, count, qwen3_seq_len(c->ctx, 0));
-    free(s.bytes);
-    if (f) fclose(f);
+    conversation_add(&c->said, QWEN3_ASSISTANT, c->answer.bytes);
+    return r >= 0;
 }
 
 /* ---- commands ------------------------------------------------------------------------------------------------- */
@@ -213,14 +163,15 @@ static void show_model(const chat *c) {
 /* A line that starts with '/'. Returns 0 to leave; *ok turns 0 if an answer failed. */
 static int command(chat *c, char *line, int *ok) {
     char *arg = strchr(line, ' ');
+    const int prompt = c->said.n > 0 && c->said.msgs[0].role == QWEN3_SYSTEM;
     if (arg) *arg++ = '\0';
     if (strcmp(line, "/quit") == 0)                return 0;
-    else if (strcmp(line, "/reset") == 0)          forget(c, c->n_msgs && c->msgs[0].role == QWEN3_SYSTEM);
+    else if (strcmp(line, "/reset") == 0)          conversation_cut(&c->said, prompt);
     else if (strcmp(line, "/stats") == 0)          show_model(c);
     else if (strcmp(line, "/system") == 0 && arg)  set_system(c, arg);
-    else if (strcmp(line, "/save") == 0 && arg)    save(c, arg);
-    else if (strcmp(line, "/load") == 0 && arg)    restore(c, arg);
-    else if (strcmp(line, "/tool") == 0 && arg)    { if (say(c, QWEN3_TOOL, arg)) *ok &= reply(c); }
+    else if (strcmp(line, "/save") == 0 && arg)    conversation_save(&c->said, c->ctx, arg);
+    else if (strcmp(line, "/load") == 0 && arg)    conversation_load(&c->said, c->ctx, arg);
+    else if (strcmp(line, "/tool") == 0 && arg)    *ok &= reply(c, QWEN3_TOOL, arg);
     else                                           fputs(commands, stderr);
     return 1;
 }
@@ -235,7 +186,7 @@ static int talk(chat *c) {
         line = cli_read_line(stdin);
         if (line.n == 0 && feof(stdin)) go_on = 0;
         if (line.bytes[0] == '/') go_on = command(c, line.bytes, &ok);
-        else if (line.n && say(c, QWEN3_USER, line.bytes)) ok &= reply(c);
+        else if (line.n) ok &= reply(c, QWEN3_USER, line.bytes);
         free(line.bytes);
     }
     return ok;
@@ -262,9 +213,9 @@ int main(int argc, char **argv) {
     load(&c, path);
     if (text[SYSTEM]) set_system(&c, text[SYSTEM]);
     if (text[CHECK])       ok = check_numbers(&c);
-    else if (text[PROMPT]) ok = say(&c, QWEN3_USER, text[PROMPT]) && reply(&c);
+    else if (text[PROMPT]) ok = reply(&c, QWEN3_USER, text[PROMPT]);
     else                   ok = talk(&c);
-    forget(&c, 0);
+    conversation_free(&c.said);
     qwen3_ctx_free(c.ctx);
     qwen3_free(c.model);
     free(tools);

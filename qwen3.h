@@ -4852,9 +4852,13 @@ QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_zero(void) {
 }
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_set1(float a) {
-    qwen3i_plain_v y = qwen3i_plain_zero();
+    float part[sizeof(qwen3i_quad) / 4];
+    qwen3i_plain_v y;
+    qwen3i_quad quad;
     int i;
-    QWEN3I_PLAIN_QUADS y.q[i] += a;
+    for (i = 0; i < QWEN3I_COUNT(part); i++) part[i] = a;
+    memcpy(&quad, part, sizeof quad);   /* adding a to a vector would make it a long double on x87 */
+    QWEN3I_PLAIN_QUADS y.q[i] = quad;
     return y;
 }
 
