@@ -4590,9 +4590,10 @@ typedef struct qwen3i_simd {
 #define QWEN3I_EXP_HIGH 88.3f
 
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v
-   and the functions V_zero, set1, load, load_once (into a register), load_bf16, load_f16, store, store_bf16, store_f16, add, mul,
-   div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n), drop_below (0 where x < low),
-   sum (of R vectors, by the tree). A tile is R rows of w times up to C rows of x. */
+   and the functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, store,
+   store_bf16, store_f16, add, mul, div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n),
+   drop_below (0 where x < low), sum (of R vectors, by the tree). A tile is R rows of w times up to C rows
+   of x. */
 #define QWEN3I_DEFINE_KERNELS(V, TARGET, R, C) \
 /* n lanes, or all 16 if n is more; when loading, the others are 0 */ \
 TARGET QWEN3I_INLINE V##_v V##_load_n(const float *p, int n) { \
@@ -4681,7 +4682,7 @@ TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size
     for (i = 0; i < tiles; i += step) \
         for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
             for (t = 0; t < n_x; t += m) { \
-                m = n_x - t >= C && n_x - t != 8 ? C : n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1;  /* 8: 4 and 4 */ \
+                m = n_x - t >= C && n_x - t != 8 ? C : n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1; /* 8: 4 + 4 */ \
                 for (j = i; j < i + step; j++) { \
                     int r = apart > 1 ? j : j * R; \
                     V##_tile_n(y + (size_t)t * ldy + r, ldy, apart, \
