@@ -4854,7 +4854,7 @@ QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_zero(void) {
 
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_set1(float a) {
     float part[sizeof(qwen3i_quad) / 4];
-    qwen3i_plain_v y;
+    qwen3i_plain_v y = qwen3i_plain_zero();
     qwen3i_quad quad;
     int i;
     for (i = 0; i < QWEN3I_COUNT(part); i++) part[i] = a;

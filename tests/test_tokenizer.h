@@ -427,21 +427,17 @@ static void test_tokenizer_memory(void) {
     CHECK(heap.in_use == 0);
 }
 
-/* Encode n bytes of a pattern: the tokens, and the processor's seconds (the least of three). */
-static int tokenizer_time(const qwen3_model *m, const char *pattern, size_t n, double *seconds) {
+/* Encode n bytes of a pattern so many times: the tokens, and the processor's seconds, which tick slowly on some systems. */
+static int tokenizer_time(const qwen3_model *m, const char *pattern, size_t n, int times, double *seconds) {
     size_t i, k = strlen(pattern);
     char *text = (char *)malloc(n);
-    clock_t start, took, least = 0;
-    int count = 0, round;
+    clock_t start;
+    int count = 0;
     for (i = 0; i < n; i++) text[i] = pattern[i % k];
-    for (round = 0; round < 3; round++) {
-        start = clock();
-        count = qwen3_encode(m, text, n, QWEN3_PARSE_SPECIAL, NULL, 0);
-        took = clock() - start;
-        if (round == 0 || took < least) least = took;
-    }
+    start = clock();
+    while (times-- > 0) count = qwen3_encode(m, text, n, QWEN3_PARSE_SPECIAL, NULL, 0);
+    *seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
     free(text);
-    *seconds = (double)least / CLOCKS_PER_SEC;
     return count;
 }
 
@@ -468,16 +464,17 @@ static void test_tokenizer_proportion(void) {
     if (CHECK(qwen3i_tokenizer_from_json(&m.tokenizer, &m.allocator, "tokenizer.json", data, n, &err) == QWEN3_OK))
         for (i = 0; i < n_patterns; i++) {
             const long before = heap.peak = heap.in_use;
-            double one, four;
-            CHECK(tokenizer_time(&m, patterns[i], N, &one) > 0 && tokenizer_time(&m, patterns[i], 4 * N, &four) > 0);
+            double parts = 0, whole = 0;/* as much text in short pieces and in long ones */
+            CHECK(tokenizer_time(&m, patterns[i], N, 16, &parts) > 0 && tokenizer_time(&m, patterns[i], 4 * N, 4, &whole) > 0);
             CHECK_MSG(heap.peak - before <= 260L * 4 * N, "pattern %d: %ld bytes for a text of %d", (int)i,
                       heap.peak - before, 4 * N);
-            CHECK_MSG(four < 10 * one + 0.01, "pattern %d: %g s, and %g s for four times as much", (int)i, one, four);
+            CHECK_MSG(whole < 2.5 * parts + 0.01, "pattern %d: %g s, and %g s in pieces four times as long", (int)i,
+                      parts, whole);
             if ((double)(heap.peak - before) / (4 * N) > most) most = (double)(heap.peak - before) / (4 * N);
-            if (four > slowest) slowest = four;
+            if (whole > slowest) slowest = whole;
         }
     if (test_verbose)
-        printf("      at most %.0f bytes and %.0f ns for a byte of text\n", most, 1e9 * slowest / (4 * N));
+        printf("      at most %.0f bytes and %.0f ns for a byte of text\n", most, 1e9 * slowest / (16 * N));
     qwen3i_tokenizer_free(m.tokenizer);
     free(data);
 }
