@@ -5,7 +5,7 @@
     python tools/eval_demo.py                              transformers, greedy, float32
     python tools/eval_demo.py --engine ./example --compare 50
                                                            the program's words against transformers'
-    python tools/eval_demo.py --engine ./example --args=--cuda --compare 500 --with ./example
+    python tools/eval_demo.py --engine ./example --args=--cuda --compare 500 --with ./example --with-args=--cpu
                                                            the GPU's words against the CPU's
 
 Prints a table of what was asked for and how often the answer was right. The exit status is 1 when
@@ -230,6 +230,7 @@ def parse_arguments():
     parser.add_argument("--jobs", type=int, default=1, help="chat programs at a time")
     parser.add_argument("--compare", type=int, metavar="N", help="compare on N dialogues with ...")
     parser.add_argument("--with", dest="other", default="transformers", help="... transformers or a chat program")
+    parser.add_argument("--with-args", default="", help="further arguments of that chat program, as one word")
     parser.add_argument("--device", default="cpu", help="where transformers runs")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--wrong", type=int, default=0, metavar="N", help="show N wrong answers")
@@ -243,7 +244,7 @@ def main():
     if args.engine != "transformers":
         engine = ProgramEngine(args.engine, args.model, args.args.split(), args.jobs)
     if args.compare:
-        other = judge if args.other == "transformers" else ProgramEngine(args.other, args.model, jobs=args.jobs)
+        other = judge if args.other == "transformers" else ProgramEngine(args.other, args.model, args.with_args.split(), args.jobs)
         return 0 if compare(engine, other, judge, args.compare) else 1
     result = score(engine, args.count, args.wrong)
     print(json.dumps(result, indent=2) if args.json else markdown_table(result))
