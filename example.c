@@ -12,7 +12,7 @@
 #endif
 
 enum { PROMPT, SYSTEM, NO_THINK, TEMP, TOP_P, TOP_K, MIN_P, SEED, MAX, BUDGET, CTX, THREADS, TOOLS, CUDA, CPU, CHECK,
-       NUL, HELP, N_OPTIONS };
+       NUL, THOUGHTS, HELP, N_OPTIONS };
 static const cli_option options[N_OPTIONS] = {
     {"-p", "TEXT", 0, 0, "ask this, print the answer, and leave"},
     {"-s", "TEXT", 0, 0, "system prompt (@FILE: from a file)"},
@@ -32,6 +32,7 @@ static const cli_option options[N_OPTIONS] = {
     {"--check", NULL, 0, 0, "no chat: how large the numbers in the model get on the text of -p (or one of its own),\n"
                             "                      and whether the default cache is precise enough for it"},
     {"-0", NULL, 0, 0, "in a pipe, end each answer with a NUL byte instead of a newline"},
+    {"--thoughts", NULL, 0, 0, "in a pipe, print thoughts, too"},
     {"--help", NULL, 0, 0, "this"},
 };
 static const char *text[N_OPTIONS];      /* what was given; NULL: the option was not */
@@ -100,11 +101,11 @@ static void set_system(chat *c, const char *what) {
     free(file);
 }
 
-/* Thinking is dimmed on a terminal and left out of a pipe. */
+/* Thinking is dimmed on a terminal and left out of a pipe, unless it is asked for. */
 static int put(const char *utf8, int n, int thinking, void *user) {
     chat *c = (chat *)user;
     cli_append(&c->answer, utf8, (size_t)n);
-    if (thinking && !c->colour) return interrupted;
+    if (thinking && !c->colour && !text[THOUGHTS]) return interrupted;
     if (thinking != c->dimmed && c->colour) fputs(thinking ? "\033[2m" : "\033[0m", stdout);
     c->dimmed = thinking;
     fwrite(utf8, 1, (size_t)n, stdout);

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Score the demo model on dialogues whose names, wares, prices and phrasings it has never seen.
 
-    python tools/eval_demo.py --engine ./example           the chat program, one process a dialogue
+    python tools/eval_demo.py --engine ./example           the chat program
     python tools/eval_demo.py                              transformers, greedy, float32
     python tools/eval_demo.py --engine ./example --compare 50
                                                            the program's words against transformers'
@@ -13,11 +13,13 @@ a target is missed, or when --compare finds a difference that is not a near tie:
 float32 gives both ways to go on nearly the same probability.
 
 The program reads one line a turn from its standard input, /tool RESULT for the result of a tool, and
-ends each answer with a NUL byte.
+ends each answer with a NUL byte. It is started once for all dialogues with the same tools and the same wish to
+think, or for --jobs shares of them; /system and /reset begin a dialogue anew.
 """
 import argparse
 import collections
 import concurrent.futures
+import itertools
 import json
 import os
 import re
@@ -72,16 +74,10 @@ def is_right(turn, answer):
 # --------------------------------------------------------------------------------------------
 # The chat program
 
-def command_line(program, model, dialogue, tools_file):
-    """How the program is called."""
-    line = [program, model, "-0", "--temp", "0", "--max", str(LONGEST_ANSWER)]
-    if dialogue.system:
-        line += ["-s", dialogue.system]
-    if not dialogue.thinking:
-        line.append("--no-think")
-    if dialogue.tools:
-        line += ["--tools", tools_file]
-    return line
+def kind(dialogue):
+    """What the program is told on its command line; the rest can change from dialogue to dialogue."""
+    tools = tuple(json.dumps(tool, ensure_ascii=False) for tool in dialogue.tools)
+    return dialogue.thinking, bool(dialogue.system), tools
 
 
 def input_line(turn):
@@ -90,24 +86,45 @@ def input_line(turn):
 
 class ProgramEngine:
     def __init__(self, program, model, args=(), jobs=1):
-        self.program, self.model, self.args, self.jobs = program, model, list(args), jobs
+        self.line = [program, model, "-0", "--thoughts", "--temp", "0", "--max", str(LONGEST_ANSWER), *args]
+        self.jobs = jobs
 
     def answers(self, dialogues):
+        """Dialogues of one kind share a process, as long as there is a share for each of the jobs."""
+        groups, most = collections.defaultdict(list), -(-len(dialogues) // self.jobs)
+        for number, dialogue in enumerate(dialogues):
+            groups[kind(dialogue)].append(number)
+        shares = [same[first:first + most] for same in groups.values() for first in range(0, len(same), most)]
+        answers = {}
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(self.converse, dialogues))
+            given = pool.map(self.converse, ([dialogues[i] for i in share] for share in shares))
+            for share, said in zip(shares, given):
+                answers.update(zip(share, said))
+        return [answers[i] for i in range(len(dialogues))]
 
-    def converse(self, dialogue):
-        with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as tools:
-            tools.writelines(json.dumps(tool, ensure_ascii=False) + "\n" for tool in dialogue.tools)
-            tools.flush()
-            lines = "".join(input_line(turn) for turn in dialogue.turns)
-            done = subprocess.run(
-                command_line(self.program, self.model, dialogue, tools.name) + self.args, input=lines,
-                capture_output=True, encoding="utf-8", errors="replace", timeout=600)
-        answers = done.stdout.split("\0")[:-1]
-        if len(answers) != len(dialogue.turns):
-            sys.exit(f"{self.program} gave {len(answers)} of {len(dialogue.turns)} answers: {done.stderr.strip()}")
-        return answers
+    def converse(self, dialogues):
+        """The dialogues one after the other; each begins with a system prompt of its own, or with /reset."""
+        thinking, system, tools = kind(dialogues[0])
+        with tempfile.TemporaryDirectory() as folder:
+            def file(name, text):
+                path = os.path.join(folder, name)
+                with open(path, "w", encoding="utf-8", newline="") as out:
+                    out.write(text)
+                return path
+
+            lines = []
+            for number, dialogue in enumerate(dialogues):
+                lines.append(f"/system @{file(str(number), dialogue.system)}\n" if system else "/reset\n")
+                lines += [input_line(turn) for turn in dialogue.turns]
+            line = self.line + ([] if thinking else ["--no-think"])
+            line += ["--tools", file("tools", "\n".join(tools) + "\n")] if tools else []
+            done = subprocess.run(line, input="".join(lines), capture_output=True, encoding="utf-8", errors="replace",
+                                  timeout=600 * len(dialogues))
+        answers, turns = done.stdout.split("\0")[:-1], sum(len(dialogue.turns) for dialogue in dialogues)
+        if len(answers) != turns:
+            sys.exit(f"{line[0]} gave {len(answers)} of {turns} answers: {done.stderr.strip()}")
+        rest = iter(answers)
+        return [list(itertools.islice(rest, len(dialogue.turns))) for dialogue in dialogues]
 
 
 # --------------------------------------------------------------------------------------------
@@ -146,11 +163,8 @@ class TransformersEngine:
             enable_thinking=dialogue.thinking)
 
     def gap(self, dialogue, said, one, other):
-        """How far apart in log-probability two answers are where they part. Infinite for dialogues with thinking,
-        where the thoughts, which are not known here, may have parted before."""
+        """How far apart in log-probability two answers are where they part."""
         import torch
-        if dialogue.thinking:
-            return float("inf")
         talk = [{"role": "system", "content": dialogue.system}] if dialogue.system else []
         for turn, answer in zip(dialogue.turns, said + [None]):
             talk.append({"role": turn.role, "content": turn.text})
@@ -204,16 +218,16 @@ def markdown_table(result):
 
 
 def compare(program, other, judge, count):
-    """Whether two engines say the same, to the letter, up to the first difference of each dialogue, which
-    must be a near tie. A program in a pipe leaves its thoughts out, so only what is said is compared."""
+    """Whether two engines think and say the same, to the letter, up to the first difference of each dialogue,
+    which must be a near tie."""
     dialogues = [make_dialogue(seed, heldout=True) for seed in range(count)]
     same = ties = different = 0
     for dialogue, ours, theirs in zip(dialogues, program.answers(dialogues), other.answers(dialogues)):
         for number, (turn, our, their) in enumerate(zip(dialogue.turns, ours, theirs)):
-            if spoken(our) == spoken(their):
+            if our == their:
                 same += 1
                 continue
-            gap = judge.gap(dialogue, ours[:number], spoken(our), spoken(their))
+            gap = judge.gap(dialogue, ours[:number], our, their)
             print(f"asked {turn.text!r}\n  one    {our!r}\n  other  {their!r}\n  apart  {gap:.4f}")
             ties, different = ties + (gap <= NEAR_TIE), different + (gap > NEAR_TIE)
             break  # what follows depends on it
@@ -244,7 +258,9 @@ def main():
     if args.engine != "transformers":
         engine = ProgramEngine(args.engine, args.model, args.args.split(), args.jobs)
     if args.compare:
-        other = judge if args.other == "transformers" else ProgramEngine(args.other, args.model, args.with_args.split(), args.jobs)
+        other = judge
+        if args.other != "transformers":
+            other = ProgramEngine(args.other, args.model, args.with_args.split(), args.jobs)
         return 0 if compare(engine, other, judge, args.compare) else 1
     result = score(engine, args.count, args.wrong)
     print(json.dumps(result, indent=2) if args.json else markdown_table(result))
