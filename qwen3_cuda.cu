@@ -660,6 +660,7 @@ struct cuda_ctx {
     float  *freqs;
     float  *x, *h, *tmp;                        /* [max_rows, n_embd padded]: residual, normalised, a product */
     float  *qkv, *attn, *gate_up, *ff;          /* [max_rows, qkv_ld | q_dim | 2 n_ff | n_ff padded] */
+    struct { float *at; size_t n; } results[4]; /* those of them, and logits, that cuBLASLt writes */
     void   *act; float *act_scale;              /* [max_rows, act_ld] input of a product */
     half_t *wide_act, *wide_q, *wide_m;         /* [max_rows, n_embd or q_dim | q_dim | n_ff] the same on Hopper */
     float  *ff_scale;                           /* [max_rows] of wide_m */
@@ -714,6 +715,11 @@ static void lay_out_step(cuda_ctx *c, arena *a) {
 }
 #endif
 
+static float *take_result(cuda_ctx *c, arena *a, int i, size_t n) {
+    c->results[i].n = n;
+    return c->results[i].at = a->take<float>(n);
+}
+
 static void lay_out_device(cuda_ctx *c, arena *a) {
     const qwen3i_config *g = &c->m->config;
     const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows, gemm = !c->wide ? rows : QWEN3_CUDA_FEW ? 0 : narrow;
@@ -728,10 +734,10 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->freqs = a->take<float>(half);
     c->x = a->take<float>(rows * embd);
     c->h = a->take<float>(narrow * embd);
-    c->tmp = a->take<float>(gemm * embd);
-    c->qkv = a->take<float>((c->wide_kv ? narrow : rows) * c->qkv_ld);
+    c->tmp = take_result(c, a, 0, gemm * embd);
+    c->qkv = take_result(c, a, 1, (c->wide_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
-    c->gate_up = a->take<float>(gemm * 2 * c->ff_ld);
+    c->gate_up = take_result(c, a, 2, gemm * 2 * c->ff_ld);
     c->ff = a->take<float>((c->desc.kernels == QWEN3_PATH_STANDARD ? rows : (size_t)least(c->max_rows, MATVEC_ROWS)) *
                            c->ff_ld);
     c->act = a->take<float>(gemm * c->act_ld);
@@ -742,7 +748,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
         c->wide_m = a->take<half_t>(rows * g->n_ff);
         c->ff_scale = a->take<float>(rows);
     }
-    c->logits = a->take<float>((size_t)head_rows(c) * vocab);
+    c->logits = take_result(c, a, 3, (size_t)head_rows(c) * vocab);
     c->logprobs = a->take<float>((size_t)head_rows(c));
     c->parts = a->take<float>(part_rows * g->n_head * (g->head_dim + 2));
     c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
@@ -950,6 +956,8 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
         CUDA_TRY(cudaMemsetAsync(c->wide_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2, c->stream));
         CUDA_TRY(cudaMemsetAsync(c->wide_m, 0, (size_t)c->max_rows * g->n_ff * 2, c->stream));
     }
+    if (!c->wide || !QWEN3_CUDA_FEW)    /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
+        for (const auto &r : c->results) CUDA_TRY(cudaMemsetAsync(r.at, 0, r.n * sizeof(float), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->best, 0, (size_t)c->desc.max_seqs * sizeof(u64), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
     CUDA_TRY(cudaStreamSynchronize(c->stream));
