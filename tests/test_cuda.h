@@ -58,8 +58,8 @@ typedef struct lab_shape {
 
 #define LAB_OK(l, call) CHECK_MSG((call) == QWEN3_OK, "%s: %s", #call, (l)->text)
 
-static float lab_random(lab *l, float size) {
-    return size * ((float)(int)(test_random(&l->seed) & 0xFFFF) / 32768.0f - 1.0f);
+static float lab_random(uint64_t *seed, float size) {
+    return size * ((float)(int)(test_random(seed) & 0xFFFF) / 32768.0f - 1.0f);
 }
 
 /* n values that F16 holds exactly even after scaling by a power of two: eleven bits, about `size`, a power of two */
@@ -72,24 +72,41 @@ static float *lab_values(lab *l, size_t n, float size) {
 
 static void *lab_own(lab *l, void *p) { return l->owned[l->n_owned++] = p; }
 
-static qwen3i_matrix lab_matrix(lab *l, int rows, int cols, qwen3i_type type, float size) {
-    size_t n = (size_t)rows * (size_t)cols, i;
-    float *v = floats(n);
-    qwen3i_matrix m;
-    for (i = 0; i < n; i++) v[i] = lab_random(l, size) * (i % 97 == 0 ? 4.0f : 1.0f);
-    m.rows = rows;
-    m.cols = cols;
-    m.type = type;
-    m.data = lab_own(l, malloc(n * 4));
-    l->exec.simd->store((void *)m.data, v, type, (int)n);
+typedef struct lab_filling { const lab *l; qwen3i_matrix m; float size; uint64_t seed; } lab_filling;
+
+/* Every row has random numbers of its own, so that any thread may fill it. */
+static void lab_fill_rows(void *args, int begin, int end, int lane) {
+    const lab_filling *f = (const lab_filling *)args;
+    const size_t cols = (size_t)f->m.cols, row_bytes = cols * qwen3i_type_size(f->m.type);
+    float *v = floats(cols);
+    size_t r, i;
+    (void)lane;
+    for (r = (size_t)begin; r < (size_t)end; r++) {
+        uint64_t seed = (f->seed + r) * 0x9E3779B97F4A7C15u;
+        seed ^= seed >> 29;
+        for (i = 0; i < cols; i++) v[i] = lab_random(&seed, f->size) * ((r * cols + i) % 97 == 0 ? 4.0f : 1.0f);
+        f->l->exec.simd->store((char *)(uintptr_t)f->m.data + r * row_bytes, v, f->m.type, f->m.cols);
+    }
     free(v);
-    return m;
+}
+
+static qwen3i_matrix lab_matrix(lab *l, int rows, int cols, qwen3i_type type, float size) {
+    lab_filling f;
+    f.l = l;
+    f.size = size;
+    f.seed = (uint64_t)test_random(&l->seed) << 31;
+    f.m.rows = rows;
+    f.m.cols = cols;
+    f.m.type = type;
+    f.m.data = lab_own(l, malloc((size_t)rows * (size_t)cols * qwen3i_type_size(type)));
+    qwen3i_parallel(&l->pool, rows, 16, lab_fill_rows, &f);
+    return f.m;
 }
 
 static const float *lab_gain(lab *l, int n, float size) {
     float *v = (float *)lab_own(l, floats((size_t)n));
     int i;
-    for (i = 0; i < n; i++) v[i] = i % 13 == 0 ? size : 1.0f + lab_random(l, 0.5f);
+    for (i = 0; i < n; i++) v[i] = i % 13 == 0 ? size : 1.0f + lab_random(&l->seed, 0.5f);
     return v;
 }
 
@@ -115,8 +132,9 @@ static void lab_weights(lab *l, const lab_shape *s, qwen3i_type type) {
     l->model.weights.layers = l->layers;
 }
 
-static int lab_open(lab *l, const lab_shape *s, qwen3i_type type, const qwen3_ctx_desc *desc) {
-    const qwen3_backend *b = qwen3_cuda_backend();
+/* The model; the CPU's side of it on every processor if it is as large as a real one. */
+static int lab_load(lab *l, const lab_shape *s, qwen3i_type type) {
+    qwen3_ctx_desc desc = ctx_desc(0, 0, 0, 0);
     qwen3_load_desc load;
     qwen3i_config *c = &l->model.config;
     memset(l, 0, sizeof *l);
@@ -124,7 +142,6 @@ static int lab_open(lab *l, const lab_shape *s, qwen3i_type type, const qwen3_ct
     l->seed = 7 + (uint64_t)s->n_embd;
     l->err.text = l->text;
     l->err.cap = sizeof l->text;
-    l->desc = *desc;
     l->exec.simd = qwen3i_simd_level(0);
     l->exec.pool = &l->pool;
     c->n_layer = s->n_layer;
@@ -132,13 +149,23 @@ static int lab_open(lab *l, const lab_shape *s, qwen3i_type type, const qwen3_ct
     c->n_head = s->n_head;
     c->n_head_kv = s->n_head_kv;
     c->head_dim = s->head_dim;
-    c->n_ff = s->n_ff; c->n_vocab = s->n_vocab; c->max_ctx = desc->max_ctx;
+    c->n_ff = s->n_ff; c->n_vocab = s->n_vocab;
     c->rms_eps = 1e-6f;
     c->rope_theta = 1e6;
+    desc.threads = s->n_embd < 1024;
+    if (!LAB_OK(l, qwen3i_pool_create(&l->pool, &desc, &l->err))) return 0;
     lab_weights(l, s, type);
-    return LAB_OK(l, qwen3i_pool_create(&l->pool, desc, &l->err)) &&
-           LAB_OK(l, b->model_create(&l->state, &l->model, &load, &l->err)) &&
-           LAB_OK(l, b->ctx_create(&l->ctx, l->state, &l->model, desc, &l->err));
+    return LAB_OK(l, qwen3_cuda_backend()->model_create(&l->state, &l->model, &load, &l->err));
+}
+
+static int lab_context(lab *l, const qwen3_ctx_desc *desc) {
+    l->desc = *desc;
+    l->model.config.max_ctx = desc->max_ctx;
+    return LAB_OK(l, qwen3_cuda_backend()->ctx_create(&l->ctx, l->state, &l->model, desc, &l->err));
+}
+
+static int lab_open(lab *l, const lab_shape *s, qwen3i_type type, const qwen3_ctx_desc *desc) {
+    return lab_load(l, s, type) && lab_context(l, desc);
 }
 
 static void lab_close(lab *l) {
@@ -249,14 +276,34 @@ static void lab_check_embed(lab *l, const lab_rows *r) {
     lab_check(l, "embed", QWEN3_CUDA_X, want, n, width, 0);
 }
 
+/* RMSNorm of n rows, in double: float32 sums over rows as wide as real ones would put nearly as much error into what
+   is wanted as is allowed. */
+static double *lab_normed(const lab *l, const float *x, const float *gain, int n) {
+    const size_t width = (size_t)l->model.config.n_embd;
+    double *y = (double *)malloc((size_t)n * width * sizeof *y);
+    size_t i, k;
+    for (i = 0; i < (size_t)n; i++) {
+        const float *in = x + i * width;
+        double sum = 0;
+        for (k = 0; k < width; k++) sum += (double)in[k] * (double)in[k];
+        sum = 1 / sqrt(sum / (double)width + (double)l->model.config.rms_eps);
+        for (k = 0; k < width; k++) y[i * width + k] = (double)in[k] * sum * (double)gain[k];
+    }
+    return y;
+}
+
 static void lab_check_norm(lab *l, int n, float size) {
-    int width = l->model.config.n_embd;
-    float *x = lab_values(l, (size_t)n * (size_t)width, size), *want = floats((size_t)n * (size_t)width);
-    qwen3i_rmsnorm(&l->exec, want, x, l->layer.attn_norm, n, width, l->model.config.rms_eps);
+    const int width = l->model.config.n_embd;
+    const size_t count = (size_t)n * (size_t)width;
+    float *x = lab_values(l, count, size), *want = floats(count);
+    double *y = lab_normed(l, x, l->layer.attn_norm, n);
+    size_t i;
+    for (i = 0; i < count; i++) want[i] = (float)y[i];
     lab_put(l, QWEN3_CUDA_X, x);
     lab_run(l, QWEN3_CUDA_NORM);
     lab_check(l, "norm", QWEN3_CUDA_H, want, n, width, lab_rounds(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
     free(x);
+    free(y);
 }
 
 /* One layer's k or v of the rows, as the device has them and as floats. */
@@ -316,7 +363,7 @@ static void lab_check_attention(lab *l, const lab_rows *r, float size) {
     const qwen3i_config *c = &l->model.config;
     int n = r->batch.n_rows, q_dim = c->n_head * c->head_dim, i, top = 0;
     float *q = lab_values(l, (size_t)n * (size_t)q_dim, size), *want = floats((size_t)n * (size_t)q_dim);
-    float *scratch = floats(qwen3i_attention_scratch(l->desc.max_ctx, c->head_dim));
+    float *scratch = floats((size_t)l->pool.n_lanes * qwen3i_attention_scratch(l->desc.max_ctx, c->head_dim));
     char *k, *v;
     qwen3i_attention_args a;
     for (i = 0; i < n; i++) top = qwen3i_max(top, r->positions[i]);
@@ -356,40 +403,71 @@ static void lab_check_mlp(lab *l, int n, float size) {
     free(h);
 }
 
+/* The logits of n rows x, in double, too */
+typedef struct lab_head { const lab *l; const double *h; float *want; int n; } lab_head;
+
+static void lab_head_rows(void *args, int begin, int end, int lane) {
+    const lab_head *a = (const lab_head *)args;
+    const qwen3i_matrix *w = &a->l->model.weights.head;
+    const size_t cols = (size_t)w->cols;
+    float *row = floats(cols);
+    int r, i;
+    size_t k;
+    (void)lane;
+    for (r = begin; r < end; r++) {
+        const char *data = (const char *)w->data + (size_t)r * cols * qwen3i_type_size(w->type);
+        a->l->exec.simd->load(row, data, w->type, w->cols);
+        for (i = 0; i < a->n; i++) {
+            double sum = 0;
+            for (k = 0; k < cols; k++) sum += a->h[(size_t)i * cols + k] * (double)row[k];
+            a->want[(size_t)i * (size_t)w->rows + (size_t)r] = (float)sum;
+        }
+    }
+    free(row);
+}
+
+static float *lab_logits(lab *l, const float *x, int n) {
+    const int vocab = l->model.config.n_vocab;
+    double *h = lab_normed(l, x, l->model.weights.final_norm, n);
+    lab_head a;
+    a.l = l;
+    a.h = h;
+    a.want = floats((size_t)n * (size_t)vocab);
+    a.n = n;
+    qwen3i_parallel(&l->pool, vocab, 16, lab_head_rows, &a);
+    free(h);
+    return a.want;
+}
+
 static void lab_check_head(lab *l, lab_rows *r) {
     const qwen3i_config *c = &l->model.config;
     int n = qwen3i_min(r->batch.n_rows, 64), i;
-    float *x = lab_values(l, (size_t)r->batch.n_rows * (size_t)c->n_embd, 1),
-          *h = floats((size_t)n * (size_t)c->n_embd);
-    float *want = floats((size_t)n * (size_t)c->n_vocab);
+    float *x = lab_values(l, (size_t)r->batch.n_rows * (size_t)c->n_embd, 1);
     qwen3i_out outs[64];
     memset(outs, 0, sizeof outs);
     for (i = 0; i < n; i++) { outs[i].row = i; outs[i].keep_seq = -1; }
     r->batch.outs = outs;
     r->batch.n_outs = n;
     LAB_OK(l, qwen3_cuda_get_kernels()->rows(l->ctx, &r->batch, &l->err));
-    qwen3i_rmsnorm(&l->exec, h, x, l->model.weights.final_norm, n, c->n_embd, c->rms_eps);
-    qwen3i_matmul(&l->exec, want, &l->model.weights.head, h, n);
     lab_put(l, QWEN3_CUDA_X, x);
     lab_run(l, QWEN3_CUDA_HEAD);
     if (r->batch.n_rows <= 64)
-        lab_check(l, "head", QWEN3_CUDA_LOGITS, want, n, c->n_vocab, lab_rounds(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
-    else free(want);
+        lab_check(l, "head", QWEN3_CUDA_LOGITS, lab_logits(l, x, n), n, c->n_vocab,
+                  lab_rounds(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
     free(x);
-    free(h);
 }
 
-static void lab_check_all(const lab_shape *s, qwen3i_type type, int kv_type, int kernels, int n, int n_seqs,
-                          int before) {
+/* Everything in a context of its own */
+static void lab_check_rows(lab *l, int kv_type, int kernels, int n, int n_seqs, int before) {
+    const qwen3i_config *c = &l->model.config;
     qwen3_ctx_desc desc = ctx_desc(before + n + 3 * n_seqs + 40, n_seqs, qwen3i_max(n, 1), kv_type);
-    lab *l = (lab *)malloc(sizeof *l);
     lab_rows *r = (lab_rows *)malloc(sizeof *r);
     desc.kernels = kernels;
     if (test_verbose)
-        printf("  %d x %d/%d x %d, ff %d, %s weights, %s cache, %s, %d rows of %d after %d\n", s->n_embd, s->n_head,
-               s->n_head_kv, s->head_dim, s->n_ff, cuda_type_name(type), cuda_type_name((qwen3i_type)kv_type),
-               kernels ? "standard" : "fused", n, n_seqs, before);
-    if (lab_open(l, s, type, &desc)) {
+        printf("  %d x %d/%d x %d, ff %d, %s weights, %s cache, %s, %d rows of %d after %d\n", c->n_embd, c->n_head,
+               c->n_head_kv, c->head_dim, c->n_ff, cuda_type_name(l->layer.wq.type),
+               cuda_type_name((qwen3i_type)kv_type), kernels ? "standard" : "fused", n, n_seqs, before);
+    if (lab_context(l, &desc)) {
         lab_make_rows(l, r, n, n_seqs, before);
         lab_check_embed(l, r);
         lab_check_norm(l, n, 1);
@@ -405,8 +483,16 @@ static void lab_check_all(const lab_shape *s, qwen3i_type type, int kv_type, int
         lab_check_add(l, "down", QWEN3_CUDA_DOWN, QWEN3_CUDA_M, &l->layer.w_down, n, 1048576.0f);
         lab_check_head(l, r);
     }
-    lab_close(l);
+    qwen3_cuda_backend()->ctx_free(l->ctx);
+    l->ctx = NULL;
     free(r);
+}
+
+static void lab_check_all(const lab_shape *s, qwen3i_type type, int kv_type, int kernels, int n, int n_seqs,
+                          int before) {
+    lab *l = (lab *)malloc(sizeof *l);
+    if (lab_load(l, s, type)) lab_check_rows(l, kv_type, kernels, n, n_seqs, before);
+    lab_close(l);
     free(l);
 }
 
@@ -480,11 +566,15 @@ static void test_cuda_kernels_real_shapes(void) {
         {4096, 32, 8, 128, 12288, 1000, 1}, {5120, 40, 8, 128, 17408, 1000, 1}, {5120, 64, 8, 128, 25600, 1000, 1}
     };
     static const int rows[] = {1, 8, 33, 65};
+    lab *l = (lab *)malloc(sizeof *l);
     int i, k;
-    for (i = 0; i < 6; i++)
-        for (k = 0; k < 4; k++)
-            lab_check_all(&shapes[i], i % 2 ? QWEN3I_F16 : QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, rows[k], 1,
-                          i == 0 ? 1000 : 63);
+    for (i = 0; i < 6; i++) {
+        if (lab_load(l, &shapes[i], i % 2 ? QWEN3I_F16 : QWEN3I_BF16))
+            for (k = 0; k < 4; k++)
+                lab_check_rows(l, QWEN3_KV_F16, QWEN3_PATH_FUSED, rows[k], 1, i == 0 ? 1000 : 63);
+        lab_close(l);
+    }
+    free(l);
     lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1000, 1, 0);
     lab_check_all(&lab_real, QWEN3I_F16, QWEN3_KV_F32, QWEN3_PATH_FUSED, 130, 1, 20);
     lab_check_all(&lab_real, QWEN3I_F16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 9, 9, 40);
