@@ -722,7 +722,8 @@ static float *take_result(cuda_ctx *c, arena *a, int i, size_t n) {
 
 static void lay_out_device(cuda_ctx *c, arena *a) {
     const qwen3i_config *g = &c->m->config;
-    const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows, gemm = !c->wide ? rows : QWEN3_CUDA_FEW ? 0 : narrow;
+    const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
+    const size_t gemm = !c->wide ? rows : QWEN3_CUDA_FEW ? 0 : narrow;
     const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
     const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
     const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);

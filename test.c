@@ -1,9 +1,10 @@
 /* Every test of qwen3.h in one program.
 
-       cc -O2 test.c -o test -lm -lpthread && ./test [-k part-of-a-name] [-v | -q] [--data DIR]
+       cc -O2 test.c -o test -lm -lpthread && ./test [-k part-of-a-name] [-v | -q] [-s] [--data DIR]
 
    It includes the library with its internals. Compiled with -DQWEN3_WITH_CUDA and linked with
-   qwen3_cuda.cu it also tests that backend. The last line says how many tests passed and failed. */
+   qwen3_cuda.cu it also tests that backend, with -s more shortly, for compute-sanitizer. The last line
+   says how many tests passed and failed. */
 #include <stdint.h>
 #include <stddef.h>
 static void *test_malloc(size_t size);
@@ -33,7 +34,7 @@ static void  test_free(void *p);
 #include "tests/test_stability.h"
 
 static int usage(const char *program) {
-    fprintf(stderr, "usage: %s [-k part-of-a-name] [-v | -q] [--data DIR]\n", program);
+    fprintf(stderr, "usage: %s [-k part-of-a-name] [-v | -q] [-s] [--data DIR]\n", program);
     return 2;
 }
 
@@ -54,6 +55,7 @@ int main(int argc, char **argv) {
         else if (strcmp(argv[i], "--data") == 0 && i + 1 < argc) test_data = argv[++i];
         else if (strcmp(argv[i], "-v") == 0) test_verbose = 1;
         else if (strcmp(argv[i], "-q") == 0) test_quiet = 1;
+        else if (strcmp(argv[i], "-s") == 0) test_short = 1;
         else return usage(argv[0]);
     }
     if (data_missing()) return 2;

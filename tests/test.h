@@ -10,6 +10,7 @@
 static int test_passed, test_failed, test_skipped, test_bad;   /* tests; failed checks of the running test */
 static const char *test_filter;                                /* run only tests whose name contains this */
 static int test_verbose, test_quiet;                           /* figures and seconds; only what fails */
+static int test_short;                                         /* fewer repetitions, for tools that slow them down */
 
 #if defined(__GNUC__)
 __attribute__((format(printf, 4, 5)))

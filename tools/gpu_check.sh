@@ -118,10 +118,11 @@ if [ -n "${PROOF-1}" ]; then
     run proof.profile 60 "$PYTHON" tools/profile_kernels.py --bench build/gpu_check_plain_bench --ncu "${NCU:-$(command -v ncu || echo "$CUDA/bin/ncu")}"
 fi
 
-# sanitize TOOL SUITE: what it finds inside of cuBLAS, whose kernels are not named *_kernel, is not ours
+# sanitize TOOL SUITE: the suite with fewer repetitions (-s), each kernel as before. What it finds inside of cuBLAS, whose
+# kernels are not named *_kernel, is not ours.
 sanitize() {
     log="$OUT/$1.$2.log"
-    timeout "$LIMIT" "$SANITIZER" --tool $1 build/gpu_check_plain_test -k "$2" > "$log" 2>&1
+    timeout "$LIMIT" "$SANITIZER" --tool $1 --show-backtrace device build/gpu_check_plain_test -s -k "$2" > "$log" 2>&1
     code=$?
     ours=$(grep -c ' at .*_kernel' "$log")
     if [ $code = 124 ]; then note "$1.$2" "still running after $LIMIT s, stopped"
