@@ -1076,6 +1076,8 @@ struct pass {                           /* one batch on its way through the laye
     cudaStream_t       s;
     int                n, n_tiles;      /* n_tiles 0: attention row by row */
     mode               how;
+    int                n_outs;          /* so many rows are wanted, the outs of c->rows; ... */
+    bool               only_wanted;     /* ... they are all that is left, in order */
     bool               early;           /* kernels may start early: see launch_early */
     bool               fuse_norms;      /* matrix-vector kernels may do the norm of their input themselves */
     const float       *gain;            /* not NULL: the next one is to do it, with this gain */
@@ -1110,6 +1112,8 @@ static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwe
     p.c = c; p.s = s; p.n = n; p.n_tiles = n_tiles;
     p.how = c->desc.kernels == QWEN3_PATH_STANDARD ? STANDARD : n <= MATVEC_ROWS ? MATVEC :
             goes_wide(c, n, n_tiles) ? WIDE : c->wide && QWEN3_CUDA_FEW ? FEW : GEMM;
+    p.n_outs = n;
+    p.only_wanted = false;
     p.early = c->m->capability >= 90;
     p.fuse_norms = false;
     p.gain = NULL;
@@ -1658,12 +1662,35 @@ static qwen3_result down_proj(pass *p, int layer) {
     return product_to_add(p, w);
 }
 
-/* ---- one decoder layer: x in place ------------------------------------------------------------------------------ */
+/* ---- the last layer's rows of which nothing is wanted leave it after its attention ------------------------------ */
+template <class O, class T> static cudaError_t launch_keep_wanted(const pass *p, O *to, const T *from) {
+    cuda_ctx *c = p->c;
+    return launch_early(p->early, p->s, grid1(ceil_div((c->embd_ld + c->q_dim) / 4, 64)), 64, 0,
+                        keep_wanted_kernel<O, T>, c->x, c->embd_ld, to, from, c->q_dim, (const row_info *)c->rows,
+                        p->n_outs);
+}
+
+static qwen3_result keep_wanted(pass *p) {
+    cuda_ctx *c = p->c;
+    pass kept = make_pass(c, p->s, p->n_outs, p->n_tiles, p->err);
+    if (p->n_outs == p->n) return QWEN3_OK;
+    kept.only_wanted = true;
+    TRY(launched(p, !halves(p)     ? launch_keep_wanted(p, c->attn, (const float *)c->attn)
+                    : halves(&kept) ? launch_keep_wanted(p, c->wide_act, (const half_t *)c->wide_act)
+                                    : launch_keep_wanted(p, c->attn, (const half_t *)c->wide_act), "keep_wanted"));
+    *p = kept;
+    return QWEN3_OK;
+}
+
+/* ---- one decoder layer: x in place; the last one keeps only the rows that are wanted --------------------------- */
 static qwen3_result decoder_layer(pass *p, int layer) {
     const layer_weights *w = &p->c->m->layers[layer];
+    const bool last = layer == p->c->m->config.n_layer - 1;
     TRY(norm(p, w->attn_norm, w->qkv));             /* h = RMSNorm(x)                                    */
     TRY(qkv_rope(p, layer));                        /* q, k, v = W h; q, k = RoPE(RMSNorm(q, k)); cache  */
+    if (last && p->n_outs == 0) return QWEN3_OK;
     TRY(attention(p, layer));                       /* a = softmax(q k / sqrt(d)) v                      */
+    if (last) TRY(keep_wanted(p));
     TRY(o_proj(p, layer));                          /* x = x + Wo a                                      */
     TRY(norm(p, w->mlp_norm, w->gate_up));          /* h = RMSNorm(x)                                    */
     TRY(mlp(p, layer));                             /* m = silu(Wgate h) * (Wup h)                       */
@@ -1688,8 +1715,10 @@ static qwen3_result all_layers(pass *p, bool may_cancel) {
 static qwen3_result head_norm(const pass *p, int first, int n) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
-    const cudaError_t e = launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, c->rows + first,
-                                                c->m->final_norm, n, 1, g->n_embd, c->embd_ld, g->rms_eps);
+    const float *x = c->x + (p->only_wanted ? (size_t)first * c->embd_ld : 0);
+    const row_info *outs = p->only_wanted ? NULL : c->rows + first;
+    const cudaError_t e = launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, x, c->embd_ld, outs, c->m->final_norm, n, 1,
+                                         g->n_embd, c->embd_ld, g->rms_eps);
     return launched(p, e, "rmsnorm");
 }
 
@@ -2038,6 +2067,7 @@ static qwen3_result wait(cuda_ctx *c, const qwen3i_err *err) {
 
 static qwen3_result run_batch(cuda_ctx *c, const qwen3i_batch *b, int n_tiles, const qwen3i_err *err) {
     pass p = make_pass(c, c->stream, b->n_rows, n_tiles, err);
+    p.n_outs = b->n_outs;
     TRY(all_layers(&p, true));
     for (int i = 0; i < b->n_outs; i += head_rows(c)) {
         if (i > 0 && cancelled(c)) return fail(err, QWEN3_STOPPED, "cancelled");

@@ -292,6 +292,9 @@ template <int N> static __device__ __forceinline__ void store_n(float *p, const 
     if (N == 4) *(float4 *)(void *)p = make_float4(v[0], v[N > 1 ? 1 : 0], v[N > 2 ? 2 : 0], v[N > 3 ? 3 : 0]);
     else p[0] = v[0];
 }
+static __device__ __forceinline__ void store_n(half_t *p, float (&v)[4]) {
+    *(uint2 *)(void *)p = make_uint2(pack(v[0], v[1], half_t()), pack(v[2], v[3], half_t()));
+}
 
 template <class T> struct vector_of { enum { N = 16 / (int)sizeof(T) }; };       /* elements in 16 bytes */
 
@@ -446,6 +449,32 @@ static __global__ void add_rows_kernel(float *x, const float *add, const float *
     const size_t base = (size_t)blockIdx.x * ld;
     const float s = scale ? scale[blockIdx.x] : 1.0f;
     for (int i = tid(); i < width; i += n_threads()) x[base + i] += add[base + i] * s;
+}
+
+/* Four columns of n rows: row i of `to` is row out_row of `from`, several on their way at a time. out_row rises and is
+   never less than i, so it may be done in place. */
+template <class O, class T> static __device__ __forceinline__ void gather_columns(O *to, const T *from, int ld,
+                                                                                  const row_info *outs, int n) {
+    const int U = 8;
+    for (int first = 0; first < n; first += U) {
+        float v[U][4];
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            if (first + u < n) load_n<4>(v[u], from + (size_t)outs[first + u].out_row * ld);
+#pragma unroll
+        for (int u = 0; u < U; u++) if (first + u < n) store_n(to + (size_t)(first + u) * ld, v[u]);
+    }
+}
+
+/* keep_wanted: the n rows of x [rows, ldx] and of what attention gives [rows, lda] that outs name, to their beginning;
+   `to` may be `from`. A thread for each four columns of both. Exact. Equals qwen3i_keep_wanted. */
+template <class O, class T> static __global__ void keep_wanted_kernel(float *x, int ldx, O *to, const T *from, int lda,
+                                                                      const row_info *outs, int n) {
+    const int col = 4 * (block_x() * n_threads() + tid());
+    wait_for_previous();
+    let_next_start();
+    if (col < ldx) gather_columns(x + col, (const float *)x + col, ldx, outs, n);
+    else if (col - ldx < lda) gather_columns(to + (col - ldx), from + (col - ldx), lda, outs, n);
 }
 
 /* scale_rows: x[row, 0 .. width) *= scale[row], after a product of scaled rows. One block a row. */

@@ -305,7 +305,7 @@ static void lab_check_norm(lab *l, int n, float size) {
 }
 
 /* One layer's k or v of the rows, as the device has them and as floats. */
-static float *lab_cached(lab *l, const lab_rows *r, int value) {
+static float *lab_cached(lab *l, const lab_rows *r, int layer, int value) {
     const qwen3_backend *b = qwen3_cuda_backend();
     size_t kv_dim = (size_t)(l->model.config.n_head_kv * l->model.config.head_dim),
            size = qwen3i_type_size((qwen3i_type)l->desc.kv_type);
@@ -316,7 +316,7 @@ static float *lab_cached(lab *l, const lab_rows *r, int value) {
     for (i = 0; i < r->batch.n_rows; i++) {
         for (end = i; end + 1 < r->batch.n_rows && r->seqs[end + 1] == r->seqs[i];) end++;
         if (i == 0 || r->seqs[i] != r->seqs[i - 1])
-            LAB_OK(l, b->kv_read(l->ctx, r->seqs[i], 0, r->positions[end] + 1, k, v, &l->err));
+            LAB_OK(l, b->kv_read(l->ctx, r->seqs[i], layer, r->positions[end] + 1, k, v, &l->err));
         l->exec.simd->load(out + (size_t)i * kv_dim, (value ? v : k) + (size_t)r->positions[i] * kv_dim * size,
                            (qwen3i_type)l->desc.kv_type, (int)kv_dim);
     }
@@ -347,11 +347,11 @@ static void lab_check_qkv(lab *l, const lab_rows *r) {
     lab_put(l, QWEN3_CUDA_H, h);
     lab_run(l, QWEN3_CUDA_QKV_ROPE);
     lab_check(l, "q", QWEN3_CUDA_Q, q, n, q_dim, lab_halves(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
-    got = lab_cached(l, r, 0);
+    got = lab_cached(l, r, 0, 0);
     CHECK_MSG(cuda_one_rounding(got, k, (size_t)n * (size_t)kv_dim, kv), "k, %d rows: more than one rounding to %s", n,
               cuda_type_name(kv));
     free(got);
-    got = lab_cached(l, r, 1);
+    got = lab_cached(l, r, 0, 1);
     CHECK_MSG(cuda_one_rounding(got, v, (size_t)n * (size_t)kv_dim, kv), "v, %d rows: more than one rounding to %s", n,
               cuda_type_name(kv));
     free(got); free(h); free(k); free(v); free(cosines); free(sines);
@@ -552,6 +552,76 @@ static void test_cuda_kernels_hopper(void) {
     lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 64, 64, 3);
     lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 70, 70, 3);
     cuda_on_cpu_chip(80);
+}
+
+/* ---- the rows that leave the last layer early ------------------------------------------------------------ */
+/* Logits [n_outs, n_vocab] of every `each`-th row from `first` on, through all layers. */
+static float *lab_logits(lab *l, lab_rows *r, int first, int each, int *n_outs) {
+    static qwen3i_out outs[256];
+    size_t vocab = (size_t)l->model.config.n_vocab;
+    float *logits = floats(256 * vocab);
+    int row;
+    *n_outs = 0;
+    memset(outs, 0, sizeof outs);
+    for (row = first; row < r->batch.n_rows; row += each, ++*n_outs) {
+        outs[*n_outs].row = row;
+        outs[*n_outs].keep_seq = -1;
+        outs[*n_outs].logits = logits + (size_t)*n_outs * vocab;
+    }
+    r->batch.outs = outs;
+    r->batch.n_outs = *n_outs;
+    LAB_OK(l, qwen3_cuda_backend()->forward(l->ctx, &r->batch, &l->err));
+    return logits;
+}
+
+/* Whether all rows are wanted or few: the few are the same but for roundings, and the same twice. With none wanted k
+   and v are stored nevertheless. */
+static void lab_check_wanted(const lab_shape *s, int kv_type, int kernels, int n, int n_seqs) {
+    static const int firsts[] = {0, 3, 1, 5}, steps[] = {1000, 20, 3, 2};
+    const size_t vocab = (size_t)s->n_vocab, kv = (size_t)(n * s->n_head_kv * s->head_dim);
+    qwen3_ctx_desc desc = ctx_desc(n + 3 * n_seqs + 40, n_seqs, n, kv_type);
+    lab *l = (lab *)malloc(sizeof *l);
+    lab_rows *r = (lab_rows *)malloc(sizeof *r);
+    desc.kernels = kernels;
+    if (lab_open(l, s, QWEN3I_BF16, &desc)) {
+        float *none, *all, *v_none, *v_all;
+        int count, i, k;
+        lab_make_rows(l, r, n, n_seqs, 0);
+        none = lab_logits(l, r, n, 1, &count);
+        v_none = lab_cached(l, r, s->n_layer - 1, 1);
+        all = lab_logits(l, r, 0, 1, &count);
+        v_all = lab_cached(l, r, s->n_layer - 1, 1);
+        CHECK(cuda_error(v_all, v_none, kv) == 0);
+        for (i = 0; i < 4; i++) {
+            const int first = qwen3i_min(firsts[i], n - 1);
+            float *few = lab_logits(l, r, first, steps[i], &count), *again = lab_logits(l, r, first, steps[i], &count);
+            CHECK(memcmp(few, again, (size_t)count * vocab * sizeof *few) == 0);
+            for (k = 0; k < count; k++) {
+                const int row = first + k * steps[i];
+                const double e = cuda_error(few + (size_t)k * vocab, all + (size_t)row * vocab, vocab);
+                if (test_verbose) printf("    %d of %d rows, row %d: %.2e\n", count, n, row, e);
+                CHECK_MSG(e <= 2 * CUDA_ROUNDED, "%d of %d rows wanted, row %d: error %.3g", count, n, row, e);
+            }
+            free(few);
+            free(again);
+        }
+        free(none); free(all); free(v_none); free(v_all);
+    }
+    lab_close(l);
+    free(r);
+    free(l);
+}
+
+static void test_cuda_wanted(void) {
+    static const lab_shape shape = {256, 4, 2, 128, 384, 128, 2};
+    cuda_on_cpu_chip(90);
+    lab_check_wanted(&shape, QWEN3_KV_F16, QWEN3_PATH_FUSED, 150, 1);
+    lab_check_wanted(&shape, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 140, 2);
+    lab_check_wanted(&shape, QWEN3_KV_F16, QWEN3_PATH_FUSED, 40, 2);
+    cuda_on_cpu_chip(80);
+    lab_check_wanted(&shape, QWEN3_KV_F16, QWEN3_PATH_FUSED, 70, 1);
+    lab_check_wanted(&shape, QWEN3_KV_F32, QWEN3_PATH_STANDARD, 30, 3);
+    lab_check_wanted(&lab_odd, QWEN3_KV_F16, QWEN3_PATH_FUSED, 7, 1);
 }
 
 static void test_cuda_kernels_standard(void) {
@@ -1158,6 +1228,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_kernels_one);
     RUN(test_cuda_kernels_batched);
     RUN(test_cuda_kernels_hopper);
+    RUN(test_cuda_wanted);
     RUN(test_cuda_kernels_standard);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
     RUN(test_cuda_faults);
