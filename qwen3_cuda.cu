@@ -189,7 +189,7 @@ struct matrix {                         /* W [rows, cols] = data * scale; rows l
     qwen3i_type type;                   /* F32 or F16 */
     int         terms;                  /* 16-bit terms of its input when there are many rows */
     float       scale;
-    stored_map  map;                    /* of a wide model's */
+    stored_map  map, map_more;          /* of a wide model's: for tiles of WIDE_N and of WIDE_N_MORE rows */
     float      *bounds;                 /* of gate_up, in a wide model: see wide_norm */
 };
 
@@ -458,8 +458,10 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
     for (int i = 0; i < m->config.n_layer; i++) {
         layer_weights *l = &m->layers[i];
         matrix *const all[4] = {&l->qkv, &l->wo, &l->gate_up, &l->w_down}, &w = l->gate_up;
-        for (int k = 0; k < 4; k++)
+        for (int k = 0; k < 4; k++) {
             TRY(make_map(&all[k]->map, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, 0, WIDE_N / 2, err));
+            TRY(make_map(&all[k]->map_more, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, 0, WIDE_N_MORE / 2, err));
+        }
         CUDA_TRY(cudaMemsetAsync(w.bounds, 0, 2 * sizeof(float), u->stream));
         for (int k = 0; k < 2; k++)
             CUDA_TRY(launch(u->stream, dim3((unsigned)ceil_div(n_ff, 8)), 256, 0, row_norms_kernel, w.bounds + k,
@@ -908,11 +910,12 @@ static qwen3_result prepare_wide_ctx(cuda_ctx *c, const qwen3i_err *err) {
     TRY(make_map(&c->few_m_map, c->wide_m, (u64)g->n_ff, rows, 0, FEW_X_TILE, err));
     TRY(allow_few_shared<32>(err));
     TRY(allow_few_shared<64>(err));
-    TRY(allow_shared(wide_product_kernel<WIDE_ADD>, WIDE_PRODUCT_SHARED, err));
-    TRY(allow_shared(wide_product_kernel<WIDE_QKV>, WIDE_PRODUCT_SHARED, err));
-    TRY(allow_shared(wide_product_kernel<WIDE_QKV, bf16_t>, WIDE_PRODUCT_SHARED, err));
-    TRY(allow_shared(wide_product_kernel<WIDE_QKV, float>, WIDE_PRODUCT_SHARED, err));
-    TRY(allow_shared(wide_product_kernel<WIDE_SWIGLU>, WIDE_PRODUCT_SHARED, err));
+    TRY(allow_shared(wide_product_kernel<WIDE_ADD>, wide_product_shared<WIDE_N>(), err));
+    TRY(allow_shared(wide_product_kernel<WIDE_ADD, half_t, WIDE_N_MORE>, wide_product_shared<WIDE_N_MORE>(), err));
+    TRY(allow_shared(wide_product_kernel<WIDE_QKV>, wide_product_shared<WIDE_N>(), err));
+    TRY(allow_shared(wide_product_kernel<WIDE_QKV, bf16_t>, wide_product_shared<WIDE_N>(), err));
+    TRY(allow_shared(wide_product_kernel<WIDE_QKV, float>, wide_product_shared<WIDE_N>(), err));
+    TRY(allow_shared(wide_product_kernel<WIDE_SWIGLU>, wide_product_shared<WIDE_N>(), err));
     if (!c->wide_kv) return QWEN3_OK;
     TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, WIDE_POS, err));
     TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, WIDE_POS, err));
@@ -1318,15 +1321,22 @@ template <class O> static cudaError_t launch_add_rmsnorm(const pass *p, const fl
                   c->m->config.rms_eps);
 }
 
+static cudaError_t launch_wide_norm(const pass *p, const float *gain, const float *bounds) {
+    const cuda_ctx *c = p->c;
+    const int width = c->m->config.n_embd, lanes = round_up(ceil_div(width, 4 * NORM_VECTORS), 32);
+    const int together = p->n > 512 ? 256 / lanes : 1;
+    return launch_early(p->early, p->s, grid1(ceil_div(p->n, together)), lanes * together, 0, wide_norm_kernel,
+                        c->wide_act, c->act_scale, c->ff_scale, bounds, (const float *)c->x, c->embd_ld, gain, p->n, width,
+                        c->m->config.rms_eps, lanes);
+}
+
 static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
     p->gain = p->fuse_norms ? gain : NULL;
     if (p->gain) return QWEN3_OK;
     if (p->how == WIDE || p->how == FEW)
-        return launched(p, launch_early(p->early, p->s, grid1(p->n), 256, 0, wide_norm_kernel, c->wide_act,
-                                        c->act_scale, c->ff_scale, (const float *)w.bounds, (const float *)c->x,
-                                        c->embd_ld, gain, g->n_embd, g->rms_eps), "wide_norm");
+        return launched(p, launch_wide_norm(p, gain, w.bounds), "wide_norm");
     if (p->how == GEMM) {
 #define CALL(T) launch_add_rmsnorm<T>(p, gain, w)
         TRY(launched(p, BY_WEIGHT_TYPE(w, CALL), "add_rmsnorm"));
@@ -1373,13 +1383,36 @@ static qwen3_result few_product(const pass *p, const stored_map &in, const matri
                                        get_map(w.map), a, parts), "few_product");
 }
 
+template <int KIND, class T, int N>
+static qwen3_result launch_wide_product(const pass *p, const stored_map &in, const stored_map &w, const wide_args &a) {
+    const int clusters = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles, p->c->m->n_sm / 2);
+    return launched(p, launch_clusters(p->early, WIDE_CLUSTER, p->s, grid1(2 * clusters), WIDE_THREADS,
+                                       wide_product_shared<N>(), wide_product_kernel<KIND, T, N>, get_map(in),
+                                       get_map(w), a), "wide_product");
+}
+
 /* in: the map for many rows, or for few */
 template <int KIND, class T>
 static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
     if (p->how == FEW) return p->n <= 32 ? few_product<KIND, T, 32>(p, in, w, a) : few_product<KIND, T, 64>(p, in, w, a);
-    const int pairs = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles, p->c->m->n_sm / 2);
-    return launched(p, launch_clusters(p->early, WIDE_CLUSTER, p->s, grid1(2 * pairs), WIDE_THREADS, WIDE_PRODUCT_SHARED,
-                                       wide_product_kernel<KIND, T>, get_map(in), get_map(w.map), a), "wide_product");
+    return launch_wide_product<KIND, T, WIDE_N>(p, in, w.map, a);
+}
+
+/* How long the clusters work on tiles of n columns, in columns. */
+static int wide_cost(const pass *p, const matrix &w, int n) {
+    return ceil_div(ceil_div(p->n, 2 * WIDE_M) * (w.rows / n), p->c->m->n_sm / 2) * n;
+}
+
+/* x += W in, in the tiles that are done first: 2,560 columns of 2,048 rows are 2.4 turns of 128, but 1.9 of 160. */
+static qwen3_result wide_add(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+    a.x = p->c->x;
+    a.ldx = p->c->embd_ld;
+    if (p->how == FEW || w.rows % WIDE_N_MORE || wide_cost(p, w, WIDE_N) <= wide_cost(p, w, WIDE_N_MORE))
+        return wide_product<WIDE_ADD, half_t>(p, in, w, a);
+    a.n_tiles = w.rows / WIDE_N_MORE;
+    a.step = WIDE_N_MORE;
+    a.half = WIDE_N_MORE / 2;
+    return launch_wide_product<WIDE_ADD, half_t, WIDE_N_MORE>(p, in, w.map_more, a);
 }
 
 static const stored_map &wide_map(const pass *p, const stored_map &wide, const stored_map &few) {
@@ -1390,23 +1423,18 @@ static const stored_map &wide_map(const pass *p, const stored_map &wide, const s
 static qwen3_result wide_o_proj(const pass *p, const matrix &w) {
     cuda_ctx *c = p->c;
     const bool as_it_is = halves(p);
-    wide_args a = wide_arguments(p, w, as_it_is ? NULL : c->act_scale);
-    a.x = c->x;
-    a.ldx = c->embd_ld;
     if (!as_it_is)
         TRY(launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(w.ld, 4, p->n), 0,
                                      round_rows_kernel<half_t>, c->wide_act, c->act_scale, (const float *)c->attn,
                                      c->q_dim, w.cols, w.ld, (size_t)0), "round_rows"));
-    return wide_product<WIDE_ADD, half_t>(p, wide_map(p, c->wide_a_map, c->few_a_map), w, a);
+    return wide_add(p, wide_map(p, c->wide_a_map, c->few_a_map), w,
+                    wide_arguments(p, w, as_it_is ? NULL : c->act_scale));
 }
 
 /* x += W m */
 static qwen3_result wide_down(const pass *p, const matrix &w) {
     cuda_ctx *c = p->c;
-    wide_args a = wide_arguments(p, w, c->ff_scale);
-    a.x = c->x;
-    a.ldx = c->embd_ld;
-    return wide_product<WIDE_ADD, half_t>(p, wide_map(p, c->wide_m_map, c->few_m_map), w, a);
+    return wide_add(p, wide_map(p, c->wide_m_map, c->few_m_map), w, wide_arguments(p, w, c->ff_scale));
 }
 
 static qwen3_result wide_qkv(const pass *p, const matrix &w, const qkv_args &qkv) {

@@ -1887,7 +1887,8 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
 #endif
 
 const int WIDE_M       = 128;           /* rows of x and ... */
-const int WIDE_N       = 128;           /* ... of W in a tile of a product */
+const int WIDE_N       = 128;           /* ... of W in a tile of a product; ... */
+const int WIDE_N_MORE  = 160;           /* ... or these, where they divide the work better */
 const int WIDE_K       = 64;            /* elements of a row that are loaded at once: 128 bytes, as they are swizzled */
 const int WIDE_STAGES  = 6;
 const int WIDE_CHUNK   = 2;             /* of these the tensor core adds up before float32 does: see wide_product */
@@ -1895,6 +1896,7 @@ const int WIDE_THREADS = 384;           /* a warpgroup that loads, two that mult
 const int WIDE_POS     = 128;           /* positions of a tile of attention, and its rows */
 const int WIDE_DIM     = 128;           /* head_dim */
 const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
+template <int N> struct wide_tile { enum { W_BYTES = N * WIDE_K * 2, BYTES = (int)WIDE_HALF + W_BYTES }; };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define QWEN3_CLUSTER_OF_2 __cluster_dims__(2, 1, 1)
@@ -2017,10 +2019,11 @@ static __device__ __forceinline__ u64 operand(const void *p, unsigned block = 16
     return (u64)(shared_address(p) >> 4 & 0x3FFFu) | (u64)(block >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
-#define QWEN3_D64 \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+#define QWEN3_D64_INNER \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
     "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, " \
-    "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+    "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define QWEN3_D64 "{" QWEN3_D64_INNER "}"
 #define QWEN3_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
     "+f"(d[i + 6]), "+f"(d[i + 7])
 #define QWEN3_F64(d) QWEN3_F8(d, 0), QWEN3_F8(d, 8), QWEN3_F8(d, 16), QWEN3_F8(d, 24), QWEN3_F8(d, 32), \
@@ -2032,7 +2035,13 @@ static __device__ __forceinline__ void wide_multiply(float (&d)[64], u64 a, u64 
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QWEN3_D64 ", %64, %65, p, 1, 1, 0, 0;\n}"
                  : QWEN3_F64(d) : "l"(a), "l"(b), "r"(add));
 }
-/* The same for 32 and 64 rows of b. */
+/* The same for 160, 32 and 64 rows of b. */
+static __device__ __forceinline__ void wide_multiply(float (&d)[80], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" QWEN3_D64_INNER ", %64, %65, %66, %67, %68, "
+                 "%69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, %80, %81, p, 1, 1, 0, 0;\n}"
+                 : QWEN3_F64(d), QWEN3_F8(d, 64), QWEN3_F8(d, 72) : "l"(a), "l"(b), "r"(add));
+}
 static __device__ __forceinline__ void wide_multiply(float (&d)[16], u64 a, u64 b, int add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
@@ -2121,22 +2130,26 @@ static __device__ __forceinline__ float ff_scale_of(float norm, const float *bou
 
 /* wide_norm: out[row, :] = rmsnorm(x[row, :]) / scale[row], rounded once to F16; scale is a power of two. With
    bounds, the largest norms of a row of W gate and of W up, also a power of two, ff_scale[row], with which the
-   products silu(gate) * up fit F16: |gate| <= |row of W gate| |h|. One block a row, of 256; width a multiple of 4, up to
-   8,192. Order as rmsnorm. Equals qwen3i_rmsnorm, and one rounding. */
+   products silu(gate) * up fit F16: |gate| <= |row of W gate| |h|. `lanes` threads (whole warps, at most 256) work on a
+   row, which they hold in registers, a block on as many rows as it has threads for; width a multiple of 4, up to
+   4 * NORM_VECTORS * lanes. Order as rmsnorm. Equals qwen3i_rmsnorm, and one rounding. */
 static __global__ void __launch_bounds__(256)
     wide_norm_kernel(half_t *out, float *scale, float *ff_scale, const float *bounds, const float *x, int ldx,
-                     const float *gain, int width, float eps) {
+                     const float *gain, int rows, int width, float eps, int lanes) {
     __shared__ float sums[3][8];
+    const int at = 4 * (tid() % lanes), step = 4 * lanes, row = block_x() * (n_threads() / lanes) + tid() / lanes;
+    const float *from = x + (size_t)(row < rows ? row : 0) * ldx;
+    const float4 zero = make_float4(0, 0, 0, 0);
     float4 v[NORM_VECTORS];
     float sum = 0, top = 0, size = 0;
     wait_for_previous();
     let_next_start();
 #pragma unroll
+    for (int j = 0; j < NORM_VECTORS; j++)
+        v[j] = at + j * step < width ? *(const float4 *)(const void *)(from + at + j * step) : zero;
+#pragma unroll
     for (int j = 0; j < NORM_VECTORS; j++) {
-        const int i = 4 * (tid() + 256 * j);
-        if (i >= width) break;
-        const float4 g = *(const float4 *)(const void *)(gain + i);
-        v[j] = *(const float4 *)(const void *)(x + (size_t)blockIdx.x * ldx + i);
+        const float4 g = at + j * step < width ? *(const float4 *)(const void *)(gain + at + j * step) : zero;
         sum += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
         v[j] = make_float4(v[j].x * g.x, v[j].y * g.y, v[j].z * g.z, v[j].w * g.w);
         size += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
@@ -2145,22 +2158,27 @@ static __global__ void __launch_bounds__(256)
     sum = warp_sum(sum);
     size = warp_sum(size);
     top = warp_max(top);
-    if (lane_id() == 0) { sums[0][warp_id()] = sum; sums[1][warp_id()] = size; sums[2][warp_id()] = top; }
-    __syncthreads();
-    sum = size = top = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) { sum += sums[0][i]; size += sums[1][i]; top = fmaxf(top, sums[2][i]); }
+    if (lanes > 32) {
+        const int warps = lanes / 32, first = warp_id() / warps * warps;
+        if (lane_id() == 0) { sums[0][warp_id()] = sum; sums[1][warp_id()] = size; sums[2][warp_id()] = top; }
+        __syncthreads();
+        sum = size = top = 0;
+        for (int i = first; i < first + warps; i++) {
+            sum += sums[0][i]; size += sums[1][i]; top = fmaxf(top, sums[2][i]);
+        }
+    }
+    if (row >= rows) return;
     const float r = 1.0f / sqrtf(sum / (float)width + eps), up = half_scale(top * r);
-    if (tid() == 0) {
-        scale[blockIdx.x] = 1.0f / up;
-        if (bounds) ff_scale[blockIdx.x] = ff_scale_of(sqrtf(size) * r, bounds);
+    if (at == 0) {
+        scale[row] = 1.0f / up;
+        if (bounds) ff_scale[row] = ff_scale_of(sqrtf(size) * r, bounds);
     }
 #pragma unroll
     for (int j = 0; j < NORM_VECTORS; j++) {
-        const int i = 4 * (tid() + 256 * j);
-        if (i >= width) break;
         float a = v[j].x * r * up, b = v[j].y * r * up, c = v[j].z * r * up, d = v[j].w * r * up;
-        *(uint2 *)(void *)(out + (size_t)blockIdx.x * width + i) = make_uint2(pack(a, b, half_t()), pack(c, d, half_t()));
+        if (at + j * step >= width) break;
+        *(uint2 *)(void *)(out + (size_t)row * width + at + j * step) =
+            make_uint2(pack(a, b, half_t()), pack(c, d, half_t()));
     }
 }
 
@@ -2209,28 +2227,28 @@ struct wide_args {
 
 #ifdef QWEN3_WGMMA
 /* Where a thread's two columns of each 8 of row begin, in a tile of x. */
-static __device__ __forceinline__ float2 *wide_residual(const wide_args &g, int row, int n) {
-    return (float2 *)(void *)(g.x + (size_t)row * g.ldx + n * WIDE_N + 2 * (lane_id() % 4));
+static __device__ __forceinline__ float2 *wide_residual(const wide_args &g, int row, int col) {
+    return (float2 *)(void *)(g.x + (size_t)row * g.ldx + col + 2 * (lane_id() % 4));
 }
 
 /* The sums start from the residual: nothing waits for it until the first chunk is done. scale is a power of two. */
-static __device__ __forceinline__ void wide_add_begin(const wide_args &g, float (&acc)[64], int row, int r, int n,
-                                                      float scale) {
-    const float2 *x = wide_residual(g, row < g.rows ? row : g.rows - 1, n);
+template <int M> static __device__ __forceinline__ void wide_add_begin(const wide_args &g, float (&acc)[M], int row,
+                                                                       int r, int n, float scale) {
+    const float2 *x = wide_residual(g, row < g.rows ? row : g.rows - 1, n * 2 * M);
     const float up = 1.0f / scale;
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
+    for (int j = 0; j < M / 4; j++) {
         const float2 v = x[4 * j];
         acc[4 * j + 2 * r] = v.x * up;
         acc[4 * j + 2 * r + 1] = v.y * up;
     }
 }
-static __device__ __forceinline__ void wide_add_end(const wide_args &g, const float (&acc)[64], int row, int r, int n,
-                                                    float scale) {
-    float2 *x = wide_residual(g, row, n);
+template <int M> static __device__ __forceinline__ void wide_add_end(const wide_args &g, const float (&acc)[M], int row,
+                                                                     int r, int n, float scale) {
+    float2 *x = wide_residual(g, row, n * 2 * M);
     if (row >= g.rows) return;
 #pragma unroll
-    for (int j = 0; j < 16; j++) x[4 * j] = make_float2(acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
+    for (int j = 0; j < M / 4; j++) x[4 * j] = make_float2(acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
 }
 
 static __device__ __forceinline__ void wide_swiglu(const wide_args &g, const float (&acc)[64], int row, int r, int n,
@@ -2314,20 +2332,35 @@ template <class T> static __device__ __forceinline__ void wide_qkv(const wide_ar
 
 struct wide_stage { mbarrier full, empty; };    /* empty: both blocks' eight warps that multiply */
 
-/* Tiles of x and W to both blocks of a cluster: each loads its own rows of x, and half of W's for both. */
+/* Half of a tile of W to both blocks of a cluster, of which the other loads the other half. */
+template <int N>
+static __device__ __forceinline__ void wide_load_w(unsigned char *to, const CUtensorMap *map, int k, int row, int rank,
+                                                   wide_stage *s) {
+    barrier_expect(&s->full, (unsigned)wide_tile<N>::BYTES);
+    load_tile_twice(to + WIDE_HALF + wide_tile<N>::W_BYTES / 2 * (size_t)rank, map, k, row, &s->full);
+}
+
+/* Tiles of x, each block its own, and of W. The first weights are asked for before x exists. */
+template <int N>
 static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                  unsigned char *memory, wide_stage *stages, int rank) {
-    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2;
+    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2, first = block_x() / 2;
+    const unsigned early = (unsigned)(g.k / WIDE_K < WIDE_STAGES ? g.k / WIDE_K : WIDE_STAGES);
+    const int first_w = first / pairs * g.step + rank * g.half;
     unsigned turn = 0;
-    for (int t = block_x() / 2; t < pairs * g.n_tiles; t += clusters) {
+    for (unsigned i = 0; i < early; i++)
+        wide_load_w<N>(memory + wide_tile<N>::BYTES * i, w_map, (int)i * WIDE_K, first_w, rank, &stages[i]);
+    wait_for_previous();
+    for (int t = first; t < pairs * g.n_tiles; t += clusters) {
         const int row = (t % pairs * 2 + rank) * WIDE_M, w_row = t / pairs * g.step + rank * g.half;
         for (int k = 0; k < g.k; k += WIDE_K, turn++) {
             const unsigned s = turn % WIDE_STAGES;
-            unsigned char *to = memory + 2 * WIDE_HALF * s;
-            barrier_wait(&stages[s].empty, (turn / WIDE_STAGES & 1) ^ 1);
-            barrier_expect(&stages[s].full, 2 * (unsigned)WIDE_HALF);
+            unsigned char *to = memory + wide_tile<N>::BYTES * s;
+            if (turn >= early) {
+                barrier_wait(&stages[s].empty, (turn / WIDE_STAGES & 1) ^ 1);
+                wide_load_w<N>(to, w_map, k, w_row, rank, &stages[s]);
+            }
             load_tile(to, x_map, k, row, &stages[s].full);
-            load_tile_twice(to + WIDE_HALF + WIDE_HALF / 2 * (size_t)rank, w_map, k, w_row, &stages[s].full);
         }
     }
 }
@@ -2336,20 +2369,20 @@ static __device__ __forceinline__ void wide_release(wide_stage *s) {
     if (lane_id() < 2) barrier_arrive_at(&s->empty, (unsigned)lane_id());
 }
 
-template <int KIND, class T, int CHUNK>
+template <int KIND, class T, int N>
 static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank,
                                            int group) {
     const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2;
-    float part[64];
+    float part[N / 2];
     unsigned turn = 0;
 #pragma unroll
-    for (int i = 0; i < 64; i++) part[i] = 0;
+    for (int i = 0; i < N / 2; i++) part[i] = 0;
     for (int t = block_x() / 2; t < pairs * g.n_tiles; t += clusters) {
         const int row0 = (t % pairs * 2 + rank) * WIDE_M + 64 * group + warp_id() % 4 * 16 + lane_id() / 4, n = t / pairs;
-        float acc[64], scale[2];
+        float acc[N / 2], scale[2];
         int seq[2] = {0, 0}, position[2] = {0, 0};
 #pragma unroll
-        for (int i = 0; i < 64; i++) acc[i] = 0;
+        for (int i = 0; i < N / 2; i++) acc[i] = 0;
 #pragma unroll
         for (int r = 0; r < 2; r++) {   /* what the rows need later is asked for now */
             const int row = row0 + 8 * r < g.rows ? row0 + 8 * r : g.rows - 1;
@@ -2357,12 +2390,12 @@ static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *me
             if (KIND == WIDE_ADD) wide_add_begin(g, acc, row0 + 8 * r, r, n, scale[r]);
             if (KIND == WIDE_QKV) { seq[r] = g.qkv.rows[row].seq; position[r] = g.qkv.rows[row].position; }
         }
-        for (int k = 0; k < g.k; k += CHUNK * WIDE_K) {
+        for (int k = 0; k < g.k; k += WIDE_CHUNK * WIDE_K) {
 #pragma unroll
-            for (int i = 0; i < CHUNK; i++, turn++) {
+            for (int i = 0; i < WIDE_CHUNK; i++, turn++) {
                 const unsigned s = turn % WIDE_STAGES;
-                const unsigned char *x = memory + 2 * WIDE_HALF * s + WIDE_HALF / 2 * (size_t)group,
-                                    *w = memory + 2 * WIDE_HALF * s + WIDE_HALF;
+                const unsigned char *x = memory + wide_tile<N>::BYTES * s + WIDE_HALF / 2 * (size_t)group,
+                                    *w = memory + wide_tile<N>::BYTES * s + WIDE_HALF;
                 barrier_wait(&stages[s].full, turn / WIDE_STAGES & 1);
                 products_begin();
 #pragma unroll
@@ -2377,13 +2410,13 @@ static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *me
             products_done(part);
             wide_release(&stages[(turn - 1) % WIDE_STAGES]);
 #pragma unroll
-            for (int i = 0; i < 64; i++) acc[i] += part[i];
+            for (int i = 0; i < N / 2; i++) acc[i] += part[i];
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int row = row0 + 8 * r;
-            if (KIND == WIDE_ADD) wide_add_end(g, acc, row, r, n, scale[r]);
-            else if (KIND == WIDE_QKV) wide_qkv<T>(g, acc, row, r, n, scale[r], seq[r], position[r]);
+            if constexpr (KIND == WIDE_ADD) wide_add_end(g, acc, row, r, n, scale[r]);
+            else if constexpr (KIND == WIDE_QKV) wide_qkv<T>(g, acc, row, r, n, scale[r], seq[r], position[r]);
             else wide_swiglu(g, acc, row, r, n, scale[r]);
         }
     }
@@ -2394,30 +2427,32 @@ static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *me
    ADD: the residual, in float32; equals qwen3i_matmul_add. SWIGLU: silu(gate) * up of rows of W n_ff apart, rounded
    once; equals qwen3i_swiglu. QKV: each head's RMSNorm and rotation in float32, q rounded once, k and v to the cache
    with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope; head_dim 128; T is the cache's type.
-   Clusters of two blocks take turns of tiles of [256, 128]. Order: the tensor core adds up CHUNK * 64 elements, which
-   start from zero, and float32 the chunks: the former cuts its sums off, and over a whole row that would show. */
-template <int KIND, class T = half_t, int CHUNK = WIDE_CHUNK> static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
+   Clusters of two blocks take turns of tiles of [256, N]; N is 128, for ADD also 160, which changes no sum. Order: the
+   tensor core adds up 128 elements, which start from zero, and float32 the chunks: the former cuts its sums off, and
+   over a whole row that would show. */
+template <int KIND, class T = half_t, int N = WIDE_N>
+static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
     wide_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                         wide_args g) {
 #ifdef QWEN3_WGMMA
     QWEN3_DYNAMIC_SHARED(raw);
     unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
-    wide_stage *stages = (wide_stage *)(void *)(memory + WIDE_STAGES * 2 * WIDE_HALF);
+    wide_stage *stages = (wide_stage *)(void *)(memory + WIDE_STAGES * wide_tile<N>::BYTES);
     const int rank = block_x() % 2;
     if (tid() == 0) {
         for (int i = 0; i < WIDE_STAGES; i++) { barrier_init(&stages[i].full, 1); barrier_init(&stages[i].empty, 16); }
         barriers_ready();
     }
     cluster_sync();
-    wait_for_previous();
     let_next_start();
     if (warp_id() < 4) {
         fewer_registers<40>();
-        if (tid() == 0) wide_load(&x_map, &w_map, g, memory, stages, rank);
+        if (tid() == 0) wide_load<N>(&x_map, &w_map, g, memory, stages, rank);
         __syncwarp();
     } else {
         more_registers<232>();
-        wide_multiply_tiles<KIND, T, CHUNK>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0));
+        wait_for_previous();
+        wide_multiply_tiles<KIND, T, N>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0));
     }
     cluster_sync();                     /* the other block may still write here */
 #else
@@ -2425,7 +2460,7 @@ template <int KIND, class T = half_t, int CHUNK = WIDE_CHUNK> static __global__ 
 #endif
 }
 
-const size_t WIDE_PRODUCT_SHARED = 1024 + WIDE_STAGES * (2 * WIDE_HALF + 16);
+template <int N> static size_t wide_product_shared() { return 1024 + WIDE_STAGES * ((size_t)wide_tile<N>::BYTES + 16); }
 
 /* ---- products of few rows --------------------------------------------------------------------------------- */
 const int FEW_MOST    = 64;             /* rows */

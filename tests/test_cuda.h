@@ -541,8 +541,10 @@ static void test_cuda_kernels_batched(void) {
 
 /* The smallest shapes that go through the kernels for Hopper, where there is one. */
 static void test_cuda_kernels_hopper(void) {
-    static const lab_shape shape = {256, 4, 2, 128, 384, 128, 1};
+    static const lab_shape shape = {256, 4, 2, 128, 384, 128, 1}, tiles_of_160 = {640, 2, 1, 128, 128, 128, 1};
     cuda_on_cpu_chip(90);
+    lab_check_all(&tiles_of_160, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 65, 1, 0);
+    lab_check_all(&tiles_of_160, QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 520, 2, 0);
     lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 65, 1, 0);
     lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 130, 3, 100);
     lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 66, 1, 5);

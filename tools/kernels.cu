@@ -476,9 +476,7 @@ qwen3_result trial_put(trial *t, pass *p, const float *x) {
     one.terms = 1;
     TRY(lab_put(c, QWEN3_CUDA_X, x, &lab_err));
     if (p->how == WIDE)
-        return launched(p, launch(p->s, grid1(p->n), 256, 0, wide_norm_kernel, c->wide_act, c->act_scale, c->ff_scale,
-                                  (const float *)NULL, (const float *)c->x, c->embd_ld, (const float *)t->ones,
-                                  t->config.n_embd, t->config.rms_eps), "wide_norm");
+        return launched(p, launch_wide_norm(p, t->ones, NULL), "wide_norm");
     return p->how == MATVEC ? QWEN3_OK : round_rows(p, one, c->x, c->embd_ld, p->n);
 }
 
