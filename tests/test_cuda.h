@@ -558,7 +558,7 @@ static void test_cuda_kernels_hopper(void) {
 
 /* ---- the rows that leave the last layer early ------------------------------------------------------------ */
 /* Logits [n_outs, n_vocab] of every `each`-th row from `first` on, through all layers. */
-static float *lab_logits(lab *l, lab_rows *r, int first, int each, int *n_outs) {
+static float *lab_forward(lab *l, lab_rows *r, int first, int each, int *n_outs) {
     static qwen3i_out outs[256];
     size_t vocab = (size_t)l->model.config.n_vocab;
     float *logits = floats(256 * vocab);
@@ -589,14 +589,14 @@ static void lab_check_wanted(const lab_shape *s, int kv_type, int kernels, int n
         float *none, *all, *v_none, *v_all;
         int count, i, k;
         lab_make_rows(l, r, n, n_seqs, 0);
-        none = lab_logits(l, r, n, 1, &count);
+        none = lab_forward(l, r, n, 1, &count);
         v_none = lab_cached(l, r, s->n_layer - 1, 1);
-        all = lab_logits(l, r, 0, 1, &count);
+        all = lab_forward(l, r, 0, 1, &count);
         v_all = lab_cached(l, r, s->n_layer - 1, 1);
         CHECK(cuda_error(v_all, v_none, kv) == 0);
         for (i = 0; i < 4; i++) {
             const int first = qwen3i_min(firsts[i], n - 1);
-            float *few = lab_logits(l, r, first, steps[i], &count), *again = lab_logits(l, r, first, steps[i], &count);
+            float *few = lab_forward(l, r, first, steps[i], &count), *again = lab_forward(l, r, first, steps[i], &count);
             CHECK(memcmp(few, again, (size_t)count * vocab * sizeof *few) == 0);
             for (k = 0; k < count; k++) {
                 const int row = first + k * steps[i];
