@@ -205,6 +205,7 @@ struct cuda_model {
     qwen3_allocator allocator;
     qwen3i_config   config;
     int             device, n_sm, capability;   /* 90 for 9.0 */
+    size_t          block_shared, sm_shared;    /* bytes of shared memory: the most of a block; of a multiprocessor */
     size_t          cache_bytes;                /* of the second level */
     char            name[256];
     char           *memory;                     /* all weights */
@@ -513,6 +514,8 @@ static qwen3_result open_device(cuda_model *m, int device, const qwen3i_err *err
     CUDA_TRY(cudaGetDeviceProperties(&prop, device));
     m->device = device;
     m->n_sm = prop.multiProcessorCount;
+    m->block_shared = prop.sharedMemPerBlockOptin;
+    m->sm_shared = prop.sharedMemPerMultiprocessor;
     m->cache_bytes = (size_t)prop.l2CacheSize;
     m->capability = prop.major * 10 + prop.minor;
     snprintf(m->name, sizeof m->name, "%s", prop.name);
@@ -1231,6 +1234,58 @@ static share matvec_share(const pass *p, int n, int most_rows) {
     return s;
 }
 
+/* Shared memory of a matrix times one vector with its weights on their way before it: x and the ring. */
+static size_t stream_shared(const matvec_in &in, int ring) {
+    return (size_t)round_up(in.ldw, 256) * sizeof(float) + (size_t)ring * 512 * MATVEC_WARPS;
+}
+
+/* The ring that lets two kernels' blocks be on a multiprocessor; where x is long, the short one; 0: neither fits. */
+static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
+    const cuda_model *m = p->c->m;
+    if (!QWEN3_CUDA_STREAM || in.rows != 1 || w.type == QWEN3I_F32 || m->capability < 80) return 0;
+    if (stream_shared(in, STREAM_RING) <= m->sm_shared / 2 - 1024) return STREAM_RING;
+    return stream_shared(in, STREAM_RING_SHORT) <= m->block_shared ? STREAM_RING_SHORT : 0;
+}
+
+template <class... P, class... A>
+static cudaError_t launch_stream(const pass *p, const matvec_in &in, int ring, int units, void (*kernel)(P...),
+                                 A... args) {
+    const size_t shared = stream_shared(in, ring);
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    return e != cudaSuccess ? e : launch_early(p->early, p->s, grid1(least(p->c->m->n_sm, ceil_div(units, MATVEC_WARPS))),
+                                               32 * MATVEC_WARPS, shared, kernel, args...);
+}
+
+/* Rows that a warp takes at a time of the `each` that it has: few turns, few of them idle. */
+static int stream_rows_at_once(int each) {
+    return each >= 4 && ceil_div(each, 3) * 3 < ceil_div(each, 4) * 4 ? 3 : least(each, 4);
+}
+static int stream_each(const pass *p, int units) { return ceil_div(units, p->c->m->n_sm * MATVEC_WARPS); }
+
+template <int RING, bool ADD>
+static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
+#define CALL(NR) launch_stream(p, in, RING, in.n, stream_matvec_kernel<NR, RING, ADD>, in, y, outs, ldy)
+    switch (stream_rows_at_once(stream_each(p, in.n))) {
+        case 1:  return CALL(1);
+        case 2:  return CALL(2);
+        case 3:  return CALL(3);
+        default: return CALL(4);
+    }
+#undef CALL
+}
+template <int RING> static cudaError_t stream_mlp(const pass *p, const matvec_in &in, float *y) {
+    const int each = stream_each(p, in.n / 2);
+#define CALL(P) launch_stream(p, in, RING, in.n / 2, stream_mlp_kernel<P, RING>, in, y)
+    return each == 1 ? CALL(1) : each == 3 && RING == STREAM_RING ? CALL(3) : CALL(2);
+#undef CALL
+}
+template <class T, int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
+#define CALL(NR) launch_stream(p, in, RING, in.n, stream_qkv_rope_kernel<T, NR, RING>, in, a, p->c->qkv_tickets)
+    return stream_rows_at_once(stream_each(p, in.n)) == 3 ? CALL(3) : CALL(4);
+#undef CALL
+}
+#define BY_RING(ring, CALL) ((ring) == STREAM_RING ? CALL(STREAM_RING) : CALL(STREAM_RING_SHORT))
+
 template <class W, int R, int NR, bool ADD>
 static cudaError_t launch_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
     const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
@@ -1254,6 +1309,10 @@ static cudaError_t matvec_rows_of(const pass *p, const matvec_in &in, float *y, 
 template <bool ADD> static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
                                                const float *x, int ldx, int rows) {
     const matvec_in in = vector_input(p, w, x, ldx, rows);
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_matvec<RING, ADD>(p, in, y, ldy, outs)
+    if (ring) return launched(p, BY_RING(ring, CALL), "matvec");
+#undef CALL
 #define CALL(T) matvec_rows_of<T, ADD>(p, in, y, ldy, outs)
     return launched(p, BY_WEIGHT_TYPE(w, CALL), "matvec");
 #undef CALL
@@ -1297,6 +1356,10 @@ template <class W, class T> static cudaError_t qkv_rows_of(const pass *p, const 
 }
 template <class T>
 static cudaError_t fused_qkv(const pass *p, const matrix &w, const matvec_in &in, const qkv_args &a) {
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_qkv<T, RING>(p, in, a)
+    if (ring && in.n / (p->c->m->n_sm * a.head_dim) + 2 <= STREAM_HEADS) return BY_RING(ring, CALL);
+#undef CALL
     return w.type == QWEN3I_F32 ? qkv_rows_of<float, T>(p, in, a) : qkv_rows_of<half_t, T>(p, in, a);
 }
 
@@ -1672,6 +1735,10 @@ static qwen3_result mlp(const pass *p, int layer) {
     if (p->how == WIDE || p->how == FEW) return wide_swiglu(p, w);
     if (p->how == MATVEC) {
         const matvec_in in = normalised_input(p, w);
+        const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_mlp<RING>(p, in, c->ff)
+        if (ring) return launched(p, BY_RING(ring, CALL), "mlp");
+#undef CALL
 #define CALL(T) mlp_rows_of<T>(p, in, c->ff, c->ff_ld)
         return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
 #undef CALL
@@ -1729,7 +1796,8 @@ static int cancelled(const cuda_ctx *c) { return c->desc.cancel && c->desc.cance
 
 static qwen3_result all_layers(pass *p, bool may_cancel) {
     const int rows = p->n > 4 ? 8 : p->n > 2 ? 4 : p->n;
-    p->fuse_norms = QWEN3_CUDA_FUSE_NORM && p->how == MATVEC && rows * p->c->m->config.n_embd <= MATVEC_TILE;
+    p->fuse_norms = (QWEN3_CUDA_FUSE_NORM || (QWEN3_CUDA_STREAM && p->n == 1)) && p->how == MATVEC &&
+                    rows * p->c->m->config.n_embd <= MATVEC_TILE;
     TRY(embed(p));
     for (int i = 0; i < p->c->m->config.n_layer; i++) {
         if (may_cancel && cancelled(p->c)) return fail(p->err, QWEN3_STOPPED, "cancelled");

@@ -44,6 +44,9 @@ static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1
 #ifndef QWEN3_CUDA_ONE_LAUNCH
 #define QWEN3_CUDA_ONE_LAUNCH 0         /* 1: a decode step of one row is one kernel (sm_90a): qwen3_cuda_step.cuh */
 #endif
+#ifndef QWEN3_CUDA_STREAM
+#define QWEN3_CUDA_STREAM 1             /* one row: weights on their way to shared memory before their input exists */
+#endif
 #ifndef QWEN3_CUDA_FUSE_NORM
 #define QWEN3_CUDA_FUSE_NORM 0          /* each block of a matrix-vector kernel does the RMSNorm of its input itself */
 #endif
@@ -483,6 +486,8 @@ static __global__ void scale_rows_kernel(float *x, const float *scale, int width
     for (int i = tid(); i < width; i += n_threads()) x[(size_t)blockIdx.x * ld + i] *= s;
 }
 
+static __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
 /* ================================================================================================
    KERNELS: matrix times 1 to 8 vectors
    ================================================================================================ */
@@ -641,7 +646,6 @@ template <class W, int R, int NR, bool ADD> static __global__ void __launch_boun
     }
 }
 
-static __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 /* mlp: y[r, i] = silu(gate_i) * up_i in float32, where gate = W[0 .. n_ff) x[r] and up = W[n_ff .. 2 n_ff) x[r].
    A warp has at most P pairs of rows. Equals qwen3i_swiglu of the two products. */
@@ -662,6 +666,177 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS) mlp_kernel(matvec_in
         for (int j = 0; j < P; j++)
             if (r < in.rows && pair[j] >= 0)
                 y[(size_t)r * ldy + pair[j]] = silu(acc[2 * j][r]) * acc[2 * j + 1][r];
+}
+
+/* ================================================================================================
+   KERNELS: matrix times one vector, whose weights are on their way to shared memory before it exists
+   ================================================================================================ */
+/* Each lane copies for itself what it will multiply, `depth` stages of NR rows times U vectors of 16 bytes ahead, so
+   there is nothing to wait for together; `RING` vectors a lane in all. The copies begin before wait_for_previous():
+   with one block a multiprocessor, and two kernels' blocks side by side, a matrix of a small model is there as a whole
+   when its input comes, and for a large one the stream of weights hardly stops between kernels. */
+const int STREAM_RING  = 24, STREAM_RING_SHORT = 16;    /* the short one where x itself takes much */
+const int STREAM_HEADS = 256;           /* that the rows of a block may belong to */
+const int STREAM_NORM  = 8;             /* vectors of 4 that a thread holds of a row that is to be normalised */
+
+template <int NR, int RING> struct stream_shape { enum { U = NR < 4 ? 4 / NR : 1, DEPTH = RING / (NR * U) }; };
+
+/* Rows [first, end) of W, NR at a time; PAIRS: row i and row n / 2 + i one after the other, NR / 2 of both. */
+template <int NR, bool PAIRS, int RING> struct weight_stream {
+    enum { V = 8, U = stream_shape<NR, RING>::U, DEPTH = stream_shape<NR, RING>::DEPTH, STEP = PAIRS ? NR / 2 : NR };
+    const half_t *w;                    /* this lane's first vector */
+    uint4        *ring;
+    size_t        half;                 /* elements from a pair's first row to its second */
+    int           ldw, end, row, column, put, take;
+
+    __device__ __forceinline__ weight_stream(const matvec_in &in, uint4 *shared, int first, int last) {
+        w = (const half_t *)in.w + lane_id() * V;
+        ring = shared + warp_id() * (RING * 32) + lane_id();
+        half = (size_t)(in.n / 2) * in.ldw;
+        ldw = in.ldw; end = last; row = first; column = put = take = 0;
+    }
+    /* the next stage; nothing past the end */
+    __device__ __forceinline__ void fetch() {
+        uint4 *to = ring + put * (NR * U * 32);
+        if (row < end)
+#pragma unroll
+            for (int j = 0; j < NR; j++) {
+                const int i = PAIRS ? j / 2 : j;
+                const half_t *from = w + (size_t)(row + i) * ldw + (PAIRS && j % 2 ? half : 0) + column;
+#pragma unroll
+                for (int u = 0; u < U; u++)
+                    copy_async(to + (j * U + u) * 32, from + u * 32 * V,
+                               row + i < end && column + (u * 32 + lane_id()) * V < ldw);
+            }
+        copy_commit();
+        put = put + 1 < DEPTH ? put + 1 : 0;
+        column += U * 32 * V;
+        if (column >= ldw) { column = 0; row += STEP; }
+    }
+    __device__ __forceinline__ void begin() {
+#pragma unroll 1
+        for (int i = 0; i < DEPTH - 1; i++) fetch();
+    }
+    /* acc[j] = the sum of row j of the next NR, in every lane. Order as in dot_rows. */
+    __device__ __forceinline__ void sum(float (&acc)[NR], const float4 *xs, float scale) {
+        const int plane = round_up(ldw, 32 * V) / V;
+#pragma unroll
+        for (int j = 0; j < NR; j++) acc[j] = 0;
+#pragma unroll 1
+        for (int k = 0; k < ldw; k += U * 32 * V) {
+            const uint4 *from = ring + take * (NR * U * 32);
+            copy_wait<DEPTH - 2>();
+            uint4 now[NR * U];
+#pragma unroll
+            for (int i = 0; i < NR * U; i++) now[i] = from[i * 32];
+            fetch();                    /* where the stage before was, which has been multiplied */
+            take = take + 1 < DEPTH ? take + 1 : 0;
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                const int at = k / V + u * 32 + lane_id();
+                if (U > 1 && k + u * 32 * V >= ldw) break;
+                const float4 lo = xs[at], hi = xs[plane + at];
+#pragma unroll
+                for (int j = 0; j < NR; j++) {
+                    float f[8];
+                    unpack(f, now[j * U + u], half_t());
+                    acc[j] += f[0] * lo.x; acc[j] += f[1] * lo.y; acc[j] += f[2] * lo.z; acc[j] += f[3] * lo.w;
+                    acc[j] += f[4] * hi.x; acc[j] += f[5] * hi.y; acc[j] += f[6] * hi.z; acc[j] += f[7] * hi.w;
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < NR; j++) acc[j] = warp_sum(acc[j]) * scale;
+    }
+};
+
+/* The input to shared memory, in two planes: float4s 0, 2, 4 ... and 1, 3, 5 ..., zero past k. With a gain its RMSNorm,
+   float32 throughout, which each block does for itself: what is multiplied is the normalised vector. The gain comes
+   before the kernel before has ended. Equals qwen3i_rmsnorm. */
+static __device__ __forceinline__ void stage_vector(float4 *xs, const matvec_in &in, float *shared) {
+    const int n = round_up(in.ldw, 256) / 4, plane = n / 2, step = n_threads();
+    float4 v[STREAM_NORM];
+    float sum = 0;
+    if (in.gain) for (int q = tid(); q < n; q += step) xs[q % 2 * plane + q / 2] = load_up_to_4(in.gain, 4 * q, in.k);
+    wait_for_previous();
+    for (int base = 0; base < n; base += STREAM_NORM * step) {
+#pragma unroll
+        for (int u = 0; u < STREAM_NORM; u++) v[u] = load_up_to_4(in.x, 4 * (base + u * step + tid()), in.k);
+        if (in.gain) break;             /* it has been made sure that this is all */
+#pragma unroll
+        for (int u = 0; u < STREAM_NORM; u++) {
+            const int q = base + u * step + tid();
+            if (q < n) xs[q % 2 * plane + q / 2] = v[u];
+        }
+    }
+    if (in.gain) {
+#pragma unroll
+        for (int u = 0; u < STREAM_NORM; u++)
+            sum += v[u].x * v[u].x + v[u].y * v[u].y + v[u].z * v[u].z + v[u].w * v[u].w;
+        const float r = 1.0f / sqrtf(block_sum(sum, shared) / (float)in.k + in.eps);
+#pragma unroll
+        for (int u = 0; u < STREAM_NORM; u++) {
+            const int q = u * step + tid();
+            if (q >= n) break;
+            float4 &to = xs[q % 2 * plane + q / 2];
+            to = make_float4(v[u].x * r * to.x, v[u].y * r * to.y, v[u].z * r * to.z, v[u].w * r * to.w);
+        }
+    }
+    __syncthreads();
+}
+
+/* This lane's of NR values that all lanes have. */
+template <int NR> static __device__ __forceinline__ float pick(const float (&acc)[NR], int j) {
+    float v = acc[0];
+#pragma unroll
+    for (int i = 1; i < NR; i++) v = j == i ? acc[i] : v;
+    return v;
+}
+
+/* What the three kernels below share: the stream begins, x comes, and the rows that this warp has of `units` are handed
+   to done(first of NR or of as many pairs, acc), NR / 2 or NR of them at a time, after soon(first of them). */
+template <int NR, bool PAIRS, int RING, class S, class F>
+static __device__ __forceinline__ void stream_rows(const matvec_in &in, int units, unsigned char *memory, S soon,
+                                                   F done) {
+    __shared__ float shared[32];
+    float4 *xs = (float4 *)(void *)memory;
+    const int warp = block_x() * MATVEC_WARPS + warp_id(), step = PAIRS ? NR / 2 : NR;
+    const int first = share_begin(warp, units), end = share_begin(warp + 1, units);
+    weight_stream<NR, PAIRS, RING> w(in, (uint4 *)(void *)memory + round_up(in.ldw, 256) / 4, first, end);
+    w.begin();
+    let_next_start();
+    stage_vector(xs, in, shared);
+    for (int row = first; row < end; row += step) {
+        float acc[NR];
+        const float old = soon(row, end - row);
+        w.sum(acc, xs, in.scale);
+        done(row, end - row, acc, old);
+    }
+}
+
+/* stream_matvec: y = W x, or += with ADD; as matvec_kernel for one row of x. */
+template <int NR, int RING, bool ADD> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    stream_matvec_kernel(matvec_in in, float *y, const row_info *outs, int ldy) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    const int lane = lane_id();
+    stream_rows<NR, false, RING>(
+        in, in.n, memory, [&](int row, int left) { return ADD && lane < NR && lane < left ? y[row + lane] : 0.0f; },
+        [&](int row, int left, const float (&acc)[NR], float old) {
+            const int slot = outs ? outs[0].out_slot : 0;
+            if (lane < NR && lane < left && slot >= 0) y[(size_t)slot * ldy + row + lane] = old + pick(acc, lane);
+        });
+}
+
+/* stream_mlp: as mlp_kernel for one row of x. */
+template <int P, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    stream_mlp_kernel(matvec_in in, float *y) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    const int lane = lane_id();
+    stream_rows<2 * P, true, RING>(
+        in, in.n / 2, memory, [](int, int) { return 0.0f; },
+        [&](int row, int left, const float (&acc)[2 * P], float) {
+            if (lane < P && lane < left) y[row + lane] = silu(pick(acc, 2 * lane)) * pick(acc, 2 * lane + 1);
+        });
 }
 
 /* ================================================================================================
@@ -805,6 +980,25 @@ template <class W, class T, int R, int NR> static __global__ void __launch_bound
                 else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), acc[j][r]);
             }
     }
+    finish_heads<T>(in, a, tickets, finished, turn);
+}
+
+/* stream_qkv_rope: as qkv_rope_kernel for one row of x. */
+template <class T, int NR, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    stream_qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    __shared__ int finished[STREAM_HEADS];
+    const int lane = lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    const row_turn turn = load_turn(a, 0);
+    T *v = (T *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated;
+    stream_rows<NR, false, RING>(
+        in, in.n, memory, [](int, int) { return 0.0f; },
+        [&](int row, int left, const float (&acc)[NR], float) {
+            const int i = row + lane;
+            if (lane >= NR || lane >= left) return;
+            if (i < rotated) a.qkv[i] = pick(acc, lane);
+            else store(v + i, pick(acc, lane));
+        });
     finish_heads<T>(in, a, tickets, finished, turn);
 }
 
@@ -1877,13 +2071,8 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
 #define QWEN3_WGMMA 1
 #endif
 
-/* Products of 9 to 64 rows in kernels of their own, too: run in emulation only, not yet on a chip. */
 #ifndef QWEN3_CUDA_FEW
-#ifdef QWEN3_CUDA_EMULATED
-#define QWEN3_CUDA_FEW 1
-#else
-#define QWEN3_CUDA_FEW 0
-#endif
+#define QWEN3_CUDA_FEW 1                /* products of 9 to 64 rows in kernels of their own, too; 0: in cuBLASLt */
 #endif
 
 const int WIDE_M       = 128;           /* rows of x and ... */

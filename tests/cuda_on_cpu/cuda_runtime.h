@@ -410,7 +410,11 @@ struct emulated_stream { cudaGraph_t graph; };
 typedef emulated_stream *cudaStream_t;
 struct emulated_event { int dummy; };
 typedef emulated_event *cudaEvent_t;
-struct cudaDeviceProp { int major, minor, multiProcessorCount, l2CacheSize; char name[256]; };
+struct cudaDeviceProp {
+    int major, minor, multiProcessorCount, l2CacheSize;
+    size_t sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
+    char name[256];
+};
 struct cudaFuncAttributes { int numRegs; };
 enum {
     cudaLaunchAttributeProgrammaticStreamSerialization,
@@ -468,6 +472,8 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     p->major = emulated_capability / 10;
     p->minor = emulated_capability % 10;
     p->multiProcessorCount = emulated_sms;
+    p->sharedMemPerBlockOptin = 227 << 10;
+    p->sharedMemPerMultiprocessor = 228 << 10;
     p->l2CacheSize = 1 << 20;
     snprintf(p->name, sizeof p->name, "CUDA on CPU");
     return cudaSuccess;
