@@ -30,7 +30,7 @@ bench: bench.c $(DEPS) $(CUDA_OBJ)
 build/test: test.c tests/*.h $(DEPS) $(CUDA_OBJ) | build
 	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) test.c $(CUDA_OBJ) -o $@ $(LDLIBS)
 
-build/qwen3_cuda.o: qwen3_cuda.cu qwen3_cuda_kernels.cuh qwen3_cuda_step.cuh $(DEPS) | build
+build/qwen3_cuda.o: qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DEPS) | build
 	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c qwen3_cuda.cu -o $@
 
 build/qwen3.o: $(DEPS) | build

@@ -23,16 +23,12 @@
      and atomics only count integers. The same input gives the same bits.
 
    Rooms: errors and memory, model, context, matrix products, layer, steps (uploads, graphs, batches, decode
-   steps), the backend, single kernels for tests and benches. The kernels: qwen3_cuda_kernels.cuh. An experiment,
-   off by default: a decode step in one launch, qwen3_cuda_step.cuh.                                      */
+   steps), the backend, single kernels for tests and benches. The kernels: qwen3_cuda_kernels.cuh.           */
 
 #define QWEN3_BACKEND_INTERFACE
 #include "qwen3.h"
 
 #include "qwen3_cuda_kernels.cuh"
-#if QWEN3_CUDA_ONE_LAUNCH
-#include "qwen3_cuda_step.cuh"
-#endif
 
 #include <cublasLt.h>
 #include <math.h>
@@ -678,13 +674,6 @@ struct cuda_ctx {
     row_info *rows; attention_tile *tile_list; listed *lists;
     int    *chosen; u64 *best;                  /* [max_seqs] */
     candidates *listed_keys;                    /* [head_rows] */
-#if QWEN3_CUDA_ONE_LAUNCH
-    step_layer *step_layers;                    /* [n_layer + 1] */
-    tagged     *exchanged; size_t n_exchanged;  /* what the blocks of a step in one launch tell each other */
-
-    step_args   step;                           /* a step in one launch; step_shared 0: it cannot be */
-    size_t      step_shared;
-#endif
 
     /* pinned host memory */
     upload_slot slots[RING];
@@ -705,20 +694,6 @@ static int attention_splits(const cuda_ctx *c, int rows) {
     return want < 1 ? 1 : want > MAX_SPLITS ? MAX_SPLITS : want;
 }
 
-#if QWEN3_CUDA_ONE_LAUNCH
-static void lay_out_step(cuda_ctx *c, arena *a) {
-    const size_t embd = (size_t)c->embd_ld, parts = 2 * (size_t)c->q_dim * STEP_SPLITS;
-    const size_t n[] = {parts, embd, embd, (size_t)round_up(c->qkv_ld, 2), (size_t)round_up(c->q_dim, 2),
-                        (size_t)c->ff_ld};
-    tagged *at[6];
-    c->n_exchanged = n[0] + n[1] + n[2] + n[3] + n[4] + n[5];
-    c->step_layers = a->take<step_layer>((size_t)c->m->config.n_layer + 1);
-    c->exchanged = a->take<tagged>(c->n_exchanged);
-    for (int i = 0; i < 6; i++) at[i] = i == 0 ? c->exchanged : at[i - 1] ? at[i - 1] + n[i - 1] : NULL;
-    c->step.parts = (uint4 *)(void *)at[0];
-    c->step.x = at[1]; c->step.x2 = at[2]; c->step.q = at[3]; c->step.a = at[4]; c->step.m = at[5];
-}
-#endif
 
 static float *take_result(cuda_ctx *c, arena *a, int i, size_t n) {
     c->results[i].n = n;
@@ -766,9 +741,6 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->lists = a->take<listed>((size_t)LISTED_MAX);
     c->chosen = a->take<int>(seqs);
     c->best = a->take<u64>(seqs);
-#if QWEN3_CUDA_ONE_LAUNCH
-    lay_out_step(c, a);
-#endif
 }
 
 static void lay_out_pinned(cuda_ctx *c, arena *a) {
@@ -883,9 +855,6 @@ static qwen3_result take_memory(cuda_ctx *c, const qwen3i_err *err) {
 }
 
 static qwen3_result allow_tile_shared(const cuda_ctx *c, const qwen3i_err *err);
-#if QWEN3_CUDA_ONE_LAUNCH
-static qwen3_result prepare_step(cuda_ctx *c, const qwen3i_err *err);
-#endif
 
 template <class K> static qwen3_result allow_shared(K *kernel, size_t bytes, const qwen3i_err *err) {
     CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
@@ -944,9 +913,6 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     LT_TRY(cublasLtCreate(&c->lt));
     TRY(allow_tile_shared(c, err));
     if (c->wide) TRY(prepare_wide_ctx(c, err));
-#if QWEN3_CUDA_ONE_LAUNCH
-    TRY(prepare_step(c, err));
-#endif
     CUDA_TRY(
         cudaFuncSetAttribute(choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(choose_shared)));
     scale = qwen3_backend_rotation(freqs, g, (double)c->desc.yarn_factor);
@@ -1085,7 +1051,7 @@ struct pass {                           /* one batch on its way through the laye
     int                n_outs;          /* so many rows are wanted, the outs of c->rows; ... */
     bool               only_wanted;     /* ... they are all that is left, in order */
     bool               early;           /* kernels may start early: see launch_early */
-    bool               fuse_norms;      /* matrix-vector kernels may do the norm of their input themselves */
+    bool               layers;          /* all of them, one after the other, not a single operation for tests */
     const float       *gain;            /* not NULL: the next one is to do it, with this gain */
     bool               pending;         /* tmp is still to be added to x ... */
     const float       *pending_scale;   /* ... times this */
@@ -1121,7 +1087,7 @@ static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwe
     p.n_outs = n;
     p.only_wanted = false;
     p.early = c->m->capability >= 90;
-    p.fuse_norms = false;
+    p.layers = false;
     p.gain = NULL;
     p.pending = false;
     p.pending_scale = NULL;
@@ -1358,7 +1324,7 @@ template <class T>
 static cudaError_t fused_qkv(const pass *p, const matrix &w, const matvec_in &in, const qkv_args &a) {
     const int ring = stream_ring(p, in, w);
 #define CALL(RING) stream_qkv<T, RING>(p, in, a)
-    if (ring && in.n / (p->c->m->n_sm * a.head_dim) + 2 <= STREAM_HEADS) return BY_RING(ring, CALL);
+    if (ring) return BY_RING(ring, CALL);
 #undef CALL
     return w.type == QWEN3I_F32 ? qkv_rows_of<float, T>(p, in, a) : qkv_rows_of<half_t, T>(p, in, a);
 }
@@ -1393,10 +1359,16 @@ static cudaError_t launch_wide_norm(const pass *p, const float *gain, const floa
                         c->m->config.rms_eps, lanes);
 }
 
+/* Will the product with w do the norm of its input, which each of its blocks holds, itself? */
+static bool norms_itself(const pass *p, const matrix &w) {
+    return p->how == MATVEC && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS &&
+           stream_ring(p, vector_input(p, w, p->c->x, p->c->embd_ld, p->n), w) > 0;
+}
+
 static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
-    p->gain = p->fuse_norms ? gain : NULL;
+    p->gain = p->layers && norms_itself(p, w) ? gain : NULL;
     if (p->gain) return QWEN3_OK;
     if (p->how == WIDE || p->how == FEW)
         return launched(p, launch_wide_norm(p, gain, w.bounds), "wide_norm");
@@ -1795,9 +1767,7 @@ static qwen3_result decoder_layer(pass *p, int layer) {
 static int cancelled(const cuda_ctx *c) { return c->desc.cancel && c->desc.cancel(c->desc.cancel_user); }
 
 static qwen3_result all_layers(pass *p, bool may_cancel) {
-    const int rows = p->n > 4 ? 8 : p->n > 2 ? 4 : p->n;
-    p->fuse_norms = (QWEN3_CUDA_FUSE_NORM || (QWEN3_CUDA_STREAM && p->n == 1)) && p->how == MATVEC &&
-                    rows * p->c->m->config.n_embd <= MATVEC_TILE;
+    p->layers = true;
     TRY(embed(p));
     for (int i = 0; i < p->c->m->config.n_layer; i++) {
         if (may_cancel && cancelled(p->c)) return fail(p->err, QWEN3_STOPPED, "cancelled");
@@ -1842,170 +1812,6 @@ static qwen3_result head_logits(const pass *p, int first, int n, bool keep_only)
     return QWEN3_OK;
 }
 
-#if QWEN3_CUDA_ONE_LAUNCH
-/* ================================================================================================
-   A STEP IN ONE LAUNCH, for one row: as far as chip and model allow, otherwise by kernels, as above
-   ================================================================================================ */
-#ifndef QWEN3_CUDA_SLOT_KIB
-#define QWEN3_CUDA_SLOT_KIB 16          /* of weights fetched at a time, at least; ... */
-#endif
-#ifndef QWEN3_CUDA_IN_FLIGHT
-#define QWEN3_CUDA_IN_FLIGHT 2          /* ... and how many of these are on their way at a time */
-#endif
-
-/* The same for a kernel whose blocks wait for each other: all of them run at once, or the launch fails. */
-template <class... P, class... A>
-static cudaError_t launch_together(cudaStream_t stream, dim3 grid, int threads, size_t shared, void (*kernel)(P...),
-                                   A... args) {
-    cudaLaunchConfig_t config = cudaLaunchConfig_t();
-    cudaLaunchAttribute together;
-    config.gridDim = grid;
-    config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &together;
-    config.numAttrs = 1;
-    together.id = cudaLaunchAttributeCooperative;
-    together.val.cooperative = 1;
-    return cudaLaunchKernelEx(&config, kernel, (P)args...);
-}
-
-/* Which share of the work of a product's warps is of use, if `team` of them share a row. */
-static double team_use(const step_product &p, int units, int team) {
-    const int rows = p.fetch * (p.pairs ? 2 : 1), each = ceil_div(rows, STEP_WARPS / team);
-    return (double)(units * rows) / (ceil_div(units, team) * round_up(each, each > 2 ? 4 : 2) * STEP_WARPS);
-}
-
-/* How y = W x is shared. team 0: its rows are too long. */
-static step_product share_product(const cuda_ctx *c, const matrix &w, const tagged *from, tagged *to,
-                                  const tagged *residual, int norm) {
-    const bool pairs = to == c->step.m && to;
-    const int units = ceil_div(w.ld, 256), most_rows = STEP_SUMS / (pairs ? 2 : 1);
-    double best = 0;
-    step_product p;
-    p.from = from; p.residual = residual; p.to = to;
-    p.n = pairs ? w.rows / 2 : w.rows; p.k = w.cols; p.ld = w.ld;
-    p.each = p.n / c->m->n_sm; p.extra = p.n % c->m->n_sm;
-    p.pairs = pairs;
-    p.fetch = least(c->step.slot_bytes / (w.ld * (int)sizeof(half_t) * (pairs ? 2 : 1)), most_rows);
-    p.group = most_rows / p.fetch * p.fetch;
-    p.norm = norm;
-    p.next = from == c->step.m;
-    p.team = p.teams = p.vectors = 0;
-    for (int team = STEP_WARPS; team > 0; team--) {
-        const double use = team_use(p, units, team);
-        if (ceil_div(units, team) > STEP_VECTORS || use <= best) continue;
-        best = use;
-        p.team = team;
-        p.teams = STEP_WARPS / team;
-        p.vectors = ceil_div(units, team);
-    }
-    return p;
-}
-
-/* Bytes that one slot of the ring must have: a row, or a pair, of every matrix. */
-static int step_slot_bytes(const cuda_model *m) {
-    const layer_weights &l = m->layers[0];
-    const int longest = most(most(l.qkv.ld, l.wo.ld), most(2 * l.gate_up.ld, l.w_down.ld));
-    return round_up(most(QWEN3_CUDA_SLOT_KIB * 1024, longest * (int)sizeof(half_t)), 128);
-}
-
-/* All weights are 16-bit, which is what the kernel multiplies. */
-static bool step_weights_fit(const cuda_model *m) {
-    bool fit = m->embed.type == QWEN3I_F16 && m->head.type == QWEN3I_F16;
-    for (int i = 0; i < m->config.n_layer; i++) {
-        const layer_weights &l = m->layers[i];
-        fit = fit && l.qkv.type == QWEN3I_F16 && l.wo.type == QWEN3I_F16 && l.gate_up.type == QWEN3I_F16 &&
-              l.w_down.type == QWEN3I_F16;
-    }
-    return fit;
-}
-
-static void shape_step(cuda_ctx *c) {
-    const cuda_model *m = c->m;
-    const qwen3i_config *g = &m->config;
-    const layer_weights &l = m->layers[0];
-    step_args &a = c->step;
-    a.layers = c->step_layers;
-    a.n_layer = g->n_layer; a.n_head = g->n_head; a.n_head_kv = g->n_head_kv; a.head_dim = g->head_dim;
-    a.splits = least(m->n_sm / g->n_head_kv, STEP_SPLITS);
-    a.eps = g->rms_eps;
-    a.attention_scale = (float)(1.0 / sqrt((double)g->head_dim));
-    a.slot_bytes = step_slot_bytes(m);
-    a.products[STEP_K_QKV] = share_product(c, l.qkv, a.x, a.q, NULL, 1);
-    a.products[STEP_K_O] = share_product(c, l.wo, a.a, a.x2, a.x, 0);
-    a.products[STEP_K_MLP] = share_product(c, l.gate_up, a.x2, a.m, NULL, 2);
-    a.products[STEP_K_DOWN] = share_product(c, l.w_down, a.m, a.x, a.x2, 0);
-    a.products[STEP_K_HEAD] = share_product(c, m->head, a.x, NULL, NULL, 1);
-    a.embed = (const half_t *)m->embed.data; a.embed_scale = m->embed.scale;
-    a.rope = c->rope;
-    a.rows = c->rows;
-    a.kv.k = c->k; a.kv.v = c->v; a.kv.max_ctx = c->desc.max_ctx; a.kv.kv_dim = c->kv_dim;
-    a.kv_layer_bytes = c->kv_layer_bytes;
-    a.kv_type = c->desc.kv_type == QWEN3_KV_F32 ? 0 : c->desc.kv_type == QWEN3_KV_BF16 ? 2 : 1;
-    a.tag = 1;
-    a.scratch_at = STEP_LAYERS_AT + (g->n_layer + 1) * (int)sizeof(step_layer);
-    const int attention = c->group * g->head_dim + 8 + 2 * g->head_dim * (1 + STEP_WARPS) + 4 * STEP_WARPS;
-    a.ring_at = round_up(a.scratch_at + 4 * most(most(c->act_ld, c->embd_ld), attention), 128);
-}
-
-static qwen3_result upload_step_layers(cuda_ctx *c, const qwen3i_err *err) {
-    const cuda_model *m = c->m;
-    for (int i = 0; i <= m->config.n_layer; i++) {
-        const layer_weights &l = m->layers[least(i, m->config.n_layer - 1)];
-        const bool head = i == m->config.n_layer;
-        const matrix *w[] = {head ? &m->head : &l.qkv, &l.wo, &l.gate_up, &l.w_down};
-        step_layer to;
-        for (int k = 0; k < 4; k++) { to.w[k] = (const half_t *)w[k]->data; to.scale[k] = w[k]->scale; }
-        to.attn_norm = head ? m->final_norm : l.attn_norm;
-        to.mlp_norm = l.mlp_norm; to.q_norm = l.q_norm; to.k_norm = l.k_norm;
-        CUDA_TRY(cudaMemcpyAsync(&c->step_layers[i], &to, sizeof to, cudaMemcpyHostToDevice, c->stream));
-    }
-    return QWEN3_OK;
-}
-
-/* Does the kernel run on this chip, and this model in it? Then it is made ready. */
-static qwen3_result prepare_step(cuda_ctx *c, const qwen3i_err *err) {
-    const cuda_model *m = c->m;
-    step_args &a = c->step;
-    int built = 0, together = 0, limit = 0, blocks = 0;
-    if (c->desc.kernels != QWEN3_PATH_FUSED || m->capability != 90 || !step_weights_fit(m) ||
-        m->n_sm < m->config.n_head_kv)
-        return QWEN3_OK;
-    CUDA_TRY(launch(c->stream, dim3(1), 32, 0, has_wgmma_kernel, c->chosen));
-    CUDA_TRY(cudaMemcpyAsync(&built, c->chosen, sizeof built, cudaMemcpyDeviceToHost, c->stream));
-    CUDA_TRY(cudaStreamSynchronize(c->stream));
-    CUDA_TRY(cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, m->device));
-    CUDA_TRY(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, m->device));
-    shape_step(c);
-    for (int i = 0; i < STEP_KINDS; i++) if (a.products[i].team == 0) return QWEN3_OK;
-    a.slots = least((limit - a.ring_at) / a.slot_bytes, STEP_SLOTS);
-    if (!built || !together || a.slots < 3) return QWEN3_OK;
-    a.in_flight = least(QWEN3_CUDA_IN_FLIGHT, a.slots);
-    const size_t shared = (size_t)(a.ring_at + a.slots * a.slot_bytes);
-    CUDA_TRY(cudaFuncSetAttribute(step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared));
-    CUDA_TRY(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, step_kernel, STEP_THREADS + 32, shared));
-    if (blocks < 1) return QWEN3_OK;
-    TRY(upload_step_layers(c, err));
-    CUDA_TRY(cudaMemsetAsync(c->exchanged, 0, c->n_exchanged * sizeof(tagged), c->stream));
-    c->step_shared = shared;
-    return QWEN3_OK;
-}
-
-/* Phases [from, to) of a step; plain: of one operation, between these rows. */
-static qwen3_result launch_step(cuda_ctx *c, int from, int to, const float *plain_in, float *plain_out, float *logits,
-                                const qwen3i_err *err) {
-    step_args a = c->step;
-    a.from = from;
-    a.to = to;
-    a.plain_in = plain_in;
-    a.plain_out = plain_out;
-    a.logits = logits;
-    c->step.tag += (unsigned)c->m->config.n_layer + 1;
-    CUDA_TRY(launch_together(c->stream, grid1(c->m->n_sm), STEP_THREADS + 32, c->step_shared, step_kernel, a));
-    return QWEN3_OK;
-}
-#endif
 
 /* ================================================================================================
    STEPS: uploads, graphs, batches
@@ -2097,10 +1903,6 @@ static qwen3_result capture_step(cuda_ctx *c, int n, const qwen3i_err *err) {
 
 /* The same by its graph: plainly the first time, which loads all code and makes all plans. */
 static qwen3_result run_step(cuda_ctx *c, int n, const qwen3i_err *err) {
-#if QWEN3_CUDA_ONE_LAUNCH
-    if (n == 1 && c->step_shared)
-        return launch_step(c, 0, 2 + STEP_PHASES * c->m->config.n_layer, NULL, NULL, c->kept, err);
-#endif
     if (c->runs[n] == 0) { c->runs[n] = 1; return enqueue_step(c, c->stream, n, err); }
     if (!c->graphs[n]) TRY(capture_step(c, n, err));
     CUDA_TRY(cudaGraphLaunch(c->graphs[n], c->stream));
@@ -2650,40 +2452,10 @@ static qwen3_result lab_get(void *ctx_state, qwen3_cuda_buffer buffer, float *to
     return QWEN3_OK;
 }
 
-#if QWEN3_CUDA_ONE_LAUNCH
-/* The same operation as a phase of a step in one launch. */
-static qwen3_result lab_phase(const pass *p, qwen3_cuda_op op, int layer) {
-    cuda_ctx *c = p->c;
-    const int at = 1 + STEP_PHASES * layer;
-    switch (op) {
-        case QWEN3_CUDA_QKV_ROPE: {
-            const qkv_args a = qkv_arguments(p, layer);
-            TRY(launch_step(c, at + STEP_QKV, at + STEP_QKV + 1, c->h, c->qkv, NULL, p->err));
-#define CALL(T) norm_rope_store<T>(p, a, NULL)
-            return launched(p, BY_KV_TYPE(c, CALL), "norm_rope_store");
-#undef CALL
-        }
-        case QWEN3_CUDA_ATTENTION:
-            return launch_step(c, at + STEP_ATTENTION, at + STEP_JOIN + 1, c->qkv, c->attn, NULL, p->err);
-        case QWEN3_CUDA_O_PROJ:
-            return launch_step(c, at + STEP_O_PROJ, at + STEP_O_PROJ + 1, c->attn, c->x, NULL, p->err);
-        case QWEN3_CUDA_MLP:    return launch_step(c, at + STEP_MLP, at + STEP_MLP + 1, c->h, c->ff, NULL, p->err);
-        case QWEN3_CUDA_DOWN:   return launch_step(c, at + STEP_DOWN, at + STEP_DOWN + 1, c->ff, c->x, NULL, p->err);
-        default: break;
-    }
-    const int head = 1 + STEP_PHASES * c->m->config.n_layer;
-    TRY(head_norm(p, 0, 1));
-    return launch_step(c, head, head + 1, c->h, NULL, c->logits, p->err);
-}
-#endif
 
 static qwen3_result lab_one(pass *p, qwen3_cuda_op op, int layer) {
     const layer_weights *w = &p->c->m->layers[layer];
     const int n = least(p->n, head_rows(p->c));
-#if QWEN3_CUDA_ONE_LAUNCH
-    if (p->n == 1 && p->c->step_shared && op != QWEN3_CUDA_EMBED && op != QWEN3_CUDA_NORM && op != QWEN3_CUDA_STEP)
-        return lab_phase(p, op, layer);
-#endif
     switch (op) {
         case QWEN3_CUDA_EMBED:     return embed(p);
         case QWEN3_CUDA_NORM:      return norm(p, w->attn_norm, w->qkv);

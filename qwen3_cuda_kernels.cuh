@@ -41,14 +41,8 @@ static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1
 #ifndef QWEN3_CUDA_PDL
 #define QWEN3_CUDA_PDL 1                /* 0: off; 1: it says so when its sums are done, 2: as soon as it may */
 #endif
-#ifndef QWEN3_CUDA_ONE_LAUNCH
-#define QWEN3_CUDA_ONE_LAUNCH 0         /* 1: a decode step of one row is one kernel (sm_90a): qwen3_cuda_step.cuh */
-#endif
 #ifndef QWEN3_CUDA_STREAM
 #define QWEN3_CUDA_STREAM 1             /* one row: weights on their way to shared memory before their input exists */
-#endif
-#ifndef QWEN3_CUDA_FUSE_NORM
-#define QWEN3_CUDA_FUSE_NORM 0          /* each block of a matrix-vector kernel does the RMSNorm of its input itself */
 #endif
 static __device__ __forceinline__ void wait_for_previous() {
 #if QWEN3_CUDA_PDL && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -497,7 +491,7 @@ struct matvec_in {
     int          n, k, ldw;
     const float *x;                     /* [rows, ldx] */
     int          rows, ldx;
-    const float *gain;                  /* [k]: x is to be normalised first; NULL: it is */
+    const float *gain;                  /* [k]: x is to be normalised first (one row only); NULL: it is */
     float        eps;
     bool         near;                  /* W fits well into the second-level cache */
 };
@@ -513,27 +507,13 @@ static __device__ __forceinline__ float4 load_up_to_4(const float *p, int k, int
 }
 
 /* x for k in [k0, k0 + n) to shared memory, zero past in.k and past the rows. Groups of V are kept as V / 4 planes
-   of float4, so that the lanes of a warp read neighbouring 16 bytes. With a gain, all of x must fit: each block then
-   does the RMSNorm for itself, in float32, before anything is multiplied. */
+   of float4, so that the lanes of a warp read neighbouring 16 bytes. */
 template <int V, int R, int TILE>
-static __device__ __forceinline__ void stage_x(float4 *xs, const matvec_in &in, int k0, int n, float *shared) {
-    for (int r = 0; r < R; r++) {
-        float4 *to = xs + r * (TILE / 4);
-        float sum = 0;
-        for (int q = tid(); q < n / 4; q += n_threads()) {
-            const float4 v =
+static __device__ __forceinline__ void stage_x(float4 *xs, const matvec_in &in, int k0, int n) {
+    for (int r = 0; r < R; r++)
+        for (int q = tid(); q < n / 4; q += n_threads())
+            xs[r * (TILE / 4) + q % (V / 4) * (TILE / V) + q / (V / 4)] =
                 r < in.rows ? load_up_to_4(in.x + (size_t)r * in.ldx, k0 + 4 * q, in.k) : make_float4(0, 0, 0, 0);
-            to[q % (V / 4) * (TILE / V) + q / (V / 4)] = v;
-            sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-        }
-        if (!in.gain) continue;
-        const float s = 1.0f / sqrtf(block_sum(sum, shared) / (float)in.k + in.eps);
-        for (int q = tid(); q < n / 4; q += n_threads()) {
-            const float4 g = load_up_to_4(in.gain, 4 * q, in.k);
-            float4 &v = to[q % (V / 4) * (TILE / V) + q / (V / 4)];
-            v = make_float4(v.x * s * g.x, v.y * s * g.y, v.z * s * g.z, v.w * s * g.w);
-        }
-    }
 }
 
 /* acc[j][r] = sum over k of W[rows[j]][k] x[r][k], in every lane of the warp; nothing for a row of -1. The first
@@ -543,7 +523,6 @@ template <class W, int R, int NR> static __device__ __forceinline__ void dot_row
                                                                                   const int (&rows)[NR],
                                                                                   const matvec_in &in, float4 *xs) {
     const int V = 16 / (int)sizeof(W), U = NR > 4 ? 1 : 8 / NR, BATCH = U * 32 * V, TILE = MATVEC_TILE / R;
-    __shared__ float shared[32];
     static_assert(TILE % BATCH == 0, "a batch of loads stays within a tile of x");
     const int lane = lane_id();
     const W *w = (const W *)in.w;
@@ -570,7 +549,7 @@ template <class W, int R, int NR> static __device__ __forceinline__ void dot_row
     for (int tile = 0; tile < in.k; tile += TILE) {
         const int left = in.k - tile, n = left < TILE ? round_up(left, BATCH) : TILE;
         __syncthreads();
-        stage_x<V, R, TILE>(xs, in, tile, n, shared);
+        stage_x<V, R, TILE>(xs, in, tile, n);
         __syncthreads();
         const int end = left < TILE ? in.k : tile + TILE;
         for (int k = tile; k < end; k += BATCH) {
@@ -676,7 +655,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS) mlp_kernel(matvec_in
    with one block a multiprocessor, and two kernels' blocks side by side, a matrix of a small model is there as a whole
    when its input comes, and for a large one the stream of weights hardly stops between kernels. */
 const int STREAM_RING  = 24, STREAM_RING_SHORT = 16;    /* the short one where x itself takes much */
-const int STREAM_HEADS = 256;           /* that the rows of a block may belong to */
+const int STREAM_HEADS = 32 * MATVEC_WARPS;     /* finished at a time */
 const int STREAM_NORM  = 8;             /* vectors of 4 that a thread holds of a row that is to be normalised */
 
 template <int NR, int RING> struct stream_shape { enum { U = NR < 4 ? 4 / NR : 1, DEPTH = RING / (NR * U) }; };
@@ -929,29 +908,31 @@ static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row
 }
 
 /* Adds what this block has summed up of each head to its ticket; the block that completes a head norms and rotates it.
-   All threads of the block; finished: shared, a flag a head; turn: of this warp's row. */
+   All threads of the block; finished [most]: shared, a flag a head; turn: of this warp's row. */
 template <class T> static __device__ __forceinline__ void finish_heads(const matvec_in &in, const qkv_args &a,
                                                                        unsigned *tickets, int *finished,
-                                                                       const row_turn &turn) {
+                                                                       int most, const row_turn &turn) {
     const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     const int from = share_begin(block_x() * MATVEC_WARPS, in.n),
               next = share_begin((block_x() + 1) * MATVEC_WARPS, in.n);
     const int to = next < rotated ? next : rotated;
     if (from >= to) return;
-    const int head0 = from / a.head_dim, n_heads = (to - 1) / a.head_dim - head0 + 1;
-    __threadfence();
-    __syncthreads();
-    if (tid() < n_heads) {
-        const int begin = (head0 + tid()) * a.head_dim, end = begin + a.head_dim;
-        const unsigned mine = (unsigned)((end < to ? end : to) - (begin > from ? begin : from));
-        const unsigned before = atomicAdd(&tickets[head0 + tid()], mine);
-        finished[threadIdx.x] = before + mine == (unsigned)a.head_dim;
-        if (finished[threadIdx.x]) tickets[head0 + tid()] = 0;
+    for (int head0 = from / a.head_dim; head0 * a.head_dim < to; head0 += most) {
+        const int left = (to - 1) / a.head_dim - head0 + 1, n_heads = left < most ? left : most;
+        __threadfence();
+        __syncthreads();
+        if (tid() < n_heads) {
+            const int begin = (head0 + tid()) * a.head_dim, end = begin + a.head_dim;
+            const unsigned mine = (unsigned)((end < to ? end : to) - (begin > from ? begin : from));
+            const unsigned before = atomicAdd(&tickets[head0 + tid()], mine);
+            finished[threadIdx.x] = before + mine == (unsigned)a.head_dim;
+            if (finished[threadIdx.x]) tickets[head0 + tid()] = 0;
+        }
+        __syncthreads();
+        __threadfence();
+        for (int h = 0; h < n_heads; h++)
+            if (finished[h] && warp_id() < in.rows) norm_rope_head<T>(a, warp_id(), head0 + h, 1.0f, turn);
     }
-    __syncthreads();
-    __threadfence();
-    for (int h = 0; h < n_heads; h++)
-        if (finished[h] && warp_id() < in.rows) norm_rope_head<T>(a, warp_id(), head0 + h, 1.0f, turn);
 }
 
 /* qkv_rope: q, k and v of 1 to 8 rows from their *normalised* hidden states, in one pass over x and W.
@@ -980,7 +961,7 @@ template <class W, class T, int R, int NR> static __global__ void __launch_bound
                 else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), acc[j][r]);
             }
     }
-    finish_heads<T>(in, a, tickets, finished, turn);
+    finish_heads<T>(in, a, tickets, finished, MATVEC_WARPS * NR, turn);
 }
 
 /* stream_qkv_rope: as qkv_rope_kernel for one row of x. */
@@ -999,7 +980,7 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
             if (i < rotated) a.qkv[i] = pick(acc, lane);
             else store(v + i, pick(acc, lane));
         });
-    finish_heads<T>(in, a, tickets, finished, turn);
+    finish_heads<T>(in, a, tickets, finished, STREAM_HEADS, turn);
 }
 
 /* norm_rope_store: the same after a cuBLASLt product, for any number of rows: qkv [rows, ld] times scale[row].

@@ -520,7 +520,7 @@ extern void cuda_on_cpu_chip(int capability);
 static void cuda_on_cpu_chip(int capability) { (void)capability; }
 #endif
 
-/* One row at a time: with QWEN3_CUDA_ONE_LAUNCH on Hopper as phases of a step in one launch. */
+/* One row at a time: their weights are on their way before their input exists. */
 static void test_cuda_kernels_one(void) {
     cuda_on_cpu_chip(90);
     lab_check_all(&lab_small, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 30);

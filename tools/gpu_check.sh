@@ -5,7 +5,7 @@
 #     tools/gpu_check.sh [model directory]
 #
 # In one call of less than 400 s on an H200: tests, sanitizers, speed of SIZES with single operations and pictures, long
-# prompts, batches, and transformers beside ours. QUICK=1 leaves the sanitizers out, VARIANTS="few late early ..." compares
+# prompts, batches, and transformers beside ours. QUICK=1 leaves the sanitizers out, VARIANTS="registers cublas late early" compares
 # build options with VARIANT_SIZES (0.6B), COMPARE= leaves transformers out, PROOF= what takes up to five minutes more: a
 # fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
 OUT=${OUT:-gpu_out}
@@ -50,23 +50,17 @@ build() {
             -L"$CUDA/lib64" -Wl,-rpath,"$CUDA/lib64" -lcublasLt -lcudart -lstdc++ -lm -lpthread || return 1
     done
 }
-# what is to be compared with the defaults: own products of few rows, late starts, early starts, norms within the
-# matrix-vector kernels, decode steps in one launch (with as many slots of weights on their way, or larger ones)
+# what is to be compared with the defaults: one row by matrix-vector kernels that keep weights in registers, few rows by
+# cuBLASLt, late starts, early starts
 flags() {
     case $1 in
-        few)       echo -DQWEN3_CUDA_FEW=1 ;;
+        cublas)    echo -DQWEN3_CUDA_FEW=0 ;;
         late)      echo -DQWEN3_CUDA_PDL=0 ;;
         early)     echo -DQWEN3_CUDA_PDL=2 ;;
-        norm)      echo -DQWEN3_CUDA_FUSE_NORM=1 ;;
-        norm_late) echo -DQWEN3_CUDA_FUSE_NORM=1 -DQWEN3_CUDA_PDL=0 ;;
-        norm_early) echo -DQWEN3_CUDA_FUSE_NORM=1 -DQWEN3_CUDA_PDL=2 ;;
-        one)       echo -DQWEN3_CUDA_ONE_LAUNCH=1 ;;
-        one_1)     echo -DQWEN3_CUDA_ONE_LAUNCH=1 -DQWEN3_CUDA_IN_FLIGHT=1 ;;
-        one_4)     echo -DQWEN3_CUDA_ONE_LAUNCH=1 -DQWEN3_CUDA_IN_FLIGHT=4 ;;
-        one_32)    echo -DQWEN3_CUDA_ONE_LAUNCH=1 -DQWEN3_CUDA_SLOT_KIB=32 ;;
+        registers) echo -DQWEN3_CUDA_STREAM=0 ;;
     esac
 }
-VARIANTS=${VARIANTS-few}
+VARIANTS=${VARIANTS-registers}
 for v in $VARIANTS; do ( build $v $(flags $v) ) > "$OUT/build.$v.log" 2>&1 & done
 ( build plain ) > "$OUT/build.log" 2>&1 || { note build "FAILED: $(grep -m 1 error "$OUT/build.log")"; cat "$OUT/table"; exit 1; }
 wait

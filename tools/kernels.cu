@@ -232,7 +232,7 @@ template <class W, class T, int R, int NR> __global__ void __launch_bounds__(32 
                 else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), y);
             }
     }
-    finish_heads<T>(in, a, tickets, finished, turn);
+    finish_heads<T>(in, a, tickets, finished, MATVEC_WARPS * NR, turn);
 }
 
 /* norm_rope_store_kernel that finds 1 / rms of its row of x [rows, ld] (16-bit, times scale[row]) by itself */
