@@ -36,12 +36,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
 
 namespace {
 
 const int RING          = 4;            /* uploads in flight */
 const size_t WORKSPACE  = (size_t)32 << 20;
-const size_t STAGING    = (size_t)16 << 20;
+const size_t PIECE      = (size_t)2 << 20;      /* of an upload of weights */
+const int SLOTS         = 16;           /* so many pieces are filled or on their way */
+const int MOST_HELPERS  = 8;
 
 /* ================================================================================================
    ERRORS AND MEMORY
@@ -281,36 +287,32 @@ static float half_unscale(unsigned top_bits) {
     return (float)ldexp(1.0, -(k < -100 ? -100 : k > 100 ? 100 : k));
 }
 
-/* Copies weights through two pinned buffers: while one is on its way, the other is filled from the file. */
-struct uploader {
-    cudaStream_t stream;
-    char        *buffer[2];
-    cudaEvent_t  sent[2];
-    int          turn;
-    const qwen3_load_desc *desc;
-    double       done, total;           /* bytes */
+/* Weights go to the device in pieces, through pinned buffers. Several threads fill these from the file, because one
+   cannot read a mapped file as fast as a bus carries it; the caller's own thread sends them off in order, and fills
+   what no other has begun. Only that thread calls CUDA and the user's progress(). */
+struct piece {                          /* rows of a matrix, from the file to the device */
+    char       *to;
+    const char *from;
+    int         rows, cols, ld;
+    qwen3i_type to_type, from_type;
+    int         ends;                   /* the group that it completes, or -1 */
 };
 
-static void close_uploader(uploader *u) {
-    if (u->stream) cudaStreamSynchronize(u->stream);
-    for (int i = 0; i < 2; i++) {
-        if (u->buffer[i]) cudaFreeHost(u->buffer[i]);
-        if (u->sent[i]) cudaEventDestroy(u->sent[i]);
-    }
-    if (u->stream) cudaStreamDestroy(u->stream);
-}
-
-static qwen3_result open_uploader(uploader *u, const qwen3_load_desc *desc, double total, const qwen3i_err *err) {
-    memset(u, 0, sizeof *u);
-    u->desc = desc;
-    u->total = total;
-    CUDA_TRY(cudaStreamCreateWithFlags(&u->stream, cudaStreamNonBlocking));
-    for (int i = 0; i < 2; i++) {
-        CUDA_TRY(cudaHostAlloc((void **)&u->buffer[i], STAGING, cudaHostAllocDefault));
-        CUDA_TRY(cudaEventCreateWithFlags(&u->sent[i], cudaEventDisableTiming));
-    }
-    return QWEN3_OK;
-}
+struct uploader {
+    const qwen3_load_desc *desc;
+    const qwen3_allocator *allocator;
+    cudaStream_t stream, converting;
+    cudaEvent_t  sent[SLOTS];
+    char        *buffers;               /* SLOTS of PIECE bytes */
+    piece       *pieces;
+    int          n;
+    double       total;                 /* bytes */
+    std::mutex              lock;       /* of what follows */
+    std::condition_variable filled_one, emptied_one;
+    int          begun, room;           /* pieces that are being filled, or that can be: their slots are free */
+    int          filled[SLOTS];         /* piece + 1 that lies there */
+    std::thread  helpers[MOST_HELPERS];
+};
 
 static float host_float(const void *p, size_t i, qwen3i_type type) {
     unsigned short half;
@@ -324,77 +326,183 @@ static float host_float(const void *p, size_t i, qwen3i_type type) {
     return f;
 }
 
-/* n rows [cols] to rows [ld] of the group's type, zero from cols on. */
-static void pack_rows(char *to, qwen3i_type to_type, int ld, const char *from, const qwen3i_matrix *w, int n) {
-    const size_t in = (size_t)w->cols * type_size(w->type), out = (size_t)ld * type_size(to_type);
-    if (to_type == w->type && ld == w->cols) { memcpy(to, from, in * n); return; }
-    for (int r = 0; r < n; r++, to += out, from += in) {
+/* To rows [ld] of the device's type, zero from cols on. */
+static void pack_rows(char *to, const piece &p) {
+    const size_t in = (size_t)p.cols * type_size(p.from_type), out = (size_t)p.ld * type_size(p.to_type);
+    const char *from = p.from;
+    if (p.to_type == p.from_type && p.ld == p.cols) { memcpy(to, from, in * (size_t)p.rows); return; }
+    for (int r = 0; r < p.rows; r++, to += out, from += in) {
         memset(to, 0, out);
-        if (to_type == w->type) memcpy(to, from, in);
-        else for (int i = 0; i < w->cols; i++) {
-            const float f = host_float(from, (size_t)i, w->type);
+        if (p.to_type == p.from_type) memcpy(to, from, in);
+        else for (int i = 0; i < p.cols; i++) {
+            const float f = host_float(from, (size_t)i, p.from_type);
             memcpy(to + 4 * i, &f, 4);
         }
     }
 }
 
-/* One matrix to rows [ld] of the given type in device memory. */
-static qwen3_result upload_matrix(uploader *u, char *to, qwen3i_type type, int ld, const qwen3i_matrix *w,
-                                  const qwen3i_err *err) {
-    const size_t in = (size_t)w->cols * type_size(w->type), out = (size_t)ld * type_size(type);
-    const int step = (int)least((size_t)w->rows, most(STAGING / out, (size_t)1));
-    const char *from = (const char *)w->data;
-    if (out > STAGING)
+static size_t piece_bytes(const piece &p) { return (size_t)p.rows * (size_t)p.ld * type_size(p.to_type); }
+
+static void fill_next(uploader *u, std::unique_lock<std::mutex> &held) {
+    const int i = u->begun++;
+    held.unlock();
+    pack_rows(u->buffers + (size_t)(i % SLOTS) * PIECE, u->pieces[i]);
+    held.lock();
+    u->filled[i % SLOTS] = i + 1;
+    u->filled_one.notify_one();
+}
+
+static void help_uploading(uploader *u) {
+    std::unique_lock<std::mutex> held(u->lock);
+    while (u->begun < u->n)
+        if (u->begun < u->room) fill_next(u, held);
+        else u->emptied_one.wait(held);
+}
+
+static void close_uploader(uploader *u) {
+    u->lock.lock();
+    u->begun = u->n;                    /* after an error there are pieces that nobody wants */
+    u->lock.unlock();
+    u->emptied_one.notify_all();
+    for (std::thread &t : u->helpers) if (t.joinable()) t.join();
+    for (cudaStream_t s : {u->stream, u->converting}) if (s) cudaStreamSynchronize(s);
+    for (cudaEvent_t e : u->sent) if (e) cudaEventDestroy(e);
+    if (u->buffers) cudaFreeHost(u->buffers);
+    for (cudaStream_t s : {u->stream, u->converting}) if (s) cudaStreamDestroy(s);
+    host_free(u->allocator, u->pieces, (size_t)u->n * sizeof *u->pieces);
+}
+
+/* As many threads as help; fewer if the system has no more. */
+static void call_helpers(uploader *u) {
+    const int cores = (int)std::thread::hardware_concurrency(), want = least(least(cores, MOST_HELPERS), u->n / SLOTS);
+    try {
+        for (int i = 0; i < want; i++) u->helpers[i] = std::thread(help_uploading, u);
+    } catch (const std::exception &) { }
+}
+
+static qwen3_result open_uploader(uploader *u, const qwen3i_err *err) {
+    CUDA_TRY(cudaStreamCreateWithFlags(&u->stream, cudaStreamNonBlocking));
+    CUDA_TRY(cudaStreamCreateWithFlags(&u->converting, cudaStreamNonBlocking));
+    CUDA_TRY(cudaHostAlloc((void **)&u->buffers, SLOTS * PIECE, cudaHostAllocDefault));
+    for (cudaEvent_t &e : u->sent) CUDA_TRY(cudaEventCreateWithFlags(&e, cudaEventDisableTiming));
+    call_helpers(u);
+    return QWEN3_OK;
+}
+
+/* Rows [ld] of the given type from a matrix; a dry run (no pieces yet) counts. */
+static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, int ld, const qwen3i_matrix &w,
+                               const qwen3i_err *err) {
+    const size_t in = (size_t)w.cols * type_size(w.type), out = (size_t)ld * type_size(type);
+    const int step = (int)least((size_t)w.rows, PIECE / out);
+    if (step == 0)
         return fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: a matrix has rows of %llu bytes", (unsigned long long)out);
-    for (int r = 0; r < w->rows; r += step, u->turn ^= 1) {
-        const int n = least(step, w->rows - r);
-        CUDA_TRY(cudaEventSynchronize(u->sent[u->turn]));
-        pack_rows(u->buffer[u->turn], type, ld, from + (size_t)r * in, w, n);
-        CUDA_TRY(cudaMemcpyAsync(to + (size_t)r * out, u->buffer[u->turn], (size_t)n * out, cudaMemcpyHostToDevice,
-                                 u->stream));
-        CUDA_TRY(cudaEventRecord(u->sent[u->turn], u->stream));
-        u->done += (double)n * (double)out;
-        if (u->desc->progress && u->desc->progress((float)(u->done / u->total), u->desc->progress_user))
-            return fail(err, QWEN3_STOPPED, "loading was cancelled");
+    for (int r = 0; r < w.rows; r += step, u->n++) {
+        const piece p = {to + (size_t)r * out, (const char *)w.data + (size_t)r * in, least(step, w.rows - r), w.cols, ld,
+                         type, w.type, -1};
+        if (u->pieces) u->pieces[u->n] = p;
+        else u->total += (double)piece_bytes(p);
     }
     return QWEN3_OK;
 }
 
-static qwen3_result upload_group(uploader *u, const weight_group &g, const qwen3i_err *err) {
-    char *to = (char *)g.to->data;
-    for (int i = 0; i < g.n; i++) {
-        TRY(upload_matrix(u, to, g.to->type, g.to->ld, g.from[i], err));
-        to += (size_t)g.from[i]->rows * g.to->ld * type_size(g.to->type);
-    }
-    return QWEN3_OK;
+static qwen3_result add_gain(uploader *u, float *to, const float *from, int n, const qwen3i_err *err) {
+    const qwen3i_matrix w = {from, 1, n, QWEN3I_F32};
+    return add_pieces(u, (char *)to, QWEN3I_F32, n, w, err);
 }
 
-static qwen3_result upload_gain(uploader *u, float *to, const float *from, int n, const qwen3i_err *err) {
-    qwen3i_matrix w;
-    w.data = from;
-    w.rows = 1;
-    w.cols = n;
-    w.type = QWEN3I_F32;
-    return upload_matrix(u, (char *)to, QWEN3I_F32, n, &w, err);
-}
-
-/* BF16 to F16, in place on the device, and the scales back. */
-static qwen3_result convert_groups(uploader *u, cuda_model *m, const qwen3i_weights *w, unsigned *tops,
-                                   const qwen3i_err *err) {
+static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
+    const int n_embd = m->config.n_embd, head_dim = m->config.head_dim;
     weight_group g;
     for (int i = 0; model_group(m, w, i, &g); i++) {
-        const size_t n = (size_t)g.to->rows * g.to->ld;
-        unsigned top = 0;
+        char *to = (char *)g.to->data;
+        for (int k = 0; k < g.n; k++) {
+            TRY(add_pieces(u, to, g.to->type, g.to->ld, *g.from[k], err));
+            to += (size_t)g.from[k]->rows * g.to->ld * type_size(g.to->type);
+        }
+        if (u->pieces) u->pieces[u->n - 1].ends = i;
+    }
+    for (int i = 0; i < m->config.n_layer; i++) {
+        const qwen3i_layer *l = &w->layers[i];
+        TRY(add_gain(u, m->layers[i].attn_norm, l->attn_norm, n_embd, err));
+        TRY(add_gain(u, m->layers[i].mlp_norm, l->mlp_norm, n_embd, err));
+        TRY(add_gain(u, m->layers[i].q_norm, l->q_norm, head_dim, err));
+        TRY(add_gain(u, m->layers[i].k_norm, l->k_norm, head_dim, err));
+    }
+    return add_gain(u, m->final_norm, w->final_norm, n_embd, err);
+}
+
+static qwen3_result list_pieces(uploader *u, cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
+    TRY(add_model(u, m, w, err));
+    u->pieces = (piece *)host_alloc(u->allocator, (size_t)u->n * sizeof *u->pieces);
+    if (!u->pieces) return no_host_memory(err, (size_t)u->n * sizeof *u->pieces);
+    u->n = 0;
+    return add_model(u, m, w, err);
+}
+
+static void wait_until_filled(uploader *u, int i) {
+    std::unique_lock<std::mutex> held(u->lock);
+    if (u->begun == i) fill_next(u, held);
+    while (u->filled[i % SLOTS] != i + 1) u->filled_one.wait(held);
+}
+
+/* Piece i has left its slot, as have those before it. */
+static void make_room(uploader *u, int i) {
+    u->lock.lock();
+    u->room = i + 1 + SLOTS;
+    u->lock.unlock();
+    u->emptied_one.notify_all();
+}
+
+/* Group i from BF16 to F16, in place on the device, when it is there. top: the largest |w|, as bits; 0 as yet. */
+static qwen3_result convert_group(uploader *u, cuda_model *m, const qwen3i_weights *w, int i, cudaEvent_t there,
+                                  unsigned *top, const qwen3i_err *err) {
+    const dim3 grid((unsigned)(8 * m->n_sm));
+    weight_group g;
+    model_group(m, w, i, &g);
+    if (g.to->type != QWEN3I_BF16) return QWEN3_OK;
+    unsigned short *data = (unsigned short *)g.to->data;
+    const size_t n = (size_t)g.to->rows * g.to->ld;
+    CUDA_TRY(cudaStreamWaitEvent(u->converting, there, 0));
+    CUDA_TRY(launch(u->converting, grid, 256, 0, top_bits_kernel, top, data, n));
+    CUDA_TRY(launch(u->converting, grid, 256, 0, bf16_to_f16_kernel, data, n, top));
+    return QWEN3_OK;
+}
+
+static qwen3_result send_pieces(uploader *u, cuda_model *m, const qwen3i_weights *w, unsigned *tops,
+                                const qwen3i_err *err) {
+    double done = 0;
+    for (int i = 0; i < u->n; i++) {
+        const piece &p = u->pieces[i];
+        const int slot = i % SLOTS, before = i - SLOTS / 4;
+        wait_until_filled(u, i);
+        CUDA_TRY(cudaMemcpyAsync(p.to, u->buffers + (size_t)slot * PIECE, piece_bytes(p), cudaMemcpyHostToDevice,
+                                 u->stream));
+        CUDA_TRY(cudaEventRecord(u->sent[slot], u->stream));
+        if (p.ends >= 0) TRY(convert_group(u, m, w, p.ends, u->sent[slot], &tops[p.ends], err));
+        if (before >= 0) {
+            CUDA_TRY(cudaEventSynchronize(u->sent[before % SLOTS]));
+            make_room(u, before);
+        }
+        done += (double)piece_bytes(p);
+        if (u->desc->progress && u->desc->progress((float)(done / u->total), u->desc->progress_user))
+            return fail(err, QWEN3_STOPPED, "loading was cancelled");
+    }
+    CUDA_TRY(cudaStreamSynchronize(u->stream));
+    return QWEN3_OK;
+}
+
+/* What convert_group() has multiplied by. */
+static qwen3_result fetch_scales(uploader *u, cuda_model *m, const qwen3i_weights *w, const unsigned *tops, int n_groups,
+                                 const qwen3i_err *err) {
+    unsigned *host = (unsigned *)(void *)u->buffers;    /* far more room than there are groups; free by now */
+    weight_group g;
+    CUDA_TRY(cudaMemcpyAsync(host, tops, (size_t)n_groups * sizeof *tops, cudaMemcpyDeviceToHost, u->converting));
+    CUDA_TRY(cudaStreamSynchronize(u->converting));
+    for (int i = 0; i < n_groups; i++) {
+        model_group(m, w, i, &g);
         if (g.to->type != QWEN3I_BF16) continue;
-        CUDA_TRY(cudaMemsetAsync(&tops[i], 0, sizeof *tops, u->stream));
-        CUDA_TRY(launch(u->stream, dim3((unsigned)(8 * m->n_sm)), 256, 0, top_bits_kernel, &tops[i],
-                        (const unsigned short *)g.to->data, n));
-        CUDA_TRY(launch(u->stream, dim3((unsigned)(8 * m->n_sm)), 256, 0, bf16_to_f16_kernel,
-                        (unsigned short *)g.to->data, n, (const unsigned *)&tops[i]));
-        CUDA_TRY(cudaMemcpyAsync(&top, &tops[i], sizeof top, cudaMemcpyDeviceToHost, u->stream));
-        CUDA_TRY(cudaStreamSynchronize(u->stream));
         g.to->type = QWEN3I_F16;
-        g.to->scale = half_unscale(top);
+        g.to->scale = half_unscale(host[i]);
     }
     return QWEN3_OK;
 }
@@ -472,18 +580,14 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
 
 static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weights *w, unsigned *tops,
                                    const qwen3i_err *err) {
-    const int n_embd = m->config.n_embd, head_dim = m->config.head_dim;
     weight_group g;
-    for (int i = 0; model_group(m, w, i, &g); i++) TRY(upload_group(u, g, err));
-    for (int i = 0; i < m->config.n_layer; i++) {
-        const qwen3i_layer *l = &w->layers[i];
-        TRY(upload_gain(u, m->layers[i].attn_norm, l->attn_norm, n_embd, err));
-        TRY(upload_gain(u, m->layers[i].mlp_norm, l->mlp_norm, n_embd, err));
-        TRY(upload_gain(u, m->layers[i].q_norm, l->q_norm, head_dim, err));
-        TRY(upload_gain(u, m->layers[i].k_norm, l->k_norm, head_dim, err));
-    }
-    TRY(upload_gain(u, m->final_norm, w->final_norm, n_embd, err));
-    TRY(convert_groups(u, m, w, tops, err));
+    int n_groups = 0;
+    while (model_group(m, w, n_groups, &g)) n_groups++;
+    TRY(list_pieces(u, m, w, err));
+    TRY(open_uploader(u, err));
+    CUDA_TRY(cudaMemsetAsync(tops, 0, (size_t)n_groups * sizeof *tops, u->converting));
+    TRY(send_pieces(u, m, w, tops, err));
+    TRY(fetch_scales(u, m, w, tops, n_groups, err));
     TRY(prepare_wide(u, m, err));
     if (m->head.data == NULL) m->head = m->embed;
     CUDA_TRY(cudaStreamSynchronize(u->stream));
@@ -553,8 +657,7 @@ static qwen3_result fill_model(cuda_model *m, const qwen3i_model_view *view, con
                                const qwen3i_err *err) {
     arena a = {NULL, 0};
     unsigned *tops = NULL;
-    uploader u;
-    qwen3_result r;
+    uploader u = uploader();
     TRY(check_shapes(&m->config, err));
     TRY(open_device(m, desc->device, err));
     m->layers = (layer_weights *)host_alloc(&m->allocator, (size_t)m->config.n_layer * sizeof *m->layers);
@@ -567,8 +670,10 @@ static qwen3_result fill_model(cuda_model *m, const qwen3i_model_view *view, con
     a.base = m->memory;
     a.used = 0;
     lay_out_model(m, view->weights, &a, &tops);
-    r = open_uploader(&u, desc, (double)m->size, err);
-    if (r == QWEN3_OK) r = upload_weights(&u, m, view->weights, tops, err);
+    u.desc = desc;
+    u.allocator = &m->allocator;
+    u.room = SLOTS;
+    const qwen3_result r = upload_weights(&u, m, view->weights, tops, err);
     close_uploader(&u);
     return r;
 }

@@ -1131,6 +1131,31 @@ static void test_cuda_cancel(void) {
     fixture_close(&f);
 }
 
+/* Loading stops at whichever call of progress() says so. */
+static int cuda_stop_loading(float done, void *user) { return done >= 0 && done <= 1 && --*(int *)user < 0; }
+
+static void test_cuda_cancel_load(void) {
+    char path[1024];
+    const long live = heap_default.live;
+    qwen3_load_desc desc;
+    qwen3_model *model = NULL;
+    qwen3_result r = QWEN3_STOPPED;
+    int calls, left;
+    memset(&desc, 0, sizeof desc);
+    model_path(path, sizeof path, "plain", "");
+    desc.path = path;
+    desc.backend = qwen3_cuda_backend();
+    desc.progress = cuda_stop_loading;
+    desc.progress_user = &left;
+    for (calls = 0; r == QWEN3_STOPPED; calls++) {
+        left = calls;
+        r = qwen3_load(&model, &desc, NULL, 0);
+        CHECK((r == QWEN3_OK) == (model != NULL) && (model || heap_default.live == live));
+    }
+    CHECK_MSG(r == QWEN3_OK && calls > 10, "%s after %d calls", qwen3_result_string(r), calls);
+    qwen3_free(model);
+}
+
 static void test_cuda_memory(void) {
     fixture f;
     qwen3_ctx_desc desc = ctx_desc(512, 4096, 65536, QWEN3_KV_F32);
@@ -1253,6 +1278,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_same_twice);
     RUN(test_cuda_states);
     RUN(test_cuda_cancel);
+    RUN(test_cuda_cancel_load);
     RUN(test_cuda_memory);
 }
 #endif
