@@ -799,6 +799,10 @@ static int attention_splits(const cuda_ctx *c, int rows) {
     return want < 1 ? 1 : want > MAX_SPLITS ? MAX_SPLITS : want;
 }
 
+/* One for each head of a row, or for each block of one of the few rows that clusters work on. */
+static size_t attention_tickets(const cuda_ctx *c) {
+    return (size_t)most(c->max_rows, RANKS * MATVEC_ROWS) * c->m->config.n_head;
+}
 
 static float *take_result(cuda_ctx *c, arena *a, int i, size_t n) {
     c->results[i].n = n;
@@ -838,7 +842,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->logprobs = a->take<float>((size_t)head_rows(c));
     c->parts = a->take<float>(part_rows * g->n_head * (g->head_dim + 2));
     c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
-    c->attn_tickets = a->take<unsigned>(rows * g->n_head);
+    c->attn_tickets = a->take<unsigned>(attention_tickets(c));
     c->workspace = a->take<char>(WORKSPACE);
     c->rows = a->take<row_info>(rows);
     c->tile_list = a->take<attention_tile>(rows);
@@ -1029,7 +1033,7 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     CUDA_TRY(cudaMemsetAsync(c->v, 0, (size_t)g->n_layer * c->kv_layer_bytes, c->stream));
     CUDA_TRY(cudaMemsetAsync(c->kept, 0, (size_t)c->desc.max_seqs * KEPT * g->n_vocab * sizeof(float), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->qkv_tickets, 0, (size_t)(g->n_head + g->n_head_kv) * sizeof(unsigned), c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->attn_tickets, 0, (size_t)c->max_rows * g->n_head * sizeof(unsigned), c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->attn_tickets, 0, attention_tickets(c) * sizeof(unsigned), c->stream));
     if (c->wide) {                      /* tiles are read whole, whatever is in the rows that a batch has not */
         CUDA_TRY(cudaMemsetAsync(c->wide_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2, c->stream));
         CUDA_TRY(cudaMemsetAsync(c->wide_m, 0, (size_t)c->max_rows * g->n_ff * 2, c->stream));
@@ -1305,10 +1309,7 @@ static share matvec_share(const pass *p, int n, int most_rows) {
     return s;
 }
 
-/* Shared memory of a matrix times one vector with its weights on their way before it: x and the ring. */
-static size_t stream_shared(const matvec_in &in, int ring) {
-    return (size_t)round_up(in.ldw, 256) * sizeof(float) + (size_t)ring * 512 * MATVEC_WARPS;
-}
+static size_t stream_shared(const matvec_in &in, int ring) { return stream_bytes(in.ldw, ring); }
 
 /* The ring that lets two kernels' blocks be on a multiprocessor; where x is long, the short one; 0: neither fits. */
 static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
@@ -1319,12 +1320,17 @@ static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
 }
 
 template <class... P, class... A>
+static cudaError_t launch_stream_clusters(const pass *p, int parts, int blocks, size_t shared, void (*kernel)(P...),
+                                          A... args) {
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    return e != cudaSuccess ? e : launch_clusters(p->early, parts, p->s, grid1(blocks), 32 * MATVEC_WARPS, shared,
+                                                  kernel, args...);
+}
+template <class... P, class... A>
 static cudaError_t launch_stream(const pass *p, const matvec_in &in, int ring, int units, void (*kernel)(P...),
                                  A... args) {
-    const size_t shared = stream_shared(in, ring);
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    return e != cudaSuccess ? e : launch_early(p->early, p->s, grid1(least(p->c->m->n_sm, ceil_div(units, MATVEC_WARPS))),
-                                               32 * MATVEC_WARPS, shared, kernel, args...);
+    return launch_stream_clusters(p, 1, least(p->c->m->n_sm, ceil_div(units, MATVEC_WARPS)), stream_shared(in, ring),
+                                  kernel, args...);
 }
 
 /* Rows that a warp takes at a time of the `each` that it has: few turns, few of them idle. */
@@ -1350,7 +1356,20 @@ template <int RING> static cudaError_t stream_mlp(const pass *p, const matvec_in
     return each == 1 ? CALL(1) : each == 3 && RING == STREAM_RING ? CALL(3) : CALL(2);
 #undef CALL
 }
+
+/* Blocks that share a head of q, k or v, on a chip where they can be a cluster: as many as there is room for. */
+static int head_parts(const pass *p, const qkv_args &a) {
+    const int heads = a.n_head + 2 * a.n_head_kv;
+    int parts = 8;
+    while (parts > 1 && (heads * parts > p->c->m->n_sm || a.head_dim < parts * MATVEC_WARPS)) parts /= 2;
+    return p->c->m->capability >= 90 && QWEN3_CUDA_CLUSTERS ? parts : 0;
+}
 template <class T, int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
+    const int parts = head_parts(p, a), heads = a.n_head + 2 * a.n_head_kv;
+    const size_t shared = stream_shared(in, RING) + (size_t)a.head_dim * sizeof(float);
+#define CALL(NR) launch_stream_clusters(p, parts, heads * parts, shared, stream_qkv_heads_kernel<T, NR, RING>, in, a, parts)
+    if (parts > 0) return a.head_dim <= 2 * parts * MATVEC_WARPS ? CALL(2) : CALL(4);
+#undef CALL
 #define CALL(NR) launch_stream(p, in, RING, in.n, stream_qkv_rope_kernel<T, NR, RING>, in, a, p->c->qkv_tickets)
     return stream_rows_at_once(stream_each(p, in.n)) == 3 ? CALL(3) : CALL(4);
 #undef CALL
@@ -1721,8 +1740,24 @@ template <class T, int G> static cudaError_t launch_split(const pass *p, const a
         return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 16>, a);
     return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 0>, a);
 }
+
+/* Clusters for the positions of a row of one group: 0: they are split without. */
+static int attention_clusters(const pass *p, const attention_args &a, int n_groups) {
+    const int room = p->c->m->n_sm / (RANKS * n_groups * p->n);
+    if (p->c->m->capability < 90 || a.head_dim != RANK_DIM || !QWEN3_CUDA_CLUSTERS || n_groups * p->n * RANKS > 2 * p->c->m->n_sm)
+        return 0;
+    return room < 1 ? 1 : least(room, 4);
+}
+template <class T, int G> static cudaError_t launch_ranks(const pass *p, const attention_args &a, int clusters, int n_groups) {
+    const dim3 grid((unsigned)(clusters * RANKS), (unsigned)n_groups, (unsigned)p->n);
+    return launch_clusters(p->early, RANKS, p->s, grid, 32 * RANK_WARPS, sizeof(rank_shared<G>),
+                           attention_rank_kernel<T, G>, a);
+}
 template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
-    const int group = a.n_head / a.n_head_kv;
+    const int group = a.n_head / a.n_head_kv, n_groups = a.n_head_kv * ceil_div(group, 2);
+    const int clusters = attention_clusters(p, a, n_groups);
+    if (clusters > 0) return group == 1 ? launch_ranks<T, 1>(p, a, clusters, n_groups)
+                                        : launch_ranks<T, 2>(p, a, clusters, n_groups);
     return group == 1 ? launch_split<T, 1>(p, a) : group == 2 ? launch_split<T, 2>(p, a) :
            group <= 4 ? launch_split<T, 4>(p, a) : launch_split<T, 8>(p, a);
 }

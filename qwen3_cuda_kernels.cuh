@@ -41,6 +41,9 @@ static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1
 #ifndef QWEN3_CUDA_PDL
 #define QWEN3_CUDA_PDL 1                /* 0: off; 1: it says so when its sums are done, 2: as soon as it may */
 #endif
+#ifndef QWEN3_CUDA_CLUSTERS
+#define QWEN3_CUDA_CLUSTERS 1           /* few rows on Hopper: heads and attention by clusters of blocks */
+#endif
 #ifndef QWEN3_CUDA_STREAM
 #define QWEN3_CUDA_STREAM 1             /* one row: weights on their way to shared memory before their input exists */
 #endif
@@ -128,6 +131,28 @@ static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
     (void)d; (void)a; (void)b0; (void)b1;       /* never launched there */
+#endif
+}
+
+/* Clusters (sm_90 on): blocks that run side by side and reach each other's shared memory. What was written before
+   arriving is seen by all after the wait. All threads of all blocks do both. */
+static __device__ __forceinline__ void cluster_arrive() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void cluster_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+/* To this place in block `rank` of the cluster, which must have begun. */
+static __device__ __forceinline__ void store_to_block(float *p, unsigned rank, float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.f32 [there], %2;\n}"
+                 :: "r"(shared_address(p)), "r"(rank), "f"(v) : "memory");
+#else
+    (void)p; (void)rank; (void)v;
 #endif
 }
 #endif
@@ -696,11 +721,15 @@ template <int NR, bool PAIRS, int RING> struct weight_stream {
 #pragma unroll 1
         for (int i = 0; i < DEPTH - 1; i++) fetch();
     }
-    /* acc[j] = the sum of row j of the next NR, in every lane. Order as in dot_rows. */
+    /* acc[j] = the sum of row j of the next NR, in every lane: the vectors u, u + U, u + 2 U ... of each lane one after
+       the other, then u = 0 .. U - 1, then the lanes by exchange. */
     __device__ __forceinline__ void sum(float (&acc)[NR], const float4 *xs, float scale) {
         const int plane = round_up(ldw, 32 * V) / V;
+        float sums[NR][U];
 #pragma unroll
-        for (int j = 0; j < NR; j++) acc[j] = 0;
+        for (int j = 0; j < NR; j++)
+#pragma unroll
+            for (int u = 0; u < U; u++) sums[j][u] = 0;
 #pragma unroll 1
         for (int k = 0; k < ldw; k += U * 32 * V) {
             const uint4 *from = ring + take * (NR * U * 32);
@@ -719,13 +748,19 @@ template <int NR, bool PAIRS, int RING> struct weight_stream {
                 for (int j = 0; j < NR; j++) {
                     float f[8];
                     unpack(f, now[j * U + u], half_t());
-                    acc[j] += f[0] * lo.x; acc[j] += f[1] * lo.y; acc[j] += f[2] * lo.z; acc[j] += f[3] * lo.w;
-                    acc[j] += f[4] * hi.x; acc[j] += f[5] * hi.y; acc[j] += f[6] * hi.z; acc[j] += f[7] * hi.w;
+                    float &sum = sums[j][u];
+                    sum += f[0] * lo.x; sum += f[1] * lo.y; sum += f[2] * lo.z; sum += f[3] * lo.w;
+                    sum += f[4] * hi.x; sum += f[5] * hi.y; sum += f[6] * hi.z; sum += f[7] * hi.w;
                 }
             }
         }
 #pragma unroll
-        for (int j = 0; j < NR; j++) acc[j] = warp_sum(acc[j]) * scale;
+        for (int j = 0; j < NR; j++) {
+            acc[j] = sums[j][0];
+#pragma unroll
+            for (int u = 1; u < U; u++) acc[j] += sums[j][u];
+            acc[j] = warp_sum(acc[j]) * scale;
+        }
     }
 };
 
@@ -772,20 +807,35 @@ template <int NR> static __device__ __forceinline__ float pick(const float (&acc
     return v;
 }
 
-/* What the three kernels below share: the stream begins, x comes, and the rows that this warp has of `units` are handed
-   to done(first of NR or of as many pairs, acc), NR / 2 or NR of them at a time, after soon(first of them). */
-template <int NR, bool PAIRS, int RING, class S, class F>
-static __device__ __forceinline__ void stream_rows(const matvec_in &in, int units, unsigned char *memory, S soon,
-                                                   F done) {
-    __shared__ float shared[32];
+/* Some rows, or pairs of them. */
+struct row_range { int first, end; };
+
+/* This warp's of `units`. */
+static __device__ __forceinline__ row_range warp_share(int units) {
+    const int warp = block_x() * MATVEC_WARPS + warp_id();
+    const row_range r = {share_begin(warp, units), share_begin(warp + 1, units)};
+    return r;
+}
+
+/* Bytes of shared memory: x, the ring, and a value a warp. */
+static __host__ __device__ inline size_t stream_bytes(int ldw, int ring) {
+    return (size_t)round_up(ldw, 256) * sizeof(float) + (size_t)ring * 512 * MATVEC_WARPS + 32 * sizeof(float);
+}
+
+/* What the kernels below share: the stream of this warp's rows begins, x comes, ready() is called, and the rows are
+   handed to done(first of NR or of as many pairs, acc), NR / 2 or NR of them at a time, after soon(first of them). */
+template <int NR, bool PAIRS, int RING, class R, class S, class F>
+static __device__ __forceinline__ void stream_rows(const matvec_in &in, row_range rows, unsigned char *memory, R ready,
+                                                   S soon, F done) {
     float4 *xs = (float4 *)(void *)memory;
-    const int warp = block_x() * MATVEC_WARPS + warp_id(), step = PAIRS ? NR / 2 : NR;
-    const int first = share_begin(warp, units), end = share_begin(warp + 1, units);
-    weight_stream<NR, PAIRS, RING> w(in, (uint4 *)(void *)memory + round_up(in.ldw, 256) / 4, first, end);
+    float *shared = (float *)(void *)(memory + stream_bytes(in.ldw, RING)) - 32;
+    const int step = PAIRS ? NR / 2 : NR, end = rows.end;
+    weight_stream<NR, PAIRS, RING> w(in, (uint4 *)(void *)memory + round_up(in.ldw, 256) / 4, rows.first, end);
     w.begin();
     let_next_start();
     stage_vector(xs, in, shared);
-    for (int row = first; row < end; row += step) {
+    ready();
+    for (int row = rows.first; row < end; row += step) {
         float acc[NR];
         const float old = soon(row, end - row);
         w.sum(acc, xs, in.scale);
@@ -799,7 +849,7 @@ template <int NR, int RING, bool ADD> static __global__ void __launch_bounds__(3
     QWEN3_DYNAMIC_SHARED(memory);
     const int lane = lane_id();
     stream_rows<NR, false, RING>(
-        in, in.n, memory, [&](int row, int left) { return ADD && lane < NR && lane < left ? y[row + lane] : 0.0f; },
+        in, warp_share(in.n), memory, [] {}, [&](int row, int left) { return ADD && lane < NR && lane < left ? y[row + lane] : 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float old) {
             const int slot = outs ? outs[0].out_slot : 0;
             if (lane < NR && lane < left && slot >= 0) y[(size_t)slot * ldy + row + lane] = old + pick(acc, lane);
@@ -812,7 +862,7 @@ template <int P, int RING> static __global__ void __launch_bounds__(32 * MATVEC_
     QWEN3_DYNAMIC_SHARED(memory);
     const int lane = lane_id();
     stream_rows<2 * P, true, RING>(
-        in, in.n / 2, memory, [](int, int) { return 0.0f; },
+        in, warp_share(in.n / 2), memory, [] {}, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[2 * P], float) {
             if (lane < P && lane < left) y[row + lane] = silu(pick(acc, 2 * lane)) * pick(acc, 2 * lane + 1);
         });
@@ -855,56 +905,72 @@ template <class T> static __device__ __forceinline__ void store_2(T *p, float x,
     store(p + 1, y);
 }
 
-/* RMSNorm and rotate-half of one head by one warp: this lane has its elements 2 lane + 64 j and the next in lo, those
-   half a head further in hi; all times scale. */
-static __device__ __forceinline__ void norm_rope(float2 (&lo)[TURNS], float2 (&hi)[TURNS],
-                                                 const float2 (&gain_lo)[TURNS], const float2 (&gain_hi)[TURNS],
-                                                 const row_turn &t, int head_dim, float eps, float scale) {
+/* This lane's elements of a head, 2 lane + 64 j and the next in lo, those half a head further in hi; 0 past its end. */
+struct head_pairs { float2 lo[TURNS], hi[TURNS]; };
+
+template <class L> static __device__ __forceinline__ head_pairs load_head(const float *v, int half, L load) {
+    head_pairs p;
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) {
+        const int i = 2 * lane_id() + 64 * j;
+        p.lo[j] = i < half ? load((const float2 *)(const void *)(v + i)) : make_float2(0, 0);
+        p.hi[j] = i < half ? load((const float2 *)(const void *)(v + i + half)) : make_float2(0, 0);
+    }
+    return p;
+}
+static __device__ __forceinline__ head_pairs load_head(const float *v, int half) {
+    return load_head(v, half, [](const float2 *p) { return *p; });
+}
+
+static __device__ __forceinline__ const float *head_gain(const qkv_args &a, int head) {
+    return head < a.n_head ? a.q_norm : a.k_norm;
+}
+
+/* RMSNorm and rotate-half of one head, times scale, by one warp. */
+static __device__ __forceinline__ void norm_rope(head_pairs &p, const head_pairs &gain, const row_turn &t, int head_dim,
+                                                 float eps, float scale) {
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < TURNS; j++) {
-        lo[j].x *= scale; lo[j].y *= scale; hi[j].x *= scale; hi[j].y *= scale;
-        sum += lo[j].x * lo[j].x + lo[j].y * lo[j].y + hi[j].x * hi[j].x + hi[j].y * hi[j].y;
+        p.lo[j].x *= scale; p.lo[j].y *= scale; p.hi[j].x *= scale; p.hi[j].y *= scale;
+        sum += p.lo[j].x * p.lo[j].x + p.lo[j].y * p.lo[j].y + p.hi[j].x * p.hi[j].x + p.hi[j].y * p.hi[j].y;
     }
     const float r = 1.0f / sqrtf(warp_sum(sum) / (float)head_dim + eps);
 #pragma unroll
     for (int j = 0; j < TURNS; j++) {
-        const float x0 = lo[j].x * r * gain_lo[j].x, y0 = hi[j].x * r * gain_hi[j].x;
-        const float x1 = lo[j].y * r * gain_lo[j].y, y1 = hi[j].y * r * gain_hi[j].y;
+        const float x0 = p.lo[j].x * r * gain.lo[j].x, y0 = p.hi[j].x * r * gain.hi[j].x;
+        const float x1 = p.lo[j].y * r * gain.lo[j].y, y1 = p.hi[j].y * r * gain.hi[j].y;
         const float4 c = t.turn[j];     /* cosine, sine, cosine, sine */
-        lo[j] = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
-        hi[j] = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
+        p.lo[j] = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
+        p.hi[j] = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
     }
 }
 
-/* One head of one row, by one warp: RMSNorm over its head_dim values, rotate-half, then q back in float32 or
-   k to the cache with one rounding. in [head_dim], times scale. */
-template <class T>
-static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row, int head, float scale,
-                                                      const row_turn &t) {
+/* A rotated head of one row to its place: q in float32, k in the cache with one rounding. */
+template <class T> static __device__ __forceinline__ void store_head(const qkv_args &a, int row, int head,
+                                                                     const head_pairs &p, const row_turn &t) {
     const int half = a.head_dim / 2;
-    float *v = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
-    const float *gain = head < a.n_head ? a.q_norm : a.k_norm;
-    float2 lo[TURNS], hi[TURNS], gain_lo[TURNS], gain_hi[TURNS];
-#pragma unroll
-    for (int j = 0; j < TURNS; j++) {
-        const int i = 2 * lane_id() + 64 * j;
-        lo[j] = hi[j] = gain_lo[j] = gain_hi[j] = make_float2(0, 0);
-        if (i >= half) continue;
-        lo[j] = __ldcg((const float2 *)(const void *)(v + i));
-        hi[j] = __ldcg((const float2 *)(const void *)(v + i + half));
-        gain_lo[j] = *(const float2 *)(const void *)(gain + i);
-        gain_hi[j] = *(const float2 *)(const void *)(gain + i + half);
-    }
-    norm_rope(lo, hi, gain_lo, gain_hi, t, a.head_dim, a.eps, scale);
+    float *q = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
     T *k = (T *)a.kv.k + kv_at(a.kv, t.seq, t.position) + (size_t)(head - a.n_head) * a.head_dim;
 #pragma unroll
     for (int j = 0; j < TURNS; j++) {
         const int i = 2 * lane_id() + 64 * j;
         if (i >= half) break;
-        if (head < a.n_head) { store_2(v + i, lo[j].x, lo[j].y); store_2(v + i + half, hi[j].x, hi[j].y); }
-        else { store_2(k + i, lo[j].x, lo[j].y); store_2(k + i + half, hi[j].x, hi[j].y); }
+        if (head < a.n_head) { store_2(q + i, p.lo[j].x, p.lo[j].y); store_2(q + i + half, p.hi[j].x, p.hi[j].y); }
+        else { store_2(k + i, p.lo[j].x, p.lo[j].y); store_2(k + i + half, p.hi[j].x, p.hi[j].y); }
     }
+}
+
+/* One head of one row, by one warp, whose projection is in a.qkv, maybe just written by another block: RMSNorm over its
+   head_dim values, rotate-half, and to its place. */
+template <class T>
+static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row, int head, float scale,
+                                                      const row_turn &t) {
+    const int half = a.head_dim / 2;
+    head_pairs p = load_head(a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim, half,
+                             [](const float2 *from) { return __ldcg(from); });
+    norm_rope(p, load_head(head_gain(a, head), half), t, a.head_dim, a.eps, scale);
+    store_head<T>(a, row, head, p, t);
 }
 
 /* Adds what this block has summed up of each head to its ticket; the block that completes a head norms and rotates it.
@@ -973,7 +1039,7 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
     const row_turn turn = load_turn(a, 0);
     T *v = (T *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated;
     stream_rows<NR, false, RING>(
-        in, in.n, memory, [](int, int) { return 0.0f; },
+        in, warp_share(in.n), memory, [] {}, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
             if (lane >= NR || lane >= left) return;
@@ -981,6 +1047,39 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
             else store(v + i, pick(acc, lane));
         });
     finish_heads<T>(in, a, tickets, finished, STREAM_HEADS, turn);
+}
+
+/* stream_qkv_heads: the same on Hopper, where a cluster of `parts` blocks has a head: each sums up some of its rows, the
+   first gets the sums through its shared memory, norms and rotates them. No block waits for what others have stored in
+   global memory, which takes 2 us of the 7 at 0.6B. Grid: parts times heads of q, k and v. */
+template <class T, int NR, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    stream_qkv_heads_kernel(matvec_in in, qkv_args a, int parts) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    float *values = (float *)(void *)(memory + stream_bytes(in.ldw, RING));     /* [head_dim] */
+    const int lane = lane_id(), dim = a.head_dim, rotated = a.n_head + a.n_head_kv;
+    const int head = block_x() / parts, rank = block_x() % parts, row0 = head * dim;
+    const int warp = rank * MATVEC_WARPS + warp_id(), warps = parts * MATVEC_WARPS;
+    const row_range rows = {row0 + warp * dim / warps, row0 + (warp + 1) * dim / warps};
+    const bool finishes = head < rotated && rank == 0 && warp_id() == 0;
+    const row_turn turn = load_turn(a, 0);
+    const head_pairs gain = load_head(head_gain(a, head), finishes ? dim / 2 : 0);
+    T *v = (T *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated * dim;
+    cluster_arrive();
+    stream_rows<NR, false, RING>(
+        in, rows, memory, [] { cluster_wait(); }, [](int, int) { return 0.0f; },
+        [&](int row, int left, const float (&acc)[NR], float) {
+            const int i = row + lane;
+            if (lane >= NR || lane >= left) return;
+            if (head < rotated) store_to_block(values + (i - row0), 0, pick(acc, lane));
+            else store(v + i, pick(acc, lane));
+        });
+    if (head >= rotated) return;
+    cluster_arrive();
+    cluster_wait();
+    if (!finishes) return;
+    head_pairs p = load_head(values, dim / 2);
+    norm_rope(p, gain, turn, dim, a.eps, 1.0f);
+    store_head<T>(a, 0, head, p, turn);
 }
 
 /* norm_rope_store: the same after a cuBLASLt product, for any number of rows: qkv [rows, ld] times scale[row].
@@ -1060,6 +1159,20 @@ template <> __device__ __forceinline__ void kv_unpack<float>(float (&f)[8], cons
    A lane holds 8 of the head_dim values; `lanes` of them make a position, so a warp reads 32 / lanes at a time. */
 template <class T, int G>
 struct split_state { float q[G][8], o[G][8], top[G], sum[G]; };
+
+/* No position yet; q of this head, if there is one, times what makes scores powers of two. */
+template <class T, int G> static __device__ __forceinline__ void split_begin(split_state<T, G> &s, int g,
+                                                                             const attention_args &a, int row, int head,
+                                                                             int at, bool valid) {
+    const float *q = a.q + (size_t)row * a.ldq + (size_t)head * a.head_dim + at;
+    const float4 zero = make_float4(0, 0, 0, 0);
+    const float4 lo = valid ? *(const float4 *)(const void *)q : zero, hi = valid ? *(const float4 *)(const void *)(q + 4) : zero;
+    const float scale = a.scale * LOG2E, all[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+    s.top[g] = LOWEST;
+    s.sum[g] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) { s.o[g][i] = 0; s.q[g][i] = all[i] * scale; }
+}
 
 /* Adds U turns of positions, `stride` apart, whose k and v this lane has; `left` of them are from this lane's on. */
 template <class T, int G, int U>
@@ -1171,17 +1284,8 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
     const T *v = (const T *)a.kv.v + kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim + at;
     split_state<T, G> s;
 #pragma unroll
-    for (int g = 0; g < G; g++) {
-        s.top[g] = LOWEST;
-        s.sum[g] = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            s.o[g][i] = 0;
-            s.q[g][i] = owner && g < n_g
-                            ? a.q[(size_t)row * a.ldq + (size_t)(head0 + g) * dim + at + i] * (a.scale * LOG2E)
-                            : 0.0f;
-        }
-    }
+    for (int g = 0; g < G; g++)
+        split_begin<T, G>(s, g, a, row, head0 + g, at, owner && g < n_g);
     for (int p = begin + warp * turn; p < end; p += SPLIT_WARPS * turn)
         split_step<T, G, U>(s, k + (size_t)p * a.kv.kv_dim, v + (size_t)p * a.kv.kv_dim, a.kv.kv_dim, end - p, lanes,
                             owner);
@@ -1244,6 +1348,145 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
         }
         a.out[(size_t)row * a.ldo + (size_t)(head0 + g) * dim + d] = o;
     }
+}
+
+/* attention, few rows on Hopper: the same, but the blocks of a cluster have the positions of a row for one group, and
+   join their parts in each other's shared memory: nothing waits for global memory but the one who reads q. What was in
+   the cache before this step is on its way, and its first turn in registers, before the kernel before has ended. Grid
+   (clusters * RANKS, n_head_kv * ceil(group / G), rows), 8 warps. A second cluster and more work from SPLIT_LEAST
+   positions on; then the block that finishes its slice last joins those of all clusters, in order. Order of the sums:
+   a warp's turns, warps, blocks, clusters; it depends on the row's own length and on the grid's shape. */
+const int RANKS       = 8;              /* blocks of a cluster */
+const int RANK_WARPS  = 8;
+const int RANK_DIM    = 128;            /* head_dim */
+const int SPLIT_LEAST = 1024;           /* positions that a cluster takes at least before another one helps */
+
+template <int G> struct rank_shared {
+    enum { SLICE = G * RANK_DIM / RANKS };              /* outputs that a block finishes */
+    float part[RANK_WARPS][G][RANK_DIM], top[RANK_WARPS][G], sum[RANK_WARPS][G];
+    float in[RANKS][SLICE], in_top[RANKS][G], in_sum[RANKS][G];     /* from every block */
+    int   last;
+};
+
+/* This block's part of every head, from its warps', to the blocks that finish them. */
+template <int G> static __device__ __forceinline__ void send_parts(rank_shared<G> &m, int rank) {
+    const int slice = rank_shared<G>::SLICE;
+#pragma unroll
+    for (int i = tid(); i < G * RANK_DIM; i += 32 * RANK_WARPS) {
+        const int g = i / RANK_DIM, d = i % RANK_DIM;
+        float top = LOWEST, sum = 0, o = 0;
+#pragma unroll
+        for (int w = 0; w < RANK_WARPS; w++) top = fmaxf(top, m.top[w][g]);
+#pragma unroll
+        for (int w = 0; w < RANK_WARPS; w++) {
+            const float keep = exp2f(m.top[w][g] - top);
+            sum += m.sum[w][g] * keep;
+            o += m.part[w][g][d] * keep;
+        }
+        store_to_block(&m.in[rank][i % slice], (unsigned)(i / slice), o);
+        if (d < RANKS) {
+            store_to_block(&m.in_top[rank][g], (unsigned)d, top);
+            store_to_block(&m.in_sum[rank][g], (unsigned)d, sum);
+        }
+    }
+}
+
+/* Adds one more part of an output to those so far. */
+struct joined { float top, sum, o; };
+static __device__ __forceinline__ void join(joined &j, float top, float sum, float o) {
+    const float high = fmaxf(j.top, top), keep = exp2f(j.top - high), more = exp2f(top - high);
+    j.top = high;
+    j.sum = j.sum * keep + sum * more;
+    j.o = j.o * keep + o * more;
+}
+
+template <class T, int G> static __global__ void __launch_bounds__(32 * RANK_WARPS, 2)
+    attention_rank_kernel(attention_args a) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    rank_shared<G> &m = *(rank_shared<G> *)(void *)memory;
+    const int LANES = RANK_DIM / 8, EACH = 32 / LANES, U = 4, TURN = U * EACH, SLICE = rank_shared<G>::SLICE;
+    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G), row = (int)blockIdx.z;
+    const int rank = block_x() % RANKS, cluster = block_x() / RANKS, clusters = (int)gridDim.x / RANKS;
+    const int kv_head = block_y() / chunks, g0 = block_y() % chunks * G, head0 = kv_head * group + g0;
+    const int n_g = group - g0 < G ? group - g0 : G, at = lane_id() % LANES * 8, sub = lane_id() / LANES;
+    /* the rows were written several kernels before, the cache up to this position by earlier steps */
+    const row_info info = a.rows[row];
+    const int n = info.position + 1, want = ceil_div(n, SPLIT_LEAST), active = want < clusters ? want : clusters;
+    const int length = round_up(ceil_div(n, active * RANKS), TURN), begin = block_x() * length;
+    const int end = begin + length < n ? begin + length : n, first = begin + warp_id() * TURN, stride = a.kv.kv_dim;
+    if (cluster >= active) return;
+    const int old = n - 1 - row;        /* positions below were not written by rows of this batch */
+    const size_t from = kv_at(a.kv, info.seq, 0) + (size_t)kv_head * RANK_DIM;
+    const T *k = (const T *)a.kv.k + from + at, *v = (const T *)a.kv.v + from + at;
+    kv_vector<T> kr[U], vr[U];
+    split_state<T, G> s;
+
+    cluster_arrive();
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        const int p = first + u * EACH + sub;
+        kr[u] = kv_load<T>(k + (size_t)p * stride, p < end && p < old);
+        vr[u] = kv_load<T>(v + (size_t)p * stride, p < end && p < old);
+    }
+    if (begin + RANK_WARPS * TURN < end)
+        prefetch_cache<T>(a.kv, from, RANK_DIM, begin + RANK_WARPS * TURN, end);
+    let_next_start();
+    wait_for_previous();
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        const int p = first + u * EACH + sub;
+        if (p < old || p >= end) continue;
+        kr[u] = kv_load<T>(k + (size_t)p * stride, true);
+        vr[u] = kv_load<T>(v + (size_t)p * stride, true);
+    }
+#pragma unroll
+    for (int g = 0; g < G; g++) split_begin<T, G>(s, g, a, row, head0 + g, at, g < n_g);
+    if (first < end) split_scores<T, G, U>(s, kr, vr, end - first - sub, EACH, LANES);
+    for (int p = first + RANK_WARPS * TURN; p < end; p += RANK_WARPS * TURN)
+        split_step<T, G, U>(s, k + (size_t)p * stride, v + (size_t)p * stride, stride, end - p, LANES, true);
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+        split_fold<T, G>(s, g, LANES);
+        if (sub == 0) store_vector(&m.part[warp_id()][g][at], s.o[g]);
+        if (lane_id() == 0) { m.top[warp_id()][g] = s.top[g]; m.sum[warp_id()][g] = s.sum[g]; }
+    }
+    __syncthreads();
+    cluster_wait();                     /* all blocks have begun */
+    send_parts<G>(m, rank);
+    cluster_arrive();
+    cluster_wait();
+
+    const int i = tid(), g = (rank * SLICE + i) / RANK_DIM % G, d = (rank * SLICE + i) % RANK_DIM;
+    const bool mine = i < SLICE && g < n_g;
+    const size_t place = (size_t)row * gridDim.y + (size_t)block_y(), part = place * RANKS + (size_t)rank;
+    float *to = a.out + (size_t)row * a.ldo + (size_t)(head0 + g) * RANK_DIM + d, *parts = a.parts + part * clusters * SLICE * 3;
+    joined j = {LOWEST, 0, 0};
+    if (i < SLICE)
+#pragma unroll
+        for (int r = 0; r < RANKS; r++) join(j, m.in_top[r][g], m.in_sum[r][g], m.in[r][i]);
+    if (active == 1) {
+        if (mine) *to = j.o / j.sum;
+        return;
+    }
+    if (i < SLICE) {
+        float *mine_to = parts + (cluster * SLICE + i) * 3;
+        mine_to[0] = j.top; mine_to[1] = j.sum; mine_to[2] = j.o;
+    }
+    __threadfence();
+    __syncthreads();
+    if (i == 0) {
+        m.last = atomicAdd(&a.tickets[part], 1u) == (unsigned)active - 1;
+        if (m.last) a.tickets[part] = 0;
+    }
+    __syncthreads();
+    if (!m.last || !mine) return;
+    __threadfence();
+    j.top = LOWEST; j.sum = j.o = 0;
+    for (int c = 0; c < active; c++) {
+        const float *one = parts + (c * SLICE + i) * 3;
+        join(j, __ldcg(one), __ldcg(one + 1), __ldcg(one + 2));
+    }
+    *to = j.o / j.sum;
 }
 
 struct attention_tile { int row0, n_tokens, seq, pos0; };   /* consecutive tokens of one sequence */
@@ -2119,7 +2362,8 @@ static __device__ __forceinline__ void cluster_sync() {
 }
 /* The same, and what each block has written before is seen by all after it. */
 static __device__ __forceinline__ void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    cluster_arrive();
+    cluster_wait();
 }
 static __device__ __forceinline__ float2 load_from_block(const float *p, unsigned rank) {
     float2 v;

@@ -516,8 +516,10 @@ static void test_cuda_kernels_fused(void) {
 
 #ifdef QWEN3_TEST_CUDA_ON_CPU
 extern void cuda_on_cpu_chip(int capability);
+extern void cuda_on_cpu_size(int multiprocessors);
 #else
 static void cuda_on_cpu_chip(int capability) { (void)capability; }
+static void cuda_on_cpu_size(int multiprocessors) { (void)multiprocessors; }
 #endif
 
 /* One row at a time: their weights are on their way before their input exists. */
@@ -527,6 +529,25 @@ static void test_cuda_kernels_one(void) {
     lab_check_all(&lab_odd,   QWEN3I_F16,  QWEN3_KV_F32,  QWEN3_PATH_FUSED, 1, 1, 7);
     lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1, 1, 200);
     lab_check_all(&lab_wide,  QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 300);
+    cuda_on_cpu_chip(80);
+}
+
+/* Few rows where clusters of blocks have heads and positions: one cluster and several, rows that see each other, groups
+   that do not fill their blocks. */
+static void test_cuda_kernels_clusters(void) {
+    static const lab_shape pairs = {256, 4, 2, 128, 384, 128, 1}, threes = {256, 6, 2, 128, 256, 128, 1},
+                           ones = {128, 2, 2, 128, 256, 128, 1}, narrow = {128, 2, 1, 64, 256, 128, 1};
+    cuda_on_cpu_chip(90);
+    cuda_on_cpu_size(40);
+    lab_check_all(&pairs,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 0);
+    lab_check_all(&pairs,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 544);
+    lab_check_all(&pairs,  QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1, 1, 2500);
+    lab_check_all(&pairs,  QWEN3I_F16,  QWEN3_KV_F32,  QWEN3_PATH_FUSED, 2, 1, 127);
+    lab_check_all(&pairs,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 3, 2, 1023);
+    lab_check_all(&threes, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 63);
+    lab_check_all(&ones,   QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 1300);
+    lab_check_all(&narrow, QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1, 1, 30);
+    cuda_on_cpu_size(5);
     cuda_on_cpu_chip(80);
 }
 
@@ -1253,6 +1274,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_rmsnorm);
     RUN(test_cuda_kernels_fused);
     RUN(test_cuda_kernels_one);
+    RUN(test_cuda_kernels_clusters);
     RUN(test_cuda_kernels_batched);
     RUN(test_cuda_kernels_hopper);
     RUN(test_cuda_wanted);

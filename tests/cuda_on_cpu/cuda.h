@@ -50,12 +50,6 @@ inline void check(mbarrier *b) {
     if (b->left == 0 && b->bytes == 0) { b->phase ^= 1; b->left = b->arrivals; }
 }
 
-/* The same place in another block of the cluster. */
-template <class T> T *in_block(T *p, unsigned rank) {
-    if (rank >= now().blocks.size()) die("there is no such block in the cluster");
-    return (T *)(void *)((char *)p - (char *)block().dynamic + (char *)now().blocks[rank].dynamic);
-}
-
 inline uintptr_t swizzled(uintptr_t at) { return at ^ ((at >> 7 & 7) << 4); }
 inline float half_at(uintptr_t at) {
     __half h;

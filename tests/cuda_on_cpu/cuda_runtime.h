@@ -71,7 +71,7 @@ struct product {                        /* of a warpgroup's instruction, this th
     uint64_t a, b;
     float    a_rows[2][16];
 };
-struct thread { void *sp; char *stack; bool done; std::vector<product> products; int groups; };
+struct thread { void *sp; char *stack; bool done; std::vector<product> products; int groups; unsigned cluster_turn; };
 struct meeting { int waiting; unsigned turn; };         /* a barrier */
 struct block_state {
     int live;
@@ -142,6 +142,24 @@ inline void meet(meeting &m, int all) {
     while (m.turn == turn) yield();
 }
 
+/* The two halves of a barrier of the cluster. */
+inline void cluster_arrive() {
+    machine &m = now();
+    m.threads[(size_t)m.current].cluster_turn = m.cluster.turn;
+    m.progress++;
+    if (++m.cluster.waiting >= m.live) { m.cluster.waiting = 0; m.cluster.turn++; }
+}
+inline void cluster_wait() {
+    machine &m = now();
+    while (m.cluster.turn == m.threads[(size_t)m.current].cluster_turn) yield();
+}
+
+/* The same place in another block of the cluster. */
+template <class T> T *in_block(T *p, unsigned rank) {
+    if (rank >= now().blocks.size()) die("there is no such block in the cluster");
+    return (T *)(void *)((char *)p - (char *)block().dynamic + (char *)now().blocks[rank].dynamic);
+}
+
 inline void leave() {                   /* a thread has returned */
     machine &m = now();
     block_state &b = block();
@@ -208,7 +226,7 @@ inline void run_cluster(const std::vector<uint3> &indices, dim3 block, size_t sh
     if (block.y != 1 || block.z != 1 || each % 32 != 0 || each > 1024)
         die("blocks must have a multiple of 32 threads in x");
     while (m.threads.size() < (size_t)n) {
-        const thread none = {NULL, NULL, true, std::vector<product>(), 0};
+        const thread none = {NULL, NULL, true, std::vector<product>(), 0, 0};
         m.threads.push_back(none);
     }
     m.warps.assign((size_t)n / 32, warp());
@@ -343,6 +361,9 @@ static inline uint4 load_stream(const void *p) {
     return v;
 }
 static inline void prefetch(const void *) {}
+static inline void cluster_arrive() { emulated::cluster_arrive(); }
+static inline void cluster_wait() { emulated::cluster_wait(); }
+static inline void store_to_block(float *p, unsigned rank, float v) { *emulated::in_block(p, rank) = v; }
 static inline void copy_async(void *dst, const void *src, bool valid) {
     if ((uintptr_t)dst % 16 != 0 || (uintptr_t)src % 16 != 0) emulated::die("a 16-byte copy is not aligned");
     if (valid) memcpy(dst, src, 16);
@@ -446,6 +467,7 @@ extern "C" __attribute__((used)) inline void cuda_on_cpu_fail(long n) {
     emulated_fail_at = n;
 }
 extern "C" __attribute__((used)) inline void cuda_on_cpu_chip(int capability) { emulated_capability = capability; }
+extern "C" __attribute__((used)) inline void cuda_on_cpu_size(int multiprocessors) { emulated_sms = multiprocessors; }
 extern "C" __attribute__((used)) inline long cuda_on_cpu_calls(void) { return emulated_calls; }
 extern "C" __attribute__((used)) inline long cuda_on_cpu_live(void) { return emulated_live; }
 
