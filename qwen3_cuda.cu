@@ -134,7 +134,6 @@ static qwen3_result device_alloc(char **out, size_t size, const char *what, cons
                 what, (double)size / 1048576.0, (double)free_bytes / 1048576.0, (double)total / 1048576.0);
 }
 
-template <class T> static T least(T a, T b) { return a < b ? a : b; }
 template <class T> static T most(T a, T b) { return a > b ? a : b; }
 
 template <class... P, class... A>
@@ -1041,6 +1040,7 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     if (!c->wide || !QWEN3_CUDA_FEW)    /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
         for (const auto &r : c->results) CUDA_TRY(cudaMemsetAsync(r.at, 0, r.n * sizeof(float), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->best, 0, (size_t)c->desc.max_seqs * sizeof(u64), c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)head_rows(c) * sizeof(candidates), c->stream)); /* read whole */
     CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
     CUDA_TRY(cudaStreamSynchronize(c->stream));
     return QWEN3_OK;
@@ -1357,18 +1357,32 @@ template <int RING> static cudaError_t stream_mlp(const pass *p, const matvec_in
 #undef CALL
 }
 
-/* Blocks that share a head of q, k or v, on a chip where they can be a cluster: as many as there is room for. */
-static int head_parts(const pass *p, const qkv_args &a) {
-    const int heads = a.n_head + 2 * a.n_head_kv;
-    int parts = 8;
-    while (parts > 1 && (heads * parts > p->c->m->n_sm || a.head_dim < parts * MATVEC_WARPS)) parts /= 2;
-    return p->c->m->capability >= 90 && QWEN3_CUDA_CLUSTERS ? parts : 0;
+/* How the heads of q, k and v go to clusters: `parts` blocks for `heads` of them. parts 0: not at all. */
+struct head_share { int parts, heads; };
+
+/* As few rows a block as can be, if all blocks are there at once; the smaller cluster of two that are equal. */
+static head_share share_heads(const pass *p, const qkv_args &a) {
+    const int all = a.n_head + 2 * a.n_head_kv, n_sm = p->c->m->n_sm;
+    head_share best = {0, 1};
+    if (p->c->m->capability < 90 || !QWEN3_CUDA_CLUSTERS) return best;
+    for (int parts = 1; parts <= 8; parts *= 2) {
+        const head_share s = {parts, ceil_div(all, most(n_sm / parts, 1))};
+        if (s.heads <= parts && (!best.parts || s.heads * best.parts < best.heads * parts)) best = s;
+    }
+    return best;
 }
 template <class T, int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
-    const int parts = head_parts(p, a), heads = a.n_head + 2 * a.n_head_kv;
+    const head_share s = share_heads(p, a);
+    const int blocks = s.parts * ceil_div(a.n_head + 2 * a.n_head_kv, s.heads);
     const size_t shared = stream_shared(in, RING) + (size_t)a.head_dim * sizeof(float);
-#define CALL(NR) launch_stream_clusters(p, parts, heads * parts, shared, stream_qkv_heads_kernel<T, NR, RING>, in, a, parts)
-    if (parts > 0) return a.head_dim <= 2 * parts * MATVEC_WARPS ? CALL(2) : CALL(4);
+#define CALL(NR) launch_stream_clusters(p, s.parts, blocks, shared, stream_qkv_heads_kernel<T, NR, RING>, in, a, s.parts, \
+                                        s.heads)
+    if (s.parts > 0)
+        switch (stream_rows_at_once(ceil_div(s.heads * a.head_dim, s.parts * MATVEC_WARPS))) {
+            case 1: case 2: return CALL(2);
+            case 3: return CALL(3);
+            default: return CALL(4);
+        }
 #undef CALL
 #define CALL(NR) launch_stream(p, in, RING, in.n, stream_qkv_rope_kernel<T, NR, RING>, in, a, p->c->qkv_tickets)
     return stream_rows_at_once(stream_each(p, in.n)) == 3 ? CALL(3) : CALL(4);
@@ -1743,10 +1757,8 @@ template <class T, int G> static cudaError_t launch_split(const pass *p, const a
 
 /* Clusters for the positions of a row of one group: 0: they are split without. */
 static int attention_clusters(const pass *p, const attention_args &a, int n_groups) {
-    const int room = p->c->m->n_sm / (RANKS * n_groups * p->n);
-    if (p->c->m->capability < 90 || a.head_dim != RANK_DIM || !QWEN3_CUDA_CLUSTERS || n_groups * p->n * RANKS > 2 * p->c->m->n_sm)
-        return 0;
-    return room < 1 ? 1 : least(room, 4);
+    if (p->c->m->capability < 90 || a.head_dim != RANK_DIM || !QWEN3_CUDA_CLUSTERS) return 0;
+    return least(2 * p->c->m->n_sm / (RANKS * n_groups * p->n), 4);      /* two blocks to a multiprocessor */
 }
 template <class T, int G> static cudaError_t launch_ranks(const pass *p, const attention_args &a, int clusters, int n_groups) {
     const dim3 grid((unsigned)(clusters * RANKS), (unsigned)n_groups, (unsigned)p->n);

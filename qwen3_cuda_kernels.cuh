@@ -30,6 +30,7 @@ const float LOG2E       = 1.44269504088896f;
 const float LOWEST      = -1e30f;       /* stands for minus infinity */
 
 static __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+template <class T> static __host__ __device__ inline T least(T a, T b) { return a < b ? a : b; }
 static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1) / b * b; }
 
 /* ================================================================================================
@@ -1049,18 +1050,18 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
     finish_heads<T>(in, a, tickets, finished, STREAM_HEADS, turn);
 }
 
-/* stream_qkv_heads: the same on Hopper, where a cluster of `parts` blocks has a head: each sums up some of its rows, the
-   first gets the sums through its shared memory, norms and rotates them. No block waits for what others have stored in
-   global memory, which takes 2 us of the 7 at 0.6B. Grid: parts times heads of q, k and v. */
+/* stream_qkv_heads: the same on Hopper, where a cluster of `parts` blocks has `heads` heads: each sums up some of their
+   rows; block i gets the sums of head i through its shared memory, norms and rotates them. No block waits for what
+   others have stored in global memory, which takes 2 us of the 7 at 0.6B. Grid: parts for every `heads` heads of q, k, v. */
 template <class T, int NR, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
-    stream_qkv_heads_kernel(matvec_in in, qkv_args a, int parts) {
+    stream_qkv_heads_kernel(matvec_in in, qkv_args a, int parts, int heads) {
     QWEN3_DYNAMIC_SHARED(memory);
     float *values = (float *)(void *)(memory + stream_bytes(in.ldw, RING));     /* [head_dim] */
     const int lane = lane_id(), dim = a.head_dim, rotated = a.n_head + a.n_head_kv;
-    const int head = block_x() / parts, rank = block_x() % parts, row0 = head * dim;
-    const int warp = rank * MATVEC_WARPS + warp_id(), warps = parts * MATVEC_WARPS;
-    const row_range rows = {row0 + warp * dim / warps, row0 + (warp + 1) * dim / warps};
-    const bool finishes = head < rotated && rank == 0 && warp_id() == 0;
+    const int rank = block_x() % parts, head0 = block_x() / parts * heads, head = head0 + rank, row0 = head0 * dim;
+    const int warp = rank * MATVEC_WARPS + warp_id(), warps = parts * MATVEC_WARPS, n = least(heads * dim, in.n - row0);
+    const row_range rows = {row0 + warp * n / warps, row0 + (warp + 1) * n / warps};
+    const bool finishes = rank < heads && head < rotated && warp_id() == 0;
     const row_turn turn = load_turn(a, 0);
     const head_pairs gain = load_head(head_gain(a, head), finishes ? dim / 2 : 0);
     T *v = (T *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated * dim;
@@ -1070,10 +1071,9 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
             if (lane >= NR || lane >= left) return;
-            if (head < rotated) store_to_block(values + (i - row0), 0, pick(acc, lane));
-            else store(v + i, pick(acc, lane));
+            if (i >= rotated * dim) store(v + i, pick(acc, lane));
+            else store_to_block(values + i % dim, (unsigned)(i / dim - head0), pick(acc, lane));
         });
-    if (head >= rotated) return;
     cluster_arrive();
     cluster_wait();
     if (!finishes) return;
@@ -1241,12 +1241,12 @@ template <class T, int G> static __device__ __forceinline__ void split_fold(spli
     }
 }
 
-/* Brings the first positions from begin on towards this multiprocessor, of what begins `at` elements into the cache.
-   A line (128 bytes) a thread. */
+/* Brings k and v of positions begin to end, of what lies `at` elements into the cache, towards this multiprocessor: a line
+   (128 bytes) a thread, at most `most` positions. */
 template <class T> static __device__ __forceinline__ void prefetch_cache(const kv_layer &kv, size_t at, int dim,
-                                                                         int begin, int end) {
-    const int each = 128 / (int)sizeof(T), lines = ceil_div(dim, each), n = end - begin < 64 ? end - begin : 64;
-    for (int i = tid(); i < 2 * n * lines; i += 32 * SPLIT_WARPS) {
+                                                                         int begin, int end, int most) {
+    const int each = 128 / (int)sizeof(T), lines = ceil_div(dim, each), n = least(end - begin, most);
+    for (int i = tid(); i < 2 * n * lines; i += n_threads()) {
         const size_t to = at + (size_t)(begin + i / 2 / lines) * kv.kv_dim + (size_t)(i / 2 % lines) * each;
         prefetch((const T *)(i % 2 ? kv.v : kv.k) + to);
     }
@@ -1271,7 +1271,7 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
     const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z), active = ceil_div(n, length);
     const int begin = (int)blockIdx.z * length, end = begin + length < n ? begin + length : n;
     if (QWEN3_CUDA_PDL)
-        prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end);
+        prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end, 64);
     wait_for_previous();
     let_next_start();
     if (begin >= n) return;
@@ -1404,7 +1404,8 @@ template <class T, int G> static __global__ void __launch_bounds__(32 * RANK_WAR
     attention_rank_kernel(attention_args a) {
     QWEN3_DYNAMIC_SHARED(memory);
     rank_shared<G> &m = *(rank_shared<G> *)(void *)memory;
-    const int LANES = RANK_DIM / 8, EACH = 32 / LANES, U = 4, TURN = U * EACH, SLICE = rank_shared<G>::SLICE;
+    const int LANES = RANK_DIM / 8, EACH = 32 / LANES, U = 4, TURN = U * EACH, ROUND = RANK_WARPS * TURN;
+    const int SLICE = rank_shared<G>::SLICE;
     const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G), row = (int)blockIdx.z;
     const int rank = block_x() % RANKS, cluster = block_x() / RANKS, clusters = (int)gridDim.x / RANKS;
     const int kv_head = block_y() / chunks, g0 = block_y() % chunks * G, head0 = kv_head * group + g0;
@@ -1428,8 +1429,7 @@ template <class T, int G> static __global__ void __launch_bounds__(32 * RANK_WAR
         kr[u] = kv_load<T>(k + (size_t)p * stride, p < end && p < old);
         vr[u] = kv_load<T>(v + (size_t)p * stride, p < end && p < old);
     }
-    if (begin + RANK_WARPS * TURN < end)
-        prefetch_cache<T>(a.kv, from, RANK_DIM, begin + RANK_WARPS * TURN, end);
+    prefetch_cache<T>(a.kv, from, RANK_DIM, begin + ROUND, end, 2 * ROUND);
     let_next_start();
     wait_for_previous();
 #pragma unroll
@@ -1442,8 +1442,10 @@ template <class T, int G> static __global__ void __launch_bounds__(32 * RANK_WAR
 #pragma unroll
     for (int g = 0; g < G; g++) split_begin<T, G>(s, g, a, row, head0 + g, at, g < n_g);
     if (first < end) split_scores<T, G, U>(s, kr, vr, end - first - sub, EACH, LANES);
-    for (int p = first + RANK_WARPS * TURN; p < end; p += RANK_WARPS * TURN)
+    for (int p = first + ROUND, next = begin + 3 * ROUND; p < end; p += ROUND, next += ROUND) {
+        prefetch_cache<T>(a.kv, from, RANK_DIM, next, end, ROUND);
         split_step<T, G, U>(s, k + (size_t)p * stride, v + (size_t)p * stride, stride, end - p, LANES, true);
+    }
 #pragma unroll
     for (int g = 0; g < G; g++) {
         split_fold<T, G>(s, g, LANES);
@@ -1948,6 +1950,19 @@ static __device__ void sort_keys(u64 *keys, int n) {
     __syncthreads();
 }
 
+/* The same for few keys that differ, at most one for each thread: each finds its place by counting, with two barriers
+   instead of one for each exchange. */
+static __device__ void rank_keys(u64 *keys, int n) {
+    const u64 mine = tid() < n ? keys[tid()] : 0;
+    int rank = 0;
+    if (tid() < n)
+#pragma unroll 8
+        for (int i = 0; i < n; i++) rank += keys[i] > mine;
+    __syncthreads();
+    if (tid() < n) keys[rank] = mine;
+    __syncthreads();
+}
+
 /* Sum over the block, in every thread. */
 static __device__ u64 block_sum_u64(choose_shared &s, u64 v) {
     u64 sum = 0;
@@ -2124,8 +2139,15 @@ static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key,
    The kept ones are few: one warp weighs them, two to a lane, in order of rank; where a share of the weight ends
    in order of id is found by adding up, for each, all with lower ids. */
 static __device__ int choose_listed(choose_shared &s, const candidates *from, const choice &c, float top) {
-    const int lane = lane_id();
-    u64 floor = 0;                      /* k keys are no less than a block's limit, so none below the largest is kept */
+    const int lane = lane_id(), EACH = CHUNKS * CHUNK_KEYS / CHOOSE_THREADS;
+    u64 keys[EACH], floor = 0;          /* k keys are no less than a block's limit, so none below the largest is kept */
+    unsigned counts[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {    /* all on their way before any is looked at */
+        const int i = tid() + j * CHOOSE_THREADS;
+        counts[j] = from->counts[i / CHUNK_KEYS];
+        keys[j] = from->keys[i / CHUNK_KEYS][i % CHUNK_KEYS];
+    }
     if (tid() == 0) s.n_keys = 0;
     for (int i = lane; i < CHUNKS; i += 32) floor = from->limits[i] > floor ? from->limits[i] : floor;
 #pragma unroll
@@ -2134,16 +2156,19 @@ static __device__ int choose_listed(choose_shared &s, const candidates *from, co
         floor = other > floor ? other : floor;
     }
     __syncthreads();
-    for (int i = tid(); i < CHUNKS * CHUNK_KEYS; i += n_threads()) {
-        const unsigned count = from->counts[i / CHUNK_KEYS];
-        if ((unsigned)(i % CHUNK_KEYS) >= count && count <= (unsigned)CHUNK_KEYS) continue;
-        if (count <= (unsigned)CHUNK_KEYS && from->keys[i / CHUNK_KEYS][i % CHUNK_KEYS] < floor) continue;
-        const unsigned at = atomicAdd(&s.n_keys, count <= (unsigned)CHUNK_KEYS ? 1u : (unsigned)LIST_KEYS + 1);
-        if (at < (unsigned)LIST_KEYS) s.keys[at] = from->keys[i / CHUNK_KEYS][i % CHUNK_KEYS];
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const unsigned at = (unsigned)((tid() + j * CHOOSE_THREADS) % CHUNK_KEYS);
+        if (counts[j] > (unsigned)CHUNK_KEYS) atomicAdd(&s.n_keys, (unsigned)LIST_KEYS + 1);
+        else if (at < counts[j] && keys[j] >= floor) {
+            const unsigned to = atomicAdd(&s.n_keys, 1u);
+            if (to < (unsigned)LIST_KEYS) s.keys[to] = keys[j];
+        }
     }
     __syncthreads();
     if (s.n_keys > (unsigned)LIST_KEYS) return -1;
-    sort_keys(s.keys, (int)s.n_keys);
+    if (s.n_keys <= (unsigned)CHOOSE_THREADS) rank_keys(s.keys, (int)s.n_keys);
+    else sort_keys(s.keys, (int)s.n_keys);
     if (warp_id() == 0) {
         const int kept = c.top_k < (int)s.n_keys ? c.top_k : (int)s.n_keys;
         u64 w[2], upto[2], total = 0;
