@@ -1358,7 +1358,10 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
    a warp's turns, warps, blocks, clusters; it depends on the row's own length and on the grid's shape. */
 const int RANKS       = 8;              /* blocks of a cluster */
 const int RANK_WARPS  = 8;
-const int RANK_DIM    = 128;            /* head_dim */
+const int RANK_DIM    = 128;            /* head_dim: so many lanes have 8 of it each, ... */
+const int RANK_LANES  = RANK_DIM / 8, RANK_EACH = 32 / RANK_LANES;      /* ... and a warp so many positions at a time */
+const int RANK_U      = 4, RANK_TURN = RANK_U * RANK_EACH;              /* turns' loads that are on their way together */
+const int RANK_ROUND  = RANK_WARPS * RANK_TURN;                         /* positions of a turn of all warps */
 const int SPLIT_LEAST = 1024;           /* positions that a cluster takes at least before another one helps */
 
 template <int G> struct rank_shared {
@@ -1400,95 +1403,123 @@ static __device__ __forceinline__ void join(joined &j, float top, float sum, flo
     j.o = j.o * keep + o * more;
 }
 
+/* What this block has of a row: heads head0 .. head0 + n_g, positions begin .. end of n; of these, those from `fresh` on
+   may be of this very batch. */
+struct rank_share {
+    int row, seq, kv_head, head0, n_g, rank, cluster, clusters, active, n, begin, end, fresh;
+};
+
+template <int G> static __device__ __forceinline__ rank_share share_of_rank(const attention_args &a) {
+    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G), g0 = block_y() % chunks * G;
+    const row_info info = a.rows[blockIdx.z];
+    rank_share w;
+    w.row = (int)blockIdx.z;
+    w.seq = info.seq;
+    w.kv_head = block_y() / chunks;
+    w.head0 = w.kv_head * group + g0;
+    w.n_g = least(group - g0, G);
+    w.rank = block_x() % RANKS;
+    w.cluster = block_x() / RANKS;
+    w.clusters = (int)gridDim.x / RANKS;
+    w.n = info.position + 1;
+    w.active = least(ceil_div(w.n, SPLIT_LEAST), w.clusters);
+    const int length = round_up(ceil_div(w.n, w.active * RANKS), RANK_TURN);
+    w.begin = block_x() * length;
+    w.end = least(w.begin + length, w.n);
+    w.fresh = w.n - 1 - w.row;          /* no more rows than this come before it */
+    return w;
+}
+
+/* One turn of this warp from p on: k and v of the positions from `first` to `end` to this lane's registers. */
+template <class T> static __device__ __forceinline__ void load_rank_turn(kv_vector<T> (&kr)[RANK_U],
+                                                                         kv_vector<T> (&vr)[RANK_U], const T *k,
+                                                                         const T *v, int stride, int p, int first,
+                                                                         int end) {
+#pragma unroll
+    for (int u = 0; u < RANK_U; u++) {
+        const int at = p + u * RANK_EACH + lane_id() / RANK_LANES;
+        if (at < first || at >= end) continue;
+        kr[u] = kv_load<T>(k + (size_t)at * stride, true);
+        vr[u] = kv_load<T>(v + (size_t)at * stride, true);
+    }
+}
+
+/* The outputs that this block finishes, from all blocks of its cluster and then from all clusters. */
+template <int G> static __device__ __forceinline__ void finish_slice(const attention_args &a, rank_shared<G> &m,
+                                                                     const rank_share &w) {
+    const int slice = rank_shared<G>::SLICE, i = tid(), g = (w.rank * slice + i) / RANK_DIM, d = (w.rank * slice + i) % RANK_DIM;
+    const size_t place = ((size_t)w.row * gridDim.y + blockIdx.y) * RANKS + (size_t)w.rank;
+    float *to = a.out + (size_t)w.row * a.ldo + (size_t)(w.head0 + g) * RANK_DIM + d;
+    float *parts = a.parts + place * (size_t)(w.clusters * slice * 3);
+    const bool mine = i < slice;
+    joined j = {LOWEST, 0, 0};
+    if (mine)
+#pragma unroll
+        for (int r = 0; r < RANKS; r++) join(j, m.in_top[r][g], m.in_sum[r][g], m.in[r][i]);
+    if (w.active > 1) {
+        if (mine) {
+            float *part = parts + (w.cluster * slice + i) * 3;
+            part[0] = j.top; part[1] = j.sum; part[2] = j.o;
+        }
+        __threadfence();
+        __syncthreads();
+        if (i == 0) {
+            m.last = atomicAdd(&a.tickets[place], 1u) == (unsigned)w.active - 1;
+            if (m.last) a.tickets[place] = 0;
+        }
+        __syncthreads();
+        if (!m.last || !mine) return;
+        __threadfence();
+        j.top = LOWEST; j.sum = j.o = 0;
+        for (int c = 0; c < w.active; c++) {
+            const float *part = parts + (c * slice + i) * 3;
+            join(j, __ldcg(part), __ldcg(part + 1), __ldcg(part + 2));
+        }
+    }
+    if (mine && g < w.n_g) *to = j.o / j.sum;
+}
+
 template <class T, int G> static __global__ void __launch_bounds__(32 * RANK_WARPS, 2)
     attention_rank_kernel(attention_args a) {
     QWEN3_DYNAMIC_SHARED(memory);
     rank_shared<G> &m = *(rank_shared<G> *)(void *)memory;
-    const int LANES = RANK_DIM / 8, EACH = 32 / LANES, U = 4, TURN = U * EACH, ROUND = RANK_WARPS * TURN;
-    const int SLICE = rank_shared<G>::SLICE;
-    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G), row = (int)blockIdx.z;
-    const int rank = block_x() % RANKS, cluster = block_x() / RANKS, clusters = (int)gridDim.x / RANKS;
-    const int kv_head = block_y() / chunks, g0 = block_y() % chunks * G, head0 = kv_head * group + g0;
-    const int n_g = group - g0 < G ? group - g0 : G, at = lane_id() % LANES * 8, sub = lane_id() / LANES;
-    /* the rows were written several kernels before, the cache up to this position by earlier steps */
-    const row_info info = a.rows[row];
-    const int n = info.position + 1, want = ceil_div(n, SPLIT_LEAST), active = want < clusters ? want : clusters;
-    const int length = round_up(ceil_div(n, active * RANKS), TURN), begin = block_x() * length;
-    const int end = begin + length < n ? begin + length : n, first = begin + warp_id() * TURN, stride = a.kv.kv_dim;
-    if (cluster >= active) return;
-    const int old = n - 1 - row;        /* positions below were not written by rows of this batch */
-    const size_t from = kv_at(a.kv, info.seq, 0) + (size_t)kv_head * RANK_DIM;
+    /* the rows were written several kernels before, the cache but for this batch's positions by earlier steps */
+    const rank_share w = share_of_rank<G>(a);
+    if (w.cluster >= w.active) return;
+    const int at = lane_id() % RANK_LANES * 8, sub = lane_id() / RANK_LANES, stride = a.kv.kv_dim;
+    const int first = w.begin + warp_id() * RANK_TURN;
+    const size_t from = kv_at(a.kv, w.seq, 0) + (size_t)w.kv_head * RANK_DIM;
     const T *k = (const T *)a.kv.k + from + at, *v = (const T *)a.kv.v + from + at;
-    kv_vector<T> kr[U], vr[U];
+    kv_vector<T> kr[RANK_U], vr[RANK_U];
     split_state<T, G> s;
 
     cluster_arrive();
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-        const int p = first + u * EACH + sub;
-        kr[u] = kv_load<T>(k + (size_t)p * stride, p < end && p < old);
-        vr[u] = kv_load<T>(v + (size_t)p * stride, p < end && p < old);
-    }
-    prefetch_cache<T>(a.kv, from, RANK_DIM, begin + ROUND, end, 2 * ROUND);
+    for (int u = 0; u < RANK_U; u++) kr[u] = vr[u] = kv_load<T>(k, false);
+    load_rank_turn<T>(kr, vr, k, v, stride, first, 0, least(w.end, w.fresh));
+    prefetch_cache<T>(a.kv, from, RANK_DIM, w.begin + RANK_ROUND, w.end, 2 * RANK_ROUND);
     let_next_start();
     wait_for_previous();
+    load_rank_turn<T>(kr, vr, k, v, stride, first, w.fresh, w.end);
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-        const int p = first + u * EACH + sub;
-        if (p < old || p >= end) continue;
-        kr[u] = kv_load<T>(k + (size_t)p * stride, true);
-        vr[u] = kv_load<T>(v + (size_t)p * stride, true);
-    }
-#pragma unroll
-    for (int g = 0; g < G; g++) split_begin<T, G>(s, g, a, row, head0 + g, at, g < n_g);
-    if (first < end) split_scores<T, G, U>(s, kr, vr, end - first - sub, EACH, LANES);
-    for (int p = first + ROUND, next = begin + 3 * ROUND; p < end; p += ROUND, next += ROUND) {
-        prefetch_cache<T>(a.kv, from, RANK_DIM, next, end, ROUND);
-        split_step<T, G, U>(s, k + (size_t)p * stride, v + (size_t)p * stride, stride, end - p, LANES, true);
+    for (int g = 0; g < G; g++) split_begin<T, G>(s, g, a, w.row, w.head0 + g, at, g < w.n_g);
+    if (first < w.end) split_scores<T, G, RANK_U>(s, kr, vr, w.end - first - sub, RANK_EACH, RANK_LANES);
+    for (int p = first + RANK_ROUND, next = w.begin + 3 * RANK_ROUND; p < w.end; p += RANK_ROUND, next += RANK_ROUND) {
+        prefetch_cache<T>(a.kv, from, RANK_DIM, next, w.end, RANK_ROUND);
+        split_step<T, G, RANK_U>(s, k + (size_t)p * stride, v + (size_t)p * stride, stride, w.end - p, RANK_LANES, true);
     }
 #pragma unroll
     for (int g = 0; g < G; g++) {
-        split_fold<T, G>(s, g, LANES);
+        split_fold<T, G>(s, g, RANK_LANES);
         if (sub == 0) store_vector(&m.part[warp_id()][g][at], s.o[g]);
         if (lane_id() == 0) { m.top[warp_id()][g] = s.top[g]; m.sum[warp_id()][g] = s.sum[g]; }
     }
     __syncthreads();
     cluster_wait();                     /* all blocks have begun */
-    send_parts<G>(m, rank);
+    send_parts<G>(m, w.rank);
     cluster_arrive();
     cluster_wait();
-
-    const int i = tid(), g = (rank * SLICE + i) / RANK_DIM % G, d = (rank * SLICE + i) % RANK_DIM;
-    const bool mine = i < SLICE && g < n_g;
-    const size_t place = (size_t)row * gridDim.y + (size_t)block_y(), part = place * RANKS + (size_t)rank;
-    float *to = a.out + (size_t)row * a.ldo + (size_t)(head0 + g) * RANK_DIM + d, *parts = a.parts + part * clusters * SLICE * 3;
-    joined j = {LOWEST, 0, 0};
-    if (i < SLICE)
-#pragma unroll
-        for (int r = 0; r < RANKS; r++) join(j, m.in_top[r][g], m.in_sum[r][g], m.in[r][i]);
-    if (active == 1) {
-        if (mine) *to = j.o / j.sum;
-        return;
-    }
-    if (i < SLICE) {
-        float *mine_to = parts + (cluster * SLICE + i) * 3;
-        mine_to[0] = j.top; mine_to[1] = j.sum; mine_to[2] = j.o;
-    }
-    __threadfence();
-    __syncthreads();
-    if (i == 0) {
-        m.last = atomicAdd(&a.tickets[part], 1u) == (unsigned)active - 1;
-        if (m.last) a.tickets[part] = 0;
-    }
-    __syncthreads();
-    if (!m.last || !mine) return;
-    __threadfence();
-    j.top = LOWEST; j.sum = j.o = 0;
-    for (int c = 0; c < active; c++) {
-        const float *one = parts + (c * SLICE + i) * 3;
-        join(j, __ldcg(one), __ldcg(one + 1), __ldcg(one + 2));
-    }
-    *to = j.o / j.sum;
+    finish_slice<G>(a, m, w);
 }
 
 struct attention_tile { int row0, n_tokens, seq, pos0; };   /* consecutive tokens of one sequence */
