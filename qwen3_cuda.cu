@@ -1357,32 +1357,20 @@ template <int RING> static cudaError_t stream_mlp(const pass *p, const matvec_in
 #undef CALL
 }
 
-/* How the heads of q, k and v go to clusters: `parts` blocks for `heads` of them. parts 0: not at all. */
-struct head_share { int parts, heads; };
-
-/* As few rows a block as can be, if all blocks are there at once; the smaller cluster of two that are equal. */
-static head_share share_heads(const pass *p, const qkv_args &a) {
-    const int all = a.n_head + 2 * a.n_head_kv, n_sm = p->c->m->n_sm;
-    head_share best = {0, 1};
-    if (p->c->m->capability < 90 || !QWEN3_CUDA_CLUSTERS) return best;
-    for (int parts = 1; parts <= 8; parts *= 2) {
-        const head_share s = {parts, ceil_div(all, most(n_sm / parts, 1))};
-        if (s.heads <= parts && (!best.parts || s.heads * best.parts < best.heads * parts)) best = s;
-    }
-    return best;
+/* Blocks that share a head of q, k or v as a cluster; 0: where that would leave much of the chip idle, as 48 heads do
+   with 132 multiprocessors, all blocks share all rows. */
+static int head_parts(const pass *p, const qkv_args &a) {
+    const int heads = a.n_head + 2 * a.n_head_kv, n_sm = p->c->m->n_sm;
+    int parts = 8;
+    if (p->c->m->capability < 90 || !QWEN3_CUDA_CLUSTERS) return 0;
+    while (parts > 1 && (heads * parts > n_sm || a.head_dim < parts * MATVEC_WARPS)) parts /= 2;
+    return heads * parts <= n_sm && 8 * heads * parts >= 7 * n_sm ? parts : 0;
 }
 template <class T, int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
-    const head_share s = share_heads(p, a);
-    const int blocks = s.parts * ceil_div(a.n_head + 2 * a.n_head_kv, s.heads);
+    const int parts = head_parts(p, a), blocks = parts * (a.n_head + 2 * a.n_head_kv);
     const size_t shared = stream_shared(in, RING) + (size_t)a.head_dim * sizeof(float);
-#define CALL(NR) launch_stream_clusters(p, s.parts, blocks, shared, stream_qkv_heads_kernel<T, NR, RING>, in, a, s.parts, \
-                                        s.heads)
-    if (s.parts > 0)
-        switch (stream_rows_at_once(ceil_div(s.heads * a.head_dim, s.parts * MATVEC_WARPS))) {
-            case 1: case 2: return CALL(2);
-            case 3: return CALL(3);
-            default: return CALL(4);
-        }
+#define CALL(NR) launch_stream_clusters(p, parts, blocks, shared, stream_qkv_heads_kernel<T, NR, RING>, in, a, parts)
+    if (parts > 0) return a.head_dim <= 2 * parts * MATVEC_WARPS ? CALL(2) : CALL(4);
 #undef CALL
 #define CALL(NR) launch_stream(p, in, RING, in.n, stream_qkv_rope_kernel<T, NR, RING>, in, a, p->c->qkv_tickets)
     return stream_rows_at_once(stream_each(p, in.n)) == 3 ? CALL(3) : CALL(4);
@@ -1755,15 +1743,22 @@ template <class T, int G> static cudaError_t launch_split(const pass *p, const a
     return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 0>, a);
 }
 
-/* Clusters for the positions of a row of one group: 0: they are split without. */
+/* Clusters for the positions of a row of one group: one block to a multiprocessor, but at least one cluster; 0: they are
+   split without, where that would be more than two. */
 static int attention_clusters(const pass *p, const attention_args &a, int n_groups) {
-    if (p->c->m->capability < 90 || a.head_dim != RANK_DIM || !QWEN3_CUDA_CLUSTERS) return 0;
-    return least(2 * p->c->m->n_sm / (RANKS * n_groups * p->n), 4);      /* two blocks to a multiprocessor */
+    const cuda_model *m = p->c->m;
+    const int blocks = RANKS * n_groups * p->n;
+    if (m->capability < 90 || a.head_dim != RANK_DIM || !QWEN3_CUDA_CLUSTERS || blocks > 2 * m->n_sm) return 0;
+    if (sizeof(rank_shared<2>) > m->block_shared) return 0;
+    return least(most(m->n_sm / blocks, 1), 4);
 }
 template <class T, int G> static cudaError_t launch_ranks(const pass *p, const attention_args &a, int clusters, int n_groups) {
     const dim3 grid((unsigned)(clusters * RANKS), (unsigned)n_groups, (unsigned)p->n);
-    return launch_clusters(p->early, RANKS, p->s, grid, 32 * RANK_WARPS, sizeof(rank_shared<G>),
-                           attention_rank_kernel<T, G>, a);
+    const size_t shared = sizeof(rank_shared<G>);
+    const cudaError_t e =
+        cudaFuncSetAttribute(attention_rank_kernel<T, G>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    return e != cudaSuccess ? e : launch_clusters(p->early, RANKS, p->s, grid, 32 * RANK_WARPS, shared,
+                                                  attention_rank_kernel<T, G>, a);
 }
 template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
     const int group = a.n_head / a.n_head_kv, n_groups = a.n_head_kv * ceil_div(group, 2);

@@ -1050,18 +1050,18 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
     finish_heads<T>(in, a, tickets, finished, STREAM_HEADS, turn);
 }
 
-/* stream_qkv_heads: the same on Hopper, where a cluster of `parts` blocks has `heads` heads: each sums up some of their
-   rows; block i gets the sums of head i through its shared memory, norms and rotates them. No block waits for what
-   others have stored in global memory, which takes 2 us of the 7 at 0.6B. Grid: parts for every `heads` heads of q, k, v. */
+/* stream_qkv_heads: the same on Hopper, where a cluster of `parts` blocks has a head: each sums up some of its rows, the
+   first gets the sums through its shared memory, norms and rotates them. No block waits for what others have stored in
+   global memory, which takes 2 us of the 7 at 0.6B. Grid: parts times heads of q, k and v. */
 template <class T, int NR, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
-    stream_qkv_heads_kernel(matvec_in in, qkv_args a, int parts, int heads) {
+    stream_qkv_heads_kernel(matvec_in in, qkv_args a, int parts) {
     QWEN3_DYNAMIC_SHARED(memory);
     float *values = (float *)(void *)(memory + stream_bytes(in.ldw, RING));     /* [head_dim] */
     const int lane = lane_id(), dim = a.head_dim, rotated = a.n_head + a.n_head_kv;
-    const int rank = block_x() % parts, head0 = block_x() / parts * heads, head = head0 + rank, row0 = head0 * dim;
-    const int warp = rank * MATVEC_WARPS + warp_id(), warps = parts * MATVEC_WARPS, n = least(heads * dim, in.n - row0);
-    const row_range rows = {row0 + warp * n / warps, row0 + (warp + 1) * n / warps};
-    const bool finishes = rank < heads && head < rotated && warp_id() == 0;
+    const int head = block_x() / parts, rank = block_x() % parts, row0 = head * dim;
+    const int warp = rank * MATVEC_WARPS + warp_id(), warps = parts * MATVEC_WARPS;
+    const row_range rows = {row0 + warp * dim / warps, row0 + (warp + 1) * dim / warps};
+    const bool finishes = head < rotated && rank == 0 && warp_id() == 0;
     const row_turn turn = load_turn(a, 0);
     const head_pairs gain = load_head(head_gain(a, head), finishes ? dim / 2 : 0);
     T *v = (T *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated * dim;
@@ -1071,9 +1071,10 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
             if (lane >= NR || lane >= left) return;
-            if (i >= rotated * dim) store(v + i, pick(acc, lane));
-            else store_to_block(values + i % dim, (unsigned)(i / dim - head0), pick(acc, lane));
+            if (head < rotated) store_to_block(values + (i - row0), 0, pick(acc, lane));
+            else store(v + i, pick(acc, lane));
         });
+    if (head >= rotated) return;
     cluster_arrive();
     cluster_wait();
     if (!finishes) return;
@@ -1351,24 +1352,27 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
 }
 
 /* attention, few rows on Hopper: the same, but the blocks of a cluster have the positions of a row for one group, and
-   join their parts in each other's shared memory: nothing waits for global memory but the one who reads q. What was in
-   the cache before this step is on its way, and its first turn in registers, before the kernel before has ended. Grid
-   (clusters * RANKS, n_head_kv * ceil(group / G), rows), 8 warps. A second cluster and more work from SPLIT_LEAST
-   positions on; then the block that finishes its slice last joins those of all clusters, in order. Order of the sums:
-   a warp's turns, warps, blocks, clusters; it depends on the row's own length and on the grid's shape. */
+   join their parts in each other's shared memory. The cache up to this step is on its way to shared memory before the
+   kernel before has ended, and is read at the stream's speed: each lane copies what it will read itself, RANK_DEPTH turns
+   ahead. Grid (clusters * RANKS, n_head_kv * ceil(group / G), rows), 8 warps. A second cluster and more work from
+   SPLIT_LEAST positions on; then the block that finishes its slice last joins those of all clusters, in order. Order of
+   the sums: a warp's turns, warps, blocks, clusters; it depends on the row's own length and on the grid's shape. */
 const int RANKS       = 8;              /* blocks of a cluster */
 const int RANK_WARPS  = 8;
+const int RANK_DEPTH  = 3;
 const int RANK_DIM    = 128;            /* head_dim: so many lanes have 8 of it each, ... */
 const int RANK_LANES  = RANK_DIM / 8, RANK_EACH = 32 / RANK_LANES;      /* ... and a warp so many positions at a time */
-const int RANK_U      = 4, RANK_TURN = RANK_U * RANK_EACH;              /* turns' loads that are on their way together */
-const int RANK_ROUND  = RANK_WARPS * RANK_TURN;                         /* positions of a turn of all warps */
-const int SPLIT_LEAST = 1024;           /* positions that a cluster takes at least before another one helps */
+const int SPLIT_LEAST = 2048;           /* positions that a cluster takes at least before another one helps */
+
+/* A warp's turn: U times RANK_EACH positions, whose k and v are 4 KiB. */
+template <class T> struct rank_turn { enum { U = 8 / (int)sizeof(T), POSITIONS = U * RANK_EACH, ROUND = RANK_WARPS * POSITIONS }; };
 
 template <int G> struct rank_shared {
     enum { SLICE = G * RANK_DIM / RANKS };              /* outputs that a block finishes */
     float part[RANK_WARPS][G][RANK_DIM], top[RANK_WARPS][G], sum[RANK_WARPS][G];
     float in[RANKS][SLICE], in_top[RANKS][G], in_sum[RANKS][G];     /* from every block */
-    int   last;
+    uint4 last;                         /* the first word: this block finishes */
+    uint4 ring[RANK_WARPS][RANK_DEPTH][256];
 };
 
 /* This block's part of every head, from its warps', to the blocks that finish them. */
@@ -1409,7 +1413,7 @@ struct rank_share {
     int row, seq, kv_head, head0, n_g, rank, cluster, clusters, active, n, begin, end, fresh;
 };
 
-template <int G> static __device__ __forceinline__ rank_share share_of_rank(const attention_args &a) {
+template <class T, int G> static __device__ __forceinline__ rank_share share_of_rank(const attention_args &a) {
     const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G), g0 = block_y() % chunks * G;
     const row_info info = a.rows[blockIdx.z];
     rank_share w;
@@ -1423,26 +1427,66 @@ template <int G> static __device__ __forceinline__ rank_share share_of_rank(cons
     w.clusters = (int)gridDim.x / RANKS;
     w.n = info.position + 1;
     w.active = least(ceil_div(w.n, SPLIT_LEAST), w.clusters);
-    const int length = round_up(ceil_div(w.n, w.active * RANKS), RANK_TURN);
+    const int length = round_up(ceil_div(w.n, w.active * RANKS), rank_turn<T>::POSITIONS);
     w.begin = block_x() * length;
     w.end = least(w.begin + length, w.n);
     w.fresh = w.n - 1 - w.row;          /* no more rows than this come before it */
     return w;
 }
 
-/* One turn of this warp from p on: k and v of the positions from `first` to `end` to this lane's registers. */
-template <class T> static __device__ __forceinline__ void load_rank_turn(kv_vector<T> (&kr)[RANK_U],
-                                                                         kv_vector<T> (&vr)[RANK_U], const T *k,
-                                                                         const T *v, int stride, int p, int first,
-                                                                         int end) {
-#pragma unroll
-    for (int u = 0; u < RANK_U; u++) {
-        const int at = p + u * RANK_EACH + lane_id() / RANK_LANES;
-        if (at < first || at >= end) continue;
-        kr[u] = kv_load<T>(k + (size_t)at * stride, true);
-        vr[u] = kv_load<T>(v + (size_t)at * stride, true);
+/* This warp's k and v of positions begin, begin + ROUND, ... and the rest of each turn, on their way through its ring. */
+template <class T> struct rank_stream {
+    enum { U = rank_turn<T>::U, VECTORS = (int)sizeof(T) / 2, STEP = rank_turn<T>::ROUND };
+    const T *k, *v;                     /* this lane's, of position 0 */
+    uint4   *ring;                      /* this lane's: [RANK_DEPTH][U][k, v][VECTORS], 32 apart */
+    int      stride, put, take, end, fresh, sub, put_at;
+
+    __device__ __forceinline__ rank_stream(const attention_args &a, const rank_share &w, uint4 *memory, int begin) {
+        const size_t from = kv_at(a.kv, w.seq, 0) + (size_t)w.kv_head * RANK_DIM + (size_t)(lane_id() % RANK_LANES * 8);
+        k = (const T *)a.kv.k + from; v = (const T *)a.kv.v + from;
+        ring = memory + lane_id();
+        stride = a.kv.kv_dim; put = take = 0; end = w.end; fresh = w.fresh; sub = lane_id() / RANK_LANES; put_at = begin;
     }
-}
+    /* the next turn, but for what this batch itself stores; nothing past the end */
+    __device__ __forceinline__ void fetch() {
+        uint4 *to = ring + put * 256;
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            const int p = put_at + u * RANK_EACH + sub;
+            if (p >= end || p >= fresh) continue;
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++) {
+                copy_async(to + ((2 * u) * VECTORS + i) * 32, (const uint4 *)(const void *)(k + (size_t)p * stride) + i, true);
+                copy_async(to + ((2 * u + 1) * VECTORS + i) * 32, (const uint4 *)(const void *)(v + (size_t)p * stride) + i,
+                           true);
+            }
+        }
+        copy_commit();
+        put = put + 1 < RANK_DEPTH ? put + 1 : 0;
+        put_at += STEP;
+    }
+    /* the turn from position p on, zero past the end, and a new one on its way in its place */
+    __device__ __forceinline__ void next(kv_vector<T> (&kr)[U], kv_vector<T> (&vr)[U], int p0) {
+        const uint4 *from = ring + take * 256;
+        copy_wait<RANK_DEPTH - 1>();
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            const int p = p0 + u * RANK_EACH + sub;
+            if (p >= fresh || p >= end) {
+                kr[u] = kv_load<T>(k + (size_t)p * stride, p < end);
+                vr[u] = kv_load<T>(v + (size_t)p * stride, p < end);
+                continue;
+            }
+#pragma unroll
+            for (int i = 0; i < VECTORS; i++) {
+                kr[u].raw[i] = from[((2 * u) * VECTORS + i) * 32];
+                vr[u].raw[i] = from[((2 * u + 1) * VECTORS + i) * 32];
+            }
+        }
+        fetch();
+        take = take + 1 < RANK_DEPTH ? take + 1 : 0;
+    }
+};
 
 /* The outputs that this block finishes, from all blocks of its cluster and then from all clusters. */
 template <int G> static __device__ __forceinline__ void finish_slice(const attention_args &a, rank_shared<G> &m,
@@ -1464,11 +1508,11 @@ template <int G> static __device__ __forceinline__ void finish_slice(const atten
         __threadfence();
         __syncthreads();
         if (i == 0) {
-            m.last = atomicAdd(&a.tickets[place], 1u) == (unsigned)w.active - 1;
-            if (m.last) a.tickets[place] = 0;
+            m.last.x = atomicAdd(&a.tickets[place], 1u) == (unsigned)w.active - 1;
+            if (m.last.x) a.tickets[place] = 0;
         }
         __syncthreads();
-        if (!m.last || !mine) return;
+        if (!m.last.x || !mine) return;
         __threadfence();
         j.top = LOWEST; j.sum = j.o = 0;
         for (int c = 0; c < w.active; c++) {
@@ -1484,30 +1528,26 @@ template <class T, int G> static __global__ void __launch_bounds__(32 * RANK_WAR
     QWEN3_DYNAMIC_SHARED(memory);
     rank_shared<G> &m = *(rank_shared<G> *)(void *)memory;
     /* the rows were written several kernels before, the cache but for this batch's positions by earlier steps */
-    const rank_share w = share_of_rank<G>(a);
+    const rank_share w = share_of_rank<T, G>(a);
     if (w.cluster >= w.active) return;
-    const int at = lane_id() % RANK_LANES * 8, sub = lane_id() / RANK_LANES, stride = a.kv.kv_dim;
-    const int first = w.begin + warp_id() * RANK_TURN;
-    const size_t from = kv_at(a.kv, w.seq, 0) + (size_t)w.kv_head * RANK_DIM;
-    const T *k = (const T *)a.kv.k + from + at, *v = (const T *)a.kv.v + from + at;
-    kv_vector<T> kr[RANK_U], vr[RANK_U];
+    const int U = rank_turn<T>::U, at = lane_id() % RANK_LANES * 8, sub = lane_id() / RANK_LANES;
+    const int first = w.begin + warp_id() * rank_turn<T>::POSITIONS;
+    rank_stream<T> stream(a, w, m.ring[warp_id()][0], first);
     split_state<T, G> s;
 
     cluster_arrive();
 #pragma unroll
-    for (int u = 0; u < RANK_U; u++) kr[u] = vr[u] = kv_load<T>(k, false);
-    load_rank_turn<T>(kr, vr, k, v, stride, first, 0, least(w.end, w.fresh));
-    prefetch_cache<T>(a.kv, from, RANK_DIM, w.begin + RANK_ROUND, w.end, 2 * RANK_ROUND);
+    for (int i = 0; i < RANK_DEPTH; i++) stream.fetch();
     let_next_start();
     wait_for_previous();
-    load_rank_turn<T>(kr, vr, k, v, stride, first, w.fresh, w.end);
 #pragma unroll
     for (int g = 0; g < G; g++) split_begin<T, G>(s, g, a, w.row, w.head0 + g, at, g < w.n_g);
-    if (first < w.end) split_scores<T, G, RANK_U>(s, kr, vr, w.end - first - sub, RANK_EACH, RANK_LANES);
-    for (int p = first + RANK_ROUND, next = w.begin + 3 * RANK_ROUND; p < w.end; p += RANK_ROUND, next += RANK_ROUND) {
-        prefetch_cache<T>(a.kv, from, RANK_DIM, next, w.end, RANK_ROUND);
-        split_step<T, G, RANK_U>(s, k + (size_t)p * stride, v + (size_t)p * stride, stride, w.end - p, RANK_LANES, true);
+    for (int p = first; p < w.end; p += rank_turn<T>::ROUND) {
+        kv_vector<T> kr[U], vr[U];
+        stream.next(kr, vr, p);
+        split_scores<T, G, U>(s, kr, vr, w.end - p - sub, RANK_EACH, RANK_LANES);
     }
+    copy_wait<0>();
 #pragma unroll
     for (int g = 0; g < G; g++) {
         split_fold<T, G>(s, g, RANK_LANES);
@@ -1798,7 +1838,7 @@ struct choice {                         /* what one row's choice depends on */
 
 const int LIST_KEYS   = 4096;           /* candidates that are sorted in shared memory */
 const int LIST_TOP    = 64;             /* up to this top_k the first stage lists the candidates */
-const int CHUNKS      = 64;             /* blocks that a row's logits are shared by in the first stage, ... */
+const int CHUNKS      = LIST_TOP;       /* blocks that a row's logits are shared by in the first stage, ... */
 const int CHUNK_THREADS = 256;
 const int CHUNK_EACH  = 16;             /* ... logits that a thread holds at a time ... */
 const int CHUNK_KEYS  = 128;            /* ... and candidates that a block can list */
@@ -1878,7 +1918,7 @@ static __device__ __forceinline__ const float *choice_logits(const choice &c, co
 }
 
 struct candidates {                     /* a count above CHUNK_KEYS: too many */
-    u64 keys[CHUNKS][CHUNK_KEYS], limits[CHUNKS];
+    u64 keys[CHUNKS][CHUNK_KEYS], limits[CHUNKS], tops[CHUNKS];        /* tops: the largest of each block */
     unsigned counts[CHUNKS];
 };
 
@@ -1925,6 +1965,7 @@ static __global__ void __launch_bounds__(CHUNK_THREADS)
             limit = top > 0 ? top : 1;
             to->limits[blockIdx.x] = top;
         }
+        if (rank == 0) to->tops[blockIdx.x] = top;
     }
     __syncthreads();
 #pragma unroll
@@ -1939,7 +1980,7 @@ static __global__ void __launch_bounds__(CHUNK_THREADS)
 
 struct choose_shared {
     unsigned low[WEIGHT_BINS + 1], high[WEIGHT_BINS + 1];      /* counts or weights: the halves of 64 bits */
-    u64 weights[LIST_TOP];
+    u64 weights[LIST_TOP];              /* of the kept; before, the blocks' largest keys */
     u64 keys[LIST_KEYS];
     u64 sums[CHOOSE_THREADS / 32];
     u64 value, need;                    /* what one thread found for all */
@@ -2171,7 +2212,7 @@ static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key,
    in order of id is found by adding up, for each, all with lower ids. */
 static __device__ int choose_listed(choose_shared &s, const candidates *from, const choice &c, float top) {
     const int lane = lane_id(), EACH = CHUNKS * CHUNK_KEYS / CHOOSE_THREADS;
-    u64 keys[EACH], floor = 0;          /* k keys are no less than a block's limit, so none below the largest is kept */
+    u64 keys[EACH], floor = 0;
     unsigned counts[EACH];
 #pragma unroll
     for (int j = 0; j < EACH; j++) {    /* all on their way before any is looked at */
@@ -2179,14 +2220,18 @@ static __device__ int choose_listed(choose_shared &s, const candidates *from, co
         counts[j] = from->counts[i / CHUNK_KEYS];
         keys[j] = from->keys[i / CHUNK_KEYS][i % CHUNK_KEYS];
     }
-    if (tid() == 0) s.n_keys = 0;
-    for (int i = lane; i < CHUNKS; i += 32) floor = from->limits[i] > floor ? from->limits[i] : floor;
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) {
-        const u64 other = __shfl_xor_sync(ALL, floor, o);
-        floor = other > floor ? other : floor;
+    if (tid() == 0) { s.n_keys = 0; s.value = 0; }
+    if (tid() < CHUNKS) { s.weights[tid()] = from->tops[tid()]; floor = from->limits[tid()]; }
+    __syncthreads();
+    if (tid() < CHUNKS) {               /* what k keys are no less than is as low as a kept one can be: a block's limit, */
+        int rank = 0;                   /* and the k-th of the blocks' largest                                          */
+        const u64 top = s.weights[tid()];
+        for (int i = 0; i < CHUNKS; i++) rank += s.weights[i] > top;
+        if (rank == c.top_k - 1 && top > floor) floor = top;
+        atomicMax(&s.value, floor);
     }
     __syncthreads();
+    floor = s.value;
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
         const unsigned at = (unsigned)((tid() + j * CHOOSE_THREADS) % CHUNK_KEYS);
