@@ -798,9 +798,9 @@ static int attention_splits(const cuda_ctx *c, int rows) {
     return want < 1 ? 1 : want > MAX_SPLITS ? MAX_SPLITS : want;
 }
 
-/* One for each head of a row, or for each block of one of the few rows that clusters work on. */
+/* One for each head of a row, or for each of the blocks of attention_decode that are there at once. */
 static size_t attention_tickets(const cuda_ctx *c) {
-    return (size_t)most(c->max_rows, RANKS * MATVEC_ROWS) * c->m->config.n_head;
+    return most((size_t)c->max_rows * c->m->config.n_head, (size_t)(2 * c->m->n_sm));
 }
 
 static float *take_result(cuda_ctx *c, arena *a, int i, size_t n) {
@@ -839,7 +839,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     }
     c->logits = take_result(c, a, 3, (size_t)head_rows(c) * vocab);
     c->logprobs = a->take<float>((size_t)head_rows(c));
-    c->parts = a->take<float>(part_rows * g->n_head * (g->head_dim + 2));
+    c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
     c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
     c->attn_tickets = a->take<unsigned>(attention_tickets(c));
     c->workspace = a->take<char>(WORKSPACE);
@@ -1368,7 +1368,7 @@ static int head_parts(const pass *p, const qkv_args &a) {
 }
 template <class T, int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
     const int parts = head_parts(p, a), blocks = parts * (a.n_head + 2 * a.n_head_kv);
-    const size_t shared = stream_shared(in, RING) + (size_t)a.head_dim * sizeof(float);
+    const size_t shared = stream_shared(in, RING) + 2 * sizeof(mbarrier) + (size_t)a.head_dim * sizeof(float);
 #define CALL(NR) launch_stream_clusters(p, parts, blocks, shared, stream_qkv_heads_kernel<T, NR, RING>, in, a, parts)
     if (parts > 0) return a.head_dim <= 2 * parts * MATVEC_WARPS ? CALL(2) : CALL(4);
 #undef CALL
@@ -1743,28 +1743,32 @@ template <class T, int G> static cudaError_t launch_split(const pass *p, const a
     return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 0>, a);
 }
 
-/* Clusters for the positions of a row of one group: one block to a multiprocessor, but at least one cluster; 0: they are
-   split without, where that would be more than two. */
-static int attention_clusters(const pass *p, const attention_args &a, int n_groups) {
+/* How attention_decode is launched for rows of n_groups groups of heads: ranks 0: not at all. */
+struct decode_shape { int ranks, clusters, n_groups; };
+
+/* Two blocks fit on a multiprocessor, but one each leaves room for the kernels before and after. */
+static decode_shape shape_decode(const pass *p, const attention_args &a) {
     const cuda_model *m = p->c->m;
-    const int blocks = RANKS * n_groups * p->n;
-    if (m->capability < 90 || a.head_dim != RANK_DIM || !QWEN3_CUDA_CLUSTERS || blocks > 2 * m->n_sm) return 0;
-    if (sizeof(rank_shared<2>) > m->block_shared) return 0;
-    return least(most(m->n_sm / blocks, 1), 4);
+    const bool halves = p->c->desc.kv_type != QWEN3_KV_F32, clusters = m->capability >= 90 && QWEN3_CUDA_CLUSTERS;
+    decode_shape s = {0, 1, a.n_head_kv * ceil_div(a.n_head / a.n_head_kv, DECODE_HEADS)};
+    if (!halves || a.head_dim != DECODE_DIM || m->capability < 80 || sizeof(decode_shared) > m->block_shared) return s;
+    s.ranks = 1;
+    while (clusters && s.ranks < DECODE_RANKS && 2 * s.ranks * s.n_groups * p->n <= 2 * m->n_sm) s.ranks *= 2;
+    s.clusters = least(most(m->n_sm / (s.ranks * s.n_groups * p->n), 1), DECODE_CLUSTERS);
+    return s;
 }
-template <class T, int G> static cudaError_t launch_ranks(const pass *p, const attention_args &a, int clusters, int n_groups) {
-    const dim3 grid((unsigned)(clusters * RANKS), (unsigned)n_groups, (unsigned)p->n);
-    const size_t shared = sizeof(rank_shared<G>);
+template <class T, int TERMS>
+static cudaError_t launch_decode(const pass *p, attention_args a, const decode_shape &s) {
+    const dim3 grid((unsigned)(s.clusters * s.ranks), (unsigned)s.n_groups, (unsigned)p->n);
+    const size_t shared = sizeof(decode_shared);
     const cudaError_t e =
-        cudaFuncSetAttribute(attention_rank_kernel<T, G>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    return e != cudaSuccess ? e : launch_clusters(p->early, RANKS, p->s, grid, 32 * RANK_WARPS, shared,
-                                                  attention_rank_kernel<T, G>, a);
+        cudaFuncSetAttribute(attention_decode_kernel<T, TERMS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    a.ranks = s.ranks;
+    return e != cudaSuccess ? e : launch_clusters(p->early, s.ranks, p->s, grid, 32 * DECODE_WARPS, shared,
+                                                  attention_decode_kernel<T, TERMS>, a);
 }
 template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
-    const int group = a.n_head / a.n_head_kv, n_groups = a.n_head_kv * ceil_div(group, 2);
-    const int clusters = attention_clusters(p, a, n_groups);
-    if (clusters > 0) return group == 1 ? launch_ranks<T, 1>(p, a, clusters, n_groups)
-                                        : launch_ranks<T, 2>(p, a, clusters, n_groups);
+    const int group = a.n_head / a.n_head_kv;
     return group == 1 ? launch_split<T, 1>(p, a) : group == 2 ? launch_split<T, 2>(p, a) :
            group <= 4 ? launch_split<T, 4>(p, a) : launch_split<T, 8>(p, a);
 }
@@ -1800,8 +1804,10 @@ static qwen3_result attention(const pass *p, int layer) {
         e = launch(p->s, grid2(p->n_tiles, a.n_head_kv), 128, k.shared, k.kernel, a,
                    (const attention_tile *)c->tile_list);
     } else {
+        const decode_shape s = shape_decode(p, a);
 #define CALL(T) attention_split<T>(p, a)
-        e = BY_KV_TYPE(c, CALL);
+        e = s.ranks == 0 ? BY_KV_TYPE(c, CALL) :
+            c->desc.kv_type == QWEN3_KV_BF16 ? launch_decode<bf16_t, 3>(p, a, s) : launch_decode<half_t, 2>(p, a, s);
 #undef CALL
     }
     return launched(p, e, "attention");

@@ -108,6 +108,12 @@ static __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4]
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
+/* An 8x8 matrix of 16-bit elements, of which each lane has two of a row, transposed. */
+static __device__ __forceinline__ unsigned transpose_matrix(unsigned v) {
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
+    return v;
+}
+
 /* d[16, 8] += a[16, 16] b[16, 8] with float32 sums; sm_75 takes two steps of 8. */
 static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
                                                 half_t) {
@@ -135,27 +141,46 @@ static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&
 #endif
 }
 
-/* Clusters (sm_90 on): blocks that run side by side and reach each other's shared memory. What was written before
-   arriving is seen by all after the wait. All threads of all blocks do both. */
+/* Clusters (sm_90 on): blocks that run side by side and reach each other's shared memory. All threads of all blocks
+   arrive and wait, which orders nothing but the barriers that have been initialised before. */
+typedef unsigned long long mbarrier;    /* in shared memory */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 static __device__ __forceinline__ void cluster_arrive() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
-#endif
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
-static __device__ __forceinline__ void cluster_wait() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
+static __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void barrier_init(mbarrier *b, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(arrivals) : "memory");
 }
-/* To this place in block `rank` of the cluster, which must have begun. */
-static __device__ __forceinline__ void store_to_block(float *p, unsigned rank, float v) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.f32 [there], %2;\n}"
-                 :: "r"(shared_address(p)), "r"(rank), "f"(v) : "memory");
+static __device__ __forceinline__ void barriers_ready() {       /* for copies and other blocks of the cluster */
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+/* Arrive, and expect so many bytes to be copied or sent. */
+static __device__ __forceinline__ void barrier_expect(mbarrier *b, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(b)), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void barrier_wait(mbarrier *b, unsigned parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+                 :: "r"(shared_address(b)), "r"(parity) : "memory");
+}
+/* To this place in block `rank` of the cluster, which must have begun, counted by its barrier b. */
+static __device__ __forceinline__ void send_to_block(float *p, unsigned rank, float v, mbarrier *b) {
+    asm volatile("{\n.reg .b32 there, counts;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mapa.shared::cluster.u32 counts, %3, %1;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %2, [counts];\n}"
+                 :: "r"(shared_address(p)), "r"(rank), "r"(__float_as_uint(v)), "r"(shared_address(b)) : "memory");
+}
 #else
-    (void)p; (void)rank; (void)v;
+static __device__ __forceinline__ void cluster_arrive() {}
+static __device__ __forceinline__ void cluster_wait() {}
+static __device__ __forceinline__ void barrier_init(mbarrier *, unsigned) {}
+static __device__ __forceinline__ void barriers_ready() {}
+static __device__ __forceinline__ void barrier_expect(mbarrier *, unsigned) {}
+static __device__ __forceinline__ void barrier_wait(mbarrier *, unsigned) {}
+static __device__ __forceinline__ void send_to_block(float *, unsigned, float, mbarrier *) {}
 #endif
-}
 #endif
 
 const unsigned ALL = 0xFFFFFFFFu;
@@ -1056,7 +1081,8 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
 template <class T, int NR, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     stream_qkv_heads_kernel(matvec_in in, qkv_args a, int parts) {
     QWEN3_DYNAMIC_SHARED(memory);
-    float *values = (float *)(void *)(memory + stream_bytes(in.ldw, RING));     /* [head_dim] */
+    mbarrier *arrived = (mbarrier *)(void *)(memory + stream_bytes(in.ldw, RING));
+    float *values = (float *)(void *)(arrived + 2);     /* [head_dim] */
     const int lane = lane_id(), dim = a.head_dim, rotated = a.n_head + a.n_head_kv;
     const int head = block_x() / parts, rank = block_x() % parts, row0 = head * dim;
     const int warp = rank * MATVEC_WARPS + warp_id(), warps = parts * MATVEC_WARPS;
@@ -1065,19 +1091,23 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
     const row_turn turn = load_turn(a, 0);
     const head_pairs gain = load_head(head_gain(a, head), finishes ? dim / 2 : 0);
     T *v = (T *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated * dim;
+    if (rank == 0 && tid() == 0) {
+        barrier_init(arrived, 1);
+        barriers_ready();
+        barrier_expect(arrived, (unsigned)dim * 4);
+    }
+    __syncwarp();
     cluster_arrive();
     stream_rows<NR, false, RING>(
         in, rows, memory, [] { cluster_wait(); }, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
             if (lane >= NR || lane >= left) return;
-            if (head < rotated) store_to_block(values + (i - row0), 0, pick(acc, lane));
+            if (head < rotated) send_to_block(values + (i - row0), 0, pick(acc, lane), arrived);
             else store(v + i, pick(acc, lane));
         });
-    if (head >= rotated) return;
-    cluster_arrive();
-    cluster_wait();
     if (!finishes) return;
+    barrier_wait(arrived, 0);
     head_pairs p = load_head(values, dim / 2);
     norm_rope(p, gain, turn, dim, a.eps, 1.0f);
     store_head<T>(a, 0, head, p, turn);
@@ -1132,7 +1162,8 @@ struct attention_args {
     float        scale;                 /* 1 / sqrt(head_dim) */
     const row_info *rows;
     kv_layer     kv;
-    float       *parts;                 /* [rows, n_head, splits, head_dim + 2] */
+    int          ranks;                 /* attention_decode: blocks of a cluster */
+    float       *parts;                 /* [rows, n_head, splits, head_dim + 2], or as attention_decode has it */
     unsigned    *tickets;               /* [rows, gridDim.y], zero before and after */
 };
 
@@ -1351,50 +1382,264 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
     }
 }
 
-/* attention, few rows on Hopper: the same, but the blocks of a cluster have the positions of a row for one group, and
-   join their parts in each other's shared memory. The cache up to this step is on its way to shared memory before the
-   kernel before has ended, and is read at the stream's speed: each lane copies what it will read itself, RANK_DEPTH turns
-   ahead. Grid (clusters * RANKS, n_head_kv * ceil(group / G), rows), 8 warps. A second cluster and more work from
-   SPLIT_LEAST positions on; then the block that finishes its slice last joins those of all clusters, in order. Order of
-   the sums: a warp's turns, warps, blocks, clusters; it depends on the row's own length and on the grid's shape. */
-const int RANKS       = 8;              /* blocks of a cluster */
-const int RANK_WARPS  = 8;
-const int RANK_DEPTH  = 3;
-const int RANK_DIM    = 128;            /* head_dim: so many lanes have 8 of it each, ... */
-const int RANK_LANES  = RANK_DIM / 8, RANK_EACH = 32 / RANK_LANES;      /* ... and a warp so many positions at a time */
-const int SPLIT_LEAST = 2048;           /* positions that a cluster takes at least before another one helps */
+struct attention_tile { int row0, n_tokens, seq, pos0; };   /* consecutive tokens of one sequence */
 
-/* A warp's turn: U times RANK_EACH positions, whose k and v are 4 KiB. */
-template <class T> struct rank_turn { enum { U = 8 / (int)sizeof(T), POSITIONS = U * RANK_EACH, ROUND = RANK_WARPS * POSITIONS }; };
+/* Where element (row, 8 * chunk) of a [rows, D] tile lies in shared memory: chunks are mixed so that eight rows
+   of one column of chunks fall into different banks. */
+template <int D> static __device__ __forceinline__ int tile_at(int row, int chunk) {
+    return row * D + ((chunk ^ (row & 7)) * 8);
+}
 
-template <int G> struct rank_shared {
-    enum { SLICE = G * RANK_DIM / RANKS };              /* outputs that a block finishes */
-    float part[RANK_WARPS][G][RANK_DIM], top[RANK_WARPS][G], sum[RANK_WARPS][G];
-    float in[RANKS][SLICE], in_top[RANKS][G], in_sum[RANKS][G];     /* from every block */
-    uint4 last;                         /* the first word: this block finishes */
-    uint4 ring[RANK_WARPS][RANK_DEPTH][256];
+/* attention, decode: the same for rows of which each is the newest of its sequence or nearly so, by tensor cores. A block
+   has up to 8 heads of one group as columns of a product, and a part of the positions, of which each of its 8 warps takes 16
+   in turn. What was in the cache before this step is on its way to shared memory before the kernel before has ended:
+   each warp has three pieces under way, k and v of 16 positions in turn. q and the weights p go in as TERMS 16-bit terms
+   each (2 of F16, 3 of BF16), so what is lost is float32's rounding, not theirs; each turn's sums start from zero and are
+   added in float32. The blocks of a cluster (`ranks`, sm_90 on) join their parts in each other's shared memory: each
+   finishes a slice of the outputs. A further cluster helps with every DECODE_LEAST positions; then the block that finishes
+   a slice last joins those of all clusters, in order. Grid (clusters * ranks, n_head_kv * ceil(group / 8), rows).
+   Order of the sums: a warp's turns, warps, blocks, clusters; it depends on the row's own length and the grid's shape.
+   Equals qwen3i_attention. Needs head_dim 128 and a 16-bit cache. */
+const int DECODE_RANKS  = 8;            /* at most */
+const int DECODE_WARPS  = 8;
+const int DECODE_HEADS  = 8;
+const int DECODE_DIM    = 128;
+const int DECODE_POS    = 16;
+const int DECODE_ROUND  = DECODE_WARPS * DECODE_POS;
+const int DECODE_PIECES = 3;
+const int DECODE_PITCH  = DECODE_DIM + 4;       /* of rows in shared memory: different banks for different heads */
+const int DECODE_LEAST  = 2048;
+const int DECODE_CLUSTERS = 16;         /* at most */
+
+struct decode_shared {
+    half_t   ring[DECODE_WARPS][DECODE_PIECES][DECODE_POS * DECODE_DIM];   /* then each warp's part: float [HEADS][PITCH] */
+    float    top[DECODE_WARPS][DECODE_HEADS], sum[DECODE_WARPS][DECODE_HEADS];
+    float    in[DECODE_HEADS * DECODE_DIM];             /* [ranks][slice]: from every block, what this one finishes, ... */
+    float    in_top[DECODE_RANKS][DECODE_HEADS], in_sum[DECODE_RANKS][DECODE_HEADS];    /* ... and of every head */
+    mbarrier arrived;
+    unsigned last;
+};
+
+/* What this block has of a row: heads head0 .. head0 + n_g, positions begin .. end of n; of these, those from `fresh` on
+   may be of this very batch. It finishes `slice` outputs. */
+struct decode_share {
+    int row, seq, kv_head, head0, n_g, rank, ranks, cluster, clusters, active, begin, end, fresh, slice;
+};
+
+static __device__ __forceinline__ decode_share share_of_block(const attention_args &a) {
+    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, DECODE_HEADS), g0 = block_y() % chunks * DECODE_HEADS;
+    const row_info info = a.rows[blockIdx.z];
+    const int n = info.position + 1;
+    decode_share w;
+    w.row = (int)blockIdx.z;
+    w.seq = info.seq;
+    w.kv_head = block_y() / chunks;
+    w.head0 = w.kv_head * group + g0;
+    w.n_g = least(group - g0, DECODE_HEADS);
+    w.ranks = a.ranks;
+    w.rank = block_x() % a.ranks;
+    w.cluster = block_x() / a.ranks;
+    w.clusters = (int)gridDim.x / a.ranks;
+    w.active = least(ceil_div(n, a.ranks * (DECODE_LEAST / DECODE_RANKS)), w.clusters);
+    const int length = round_up(ceil_div(n, w.active * a.ranks), DECODE_POS);
+    w.begin = block_x() * length;
+    w.end = least(w.begin + length, n);
+    w.fresh = n - 1 - w.row;            /* no more rows than this come before it */
+    w.slice = w.n_g * DECODE_DIM / a.ranks;
+    return w;
+}
+
+/* This warp's pieces: k, then v, of 16 positions from `first`, first + ROUND, ... on, up to `end`. A lane copies 16 bytes
+   of every other position. */
+template <class T> struct decode_stream {
+    const T *k, *v;                     /* this lane's, of position 0 */
+    T       *ring;
+    size_t   stride;
+    int      first, end, fresh, piece, put, take;
+
+    __device__ __forceinline__ decode_stream(const attention_args &a, const decode_share &w, half_t *memory, int begin) {
+        const int half = lane_id() / 16, chunk = lane_id() % 16;
+        const size_t from = kv_at(a.kv, w.seq, half) + (size_t)w.kv_head * DECODE_DIM + (size_t)(chunk * 8);
+        k = (const T *)a.kv.k + from; v = (const T *)a.kv.v + from;
+        ring = (T *)(void *)memory;
+        stride = (size_t)a.kv.kv_dim;
+        first = begin; end = w.end; fresh = least(w.fresh, w.end); piece = put = take = 0;
+    }
+    /* Of piece i, the positions from `from` to `to`, to its place in the ring; zeros past the end. */
+    __device__ __forceinline__ void copy(int i, int place, int from, int to) const {
+        const int p0 = first + i / 2 * DECODE_ROUND, half = lane_id() / 16;
+        const T *source = (i % 2 ? v : k) + (size_t)p0 * stride;
+        T *target = ring + place * (DECODE_POS * DECODE_DIM) + tile_at<DECODE_DIM>(half, lane_id() % 16);
+        if (p0 >= to || p0 + DECODE_POS <= from) return;
+        if (p0 >= from && p0 + DECODE_POS <= to) {
+#pragma unroll
+            for (int j = 0; j < DECODE_POS / 2; j++) copy_async(place_of(target, j), source + (size_t)(2 * j) * stride, true);
+            return;
+        }
+#pragma unroll 1
+        for (int j = 0; j < DECODE_POS / 2; j++) {
+            const int p = p0 + 2 * j + half;
+            if (p < from || (p >= to && p < end)) continue;
+            copy_async(place_of(target, j), p < end ? source + (size_t)(2 * j) * stride : k, p < end);
+        }
+    }
+    /* This lane's 16 bytes 2 j positions further: see tile_at. */
+    static __device__ __forceinline__ T *place_of(T *target, int j) {
+        const int chunk = lane_id() % 16 ^ lane_id() / 16;
+        return target + 2 * j * DECODE_DIM + ((chunk ^ (2 * j & 7)) - chunk) * 8;
+    }
+    __device__ __forceinline__ void fetch(int to) {
+        copy(piece++, put, 0, to);
+        copy_commit();
+        put = put + 1 < DECODE_PIECES ? put + 1 : 0;
+    }
+    /* Before the kernel before has ended: all but what it may write; ... */
+    __device__ __forceinline__ void begin() {
+#pragma unroll 1
+        for (int i = 0; i < DECODE_PIECES; i++) fetch(fresh);
+    }
+    /* ... and that, once it has. */
+    __device__ __forceinline__ void complete() {
+        if (fresh >= end || first + (DECODE_PIECES - 1) / 2 * DECODE_ROUND + DECODE_POS <= fresh) return;
+#pragma unroll 1
+        for (int i = 0; i < DECODE_PIECES; i++) copy(i, i, fresh, end);
+        copy_commit();
+        copy_wait<0>();
+    }
+    __device__ __forceinline__ const T *next() {
+        copy_wait<DECODE_PIECES - 1>();
+        __syncwarp();
+        return ring + take * (DECODE_POS * DECODE_DIM);
+    }
+    __device__ __forceinline__ void done() {            /* with what next() gave */
+        __syncwarp();
+        fetch(end);
+        take = take + 1 < DECODE_PIECES ? take + 1 : 0;
+    }
+};
+
+/* Up to 8 heads: q as right operands (of head quad = lane / 4); and of heads pair = lane % 4 * 2 and pair + 1 the largest
+   score, the sum of the weights, and the outputs so far: o[i]: dim 16 i + quad of both, then dim 16 i + quad + 8. */
+template <class T, int TERMS> struct decode_state {
+    unsigned q[TERMS][DECODE_DIM / 16][2];
+    float    scale[2], top[2], sum[2], o[DECODE_DIM / 16][4];
+
+    __device__ __forceinline__ decode_state(const attention_args &a, const decode_share &w) {
+        const int quad = lane_id() / 4, pair = lane_id() % 4 * 2;
+        const float *from = a.q + (size_t)w.row * a.ldq + (size_t)(w.head0 + quad) * DECODE_DIM + pair;
+        float2 v[DECODE_DIM / 8];
+        float most = 0;
+#pragma unroll
+        for (int i = 0; i < DECODE_DIM / 8; i++) {
+            v[i] = quad < w.n_g ? *(const float2 *)(const void *)(from + 8 * i) : make_float2(0, 0);
+            most = fmaxf(most, fmaxf(fabsf(v[i].x), fabsf(v[i].y)));
+        }
+        most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
+        const float up = half_scale(most), to_powers = a.scale * LOG2E * (1.0f / up);
+#pragma unroll
+        for (int i = 0; i < DECODE_DIM / 8; i++) { v[i].x *= up; v[i].y *= up; }
+#pragma unroll
+        for (int t = 0; t < TERMS; t++)
+#pragma unroll
+            for (int i = 0; i < DECODE_DIM / 8; i++) q[t][i / 2][i % 2] = pack(v[i].x, v[i].y, T());
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            scale[h] = __shfl_sync(ALL, to_powers, (pair + h) * 4);
+            top[h] = LOWEST;
+            sum[h] = 0;
+        }
+#pragma unroll
+        for (int i = 0; i < DECODE_DIM / 16; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) o[i][e] = 0;
+    }
+    /* k q: positions quad and quad + 8 of both heads */
+    __device__ __forceinline__ void scores(float (&s)[4], const T *k) const {
+        const int lane = lane_id();
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[e] = 0;
+#pragma unroll
+        for (int d = 0; d < DECODE_DIM / 16; d++) {
+            unsigned f[4];
+            load_matrices(f, k + tile_at<DECODE_DIM>(lane % 16, 2 * d + lane / 16));
+#pragma unroll
+            for (int t = TERMS - 1; t >= 0; t--) multiply(s, f, q[t][d][0], q[t][d][1], T());
+        }
+    }
+    /* Scores to weights, of the first `left` positions; keep: what the sums so far are to be multiplied by. */
+    __device__ __forceinline__ void weigh(float (&s)[4], float (&keep)[2], int left) {
+        const int quad = lane_id() / 4;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float &x = s[h], &y = s[2 + h];
+            x = quad < left ? x * scale[h] : LOWEST;
+            y = quad + 8 < left ? y * scale[h] : LOWEST;
+            float high = fmaxf(top[h], fmaxf(x, y));
+#pragma unroll
+            for (int i = 4; i < 32; i *= 2) high = fmaxf(high, __shfl_xor_sync(ALL, high, i));
+            keep[h] = exp2f(top[h] - high);
+            top[h] = high;
+            x = exp2f(x - high + 14.0f);                /* times 2^14: F16 then has the small ones, too */
+            y = exp2f(y - high + 14.0f);
+            sum[h] = sum[h] * keep[h] + (x + y);
+        }
+    }
+    __device__ __forceinline__ void add_values(float (&s)[4], const float (&keep)[2], const T *v) {
+        const int lane = lane_id();
+        unsigned p[TERMS][2];           /* the weights as right operands: 8 positions by 8 heads, transposed */
+#pragma unroll
+        for (int t = 0; t < TERMS; t++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) p[t][j] = transpose_matrix(pack(s[2 * j], s[2 * j + 1], T()));
+#pragma unroll
+        for (int d = 0; d < DECODE_DIM / 16; d++) {
+            float sums[4] = {0, 0, 0, 0};
+            unsigned f[4];
+            load_matrices_transposed(f, v + tile_at<DECODE_DIM>(lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
+#pragma unroll
+            for (int t = TERMS - 1; t >= 0; t--) multiply(sums, f, p[t][0], p[t][1], T());
+#pragma unroll
+            for (int e = 0; e < 4; e++) o[d][e] = o[d][e] * keep[e % 2] + sums[e];
+        }
+    }
+    /* To shared memory: part [HEADS][PITCH], top, sum [HEADS]. */
+    __device__ __forceinline__ void store(float *part, float *tops, float *sums) {
+        const int quad = lane_id() / 4, pair = lane_id() % 4 * 2;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+#pragma unroll
+            for (int i = 4; i < 32; i *= 2) sum[h] += __shfl_xor_sync(ALL, sum[h], i);
+            if (quad == 0) { tops[pair + h] = top[h]; sums[pair + h] = sum[h]; }
+#pragma unroll
+            for (int i = 0; i < DECODE_DIM / 16; i++) {
+                part[(pair + h) * DECODE_PITCH + 16 * i + quad] = o[i][h];
+                part[(pair + h) * DECODE_PITCH + 16 * i + quad + 8] = o[i][2 + h];
+            }
+        }
+    }
 };
 
 /* This block's part of every head, from its warps', to the blocks that finish them. */
-template <int G> static __device__ __forceinline__ void send_parts(rank_shared<G> &m, int rank) {
-    const int slice = rank_shared<G>::SLICE;
-#pragma unroll
-    for (int i = tid(); i < G * RANK_DIM; i += 32 * RANK_WARPS) {
-        const int g = i / RANK_DIM, d = i % RANK_DIM;
+static __device__ __forceinline__ void send_parts(decode_shared &m, const decode_share &w) {
+    const int warps = w.end > w.begin ? least(ceil_div(w.end - w.begin, DECODE_POS), DECODE_WARPS) : 0;
+    for (int i = tid(); i < w.n_g * DECODE_DIM; i += 32 * DECODE_WARPS) {
+        const int g = i / DECODE_DIM, d = i % DECODE_DIM;
         float top = LOWEST, sum = 0, o = 0;
-#pragma unroll
-        for (int w = 0; w < RANK_WARPS; w++) top = fmaxf(top, m.top[w][g]);
-#pragma unroll
-        for (int w = 0; w < RANK_WARPS; w++) {
-            const float keep = exp2f(m.top[w][g] - top);
-            sum += m.sum[w][g] * keep;
-            o += m.part[w][g][d] * keep;
+        for (int j = 0; j < warps; j++) top = fmaxf(top, m.top[j][g]);
+        for (int j = 0; j < warps; j++) {
+            const float keep = exp2f(m.top[j][g] - top);
+            sum += m.sum[j][g] * keep;
+            o += ((const float *)(const void *)m.ring[j])[g * DECODE_PITCH + d] * keep;
         }
-        store_to_block(&m.in[rank][i % slice], (unsigned)(i / slice), o);
-        if (d < RANKS) {
-            store_to_block(&m.in_top[rank][g], (unsigned)d, top);
-            store_to_block(&m.in_sum[rank][g], (unsigned)d, sum);
-        }
+        float *to = &m.in[w.rank * w.slice + i % w.slice];
+        if (w.ranks > 1) send_to_block(to, (unsigned)(i / w.slice), o, &m.arrived);
+        else *to = o;
+        if (d >= w.ranks) continue;
+        if (w.ranks > 1) {
+            send_to_block(&m.in_top[w.rank][g], (unsigned)d, top, &m.arrived);
+            send_to_block(&m.in_sum[w.rank][g], (unsigned)d, sum, &m.arrived);
+        } else { m.in_top[0][g] = top; m.in_sum[0][g] = sum; }
     }
 }
 
@@ -1407,167 +1652,83 @@ static __device__ __forceinline__ void join(joined &j, float top, float sum, flo
     j.o = j.o * keep + o * more;
 }
 
-/* What this block has of a row: heads head0 .. head0 + n_g, positions begin .. end of n; of these, those from `fresh` on
-   may be of this very batch. */
-struct rank_share {
-    int row, seq, kv_head, head0, n_g, rank, cluster, clusters, active, n, begin, end, fresh;
-};
-
-template <class T, int G> static __device__ __forceinline__ rank_share share_of_rank(const attention_args &a) {
-    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G), g0 = block_y() % chunks * G;
-    const row_info info = a.rows[blockIdx.z];
-    rank_share w;
-    w.row = (int)blockIdx.z;
-    w.seq = info.seq;
-    w.kv_head = block_y() / chunks;
-    w.head0 = w.kv_head * group + g0;
-    w.n_g = least(group - g0, G);
-    w.rank = block_x() % RANKS;
-    w.cluster = block_x() / RANKS;
-    w.clusters = (int)gridDim.x / RANKS;
-    w.n = info.position + 1;
-    w.active = least(ceil_div(w.n, SPLIT_LEAST), w.clusters);
-    const int length = round_up(ceil_div(w.n, w.active * RANKS), rank_turn<T>::POSITIONS);
-    w.begin = block_x() * length;
-    w.end = least(w.begin + length, w.n);
-    w.fresh = w.n - 1 - w.row;          /* no more rows than this come before it */
-    return w;
+/* The outputs that this block finishes: from all blocks of its cluster to `part` of this cluster, or done. */
+static __device__ __forceinline__ void finish_cluster(const attention_args &a, const decode_shared &m,
+                                                      const decode_share &w, float *part) {
+    for (int i = tid(); i < w.slice; i += 32 * DECODE_WARPS) {
+        const int at = w.rank * w.slice + i, g = at / DECODE_DIM;
+        joined j = {LOWEST, 0, 0};
+        for (int r = 0; r < w.ranks; r++) join(j, m.in_top[r][g], m.in_sum[r][g], m.in[r * w.slice + i]);
+        if (w.active > 1) { part[3 * i] = j.top; part[3 * i + 1] = j.sum; part[3 * i + 2] = j.o; }
+        else a.out[(size_t)w.row * a.ldo + (size_t)w.head0 * DECODE_DIM + at] = j.o / j.sum;
+    }
 }
 
-/* This warp's k and v of positions begin, begin + ROUND, ... and the rest of each turn, on their way through its ring. */
-template <class T> struct rank_stream {
-    enum { U = rank_turn<T>::U, VECTORS = (int)sizeof(T) / 2, STEP = rank_turn<T>::ROUND };
-    const T *k, *v;                     /* this lane's, of position 0 */
-    uint4   *ring;                      /* this lane's: [RANK_DEPTH][U][k, v][VECTORS], 32 apart */
-    int      stride, put, take, end, fresh, sub, put_at;
-
-    __device__ __forceinline__ rank_stream(const attention_args &a, const rank_share &w, uint4 *memory, int begin) {
-        const size_t from = kv_at(a.kv, w.seq, 0) + (size_t)w.kv_head * RANK_DIM + (size_t)(lane_id() % RANK_LANES * 8);
-        k = (const T *)a.kv.k + from; v = (const T *)a.kv.v + from;
-        ring = memory + lane_id();
-        stride = a.kv.kv_dim; put = take = 0; end = w.end; fresh = w.fresh; sub = lane_id() / RANK_LANES; put_at = begin;
-    }
-    /* the next turn, but for what this batch itself stores; nothing past the end */
-    __device__ __forceinline__ void fetch() {
-        uint4 *to = ring + put * 256;
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-            const int p = put_at + u * RANK_EACH + sub;
-            if (p >= end || p >= fresh) continue;
-#pragma unroll
-            for (int i = 0; i < VECTORS; i++) {
-                copy_async(to + ((2 * u) * VECTORS + i) * 32, (const uint4 *)(const void *)(k + (size_t)p * stride) + i, true);
-                copy_async(to + ((2 * u + 1) * VECTORS + i) * 32, (const uint4 *)(const void *)(v + (size_t)p * stride) + i,
-                           true);
-            }
-        }
-        copy_commit();
-        put = put + 1 < RANK_DEPTH ? put + 1 : 0;
-        put_at += STEP;
-    }
-    /* the turn from position p on, zero past the end, and a new one on its way in its place */
-    __device__ __forceinline__ void next(kv_vector<T> (&kr)[U], kv_vector<T> (&vr)[U], int p0) {
-        const uint4 *from = ring + take * 256;
-        copy_wait<RANK_DEPTH - 1>();
-#pragma unroll
-        for (int u = 0; u < U; u++) {
-            const int p = p0 + u * RANK_EACH + sub;
-            if (p >= fresh || p >= end) {
-                kr[u] = kv_load<T>(k + (size_t)p * stride, p < end);
-                vr[u] = kv_load<T>(v + (size_t)p * stride, p < end);
-                continue;
-            }
-#pragma unroll
-            for (int i = 0; i < VECTORS; i++) {
-                kr[u].raw[i] = from[((2 * u) * VECTORS + i) * 32];
-                vr[u].raw[i] = from[((2 * u + 1) * VECTORS + i) * 32];
-            }
-        }
-        fetch();
-        take = take + 1 < RANK_DEPTH ? take + 1 : 0;
-    }
-};
-
-/* The outputs that this block finishes, from all blocks of its cluster and then from all clusters. */
-template <int G> static __device__ __forceinline__ void finish_slice(const attention_args &a, rank_shared<G> &m,
-                                                                     const rank_share &w) {
-    const int slice = rank_shared<G>::SLICE, i = tid(), g = (w.rank * slice + i) / RANK_DIM, d = (w.rank * slice + i) % RANK_DIM;
-    const size_t place = ((size_t)w.row * gridDim.y + blockIdx.y) * RANKS + (size_t)w.rank;
-    float *to = a.out + (size_t)w.row * a.ldo + (size_t)(w.head0 + g) * RANK_DIM + d;
-    float *parts = a.parts + place * (size_t)(w.clusters * slice * 3);
-    const bool mine = i < slice;
-    joined j = {LOWEST, 0, 0};
-    if (mine)
-#pragma unroll
-        for (int r = 0; r < RANKS; r++) join(j, m.in_top[r][g], m.in_sum[r][g], m.in[r][i]);
-    if (w.active > 1) {
-        if (mine) {
-            float *part = parts + (w.cluster * slice + i) * 3;
-            part[0] = j.top; part[1] = j.sum; part[2] = j.o;
-        }
-        __threadfence();
-        __syncthreads();
-        if (i == 0) {
-            m.last.x = atomicAdd(&a.tickets[place], 1u) == (unsigned)w.active - 1;
-            if (m.last.x) a.tickets[place] = 0;
-        }
-        __syncthreads();
-        if (!m.last.x || !mine) return;
-        __threadfence();
-        j.top = LOWEST; j.sum = j.o = 0;
-        for (int c = 0; c < w.active; c++) {
-            const float *part = parts + (c * slice + i) * 3;
-            join(j, __ldcg(part), __ldcg(part + 1), __ldcg(part + 2));
-        }
-    }
-    if (mine && g < w.n_g) *to = j.o / j.sum;
-}
-
-template <class T, int G> static __global__ void __launch_bounds__(32 * RANK_WARPS, 2)
-    attention_rank_kernel(attention_args a) {
-    QWEN3_DYNAMIC_SHARED(memory);
-    rank_shared<G> &m = *(rank_shared<G> *)(void *)memory;
-    /* the rows were written several kernels before, the cache but for this batch's positions by earlier steps */
-    const rank_share w = share_of_rank<T, G>(a);
-    if (w.cluster >= w.active) return;
-    const int U = rank_turn<T>::U, at = lane_id() % RANK_LANES * 8, sub = lane_id() / RANK_LANES;
-    const int first = w.begin + warp_id() * rank_turn<T>::POSITIONS;
-    rank_stream<T> stream(a, w, m.ring[warp_id()][0], first);
-    split_state<T, G> s;
-
-    cluster_arrive();
-#pragma unroll
-    for (int i = 0; i < RANK_DEPTH; i++) stream.fetch();
-    let_next_start();
-    wait_for_previous();
-#pragma unroll
-    for (int g = 0; g < G; g++) split_begin<T, G>(s, g, a, w.row, w.head0 + g, at, g < w.n_g);
-    for (int p = first; p < w.end; p += rank_turn<T>::ROUND) {
-        kv_vector<T> kr[U], vr[U];
-        stream.next(kr, vr, p);
-        split_scores<T, G, U>(s, kr, vr, w.end - p - sub, RANK_EACH, RANK_LANES);
-    }
-    copy_wait<0>();
-#pragma unroll
-    for (int g = 0; g < G; g++) {
-        split_fold<T, G>(s, g, RANK_LANES);
-        if (sub == 0) store_vector(&m.part[warp_id()][g][at], s.o[g]);
-        if (lane_id() == 0) { m.top[warp_id()][g] = s.top[g]; m.sum[warp_id()][g] = s.sum[g]; }
+/* The same from all clusters, by the block that is the last to come. */
+static __device__ __forceinline__ void finish_all(const attention_args &a, decode_shared &m, const decode_share &w,
+                                                  unsigned *ticket, const float *parts) {
+    __threadfence();
+    __syncthreads();
+    if (tid() == 0) {
+        m.last = atomicAdd(ticket, 1u) == (unsigned)w.active - 1;
+        if (m.last) *ticket = 0;
     }
     __syncthreads();
-    cluster_wait();                     /* all blocks have begun */
-    send_parts<G>(m, w.rank);
-    cluster_arrive();
-    cluster_wait();
-    finish_slice<G>(a, m, w);
+    if (!m.last) return;
+    __threadfence();
+    for (int i = tid(); i < w.slice; i += 32 * DECODE_WARPS) {
+        joined j = {LOWEST, 0, 0};
+        for (int c = 0; c < w.active; c++) {
+            const float *part = parts + 3 * (c * w.slice + i);
+            join(j, __ldcg(part), __ldcg(part + 1), __ldcg(part + 2));
+        }
+        a.out[(size_t)w.row * a.ldo + (size_t)w.head0 * DECODE_DIM + w.rank * w.slice + i] = j.o / j.sum;
+    }
 }
 
-struct attention_tile { int row0, n_tokens, seq, pos0; };   /* consecutive tokens of one sequence */
-
-/* Where element (row, 8 * chunk) of a [rows, D] tile lies in shared memory: chunks are mixed so that eight rows
-   of one column of chunks fall into different banks. */
-template <int D> static __device__ __forceinline__ int tile_at(int row, int chunk) {
-    return row * D + ((chunk ^ (row & 7)) * 8);
+template <class T, int TERMS> static __global__ void __launch_bounds__(32 * DECODE_WARPS, TERMS == 2 ? 2 : 1)
+    attention_decode_kernel(attention_args a) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    decode_shared &m = *(decode_shared *)(void *)memory;
+    /* the rows were written several kernels before, the cache but for this batch's positions by earlier steps */
+    const decode_share w = share_of_block(a);
+    if (w.cluster >= w.active) return;
+    const int warp = warp_id(), first = w.begin + warp * DECODE_POS;
+    decode_stream<T> stream(a, w, m.ring[warp][0], first);
+    if (w.ranks > 1) {
+        if (tid() == 0) {
+            barrier_init(&m.arrived, 1);
+            barriers_ready();
+            barrier_expect(&m.arrived, (unsigned)(w.ranks * (w.slice + 2 * w.n_g) * 4));
+        }
+        __syncwarp();
+        cluster_arrive();
+    }
+    stream.begin();
+    let_next_start();
+    wait_for_previous();
+    stream.complete();
+    decode_state<T, TERMS> state(a, w);
+    for (int p = first; p < w.end; p += DECODE_ROUND) {
+        float s[4], keep[2];
+        state.scores(s, stream.next());
+        stream.done();
+        state.weigh(s, keep, w.end - p);
+        state.add_values(s, keep, stream.next());
+        stream.done();
+    }
+    copy_wait<0>();
+    __syncwarp();
+    if (first < w.end) state.store((float *)(void *)m.ring[warp], m.top[warp], m.sum[warp]);
+    __syncthreads();
+    if (w.ranks > 1) cluster_wait();    /* all blocks have begun */
+    send_parts(m, w);
+    if (w.ranks > 1) barrier_wait(&m.arrived, 0);
+    else __syncthreads();
+    const size_t place = ((size_t)w.row * gridDim.y + blockIdx.y) * (size_t)w.ranks + (size_t)w.rank;
+    float *parts = a.parts + place * (size_t)(3 * w.clusters * w.slice);
+    finish_cluster(a, m, w, parts + 3 * w.cluster * w.slice);
+    if (w.active > 1) finish_all(a, m, w, &a.tickets[place], parts);
 }
 
 /* 32 positions of k and v to shared memory; zeros past n. */
@@ -2434,16 +2595,6 @@ static __global__ void has_wgmma_kernel(int *yes) {
 
 /* Instructions without a C++ name; the emulator brings its own. */
 #if defined(QWEN3_WGMMA) && !defined(QWEN3_CUDA_EMULATED)
-typedef unsigned long long mbarrier;    /* in shared memory */
-
-static __device__ __forceinline__ void barrier_init(mbarrier *b, unsigned arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(arrivals) : "memory");
-}
-/* Arrive, and expect so many bytes to be copied. */
-static __device__ __forceinline__ void barrier_expect(mbarrier *b, unsigned bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :: "r"(shared_address(b)), "r"(bytes) : "memory");
-}
 static __device__ __forceinline__ void barrier_arrive(mbarrier *b) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
 }
@@ -2453,18 +2604,12 @@ static __device__ __forceinline__ void barrier_arrive_at(mbarrier *b, unsigned r
                  "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
                  :: "r"(shared_address(b)), "r"(rank) : "memory");
 }
-static __device__ __forceinline__ void barrier_wait(mbarrier *b, unsigned parity) {
-    asm volatile("{\n.reg .pred done;\nagain:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
-                 :: "r"(shared_address(b)), "r"(parity) : "memory");
-}
 static __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 /* The same, and what each block has written before is seen by all after it. */
 static __device__ __forceinline__ void cluster_meet() {
-    cluster_arrive();
-    cluster_wait();
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 static __device__ __forceinline__ float2 load_from_block(const float *p, unsigned rank) {
     float2 v;
@@ -2473,10 +2618,6 @@ static __device__ __forceinline__ float2 load_from_block(const float *p, unsigne
                  : "=f"(v.x), "=f"(v.y) : "r"(shared_address(p)), "r"(rank) : "memory");
     return v;
 }
-static __device__ __forceinline__ void barriers_ready() {       /* for copies and other blocks of the cluster */
-    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
-}
-
 /* A tile by TMA; its bytes are counted by the barrier. */
 static __device__ __forceinline__ void load_tile(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"

@@ -106,34 +106,13 @@ static inline void barrier_arrive(mbarrier *b) { b->left--; emulated::check(b); 
 static inline void barrier_arrive_at(mbarrier *b, unsigned rank) { barrier_arrive(emulated::in_block(b, rank)); }
 static inline void barrier_wait(mbarrier *b, unsigned parity) { while (b->phase == parity) emulated::yield(); }
 static inline void barriers_ready() {}
-static inline void fetch_bulk(void *dst, const void *src, unsigned bytes, mbarrier *b) {
-    if ((uintptr_t)dst % 16 != 0 || (uintptr_t)src % 16 != 0 || bytes % 16 != 0) emulated::die("a copy is not aligned");
-    memcpy(dst, src, bytes);
-    b->bytes -= (int)bytes;
-    emulated::check(b);
+/* Sent values are there at once; the barrier counts their bytes. */
+static inline void send_to_block(float *p, unsigned rank, float v, mbarrier *b) {
+    mbarrier *there = emulated::in_block(b, rank);
+    *emulated::in_block(p, rank) = v;
+    there->bytes -= 4;
+    emulated::check(there);
 }
-
-struct tagged { float value; unsigned tag; };
-struct tagged_pair { float first; unsigned first_tag; float second; unsigned second_tag; };
-static inline void store_tagged(tagged *p, float value, unsigned tag) {
-    p->value = value;
-    p->tag = tag;
-    emulated::now().progress++;
-}
-static inline tagged_pair load_tagged(const tagged *p) {
-    tagged_pair v;
-    if ((uintptr_t)p % 16 != 0) emulated::die("a 16-byte load is not aligned");
-    emulated::yield();
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-static inline float load_value(const tagged *p) { return p->value; }
-static inline void store_part(uint4 *p, float a, float b, float c, unsigned tag) {
-    const uint4 v = {__float_as_uint(a), __float_as_uint(b), __float_as_uint(c), tag};
-    *p = v;
-    emulated::now().progress++;
-}
-static inline uint4 load_part(const uint4 *p) { emulated::yield(); return *p; }
 static inline void cluster_sync() { emulated::meet(emulated::now().cluster, emulated::now().live); }
 static inline void cluster_meet() { cluster_sync(); }
 static inline float2 load_from_block(const float *p, unsigned rank) {

@@ -363,7 +363,6 @@ static inline uint4 load_stream(const void *p) {
 static inline void prefetch(const void *) {}
 static inline void cluster_arrive() { emulated::cluster_arrive(); }
 static inline void cluster_wait() { emulated::cluster_wait(); }
-static inline void store_to_block(float *p, unsigned rank, float v) { *emulated::in_block(p, rank) = v; }
 static inline void copy_async(void *dst, const void *src, bool valid) {
     if ((uintptr_t)dst % 16 != 0 || (uintptr_t)src % 16 != 0) emulated::die("a 16-byte copy is not aligned");
     if (valid) memcpy(dst, src, 16);
@@ -389,6 +388,19 @@ static inline void load_matrices_of(unsigned (&r)[4], const void *row, bool tran
 }
 static inline void load_matrices(unsigned (&r)[4], const void *row) { load_matrices_of(r, row, false); }
 static inline void load_matrices_transposed(unsigned (&r)[4], const void *row) { load_matrices_of(r, row, true); }
+
+/* Lane l has row l / 4, columns l % 4 * 2 and the next. */
+static inline unsigned transpose_matrix(unsigned v) {
+    const int lane = emulated::now().current % 32;
+    const uint64_t word = v;
+    const uint64_t (*all)[8] = emulated::exchange(&word, 1);
+    unsigned out = 0;
+    for (int i = 0; i < 2; i++) {
+        const int row = lane % 4 * 2 + i, col = lane / 4;
+        out |= ((unsigned)all[row * 4 + col / 2][0] >> (16 * (col % 2)) & 0xFFFFu) << (16 * i);
+    }
+    return out;
+}
 
 static inline float emulated_element(unsigned pair, int i, __half) {
     return __half2float(__ushort_as_half((unsigned short)(pair >> (16 * i))));
