@@ -1408,7 +1408,7 @@ const int DECODE_POS    = 16;
 const int DECODE_ROUND  = DECODE_WARPS * DECODE_POS;
 const int DECODE_PIECES = 3;
 const int DECODE_PITCH  = DECODE_DIM + 4;       /* of rows in shared memory: different banks for different heads */
-const int DECODE_LEAST  = 2048;
+const int DECODE_LEAST  = 4096;
 const int DECODE_CLUSTERS = 16;         /* at most */
 
 struct decode_shared {
