@@ -1800,7 +1800,8 @@ template <class T, int G> static cudaError_t launch_split(const pass *p, const a
 }
 template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
     const int group = a.n_head / a.n_head_kv;
-    return group == 1 ? launch_split<T, 1>(p, a) : group == 2 ? launch_split<T, 2>(p, a) :
+    const bool pairs = QWEN3_CUDA_SPLIT_HEADS == 2 && group <= 4 && p->n > MATVEC_ROWS;
+    return group == 1 ? launch_split<T, 1>(p, a) : group == 2 || pairs ? launch_split<T, 2>(p, a) :
            group <= 4 ? launch_split<T, 4>(p, a) : launch_split<T, 8>(p, a);
 }
 

@@ -1155,6 +1155,9 @@ template <class T> static __device__ __forceinline__ void prefetch_cache(const k
 #ifndef QWEN3_CUDA_SPLIT_TURNS
 #define QWEN3_CUDA_SPLIT_TURNS 4
 #endif
+#ifndef QWEN3_CUDA_SPLIT_HEADS
+#define QWEN3_CUDA_SPLIT_HEADS 4        /* of a group of up to four that share a block in a batch: 4, or 2 */
+#endif
 #if QWEN3_CUDA_SPLIT_TURNS == 2
 #define QWEN3_SPLIT_BOUNDS(G) __launch_bounds__(32 * SPLIT_WARPS, G == 4 ? 4 : 1)
 #else
@@ -2870,8 +2873,11 @@ static __device__ __forceinline__ void few_finish(const wide_args &g, float2 lo,
 template <int N, int AT_ONCE>
 static __device__ __forceinline__ void few_join(float2 (&lo)[N], float2 (&hi)[N], const float *sums, int parts) {
 #pragma unroll
-    for (int n = 0; n < N; n++) lo[n] = hi[n] = make_float2(0, 0);
-    for (int first = 0; first < parts; first += AT_ONCE) {
+    for (int n = 0; n < N; n++) {
+        lo[n] = parts > 1 ? make_float2(0, 0) : *(const float2 *)(const void *)(sums + 8 * n * FEW_LD);
+        hi[n] = parts > 1 ? make_float2(0, 0) : *(const float2 *)(const void *)(sums + 8 * n * FEW_LD + 64);
+    }
+    for (int first = 0; parts > 1 && first < parts; first += AT_ONCE) {
         float2 a[N][AT_ONCE], b[N][AT_ONCE];
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++)
@@ -2891,26 +2897,43 @@ static __device__ __forceinline__ void few_join(float2 (&lo)[N], float2 (&hi)[N]
     }
 }
 
+/* What N rows, 8 apart, need. */
+template <int KIND, int N>
+static __device__ __forceinline__ void few_ask_early(few_row (&r)[N], const wide_args &g, int row, int tile) {
+#pragma unroll
+    for (int i = 0; i < N; i++) few_ask_early<KIND>(r[i], g, row + 8 * i, tile);
+}
+template <int KIND, int M, int N>
+static __device__ __forceinline__ void few_ask(few_row (&r)[N], const wide_args &g, int row, int tile) {
+#pragma unroll
+    for (int i = 0; i < N; i++) few_ask<KIND, M>(r[i], g, row + 8 * i, tile);
+}
+template <int KIND, int M, int N>
+static __device__ __forceinline__ void few_ask_all(few_row (&r)[N], const wide_args &g, int row, int tile) {
+    few_ask_early<KIND>(r, g, row, tile);
+    few_ask<KIND, M>(r, g, row, tile);
+}
+
 /* This warp's rows of those that the block finishes, n from `row` on, N of them at a time; r: what the first ones need. */
 template <int KIND, class T, int M, int N>
 static __device__ __forceinline__ void few_finish_rows(const wide_args &g, const unsigned char *memory, few_row (&r)[N],
                                                        int row, int n, int tile, int warp) {
+    const bool ahead = KIND != WIDE_QKV;                    /* whose rows need too many registers */
     for (int done = warp; ; done += 8 * N) {
         const bool last = done - warp + 8 * N >= n;
         const float *sums = (const float *)(const void *)memory + (row + (done < n ? done : 0)) * FEW_LD + 2 * lane_id();
         float2 lo[N], hi[N];
-        if (N == 1) few_join<N, 8>(lo, hi, sums, g.parts);
-        else few_join<N, 4>(lo, hi, sums, g.parts);
-        if (last) cluster_arrive();
+        few_row next[N];
+        if (ahead && !last) few_ask_all<KIND, M>(next, g, row + done + 8 * N, tile);
+        few_join<N, 8 / N>(lo, hi, sums, g.parts);
+        if (last) cluster_arrive();     /* this warp reads no other block's sums any more */
 #pragma unroll
         for (int i = 0; i < N; i++)
             if (done + 8 * i < n) few_finish<KIND, T, M>(g, lo[i], hi[i], r[i], row + done + 8 * i, tile);
         if (last) return;
+        if (!ahead) few_ask_all<KIND, M>(next, g, row + done + 8 * N, tile);
 #pragma unroll
-        for (int i = 0; i < N; i++) {
-            few_ask_early<KIND>(r[i], g, row + done + 8 * (N + i), tile);
-            few_ask<KIND, M>(r[i], g, row + done + 8 * (N + i), tile);
-        }
+        for (int i = 0; i < N; i++) r[i] = next[i];
     }
 }
 
@@ -2918,16 +2941,14 @@ static __device__ __forceinline__ void few_finish_rows(const wide_args &g, const
 template <int KIND, class T, int M, int R, int N>
 static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned char *memory, few_ring ring, int rank,
                                                     int tile, int steps, int warp) {
-    const int each = R / g.parts, row = rank * each;
+    const int n = R / g.parts, row = rank * n;
     few_row r[N];
-#pragma unroll
-    for (int n = 0; n < N; n++) few_ask_early<KIND>(r[n], g, row + warp + 8 * n, tile);
+    few_ask_early<KIND>(r, g, row + warp, tile);
     wait_for_previous();
-#pragma unroll
-    for (int n = 0; n < N; n++) few_ask<KIND, M>(r[n], g, row + warp + 8 * n, tile);
+    few_ask<KIND, M>(r, g, row + warp, tile);
     few_sum<M, R>(memory, ring, steps, warp / 4);
     cluster_meet();
-    few_finish_rows<KIND, T, M, N>(g, memory, r, row, each, tile, warp);
+    few_finish_rows<KIND, T, M, N>(g, memory, r, row, n, tile, warp);
 }
 #endif
 
