@@ -2153,13 +2153,17 @@ static __device__ __forceinline__ void barrier_wait(mbarrier *b, unsigned parity
 static __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-/* The same, and what each block has written before is seen by all after it. */
+/* The same, and what each block has written to its shared memory before is seen by all after it. A release of everything
+   would wait for global memory, too: a MEMBAR.ALL.GPU, as long as the whole exchange. */
 static __device__ __forceinline__ void cluster_meet() {
+#if CUDART_VERSION >= 12080
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+    cluster_sync();
+    asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+#else
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
 }
-/* The same in two: this block goes on in between. */
-static __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-static __device__ __forceinline__ void cluster_wait()   { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 static __device__ __forceinline__ float2 load_from_block(const float *p, unsigned rank) {
     float2 v;
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %2, %3;\n"
@@ -2832,7 +2836,6 @@ template <class T> static __device__ __forceinline__ void few_finish_head(const 
         lo = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
         hi = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
     }
-    if (row >= g.rows) return;
     if (tile < a.n_head) {
         float *q = a.qkv + (size_t)row * a.ld + tile * WIDE_DIM + col;
         store_2(q, lo.x, lo.y);
@@ -2852,7 +2855,6 @@ static __device__ __forceinline__ void few_finish(const wide_args &g, float2 lo,
     if (M != WIDE_M) { lo.x += hi.x; lo.y += hi.y; }        /* the steps of both warpgroups */
     lo.x *= r.scale; lo.y *= r.scale; hi.x *= r.scale; hi.y *= r.scale;
     if constexpr (KIND == WIDE_QKV) few_finish_head<T>(g, lo, hi, r, row, tile);
-    else if (row >= g.rows) return;
     else if constexpr (KIND == WIDE_ADD) {
         float2 *x = (float2 *)(void *)(g.x + (size_t)row * g.ldx + tile * M + col);
         x[0] = make_float2(r.lo.x + lo.x, r.lo.y + lo.y);
@@ -2919,18 +2921,17 @@ template <int KIND, class T, int M, int N>
 static __device__ __forceinline__ void few_finish_rows(const wide_args &g, const unsigned char *memory, few_row (&r)[N],
                                                        int row, int n, int tile, int warp) {
     const bool ahead = KIND != WIDE_QKV;                    /* whose rows need too many registers */
-    for (int done = warp; ; done += 8 * N) {
-        const bool last = done - warp + 8 * N >= n;
-        const float *sums = (const float *)(const void *)memory + (row + (done < n ? done : 0)) * FEW_LD + 2 * lane_id();
+    if (n > g.rows - row) n = g.rows - row;
+    for (int done = warp; done < n; done += 8 * N) {
+        const bool more = done + 8 * N < n;
         float2 lo[N], hi[N];
         few_row next[N];
-        if (ahead && !last) few_ask_all<KIND, M>(next, g, row + done + 8 * N, tile);
-        few_join<N, 8 / N>(lo, hi, sums, g.parts);
-        if (last) cluster_arrive();     /* this warp reads no other block's sums any more */
+        if (ahead && more) few_ask_all<KIND, M>(next, g, row + done + 8 * N, tile);
+        few_join<N, 8 / N>(lo, hi, (const float *)(const void *)memory + (row + done) * FEW_LD + 2 * lane_id(), g.parts);
 #pragma unroll
         for (int i = 0; i < N; i++)
             if (done + 8 * i < n) few_finish<KIND, T, M>(g, lo[i], hi[i], r[i], row + done + 8 * i, tile);
-        if (last) return;
+        if (!more) return;
         if (!ahead) few_ask_all<KIND, M>(next, g, row + done + 8 * N, tile);
 #pragma unroll
         for (int i = 0; i < N; i++) r[i] = next[i];
@@ -2978,10 +2979,9 @@ template <int KIND, class T, int M, int R> static __global__ void __launch_bound
         if (lane_id() == 0) few_load<M, R>(&x_map, &w_map, g, memory, ring, tile, rank * steps * WIDE_K, steps);
         __syncwarp();
         cluster_meet();
-        cluster_arrive();
     } else if (R / g.parts <= 8) few_multiply<KIND, T, M, R, 1>(g, memory, ring, rank, tile, steps, warp);
     else few_multiply<KIND, T, M, R, 2>(g, memory, ring, rank, tile, steps, warp);
-    cluster_wait();                     /* nobody leaves while its sums are read */
+    cluster_sync();                     /* nobody leaves while its sums are read */
 #else
     (void)x_map; (void)w_map; (void)g;
 #endif

@@ -142,8 +142,6 @@ static inline void store_part(uint4 *p, float a, float b, float c, unsigned tag)
 static inline uint4 load_part(const uint4 *p) { emulated::yield(); return *p; }
 static inline void cluster_sync() { emulated::meet(emulated::now().cluster, emulated::now().live); }
 static inline void cluster_meet() { cluster_sync(); }
-static inline void cluster_arrive() {}
-static inline void cluster_wait() { cluster_sync(); }
 static inline void prefetch_map(const CUtensorMap *) {}
 static inline float2 load_from_block(const float *p, unsigned rank) {
     return *(const float2 *)(const void *)emulated::in_block(p, rank);
