@@ -744,6 +744,7 @@ struct cuda_ctx {
     int               max_rows, group, kv_dim, q_dim, qkv_ld, act_ld, embd_ld, ff_ld;
     bool              own_stream, tiles;        /* tiles: the tensor core kernel does this model's attention */
     bool              wide, wide_kv;            /* many rows go through the kernels for Hopper; attention, too; ... */
+    int               few_room[4];              /* clusters of 1, 2, 4, 8 blocks of few_product that run at once */
     int               narrow_rows;              /* ... and only up to so many need float32 rows of q and attention */
     const qwen3_token *eos; int n_eos;          /* the model's */
     int               n_choose;                 /* ids below this may be chosen */
@@ -970,13 +971,34 @@ template <class K> static qwen3_result allow_shared(K *kernel, size_t bytes, con
 }
 
 template <int R> static qwen3_result allow_few_shared(const qwen3i_err *err) {
-    const size_t bytes = few_product_shared<R>();
-    TRY(allow_shared(few_product_kernel<WIDE_ADD, half_t, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<WIDE_QKV, half_t, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<WIDE_QKV, bf16_t, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<WIDE_QKV, float, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<WIDE_SWIGLU, half_t, R>, bytes, err));
-    return allow_shared(few_product_kernel<WIDE_STORE, half_t, R>, bytes, err);
+    const size_t bytes = FEW_SHARED;
+    TRY(allow_shared(few_product_kernel<WIDE_ADD, half_t, WIDE_M / 2, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<WIDE_ADD, half_t, WIDE_M, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<WIDE_QKV, half_t, WIDE_M, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<WIDE_QKV, bf16_t, WIDE_M, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<WIDE_QKV, float, WIDE_M, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<WIDE_SWIGLU, half_t, WIDE_M, R>, bytes, err));
+    return allow_shared(few_product_kernel<WIDE_STORE, half_t, WIDE_M, R>, bytes, err);
+}
+
+/* A cluster lies within one of the chip's groups of multiprocessors: of 264 places for blocks, 30 clusters of 8 find one. */
+static qwen3_result find_few_room(cuda_ctx *c, const qwen3i_err *err) {
+    for (int i = 0; i < 4; i++) {
+        cudaLaunchConfig_t config = cudaLaunchConfig_t();
+        cudaLaunchAttribute cluster;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = 1u << i;
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        config.gridDim = dim3(1u << i);
+        config.blockDim = dim3((unsigned)FEW_THREADS);
+        config.dynamicSmemBytes = FEW_SHARED;
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+        CUDA_TRY(cudaOccupancyMaxActiveClusters(&c->few_room[i], few_product_kernel<WIDE_SWIGLU, half_t, WIDE_M, FEW_MOST>,
+                                                &config));
+        c->few_room[i] = most(c->few_room[i], 1);
+    }
+    return QWEN3_OK;
 }
 
 static qwen3_result prepare_wide_ctx(cuda_ctx *c, const qwen3i_err *err) {
@@ -990,6 +1012,7 @@ static qwen3_result prepare_wide_ctx(cuda_ctx *c, const qwen3i_err *err) {
     TRY(make_map(&c->few_m_map, c->wide_m, (u64)g->n_ff, rows, 0, FEW_X_TILE, err));
     TRY(allow_few_shared<32>(err));
     TRY(allow_few_shared<64>(err));
+    TRY(find_few_room(c, err));
     TRY(allow_shared(wide_product_kernel<WIDE_ADD>, wide_product_shared<WIDE_N>(), err));
     TRY(allow_shared(wide_product_kernel<WIDE_ADD, half_t, WIDE_N_MORE>, wide_product_shared<WIDE_N_MORE>(), err));
     TRY(allow_shared(wide_product_kernel<WIDE_QKV>, wide_product_shared<WIDE_N>(), err));
@@ -1187,6 +1210,11 @@ static bool goes_wide(const cuda_ctx *c, int n, int n_tiles) {
 
 /* Are q and what attention gives F16? */
 static bool halves(const pass *p) { return p->how == WIDE && p->c->wide_kv && p->n_tiles > 0; }
+
+/* Is what attention gives F16? */
+static bool gives_halves(const pass *p) {
+    return p->c->wide_kv && (p->how == WIDE || (p->how == FEW && p->n_tiles == 0));
+}
 
 static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
     pass p;
@@ -1524,24 +1552,51 @@ static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_
     return a;
 }
 
-/* Blocks of a cluster that share a tile: enough to fill the chip, which holds two of them to a multiprocessor, but
-   each needs some steps to get going. */
-static int few_parts(const pass *p, const wide_args &a) {
-    const int steps = a.k / WIDE_K, room = 2 * p->c->m->n_sm;
-    int best = 1, least_cost = 1 << 30;
-    for (int parts = 1; parts <= 8 && steps % parts == 0; parts *= 2) {
-        const int cost = ceil_div(a.n_tiles * parts, room) * (steps / parts + 6);
-        if (cost < least_cost) { least_cost = cost; best = parts; }
+/* About how many microseconds so many blocks, all at once, need for so many steps each: the busiest multiprocessor takes in
+   45 KB of W and x in one, memory gives 22.5 KB of W for each, and the rest of a kernel takes 3. */
+static float few_time(const pass *p, int blocks, int steps, int m, int r) {
+    const float w = (float)(m * WIDE_K * 2), x = (float)(r * WIDE_K * 2), n_sm = (float)p->c->m->n_sm;
+    const float in = (float)ceil_div(blocks, p->c->m->n_sm) * (w + x) / 45e3f, from = (float)blocks * w / n_sm / 22.5e3f;
+    return 3 + (float)steps * (in > from ? in : from);
+}
+
+/* Tiles of m rows of W, each shared by so many blocks, each with so many steps. */
+struct few_plan { int m, parts, steps; float time; };
+
+/* The better of a plan and of what tiles of m rows allow. */
+static few_plan few_better(const pass *p, const wide_args &a, int m, int r, few_plan best) {
+    const int tiles = a.n_tiles * (WIDE_M / m), steps = a.k / WIDE_K;
+    for (int i = 0, parts = 1; parts <= FEW_PARTS && steps % parts == 0; i++, parts *= 2) {
+        const int room = p->c->few_room[i], left = tiles % room;
+        const float time = (float)(tiles / room) * few_time(p, room * parts, steps / parts, m, r) +
+                           (left ? few_time(p, left * parts, steps / parts, m, r) : 0);
+        if (best.m == 0 || time <= best.time) best = {m, parts, steps / parts, time};
     }
     return best;
 }
 
+template <int KIND, class T, int M, int R>
+static qwen3_result launch_few_product(const pass *p, const stored_map &in, const matrix &w, wide_args a, few_plan plan) {
+    a.parts = plan.parts;
+    a.stages = few_stages<M, R>(plan.steps);
+    return launched(p, launch_clusters(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), FEW_THREADS,
+                                       few_product_shared<M, R>(a.stages), few_product_kernel<KIND, T, M, R>, get_map(in),
+                                       get_map(w.map), a), "few_product");
+}
+
 template <int KIND, class T, int R>
-static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
-    const int parts = few_parts(p, a);
-    return launched(p, launch_clusters(p->early, parts, p->s, grid1(a.n_tiles * parts), FEW_THREADS,
-                                       few_product_shared<R>(), few_product_kernel<KIND, T, R>, get_map(in),
-                                       get_map(w.map), a, parts), "few_product");
+static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+    few_plan plan = {0, 0, 0, 0};
+    if (KIND != WIDE_ADD || QWEN3_CUDA_FEW_M != WIDE_M / 2) plan = few_better(p, a, WIDE_M, R, plan);
+    if constexpr (KIND == WIDE_ADD) {
+        if (QWEN3_CUDA_FEW_M != WIDE_M) plan = few_better(p, a, WIDE_M / 2, R, plan);
+        if (plan.m == WIDE_M / 2) {
+            a.n_tiles *= 2;
+            a.step /= 2;
+            return launch_few_product<KIND, T, WIDE_M / 2, R>(p, in, w, a, plan);
+        }
+    }
+    return launch_few_product<KIND, T, WIDE_M, R>(p, in, w, a, plan);
 }
 
 template <int KIND, class T, int N>
@@ -1583,7 +1638,7 @@ static const stored_map &wide_map(const pass *p, const stored_map &wide, const s
 /* x += W a, of what attention gives */
 static qwen3_result wide_o_proj(const pass *p, const matrix &w) {
     cuda_ctx *c = p->c;
-    const bool as_it_is = halves(p);
+    const bool as_it_is = gives_halves(p);
     if (!as_it_is)
         TRY(launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(w.ld, 4, p->n), 0,
                                      round_rows_kernel<half_t>, c->wide_act, c->act_scale, (const float *)c->attn,
@@ -1732,6 +1787,7 @@ static attention_args attention_arguments(const pass *p, int layer) {
     a.kv = qkv_arguments(p, layer).kv;
     a.parts = c->parts;
     a.tickets = c->attn_tickets;
+    a.halves = gives_halves(p) ? c->wide_act : NULL;
     return a;
 }
 
@@ -1895,9 +1951,9 @@ static qwen3_result keep_wanted(pass *p) {
     pass kept = make_pass(c, p->s, p->n_outs, p->n_tiles, p->err);
     if (p->n_outs == p->n) return QWEN3_OK;
     kept.only_wanted = true;
-    TRY(launched(p, !halves(p)     ? launch_keep_wanted(p, c->attn, (const float *)c->attn)
-                    : halves(&kept) ? launch_keep_wanted(p, c->wide_act, (const half_t *)c->wide_act)
-                                    : launch_keep_wanted(p, c->attn, (const half_t *)c->wide_act), "keep_wanted"));
+    TRY(launched(p, !gives_halves(p)      ? launch_keep_wanted(p, c->attn, (const float *)c->attn)
+                    : gives_halves(&kept) ? launch_keep_wanted(p, c->wide_act, (const half_t *)c->wide_act)
+                                          : launch_keep_wanted(p, c->attn, (const half_t *)c->wide_act), "keep_wanted"));
     *p = kept;
     return QWEN3_OK;
 }
@@ -2534,7 +2590,7 @@ static bool wide_buffer(const pass *p, qwen3_cuda_buffer buffer, wide_view *v) {
     const wide_view h = {c->wide_act, c->act_scale, c->m->config.n_embd}, q = {c->wide_q, NULL, c->q_dim},
                     a = {c->wide_act, NULL, c->q_dim}, m = {c->wide_m, c->ff_scale, c->m->config.n_ff};
     if ((p->how != WIDE && p->how != FEW) || buffer == QWEN3_CUDA_X || buffer == QWEN3_CUDA_LOGITS) return false;
-    if (!halves(p) && (buffer == QWEN3_CUDA_Q || buffer == QWEN3_CUDA_A)) return false;
+    if ((buffer == QWEN3_CUDA_Q && !halves(p)) || (buffer == QWEN3_CUDA_A && !gives_halves(p))) return false;
     *v = buffer == QWEN3_CUDA_H ? h : buffer == QWEN3_CUDA_Q ? q : buffer == QWEN3_CUDA_A ? a : m;
     return true;
 }

@@ -1165,7 +1165,14 @@ struct attention_args {
     int          ranks;                 /* attention_decode: blocks of a cluster */
     float       *parts;                 /* [rows, n_head, splits, head_dim + 2], or as attention_decode has it */
     unsigned    *tickets;               /* [rows, gridDim.y], zero before and after */
+    half_t      *halves;                /* not NULL: rows of F16, instead of out */
 };
+
+static __device__ __forceinline__ void store_attention(const attention_args &a, int row, int col, float v) {
+    const size_t at = (size_t)row * a.ldo + (size_t)col;
+    if (a.halves) store(a.halves + at, v);
+    else a.out[at] = v;
+}
 
 template <class T> struct kv_vector { uint4 raw[sizeof(T) / 2]; };      /* 8 elements */
 
@@ -1340,7 +1347,7 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
             sum += part_sum[w][g] * keep;
             if (part_sum[w][g] > 0) o += part[w][g][d] * keep;
         }
-        if (active == 1) a.out[(size_t)row * a.ldo + (size_t)(head0 + g) * dim + d] = o / sum;
+        if (active == 1) store_attention(a, row, (head0 + g) * dim + d, o / sum);
         else {
             float *to = a.parts + (((size_t)row * a.n_head + (size_t)(head0 + g)) * gridDim.z + blockIdx.z) * (dim + 2);
             to[d] = o;
@@ -1378,7 +1385,7 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
 #pragma unroll
             for (int u = 0; u < 8; u++) if (p + u < active) o += v[u] * weight[g][p + u];
         }
-        a.out[(size_t)row * a.ldo + (size_t)(head0 + g) * dim + d] = o;
+        store_attention(a, row, (head0 + g) * dim + d, o);
     }
 }
 
@@ -1660,7 +1667,7 @@ static __device__ __forceinline__ void finish_cluster(const attention_args &a, c
         joined j = {LOWEST, 0, 0};
         for (int r = 0; r < w.ranks; r++) join(j, m.in_top[r][g], m.in_sum[r][g], m.in[r * w.slice + i]);
         if (w.active > 1) { part[3 * i] = j.top; part[3 * i + 1] = j.sum; part[3 * i + 2] = j.o; }
-        else a.out[(size_t)w.row * a.ldo + (size_t)w.head0 * DECODE_DIM + at] = j.o / j.sum;
+        else store_attention(a, w.row, w.head0 * DECODE_DIM + at, j.o / j.sum);
     }
 }
 
@@ -1682,7 +1689,7 @@ static __device__ __forceinline__ void finish_all(const attention_args &a, decod
             const float *part = parts + 3 * (c * w.slice + i);
             join(j, __ldcg(part), __ldcg(part + 1), __ldcg(part + 2));
         }
-        a.out[(size_t)w.row * a.ldo + (size_t)w.head0 * DECODE_DIM + w.rank * w.slice + i] = j.o / j.sum;
+        store_attention(a, w.row, w.head0 * DECODE_DIM + w.rank * w.slice + i, j.o / j.sum);
     }
 }
 
@@ -2561,6 +2568,16 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
 #define QWEN3_CUDA_FEW 1                /* products of 9 to 64 rows in kernels of their own, too; 0: in cuBLASLt */
 #endif
 
+#ifndef QWEN3_CUDA_NORM_EARLY
+#define QWEN3_CUDA_NORM_EARLY 1         /* the product after a norm may start before the kernel before the norm has ended */
+#endif
+#ifndef QWEN3_CUDA_FEW_M
+#define QWEN3_CUDA_FEW_M 0              /* rows of W in a tile of x += W a: 64, 128, or 0: whichever is faster by few_time() */
+#endif
+#ifndef QWEN3_CUDA_FEW_PARTS
+#define QWEN3_CUDA_FEW_PARTS 8          /* blocks of a cluster, at most */
+#endif
+
 const int WIDE_M       = 128;           /* rows of x and ... */
 const int WIDE_N       = 128;           /* ... of W in a tile of a product; ... */
 const int WIDE_N_MORE  = 160;           /* ... or these, where they divide the work better */
@@ -2607,9 +2624,16 @@ static __device__ __forceinline__ void barrier_arrive_at(mbarrier *b, unsigned r
 static __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-/* The same, and what each block has written before is seen by all after it. */
+/* The same, and what each block has written to its shared memory before is seen by all after it. A release of everything
+   would wait for global memory, too: a MEMBAR.ALL.GPU, as long as the whole exchange. */
 static __device__ __forceinline__ void cluster_meet() {
+#if CUDART_VERSION >= 12080
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+    cluster_sync();
+    asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+#else
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
 }
 static __device__ __forceinline__ float2 load_from_block(const float *p, unsigned rank) {
     float2 v;
@@ -2617,6 +2641,10 @@ static __device__ __forceinline__ float2 load_from_block(const float *p, unsigne
                  "ld.shared::cluster.v2.f32 {%0, %1}, [there];\n}"
                  : "=f"(v.x), "=f"(v.y) : "r"(shared_address(p)), "r"(rank) : "memory");
     return v;
+}
+/* Brings what TMA reads of a map before its first tile. */
+static __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
 }
 /* A tile by TMA; its bytes are counted by the barrier. */
 static __device__ __forceinline__ void load_tile(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
@@ -2798,8 +2826,11 @@ static __global__ void __launch_bounds__(256)
     const float4 zero = make_float4(0, 0, 0, 0);
     float4 v[NORM_VECTORS];
     float sum = 0, top = 0, size = 0;
+    /* the next one's weights come while the one before this still works; block 0 brings the gains nearer for all */
+    if (QWEN3_CUDA_NORM_EARLY) let_next_start();
+    if (block_x() == 0) for (int i = 32 * tid(); i < width; i += 32 * n_threads()) prefetch(gain + i);
     wait_for_previous();
-    let_next_start();
+    if (!QWEN3_CUDA_NORM_EARLY) let_next_start();
 #pragma unroll
     for (int j = 0; j < NORM_VECTORS; j++)
         v[j] = at + j * step < width ? *(const float4 *)(const void *)(from + at + j * step) : zero;
@@ -2876,6 +2907,7 @@ struct wide_args {
     const float *out_scale;             /* SWIGLU: out = m / out_scale[row] */
     qkv_args     qkv;
     /* of few_product only */
+    int          parts, stages;         /* blocks of a cluster, and steps that each holds at a time */
     int          n;                     /* rows of W */
     float       *y; int ldy;            /* STORE: y[slot(row), i] = (W in)_i; slot as in matvec */
     const row_info *outs;
@@ -3120,67 +3152,101 @@ template <int N> static size_t wide_product_shared() { return 1024 + WIDE_STAGES
 
 /* ---- products of few rows --------------------------------------------------------------------------------- */
 const int FEW_MOST    = 64;             /* rows */
-const int FEW_STAGES  = 4;
-const int FEW_X_TILE  = 16;             /* rows of x that are loaded at once */
+const int FEW_X_TILE  = 32;             /* rows of x that are loaded at once */
 const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
 const int FEW_LD      = WIDE_M + 4;     /* floats from a row of sums to the next: no bank twice */
+const int FEW_PARTS   = QWEN3_CUDA_FEW_PARTS;       /* blocks of a cluster, at most */
+const int FEW_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor has room for two */
 
-template <int R> struct few_tile { enum { BYTES = (int)WIDE_HALF + R * WIDE_K * 2 }; };
-template <int R> static size_t few_product_shared() { return 1024 + FEW_STAGES * ((size_t)few_tile<R>::BYTES + 16); }
+/* Of a step of 64 elements for M rows of W and R rows of x; SUMS take the place of the stages. */
+template <int M, int R> struct few_tile {
+    enum { W_BYTES = M * WIDE_K * 2, BYTES = W_BYTES + R * WIDE_K * 2, SUMS = R * FEW_LD * 4 };
+};
+/* As many stages as there are steps and room. */
+template <int M, int R> static int few_stages(int steps) {
+    const int room = (FEW_SHARED - 1024) / (few_tile<M, R>::BYTES + 16);
+    return steps < room ? steps : room;
+}
+template <int M, int R> static __host__ __device__ __forceinline__ size_t few_memory(int stages) {
+    const size_t bytes = (size_t)stages * few_tile<M, R>::BYTES, sums = few_tile<M, R>::SUMS;
+    return bytes < sums ? sums : bytes;
+}
+template <int M, int R> static size_t few_product_shared(int stages) {
+    return 1024 + few_memory<M, R>(stages) + (size_t)stages * 16;
+}
 
 #ifdef QWEN3_WGMMA
+struct few_ring { wide_stage *stages; int n; };
+
+template <int M, int R>
 static __device__ __forceinline__ void few_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int tile,
-                                                  int k, wide_stage *s, unsigned bytes) {
-    barrier_expect(&s->full, bytes);
+                                                  int k, wide_stage *s) {
+    barrier_expect(&s->full, few_tile<M, R>::BYTES);
     load_tile(to, map, k, tile * g.step, &s->full);
-    load_tile(to + WIDE_HALF / 2, map, k, tile * g.step + g.half, &s->full);
+    if (M == WIDE_M) load_tile(to + WIDE_HALF / 2, map, k, tile * g.step + g.half, &s->full);
 }
-template <int R>
+template <int M, int R>
 static __device__ __forceinline__ void few_load_x(unsigned char *to, const CUtensorMap *map, int k, wide_stage *s) {
 #pragma unroll
     for (int row = 0; row < R; row += FEW_X_TILE)
-        load_tile(to + WIDE_HALF + row * WIDE_K * 2, map, k, row, &s->full);
+        load_tile(to + few_tile<M, R>::W_BYTES + row * WIDE_K * 2, map, k, row, &s->full);
 }
 
 /* Steps of 64 elements, from k0 on, of a tile of W and of x. The first weights are asked for before x exists. */
-template <int R> static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
-                                                 unsigned char *memory, wide_stage *stages, int tile, int k0, int steps) {
-    const int early = steps < FEW_STAGES ? steps : FEW_STAGES;
+template <int M, int R>
+static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
+                                unsigned char *memory, few_ring ring, int tile, int k0, int steps) {
+    const int early = steps < ring.n ? steps : ring.n;
+    int s = 0;
+    unsigned phase = 1;
+    prefetch_map(w_map);
+    prefetch_map(x_map);
     for (int i = 0; i < early; i++)
-        few_load_w(memory + few_tile<R>::BYTES * i, w_map, g, tile, k0 + i * WIDE_K, &stages[i], few_tile<R>::BYTES);
+        few_load_w<M, R>(memory + few_tile<M, R>::BYTES * i, w_map, g, tile, k0 + i * WIDE_K, &ring.stages[i]);
     wait_for_previous();
     for (int i = 0; i < steps; i++) {
-        const int s = i % FEW_STAGES, k = k0 + i * WIDE_K;
-        unsigned char *to = memory + few_tile<R>::BYTES * s;
+        const int k = k0 + i * WIDE_K;
+        unsigned char *to = memory + few_tile<M, R>::BYTES * s;
         if (i >= early) {
-            barrier_wait(&stages[s].empty, (unsigned)(i / FEW_STAGES & 1) ^ 1);
-            few_load_w(to, w_map, g, tile, k, &stages[s], few_tile<R>::BYTES);
+            barrier_wait(&ring.stages[s].empty, phase);
+            few_load_w<M, R>(to, w_map, g, tile, k, &ring.stages[s]);
         }
-        few_load_x<R>(to, x_map, k, &stages[s]);
+        few_load_x<M, R>(to, x_map, k, &ring.stages[s]);
+        if (++s == ring.n) { s = 0; phase ^= 1; }
     }
 }
 
-/* This warpgroup's 64 rows of W times all rows of x, over the block's part of k: to sums [R, FEW_LD], over the stages. */
-template <int R> static __device__ void few_sum(unsigned char *memory, wide_stage *stages, int steps, int group) {
+static __device__ __forceinline__ void few_release(wide_stage *s) {
+    if (lane_id() == 0) barrier_arrive(&s->empty);
+}
+
+/* 64 rows of W times all rows of x, over the block's part of k: to sums [R, FEW_LD], over the stages, at 64 * group. Of a
+   tile of 128 rows each warpgroup has half; of one of 64 it has all, at every other step. */
+template <int M, int R>
+static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, int group) {
+    const int each = M == WIDE_M ? 1 : 2;
     float acc[R / 2], part[R / 2];
     float *sums = (float *)(void *)memory;
+    int s = M == WIDE_M ? 0 : group;
+    unsigned phase = 0;
 #pragma unroll
     for (int i = 0; i < R / 2; i++) acc[i] = part[i] = 0;
-    for (int i = 0; i < steps; i++) {
-        const int s = i % FEW_STAGES;
-        const unsigned char *w = memory + few_tile<R>::BYTES * s, *x = w + WIDE_HALF;
-        barrier_wait(&stages[s].full, (unsigned)(i / FEW_STAGES & 1));
+    for (int i = s; i < steps; i += each) {
+        const unsigned char *w = memory + few_tile<M, R>::BYTES * s, *x = w + few_tile<M, R>::W_BYTES;
+        wide_stage *stage = &ring.stages[s];
+        if (M == WIDE_M) w += WIDE_HALF / 2 * (size_t)group;
+        barrier_wait(&stage->full, phase);
         products_begin();
 #pragma unroll
         for (int j = 0; j < WIDE_K / 16; j++)
-            wide_multiply(part, operand(w + WIDE_HALF / 2 * (size_t)group) + 2 * (unsigned)j,
-                          operand(x) + 2 * (unsigned)j, j > 0);
+            wide_multiply(part, operand(w) + 2 * (unsigned)j, operand(x) + 2 * (unsigned)j, j > 0);
         products_commit();
         products_wait<0>();
         products_done(part);
-        if (lane_id() == 0) barrier_arrive(&stages[s].empty);
+        few_release(stage);
 #pragma unroll
         for (int j = 0; j < R / 2; j++) acc[j] += part[j];
+        if ((s += each) >= ring.n) { s -= ring.n; phase ^= 1; }
     }
     group_sync(1, 256);                 /* nobody reads the stages any more */
     float *to = sums + lane_id() % 4 * 2 * FEW_LD + 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
@@ -3193,94 +3259,198 @@ template <int R> static __device__ void few_sum(unsigned char *memory, wide_stag
         }
 }
 
-/* What a lane has of a row of sums: columns 2 lane, + 1, and those 64 further. */
-template <int KIND, class T> static __device__ __forceinline__ void few_finish(const wide_args &g, float2 lo, float2 hi,
-                                                                               int row, int tile) {
-    const float scale = g.w_scale * (g.in_scale ? g.in_scale[row] : 1.0f);
+/* What a lane needs to finish a row, beside its sums. lo, hi: of ADD the residual, of QKV the gains. */
+struct few_row { float scale, down; float2 lo, hi; int slot; row_info at; float4 turn; };
+
+/* The part of it that is weights, or was written long before: asked for before the kernel before has ended. */
+template <int KIND> static __device__ __forceinline__ void few_ask_early(few_row &r, const wide_args &g, int row,
+                                                                         int tile) {
+    const int i = row < g.rows ? row : g.rows - 1, col = 2 * lane_id();
+    if constexpr (KIND == WIDE_STORE) r.slot = g.outs ? g.outs[i].out_slot : i;
+    if constexpr (KIND == WIDE_QKV) {
+        const qkv_args &a = g.qkv;
+        r.at = a.rows[i];
+        if (tile >= a.n_head + a.n_head_kv) return;
+        const float *gain = (tile < a.n_head ? a.q_norm : a.k_norm) + col;
+        r.lo = *(const float2 *)(const void *)gain;
+        r.hi = *(const float2 *)(const void *)(gain + 64);
+        r.turn = *(const float4 *)(const void *)(a.rope + (size_t)r.at.position * (WIDE_DIM / 2) + col);
+    }
+}
+/* The other part: asked for before the sums are there. */
+template <int KIND, int M>
+static __device__ __forceinline__ void few_ask(few_row &r, const wide_args &g, int row, int tile) {
+    const int i = row < g.rows ? row : g.rows - 1;
+    r.scale = g.w_scale * (g.in_scale ? g.in_scale[i] : 1.0f);
+    if constexpr (KIND == WIDE_SWIGLU) r.down = 1.0f / g.out_scale[i];
+    if constexpr (KIND == WIDE_ADD) {
+        const float2 *x = (const float2 *)(const void *)(g.x + (size_t)i * g.ldx + tile * M + 2 * lane_id());
+        r.lo = x[0];
+        if (M == WIDE_M) r.hi = x[32];
+    }
+}
+
+template <class T> static __device__ __forceinline__ void few_finish_head(const wide_args &g, float2 lo, float2 hi,
+                                                                          const few_row &r, int row, int tile) {
+    const qkv_args &a = g.qkv;
+    const int rotated = a.n_head + a.n_head_kv, kv_head = tile < rotated ? tile - a.n_head : tile - rotated;
     const int col = 2 * lane_id();
-    lo.x *= scale; lo.y *= scale; hi.x *= scale; hi.y *= scale;
-    if (KIND == WIDE_ADD) {
-        float2 *x = (float2 *)(void *)(g.x + (size_t)row * g.ldx + tile * WIDE_M + col);
-        const float2 a = x[0], b = x[32];
-        x[0] = make_float2(a.x + lo.x, a.y + lo.y);
-        x[32] = make_float2(b.x + hi.x, b.y + hi.y);
-    } else if (KIND == WIDE_SWIGLU) {
-        const float down = 1.0f / g.out_scale[row];
+    if (tile < rotated) {
+        const float sum = warp_sum(lo.x * lo.x + lo.y * lo.y + hi.x * hi.x + hi.y * hi.y);
+        const float s = 1.0f / sqrtf(sum / (float)WIDE_DIM + a.eps);
+        const float x0 = lo.x * s * r.lo.x, x1 = lo.y * s * r.lo.y, y0 = hi.x * s * r.hi.x, y1 = hi.y * s * r.hi.y;
+        const float4 c = r.turn;        /* cosine, sine, cosine, sine */
+        lo = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
+        hi = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
+    }
+    if (tile < a.n_head) {
+        float *q = a.qkv + (size_t)row * a.ld + tile * WIDE_DIM + col;
+        store_2(q, lo.x, lo.y);
+        store_2(q + 64, hi.x, hi.y);
+    } else {
+        T *to = (T *)(tile < rotated ? a.kv.k : a.kv.v) + kv_at(a.kv, r.at.seq, r.at.position) + kv_head * WIDE_DIM + col;
+        store_2(to, lo.x, lo.y);
+        store_2(to + 64, hi.x, hi.y);
+    }
+}
+
+/* What a lane has of a row of sums: columns 2 lane, + 1, and those 64 further. By all lanes. */
+template <int KIND, class T, int M>
+static __device__ __forceinline__ void few_finish(const wide_args &g, float2 lo, float2 hi, const few_row &r, int row,
+                                                  int tile) {
+    const int col = 2 * lane_id();
+    if (M != WIDE_M) { lo.x += hi.x; lo.y += hi.y; }        /* the steps of both warpgroups */
+    lo.x *= r.scale; lo.y *= r.scale; hi.x *= r.scale; hi.y *= r.scale;
+    if constexpr (KIND == WIDE_QKV) few_finish_head<T>(g, lo, hi, r, row, tile);
+    else if constexpr (KIND == WIDE_ADD) {
+        float2 *x = (float2 *)(void *)(g.x + (size_t)row * g.ldx + tile * M + col);
+        x[0] = make_float2(r.lo.x + lo.x, r.lo.y + lo.y);
+        if (M == WIDE_M) x[32] = make_float2(r.hi.x + hi.x, r.hi.y + hi.y);
+    } else if constexpr (KIND == WIDE_SWIGLU) {
         *(unsigned *)(void *)(g.out + (size_t)row * g.ldo + tile * (WIDE_M / 2) + col) =
-            pack_halves(silu_fast(lo.x) * hi.x * down, silu_fast(lo.y) * hi.y * down);
-    } else if (KIND == WIDE_STORE) {
-        const int slot = g.outs ? g.outs[row].out_slot : row, at = tile * WIDE_M + col;
-        float *y = g.y + (size_t)slot * g.ldy + at;
-        if (slot < 0) return;
+            pack_halves(silu_fast(lo.x) * hi.x * r.down, silu_fast(lo.y) * hi.y * r.down);
+    } else {
+        const int at = tile * WIDE_M + col;
+        float *y = g.y + (size_t)r.slot * g.ldy + at;
+        if (r.slot < 0) return;
         if (at < g.n) store_2(y, lo.x, lo.y);
         if (at + 64 < g.n) store_2(y + 64, hi.x, hi.y);
-    } else {
-        const qkv_args &a = g.qkv;
-        const int rotated = a.n_head + a.n_head_kv, kv_head = tile < rotated ? tile - a.n_head : tile - rotated;
-        const row_info at = a.rows[row];
-        if (tile < rotated) {
-            const float *gain = (tile < a.n_head ? a.q_norm : a.k_norm) + col;
-            const float2 g0 = *(const float2 *)(const void *)gain, g1 = *(const float2 *)(const void *)(gain + 64);
-            const float4 c = *(const float4 *)(const void *)(a.rope + (size_t)at.position * (WIDE_DIM / 2) + col);
-            const float sum = warp_sum(lo.x * lo.x + lo.y * lo.y + hi.x * hi.x + hi.y * hi.y);
-            const float s = 1.0f / sqrtf(sum / (float)WIDE_DIM + a.eps);
-            const float x0 = lo.x * s * g0.x, x1 = lo.y * s * g0.y, y0 = hi.x * s * g1.x, y1 = hi.y * s * g1.y;
-            lo = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
-            hi = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
-        }
-        if (tile < a.n_head) {
-            float *q = a.qkv + (size_t)row * a.ld + tile * WIDE_DIM + col;
-            store_2(q, lo.x, lo.y);
-            store_2(q + 64, hi.x, hi.y);
-        } else {
-            T *to = (T *)(tile < rotated ? a.kv.k : a.kv.v) + kv_at(a.kv, at.seq, at.position) + kv_head * WIDE_DIM + col;
-            store_2(to, lo.x, lo.y);
-            store_2(to + 64, hi.x, hi.y);
-        }
     }
+}
+
+/* Joins the parts of N rows, 8 apart, in the order of the blocks; AT_ONCE parts of each are on their way at a time. */
+template <int N, int AT_ONCE>
+static __device__ __forceinline__ void few_join(float2 (&lo)[N], float2 (&hi)[N], const float *sums, int parts) {
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        lo[n] = parts > 1 ? make_float2(0, 0) : *(const float2 *)(const void *)(sums + 8 * n * FEW_LD);
+        hi[n] = parts > 1 ? make_float2(0, 0) : *(const float2 *)(const void *)(sums + 8 * n * FEW_LD + 64);
+    }
+    for (int first = 0; parts > 1 && first < parts; first += AT_ONCE) {
+        float2 a[N][AT_ONCE], b[N][AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (first + i < parts)
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    a[n][i] = load_from_block(sums + 8 * n * FEW_LD, (unsigned)(first + i));
+                    b[n][i] = load_from_block(sums + 8 * n * FEW_LD + 64, (unsigned)(first + i));
+                }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            if (first + i < parts)
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    lo[n].x += a[n][i].x; lo[n].y += a[n][i].y; hi[n].x += b[n][i].x; hi[n].y += b[n][i].y;
+                }
+    }
+}
+
+/* What N rows, 8 apart, need. */
+template <int KIND, int N>
+static __device__ __forceinline__ void few_ask_early(few_row (&r)[N], const wide_args &g, int row, int tile) {
+#pragma unroll
+    for (int i = 0; i < N; i++) few_ask_early<KIND>(r[i], g, row + 8 * i, tile);
+}
+template <int KIND, int M, int N>
+static __device__ __forceinline__ void few_ask(few_row (&r)[N], const wide_args &g, int row, int tile) {
+#pragma unroll
+    for (int i = 0; i < N; i++) few_ask<KIND, M>(r[i], g, row + 8 * i, tile);
+}
+template <int KIND, int M, int N>
+static __device__ __forceinline__ void few_ask_all(few_row (&r)[N], const wide_args &g, int row, int tile) {
+    few_ask_early<KIND>(r, g, row, tile);
+    few_ask<KIND, M>(r, g, row, tile);
+}
+
+/* This warp's rows of those that the block finishes, n from `row` on, N of them at a time; r: what the first ones need. */
+template <int KIND, class T, int M, int N>
+static __device__ __forceinline__ void few_finish_rows(const wide_args &g, const unsigned char *memory, few_row (&r)[N],
+                                                       int row, int n, int tile, int warp) {
+    const bool ahead = KIND != WIDE_QKV;                    /* whose rows need too many registers */
+    if (n > g.rows - row) n = g.rows - row;
+    for (int done = warp; done < n; done += 8 * N) {
+        const bool more = done + 8 * N < n;
+        float2 lo[N], hi[N];
+        few_row next[N];
+        if (ahead && more) few_ask_all<KIND, M>(next, g, row + done + 8 * N, tile);
+        few_join<N, 8 / N>(lo, hi, (const float *)(const void *)memory + (row + done) * FEW_LD + 2 * lane_id(), g.parts);
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            if (done + 8 * i < n) few_finish<KIND, T, M>(g, lo[i], hi[i], r[i], row + done + 8 * i, tile);
+        if (!more) return;
+        if (!ahead) few_ask_all<KIND, M>(next, g, row + done + 8 * N, tile);
+#pragma unroll
+        for (int i = 0; i < N; i++) r[i] = next[i];
+    }
+}
+
+/* The warps that multiply. */
+template <int KIND, class T, int M, int R, int N>
+static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned char *memory, few_ring ring, int rank,
+                                                    int tile, int steps, int warp) {
+    const int n = R / g.parts, row = rank * n;
+    few_row r[N];
+    few_ask_early<KIND>(r, g, row + warp, tile);
+    wait_for_previous();
+    few_ask<KIND, M>(r, g, row + warp, tile);
+    few_sum<M, R>(memory, ring, steps, warp / 4);
+    cluster_meet();
+    few_finish_rows<KIND, T, M, N>(g, memory, r, row, n, tile, warp);
 }
 #endif
 
 /* few_product: as wide_product for 9 to 64 rows, where the weights' bytes are what counts; also STORE: logits. R: 32 or
-   64, at least the rows. A cluster shares a tile of 128 rows of W: each of its blocks sums over a part of k, 64 elements
-   by the tensor core at a time, and finishes some of the rows from all parts, in order. Grid: tiles times blocks of a
-   cluster; k is 64 times a multiple of these. */
-template <int KIND, class T, int R> static __global__ void __launch_bounds__(FEW_THREADS, 2)
-    few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g,
-                       int parts) {
+   64, at least the rows. A cluster of g.parts blocks (1, 2, 4 or 8) shares a tile of M rows of W, 128 or, for ADD, 64: each
+   of its blocks sums over a part of k, 64 elements by the tensor core at a time, and finishes some of the rows from all
+   parts, in order; with M = 64 it has two sums, of its even steps and of its odd ones. Grid: tiles times parts; k is 64
+   times a multiple of parts; shared memory for g.stages. */
+template <int KIND, class T, int M, int R> static __global__ void __launch_bounds__(FEW_THREADS, 2)
+    few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g) {
 #ifdef QWEN3_WGMMA
     QWEN3_DYNAMIC_SHARED(raw);
     unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
-    wide_stage *stages = (wide_stage *)(void *)(memory + FEW_STAGES * few_tile<R>::BYTES);
-    const int rank = block_x() % parts, tile = block_x() / parts, steps = g.k / parts / WIDE_K;
+    const few_ring ring = {(wide_stage *)(void *)(memory + few_memory<M, R>(g.stages)), g.stages};
+    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
     const int warp = __shfl_sync(ALL, warp_id(), 0);
     if (tid() == 0) {
-        for (int i = 0; i < FEW_STAGES; i++) { barrier_init(&stages[i].full, 1); barrier_init(&stages[i].empty, 8); }
+        for (int i = 0; i < ring.n; i++) {
+            barrier_init(&ring.stages[i].full, 1);
+            barrier_init(&ring.stages[i].empty, M / 16);
+        }
         barriers_ready();
     }
     __syncthreads();
     let_next_start();
     if (warp == 8) {
-        if (lane_id() == 0) few_load<R>(&x_map, &w_map, g, memory, stages, tile, rank * steps * WIDE_K, steps);
+        if (lane_id() == 0) few_load<M, R>(&x_map, &w_map, g, memory, ring, tile, rank * steps * WIDE_K, steps);
         __syncwarp();
-    } else {
-        wait_for_previous();
-        few_sum<R>(memory, stages, steps, warp / 4);
-    }
-    cluster_meet();
-    if (warp < 8)
-        for (int row = rank * (R / parts) + warp; row < (rank + 1) * (R / parts) && row < g.rows; row += 8) {
-            const float *sums = (const float *)(const void *)memory + row * FEW_LD + 2 * lane_id();
-            float2 lo = make_float2(0, 0), hi = make_float2(0, 0);
-            for (int i = 0; i < parts; i++) {
-                const float2 a = load_from_block(sums, (unsigned)i), b = load_from_block(sums + 64, (unsigned)i);
-                lo.x += a.x; lo.y += a.y; hi.x += b.x; hi.y += b.y;
-            }
-            few_finish<KIND, T>(g, lo, hi, row, tile);
-        }
-    cluster_meet();                     /* nobody leaves while its sums are read */
+        cluster_meet();
+    } else if (R / g.parts <= 8) few_multiply<KIND, T, M, R, 1>(g, memory, ring, rank, tile, steps, warp);
+    else few_multiply<KIND, T, M, R, 2>(g, memory, ring, rank, tile, steps, warp);
+    cluster_sync();                     /* nobody leaves while its sums are read */
 #else
-    (void)x_map; (void)w_map; (void)g; (void)parts;
+    (void)x_map; (void)w_map; (void)g;
 #endif
 }
 

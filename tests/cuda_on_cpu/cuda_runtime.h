@@ -519,6 +519,10 @@ template <class K> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int
     *blocks = 1;
     return cudaSuccess;
 }
+template <class K> cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, K *, const cudaLaunchConfig_t *c) {
+    *clusters = 2 * emulated_sms / (int)c->attrs[0].val.clusterDim.x;
+    return emulated_call();
+}
 enum cudaDeviceAttr { cudaDevAttrCooperativeLaunch, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
     *value = what == cudaDevAttrCooperativeLaunch ? 1 : 232448;
