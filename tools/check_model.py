@@ -163,7 +163,9 @@ def main():
     args = p.parse_args()
     if not args.exact + args.float32 + args.rounded:
         args.exact = ['--kv f32']
-    tokens, good = np.random.default_rng(7).integers(0, 151643, args.tokens), True
+    with open(os.path.join(args.model, 'config.json'), encoding='utf-8') as file:
+        vocab = min(json.load(file)['vocab_size'], 151643)              # above that Qwen3 has control tokens
+    tokens, good = np.random.default_rng(7).integers(0, vocab, args.tokens), True
     start = time.time()
     with tempfile.TemporaryDirectory() as directory:
         if args.generate:
