@@ -35,8 +35,12 @@ static int generate(qwen3_ctx *ctx, int n, FILE *tokens) {
     fseek(tokens, 0, SEEK_END);
     for (i = 0; i < n; i++) {
         qwen3_token t;
-        const qwen3_result r = qwen3_next(ctx, 0, NULL, &t);
-        if (r == QWEN3_END) break;
+        qwen3_result r = qwen3_next(ctx, 0, NULL, &t);
+        qwen3_item item;
+        memset(&item, 0, sizeof item);
+        item.tokens = &t;
+        item.n = 1;
+        if (r == QWEN3_END) r = qwen3_eval(ctx, &item, 1);      /* a turn's end does not stop it */
         if (r != QWEN3_OK) return fail("next", r < 0 ? qwen3_ctx_error(ctx) : qwen3_result_string(r));
         if (fwrite(&t, sizeof t, 1, tokens) != 1) return fail("cannot write", "TOKENS");
     }
