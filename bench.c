@@ -21,7 +21,7 @@ static const char usage[] =
     "  --random SIZE   0.6B 1.7B 4B 8B 14B 32B: random weights made in memory (default: 0.6B)\n"
     "  --type T        of random weights: bf16 f16 f32 (default bf16)\n"
     "  --tests LIST    ppN[@CTX] prefill of N tokens, tgN[@CTX] decode of N, after CTX tokens\n"
-    "                  (default pp512,pp2048,tg128@512)\n"
+    "                  (default pp512,pp2048,tg128@512, of these what fits the model's positions)\n"
     "  --batch LIST    sequences decoded at once (default 1)\n"
     "  --sample        decode with temperature 0.6, top-k 20, top-p 0.95 instead of greedily\n"
     "  --repeat N      measurements of each test; the median counts (default 5)\n"
@@ -35,7 +35,7 @@ static const char usage[] =
 
 typedef struct options {
     const char *path, *random, *type, *tests, *batch, *kernels;
-    int first, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
+    int own_tests, first, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
 } options;
 
 static void die(const char *what, const char *detail) {
@@ -62,7 +62,7 @@ static options parse(int argc, char **argv) {
     options o;
     int i;
     memset(&o, 0, sizeof o);
-    o.type = "bf16"; o.tests = "pp512,pp2048,tg128@512"; o.batch = "1"; o.repeat = 5;
+    o.type = "bf16"; o.batch = "1"; o.repeat = 5;
     for (i = 1; i < argc; i++) {
         const char *a = argv[i], *v = i + 1 < argc ? argv[i + 1] : NULL;
         if      (!strcmp(a, "--sample"))   o.sample = 1;
@@ -89,6 +89,8 @@ static options parse(int argc, char **argv) {
             i++;
         }
     }
+    o.own_tests = !o.tests;
+    if (!o.tests) o.tests = "pp512,pp2048,tg128@512";
     if (!o.path && !o.random && !o.fused) o.random = "0.6B";
     if (o.repeat < 1 || o.repeat > 100) die("--repeat is 1 to 100", NULL);
     return o;
@@ -448,6 +450,7 @@ static void first_token(bench *b, double start, double loaded) {
     qwen3_token t;
     int i;
     at[0] = loaded;
+    if (b->info.max_ctx < 128) die("--first takes 128 positions; the model has fewer", NULL);
     create(b, 128, 1);
     at[1] = qwen3i_now_ms();
     fill_sequence(b, 0, 64);
@@ -467,10 +470,19 @@ static void first_token(bench *b, double start, double loaded) {
 /* One test: ppN[@CTX] or tgN[@CTX]. */
 static void run_test(bench *b, const char *name, int batch) {
     double seconds[100];
-    int n = 0, ctx = 0, i, decode = name[0] == 't';
-    if (sscanf(name, decode ? "tg%d@%d" : "pp%d@%d", &n, &ctx) < 1 || n < 1 || ctx < 0) die("a test is ppN, ppN@CTX, tgN or tgN@CTX", name);
+    int n = 0, ctx = 0, i, decode = name[0] == 't', room;
+    if (sscanf(name, decode ? "tg%d@%d" : "pp%d@%d", &n, &ctx) < 1 || n < 1 || n > 1 << 24 || ctx < 0 || ctx > 1 << 24)
+        die("a test is ppN, ppN@CTX, tgN or tgN@CTX", name);
+    room = ctx + n + 2;                                         /* decode looks so far ahead */
+    if (!decode && room > b->info.max_ctx) room = ctx + n;
+    if (room > b->info.max_ctx) {
+        fprintf(stderr, "bench: %s needs %d positions, the model has %d: %s\n", name, room, b->info.max_ctx,
+                b->opt.own_tests ? "left out" : "give --tests that fit");
+        if (b->opt.own_tests) return;
+        exit(1);
+    }
     if (!decode) batch = 1;
-    create(b, ctx + n + 2, batch);
+    create(b, room, batch);
     if (decode) time_decode(b, 4, ctx, batch); else time_prefill(b, n, ctx);        /* warm up */
     for (i = 0; i < b->opt.repeat; i++) seconds[i] = decode ? time_decode(b, n, ctx, batch) : time_prefill(b, n, ctx);
     report(b, name, batch, n * batch, seconds, b->opt.repeat);
@@ -527,16 +539,17 @@ int main(int argc, char **argv) {
     static bench b;
     char list[512], *name, *next;
     const double start = qwen3i_now_ms();
-    double loaded;
+    double loaded, pause;
     b.opt = parse(argc, argv);
     if (b.opt.fused) { fused_baseline(b.opt.random); return 0; }
     load(&b);
     loaded = qwen3i_now_ms();
     if (!strcmp(b.info.backend_name, "cpu")) b.stream = cpu_stream(b.opt.threads);
+    pause = qwen3i_now_ms() - loaded;                           /* is no part of the first token's time */
     if (!b.opt.json)
         printf("%s: %.2f billion parameters, %.2f GB read a step; %s (%s)%s%.1f%s\n", b.opt.path ? b.opt.path : b.opt.random, (double)b.info.n_params * 1e-9,
                (double)b.step_bytes * 1e-9, b.info.backend_name, b.info.device_name, b.stream > 0 ? "; memory stream " : "; ", b.stream * 1e-9, b.stream > 0 ? " GB/s" : "");
-    if (b.opt.first) first_token(&b, start, loaded);
+    if (b.opt.first) first_token(&b, start + pause, loaded + pause);
     all_kernels(&b);
     snprintf(list, sizeof list, "%s", b.opt.tests);
     for (name = list; name && *name; name = next) {

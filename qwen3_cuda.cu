@@ -16,8 +16,9 @@
      in real models, blow up what is lost there before the softmax. (On Hopper it is rounded once, too: beside
      the rounding of the cache that makes no difference that matters. docs/PERFORMANCE.md has the figures.)
    HOPPER has kernels of its own (sm_90a; head_dim 128, widths that are multiples of 128, 16-bit weights) for
-     more than 64 rows: products whose sums the tensor cores add up 128 elements at a time, since they cut off
-     what they add, with everything up to the next product in the same kernel; and attention on an F16 cache.
+     more than 8 rows: products whose sums the tensor cores add up 128 elements at a time, since they cut off
+     what they add, with everything up to the next product in the same kernel; and, for more than 64 rows,
+     attention on an F16 cache.
    PATHS    FUSED, or STANDARD: cuBLASLt and one plain kernel for each operation.
    ORDER    No sum depends on timing: splits follow from shapes, partial sums are added in a fixed order,
      and atomics only count integers. The same input gives the same bits.

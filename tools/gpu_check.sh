@@ -4,24 +4,41 @@
 #
 #     tools/gpu_check.sh [model directory]
 #
-# In one call of less than 400 s on an H200: tests, sanitizers, speed of SIZES with single operations and pictures, long
-# prompts, batches, and transformers beside ours. QUICK=1 leaves the sanitizers out, VARIANTS="registers cublas late early" compares
-# build options with VARIANT_SIZES (0.6B), COMPARE= leaves transformers out, PROOF= what takes up to five minutes more: a
-# fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
+# STAGES names what runs, all by default, in less than 400 s on an H200:
+#     tests        of the kernels, and of numerical stability
+#     bench        speed of SIZES (0.6B 1.7B 4B 8B) with single operations and pictures, long prompts, batches; VARIANTS
+#                  (registers; also cublas late early) compares build options with VARIANT_SIZES (0.6B)
+#     compare      transformers beside ours, COMPARE sizes (0.6B 8B)
+#     proof        a fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute; up to five minutes more
+#     sanitizers   LIMIT (150) seconds for each of 18 runs, all at once
+# QUICK=1 leaves the sanitizers out, COMPARE= and PROOF= those two. Two more stages must be asked for; with STAGES= they run
+# alone. They need a PYTHON (python3) with PyTorch and transformers:
+#     SHAPES="0.6B 1.7B 4B 8B" MKMODEL=mkmodel.py
+#         logits and 200 tokens of models of these sizes beside transformers in float32, and the time to the first token.
+#         `mkmodel.py SIZE DIRECTORY --format hf --hot-knorm` makes one, with random weights in bfloat16; all at once in
+#         TMPDIR (29 GB for these four, 10 more for FLOAT32="0.6B 1.7B", those whose float32 copies are compared, too).
+#     DEMO=1
+#         the demo's scores on the GPU in DIALOGUES (500), its words beside the CPU's and transformers'
+# DEVICE (cuda) is where transformers runs.
 OUT=${OUT:-gpu_out}
-LIMIT=${LIMIT:-60}
+LIMIT=${LIMIT:-150}
+STAGES=${STAGES-tests bench compare proof sanitizers}
 NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 CUDA=$(dirname "$(dirname "$(realpath "$NVCC")")")
 SANITIZER=${SANITIZER:-$(command -v compute-sanitizer || ls "$CUDA"/bin/compute-sanitizer /opt/nvidia/*/*/compute-sanitizer 2>/dev/null | head -n 1)}
+PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
+DEVICE=${DEVICE:-cuda}
 MODEL=$1
 cd "$(dirname "$0")/.." || exit 1
 mkdir -p "$OUT" build || exit 1
 : > "$OUT/table"
 
 note() { printf '%-28s %s\n' "$1" "$2" >> "$OUT/table"; }
+wanted() { case " $STAGES " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 
-# run NAME SECONDS COMMAND...: its output to NAME.log, its result and time to the table
-run() {
+# run NAME SECONDS COMMAND...: its output to NAME.log, its result and time to the table. In a subshell, so that no name
+# of its own is another's.
+run() (
     name=$1; seconds=$2; shift 2
     start=$(date +%s)
     timeout "$seconds" "$@" > "$OUT/$name.log" 2>&1
@@ -32,24 +49,39 @@ run() {
         124) note "$name" "still running after ${took} s, stopped: $(tail -n 1 "$OUT/$name.log")" ;;
         *)   note "$name" "FAILED ($code), ${took} s: $(grep -m 1 -E 'FAIL|ERROR|error|[0-9]+ failed' "$OUT/$name.log" || tail -n 1 "$OUT/$name.log")" ;;
     esac
-    return $code
-}
+    exit $code
+)
+# show NAME PATTERN: such lines of a log to the table
+show() { grep -E "$2" "$OUT/$1.log" | sed 's/^/    /' >> "$OUT/table"; }
 
 chip=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
 [ -n "$chip" ] || { echo "no GPU: nvidia-smi names none" >&2; exit 2; }
 [ "$chip" = 90 ] && chip=90a
 note "GPU" "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | head -n 1), sm_$chip"
 
+if [ -n "$SHAPES" ]; then              # they take their time; the build and the tests go on meanwhile
+    [ -f "$MKMODEL" ] || { echo "SHAPES needs MKMODEL, a program that makes models: '$MKMODEL' is no file" >&2; exit 2; }
+    work=$(mktemp -d "${TMPDIR:-/tmp}/gpu_check.XXXXXX") || exit 1
+    trap 'kill $(cat "$work"/*.pid) 2>/dev/null; rm -rf "$work"' EXIT
+    trap 'exit 130' INT TERM
+    for size in $SHAPES; do
+        timeout 400 "$PYTHON" "$MKMODEL" "$size" "$work/$size" --format hf --hot-knorm > "$OUT/make.$size.log" 2>&1 &
+        echo $! > "$work/$size.pid"
+    done
+fi
+
+# link NAME PROGRAM SOURCE: build/gpu_check_NAME_PROGRAM
+link() {
+    cc -std=c99 -O3 -I. -DQWEN3_WITH_CUDA "$3" "build/gpu_check_$1.o" -o "build/gpu_check_$1_$2" \
+        -L"$CUDA/lib64" -Wl,-rpath,"$CUDA/lib64" -lcublasLt -lcudart -lstdc++ -lm -lpthread
+}
 # build NAME FLAGS...: build/gpu_check_NAME_test and _bench
-build() {
+build() (
     name=$1; shift
     "$NVCC" -O3 -std=c++17 -lineinfo -gencode "arch=compute_$chip,code=sm_$chip" -Werror all-warnings \
         -Xcompiler -Wall,-Wextra -Xptxas -v "$@" -c qwen3_cuda.cu -o "build/gpu_check_$name.o" || return 1
-    for program in test bench; do
-        cc -std=c99 -O3 -DQWEN3_WITH_CUDA $program.c "build/gpu_check_$name.o" -o "build/gpu_check_${name}_$program" \
-            -L"$CUDA/lib64" -Wl,-rpath,"$CUDA/lib64" -lcublasLt -lcudart -lstdc++ -lm -lpthread || return 1
-    done
-}
+    for program in test bench; do link "$name" $program $program.c || return 1; done
+)
 # what is to be compared with the defaults: one row by matrix-vector kernels that keep weights in registers, few rows by
 # cuBLASLt, late starts, early starts; of batches: clusters of at most 4 blocks, tiles of 128 or 64 rows alone, products that
 # start after the norm does, attention with two turns of positions on their way, with two heads a block, without splits
@@ -66,48 +98,98 @@ flags() {
     esac
 }
 VARIANTS=${VARIANTS-registers}
-for v in $VARIANTS; do ( build $v $(flags $v) ) > "$OUT/build.$v.log" 2>&1 & done
-( build plain ) > "$OUT/build.log" 2>&1 || { note build "FAILED: $(grep -m 1 error "$OUT/build.log")"; cat "$OUT/table"; exit 1; }
-wait
+wanted tests || wanted bench || VARIANTS=
+started=
+for v in $VARIANTS; do
+    build $v $(flags $v) > "$OUT/build.$v.log" 2>&1 &
+    started="$started $!"
+done
+{ build plain && link plain example example.c && link plain logits tools/logits.c; } > "$OUT/build.log" 2>&1 ||
+    { note build "FAILED: $(grep -m 1 error "$OUT/build.log")"; cat "$OUT/table"; exit 1; }
+[ -z "$started" ] || wait $started
 note build "ok, $(grep -c 'Compiling entry' "$OUT/build.log") kernels, $(grep 'bytes spill stores' "$OUT/build.log" | grep -cv ' 0 bytes spill stores') spill"
 
-run tests 200 build/gpu_check_plain_test -k test_cuda
-run stability 120 build/gpu_check_plain_test -v -k stability
-for v in $VARIANTS; do run tests.$v 60 build/gpu_check_${v}_test -k test_cuda; done
+if wanted tests; then
+    run tests 200 build/gpu_check_plain_test -k test_cuda
+    run stability 120 build/gpu_check_plain_test -v -k stability
+    for v in $VARIANTS; do run tests.$v 60 build/gpu_check_${v}_test -k test_cuda; done
+fi
 
 # bench NAME PROGRAM OPTIONS...: its JSON to bench.NAME.log, the figures to the table
-bench() {
+bench() (
     name=$1; program=$2; shift 2
     run "bench.$name" 90 "$program" --cuda --repeat 3 --json "$@"
-    python3 tools/plot_bench.py --text "$OUT/bench.$name.log" >> "$OUT/table" 2>&1
-}
-for size in ${SIZES:-0.6B 1.7B 4B 8B}; do
-    bench $size build/gpu_check_plain_bench --random $size --kernels 1@512,64@512,2048 \
-        --tests pp512,pp2048,pp8192,pp32768,tg128@512
-    python3 tools/plot_bench.py "$OUT/bench.$size.log" -o "$OUT/roofline.$size.svg" -t "$size" >> "$OUT/plot.log" 2>&1
-done
-for v in $VARIANTS; do
-    for size in ${VARIANT_SIZES:-0.6B}; do
-        bench $size.$v build/gpu_check_${v}_bench --random $size --tests tg64@512 --batch 1,16,64
+    code=$?
+    "$PYTHON" tools/plot_bench.py --text "$OUT/bench.$name.log" >> "$OUT/table" 2>&1
+    exit $code
+)
+
+# ---- models of real sizes beside transformers; on Hopper 264 rows, 64 and 1 go through different kernels ----------------------
+if [ -n "$SHAPES" ]; then
+    export TMPDIR="$work"
+    for size in $SHAPES; do
+        wait "$(cat "$work/$size.pid")" || { note "shape.$size" "FAILED to make the model: $(tail -n 1 "$OUT/make.$size.log")"; continue; }
+        case " ${FLOAT32-0.6B 1.7B} " in *" $size "*) float32='--kv f32 --step 64' ;; *) float32= ;; esac
+        run shape.$size 150 "$PYTHON" tools/check_model.py "$work/$size" --program build/gpu_check_plain_logits --args=--cuda \
+            --device "$DEVICE" --tokens 64 --generate 200 --rounded='--kv f16 --step 264' --rounded='--kv f16 --step 64' \
+            --rounded='--kv f16 --step 1' --rounded='--kv f32 --step 264' --rounded='--kv f32 --step 64' \
+            --rounded='--kv f16 --step 64 --standard' --exact='--kv f32 --step 1' ${float32:+--float32="$float32"}
+        show shape.$size '^(ok|FAILED) |positions|generated'
+        for time in 1 2; do bench first.$size.$time build/gpu_check_plain_bench "$work/$size" --first --tests ''; done
+        rm -rf "${work:?}/$size"
     done
-done
-bench 0.6B.batch build/gpu_check_plain_bench --random 0.6B --tests tg64@512 --batch 4,16,64
-bench 8B.batch build/gpu_check_plain_bench --random 8B --tests tg64@512 --batch 32
-bench 0.6B.sample build/gpu_check_plain_bench --random 0.6B --tests tg128@512 --sample
-bench 0.6B.standard build/gpu_check_plain_bench --random 0.6B --tests pp2048,tg128@512 --standard
-[ -n "$MODEL" ] && bench model build/gpu_check_plain_bench "$MODEL" --first
-for size in ${COMPARE-0.6B 8B}; do
-    run compare.$size 100 python3 tools/compare_speed.py --bench build/gpu_check_plain_bench --sizes $size --repeat 3
-    grep '^| [0-9]' "$OUT/compare.$size.log" | sed 's/^/    /' >> "$OUT/table"
-done
-for v in $VARIANTS; do run speed.$v 30 build/gpu_check_${v}_test -v -k test_cuda_speed_one; done
+fi
+
+# ---- the demo ------------------------------------------------------------------------------------------------
+if [ -n "$DEMO" ]; then
+    if "$PYTHON" -c 'import torch, transformers' 2>/dev/null; then
+        demo() (
+            name=$1; shift
+            run "$name" 120 "$PYTHON" tools/eval_demo.py --engine build/gpu_check_plain_example --args=--cuda "$@"
+            code=$?
+            show "$name" '^\||dialogues: |^  (one|other|apart) '
+            exit $code
+        )
+        demo demo.score --jobs "${JOBS:-16}" --count "${DIALOGUES:-500}"
+        demo demo.cpu --jobs "${JOBS:-16}" --compare "${DIALOGUES:-500}" --with build/gpu_check_plain_example --with-args='--cpu --threads 1' --device "$DEVICE"
+        demo demo.transformers --jobs 4 --compare 50 --device "$DEVICE"
+    else note demo "FAILED: $PYTHON has no torch and transformers"
+    fi
+fi
+
+# ---- speed -----------------------------------------------------------------------------------------------------
+if wanted bench; then
+    for size in ${SIZES-0.6B 1.7B 4B 8B}; do
+        bench $size build/gpu_check_plain_bench --random $size --kernels 1@512,64@512,2048 \
+            --tests pp512,pp2048,pp8192,pp32768,tg128@512
+        "$PYTHON" tools/plot_bench.py "$OUT/bench.$size.log" -o "$OUT/roofline.$size.svg" -t "$size" >> "$OUT/plot.log" 2>&1
+    done
+    for v in $VARIANTS; do
+        for size in ${VARIANT_SIZES:-0.6B}; do
+            bench $size.$v build/gpu_check_${v}_bench --random $size --tests tg64@512 --batch 1,16,64
+        done
+    done
+    bench 0.6B.batch build/gpu_check_plain_bench --random 0.6B --tests tg64@512 --batch 4,16,64
+    bench 8B.batch build/gpu_check_plain_bench --random 8B --tests tg64@512 --batch 32
+    bench 0.6B.sample build/gpu_check_plain_bench --random 0.6B --tests tg128@512 --sample
+    bench 0.6B.standard build/gpu_check_plain_bench --random 0.6B --tests pp2048,tg128@512 --standard
+    [ -z "$MODEL" ] || bench model build/gpu_check_plain_bench "$MODEL" --first
+fi
+if wanted compare; then
+    for size in ${COMPARE-0.6B 8B}; do
+        run compare.$size 100 "$PYTHON" tools/compare_speed.py --bench build/gpu_check_plain_bench --sizes $size --repeat 3
+        show compare.$size '^\| [0-9]'
+    done
+fi
+if wanted bench; then
+    for v in $VARIANTS; do run speed.$v 30 build/gpu_check_${v}_test -v -k test_cuda_speed_one; done
+fi
 
 # each under a minute
-if [ -n "${PROOF-1}" ]; then
-    PYTHON=${PYTHON:-$(command -v python3 || command -v python)}
+if wanted proof && [ -n "${PROOF-1}" ]; then
     run proof.build 300 make -s build/bench_fused build/libqwen3_kernels.so NVCC="$NVCC" \
         CUDA_ARCH="-gencode=arch=compute_$chip,code=sm_$chip"
-    run proof.fused 60 build/bench_fused --fused-baseline && sed 's/^/    /' "$OUT/proof.fused.log" >> "$OUT/table"
+    run proof.fused 60 build/bench_fused --fused-baseline && show proof.fused .
     if "$PYTHON" -c 'import torch' 2>/dev/null; then
         run proof.norm 60 "$PYTHON" tools/compare_torch.py --only norm
         run proof.layers 60 "$PYTHON" tools/compare_torch.py --only layers
@@ -119,7 +201,7 @@ fi
 
 # sanitize TOOL SUITE: the suite with fewer repetitions (-s), each kernel as before. What it finds inside of cuBLAS, whose
 # kernels are not named *_kernel, is not ours.
-sanitize() {
+sanitize() (
     log="$OUT/$1.$2.log"
     timeout "$LIMIT" "$SANITIZER" --tool $1 --show-backtrace device build/gpu_check_plain_test -s -k "$2" > "$log" 2>&1
     code=$?
@@ -129,15 +211,16 @@ sanitize() {
     elif [ "$ours" != 0 ]; then note "$1.$2" "FAILED: $(grep -m 1 ' at .*_kernel' "$log")"
     else note "$1.$2" "ok$(grep -q 'Race reported\|Uninit' "$log" && echo ' (reports on cuBLAS or copies only: see the log)')"
     fi
-}
-if [ -z "$QUICK" ] && [ -n "$SANITIZER" ]; then
+)
+if ! wanted sanitizers || [ -n "$QUICK" ]; then :
+elif [ -n "$SANITIZER" ]; then
     for tool in memcheck racecheck initcheck; do
         for suite in kernels_fused kernels_batched kernels_hopper kernels_standard next choose; do
             sanitize $tool test_cuda_$suite &
         done
     done
     wait
-elif [ -z "$QUICK" ]; then note sanitizer "compute-sanitizer was not found"
+else note sanitizer "compute-sanitizer was not found"
 fi
 cat "$OUT/table"
-! grep -q FAILED "$OUT/table"
+! grep -qE 'FAILED|still running' "$OUT/table"
