@@ -1209,6 +1209,9 @@ static bool goes_wide(const cuda_ctx *c, int n, int n_tiles) {
     return c->wide && n > FEW_MOST && (n_tiles > 0 || !c->tiles || QWEN3_CUDA_FEW);
 }
 
+/* Up to so many rows go through the matrix-vector kernels. */
+static int matvec_rows(const cuda_ctx *c) { return c->wide && QWEN3_CUDA_FEW ? FEW_LEAST - 1 : MATVEC_ROWS; }
+
 /* Are q and what attention gives F16? */
 static bool halves(const pass *p) { return p->how == WIDE && p->c->wide_kv && p->n_tiles > 0; }
 
@@ -1220,7 +1223,7 @@ static bool gives_halves(const pass *p) {
 static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
     pass p;
     p.c = c; p.s = s; p.n = n; p.n_tiles = n_tiles;
-    p.how = c->desc.kernels == QWEN3_PATH_STANDARD ? STANDARD : n <= MATVEC_ROWS ? MATVEC :
+    p.how = c->desc.kernels == QWEN3_PATH_STANDARD ? STANDARD : n <= matvec_rows(c) ? MATVEC :
             goes_wide(c, n, n_tiles) ? WIDE : c->wide && QWEN3_CUDA_FEW ? FEW : GEMM;
     p.n_outs = n;
     p.only_wanted = false;
@@ -2004,7 +2007,7 @@ static qwen3_result head_logits(const pass *p, int first, int n, bool keep_only)
     const matrix &w = c->m->head;
     const int vocab = c->m->config.n_vocab;
     const float *scale = NULL;
-    if (n <= MATVEC_ROWS && p->how != STANDARD)
+    if (n <= matvec_rows(c) && p->how != STANDARD)
         TRY(matvec<false>(p, keep_only ? c->kept : c->logits, vocab, keep_only ? c->rows + first : NULL, w, c->h,
                           c->embd_ld, n));
     else if (c->wide && QWEN3_CUDA_FEW) {
@@ -2016,7 +2019,7 @@ static qwen3_result head_logits(const pass *p, int first, int n, bool keep_only)
         scale = act_scale(p, w);
         if (scale && !keep_only) RUN(grid1(n), 1024, 0, scale_rows_kernel, c->logits, scale, vocab, vocab);
     }
-    if (keep_only && n <= MATVEC_ROWS && p->how != STANDARD) return QWEN3_OK;
+    if (keep_only && n <= matvec_rows(c) && p->how != STANDARD) return QWEN3_OK;
     RUN(grid2(32, n), 256, 0, keep_logits_kernel, c->kept, (const float *)c->logits, keep_only ? scale : NULL,
         (const row_info *)c->rows + first, vocab);
     return QWEN3_OK;
@@ -2488,7 +2491,8 @@ static const char *lab_no_device() {
 }
 
 static int lab_own_products(const void *ctx_state, int rows) {
-    return ((const cuda_ctx *)ctx_state)->wide && (rows > FEW_MOST || (QWEN3_CUDA_FEW && rows > MATVEC_ROWS));
+    const cuda_ctx *c = (const cuda_ctx *)ctx_state;
+    return c->wide && (rows > FEW_MOST || (QWEN3_CUDA_FEW && rows > matvec_rows(c)));
 }
 
 struct timer {                          /* of the device, over what is enqueued between start and stop */

@@ -3151,7 +3151,11 @@ static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
 template <int N> static size_t wide_product_shared() { return 1024 + WIDE_STAGES * ((size_t)wide_tile<N>::BYTES + 16); }
 
 /* ---- products of few rows --------------------------------------------------------------------------------- */
-const int FEW_MOST    = 64;             /* rows */
+#ifndef QWEN3_CUDA_FEW_LEAST
+#define QWEN3_CUDA_FEW_LEAST 9
+#endif
+const int FEW_LEAST   = QWEN3_CUDA_FEW_LEAST;       /* rows, from ... */
+const int FEW_MOST    = 64;             /* ... to */
 const int FEW_X_TILE  = 32;             /* rows of x that are loaded at once */
 const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
 const int FEW_LD      = WIDE_M + 4;     /* floats from a row of sums to the next: no bank twice */

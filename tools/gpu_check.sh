@@ -91,6 +91,8 @@ flags() {
         late)      echo -DQWEN3_CUDA_PDL=0 ;;
         early)     echo -DQWEN3_CUDA_PDL=2 ;;
         registers) echo -DQWEN3_CUDA_STREAM=0 ;;
+        from_2)    echo -DQWEN3_CUDA_FEW_LEAST=2 ;;
+        from_3)    echo -DQWEN3_CUDA_FEW_LEAST=3 ;;
         few_4)     echo -DQWEN3_CUDA_FEW_PARTS=4 ;;
         few_128)   echo -DQWEN3_CUDA_FEW_M=128 ;;
         few_64)    echo -DQWEN3_CUDA_FEW_M=64 ;;
@@ -215,7 +217,7 @@ sanitize() (
 if ! wanted sanitizers || [ -n "$QUICK" ]; then :
 elif [ -n "$SANITIZER" ]; then
     for tool in memcheck racecheck initcheck; do
-        for suite in kernels_fused kernels_batched kernels_hopper kernels_standard next choose; do
+        for suite in kernels_fused kernels_one kernels_clusters kernels_batched kernels_hopper kernels_standard next choose; do
             sanitize $tool test_cuda_$suite &
         done
     done
