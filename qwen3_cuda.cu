@@ -1559,6 +1559,7 @@ static few_plan few_better(const pass *p, const wide_args &a, int m, int r, few_
     const int tiles = a.n_tiles * (WIDE_M / m), steps = a.k / WIDE_K;
     for (int i = 0, parts = 1; parts <= FEW_PARTS && steps % parts == 0; i++, parts *= 2) {
         const int room = p->c->few_room[i], left = tiles % room;
+        if (parts < QWEN3_CUDA_FEW_LEAST && steps % QWEN3_CUDA_FEW_LEAST == 0) continue;
         const float time = (float)(tiles / room) * few_time(p, room * parts, steps / parts, m, r) +
                            (left ? few_time(p, left * parts, steps / parts, m, r) : 0);
         if (best.m == 0 || time <= best.time) best = {m, parts, steps / parts, time};

@@ -1166,10 +1166,10 @@ template <class T> static __device__ __forceinline__ void prefetch_cache(const k
 template <int G> struct split_turns { enum { U = G >= 8 ? 2 : G == 4 ? QWEN3_CUDA_SPLIT_TURNS : 4 }; };
 
 /* attention, any rows: out[row, head, :] = softmax(q k^T * scale) v over positions 0 .. position of the
-   row's sequence, all float32. Grid (rows, n_head_kv * ceil(group / G), splits), 4 warps: a block takes one part
-   of the positions for up to G heads of one group, which share its reads of k and v; its warps take turns of
-   positions. The block of a row that finishes last joins the parts, in order. How the positions are split
-   depends on the row's own length and on gridDim.z. Equals qwen3i_attention. */
+   row's sequence, all float32; with a.halves, rounded once to F16. Grid (rows, n_head_kv * ceil(group / G), splits),
+   4 warps: a block takes one part of the positions for up to G heads of one group, which share its reads of k and v;
+   its warps take turns of positions. The block of a row that finishes last joins the parts, in order. How the
+   positions are split depends on the row's own length and on gridDim.z. Equals qwen3i_attention. */
 template <class T, int G, int LANES>
 static __global__ void QWEN3_SPLIT_BOUNDS(G) attention_split_kernel(attention_args a) {
     __shared__ float part[SPLIT_WARPS][G][MAX_HEAD_DIM], part_top[SPLIT_WARPS][G], part_sum[SPLIT_WARPS][G];
@@ -2089,7 +2089,10 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
 #define QWEN3_CUDA_FEW_M 0              /* rows of W in a tile of x += W a: 64, 128, or 0: whichever is faster by few_time() */
 #endif
 #ifndef QWEN3_CUDA_FEW_PARTS
-#define QWEN3_CUDA_FEW_PARTS 8          /* blocks of a cluster, at most */
+#define QWEN3_CUDA_FEW_PARTS 8          /* blocks of a cluster, at most, and ... */
+#endif
+#ifndef QWEN3_CUDA_FEW_LEAST
+#define QWEN3_CUDA_FEW_LEAST 1          /* ... at least, where k allows it */
 #endif
 
 const int WIDE_M       = 128;           /* rows of x and ... */

@@ -6,8 +6,9 @@
 #
 # In one call of less than 400 s on an H200: tests, sanitizers, speed of SIZES with single operations and pictures, long
 # prompts, batches, and transformers beside ours. QUICK=1 leaves the sanitizers out, VARIANTS="registers cublas late early" compares
-# build options with VARIANT_SIZES (0.6B), COMPARE= leaves transformers out, PROOF= what takes up to five minutes more: a
-# fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute. LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
+# build options with VARIANT_SIZES (0.6B), VARIANT_BATCH (1,16,64) and the single operations of VARIANT_KERNELS (none), COMPARE=
+# leaves transformers out, PROOF= what takes up to five minutes more: a fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute.
+# LIMIT (seconds, default 60) bounds each of the sanitizers' runs.
 OUT=${OUT:-gpu_out}
 LIMIT=${LIMIT:-60}
 NVCC=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
@@ -51,8 +52,9 @@ build() {
     done
 }
 # what is to be compared with the defaults: one row by matrix-vector kernels that keep weights in registers, few rows by
-# cuBLASLt, late starts, early starts; of batches: clusters of at most 4 blocks, tiles of 128 or 64 rows alone, products that
-# start after the norm does, attention with two turns of positions on their way, with two heads a block, without splits
+# cuBLASLt, late starts, early starts; of batches: clusters of at most 4 blocks, of at least 4, tiles of 128 or of 64 rows
+# alone, products that start after the norm does, attention with two turns of positions on their way, with two heads a
+# block, without splits
 flags() {
     case $1 in
         cublas)    echo -DQWEN3_CUDA_FEW=0 ;;
@@ -60,6 +62,7 @@ flags() {
         early)     echo -DQWEN3_CUDA_PDL=2 ;;
         registers) echo -DQWEN3_CUDA_STREAM=0 ;;
         few_4)     echo -DQWEN3_CUDA_FEW_PARTS=4 ;;
+        few_from_4) echo -DQWEN3_CUDA_FEW_LEAST=4 ;;
         few_128)   echo -DQWEN3_CUDA_FEW_M=128 ;;
         few_64)    echo -DQWEN3_CUDA_FEW_M=64 ;;
         norm_late) echo -DQWEN3_CUDA_NORM_EARLY=0 ;;
@@ -91,7 +94,8 @@ for size in ${SIZES:-0.6B 1.7B 4B 8B}; do
 done
 for v in $VARIANTS; do
     for size in ${VARIANT_SIZES:-0.6B}; do
-        bench $size.$v build/gpu_check_${v}_bench --random $size --tests tg64@512 --batch 1,16,64
+        bench $size.$v build/gpu_check_${v}_bench --random $size --tests tg64@512 --batch ${VARIANT_BATCH:-1,16,64} \
+            ${VARIANT_KERNELS:+--kernels $VARIANT_KERNELS}
     done
 done
 bench 0.6B.batch build/gpu_check_plain_bench --random 0.6B --tests tg64@512 --batch 4,16,64
