@@ -1292,10 +1292,10 @@ template <class T> static __device__ __forceinline__ void prefetch_cache(const k
 }
 
 /* attention, any rows: out[row, head, :] = softmax(q k^T * scale) v over positions 0 .. position of the
-   row's sequence, all float32. Grid (rows, n_head_kv * ceil(group / G), splits), 4 warps: a block takes one part
-   of the positions for up to G heads of one group, which share its reads of k and v; its warps take turns of
-   positions. The block of a row that finishes last joins the parts, in order. How the positions are split
-   depends on the row's own length and on gridDim.z. Equals qwen3i_attention. */
+   row's sequence, all float32; with a.halves, rounded once to F16. Grid (rows, n_head_kv * ceil(group / G), splits),
+   4 warps: a block takes one part of the positions for up to G heads of one group, which share its reads of k and v;
+   its warps take turns of positions. The block of a row that finishes last joins the parts, in order. How the
+   positions are split depends on the row's own length and on gridDim.z. Equals qwen3i_attention. */
 template <class T, int G, int LANES>
 static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kernel(attention_args a) {
     __shared__ float part[SPLIT_WARPS][G][MAX_HEAD_DIM], part_top[SPLIT_WARPS][G], part_sum[SPLIT_WARPS][G];
@@ -3166,10 +3166,11 @@ const int FEW_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor ha
 template <int M, int R> struct few_tile {
     enum { W_BYTES = M * WIDE_K * 2, BYTES = W_BYTES + R * WIDE_K * 2, SUMS = R * FEW_LD * 4 };
 };
-/* As many stages as there are steps and room. */
+/* As many stages as there are steps and room. With tiles of 64 rows an even number if there are more steps, so that a stage
+   is always read by the same warpgroup: a barrier only tells the last phase from the one before. */
 template <int M, int R> static int few_stages(int steps) {
     const int room = (FEW_SHARED - 1024) / (few_tile<M, R>::BYTES + 16);
-    return steps < room ? steps : room;
+    return steps <= room ? steps : M == WIDE_M ? room : room & ~1;
 }
 template <int M, int R> static __host__ __device__ __forceinline__ size_t few_memory(int stages) {
     const size_t bytes = (size_t)stages * few_tile<M, R>::BYTES, sums = few_tile<M, R>::SUMS;

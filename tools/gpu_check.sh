@@ -168,7 +168,7 @@ if wanted bench; then
     done
     for v in $VARIANTS; do
         for size in ${VARIANT_SIZES:-0.6B}; do
-            bench $size.$v build/gpu_check_${v}_bench --random $size --tests tg64@512 --batch 1,16,64
+            bench $size.$v build/gpu_check_${v}_bench --random $size --tests tg64@512 --batch ${VARIANT_BATCH:-1,16,64}
         done
     done
     bench 0.6B.batch build/gpu_check_plain_bench --random 0.6B --tests tg64@512 --batch 4,16,64
