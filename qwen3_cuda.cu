@@ -1591,9 +1591,9 @@ static qwen3_result launch_few_product(const pass *p, const stored_map &in, cons
 template <int KIND, class T, int R>
 static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
     few_plan plan = {0, 0, 0, 0};
-    if (KIND != WIDE_ADD || QWEN3_CUDA_FEW_M != WIDE_M / 2) plan = few_better(p, a, WIDE_M, R, plan);
+    plan = few_better(p, a, WIDE_M, R, plan);
     if constexpr (KIND == WIDE_ADD) {
-        if (QWEN3_CUDA_FEW_M != WIDE_M) plan = few_better(p, a, WIDE_M / 2, R, plan);
+        plan = few_better(p, a, WIDE_M / 2, R, plan);
         if (plan.m == WIDE_M / 2) {
             a.n_tiles *= 2;
             a.step /= 2;

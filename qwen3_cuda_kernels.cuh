@@ -2568,15 +2568,6 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
 #define QWEN3_CUDA_FEW 1                /* products of 9 to 64 rows in kernels of their own, too; 0: in cuBLASLt */
 #endif
 
-#ifndef QWEN3_CUDA_NORM_EARLY
-#define QWEN3_CUDA_NORM_EARLY 1         /* the product after a norm may start before the kernel before the norm has ended */
-#endif
-#ifndef QWEN3_CUDA_FEW_M
-#define QWEN3_CUDA_FEW_M 0              /* rows of W in a tile of x += W a: 64, 128, or 0: whichever is faster by few_time() */
-#endif
-#ifndef QWEN3_CUDA_FEW_PARTS
-#define QWEN3_CUDA_FEW_PARTS 8          /* blocks of a cluster, at most */
-#endif
 
 const int WIDE_M       = 128;           /* rows of x and ... */
 const int WIDE_N       = 128;           /* ... of W in a tile of a product; ... */
@@ -2827,10 +2818,9 @@ static __global__ void __launch_bounds__(256)
     float4 v[NORM_VECTORS];
     float sum = 0, top = 0, size = 0;
     /* the next one's weights come while the one before this still works; block 0 brings the gains nearer for all */
-    if (QWEN3_CUDA_NORM_EARLY) let_next_start();
+    let_next_start();
     if (block_x() == 0) for (int i = 32 * tid(); i < width; i += 32 * n_threads()) prefetch(gain + i);
     wait_for_previous();
-    if (!QWEN3_CUDA_NORM_EARLY) let_next_start();
 #pragma unroll
     for (int j = 0; j < NORM_VECTORS; j++)
         v[j] = at + j * step < width ? *(const float4 *)(const void *)(from + at + j * step) : zero;
@@ -3151,15 +3141,12 @@ static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
 template <int N> static size_t wide_product_shared() { return 1024 + WIDE_STAGES * ((size_t)wide_tile<N>::BYTES + 16); }
 
 /* ---- products of few rows --------------------------------------------------------------------------------- */
-#ifndef QWEN3_CUDA_FEW_LEAST
-#define QWEN3_CUDA_FEW_LEAST 9
-#endif
-const int FEW_LEAST   = QWEN3_CUDA_FEW_LEAST;       /* rows, from ... */
+const int FEW_LEAST   = 3;              /* rows, from ... */
 const int FEW_MOST    = 64;             /* ... to */
 const int FEW_X_TILE  = 32;             /* rows of x that are loaded at once */
 const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
 const int FEW_LD      = WIDE_M + 4;     /* floats from a row of sums to the next: no bank twice */
-const int FEW_PARTS   = QWEN3_CUDA_FEW_PARTS;       /* blocks of a cluster, at most */
+const int FEW_PARTS   = 8;              /* blocks of a cluster, at most */
 const int FEW_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor has room for two */
 
 /* Of a step of 64 elements for M rows of W and R rows of x; SUMS take the place of the stages. */

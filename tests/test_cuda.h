@@ -358,11 +358,11 @@ static void lab_check_qkv(lab *l, const lab_rows *r) {
     free(got); free(h); free(k); free(v); free(cosines); free(sines);
 }
 
-/* Up to 64 rows, each of another sequence, whose attention gives F16 */
+/* Up to 64 rows that need no tiles of attention, because they are few or each is of another sequence: it gives F16 */
 static int lab_own_halves(const lab *l, const lab_rows *r) {
     int n = r->batch.n_rows, i, same = 0;
     for (i = 1; i < n; i++) same += r->seqs[i] == r->seqs[i - 1];
-    return same == 0 && lab_own_products(l, n) && l->desc.kv_type == QWEN3_KV_F16;
+    return (n <= 8 || same == 0) && lab_own_products(l, n) && l->desc.kv_type == QWEN3_KV_F16;
 }
 
 static void lab_check_attention(lab *l, const lab_rows *r, float size) {

@@ -83,20 +83,13 @@ build() (
     for program in test bench; do link "$name" $program $program.c || return 1; done
 )
 # what is to be compared with the defaults: one row by matrix-vector kernels that keep weights in registers, few rows by
-# cuBLASLt, late starts, early starts; of batches: clusters of at most 4 blocks, tiles of 128 or 64 rows alone, products that
-# start after the norm does, attention with two turns of positions on their way, with two heads a block, without splits
+# cuBLASLt, late starts, early starts
 flags() {
     case $1 in
         cublas)    echo -DQWEN3_CUDA_FEW=0 ;;
         late)      echo -DQWEN3_CUDA_PDL=0 ;;
         early)     echo -DQWEN3_CUDA_PDL=2 ;;
         registers) echo -DQWEN3_CUDA_STREAM=0 ;;
-        from_2)    echo -DQWEN3_CUDA_FEW_LEAST=2 ;;
-        from_3)    echo -DQWEN3_CUDA_FEW_LEAST=3 ;;
-        few_4)     echo -DQWEN3_CUDA_FEW_PARTS=4 ;;
-        few_128)   echo -DQWEN3_CUDA_FEW_M=128 ;;
-        few_64)    echo -DQWEN3_CUDA_FEW_M=64 ;;
-        norm_late) echo -DQWEN3_CUDA_NORM_EARLY=0 ;;
     esac
 }
 VARIANTS=${VARIANTS-registers}
