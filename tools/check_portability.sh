@@ -136,6 +136,20 @@ check 'no recursion' no_recursion
 check 'two private copies in one program' two_files
 check 'no mutable globals' no_globals
 
+# ---- CUDA ----------------------------------------------------------------------------------------------------
+cuda() {                                # for one generation of GPUs, with the Makefile's flags: warnings are errors
+    nvcc -O3 -std=c++17 -Xcompiler -Wall,-Wextra,-fPIC -Werror all-warnings -gencode="arch=compute_$1,code=sm_$1" \
+        -c qwen3_cuda.cu -o "$tmp/cuda.o"
+}
+if have nvcc; then
+    for chip in 75 80 86 89 90a 100 120; do
+        nvcc --list-gpu-code | grep -qx "sm_${chip%a}" || { skip "CUDA sm_$chip" 'not known to this nvcc'; continue; }
+        check "CUDA sm_$chip, nvcc $(nvcc --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')" cuda $chip
+    done
+    make -s build/qwen3.o build/qwen3_cuda.o >"$tmp/made" 2>&1
+    check 'CUDA from C++ and in a shared library' sh tests/check_cuda_link.sh
+else skip 'CUDA' 'nvcc is not installed'; fi
+
 # ---- static analysis -------------------------------------------------------------------------------------
 tidy() {        # The header as a file of its own, or only what a file calls would be analysed.
     local checks='-*,clang-analyzer-*,bugprone-*' off

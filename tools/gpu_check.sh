@@ -15,7 +15,7 @@
 # alone. They need a PYTHON (python3) with PyTorch and transformers:
 #     SHAPES="0.6B 1.7B 4B 8B" MKMODEL=mkmodel.py
 #         logits and 200 tokens of models of these sizes beside transformers in float32, and the time to the first token.
-#         `mkmodel.py SIZE DIRECTORY --format hf --hot-knorm` makes one, with random weights in bfloat16; all at once in
+#         `mkmodel.py SIZE DIRECTORY --format hf $MKARGS` (--hot-knorm) makes one, with random weights in bfloat16; all at once in
 #         TMPDIR (29 GB for these four, 10 more for FLOAT32="0.6B 1.7B", those whose float32 copies are compared, too).
 #     DEMO=1
 #         the demo's scores on the GPU in DIALOGUES (500), its words beside the CPU's and transformers'
@@ -65,7 +65,7 @@ if [ -n "$SHAPES" ]; then              # they take their time; the build and the
     trap 'kill $(cat "$work"/*.pid) 2>/dev/null; rm -rf "$work"' EXIT
     trap 'exit 130' INT TERM
     for size in $SHAPES; do
-        timeout 400 "$PYTHON" "$MKMODEL" "$size" "$work/$size" --format hf --hot-knorm > "$OUT/make.$size.log" 2>&1 &
+        timeout 400 "$PYTHON" "$MKMODEL" "$size" "$work/$size" --format hf ${MKARGS---hot-knorm} > "$OUT/make.$size.log" 2>&1 &
         echo $! > "$work/$size.pid"
     done
 fi
