@@ -2565,7 +2565,7 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
 #endif
 
 #ifndef QWEN3_CUDA_FEW
-#define QWEN3_CUDA_FEW 1                /* products of 9 to 64 rows in kernels of their own, too; 0: in cuBLASLt */
+#define QWEN3_CUDA_FEW 1                /* products of 3 to 64 rows in kernels of their own, too; 0: in cuBLASLt */
 #endif
 
 
@@ -3412,7 +3412,7 @@ static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned
 }
 #endif
 
-/* few_product: as wide_product for 9 to 64 rows, where the weights' bytes are what counts; also STORE: logits. R: 32 or
+/* few_product: as wide_product for 3 to 64 rows, where the weights' bytes are what counts; also STORE: logits. R: 32 or
    64, at least the rows. A cluster of g.parts blocks (1, 2, 4 or 8) shares a tile of M rows of W, 128 or, for ADD, 64: each
    of its blocks sums over a part of k, 64 elements by the tensor core at a time, and finishes some of the rows from all
    parts, in order; with M = 64 it has two sums, of its even steps and of its odd ones. Grid: tiles times parts; k is 64
