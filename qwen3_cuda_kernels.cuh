@@ -1486,7 +1486,7 @@ template <class T> struct decode_stream {
 #pragma unroll 1
         for (int j = 0; j < DECODE_POS / 2; j++) {
             const int p = p0 + 2 * j + half;
-            if (p < from || (p >= to && p < end)) continue;
+            if (p >= end ? p0 < from : p < from || p >= to) continue;   /* nothing is written twice */
             copy_async(place_of(target, j), p < end ? source + (size_t)(2 * j) * stride : k, p < end);
         }
     }
@@ -3141,7 +3141,7 @@ static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
 template <int N> static size_t wide_product_shared() { return 1024 + WIDE_STAGES * ((size_t)wide_tile<N>::BYTES + 16); }
 
 /* ---- products of few rows --------------------------------------------------------------------------------- */
-const int FEW_LEAST   = 3;              /* rows, from ... */
+const int FEW_LEAST   = 2;              /* rows, from ... */
 const int FEW_MOST    = 64;             /* ... to */
 const int FEW_X_TILE  = 32;             /* rows of x that are loaded at once */
 const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */

@@ -614,7 +614,7 @@ static void stab_chip(int capability) {
 static void stab_operations(void) {
     stab_operations_of(&stab_small);
     if (!stab_is_cuda()) return;
-    stab_chip(90);                      /* whose own products take 3 rows and more */
+    stab_chip(90);                      /* whose own products take 2 rows and more */
     stab_operations_of(&stab_wide);
     stab_chip(80);
 }
