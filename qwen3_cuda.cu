@@ -10,13 +10,13 @@
      same two bytes and the same value for everything within 2^32 of the matrix's largest (below that the
      error is under 2^-40 of the largest). So there is one 16-bit format, every tensor core since sm_75
      multiplies it, and what is rounded to it loses 2^-12 instead of 2^-9.
-   INPUTS   of a product with at most 8 rows (on Hopper 2) stay float32. With more rows and 16-bit weights each row is
+   INPUTS   of a product with at most 8 rows (on Hopper 1) stay float32. With more rows and 16-bit weights each row is
      rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size. The input of
      q, k and v keeps 22 bits, as two such terms and two products: the gains of the norms after it, up to 100
      in real models, blow up what is lost there before the softmax. (On Hopper it is rounded once, too: beside
      the rounding of the cache that makes no difference that matters. docs/PERFORMANCE.md has the figures.)
    HOPPER has kernels of its own (sm_90a; head_dim 128, widths that are multiples of 128, 16-bit weights) for
-     more than 2 rows: products whose sums the tensor cores add up 128 elements at a time, since they cut off
+     2 rows and more: products whose sums the tensor cores add up 128 elements at a time, since they cut off
      what they add, with everything up to the next product in the same kernel; and, for more than 64 rows,
      attention on an F16 cache.
    PATHS    FUSED, or STANDARD: cuBLASLt and one plain kernel for each operation.
