@@ -3,15 +3,19 @@
 
 usage: profile_kernels.py [--bench ./bench] [--sizes 0.6B,8B] [--ncu ncu] [--launches 40]
 
-For every kernel the launch that took longest is shown: microseconds, share of the peak of memory (DRAM) and of the
+Of the decode step only its own kernels are looked at, by name, and one step at least from end to end (--launches is for
+the prefill). For every kernel the launch that took longest is shown: microseconds, share of the peak of memory (DRAM) and of the
 multiprocessors, warps in flight of those that fit, registers, and the three largest reasons why warps waited (issue
 slots lost to each). Clocks are left as they are. Needs permission to read the GPU's counters.
 """
 import argparse
 import csv
 import io
+import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 
 STALLS = ['long_scoreboard', 'short_scoreboard', 'barrier', 'membar', 'wait', 'math_pipe_throttle', 'mio_throttle',
           'lg_throttle', 'tex_throttle', 'not_selected', 'no_instruction', 'sleeping', 'branch_resolve', 'gmma']
@@ -20,14 +24,26 @@ TIME, DRAM, SM = 'gpu__time_duration.sum', 'dram__throughput.avg.pct_of_peak_sus
     'sm__throughput.avg.pct_of_peak_sustained_elapsed'
 WARPS, REGISTERS = 'sm__warps_active.avg.pct_of_peak_sustained_active', 'launch__registers_per_thread'
 
+# What one row goes through; the prefill before it has none of these but for its last row (embedding, norm, head).
+DECODE = '^(stream_.*|matvec|mlp|qkv_rope|attention_decode|attention_split|rmsnorm|embed|choose|best|adjust|keep_logits)_kernel'
+LAYERS = {'0.6B': 28, '1.7B': 28, '4B': 36, '8B': 36}
+A_LAYER, BESIDE = 7, 10                 # most launches of a decode step in each layer, and before and after the layers
 
-def profile(args, size, test, skip):
+
+def profile(args, size, test):
     """Rows of ncu's CSV, one a launch, with units taken into account."""
+    if test.startswith('tg'):           # only launches of that name count: past the last row of the prefill, then a step
+        which = ['--kernel-name', f'regex:{DECODE}', '--launch-skip', str(BESIDE),
+                 '--launch-count', str(A_LAYER * LAYERS.get(size, 64) + BESIDE)]
+    else:                               # past the loading of the weights
+        which = ['--launch-skip', '60', '--launch-count', str(args.launches)]
     metrics = ','.join([TIME, DRAM, SM, WARPS, REGISTERS] + [STALL.format(s) for s in STALLS])
     command = [args.ncu, '--clock-control', 'none', '--csv', '--page', 'raw', '--print-units', 'base', '--metrics', metrics,
-               '--launch-skip', str(skip), '--launch-count', str(args.launches),
-               args.bench, '--cuda', '--random', size, '--tests', test, '--repeat', '1']
-    run = subprocess.run(command, capture_output=True, text=True)
+               *which, args.bench, '--cuda', '--random', size, '--tests', test, '--repeat', '1']
+    build = pathlib.Path(__file__).resolve().parent.parent / 'build'
+    build.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=build) as reports:     # ncu keeps its report in TMPDIR, which may be gone
+        run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'TMPDIR': reports})
     lines = run.stdout.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
@@ -67,9 +83,9 @@ def main():
     p.add_argument('--launches', type=int, default=40)
     args = p.parse_args()
     for size in args.sizes.split(','):
-        for test, skip in (('tg2@512', 400), ('pp2048', 60)):       # past the loading of the weights
-            print(f'{size}, {test}')
-            table(profile(args, size, test, skip))
+        for test in ('tg2@512', 'pp2048'):
+            print(f'{size}, {test}', flush=True)
+            table(profile(args, size, test))
 
 
 main()
