@@ -271,7 +271,7 @@ qwen3_result fused_qkv(const pass *p, int layer, const float *scales) {
     matrix w = c->m->layers[layer].qkv;
     const qkv_args a = qkv_arguments(p, layer);
     w.terms = 1;
-    if (p->how == WIDE) return wide_qkv(p, w, a);       /* the kernel before has left 1 / rms in act_scale */
+    if (p->how == WIDE || p->how == FEW) return wide_qkv(p, w, a);      /* the kernel before has left 1 / rms in act_scale */
     if (p->how != MATVEC) {
         TRY(act_product(p, c->qkv, a.ld, w, 0, w.rows));
         return launched(p, launch(p->s, grid1(p->n), 256, 0, fused_store_kernel<float>, a, (const half_t *)c->act,
@@ -475,7 +475,7 @@ qwen3_result trial_put(trial *t, pass *p, const float *x) {
     matrix one = c->m->layers[0].qkv;
     one.terms = 1;
     TRY(lab_put(c, QWEN3_CUDA_X, x, &lab_err));
-    if (p->how == WIDE)
+    if (p->how == WIDE || p->how == FEW)
         return launched(p, launch_wide_norm(p, t->ones, NULL), "wide_norm");
     return p->how == MATVEC ? QWEN3_OK : round_rows(p, one, c->x, c->embd_ld, p->n);
 }
@@ -515,7 +515,7 @@ qwen3_result trial_time(trial *t, int n, way how, double *us) {
 
 struct trial_errors { trial_error separate, separate_1, after, folded, bf16; };
 
-/* Each way's errors. `after`: fused in float32, the gains not in the weights; up to 8 rows. */
+/* Each way's errors. `after`: fused in float32, the gains not in the weights; by the matrix-vector kernels alone. */
 qwen3_result trial_errors_of(trial *t, int n, trial_errors *e) {
     const qwen3i_err *err = &lab_err;
     const size_t embd = (size_t)t->config.n_embd, last = (size_t)(n - 1) * embd;
@@ -539,7 +539,7 @@ qwen3_result trial_errors_of(trial *t, int n, trial_errors *e) {
         scales[r] = 1.0f / sqrtf(sum / (float)embd + 1e-6f);
     }
     e->after = e->folded;
-    if (n <= MATVEC_ROWS) {
+    if (p.how == MATVEC) {
         CUDA_TRY(cudaMemcpy(t->c->act_scale, scales.data(), (size_t)n * 4, cudaMemcpyHostToDevice));
         TRY(trial_put(t, &p, other.data()));
         TRY(fused_qkv(&p, 0, t->c->act_scale));
