@@ -1351,18 +1351,18 @@ static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
     return stream_shared(in, STREAM_RING_SHORT) <= m->block_shared ? STREAM_RING_SHORT : 0;
 }
 
+/* In clusters of so many blocks, with as much shared memory as the kernel asks for. */
 template <class... P, class... A>
-static cudaError_t launch_stream_clusters(const pass *p, int parts, int blocks, size_t shared, void (*kernel)(P...),
-                                          A... args) {
+static cudaError_t launch_shared(const pass *p, int cluster, dim3 grid, int threads, size_t shared, void (*kernel)(P...),
+                                 A... args) {
     const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    return e != cudaSuccess ? e : launch_clusters(p->early, parts, p->s, grid1(blocks), 32 * MATVEC_WARPS, shared,
-                                                  kernel, args...);
+    return e != cudaSuccess ? e : launch_clusters(p->early, cluster, p->s, grid, threads, shared, kernel, args...);
 }
 template <class... P, class... A>
 static cudaError_t launch_stream(const pass *p, const matvec_in &in, int ring, int units, void (*kernel)(P...),
                                  A... args) {
-    return launch_stream_clusters(p, 1, least(p->c->m->n_sm, ceil_div(units, MATVEC_WARPS)), stream_shared(in, ring),
-                                  kernel, args...);
+    return launch_shared(p, 1, grid1(least(p->c->m->n_sm, ceil_div(units, MATVEC_WARPS))), 32 * MATVEC_WARPS,
+                         stream_shared(in, ring), kernel, args...);
 }
 
 /* Rows that a warp takes at a time of the `each` that it has: few turns, few of them idle. */
@@ -1401,7 +1401,8 @@ static int head_parts(const pass *p, const qkv_args &a) {
 template <class T, int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
     const int parts = head_parts(p, a), blocks = parts * (a.n_head + 2 * a.n_head_kv);
     const size_t shared = stream_shared(in, RING) + 2 * sizeof(mbarrier) + (size_t)a.head_dim * sizeof(float);
-#define CALL(NR) launch_stream_clusters(p, parts, blocks, shared, stream_qkv_heads_kernel<T, NR, RING>, in, a, parts)
+#define CALL(NR) launch_shared(p, parts, grid1(blocks), 32 * MATVEC_WARPS, shared, stream_qkv_heads_kernel<T, NR, RING>, in, \
+                               a, parts)
     if (parts > 0) return a.head_dim <= 2 * parts * MATVEC_WARPS ? CALL(2) : CALL(4);
 #undef CALL
 #define CALL(NR) launch_stream(p, in, RING, in.n, stream_qkv_rope_kernel<T, NR, RING>, in, a, p->c->qkv_tickets)
@@ -1820,12 +1821,8 @@ static decode_shape shape_decode(const pass *p, const attention_args &a) {
 template <class T, int TERMS>
 static cudaError_t launch_decode(const pass *p, attention_args a, const decode_shape &s) {
     const dim3 grid((unsigned)(s.clusters * s.ranks), (unsigned)s.n_groups, (unsigned)p->n);
-    const size_t shared = sizeof(decode_shared);
-    const cudaError_t e =
-        cudaFuncSetAttribute(attention_decode_kernel<T, TERMS>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     a.ranks = s.ranks;
-    return e != cudaSuccess ? e : launch_clusters(p->early, s.ranks, p->s, grid, 32 * DECODE_WARPS, shared,
-                                                  attention_decode_kernel<T, TERMS>, a);
+    return launch_shared(p, s.ranks, grid, 32 * DECODE_WARPS, sizeof(decode_shared), attention_decode_kernel<T, TERMS>, a);
 }
 template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
     const int group = a.n_head / a.n_head_kv;

@@ -1280,11 +1280,11 @@ template <class T, int G> static __device__ __forceinline__ void split_fold(spli
     }
 }
 
-/* Brings k and v of positions begin to end, of what lies `at` elements into the cache, towards this multiprocessor: a line
-   (128 bytes) a thread, at most `most` positions. */
+/* Brings k and v of the first 64 positions from begin to end, of what lies `at` elements into the cache, towards this
+   multiprocessor: a line (128 bytes) a thread. */
 template <class T> static __device__ __forceinline__ void prefetch_cache(const kv_layer &kv, size_t at, int dim,
-                                                                         int begin, int end, int most) {
-    const int each = 128 / (int)sizeof(T), lines = ceil_div(dim, each), n = least(end - begin, most);
+                                                                         int begin, int end) {
+    const int each = 128 / (int)sizeof(T), lines = ceil_div(dim, each), n = least(end - begin, 64);
     for (int i = tid(); i < 2 * n * lines; i += n_threads()) {
         const size_t to = at + (size_t)(begin + i / 2 / lines) * kv.kv_dim + (size_t)(i / 2 % lines) * each;
         prefetch((const T *)(i % 2 ? kv.v : kv.k) + to);
@@ -1310,7 +1310,7 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
     const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z), active = ceil_div(n, length);
     const int begin = (int)blockIdx.z * length, end = begin + length < n ? begin + length : n;
     if (QWEN3_CUDA_PDL)
-        prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end, 64);
+        prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end);
     wait_for_previous();
     let_next_start();
     if (begin >= n) return;
