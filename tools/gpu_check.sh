@@ -180,7 +180,7 @@ if wanted bench; then
     for v in $VARIANTS; do run speed.$v 30 build/gpu_check_${v}_test -v -k test_cuda_speed_one; done
 fi
 
-# each under a minute
+# each under a minute but the last
 if wanted proof && [ -n "${PROOF-1}" ]; then
     run proof.build 300 make -s build/bench_fused build/libqwen3_kernels.so NVCC="$NVCC" \
         CUDA_ARCH="-gencode=arch=compute_$chip,code=sm_$chip"
@@ -191,7 +191,7 @@ if wanted proof && [ -n "${PROOF-1}" ]; then
         run proof.sweep 60 "$PYTHON" tools/sweep_rmsnorm.py
     else note proof.norm "PyTorch is not here"
     fi
-    run proof.profile 60 "$PYTHON" tools/profile_kernels.py --bench build/gpu_check_plain_bench --ncu "${NCU:-$(command -v ncu || echo "$CUDA/bin/ncu")}"
+    run proof.profile 150 "$PYTHON" tools/profile_kernels.py --sizes 0.6B,8B --bench build/gpu_check_plain_bench --ncu "${NCU:-$(command -v ncu || echo "$CUDA/bin/ncu")}"
 fi
 
 # sanitize TOOL SUITE: the suite with fewer repetitions (-s), each kernel as before. What it finds inside of cuBLAS, whose
