@@ -558,7 +558,7 @@ struct qwen3_backend {
    float32 buffers can be set and read, and the operations on them. Rows: as in a batch. */
 typedef enum qwen3_cuda_buffer {        /* [n_rows, width] float32 */
     QWEN3_CUDA_X, QWEN3_CUDA_H, QWEN3_CUDA_Q, QWEN3_CUDA_A, QWEN3_CUDA_M, QWEN3_CUDA_LOGITS
-} qwen3_cuda_buffer;                    /* n_embd, n_embd, q_dim, q_dim, n_ff, n_vocab (of at most 64 rows) */
+} qwen3_cuda_buffer;                    /* n_embd, n_embd, q_dim, q_dim, n_ff, n_vocab (of the first 32 rows, or as many as sequences) */
 typedef enum qwen3_cuda_op {
     QWEN3_CUDA_EMBED,                   /* X = rows of the embedding                      qwen3i_embed */
     QWEN3_CUDA_NORM,                    /* H = rmsnorm(X) with the layer's attn_norm      qwen3i_rmsnorm */

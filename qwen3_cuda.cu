@@ -543,7 +543,7 @@ static CUtensorMap get_map(const stored_map &m) {
 static bool fits_wide(const cuda_model *m) {
     const qwen3i_config *g = &m->config;
     if (m->capability != 90 || g->head_dim != WIDE_DIM || g->n_head / g->n_head_kv > WIDE_M) return false;
-    if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 256 * NORM_VECTORS) return false;
+    if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 8 * 256) return false;
     for (int i = 0; i < g->n_layer; i++) {
         const layer_weights &l = m->layers[i];
         if (l.qkv.type != QWEN3I_F16 || l.wo.type != QWEN3I_F16 || l.gate_up.type != QWEN3I_F16 ||
@@ -779,7 +779,7 @@ struct cuda_ctx {
     void   *workspace;
     row_info *rows; attention_tile *tile_list; listed *lists;
     int    *chosen; u64 *best;                  /* [max_seqs] */
-    candidates *listed_keys;                    /* [head_rows] */
+    candidates *listed_keys;                    /* [choice_rows] */
 
     /* pinned host memory */
     upload_slot slots[RING];
@@ -792,7 +792,13 @@ struct cuda_ctx {
     int         lab_rows, lab_tiles;            /* of the batch that single kernels work on */
 };
 
-static int head_rows(const cuda_ctx *c) { return least(HEAD_ROWS, c->max_rows); }
+/* Rows whose logits are computed at a time: all sequences', as far as possible, and at least half of the most. */
+static int head_rows(const cuda_ctx *c) { return least(least(HEAD_ROWS, c->max_rows), most(HEAD_ROWS / 2, c->desc.max_seqs)); }
+/* Sequences that choose at a time. */
+static int choice_rows(const cuda_ctx *c) { return least(head_rows(c), c->desc.max_seqs); }
+
+/* Of cuBLASLt, if it is used at all. */
+static size_t workspace_bytes(const cuda_ctx *c) { return c->wide && QWEN3_CUDA_FEW ? 0 : WORKSPACE; }
 
 /* How many parts the positions of a row are split into: enough to fill the chip, from the shape alone. */
 static int attention_splits(const cuda_ctx *c, int rows) {
@@ -844,10 +850,10 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
     c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
     c->attn_tickets = a->take<unsigned>(attention_tickets(c));
-    c->workspace = a->take<char>(WORKSPACE);
+    c->workspace = a->take<char>(workspace_bytes(c));
     c->rows = a->take<row_info>(rows);
     c->tile_list = a->take<attention_tile>(rows);
-    c->listed_keys = a->take<candidates>((size_t)head_rows(c));
+    c->listed_keys = a->take<candidates>((size_t)choice_rows(c));
     c->lists = a->take<listed>((size_t)LISTED_MAX);
     c->chosen = a->take<int>(seqs);
     c->best = a->take<u64>(seqs);
@@ -1064,7 +1070,7 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     if (!c->wide || !QWEN3_CUDA_FEW)    /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
         for (const auto &r : c->results) CUDA_TRY(cudaMemsetAsync(r.at, 0, r.n * sizeof(float), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->best, 0, (size_t)c->desc.max_seqs * sizeof(u64), c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)head_rows(c) * sizeof(candidates), c->stream)); /* read whole */
+    CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)choice_rows(c) * sizeof(candidates), c->stream)); /* read whole */
     CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
     CUDA_TRY(cudaStreamSynchronize(c->stream));
     return QWEN3_OK;
@@ -1245,20 +1251,20 @@ static int row_threads(int n, int each, int rows) {
     return want < 32 ? 32 : want > limit ? limit : want;
 }
 
-/* How rows of so many vectors are normed: `lanes` threads a row with k vectors each, `together` rows a block; k 0: one
-   element at a time. Few rows want one short pass, many want several loads in flight and full blocks. */
+/* How rows of so many vectors, of so many elements each, are normed: `lanes` threads a row with k vectors each, `together` rows a block; k 0: one
+   element at a time. Few rows want one short pass, many want several loads in flight and full blocks. As
+   tools/sweep_rmsnorm.py measured it. */
 struct norm_shape { int k, lanes, together; };
 
-static norm_shape rmsnorm_shape(int vectors, long long rows) {
-    norm_shape s;
-    const int most_lanes = rows <= 512 ? 1024 : 256;
-    s.k = 1;
-    while (s.k < 8 && ceil_div(vectors, s.k) > most_lanes) s.k *= 2;
+static norm_shape rmsnorm_shape(int vectors, int each, long long rows) {
+    norm_shape s = {rows <= 512 ? 1 : 16 / each, 0, 1};
+    const int most_lanes = rows <= 64 ? 512 : 320;
+    while (s.k < 8 && ceil_div(vectors, s.k) > (s.k == 2 ? 640 : most_lanes)) s.k *= 2;
     s.lanes = ceil_div(vectors, s.k);
     s.lanes = s.lanes <= 8 ? 8 : s.lanes <= 16 ? 16 : round_up(s.lanes, 32);
-    s.together = rows <= 512 ? 1 : most(256 / s.lanes, 1);
+    if (rows > 512) s.together = most(256 / s.lanes, 1);
     if (s.lanes < 32) s.together = most(s.together, 32 / s.lanes);
-    if (s.lanes > (s.k > 2 ? 512 : 1024)) s.k = 0;
+    if (s.lanes > norm_threads(s.k)) s.k = 0;
     return s;
 }
 
@@ -1276,7 +1282,7 @@ template <class O, class T> static cudaError_t launch_rmsnorm(bool early, cudaSt
     const int v = vector_of<T>::N;
     const bool aligned = width % v == 0 && ldx % v == 0 && ldy % v == 0 && (size_t)x % 16 == 0 && (size_t)y % 16 == 0 &&
                          (size_t)gain % 16 == 0;
-    const norm_shape shape = rmsnorm_shape(ceil_div(width, v), (long long)rows * groups);
+    const norm_shape shape = rmsnorm_shape(ceil_div(width, v), v, (long long)rows * groups);
 #define QWEN3_SHAPE(K) case K: return launch_rmsnorm_shape<O, T, K>(early, s, shape, y, ldy, x, ldx, outs, gain, rows, \
                                                                     groups, width, pad, eps)
     switch (aligned ? shape.k : 0) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
@@ -1511,11 +1517,17 @@ template <class O> static cudaError_t launch_add_rmsnorm(const pass *p, const fl
 
 static cudaError_t launch_wide_norm(const pass *p, const float *gain, const float *bounds) {
     const cuda_ctx *c = p->c;
-    const int width = c->m->config.n_embd, lanes = round_up(ceil_div(width, 4 * NORM_VECTORS), 32);
-    const int together = p->n > 512 ? 256 / lanes : 1;
-    return launch_early(p->early, p->s, grid1(ceil_div(p->n, together)), lanes * together, 0, wide_norm_kernel,
-                        c->wide_act, c->act_scale, c->ff_scale, bounds, (const float *)c->x, c->embd_ld, gain, p->n, width,
-                        c->m->config.rms_eps, lanes);
+    const int width = c->m->config.n_embd;
+    norm_shape s = rmsnorm_shape(width / 4, 4, p->n);
+    s.lanes = round_up(s.lanes, 32);
+    s.together = p->n > 512 ? most(256 / s.lanes, 1) : 1;
+#define QWEN3_SHAPE(K) case K: return launch_early(p->early, p->s, grid1(ceil_div(p->n, s.together)), s.lanes * s.together, \
+                                                   0, wide_norm_kernel<K>, c->wide_act, c->act_scale, c->ff_scale, bounds, \
+                                                   (const float *)c->x, c->embd_ld, gain, p->n, width, \
+                                                   c->m->config.rms_eps, s.lanes)
+    switch (s.k) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
+#undef QWEN3_SHAPE
+    return cudaErrorInvalidValue;       /* no model that is wide has such rows */
 }
 
 /* Will the product with w do the norm of its input, which each of its blocks holds, itself? */
@@ -2277,8 +2289,9 @@ static int make_choice(const cuda_ctx *c, const qwen3i_next *item, int ahead, up
 
 /* Enqueue the choice of a token for n sequences. What a slot holds of it is read where it is, in host memory. */
 static qwen3_result enqueue_choices(cuda_ctx *c, int n, bool adjust, const upload_slot *slot, const qwen3i_err *err) {
-    const int vocab = c->m->config.n_vocab, group = head_rows(c);
+    const int vocab = c->m->config.n_vocab, group = choice_rows(c);
     const size_t seen = (size_t)ceil_div(vocab, 32) * 4;
+    const bool early = c->m->capability >= 90;
     for (int i = 0; i < n; i += group) {
         const int count = least(group, n - i);
         const choice *choices = slot->choices + i;
@@ -2290,11 +2303,11 @@ static qwen3_result enqueue_choices(cuda_ctx *c, int n, bool adjust, const uploa
             CUDA_TRY(launch(c->stream, grid1(count), 1024, seen, adjust_kernel, c->logits, choices,
                             (const listed *)c->lists, (const int *)c->chosen + i, vocab));
         }
-        CUDA_TRY(launch(c->stream, grid2(CHUNKS, count), CHUNK_THREADS, 0, best_kernel, c->best + i, c->listed_keys,
-                        kept, copy, choices, vocab, c->n_choose));
-        CUDA_TRY(launch(c->stream, grid1(count), CHOOSE_THREADS, sizeof(choose_shared), choose_kernel, c->rows + i,
-                        steps, c->chosen + i, slot->report + i, c->best + i, (const candidates *)c->listed_keys, kept,
-                        copy, choices, vocab, c->n_choose));
+        CUDA_TRY(launch_early(early, c->stream, grid2(CHUNKS, count), CHUNK_THREADS, 0, best_kernel, c->best + i,
+                              c->listed_keys, kept, copy, choices, vocab, c->n_choose));
+        CUDA_TRY(launch_early(early, c->stream, grid1(count), CHOOSE_THREADS, sizeof(choose_shared), choose_kernel,
+                              c->rows + i, steps, c->chosen + i, slot->report + i, c->best + i,
+                              (const candidates *)c->listed_keys, kept, copy, choices, vocab, c->n_choose));
     }
     return QWEN3_OK;
 }

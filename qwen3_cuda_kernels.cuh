@@ -20,7 +20,7 @@ typedef unsigned long long u64;
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
 const int MATVEC_WARPS  = 8;
 const int MATVEC_TILE   = 8192;         /* floats of x that a block holds at a time */
-const int HEAD_ROWS     = 64;           /* rows whose logits are computed at a time */
+const int HEAD_ROWS     = 64;           /* the most rows whose logits are computed at a time */
 const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
 const int SPLIT_WARPS   = 4;
 const int TILE_ROWS     = 64;           /* (token, head) rows and ...               */
@@ -348,13 +348,16 @@ template <class T> struct vector_of { enum { N = 16 / (int)sizeof(T) }; };      
 
 /* Sum of v over rows of `lanes` threads (8, 16 or whole warps), the same bits in each of them: by exchange within the
    warps, then once more over the warps. shared [32]. */
-static __device__ __forceinline__ float row_sum(float v, int lanes, float *shared) {
+template <class S> static __device__ __forceinline__ S row_sum(S v, int lanes, S *shared) {
     const int warps = lanes / 32;
     for (int o = lanes < 32 ? lanes / 2 : 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
     if (warps <= 1) return v;
     if (lane_id() == 0) shared[warp_id()] = v;
     __syncthreads();
-    return warp_sum(lane_id() < warps ? shared[warp_id() / warps * warps + lane_id()] : 0.0f);
+    v = lane_id() < warps ? shared[warp_id() / warps * warps + lane_id()] : 0;
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+    return v;
 }
 
 /* What each of the `lanes` threads of a row has of it: K times the 16 bytes that lie lanes * 16 apart. */
@@ -372,6 +375,22 @@ template <int V> static __device__ __forceinline__ void load_gains(float (&g)[V]
         g[i] = f.x; g[i + 1] = f.y; g[i + 2] = f.z; g[i + 3] = f.w;
     }
 }
+template <int K, int V>
+static __device__ __forceinline__ void load_all_gains(float (&g)[K][V], const float *gain, int at, int step, int width) {
+#pragma unroll
+    for (int k = 0; k < K; k++) if (at + k * step < width) load_gains(g[k], gain + at + k * step);
+}
+/* The sum of squares in pairs: where one element is far above the others, few additions round what it has made large. */
+template <int K, int V> static __device__ __forceinline__ float sum_of_squares(const float (&v)[K][V]) {
+    float s[K * V];
+#pragma unroll
+    for (int i = 0; i < K * V; i++) s[i] = v[i / V][i % V] * v[i / V][i % V];
+#pragma unroll
+    for (int n = K * V / 2; n > 0; n /= 2)
+#pragma unroll
+        for (int i = 0; i < n; i++) s[i] += s[i + n];
+    return s[0];
+}
 template <int V> static __device__ __forceinline__ void store_vector(float *p, float (&v)[V]) {
 #pragma unroll
     for (int i = 0; i < V; i += 4) *(float4 *)(void *)(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
@@ -383,39 +402,56 @@ template <class O> static __device__ __forceinline__ void store_pairs(O *p, floa
 static __device__ __forceinline__ void store_vector(half_t *p, float (&v)[8]) { store_pairs(p, v); }
 static __device__ __forceinline__ void store_vector(bf16_t *p, float (&v)[8]) { store_pairs(p, v); }
 
-/* rmsnorm: y[row, group, :] = x[row, group, :] * gain / sqrt(mean square + eps), float32 throughout, one rounding if
-   y is 16-bit. x, y: rows ldx and ldy apart, each of gridDim.y groups of `width`; y may be x; gain [width]; with pad,
+/* The most threads of a block, of which each keeps K vectors of a row. */
+static constexpr __host__ __device__ int norm_threads(int k) { return k > 4 ? 256 : k > 2 ? 512 : 1024; }
+
+/* What threads add up for a row of results of this type: float32 alone shows what rounding the sums would do. */
+template <class O> struct norm_sum { typedef float type; };
+template <> struct norm_sum<float> { typedef double type; };
+
+/* 1 / sqrt(sum / width + eps) as the sum of two floats: a square root, and a step of Newton's on what it leaves over. */
+template <class S> static __device__ __forceinline__ float2 inverse_rms(S sum, float width, float eps) {
+    const float high = (float)sum, all = fmaf(eps, width, high), lost = fmaf(eps, width, high - all) + (float)(sum - (S)high);
+    const float r = 1.0f / sqrtf(all / width), square = r * r;
+    const float left = fmaf(-square, all, width) - fmaf(r, r, -square) * all - square * lost;
+    return make_float2(r, fabsf(left) < width ? r * left / (2 * width) : 0.0f);
+}
+/* x * r * gain, rounded once if y is float32, before it is rounded to y's type otherwise. */
+static __device__ __forceinline__ float normed(float x, float2 r, float gain, const float *) {
+    const float y = x * r.x;
+    return fmaf(y, gain, fmaf(x, r.y, fmaf(x, r.x, -y)) * gain);
+}
+template <class O> static __device__ __forceinline__ float normed(float x, float2 r, float gain, const O *) {
+    return x * r.x * gain;
+}
+
+/* rmsnorm: y[row, group, :] = x[row, group, :] * gain / sqrt(mean square + eps), float32 throughout, one rounding
+   to y. x, y: rows ldx and ldy apart, each of gridDim.y groups of `width`; y may be x; gain [width]; with pad,
    y[row, width .. pad) = 0. outs: NULL, or row i is made from row out_row of x. `lanes` threads work on a row, which
    they hold in registers (K vectors each), a block on as many rows as it has threads for. All 16-byte aligned.
    Equals qwen3i_rmsnorm; with groups = heads its per-head form. */
-template <class O, class T, int K> static __global__ void __launch_bounds__(K > 2 ? 512 : 1024)
+template <class O, class T, int K> static __global__ void __launch_bounds__(norm_threads(K))
     rmsnorm_kernel(O *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int rows, int width,
                    int pad, float eps, int lanes) {
     const int V = vector_of<T>::N;
-    __shared__ float shared[32];
+    typedef typename norm_sum<O>::type S;
+    __shared__ S shared[32];
     const int at = tid() % lanes * V, step = lanes * V, slot = block_x() * (n_threads() / lanes) + tid() / lanes;
     const bool mine = slot < rows;
-    float v[K][V], g[K][V], sum = 0;
-    if (K <= 2)                         /* gains are there already */
-#pragma unroll
-        for (int k = 0; k < K; k++) if (at + k * step < width) load_gains(g[k], gain + at + k * step);
+    float v[K][V], g[K][V];
+    load_all_gains<K>(g, gain, at, step, width);            /* are there already, whatever ran before */
     wait_for_previous();
     let_next_start();
     const size_t row = outs && mine ? (size_t)outs[slot].out_row : (size_t)slot, group = (size_t)blockIdx.y * width;
     load_row<T, K>(v, x + (mine ? row * ldx + group : 0), at, step, width);
-#pragma unroll
-    for (int k = 0; k < K; k++)
-#pragma unroll
-        for (int i = 0; i < V; i++) sum += v[k][i] * v[k][i];
-    const float r = 1.0f / sqrtf(row_sum(sum, lanes, shared) / (float)width + eps);
+    const float2 r = inverse_rms(row_sum((S)sum_of_squares(v), lanes, shared), (float)width, eps);
     if (!mine) return;
     O *out = y + (size_t)slot * ldy + group;
 #pragma unroll
     for (int k = 0; k < K; k++) {
         if (at + k * step >= width) break;
-        if (K > 2) load_gains(g[k], gain + at + k * step);
 #pragma unroll
-        for (int i = 0; i < V; i++) v[k][i] = v[k][i] * r * g[k][i];
+        for (int i = 0; i < V; i++) v[k][i] = normed(v[k][i], r, g[k][i], y);
         store_vector(out + at + k * step, v[k]);
     }
     for (int i = width + tid() % lanes; i < pad; i += lanes) store(out + i, 0.0f);
@@ -433,8 +469,8 @@ template <class O, class T> static __global__ void __launch_bounds__(1024)
     O *out = y + (size_t)blockIdx.x * ldy + group;
     float sum = 0;
     for (int i = tid(); i < width; i += n_threads()) sum += to_float(in[i]) * to_float(in[i]);
-    const float r = 1.0f / sqrtf(block_sum(sum, shared) / (float)width + eps);
-    for (int i = tid(); i < width; i += n_threads()) store(out + i, to_float(in[i]) * r * gain[i]);
+    const float2 r = inverse_rms(block_sum(sum, shared), (float)width, eps);
+    for (int i = tid(); i < width; i += n_threads()) store(out + i, normed(to_float(in[i]), r, gain[i], y));
     for (int i = width + tid(); i < pad; i += n_threads()) store(out + i, 0.0f);
 }
 
@@ -2098,7 +2134,9 @@ static __global__ void __launch_bounds__(CHUNK_THREADS)
                 int n_choose) {
     __shared__ u64 tops[CHUNK_THREADS / 2], limit;
     __shared__ unsigned count;
-    const choice c = choices[blockIdx.y];
+    const choice c = choices[blockIdx.y];           /* it may be far away, but it is there before this starts */
+    let_next_start();
+    wait_for_previous();
     const float *l = choice_logits(c, kept, copy, block_y(), n);
     const int run = ceil_div(n_choose, CHUNKS), begin = block_x() * run;
     const int end = begin + run < n_choose ? begin + run : n_choose;
@@ -2473,6 +2511,8 @@ static __global__ void __launch_bounds__(CHOOSE_THREADS)
     QWEN3_DYNAMIC_SHARED(memory);
     choose_shared &s = *(choose_shared *)(void *)memory;
     const choice c = choices[blockIdx.x];
+    row_info row = steps[blockIdx.x];
+    wait_for_previous();
     const u64 first = best[blockIdx.x];
     int id = first ? key_id(first) : -1;
     if (first && c.temperature > 0) {
@@ -2486,7 +2526,6 @@ static __global__ void __launch_bounds__(CHOOSE_THREADS)
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        row_info row = steps[blockIdx.x];
         row.token = id < 0 ? 0 : id;    /* the step goes on with something valid */
         rows[blockIdx.x] = row;
         chosen[blockIdx.x] = id;
@@ -2710,12 +2749,18 @@ static __device__ __forceinline__ void wide_multiply(float (&d)[64], u64 a, u64 
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QWEN3_D64 ", %64, %65, p, 1, 1, 0, 0;\n}"
                  : QWEN3_F64(d) : "l"(a), "l"(b), "r"(add));
 }
-/* The same for 160, 32 and 64 rows of b. */
+/* The same for 160, 16, 32 and 64 rows of b. */
 static __device__ __forceinline__ void wide_multiply(float (&d)[80], u64 a, u64 b, int add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" QWEN3_D64_INNER ", %64, %65, %66, %67, %68, "
                  "%69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, %80, %81, p, 1, 1, 0, 0;\n}"
                  : QWEN3_F64(d), QWEN3_F8(d, 64), QWEN3_F8(d, 72) : "l"(a), "l"(b), "r"(add));
+}
+static __device__ __forceinline__ void wide_multiply(float (&d)[8], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, 0, "
+                 "0;\n}"
+                 : QWEN3_F8(d, 0) : "l"(a), "l"(b), "r"(add));
 }
 static __device__ __forceinline__ void wide_multiply(float (&d)[16], u64 a, u64 b, int add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
@@ -2796,8 +2841,6 @@ template <int N, class T> static __device__ __forceinline__ void store_words(T *
 #endif
 
 /* ---- norm ----------------------------------------------------------------------------------------------- */
-const int NORM_VECTORS = 8;             /* of four elements, that a thread of wide_norm keeps */
-
 /* What ff_scale is for the norm of a row of h. */
 static __device__ __forceinline__ float ff_scale_of(float norm, const float *bounds) {
     return 1.0f / half_scale(norm * bounds[0] * (norm * bounds[1]));
@@ -2805,56 +2848,48 @@ static __device__ __forceinline__ float ff_scale_of(float norm, const float *bou
 
 /* wide_norm: out[row, :] = rmsnorm(x[row, :]) / scale[row], rounded once to F16; scale is a power of two. With
    bounds, the largest norms of a row of W gate and of W up, also a power of two, ff_scale[row], with which the
-   products silu(gate) * up fit F16: |gate| <= |row of W gate| |h|. `lanes` threads (whole warps, at most 256) work on a
-   row, which they hold in registers, a block on as many rows as it has threads for; width a multiple of 4, up to
-   4 * NORM_VECTORS * lanes. Order as rmsnorm. Equals qwen3i_rmsnorm, and one rounding. */
-static __global__ void __launch_bounds__(256)
+   products silu(gate) * up fit F16: |gate| <= |row of W gate| |h|. `lanes` threads (whole warps) work on a row, which
+   they hold in registers (K vectors of four each), a block on as many rows as it has threads for; width a multiple of 4.
+   Order as rmsnorm. Equals qwen3i_rmsnorm, and one rounding. */
+template <int K> static __global__ void __launch_bounds__(norm_threads(K))
     wide_norm_kernel(half_t *out, float *scale, float *ff_scale, const float *bounds, const float *x, int ldx,
                      const float *gain, int rows, int width, float eps, int lanes) {
-    __shared__ float sums[3][8];
+    __shared__ float sums[3][32];
     const int at = 4 * (tid() % lanes), step = 4 * lanes, row = block_x() * (n_threads() / lanes) + tid() / lanes;
-    const float *from = x + (size_t)(row < rows ? row : 0) * ldx;
-    const float4 zero = make_float4(0, 0, 0, 0);
-    float4 v[NORM_VECTORS];
-    float sum = 0, top = 0, size = 0;
-    /* the next one's weights come while the one before this still works; block 0 brings the gains nearer for all */
-    let_next_start();
-    if (block_x() == 0) for (int i = 32 * tid(); i < width; i += 32 * n_threads()) prefetch(gain + i);
+    float v[K][4], g[K][4], top = 0;
+    let_next_start();                   /* the next one's weights come while the one before this still works */
+    load_all_gains<K>(g, gain, at, step, width);
     wait_for_previous();
+    load_row<float, K>(v, x + (size_t)(row < rows ? row : 0) * ldx, at, step, width);
+    float sum = warp_sum(sum_of_squares(v));
 #pragma unroll
-    for (int j = 0; j < NORM_VECTORS; j++)
-        v[j] = at + j * step < width ? *(const float4 *)(const void *)(from + at + j * step) : zero;
+    for (int k = 0; k < K; k++)
 #pragma unroll
-    for (int j = 0; j < NORM_VECTORS; j++) {
-        const float4 g = at + j * step < width ? *(const float4 *)(const void *)(gain + at + j * step) : zero;
-        sum += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
-        v[j] = make_float4(v[j].x * g.x, v[j].y * g.y, v[j].z * g.z, v[j].w * g.w);
-        size += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
-        top = fmaxf(top, fmaxf(fmaxf(fabsf(v[j].x), fabsf(v[j].y)), fmaxf(fabsf(v[j].z), fabsf(v[j].w))));
-    }
-    sum = warp_sum(sum);
-    size = warp_sum(size);
+        for (int i = 0; i < 4; i++) {
+            v[k][i] = at + k * step < width ? v[k][i] * g[k][i] : 0.0f;
+            top = fmaxf(top, fabsf(v[k][i]));
+        }
+    float size = warp_sum(sum_of_squares(v));
     top = warp_max(top);
     if (lanes > 32) {
-        const int warps = lanes / 32, first = warp_id() / warps * warps;
+        const int warps = lanes / 32, from = warp_id() / warps * warps + lane_id();
         if (lane_id() == 0) { sums[0][warp_id()] = sum; sums[1][warp_id()] = size; sums[2][warp_id()] = top; }
         __syncthreads();
-        sum = size = top = 0;
-        for (int i = first; i < first + warps; i++) {
-            sum += sums[0][i]; size += sums[1][i]; top = fmaxf(top, sums[2][i]);
-        }
+        sum = warp_sum(lane_id() < warps ? sums[0][from] : 0.0f);
+        size = warp_sum(lane_id() < warps ? sums[1][from] : 0.0f);
+        top = warp_max(lane_id() < warps ? sums[2][from] : 0.0f);
     }
     if (row >= rows) return;
-    const float r = 1.0f / sqrtf(sum / (float)width + eps), up = half_scale(top * r);
+    const float r = inverse_rms(sum, (float)width, eps).x, up = half_scale(top * r);
     if (at == 0) {
         scale[row] = 1.0f / up;
         if (bounds) ff_scale[row] = ff_scale_of(sqrtf(size) * r, bounds);
     }
 #pragma unroll
-    for (int j = 0; j < NORM_VECTORS; j++) {
-        float a = v[j].x * r * up, b = v[j].y * r * up, c = v[j].z * r * up, d = v[j].w * r * up;
-        if (at + j * step >= width) break;
-        *(uint2 *)(void *)(out + (size_t)row * width + at + j * step) =
+    for (int k = 0; k < K; k++) {
+        float a = v[k][0] * r * up, b = v[k][1] * r * up, c = v[k][2] * r * up, d = v[k][3] * r * up;
+        if (at + k * step >= width) break;
+        *(uint2 *)(void *)(out + (size_t)row * width + at + k * step) =
             make_uint2(pack(a, b, half_t()), pack(c, d, half_t()));
     }
 }
@@ -3153,11 +3188,10 @@ const int FEW_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor ha
 template <int M, int R> struct few_tile {
     enum { W_BYTES = M * WIDE_K * 2, BYTES = W_BYTES + R * WIDE_K * 2, SUMS = R * FEW_LD * 4 };
 };
-/* As many stages as there are steps and room. With tiles of 64 rows an even number if there are more steps, so that a stage
-   is always read by the same warpgroup: a barrier only tells the last phase from the one before. */
+/* As many stages as there are steps and room. */
 template <int M, int R> static int few_stages(int steps) {
     const int room = (FEW_SHARED - 1024) / (few_tile<M, R>::BYTES + 16);
-    return steps <= room ? steps : M == WIDE_M ? room : room & ~1;
+    return steps < room ? steps : room;
 }
 template <int M, int R> static __host__ __device__ __forceinline__ size_t few_memory(int stages) {
     const size_t bytes = (size_t)stages * few_tile<M, R>::BYTES, sums = few_tile<M, R>::SUMS;
@@ -3212,38 +3246,44 @@ static __device__ __forceinline__ void few_release(wide_stage *s) {
     if (lane_id() == 0) barrier_arrive(&s->empty);
 }
 
-/* 64 rows of W times all rows of x, over the block's part of k: to sums [R, FEW_LD], over the stages, at 64 * group. Of a
-   tile of 128 rows each warpgroup has half; of one of 64 it has all, at every other step. */
+/* 64 rows of W times rows of x, over the block's part of k, to sums [R, FEW_LD] over the stages. Of a tile of 128 rows of W
+   each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows of x. */
 template <int M, int R>
 static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, int group) {
-    const int each = M == WIDE_M ? 1 : 2;
-    float acc[R / 2], part[R / 2];
-    float *sums = (float *)(void *)memory;
-    int s = M == WIDE_M ? 0 : group;
+    const int N = M == WIDE_M ? R : R / 2;
+    const int w_at = M == WIDE_M ? (int)WIDE_HALF / 2 * group : 0;
+    const int x_at = few_tile<M, R>::W_BYTES + (M == WIDE_M ? 0 : N * WIDE_K * 2 * group);
+    float acc[N / 2], part[N / 2];
+    int s = 0, read = 0;                /* the next stage, and the first that is not released */
     unsigned phase = 0;
 #pragma unroll
-    for (int i = 0; i < R / 2; i++) acc[i] = part[i] = 0;
-    for (int i = s; i < steps; i += each) {
-        const unsigned char *w = memory + few_tile<M, R>::BYTES * s, *x = w + few_tile<M, R>::W_BYTES;
-        wide_stage *stage = &ring.stages[s];
-        if (M == WIDE_M) w += WIDE_HALF / 2 * (size_t)group;
-        barrier_wait(&stage->full, phase);
-        products_begin();
+    for (int i = 0; i < N / 2; i++) acc[i] = part[i] = 0;
+    for (int done = 0; done < steps; done += WIDE_CHUNK) {
+        const int n = steps - done < WIDE_CHUNK ? steps - done : WIDE_CHUNK;
+        for (int i = 0; i < n; i++) {
+            const unsigned char *at = memory + few_tile<M, R>::BYTES * s;
+            barrier_wait(&ring.stages[s].full, phase);
+            products_begin();
 #pragma unroll
-        for (int j = 0; j < WIDE_K / 16; j++)
-            wide_multiply(part, operand(w) + 2 * (unsigned)j, operand(x) + 2 * (unsigned)j, j > 0);
-        products_commit();
+            for (int j = 0; j < WIDE_K / 16; j++)
+                wide_multiply(part, operand(at + w_at) + 2 * (unsigned)j, operand(at + x_at) + 2 * (unsigned)j, i + j > 0);
+            products_commit();
+            if (++s == ring.n) { s = 0; phase ^= 1; }
+        }
         products_wait<0>();
         products_done(part);
-        few_release(stage);
+        for (int i = 0; i < n; i++) {
+            few_release(&ring.stages[read]);
+            if (++read == ring.n) read = 0;
+        }
 #pragma unroll
-        for (int j = 0; j < R / 2; j++) acc[j] += part[j];
-        if ((s += each) >= ring.n) { s -= ring.n; phase ^= 1; }
+        for (int j = 0; j < N / 2; j++) acc[j] += part[j];
     }
     group_sync(1, 256);                 /* nobody reads the stages any more */
-    float *to = sums + lane_id() % 4 * 2 * FEW_LD + 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
+    float *to = (float *)(void *)memory + (lane_id() % 4 * 2 + (M == WIDE_M ? 0 : N * group)) * FEW_LD +
+                (M == WIDE_M ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
 #pragma unroll
-    for (int j = 0; j < R / 8; j++)
+    for (int j = 0; j < N / 8; j++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             to[(8 * j + e) * FEW_LD] = acc[4 * j + e];
@@ -3306,12 +3346,11 @@ template <class T> static __device__ __forceinline__ void few_finish_head(const 
     }
 }
 
-/* What a lane has of a row of sums: columns 2 lane, + 1, and those 64 further. By all lanes. */
+/* What a lane has of a row of sums: columns 2 lane, + 1, and those 64 further, if there are. By all lanes. */
 template <int KIND, class T, int M>
 static __device__ __forceinline__ void few_finish(const wide_args &g, float2 lo, float2 hi, const few_row &r, int row,
                                                   int tile) {
     const int col = 2 * lane_id();
-    if (M != WIDE_M) { lo.x += hi.x; lo.y += hi.y; }        /* the steps of both warpgroups */
     lo.x *= r.scale; lo.y *= r.scale; hi.x *= r.scale; hi.y *= r.scale;
     if constexpr (KIND == WIDE_QKV) few_finish_head<T>(g, lo, hi, r, row, tile);
     else if constexpr (KIND == WIDE_ADD) {
@@ -3330,92 +3369,58 @@ static __device__ __forceinline__ void few_finish(const wide_args &g, float2 lo,
     }
 }
 
-/* Joins the parts of N rows, 8 apart, in the order of the blocks; AT_ONCE parts of each are on their way at a time. */
-template <int N, int AT_ONCE>
-static __device__ __forceinline__ void few_join(float2 (&lo)[N], float2 (&hi)[N], const float *sums, int parts) {
+/* Joins the parts of a row in the order of the blocks; all are on their way at a time. */
+template <int M>
+static __device__ __forceinline__ void few_join(float2 &lo, float2 &hi, const float *sums, int parts) {
+    float2 a[FEW_PARTS], b[FEW_PARTS];
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-        lo[n] = parts > 1 ? make_float2(0, 0) : *(const float2 *)(const void *)(sums + 8 * n * FEW_LD);
-        hi[n] = parts > 1 ? make_float2(0, 0) : *(const float2 *)(const void *)(sums + 8 * n * FEW_LD + 64);
+    for (int i = 0; i < FEW_PARTS; i++) {
+        a[i] = b[i] = make_float2(0, 0);
+        if (i >= parts) continue;
+        a[i] = load_from_block(sums, (unsigned)i);
+        if (M == WIDE_M) b[i] = load_from_block(sums + 64, (unsigned)i);
     }
-    for (int first = 0; parts > 1 && first < parts; first += AT_ONCE) {
-        float2 a[N][AT_ONCE], b[N][AT_ONCE];
+    lo = a[0];
+    hi = b[0];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            if (first + i < parts)
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    a[n][i] = load_from_block(sums + 8 * n * FEW_LD, (unsigned)(first + i));
-                    b[n][i] = load_from_block(sums + 8 * n * FEW_LD + 64, (unsigned)(first + i));
-                }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
-            if (first + i < parts)
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-                    lo[n].x += a[n][i].x; lo[n].y += a[n][i].y; hi[n].x += b[n][i].x; hi[n].y += b[n][i].y;
-                }
+    for (int i = 1; i < FEW_PARTS; i++) {
+        lo.x += a[i].x; lo.y += a[i].y;
+        hi.x += b[i].x; hi.y += b[i].y;
     }
 }
 
-/* What N rows, 8 apart, need. */
-template <int KIND, int N>
-static __device__ __forceinline__ void few_ask_early(few_row (&r)[N], const wide_args &g, int row, int tile) {
-#pragma unroll
-    for (int i = 0; i < N; i++) few_ask_early<KIND>(r[i], g, row + 8 * i, tile);
-}
-template <int KIND, int M, int N>
-static __device__ __forceinline__ void few_ask(few_row (&r)[N], const wide_args &g, int row, int tile) {
-#pragma unroll
-    for (int i = 0; i < N; i++) few_ask<KIND, M>(r[i], g, row + 8 * i, tile);
-}
-template <int KIND, int M, int N>
-static __device__ __forceinline__ void few_ask_all(few_row (&r)[N], const wide_args &g, int row, int tile) {
-    few_ask_early<KIND>(r, g, row, tile);
-    few_ask<KIND, M>(r, g, row, tile);
-}
-
-/* This warp's rows of those that the block finishes, n from `row` on, N of them at a time; r: what the first ones need. */
-template <int KIND, class T, int M, int N>
-static __device__ __forceinline__ void few_finish_rows(const wide_args &g, const unsigned char *memory, few_row (&r)[N],
-                                                       int row, int n, int tile, int warp) {
-    const bool ahead = KIND != WIDE_QKV;                    /* whose rows need too many registers */
-    if (n > g.rows - row) n = g.rows - row;
-    for (int done = warp; done < n; done += 8 * N) {
-        const bool more = done + 8 * N < n;
-        float2 lo[N], hi[N];
-        few_row next[N];
-        if (ahead && more) few_ask_all<KIND, M>(next, g, row + done + 8 * N, tile);
-        few_join<N, 8 / N>(lo, hi, (const float *)(const void *)memory + (row + done) * FEW_LD + 2 * lane_id(), g.parts);
-#pragma unroll
-        for (int i = 0; i < N; i++)
-            if (done + 8 * i < n) few_finish<KIND, T, M>(g, lo[i], hi[i], r[i], row + done + 8 * i, tile);
-        if (!more) return;
-        if (!ahead) few_ask_all<KIND, M>(next, g, row + done + 8 * N, tile);
-#pragma unroll
-        for (int i = 0; i < N; i++) r[i] = next[i];
-    }
-}
-
-/* The warps that multiply. */
-template <int KIND, class T, int M, int R, int N>
+/* The warps that multiply. They are short-lived, so what they do once must not be much code: it comes from afar, too. */
+template <int KIND, class T, int M, int R>
 static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned char *memory, few_ring ring, int rank,
                                                     int tile, int steps, int warp) {
-    const int n = R / g.parts, row = rank * n;
-    few_row r[N];
-    few_ask_early<KIND>(r, g, row + warp, tile);
+    const int n = R / g.parts, end = rank * n + n < g.rows ? rank * n + n : g.rows;
+    const float *sums = (const float *)(const void *)memory + 2 * lane_id();
+    int row = rank * n + warp;          /* the first of this warp's of those that the block finishes */
+    few_row r;
+    few_ask_early<KIND>(r, g, row, tile);
     wait_for_previous();
-    few_ask<KIND, M>(r, g, row + warp, tile);
+    few_ask<KIND, M>(r, g, row, tile);
     few_sum<M, R>(memory, ring, steps, warp / 4);
     cluster_meet();
-    few_finish_rows<KIND, T, M, N>(g, memory, r, row, n, tile, warp);
+#pragma unroll 1
+    for (; row < end; row += 8) {
+        float2 lo, hi;
+        few_row next;
+        if (row + 8 < end) {
+            few_ask_early<KIND>(next, g, row + 8, tile);
+            few_ask<KIND, M>(next, g, row + 8, tile);
+        }
+        few_join<M>(lo, hi, sums + row * FEW_LD, g.parts);
+        few_finish<KIND, T, M>(g, lo, hi, r, row, tile);
+        r = next;
+    }
 }
 #endif
 
-/* few_product: as wide_product for 3 to 64 rows, where the weights' bytes are what counts; also STORE: logits. R: 32 or
+/* few_product: as wide_product for 2 to 64 rows, where the weights' bytes are what counts; also STORE: logits. R: 32 or
    64, at least the rows. A cluster of g.parts blocks (1, 2, 4 or 8) shares a tile of M rows of W, 128 or, for ADD, 64: each
-   of its blocks sums over a part of k, 64 elements by the tensor core at a time, and finishes some of the rows from all
-   parts, in order; with M = 64 it has two sums, of its even steps and of its odd ones. Grid: tiles times parts; k is 64
+   of its blocks sums over a part of k, 128 elements by the tensor core at a time, and finishes some of the rows from all
+   parts, in order. Grid: tiles times parts; k is 64
    times a multiple of parts; shared memory for g.stages. */
 template <int KIND, class T, int M, int R> static __global__ void __launch_bounds__(FEW_THREADS, 2)
     few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g) {
@@ -3428,7 +3433,7 @@ template <int KIND, class T, int M, int R> static __global__ void __launch_bound
     if (tid() == 0) {
         for (int i = 0; i < ring.n; i++) {
             barrier_init(&ring.stages[i].full, 1);
-            barrier_init(&ring.stages[i].empty, M / 16);
+            barrier_init(&ring.stages[i].empty, 8);
         }
         barriers_ready();
     }
@@ -3438,8 +3443,7 @@ template <int KIND, class T, int M, int R> static __global__ void __launch_bound
         if (lane_id() == 0) few_load<M, R>(&x_map, &w_map, g, memory, ring, tile, rank * steps * WIDE_K, steps);
         __syncwarp();
         cluster_meet();
-    } else if (R / g.parts <= 8) few_multiply<KIND, T, M, R, 1>(g, memory, ring, rank, tile, steps, warp);
-    else few_multiply<KIND, T, M, R, 2>(g, memory, ring, rank, tile, steps, warp);
+    } else few_multiply<KIND, T, M, R>(g, memory, ring, rank, tile, steps, warp);
     cluster_sync();                     /* nobody leaves while its sums are read */
 #else
     (void)x_map; (void)w_map; (void)g;

@@ -450,7 +450,7 @@ static float *lab_logits(lab *l, const float *x, int n) {
 
 static void lab_check_head(lab *l, lab_rows *r) {
     const qwen3i_config *c = &l->model.config;
-    int n = qwen3i_min(r->batch.n_rows, 64), i;
+    int n = qwen3i_min(qwen3i_min(r->batch.n_rows, 64), qwen3i_max(32, l->desc.max_seqs)), i;
     float *x = lab_values(l, (size_t)r->batch.n_rows * (size_t)c->n_embd, 1);
     qwen3i_out outs[64];
     memset(outs, 0, sizeof outs);
@@ -460,7 +460,7 @@ static void lab_check_head(lab *l, lab_rows *r) {
     LAB_OK(l, qwen3_cuda_get_kernels()->rows(l->ctx, &r->batch, &l->err));
     lab_put(l, QWEN3_CUDA_X, x);
     lab_run(l, QWEN3_CUDA_HEAD);
-    if (r->batch.n_rows <= 64)
+    if (n == r->batch.n_rows)
         lab_check(l, "head", QWEN3_CUDA_LOGITS, lab_logits(l, x, n), n, c->n_vocab,
                   lab_rounds(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
     free(x);

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Our speed beside transformers on the same GPU, in one run: prefill (eager) and decoding of one sequence
-(torch.compile with a static cache, and eager), with random weights of the real shapes.
+(torch.compile with a static cache, and eager), with random weights of the real shapes; and the products of a prefill's
+layers alone, in cuBLASLt, back to back: what a prefill could reach if all else took no time.
 
 usage: compare_speed.py [--bench ./bench] [--sizes 0.6B,4B,8B] [--prefill 2048] [--context 512] [--tokens 64]
                         [--repeat 3] [--device cuda|cpu] [--skip-compile] [--json]
@@ -21,7 +22,7 @@ from transformers.cache_utils import StaticCache
 SHAPES = {  # layers, hidden, ffn, heads, KV heads, tied
     'tiny': (2, 64, 128, 4, 2, True), '0.6B': (28, 1024, 3072, 16, 8, True), '1.7B': (28, 2048, 6144, 16, 8, True),
     '4B': (36, 2560, 9728, 32, 8, True), '8B': (36, 4096, 12288, 32, 8, False)}
-NAMES = {'prefill': 'prefill', 'compiled': 'decode, compiled', 'eager': 'decode, eager'}
+NAMES = {'prefill': 'prefill', 'products': 'prefill, products alone', 'compiled': 'decode, compiled', 'eager': 'decode, eager'}
 
 
 def make_model(size, device):
@@ -57,6 +58,23 @@ def prefill(model, options):
     return lambda: model(tokens, use_cache=True, logits_to_keep=1)
 
 
+def products(model, options):
+    """The four products of each layer on bfloat16, as one matrix each where they share their input."""
+    def joined(*layers):
+        return torch.cat([layer.weight for layer in layers])
+    matrices = []
+    for layer in model.model.layers:
+        attn, mlp = layer.self_attn, layer.mlp
+        matrices += [joined(attn.q_proj, attn.k_proj, attn.v_proj), attn.o_proj.weight,
+                     joined(mlp.gate_proj, mlp.up_proj), mlp.down_proj.weight]
+    inputs = {m.shape[1]: torch.randn(options.prefill, m.shape[1], device=options.device, dtype=m.dtype) for m in matrices}
+
+    def work():
+        for m in matrices:
+            inputs[m.shape[1]] @ m.T
+    return work
+
+
 class Decoder:
     """Greedy decoding into a static cache; the token stays on the device."""
 
@@ -86,8 +104,8 @@ class Decoder:
 
 def theirs(kind, model, options):
     """A function that measures tokens a second once."""
-    if kind == 'prefill':
-        work = prefill(model, options)
+    if kind in ('prefill', 'products'):
+        work = prefill(model, options) if kind == 'prefill' else products(model, options)
         work()
         return lambda: options.prefill / seconds(options.device, work)
     decoder = Decoder(model, options, kind == 'compiled')
@@ -129,7 +147,7 @@ def compare(size, options):
         torch.cuda.empty_cache()
     after = {k: ours(size, k, options) for k in before}         # the chip's state may have changed meanwhile
     for row in rows:
-        kind = 'prefill' if row['kind'] == 'prefill' else 'decode'
+        kind = 'prefill' if row['kind'] in ('prefill', 'products') else 'decode'
         row.update(ours=(before[kind] + after[kind]) / 2, ours_before=before[kind], ours_after=after[kind])
         row['ratio'] = row['ours'] / row['theirs']
     return rows
@@ -149,10 +167,12 @@ def main():
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'
     import transformers
+    if options.device == 'cuda':
+        torch.backends.cuda.preferred_blas_library('cublaslt')
     if not options.json:
         print(f'{device}, torch {torch.__version__}, transformers {transformers.__version__}; BF16, prefill of '
               f'{options.prefill}, decode of {options.tokens} after {options.context}\n')
-        print('| | ours, before and after | transformers (spread) | ratio |\n|---|---|---|---|')
+        print('| | ours, before and after | transformers or cuBLASLt (spread) | ratio |\n|---|---|---|---|')
     for size in options.sizes.split(','):
         if size not in SHAPES:
             sys.exit(f'compare_speed: sizes are {", ".join(SHAPES)}, not {size}')

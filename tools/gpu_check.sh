@@ -172,7 +172,7 @@ if wanted bench; then
 fi
 if wanted compare; then
     for size in ${COMPARE-0.6B 8B}; do
-        run compare.$size 100 "$PYTHON" tools/compare_speed.py --bench build/gpu_check_plain_bench --sizes $size --repeat 3
+        run compare.$size 150 "$PYTHON" tools/compare_speed.py --bench build/gpu_check_plain_bench --sizes $size --repeat 10
         show compare.$size '^\| [0-9]'
     done
 fi

@@ -3,9 +3,9 @@
 
 usage: profile_kernels.py [--bench ./bench] [--sizes 0.6B,8B] [--ncu ncu] [--launches 40]
 
-Of the decode step only its own kernels are looked at, by name, and one step at least from end to end (--launches is for
-the prefill). For every kernel the launch that took longest is shown: microseconds, share of the peak of memory (DRAM) and of the
-multiprocessors, warps in flight of those that fit, registers, and the three largest reasons why warps waited (issue
+Only a step's own kernels are looked at, by name: of the decode step at least one from end to end, of the prefill
+--launches. For every kernel the launch that took longest is shown: microseconds, share of the peak of memory (DRAM), of the second-level
+cache, of the multiprocessors, and of the tensor cores, warps in flight of those that fit, registers, and the three largest reasons why warps waited (issue
 slots lost to each). Clocks are left as they are. Needs permission to read the GPU's counters.
 """
 import argparse
@@ -22,10 +22,13 @@ STALLS = ['long_scoreboard', 'short_scoreboard', 'barrier', 'membar', 'wait', 'm
 STALL = 'smsp__average_warps_issue_stalled_{}_per_issue_active.ratio'
 TIME, DRAM, SM = 'gpu__time_duration.sum', 'dram__throughput.avg.pct_of_peak_sustained_elapsed', \
     'sm__throughput.avg.pct_of_peak_sustained_elapsed'
+L2, TENSOR = 'lts__throughput.avg.pct_of_peak_sustained_elapsed', \
+    'sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed'
 WARPS, REGISTERS = 'sm__warps_active.avg.pct_of_peak_sustained_active', 'launch__registers_per_thread'
 
 # What one row goes through; the prefill before it has none of these but for its last row (embedding, norm, head).
 DECODE = '^(stream_.*|matvec|mlp|qkv_rope|attention_decode|attention_split|rmsnorm|embed|choose|best|adjust|keep_logits)_kernel'
+PREFILL = '^(wide_.*|attention_tile|few_product|rmsnorm|embed)_kernel'
 LAYERS = {'0.6B': 28, '1.7B': 28, '4B': 36, '8B': 36}
 A_LAYER, BESIDE = 7, 10                 # most launches of a decode step in each layer, and before and after the layers
 
@@ -35,9 +38,9 @@ def profile(args, size, test):
     if test.startswith('tg'):           # only launches of that name count: past the last row of the prefill, then a step
         which = ['--kernel-name', f'regex:{DECODE}', '--launch-skip', str(BESIDE),
                  '--launch-count', str(A_LAYER * LAYERS.get(size, 64) + BESIDE)]
-    else:                               # past the loading of the weights
-        which = ['--launch-skip', '60', '--launch-count', str(args.launches)]
-    metrics = ','.join([TIME, DRAM, SM, WARPS, REGISTERS] + [STALL.format(s) for s in STALLS])
+    else:
+        which = ['--kernel-name', f'regex:{PREFILL}', '--launch-count', str(args.launches)]
+    metrics = ','.join([TIME, DRAM, L2, SM, TENSOR, WARPS, REGISTERS] + [STALL.format(s) for s in STALLS])
     command = [args.ncu, '--clock-control', 'none', '--csv', '--page', 'raw', '--print-units', 'base', '--metrics', metrics,
                *which, args.bench, '--cuda', '--random', size, '--tests', test, '--repeat', '1']
     build = pathlib.Path(__file__).resolve().parent.parent / 'build'
@@ -67,11 +70,12 @@ def table(rows):
         name = name.split('>(')[0] + '>' if '>(' in name else name.split('(')[0]
         if name not in longest or number(row, TIME) > number(longest[name], TIME):
             longest[name] = row
-    print(f'{"us":>8} {"DRAM %":>7} {"SM %":>6} {"warps %":>8} {"regs":>5}  {"grid x block":24} {"kernel":44} waits for')
+    print(f'{"us":>8} {"DRAM %":>7} {"L2 %":>6} {"SM %":>6} {"tensor %":>8} {"warps %":>8} {"regs":>5}  {"grid x block":24} {"kernel":44} waits for')
     for name, row in sorted(longest.items(), key=lambda item: -number(item[1], TIME)):
         stalls = sorted(((number(row, STALL.format(s)), s) for s in STALLS), reverse=True)[:3]
         shape = f'{row["Grid Size"]} x {row["Block Size"]}'.replace(' ', '')
-        print(f'{number(row, TIME) / 1000:8.2f} {number(row, DRAM):7.1f} {number(row, SM):6.1f} {number(row, WARPS):8.1f} '
+        print(f'{number(row, TIME) / 1000:8.2f} {number(row, DRAM):7.1f} {number(row, L2):6.1f} {number(row, SM):6.1f} '
+              f'{number(row, TENSOR):8.1f} {number(row, WARPS):8.1f} '
               f'{number(row, REGISTERS):5.0f}  {shape:24} {name[:44]:44} ' + ', '.join(f'{s} {v:.1f}' for v, s in stalls if v))
 
 

@@ -40,7 +40,7 @@ def main():
                 x, y, gain = norm_inputs(dtype, rows, width)
                 gain, n, repeats = gain.float(), len(x), 10 if rows > 2048 else 40
                 tried = [(0, 0, 0)] + list(shapes(width * dtype.itemsize // 16, rows))
-                graphs = [graph_of(lambda i: run_ours(library, y[i % n], x[i % n], gain, shape), repeats) for shape in tried]
+                graphs = [graph_of(lambda i: run_ours(library, y, x[i % n], gain, shape), repeats) for shape in tried]
                 times = times_of(graphs, repeats, 7)
                 best = sorted(zip(times[1:], tried[1:]))[:5]
                 print(f'{str(dtype)[6:]:9} {rows:6} {width:6} {times[0]:8.2f}   ' +
