@@ -966,6 +966,11 @@ template <class T> static __device__ __forceinline__ void store_2(T *p, float x,
     store(p, x);
     store(p + 1, y);
 }
+/* The same to an even place. */
+static __device__ __forceinline__ void store_pair(float *p, float x, float y) { store_2(p, x, y); }
+template <class T> static __device__ __forceinline__ void store_pair(T *p, float x, float y) {
+    *(unsigned *)(void *)p = pack(x, y, T());
+}
 
 /* This lane's elements of a head, 2 lane + 64 j and the next in lo, those half a head further in hi; 0 past its end. */
 struct head_pairs { float2 lo[TURNS], hi[TURNS]; };
@@ -2665,12 +2670,16 @@ static __device__ __forceinline__ void cluster_meet() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
-static __device__ __forceinline__ float2 load_from_block(const float *p, unsigned rank) {
-    float2 v;
+/* Two floats at this place in block `rank` of the cluster; or two, and two that lie 64 further. */
+static __device__ __forceinline__ void load_from_block(float2 &v, const float *p, unsigned rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %2, %3;\n"
                  "ld.shared::cluster.v2.f32 {%0, %1}, [there];\n}"
                  : "=f"(v.x), "=f"(v.y) : "r"(shared_address(p)), "r"(rank) : "memory");
-    return v;
+}
+static __device__ __forceinline__ void load_from_block(float2 &v, float2 &w, const float *p, unsigned rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v2.f32 {%0, %1}, [there];\nld.shared::cluster.v2.f32 {%2, %3}, [there + 256];\n}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(w.x), "=f"(w.y) : "r"(shared_address(p)), "r"(rank) : "memory");
 }
 /* Brings what TMA reads of a map before its first tile. */
 static __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
@@ -3227,9 +3236,11 @@ static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_m
     unsigned phase = 1;
     prefetch_map(w_map);
     prefetch_map(x_map);
+#pragma unroll 1
     for (int i = 0; i < early; i++)
         few_load_w<M, R>(memory + few_tile<M, R>::BYTES * i, w_map, g, tile, k0 + i * WIDE_K, &ring.stages[i]);
     wait_for_previous();
+#pragma unroll 1
     for (int i = 0; i < steps; i++) {
         const int k = k0 + i * WIDE_K;
         unsigned char *to = memory + few_tile<M, R>::BYTES * s;
@@ -3258,8 +3269,10 @@ static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, 
     unsigned phase = 0;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) acc[i] = part[i] = 0;
+#pragma unroll 1
     for (int done = 0; done < steps; done += WIDE_CHUNK) {
         const int n = steps - done < WIDE_CHUNK ? steps - done : WIDE_CHUNK;
+#pragma unroll 1
         for (int i = 0; i < n; i++) {
             const unsigned char *at = memory + few_tile<M, R>::BYTES * s;
             barrier_wait(&ring.stages[s].full, phase);
@@ -3272,6 +3285,7 @@ static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, 
         }
         products_wait<0>();
         products_done(part);
+#pragma unroll 1
         for (int i = 0; i < n; i++) {
             few_release(&ring.stages[read]);
             if (++read == ring.n) read = 0;
@@ -3341,8 +3355,8 @@ template <class T> static __device__ __forceinline__ void few_finish_head(const 
         store_2(q + 64, hi.x, hi.y);
     } else {
         T *to = (T *)(tile < rotated ? a.kv.k : a.kv.v) + kv_at(a.kv, r.at.seq, r.at.position) + kv_head * WIDE_DIM + col;
-        store_2(to, lo.x, lo.y);
-        store_2(to + 64, hi.x, hi.y);
+        store_pair(to, lo.x, lo.y);
+        store_pair(to + 64, hi.x, hi.y);
     }
 }
 
@@ -3370,23 +3384,30 @@ static __device__ __forceinline__ void few_finish(const wide_args &g, float2 lo,
 }
 
 /* Joins the parts of a row in the order of the blocks; all are on their way at a time. */
-template <int M>
-static __device__ __forceinline__ void few_join(float2 &lo, float2 &hi, const float *sums, int parts) {
-    float2 a[FEW_PARTS], b[FEW_PARTS];
+template <int M> static __device__ __forceinline__ void few_join(float2 &lo, float2 &hi, const float *sums, int parts) {
+    float2 v[FEW_PARTS], w[FEW_PARTS];
 #pragma unroll
     for (int i = 0; i < FEW_PARTS; i++) {
-        a[i] = b[i] = make_float2(0, 0);
         if (i >= parts) continue;
-        a[i] = load_from_block(sums, (unsigned)i);
-        if (M == WIDE_M) b[i] = load_from_block(sums + 64, (unsigned)i);
+        if (M == WIDE_M) load_from_block(v[i], w[i], sums, (unsigned)i);
+        else load_from_block(v[i], sums, (unsigned)i);
     }
-    lo = a[0];
-    hi = b[0];
+    lo = v[0];
+    if (M == WIDE_M) hi = w[0];
 #pragma unroll
     for (int i = 1; i < FEW_PARTS; i++) {
-        lo.x += a[i].x; lo.y += a[i].y;
-        hi.x += b[i].x; hi.y += b[i].y;
+        if (i >= parts) continue;
+        lo.x += v[i].x; lo.y += v[i].y;
+        if (M == WIDE_M) { hi.x += w[i].x; hi.y += w[i].y; }
     }
+}
+
+/* What a row needs, as long as it is one of the block's. */
+template <int KIND, int M>
+static __device__ __forceinline__ void few_ask_all(few_row &r, const wide_args &g, int row, int end, int tile) {
+    if (row >= end) return;
+    few_ask_early<KIND>(r, g, row, tile);
+    few_ask<KIND, M>(r, g, row, tile);
 }
 
 /* The warps that multiply. They are short-lived, so what they do once must not be much code: it comes from afar, too. */
@@ -3396,23 +3417,23 @@ static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned
     const int n = R / g.parts, end = rank * n + n < g.rows ? rank * n + n : g.rows;
     const float *sums = (const float *)(const void *)memory + 2 * lane_id();
     int row = rank * n + warp;          /* the first of this warp's of those that the block finishes */
-    few_row r;
+    few_row r, next;
     few_ask_early<KIND>(r, g, row, tile);
+    few_ask_early<KIND>(next, g, row + 8, tile);
     wait_for_previous();
     few_ask<KIND, M>(r, g, row, tile);
+    few_ask<KIND, M>(next, g, row + 8 < end ? row + 8 : row, tile);
     few_sum<M, R>(memory, ring, steps, warp / 4);
     cluster_meet();
 #pragma unroll 1
     for (; row < end; row += 8) {
-        float2 lo, hi;
-        few_row next;
-        if (row + 8 < end) {
-            few_ask_early<KIND>(next, g, row + 8, tile);
-            few_ask<KIND, M>(next, g, row + 8, tile);
-        }
+        float2 lo, hi = make_float2(0, 0);
+        few_row later = next;
+        few_ask_all<KIND, M>(later, g, row + 16, end, tile);
         few_join<M>(lo, hi, sums + row * FEW_LD, g.parts);
         few_finish<KIND, T, M>(g, lo, hi, r, row, tile);
         r = next;
+        next = later;
     }
 }
 #endif
@@ -3420,8 +3441,7 @@ static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned
 /* few_product: as wide_product for 2 to 64 rows, where the weights' bytes are what counts; also STORE: logits. R: 32 or
    64, at least the rows. A cluster of g.parts blocks (1, 2, 4 or 8) shares a tile of M rows of W, 128 or, for ADD, 64: each
    of its blocks sums over a part of k, 128 elements by the tensor core at a time, and finishes some of the rows from all
-   parts, in order. Grid: tiles times parts; k is 64
-   times a multiple of parts; shared memory for g.stages. */
+   parts, in order. Grid: tiles times parts; k is 64 times a multiple of parts; shared memory for g.stages. */
 template <int KIND, class T, int M, int R> static __global__ void __launch_bounds__(FEW_THREADS, 2)
     few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g) {
 #ifdef QWEN3_WGMMA
@@ -3431,6 +3451,7 @@ template <int KIND, class T, int M, int R> static __global__ void __launch_bound
     const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
     const int warp = __shfl_sync(ALL, warp_id(), 0);
     if (tid() == 0) {
+#pragma unroll 1
         for (int i = 0; i < ring.n; i++) {
             barrier_init(&ring.stages[i].full, 1);
             barrier_init(&ring.stages[i].empty, 8);

@@ -116,8 +116,12 @@ static inline void send_to_block(float *p, unsigned rank, float v, mbarrier *b) 
 static inline void cluster_sync() { emulated::meet(emulated::now().cluster, emulated::now().live); }
 static inline void cluster_meet() { cluster_sync(); }
 static inline void prefetch_map(const CUtensorMap *) {}
-static inline float2 load_from_block(const float *p, unsigned rank) {
-    return *(const float2 *)(const void *)emulated::in_block(p, rank);
+static inline void load_from_block(float2 &v, const float *p, unsigned rank) {
+    v = *(const float2 *)(const void *)emulated::in_block(p, rank);
+}
+static inline void load_from_block(float2 &v, float2 &w, const float *p, unsigned rank) {
+    load_from_block(v, p, rank);
+    load_from_block(w, p + 64, rank);
 }
 static inline void stores_ready() {}
 static inline void group_sync(int id, int threads) { emulated::meet(emulated::block().named[id], threads); }
