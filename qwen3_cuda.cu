@@ -1532,7 +1532,7 @@ static cudaError_t launch_wide_norm(const pass *p, const float *gain, const floa
 
 /* Will the product with w do the norm of its input, which each of its blocks holds, itself? */
 static bool norms_itself(const pass *p, const matrix &w) {
-    return p->how == MATVEC && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS &&
+    return p->how == MATVEC && w.cols % 4 == 0 && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS &&
            stream_ring(p, vector_input(p, w, p->c->x, p->c->embd_ld, p->n), w) > 0;
 }
 

@@ -826,37 +826,62 @@ template <int NR, bool PAIRS, int RING> struct weight_stream {
     }
 };
 
-/* The input to shared memory, in two planes: float4s 0, 2, 4 ... and 1, 3, 5 ..., zero past k. With a gain its RMSNorm,
-   float32 throughout, which each block does for itself: what is multiplied is the normalised vector. The gain comes
-   before the kernel before has ended. Equals qwen3i_rmsnorm. */
-static __device__ __forceinline__ void stage_vector(float4 *xs, const matvec_in &in, float *shared) {
-    const int n = round_up(in.ldw, 256) / 4, plane = n / 2, step = n_threads();
-    float4 v[STREAM_NORM];
-    float sum = 0;
-    if (in.gain) for (int q = tid(); q < n; q += step) xs[q % 2 * plane + q / 2] = load_up_to_4(in.gain, 4 * q, in.k);
-    wait_for_previous();
-    for (int base = 0; base < n; base += STREAM_NORM * step) {
+/* Vectors of 4 of a row of k, a multiple of 4: `first` and each `step` further; zeros past its end. */
+template <int C> static __device__ __forceinline__ void load_vectors(float4 (&v)[C], const float *x, int first, int step,
+                                                                     int k) {
 #pragma unroll
-        for (int u = 0; u < STREAM_NORM; u++) v[u] = load_up_to_4(in.x, 4 * (base + u * step + tid()), in.k);
-        if (in.gain) break;             /* it has been made sure that this is all */
+    for (int u = 0; u < C; u++)
+        v[u] = first + u * step < k / 4 ? ((const float4 *)(const void *)x)[first + u * step] : make_float4(0, 0, 0, 0);
+}
+/* The same to two planes, of float4s 0, 2, 4 ... and 1, 3, 5 ..., each of n / 2. */
+template <int C> static __device__ __forceinline__ void store_vectors(float4 *xs, const float4 (&v)[C], int first, int step,
+                                                                      int n) {
 #pragma unroll
-        for (int u = 0; u < STREAM_NORM; u++) {
-            const int q = base + u * step + tid();
-            if (q < n) xs[q % 2 * plane + q / 2] = v[u];
-        }
+    for (int u = 0; u < C; u++) {
+        const int q = first + u * step;
+        if (q < n) xs[q % 2 * (n / 2) + q / 2] = v[u];
     }
+}
+
+/* The RMSNorm of the input to shared memory, C vectors a thread, float32 throughout. */
+template <int C> static __device__ __forceinline__ void stage_normed(float4 *xs, const matvec_in &in, float *shared, int n) {
+    float4 g[C], v[C];
+    float sum = 0;
+    load_vectors<C>(g, in.gain, tid(), n_threads(), in.k);
+    wait_for_previous();
+    load_vectors<C>(v, in.x, tid(), n_threads(), in.k);
+#pragma unroll
+    for (int u = 0; u < C; u++) sum += v[u].x * v[u].x + v[u].y * v[u].y + v[u].z * v[u].z + v[u].w * v[u].w;
+    const float r = 1.0f / sqrtf(block_sum(sum, shared) / (float)in.k + in.eps);
+#pragma unroll
+    for (int u = 0; u < C; u++)
+        v[u] = make_float4(v[u].x * r * g[u].x, v[u].y * r * g[u].y, v[u].z * r * g[u].z, v[u].w * r * g[u].w);
+    store_vectors<C>(xs, v, tid(), n_threads(), n);
+}
+
+/* The input to shared memory, in two planes, zero past k. With a gain its RMSNorm, which each block does for itself: what
+   is multiplied is the normalised vector; the gain comes before the kernel before has ended; k is then a multiple of 4 and
+   at most 4 * STREAM_NORM * 256. All blocks wait while this runs, so only what a width needs is run.
+   Equals qwen3i_rmsnorm. */
+static __device__ __forceinline__ void stage_vector(float4 *xs, const matvec_in &in, float *shared) {
+    const int n = round_up(in.ldw, 256) / 4, step = n_threads();
     if (in.gain) {
-#pragma unroll
-        for (int u = 0; u < STREAM_NORM; u++)
-            sum += v[u].x * v[u].x + v[u].y * v[u].y + v[u].z * v[u].z + v[u].w * v[u].w;
-        const float r = 1.0f / sqrtf(block_sum(sum, shared) / (float)in.k + in.eps);
-#pragma unroll
-        for (int u = 0; u < STREAM_NORM; u++) {
-            const int q = u * step + tid();
-            if (q >= n) break;
-            float4 &to = xs[q % 2 * plane + q / 2];
-            to = make_float4(v[u].x * r * to.x, v[u].y * r * to.y, v[u].z * r * to.z, v[u].w * r * to.w);
-        }
+        if (in.k <= 4 * step) stage_normed<1>(xs, in, shared, n);
+        else if (in.k <= 8 * step) stage_normed<2>(xs, in, shared, n);
+        else if (in.k <= 16 * step) stage_normed<4>(xs, in, shared, n);
+        else stage_normed<STREAM_NORM>(xs, in, shared, n);
+    } else {
+        wait_for_previous();
+        if (in.k % 4)
+#pragma unroll 1
+            for (int q = tid(); q < n; q += step) xs[q % 2 * (n / 2) + q / 2] = load_up_to_4(in.x, 4 * q, in.k);
+        else
+#pragma unroll 1
+            for (int base = tid(); base < n; base += 4 * step) {
+                float4 v[4];
+                load_vectors<4>(v, in.x, base, step, in.k);
+                store_vectors<4>(xs, v, base, step, n);
+            }
     }
     __syncthreads();
 }
