@@ -991,11 +991,6 @@ template <class T> static __device__ __forceinline__ void store_2(T *p, float x,
     store(p, x);
     store(p + 1, y);
 }
-/* The same to an even place. */
-static __device__ __forceinline__ void store_pair(float *p, float x, float y) { store_2(p, x, y); }
-template <class T> static __device__ __forceinline__ void store_pair(T *p, float x, float y) {
-    *(unsigned *)(void *)p = pack(x, y, T());
-}
 
 /* This lane's elements of a head, 2 lane + 64 j and the next in lo, those half a head further in hi; 0 past its end. */
 struct head_pairs { float2 lo[TURNS], hi[TURNS]; };
@@ -3359,6 +3354,13 @@ static __device__ __forceinline__ void few_ask(few_row &r, const wide_args &g, i
         r.lo = x[0];
         if (M == WIDE_M) r.hi = x[32];
     }
+}
+
+/* store_2 to an even place. */
+static __device__ __forceinline__ void store_pair(float *p, float x, float y) { store_2(p, x, y); }
+static __device__ __forceinline__ void store_pair(half_t *p, float x, float y) { *(unsigned *)(void *)p = pack_halves(x, y); }
+static __device__ __forceinline__ void store_pair(bf16_t *p, float x, float y) {
+    *(unsigned *)(void *)p = pack(x, y, bf16_t());
 }
 
 template <class T> static __device__ __forceinline__ void few_finish_head(const wide_args &g, float2 lo, float2 hi,

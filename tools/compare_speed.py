@@ -4,7 +4,7 @@
 layers alone, in cuBLASLt, back to back: what a prefill could reach if all else took no time.
 
 usage: compare_speed.py [--bench ./bench] [--sizes 0.6B,4B,8B] [--prefill 2048] [--context 512] [--tokens 64]
-                        [--repeat 3] [--device cuda|cpu] [--skip-compile] [--json]
+                        [--repeat 3] [--kinds prefill,products,compiled,eager] [--device cuda|cpu] [--json]
 
 Ours and theirs take turns; the medians' ratios go to a table in Markdown. --device cpu with --sizes tiny is a dry run.
 """
@@ -119,25 +119,25 @@ def theirs(kind, model, options):
     return measure
 
 
-def ours(size, kind, options):
-    """Tokens a second of one run of bench, the median of its repeats; kind: prefill or decode."""
-    test = f'pp{options.prefill}' if kind == 'prefill' else f'tg{options.tokens}@{options.context}'
+def ours(size, options):
+    """Tokens a second of one run of bench, the medians of its repeats: of prefill and decode."""
     if size == 'tiny':
-        return float('nan')             # bench has no such shape
-    command = [options.bench, '--random', size, '--tests', test, '--json', '--repeat', str(options.repeat)]
+        return {'prefill': float('nan'), 'decode': float('nan')}        # bench has no such shape
+    tests = f'pp{options.prefill},tg{options.tokens}@{options.context}'
+    command = [options.bench, '--random', size, '--tests', tests, '--json', '--repeat', str(options.repeat)]
     command.append('--cuda' if options.device == 'cuda' else '--cpu')
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return next(json.loads(line)['tokens_per_s'] for line in out.splitlines() if '"test"' in line)
+    prefill, decode = (json.loads(line)['tokens_per_s'] for line in out.splitlines() if '"test"' in line)
+    return {'prefill': prefill, 'decode': decode}
 
 
 def compare(size, options):
     """For each kind: our and their medians and their spread."""
-    kinds = [k for k in NAMES if not (k == 'compiled' and options.skip_compile)]
-    before = {k: ours(size, k, options) for k in ('prefill', 'decode')}
+    before = ours(size, options)
     rows = []
     with torch.inference_mode():
         model = make_model(size, options.device)
-        for kind in kinds:
+        for kind in options.kinds.split(','):
             measure = theirs(kind, model, options)
             values = [measure() for _ in range(options.repeat)]
             rows.append({'size': size, 'kind': kind, 'theirs': statistics.median(values), 'min': min(values),
@@ -145,7 +145,7 @@ def compare(size, options):
     del model
     if options.device == 'cuda':
         torch.cuda.empty_cache()
-    after = {k: ours(size, k, options) for k in before}         # the chip's state may have changed meanwhile
+    after = ours(size, options)         # the chip's state may have changed meanwhile
     for row in rows:
         kind = 'prefill' if row['kind'] in ('prefill', 'products') else 'decode'
         row.update(ours=(before[kind] + after[kind]) / 2, ours_before=before[kind], ours_after=after[kind])
@@ -162,9 +162,11 @@ def main():
     parser.add_argument('--tokens', type=int, default=64)
     parser.add_argument('--repeat', type=int, default=3)
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
-    parser.add_argument('--skip-compile', action='store_true')
+    parser.add_argument('--kinds', default=','.join(NAMES))
     parser.add_argument('--json', action='store_true')
     options = parser.parse_args()
+    if not set(options.kinds.split(',')) <= set(NAMES):
+        sys.exit(f'compare_speed: kinds are {", ".join(NAMES)}, not {options.kinds}')
     device = torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'
     import transformers
     if options.device == 'cuda':
