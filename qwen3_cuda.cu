@@ -1251,14 +1251,15 @@ static int row_threads(int n, int each, int rows) {
     return want < 32 ? 32 : want > limit ? limit : want;
 }
 
-/* How rows of so many vectors, of so many elements each, are normed: `lanes` threads a row with k vectors each, `together` rows a block; k 0: one
-   element at a time. Few rows want one short pass, many want several loads in flight and full blocks. As
-   tools/sweep_rmsnorm.py measured it. */
+/* How rows of so many vectors of 16 bytes are normed: `lanes` threads a row with k vectors each, `together` rows a block;
+   k 0: one element at a time. Few rows want one short pass, many want several loads in flight and full blocks; what suits
+   the widths of the models was found by tools/sweep_rmsnorm.py. */
 struct norm_shape { int k, lanes, together; };
 
-static norm_shape rmsnorm_shape(int vectors, int each, long long rows) {
-    norm_shape s = {rows <= 512 ? 1 : 16 / each, 0, 1};
+static norm_shape rmsnorm_shape(int vectors, bool halves, long long rows) {
+    norm_shape s = {1, 0, 1};
     const int most_lanes = rows <= 64 ? 512 : 320;
+    if (rows > 512) s.k = vectors < 32 ? 2 : halves && vectors > 256 && vectors <= 512 ? 8 : 4;
     while (s.k < 8 && ceil_div(vectors, s.k) > (s.k == 2 ? 640 : most_lanes)) s.k *= 2;
     s.lanes = ceil_div(vectors, s.k);
     s.lanes = s.lanes <= 8 ? 8 : s.lanes <= 16 ? 16 : round_up(s.lanes, 32);
@@ -1282,7 +1283,7 @@ template <class O, class T> static cudaError_t launch_rmsnorm(bool early, cudaSt
     const int v = vector_of<T>::N;
     const bool aligned = width % v == 0 && ldx % v == 0 && ldy % v == 0 && (size_t)x % 16 == 0 && (size_t)y % 16 == 0 &&
                          (size_t)gain % 16 == 0;
-    const norm_shape shape = rmsnorm_shape(ceil_div(width, v), v, (long long)rows * groups);
+    const norm_shape shape = rmsnorm_shape(ceil_div(width, v), sizeof(T) == 2, (long long)rows * groups);
 #define QWEN3_SHAPE(K) case K: return launch_rmsnorm_shape<O, T, K>(early, s, shape, y, ldy, x, ldx, outs, gain, rows, \
                                                                     groups, width, pad, eps)
     switch (aligned ? shape.k : 0) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
@@ -1518,8 +1519,9 @@ template <class O> static cudaError_t launch_add_rmsnorm(const pass *p, const fl
 static cudaError_t launch_wide_norm(const pass *p, const float *gain, const float *bounds) {
     const cuda_ctx *c = p->c;
     const int width = c->m->config.n_embd;
-    norm_shape s = rmsnorm_shape(width / 4, 4, p->n);
-    s.lanes = round_up(s.lanes, 32);
+    norm_shape s = rmsnorm_shape(width / 4, false, p->n);
+    if (p->n > 512) s.k = 8;
+    s.lanes = round_up(ceil_div(width, 4 * s.k), 32);
     s.together = p->n > 512 ? most(256 / s.lanes, 1) : 1;
 #define QWEN3_SHAPE(K) case K: return launch_early(p->early, p->s, grid1(ceil_div(p->n, s.together)), s.lanes * s.together, \
                                                    0, wide_norm_kernel<K>, c->wide_act, c->act_scale, c->ff_scale, bounds, \
@@ -2110,14 +2112,15 @@ static qwen3_result enqueue_step(cuda_ctx *c, cudaStream_t s, int n, const qwen3
     return QWEN3_OK;
 }
 
-static qwen3_result capture_step(cuda_ctx *c, int n, const qwen3i_err *err) {
+/* A graph of what enqueue() puts on c->capture. */
+template <class F> static qwen3_result capture(cuda_ctx *c, cudaGraphExec_t *out, F enqueue, const qwen3i_err *err) {
     cudaGraph_t graph = NULL;
     CUDA_TRY(cudaStreamBeginCapture(c->capture, cudaStreamCaptureModeThreadLocal));
-    const qwen3_result r = enqueue_step(c, c->capture, n, err);
+    const qwen3_result r = enqueue();
     const cudaError_t e = cudaStreamEndCapture(c->capture, &graph);
     if (r != QWEN3_OK) { if (graph) cudaGraphDestroy(graph); return r; }
     CUDA_TRY(e);
-    const cudaError_t made = cudaGraphInstantiate(&c->graphs[n], graph, 0);
+    const cudaError_t made = cudaGraphInstantiate(out, graph, 0);
     cudaGraphDestroy(graph);
     CUDA_TRY(made);
     return QWEN3_OK;
@@ -2126,7 +2129,7 @@ static qwen3_result capture_step(cuda_ctx *c, int n, const qwen3i_err *err) {
 /* The same by its graph: plainly the first time, which loads all code and makes all plans. */
 static qwen3_result run_step(cuda_ctx *c, int n, const qwen3i_err *err) {
     if (c->runs[n] == 0) { c->runs[n] = 1; return enqueue_step(c, c->stream, n, err); }
-    if (!c->graphs[n]) TRY(capture_step(c, n, err));
+    if (!c->graphs[n]) TRY(capture(c, &c->graphs[n], [&] { return enqueue_step(c, c->capture, n, err); }, err));
     CUDA_TRY(cudaGraphLaunch(c->graphs[n], c->stream));
     return QWEN3_OK;
 }
@@ -2694,13 +2697,32 @@ static qwen3_result lab_one(pass *p, qwen3_cuda_op op, int layer) {
     return fail(p->err, QWEN3_ERR_ARG, "there is no operation %d", (int)op);
 }
 
+/* As one graph, since launches one by one would be what is timed; once before, which makes plans and loads code. */
+static qwen3_result lab_time(cuda_ctx *c, qwen3_cuda_op op, int layer, int repeat, float *us, const qwen3i_err *err) {
+    pass p = make_pass(c, c->stream, c->lab_rows, c->lab_tiles, err);
+    cudaGraphExec_t graph = NULL;
+    TRY(lab_one(&p, op, most(layer, 0)));
+    p = make_pass(c, c->capture, c->lab_rows, c->lab_tiles, err);
+    TRY(capture(c, &graph, [&]() -> qwen3_result {
+        for (int i = 0; i < repeat; i++) TRY(lab_one(&p, op, layer < 0 ? i % c->m->config.n_layer : layer));
+        return QWEN3_OK;
+    }, err));
+    timer t;
+    cudaError_t e = t.start(c->stream);
+    if (e == cudaSuccess) e = cudaGraphLaunch(graph, c->stream);
+    if (e == cudaSuccess) e = t.stop(c->stream, repeat, us);
+    cudaGraphExecDestroy(graph);
+    return e == cudaSuccess ? QWEN3_OK : cuda_fail(err, e, "a measurement");
+}
+
 static qwen3_result lab_run(void *ctx_state, qwen3_cuda_op op, int layer, int repeat, float *us,
                             const qwen3i_err *err) {
     cuda_ctx *c = (cuda_ctx *)ctx_state;
     device_guard guard(c->m->device);
+    CUDA_TRY(guard.status);
+    if (repeat > 1 && op != QWEN3_CUDA_STEP) return lab_time(c, op, layer, repeat, us, err);
     pass p = make_pass(c, c->stream, c->lab_rows, c->lab_tiles, err);
     timer t;
-    CUDA_TRY(guard.status);
     CUDA_TRY(t.start(c->stream));
     for (int i = 0; i < repeat; i++) TRY(lab_one(&p, op, layer < 0 ? i % c->m->config.n_layer : layer));
     CUDA_TRY(t.stop(c->stream, repeat, us));

@@ -375,11 +375,13 @@ template <int V> static __device__ __forceinline__ void load_gains(float (&g)[V]
         g[i] = f.x; g[i + 1] = f.y; g[i + 2] = f.z; g[i + 3] = f.w;
     }
 }
+/* The gains of as many elements: before the row, where they fit into registers beside it, as they are there already. */
 template <int K, int V>
 static __device__ __forceinline__ void load_all_gains(float (&g)[K][V], const float *gain, int at, int step, int width) {
 #pragma unroll
     for (int k = 0; k < K; k++) if (at + k * step < width) load_gains(g[k], gain + at + k * step);
 }
+template <int K, int V> static constexpr __device__ bool gains_first() { return K * V <= 16; }
 /* The sum of squares in pairs: where one element is far above the others, few additions round what it has made large. */
 template <int K, int V> static __device__ __forceinline__ float sum_of_squares(const float (&v)[K][V]) {
     float s[K * V];
@@ -439,7 +441,7 @@ template <class O, class T, int K> static __global__ void __launch_bounds__(norm
     const int at = tid() % lanes * V, step = lanes * V, slot = block_x() * (n_threads() / lanes) + tid() / lanes;
     const bool mine = slot < rows;
     float v[K][V], g[K][V];
-    load_all_gains<K>(g, gain, at, step, width);            /* are there already, whatever ran before */
+    if (gains_first<K, V>()) load_all_gains<K>(g, gain, at, step, width);
     wait_for_previous();
     let_next_start();
     const size_t row = outs && mine ? (size_t)outs[slot].out_row : (size_t)slot, group = (size_t)blockIdx.y * width;
@@ -450,6 +452,7 @@ template <class O, class T, int K> static __global__ void __launch_bounds__(norm
 #pragma unroll
     for (int k = 0; k < K; k++) {
         if (at + k * step >= width) break;
+        if (!gains_first<K, V>()) load_gains(g[k], gain + at + k * step);
 #pragma unroll
         for (int i = 0; i < V; i++) v[k][i] = normed(v[k][i], r, g[k][i], y);
         store_vector(out + at + k * step, v[k]);
@@ -2887,17 +2890,19 @@ template <int K> static __global__ void __launch_bounds__(norm_threads(K))
     const int at = 4 * (tid() % lanes), step = 4 * lanes, row = block_x() * (n_threads() / lanes) + tid() / lanes;
     float v[K][4], g[K][4], top = 0;
     let_next_start();                   /* the next one's weights come while the one before this still works */
-    load_all_gains<K>(g, gain, at, step, width);
+    if (gains_first<K, 4>()) load_all_gains<K>(g, gain, at, step, width);
     wait_for_previous();
     load_row<float, K>(v, x + (size_t)(row < rows ? row : 0) * ldx, at, step, width);
     float sum = warp_sum(sum_of_squares(v));
 #pragma unroll
-    for (int k = 0; k < K; k++)
+    for (int k = 0; k < K; k++) {
+        if (!gains_first<K, 4>() && at + k * step < width) load_gains(g[k], gain + at + k * step);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             v[k][i] = at + k * step < width ? v[k][i] * g[k][i] : 0.0f;
             top = fmaxf(top, fabsf(v[k][i]));
         }
+    }
     float size = warp_sum(sum_of_squares(v));
     top = warp_max(top);
     if (lanes > 32) {
