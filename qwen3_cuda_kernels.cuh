@@ -748,6 +748,9 @@ const int STREAM_RING  = 24, STREAM_RING_SHORT = 16;    /* the short one where x
 const int STREAM_HEADS = 32 * MATVEC_WARPS;     /* finished at a time */
 const int STREAM_NORM  = 8;             /* vectors of 4 that a thread holds of a row that is to be normalised */
 
+/* What else is to see each vector of x that is multiplied: nothing. */
+struct see_nothing { __device__ void operator()(float4, float4) const {} };
+
 template <int NR, int RING> struct stream_shape { enum { U = NR < 4 ? 4 / NR : 1, DEPTH = RING / (NR * U) }; };
 
 /* Rows [first, end) of W, NR at a time; PAIRS: row i and row n / 2 + i one after the other, NR / 2 of both. */
@@ -788,7 +791,7 @@ template <int NR, bool PAIRS, int RING> struct weight_stream {
     }
     /* acc[j] = the sum of row j of the next NR, in every lane: the vectors u, u + U, u + 2 U ... of each lane one after
        the other, then u = 0 .. U - 1, then the lanes by exchange. */
-    __device__ __forceinline__ void sum(float (&acc)[NR], const float4 *xs, float scale) {
+    template <class X> __device__ __forceinline__ void sum(float (&acc)[NR], const float4 *xs, float scale, X see) {
         const int plane = round_up(ldw, 32 * V) / V;
         float sums[NR][U];
 #pragma unroll
@@ -809,6 +812,7 @@ template <int NR, bool PAIRS, int RING> struct weight_stream {
                 const int at = k / V + u * 32 + lane_id();
                 if (U > 1 && k + u * 32 * V >= ldw) break;
                 const float4 lo = xs[at], hi = xs[plane + at];
+                see(lo, hi);
 #pragma unroll
                 for (int j = 0; j < NR; j++) {
                     float f[8];
@@ -914,9 +918,9 @@ static __host__ __device__ inline size_t stream_bytes(int ldw, int ring) {
 
 /* What the kernels below share: the stream of this warp's rows begins, x comes, ready() is called, and the rows are
    handed to done(first of NR or of as many pairs, acc), NR / 2 or NR of them at a time, after soon(first of them). */
-template <int NR, bool PAIRS, int RING, class R, class S, class F>
+template <int NR, bool PAIRS, int RING, class R, class S, class F, class X = see_nothing>
 static __device__ __forceinline__ void stream_rows(const matvec_in &in, row_range rows, unsigned char *memory, R ready,
-                                                   S soon, F done) {
+                                                   S soon, F done, X see = X()) {
     float4 *xs = (float4 *)(void *)memory;
     float *shared = (float *)(void *)(memory + stream_bytes(in.ldw, RING)) - 32;
     const int step = PAIRS ? NR / 2 : NR, end = rows.end;
@@ -928,7 +932,7 @@ static __device__ __forceinline__ void stream_rows(const matvec_in &in, row_rang
     for (int row = rows.first; row < end; row += step) {
         float acc[NR];
         const float old = soon(row, end - row);
-        w.sum(acc, xs, in.scale);
+        w.sum(acc, xs, in.scale, see);
         done(row, end - row, acc, old);
     }
 }

@@ -175,7 +175,19 @@ extern "C" const char *lab_logits(lab_model *l, const int *tokens, int n, float 
    THE FUSED BASELINE: RMSNorm + Q K V (+ norm of heads + RoPE) in one, to compare the separate norm with.
 
    What fused designs do: the gains are multiplied into the weights beforehand, the raw residual goes into the product,
-   and 1 / rms is applied to the result. Same inner loops (dot_rows, cuBLASLt), same rotation, same cache.
+   and 1 / rms is applied to the result. The sum of squares, too, is found by the kernel that multiplies, from what it
+   has in registers or shared memory anyway. Same inner loops as the separate side, same rotation, same cache:
+
+   - 1 row: as stream_qkv_heads and stream_qkv_rope; each warp adds up the squares of x as it multiplies by it.
+   - On Hopper 2 to 64 rows as few_product, and more as wide_product: the multiplying warps read the tiles of x while the
+     tensor core works on them. The input is the residual in F16 times a power of two for each row, which the kernel
+     before is taken to have written: making it is not timed. (A kernel that writes a tile of a row does not know the
+     row's largest element, so this favours the fused side a little.)
+   - Elsewhere as qkv_rope up to 8 rows, then cuBLASLt on the same 16-bit input and a kernel that finds 1 / rms and
+     finishes heads.
+
+   The separate side is timed as a step runs it: its kernels for one row norm their input themselves, in float32, before they
+   multiply; as "own norm" with a kernel for the norm.
    ================================================================================================ */
 namespace {
 
@@ -257,6 +269,338 @@ template <class T> __global__ void __launch_bounds__(256)
     }
 }
 
+/* 1 / rms of the one row of x, of whose squares each lane has added up those that it multiplied. */
+__device__ __forceinline__ float fused_rms(float squares, const matvec_in &in) {
+    return 1.0f / sqrtf(warp_sum(squares) / (float)in.k + in.eps);
+}
+__device__ __forceinline__ void add_squares(float &sum, float4 a, float4 b) {
+    sum += a.x * a.x; sum += a.y * a.y; sum += a.z * a.z; sum += a.w * a.w;
+    sum += b.x * b.x; sum += b.y * b.y; sum += b.z * b.z; sum += b.w * b.w;
+}
+
+/* stream_qkv_heads_kernel and stream_qkv_rope_kernel on the raw residual. scale: NULL, or 1 / rms. */
+template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    fused_stream_heads_kernel(matvec_in in, qkv_args a, int parts, const float *scale) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    mbarrier *arrived = (mbarrier *)(void *)(memory + stream_bytes(in.ldw, RING));
+    float *values = (float *)(void *)(arrived + 2), squares = 0;
+    const int lane = lane_id(), dim = a.head_dim, rotated = a.n_head + a.n_head_kv;
+    const int head = block_x() / parts, rank = block_x() % parts, row0 = head * dim;
+    const int warp = rank * MATVEC_WARPS + warp_id(), warps = parts * MATVEC_WARPS;
+    const row_range rows = {row0 + warp * dim / warps, row0 + (warp + 1) * dim / warps};
+    const bool finishes = head < rotated && rank == 0 && warp_id() == 0;
+    const row_turn turn = load_turn(a, 0);
+    const head_pairs gain = load_head(head_gain(a, head), finishes ? dim / 2 : 0);
+    float *v = (float *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated * dim;
+    if (rank == 0 && tid() == 0) {
+        barrier_init(arrived, 1);
+        barriers_ready();
+        barrier_expect(arrived, (unsigned)dim * 4);
+    }
+    __syncwarp();
+    cluster_arrive();
+    stream_rows<NR, false, RING>(
+        in, rows, memory, [] { cluster_wait(); }, [&](int, int) { return squares = 0; },
+        [&](int row, int left, const float (&acc)[NR], float) {
+            const int i = row + lane;
+            const float r = scale ? *scale : fused_rms(squares, in);
+            if (lane >= NR || lane >= left) return;
+            if (head < rotated) send_to_block(values + (i - row0), 0, pick(acc, lane) * r, arrived);
+            else store(v + i, pick(acc, lane) * r);
+        },
+        [&](float4 lo, float4 hi) { add_squares(squares, lo, hi); });
+    if (!finishes) return;
+    barrier_wait(arrived, 0);
+    head_pairs p = load_head(values, dim / 2);
+    norm_rope(p, gain, turn, dim, a.eps, 1.0f);
+    store_head<float>(a, 0, head, p, turn);
+}
+
+template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    fused_stream_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets, const float *scale) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    __shared__ int finished[STREAM_HEADS];
+    const int lane = lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    const row_turn turn = load_turn(a, 0);
+    float *v = (float *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated, squares = 0;
+    stream_rows<NR, false, RING>(
+        in, warp_share(in.n), memory, [] {}, [&](int, int) { return squares = 0; },
+        [&](int row, int left, const float (&acc)[NR], float) {
+            const int i = row + lane;
+            const float r = scale ? *scale : fused_rms(squares, in);
+            if (lane >= NR || lane >= left) return;
+            if (i < rotated) a.qkv[i] = pick(acc, lane) * r;
+            else store(v + i, pick(acc, lane) * r);
+        },
+        [&](float4 lo, float4 hi) { add_squares(squares, lo, hi); });
+    finish_heads<float>(in, a, tickets, finished, STREAM_HEADS, turn);
+}
+
+#ifdef QWEN3_WGMMA
+/* Where a lane, one of LANES that share a row, begins in a tile of x; its next 16 bytes are at (this ^ 16 LANES), (this ^
+   32 LANES) ...: no bank twice. */
+template <int LANES> __device__ __forceinline__ int squares_at(int row, int lane) {
+    return 128 * row + 16 * (LANES * row + lane) % 128;
+}
+/* Adds this lane's squares of its row. Which elements they are does not matter, so neither does the swizzle. A loop, because
+   the compiler moves what is none behind the wait for the products, during which it is to be done. */
+template <int LANES> __device__ __forceinline__ void add_squares(float &sum, const unsigned char *x, int at) {
+#pragma unroll 1
+    for (int j = 0; j < 128; j += 16 * LANES) {
+        float f[8];
+        unpack(f, *(const uint4 *)(const void *)(x + (at ^ j)), half_t());
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += f[i] * f[i];
+    }
+    __syncwarp();                       /* all have read before one of them releases the stage */
+}
+/* Over those lanes. */
+template <int LANES> __device__ __forceinline__ float join_squares(float v) {
+#pragma unroll
+    for (int o = 1; o < LANES; o *= 2) v += __shfl_xor_sync(ALL, v, o);
+    return v;
+}
+/* What the sums of a row are times; squares: of x / down. */
+__device__ __forceinline__ float fused_scale(const wide_args &g, float w_scale, float down, float squares) {
+    return w_scale * down / sqrtf(squares * down * down / (float)g.k + g.qkv.eps);
+}
+
+/* few_sum for tiles of 128 rows of W, which also adds up the squares of the block's part of each row of x: beside the
+   sums of the row, which are FEW_LD apart. */
+template <int R> __device__ void fused_few_sum(unsigned char *memory, few_ring ring, int steps, int group) {
+    float acc[R / 2], part[R / 2], squares = 0;
+    float *sums = (float *)(void *)memory;
+    const int mine = squares_at<4>(tid() / 4, tid() % 4);
+    int s = 0;
+    unsigned phase = 0;
+#pragma unroll
+    for (int i = 0; i < R / 2; i++) acc[i] = part[i] = 0;
+    for (int i = 0; i < steps; i++) {
+        const unsigned char *tile = memory + few_tile<WIDE_M, R>::BYTES * s, *x = tile + few_tile<WIDE_M, R>::W_BYTES;
+        const unsigned char *w = tile + WIDE_HALF / 2 * (size_t)group;
+        wide_stage *stage = &ring.stages[s];
+        barrier_wait(&stage->full, phase);
+        products_begin();
+#pragma unroll
+        for (int j = 0; j < WIDE_K / 16; j++)
+            wide_multiply(part, operand(w) + 2 * (unsigned)j, operand(x) + 2 * (unsigned)j, j > 0);
+        products_commit();
+        if (tid() < 4 * R) add_squares<4>(squares, x, mine);
+        products_wait<0>();
+        products_done(part);
+        few_release(stage);
+#pragma unroll
+        for (int j = 0; j < R / 2; j++) acc[j] += part[j];
+        if (++s == ring.n) { s = 0; phase ^= 1; }
+    }
+    group_sync(1, 256);
+    float *to = sums + lane_id() % 4 * 2 * FEW_LD + 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
+#pragma unroll
+    for (int j = 0; j < R / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            to[(8 * j + e) * FEW_LD] = acc[4 * j + e];
+            to[(8 * j + e) * FEW_LD + 8] = acc[4 * j + 2 + e];
+        }
+    squares = join_squares<4>(squares);
+    if (tid() < 4 * R && tid() % 4 == 0) store_2(sums + tid() / 4 * FEW_LD + WIDE_M, squares, 0);
+}
+
+/* All rows have the gains of the tile's head: one copy of them leaves registers for the squares. */
+template <int N> __device__ __forceinline__ void share_gains(few_row (&r)[N]) {
+#pragma unroll
+    for (int i = 1; i < N; i++) { r[i].lo = r[0].lo; r[i].hi = r[0].hi; }
+}
+
+/* few_finish_rows; r.scale is only the input's until here. Each lane fetches one block's squares, with the sums. */
+template <int N> __device__ void fused_few_finish(const wide_args &g, const unsigned char *memory, few_row (&r)[N],
+                                                  int row, int n, int tile, int warp, float w_scale) {
+    if (n > g.rows - row) n = g.rows - row;
+    for (int done = warp; done < n; done += 8 * N) {
+        const float *sums = (const float *)(const void *)memory + (row + done) * FEW_LD;
+        float2 lo[N], hi[N];
+        float squares[N];
+        if (done > warp) few_ask_all<WIDE_QKV, WIDE_M>(r, g, row + done, tile);
+        share_gains(r);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float *from = sums + 8 * i * FEW_LD + WIDE_M;
+            squares[i] = g.parts > 1 ? load_from_block(from, (unsigned)(lane_id() % g.parts)).x : *from;
+        }
+        few_join<N, 8 / N>(lo, hi, sums + 2 * lane_id(), g.parts);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            for (int o = 1; o < g.parts; o *= 2) squares[i] += __shfl_xor_sync(ALL, squares[i], o);
+            r[i].scale = fused_scale(g, w_scale, r[i].scale, squares[i]);
+            if (done + 8 * i < n) few_finish<WIDE_QKV, float, WIDE_M>(g, lo[i], hi[i], r[i], row + done + 8 * i, tile);
+        }
+    }
+}
+
+template <int R, int N> __device__ __forceinline__ void fused_few_multiply(const wide_args &g, unsigned char *memory,
+                                                                           few_ring ring, int rank, int tile, int steps,
+                                                                           int warp, float w_scale) {
+    const int n = R / g.parts, row = rank * n;
+    few_row r[N];
+    few_ask_early<WIDE_QKV>(r, g, row + warp, tile);
+    share_gains(r);
+    wait_for_previous();
+    few_ask<WIDE_QKV, WIDE_M>(r, g, row + warp, tile);
+    fused_few_sum<R>(memory, ring, steps, warp / 4);
+    cluster_meet();
+    fused_few_finish<N>(g, memory, r, row, n, tile, warp, w_scale);
+}
+
+/* wide_multiply_tiles for Q K V, which also adds up the squares of x: each warp those of the 16 rows that it finishes. */
+__device__ void fused_wide_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank, int group,
+                                 float w_scale) {
+    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2, first = 64 * group + warp_id() % 4 * 16;
+    const int BYTES = wide_tile<WIDE_N>::BYTES, mine = squares_at<2>(first + lane_id() / 2, lane_id() % 2);
+    float part[64];
+    unsigned turn = 0;
+#pragma unroll
+    for (int i = 0; i < 64; i++) part[i] = 0;
+    for (int t = block_x() / 2; t < pairs * g.n_tiles; t += clusters) {
+        const int row0 = (t % pairs * 2 + rank) * WIDE_M + first + lane_id() / 4, head = t / pairs;
+        float acc[64], down[2], squares = 0;        /* of row first + lane / 2 */
+        int seq[2], position[2];
+#pragma unroll
+        for (int i = 0; i < 64; i++) acc[i] = 0;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int row = least(row0 + 8 * r, g.rows - 1);
+            down[r] = g.in_scale[row];
+            seq[r] = g.qkv.rows[row].seq;
+            position[r] = g.qkv.rows[row].position;
+        }
+        for (int k = 0; k < g.k; k += WIDE_CHUNK * WIDE_K, turn += WIDE_CHUNK) {
+#pragma unroll
+            for (unsigned i = 0; i < WIDE_CHUNK; i++) {
+                const unsigned s = (turn + i) % WIDE_STAGES;
+                const unsigned char *x = memory + BYTES * s + WIDE_HALF / 2 * (size_t)group,
+                                    *w = memory + BYTES * s + WIDE_HALF;
+                barrier_wait(&stages[s].full, (turn + i) / WIDE_STAGES & 1);
+                products_begin();
+#pragma unroll
+                for (int j = 0; j < WIDE_K / 16; j++)
+                    wide_multiply(part, operand(x) + 2 * (unsigned)j, operand(w) + 2 * (unsigned)j, (int)i + j > 0);
+                products_commit();
+            }
+#pragma unroll
+            for (unsigned i = 0; i < WIDE_CHUNK; i++) {
+                const unsigned s = (turn + i) % WIDE_STAGES;
+                add_squares<2>(squares, memory + BYTES * s, mine);
+                if (i == 0) products_wait<1>();
+                else { products_wait<0>(); products_done(part); }
+                wide_release(&stages[s]);
+            }
+#pragma unroll
+            for (int i = 0; i < 64; i++) acc[i] += part[i];
+        }
+        squares = join_squares<2>(squares);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float scale = fused_scale(g, w_scale, down[r], __shfl_sync(ALL, squares, lane_id() / 4 * 2 + 16 * r));
+            wide_qkv<float>(g, acc, row0 + 8 * r, r, head, scale, seq[r], position[r]);
+        }
+    }
+}
+#endif
+
+/* few_product_kernel and wide_product_kernel on the residual in F16: x = in * in_scale, whose RMSNorm is meant.
+   g.w_scale is 1, W = w * w_scale. */
+template <int R> __global__ void __launch_bounds__(FEW_THREADS, 2)
+    fused_few_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g,
+                     float w_scale) {
+#ifdef QWEN3_WGMMA
+    QWEN3_DYNAMIC_SHARED(raw);
+    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    const few_ring ring = {(wide_stage *)(void *)(memory + few_memory<WIDE_M, R>(g.stages)), g.stages};
+    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
+    const int warp = __shfl_sync(ALL, warp_id(), 0);
+    if (tid() == 0) {
+        for (int i = 0; i < ring.n; i++) { barrier_init(&ring.stages[i].full, 1); barrier_init(&ring.stages[i].empty, 8); }
+        barriers_ready();
+    }
+    __syncthreads();
+    let_next_start();
+    if (warp == 8) {
+        if (lane_id() == 0)
+            few_load<WIDE_M, R>(&x_map, &w_map, g, memory, ring, tile, rank * steps * WIDE_K, steps);
+        __syncwarp();
+        cluster_meet();
+    } else if (R / g.parts <= 8) fused_few_multiply<R, 1>(g, memory, ring, rank, tile, steps, warp, w_scale);
+    else fused_few_multiply<R, 2>(g, memory, ring, rank, tile, steps, warp, w_scale);
+    cluster_sync();
+#else
+    (void)x_map; (void)w_map; (void)g; (void)w_scale;
+#endif
+}
+
+__global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
+    fused_wide_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g,
+                      float w_scale) {
+#ifdef QWEN3_WGMMA
+    QWEN3_DYNAMIC_SHARED(raw);
+    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    wide_stage *stages = (wide_stage *)(void *)(memory + WIDE_STAGES * wide_tile<WIDE_N>::BYTES);
+    const int rank = block_x() % 2;
+    if (tid() == 0) {
+        for (int i = 0; i < WIDE_STAGES; i++) { barrier_init(&stages[i].full, 1); barrier_init(&stages[i].empty, 16); }
+        barriers_ready();
+    }
+    cluster_sync();
+    let_next_start();
+    if (warp_id() < 4) {
+        fewer_registers<40>();
+        if (tid() == 0) wide_load<WIDE_N>(&x_map, &w_map, g, memory, stages, rank);
+        __syncwarp();
+    } else {
+        more_registers<232>();
+        wait_for_previous();
+        fused_wide_tiles(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0), w_scale);
+    }
+    cluster_sync();
+#else
+    (void)x_map; (void)w_map; (void)g; (void)w_scale;
+#endif
+}
+
+/* What stream_qkv, few_product and launch_wide_product do. */
+template <int RING> cudaError_t fused_stream(const pass *p, const matvec_in &in, const qkv_args &a, const float *scale) {
+    const int parts = head_parts(p, a), blocks = parts * (a.n_head + 2 * a.n_head_kv);
+    const size_t shared = stream_shared(in, RING) + 2 * sizeof(mbarrier) + (size_t)a.head_dim * sizeof(float);
+#define CALL(NR) launch_shared(p, parts, grid1(blocks), 32 * MATVEC_WARPS, shared, fused_stream_heads_kernel<NR, RING>, \
+                               in, a, parts, scale)
+    if (parts > 0) return a.head_dim <= 2 * parts * MATVEC_WARPS ? CALL(2) : CALL(4);
+#undef CALL
+#define CALL(NR) launch_stream(p, in, RING, in.n, fused_stream_rope_kernel<NR, RING>, in, a, p->c->qkv_tickets, scale)
+    return stream_rows_at_once(stream_each(p, in.n)) == 3 ? CALL(3) : CALL(4);
+#undef CALL
+}
+
+template <int R> cudaError_t fused_few(const pass *p, const matrix &w, wide_args a) {
+    const few_plan none = {0, 0, 0, 0}, plan = few_better(p, a, WIDE_M, R, none);
+    a.parts = plan.parts;
+    a.stages = few_stages<WIDE_M, R>(plan.steps);
+    return launch_shared(p, a.parts, grid1(a.n_tiles * a.parts), FEW_THREADS, few_product_shared<WIDE_M, R>(a.stages),
+                         fused_few_kernel<R>, get_map(p->c->few_h_map), get_map(w.map), a, w.scale);
+}
+
+cudaError_t fused_wide(const pass *p, const matrix &w, const wide_args &a) {
+    const int clusters = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles, p->c->m->n_sm / 2);
+    return launch_shared(p, WIDE_CLUSTER, grid1(2 * clusters), WIDE_THREADS, wide_product_shared<WIDE_N>(),
+                         fused_wide_kernel, get_map(p->c->wide_h_map), get_map(w.map), a, w.scale);
+}
+
+cudaError_t fused_product(const pass *p, const matrix &w, const qkv_args &qkv) {
+    wide_args a = wide_arguments(p, w, p->c->act_scale);
+    a.w_scale = 1;
+    a.qkv = qkv;
+    if (p->how == WIDE) return fused_wide(p, w, a);
+    return p->n <= 32 ? fused_few<32>(p, w, a) : fused_few<64>(p, w, a);
+}
+
 template <int R, int NR> cudaError_t launch_fused(const pass *p, const matvec_in &in, const qkv_args &a,
                                                   const float *scales) {
     const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
@@ -264,22 +608,27 @@ template <int R, int NR> cudaError_t launch_fused(const pass *p, const matvec_in
                         in, a, p->c->qkv_tickets, scales);
 }
 
-/* The fused operation on c->x (up to 8 rows) or its 16-bit form, with the weights of `layer`. */
+/* The fused operation on c->x or on its 16-bit form (see trial_put), with the weights of `layer`. scales: as above, of
+   c->x only. */
 qwen3_result fused_qkv(const pass *p, int layer, const float *scales) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
     matrix w = c->m->layers[layer].qkv;
     const qkv_args a = qkv_arguments(p, layer);
     w.terms = 1;
-    if (p->how == WIDE || p->how == FEW) return wide_qkv(p, w, a);      /* the kernel before has left 1 / rms in act_scale */
+    if (p->how == WIDE || p->how == FEW) return launched(p, fused_product(p, w, a), "fused_product");
     if (p->how != MATVEC) {
         TRY(act_product(p, c->qkv, a.ld, w, 0, w.rows));
         return launched(p, launch(p->s, grid1(p->n), 256, 0, fused_store_kernel<float>, a, (const half_t *)c->act,
                                   (const float *)c->act_scale, g->n_embd, w.ld, g->rms_eps), "fused_store");
     }
     const matvec_in in = vector_input(p, w, c->x, c->embd_ld, p->n);
+    const int ring = stream_ring(p, in, w);
     cudaError_t e;
-    if (p->n > 4) e = launch_fused<8, 2>(p, in, a, scales);
+#define CALL(RING) fused_stream<RING>(p, in, a, scales)
+    if (ring) e = BY_RING(ring, CALL);
+#undef CALL
+    else if (p->n > 4) e = launch_fused<8, 2>(p, in, a, scales);
     else if (p->n > 2) e = launch_fused<4, 2>(p, in, a, scales);
     else if (p->n > 1) e = launch_fused<2, 2>(p, in, a, scales);
     else switch (matvec_share(p, in.n, 4).rows) {
@@ -306,7 +655,6 @@ struct trial {
     std::vector<qwen3i_layer> layers;
     std::vector<unsigned short> w, folded, rest;        /* F16: q, k and v below each other; for all else */
     std::vector<float> attn_norm, q_norm, k_norm, x;
-    float       *ones;                  /* [n_embd] on the device */
     uint64_t seed;
 };
 
@@ -391,12 +739,7 @@ qwen3_result trial_open(trial *t, int embd, int heads) {
     desc.kv_type = QWEN3_KV_F32;        /* so that the errors are those of the computation */
     t->c = (cuda_ctx *)host_alloc(&desc.allocator, sizeof *t->c);
     shape_ctx(t->c, t->m, &desc);
-    TRY(fill_ctx(t->c, &lab_err));
-    const std::vector<float> ones((size_t)embd, 1.0f);
-    TRY(device_alloc((char **)&t->ones, ones.size() * sizeof(float), "a comparison", &lab_err));
-    const qwen3i_err *err = &lab_err;
-    CUDA_TRY(cudaMemcpy(t->ones, ones.data(), ones.size() * sizeof(float), cudaMemcpyHostToDevice));
-    return QWEN3_OK;
+    return fill_ctx(t->c, &lab_err);
 }
 
 /* ---- float64 ---------------------------------------------------------------------------------------------- */
@@ -408,11 +751,11 @@ void trial_normed(const trial *t, const float *x, std::vector<double> &h) {
         h[i] = x[i] / sqrt(sum / (double)h.size() + (double)1e-6f) * t->attn_norm[i];
 }
 
-/* All heads of q, then of k, at a position, in float64 from float64 */
+/* All heads of q, then of k, then of v, at a position, in float64 from float64 */
 void trial_reference(const trial *t, const std::vector<double> &h, int position, std::vector<double> &y) {
     const qwen3i_config &g = t->config;
     const int heads = g.n_head + g.n_head_kv, dim = g.head_dim;
-    y.assign((size_t)(heads * dim), 0);
+    y.assign((size_t)((heads + g.n_head_kv) * dim), 0);
     for (size_t r = 0; r < y.size(); r++)
         for (size_t i = 0; i < h.size(); i++)
             y[r] += (double)__half2float(__ushort_as_half(t->w[r * h.size() + i])) * h[i];
@@ -432,7 +775,7 @@ void trial_reference(const trial *t, const std::vector<double> &h, int position,
 
 struct trial_error { double k, score; };        /* largest absolute errors: of k, and of the scores q k / sqrt(d) */
 
-/* Of the last of n rows on the device. */
+/* Of the last of n rows on the device. Where 1 / rms is wrong, the norm of heads hides it in q and k, but not in v. */
 qwen3_result trial_compare(const trial *t, int n, int layer, const std::vector<double> &want, trial_error *e) {
     const qwen3i_config &g = t->config;
     const size_t q_dim = (size_t)t->c->q_dim, kv_dim = (size_t)t->c->kv_dim, dim = (size_t)g.head_dim;
@@ -440,7 +783,15 @@ qwen3_result trial_compare(const trial *t, int n, int layer, const std::vector<d
     TRY(lab_get(t->c, QWEN3_CUDA_Q, q.data(), &lab_err));
     TRY(lab_kv(t->c, layer, n, k.data(), v.data()));
     const float *qn = &q[(size_t)(n - 1) * q_dim], *kn = &k[(size_t)(n - 1) * kv_dim];
+    double off = 0, most_v = 0;
     e->k = e->score = 0;
+    for (size_t i = 0; i < kv_dim; i++) {
+        const double exact = want[q_dim + kv_dim + i];
+        off = std::max(off, fabs(v[(size_t)(n - 1) * kv_dim + i] - exact));
+        most_v = std::max(most_v, fabs(exact));
+    }
+    if (!(off < 1e-2 * most_v))
+        return fail(&lab_err, QWEN3_ERR_DEVICE, "v of row %d of %d is wrong: by %g of %g", n - 1, n, off, most_v);
     for (size_t i = 0; i < kv_dim; i++) e->k = std::max(e->k, fabs(kn[i] - want[q_dim + i]));
     for (size_t h = 0; h < (size_t)g.n_head; h++) {
         const size_t kh = h / (size_t)t->c->group * dim;
@@ -455,7 +806,15 @@ qwen3_result trial_compare(const trial *t, int n, int layer, const std::vector<d
 }
 
 /* ---- the ways to compute it ----------------------------------------------------------------------------------- */
-enum way { SEPARATE, SEPARATE_1, FUSED };       /* the library; with one 16-bit term of the input; the baseline */
+/* the library; with a kernel for the norm in any case; with one 16-bit term of the input; the baseline */
+enum way { SEPARATE, SEPARATE_OWN, SEPARATE_1, FUSED };
+
+/* As in a step, where kernels may norm their input themselves. */
+pass trial_pass(const trial *t, int n) {
+    pass p = make_pass(t->c, t->c->stream, n, 0, &lab_err);
+    p.layers = true;
+    return p;
+}
 
 qwen3_result trial_once(trial *t, pass *p, int layer, way how) {
     cuda_ctx *c = t->c;
@@ -463,8 +822,10 @@ qwen3_result trial_once(trial *t, pass *p, int layer, way how) {
     const int terms = w.terms;
     if (how == FUSED) return fused_qkv(p, layer, NULL);
     if (how == SEPARATE_1) w.terms = 1;
+    p->layers = how != SEPARATE_OWN;
     qwen3_result r = norm(p, c->m->layers[layer].attn_norm, w);
     if (r == QWEN3_OK) r = qkv_rope(p, layer);
+    p->gain = NULL;
     w.terms = terms;
     return r;
 }
@@ -476,7 +837,9 @@ qwen3_result trial_put(trial *t, pass *p, const float *x) {
     one.terms = 1;
     TRY(lab_put(c, QWEN3_CUDA_X, x, &lab_err));
     if (p->how == WIDE || p->how == FEW)
-        return launched(p, launch_wide_norm(p, t->ones, NULL), "wide_norm");
+        return launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(one.ld, 4, p->n), 0,
+                                        round_rows_kernel<half_t>, c->wide_act, c->act_scale, (const float *)c->x,
+                                        c->embd_ld, one.cols, one.ld, (size_t)0), "round_rows");
     return p->how == MATVEC ? QWEN3_OK : round_rows(p, one, c->x, c->embd_ld, p->n);
 }
 
@@ -484,7 +847,7 @@ qwen3_result trial_put(trial *t, pass *p, const float *x) {
 qwen3_result trial_time(trial *t, int n, way how, double *us) {
     const qwen3i_err *err = &lab_err;
     cuda_ctx *c = t->c;
-    pass p = make_pass(c, c->stream, n, 0, err);
+    pass p = trial_pass(t, n);
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = NULL;
     std::vector<double> times;
@@ -521,7 +884,7 @@ qwen3_result trial_errors_of(trial *t, int n, trial_errors *e) {
     const size_t embd = (size_t)t->config.n_embd, last = (size_t)(n - 1) * embd;
     std::vector<double> h, want;
     std::vector<float> other(t->x.begin(), t->x.begin() + (long)((size_t)n * embd)), scales(8, 0);
-    pass p = make_pass(t->c, t->c->stream, n, 0, err);
+    pass p = trial_pass(t, n);
     trial_normed(t, &t->x[last], h);
     trial_reference(t, h, n - 1, want);
     TRY(trial_put(t, &p, t->x.data()));
@@ -558,19 +921,20 @@ qwen3_result trial_rows(trial *t, const char *size, int n) {
     std::vector<int32_t> seqs((size_t)n, 0), positions((size_t)n), tokens((size_t)n, 0);
     qwen3i_batch b = qwen3i_batch();
     trial_errors e;
-    double separate = 0, one = 0, fused = 0;
+    double separate = 0, own = 0, one = 0, fused = 0;
     for (int i = 0; i < n; i++) positions[(size_t)i] = i;
     b.tokens = tokens.data(); b.seqs = seqs.data(); b.positions = positions.data(); b.n_rows = n;
     TRY(lab_rows(t->c, &b, &lab_err));
     TRY(trial_errors_of(t, n, &e));
 #ifndef QWEN3_CUDA_EMULATED
     TRY(trial_time(t, n, SEPARATE, &separate));
+    TRY(trial_time(t, n, SEPARATE_OWN, &own));
     TRY(trial_time(t, n, SEPARATE_1, &one));
     TRY(trial_time(t, n, FUSED, &fused));
 #endif
     const trial_error all[] = {e.separate, e.separate_1, e.after, e.folded, e.bf16};
-    printf("%-5s %5d %9.2f %9.2f %9.2f  %5.2f %5.2f ", size, n, separate, one, fused, fused > 0 ? separate / fused : 0,
-           fused > 0 ? one / fused : 0);
+    printf("%-5s %5d %9.2f %9.2f %9.2f %9.2f  %5.2f %5.2f ", size, n, separate, own, one, fused,
+           fused > 0 ? separate / fused : 0, fused > 0 ? one / fused : 0);
     for (const trial_error &each : all) printf("  %.1e %.1e", each.k, each.score);
     printf("\n");
     fflush(stdout);
@@ -586,15 +950,14 @@ extern "C" const char *lab_fused_baseline(const char *size) {
     };
     static const int rows[] = {1, 2, 8, 64, 512, 2048};
     printf("RMSNorm + QKV + norm of heads + RoPE + cache, microseconds; absolute errors of k and of scores, k_norm "
-           "gains of 96.5\n%-5s %5s %9s %9s %9s  %5s %5s   %-15s  %-15s  %-15s  %-15s  %-15s\n", "size", "rows",
-           "separate", "1 term", "fused", "ratio", "1 t.", "separate", "1 term", "scale after", "gains folded",
+           "gains of 96.5\n%-5s %5s %9s %9s %9s %9s  %5s %5s   %-15s  %-15s  %-15s  %-15s  %-15s\n", "size", "rows",
+           "separate", "own norm", "1 term", "fused", "ratio", "1 t.", "separate", "1 term", "scale after", "gains folded",
            "bf16 input");
     for (int i = 0; i < 4; i++) {
         if (size && strcmp(size, sizes[i].name)) continue;
         trial *t = new trial();
         qwen3_result r = trial_open(t, sizes[i].embd, sizes[i].heads);
         for (int k = 0; r == QWEN3_OK && k < 6 && rows[k] <= MOST_ROWS; k++) r = trial_rows(t, sizes[i].name, rows[k]);
-        if (t->ones) cudaFree(t->ones);
         if (t->c) free_ctx(t->c);
         if (t->m) free_model(t->m);
         delete t;
