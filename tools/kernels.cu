@@ -370,28 +370,36 @@ __device__ __forceinline__ float fused_scale(const wide_args &g, float w_scale, 
 template <int R> __device__ void fused_few_sum(unsigned char *memory, few_ring ring, int steps, int group) {
     float acc[R / 2], part[R / 2], squares = 0;
     float *sums = (float *)(void *)memory;
-    const int mine = squares_at<4>(tid() / 4, tid() % 4);
-    int s = 0;
+    const int mine = few_tile<WIDE_M, R>::W_BYTES + squares_at<4>(tid() / 4, tid() % 4);
+    int s = 0, read = 0;
     unsigned phase = 0;
 #pragma unroll
     for (int i = 0; i < R / 2; i++) acc[i] = part[i] = 0;
-    for (int i = 0; i < steps; i++) {
-        const unsigned char *tile = memory + few_tile<WIDE_M, R>::BYTES * s, *x = tile + few_tile<WIDE_M, R>::W_BYTES;
-        const unsigned char *w = tile + WIDE_HALF / 2 * (size_t)group;
-        wide_stage *stage = &ring.stages[s];
-        barrier_wait(&stage->full, phase);
-        products_begin();
+#pragma unroll 1
+    for (int done = 0; done < steps; done += WIDE_CHUNK) {
+        const int n = least(WIDE_CHUNK, steps - done);
+#pragma unroll 1
+        for (int i = 0; i < n; i++) {
+            const unsigned char *at = memory + few_tile<WIDE_M, R>::BYTES * s;
+            const unsigned char *w = at + WIDE_HALF / 2 * (size_t)group, *x = at + few_tile<WIDE_M, R>::W_BYTES;
+            barrier_wait(&ring.stages[s].full, phase);
+            products_begin();
 #pragma unroll
-        for (int j = 0; j < WIDE_K / 16; j++)
-            wide_multiply(part, operand(w) + 2 * (unsigned)j, operand(x) + 2 * (unsigned)j, j > 0);
-        products_commit();
-        if (tid() < 4 * R) add_squares<4>(squares, x, mine);
+            for (int j = 0; j < WIDE_K / 16; j++)
+                wide_multiply(part, operand(w) + 2 * (unsigned)j, operand(x) + 2 * (unsigned)j, i + j > 0);
+            products_commit();
+            if (tid() < 4 * R) add_squares<4>(squares, at, mine);
+            if (++s == ring.n) { s = 0; phase ^= 1; }
+        }
         products_wait<0>();
         products_done(part);
-        few_release(stage);
+#pragma unroll 1
+        for (int i = 0; i < n; i++) {
+            few_release(&ring.stages[read]);
+            if (++read == ring.n) read = 0;
+        }
 #pragma unroll
         for (int j = 0; j < R / 2; j++) acc[j] += part[j];
-        if (++s == ring.n) { s = 0; phase ^= 1; }
     }
     group_sync(1, 256);
     float *to = sums + lane_id() % 4 * 2 * FEW_LD + 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
@@ -406,49 +414,33 @@ template <int R> __device__ void fused_few_sum(unsigned char *memory, few_ring r
     if (tid() < 4 * R && tid() % 4 == 0) store_2(sums + tid() / 4 * FEW_LD + WIDE_M, squares, 0);
 }
 
-/* All rows have the gains of the tile's head: one copy of them leaves registers for the squares. */
-template <int N> __device__ __forceinline__ void share_gains(few_row (&r)[N]) {
-#pragma unroll
-    for (int i = 1; i < N; i++) { r[i].lo = r[0].lo; r[i].hi = r[0].hi; }
-}
-
-/* few_finish_rows; r.scale is only the input's until here. Each lane fetches one block's squares, with the sums. */
-template <int N> __device__ void fused_few_finish(const wide_args &g, const unsigned char *memory, few_row (&r)[N],
-                                                  int row, int n, int tile, int warp, float w_scale) {
-    if (n > g.rows - row) n = g.rows - row;
-    for (int done = warp; done < n; done += 8 * N) {
-        const float *sums = (const float *)(const void *)memory + (row + done) * FEW_LD;
-        float2 lo[N], hi[N];
-        float squares[N];
-        if (done > warp) few_ask_all<WIDE_QKV, WIDE_M>(r, g, row + done, tile);
-        share_gains(r);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            const float *from = sums + 8 * i * FEW_LD + WIDE_M;
-            squares[i] = g.parts > 1 ? load_from_block(from, (unsigned)(lane_id() % g.parts)).x : *from;
-        }
-        few_join<N, 8 / N>(lo, hi, sums + 2 * lane_id(), g.parts);
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            for (int o = 1; o < g.parts; o *= 2) squares[i] += __shfl_xor_sync(ALL, squares[i], o);
-            r[i].scale = fused_scale(g, w_scale, r[i].scale, squares[i]);
-            if (done + 8 * i < n) few_finish<WIDE_QKV, float, WIDE_M>(g, lo[i], hi[i], r[i], row + done + 8 * i, tile);
-        }
-    }
-}
-
-template <int R, int N> __device__ __forceinline__ void fused_few_multiply(const wide_args &g, unsigned char *memory,
-                                                                           few_ring ring, int rank, int tile, int steps,
-                                                                           int warp, float w_scale) {
-    const int n = R / g.parts, row = rank * n;
-    few_row r[N];
-    few_ask_early<WIDE_QKV>(r, g, row + warp, tile);
-    share_gains(r);
+/* few_multiply; r.scale is only the input's until the sums are there. Each lane fetches one block's squares, with them. */
+template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_args &g, unsigned char *memory, few_ring ring,
+                                                                    int rank, int tile, int steps, int warp, float w_scale) {
+    const int n = R / g.parts, end = least(rank * n + n, g.rows);
+    const float *sums = (const float *)(const void *)memory;
+    int row = rank * n + warp;
+    few_row r, next;
+    few_ask_early<WIDE_QKV>(r, g, row, tile);
+    few_ask_early<WIDE_QKV>(next, g, row + 8, tile);
     wait_for_previous();
-    few_ask<WIDE_QKV, WIDE_M>(r, g, row + warp, tile);
+    few_ask<WIDE_QKV, WIDE_M>(r, g, row, tile);
+    few_ask<WIDE_QKV, WIDE_M>(next, g, row + 8, tile);
     fused_few_sum<R>(memory, ring, steps, warp / 4);
     cluster_meet();
-    fused_few_finish<N>(g, memory, r, row, n, tile, warp, w_scale);
+#pragma unroll 1
+    for (; row < end; row += 8) {
+        float2 lo, hi = make_float2(0, 0), squares;
+        few_row later = next;
+        few_ask_all<WIDE_QKV, WIDE_M>(later, g, row + 16, end, tile);
+        load_from_block(squares, sums + row * FEW_LD + WIDE_M, (unsigned)(lane_id() % g.parts));
+        few_join<WIDE_M>(lo, hi, sums + row * FEW_LD + 2 * lane_id(), g.parts);
+        for (int o = 1; o < g.parts; o *= 2) squares.x += __shfl_xor_sync(ALL, squares.x, o);
+        r.scale = fused_scale(g, w_scale, r.scale, squares.x);
+        few_finish<WIDE_QKV, float, WIDE_M>(g, lo, hi, r, row, tile);
+        r = next;
+        next = later;
+    }
 }
 
 /* wide_multiply_tiles for Q K V, which also adds up the squares of x: each warp those of the 16 rows that it finishes. */
@@ -529,8 +521,7 @@ template <int R> __global__ void __launch_bounds__(FEW_THREADS, 2)
             few_load<WIDE_M, R>(&x_map, &w_map, g, memory, ring, tile, rank * steps * WIDE_K, steps);
         __syncwarp();
         cluster_meet();
-    } else if (R / g.parts <= 8) fused_few_multiply<R, 1>(g, memory, ring, rank, tile, steps, warp, w_scale);
-    else fused_few_multiply<R, 2>(g, memory, ring, rank, tile, steps, warp, w_scale);
+    } else fused_few_multiply<R>(g, memory, ring, rank, tile, steps, warp, w_scale);
     cluster_sync();
 #else
     (void)x_map; (void)w_map; (void)g; (void)w_scale;
