@@ -12,12 +12,26 @@ Random token ids (fixed seed), and what the program generates after them, go thr
 
 --exact    everything is float32 but the weights, which are what they are: max |difference| <= 2e-4 max |logit|
 --float32  the same with the weights stored as float32, in a copy of the model
---rounded  something is rounded to 16 bits on the way: mean KL divergence <= 1e-5, or, if rounding K and V to F16 within
+--rounded  something is rounded to 16 bits on the way: mean KL divergence <= 1e-5, or, if the same rounding within
            transformers does more than that by itself, four times what it does (errors twice as large); and the same first
            choice at 99.9 % of the positions, not counting near ties: two logits that are no further apart than that
            rounding moves the logits of the position. The line says which of the two bounds was needed.
 
 What is generated must be transformers' first choice, too, but for near ties. The exit status is 1 if anything is not so.
+
+"The same rounding" is what the arguments of a run make the program round by design (the head of qwen3_cuda.cu), done once
+within transformers, since what was not rounded there would count as an error here:
+
+    --kv f16, bf16   K and V, to that type; nothing else on the CPU, or on a GPU with so few rows at once (--step, --chunk) that
+                     they go through the matrix-vector kernels: 1 on Hopper, up to 8 elsewhere, none with --standard
+    --cuda           with more rows and 16-bit weights the inputs of o, gate, up, down and of the head, too: F16 times a power
+                     of two for each row. Those of q, k and v keep 22 bits, which is no rounding to speak of, ...
+    on Hopper        ... but here, without --standard, they are rounded like the others; and with more than 64 rows and an F16
+                     cache q and the softmax weights are (what attention gives, too: it is the input of o)
+
+Hopper: compute capability 9.0, of the GPU that PyTorch sees or as --capability says, and shapes that its kernels take (head_dim
+128, widths that are multiples of 128). A last step with fewer rows is taken to round what the others do; of what is generated only
+K and V.
 """
 import argparse
 import json
@@ -27,6 +41,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,42 +101,112 @@ def widen(old, new):
         torch.frombuffer(bytearray(old.read(last - first)), dtype=kinds[tensor['dtype']]).float().numpy().tofile(new)
 
 
+# ---- what the program rounds -----------------------------------------------------------------------------------
+
+class Rounding(NamedTuple):
+    cache: str = ''             # K and V, to 'f16' or 'bf16'
+    inputs: bool = False        # of o, gate, up, down and of the head
+    qkv_inputs: bool = False
+    attention: bool = False     # q and the softmax weights
+
+    def __str__(self):
+        return ', '.join(text for true, text in (
+            (self.cache, f'K and V to {self.cache.upper()}'), (self.inputs, 'inputs of o, gate, up, down, head'),
+            (self.qkv_inputs, 'of q, k, v'), (self.attention, 'q and softmax weights')) if true)
+
+
+NOTHING = Rounding()
+
+
+def rounding_of(args, n, more):
+    """What a run with these arguments rounds when it evaluates n tokens."""
+    p = argparse.ArgumentParser(allow_abbrev=False)
+    p.add_argument('--cuda', action='store_true')
+    p.add_argument('--standard', action='store_true')
+    p.add_argument('--kv', default='f32')
+    p.add_argument('--step', type=int, default=32)
+    p.add_argument('--chunk', type=int, default=0)
+    run = p.parse_known_args(args.args.split() + more.split())[0]
+    with open(os.path.join(args.model, 'config.json'), encoding='utf-8') as file:
+        config = json.load(file)
+    rows = min(run.step, run.chunk or n, n)
+    halves = run.cuda and not any(kind == 'F32' for kind, shape in tensors(args.model) if len(shape) == 2)
+    hopper = (args.capability == 90 and not run.standard and config.get('head_dim') == 128
+              and config['hidden_size'] % 128 == config['intermediate_size'] % 128 == 0)
+    inputs = halves and (run.standard or rows > (1 if hopper else 8))
+    return Rounding(run.kv if run.kv in ('f16', 'bf16') else '', inputs, inputs and hopper,
+                    inputs and hopper and rows > 64 and run.kv == 'f16')
+
+
 # ---- transformers ----------------------------------------------------------------------------------------------
+
+def tensors(directory):
+    """Type and shape of each."""
+    for name in safetensors(directory):
+        with open(os.path.join(directory, name), 'rb') as file:
+            yield from ((tensor['dtype'], tensor['shape']) for key, tensor in read_header(file).items() if key != '__metadata__')
+
 
 def load_reference(directory, device):
     """In float32. Weights that are all of one type go to the device as they are, which is quicker, and become float32 there."""
-    kinds = set()
-    for name in safetensors(directory):
-        with open(os.path.join(directory, name), 'rb') as file:
-            kinds |= {tensor['dtype'] for key, tensor in read_header(file).items() if key != '__metadata__'}
-    stored = torch.bfloat16 if kinds == {'BF16'} else torch.float32
+    stored = torch.bfloat16 if {kind for kind, _ in tensors(directory)} == {'BF16'} else torch.float32
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=stored, attn_implementation='eager')
     return model.to(device).float().eval()
 
 
-def reference(args, tokens):
-    """Logits [n, n_vocab]; how far rounding K and V to F16 moves those of each position at most, and the KL divergence."""
+def to_f16(x):
+    """Each row rounded to F16 times a power of two, with which its largest element is in [2^14, 2^15)."""
+    up = 15 - torch.frexp(x.abs().amax(-1, keepdim=True)).exponent
+    return torch.ldexp(torch.ldexp(x, up).half().float(), -up)
+
+
+def attention_with(rounding, plain):
+    """eager_attention_forward with K and V, q and the softmax weights rounded."""
+    cache = {'': torch.float32, 'f16': torch.float16, 'bf16': torch.bfloat16}[rounding.cache]
+
+    def attention(module, query, key, value, mask, scaling, **named):
+        key, value = key.to(cache).float(), value.to(cache).float()
+        if not rounding.attention:
+            return plain(module, query, key, value, mask, scaling, **named)
+        _, weights = plain(module, query.half().float(), key, value, mask, scaling, **named)
+        value = modeling_qwen3.repeat_kv(value, module.num_key_value_groups)
+        return (to_f16(weights) @ value).transpose(1, 2).contiguous(), weights
+
+    return attention
+
+
+def rounded_logits(model, ids, rounding):
+    names = (('o_proj', 'gate_proj', 'up_proj', 'down_proj', 'lm_head') * rounding.inputs
+             + ('q_proj', 'k_proj', 'v_proj') * rounding.qkv_inputs)
+    hooks = [module.register_forward_pre_hook(lambda _, inputs: (to_f16(inputs[0]),))
+             for name, module in model.named_modules() if name.split('.')[-1] in names]
+    plain = modeling_qwen3.eager_attention_forward
+    modeling_qwen3.eager_attention_forward = attention_with(rounding, plain)
+    logits = model(ids).logits[0]
+    modeling_qwen3.eager_attention_forward = plain
+    for hook in hooks:
+        hook.remove()
+    return logits
+
+
+def reference(args, tokens, roundings):
+    """Logits [n, n_vocab]; for each rounding, how far it moves those of each position at most, and the KL divergence."""
     torch.backends.cuda.matmul.allow_tf32 = False
     model = load_reference(args.model, args.device)
     ids = torch.tensor(tokens[None].astype(np.int64), device=args.device)
-    plain = modeling_qwen3.eager_attention_forward
-
-    def with_f16_cache(module, query, key, value, *rest, **named):
-        return plain(module, query, key.half().float(), value.half().float(), *rest, **named)
-
+    effects = {NOTHING: (np.zeros(len(tokens), np.float32), 0.0)}
     with torch.no_grad():
-        exact = model(ids).logits[0]
-        modeling_qwen3.eager_attention_forward = with_f16_cache
-        rounded = model(ids).logits[0]
-        modeling_qwen3.eager_attention_forward = plain
-    moved = (rounded - exact).abs().max(1).values
-    if not float(moved.max()) > 0:
-        sys.exit('check_model: rounding K and V changes nothing: is attention still called as it was?')
-    exact, rounded, moved = exact.cpu().numpy(), rounded.cpu().numpy(), moved.cpu().numpy()
+        exact = model(ids).logits[0].cpu().numpy()
+        for rounding in roundings:
+            if rounding not in effects:
+                rounded = rounded_logits(model, ids, rounding).cpu().numpy()
+                effects[rounding] = np.abs(rounded - exact).max(1), mean_kl(rounded, exact)
+                if not effects[rounding][0].max() > 0:
+                    sys.exit(f'check_model: rounding {rounding} changes nothing: is attention still called as it was?')
     del model
     if args.device.startswith('cuda'):
         torch.cuda.empty_cache()        # the program needs the room
-    return exact, moved, mean_kl(rounded, exact)
+    return exact, effects
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------
@@ -141,15 +226,16 @@ def differ(choices, b, near):
 
 
 def compare(name, exactly, a, b, near, least_kl):
-    """Prints one line; returns whether all is as it must be. least_kl: what rounding K and V does by itself."""
+    """Prints one line; returns whether all is as it must be. near, least_kl: what the same rounding does by itself."""
     worst, top, kl = np.abs(a - b).max(), np.abs(b).max(), mean_kl(a, b)
     other, wrong = differ(a.argmax(1), b, near)
     most_kl = 4 * least_kl if least_kl > MEAN_KL else MEAN_KL
     good = worst <= EXACT * top if exactly else kl <= most_kl and wrong <= (1 - SAME) * len(b)
+    alone = f' (rounding alone {least_kl:.2e})' if least_kl else ''
     beyond = '' if exactly or kl <= MEAN_KL else f' (above {MEAN_KL:g}; bound {most_kl:.2e})'
-    print(f'{"ok" if good else "FAILED":6} {name}: max|d| {worst:.3g} / max|logit| {top:.4g} = {worst / top:.2e}, mean KL {kl:.2e}{beyond}, '
-          f'first choice the same at {100 * (1 - other / len(b)):.2f} % of {len(b)}, {other - wrong} near ties, '
-          f'{wrong} others')
+    ties = '' if exactly else f', {other - wrong} near ties, {wrong} others'
+    print(f'{"ok" if good else "FAILED":6} {name}: max|d| {worst:.3g} / max|logit| {top:.4g} = {worst / top:.2e}, mean KL {kl:.2e}{alone}{beyond}, '
+          f'first choice the same at {100 * (1 - other / len(b)):.2f} % of {len(b)}{ties}')
     return bool(good)
 
 
@@ -161,12 +247,15 @@ def main():
     p.add_argument('--program', default='./logits')
     p.add_argument('--args', default='', help='of every run')
     p.add_argument('--device', default='cpu', help='where transformers runs')
+    p.add_argument('--capability', type=int, help="of the program's GPU, as 90 for 9.0")
     p.add_argument('--exact', action='append', default=[])
     p.add_argument('--float32', action='append', default=[])
     p.add_argument('--rounded', action='append', default=[])
     args = p.parse_args()
     if not args.exact + args.float32 + args.rounded:
         args.exact = ['--kv f32']
+    if args.capability is None and torch.cuda.is_available():
+        args.capability = int('%d%d' % torch.cuda.get_device_capability())
     with open(os.path.join(args.model, 'config.json'), encoding='utf-8') as file:
         vocab = min(json.load(file)['vocab_size'], 151643)              # above that Qwen3 has control tokens
     tokens, good = np.random.default_rng(7).integers(0, vocab, args.tokens), True
@@ -174,11 +263,15 @@ def main():
     with tempfile.TemporaryDirectory() as directory:
         if args.generate:
             tokens = ours(args, args.model, tokens, directory, f'--kv f16 --generate {args.generate}')[1]
-        b, near, least_kl = reference(args, tokens)
-        print(f'{args.model}: {len(tokens)} positions; rounding K and V to F16 moves the logits by {np.median(near):.2g} '
-              f'({near.min():.2g} to {near.max():.2g}), mean KL {least_kl:.2e}; {time.time() - start:.0f} s')
+        decoding = rounding_of(args, 1, '--kv f16')
+        roundings = {more: rounding_of(args, len(tokens), more) for more in args.rounded}
+        b, effects = reference(args, tokens, [decoding] * (args.generate > 0) + list(roundings.values()))
+        print(f'{args.model}: {len(tokens)} positions; {time.time() - start:.0f} s')
+        for rounding, (near, kl) in effects.items():
+            if rounding != NOTHING:
+                print(f'rounding {rounding}: moves the logits by {np.median(near):.2g} ({near.min():.2g} to {near.max():.2g}), mean KL {kl:.2e}')
         if args.generate:
-            made = tokens[args.tokens:]
+            made, near = tokens[args.tokens:], effects[decoding][0]
             other, wrong = differ(made, b[args.tokens - 1:-1], near[args.tokens - 1:-1])
             good &= wrong == 0 and len(made) == args.generate
             print(f'{"FAILED" if wrong or len(made) < args.generate else "ok":6} generated {len(made)} of {args.generate} tokens: '
@@ -193,7 +286,8 @@ def main():
         for model, exactly, more, name in runs:
             start = time.time()
             a = ours(args, model, tokens, directory, more)[0]
-            good &= compare(f'{name}, {args.args} {more}, {time.time() - start:.0f} s', exactly, a, b, near, least_kl)
+            good &= compare(f'{name}, {args.args} {more}, {time.time() - start:.0f} s', exactly, a, b,
+                            *effects[NOTHING if exactly else roundings[more]])
     return int(not good)
 
 

@@ -129,7 +129,7 @@ if [ -n "$SHAPES" ]; then
             --device "$DEVICE" --tokens 64 --generate 200 --rounded='--kv f16 --step 264' --rounded='--kv f16 --step 64' \
             --rounded='--kv f16 --step 1' --rounded='--kv f32 --step 264' --rounded='--kv f32 --step 64' \
             --rounded='--kv f16 --step 64 --standard' --exact='--kv f32 --step 1' ${float32:+--float32="$float32"}
-        show shape.$size '^(ok|FAILED) |positions|generated'
+        show shape.$size '^(ok|FAILED|rounding) |positions|generated'
         for time in 1 2; do bench first.$size.$time build/gpu_check_plain_bench "$work/$size" --first --tests ''; done
         rm -rf "${work:?}/$size"
     done
