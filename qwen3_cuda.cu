@@ -1257,13 +1257,12 @@ static int row_threads(int n, int each, int rows) {
 struct norm_shape { int k, lanes, together; };
 
 static norm_shape rmsnorm_shape(int vectors, bool halves, long long rows) {
-    norm_shape s = {1, 0, 1};
-    const int most_lanes = rows <= 64 ? 512 : 320;
-    if (rows > 512) s.k = vectors < 32 ? 2 : halves && vectors > 256 && vectors <= 512 ? 8 : 4;
-    while (s.k < 8 && ceil_div(vectors, s.k) > (s.k == 2 ? 640 : most_lanes)) s.k *= 2;
+    norm_shape s = {rows <= 512 ? 1 : halves ? 2 : 4, 0, 1};
+    const int most_lanes = rows <= 64 ? 512 : rows > 512 && halves ? 256 : 320;
+    while (s.k < 8 && ceil_div(vectors, s.k) > (rows <= 64 && s.k == 2 ? 640 : most_lanes)) s.k *= 2;
     s.lanes = ceil_div(vectors, s.k);
     s.lanes = s.lanes <= 8 ? 8 : s.lanes <= 16 ? 16 : round_up(s.lanes, 32);
-    if (rows > 512) s.together = most(256 / s.lanes, 1);
+    if (rows > 512 && s.lanes < 64) s.together = 256 / s.lanes;
     if (s.lanes < 32) s.together = most(s.together, 32 / s.lanes);
     if (s.lanes > norm_threads(s.k)) s.k = 0;
     return s;
@@ -1520,9 +1519,8 @@ static cudaError_t launch_wide_norm(const pass *p, const float *gain, const floa
     const cuda_ctx *c = p->c;
     const int width = c->m->config.n_embd;
     norm_shape s = rmsnorm_shape(width / 4, false, p->n);
-    if (p->n > 512) s.k = 8;
-    s.lanes = round_up(ceil_div(width, 4 * s.k), 32);
-    s.together = p->n > 512 ? most(256 / s.lanes, 1) : 1;
+    s.lanes = round_up(s.lanes, 32);
+    s.together = p->n > 512 && s.lanes == 32 ? 8 : 1;
 #define QWEN3_SHAPE(K) case K: return launch_early(p->early, p->s, grid1(ceil_div(p->n, s.together)), s.lanes * s.together, \
                                                    0, wide_norm_kernel<K>, c->wide_act, c->act_scale, c->ff_scale, bounds, \
                                                    (const float *)c->x, c->embd_ld, gain, p->n, width, \

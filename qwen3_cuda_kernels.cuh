@@ -383,15 +383,17 @@ static __device__ __forceinline__ void load_all_gains(float (&g)[K][V], const fl
 }
 template <int K, int V> static constexpr __device__ bool gains_first() { return K * V <= 16; }
 /* The sum of squares in pairs: where one element is far above the others, few additions round what it has made large. */
+template <int N> static __device__ __forceinline__ float pair_sum(const float *v) {
+    if constexpr (N == 1) return v[0] * v[0];
+    else return pair_sum<N / 2>(v) + pair_sum<N / 2>(v + N / 2);
+}
 template <int K, int V> static __device__ __forceinline__ float sum_of_squares(const float (&v)[K][V]) {
-    float s[K * V];
+    float sums[K];
 #pragma unroll
-    for (int i = 0; i < K * V; i++) s[i] = v[i / V][i % V] * v[i / V][i % V];
+    for (int k = 0; k < K; k++) sums[k] = pair_sum<V>(v[k]);
 #pragma unroll
-    for (int n = K * V / 2; n > 0; n /= 2)
-#pragma unroll
-        for (int i = 0; i < n; i++) s[i] += s[i + n];
-    return s[0];
+    for (int k = 1; k < K; k++) sums[0] += sums[k];
+    return sums[0];
 }
 template <int V> static __device__ __forceinline__ void store_vector(float *p, float (&v)[V]) {
 #pragma unroll

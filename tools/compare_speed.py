@@ -59,14 +59,14 @@ def prefill(model, options):
 
 
 def products(model, options):
-    """The four products of each layer on bfloat16, as one matrix each where they share their input."""
+    """The four products of each layer in F16, as ours are, and as one matrix each where they share their input."""
     def joined(*layers):
-        return torch.cat([layer.weight for layer in layers])
+        return torch.cat([layer.weight for layer in layers]).half()
     matrices = []
     for layer in model.model.layers:
         attn, mlp = layer.self_attn, layer.mlp
-        matrices += [joined(attn.q_proj, attn.k_proj, attn.v_proj), attn.o_proj.weight,
-                     joined(mlp.gate_proj, mlp.up_proj), mlp.down_proj.weight]
+        matrices += [joined(attn.q_proj, attn.k_proj, attn.v_proj), joined(attn.o_proj),
+                     joined(mlp.gate_proj, mlp.up_proj), joined(mlp.down_proj)]
     inputs = {m.shape[1]: torch.randn(options.prefill, m.shape[1], device=options.device, dtype=m.dtype) for m in matrices}
 
     def work():

@@ -10,9 +10,9 @@
 #                  (registers; also cublas late early) compares build options with VARIANT_SIZES (0.6B)
 #     compare      transformers beside ours, COMPARE sizes (0.6B 8B)
 #     proof        a fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute; up to five minutes more
-#     sanitizers   LIMIT (150) seconds for each of 18 runs, all at once
-# QUICK=1 leaves the sanitizers out, COMPARE= and PROOF= those two. Two more stages must be asked for; with STAGES= they run
-# alone. They need a PYTHON (python3) with PyTorch and transformers:
+#     sanitizers   LIMIT (150) seconds for each of 24 runs, all at once
+# QUICK=1 leaves the sanitizers out, COMPARE=, PROOF= and PROFILE= (Nsight Compute) those. Two more stages must be asked for;
+# with STAGES= they run alone. They need a PYTHON (python3) with PyTorch and transformers:
 #     SHAPES="0.6B 1.7B 4B 8B" MKMODEL=mkmodel.py
 #         logits and 200 tokens of models of these sizes beside transformers in float32, and the time to the first token.
 #         `mkmodel.py SIZE DIRECTORY --format hf $MKARGS` (--hot-knorm) makes one, with random weights in bfloat16; all at once in
@@ -191,7 +191,7 @@ if wanted proof && [ -n "${PROOF-1}" ]; then
         run proof.sweep 60 "$PYTHON" tools/sweep_rmsnorm.py
     else note proof.norm "PyTorch is not here"
     fi
-    run proof.profile 150 "$PYTHON" tools/profile_kernels.py --sizes 0.6B,8B --bench build/gpu_check_plain_bench --ncu "${NCU:-$(command -v ncu || echo "$CUDA/bin/ncu")}"
+    [ -z "${PROFILE-1}" ] || run proof.profile 150 "$PYTHON" tools/profile_kernels.py --sizes 0.6B,8B --bench build/gpu_check_plain_bench --ncu "${NCU:-$(command -v ncu || echo "$CUDA/bin/ncu")}"
 fi
 
 # sanitize TOOL SUITE: the suite with fewer repetitions (-s), each kernel as before. What it finds inside of cuBLAS, whose

@@ -16,11 +16,12 @@ def shapes(vectors, rows):
     for k in (1, 2, 4, 8):
         lanes = -(-vectors // k)
         lanes = 8 if lanes <= 8 else 16 if lanes <= 16 else -(-lanes // 32) * 32
-        if lanes > (1024 if k <= 2 else 512) or (k > 1 and lanes * (k // 2) >= vectors):
+        most = 1024 if k <= 2 else 512 if k == 4 else 256           # norm_threads()
+        if lanes > most or (k > 1 and lanes * (k // 2) >= vectors):
             continue                                # too many threads, or no fewer than with half of k
         for together in (1, 2, 4, 8, 16, 32):
             threads = lanes * together
-            if threads % 32 == 0 and threads <= 512 + 512 * (together == 1) and (together == 1 or together <= rows) or \
+            if threads % 32 == 0 and threads <= (most if together == 1 else min(most, 512)) and (together == 1 or together <= rows) or \
                     threads == 32:
                 yield k, lanes, together
 
