@@ -750,8 +750,11 @@ const int STREAM_RING  = 24, STREAM_RING_SHORT = 16;    /* the short one where x
 const int STREAM_HEADS = 32 * MATVEC_WARPS;     /* finished at a time */
 const int STREAM_NORM  = 8;             /* vectors of 4 that a thread holds of a row that is to be normalised */
 
-/* What else is to see each vector of x that is multiplied: nothing. */
-struct see_nothing { __device__ void operator()(float4, float4) const {} };
+/* What else is to see each vector of x that is multiplied, or each tile of it: nothing. */
+struct see_nothing {
+    __device__ void operator()(float4, float4) const {}
+    __device__ void operator()(const unsigned char *) const {}
+};
 
 template <int NR, int RING> struct stream_shape { enum { U = NR < 4 ? 4 / NR : 1, DEPTH = RING / (NR * U) }; };
 
@@ -2638,7 +2641,7 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
 #endif
 
 #ifndef QWEN3_CUDA_FEW
-#define QWEN3_CUDA_FEW 1                /* products of 3 to 64 rows in kernels of their own, too; 0: in cuBLASLt */
+#define QWEN3_CUDA_FEW 1                /* products of 2 to 64 rows in kernels of their own, too; 0: in cuBLASLt */
 #endif
 
 
@@ -3289,9 +3292,10 @@ static __device__ __forceinline__ void few_release(wide_stage *s) {
 }
 
 /* 64 rows of W times rows of x, over the block's part of k, to sums [R, FEW_LD] over the stages. Of a tile of 128 rows of W
-   each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows of x. */
-template <int M, int R>
-static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, int group) {
+   each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows of x. see() is called with each
+   tile of x while it is multiplied. */
+template <int M, int R, class X = see_nothing>
+static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, int group, X see = X()) {
     const int N = M == WIDE_M ? R : R / 2;
     const int w_at = M == WIDE_M ? (int)WIDE_HALF / 2 * group : 0;
     const int x_at = few_tile<M, R>::W_BYTES + (M == WIDE_M ? 0 : N * WIDE_K * 2 * group);
@@ -3312,6 +3316,7 @@ static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, 
             for (int j = 0; j < WIDE_K / 16; j++)
                 wide_multiply(part, operand(at + w_at) + 2 * (unsigned)j, operand(at + x_at) + 2 * (unsigned)j, i + j > 0);
             products_commit();
+            see(at + few_tile<M, R>::W_BYTES);
             if (++s == ring.n) { s = 0; phase ^= 1; }
         }
         products_wait<0>();

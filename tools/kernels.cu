@@ -365,53 +365,15 @@ __device__ __forceinline__ float fused_scale(const wide_args &g, float w_scale, 
     return w_scale * down / sqrtf(squares * down * down / (float)g.k + g.qkv.eps);
 }
 
-/* few_sum for tiles of 128 rows of W, which also adds up the squares of the block's part of each row of x: beside the
-   sums of the row, which are FEW_LD apart. */
+/* few_sum, and the squares of the block's part of each row of x: beside the sums of the row, which are FEW_LD apart. */
 template <int R> __device__ void fused_few_sum(unsigned char *memory, few_ring ring, int steps, int group) {
-    float acc[R / 2], part[R / 2], squares = 0;
-    float *sums = (float *)(void *)memory;
-    const int mine = few_tile<WIDE_M, R>::W_BYTES + squares_at<4>(tid() / 4, tid() % 4);
-    int s = 0, read = 0;
-    unsigned phase = 0;
-#pragma unroll
-    for (int i = 0; i < R / 2; i++) acc[i] = part[i] = 0;
-#pragma unroll 1
-    for (int done = 0; done < steps; done += WIDE_CHUNK) {
-        const int n = least(WIDE_CHUNK, steps - done);
-#pragma unroll 1
-        for (int i = 0; i < n; i++) {
-            const unsigned char *at = memory + few_tile<WIDE_M, R>::BYTES * s;
-            const unsigned char *w = at + WIDE_HALF / 2 * (size_t)group, *x = at + few_tile<WIDE_M, R>::W_BYTES;
-            barrier_wait(&ring.stages[s].full, phase);
-            products_begin();
-#pragma unroll
-            for (int j = 0; j < WIDE_K / 16; j++)
-                wide_multiply(part, operand(w) + 2 * (unsigned)j, operand(x) + 2 * (unsigned)j, i + j > 0);
-            products_commit();
-            if (tid() < 4 * R) add_squares<4>(squares, at, mine);
-            if (++s == ring.n) { s = 0; phase ^= 1; }
-        }
-        products_wait<0>();
-        products_done(part);
-#pragma unroll 1
-        for (int i = 0; i < n; i++) {
-            few_release(&ring.stages[read]);
-            if (++read == ring.n) read = 0;
-        }
-#pragma unroll
-        for (int j = 0; j < R / 2; j++) acc[j] += part[j];
-    }
-    group_sync(1, 256);
-    float *to = sums + lane_id() % 4 * 2 * FEW_LD + 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
-#pragma unroll
-    for (int j = 0; j < R / 8; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            to[(8 * j + e) * FEW_LD] = acc[4 * j + e];
-            to[(8 * j + e) * FEW_LD + 8] = acc[4 * j + 2 + e];
-        }
+    const int mine = squares_at<4>(tid() / 4, tid() % 4);
+    float squares = 0;
+    few_sum<WIDE_M, R>(memory, ring, steps, group,
+                       [&](const unsigned char *x) { if (tid() < 4 * R) add_squares<4>(squares, x, mine); });
     squares = join_squares<4>(squares);
-    if (tid() < 4 * R && tid() % 4 == 0) store_2(sums + tid() / 4 * FEW_LD + WIDE_M, squares, 0);
+    if (tid() < 4 * R && tid() % 4 == 0)
+        store_2((float *)(void *)memory + tid() / 4 * FEW_LD + WIDE_M, squares, 0);
 }
 
 /* few_multiply; r.scale is only the input's until the sums are there. Each lane fetches one block's squares, with them. */
