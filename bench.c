@@ -338,7 +338,7 @@ static kernel_cost cost_of(const bench *b, qwen3_cuda_op op, int rows, int ctx) 
                  cache = (double)qwen3i_type_size((qwen3i_type)b->ctx->desc.kv_type), act = rows > 8 && w < 4 ? 2 : 4;
     const double seen = ctx > 0 ? n * (ctx + 1) : n * (n + 1) / 2;  /* pairs of a row and a position that it sees */
     const double held = ctx > 0 ? seen : n;                         /* positions that must be read */
-    const double head_rows = ctx > 0 && n < 64 ? n : n < 32 ? n : ctx > 0 ? 64 : 32, vocab = c->n_vocab;
+    const double most_rows = ctx > 0 ? 64 : 32, head_rows = n < most_rows ? n : most_rows, vocab = c->n_vocab;
     kernel_cost k = {0, 0};
     switch (op) {
         case QWEN3_CUDA_NORM:      k.bytes = n * embd * (4 + act); break;
