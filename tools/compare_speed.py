@@ -140,6 +140,7 @@ def compare(size, options):
         for kind in options.kinds.split(','):
             measure = theirs(kind, model, options)
             values = [measure() for _ in range(options.repeat)]
+            print(f'{size} {NAMES[kind]}: {statistics.median(values):,.0f}', file=sys.stderr, flush=True)     # a size takes minutes
             rows.append({'size': size, 'kind': kind, 'theirs': statistics.median(values), 'min': min(values),
                          'max': max(values)})
     del model
