@@ -140,7 +140,8 @@ def compare(size, options):
         for kind in options.kinds.split(','):
             measure = theirs(kind, model, options)
             values = [measure() for _ in range(options.repeat)]
-            print(f'{size} {NAMES[kind]}: {statistics.median(values):,.0f}', file=sys.stderr, flush=True)     # a size takes minutes
+            # a size takes minutes, and its lines come last
+            print(f'{size} {NAMES[kind]}: {statistics.median(values):,.0f}', file=sys.stderr, flush=True)
             rows.append({'size': size, 'kind': kind, 'theirs': statistics.median(values), 'min': min(values),
                          'max': max(values)})
     del model
