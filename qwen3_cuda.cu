@@ -543,7 +543,7 @@ static CUtensorMap get_map(const stored_map &m) {
 static bool fits_wide(const cuda_model *m) {
     const qwen3i_config *g = &m->config;
     if (m->capability != 90 || g->head_dim != WIDE_DIM || g->n_head / g->n_head_kv > WIDE_M) return false;
-    if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 8 * 256) return false;
+    if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 8 * norm_threads(8)) return false;
     for (int i = 0; i < g->n_layer; i++) {
         const layer_weights &l = m->layers[i];
         if (l.qkv.type != QWEN3I_F16 || l.wo.type != QWEN3I_F16 || l.gate_up.type != QWEN3I_F16 ||
@@ -776,7 +776,8 @@ struct cuda_ctx {
     float  *logits, *logprobs;                  /* [head_rows, n_vocab], [head_rows] */
     float  *parts;
     unsigned *qkv_tickets, *attn_tickets;
-    void   *workspace;
+    void   *workspace;                          /* of cuBLASLt */
+    size_t  workspace_size;
     row_info *rows; attention_tile *tile_list; listed *lists;
     int    *chosen; u64 *best;                  /* [max_seqs] */
     candidates *listed_keys;                    /* [choice_rows] */
@@ -796,9 +797,6 @@ struct cuda_ctx {
 static int head_rows(const cuda_ctx *c) { return least(least(HEAD_ROWS, c->max_rows), most(HEAD_ROWS / 2, c->desc.max_seqs)); }
 /* Sequences that choose at a time. */
 static int choice_rows(const cuda_ctx *c) { return least(head_rows(c), c->desc.max_seqs); }
-
-/* Of cuBLASLt, if it is used at all. */
-static size_t workspace_bytes(const cuda_ctx *c) { return c->wide && QWEN3_CUDA_FEW ? 0 : WORKSPACE; }
 
 /* How many parts the positions of a row are split into: enough to fill the chip, from the shape alone. */
 static int attention_splits(const cuda_ctx *c, int rows) {
@@ -850,7 +848,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
     c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
     c->attn_tickets = a->take<unsigned>(attention_tickets(c));
-    c->workspace = a->take<char>(workspace_bytes(c));
+    c->workspace = a->take<char>(c->workspace_size);
     c->rows = a->take<row_info>(rows);
     c->tile_list = a->take<attention_tile>(rows);
     c->listed_keys = a->take<candidates>((size_t)choice_rows(c));
@@ -902,6 +900,7 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
                (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
     c->wide = m->wide && desc->kernels != QWEN3_PATH_STANDARD;
     c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
+    c->workspace_size = c->wide && QWEN3_CUDA_FEW ? 0 : WORKSPACE;         /* its products are all our own */
     c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, FEW_MOST)) : c->max_rows;
 }
 
@@ -1114,7 +1113,7 @@ static qwen3_result describe_plan(plan *p, const qwen3i_err *err) {
 static qwen3_result choose_algorithm(const cuda_ctx *c, plan *p, const qwen3i_err *err) {
     cublasLtMatmulPreference_t wish = NULL;
     cublasLtMatmulHeuristicResult_t found[1];
-    const uint64_t workspace = WORKSPACE;
+    const uint64_t workspace = c->workspace_size;
     const uint32_t align_in = 16, align_out = p->aligned ? 16 : 4, reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     int n = 0;
     LT_TRY(cublasLtMatmulPreferenceCreate(&wish));
@@ -1168,7 +1167,7 @@ static qwen3_result product(cuda_ctx *c, cudaStream_t s, float *y, int ldy, cons
         const float beta = term == w.terms - 1 ? 0.0f : 1.0f;
         const char *in = (const char *)x + (size_t)term * rest_of(w, rows) * type_size(w.type);
         LT_TRY(cublasLtMatmul(c->lt, p->op, &w.scale, data, p->w, in, p->x, &beta, y, p->y, y, p->y, &p->algo,
-                              c->workspace, WORKSPACE, s));
+                              c->workspace, c->workspace_size, s));
     }
     return QWEN3_OK;
 }
@@ -2787,8 +2786,15 @@ static qwen3_result lab_limits(void *ctx_state, double *bytes, double *flop, con
     device_guard guard(c->m->device);
     char *memory = NULL;
     CUDA_TRY(guard.status);
-    TRY(device_alloc(&memory, 8 * (size_t)LIMIT_SIZE * LIMIT_SIZE, "a measurement", err));
+    void *const workspace = c->workspace;
+    const size_t size = c->workspace_size, matrices = 8 * (size_t)LIMIT_SIZE * LIMIT_SIZE;
+    TRY(device_alloc(&memory, matrices + WORKSPACE, "a measurement", err));
+    c->workspace = memory + matrices;
+    c->workspace_size = WORKSPACE;
     const qwen3_result r = measure_limits(c, memory, bytes, flop, err);
+    c->workspace = workspace;
+    c->workspace_size = size;
+    for (int i = 0; i < N_PLANS; i++) destroy_plan(&c->plans[i]);       /* they may ask for what is gone */
     cudaFree(memory);
     return r;
 }

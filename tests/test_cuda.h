@@ -450,7 +450,7 @@ static float *lab_logits(lab *l, const float *x, int n) {
 
 static void lab_check_head(lab *l, lab_rows *r) {
     const qwen3i_config *c = &l->model.config;
-    int n = qwen3i_min(qwen3i_min(r->batch.n_rows, 64), qwen3i_max(32, l->desc.max_seqs)), i;
+    int n = qwen3i_min(r->batch.n_rows, 64), i;
     float *x = lab_values(l, (size_t)r->batch.n_rows * (size_t)c->n_embd, 1);
     qwen3i_out outs[64];
     memset(outs, 0, sizeof outs);
@@ -460,7 +460,7 @@ static void lab_check_head(lab *l, lab_rows *r) {
     LAB_OK(l, qwen3_cuda_get_kernels()->rows(l->ctx, &r->batch, &l->err));
     lab_put(l, QWEN3_CUDA_X, x);
     lab_run(l, QWEN3_CUDA_HEAD);
-    if (n == r->batch.n_rows)
+    if (r->batch.n_rows <= 64)
         lab_check(l, "head", QWEN3_CUDA_LOGITS, lab_logits(l, x, n), n, c->n_vocab,
                   lab_rounds(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
     free(x);
@@ -490,7 +490,12 @@ static void lab_check_rows(lab *l, int kv_type, int kernels, int n, int n_seqs, 
         lab_check_mlp(l, n, 1024);              /* products far beyond 65504 */
         lab_check_add(l, "down", QWEN3_CUDA_DOWN, QWEN3_CUDA_M, &l->layer.w_down, n, 1);
         lab_check_add(l, "down", QWEN3_CUDA_DOWN, QWEN3_CUDA_M, &l->layer.w_down, n, 1048576.0f);
-        lab_check_head(l, r);
+        if (n > 32 && n <= 64 && n_seqs < n) {      /* logits of more than 32 rows at once take as many sequences */
+            qwen3_cuda_backend()->ctx_free(l->ctx);
+            desc.max_seqs = n;
+            if (lab_context(l, &desc)) lab_make_rows(l, r, n, n_seqs, before);
+        }
+        if (l->ctx) lab_check_head(l, r);
     }
     qwen3_cuda_backend()->ctx_free(l->ctx);
     l->ctx = NULL;
