@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Nsight Compute's figures for each kernel of a decode step and of a prefill, as a table.
 
-usage: profile_kernels.py [--bench ./bench] [--sizes 0.6B,8B] [--ncu ncu] [--launches 40]
+usage: profile_kernels.py [--bench ./bench] [--sizes 0.6B,8B] [--ncu ncu] [--tests tg2@512,pp2048]
+                          [--launches 20]
 
 Only a step's own kernels are looked at, by name: of the decode step at least one from end to end, of the prefill
 --launches. For every kernel the launch that took longest is shown: microseconds, share of the peak of memory (DRAM), of the second-level
@@ -84,10 +85,11 @@ def main():
     p.add_argument('--bench', default='./bench')
     p.add_argument('--sizes', default='0.6B')
     p.add_argument('--ncu', default='ncu')
-    p.add_argument('--launches', type=int, default=40)
+    p.add_argument('--tests', default='tg2@512,pp2048')
+    p.add_argument('--launches', type=int, default=20)
     args = p.parse_args()
     for size in args.sizes.split(','):
-        for test in ('tg2@512', 'pp2048'):
+        for test in args.tests.split(','):
             print(f'{size}, {test}', flush=True)
             table(profile(args, size, test))
 
