@@ -507,13 +507,14 @@ static qwen3_result fetch_scales(uploader *u, cuda_model *m, const qwen3i_weight
     return QWEN3_OK;
 }
 
-/* A map of [z, y, x] 16-bit elements at p, read in tiles of [1, tile_y, 64]. */
-static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z, int tile_y, const qwen3i_err *err) {
+/* A map of [z, y, x] 16-bit elements at p, read in tiles of [tile_z, tile_y, 64]. */
+static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z, int tile_y, int tile_z,
+                             const qwen3i_err *err) {
     typedef CUresult (*encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                                CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
     const cuuint64_t sizes[3] = {x, y, z}, strides[2] = {2 * x, 2 * x * y};
-    const cuuint32_t tile[3] = {(cuuint32_t)WIDE_K, (cuuint32_t)tile_y, 1}, steps[3] = {1, 1, 1};
+    const cuuint32_t tile[3] = {(cuuint32_t)WIDE_K, (cuuint32_t)tile_y, (cuuint32_t)tile_z}, steps[3] = {1, 1, 1};
     CUtensorMap map;
     cudaDriverEntryPointQueryResult found;
     void *function = NULL;
@@ -531,6 +532,10 @@ static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z
     if (r != CUDA_SUCCESS) return fail(err, QWEN3_ERR_DEVICE, "CUDA: cuTensorMapEncodeTiled: error %d", (int)r);
     memcpy(out, &map, sizeof *out);
     return QWEN3_OK;
+}
+
+static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, int tile_y, const qwen3i_err *err) {
+    return make_map(out, p, x, y, 0, tile_y, 1, err);
 }
 
 static CUtensorMap get_map(const stored_map &m) {
@@ -564,8 +569,8 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
         layer_weights *l = &m->layers[i];
         matrix *const all[4] = {&l->qkv, &l->wo, &l->gate_up, &l->w_down}, &w = l->gate_up;
         for (int k = 0; k < 4; k++) {
-            TRY(make_map(&all[k]->map, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, 0, WIDE_N / 2, err));
-            TRY(make_map(&all[k]->map_more, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, 0, WIDE_N_MORE / 2, err));
+            TRY(make_map(&all[k]->map, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, WIDE_N / 2, err));
+            TRY(make_map(&all[k]->map_more, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, WIDE_N_MORE / 2, err));
         }
         CUDA_TRY(cudaMemsetAsync(w.bounds, 0, 2 * sizeof(float), u->stream));
         for (int k = 0; k < 2; k++)
@@ -573,7 +578,7 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
                             (const half_t *)w.data + (size_t)k * n_ff * w.ld, n_ff, w.cols, w.ld, w.scale));
     }
     matrix &head = m->head.data ? m->head : m->embed;
-    TRY(make_map(&head.map, head.data, (u64)head.ld, (u64)head.rows, 0, WIDE_N / 2, err));
+    TRY(make_map(&head.map, head.data, (u64)head.ld, (u64)head.rows, WIDE_N / 2, err));
     m->wide = true;
     return QWEN3_OK;
 }
@@ -771,7 +776,7 @@ struct cuda_ctx {
     void   *act; float *act_scale;              /* [max_rows, act_ld] input of a product */
     half_t *wide_act, *wide_q, *wide_m;         /* [max_rows, n_embd or q_dim | q_dim | n_ff] the same on Hopper */
     float  *ff_scale;                           /* [max_rows] of wide_m */
-    stored_map wide_h_map, wide_a_map, wide_m_map, k_map, v_map;
+    stored_map wide_h_map, wide_a_map, wide_m_map, q_map, k_map, v_map;
     stored_map few_h_map, few_a_map, few_m_map;                 /* the same in smaller tiles */
     float  *logits, *logprobs;                  /* [head_rows, n_vocab], [head_rows] */
     float  *parts;
@@ -1007,27 +1012,34 @@ static qwen3_result find_few_room(cuda_ctx *c, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
+template <int P> static qwen3_result allow_wide_shared(const qwen3i_err *err) {
+    const size_t bytes = wide_product_shared<WIDE_N, P>();
+    TRY(allow_shared(wide_product_kernel<WIDE_ADD, half_t, WIDE_N, P>, bytes, err));
+    TRY(allow_shared(wide_product_kernel<WIDE_QKV, half_t, WIDE_N, P>, bytes, err));
+    TRY(allow_shared(wide_product_kernel<WIDE_QKV, bf16_t, WIDE_N, P>, bytes, err));
+    TRY(allow_shared(wide_product_kernel<WIDE_QKV, float, WIDE_N, P>, bytes, err));
+    return allow_shared(wide_product_kernel<WIDE_SWIGLU, half_t, WIDE_N, P>, bytes, err);
+}
+
 static qwen3_result prepare_wide_ctx(cuda_ctx *c, const qwen3i_err *err) {
     const qwen3i_config *g = &c->m->config;
     const u64 rows = (u64)c->max_rows, ctx = (u64)c->desc.max_ctx, sets = (u64)c->desc.max_seqs * (u64)g->n_layer;
-    TRY(make_map(&c->wide_h_map, c->wide_act, (u64)g->n_embd, rows, 0, WIDE_M, err));
-    TRY(make_map(&c->wide_a_map, c->wide_act, (u64)c->q_dim, rows, 0, WIDE_M, err));
-    TRY(make_map(&c->wide_m_map, c->wide_m, (u64)g->n_ff, rows, 0, WIDE_M, err));
-    TRY(make_map(&c->few_h_map, c->wide_act, (u64)g->n_embd, rows, 0, FEW_X_TILE, err));
-    TRY(make_map(&c->few_a_map, c->wide_act, (u64)c->q_dim, rows, 0, FEW_X_TILE, err));
-    TRY(make_map(&c->few_m_map, c->wide_m, (u64)g->n_ff, rows, 0, FEW_X_TILE, err));
+    TRY(make_map(&c->wide_h_map, c->wide_act, (u64)g->n_embd, rows, WIDE_M, err));
+    TRY(make_map(&c->wide_a_map, c->wide_act, (u64)c->q_dim, rows, WIDE_M, err));
+    TRY(make_map(&c->wide_m_map, c->wide_m, (u64)g->n_ff, rows, WIDE_M, err));
+    TRY(make_map(&c->few_h_map, c->wide_act, (u64)g->n_embd, rows, FEW_X_TILE, err));
+    TRY(make_map(&c->few_a_map, c->wide_act, (u64)c->q_dim, rows, FEW_X_TILE, err));
+    TRY(make_map(&c->few_m_map, c->wide_m, (u64)g->n_ff, rows, FEW_X_TILE, err));
     TRY(allow_few_shared<32>(err));
     TRY(allow_few_shared<64>(err));
     TRY(find_few_room(c, err));
-    TRY(allow_shared(wide_product_kernel<WIDE_ADD>, wide_product_shared<WIDE_N>(), err));
-    TRY(allow_shared(wide_product_kernel<WIDE_ADD, half_t, WIDE_N_MORE>, wide_product_shared<WIDE_N_MORE>(), err));
-    TRY(allow_shared(wide_product_kernel<WIDE_QKV>, wide_product_shared<WIDE_N>(), err));
-    TRY(allow_shared(wide_product_kernel<WIDE_QKV, bf16_t>, wide_product_shared<WIDE_N>(), err));
-    TRY(allow_shared(wide_product_kernel<WIDE_QKV, float>, wide_product_shared<WIDE_N>(), err));
-    TRY(allow_shared(wide_product_kernel<WIDE_SWIGLU>, wide_product_shared<WIDE_N>(), err));
+    TRY(allow_wide_shared<1>(err));
+    TRY(allow_wide_shared<2>(err));
+    TRY(allow_shared(wide_product_kernel<WIDE_ADD, half_t, WIDE_N_MORE, 1>, wide_product_shared<WIDE_N_MORE, 1>(), err));
     if (!c->wide_kv) return QWEN3_OK;
-    TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, WIDE_POS, err));
-    TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, WIDE_POS, err));
+    TRY(make_map(&c->q_map, c->wide_q, WIDE_DIM, (u64)g->n_head, rows, c->group, WIDE_M / c->group, err));
+    TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
+    TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
     TRY(allow_shared(wide_attention_kernel, WIDE_ATTENTION_SHARED, err));
     return QWEN3_OK;
 }
@@ -1615,36 +1627,45 @@ static qwen3_result few_product(const pass *p, const stored_map &in, const matri
     return launch_few_product<KIND, T, WIDE_M, R>(p, in, w, a, plan);
 }
 
-template <int KIND, class T, int N>
+template <int KIND, class T, int N, int P>
 static qwen3_result launch_wide_product(const pass *p, const stored_map &in, const stored_map &w, const wide_args &a) {
-    const int clusters = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles, p->c->m->n_sm / 2);
+    const int clusters = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles / P, p->c->m->n_sm / 2);
     return launched(p, launch_clusters(p->early, WIDE_CLUSTER, p->s, grid1(2 * clusters), WIDE_THREADS,
-                                       wide_product_shared<N>(), wide_product_kernel<KIND, T, N>, get_map(in),
+                                       wide_product_shared<N, P>(), wide_product_kernel<KIND, T, N, P>, get_map(in),
                                        get_map(w), a), "wide_product");
+}
+
+/* How long the clusters work on so many columns in tiles of n, in columns. Two parts take a tenth less (measured). */
+static float wide_time(const pass *p, int columns, int n) {
+    return (float)(ceil_div(ceil_div(p->n, 2 * WIDE_M) * (columns / n), p->c->m->n_sm / 2) * n) *
+           (n == 2 * WIDE_N ? 0.9f : 1.0f);
+}
+
+/* The faster of tiles of one part and of two. */
+static int wide_columns(const pass *p, const wide_args &a) {
+    const int n = a.n_tiles * WIDE_N;
+    return a.n_tiles % 2 == 0 && wide_time(p, n, 2 * WIDE_N) < wide_time(p, n, WIDE_N) ? 2 * WIDE_N : WIDE_N;
 }
 
 /* in: the map for many rows, or for few */
 template <int KIND, class T>
 static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
     if (p->how == FEW) return p->n <= 32 ? few_product<KIND, T, 32>(p, in, w, a) : few_product<KIND, T, 64>(p, in, w, a);
-    return launch_wide_product<KIND, T, WIDE_N>(p, in, w.map, a);
-}
-
-/* How long the clusters work on tiles of n columns, in columns. */
-static int wide_cost(const pass *p, const matrix &w, int n) {
-    return ceil_div(ceil_div(p->n, 2 * WIDE_M) * (w.rows / n), p->c->m->n_sm / 2) * n;
+    return wide_columns(p, a) > WIDE_N ? launch_wide_product<KIND, T, WIDE_N, 2>(p, in, w.map, a)
+                                       : launch_wide_product<KIND, T, WIDE_N, 1>(p, in, w.map, a);
 }
 
 /* x += W in, in the tiles that are done first: 2,560 columns of 2,048 rows are 2.4 turns of 128, but 1.9 of 160. */
 static qwen3_result wide_add(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
     a.x = p->c->x;
     a.ldx = p->c->embd_ld;
-    if (p->how == FEW || w.rows % WIDE_N_MORE || wide_cost(p, w, WIDE_N) <= wide_cost(p, w, WIDE_N_MORE))
+    if (p->how == FEW || w.rows % WIDE_N_MORE ||
+        wide_time(p, w.rows, wide_columns(p, a)) <= wide_time(p, w.rows, WIDE_N_MORE))
         return wide_product<WIDE_ADD, half_t>(p, in, w, a);
     a.n_tiles = w.rows / WIDE_N_MORE;
     a.step = WIDE_N_MORE;
     a.half = WIDE_N_MORE / 2;
-    return launch_wide_product<WIDE_ADD, half_t, WIDE_N_MORE>(p, in, w.map_more, a);
+    return launch_wide_product<WIDE_ADD, half_t, WIDE_N_MORE, 1>(p, in, w.map_more, a);
 }
 
 static const stored_map &wide_map(const pass *p, const stored_map &wide, const stored_map &few) {
@@ -1712,7 +1733,6 @@ static qwen3_result few_logits(const pass *p, float *y, const row_info *outs, co
 static qwen3_result wide_attention(const pass *p, const attention_args &from, int layer) {
     const cuda_ctx *c = p->c;
     wide_attention_args a;
-    a.q = c->wide_q;
     a.out = c->wide_act;
     a.n_head = from.n_head;
     a.group = c->group;
@@ -1720,8 +1740,8 @@ static qwen3_result wide_attention(const pass *p, const attention_args &from, in
     a.max_seqs = c->desc.max_seqs;
     a.scale = from.scale;
     return launched(p, launch_early(p->early, p->s, grid2(from.n_head_kv, p->n_tiles), WIDE_THREADS,
-                                    WIDE_ATTENTION_SHARED, wide_attention_kernel, get_map(c->k_map), get_map(c->v_map), a,
-                                    (const attention_tile *)c->tile_list), "wide_attention");
+                                    WIDE_ATTENTION_SHARED, wide_attention_kernel, get_map(c->q_map), get_map(c->k_map),
+                                    get_map(c->v_map), a, (const attention_tile *)c->tile_list), "wide_attention");
 }
 
 /* ---- q, k, v = RoPE(RMSNorm_head(W h)); k, v into the cache --------------------------------------------- */

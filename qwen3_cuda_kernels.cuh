@@ -2646,16 +2646,18 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
 
 
 const int WIDE_M       = 128;           /* rows of x and ... */
-const int WIDE_N       = 128;           /* ... of W in a tile of a product; ... */
-const int WIDE_N_MORE  = 160;           /* ... or these, where they divide the work better */
+const int WIDE_N       = 128;           /* ... of W in a part of a tile of a product, of which there are one or two; ... */
+const int WIDE_N_MORE  = 160;           /* ... or these in a single part, where they divide the work better */
 const int WIDE_K       = 64;            /* elements of a row that are loaded at once: 128 bytes, as they are swizzled */
-const int WIDE_STAGES  = 6;
 const int WIDE_CHUNK   = 2;             /* of these the tensor core adds up before float32 does: see wide_product */
 const int WIDE_THREADS = 384;           /* a warpgroup that loads, two that multiply */
 const int WIDE_POS     = 128;           /* positions of a tile of attention, and its rows */
 const int WIDE_DIM     = 128;           /* head_dim */
 const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
-template <int N> struct wide_tile { enum { W_BYTES = N * WIDE_K * 2, BYTES = (int)WIDE_HALF + W_BYTES }; };
+/* A tile of x, and P parts of N rows of W each. */
+template <int N, int P> struct wide_tile {
+    enum { BYTES = (int)WIDE_HALF + P * N * WIDE_K * 2, STAGES = P == 1 ? 6 : 4 };
+};
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define QWEN3_CLUSTER_OF_2 __cluster_dims__(2, 1, 1)
@@ -3088,33 +3090,35 @@ template <class T> static __device__ __forceinline__ void wide_qkv(const wide_ar
 
 struct wide_stage { mbarrier full, empty; };    /* empty: both blocks' eight warps that multiply */
 
-/* Half of a tile of W to both blocks of a cluster, of which the other loads the other half. */
-template <int N>
-static __device__ __forceinline__ void wide_load_w(unsigned char *to, const CUtensorMap *map, int k, int row, int rank,
-                                                   wide_stage *s) {
-    barrier_expect(&s->full, (unsigned)wide_tile<N>::BYTES);
-    load_tile_twice(to + WIDE_HALF + wide_tile<N>::W_BYTES / 2 * (size_t)rank, map, k, row, &s->full);
+/* Halves of each part of a tile of W to both blocks of a cluster, of which the other loads the other halves. */
+template <int N, int P>
+static __device__ __forceinline__ void wide_load_w(unsigned char *to, const CUtensorMap *map, int k, int row, int part,
+                                                   int rank, wide_stage *s) {
+    barrier_expect(&s->full, (unsigned)wide_tile<N, P>::BYTES);
+#pragma unroll
+    for (int p = 0; p < P; p++)
+        load_tile_twice(to + WIDE_HALF + N * WIDE_K * (2 * p + rank), map, k, row + p * part, &s->full);
 }
 
 /* Tiles of x, each block its own, and of W. The first weights are asked for before x exists. */
-template <int N>
+template <int N, int P>
 static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                  unsigned char *memory, wide_stage *stages, int rank) {
     const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2, first = block_x() / 2;
-    const unsigned early = (unsigned)(g.k / WIDE_K < WIDE_STAGES ? g.k / WIDE_K : WIDE_STAGES);
-    const int first_w = first / pairs * g.step + rank * g.half;
+    const unsigned n = wide_tile<N, P>::STAGES, early = (unsigned)(g.k / WIDE_K) < n ? (unsigned)(g.k / WIDE_K) : n;
+    const int first_w = first / pairs * P * g.step + rank * g.half;
     unsigned turn = 0;
     for (unsigned i = 0; i < early; i++)
-        wide_load_w<N>(memory + wide_tile<N>::BYTES * i, w_map, (int)i * WIDE_K, first_w, rank, &stages[i]);
+        wide_load_w<N, P>(memory + wide_tile<N, P>::BYTES * i, w_map, (int)i * WIDE_K, first_w, g.step, rank, &stages[i]);
     wait_for_previous();
-    for (int t = first; t < pairs * g.n_tiles; t += clusters) {
-        const int row = (t % pairs * 2 + rank) * WIDE_M, w_row = t / pairs * g.step + rank * g.half;
+    for (int t = first; t < pairs * g.n_tiles / P; t += clusters) {
+        const int row = (t % pairs * 2 + rank) * WIDE_M, w_row = t / pairs * P * g.step + rank * g.half;
         for (int k = 0; k < g.k; k += WIDE_K, turn++) {
-            const unsigned s = turn % WIDE_STAGES;
-            unsigned char *to = memory + wide_tile<N>::BYTES * s;
+            const unsigned s = turn % n;
+            unsigned char *to = memory + wide_tile<N, P>::BYTES * s;
             if (turn >= early) {
-                barrier_wait(&stages[s].empty, (turn / WIDE_STAGES & 1) ^ 1);
-                wide_load_w<N>(to, w_map, k, w_row, rank, &stages[s]);
+                barrier_wait(&stages[s].empty, (turn / n & 1) ^ 1);
+                wide_load_w<N, P>(to, w_map, k, w_row, g.step, rank, &stages[s]);
             }
             load_tile(to, x_map, k, row, &stages[s].full);
         }
@@ -3125,7 +3129,39 @@ static __device__ __forceinline__ void wide_release(wide_stage *s) {
     if (lane_id() < 2) barrier_arrive_at(&s->empty, (unsigned)lane_id());
 }
 
-template <int KIND, class T, int N>
+/* acc += rows of x times P parts of a tile of W, k elements. see() is called with each tile of x while it is multiplied. */
+template <int N, int P, class X = see_nothing>
+static __device__ __forceinline__ void wide_sum(float (&acc)[P][N / 2], float (&part)[N / 2], const unsigned char *memory,
+                                                wide_stage *stages, unsigned &turn, int k, int group, X see = X()) {
+    const int BYTES = wide_tile<N, P>::BYTES, STAGES = wide_tile<N, P>::STAGES;
+    for (int done = 0; done < k; done += WIDE_CHUNK * WIDE_K, turn += WIDE_CHUNK) {
+#pragma unroll
+        for (int p = 0; p < P; p++) {
+            products_begin();
+#pragma unroll
+            for (unsigned i = 0; i < WIDE_CHUNK; i++) {
+                const unsigned s = (turn + i) % STAGES;
+                const unsigned char *x = memory + BYTES * s + WIDE_HALF / 2 * (size_t)group,
+                                    *w = memory + BYTES * s + WIDE_HALF + 2 * N * WIDE_K * p;
+                if (p == 0) barrier_wait(&stages[s].full, (turn + i) / STAGES & 1);
+#pragma unroll
+                for (int j = 0; j < WIDE_K / 16; j++)
+                    wide_multiply(part, operand(x) + 2 * (unsigned)j, operand(w) + 2 * (unsigned)j, (int)i + j > 0);
+            }
+            products_commit();
+#pragma unroll
+            for (unsigned i = 0; p == 0 && i < WIDE_CHUNK; i++) see(memory + BYTES * ((turn + i) % STAGES));
+            products_wait<0>();
+            products_done(part);
+#pragma unroll
+            for (unsigned i = 0; p == P - 1 && i < WIDE_CHUNK; i++) wide_release(&stages[(turn + i) % STAGES]);
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) acc[p][i] += part[i];
+        }
+    }
+}
+
+template <int KIND, class T, int N, int P>
 static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank,
                                            int group) {
     const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2;
@@ -3133,47 +3169,29 @@ static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *me
     unsigned turn = 0;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) part[i] = 0;
-    for (int t = block_x() / 2; t < pairs * g.n_tiles; t += clusters) {
-        const int row0 = (t % pairs * 2 + rank) * WIDE_M + 64 * group + warp_id() % 4 * 16 + lane_id() / 4, n = t / pairs;
-        float acc[N / 2], scale[2];
+    for (int t = block_x() / 2; t < pairs * g.n_tiles / P; t += clusters) {
+        const int row0 = (t % pairs * 2 + rank) * WIDE_M + 64 * group + warp_id() % 4 * 16 + lane_id() / 4,
+                  n = t / pairs * P;
+        float acc[P][N / 2], scale[2];
         int seq[2] = {0, 0}, position[2] = {0, 0};
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) acc[i] = 0;
+        for (int i = 0; i < P * N / 2; i++) acc[i / (N / 2)][i % (N / 2)] = 0;
 #pragma unroll
         for (int r = 0; r < 2; r++) {   /* what the rows need later is asked for now */
             const int row = row0 + 8 * r < g.rows ? row0 + 8 * r : g.rows - 1;
             scale[r] = g.w_scale * (g.in_scale ? g.in_scale[row] : 1.0f);
-            if (KIND == WIDE_ADD) wide_add_begin(g, acc, row0 + 8 * r, r, n, scale[r]);
             if (KIND == WIDE_QKV) { seq[r] = g.qkv.rows[row].seq; position[r] = g.qkv.rows[row].position; }
+#pragma unroll
+            for (int p = 0; p < P; p++)
+                if (KIND == WIDE_ADD) wide_add_begin(g, acc[p], row0 + 8 * r, r, n + p, scale[r]);
         }
-        for (int k = 0; k < g.k; k += WIDE_CHUNK * WIDE_K) {
+        wide_sum<N, P>(acc, part, memory, stages, turn, g.k, group);
 #pragma unroll
-            for (int i = 0; i < WIDE_CHUNK; i++, turn++) {
-                const unsigned s = turn % WIDE_STAGES;
-                const unsigned char *x = memory + wide_tile<N>::BYTES * s + WIDE_HALF / 2 * (size_t)group,
-                                    *w = memory + wide_tile<N>::BYTES * s + WIDE_HALF;
-                barrier_wait(&stages[s].full, turn / WIDE_STAGES & 1);
-                products_begin();
-#pragma unroll
-                for (int j = 0; j < WIDE_K / 16; j++)
-                    wide_multiply(part, operand(x) + 2 * (unsigned)j, operand(w) + 2 * (unsigned)j, i + j > 0);
-                products_commit();
-                if (i == 0) continue;
-                products_wait<1>();
-                wide_release(&stages[(turn - 1) % WIDE_STAGES]);
-            }
-            products_wait<0>();
-            products_done(part);
-            wide_release(&stages[(turn - 1) % WIDE_STAGES]);
-#pragma unroll
-            for (int i = 0; i < N / 2; i++) acc[i] += part[i];
-        }
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int row = row0 + 8 * r;
-            if constexpr (KIND == WIDE_ADD) wide_add_end(g, acc, row, r, n, scale[r]);
-            else if constexpr (KIND == WIDE_QKV) wide_qkv<T>(g, acc, row, r, n, scale[r], seq[r], position[r]);
-            else wide_swiglu(g, acc, row, r, n, scale[r]);
+        for (int i = 0; i < 2 * P; i++) {
+            const int p = i / 2, r = i % 2, row = row0 + 8 * r;
+            if constexpr (KIND == WIDE_ADD) wide_add_end(g, acc[p], row, r, n + p, scale[r]);
+            else if constexpr (KIND == WIDE_QKV) wide_qkv<T>(g, acc[p], row, r, n + p, scale[r], seq[r], position[r]);
+            else wide_swiglu(g, acc[p], row, r, n + p, scale[r]);
         }
     }
 }
@@ -3183,32 +3201,36 @@ static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *me
    ADD: the residual, in float32; equals qwen3i_matmul_add. SWIGLU: silu(gate) * up of rows of W n_ff apart, rounded
    once; equals qwen3i_swiglu. QKV: each head's RMSNorm and rotation in float32, q rounded once, k and v to the cache
    with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope; head_dim 128; T is the cache's type.
-   Clusters of two blocks take turns of tiles of [256, N]; N is 128, for ADD also 160, which changes no sum. Order: the
-   tensor core adds up 128 elements, which start from zero, and float32 the chunks: the former cuts its sums off, and
-   over a whole row that would show. */
-template <int KIND, class T = half_t, int N = WIDE_N>
+   Clusters of two blocks take turns of tiles of [256, P N]; N is 128, for ADD also 160, which changes no sum. Two parts read
+   shared memory and the second-level cache less than two tiles, which both limit a product. Order: the tensor core adds
+   up 128 elements, which start from zero, and float32 the chunks: the former cuts its sums off, and over a whole row that
+   would show. */
+template <int KIND, class T, int N, int P>
 static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
     wide_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                         wide_args g) {
 #ifdef QWEN3_WGMMA
     QWEN3_DYNAMIC_SHARED(raw);
     unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
-    wide_stage *stages = (wide_stage *)(void *)(memory + WIDE_STAGES * wide_tile<N>::BYTES);
+    wide_stage *stages = (wide_stage *)(void *)(memory + wide_tile<N, P>::STAGES * wide_tile<N, P>::BYTES);
     const int rank = block_x() % 2;
     if (tid() == 0) {
-        for (int i = 0; i < WIDE_STAGES; i++) { barrier_init(&stages[i].full, 1); barrier_init(&stages[i].empty, 16); }
+        for (int i = 0; i < wide_tile<N, P>::STAGES; i++) {
+            barrier_init(&stages[i].full, 1);
+            barrier_init(&stages[i].empty, 16);
+        }
         barriers_ready();
     }
     cluster_sync();
     let_next_start();
     if (warp_id() < 4) {
         fewer_registers<40>();
-        if (tid() == 0) wide_load<N>(&x_map, &w_map, g, memory, stages, rank);
+        if (tid() == 0) wide_load<N, P>(&x_map, &w_map, g, memory, stages, rank);
         __syncwarp();
     } else {
         more_registers<232>();
         wait_for_previous();
-        wide_multiply_tiles<KIND, T, N>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0));
+        wide_multiply_tiles<KIND, T, N, P>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0));
     }
     cluster_sync();                     /* the other block may still write here */
 #else
@@ -3216,11 +3238,14 @@ static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
 #endif
 }
 
-template <int N> static size_t wide_product_shared() { return 1024 + WIDE_STAGES * ((size_t)wide_tile<N>::BYTES + 16); }
+template <int N, int P> static size_t wide_product_shared() {
+    return 1024 + wide_tile<N, P>::STAGES * ((size_t)wide_tile<N, P>::BYTES + 16);
+}
 
 /* ---- products of few rows --------------------------------------------------------------------------------- */
 const int FEW_LEAST   = 2;              /* rows, from ... */
 const int FEW_MOST    = 64;             /* ... to */
+const int FEW_CHUNK   = 2;              /* steps that the tensor core adds up before float32 does */
 const int FEW_X_TILE  = 32;             /* rows of x that are loaded at once */
 const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
 const int FEW_LD      = WIDE_M + 4;     /* floats from a row of sums to the next: no bank twice */
@@ -3305,8 +3330,8 @@ static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, 
 #pragma unroll
     for (int i = 0; i < N / 2; i++) acc[i] = part[i] = 0;
 #pragma unroll 1
-    for (int done = 0; done < steps; done += WIDE_CHUNK) {
-        const int n = steps - done < WIDE_CHUNK ? steps - done : WIDE_CHUNK;
+    for (int done = 0; done < steps; done += FEW_CHUNK) {
+        const int n = steps - done < FEW_CHUNK ? steps - done : FEW_CHUNK;
 #pragma unroll 1
         for (int i = 0; i < n; i++) {
             const unsigned char *at = memory + few_tile<M, R>::BYTES * s;
@@ -3516,7 +3541,7 @@ template <int KIND, class T, int M, int R> static __global__ void __launch_bound
 
 /* ---- attention ------------------------------------------------------------------------------------------ */
 struct wide_attention_args {
-    const half_t *q; half_t *out;       /* [rows, n_head, 128] */
+    half_t       *out;                  /* [rows, n_head, 128] */
     int           n_head, group, layer, max_seqs;
     float         scale;                /* 1 / sqrt(head_dim) */
 };
@@ -3534,18 +3559,12 @@ static __device__ __forceinline__ void load_positions(unsigned char *to, const C
     load_tile(to + WIDE_HALF, map, head * WIDE_DIM + WIDE_K, pos, z, full);
 }
 
-/* This warpgroup's 64 rows of q to shared memory, swizzled; zeros for the rows that the tile has not. */
-static __device__ __forceinline__ void load_wide_q(unsigned char *to, const wide_attention_args &a,
-                                                   const attention_tile &tile, int kv_head, int first) {
-    for (int i = tid() % 128; i < 64 * 16; i += 128) {
-        const int row = first + i / 16, chunk = i % 16, token = row / a.group;
-        const half_t *from = a.q + ((size_t)(tile.row0 + token) * a.n_head + (size_t)(kv_head * a.group + row % a.group)) *
-                                       WIDE_DIM + chunk * 8;
-        *(uint4 *)(void *)(to + WIDE_HALF * (size_t)(chunk / 8) + row * 128 + ((chunk % 8) ^ (row & 7)) * 16) =
-            token < tile.n_tokens ? *(const uint4 *)(const void *)from : make_uint4(0, 0, 0, 0);
-    }
-    stores_ready();
-    group_sync(1 + first / 64, 128);
+/* The tile's rows of q, (token, head) after (token, head). Those of tokens that it has not are never stored. */
+static __device__ __forceinline__ void load_wide_q(unsigned char *to, const CUtensorMap *map, const attention_tile &tile,
+                                                   int kv_head, int group, mbarrier *full) {
+    barrier_expect(full, (unsigned)(WIDE_M / group * group * WIDE_DIM) * 2);
+    load_tile(to, map, 0, kv_head * group, tile.row0, full);
+    load_tile(to + WIDE_HALF, map, WIDE_K, kv_head * group, tile.row0, full);
 }
 
 /* s = q k^T for 128 positions */
@@ -3610,7 +3629,7 @@ static __device__ __forceinline__ void weights_to_halves(unsigned (&p)[8][4], co
 }
 
 static __device__ void wide_attend(const wide_attention_args &a, const attention_tile &tile, unsigned char *memory,
-                                   attention_stage *stages, int kv_head, int group) {
+                                   mbarrier *q_full, attention_stage *stages, int kv_head, int group) {
     unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
     const unsigned char *q = memory + WIDE_HALF / 2 * (size_t)group;
     const int first = 64 * group, row0 = first + warp_id() % 4 * 16 + lane_id() / 4;
@@ -3619,7 +3638,6 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
     float s[64], o[64];
     unsigned p[8][4];
     softmax_rows rows;
-    load_wide_q(memory, a, tile, kv_head, first);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int token = (row0 + 8 * r) / a.group;
@@ -3629,6 +3647,7 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
     }
 #pragma unroll
     for (int i = 0; i < 64; i++) s[i] = o[i] = 0;
+    barrier_wait(q_full, 0);
     barrier_wait(&stages[0].k_full, 0);
     wide_scores(s, q, ks);
     products_wait<0>();
@@ -3679,57 +3698,65 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
                              : NULL, w);
     }
 }
+
+/* The tile's positions, from the last to the first. */
+static __device__ __forceinline__ void wide_attention_load(const CUtensorMap *k_map, const CUtensorMap *v_map,
+                                                           const wide_attention_args &a, const attention_tile &tile,
+                                                           unsigned char *ks, unsigned char *vs, attention_stage *stages,
+                                                           int kv_head) {
+    const int steps = ceil_div(tile.pos0 + tile.n_tokens, WIDE_POS), z = a.layer * a.max_seqs + tile.seq;
+    for (int step = 0; step <= steps; step++) {
+        const int i = step % ATTENTION_STAGES, before = (step + 1) % ATTENTION_STAGES;
+        if (step < steps)
+            load_positions(ks + 2 * WIDE_HALF * (size_t)i, k_map, kv_head, (steps - 1 - step) * WIDE_POS, z,
+                           &stages[i].k_full, &stages[i].k_empty, (unsigned)step);
+        if (step > 0)
+            load_positions(vs + 2 * WIDE_HALF * (size_t)before, v_map, kv_head, (steps - step) * WIDE_POS, z,
+                           &stages[before].v_full, &stages[before].v_empty, (unsigned)step - 1);
+    }
+}
 #endif
 
 /* wide_attention: as attention_tile, head_dim 128 and an F16 cache. A tile is up to 128 (token, head) rows; grid
    (n_head_kv, tiles). q, the weights and the result are rounded once each to F16; scores, softmax and sums are
    float32. Positions go in steps of 128, backwards: only the first steps need the mask. Equals qwen3i_attention. */
 static __global__ void __launch_bounds__(WIDE_THREADS, 1)
-    wide_attention_kernel(const __grid_constant__ CUtensorMap k_map, const __grid_constant__ CUtensorMap v_map,
-                          wide_attention_args a, const attention_tile *tiles) {
+    wide_attention_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                          const __grid_constant__ CUtensorMap v_map, wide_attention_args a, const attention_tile *tiles) {
 #ifdef QWEN3_WGMMA
     QWEN3_DYNAMIC_SHARED(raw);
     unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
     unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
     attention_stage *stages = (attention_stage *)(void *)(vs + ATTENTION_STAGES * 2 * WIDE_HALF);
+    mbarrier *q_full = (mbarrier *)(void *)(stages + ATTENTION_STAGES);
+    const attention_tile tile = tiles[gridDim.y - 1 - blockIdx.y];      /* the longest first */
     if (tid() == 0) {
         for (int i = 0; i < ATTENTION_STAGES; i++) {
             barrier_init(&stages[i].k_full, 1); barrier_init(&stages[i].k_empty, 8);
             barrier_init(&stages[i].v_full, 1); barrier_init(&stages[i].v_empty, 8);
         }
+        barrier_init(q_full, 1);
         barriers_ready();
     }
     __syncthreads();
     wait_for_previous();
     let_next_start();
-    const attention_tile tile = tiles[gridDim.y - 1 - blockIdx.y];      /* the longest first */
     if (warp_id() < 4) {
         fewer_registers<24>();
         if (tid() == 0) {
-            const int steps = ceil_div(tile.pos0 + tile.n_tokens, WIDE_POS), z = a.layer * a.max_seqs + tile.seq;
-            for (int step = 0; step <= steps; step++) {
-                if (step < steps) {
-                    const int i = step % ATTENTION_STAGES;
-                    load_positions(ks + 2 * WIDE_HALF * (size_t)i, &k_map, block_x(), (steps - 1 - step) * WIDE_POS, z,
-                                   &stages[i].k_full, &stages[i].k_empty, (unsigned)step);
-                }
-                if (step > 0) {
-                    const int i = (step - 1) % ATTENTION_STAGES;
-                    load_positions(vs + 2 * WIDE_HALF * (size_t)i, &v_map, block_x(), (steps - step) * WIDE_POS, z,
-                                   &stages[i].v_full, &stages[i].v_empty, (unsigned)step - 1);
-                }
-            }
+            load_wide_q(memory, &q_map, tile, block_x(), a.group, q_full);
+            wide_attention_load(&k_map, &v_map, a, tile, ks, vs, stages, block_x());
         }
     } else {
         more_registers<240>();
-        wide_attend(a, tile, memory, stages, block_x(), __shfl_sync(ALL, warp_id() / 4 - 1, 0));
+        wide_attend(a, tile, memory, q_full, stages, block_x(), __shfl_sync(ALL, warp_id() / 4 - 1, 0));
     }
 #else
-    (void)k_map; (void)v_map; (void)a; (void)tiles;
+    (void)q_map; (void)k_map; (void)v_map; (void)a; (void)tiles;
 #endif
 }
 
-const size_t WIDE_ATTENTION_SHARED = 1024 + (2 + 2 * 2 * 2) * WIDE_HALF + 2 * 32;
+const size_t WIDE_ATTENTION_SHARED = 1024 + (2 + 2 * 2 * 2) * WIDE_HALF + 2 * 32 + 8;
 
 } /* namespace */
 #endif

@@ -406,20 +406,20 @@ template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_a
 }
 
 /* wide_multiply_tiles for Q K V, which also adds up the squares of x: each warp those of the 16 rows that it finishes. */
-__device__ void fused_wide_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank, int group,
-                                 float w_scale) {
+template <int P> __device__ void fused_wide_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank,
+                                                  int group, float w_scale) {
     const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2, first = 64 * group + warp_id() % 4 * 16;
-    const int BYTES = wide_tile<WIDE_N>::BYTES, mine = squares_at<2>(first + lane_id() / 2, lane_id() % 2);
+    const int mine = squares_at<2>(first + lane_id() / 2, lane_id() % 2);
     float part[64];
     unsigned turn = 0;
 #pragma unroll
     for (int i = 0; i < 64; i++) part[i] = 0;
-    for (int t = block_x() / 2; t < pairs * g.n_tiles; t += clusters) {
-        const int row0 = (t % pairs * 2 + rank) * WIDE_M + first + lane_id() / 4, head = t / pairs;
-        float acc[64], down[2], squares = 0;        /* of row first + lane / 2 */
+    for (int t = block_x() / 2; t < pairs * g.n_tiles / P; t += clusters) {
+        const int row0 = (t % pairs * 2 + rank) * WIDE_M + first + lane_id() / 4, head = t / pairs * P;
+        float acc[P][64], down[2], squares = 0;     /* of row first + lane / 2 */
         int seq[2], position[2];
 #pragma unroll
-        for (int i = 0; i < 64; i++) acc[i] = 0;
+        for (int i = 0; i < P * 64; i++) acc[i / 64][i % 64] = 0;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const int row = least(row0 + 8 * r, g.rows - 1);
@@ -427,35 +427,14 @@ __device__ void fused_wide_tiles(const wide_args &g, unsigned char *memory, wide
             seq[r] = g.qkv.rows[row].seq;
             position[r] = g.qkv.rows[row].position;
         }
-        for (int k = 0; k < g.k; k += WIDE_CHUNK * WIDE_K, turn += WIDE_CHUNK) {
-#pragma unroll
-            for (unsigned i = 0; i < WIDE_CHUNK; i++) {
-                const unsigned s = (turn + i) % WIDE_STAGES;
-                const unsigned char *x = memory + BYTES * s + WIDE_HALF / 2 * (size_t)group,
-                                    *w = memory + BYTES * s + WIDE_HALF;
-                barrier_wait(&stages[s].full, (turn + i) / WIDE_STAGES & 1);
-                products_begin();
-#pragma unroll
-                for (int j = 0; j < WIDE_K / 16; j++)
-                    wide_multiply(part, operand(x) + 2 * (unsigned)j, operand(w) + 2 * (unsigned)j, (int)i + j > 0);
-                products_commit();
-            }
-#pragma unroll
-            for (unsigned i = 0; i < WIDE_CHUNK; i++) {
-                const unsigned s = (turn + i) % WIDE_STAGES;
-                add_squares<2>(squares, memory + BYTES * s, mine);
-                if (i == 0) products_wait<1>();
-                else { products_wait<0>(); products_done(part); }
-                wide_release(&stages[s]);
-            }
-#pragma unroll
-            for (int i = 0; i < 64; i++) acc[i] += part[i];
-        }
+        wide_sum<WIDE_N, P>(acc, part, memory, stages, turn, g.k, group,
+                            [&](const unsigned char *x) { add_squares<2>(squares, x, mine); });
         squares = join_squares<2>(squares);
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
+        for (int i = 0; i < 2 * P; i++) {
+            const int p = i / 2, r = i % 2;
             const float scale = fused_scale(g, w_scale, down[r], __shfl_sync(ALL, squares, lane_id() / 4 * 2 + 16 * r));
-            wide_qkv<float>(g, acc, row0 + 8 * r, r, head, scale, seq[r], position[r]);
+            wide_qkv<float>(g, acc[p], row0 + 8 * r, r, head + p, scale, seq[r], position[r]);
         }
     }
 }
@@ -490,28 +469,31 @@ template <int R> __global__ void __launch_bounds__(FEW_THREADS, 2)
 #endif
 }
 
-__global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
+template <int P> __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
     fused_wide_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g,
                       float w_scale) {
 #ifdef QWEN3_WGMMA
     QWEN3_DYNAMIC_SHARED(raw);
     unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
-    wide_stage *stages = (wide_stage *)(void *)(memory + WIDE_STAGES * wide_tile<WIDE_N>::BYTES);
+    wide_stage *stages = (wide_stage *)(void *)(memory + wide_tile<WIDE_N, P>::STAGES * wide_tile<WIDE_N, P>::BYTES);
     const int rank = block_x() % 2;
     if (tid() == 0) {
-        for (int i = 0; i < WIDE_STAGES; i++) { barrier_init(&stages[i].full, 1); barrier_init(&stages[i].empty, 16); }
+        for (int i = 0; i < wide_tile<WIDE_N, P>::STAGES; i++) {
+            barrier_init(&stages[i].full, 1);
+            barrier_init(&stages[i].empty, 16);
+        }
         barriers_ready();
     }
     cluster_sync();
     let_next_start();
     if (warp_id() < 4) {
         fewer_registers<40>();
-        if (tid() == 0) wide_load<WIDE_N>(&x_map, &w_map, g, memory, stages, rank);
+        if (tid() == 0) wide_load<WIDE_N, P>(&x_map, &w_map, g, memory, stages, rank);
         __syncwarp();
     } else {
         more_registers<232>();
         wait_for_previous();
-        fused_wide_tiles(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0), w_scale);
+        fused_wide_tiles<P>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0), w_scale);
     }
     cluster_sync();
 #else
@@ -540,17 +522,17 @@ template <int R> cudaError_t fused_few(const pass *p, const matrix &w, wide_args
                          fused_few_kernel<R>, get_map(p->c->few_h_map), get_map(w.map), a, w.scale);
 }
 
-cudaError_t fused_wide(const pass *p, const matrix &w, const wide_args &a) {
-    const int clusters = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles, p->c->m->n_sm / 2);
-    return launch_shared(p, WIDE_CLUSTER, grid1(2 * clusters), WIDE_THREADS, wide_product_shared<WIDE_N>(),
-                         fused_wide_kernel, get_map(p->c->wide_h_map), get_map(w.map), a, w.scale);
+template <int P> cudaError_t fused_wide(const pass *p, const matrix &w, const wide_args &a) {
+    const int clusters = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles / P, p->c->m->n_sm / 2);
+    return launch_shared(p, WIDE_CLUSTER, grid1(2 * clusters), WIDE_THREADS, wide_product_shared<WIDE_N, P>(),
+                         fused_wide_kernel<P>, get_map(p->c->wide_h_map), get_map(w.map), a, w.scale);
 }
 
 cudaError_t fused_product(const pass *p, const matrix &w, const qkv_args &qkv) {
     wide_args a = wide_arguments(p, w, p->c->act_scale);
     a.w_scale = 1;
     a.qkv = qkv;
-    if (p->how == WIDE) return fused_wide(p, w, a);
+    if (p->how == WIDE) return wide_columns(p, a) > WIDE_N ? fused_wide<2>(p, w, a) : fused_wide<1>(p, w, a);
     return p->n <= 32 ? fused_few<32>(p, w, a) : fused_few<64>(p, w, a);
 }
 

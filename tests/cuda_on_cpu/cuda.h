@@ -59,15 +59,16 @@ inline float half_at(uintptr_t at) {
 
 inline void load_tile(void *to, const CUtensorMap *m, const int (&from)[3], mbarrier *b) {
     if ((uintptr_t)to % 1024) die("a tile that is loaded does not begin where its swizzle does");
-    for (uint64_t y = 0; y < m->tile[1]; y++)
+    const uint64_t rows = m->tile[1] * m->tile[2];
+    for (uint64_t row = 0; row < rows; row++)
         for (uint64_t x = 0; x < 64; x++) {
-            const uint64_t at[3] = {from[0] + x, from[1] + y, (uint64_t)from[2]};
+            const uint64_t at[3] = {from[0] + x, from[1] + row % m->tile[1], from[2] + row / m->tile[1]};
             unsigned short v = 0;
             if (at[0] < m->size[0] && at[1] < m->size[1] && at[2] < m->size[2])
                 memcpy(&v, (const char *)(uintptr_t)m->base + 2 * at[0] + m->stride[0] * at[1] + m->stride[1] * at[2], 2);
-            memcpy((void *)swizzled((uintptr_t)to + 128 * y + 2 * x), &v, 2);
+            memcpy((void *)swizzled((uintptr_t)to + 128 * row + 2 * x), &v, 2);
         }
-    b->bytes -= (int)(128 * m->tile[1]);
+    b->bytes -= (int)(128 * rows);
     check(b);
 }
 
