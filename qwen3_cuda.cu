@@ -1517,56 +1517,7 @@ static qwen3_result embed(const pass *p) {
 #undef CALL
 }
 
-/* ---- h = RMSNorm(x), as the input of w ---------------------------------------------------------------- */
-template <class O> static cudaError_t launch_add_rmsnorm(const pass *p, const float *gain, const matrix &w) {
-    cuda_ctx *c = p->c;
-    const float *add = p->pending ? c->tmp : NULL;
-    return launch(p->s, grid1(p->n), row_threads(c->embd_ld, 4, p->n), 0, add_rmsnorm_kernel<O>, (O *)c->act,
-                  c->act_scale, c->x, add, p->pending_scale, gain, c->m->config.n_embd, c->embd_ld, rest_of(w, p->n),
-                  c->m->config.rms_eps);
-}
-
-static cudaError_t launch_wide_norm(const pass *p, const float *gain, const float *bounds) {
-    const cuda_ctx *c = p->c;
-    const int width = c->m->config.n_embd;
-    norm_shape s = rmsnorm_shape(width / 4, false, p->n);
-    s.lanes = round_up(s.lanes, 32);
-    s.together = p->n > 512 && s.lanes == 32 ? 8 : 1;
-#define QWEN3_SHAPE(K) case K: return launch_early(p->early, p->s, grid1(ceil_div(p->n, s.together)), s.lanes * s.together, \
-                                                   0, wide_norm_kernel<K>, c->wide_act, c->act_scale, c->ff_scale, bounds, \
-                                                   (const float *)c->x, c->embd_ld, gain, p->n, width, \
-                                                   c->m->config.rms_eps, s.lanes)
-    switch (s.k) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
-#undef QWEN3_SHAPE
-    return cudaErrorInvalidValue;       /* no model that is wide has such rows */
-}
-
-/* Will the product with w do the norm of its input, which each of its blocks holds, itself? */
-static bool norms_itself(const pass *p, const matrix &w) {
-    return p->how == MATVEC && w.cols % 4 == 0 && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS &&
-           stream_ring(p, vector_input(p, w, p->c->x, p->c->embd_ld, p->n), w) > 0;
-}
-
-static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
-    cuda_ctx *c = p->c;
-    const qwen3i_config *g = &c->m->config;
-    p->gain = p->layers && norms_itself(p, w) ? gain : NULL;
-    if (p->gain) return QWEN3_OK;
-    if (p->how == WIDE || p->how == FEW)
-        return launched(p, launch_wide_norm(p, gain, w.bounds), "wide_norm");
-    if (p->how == GEMM) {
-#define CALL(T) launch_add_rmsnorm<T>(p, gain, w)
-        TRY(launched(p, BY_WEIGHT_TYPE(w, CALL), "add_rmsnorm"));
-#undef CALL
-        p->pending = false;
-        return QWEN3_OK;
-    }
-    TRY(launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain,
-                                          p->n, 1, g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
-    return p->how == STANDARD ? round_rows(p, w, c->h, c->embd_ld, p->n) : QWEN3_OK;
-}
-
-/* ---- the same products on Hopper ------------------------------------------------------------------------ */
+/* ---- arguments of products on Hopper, and how few rows share the chip ----------------------------------------- */
 static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_scale) {
     wide_args a;
     memset(&a, 0, sizeof a);
@@ -1603,6 +1554,66 @@ static few_plan few_better(const pass *p, const wide_args &a, int m, int r, few_
     return best;
 }
 
+/* Few rows of few elements are normed where they are multiplied: all of x has a place beside the weights. */
+static bool few_norms_itself(const pass *p, const matrix &w) {
+    const few_plan none = {0, 0, 0, 0}, plan = few_better(p, wide_arguments(p, w, NULL), WIDE_M, 32, none);
+    return p->n <= FEW_NORM && w.cols <= FEW_WIDTH && few_stages<WIDE_M, 32>(plan.steps) == plan.steps;
+}
+
+/* ---- h = RMSNorm(x), as the input of w ---------------------------------------------------------------- */
+template <class O> static cudaError_t launch_add_rmsnorm(const pass *p, const float *gain, const matrix &w) {
+    cuda_ctx *c = p->c;
+    const float *add = p->pending ? c->tmp : NULL;
+    return launch(p->s, grid1(p->n), row_threads(c->embd_ld, 4, p->n), 0, add_rmsnorm_kernel<O>, (O *)c->act,
+                  c->act_scale, c->x, add, p->pending_scale, gain, c->m->config.n_embd, c->embd_ld, rest_of(w, p->n),
+                  c->m->config.rms_eps);
+}
+
+static norm_args norm_arguments(const pass *p, const float *gain, const matrix &w) {
+    const norm_args a = {p->c->x, p->c->embd_ld, gain, w.bounds, p->c->m->config.rms_eps, p->c->ff_scale};
+    return a;
+}
+
+static cudaError_t launch_wide_norm(const pass *p, const norm_args &a) {
+    const cuda_ctx *c = p->c;
+    const int width = c->m->config.n_embd;
+    norm_shape s = rmsnorm_shape(width / 4, false, p->n);
+    s.lanes = round_up(s.lanes, 32);
+    s.together = p->n > 512 && s.lanes == 32 ? 8 : 1;
+#define QWEN3_SHAPE(K) case K: return launch_early(p->early, p->s, grid1(ceil_div(p->n, s.together)), s.lanes * s.together, \
+                                                   0, wide_norm_kernel<K>, c->wide_act, c->act_scale, a, p->n, width, s.lanes)
+    switch (s.k) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
+#undef QWEN3_SHAPE
+    return cudaErrorInvalidValue;       /* no model that is wide has such rows */
+}
+
+/* Will the product with w do the norm of its input, which each of its blocks holds, itself? */
+static bool norms_itself(const pass *p, const matrix &w) {
+    if (p->how == FEW) return few_norms_itself(p, w);
+    return p->how == MATVEC && w.cols % 4 == 0 && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS &&
+           stream_ring(p, vector_input(p, w, p->c->x, p->c->embd_ld, p->n), w) > 0;
+}
+
+static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
+    cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    p->gain = p->layers && norms_itself(p, w) ? gain : NULL;
+    if (p->gain) return QWEN3_OK;
+    if (p->how == WIDE || p->how == FEW)
+        return launched(p, launch_wide_norm(p, norm_arguments(p, gain, w)), "wide_norm");
+    if (p->how == GEMM) {
+#define CALL(T) launch_add_rmsnorm<T>(p, gain, w)
+        TRY(launched(p, BY_WEIGHT_TYPE(w, CALL), "add_rmsnorm"));
+#undef CALL
+        p->pending = false;
+        return QWEN3_OK;
+    }
+    TRY(launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain,
+                                          p->n, 1, g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
+    return p->how == STANDARD ? round_rows(p, w, c->h, c->embd_ld, p->n) : QWEN3_OK;
+}
+
+/* ---- the same products on Hopper ------------------------------------------------------------------------ */
 template <int KIND, class T, int M, int R>
 static qwen3_result launch_few_product(const pass *p, const stored_map &in, const matrix &w, wide_args a, few_plan plan) {
     a.parts = plan.parts;
@@ -1690,12 +1701,20 @@ static qwen3_result wide_down(const pass *p, const matrix &w) {
     return wide_add(p, wide_map(p, c->wide_m_map, c->few_m_map), w, wide_arguments(p, w, c->ff_scale));
 }
 
+/* The norm that the product is to do itself, if it is. */
+static void set_norm(const pass *p, const matrix &w, wide_args *a) {
+    if (!p->gain) return;
+    a->norm = norm_arguments(p, p->gain, w);
+    a->in_scale = a->out_scale = NULL;
+}
+
 static qwen3_result wide_qkv(const pass *p, const matrix &w, const qkv_args &qkv) {
     cuda_ctx *c = p->c;
     wide_args a = wide_arguments(p, w, c->act_scale);
     a.out = halves(p) ? c->wide_q : NULL;
     a.ldo = c->q_dim;
     a.qkv = qkv;
+    set_norm(p, w, &a);
 #define CALL(T) wide_product<WIDE_QKV, T>(p, wide_map(p, c->wide_h_map, c->few_h_map), w, a)
     return BY_KV_TYPE(c, CALL);
 #undef CALL
@@ -1710,6 +1729,7 @@ static qwen3_result wide_swiglu(const pass *p, const matrix &w) {
     a.out = c->wide_m;
     a.ldo = n_ff;
     a.out_scale = c->ff_scale;
+    set_norm(p, w, &a);
     return wide_product<WIDE_SWIGLU, half_t>(p, wide_map(p, c->wide_h_map, c->few_h_map), w, a);
 }
 

@@ -2889,54 +2889,79 @@ static __device__ __forceinline__ float ff_scale_of(float norm, const float *bou
     return 1.0f / half_scale(norm * bounds[0] * (norm * bounds[1]));
 }
 
+/* What a row's norm is made of: the squares of x, of x * gain, and the largest of the latter. */
+struct row_sums { float x, gained; float top; };
+
+/* This thread's part of it, and its elements times their gains, which are in g if they were loaded FIRST. */
+template <bool FIRST, int K>
+static __device__ __forceinline__ row_sums times_gains(float (&v)[K][4], float (&g)[K][4], const float *gain, int at,
+                                                       int step, int width) {
+    row_sums s = {sum_of_squares(v), 0, 0};
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        if (!FIRST && at + k * step < width) load_gains(g[k], gain + at + k * step);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            v[k][i] = at + k * step < width ? v[k][i] * g[k][i] : 0.0f;
+            s.top = fmaxf(s.top, fabsf(v[k][i]));
+        }
+    }
+    s.gained = sum_of_squares(v);
+    return s;
+}
+static __device__ __forceinline__ row_sums warp_sums(const row_sums &s) {
+    const row_sums all = {warp_sum(s.x), warp_sum(s.gained), warp_max(s.top)};
+    return all;
+}
+
+/* How a row of inputs of a product is kept: h = x * gain * times, and times up, a power of two, in F16. */
+struct row_scale { float times, up, ff; };
+
+static __device__ __forceinline__ row_scale scale_row(const row_sums &s, int width, float eps, const float *bounds) {
+    const float r = inverse_rms(s.x, (float)width, eps).x;
+    const row_scale scale = {r, half_scale(s.top * r), bounds ? ff_scale_of(sqrtf(s.gained) * r, bounds) : 1.0f};
+    return scale;
+}
+static __device__ __forceinline__ void store_row(half_t *to, const float (&v)[4], const row_scale &s) {
+    float h[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) h[i] = v[i] * s.times * s.up;
+    store_n(to, h);
+}
+
+/* What a norm reads, and the row scales that its product leaves to the one after it. */
+struct norm_args { const float *x; int ldx; const float *gain, *bounds; float eps; float *ff_scale; };
+
 /* wide_norm: out[row, :] = rmsnorm(x[row, :]) / scale[row], rounded once to F16; scale is a power of two. With
    bounds, the largest norms of a row of W gate and of W up, also a power of two, ff_scale[row], with which the
    products silu(gate) * up fit F16: |gate| <= |row of W gate| |h|. `lanes` threads (whole warps) work on a row, which
    they hold in registers (K vectors of four each), a block on as many rows as it has threads for; width a multiple of 4.
    Order as rmsnorm. Equals qwen3i_rmsnorm, and one rounding. */
 template <int K> static __global__ void __launch_bounds__(norm_threads(K))
-    wide_norm_kernel(half_t *out, float *scale, float *ff_scale, const float *bounds, const float *x, int ldx,
-                     const float *gain, int rows, int width, float eps, int lanes) {
-    __shared__ float sums[3][32];
+    wide_norm_kernel(half_t *out, float *scale, norm_args a, int rows, int width, int lanes) {
+    __shared__ row_sums sums[32];
     const int at = 4 * (tid() % lanes), step = 4 * lanes, row = block_x() * (n_threads() / lanes) + tid() / lanes;
-    float v[K][4], g[K][4], top = 0;
+    float v[K][4], g[K][4];
     let_next_start();                   /* the next one's weights come while the one before this still works */
-    if (gains_first<K, 4>()) load_all_gains<K>(g, gain, at, step, width);
+    if (gains_first<K, 4>()) load_all_gains<K>(g, a.gain, at, step, width);
     wait_for_previous();
-    load_row<float, K>(v, x + (size_t)(row < rows ? row : 0) * ldx, at, step, width);
-    float sum = warp_sum(sum_of_squares(v));
-#pragma unroll
-    for (int k = 0; k < K; k++) {
-        if (!gains_first<K, 4>() && at + k * step < width) load_gains(g[k], gain + at + k * step);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            v[k][i] = at + k * step < width ? v[k][i] * g[k][i] : 0.0f;
-            top = fmaxf(top, fabsf(v[k][i]));
-        }
-    }
-    float size = warp_sum(sum_of_squares(v));
-    top = warp_max(top);
+    load_row<float, K>(v, a.x + (size_t)(row < rows ? row : 0) * a.ldx, at, step, width);
+    row_sums s = warp_sums(times_gains<gains_first<K, 4>()>(v, g, a.gain, at, step, width));
     if (lanes > 32) {
-        const int warps = lanes / 32, from = warp_id() / warps * warps + lane_id();
-        if (lane_id() == 0) { sums[0][warp_id()] = sum; sums[1][warp_id()] = size; sums[2][warp_id()] = top; }
+        const int warps = lanes / 32;
+        const row_sums none = {0, 0, 0};
+        if (lane_id() == 0) sums[warp_id()] = s;
         __syncthreads();
-        sum = warp_sum(lane_id() < warps ? sums[0][from] : 0.0f);
-        size = warp_sum(lane_id() < warps ? sums[1][from] : 0.0f);
-        top = warp_max(lane_id() < warps ? sums[2][from] : 0.0f);
+        s = warp_sums(lane_id() < warps ? sums[warp_id() / warps * warps + lane_id()] : none);
     }
     if (row >= rows) return;
-    const float r = inverse_rms(sum, (float)width, eps).x, up = half_scale(top * r);
+    const row_scale h = scale_row(s, width, a.eps, a.bounds);
     if (at == 0) {
-        scale[row] = 1.0f / up;
-        if (bounds) ff_scale[row] = ff_scale_of(sqrtf(size) * r, bounds);
+        scale[row] = 1.0f / h.up;
+        if (a.bounds) a.ff_scale[row] = h.ff;
     }
 #pragma unroll
-    for (int k = 0; k < K; k++) {
-        float a = v[k][0] * r * up, b = v[k][1] * r * up, c = v[k][2] * r * up, d = v[k][3] * r * up;
-        if (at + k * step >= width) break;
-        *(uint2 *)(void *)(out + (size_t)row * width + at + k * step) =
-            make_uint2(pack(a, b, half_t()), pack(c, d, half_t()));
-    }
+    for (int k = 0; k < K; k++) if (at + k * step < width) store_row(out + (size_t)row * width + at + k * step, v[k], h);
 }
 
 /* ff_scale: for rows of h that wide_norm has not made. in [rows, width]; one block a row. */
@@ -2978,6 +3003,7 @@ struct wide_args {
     qkv_args     qkv;
     /* of few_product only */
     int          parts, stages;         /* blocks of a cluster, and steps that each holds at a time */
+    norm_args    norm;                  /* gain not NULL: the input is RMSNorm(norm.x), done by every block */
     int          n;                     /* rows of W */
     float       *y; int ldy;            /* STORE: y[slot(row), i] = (W in)_i; slot as in matvec */
     const row_info *outs;
@@ -3250,6 +3276,8 @@ const int FEW_X_TILE  = 32;             /* rows of x that are loaded at once */
 const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
 const int FEW_LD      = WIDE_M + 4;     /* floats from a row of sums to the next: no bank twice */
 const int FEW_PARTS   = 8;              /* blocks of a cluster, at most */
+const int FEW_NORM    = 8;              /* rows that its blocks norm themselves, one a warp, ... */
+const int FEW_WIDTH   = 8 * 128;        /* ... of at most so many elements */
 const int FEW_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor has room for two */
 
 /* Of a step of 64 elements for M rows of W and R rows of x; SUMS take the place of the stages. */
@@ -3275,7 +3303,7 @@ struct few_ring { wide_stage *stages; int n; };
 template <int M, int R>
 static __device__ __forceinline__ void few_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int tile,
                                                   int k, wide_stage *s) {
-    barrier_expect(&s->full, few_tile<M, R>::BYTES);
+    barrier_expect(&s->full, g.norm.gain ? few_tile<M, R>::W_BYTES : few_tile<M, R>::BYTES);
     load_tile(to, map, k, tile * g.step, &s->full);
     if (M == WIDE_M) load_tile(to + WIDE_HALF / 2, map, k, tile * g.step + g.half, &s->full);
 }
@@ -3286,7 +3314,8 @@ static __device__ __forceinline__ void few_load_x(unsigned char *to, const CUten
         load_tile(to + few_tile<M, R>::W_BYTES + row * WIDE_K * 2, map, k, row, &s->full);
 }
 
-/* Steps of 64 elements, from k0 on, of a tile of W and of x. The first weights are asked for before x exists. */
+/* Steps of 64 elements, from k0 on, of a tile of W and, unless the block makes it itself, of x. The first weights are asked
+   for before x exists. */
 template <int M, int R>
 static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                 unsigned char *memory, few_ring ring, int tile, int k0, int steps) {
@@ -3298,6 +3327,7 @@ static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_m
 #pragma unroll 1
     for (int i = 0; i < early; i++)
         few_load_w<M, R>(memory + few_tile<M, R>::BYTES * i, w_map, g, tile, k0 + i * WIDE_K, &ring.stages[i]);
+    if (g.norm.gain) return;            /* and there is a stage for each step */
     wait_for_previous();
 #pragma unroll 1
     for (int i = 0; i < steps; i++) {
@@ -3310,6 +3340,32 @@ static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_m
         few_load_x<M, R>(to, x_map, k, &ring.stages[s]);
         if (++s == ring.n) { s = 0; phase ^= 1; }
     }
+}
+
+/* x of all steps is RMSNorm(norm.x) in float32, as wide_norm, rounded once to F16; a warp has a row. scales: how. */
+template <int M, int R>
+static __device__ __forceinline__ void few_norm(const wide_args &g, unsigned char *memory, int k0, int steps, int warp,
+                                                row_scale *scales, float (&gains)[8][4]) {
+    const int at = 4 * lane_id(), row = warp;
+    float v[8][4];
+    if (row < g.rows) {
+        load_row<float, 8>(v, g.norm.x + (size_t)row * g.norm.ldx, at, 128, g.k);
+        const row_sums sums = warp_sums(times_gains<true>(v, gains, g.norm.gain, at, 128, g.k));
+        const row_scale h = scale_row(sums, g.k, g.norm.eps, g.norm.bounds);
+        if (at == 0) {
+            scales[row] = h;
+            if (g.norm.bounds && block_x() == 0) g.norm.ff_scale[row] = h.ff;
+        }
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            const int col = at + 128 * k - k0, step = col / WIDE_K, chunk = col % WIDE_K / 8;
+            if (col < 0 || step >= steps) continue;
+            store_row((half_t *)(void *)(memory + few_tile<M, R>::BYTES * step + few_tile<M, R>::W_BYTES + 128 * row +
+                                         16 * (chunk ^ (row & 7))) + col % 8, v[k], h);
+        }
+    }
+    stores_ready();
+    group_sync(1, 256);
 }
 
 static __device__ __forceinline__ void few_release(wide_stage *s) {
@@ -3389,7 +3445,7 @@ template <int KIND, int M>
 static __device__ __forceinline__ void few_ask(few_row &r, const wide_args &g, int row, int tile) {
     const int i = row < g.rows ? row : g.rows - 1;
     r.scale = g.w_scale * (g.in_scale ? g.in_scale[i] : 1.0f);
-    if constexpr (KIND == WIDE_SWIGLU) r.down = 1.0f / g.out_scale[i];
+    if constexpr (KIND == WIDE_SWIGLU) r.down = g.out_scale ? 1.0f / g.out_scale[i] : 1.0f;
     if constexpr (KIND == WIDE_ADD) {
         const float2 *x = (const float2 *)(const void *)(g.x + (size_t)i * g.ldx + tile * M + 2 * lane_id());
         r.lo = x[0];
@@ -3451,24 +3507,29 @@ static __device__ __forceinline__ void few_finish(const wide_args &g, float2 lo,
     }
 }
 
-/* Joins the parts of a row in the order of the blocks; all are on their way at a time. */
-template <int M> static __device__ __forceinline__ void few_join(float2 &lo, float2 &hi, const float *sums, int parts) {
-    float2 v[FEW_PARTS], w[FEW_PARTS];
+/* The parts of a row, from all blocks: asked for at once, and joined in the order of the blocks. */
+template <int M> struct few_parts {
+    float2 lo[FEW_PARTS], hi[FEW_PARTS];
+
+    __device__ __forceinline__ void ask(const float *sums, int parts) {
 #pragma unroll
-    for (int i = 0; i < FEW_PARTS; i++) {
-        if (i >= parts) continue;
-        if (M == WIDE_M) load_from_block(v[i], w[i], sums, (unsigned)i);
-        else load_from_block(v[i], sums, (unsigned)i);
+        for (int i = 0; i < FEW_PARTS; i++) {
+            if (i >= parts) continue;
+            if (M == WIDE_M) load_from_block(lo[i], hi[i], sums, (unsigned)i);
+            else load_from_block(lo[i], sums, (unsigned)i);
+        }
     }
-    lo = v[0];
-    if (M == WIDE_M) hi = w[0];
+    __device__ __forceinline__ void join(float2 &l, float2 &h, int parts) const {
+        l = lo[0];
+        h = M == WIDE_M ? hi[0] : make_float2(0, 0);
 #pragma unroll
-    for (int i = 1; i < FEW_PARTS; i++) {
-        if (i >= parts) continue;
-        lo.x += v[i].x; lo.y += v[i].y;
-        if (M == WIDE_M) { hi.x += w[i].x; hi.y += w[i].y; }
+        for (int i = 1; i < FEW_PARTS; i++) {
+            if (i >= parts) continue;
+            l.x += lo[i].x; l.y += lo[i].y;
+            if (M == WIDE_M) { h.x += hi[i].x; h.y += hi[i].y; }
+        }
     }
-}
+};
 
 /* What a row needs, as long as it is one of the block's. */
 template <int KIND, int M>
@@ -3478,31 +3539,54 @@ static __device__ __forceinline__ void few_ask_all(few_row &r, const wide_args &
     few_ask<KIND, M>(r, g, row, tile);
 }
 
+/* Every eighth row from this warp's first one on; the sums of the next one, and what the one after it needs, are on their way.
+   look(r, i) sees what is known of the i-th before it is finished. */
+template <int KIND, class T, int M, class F>
+static __device__ __forceinline__ void few_finish_rows(const wide_args &g, const float *sums, int row, int end, int tile,
+                                                       few_row r, few_row next, F look) {
+    few_parts<M> parts, more;
+    if (row < end) parts.ask(sums + row * FEW_LD, g.parts);
+#pragma unroll 1
+    for (int i = 0; row < end; row += 8, i++) {
+        float2 lo, hi;
+        few_row later = next;
+        more = parts;
+        if (row + 8 < end) more.ask(sums + (row + 8) * FEW_LD, g.parts);
+        few_ask_all<KIND, M>(later, g, row + 16, end, tile);
+        look(r, i);
+        parts.join(lo, hi, g.parts);
+        few_finish<KIND, T, M>(g, lo, hi, r, row, tile);
+        r = next;
+        next = later;
+        parts = more;
+    }
+}
+
 /* The warps that multiply. They are short-lived, so what they do once must not be much code: it comes from afar, too. */
 template <int KIND, class T, int M, int R>
 static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned char *memory, few_ring ring, int rank,
                                                     int tile, int steps, int warp) {
+    constexpr bool norms = R == 32 && M == WIDE_M && (KIND == WIDE_QKV || KIND == WIDE_SWIGLU);
+    __shared__ row_scale scales[FEW_NORM];
+    float gains[8][4];
     const int n = R / g.parts, end = rank * n + n < g.rows ? rank * n + n : g.rows;
     const float *sums = (const float *)(const void *)memory + 2 * lane_id();
-    int row = rank * n + warp;          /* the first of this warp's of those that the block finishes */
+    const int row = rank * n + warp;    /* the first of this warp's of those that the block finishes */
     few_row r, next;
     few_ask_early<KIND>(r, g, row, tile);
     few_ask_early<KIND>(next, g, row + 8, tile);
+    if (norms && g.norm.gain) load_all_gains(gains, g.norm.gain, 4 * lane_id(), 128, g.k);
     wait_for_previous();
+    if (norms && g.norm.gain) few_norm<M, R>(g, memory, rank * steps * WIDE_K, steps, warp, scales, gains);
     few_ask<KIND, M>(r, g, row, tile);
     few_ask<KIND, M>(next, g, row + 8 < end ? row + 8 : row, tile);
+    if (norms && g.norm.gain && row < end) {
+        r.scale = g.w_scale / scales[row].up;
+        r.down = 1.0f / scales[row].ff;
+    }
     few_sum<M, R>(memory, ring, steps, warp / 4);
     cluster_meet();
-#pragma unroll 1
-    for (; row < end; row += 8) {
-        float2 lo, hi = make_float2(0, 0);
-        few_row later = next;
-        few_ask_all<KIND, M>(later, g, row + 16, end, tile);
-        few_join<M>(lo, hi, sums + row * FEW_LD, g.parts);
-        few_finish<KIND, T, M>(g, lo, hi, r, row, tile);
-        r = next;
-        next = later;
-    }
+    few_finish_rows<KIND, T, M>(g, sums, row, end, tile, r, next, [](few_row &, int) {});
 }
 #endif
 

@@ -672,6 +672,62 @@ static void test_cuda_wanted(void) {
     lab_check_wanted(&lab_odd, QWEN3_KV_F16, QWEN3_PATH_FUSED, 7, 1);
 }
 
+/* A layer as a step goes through it, where products norm their input themselves, beside its operations one by one with the
+   CPU's norms. */
+static void lab_check_layer(const lab_shape *s, int kv_type, int n, int n_seqs) {
+    static qwen3i_out outs[64];
+    const size_t size = (size_t)n * (size_t)s->n_embd;
+    qwen3_ctx_desc desc = ctx_desc(n + 3 * n_seqs + 40, n_seqs, n, kv_type);
+    lab *l = (lab *)malloc(sizeof *l);
+    lab_rows *r = (lab_rows *)malloc(sizeof *r);
+    if (lab_open(l, s, QWEN3I_BF16, &desc)) {
+        float *whole = floats(size), *x = floats(size), *h = floats(size);
+        int i, k;
+        lab_make_rows(l, r, n, n_seqs, 0);
+        memset(outs, 0, sizeof outs);
+        for (i = 0; i < n; i++) { outs[i].row = i; outs[i].keep_seq = -1; }
+        r->batch.outs = outs;
+        r->batch.n_outs = n;
+        LAB_OK(l, qwen3_cuda_backend()->forward(l->ctx, &r->batch, &l->err));
+        lab_get(l, QWEN3_CUDA_X, whole);
+        lab_run(l, QWEN3_CUDA_EMBED);
+        for (k = 0; k < 2; k++) {
+            const float *gain = k ? l->layer.mlp_norm : l->layer.attn_norm;
+            lab_get(l, QWEN3_CUDA_X, x);
+            qwen3i_rmsnorm(&l->exec, h, x, gain, n, s->n_embd, l->model.config.rms_eps);
+            lab_put(l, QWEN3_CUDA_H, h);
+            lab_run(l, k ? QWEN3_CUDA_MLP : QWEN3_CUDA_QKV_ROPE);
+            if (k == 0) lab_run(l, QWEN3_CUDA_ATTENTION);
+            lab_run(l, k ? QWEN3_CUDA_DOWN : QWEN3_CUDA_O_PROJ);
+        }
+        memcpy(x, whole, size * sizeof *x);
+        free(whole);
+        free(h);
+        lab_check(l, "layer", QWEN3_CUDA_X, x, n, s->n_embd, kv_type == QWEN3_KV_F32 ? CUDA_PRODUCT : CUDA_ROUNDED);
+    }
+    lab_close(l);
+    free(r);
+    free(l);
+}
+
+static void test_cuda_layer(void) {
+    static const lab_shape shape = {256, 4, 2, 128, 384, 128, 1};
+    cuda_on_cpu_chip(90);
+    lab_check_layer(&shape, QWEN3_KV_F16, 1, 1);
+    lab_check_layer(&shape, QWEN3_KV_F32, 2, 1);
+    lab_check_layer(&shape, QWEN3_KV_F16, 2, 2);
+    lab_check_layer(&shape, QWEN3_KV_BF16, 7, 3);
+    lab_check_layer(&shape, QWEN3_KV_F16, 8, 8);
+    lab_check_layer(&shape, QWEN3_KV_F16, 9, 9);
+#ifndef QWEN3_TEST_CUDA_ON_CPU
+    lab_check_layer(&lab_real, QWEN3_KV_F32, 2, 2);
+    lab_check_layer(&lab_real, QWEN3_KV_F16, 8, 1);
+    lab_check_layer(&lab_real, QWEN3_KV_F16, 60, 60);
+#endif
+    cuda_on_cpu_chip(80);
+    lab_check_layer(&shape, QWEN3_KV_F32, 3, 1);
+}
+
 static void test_cuda_kernels_standard(void) {
     lab_check_all(&lab_small, QWEN3I_F32,  QWEN3_KV_F16,  QWEN3_PATH_STANDARD, 1, 1, 5);
     lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_STANDARD, 3, 3, 9);
@@ -1302,6 +1358,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_kernels_clusters);
     RUN(test_cuda_kernels_batched);
     RUN(test_cuda_kernels_hopper);
+    RUN(test_cuda_layer);
     RUN(test_cuda_wanted);
     RUN(test_cuda_kernels_standard);
 #ifdef QWEN3_TEST_CUDA_ON_CPU

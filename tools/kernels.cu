@@ -376,12 +376,14 @@ template <int R> __device__ void fused_few_sum(unsigned char *memory, few_ring r
         store_2((float *)(void *)memory + tid() / 4 * FEW_LD + WIDE_M, squares, 0);
 }
 
-/* few_multiply; r.scale is only the input's until the sums are there. Each lane fetches one block's squares, with them. */
+/* few_multiply; r.scale is only the input's until the sums are there. The squares are joined for all of the warp's rows at
+   once: lanes of the same l / parts have the parts of one of them. */
 template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_args &g, unsigned char *memory, few_ring ring,
                                                                     int rank, int tile, int steps, int warp, float w_scale) {
-    const int n = R / g.parts, end = least(rank * n + n, g.rows);
+    const int n = R / g.parts, end = least(rank * n + n, g.rows), row = rank * n + warp;
+    const int mine = least(row + lane_id() / g.parts * 8, end - 1);
     const float *sums = (const float *)(const void *)memory;
-    int row = rank * n + warp;
+    float2 squares = make_float2(0, 0);
     few_row r, next;
     few_ask_early<WIDE_QKV>(r, g, row, tile);
     few_ask_early<WIDE_QKV>(next, g, row + 8, tile);
@@ -390,19 +392,11 @@ template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_a
     few_ask<WIDE_QKV, WIDE_M>(next, g, row + 8, tile);
     fused_few_sum<R>(memory, ring, steps, warp / 4);
     cluster_meet();
-#pragma unroll 1
-    for (; row < end; row += 8) {
-        float2 lo, hi = make_float2(0, 0), squares;
-        few_row later = next;
-        few_ask_all<WIDE_QKV, WIDE_M>(later, g, row + 16, end, tile);
-        load_from_block(squares, sums + row * FEW_LD + WIDE_M, (unsigned)(lane_id() % g.parts));
-        few_join<WIDE_M>(lo, hi, sums + row * FEW_LD + 2 * lane_id(), g.parts);
-        for (int o = 1; o < g.parts; o *= 2) squares.x += __shfl_xor_sync(ALL, squares.x, o);
-        r.scale = fused_scale(g, w_scale, r.scale, squares.x);
-        few_finish<WIDE_QKV, float, WIDE_M>(g, lo, hi, r, row, tile);
-        r = next;
-        next = later;
-    }
+    if (row < end) load_from_block(squares, sums + mine * FEW_LD + WIDE_M, (unsigned)(lane_id() % g.parts));
+    for (int o = 1; o < g.parts; o *= 2) squares.x += __shfl_xor_sync(ALL, squares.x, o);
+    few_finish_rows<WIDE_QKV, float, WIDE_M>(g, sums + 2 * lane_id(), row, end, tile, r, next, [&](few_row &at, int i) {
+        at.scale = fused_scale(g, w_scale, at.scale, __shfl_sync(ALL, squares.x, i * g.parts));
+    });
 }
 
 /* wide_multiply_tiles for Q K V, which also adds up the squares of x: each warp those of the 16 rows that it finishes. */
