@@ -2656,7 +2656,7 @@ const int WIDE_DIM     = 128;           /* head_dim */
 const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
 /* A tile of x, and P parts of N rows of W each. */
 template <int N, int P> struct wide_tile {
-    enum { W_BYTES = N * WIDE_K * 2, BYTES = (int)WIDE_HALF + P * W_BYTES, STAGES = P == 1 ? 6 : 4 };
+    enum { BYTES = (int)WIDE_HALF + P * N * WIDE_K * 2, STAGES = P == 1 ? 6 : 4 };
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -2993,8 +2993,7 @@ static __global__ void row_norms_kernel(float *most, const half_t *w, int n, int
 enum wide_kind { WIDE_ADD, WIDE_QKV, WIDE_SWIGLU, WIDE_STORE };
 
 struct wide_args {
-    int          rows, k, n_tiles;      /* of W: parts of tiles, of 128 rows */
-    int          whole;                 /* tiles of two parts, before those of one; wide_product only */
+    int          rows, k, n_tiles;      /* of W: tiles of 128 rows */
     int          step, half;            /* rows of W from a tile to the next, and from its first half to its second */
     float        w_scale;               /* W = w * w_scale; x[row] = in[row] * in_scale[row] (NULL: 1) */
     const float *in_scale;
@@ -3117,52 +3116,37 @@ template <class T> static __device__ __forceinline__ void wide_qkv(const wide_ar
 
 struct wide_stage { mbarrier full, empty; };    /* empty: both blocks' eight warps that multiply */
 
-/* Which rows of x, in units of a block's, and which part of W a tile begins with, and its parts. */
-struct wide_place { int rows, first, parts; };
-
-template <int P> static __device__ __forceinline__ wide_place wide_place_of(const wide_args &g, int tile, int rank) {
-    const int pairs = ceil_div(g.rows, 2 * WIDE_M), column = tile / pairs;
-    const bool single = P == 1 || column >= g.whole;
-    const wide_place at = {tile % pairs * 2 + rank, single ? column + (P - 1) * g.whole : P * column, single ? 1 : P};
-    return at;
-}
-static __device__ __forceinline__ int wide_tiles(const wide_args &g) {
-    return ceil_div(g.rows, 2 * WIDE_M) * (g.n_tiles - g.whole);
-}
-
 /* Halves of each part of a tile of W to both blocks of a cluster, of which the other loads the other halves. */
 template <int N, int P>
-static __device__ __forceinline__ void wide_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int k,
-                                                   const wide_place &at, int rank, wide_stage *s) {
-    barrier_expect(&s->full, (unsigned)WIDE_HALF + (unsigned)(at.parts * wide_tile<N, P>::W_BYTES));
+static __device__ __forceinline__ void wide_load_w(unsigned char *to, const CUtensorMap *map, int k, int row, int part,
+                                                   int rank, wide_stage *s) {
+    barrier_expect(&s->full, (unsigned)wide_tile<N, P>::BYTES);
 #pragma unroll
     for (int p = 0; p < P; p++)
-        if (p < at.parts)
-            load_tile_twice(to + WIDE_HALF + wide_tile<N, P>::W_BYTES * p + wide_tile<N, P>::W_BYTES / 2 * rank, map, k,
-                            (at.first + p) * g.step + rank * g.half, &s->full);
+        load_tile_twice(to + WIDE_HALF + N * WIDE_K * (2 * p + rank), map, k, row + p * part, &s->full);
 }
 
 /* Tiles of x, each block its own, and of W. The first weights are asked for before x exists. */
 template <int N, int P>
 static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                  unsigned char *memory, wide_stage *stages, int rank) {
-    const int clusters = (int)gridDim.x / 2, first = block_x() / 2, n = wide_tiles(g);
-    const unsigned places = wide_tile<N, P>::STAGES, steps = (unsigned)(g.k / WIDE_K), early = steps < places ? steps : places;
+    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2, first = block_x() / 2;
+    const unsigned n = wide_tile<N, P>::STAGES, early = (unsigned)(g.k / WIDE_K) < n ? (unsigned)(g.k / WIDE_K) : n;
+    const int first_w = first / pairs * P * g.step + rank * g.half;
     unsigned turn = 0;
     for (unsigned i = 0; i < early; i++)
-        wide_load_w<N, P>(memory + wide_tile<N, P>::BYTES * i, w_map, g, (int)i * WIDE_K, wide_place_of<P>(g, first, rank),
-                          rank, &stages[i]);
+        wide_load_w<N, P>(memory + wide_tile<N, P>::BYTES * i, w_map, (int)i * WIDE_K, first_w, g.step, rank, &stages[i]);
     wait_for_previous();
-    for (int t = first; t < n; t += clusters) {
-        const wide_place at = wide_place_of<P>(g, t, rank);
+    for (int t = first; t < pairs * g.n_tiles / P; t += clusters) {
+        const int row = (t % pairs * 2 + rank) * WIDE_M, w_row = t / pairs * P * g.step + rank * g.half;
         for (int k = 0; k < g.k; k += WIDE_K, turn++) {
-            const unsigned s = turn % places;
+            const unsigned s = turn % n;
             unsigned char *to = memory + wide_tile<N, P>::BYTES * s;
             if (turn >= early) {
-                barrier_wait(&stages[s].empty, (turn / places & 1) ^ 1);
-                wide_load_w<N, P>(to, w_map, g, k, at, rank, &stages[s]);
+                barrier_wait(&stages[s].empty, (turn / n & 1) ^ 1);
+                wide_load_w<N, P>(to, w_map, k, w_row, g.step, rank, &stages[s]);
             }
-            load_tile(to, x_map, k, at.rows * WIDE_M, &stages[s].full);
+            load_tile(to, x_map, k, row, &stages[s].full);
         }
     }
 }
@@ -3174,19 +3158,17 @@ static __device__ __forceinline__ void wide_release(wide_stage *s) {
 /* acc += rows of x times P parts of a tile of W, k elements. see() is called with each tile of x while it is multiplied. */
 template <int N, int P, class X = see_nothing>
 static __device__ __forceinline__ void wide_sum(float (&acc)[P][N / 2], float (&part)[N / 2], const unsigned char *memory,
-                                                wide_stage *stages, unsigned &turn, int k, int group, int parts,
-                                                X see = X()) {
+                                                wide_stage *stages, unsigned &turn, int k, int group, X see = X()) {
     const int BYTES = wide_tile<N, P>::BYTES, STAGES = wide_tile<N, P>::STAGES;
     for (int done = 0; done < k; done += WIDE_CHUNK * WIDE_K, turn += WIDE_CHUNK) {
 #pragma unroll
         for (int p = 0; p < P; p++) {
-            if (P > 1 && p >= parts) break;
             products_begin();
 #pragma unroll
             for (unsigned i = 0; i < WIDE_CHUNK; i++) {
                 const unsigned s = (turn + i) % STAGES;
                 const unsigned char *x = memory + BYTES * s + WIDE_HALF / 2 * (size_t)group,
-                                    *w = memory + BYTES * s + WIDE_HALF + wide_tile<N, P>::W_BYTES * p;
+                                    *w = memory + BYTES * s + WIDE_HALF + 2 * N * WIDE_K * p;
                 if (p == 0) barrier_wait(&stages[s].full, (turn + i) / STAGES & 1);
 #pragma unroll
                 for (int j = 0; j < WIDE_K / 16; j++)
@@ -3198,7 +3180,7 @@ static __device__ __forceinline__ void wide_sum(float (&acc)[P][N / 2], float (&
             products_wait<0>();
             products_done(part);
 #pragma unroll
-            for (unsigned i = 0; i < WIDE_CHUNK; i++) if (P == 1 || p == parts - 1) wide_release(&stages[(turn + i) % STAGES]);
+            for (unsigned i = 0; p == P - 1 && i < WIDE_CHUNK; i++) wide_release(&stages[(turn + i) % STAGES]);
 #pragma unroll
             for (int i = 0; i < N / 2; i++) acc[p][i] += part[i];
         }
@@ -3208,14 +3190,14 @@ static __device__ __forceinline__ void wide_sum(float (&acc)[P][N / 2], float (&
 template <int KIND, class T, int N, int P>
 static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank,
                                            int group) {
-    const int clusters = (int)gridDim.x / 2, n = wide_tiles(g);
+    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2;
     float part[N / 2];
     unsigned turn = 0;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) part[i] = 0;
-    for (int t = block_x() / 2; t < n; t += clusters) {
-        const wide_place at = wide_place_of<P>(g, t, rank);
-        const int row0 = at.rows * WIDE_M + 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
+    for (int t = block_x() / 2; t < pairs * g.n_tiles / P; t += clusters) {
+        const int row0 = (t % pairs * 2 + rank) * WIDE_M + 64 * group + warp_id() % 4 * 16 + lane_id() / 4,
+                  n = t / pairs * P;
         float acc[P][N / 2], scale[2];
         int seq[2] = {0, 0}, position[2] = {0, 0};
 #pragma unroll
@@ -3227,16 +3209,15 @@ static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *me
             if (KIND == WIDE_QKV) { seq[r] = g.qkv.rows[row].seq; position[r] = g.qkv.rows[row].position; }
 #pragma unroll
             for (int p = 0; p < P; p++)
-                if (KIND == WIDE_ADD && p < at.parts) wide_add_begin(g, acc[p], row0 + 8 * r, r, at.first + p, scale[r]);
+                if (KIND == WIDE_ADD) wide_add_begin(g, acc[p], row0 + 8 * r, r, n + p, scale[r]);
         }
-        wide_sum<N, P>(acc, part, memory, stages, turn, g.k, group, at.parts);
+        wide_sum<N, P>(acc, part, memory, stages, turn, g.k, group);
 #pragma unroll
         for (int i = 0; i < 2 * P; i++) {
             const int p = i / 2, r = i % 2, row = row0 + 8 * r;
-            if (P > 1 && p >= at.parts) break;
-            if constexpr (KIND == WIDE_ADD) wide_add_end(g, acc[p], row, r, at.first + p, scale[r]);
-            else if constexpr (KIND == WIDE_QKV) wide_qkv<T>(g, acc[p], row, r, at.first + p, scale[r], seq[r], position[r]);
-            else wide_swiglu(g, acc[p], row, r, at.first + p, scale[r]);
+            if constexpr (KIND == WIDE_ADD) wide_add_end(g, acc[p], row, r, n + p, scale[r]);
+            else if constexpr (KIND == WIDE_QKV) wide_qkv<T>(g, acc[p], row, r, n + p, scale[r], seq[r], position[r]);
+            else wide_swiglu(g, acc[p], row, r, n + p, scale[r]);
         }
     }
 }
@@ -3246,8 +3227,8 @@ static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *me
    ADD: the residual, in float32; equals qwen3i_matmul_add. SWIGLU: silu(gate) * up of rows of W n_ff apart, rounded
    once; equals qwen3i_swiglu. QKV: each head's RMSNorm and rotation in float32, q rounded once, k and v to the cache
    with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope; head_dim 128; T is the cache's type.
-   Clusters of two blocks take turns of tiles of [256, P N], and then of [256, N]; N is 128, for ADD also 160, which changes no
-   sum. Two parts read shared memory and the second-level cache less than two tiles, which both limit a product. Order: the tensor core adds
+   Clusters of two blocks take turns of tiles of [256, P N]; N is 128, for ADD also 160, which changes no sum. Two parts read
+   shared memory and the second-level cache less than two tiles, which both limit a product. Order: the tensor core adds
    up 128 elements, which start from zero, and float32 the chunks: the former cuts its sums off, and over a whole row that
    would show. */
 template <int KIND, class T, int N, int P>

@@ -402,15 +402,14 @@ template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_a
 /* wide_multiply_tiles for Q K V, which also adds up the squares of x: each warp those of the 16 rows that it finishes. */
 template <int P> __device__ void fused_wide_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank,
                                                   int group, float w_scale) {
-    const int clusters = (int)gridDim.x / 2, n = wide_tiles(g), first = 64 * group + warp_id() % 4 * 16;
+    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2, first = 64 * group + warp_id() % 4 * 16;
     const int mine = squares_at<2>(first + lane_id() / 2, lane_id() % 2);
     float part[64];
     unsigned turn = 0;
 #pragma unroll
     for (int i = 0; i < 64; i++) part[i] = 0;
-    for (int t = block_x() / 2; t < n; t += clusters) {
-        const wide_place at = wide_place_of<P>(g, t, rank);
-        const int row0 = at.rows * WIDE_M + first + lane_id() / 4;
+    for (int t = block_x() / 2; t < pairs * g.n_tiles / P; t += clusters) {
+        const int row0 = (t % pairs * 2 + rank) * WIDE_M + first + lane_id() / 4, head = t / pairs * P;
         float acc[P][64], down[2], squares = 0;     /* of row first + lane / 2 */
         int seq[2], position[2];
 #pragma unroll
@@ -422,15 +421,14 @@ template <int P> __device__ void fused_wide_tiles(const wide_args &g, unsigned c
             seq[r] = g.qkv.rows[row].seq;
             position[r] = g.qkv.rows[row].position;
         }
-        wide_sum<WIDE_N, P>(acc, part, memory, stages, turn, g.k, group, at.parts,
+        wide_sum<WIDE_N, P>(acc, part, memory, stages, turn, g.k, group,
                             [&](const unsigned char *x) { add_squares<2>(squares, x, mine); });
         squares = join_squares<2>(squares);
 #pragma unroll
         for (int i = 0; i < 2 * P; i++) {
             const int p = i / 2, r = i % 2;
-            if (P > 1 && p >= at.parts) break;
             const float scale = fused_scale(g, w_scale, down[r], __shfl_sync(ALL, squares, lane_id() / 4 * 2 + 16 * r));
-            wide_qkv<float>(g, acc[p], row0 + 8 * r, r, at.first + p, scale, seq[r], position[r]);
+            wide_qkv<float>(g, acc[p], row0 + 8 * r, r, head + p, scale, seq[r], position[r]);
         }
     }
 }
@@ -519,7 +517,7 @@ template <int R> cudaError_t fused_few(const pass *p, const matrix &w, wide_args
 }
 
 template <int P> cudaError_t fused_wide(const pass *p, const matrix &w, const wide_args &a) {
-    const int clusters = least(wide_pairs(p) * (a.n_tiles - a.whole), p->c->m->n_sm / 2);
+    const int clusters = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles / P, p->c->m->n_sm / 2);
     return launch_shared(p, WIDE_CLUSTER, grid1(2 * clusters), WIDE_THREADS, wide_product_shared<WIDE_N, P>(),
                          fused_wide_kernel<P>, get_map(p->c->wide_h_map), get_map(w.map), a, w.scale);
 }
@@ -528,8 +526,7 @@ cudaError_t fused_product(const pass *p, const matrix &w, const qkv_args &qkv) {
     wide_args a = wide_arguments(p, w, p->c->act_scale);
     a.w_scale = 1;
     a.qkv = qkv;
-    a.whole = p->how == WIDE ? wide_whole(p, a.n_tiles) : 0;
-    if (p->how == WIDE) return a.whole > 0 ? fused_wide<2>(p, w, a) : fused_wide<1>(p, w, a);
+    if (p->how == WIDE) return wide_columns(p, a) > WIDE_N ? fused_wide<2>(p, w, a) : fused_wide<1>(p, w, a);
     return p->n <= 32 ? fused_few<32>(p, w, a) : fused_few<64>(p, w, a);
 }
 
