@@ -1759,9 +1759,7 @@ static qwen3_result wide_attention(const pass *p, const attention_args &from, in
     a.layer = layer;
     a.max_seqs = c->desc.max_seqs;
     a.scale = from.scale;
-    a.n_tiles = p->n_tiles;
-    a.turn = c->attn_tickets;
-    return launched(p, launch_early(p->early, p->s, grid1(least(from.n_head_kv * p->n_tiles, c->m->n_sm)), WIDE_THREADS,
+    return launched(p, launch_early(p->early, p->s, grid2(from.n_head_kv, p->n_tiles), WIDE_THREADS,
                                     WIDE_ATTENTION_SHARED, wide_attention_kernel, get_map(c->q_map), get_map(c->k_map),
                                     get_map(c->v_map), a, (const attention_tile *)c->tile_list), "wide_attention");
 }

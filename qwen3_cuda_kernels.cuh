@@ -3626,40 +3626,14 @@ template <int KIND, class T, int M, int R> static __global__ void __launch_bound
 /* ---- attention ------------------------------------------------------------------------------------------ */
 struct wide_attention_args {
     half_t       *out;                  /* [rows, n_head, 128] */
-    int           n_head, group, layer, max_seqs, n_tiles;
+    int           n_head, group, layer, max_seqs;
     float         scale;                /* 1 / sqrt(head_dim) */
-    unsigned     *turn;                 /* tiles that were taken beyond each block's first; zero before and after */
 };
-
-struct attention_turn { attention_tile tile; int kv_head; };    /* a block's; n_tokens 0: it has no more */
 
 #ifdef QWEN3_WGMMA
 struct attention_stage { mbarrier k_full, k_empty, v_full, v_empty; };  /* empty: the eight warps that multiply */
 
-const int ATTENTION_STAGES = 2;         /* places for keys and for values of 128 positions, and for rows of tiles */
-const size_t ATTENTION_PLACE = 2 * WIDE_HALF;
-
-struct attention_memory {
-    unsigned char   *q, *k, *v;
-    attention_stage *stages;
-    wide_stage      *rows;              /* of q, and ... */
-    attention_turn  *turns;             /* ... whose they are */
-};
-
-static __device__ __forceinline__ attention_memory divide_attention(unsigned char *p) {
-    attention_memory m;
-    m.q = p;
-    m.k = m.q + ATTENTION_STAGES * ATTENTION_PLACE;
-    m.v = m.k + ATTENTION_STAGES * ATTENTION_PLACE;
-    m.stages = (attention_stage *)(void *)(m.v + ATTENTION_STAGES * ATTENTION_PLACE);
-    m.rows = (wide_stage *)(void *)(m.stages + ATTENTION_STAGES);
-    m.turns = (attention_turn *)(void *)(m.rows + ATTENTION_STAGES);
-    return m;
-}
-
-static __device__ __forceinline__ int attention_steps(const attention_tile &tile) {
-    return ceil_div(tile.pos0 + tile.n_tokens, WIDE_POS);
-}
+const int ATTENTION_STAGES = 2;
 
 static __device__ __forceinline__ void load_positions(unsigned char *to, const CUtensorMap *map, int head, int pos,
                                                       int z, mbarrier *full, mbarrier *empty, unsigned turn) {
@@ -3738,15 +3712,15 @@ static __device__ __forceinline__ void weights_to_halves(unsigned (&p)[8][4], co
         for (int j = 0; j < 4; j++) p[i][j] = round_halves(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
 }
 
-/* A tile whose rows of q are at `turn`, and whose first keys and values at `base` of all those of this block. */
-static __device__ void wide_attend(const wide_attention_args &a, const attention_tile &tile, const attention_memory &m,
-                                   int kv_head, int group, unsigned turn, unsigned base) {
-    const unsigned char *q = m.q + ATTENTION_PLACE * (turn % ATTENTION_STAGES) + WIDE_HALF / 2 * (size_t)group;
+static __device__ void wide_attend(const wide_attention_args &a, const attention_tile &tile, unsigned char *memory,
+                                   mbarrier *q_full, attention_stage *stages, int kv_head, int group) {
+    unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
+    const unsigned char *q = memory + WIDE_HALF / 2 * (size_t)group;
     const int first = 64 * group, row0 = first + warp_id() % 4 * 16 + lane_id() / 4;
-    const int steps = attention_steps(tile);
+    const int n = tile.pos0 + tile.n_tokens, steps = ceil_div(n, WIDE_POS);
     const float scale = a.scale * LOG2E;
     float s[64], o[64];
-    unsigned p[8][4], at = base % ATTENTION_STAGES;
+    unsigned p[8][4];
     softmax_rows rows;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -3757,43 +3731,42 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
     }
 #pragma unroll
     for (int i = 0; i < 64; i++) s[i] = o[i] = 0;
-    barrier_wait(&m.stages[at].k_full, base / ATTENTION_STAGES & 1);
-    wide_scores(s, q, m.k + ATTENTION_PLACE * at);
+    barrier_wait(q_full, 0);
+    barrier_wait(&stages[0].k_full, 0);
+    wide_scores(s, q, ks);
     products_wait<0>();
     products_done(s);
-    if (lane_id() == 0) barrier_arrive(&m.stages[at].k_empty);
+    if (lane_id() == 0) barrier_arrive(&stages[0].k_empty);
     wide_softmax(s, rows, (steps - 1) * WIDE_POS, true, scale);
     weights_to_halves(p, s);
     for (int step = 1; step < steps; step++) {          /* from the last positions to the first */
-        const unsigned now = base + (unsigned)step, before = at;
+        const int at = step % ATTENTION_STAGES, before = (step - 1) % ATTENTION_STAGES;
         const int pos = (steps - 1 - step) * WIDE_POS;
-        at = now % ATTENTION_STAGES;
-        barrier_wait(&m.stages[at].k_full, now / ATTENTION_STAGES & 1);
+        barrier_wait(&stages[at].k_full, (unsigned)(step / ATTENTION_STAGES) & 1);
         products_done(o);
         products_read(p);
-        wide_scores(s, q, m.k + ATTENTION_PLACE * at);
-        barrier_wait(&m.stages[before].v_full, (now - 1) / ATTENTION_STAGES & 1);
-        wide_values(o, p, m.v + ATTENTION_PLACE * before);
+        wide_scores(s, q, ks + 2 * WIDE_HALF * (size_t)at);
+        barrier_wait(&stages[before].v_full, (unsigned)((step - 1) / ATTENTION_STAGES) & 1);
+        wide_values(o, p, vs + 2 * WIDE_HALF * (size_t)before);
         products_wait<1>();
         products_done(s);
-        if (lane_id() == 0) barrier_arrive(&m.stages[at].k_empty);
+        if (lane_id() == 0) barrier_arrive(&stages[at].k_empty);
         if (pos + WIDE_POS - 1 > tile.pos0) wide_softmax(s, rows, pos, true, scale);
         else wide_softmax(s, rows, pos, false, scale);
         products_wait<0>();
         products_done(o);
-        if (lane_id() == 0) barrier_arrive(&m.stages[before].v_empty);
+        if (lane_id() == 0) barrier_arrive(&stages[before].v_empty);
 #pragma unroll
         for (int i = 0; i < 64; i++) o[i] *= rows.keep[i / 2 % 2];
         weights_to_halves(p, s);
     }
-    if (lane_id() == 0) barrier_arrive(&m.rows[turn % ATTENTION_STAGES].empty);
-    barrier_wait(&m.stages[at].v_full, (base + (unsigned)steps - 1) / ATTENTION_STAGES & 1);
+    const int at = (steps - 1) % ATTENTION_STAGES;
+    barrier_wait(&stages[at].v_full, (unsigned)((steps - 1) / ATTENTION_STAGES) & 1);
     products_done(o);
     products_read(p);
-    wide_values(o, p, m.v + ATTENTION_PLACE * at);
+    wide_values(o, p, vs + 2 * WIDE_HALF * (size_t)at);
     products_wait<0>();
     products_done(o);
-    if (lane_id() == 0) barrier_arrive(&m.stages[at].v_empty);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int row = row0 + 8 * r, token = row / a.group;
@@ -3813,85 +3786,61 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
 /* The tile's positions, from the last to the first. */
 static __device__ __forceinline__ void wide_attention_load(const CUtensorMap *k_map, const CUtensorMap *v_map,
                                                            const wide_attention_args &a, const attention_tile &tile,
-                                                           const attention_memory &m, int kv_head, unsigned base) {
-    const int steps = attention_steps(tile), z = a.layer * a.max_seqs + tile.seq;
-#pragma unroll 1
+                                                           unsigned char *ks, unsigned char *vs, attention_stage *stages,
+                                                           int kv_head) {
+    const int steps = ceil_div(tile.pos0 + tile.n_tokens, WIDE_POS), z = a.layer * a.max_seqs + tile.seq;
     for (int step = 0; step <= steps; step++) {
-        const unsigned now = base + (unsigned)step, at = now % ATTENTION_STAGES, before = (now - 1) % ATTENTION_STAGES;
+        const int i = step % ATTENTION_STAGES, before = (step + 1) % ATTENTION_STAGES;
         if (step < steps)
-            load_positions(m.k + ATTENTION_PLACE * at, k_map, kv_head, (steps - 1 - step) * WIDE_POS, z,
-                           &m.stages[at].k_full, &m.stages[at].k_empty, now);
+            load_positions(ks + 2 * WIDE_HALF * (size_t)i, k_map, kv_head, (steps - 1 - step) * WIDE_POS, z,
+                           &stages[i].k_full, &stages[i].k_empty, (unsigned)step);
         if (step > 0)
-            load_positions(m.v + ATTENTION_PLACE * before, v_map, kv_head, (steps - step) * WIDE_POS, z,
-                           &m.stages[before].v_full, &m.stages[before].v_empty, now - 1);
-    }
-}
-
-/* The thread that loads: the longest tiles first, as long as there are some; that there is none is told, too. The last one
-   to ask leaves the counter as it was. */
-static __device__ void wide_attention_feed(const CUtensorMap *q_map, const CUtensorMap *k_map, const CUtensorMap *v_map,
-                                           const wide_attention_args &a, const attention_tile *tiles,
-                                           const attention_memory &m) {
-    const int heads = a.n_head / a.group, n = a.n_tiles * heads, blocks = (int)gridDim.x;
-    unsigned base = 0;
-    for (int i = block_x(), turn = 0;; turn++) {
-        const int at = turn % ATTENTION_STAGES;
-        attention_turn now = {{0, 0, 0, 0}, i % heads};
-        if (i < n) now.tile = tiles[a.n_tiles - 1 - i / heads];
-        barrier_wait(&m.rows[at].empty, ((unsigned)turn / ATTENTION_STAGES & 1) ^ 1);
-        m.turns[at] = now;
-        if (i >= n) { barrier_arrive(&m.rows[at].full); return; }
-        load_wide_q(m.q + ATTENTION_PLACE * at, q_map, now.tile, now.kv_head, a.group, &m.rows[at].full);
-        wide_attention_load(k_map, v_map, a, now.tile, m, now.kv_head, base);
-        base += (unsigned)attention_steps(now.tile);
-        i = blocks + (int)atomicAdd(a.turn, 1u);
-        if (i == blocks + n - 1) *a.turn = 0;
+            load_positions(vs + 2 * WIDE_HALF * (size_t)before, v_map, kv_head, (steps - step) * WIDE_POS, z,
+                           &stages[before].v_full, &stages[before].v_empty, (unsigned)step - 1);
     }
 }
 #endif
 
-/* wide_attention: as attention_tile, head_dim 128 and an F16 cache. A tile is up to 128 (token, head) rows; at most as
-   many blocks as multiprocessors take turns of tiles times n_head_kv. q, the weights and the result are rounded once each
-   to F16; scores, softmax and sums are float32. Positions go in steps of 128, backwards: only the first steps need the
-   mask. Equals qwen3i_attention. */
+/* wide_attention: as attention_tile, head_dim 128 and an F16 cache. A tile is up to 128 (token, head) rows; grid
+   (n_head_kv, tiles). q, the weights and the result are rounded once each to F16; scores, softmax and sums are
+   float32. Positions go in steps of 128, backwards: only the first steps need the mask. Equals qwen3i_attention. */
 static __global__ void __launch_bounds__(WIDE_THREADS, 1)
     wide_attention_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                           const __grid_constant__ CUtensorMap v_map, wide_attention_args a, const attention_tile *tiles) {
 #ifdef QWEN3_WGMMA
     QWEN3_DYNAMIC_SHARED(raw);
-    const attention_memory m = divide_attention(raw + (1024 - shared_address(raw) % 1024) % 1024);
+    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
+    attention_stage *stages = (attention_stage *)(void *)(vs + ATTENTION_STAGES * 2 * WIDE_HALF);
+    mbarrier *q_full = (mbarrier *)(void *)(stages + ATTENTION_STAGES);
+    const attention_tile tile = tiles[gridDim.y - 1 - blockIdx.y];      /* the longest first */
     if (tid() == 0) {
         for (int i = 0; i < ATTENTION_STAGES; i++) {
-            barrier_init(&m.stages[i].k_full, 1); barrier_init(&m.stages[i].k_empty, 8);
-            barrier_init(&m.stages[i].v_full, 1); barrier_init(&m.stages[i].v_empty, 8);
-            barrier_init(&m.rows[i].full, 1);     barrier_init(&m.rows[i].empty, 8);
+            barrier_init(&stages[i].k_full, 1); barrier_init(&stages[i].k_empty, 8);
+            barrier_init(&stages[i].v_full, 1); barrier_init(&stages[i].v_empty, 8);
         }
+        barrier_init(q_full, 1);
         barriers_ready();
     }
     __syncthreads();
     wait_for_previous();
     let_next_start();
     if (warp_id() < 4) {
-        fewer_registers<32>();
-        if (tid() == 0) wide_attention_feed(&q_map, &k_map, &v_map, a, tiles, m);
-    } else {
-        const int group = __shfl_sync(ALL, warp_id() / 4 - 1, 0);
-        unsigned base = 0;
-        more_registers<240>();
-        for (unsigned turn = 0;; turn++) {
-            barrier_wait(&m.rows[turn % ATTENTION_STAGES].full, turn / ATTENTION_STAGES & 1);
-            const attention_turn now = m.turns[turn % ATTENTION_STAGES];
-            if (now.tile.n_tokens == 0) break;
-            wide_attend(a, now.tile, m, now.kv_head, group, turn, base);
-            base += (unsigned)attention_steps(now.tile);
+        fewer_registers<24>();
+        if (tid() == 0) {
+            load_wide_q(memory, &q_map, tile, block_x(), a.group, q_full);
+            wide_attention_load(&k_map, &v_map, a, tile, ks, vs, stages, block_x());
         }
+    } else {
+        more_registers<240>();
+        wide_attend(a, tile, memory, q_full, stages, block_x(), __shfl_sync(ALL, warp_id() / 4 - 1, 0));
     }
 #else
     (void)q_map; (void)k_map; (void)v_map; (void)a; (void)tiles;
 #endif
 }
 
-const size_t WIDE_ATTENTION_SHARED = 1024 + 3 * 2 * 2 * WIDE_HALF + 2 * (sizeof(mbarrier) * 6 + sizeof(attention_turn));
+const size_t WIDE_ATTENTION_SHARED = 1024 + (2 + 2 * 2 * 2) * WIDE_HALF + 2 * 32 + 8;
 
 } /* namespace */
 #endif
