@@ -3507,29 +3507,24 @@ static __device__ __forceinline__ void few_finish(const wide_args &g, float2 lo,
     }
 }
 
-/* The parts of a row, from all blocks: asked for at once, and joined in the order of the blocks. */
-template <int M> struct few_parts {
-    float2 lo[FEW_PARTS], hi[FEW_PARTS];
-
-    __device__ __forceinline__ void ask(const float *sums, int parts) {
+/* Joins the parts of a row in the order of the blocks; all are on their way at a time. */
+template <int M> static __device__ __forceinline__ void few_join(float2 &lo, float2 &hi, const float *sums, int parts) {
+    float2 v[FEW_PARTS], w[FEW_PARTS];
 #pragma unroll
-        for (int i = 0; i < FEW_PARTS; i++) {
-            if (i >= parts) continue;
-            if (M == WIDE_M) load_from_block(lo[i], hi[i], sums, (unsigned)i);
-            else load_from_block(lo[i], sums, (unsigned)i);
-        }
+    for (int i = 0; i < FEW_PARTS; i++) {
+        if (i >= parts) continue;
+        if (M == WIDE_M) load_from_block(v[i], w[i], sums, (unsigned)i);
+        else load_from_block(v[i], sums, (unsigned)i);
     }
-    __device__ __forceinline__ void join(float2 &l, float2 &h, int parts) const {
-        l = lo[0];
-        h = M == WIDE_M ? hi[0] : make_float2(0, 0);
+    lo = v[0];
+    if (M == WIDE_M) hi = w[0];
 #pragma unroll
-        for (int i = 1; i < FEW_PARTS; i++) {
-            if (i >= parts) continue;
-            l.x += lo[i].x; l.y += lo[i].y;
-            if (M == WIDE_M) { h.x += hi[i].x; h.y += hi[i].y; }
-        }
+    for (int i = 1; i < FEW_PARTS; i++) {
+        if (i >= parts) continue;
+        lo.x += v[i].x; lo.y += v[i].y;
+        if (M == WIDE_M) { hi.x += w[i].x; hi.y += w[i].y; }
     }
-};
+}
 
 /* What a row needs, as long as it is one of the block's. */
 template <int KIND, int M>
@@ -3539,26 +3534,20 @@ static __device__ __forceinline__ void few_ask_all(few_row &r, const wide_args &
     few_ask<KIND, M>(r, g, row, tile);
 }
 
-/* Every eighth row from this warp's first one on; the sums of the next one, and what the one after it needs, are on their way.
-   look(r, i) sees what is known of the i-th before it is finished. */
+/* Every eighth row from this warp's first one on. look(r, i) sees what is known of the i-th before it is finished. */
 template <int KIND, class T, int M, class F>
 static __device__ __forceinline__ void few_finish_rows(const wide_args &g, const float *sums, int row, int end, int tile,
                                                        few_row r, few_row next, F look) {
-    few_parts<M> parts, more;
-    if (row < end) parts.ask(sums + row * FEW_LD, g.parts);
 #pragma unroll 1
     for (int i = 0; row < end; row += 8, i++) {
-        float2 lo, hi;
+        float2 lo, hi = make_float2(0, 0);
         few_row later = next;
-        more = parts;
-        if (row + 8 < end) more.ask(sums + (row + 8) * FEW_LD, g.parts);
         few_ask_all<KIND, M>(later, g, row + 16, end, tile);
+        few_join<M>(lo, hi, sums + row * FEW_LD, g.parts);
         look(r, i);
-        parts.join(lo, hi, g.parts);
         few_finish<KIND, T, M>(g, lo, hi, r, row, tile);
         r = next;
         next = later;
-        parts = more;
     }
 }
 

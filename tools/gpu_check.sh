@@ -10,7 +10,7 @@
 #                  (registers; also cublas late early) compares build options with VARIANT_SIZES (0.6B)
 #     compare      transformers beside ours, COMPARE sizes (0.6B 8B)
 #     proof        a fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute; up to five minutes more
-#     sanitizers   LIMIT (150) seconds for each of 24 runs, all at once
+#     sanitizers   LIMIT (150) seconds for each of 27 runs, all at once; SUITES names fewer
 # QUICK=1 leaves the sanitizers out, COMPARE=, PROOF= and PROFILE= (Nsight Compute) those. Two more stages must be asked for;
 # with STAGES= they run alone. They need a PYTHON (python3) with PyTorch and transformers:
 #     SHAPES="0.6B 1.7B 4B 8B" MKMODEL=mkmodel.py
@@ -210,7 +210,8 @@ sanitize() (
 if ! wanted sanitizers || [ -n "$QUICK" ]; then :
 elif [ -n "$SANITIZER" ]; then
     for tool in memcheck racecheck initcheck; do
-        for suite in kernels_fused kernels_one kernels_clusters kernels_batched kernels_hopper kernels_standard next choose; do
+        for suite in ${SUITES:-kernels_fused kernels_one kernels_clusters kernels_batched kernels_hopper kernels_standard layer next \
+                               choose}; do
             sanitize $tool test_cuda_$suite &
         done
     done

@@ -126,8 +126,8 @@ static inline void load_from_block(float2 &v, float2 &w, const float *p, unsigne
 }
 static inline void stores_ready() {}
 static inline void group_sync(int id, int threads) { emulated::meet(emulated::block().named[id], threads); }
-template <int N> void fewer_registers() {}
-template <int N> void more_registers() {}
+template <int N> void fewer_registers() { emulated::have_registers(N); }
+template <int N> void more_registers() { emulated::have_registers(N); }
 
 static inline void load_tile(void *to, const CUtensorMap *map, int x, int y, int z, mbarrier *b) {
     const int from[3] = {x, y, z};

@@ -78,6 +78,7 @@ struct block_state {
     meeting all, named[16];
     uint3 index;
     unsigned char *dynamic;
+    long registers;                     /* that its threads have now beyond what they were launched with */
 };
 struct warp { uint64_t word[2][32][8]; int arrived, live; unsigned turn; };
 
@@ -177,6 +178,9 @@ inline void enter() { now().body(); leave(); }
 
 inline void barrier() { meet(block().all, block().live); }
 
+/* From now on this thread has n registers; it began with its share of the 65,536 of a multiprocessor, a multiple of 8. */
+inline void have_registers(int n) { block().registers += n - 65536 / now().block_threads / 8 * 8; }
+
 /* All lanes of the warp hand in n words; each gets to see all of them until the next exchange but one. */
 inline const uint64_t (*exchange(const uint64_t *words, int n))[8] {
     machine &m = now();
@@ -255,6 +259,8 @@ inline void run_cluster(const std::vector<uint3> &indices, dim3 block, size_t sh
         idle = m.progress == before ? idle + 1 : 0;
         if (idle > (indices.size() > 2 ? 1000 : 0)) die("a block can never go on: its threads wait for each other");
     }
+    for (size_t i = 0; i < m.blocks.size(); i++)
+        if (m.blocks[i].registers > 0) die("more registers than the block was launched with: it would wait for them for ever");
 }
 
 inline void run_grid(dim3 grid, dim3 block, size_t shared, unsigned cluster, const std::function<void()> &body) {
