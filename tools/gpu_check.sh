@@ -70,18 +70,19 @@ if [ -n "$SHAPES" ]; then              # they take their time; the build and the
     done
 fi
 
-# link NAME PROGRAM SOURCE: build/gpu_check_NAME_PROGRAM
-link() {
-    cc -std=c99 -O3 -I. -DQWEN3_WITH_CUDA "$3" "build/gpu_check_$1.o" -o "build/gpu_check_$1_$2" \
-        -L"$CUDA/lib64" -Wl,-rpath,"$CUDA/lib64" -lcublasLt -lcudart -lstdc++ -lm -lpthread
-}
-# build NAME FLAGS...: build/gpu_check_NAME_test and _bench
-build() (
+# compile NAME FLAGS...: the kernels, build/gpu_check_NAME.o
+compile() (
     name=$1; shift
     "$NVCC" -O3 -std=c++17 -lineinfo -gencode "arch=compute_$chip,code=sm_$chip" -Werror all-warnings \
-        -Xcompiler -Wall,-Wextra -Xptxas -v "$@" -c qwen3_cuda.cu -o "build/gpu_check_$name.o" || return 1
-    for program in test bench; do link "$name" $program $program.c || return 1; done
+        -Xcompiler -Wall,-Wextra -Xptxas -v "$@" -c qwen3_cuda.cu -o "build/gpu_check_$name.o"
 )
+# host SOURCE: a program's own side, build/gpu_check.PROGRAM.o
+host() { cc -std=c99 -O3 -I. -DQWEN3_WITH_CUDA -c "$1" -o "build/gpu_check.$(basename "$1" .c).o"; }
+# link NAME PROGRAM: build/gpu_check_NAME_PROGRAM
+link() {
+    cc "build/gpu_check.$2.o" "build/gpu_check_$1.o" -o "build/gpu_check_$1_$2" \
+        -L"$CUDA/lib64" -Wl,-rpath,"$CUDA/lib64" -lcublasLt -lcudart -lstdc++ -lm -lpthread
+}
 # what is to be compared with the defaults: one row by matrix-vector kernels that keep weights in registers, few rows by
 # cuBLASLt, late starts, early starts
 flags() {
@@ -95,13 +96,23 @@ flags() {
 VARIANTS=${VARIANTS-registers}
 wanted tests || wanted bench || VARIANTS=
 started=
+rm -f build/gpu_check*.o
 for v in $VARIANTS; do
-    build $v $(flags $v) > "$OUT/build.$v.log" 2>&1 &
+    compile $v $(flags $v) > "$OUT/build.$v.log" 2>&1 &
     started="$started $!"
 done
-{ build plain && link plain example example.c && link plain logits tools/logits.c; } > "$OUT/build.log" 2>&1 ||
-    { note build "FAILED: $(grep -m 1 error "$OUT/build.log")"; cat "$OUT/table"; exit 1; }
-[ -z "$started" ] || wait $started
+for source in test.c bench.c example.c tools/logits.c; do
+    host $source > "$OUT/build.$(basename $source).log" 2>&1 &
+    started="$started $!"
+done
+compile plain > "$OUT/build.log" 2>&1
+wait $started
+link_all() {
+    for v in plain $VARIANTS; do link $v test && link $v bench || return 1; done
+    link plain example && link plain logits
+}
+link_all >> "$OUT/build.log" 2>&1 ||
+    { note build "FAILED: $(cat "$OUT"/build*.log | grep -m 1 error)"; cat "$OUT/table"; exit 1; }
 note build "ok, $(grep -c 'Compiling entry' "$OUT/build.log") kernels, $(grep 'bytes spill stores' "$OUT/build.log" | grep -cv ' 0 bytes spill stores') spill"
 
 if wanted tests; then
