@@ -2949,10 +2949,11 @@ template <int K> static __global__ void __launch_bounds__(norm_threads(K))
     row_sums s = warp_sums(times_gains<gains_first<K, 4>()>(v, g, a.gain, at, step, width));
     if (lanes > 32) {
         const int warps = lanes / 32;
-        const row_sums none = {0, 0, 0};
         if (lane_id() == 0) sums[warp_id()] = s;
+        s.x = s.gained = s.top = 0;
         __syncthreads();
-        s = warp_sums(lane_id() < warps ? sums[warp_id() / warps * warps + lane_id()] : none);
+        if (lane_id() < warps) s = sums[warp_id() / warps * warps + lane_id()];
+        s = warp_sums(s);
     }
     if (row >= rows) return;
     const row_scale h = scale_row(s, width, a.eps, a.bounds);

@@ -113,7 +113,8 @@ link_all() {
 }
 link_all >> "$OUT/build.log" 2>&1 ||
     { note build "FAILED: $(cat "$OUT"/build*.log | grep -m 1 error)"; cat "$OUT/table"; exit 1; }
-note build "ok, $(grep -c 'Compiling entry' "$OUT/build.log") kernels, $(grep 'bytes spill stores' "$OUT/build.log" | grep -cv ' 0 bytes spill stores') spill"
+note build "ok, $(grep -c 'Compiling entry' "$OUT/build.log") kernels, $(grep 'bytes spill stores' "$OUT/build.log" | grep -cv ' 0 bytes spill stores') spill, $(
+    grep 'bytes stack frame' "$OUT/build.log" | grep -cv ' 0 bytes stack frame') have arrays in memory"
 
 if wanted tests; then
     run tests 200 build/gpu_check_plain_test -k test_cuda
