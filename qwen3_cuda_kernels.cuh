@@ -3584,7 +3584,8 @@ static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned
    64, at least the rows. A cluster of g.parts blocks (1, 2, 4 or 8) shares a tile of M rows of W, 128 or, for ADD, 64: each
    of its blocks sums over a part of k, 128 elements by the tensor core at a time, and finishes some of the rows from all
    parts, in order. With norm.gain the input is RMSNorm(norm.x), at most FEW_NORM rows of FEW_WIDTH elements, rounded as by
-   wide_norm: each block does that for itself, and there are as many stages as steps. Grid: tiles times parts; k is 64 times a multiple of parts; shared memory for g.stages. */
+   wide_norm: each block does that for itself, and there are as many stages as steps. Grid: tiles times parts; k is 64 times
+   a multiple of parts; shared memory for g.stages. */
 template <int KIND, class T, int M, int R> static __global__ void __launch_bounds__(FEW_THREADS, 2)
     few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g) {
 #ifdef QWEN3_WGMMA
