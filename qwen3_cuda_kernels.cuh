@@ -3278,7 +3278,8 @@ const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp 
 const int FEW_LD      = WIDE_M + 4;     /* floats from a row of sums to the next: no bank twice */
 const int FEW_PARTS   = 8;              /* blocks of a cluster, at most */
 const int FEW_NORM    = 8;              /* rows that its blocks norm themselves, one a warp, ... */
-const int FEW_WIDTH   = 8 * 128;        /* ... of at most so many elements */
+const int FEW_VECTORS = 8;              /* ... of which a lane has so many times four elements, so ... */
+const int FEW_WIDTH   = FEW_VECTORS * 4 * 32;   /* ... of at most so many */
 const int FEW_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor has room for two */
 
 /* Of a step of 64 elements for M rows of W and R rows of x; SUMS take the place of the stages. */
@@ -3346,11 +3347,11 @@ static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_m
 /* x of all steps is RMSNorm(norm.x) in float32, as wide_norm, rounded once to F16; a warp has a row. scales: how. */
 template <int M, int R>
 static __device__ __forceinline__ void few_norm(const wide_args &g, unsigned char *memory, int k0, int steps, int warp,
-                                                row_scale *scales, float (&gains)[8][4]) {
+                                                row_scale *scales, float (&gains)[FEW_VECTORS][4]) {
     const int at = 4 * lane_id(), row = warp;
-    float v[8][4];
+    float v[FEW_VECTORS][4];
     if (row < g.rows) {
-        load_row<float, 8>(v, g.norm.x + (size_t)row * g.norm.ldx, at, 128, g.k);
+        load_row<float, FEW_VECTORS>(v, g.norm.x + (size_t)row * g.norm.ldx, at, 128, g.k);
         const row_sums sums = warp_sums(times_gains<true>(v, gains, g.norm.gain, at, 128, g.k));
         const row_scale h = scale_row(sums, g.k, g.norm.eps, g.norm.bounds);
         if (at == 0) {
@@ -3358,7 +3359,7 @@ static __device__ __forceinline__ void few_norm(const wide_args &g, unsigned cha
             if (g.norm.bounds && block_x() == 0) g.norm.ff_scale[row] = h.ff;
         }
 #pragma unroll
-        for (int k = 0; k < 8; k++) {
+        for (int k = 0; k < FEW_VECTORS; k++) {
             const int col = at + 128 * k - k0, step = col / WIDE_K, chunk = col % WIDE_K / 8;
             if (col < 0 || step >= steps) continue;
             store_row((half_t *)(void *)(memory + few_tile<M, R>::BYTES * step + few_tile<M, R>::W_BYTES + 128 * row +
@@ -3558,7 +3559,7 @@ static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned
                                                     int tile, int steps, int warp) {
     constexpr bool norms = R == 32 && M == WIDE_M && (KIND == WIDE_QKV || KIND == WIDE_SWIGLU);
     __shared__ row_scale scales[FEW_NORM];
-    float gains[8][4];
+    float gains[FEW_VECTORS][4];
     const int n = R / g.parts, end = rank * n + n < g.rows ? rank * n + n : g.rows;
     const float *sums = (const float *)(const void *)memory + 2 * lane_id();
     const int row = rank * n + warp;    /* the first of this warp's of those that the block finishes */
@@ -3782,7 +3783,7 @@ static __device__ __forceinline__ void wide_attention_load(const CUtensorMap *k_
                                                            int kv_head) {
     const int steps = ceil_div(tile.pos0 + tile.n_tokens, WIDE_POS), z = a.layer * a.max_seqs + tile.seq;
     for (int step = 0; step <= steps; step++) {
-        const int i = step % ATTENTION_STAGES, before = (step + 1) % ATTENTION_STAGES;
+        const int i = step % ATTENTION_STAGES, before = (step + ATTENTION_STAGES - 1) % ATTENTION_STAGES;
         if (step < steps)
             load_positions(ks + 2 * WIDE_HALF * (size_t)i, k_map, kv_head, (steps - 1 - step) * WIDE_POS, z,
                            &stages[i].k_full, &stages[i].k_empty, (unsigned)step);
