@@ -1638,40 +1638,45 @@ static qwen3_result few_product(const pass *p, const stored_map &in, const matri
     return launch_few_product<KIND, T, WIDE_M, R>(p, in, w, a, plan);
 }
 
+static int wide_pairs(const pass *p) { return ceil_div(p->n, 2 * WIDE_M); }
+
 template <int KIND, class T, int N, int P>
 static qwen3_result launch_wide_product(const pass *p, const stored_map &in, const stored_map &w, const wide_args &a) {
-    const int clusters = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles / P, p->c->m->n_sm / 2);
+    const int clusters = least(wide_pairs(p) * (a.n_tiles - a.whole), p->c->m->n_sm / 2);
     return launched(p, launch_clusters(p->early, WIDE_CLUSTER, p->s, grid1(2 * clusters), WIDE_THREADS,
                                        wide_product_shared<N, P>(), wide_product_kernel<KIND, T, N, P>, get_map(in),
                                        get_map(w), a), "wide_product");
 }
 
-/* How long the clusters work on so many columns in tiles of n, in columns. Two parts take a tenth less (measured). */
-static float wide_time(const pass *p, int columns, int n) {
-    return (float)(ceil_div(ceil_div(p->n, 2 * WIDE_M) * (columns / n), p->c->m->n_sm / 2) * n) *
-           (n == 2 * WIDE_N ? 0.9f : 1.0f);
+/* How long the busiest cluster works on so many columns of parts, of which the first go in `whole` tiles of two: in the time
+   of one part. Two take 1.8 (measured). */
+static float wide_time(const pass *p, int columns, int whole) {
+    const int clusters = p->c->m->n_sm / 2, pairs = wide_pairs(p);
+    return (float)ceil_div(pairs * (columns - whole), clusters) + 0.8f * (float)ceil_div(pairs * whole, clusters);
 }
 
-/* The faster of tiles of one part and of two. */
-static int wide_columns(const pass *p, const wide_args &a) {
-    const int n = a.n_tiles * WIDE_N;
-    return a.n_tiles % 2 == 0 && wide_time(p, n, 2 * WIDE_N) < wide_time(p, n, WIDE_N) ? 2 * WIDE_N : WIDE_N;
+/* The fastest number of tiles of two: none, all, or as many as keep all clusters busy. */
+static int wide_whole(const pass *p, int columns) {
+    const int all = columns / 2, fill = p->c->m->n_sm / 2, turns = wide_pairs(p) * all / fill * fill / wide_pairs(p);
+    const int best = wide_time(p, columns, turns) < wide_time(p, columns, all) ? turns : all;
+    return wide_time(p, columns, best) < wide_time(p, columns, 0) ? best : 0;
 }
 
 /* in: the map for many rows, or for few */
 template <int KIND, class T>
-static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
+static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
     if (p->how == FEW) return p->n <= 32 ? few_product<KIND, T, 32>(p, in, w, a) : few_product<KIND, T, 64>(p, in, w, a);
-    return wide_columns(p, a) > WIDE_N ? launch_wide_product<KIND, T, WIDE_N, 2>(p, in, w.map, a)
-                                       : launch_wide_product<KIND, T, WIDE_N, 1>(p, in, w.map, a);
+    a.whole = wide_whole(p, a.n_tiles);
+    return a.whole > 0 ? launch_wide_product<KIND, T, WIDE_N, 2>(p, in, w.map, a)
+                       : launch_wide_product<KIND, T, WIDE_N, 1>(p, in, w.map, a);
 }
 
 /* x += W in, in the tiles that are done first: 2,560 columns of 2,048 rows are 2.4 turns of 128, but 1.9 of 160. */
 static qwen3_result wide_add(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+    const float more = (float)WIDE_N_MORE / WIDE_N * wide_time(p, w.rows / WIDE_N_MORE, 0);
     a.x = p->c->x;
     a.ldx = p->c->embd_ld;
-    if (p->how == FEW || w.rows % WIDE_N_MORE ||
-        wide_time(p, w.rows, wide_columns(p, a)) <= wide_time(p, w.rows, WIDE_N_MORE))
+    if (p->how == FEW || w.rows % WIDE_N_MORE || wide_time(p, a.n_tiles, wide_whole(p, a.n_tiles)) <= more)
         return wide_product<WIDE_ADD, half_t>(p, in, w, a);
     a.n_tiles = w.rows / WIDE_N_MORE;
     a.step = WIDE_N_MORE;

@@ -2656,7 +2656,7 @@ const int WIDE_DIM     = 128;           /* head_dim */
 const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
 /* A tile of x, and P parts of N rows of W each. */
 template <int N, int P> struct wide_tile {
-    enum { BYTES = (int)WIDE_HALF + P * N * WIDE_K * 2, STAGES = P == 1 ? 6 : 4 };
+    enum { W_BYTES = N * WIDE_K * 2, BYTES = (int)WIDE_HALF + P * W_BYTES, STAGES = P == 1 ? 6 : 4 };
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -2735,6 +2735,11 @@ static __device__ __forceinline__ void load_tile_twice(void *to, const CUtensorM
                  "[%0], [%1, {%2, %3}], [%4], %5;"
                  :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(b)), "h"((unsigned short)3)
                  : "memory");
+}
+
+/* to[0] += x, to[1] += y, where the memory is: nothing is read here, and nobody waits. Numbers below 1.2e-38 become zero. */
+static __device__ __forceinline__ void add_2_there(float *to, float x, float y) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x), "f"(y) : "memory");
 }
 
 /* What this thread has stored in shared memory is seen by products and copies that begin after the next barrier. */
@@ -2843,17 +2848,18 @@ static __device__ __forceinline__ unsigned round_halves(float a, float b) {
     const __half2 h = __floats2half2_rn(a, b);
     return *(const unsigned *)(const void *)&h;
 }
+/* The same, clamped to its range. */
+static __device__ __forceinline__ unsigned pack_halves(float a, float b) {
+    unsigned h;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a));
+    return h;
+}
 #endif
 
 #ifdef QWEN3_WGMMA
 /* silu() for what is rounded to 16 bits afterwards. */
 static __device__ __forceinline__ float silu_fast(float x) {
     return x * reciprocal_fast(1.0f + exp2_fast(-x * LOG2E));
-}
-
-/* Two floats as F16, clamped to its range. */
-static __device__ __forceinline__ unsigned pack_halves(float a, float b) {
-    return round_halves(fminf(fmaxf(a, -65504.0f), 65504.0f), fminf(fmaxf(b, -65504.0f), 65504.0f));
 }
 
 /* The four lanes of a quad hold two neighbouring columns of each of four blocks of 8; afterwards lane i has block i. */
@@ -2994,7 +3000,8 @@ static __global__ void row_norms_kernel(float *most, const half_t *w, int n, int
 enum wide_kind { WIDE_ADD, WIDE_QKV, WIDE_SWIGLU, WIDE_STORE };
 
 struct wide_args {
-    int          rows, k, n_tiles;      /* of W: tiles of 128 rows */
+    int          rows, k, n_tiles;      /* of W: parts of tiles, of 128 rows */
+    int          whole;                 /* tiles of two parts, before those of one; wide_product only */
     int          step, half;            /* rows of W from a tile to the next, and from its first half to its second */
     float        w_scale;               /* W = w * w_scale; x[row] = in[row] * in_scale[row] (NULL: 1) */
     const float *in_scale;
@@ -3011,34 +3018,29 @@ struct wide_args {
 };
 
 #ifdef QWEN3_WGMMA
-/* Where a thread's two columns of each 8 of row begin, in a tile of x. */
-static __device__ __forceinline__ float2 *wide_residual(const wide_args &g, int row, int col) {
-    return (float2 *)(void *)(g.x + (size_t)row * g.ldx + col + 2 * (lane_id() % 4));
+/* What a thread needs to finish one of its rows of a tile: asked for before the sums, so that nobody waits for it. */
+struct wide_row { int at; float in, out; int seq, position; };
+
+template <int KIND> static __device__ __forceinline__ wide_row wide_ask(const wide_args &g, int row) {
+    const int i = row < g.rows ? row : g.rows - 1;
+    wide_row w = {row, 1, 1, 0, 0};
+    if (g.in_scale) w.in = g.in_scale[i];
+    if (KIND == WIDE_SWIGLU) w.out = g.out_scale[i];
+    if (KIND == WIDE_QKV) { w.seq = g.qkv.rows[i].seq; w.position = g.qkv.rows[i].position; }
+    return w;
 }
 
-/* The sums start from the residual: nothing waits for it until the first chunk is done. scale is a power of two. */
-template <int M> static __device__ __forceinline__ void wide_add_begin(const wide_args &g, float (&acc)[M], int row,
-                                                                       int r, int n, float scale) {
-    const float2 *x = wide_residual(g, row < g.rows ? row : g.rows - 1, n * 2 * M);
-    const float up = 1.0f / scale;
-#pragma unroll
-    for (int j = 0; j < M / 4; j++) {
-        const float2 v = x[4 * j];
-        acc[4 * j + 2 * r] = v.x * up;
-        acc[4 * j + 2 * r + 1] = v.y * up;
-    }
-}
-template <int M> static __device__ __forceinline__ void wide_add_end(const wide_args &g, const float (&acc)[M], int row,
-                                                                     int r, int n, float scale) {
-    float2 *x = wide_residual(g, row, n * 2 * M);
+/* This thread's two columns of each 8 of a row of part n. */
+template <int M> static __device__ __forceinline__ void wide_add(const wide_args &g, const float (&acc)[M], int row, int r,
+                                                                 int n, float scale) {
+    float *x = g.x + (size_t)row * g.ldx + n * 2 * M + 2 * (lane_id() % 4);
     if (row >= g.rows) return;
 #pragma unroll
-    for (int j = 0; j < M / 4; j++) x[4 * j] = make_float2(acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
+    for (int j = 0; j < M / 4; j++) add_2_there(x + 8 * j, acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
 }
 
 static __device__ __forceinline__ void wide_swiglu(const wide_args &g, const float (&acc)[64], int row, int r, int n,
-                                                   float scale) {
-    const float down = 1.0f / g.out_scale[row < g.rows ? row : g.rows - 1];
+                                                   float scale, float down) {
     unsigned w[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
@@ -3071,35 +3073,41 @@ static __device__ __forceinline__ void store_columns(bf16_t *to, const float (&v
     store_words<16>(to, w);
 }
 
+/* A lane's cosines and sines of a row: of elements 8 j + c, two of them, and of those 64 further; c = 2 (lane % 4). */
+struct wide_rope { float4 of[8]; };
+
+static __device__ __forceinline__ void load_rope(wide_rope &t, const qkv_args &a, int position) {
+    const float2 *from = a.rope + (size_t)position * (WIDE_DIM / 2) + 2 * (lane_id() % 4);
+#pragma unroll
+    for (int j = 0; j < 8; j++) t.of[j] = *(const float4 *)(const void *)(from + 8 * j);
+}
+
 /* One head of one row: as norm_rope_head, 32 values in each lane of a quad. q is kept as F16 for the attention that
    reads an F16 cache, and as float32 for others. */
-template <class T> static __device__ __forceinline__ void wide_qkv(const wide_args &g, const float (&acc)[64], int row,
-                                                                   int r, int head, float scale, int seq,
-                                                                   int position) {
+template <class T> static __device__ __forceinline__ void wide_qkv(const wide_args &g, const float (&acc)[64],
+                                                                   const wide_row &row, int r, int head, float scale,
+                                                                   const wide_rope &rope) {
     const qkv_args &a = g.qkv;
-    const bool valid = row < g.rows;
+    const bool valid = row.at < g.rows;
     const int rotated = a.n_head + a.n_head_kv, kv_head = head < rotated ? head - a.n_head : head - rotated;
-    float v[16][2];
+    float v[16][2], sum = 0, s = scale;
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-        v[j][0] = acc[4 * j + 2 * r] * scale;
-        v[j][1] = acc[4 * j + 2 * r + 1] * scale;
-    }
+    for (int j = 0; j < 16; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            v[j][i] = acc[4 * j + 2 * r + i];
+            sum += v[j][i] * v[j][i];
+        }
     if (head < rotated) {
-        const int col = 2 * (lane_id() % 4);
-        const float *gain = (head < a.n_head ? a.q_norm : a.k_norm) + col;
-        const float2 *turn = a.rope + (size_t)position * (WIDE_DIM / 2) + col;
-        float sum = 0;
-#pragma unroll
-        for (int j = 0; j < 16; j++) sum += v[j][0] * v[j][0] + v[j][1] * v[j][1];
+        const float *gain = (head < a.n_head ? a.q_norm : a.k_norm) + 2 * (lane_id() % 4);
         sum += __shfl_xor_sync(ALL, sum, 1);
         sum += __shfl_xor_sync(ALL, sum, 2);
-        const float s = 1.0f / sqrtf(sum / (float)WIDE_DIM + a.eps);
+        s = scale / sqrtf(sum * scale * scale / (float)WIDE_DIM + a.eps);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float2 g0 = *(const float2 *)(const void *)(gain + 8 * j),
                          g1 = *(const float2 *)(const void *)(gain + 8 * j + 64);
-            const float4 c = *(const float4 *)(const void *)(turn + 8 * j);     /* cosine, sine, cosine, sine */
+            const float4 c = rope.of[j];        /* cosine, sine, cosine, sine */
             const float x0 = v[j][0] * s * g0.x, x1 = v[j][1] * s * g0.y;
             const float y0 = v[j + 8][0] * s * g1.x, y1 = v[j + 8][1] * s * g1.y;
             v[j][0] = x0 * c.x - y0 * c.y;
@@ -3107,47 +3115,64 @@ template <class T> static __device__ __forceinline__ void wide_qkv(const wide_ar
             v[j + 8][0] = y0 * c.x + x0 * c.y;
             v[j + 8][1] = y1 * c.z + x1 * c.w;
         }
-    }
+    } else
+#pragma unroll
+        for (int j = 0; j < 32; j++) v[j / 2][j % 2] *= s;
     if (head >= a.n_head) {
         T *cache = (T *)(head < rotated ? a.kv.k : a.kv.v);
-        store_columns(valid ? cache + kv_at(a.kv, seq, position) + (size_t)kv_head * WIDE_DIM : NULL, v);
-    } else if (g.out) store_columns(valid ? g.out + (size_t)row * g.ldo + (size_t)head * WIDE_DIM : NULL, v);
-    else store_columns(valid ? a.qkv + (size_t)row * a.ld + (size_t)head * WIDE_DIM : NULL, v);
+        store_columns(valid ? cache + kv_at(a.kv, row.seq, row.position) + (size_t)kv_head * WIDE_DIM : NULL, v);
+    } else if (g.out) store_columns(valid ? g.out + (size_t)row.at * g.ldo + (size_t)head * WIDE_DIM : NULL, v);
+    else store_columns(valid ? a.qkv + (size_t)row.at * a.ld + (size_t)head * WIDE_DIM : NULL, v);
 }
 
 struct wide_stage { mbarrier full, empty; };    /* empty: both blocks' eight warps that multiply */
 
+/* Which rows of x, in units of a block's, and which part of W a tile begins with, and its parts. */
+struct wide_place { int rows, first, parts; };
+
+template <int P> static __device__ __forceinline__ wide_place wide_place_of(const wide_args &g, int tile, int rank) {
+    const int pairs = ceil_div(g.rows, 2 * WIDE_M), column = tile / pairs;
+    const bool single = P == 1 || column >= g.whole;
+    const wide_place at = {tile % pairs * 2 + rank, single ? column + (P - 1) * g.whole : P * column, single ? 1 : P};
+    return at;
+}
+static __device__ __forceinline__ int wide_tiles(const wide_args &g) {
+    return ceil_div(g.rows, 2 * WIDE_M) * (g.n_tiles - g.whole);
+}
+
 /* Halves of each part of a tile of W to both blocks of a cluster, of which the other loads the other halves. */
 template <int N, int P>
-static __device__ __forceinline__ void wide_load_w(unsigned char *to, const CUtensorMap *map, int k, int row, int part,
-                                                   int rank, wide_stage *s) {
-    barrier_expect(&s->full, (unsigned)wide_tile<N, P>::BYTES);
+static __device__ __forceinline__ void wide_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int k,
+                                                   const wide_place &at, int rank, wide_stage *s) {
+    barrier_expect(&s->full, (unsigned)WIDE_HALF + (unsigned)(at.parts * wide_tile<N, P>::W_BYTES));
 #pragma unroll
     for (int p = 0; p < P; p++)
-        load_tile_twice(to + WIDE_HALF + N * WIDE_K * (2 * p + rank), map, k, row + p * part, &s->full);
+        if (p < at.parts)
+            load_tile_twice(to + WIDE_HALF + wide_tile<N, P>::W_BYTES * p + wide_tile<N, P>::W_BYTES / 2 * rank, map, k,
+                            (at.first + p) * g.step + rank * g.half, &s->full);
 }
 
 /* Tiles of x, each block its own, and of W. The first weights are asked for before x exists. */
 template <int N, int P>
 static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                  unsigned char *memory, wide_stage *stages, int rank) {
-    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2, first = block_x() / 2;
-    const unsigned n = wide_tile<N, P>::STAGES, early = (unsigned)(g.k / WIDE_K) < n ? (unsigned)(g.k / WIDE_K) : n;
-    const int first_w = first / pairs * P * g.step + rank * g.half;
+    const int clusters = (int)gridDim.x / 2, first = block_x() / 2, n = wide_tiles(g);
+    const unsigned places = wide_tile<N, P>::STAGES, steps = (unsigned)(g.k / WIDE_K), early = steps < places ? steps : places;
     unsigned turn = 0;
     for (unsigned i = 0; i < early; i++)
-        wide_load_w<N, P>(memory + wide_tile<N, P>::BYTES * i, w_map, (int)i * WIDE_K, first_w, g.step, rank, &stages[i]);
+        wide_load_w<N, P>(memory + wide_tile<N, P>::BYTES * i, w_map, g, (int)i * WIDE_K, wide_place_of<P>(g, first, rank),
+                          rank, &stages[i]);
     wait_for_previous();
-    for (int t = first; t < pairs * g.n_tiles / P; t += clusters) {
-        const int row = (t % pairs * 2 + rank) * WIDE_M, w_row = t / pairs * P * g.step + rank * g.half;
+    for (int t = first; t < n; t += clusters) {
+        const wide_place at = wide_place_of<P>(g, t, rank);
         for (int k = 0; k < g.k; k += WIDE_K, turn++) {
-            const unsigned s = turn % n;
+            const unsigned s = turn % places;
             unsigned char *to = memory + wide_tile<N, P>::BYTES * s;
             if (turn >= early) {
-                barrier_wait(&stages[s].empty, (turn / n & 1) ^ 1);
-                wide_load_w<N, P>(to, w_map, k, w_row, g.step, rank, &stages[s]);
+                barrier_wait(&stages[s].empty, (turn / places & 1) ^ 1);
+                wide_load_w<N, P>(to, w_map, g, k, at, rank, &stages[s]);
             }
-            load_tile(to, x_map, k, row, &stages[s].full);
+            load_tile(to, x_map, k, at.rows * WIDE_M, &stages[s].full);
         }
     }
 }
@@ -3156,20 +3181,31 @@ static __device__ __forceinline__ void wide_release(wide_stage *s) {
     if (lane_id() < 2) barrier_arrive_at(&s->empty, (unsigned)lane_id());
 }
 
-/* acc += rows of x times P parts of a tile of W, k elements. see() is called with each tile of x while it is multiplied. */
-template <int N, int P, class X = see_nothing>
-static __device__ __forceinline__ void wide_sum(float (&acc)[P][N / 2], float (&part)[N / 2], const unsigned char *memory,
-                                                wide_stage *stages, unsigned &turn, int k, int group, X see = X()) {
+/* How the sums of a row are scaled; the benchmark's fused kernel has another way. It sees each tile of x while it is
+   multiplied. */
+struct input_scales {
+    static __device__ __forceinline__ void begin() {}
+    static __device__ __forceinline__ void see(const unsigned char *) {}
+    static __device__ __forceinline__ void end() {}
+    static __device__ __forceinline__ float of(const wide_args &g, float in, int) { return g.w_scale * in; }
+};
+
+/* acc = rows of x times the first PARTS of a tile's P parts of W, k elements. */
+template <int N, int P, int PARTS, class S>
+static __device__ __forceinline__ void wide_sum(float (&acc)[PARTS][N / 2], float (&part)[N / 2], const unsigned char *memory,
+                                                wide_stage *stages, unsigned &turn, int k, int group, S &scales) {
     const int BYTES = wide_tile<N, P>::BYTES, STAGES = wide_tile<N, P>::STAGES;
+#pragma unroll
+    for (int i = 0; i < PARTS * N / 2; i++) acc[i / (N / 2)][i % (N / 2)] = 0;
     for (int done = 0; done < k; done += WIDE_CHUNK * WIDE_K, turn += WIDE_CHUNK) {
 #pragma unroll
-        for (int p = 0; p < P; p++) {
+        for (int p = 0; p < PARTS; p++) {
             products_begin();
 #pragma unroll
             for (unsigned i = 0; i < WIDE_CHUNK; i++) {
                 const unsigned s = (turn + i) % STAGES;
                 const unsigned char *x = memory + BYTES * s + WIDE_HALF / 2 * (size_t)group,
-                                    *w = memory + BYTES * s + WIDE_HALF + 2 * N * WIDE_K * p;
+                                    *w = memory + BYTES * s + WIDE_HALF + wide_tile<N, P>::W_BYTES * p;
                 if (p == 0) barrier_wait(&stages[s].full, (turn + i) / STAGES & 1);
 #pragma unroll
                 for (int j = 0; j < WIDE_K / 16; j++)
@@ -3177,66 +3213,60 @@ static __device__ __forceinline__ void wide_sum(float (&acc)[P][N / 2], float (&
             }
             products_commit();
 #pragma unroll
-            for (unsigned i = 0; p == 0 && i < WIDE_CHUNK; i++) see(memory + BYTES * ((turn + i) % STAGES));
+            for (unsigned i = 0; p == 0 && i < WIDE_CHUNK; i++) scales.see(memory + BYTES * ((turn + i) % STAGES));
             products_wait<0>();
             products_done(part);
 #pragma unroll
-            for (unsigned i = 0; p == P - 1 && i < WIDE_CHUNK; i++) wide_release(&stages[(turn + i) % STAGES]);
+            for (unsigned i = 0; p == PARTS - 1 && i < WIDE_CHUNK; i++) wide_release(&stages[(turn + i) % STAGES]);
 #pragma unroll
             for (int i = 0; i < N / 2; i++) acc[p][i] += part[i];
         }
     }
 }
 
-template <int KIND, class T, int N, int P>
+/* A tile's rows from row0 and row0 + 8 on, of PARTS parts from n on. */
+template <int KIND, class T, int N, int P, int PARTS, class S>
+static __device__ __forceinline__ void wide_multiply_tile(const wide_args &g, float (&part)[N / 2], unsigned char *memory,
+                                                          wide_stage *stages, unsigned &turn, int group, int row0, int n,
+                                                          S &scales) {
+    const wide_row rows[2] = {wide_ask<KIND>(g, row0), wide_ask<KIND>(g, row0 + 8)};
+    float acc[PARTS][N / 2];
+    scales.begin();
+    wide_sum<N, P, PARTS>(acc, part, memory, stages, turn, g.k, group, scales);
+    scales.end();
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float scale = scales.of(g, rows[r].in, r), down = 1.0f / rows[r].out;
+        wide_rope rope;
+        if constexpr (KIND == WIDE_QKV) load_rope(rope, g.qkv, rows[r].position);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++)
+            if constexpr (KIND == WIDE_ADD) wide_add(g, acc[p], rows[r].at, r, n + p, scale);
+            else if constexpr (KIND == WIDE_QKV) wide_qkv<T>(g, acc[p], rows[r], r, n + p, scale, rope);
+            else wide_swiglu(g, acc[p], rows[r].at, r, n + p, scale, down);
+    }
+}
+
+template <int KIND, class T, int N, int P, class S>
 static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank,
-                                           int group) {
-    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2;
+                                           int group, S &scales) {
+    const int clusters = (int)gridDim.x / 2, n = wide_tiles(g), first = 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
     float part[N / 2];
     unsigned turn = 0;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) part[i] = 0;
-    for (int t = block_x() / 2; t < pairs * g.n_tiles / P; t += clusters) {
-        const int row0 = (t % pairs * 2 + rank) * WIDE_M + 64 * group + warp_id() % 4 * 16 + lane_id() / 4,
-                  n = t / pairs * P;
-        float acc[P][N / 2], scale[2];
-        int seq[2] = {0, 0}, position[2] = {0, 0};
-#pragma unroll
-        for (int i = 0; i < P * N / 2; i++) acc[i / (N / 2)][i % (N / 2)] = 0;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {   /* what the rows need later is asked for now */
-            const int row = row0 + 8 * r < g.rows ? row0 + 8 * r : g.rows - 1;
-            scale[r] = g.w_scale * (g.in_scale ? g.in_scale[row] : 1.0f);
-            if (KIND == WIDE_QKV) { seq[r] = g.qkv.rows[row].seq; position[r] = g.qkv.rows[row].position; }
-#pragma unroll
-            for (int p = 0; p < P; p++)
-                if (KIND == WIDE_ADD) wide_add_begin(g, acc[p], row0 + 8 * r, r, n + p, scale[r]);
-        }
-        wide_sum<N, P>(acc, part, memory, stages, turn, g.k, group);
-#pragma unroll
-        for (int i = 0; i < 2 * P; i++) {
-            const int p = i / 2, r = i % 2, row = row0 + 8 * r;
-            if constexpr (KIND == WIDE_ADD) wide_add_end(g, acc[p], row, r, n + p, scale[r]);
-            else if constexpr (KIND == WIDE_QKV) wide_qkv<T>(g, acc[p], row, r, n + p, scale[r], seq[r], position[r]);
-            else wide_swiglu(g, acc[p], row, r, n + p, scale[r]);
-        }
+    for (int t = block_x() / 2; t < n; t += clusters) {
+        const wide_place at = wide_place_of<P>(g, t, rank);
+        const int row0 = at.rows * WIDE_M + first;
+        if (at.parts == P)
+            wide_multiply_tile<KIND, T, N, P, P>(g, part, memory, stages, turn, group, row0, at.first, scales);
+        else wide_multiply_tile<KIND, T, N, P, 1>(g, part, memory, stages, turn, group, row0, at.first, scales);
     }
 }
-#endif
 
-/* wide_product: y = W x for many rows, and what follows it. x [rows, k] F16, W [n, k] F16, k a multiple of 128.
-   ADD: the residual, in float32; equals qwen3i_matmul_add. SWIGLU: silu(gate) * up of rows of W n_ff apart, rounded
-   once; equals qwen3i_swiglu. QKV: each head's RMSNorm and rotation in float32, q rounded once, k and v to the cache
-   with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope; head_dim 128; T is the cache's type.
-   Clusters of two blocks take turns of tiles of [256, P N]; N is 128, for ADD also 160, which changes no sum. Two parts read
-   shared memory and the second-level cache less than two tiles, which both limit a product. Order: the tensor core adds
-   up 128 elements, which start from zero, and float32 the chunks: the former cuts its sums off, and over a whole row that
-   would show. */
-template <int KIND, class T, int N, int P>
-static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
-    wide_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-                        wide_args g) {
-#ifdef QWEN3_WGMMA
+template <int KIND, class T, int N, int P, class S>
+static __device__ __forceinline__ void wide_multiply_rows(const CUtensorMap *x_map, const CUtensorMap *w_map,
+                                                          const wide_args &g, S scales) {
     QWEN3_DYNAMIC_SHARED(raw);
     unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
     wide_stage *stages = (wide_stage *)(void *)(memory + wide_tile<N, P>::STAGES * wide_tile<N, P>::BYTES);
@@ -3252,14 +3282,31 @@ static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
     let_next_start();
     if (warp_id() < 4) {
         fewer_registers<40>();
-        if (tid() == 0) wide_load<N, P>(&x_map, &w_map, g, memory, stages, rank);
+        if (tid() == 0) wide_load<N, P>(x_map, w_map, g, memory, stages, rank);
         __syncwarp();
     } else {
         more_registers<232>();
         wait_for_previous();
-        wide_multiply_tiles<KIND, T, N, P>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0));
+        wide_multiply_tiles<KIND, T, N, P>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0), scales);
     }
     cluster_sync();                     /* the other block may still write here */
+}
+#endif
+
+/* wide_product: y = W x for many rows, and what follows it. x [rows, k] F16, W [n, k] F16, k a multiple of 128.
+   ADD: the residual, in float32; equals qwen3i_matmul_add. SWIGLU: silu(gate) * up of rows of W n_ff apart, rounded
+   once; equals qwen3i_swiglu. QKV: each head's RMSNorm and rotation in float32, q rounded once, k and v to the cache
+   with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope; head_dim 128; T is the cache's type.
+   Clusters of two blocks take turns of tiles of [256, P N], and then of [256, N]; N is 128, for ADD also 160, which changes
+   no sum. Two parts read shared memory and the second-level cache less than two tiles, which both limit a product. Order:
+   the tensor core adds up 128 elements, which start from zero, and float32 the chunks: the former cuts its sums off, and
+   over a whole row that would show; the residual is added to the whole sum. */
+template <int KIND, class T, int N, int P>
+static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
+    wide_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+                        wide_args g) {
+#ifdef QWEN3_WGMMA
+    wide_multiply_rows<KIND, T, N, P>(&x_map, &w_map, g, input_scales());
 #else
     (void)x_map; (void)w_map; (void)g;
 #endif

@@ -399,39 +399,17 @@ template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_a
     });
 }
 
-/* wide_multiply_tiles for Q K V, which also adds up the squares of x: each warp those of the 16 rows that it finishes. */
-template <int P> __device__ void fused_wide_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank,
-                                                  int group, float w_scale) {
-    const int pairs = ceil_div(g.rows, 2 * WIDE_M), clusters = (int)gridDim.x / 2, first = 64 * group + warp_id() % 4 * 16;
-    const int mine = squares_at<2>(first + lane_id() / 2, lane_id() % 2);
-    float part[64];
-    unsigned turn = 0;
-#pragma unroll
-    for (int i = 0; i < 64; i++) part[i] = 0;
-    for (int t = block_x() / 2; t < pairs * g.n_tiles / P; t += clusters) {
-        const int row0 = (t % pairs * 2 + rank) * WIDE_M + first + lane_id() / 4, head = t / pairs * P;
-        float acc[P][64], down[2], squares = 0;     /* of row first + lane / 2 */
-        int seq[2], position[2];
-#pragma unroll
-        for (int i = 0; i < P * 64; i++) acc[i / 64][i % 64] = 0;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int row = least(row0 + 8 * r, g.rows - 1);
-            down[r] = g.in_scale[row];
-            seq[r] = g.qkv.rows[row].seq;
-            position[r] = g.qkv.rows[row].position;
-        }
-        wide_sum<WIDE_N, P>(acc, part, memory, stages, turn, g.k, group,
-                            [&](const unsigned char *x) { add_squares<2>(squares, x, mine); });
-        squares = join_squares<2>(squares);
-#pragma unroll
-        for (int i = 0; i < 2 * P; i++) {
-            const int p = i / 2, r = i % 2;
-            const float scale = fused_scale(g, w_scale, down[r], __shfl_sync(ALL, squares, lane_id() / 4 * 2 + 16 * r));
-            wide_qkv<float>(g, acc[p], row0 + 8 * r, r, head + p, scale, seq[r], position[r]);
-        }
+/* Each warp adds up the squares of the 16 rows that it finishes: a lane those of row lane / 2. */
+struct input_squares {
+    int mine;                           /* squares_at the row */
+    float w_scale, sum;
+    __device__ __forceinline__ void begin() { sum = 0; }
+    __device__ __forceinline__ void see(const unsigned char *x) { add_squares<2>(sum, x, mine); }
+    __device__ __forceinline__ void end() { sum = join_squares<2>(sum); }
+    __device__ __forceinline__ float of(const wide_args &g, float in, int r) const {
+        return fused_scale(g, w_scale, in, __shfl_sync(ALL, sum, lane_id() / 4 * 2 + 16 * r));
     }
-}
+};
 #endif
 
 /* few_product_kernel and wide_product_kernel on the residual in F16: x = in * in_scale, whose RMSNorm is meant.
@@ -467,29 +445,9 @@ template <int P> __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREA
     fused_wide_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g,
                       float w_scale) {
 #ifdef QWEN3_WGMMA
-    QWEN3_DYNAMIC_SHARED(raw);
-    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
-    wide_stage *stages = (wide_stage *)(void *)(memory + wide_tile<WIDE_N, P>::STAGES * wide_tile<WIDE_N, P>::BYTES);
-    const int rank = block_x() % 2;
-    if (tid() == 0) {
-        for (int i = 0; i < wide_tile<WIDE_N, P>::STAGES; i++) {
-            barrier_init(&stages[i].full, 1);
-            barrier_init(&stages[i].empty, 16);
-        }
-        barriers_ready();
-    }
-    cluster_sync();
-    let_next_start();
-    if (warp_id() < 4) {
-        fewer_registers<40>();
-        if (tid() == 0) wide_load<WIDE_N, P>(&x_map, &w_map, g, memory, stages, rank);
-        __syncwarp();
-    } else {
-        more_registers<232>();
-        wait_for_previous();
-        fused_wide_tiles<P>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0), w_scale);
-    }
-    cluster_sync();
+    const int row = (warp_id() - 4) * 16 + lane_id() / 2;
+    const input_squares scales = {squares_at<2>(row, lane_id() % 2), w_scale, 0};
+    wide_multiply_rows<WIDE_QKV, float, WIDE_N, P>(&x_map, &w_map, g, scales);
 #else
     (void)x_map; (void)w_map; (void)g; (void)w_scale;
 #endif
@@ -517,7 +475,7 @@ template <int R> cudaError_t fused_few(const pass *p, const matrix &w, wide_args
 }
 
 template <int P> cudaError_t fused_wide(const pass *p, const matrix &w, const wide_args &a) {
-    const int clusters = least(ceil_div(p->n, 2 * WIDE_M) * a.n_tiles / P, p->c->m->n_sm / 2);
+    const int clusters = least(wide_pairs(p) * (a.n_tiles - a.whole), p->c->m->n_sm / 2);
     return launch_shared(p, WIDE_CLUSTER, grid1(2 * clusters), WIDE_THREADS, wide_product_shared<WIDE_N, P>(),
                          fused_wide_kernel<P>, get_map(p->c->wide_h_map), get_map(w.map), a, w.scale);
 }
@@ -526,7 +484,8 @@ cudaError_t fused_product(const pass *p, const matrix &w, const qkv_args &qkv) {
     wide_args a = wide_arguments(p, w, p->c->act_scale);
     a.w_scale = 1;
     a.qkv = qkv;
-    if (p->how == WIDE) return wide_columns(p, a) > WIDE_N ? fused_wide<2>(p, w, a) : fused_wide<1>(p, w, a);
+    a.whole = p->how == WIDE ? wide_whole(p, a.n_tiles) : 0;
+    if (p->how == WIDE) return a.whole > 0 ? fused_wide<2>(p, w, a) : fused_wide<1>(p, w, a);
     return p->n <= 32 ? fused_few<32>(p, w, a) : fused_few<64>(p, w, a);
 }
 

@@ -124,6 +124,7 @@ static inline void load_from_block(float2 &v, float2 &w, const float *p, unsigne
     load_from_block(v, p, rank);
     load_from_block(w, p + 64, rank);
 }
+static inline void add_2_there(float *to, float x, float y) { to[0] += x; to[1] += y; }
 static inline void stores_ready() {}
 static inline void group_sync(int id, int threads) { emulated::meet(emulated::block().named[id], threads); }
 template <int N> void fewer_registers() { emulated::have_registers(N); }
@@ -191,5 +192,8 @@ static inline float exp2_fast(float x) { return exp2f(x); }
 static inline float reciprocal_fast(float x) { return 1.0f / x; }
 static inline unsigned round_halves(float a, float b) {
     return (unsigned)__half_as_ushort(__float2half_rn(a)) | (unsigned)__half_as_ushort(__float2half_rn(b)) << 16;
+}
+static inline unsigned pack_halves(float a, float b) {
+    return round_halves(fminf(fmaxf(a, -65504.0f), 65504.0f), fminf(fmaxf(b, -65504.0f), 65504.0f));
 }
 #endif
