@@ -87,6 +87,17 @@ static __device__ __forceinline__ void copy_async(void *dst, const void *src, bo
     *(uint4 *)dst = valid ? *(const uint4 *)src : make_uint4(0, 0, 0, 0);
 #endif
 }
+/* The same for what no other kernel reads before much else has been: the second-level cache gives it up first. */
+static __device__ __forceinline__ void copy_once(void *dst, const void *src) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(dst)), "l"(src), "l"(policy) : "memory");
+#else
+    copy_async(dst, src, true);
+#endif
+}
 static __device__ __forceinline__ void copy_commit() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -1553,7 +1564,7 @@ template <class T> struct decode_stream {
         if (p0 >= to || p0 + DECODE_POS <= from) return;
         if (p0 >= from && p0 + DECODE_POS <= to) {
 #pragma unroll
-            for (int j = 0; j < DECODE_POS / 2; j++) copy_async(place_of(target, j), source + (size_t)(2 * j) * stride, true);
+            for (int j = 0; j < DECODE_POS / 2; j++) copy_once(place_of(target, j), source + (size_t)(2 * j) * stride);
             return;
         }
 #pragma unroll 1
