@@ -87,15 +87,15 @@ static __device__ __forceinline__ void copy_async(void *dst, const void *src, bo
     *(uint4 *)dst = valid ? *(const uint4 *)src : make_uint4(0, 0, 0, 0);
 #endif
 }
-/* The same for what no other kernel reads before much else has been: the second-level cache gives it up first. */
-static __device__ __forceinline__ void copy_once(void *dst, const void *src) {
+/* The same for what is read once in a step: the second-level cache gives it up before anything else. */
+static __device__ __forceinline__ void copy_once(void *dst, const void *src, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
-                 :: "r"(shared_address(dst)), "l"(src), "l"(policy) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
+                 :: "r"(shared_address(dst)), "l"(src), "r"(valid ? 16 : 0), "l"(policy) : "memory");
 #else
-    copy_async(dst, src, true);
+    copy_async(dst, src, valid);
 #endif
 }
 static __device__ __forceinline__ void copy_commit() {
@@ -793,8 +793,8 @@ template <int NR, bool PAIRS, int RING> struct weight_stream {
                 const half_t *from = w + (size_t)(row + i) * ldw + (PAIRS && j % 2 ? half : 0) + column;
 #pragma unroll
                 for (int u = 0; u < U; u++)
-                    copy_async(to + (j * U + u) * 32, from + u * 32 * V,
-                               row + i < end && column + (u * 32 + lane_id()) * V < ldw);
+                    copy_once(to + (j * U + u) * 32, from + u * 32 * V,
+                              row + i < end && column + (u * 32 + lane_id()) * V < ldw);
             }
         copy_commit();
         put = put + 1 < DEPTH ? put + 1 : 0;
@@ -1564,14 +1564,14 @@ template <class T> struct decode_stream {
         if (p0 >= to || p0 + DECODE_POS <= from) return;
         if (p0 >= from && p0 + DECODE_POS <= to) {
 #pragma unroll
-            for (int j = 0; j < DECODE_POS / 2; j++) copy_once(place_of(target, j), source + (size_t)(2 * j) * stride);
+            for (int j = 0; j < DECODE_POS / 2; j++) copy_once(place_of(target, j), source + (size_t)(2 * j) * stride, true);
             return;
         }
 #pragma unroll 1
         for (int j = 0; j < DECODE_POS / 2; j++) {
             const int p = p0 + 2 * j + half;
             if (p >= end ? p0 < from : p < from || p >= to) continue;   /* nothing is written twice */
-            copy_async(place_of(target, j), p < end ? source + (size_t)(2 * j) * stride : k, p < end);
+            copy_once(place_of(target, j), p < end ? source + (size_t)(2 * j) * stride : k, p < end);
         }
     }
     /* This lane's 16 bytes 2 j positions further: see tile_at. */

@@ -374,7 +374,7 @@ static inline void copy_async(void *dst, const void *src, bool valid) {
     if (valid) memcpy(dst, src, 16);
     else memset(dst, 0, 16);
 }
-static inline void copy_once(void *dst, const void *src) { copy_async(dst, src, true); }
+static inline void copy_once(void *dst, const void *src, bool valid) { copy_async(dst, src, valid); }
 static inline void copy_commit() {}
 template <int PENDING> void copy_wait() {}
 
