@@ -589,15 +589,16 @@ static void test_cuda_kernels_hopper(void) {
     lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 33, 2, 5);
     lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 64, 64, 3);
     lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 70, 70, 3);
-#ifdef QWEN3_TEST_CUDA_ON_CPU           /* tiles of two parts: where there are more tiles than the chip takes at once */
+#ifdef QWEN3_TEST_CUDA_ON_CPU           /* tiles of two parts, and of one after them: where the chip takes several turns */
     cuda_on_cpu_size(2);
     lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 300, 2, 9);
     lab_check_all(&tiles_of_160, QWEN3I_F16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 66, 1, 0);
     cuda_on_cpu_size(5);
 #else
-    static const lab_shape large = {2048, 8, 4, 128, 1024, 128, 1};
+    static const lab_shape large = {2048, 8, 4, 128, 1024, 128, 1}, mixed = {2304, 12, 4, 128, 1152, 128, 1};
     lab_check_all(&large,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1281, 2, 100);
     lab_check_all(&large,  QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1300, 1, 0);
+    lab_check_all(&mixed,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 2000, 1, 0);
 #endif
     cuda_on_cpu_chip(80);
 }
