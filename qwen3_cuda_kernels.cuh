@@ -3211,13 +3211,13 @@ static __device__ __forceinline__ void wide_sum(float (&acc)[PARTS][N / 2], floa
     for (int done = 0; done < k; done += WIDE_CHUNK * WIDE_K, turn += WIDE_CHUNK) {
 #pragma unroll
         for (int p = 0; p < PARTS; p++) {
-            products_begin();
 #pragma unroll
             for (unsigned i = 0; i < WIDE_CHUNK; i++) {
                 const unsigned s = (turn + i) % STAGES;
                 const unsigned char *x = memory + BYTES * s + WIDE_HALF / 2 * (size_t)group,
                                     *w = memory + BYTES * s + WIDE_HALF + wide_tile<N, P>::W_BYTES * p;
                 if (p == 0) barrier_wait(&stages[s].full, (turn + i) / STAGES & 1);
+                if (p == 0 || i == 0) products_begin();
 #pragma unroll
                 for (int j = 0; j < WIDE_K / 16; j++)
                     wide_multiply(part, operand(x) + 2 * (unsigned)j, operand(w) + 2 * (unsigned)j, (int)i + j > 0);
