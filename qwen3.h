@@ -3596,47 +3596,177 @@ QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *m) {
     return v;
 }
 
-/* ---- config.json: every key that the computation depends on must be there -------------------------- */
-typedef struct qwen3i_int_key { const char *name; int *value; } qwen3i_int_key;
+/* ---- configuration: what the files say, and then what it means -----------------------------------------------
+   The reader of a format fills a qwen3i_raw_config with qwen3i_config_set and judges nothing. qwen3i_config_check,
+   which is the same for all formats, makes the model's configuration of it; messages name a key as the format
+   spells it. */
+typedef enum qwen3i_key {
+    QWEN3I_KEY_LAYERS, QWEN3I_KEY_EMBD, QWEN3I_KEY_HEADS, QWEN3I_KEY_KV_HEADS, QWEN3I_KEY_HEAD_DIM, QWEN3I_KEY_FF,
+    QWEN3I_KEY_VOCAB, QWEN3I_KEY_CTX,           /* up to here: whole numbers, 1 to QWEN3I_MAX_DIM */
+    QWEN3I_KEY_TIED, QWEN3I_KEY_BIAS, QWEN3I_KEY_SLIDING,   /* 0 or 1 */
+    QWEN3I_KEY_EPS, QWEN3I_KEY_THETA,
+    QWEN3I_KEY_YARN,                            /* the type of rotation: 0 default, 1 YaRN, -1 another */
+    QWEN3I_KEY_FACTOR, QWEN3I_KEY_BETA_FAST, QWEN3I_KEY_BETA_SLOW, QWEN3I_KEY_ATTN_FACTOR, QWEN3I_KEY_ORIGINAL_CTX,
+    QWEN3I_KEY_FAMILY, QWEN3I_KEY_ACT, QWEN3I_KEY_LAYER_TYPES,      /* texts, of which values holds nothing */
+    QWEN3I_KEYS
+} qwen3i_key;
 
-#define QWEN3I_MAX_DIM (1 << 24)        /* of any size in config.json: products of two fit 64 bits with room */
+#define QWEN3I_MAX_DIM (1 << 24)        /* products of two fit 64 bits with room */
+
+typedef struct qwen3i_raw_config {
+    const char        *file;            /* in messages */
+    const char *const *keys;            /* [QWEN3I_KEYS] as the format spells them; NULL: it has no such key */
+    double             values[QWEN3I_KEYS];
+    uint32_t           seen;            /* bit k: values[k] was set. What is needed and was not is an error */
+    char               family[64];      /* the kind of model, "qwen3"; empty: not said */
+    int                class_ok;        /* the format names no class, or one of ours is among them */
+    int                act_ok, full_attention;  /* the activation is SiLU, all layers attend to everything */
+} qwen3i_raw_config;
+
+static void qwen3i_config_begin(qwen3i_raw_config *c, const char *file, const char *const *keys) {
+    memset(c, 0, sizeof *c);
+    c->file = file;
+    c->keys = keys;
+    c->class_ok = c->act_ok = c->full_attention = 1;
+}
+
+static void qwen3i_config_set(qwen3i_raw_config *c, int key, double value) {
+    c->values[key] = value;
+    c->seen |= 1u << key;
+}
+
+static int qwen3i_config_has(const qwen3i_raw_config *c, int key) { return (int)(c->seen >> key & 1); }
+
+static qwen3_result qwen3i_config_unsupported(const qwen3i_raw_config *c, int key, const char *why, const qwen3i_err *err) {
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key '%s': %s", c->file, c->keys[key], why);
+}
+
+static qwen3_result qwen3i_config_missing(const qwen3i_raw_config *c, int key, const char *or_what, const qwen3i_err *err) {
+    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%s' is missing%s", c->file, c->keys[key], or_what);
+}
+
+static qwen3_result qwen3i_config_family(const qwen3i_raw_config *c, const qwen3i_err *err) {
+    int known = strcmp(c->family, "qwen3") == 0;
+    if (!c->family[0]) return qwen3i_config_missing(c, QWEN3I_KEY_FAMILY, "", err);
+    if (known && c->class_ok) return QWEN3_OK;
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: %s is '%s'%s; this library runs 'qwen3' (Qwen3ForCausalLM)",
+                       c->file, c->keys[QWEN3I_KEY_FAMILY], c->family,
+                       known ? " but architectures does not name Qwen3ForCausalLM" : "");
+}
+
+/* Values that would mean another computation. */
+static qwen3_result qwen3i_config_switches(const qwen3i_raw_config *c, const qwen3i_err *err) {
+    if (c->values[QWEN3I_KEY_BIAS] != 0)
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_BIAS, "biases are not supported", err);
+    if (c->values[QWEN3I_KEY_SLIDING] != 0)
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_SLIDING, "sliding windows are not supported", err);
+    if (!c->act_ok) return qwen3i_config_unsupported(c, QWEN3I_KEY_ACT, "only 'silu' is supported", err);
+    if (!c->full_attention)
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_LAYER_TYPES, "only 'full_attention' is supported", err);
+    if (c->values[QWEN3I_KEY_YARN] < 0)
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_YARN, "only the RoPE types 'default' and 'yarn' are supported", err);
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_config_sizes(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
+    int *sizes[QWEN3I_KEY_CTX + 1], i;
+    sizes[QWEN3I_KEY_LAYERS]   = &k->n_layer;   sizes[QWEN3I_KEY_EMBD] = &k->n_embd;  sizes[QWEN3I_KEY_HEADS] = &k->n_head;
+    sizes[QWEN3I_KEY_KV_HEADS] = &k->n_head_kv; sizes[QWEN3I_KEY_HEAD_DIM] = &k->head_dim;
+    sizes[QWEN3I_KEY_FF]       = &k->n_ff;      sizes[QWEN3I_KEY_VOCAB] = &k->n_vocab; sizes[QWEN3I_KEY_CTX] = &k->max_ctx;
+    for (i = 0; i <= QWEN3I_KEY_CTX; i++) {
+        if (!qwen3i_config_has(c, i)) return qwen3i_config_missing(c, i, "", err);
+        if (!(c->values[i] >= 1 && c->values[i] <= QWEN3I_MAX_DIM))
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%s' is %.17g; 1 to %d is possible", c->file, c->keys[i],
+                               c->values[i], QWEN3I_MAX_DIM);
+        *sizes[i] = (int)c->values[i];
+    }
+    if (k->head_dim % 2)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: head_dim %d is odd", c->file, k->head_dim);
+    if (k->n_head % k->n_head_kv)
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: %d attention heads cannot share %d key/value heads", c->file,
+                           k->n_head, k->n_head_kv);
+    if ((int64_t)k->n_head * k->head_dim > QWEN3I_MAX_DIM)
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: head_dim x heads is out of range", c->file);
+    return QWEN3_OK;
+}
+
+/* YaRN's defaults are those of the paper (Peng et al. 2023) and of transformers. */
+static qwen3_result qwen3i_config_yarn(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
+    const double *v = c->values;
+    double original = v[QWEN3I_KEY_ORIGINAL_CTX];
+    k->yarn_beta_fast = 32;
+    k->yarn_beta_slow = 1;
+    k->yarn_original_ctx = qwen3i_min(k->max_ctx, 32768);     /* Qwen3's own, for qwen3_ctx_desc.yarn_factor */
+    if (v[QWEN3I_KEY_YARN] == 0) return QWEN3_OK;
+    if (!(v[QWEN3I_KEY_FACTOR] >= 1 && v[QWEN3I_KEY_FACTOR] <= 1024))
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_FACTOR, "YaRN needs a factor from 1 to 1024", err);
+    if (!(v[QWEN3I_KEY_ATTN_FACTOR] < 1e6))
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_ATTN_FACTOR, "out of range", err);
+    k->yarn_factor = v[QWEN3I_KEY_FACTOR];
+    if (v[QWEN3I_KEY_BETA_FAST] > 0) k->yarn_beta_fast = v[QWEN3I_KEY_BETA_FAST];
+    if (v[QWEN3I_KEY_BETA_SLOW] > 0) k->yarn_beta_slow = v[QWEN3I_KEY_BETA_SLOW];
+    k->yarn_attn_factor = v[QWEN3I_KEY_ATTN_FACTOR] > 0 ? v[QWEN3I_KEY_ATTN_FACTOR] : 0.1 * log(k->yarn_factor) + 1;
+    k->yarn_original_ctx = original >= 1 && original <= QWEN3I_MAX_DIM ? (int)original : k->max_ctx;
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_config_check(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
+    const double eps = c->values[QWEN3I_KEY_EPS], theta = c->values[QWEN3I_KEY_THETA];
+    qwen3_result r = qwen3i_config_family(c, err);
+    if (r == QWEN3_OK) r = qwen3i_config_switches(c, err);
+    if (r == QWEN3_OK) r = qwen3i_config_sizes(k, c, err);
+    if (r != QWEN3_OK) return r;
+    if (!(eps > 0 && eps < 1)) return qwen3i_config_missing(c, QWEN3I_KEY_EPS, " or not between 0 and 1", err);
+    if (!(theta >= 1 && theta < 1e30)) return qwen3i_config_missing(c, QWEN3I_KEY_THETA, " or out of range", err);
+    if (c->keys[QWEN3I_KEY_TIED] && !qwen3i_config_has(c, QWEN3I_KEY_TIED))
+        return qwen3i_config_missing(c, QWEN3I_KEY_TIED, "", err);
+    k->tied = c->values[QWEN3I_KEY_TIED] != 0;
+    k->rms_eps = (float)eps;
+    k->rope_theta = theta;
+    return qwen3i_config_yarn(k, c, err);
+}
+
+/* ---- config.json ------------------------------------------------------------------------------------------ */
+static const char *const qwen3i_json_keys[QWEN3I_KEYS] = {
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "vocab_size", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "use_sliding_window",
+    "rms_norm_eps", "rope_theta", "rope_type", "factor", "beta_fast", "beta_slow", "attention_factor",
+    "original_max_position_embeddings", "model_type", "hidden_act", "layer_types"
+};
 
 typedef struct qwen3i_config_reader {
-    qwen3i_json      j;
-    const char      *file;
-    const qwen3i_err *err;
-    qwen3_model     *m;
-    double           eps, theta, yarn[5];   /* factor, beta_fast, beta_slow, attention factor, original ctx */
-    int              yarn_on, arch_ok, type_ok;
-    char             type[64];              /* model_type as found, for the message */
+    qwen3i_json       j;
+    qwen3i_raw_config raw;
+    qwen3_model      *m;
 } qwen3i_config_reader;
 
-static qwen3_result qwen3i_config_bad(const qwen3i_config_reader *c, const char *key, const char *why) {
-    return qwen3i_fail(c->err, QWEN3_ERR_UNSUPPORTED, "%s: key '%s': %s", c->file, key, why);
+/* A whole number, a truth value or any number, by what the key holds. */
+static void qwen3i_config_value(qwen3i_config_reader *c, int key) {
+    double number = 0;
+    int64_t whole = 0;
+    int flag = 0, ok;
+    if (key <= QWEN3I_KEY_CTX)          { ok = qwen3i_json_int(&c->j, &whole); number = (double)whole; }
+    else if (key <= QWEN3I_KEY_SLIDING) { ok = qwen3i_json_bool(&c->j, &flag); number = flag; }
+    else ok = qwen3i_json_number(&c->j, &number);
+    if (ok) qwen3i_config_set(&c->raw, key, number);
 }
 
 /* rope_scaling, or rope_parameters as newer files call it: {"rope_type": "yarn", "factor": 4, ...} */
-static qwen3_result qwen3i_config_rope(qwen3i_config_reader *c, const char *parent) {
-    static const char *const names[] = {"factor", "beta_fast", "beta_slow", "attention_factor",
-                                        "original_max_position_embeddings", "rope_theta"};
+static void qwen3i_config_rope(qwen3i_config_reader *c) {
     qwen3i_json_iter it;
     qwen3i_str key, type;
     int i;
-    if (qwen3i_json_word(&c->j, "null")) return QWEN3_OK;
-    if (!qwen3i_json_open(&c->j, '{', &it)) return QWEN3_OK;
+    if (qwen3i_json_word(&c->j, "null") || !qwen3i_json_open(&c->j, '{', &it)) return;
     while (qwen3i_json_next(&c->j, &it, &key)) {
         if (qwen3i_json_is(key, "rope_type") || qwen3i_json_is(key, "type")) {
-            if (!qwen3i_json_string(&c->j, &type)) break;
-            if (qwen3i_json_is(type, "yarn")) c->yarn_on = 1;
-            else if (!qwen3i_json_is(type, "default"))
-                return qwen3i_config_bad(c, parent, "only the RoPE types 'default' and 'yarn' are supported");
+            if (!qwen3i_json_string(&c->j, &type)) return;
+            qwen3i_config_set(&c->raw, QWEN3I_KEY_YARN, qwen3i_json_is(type, "yarn") ? 1 : qwen3i_json_is(type, "default") ? 0 : -1);
             continue;
         }
-        for (i = 0; i < 6 && !qwen3i_json_is(key, names[i]); i++) { }
-        if (i < 6 && !qwen3i_json_word(&c->j, "null")) qwen3i_json_number(&c->j, i < 5 ? &c->yarn[i] : &c->theta);
-        else if (i == 6) qwen3i_json_skip(&c->j);
+        for (i = QWEN3I_KEY_THETA; i <= QWEN3I_KEY_ORIGINAL_CTX && !qwen3i_json_is(key, qwen3i_json_keys[i]); i++) { }
+        if (i > QWEN3I_KEY_ORIGINAL_CTX) qwen3i_json_skip(&c->j);
+        else if (!qwen3i_json_word(&c->j, "null")) qwen3i_config_value(c, i);
     }
-    return QWEN3_OK;
 }
 
 /* eos_token_id: a number, a list of numbers, or null. */
@@ -3653,138 +3783,62 @@ static void qwen3i_read_eos(qwen3i_json *j, qwen3_model *m) {
     }
 }
 
-static void qwen3i_config_names(qwen3i_config_reader *c) {
+/* A list of texts, or null: how many there are, and how many of them are a or b. */
+static void qwen3i_config_list(qwen3i_json *j, const char *a, const char *b, int *n, int *hits) {
     qwen3i_json_iter it;
     qwen3i_str s;
-    if (qwen3i_json_word(&c->j, "null") || !qwen3i_json_open(&c->j, '[', &it)) return;
-    while (qwen3i_json_next(&c->j, &it, NULL) && qwen3i_json_string(&c->j, &s))
-        if (qwen3i_json_is(s, "Qwen3ForCausalLM") || qwen3i_json_is(s, "Qwen3Model")) c->arch_ok = 1;
+    *n = *hits = 0;
+    if (qwen3i_json_word(j, "null") || !qwen3i_json_open(j, '[', &it)) return;
+    for (; qwen3i_json_next(j, &it, NULL) && qwen3i_json_string(j, &s); ++*n)
+        *hits += qwen3i_json_is(s, a) || qwen3i_json_is(s, b);
 }
 
-/* Keys whose other values would mean another computation. */
-static qwen3_result qwen3i_config_switch(qwen3i_config_reader *c, qwen3i_str key, int *known) {
-    qwen3i_json_iter it;
-    qwen3i_str s;
-    int flag = 0;
-    *known = 1;
-    if (qwen3i_json_is(key, "attention_bias")) {
-        if (qwen3i_json_bool(&c->j, &flag) && flag) return qwen3i_config_bad(c, "attention_bias", "biases are not supported");
-    } else if (qwen3i_json_is(key, "use_sliding_window")) {
-        if (qwen3i_json_bool(&c->j, &flag) && flag) return qwen3i_config_bad(c, "use_sliding_window", "sliding windows are not supported");
-    } else if (qwen3i_json_is(key, "hidden_act")) {
-        if (qwen3i_json_string(&c->j, &s) && !qwen3i_json_is(s, "silu")) return qwen3i_config_bad(c, "hidden_act", "only 'silu' is supported");
-    } else if (qwen3i_json_is(key, "quantization_config")) {
-        if (!qwen3i_json_word(&c->j, "null")) return qwen3i_config_bad(c, "quantization_config", "quantised checkpoints are not supported; use the BF16 one");
-    } else if (qwen3i_json_is(key, "layer_types")) {
-        if (qwen3i_json_word(&c->j, "null") || !qwen3i_json_open(&c->j, '[', &it)) return QWEN3_OK;
-        while (qwen3i_json_next(&c->j, &it, NULL) && qwen3i_json_string(&c->j, &s))
-            if (!qwen3i_json_is(s, "full_attention")) return qwen3i_config_bad(c, "layer_types", "only 'full_attention' is supported");
-    } else *known = 0;
-    return QWEN3_OK;
-}
-
-static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, const qwen3i_int_key *ints, int n_ints) {
+static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, const qwen3i_err *err) {
+    qwen3i_raw_config *raw = &c->raw;
     qwen3i_json *j = &c->j;
     qwen3i_str s;
-    qwen3_result r;
-    int64_t v;
-    int i, known;
-    for (i = 0; i < n_ints; i++) {
-        if (!qwen3i_json_is(key, ints[i].name)) continue;
-        if (!qwen3i_json_int(j, &v)) return QWEN3_OK;
-        if (v < 1 || v > QWEN3I_MAX_DIM)
-            return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key '%s' is %lld; 1 to %d is possible", c->file, ints[i].name, (long long)v, QWEN3I_MAX_DIM);
-        *ints[i].value = (int)v;
-        return QWEN3_OK;
-    }
-    r = qwen3i_config_switch(c, key, &known);
-    if (known || r != QWEN3_OK) return r;
-    if (qwen3i_json_is(key, "model_type")) {
-        if (!qwen3i_json_string(j, &s)) return QWEN3_OK;
-        c->type_ok = qwen3i_json_is(s, "qwen3");
-        snprintf(c->type, sizeof c->type, "%.*s", QWEN3I_STR(s));
-    } else if (qwen3i_json_is(key, "architectures"))     qwen3i_config_names(c);
-    else if (qwen3i_json_is(key, "rms_norm_eps"))        qwen3i_json_number(j, &c->eps);
-    else if (qwen3i_json_is(key, "rope_theta"))          qwen3i_json_number(j, &c->theta);
-    else if (qwen3i_json_is(key, "tie_word_embeddings")) qwen3i_json_bool(j, &c->m->config.tied);
-    else if (qwen3i_json_is(key, "rope_scaling"))        return qwen3i_config_rope(c, "rope_scaling");
-    else if (qwen3i_json_is(key, "rope_parameters"))     return qwen3i_config_rope(c, "rope_parameters");
-    else if (qwen3i_json_is(key, "eos_token_id"))        qwen3i_read_eos(j, c->m);
+    int i, n, hits;
+    for (i = 0; i <= QWEN3I_KEY_THETA && !qwen3i_json_is(key, qwen3i_json_keys[i]); i++) { }
+    if (i <= QWEN3I_KEY_THETA) qwen3i_config_value(c, i);
+    else if (qwen3i_json_is(key, "model_type")) {
+        if (qwen3i_json_string(j, &s)) snprintf(raw->family, sizeof raw->family, "%.*s", QWEN3I_STR(s));
+    } else if (qwen3i_json_is(key, "hidden_act")) {
+        if (qwen3i_json_string(j, &s)) raw->act_ok = qwen3i_json_is(s, "silu");
+    } else if (qwen3i_json_is(key, "architectures")) {
+        qwen3i_config_list(j, "Qwen3ForCausalLM", "Qwen3Model", &n, &hits);
+        raw->class_ok = hits > 0;
+    } else if (qwen3i_json_is(key, "layer_types")) {
+        qwen3i_config_list(j, "full_attention", "full_attention", &n, &hits);
+        raw->full_attention = hits == n;
+    } else if (qwen3i_json_is(key, "quantization_config")) {
+        if (!qwen3i_json_word(j, "null"))
+            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key 'quantization_config': quantised checkpoints are not "
+                               "supported; use the BF16 one", raw->file);
+    } else if (qwen3i_json_is(key, "rope_scaling") || qwen3i_json_is(key, "rope_parameters")) qwen3i_config_rope(c);
+    else if (qwen3i_json_is(key, "eos_token_id")) qwen3i_read_eos(j, c->m);
     else qwen3i_json_skip(j);
     return QWEN3_OK;
 }
 
-/* YaRN's defaults are those of the paper (Peng et al. 2023) and of transformers. */
-static qwen3_result qwen3i_config_yarn(qwen3i_config_reader *c) {
-    qwen3i_config *k = &c->m->config;
-    double factor = c->yarn[0];
-    k->yarn_beta_fast = 32;
-    k->yarn_beta_slow = 1;
-    k->yarn_original_ctx = qwen3i_min(k->max_ctx, 32768);     /* Qwen3's own, for qwen3_ctx_desc.yarn_factor */
-    if (!c->yarn_on) return QWEN3_OK;
-    if (!(factor >= 1 && factor <= 1024)) return qwen3i_config_bad(c, "rope_scaling", "YaRN needs a factor from 1 to 1024");
-    k->yarn_factor = factor;
-    if (!(c->yarn[3] < 1e6)) return qwen3i_config_bad(c, "rope_scaling", "attention_factor is out of range");
-    if (c->yarn[1] > 0) k->yarn_beta_fast = c->yarn[1];
-    if (c->yarn[2] > 0) k->yarn_beta_slow = c->yarn[2];
-    k->yarn_attn_factor = c->yarn[3] > 0 ? c->yarn[3] : 0.1 * log(factor) + 1;
-    k->yarn_original_ctx = c->yarn[4] >= 1 && c->yarn[4] <= QWEN3I_MAX_DIM ? (int)c->yarn[4] : k->max_ctx;
-    return QWEN3_OK;
-}
-
-/* What config.json must have said by now. */
-static qwen3_result qwen3i_config_check(qwen3i_config_reader *c, const qwen3i_int_key *ints, int n_ints) {
-    qwen3i_config *k = &c->m->config;
-    int i;
-    if (!c->type_ok && !c->type[0]) return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key 'model_type' is missing", c->file);
-    if (!c->type_ok || !c->arch_ok)
-        return qwen3i_fail(c->err, QWEN3_ERR_UNSUPPORTED, "%s: model_type is '%s'%s; this library runs 'qwen3' (Qwen3ForCausalLM)",
-                           c->file, c->type, c->type_ok ? " but architectures does not name Qwen3ForCausalLM" : "");
-    for (i = 0; i < n_ints; i++)
-        if (*ints[i].value == 0) return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key '%s' is missing", c->file, ints[i].name);
-    if (!(c->eps > 0 && c->eps < 1))        return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key 'rms_norm_eps' is missing or not between 0 and 1", c->file);
-    if (!(c->theta >= 1 && c->theta < 1e30)) return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key 'rope_theta' is missing or out of range", c->file);
-    if (k->tied < 0)                        return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: key 'tie_word_embeddings' is missing", c->file);
-    if (k->head_dim % 2)                    return qwen3i_fail(c->err, QWEN3_ERR_UNSUPPORTED, "%s: head_dim %d is odd", c->file, k->head_dim);
-    if (k->n_head % k->n_head_kv)           return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: %d attention heads cannot share %d key/value heads", c->file, k->n_head, k->n_head_kv);
-    if ((int64_t)k->n_head * k->head_dim > QWEN3I_MAX_DIM) return qwen3i_fail(c->err, QWEN3_ERR_FORMAT, "%s: head_dim x num_attention_heads is out of range", c->file);
-    k->rms_eps = (float)c->eps;
-    k->rope_theta = c->theta;
-    return qwen3i_config_yarn(c);
-}
-
 static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err) {
-    qwen3i_config *k = &m->config;
-    qwen3i_int_key ints[8];
     qwen3i_config_reader c;
     qwen3i_json_iter it;
     qwen3i_str key;
     qwen3_result r = QWEN3_OK;
-    int n = 0;
-    ints[n].name = "num_hidden_layers";       ints[n++].value = &k->n_layer;
-    ints[n].name = "hidden_size";             ints[n++].value = &k->n_embd;
-    ints[n].name = "num_attention_heads";     ints[n++].value = &k->n_head;
-    ints[n].name = "num_key_value_heads";     ints[n++].value = &k->n_head_kv;
-    ints[n].name = "head_dim";                ints[n++].value = &k->head_dim;
-    ints[n].name = "intermediate_size";       ints[n++].value = &k->n_ff;
-    ints[n].name = "vocab_size";              ints[n++].value = &k->n_vocab;
-    ints[n].name = "max_position_embeddings"; ints[n++].value = &k->max_ctx;
-    memset(&c, 0, sizeof c);
+    qwen3i_config_begin(&c.raw, file, qwen3i_json_keys);
+    c.raw.class_ok = 0;                 /* architectures has to be there */
     c.j = qwen3i_json_begin(b->data, b->size);
-    c.file = file;
-    c.err = err;
     c.m = m;
-    k->tied = -1;
     if (qwen3i_json_open(&c.j, '{', &it))
         while (r == QWEN3_OK && qwen3i_json_next(&c.j, &it, &key)) {
-            r = qwen3i_config_key(&c, key, ints, n);
+            r = qwen3i_config_key(&c, key, err);
             if (c.j.error) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%.*s': byte %lu: %s", file, QWEN3I_STR(key),
                                               (unsigned long)qwen3i_json_offset(&c.j), c.j.error);
         }
     if (r != QWEN3_OK) return r;
     qwen3i_json_end(&c.j);
     if (c.j.error) return qwen3i_json_fail(err, file, &c.j);
-    return qwen3i_config_check(&c, ints, n);
+    return qwen3i_config_check(&m->config, &c.raw, err);
 }
 
 /* generation_config.json: sampling defaults and the tokens that end a turn. Its values are advice, so

@@ -212,7 +212,7 @@ static void test_malformed_config(void) {
         {"[\"Qwen3ForCausalLM\"]", "[[\"Qwen3ForCausalLM\"]]", BAD, "'architectures'|string"},
         {"[\"Qwen3ForCausalLM\"]", "{}", BAD, "'architectures'|array"},
         {"\"rope_scaling\":null", "\"rope_scaling\":7", BAD, "'rope_scaling'|object"},
-        {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"linear\"}", NOT, "'rope_scaling'|yarn"},
+        {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"linear\"}", NOT, "'rope_type'|yarn"},
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\"}", NOT, "factor"},
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":-4}", NOT, "factor"},
         {"\"rope_scaling\":null", "\"rope_scaling\":{\"type\":\"yarn\",\"factor\":1e300}", NOT, "factor"},
