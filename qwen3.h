@@ -2827,33 +2827,29 @@ QWEN3_API qwen3_token qwen3_token_id(const qwen3_model *model, const char *added
     return model && model->tokenizer && added_token ? qwen3i_added_id(model->tokenizer, added_token) : -1;
 }
 
-/* ---- loading: tables that grow, while the files are read --------------------------------------------- */
-typedef struct qwen3i_vocab_loader {
+/* ---- the vocabulary builder ----------------------------------------------------------------------------
+   A reader of any format calls begin once, token for each token of the vocabulary, then merge for each merge in
+   order of rank, added for each added token (before or after those), and end, which also releases what failed.
+   Texts are written as vocabularies write bytes: in the alphabet of qwen3i_alphabet; those of added tokens are
+   plain. They are copied. */
+typedef struct qwen3i_vocab {
     qwen3i_tokenizer *t;
-    const char       *file;             /* in messages */
+    const char       *file;             /* in messages: the reader sets it */
     const qwen3i_err *err;
-    qwen3i_json       json;
     qwen3i_buf        text, joined;     /* of the token at hand, of a merge's two tokens */
     size_t            max_id;           /* ids beyond are damage: they would take memory out of proportion */
     int               whole;            /* ignore_merges: a word that is a token is never merged */
-} qwen3i_vocab_loader;
+} qwen3i_vocab;
 
 /* Bytes from the files that stand in messages: this many of them. */
 #define QWEN3I_SHOW(n) ((int)qwen3i_min_size(n, 60))
 
-static qwen3_result qwen3i_vocab_memory(const qwen3i_vocab_loader *l) {
-    return qwen3i_fail(l->err, QWEN3_ERR_MEMORY, "%s: out of memory for the tokenizer", l->file);
+static qwen3_result qwen3i_vocab_memory(const qwen3i_vocab *v) {
+    return qwen3i_fail(v->err, QWEN3_ERR_MEMORY, "%s: out of memory for the tokenizer", v->file);
 }
 
-/* The reader found something wrong. */
-static qwen3_result qwen3i_vocab_json(const qwen3i_vocab_loader *l) {
-    const char *why = l->json.error ? l->json.error : "not understood";
-    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: byte %llu: %s", l->file,
-                       (unsigned long long)qwen3i_json_offset(&l->json), why);
-}
-
-static qwen3_result qwen3i_vocab_slow(const qwen3i_vocab_loader *l) {
-    return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: the vocabulary cannot be hashed", l->file);
+static qwen3_result qwen3i_vocab_slow(const qwen3i_vocab *v) {
+    return qwen3i_fail(v->err, QWEN3_ERR_UNSUPPORTED, "%s: the vocabulary cannot be hashed", v->file);
 }
 
 /* Twice the slots, if more than three quarters are taken. */
@@ -2913,19 +2909,19 @@ static int qwen3i_texts_grow(qwen3i_tokenizer *t, int id) {
     return 1;
 }
 
-/* Give id the text in l->text. */
-static qwen3_result qwen3i_vocab_text(qwen3i_vocab_loader *l, int64_t id) {
-    qwen3i_tokenizer *t = l->t;
-    const qwen3i_buf *text = &l->text;
-    if (id < 0 || id >= (int64_t)QWEN3I_MAX_ID || (uint64_t)id > l->max_id)
-        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld, which is out of range",
-                           l->file, QWEN3I_SHOW(text->n), text->p, (long long)id);
-    if (text->n == 0) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token %lld is empty", l->file, (long long)id);
+/* Give id the text in v->text. */
+static qwen3_result qwen3i_vocab_text(qwen3i_vocab *v, int64_t id) {
+    qwen3i_tokenizer *t = v->t;
+    const qwen3i_buf *text = &v->text;
+    if (id < 0 || id >= (int64_t)QWEN3I_MAX_ID || (uint64_t)id > v->max_id)
+        return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld, which is out of range",
+                           v->file, QWEN3I_SHOW(text->n), text->p, (long long)id);
+    if (text->n == 0) return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token %lld is empty", v->file, (long long)id);
     if (id < t->n_tokens && t->texts[id].length)
-        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld of another token",
-                           l->file, QWEN3I_SHOW(text->n), text->p, (long long)id);
-    if (t->bytes.n + text->n > INT_MAX) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: too large", l->file);
-    if (!qwen3i_texts_grow(t, (int)id) || !qwen3i_buf_reserve(&t->bytes, text->n)) return qwen3i_vocab_memory(l);
+        return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld of another token",
+                           v->file, QWEN3I_SHOW(text->n), text->p, (long long)id);
+    if (t->bytes.n + text->n > INT_MAX) return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: too large", v->file);
+    if (!qwen3i_texts_grow(t, (int)id) || !qwen3i_buf_reserve(&t->bytes, text->n)) return qwen3i_vocab_memory(v);
     t->texts[id].start = (uint32_t)t->bytes.n;
     t->texts[id].length = (uint32_t)text->n;
     qwen3i_buf_add(&t->bytes, text->p, text->n);
@@ -2933,7 +2929,6 @@ static qwen3_result qwen3i_vocab_text(qwen3i_vocab_loader *l, int64_t id) {
     return QWEN3_OK;
 }
 
-/* ---- loading: vocabulary and merges ------------------------------------------------------------------ */
 /* The byte that a character of a vocabulary stands for, or -1: printable bytes stand for themselves, the
    others are written as U+0100 and up. */
 static int qwen3i_alphabet(uint32_t c) {
@@ -2960,45 +2955,26 @@ static int qwen3i_alphabet_decode(qwen3i_buf *out, const char *p, size_t n) {
     return 1;
 }
 
-/* The same for a string, which is still escaped if it comes from JSON. */
-static int qwen3i_vocab_decode(qwen3i_buf *out, qwen3i_str s, int escaped) {
-    char *raw;                          /* behind its own decoding, which never overtakes it */
-    if (!escaped) return qwen3i_alphabet_decode(out, s.p, s.n);
-    if (!qwen3i_buf_reserve(out, 2 * s.n + 1)) return -1;
-    raw = out->p + out->n + s.n;
-    return qwen3i_alphabet_decode(out, raw, qwen3i_json_unescape(s, raw));
-}
-
-static qwen3_result qwen3i_vocab_token(qwen3i_vocab_loader *l, qwen3i_str key, int64_t id) {
-    qwen3i_tokenizer *t = l->t;
+/* text: the token's, as the vocabulary writes it */
+static qwen3_result qwen3i_vocab_token(qwen3i_vocab *v, qwen3i_str text, int64_t id) {
+    qwen3i_tokenizer *t = v->t;
     uint32_t *slot, hash;
     qwen3_result r;
     int is_word;
-    l->text.n = 0;
-    is_word = qwen3i_vocab_decode(&l->text, key, 1);
-    if (is_word < 0) return qwen3i_vocab_memory(l);
-    r = qwen3i_vocab_text(l, id);
+    v->text.n = 0;
+    is_word = qwen3i_alphabet_decode(&v->text, text.p, text.n);
+    if (is_word < 0) return qwen3i_vocab_memory(v);
+    r = qwen3i_vocab_text(v, id);
     if (r != QWEN3_OK || !is_word) return r;
-    if (!qwen3i_table_grow(t, &t->words, 1)) return qwen3i_vocab_memory(l);
-    hash = qwen3i_word_hash(l->text.p, l->text.n);
-    slot = qwen3i_word_slot(t, l->text.p, l->text.n, hash);
-    if (!slot) return qwen3i_vocab_slow(l);
-    if (*slot != QWEN3I_NONE) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" is there twice", l->file,
-                                                 QWEN3I_SHOW(key.n), key.p);
+    if (!qwen3i_table_grow(t, &t->words, 1)) return qwen3i_vocab_memory(v);
+    hash = qwen3i_word_hash(v->text.p, v->text.n);
+    slot = qwen3i_word_slot(t, v->text.p, v->text.n, hash);
+    if (!slot) return qwen3i_vocab_slow(v);
+    if (*slot != QWEN3I_NONE) return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" is there twice", v->file,
+                                                 QWEN3I_SHOW(text.n), text.p);
     qwen3i_table_put(&t->words, slot, hash, (uint32_t)id);
-    if (l->text.n == 1) t->byte_id[(unsigned char)l->text.p[0]] = (uint32_t)id;
+    if (v->text.n == 1) t->byte_id[(unsigned char)v->text.p[0]] = (uint32_t)id;
     return QWEN3_OK;
-}
-
-static qwen3_result qwen3i_vocab_tokens(qwen3i_vocab_loader *l) {
-    qwen3i_json_iter it;
-    qwen3i_str key;
-    int64_t id;
-    qwen3_result r = QWEN3_OK;
-    if (!qwen3i_json_open(&l->json, '{', &it)) return qwen3i_vocab_json(l);
-    while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key))
-        r = qwen3i_json_int(&l->json, &id) ? qwen3i_vocab_token(l, key, id) : qwen3i_vocab_json(l);
-    return r != QWEN3_OK || !l->json.error ? r : qwen3i_vocab_json(l);
 }
 
 /* The token whose bytes are buf[from..], or NONE. */
@@ -3008,70 +2984,249 @@ static uint32_t qwen3i_vocab_find(const qwen3i_tokenizer *t, const qwen3i_buf *b
     return n ? qwen3i_word_id(t, p, n) : QWEN3I_NONE;
 }
 
-/* The next merge; a and b are vocabulary texts, to be unescaped if they come from JSON. */
-static qwen3_result qwen3i_vocab_merge(qwen3i_vocab_loader *l, qwen3i_str a, qwen3i_str b, int escaped) {
-    qwen3i_tokenizer *t = l->t;
-    qwen3i_buf *both = &l->joined;
+/* The next merge, of two tokens as the vocabulary writes them */
+static qwen3_result qwen3i_vocab_merge(qwen3i_vocab *v, qwen3i_str left, qwen3i_str right) {
+    qwen3i_tokenizer *t = v->t;
+    qwen3i_buf *both = &v->joined;
     qwen3i_pair pair;
     uint32_t *slot, hash;
     size_t n;
     both->n = 0;
-    if (qwen3i_vocab_decode(both, a, escaped) < 0) return qwen3i_vocab_memory(l);
+    if (qwen3i_alphabet_decode(both, left.p, left.n) < 0) return qwen3i_vocab_memory(v);
     n = both->n;
     pair.left = qwen3i_vocab_find(t, both, 0);
-    if (qwen3i_vocab_decode(both, b, escaped) < 0) return qwen3i_vocab_memory(l);
+    if (qwen3i_alphabet_decode(both, right.p, right.n) < 0) return qwen3i_vocab_memory(v);
     pair.right = qwen3i_vocab_find(t, both, n);
     pair.id = qwen3i_vocab_find(t, both, 0);
     if (pair.left == QWEN3I_NONE || pair.right == QWEN3I_NONE || pair.id == QWEN3I_NONE)
-        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: merge %u (\"%.*s\" \"%.*s\") names a token that is not there",
-                           l->file, (unsigned)t->n_pairs, QWEN3I_SHOW(a.n), a.p, QWEN3I_SHOW(b.n), b.p);
-    if (t->n_pairs == QWEN3I_MAX_ID) return qwen3i_vocab_slow(l);
-    if (!qwen3i_pairs_grow(t) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(l);
+        return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: merge %u (\"%.*s\" \"%.*s\") names a token that is not there",
+                           v->file, (unsigned)t->n_pairs, QWEN3I_SHOW(left.n), left.p, QWEN3I_SHOW(right.n), right.p);
+    if (t->n_pairs == QWEN3I_MAX_ID) return qwen3i_vocab_slow(v);
+    if (!qwen3i_pairs_grow(t) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(v);
     hash = qwen3i_pair_hash(pair.left, pair.right);
     slot = qwen3i_pair_slot(t, pair.left, pair.right, hash);
-    if (!slot) return qwen3i_vocab_slow(l);
+    if (!slot) return qwen3i_vocab_slow(v);
     t->pairs[t->n_pairs] = pair;
     qwen3i_table_put(&t->merges, slot, hash, t->n_pairs++);     /* of a merge that is there twice the last one counts */
     return QWEN3_OK;
 }
 
-/* "a b" into its two halves. */
-static int qwen3i_merge_split(qwen3i_str line, qwen3i_str *a, qwen3i_str *b) {
-    const char *space = line.n ? (const char *)memchr(line.p, ' ', line.n) : NULL;
-    if (!space) return 0;
-    a->p = line.p;
-    a->n = (size_t)(space - line.p);
-    b->p = space + 1;
-    b->n = line.n - a->n - 1;
-    return a->n > 0 && b->n > 0 && !memchr(b->p, ' ', b->n);
+static qwen3_result qwen3i_vocab_unsplit(const qwen3i_vocab *v) {
+    return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: merge %u does not have two parts", v->file, (unsigned)v->t->n_pairs);
 }
 
-static qwen3_result qwen3i_merge_malformed(const qwen3i_vocab_loader *l) {
-    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: merge %u does not have two parts", l->file,
-                       (unsigned)l->t->n_pairs);
+/* The same from "left right" */
+static qwen3_result qwen3i_vocab_merge_line(qwen3i_vocab *v, qwen3i_str line) {
+    const char *space = line.n ? (const char *)memchr(line.p, ' ', line.n) : NULL;
+    qwen3i_str left, right;
+    if (!space) return qwen3i_vocab_unsplit(v);
+    left.p = line.p;
+    left.n = (size_t)(space - line.p);
+    right.p = space + 1;
+    right.n = line.n - left.n - 1;
+    if (left.n == 0 || right.n == 0 || memchr(right.p, ' ', right.n)) return qwen3i_vocab_unsplit(v);
+    return qwen3i_vocab_merge(v, left, right);
+}
+
+static int qwen3i_added_append(qwen3i_tokenizer *t, const qwen3i_added *item) {
+    int cap = t->cap_added ? 2 * t->cap_added : 64;
+    if (t->n_added == t->cap_added) {
+        qwen3i_added *p = (qwen3i_added *)qwen3i_alloc_array(&t->allocator, (size_t)cap, sizeof *p);
+        if (!p) return 0;
+        if (t->n_added) memcpy(p, t->added, (size_t)t->n_added * sizeof *p);
+        qwen3i_free(&t->allocator, t->added, (size_t)t->cap_added * sizeof *p);
+        t->added = p;
+        t->cap_added = cap;
+    }
+    t->added[t->n_added++] = *item;
+    return 1;
+}
+
+/* Does id have the text in v->text already? The vocabulary may list added tokens, too. */
+static int qwen3i_vocab_has(const qwen3i_vocab *v, int64_t id) {
+    const qwen3i_text *text = id >= 0 && id < v->t->n_tokens ? &v->t->texts[id] : NULL;
+    return text && text->length > 0 && text->length == v->text.n &&
+           memcmp(v->t->bytes.p + text->start, v->text.p, v->text.n) == 0;
+}
+
+/* text: its bytes as they are, up to QWEN3I_MAX_ADDED of them. kinds: QWEN3I_ADDED_SPECIAL or _PLAIN, with _NORMALIZED
+   or _RAW */
+static qwen3_result qwen3i_vocab_added(qwen3i_vocab *v, qwen3i_str text, int64_t id, int kinds) {
+    qwen3i_added item;
+    qwen3_result r = QWEN3_OK;
+    v->text.n = 0;
+    if (!qwen3i_buf_add(&v->text, text.p, text.n)) return qwen3i_vocab_memory(v);
+    if (text.n > QWEN3I_MAX_ADDED)
+        return qwen3i_fail(v->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" is too long", v->file,
+                           QWEN3I_SHOW(text.n), text.p);
+    item.p = NULL;
+    item.length = (uint32_t)text.n;
+    item.id = (int)id;
+    item.kinds = kinds;
+    if (!qwen3i_vocab_has(v, id)) r = qwen3i_vocab_text(v, id);
+    if (r != QWEN3_OK) return r;
+    return qwen3i_added_append(v->t, &item) ? QWEN3_OK : qwen3i_vocab_memory(v);
+}
+
+/* A token that is matched in normalised text must be in normal form itself, to be found as it is. */
+static qwen3_result qwen3i_added_normal(const qwen3i_vocab *v, const qwen3i_added *item) {
+    qwen3i_nfc w = qwen3i_nfc_make(&v->t->allocator);
+    size_t n;
+    const char *p = qwen3i_normalize(&w, v->t->classes, v->t->nfc, item->p, item->length, &n);
+    int same = p && n == item->length && memcmp(p, item->p, n) == 0;
+    qwen3i_nfc_free(&w);
+    if (!p) return qwen3i_vocab_memory(v);
+    if (same) return QWEN3_OK;
+    return qwen3i_fail(v->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" changes when it is normalised", v->file,
+                       QWEN3I_SHOW(item->length), item->p);
+}
+
+static int qwen3i_added_compare(const void *x, const void *y) {
+    const qwen3i_added *a = (const qwen3i_added *)x, *b = (const qwen3i_added *)y;
+    int r = memcmp(a->p, b->p, a->length < b->length ? a->length : b->length);
+    return r ? r : a->length < b->length ? -1 : a->length > b->length;
+}
+
+/* All are there, and t->bytes no longer moves: put them in order. */
+static qwen3_result qwen3i_added_finish(qwen3i_vocab *v) {
+    qwen3i_tokenizer *t = v->t;
+    qwen3_result r = QWEN3_OK;
+    int i;
+    for (i = 0; i < t->n_added; i++) {
+        t->added[i].p = t->bytes.p + t->texts[t->added[i].id].start;
+        t->added_first[(unsigned char)t->added[i].p[0]] = 1;
+        t->added_kinds |= t->added[i].kinds;
+        if (t->added[i].kinds & QWEN3I_ADDED_NORMALIZED) r = qwen3i_added_normal(v, &t->added[i]);
+        if (r != QWEN3_OK) return r;
+    }
+    if (t->n_added) qwen3i_sort(t->added, (size_t)t->n_added, sizeof *t->added, qwen3i_added_compare);
+    for (i = 1; i < t->n_added; i++)
+        if (qwen3i_added_compare(&t->added[i - 1], &t->added[i]) == 0)
+            return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: added token \"%.*s\" is there twice", v->file,
+                               QWEN3I_SHOW(t->added[i].length), t->added[i].p);
+    return QWEN3_OK;
+}
+
+/* max_id: no id is larger. Afterwards the reader sets t->nfc where text is to be in normal form C (Qwen3's is), and
+   whole where the files say so. */
+static qwen3_result qwen3i_vocab_begin(qwen3i_vocab *v, const qwen3_allocator *a, const char *file, size_t max_id,
+                                       const qwen3i_err *err) {
+    qwen3i_tokenizer *t = (qwen3i_tokenizer *)qwen3i_alloc_zero(a, 1, sizeof *t);
+    memset(v, 0, sizeof *v);
+    v->err = err;
+    v->file = file;
+    v->max_id = max_id;
+    v->text = v->joined = qwen3i_buf_make(a);
+    v->t = t;
+    if (!t) return qwen3i_vocab_memory(v);
+    t->allocator = *a;
+    t->bytes = qwen3i_buf_make(&t->allocator);
+    memset(t->byte_id, 0xFF, sizeof t->byte_id);
+    qwen3i_classes_fill(t->classes);
+    if (!qwen3i_table_grow(t, &t->words, 1) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(v);
+    return QWEN3_OK;
+}
+
+/* Mark the words that BPE gives one token: most of the words of most texts need no merging. */
+static void qwen3i_vocab_mark_whole(qwen3i_vocab *v) {
+    qwen3i_tokenizer *t = v->t;
+    uint32_t ids[QWEN3I_SHORT_WORD];
+    int id;
+    for (id = 0; id < t->n_tokens; id++) {
+        qwen3i_text *text = &t->texts[id];
+        if (v->whole || (text->length > 0 && text->length <= QWEN3I_SHORT_WORD &&
+            qwen3i_merge_short(t, t->bytes.p + text->start, (int)text->length, ids) == 1 && ids[0] == (uint32_t)id))
+            text->length |= QWEN3I_WHOLE;
+    }
+}
+
+/* Everything was read (r: how that went): finish the tables and hand over, or release; *out is then NULL. */
+static qwen3_result qwen3i_vocab_end(qwen3i_vocab *v, qwen3_result r, qwen3i_tokenizer **out) {
+    int i;
+    if (r == QWEN3_OK) r = qwen3i_added_finish(v);
+    for (i = 0; i < 256 && r == QWEN3_OK; i++)
+        if (v->t->byte_id[i] == QWEN3I_NONE)
+            r = qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: there is no token for the byte 0x%02X", v->file, i);
+    if (r == QWEN3_OK) qwen3i_vocab_mark_whole(v);
+    qwen3i_buf_free(&v->text);
+    qwen3i_buf_free(&v->joined);
+    if (r != QWEN3_OK) qwen3i_tokenizer_free(v->t);
+    *out = r == QWEN3_OK ? v->t : NULL;
+    return r;
+}
+
+/* ---- tokenizer.json, vocab.json and merges.txt --------------------------------------------------------------- */
+typedef struct qwen3i_vocab_reader {
+    qwen3i_vocab v;
+    qwen3i_json  json;
+    qwen3i_buf   left, right;           /* what was unescaped */
+} qwen3i_vocab_reader;
+
+static qwen3_result qwen3i_reader_begin(qwen3i_vocab_reader *l, const qwen3_allocator *a, const char *file, size_t size,
+                                        const qwen3i_err *err) {
+    memset(l, 0, sizeof *l);
+    l->left = l->right = qwen3i_buf_make(a);
+    return qwen3i_vocab_begin(&l->v, a, file, size / 4, err);   /* a token takes more than four bytes of the files */
+}
+
+static qwen3_result qwen3i_reader_end(qwen3i_vocab_reader *l, qwen3_result r, qwen3i_tokenizer **out) {
+    qwen3i_buf_free(&l->left);
+    qwen3i_buf_free(&l->right);
+    return qwen3i_vocab_end(&l->v, r, out);
+}
+
+/* The reader found something wrong. */
+static qwen3_result qwen3i_vocab_json(const qwen3i_vocab_reader *l) {
+    const char *why = l->json.error ? l->json.error : "not understood";
+    return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: byte %llu: %s", l->v.file,
+                       (unsigned long long)qwen3i_json_offset(&l->json), why);
+}
+
+/* s without JSON's escapes, in buf; 0: no memory */
+static int qwen3i_unescaped(qwen3i_buf *buf, qwen3i_str *s) {
+    buf->n = 0;
+    if (!qwen3i_buf_reserve(buf, s->n + 1)) return 0;
+    s->n = qwen3i_json_unescape(*s, buf->p);
+    s->p = buf->p;
+    return 1;
+}
+
+/* {"token": id, ...} */
+static qwen3_result qwen3i_vocab_tokens(qwen3i_vocab_reader *l) {
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    int64_t id;
+    qwen3_result r = QWEN3_OK;
+    if (!qwen3i_json_open(&l->json, '{', &it)) return qwen3i_vocab_json(l);
+    while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key)) {
+        if (!qwen3i_json_int(&l->json, &id)) return qwen3i_vocab_json(l);
+        r = qwen3i_unescaped(&l->left, &key) ? qwen3i_vocab_token(&l->v, key, id) : qwen3i_vocab_memory(&l->v);
+    }
+    return r != QWEN3_OK || !l->json.error ? r : qwen3i_vocab_json(l);
 }
 
 /* One element of "merges": ["a", "b"] or "a b". */
-static qwen3_result qwen3i_vocab_merge_json(qwen3i_vocab_loader *l) {
+static qwen3_result qwen3i_vocab_merge_json(qwen3i_vocab_reader *l) {
     qwen3i_json *j = &l->json;
     qwen3i_json_iter it;
     qwen3i_str part[2];
     int n = 0;
     if (qwen3i_json_peek(j) == '"') {
         if (!qwen3i_json_string(j, &part[0])) return qwen3i_vocab_json(l);
-        return qwen3i_merge_split(part[0], &part[0], &part[1]) ? qwen3i_vocab_merge(l, part[0], part[1], 1)
-                                                              : qwen3i_merge_malformed(l);
+        return qwen3i_unescaped(&l->left, &part[0]) ? qwen3i_vocab_merge_line(&l->v, part[0]) : qwen3i_vocab_memory(&l->v);
     }
     if (!qwen3i_json_open(j, '[', &it)) return qwen3i_vocab_json(l);
     while (qwen3i_json_next(j, &it, NULL)) {
-        if (n == 2) return qwen3i_merge_malformed(l);
+        if (n == 2) return qwen3i_vocab_unsplit(&l->v);
         if (!qwen3i_json_string(j, &part[n++])) return qwen3i_vocab_json(l);
     }
     if (j->error) return qwen3i_vocab_json(l);
-    return n == 2 ? qwen3i_vocab_merge(l, part[0], part[1], 1) : qwen3i_merge_malformed(l);
+    if (n != 2) return qwen3i_vocab_unsplit(&l->v);
+    if (!qwen3i_unescaped(&l->left, &part[0]) || !qwen3i_unescaped(&l->right, &part[1])) return qwen3i_vocab_memory(&l->v);
+    return qwen3i_vocab_merge(&l->v, part[0], part[1]);
 }
 
-static qwen3_result qwen3i_vocab_merges(qwen3i_vocab_loader *l) {
+static qwen3_result qwen3i_vocab_merges(qwen3i_vocab_reader *l) {
     qwen3i_json_iter it;
     qwen3_result r = QWEN3_OK;
     if (!qwen3i_json_open(&l->json, '[', &it)) return qwen3i_vocab_json(l);
@@ -3080,9 +3235,9 @@ static qwen3_result qwen3i_vocab_merges(qwen3i_vocab_loader *l) {
 }
 
 /* merges.txt: a merge a line, after a line that starts with #version. */
-static qwen3_result qwen3i_vocab_merge_lines(qwen3i_vocab_loader *l, const char *p, size_t n) {
+static qwen3_result qwen3i_vocab_merge_lines(qwen3i_vocab *v, const char *p, size_t n) {
     const char *end = p + n, *stop;
-    qwen3i_str line, a, b;
+    qwen3i_str line;
     qwen3_result r = QWEN3_OK;
     for (; p < end && r == QWEN3_OK; p = stop + 1) {
         stop = (const char *)memchr(p, '\n', (size_t)(end - p));
@@ -3091,12 +3246,11 @@ static qwen3_result qwen3i_vocab_merge_lines(qwen3i_vocab_loader *l, const char 
         line.n = (size_t)(stop - p);
         if (line.n && p[line.n - 1] == '\r') line.n--;
         if (line.n == 0 || (line.n >= 8 && memcmp(p, "#version", 8) == 0)) continue;
-        r = qwen3i_merge_split(line, &a, &b) ? qwen3i_vocab_merge(l, a, b, 0) : qwen3i_merge_malformed(l);
+        r = qwen3i_vocab_merge_line(v, line);
     }
     return r;
 }
 
-/* ---- loading: added tokens --------------------------------------------------------------------------- */
 typedef struct qwen3i_added_fields {
     int64_t    id;
     qwen3i_str content;
@@ -3121,58 +3275,14 @@ static void qwen3i_added_read(qwen3i_json *j, qwen3i_added_fields *f) {
     }
 }
 
-/* A token that is matched in normalised text must be in normal form itself, to be found as it is. */
-static qwen3_result qwen3i_added_normal(const qwen3i_vocab_loader *l, const qwen3i_added *item) {
-    qwen3i_nfc w = qwen3i_nfc_make(&l->t->allocator);
-    size_t n;
-    const char *p = qwen3i_normalize(&w, l->t->classes, l->t->nfc, item->p, item->length, &n);
-    int same = p && n == item->length && memcmp(p, item->p, n) == 0;
-    qwen3i_nfc_free(&w);
-    if (!p) return qwen3i_vocab_memory(l);
-    if (same) return QWEN3_OK;
-    return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" changes when it is normalised", l->file,
-                       QWEN3I_SHOW(item->length), item->p);
-}
-
-static int qwen3i_added_append(qwen3i_tokenizer *t, const qwen3i_added *item) {
-    int cap = t->cap_added ? 2 * t->cap_added : 64;
-    if (t->n_added == t->cap_added) {
-        qwen3i_added *p = (qwen3i_added *)qwen3i_alloc_array(&t->allocator, (size_t)cap, sizeof *p);
-        if (!p) return 0;
-        if (t->n_added) memcpy(p, t->added, (size_t)t->n_added * sizeof *p);
-        qwen3i_free(&t->allocator, t->added, (size_t)t->cap_added * sizeof *p);
-        t->added = p;
-        t->cap_added = cap;
-    }
-    t->added[t->n_added++] = *item;
-    return 1;
-}
-
-/* Does id have the text in l->text already? The vocabulary may list added tokens, too. */
-static int qwen3i_vocab_has(const qwen3i_vocab_loader *l, int64_t id) {
-    const qwen3i_text *text = id >= 0 && id < l->t->n_tokens ? &l->t->texts[id] : NULL;
-    return text && text->length > 0 && text->length == l->text.n &&
-           memcmp(l->t->bytes.p + text->start, l->text.p, l->text.n) == 0;
-}
-
-static qwen3_result qwen3i_added_token(qwen3i_vocab_loader *l, const qwen3i_added_fields *f) {
-    qwen3i_added item;
-    qwen3_result r = QWEN3_OK;
-    l->text.n = 0;
-    if (!qwen3i_buf_reserve(&l->text, f->content.n + 1)) return qwen3i_vocab_memory(l);
-    l->text.n = qwen3i_json_unescape(f->content, l->text.p);
-    if (f->unusual || l->text.n > QWEN3I_MAX_ADDED)
-        return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" %s", l->file,
-                           QWEN3I_SHOW(l->text.n), l->text.p,
-                           f->unusual ? "has lstrip, rstrip or single_word set" : "is too long");
-    item.p = NULL;
-    item.length = (uint32_t)l->text.n;
-    item.id = (int)f->id;
-    item.kinds = (f->special ? QWEN3I_ADDED_SPECIAL : QWEN3I_ADDED_PLAIN) |
-                 (f->normalized ? QWEN3I_ADDED_NORMALIZED : QWEN3I_ADDED_RAW);
-    if (!qwen3i_vocab_has(l, f->id)) r = qwen3i_vocab_text(l, f->id);
-    if (r != QWEN3_OK) return r;
-    return qwen3i_added_append(l->t, &item) ? QWEN3_OK : qwen3i_vocab_memory(l);
+static qwen3_result qwen3i_added_token(qwen3i_vocab_reader *l, qwen3i_added_fields *f) {
+    int kinds = (f->special ? QWEN3I_ADDED_SPECIAL : QWEN3I_ADDED_PLAIN) |
+                (f->normalized ? QWEN3I_ADDED_NORMALIZED : QWEN3I_ADDED_RAW);
+    if (!qwen3i_unescaped(&l->left, &f->content)) return qwen3i_vocab_memory(&l->v);
+    if (f->unusual)
+        return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" has lstrip, rstrip or single_word set",
+                           l->v.file, QWEN3I_SHOW(f->content.n), f->content.p);
+    return qwen3i_vocab_added(&l->v, f->content, f->id, kinds);
 }
 
 /* An id that is written as a key; -1 if it is none. */
@@ -3189,7 +3299,7 @@ static int64_t qwen3i_added_key(qwen3i_str key) {
 
 /* "added_tokens": [{"id": 7, "content": "<x>", ...}] of tokenizer.json, or "added_tokens_decoder":
    {"7": {"content": "<x>", ...}} of tokenizer_config.json. */
-static qwen3_result qwen3i_added_tokens(qwen3i_vocab_loader *l) {
+static qwen3_result qwen3i_added_tokens(qwen3i_vocab_reader *l) {
     qwen3i_json_iter it;
     qwen3i_str key;
     qwen3i_added_fields f;
@@ -3206,33 +3316,7 @@ static qwen3_result qwen3i_added_tokens(qwen3i_vocab_loader *l) {
     return r != QWEN3_OK || !l->json.error ? r : qwen3i_vocab_json(l);
 }
 
-static int qwen3i_added_compare(const void *x, const void *y) {
-    const qwen3i_added *a = (const qwen3i_added *)x, *b = (const qwen3i_added *)y;
-    int r = memcmp(a->p, b->p, a->length < b->length ? a->length : b->length);
-    return r ? r : a->length < b->length ? -1 : a->length > b->length;
-}
-
-/* All are there, and t->bytes no longer moves: put them in order. */
-static qwen3_result qwen3i_added_finish(qwen3i_vocab_loader *l) {
-    qwen3i_tokenizer *t = l->t;
-    qwen3_result r = QWEN3_OK;
-    int i;
-    for (i = 0; i < t->n_added; i++) {
-        t->added[i].p = t->bytes.p + t->texts[t->added[i].id].start;
-        t->added_first[(unsigned char)t->added[i].p[0]] = 1;
-        t->added_kinds |= t->added[i].kinds;
-        if (t->added[i].kinds & QWEN3I_ADDED_NORMALIZED) r = qwen3i_added_normal(l, &t->added[i]);
-        if (r != QWEN3_OK) return r;
-    }
-    if (t->n_added) qwen3i_sort(t->added, (size_t)t->n_added, sizeof *t->added, qwen3i_added_compare);
-    for (i = 1; i < t->n_added; i++)
-        if (qwen3i_added_compare(&t->added[i - 1], &t->added[i]) == 0)
-            return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: added token \"%.*s\" is there twice", l->file,
-                               QWEN3I_SHOW(t->added[i].length), t->added[i].p);
-    return QWEN3_OK;
-}
-
-/* ---- loading: settings of tokenizer.json ------------------------------------------------------------- */
+/* ---- settings of tokenizer.json --------------------------------------------------------------------- */
 typedef struct qwen3i_setting {
     const char *key;
     const char *allowed;                /* its values, as JSON with | between them; NULL: see where it is */
@@ -3250,7 +3334,7 @@ static int qwen3i_one_of(qwen3i_str value, const char *list) {
 
 /* Read an object (name: in messages) and check those of its keys that are in list, which ends in a NULL; the others
    do not matter. *seen: a bit for each that is there; at[i]: where the value of the i-th is. */
-static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_loader *l, const char *name, const qwen3i_setting *list,
+static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *name, const qwen3i_setting *list,
                                           int *seen, qwen3i_json *at) {
     qwen3i_json_iter it;
     qwen3i_str key, value;
@@ -3265,27 +3349,27 @@ static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_loader *l, const char *na
         if (!qwen3i_json_skip(&l->json)) break;
         value.n = (size_t)(l->json.p - value.p);
         if (list[i].key && list[i].allowed && !qwen3i_one_of(value, list[i].allowed))
-            return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: %s: %s is %.*s, supported is %s", l->file, name,
+            return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED, "%s: %s: %s is %.*s, supported is %s", l->v.file, name,
                                list[i].key, QWEN3I_SHOW(value.n), value.p, list[i].allowed);
     }
     return l->json.error ? qwen3i_vocab_json(l) : QWEN3_OK;
 }
 
-static qwen3_result qwen3i_vocab_normalizer(qwen3i_vocab_loader *l) {
+static qwen3_result qwen3i_vocab_normalizer(qwen3i_vocab_reader *l) {
     static const qwen3i_setting nfc[] = { { "type", "\"NFC\"" }, { NULL, NULL } };
     qwen3i_json at[1];
     int seen;
     if (qwen3i_json_word(&l->json, "null")) return QWEN3_OK;
-    l->t->nfc = 1;
+    l->v.t->nfc = 1;
     return qwen3i_vocab_settings(l, "normalizer", nfc, &seen, at);
 }
 
-static qwen3_result qwen3i_vocab_unlike(qwen3i_vocab_loader *l, const char *why) {
-    return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: pre_tokenizer: %s", l->file, why);
+static qwen3_result qwen3i_vocab_unlike(qwen3i_vocab_reader *l, const char *why) {
+    return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED, "%s: pre_tokenizer: %s", l->v.file, why);
 }
 
 /* The first step: Split by {"Regex": expression}, which has to be ours. */
-static qwen3_result qwen3i_vocab_split(qwen3i_vocab_loader *l) {
+static qwen3_result qwen3i_vocab_split(qwen3i_vocab_reader *l) {
     static const qwen3i_setting split[] = { { "type", "\"Split\"" }, { "behavior", "\"Isolated\"" },
                                             { "invert", "false" }, { "pattern", NULL }, { NULL, NULL } };
     static const qwen3i_setting pattern[] = { { "Regex", NULL }, { NULL, NULL } };
@@ -3306,7 +3390,7 @@ static qwen3_result qwen3i_vocab_split(qwen3i_vocab_loader *l) {
 }
 
 /* A sequence of Split and ByteLevel, and nothing else. */
-static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_loader *l) {
+static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_reader *l) {
     static const qwen3i_setting sequence[] = { { "type", "\"Sequence\"" }, { "pretokenizers", NULL }, { NULL, NULL } };
     static const qwen3i_setting bytes[] = { { "type", "\"ByteLevel\"" }, { "add_prefix_space", "false" },
                                             { "use_regex", "false" }, { NULL, NULL } };
@@ -3330,7 +3414,7 @@ static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_loader *l) {
 }
 
 /* Settings first, then vocabulary, then merges, in whatever order the file has them. */
-static qwen3_result qwen3i_vocab_model(qwen3i_vocab_loader *l) {
+static qwen3_result qwen3i_vocab_model(qwen3i_vocab_reader *l) {
     static const qwen3i_setting model[] = {
         { "type", "\"BPE\"" }, { "vocab", NULL }, { "merges", NULL }, { "dropout", "null" },
         { "continuing_subword_prefix", "null|\"\"" }, { "end_of_word_suffix", "null|\"\"" },
@@ -3340,8 +3424,8 @@ static qwen3_result qwen3i_vocab_model(qwen3i_vocab_loader *l) {
     qwen3_result r = qwen3i_vocab_settings(l, "model", model, &seen, at);
     if (r != QWEN3_OK) return r;
     if ((seen & 7) != 7)
-        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: model lacks its type, vocab or merges", l->file);
-    if (seen & 128) qwen3i_json_bool(&at[7], &l->whole);
+        return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: model lacks its type, vocab or merges", l->v.file);
+    if (seen & 128) qwen3i_json_bool(&at[7], &l->v.whole);
     after = l->json;
     l->json = at[1];
     r = qwen3i_vocab_tokens(l);
@@ -3353,57 +3437,11 @@ static qwen3_result qwen3i_vocab_model(qwen3i_vocab_loader *l) {
     return r;
 }
 
-/* ---- loading: the whole ------------------------------------------------------------------------------ */
-static qwen3_result qwen3i_vocab_begin(qwen3i_vocab_loader *l, const qwen3_allocator *a, const qwen3i_err *err,
-                                       size_t size) {
-    qwen3i_tokenizer *t = (qwen3i_tokenizer *)qwen3i_alloc_zero(a, 1, sizeof *t);
-    memset(l, 0, sizeof *l);
-    l->err = err;
-    l->file = "tokenizer";
-    l->max_id = size / 4;               /* a token takes more than four bytes of the files */
-    l->text = l->joined = qwen3i_buf_make(a);
-    l->t = t;
-    if (!t) return qwen3i_vocab_memory(l);
-    t->allocator = *a;
-    t->bytes = qwen3i_buf_make(&t->allocator);
-    memset(t->byte_id, 0xFF, sizeof t->byte_id);
-    qwen3i_classes_fill(t->classes);
-    if (!qwen3i_table_grow(t, &t->words, 1) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(l);
-    return QWEN3_OK;
-}
-
-/* Mark the words that BPE gives one token: most of the words of most texts need no merging. */
-static void qwen3i_vocab_mark_whole(qwen3i_vocab_loader *l) {
-    qwen3i_tokenizer *t = l->t;
-    uint32_t ids[QWEN3I_SHORT_WORD];
-    int id;
-    for (id = 0; id < t->n_tokens; id++) {
-        qwen3i_text *text = &t->texts[id];
-        if (l->whole || (text->length > 0 && text->length <= QWEN3I_SHORT_WORD &&
-            qwen3i_merge_short(t, t->bytes.p + text->start, (int)text->length, ids) == 1 && ids[0] == (uint32_t)id))
-            text->length |= QWEN3I_WHOLE;
-    }
-}
-
-/* Everything was read (r: how that went): finish the tables and hand over, or release. */
-static qwen3_result qwen3i_vocab_end(qwen3i_vocab_loader *l, qwen3_result r, qwen3i_tokenizer **out) {
-    int i;
-    if (r == QWEN3_OK) r = qwen3i_added_finish(l);
-    for (i = 0; i < 256 && r == QWEN3_OK; i++)
-        if (l->t->byte_id[i] == QWEN3I_NONE)
-            r = qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: there is no token for the byte 0x%02X", l->file, i);
-    if (r == QWEN3_OK) qwen3i_vocab_mark_whole(l);
-    qwen3i_buf_free(&l->text);
-    qwen3i_buf_free(&l->joined);
-    if (r != QWEN3_OK) qwen3i_tokenizer_free(l->t);
-    *out = r == QWEN3_OK ? l->t : NULL;
-    return r;
-}
-
-static qwen3_result qwen3i_vocab_document(qwen3i_vocab_loader *l) {
+/* ---- the whole --------------------------------------------------------------------------------------- */
+static qwen3_result qwen3i_vocab_document(qwen3i_vocab_reader *l) {
     static const qwen3i_setting top[] = { { "pre_tokenizer", NULL }, { "model", NULL }, { "normalizer", NULL },
                                           { "added_tokens", NULL }, { NULL, NULL } };
-    typedef qwen3_result (*reader)(qwen3i_vocab_loader *);
+    typedef qwen3_result (*reader)(qwen3i_vocab_reader *);
     static const reader readers[] = { qwen3i_vocab_pre_tokenizer, qwen3i_vocab_model, qwen3i_vocab_normalizer,
                                       qwen3i_added_tokens };
     qwen3i_json_iter it;
@@ -3414,26 +3452,25 @@ static qwen3_result qwen3i_vocab_document(qwen3i_vocab_loader *l) {
     while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key)) {
         for (i = 0; top[i].key && !qwen3i_json_is(key, top[i].key); i++) {}
         if (!top[i].key) { qwen3i_json_skip(&l->json); continue; }
-        if (seen & 1 << i) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: %s is there twice", l->file, top[i].key);
+        if (seen & 1 << i) return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: %s is there twice", l->v.file, top[i].key);
         seen |= 1 << i;
         r = readers[i](l);
     }
     if (r != QWEN3_OK) return r;
     if (!qwen3i_json_end(&l->json)) return qwen3i_vocab_json(l);
     if ((seen & 3) == 3) return QWEN3_OK;
-    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: there is no %s", l->file, seen & 1 ? "model" : "pre_tokenizer");
+    return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: there is no %s", l->v.file, seen & 1 ? "model" : "pre_tokenizer");
 }
 
 /* Read tokenizer.json (file: its name in messages). On success *out is the caller's. */
 static qwen3_result qwen3i_tokenizer_from_json(qwen3i_tokenizer **out, const qwen3_allocator *a, const char *file,
                                                const void *data, size_t n, const qwen3i_err *err) {
-    qwen3i_vocab_loader l;
-    qwen3_result r = qwen3i_vocab_begin(&l, a, err, n);
-    l.file = file;
+    qwen3i_vocab_reader l;
+    qwen3_result r = qwen3i_reader_begin(&l, a, file, n, err);
     l.json = qwen3i_json_begin(data, n);
     if (r == QWEN3_OK && n > INT_MAX) r = qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: too large", file);
     if (r == QWEN3_OK) r = qwen3i_vocab_document(&l);
-    return qwen3i_vocab_end(&l, r, out);
+    return qwen3i_reader_end(&l, r, out);
 }
 
 /* The top-level key of an object: 1, and j stands at its value. 0: it is not there, or j->error is set. */
@@ -3451,24 +3488,23 @@ static int qwen3i_json_find(qwen3i_json *j, const char *wanted) {
 static qwen3_result qwen3i_tokenizer_from_vocab(qwen3i_tokenizer **out, const qwen3_allocator *a,
                                                 const void *vocab, size_t vocab_n, const void *merges, size_t merges_n,
                                                 const void *config, size_t config_n, const qwen3i_err *err) {
-    qwen3i_vocab_loader l;
-    qwen3_result r = qwen3i_vocab_begin(&l, a, err, vocab_n + config_n);
+    qwen3i_vocab_reader l;
+    qwen3_result r = qwen3i_reader_begin(&l, a, "vocab.json", vocab_n + config_n, err);
     if (r == QWEN3_OK && (vocab_n > INT_MAX || merges_n > INT_MAX || config_n > INT_MAX))
         r = qwen3i_fail(err, QWEN3_ERR_FORMAT, "vocab.json, merges.txt: too large");
-    l.file = "vocab.json";
     l.json = qwen3i_json_begin(vocab, vocab_n);
-    if (r == QWEN3_OK) { l.t->nfc = 1; r = qwen3i_vocab_tokens(&l); }
+    if (r == QWEN3_OK) { l.v.t->nfc = 1; r = qwen3i_vocab_tokens(&l); }
     if (r == QWEN3_OK && !qwen3i_json_end(&l.json)) r = qwen3i_vocab_json(&l);
-    l.file = "merges.txt";
-    if (r == QWEN3_OK) r = qwen3i_vocab_merge_lines(&l, (const char *)merges, merges_n);
-    l.file = "tokenizer_config.json";
+    l.v.file = "merges.txt";
+    if (r == QWEN3_OK) r = qwen3i_vocab_merge_lines(&l.v, (const char *)merges, merges_n);
+    l.v.file = "tokenizer_config.json";
     l.json = qwen3i_json_begin(config, config_n);
     if (r == QWEN3_OK && config) {
         if (qwen3i_json_find(&l.json, "added_tokens_decoder")) r = qwen3i_added_tokens(&l);
         else if (l.json.error) r = qwen3i_vocab_json(&l);
     }
-    if (r == QWEN3_OK) l.file = "vocab.json";
-    return qwen3i_vocab_end(&l, r, out);
+    if (r == QWEN3_OK) l.v.file = "vocab.json";
+    return qwen3i_reader_end(&l, r, out);
 }
 
 /* ---- which chat template ----------------------------------------------------------------------------- */
