@@ -599,6 +599,174 @@ extern const qwen3_cuda_kernels *qwen3_cuda_get_kernels(void);  /* defined in qw
 #ifdef __cplusplus
 }
 #endif
+
+/* ---- what a backend and the core share: it stands here once, for the host and, under nvcc, for the device ---- */
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>      /* vsnprintf; files unless QWEN3_NO_STDIO */
+#include <string.h>
+
+#ifdef __CUDACC__
+  #define QWEN3I_SHARED static inline __host__ __device__
+#else
+  #define QWEN3I_SHARED static inline
+#endif
+#if defined(__GNUC__)
+  #define QWEN3I_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+#else
+  #define QWEN3I_PRINTF(fmt, args)
+#endif
+
+/* Names and texts from files stand in messages, and messages on terminals: no control characters. */
+static inline void qwen3i_printable(char *text) {
+    unsigned char *p = (unsigned char *)text;
+    for (; *p; p++)
+        if (*p < 0x20 || *p == 0x7F || (*p == 0xC2 && p[1] >= 0x80 && p[1] < 0xA0)) *p = '?';
+}
+
+/* Write the message and return the code, so that a failure is one statement. */
+QWEN3I_PRINTF(3, 4)
+static inline qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, const char *format, ...) {
+    va_list args;
+    if (!e || !e->text || e->cap == 0) return code;
+    va_start(args, format);
+    vsnprintf(e->text, e->cap, format, args);
+    va_end(args);
+    qwen3i_printable(e->text);
+    return code;
+}
+
+/* ---- number formats: bfloat16 and half precision to and from float32 ---- */
+QWEN3I_SHARED size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }
+
+QWEN3I_SHARED float qwen3i_float_from_bits(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+QWEN3I_SHARED uint32_t qwen3i_bits_from_float(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+
+QWEN3I_SHARED float qwen3i_bf16_to_f32(uint16_t h) { return qwen3i_float_from_bits((uint32_t)h << 16); }
+
+/* Round to nearest even; what would round beyond the largest bf16 stays at it. */
+QWEN3I_SHARED uint16_t qwen3i_f32_to_bf16(float f) {
+    uint32_t bits = qwen3i_bits_from_float(f), sign = bits & 0x80000000u, size = bits & 0x7FFFFFFFu;
+    if (size > 0x7F800000u) return (uint16_t)((sign | 0x7FC00000u) >> 16);
+    if (size > 0x7F7F0000u) size = 0x7F7F0000u;
+    return (uint16_t)((sign | (size + 0x7FFFu + ((size >> 16) & 1u))) >> 16);
+}
+
+QWEN3I_SHARED float qwen3i_f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3FFu;
+    float tiny;
+    if (exponent == 31) return qwen3i_float_from_bits(sign | 0x7F800000u | (fraction << 13));
+    if (exponent != 0) return qwen3i_float_from_bits(sign | ((exponent + 112u) << 23) | (fraction << 13));
+    tiny = (float)fraction * (1.0f / 16777216.0f);
+    return sign ? -tiny : tiny;
+}
+
+/* Round to nearest even; what lies beyond +-65504 becomes +-65504. */
+QWEN3I_SHARED uint16_t qwen3i_f32_to_f16(float f) {
+    uint32_t bits = qwen3i_bits_from_float(f), sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu;
+    uint32_t shift, half, rest;
+    if (size > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
+    if (size >= 0x477FE000u) return (uint16_t)(sign | 0x7BFFu);
+    if (size < 0x33000000u) return (uint16_t)sign;              /* below half the smallest subnormal */
+    shift = size >= 0x38800000u ? 13u : 126u - (size >> 23);    /* subnormals lose bits; 24 of them are exact */
+    half = size >= 0x38800000u ? size - 0x38000000u : (size & 0x7FFFFFu) | 0x800000u;
+    rest = half & ((1u << shift) - 1u);
+    half >>= shift;
+    if (rest > (1u << (shift - 1)) || (rest == (1u << (shift - 1)) && (half & 1u))) half++;
+    return (uint16_t)(sign | half);
+}
+
+/* Element i of an array of any type */
+QWEN3I_SHARED float qwen3i_value(const void *data, qwen3i_type type, int i) {
+    if (type == QWEN3I_F32) return ((const float *)data)[i];
+    return type == QWEN3I_BF16 ? qwen3i_bf16_to_f32(((const uint16_t *)data)[i])
+                               : qwen3i_f16_to_f32(((const uint16_t *)data)[i]);
+}
+
+/* ---- the choice of a token: after the temperature everything is integers, so that every platform and backend agrees ---- */
+#define QWEN3I_BANNED     (-1e30f)      /* this and below, NaN included: never sampled */
+#define QWEN3I_OCTAVES    39            /* below the largest logit weights end */
+#define QWEN3I_WEIGHT_ONE ((uint64_t)1 << QWEN3I_OCTAVES)       /* the weight of the largest logit */
+
+/* splitmix64 (Steele, Lea, Flood 2014): one step a choice, so a state can be moved ahead by n steps at once. */
+#define QWEN3I_RNG_STEP 0x9E3779B97F4A7C15u
+
+/* The random number that is drawn when the state has been moved ahead by so many steps. */
+QWEN3I_SHARED uint64_t qwen3i_random_at(uint64_t state, int steps) {
+    uint64_t z = state + (uint64_t)steps * QWEN3I_RNG_STEP;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+static inline uint64_t qwen3i_random(uint64_t *state) { return qwen3i_random_at(*state += QWEN3I_RNG_STEP, 0); }
+
+/* floor(a * b / 2^64) */
+QWEN3I_SHARED uint64_t qwen3i_mul_high(uint64_t a, uint64_t b) {
+    const uint64_t a0 = a & 0xFFFFFFFFu, a1 = a >> 32, b0 = b & 0xFFFFFFFFu, b1 = b >> 32;
+    const uint64_t mid = a1 * b0 + (a0 * b0 >> 32);
+    return a1 * b1 + (mid >> 32) + ((a0 * b1 + (mid & 0xFFFFFFFFu)) >> 32);
+}
+
+/* floor(total * share) for a share of 0..1 */
+QWEN3I_SHARED uint64_t qwen3i_share_of(uint64_t total, float share) {
+    const uint64_t s = (uint64_t)((double)share * 4294967296.0);
+    return (total >> 32) * s + ((total & 0xFFFFFFFFu) * s >> 32);
+}
+
+/* How many times a logit's probability is halved from the largest one's on. */
+QWEN3I_SHARED float qwen3i_octaves_below(float logit, float top, float temperature) {
+    const float below = top - logit;
+    return below / temperature * 1.44269504f;
+}
+
+/* Probability weight 2^-octaves as an integer, 2^39 for 0; 0 from 39 octaves down. The sum over the largest
+   vocabulary (QWEN3I_MAX_DIM) fits 63 bits. 2^-f on [0, 1): polynomial fitted to a relative error of 5e-9. */
+QWEN3I_SHARED uint64_t qwen3i_weight(float octaves) {
+    const uint32_t c[5] = {1488521986u, 515877902u, 119165493u, 20571132u, 2737501u};
+    uint64_t p = 234126u;
+    uint32_t fixed, f;
+    int i;
+    if (!(octaves < (float)QWEN3I_OCTAVES)) return 0;
+    fixed = (uint32_t)(octaves * 1048576.0f);
+    f = fixed & 0xFFFFFu;
+    for (i = 4; i >= 0; i--) p = c[i] - (p * f >> 20);
+    return (2147483648u - (p * f >> 20)) << (QWEN3I_OCTAVES - 31) >> (fixed >> 20);
+}
+
+/* Neither NaN nor Inf, by its bits: this must hold under -ffast-math, too. */
+QWEN3I_SHARED int qwen3i_is_number(float x) { return (qwen3i_bits_from_float(x) & 0x7F800000u) != 0x7F800000u; }
+
+/* May a token with this logit be sampled? */
+QWEN3I_SHARED int qwen3i_allowed(float logit) { return qwen3i_is_number(logit) && logit > QWEN3I_BANNED; }
+
+/* The logit of a token that was there already. What is banned stays so. One rounding of the product, as no compiler's
+   contraction could change that. */
+QWEN3I_SHARED float qwen3i_penalised(float logit, float repeat, float presence) {
+    const float by = repeat > 0 ? repeat : 1.0f;
+    if (!qwen3i_allowed(logit)) return logit;
+    return logit > 0 ? logit / by - presence : fmaf(logit, by, -presence);
+}
+
+static inline int qwen3i_penalises(const qwen3_sampler *s) {
+    return s->presence_penalty < 0 || s->presence_penalty > 0 ||
+           (s->repeat_penalty > 0 && (s->repeat_penalty < 1 || s->repeat_penalty > 1));
+}
+
+/* Where in n tokens those begin that are penalised. */
+static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
+    const int last = s->penalty_last_n == 0 ? 256 : s->penalty_last_n;
+    return last < 0 || last > n ? 0 : n - last;
+}
 #endif /* QWEN3I_INTERFACE */
 #endif
 
@@ -610,11 +778,7 @@ extern const qwen3_cuda_kernels *qwen3_cuda_get_kernels(void);  /* defined in qw
    ================================================================================================ */
 #include <float.h>
 #include <limits.h>
-#include <math.h>
-#include <stdarg.h>
-#include <stdio.h>      /* vsnprintf; files unless QWEN3_NO_STDIO */
 #include <stdlib.h>
-#include <string.h>
 
 #ifdef QWEN3_NO_STDIO
   #undef  QWEN3_NO_MMAP
@@ -655,11 +819,9 @@ extern const qwen3_cuda_kernels *qwen3_cuda_get_kernels(void);  /* defined in qw
 #endif
 
 #if defined(__GNUC__)
-  #define QWEN3I_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
   #define QWEN3I_UNUSED __attribute__((unused))
   #define QWEN3I_INLINE static inline __attribute__((always_inline, unused))
 #else
-  #define QWEN3I_PRINTF(fmt, args)
   #define QWEN3I_UNUSED
   #define QWEN3I_INLINE static inline
 #endif
@@ -723,25 +885,6 @@ static void *qwen3i_alloc_zero(const qwen3_allocator *a, size_t n, size_t size) 
 }
 
 /* ---- errors ------------------------------------------------------------------------------------ */
-/* Names and texts from files stand in messages, and messages on terminals: no control characters. */
-static void qwen3i_printable(char *text) {
-    unsigned char *p = (unsigned char *)text;
-    for (; *p; p++)
-        if (*p < 0x20 || *p == 0x7F || (*p == 0xC2 && p[1] >= 0x80 && p[1] < 0xA0)) *p = '?';
-}
-
-/* Write the message and return the code, so that a failure is one statement. */
-QWEN3I_PRINTF(3, 4)
-static qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, const char *format, ...) {
-    va_list args;
-    if (!e || !e->text || e->cap == 0) return code;
-    va_start(args, format);
-    vsnprintf(e->text, e->cap, format, args);
-    va_end(args);
-    qwen3i_printable(e->text);
-    return code;
-}
-
 static qwen3_result qwen3i_no_memory(const qwen3i_err *e, const char *what, uint64_t bytes) {
     return qwen3i_fail(e, QWEN3_ERR_MEMORY, "out of memory: %llu bytes for %s", (unsigned long long)bytes, what);
 }
@@ -3559,64 +3702,6 @@ static qwen3_chat_style qwen3i_chat_style_of_config(const void *config, size_t n
     return qwen3i_chat_style_of(text.p, text.n);
 }
 /* ================================================================================================
-   NUMBER FORMATS: bfloat16 and half precision to and from float32
-   ================================================================================================ */
-static size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }
-
-static float qwen3i_float_from_bits(uint32_t bits) {
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-static uint32_t qwen3i_bits_from_float(float f) {
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    return bits;
-}
-
-static float qwen3i_bf16_to_f32(uint16_t h) { return qwen3i_float_from_bits((uint32_t)h << 16); }
-
-/* Round to nearest even; what would round beyond the largest bf16 stays at it. */
-static uint16_t qwen3i_f32_to_bf16(float f) {
-    uint32_t bits = qwen3i_bits_from_float(f), sign = bits & 0x80000000u, size = bits & 0x7FFFFFFFu;
-    if (size > 0x7F800000u) return (uint16_t)((sign | 0x7FC00000u) >> 16);
-    if (size > 0x7F7F0000u) size = 0x7F7F0000u;
-    return (uint16_t)((sign | (size + 0x7FFFu + ((size >> 16) & 1u))) >> 16);
-}
-
-static float qwen3i_f16_to_f32(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u, fraction = h & 0x3FFu;
-    float tiny;
-    if (exponent == 31) return qwen3i_float_from_bits(sign | 0x7F800000u | (fraction << 13));
-    if (exponent != 0) return qwen3i_float_from_bits(sign | ((exponent + 112u) << 23) | (fraction << 13));
-    tiny = (float)fraction * (1.0f / 16777216.0f);
-    return sign ? -tiny : tiny;
-}
-
-/* Round to nearest even; what lies beyond +-65504 becomes +-65504. */
-static uint16_t qwen3i_f32_to_f16(float f) {
-    uint32_t bits = qwen3i_bits_from_float(f), sign = (bits >> 16) & 0x8000u, size = bits & 0x7FFFFFFFu;
-    uint32_t shift, half, rest;
-    if (size > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
-    if (size >= 0x477FE000u) return (uint16_t)(sign | 0x7BFFu);
-    if (size < 0x33000000u) return (uint16_t)sign;              /* below half the smallest subnormal */
-    shift = size >= 0x38800000u ? 13u : 126u - (size >> 23);    /* subnormals lose bits; 24 of them are exact */
-    half = size >= 0x38800000u ? size - 0x38000000u : (size & 0x7FFFFFu) | 0x800000u;
-    rest = half & ((1u << shift) - 1u);
-    half >>= shift;
-    if (rest > (1u << (shift - 1)) || (rest == (1u << (shift - 1)) && (half & 1u))) half++;
-    return (uint16_t)(sign | half);
-}
-
-/* Element i of an array of any type */
-static float qwen3i_value(const void *data, qwen3i_type type, int i) {
-    if (type == QWEN3I_F32) return ((const float *)data)[i];
-    return type == QWEN3I_BF16 ? qwen3i_bf16_to_f32(((const uint16_t *)data)[i])
-                               : qwen3i_f16_to_f32(((const uint16_t *)data)[i]);
-}
-
-/* ================================================================================================
    MODEL: configuration, weights, loading
    ================================================================================================ */
 static const qwen3_backend *qwen3i_cpu_backend(void);
@@ -6307,8 +6392,6 @@ typedef struct qwen3i_sampler_scratch { /* both [n_vocab]; owned by the context 
     qwen3i_candidate *candidates;
 } qwen3i_sampler_scratch;
 
-#define QWEN3I_BANNED (-1e30f)          /* this and below, NaN included: never sampled */
-
 QWEN3_API qwen3_sampler qwen3_sampler_preset(qwen3_preset preset, uint64_t seed) {
     qwen3_sampler s;
     memset(&s, 0, sizeof s);
@@ -6318,60 +6401,11 @@ QWEN3_API qwen3_sampler qwen3_sampler_preset(qwen3_preset preset, uint64_t seed)
     return s;
 }
 
-/* splitmix64 (Steele, Lea, Flood 2014): one step a choice, so a state can be moved ahead by n steps at once. */
-#define QWEN3I_RNG_STEP 0x9E3779B97F4A7C15u
-
-static uint64_t qwen3i_random(uint64_t *state) {
-    uint64_t z = *state += QWEN3I_RNG_STEP;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
-
-/* floor(a * b / 2^64) */
-static uint64_t qwen3i_mul_high(uint64_t a, uint64_t b) {
-    uint64_t a0 = a & 0xFFFFFFFFu, a1 = a >> 32, b0 = b & 0xFFFFFFFFu, b1 = b >> 32;
-    uint64_t mid = a1 * b0 + (a0 * b0 >> 32);
-    return a1 * b1 + (mid >> 32) + ((a0 * b1 + (mid & 0xFFFFFFFFu)) >> 32);
-}
-
-/* floor(total * share) for a share of 0..1 */
-static uint64_t qwen3i_share_of(uint64_t total, float share) {
-    uint64_t s = (uint64_t)((double)share * 4294967296.0);
-    return (total >> 32) * s + ((total & 0xFFFFFFFFu) * s >> 32);
-}
-
-/* Probability weight exp(-below) as an integer, 2^39 for below = 0; 0 from 39 octaves down. The sum over
-   the largest vocabulary (QWEN3I_MAX_DIM) fits 63 bits. 2^-f on [0, 1): polynomial fitted to a relative error of 5e-9. */
-static uint64_t qwen3i_weight(float below) {
-    static const uint32_t c[6] = {1488521986u, 515877902u, 119165493u, 20571132u, 2737501u, 234126u};
-    const float octaves = below * 1.44269504f;
-    uint32_t fixed, f;
-    uint64_t p = c[5];
-    int i;
-    if (!(octaves < 39.0f)) return 0;
-    fixed = (uint32_t)(octaves * 1048576.0f);
-    f = fixed & 0xFFFFFu;
-    for (i = 4; i >= 0; i--) p = c[i] - (p * f >> 20);
-    return (2147483648u - (p * f >> 20)) << 8 >> (fixed >> 20);
-}
-
 static uint64_t qwen3i_candidate_weight(qwen3i_candidate c, float top, float temperature) {
-    const float below = top - c.logit;
-    return qwen3i_weight(below / temperature);
-}
-
-/* Neither NaN nor Inf, by its bits: this must hold under -ffast-math, too. */
-static int qwen3i_is_number(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    return (u & 0x7F800000u) != 0x7F800000u;
+    return qwen3i_weight(qwen3i_octaves_below(c.logit, top, temperature));
 }
 
 static int qwen3i_between(float x, float low, float high) { return qwen3i_is_number(x) && x >= low && x <= high; }
-
-/* May a token with this logit be sampled? */
-static int qwen3i_allowed(float logit) { return qwen3i_is_number(logit) && logit > QWEN3I_BANNED; }
 
 static int qwen3i_ranks_before(qwen3i_candidate a, qwen3i_candidate b) {
     return a.logit > b.logit || (!(a.logit < b.logit) && a.id < b.id);
@@ -6459,7 +6493,7 @@ static int qwen3i_cut_top_p(qwen3i_candidate *c, int n, int sorted, float top_p,
 
 /* Walk the candidates in order of id until a random share of their total weight is reached. */
 static qwen3_token qwen3i_draw(qwen3i_candidate *c, int n, float top, float min_p, float temperature, uint64_t *rng) {
-    uint64_t total = 0, target, w, least = qwen3i_share_of((uint64_t)1 << 39, min_p);
+    uint64_t total = 0, target, w, least = qwen3i_share_of(QWEN3I_WEIGHT_ONE, min_p);
     int i;
     for (i = 0; i < n; i++) {
         w = qwen3i_candidate_weight(c[i], top, temperature);
@@ -6477,22 +6511,19 @@ static qwen3_token qwen3i_draw(qwen3i_candidate *c, int n, float top, float min_
 
 /* Presence and repetition penalties, once for each distinct token among the last ones. */
 static void qwen3i_penalise(float *logits, int n_vocab, const qwen3_token *seq, int n, const qwen3_sampler *s, qwen3i_candidate *mark) {
-    const int last = s->penalty_last_n == 0 ? 256 : s->penalty_last_n < 0 ? n : qwen3i_min(s->penalty_last_n, n);
-    const float repeat = s->repeat_penalty > 0 ? s->repeat_penalty : 1.0f;
-    int i, from = qwen3i_max(n - last, 0);
+    const int from = qwen3i_penalty_begin(s, n);
+    int i;
     for (i = from; i < n; i++) if (seq[i] >= 0 && seq[i] < n_vocab) mark[seq[i]].id = 0;
     for (i = from; i < n; i++) {
         float *l = seq[i] >= 0 && seq[i] < n_vocab ? &logits[seq[i]] : NULL;
-        if (!l || mark[seq[i]].id || !qwen3i_allowed(*l)) continue;     /* what is banned stays so */
+        if (!l || mark[seq[i]].id) continue;
         mark[seq[i]].id = 1;
-        *l = *l > 0 ? *l / repeat : *l * repeat;
-        *l -= s->presence_penalty;
+        *l = qwen3i_penalised(*l, s->repeat_penalty, s->presence_penalty);
     }
 }
 
 static int qwen3i_changes_logits(const qwen3_sampler *s) {
-    return s->n_bias > 0 || s->filter || s->presence_penalty < 0 || s->presence_penalty > 0 ||
-           (s->repeat_penalty > 0 && (s->repeat_penalty < 1 || s->repeat_penalty > 1));
+    return s->n_bias > 0 || s->filter || qwen3i_penalises(s);
 }
 
 /* The logits to choose from: those given, or a copy with bias, penalties and filter applied. */

@@ -32,11 +32,7 @@
 #include "qwen3_cuda_kernels.cuh"
 
 #include <cublasLt.h>
-#include <math.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -48,23 +44,19 @@ const int RING          = 4;            /* uploads in flight */
 const size_t WORKSPACE  = (size_t)32 << 20;
 const size_t PIECE      = (size_t)2 << 20;      /* of an upload of weights */
 const int SLOTS         = 16;           /* so many pieces are filled or on their way */
+#ifdef QWEN3_CUDA_EMULATED
+const size_t SCALES_PIECE = 16;         /* bytes of the scales that come back at a time: few, so that tests see pieces */
+#else
+const size_t SCALES_PIECE = PIECE;
+#endif
 const int MOST_HELPERS  = 8;
 
 /* ================================================================================================
    ERRORS AND MEMORY
    ================================================================================================ */
-static qwen3_result fail(const qwen3i_err *e, qwen3_result code, const char *format, ...) {
-    va_list args;
-    if (!e || !e->text || e->cap == 0) return code;
-    va_start(args, format);
-    vsnprintf(e->text, e->cap, format, args);
-    va_end(args);
-    return code;
-}
-
 static qwen3_result cuda_fail(const qwen3i_err *err, cudaError_t e, const char *what) {
     cudaGetLastError();                 /* or the next launch reports it again */
-    return fail(err, e == cudaErrorMemoryAllocation ? QWEN3_ERR_DEVICE_MEMORY : QWEN3_ERR_DEVICE,
+    return qwen3i_fail(err, e == cudaErrorMemoryAllocation ? QWEN3_ERR_DEVICE_MEMORY : QWEN3_ERR_DEVICE,
                 "CUDA: %s: %s", what, cudaGetErrorString(e));
 }
 
@@ -75,7 +67,7 @@ static qwen3_result cuda_fail(const qwen3i_err *err, cudaError_t e, const char *
         if (e_ != cudaSuccess) return cuda_fail(err, e_, #call);                                                       \
     } while (0)
 #define LT_TRY(call) do { const cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) \
-    return fail(err, QWEN3_ERR_DEVICE, "cuBLASLt: %s: status %d", #call, (int)s_); } while (0)
+    return qwen3i_fail(err, QWEN3_ERR_DEVICE, "cuBLASLt: %s: status %d", #call, (int)s_); } while (0)
 
 /* Makes a device current and afterwards restores the caller's. */
 struct device_guard {
@@ -105,7 +97,7 @@ static void host_free(const qwen3_allocator *a, void *p, size_t size) {
 }
 
 static qwen3_result no_host_memory(const qwen3i_err *err, size_t size) {
-    return fail(err, QWEN3_ERR_MEMORY, "out of memory: %llu bytes for the CUDA backend", (unsigned long long)size);
+    return qwen3i_fail(err, QWEN3_ERR_MEMORY, "out of memory: %llu bytes for the CUDA backend", (unsigned long long)size);
 }
 
 /* One block of device (or pinned) memory, handed out in pieces. A dry run (base NULL) measures it. */
@@ -131,7 +123,7 @@ static qwen3_result device_alloc(char **out, size_t size, const char *what, cons
     if (e != cudaErrorMemoryAllocation) return cuda_fail(err, e, what);
     cudaGetLastError();
     cudaMemGetInfo(&free_bytes, &total);
-    return fail(err, QWEN3_ERR_DEVICE_MEMORY, "out of device memory: %s needs %.1f MiB, %.1f of %.1f MiB are free",
+    return qwen3i_fail(err, QWEN3_ERR_DEVICE_MEMORY, "out of device memory: %s needs %.1f MiB, %.1f of %.1f MiB are free",
                 what, (double)size / 1048576.0, (double)free_bytes / 1048576.0, (double)total / 1048576.0);
 }
 
@@ -218,8 +210,6 @@ struct cuda_model {
     bool            wide;               /* products with many rows can go through the kernels for Hopper */
 };
 
-static size_t type_size(qwen3i_type t) { return t == QWEN3I_F32 ? 4 : 2; }
-
 /* The matrices that are stored below each other: as one type, F32 if theirs differ. BF16 until it is converted. */
 struct weight_group { matrix *to; const qwen3i_matrix *from[3]; int n; };
 
@@ -266,7 +256,7 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
         g.to->terms = g.n == 3 && g.to->type != QWEN3I_F32 ? 2 : 1;     /* q and k: see the head of this file */
         g.to->rows = 0;
         for (int i = 0; i < g.n; i++) g.to->rows += g.from[i]->rows;
-        g.to->data = a->take<char>((size_t)g.to->rows * g.to->ld * type_size(g.to->type));
+        g.to->data = a->take<char>((size_t)g.to->rows * g.to->ld * qwen3i_type_size(g.to->type));
     }
     for (int i = 0; i < m->config.n_layer; i++) {
         layer_weights *l = &m->layers[i];
@@ -278,13 +268,6 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
     }
     m->final_norm = a->take<float>(n_embd);
     *tops = a->take<unsigned>((size_t)n);
-}
-
-/* half_scale() on the host, inverted. */
-static float half_unscale(unsigned top_bits) {
-    const int exponent = (int)(top_bits >> 23 & 255u), k = 127 + 14 - exponent;
-    if (exponent == 0 || exponent == 255) return 1.0f;
-    return (float)ldexp(1.0, -(k < -100 ? -100 : k > 100 ? 100 : k));
 }
 
 /* Weights go to the device in pieces, through pinned buffers. Several threads fill these from the file, because one
@@ -314,34 +297,22 @@ struct uploader {
     std::thread  helpers[MOST_HELPERS];
 };
 
-static float host_float(const void *p, size_t i, qwen3i_type type) {
-    unsigned short half;
-    unsigned bits;
-    float f;
-    if (type == QWEN3I_F32) { memcpy(&f, (const char *)p + 4 * i, 4); return f; }
-    memcpy(&half, (const char *)p + 2 * i, 2);
-    if (type == QWEN3I_F16) return __half2float(__ushort_as_half(half));
-    bits = (unsigned)half << 16;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
 /* To rows [ld] of the device's type, zero from cols on. */
 static void pack_rows(char *to, const piece &p) {
-    const size_t in = (size_t)p.cols * type_size(p.from_type), out = (size_t)p.ld * type_size(p.to_type);
+    const size_t in = (size_t)p.cols * qwen3i_type_size(p.from_type), out = (size_t)p.ld * qwen3i_type_size(p.to_type);
     const char *from = p.from;
     if (p.to_type == p.from_type && p.ld == p.cols) { memcpy(to, from, in * (size_t)p.rows); return; }
     for (int r = 0; r < p.rows; r++, to += out, from += in) {
         memset(to, 0, out);
         if (p.to_type == p.from_type) memcpy(to, from, in);
         else for (int i = 0; i < p.cols; i++) {
-            const float f = host_float(from, (size_t)i, p.from_type);
+            const float f = qwen3i_value(from, p.from_type, i);
             memcpy(to + 4 * i, &f, 4);
         }
     }
 }
 
-static size_t piece_bytes(const piece &p) { return (size_t)p.rows * (size_t)p.ld * type_size(p.to_type); }
+static size_t piece_bytes(const piece &p) { return (size_t)p.rows * (size_t)p.ld * qwen3i_type_size(p.to_type); }
 
 static void fill_next(uploader *u, std::unique_lock<std::mutex> &held) {
     const int i = u->begun++;
@@ -392,10 +363,10 @@ static qwen3_result open_uploader(uploader *u, const qwen3i_err *err) {
 /* Rows [ld] of the given type from a matrix; a dry run (no pieces yet) counts. */
 static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, int ld, const qwen3i_matrix &w,
                                const qwen3i_err *err) {
-    const size_t in = (size_t)w.cols * type_size(w.type), out = (size_t)ld * type_size(type);
+    const size_t in = (size_t)w.cols * qwen3i_type_size(w.type), out = (size_t)ld * qwen3i_type_size(type);
     const int step = (int)least((size_t)w.rows, PIECE / out);
     if (step == 0)
-        return fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: a matrix has rows of %llu bytes", (unsigned long long)out);
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: a matrix has rows of %llu bytes", (unsigned long long)out);
     for (int r = 0; r < w.rows; r += step, u->n++) {
         const piece p = {to + (size_t)r * out, (const char *)w.data + (size_t)r * in, least(step, w.rows - r), w.cols, ld,
                          type, w.type, -1};
@@ -417,7 +388,7 @@ static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *
         char *to = (char *)g.to->data;
         for (int k = 0; k < g.n; k++) {
             TRY(add_pieces(u, to, g.to->type, g.to->ld, *g.from[k], err));
-            to += (size_t)g.from[k]->rows * g.to->ld * type_size(g.to->type);
+            to += (size_t)g.from[k]->rows * g.to->ld * qwen3i_type_size(g.to->type);
         }
         if (u->pieces) u->pieces[u->n - 1].ends = i;
     }
@@ -485,24 +456,28 @@ static qwen3_result send_pieces(uploader *u, cuda_model *m, const qwen3i_weights
         }
         done += (double)piece_bytes(p);
         if (u->desc->progress && u->desc->progress((float)(done / u->total), u->desc->progress_user))
-            return fail(err, QWEN3_STOPPED, "loading was cancelled");
+            return qwen3i_fail(err, QWEN3_STOPPED, "loading was cancelled");
     }
     CUDA_TRY(cudaStreamSynchronize(u->stream));
     return QWEN3_OK;
 }
 
-/* What convert_group() has multiplied by. */
+/* What convert_group() has multiplied by; through the upload buffers, which are free by now, as many as fit at a time. */
 static qwen3_result fetch_scales(uploader *u, cuda_model *m, const qwen3i_weights *w, const unsigned *tops, int n_groups,
                                  const qwen3i_err *err) {
-    unsigned *host = (unsigned *)(void *)u->buffers;    /* far more room than there are groups; free by now */
+    const unsigned *host = (const unsigned *)(const void *)u->buffers;
+    const int room = (int)(SCALES_PIECE / sizeof *tops);
     weight_group g;
-    CUDA_TRY(cudaMemcpyAsync(host, tops, (size_t)n_groups * sizeof *tops, cudaMemcpyDeviceToHost, u->converting));
-    CUDA_TRY(cudaStreamSynchronize(u->converting));
     for (int i = 0; i < n_groups; i++) {
+        if (i % room == 0) {
+            const size_t n = (size_t)least(room, n_groups - i);
+            CUDA_TRY(cudaMemcpyAsync(u->buffers, tops + i, n * sizeof *tops, cudaMemcpyDeviceToHost, u->converting));
+            CUDA_TRY(cudaStreamSynchronize(u->converting));
+        }
         model_group(m, w, i, &g);
         if (g.to->type != QWEN3I_BF16) continue;
         g.to->type = QWEN3I_F16;
-        g.to->scale = half_unscale(host[i]);
+        g.to->scale = 1.0f / half_scale(qwen3i_float_from_bits(host[i % room]));
     }
     return QWEN3_OK;
 }
@@ -524,12 +499,12 @@ static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z
     CUDA_TRY(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
 #endif
     if (found != cudaDriverEntryPointSuccess || !function)
-        return fail(err, QWEN3_ERR_DEVICE, "CUDA: the driver has no cuTensorMapEncodeTiled");
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: the driver has no cuTensorMapEncodeTiled");
     const CUresult r =
         ((encode)function)(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, z ? 3 : 2, (void *)p, sizes, strides, tile, steps,
                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (r != CUDA_SUCCESS) return fail(err, QWEN3_ERR_DEVICE, "CUDA: cuTensorMapEncodeTiled: error %d", (int)r);
+    if (r != CUDA_SUCCESS) return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: cuTensorMapEncodeTiled: error %d", (int)r);
     memcpy(out, &map, sizeof *out);
     return QWEN3_OK;
 }
@@ -607,13 +582,13 @@ static qwen3_result open_device(cuda_model *m, int device, const qwen3i_err *err
     cudaFuncAttributes code;
     if (e != cudaSuccess) cudaGetLastError();
     if (e == cudaErrorInsufficientDriver)
-        return fail(err, QWEN3_ERR_DEVICE, "CUDA: there is no NVIDIA driver, or it is older than CUDA %d.%d needs",
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: there is no NVIDIA driver, or it is older than CUDA %d.%d needs",
                     CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
     if (e != cudaSuccess || n == 0)
-        return fail(err, QWEN3_ERR_DEVICE, "CUDA: no usable GPU: %s",
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: no usable GPU: %s",
                     e == cudaSuccess ? "none found" : cudaGetErrorString(e));
     if (device < 0 || device >= n)
-        return fail(err, QWEN3_ERR_DEVICE, "CUDA: there is no device %d; 0 to %d exist", device, n - 1);
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: there is no device %d; 0 to %d exist", device, n - 1);
     device_guard guard(device);
     CUDA_TRY(guard.status);
     CUDA_TRY(cudaGetDeviceProperties(&prop, device));
@@ -625,12 +600,12 @@ static qwen3_result open_device(cuda_model *m, int device, const qwen3i_err *err
     m->capability = prop.major * 10 + prop.minor;
     snprintf(m->name, sizeof m->name, "%s", prop.name);
     if (m->capability < 75)
-        return fail(err, QWEN3_ERR_DEVICE, "CUDA: %s has compute capability %d.%d; 7.5 is the least", m->name,
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: %s has compute capability %d.%d; 7.5 is the least", m->name,
                     prop.major, prop.minor);
     e = cudaFuncGetAttributes(&code, rope_table_kernel);
     if (e != cudaSuccess) {
         cudaGetLastError();
-        return fail(err, QWEN3_ERR_DEVICE, "CUDA: this build has no code for %s (sm_%d): %s", m->name, m->capability,
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: this build has no code for %s (sm_%d): %s", m->name, m->capability,
                     cudaGetErrorString(e));
     }
     return QWEN3_OK;
@@ -638,10 +613,10 @@ static qwen3_result open_device(cuda_model *m, int device, const qwen3i_err *err
 
 static qwen3_result check_shapes(const qwen3i_config *c, const qwen3i_err *err) {
     if (c->head_dim % 8 != 0 || c->head_dim > MAX_HEAD_DIM)
-        return fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: head_dim is %d; multiples of 8 up to %d can be run", c->head_dim,
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: head_dim is %d; multiples of 8 up to %d can be run", c->head_dim,
                     MAX_HEAD_DIM);
     if (c->n_ff > 1024 * 4 * VECTORS)
-        return fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: the MLP is %d wide; up to %d can be run", c->n_ff,
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: the MLP is %d wide; up to %d can be run", c->n_ff,
                     1024 * 4 * VECTORS);
     return QWEN3_OK;
 }
@@ -826,7 +801,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
     const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
     const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);
-    c->kv_layer_bytes = seqs * ctx * c->kv_dim * type_size((qwen3i_type)c->desc.kv_type);
+    c->kv_layer_bytes = seqs * ctx * c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
     c->k = a->take<char>((size_t)g->n_layer * c->kv_layer_bytes);
     c->v = a->take<char>((size_t)g->n_layer * c->kv_layer_bytes);
     c->kept = a->take<float>(seqs * KEPT * vocab);
@@ -1143,7 +1118,7 @@ static qwen3_result choose_algorithm(const cuda_ctx *c, plan *p, const qwen3i_er
         s = cublasLtMatmulAlgoGetHeuristic(c->lt, p->op, p->w, p->x, p->y, p->y, wish, 1, found, &n);
     cublasLtMatmulPreferenceDestroy(wish);
     if (s != CUBLAS_STATUS_SUCCESS || n == 0)
-        return fail(err, QWEN3_ERR_DEVICE, "cuBLASLt has no algorithm for [%d, %d] times [%d, %d] (status %d)", p->rows,
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "cuBLASLt has no algorithm for [%d, %d] times [%d, %d] (status %d)", p->rows,
                     p->k, p->k, p->n, (int)s);
     p->algo = found[0].algo;
     return QWEN3_OK;
@@ -1174,10 +1149,10 @@ static qwen3_result product(cuda_ctx *c, cudaStream_t s, float *y, int ldy, cons
     want.n = n; want.rows = rows; want.k = w.ld; want.ldy = ldy; want.type = w.type;
     want.aligned = (size_t)y % 16 == 0 && ldy % 4 == 0;
     TRY(find_plan(c, want, &p, err));
-    const char *data = (const char *)w.data + (size_t)first * w.ld * type_size(w.type);
+    const char *data = (const char *)w.data + (size_t)first * w.ld * qwen3i_type_size(w.type);
     for (int term = w.terms - 1; term >= 0; term--) {           /* the small one first */
         const float beta = term == w.terms - 1 ? 0.0f : 1.0f;
-        const char *in = (const char *)x + (size_t)term * rest_of(w, rows) * type_size(w.type);
+        const char *in = (const char *)x + (size_t)term * rest_of(w, rows) * qwen3i_type_size(w.type);
         LT_TRY(cublasLtMatmul(c->lt, p->op, &w.scale, data, p->w, in, p->x, &beta, y, p->y, y, p->y, &p->algo,
                               c->workspace, c->workspace_size, s));
     }
@@ -1336,7 +1311,7 @@ static matvec_in vector_input(const pass *p, const matrix &w, const float *x, in
     in.w = w.data; in.scale = w.scale; in.n = w.rows; in.k = w.cols; in.ldw = w.ld;
     in.x = x; in.rows = rows; in.ldx = ldx;
     in.gain = NULL; in.eps = p->c->m->config.rms_eps;
-    in.near = (size_t)w.rows * w.ld * type_size(w.type) <= p->c->m->cache_bytes / 4;
+    in.near = (size_t)w.rows * w.ld * qwen3i_type_size(w.type) <= p->c->m->cache_bytes / 4;
     return in;
 }
 
@@ -2036,7 +2011,7 @@ static qwen3_result all_layers(pass *p, bool may_cancel) {
     p->layers = true;
     TRY(embed(p));
     for (int i = 0; i < p->c->m->config.n_layer; i++) {
-        if (may_cancel && cancelled(p->c)) return fail(p->err, QWEN3_STOPPED, "cancelled");
+        if (may_cancel && cancelled(p->c)) return qwen3i_fail(p->err, QWEN3_STOPPED, "cancelled");
         TRY(decoder_layer(p, i));
     }
     return add_pending(p);
@@ -2224,7 +2199,7 @@ static qwen3_result wait(cuda_ctx *c, const qwen3i_err *err) {
     CUDA_TRY(cudaEventRecord(done, c->stream));
     while (c->desc.cancel && (e = cudaEventQuery(done)) != cudaSuccess) {
         if (e != cudaErrorNotReady) return cuda_fail(err, e, "evaluating");
-        if (cancelled(c)) { CUDA_TRY(cudaEventSynchronize(done)); return fail(err, QWEN3_STOPPED, "cancelled"); }
+        if (cancelled(c)) { CUDA_TRY(cudaEventSynchronize(done)); return qwen3i_fail(err, QWEN3_STOPPED, "cancelled"); }
     }
     CUDA_TRY(cudaEventSynchronize(done));
     return QWEN3_OK;
@@ -2235,7 +2210,7 @@ static qwen3_result run_batch(cuda_ctx *c, const qwen3i_batch *b, int n_tiles, c
     p.n_outs = b->n_outs;
     TRY(all_layers(&p, true));
     for (int i = 0; i < b->n_outs; i += head_rows(c)) {
-        if (i > 0 && cancelled(c)) return fail(err, QWEN3_STOPPED, "cancelled");
+        if (i > 0 && cancelled(c)) return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
         TRY(deliver(&p, b->outs, i, least(head_rows(c), b->n_outs - i)));
     }
     return wait(c, err);
@@ -2246,25 +2221,16 @@ static qwen3_result forward(void *ctx_state, const qwen3i_batch *b, const qwen3i
     device_guard guard(c->m->device);
     int n_tiles;
     CUDA_TRY(guard.status);
-    if (cancelled(c)) return fail(err, QWEN3_STOPPED, "cancelled");
+    if (cancelled(c)) return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
     c->ahead.n = 0;
-    TRY(upload_batch(c, b, &n_tiles, err));
-    TRY(is_step(c, b) ? run_step(c, b->n_rows, err) : run_batch(c, b, n_tiles, err));
+    qwen3_result r = upload_batch(c, b, &n_tiles, err);
+    if (r == QWEN3_OK) r = is_step(c, b) ? run_step(c, b->n_rows, err) : run_batch(c, b, n_tiles, err);
+    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }     /* no copy to the caller is under way any more */
     for (int i = 0; i < b->n_outs; i++) if (b->outs[i].keep_seq >= 0) kept_advance(c, b->outs[i].keep_seq);
     return QWEN3_OK;
 }
 
 /* ---- decode steps that choose for themselves ------------------------------------------------------- */
-const uint64_t RNG_STEP = 0x9E3779B97F4A7C15u;
-
-/* The random number that qwen3i_random draws from a state advanced by `steps`. */
-static u64 random_at(uint64_t state, int steps) {
-    uint64_t z = state + (uint64_t)steps * RNG_STEP;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
-
 /* A sampler without what does not matter here, so that two can be compared. */
 static qwen3_sampler plain_sampler(const qwen3_sampler *s) {
     qwen3_sampler out;
@@ -2290,11 +2256,6 @@ static u64 bias_hash(const qwen3_sampler *s) {
     return h;
 }
 
-static bool has_penalties(const qwen3_sampler *s) {
-    return s && (s->presence_penalty < 0 || s->presence_penalty > 0 ||
-                 (s->repeat_penalty > 0 && (s->repeat_penalty < 1 || s->repeat_penalty > 1)));
-}
-
 /* How item i is to choose, `ahead` (0 or 1) steps after what it holds. Returns 0 if the lists do not fit. */
 static int make_choice(const cuda_ctx *c, const qwen3i_next *item, int ahead, upload_slot *slot, choice *out,
                        int *n_lists) {
@@ -2302,31 +2263,27 @@ static int make_choice(const cuda_ctx *c, const qwen3i_next *item, int ahead, up
     const int length = item->n + ahead;
     memset(out, 0, sizeof *out);
     out->slot = kept_slot(c, item->seq, ahead);
-    out->repeat = 1;
     out->list_at = *n_lists;
     if (!s) return 1;
     out->temperature = s->temperature;
     out->top_p = s->top_p;
     out->min_p = s->min_p > 0 ? s->min_p : 0;
     out->top_k = s->top_k;
-    out->random = random_at(s->rng, 1 + ahead);
+    out->random = qwen3i_random_at(s->rng, 1 + ahead);
     if (s->n_bias > LISTED_MAX / 8 || s->n_bias > LISTED_MAX - *n_lists) return 0;
     for (int i = 0; i < s->n_bias; i++) {
         slot->lists[*n_lists].token = s->bias[i].token;
         slot->lists[(*n_lists)++].bias = s->bias[i].bias;
     }
     out->n_bias = s->n_bias;
-    if (has_penalties(s)) {
-        const int last = s->penalty_last_n == 0  ? 256
-                         : s->penalty_last_n < 0 ? length
-                                                 : least(s->penalty_last_n, length);
-        const int from = most(length - last, 0);
+    if (qwen3i_penalises(s)) {
+        const int from = qwen3i_penalty_begin(s, length);
         if (item->n - from > LISTED_MAX - *n_lists) return 0;
         for (int i = from; i < item->n; i++) slot->lists[(*n_lists)++].token = item->tokens[i];
         out->n_seen = most(item->n - from, 0);
         out->chain = ahead;
         out->presence = s->presence_penalty;
-        out->repeat = s->repeat_penalty > 0 ? s->repeat_penalty : 1;
+        out->repeat = s->repeat_penalty;
     }
     out->adjust = out->n_bias + out->n_seen + out->chain > 0;
     return 1;
@@ -2407,7 +2364,7 @@ static qwen3_result begin_ahead(cuda_ctx *c, const qwen3i_next *items, int n, co
         a->seqs[i] = items[i].seq;
         a->lengths[i] = items[i].n + 1;
         a->samplers[i] = plain_sampler(items[i].sampler);
-        if (a->samplers[i].temperature > 0) a->samplers[i].rng += RNG_STEP;
+        if (a->samplers[i].temperature > 0) a->samplers[i].rng += QWEN3I_RNG_STEP;
         a->bias_hashes[i] = bias_hash(items[i].sampler);
     }
     const qwen3_result r = begin_step(c, items, n, 1, &a->slot, err);
@@ -2425,12 +2382,12 @@ static qwen3_result take_choices(cuda_ctx *c, qwen3i_next *items, int n, const i
     for (int i = 0; i < n; i++) {
         if (report[i] >= 0) continue;
         c->ahead.n = 0;
-        return fail(err, QWEN3_ERR_ARG, "every token is banned by bias, or the logits are not numbers");
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "every token is banned by bias, or the logits are not numbers");
     }
     for (int i = 0; i < n; i++) {
         items[i].out = report[i];
         items[i].ended = ends_turn(c, report[i]);
-        if (items[i].sampler && items[i].sampler->temperature > 0) items[i].sampler->rng += RNG_STEP;
+        if (items[i].sampler && items[i].sampler->temperature > 0) items[i].sampler->rng += QWEN3I_RNG_STEP;
         c->ahead.last[i] = report[i];
         if (items[i].ended) c->ahead.n = 0;
         else kept_advance(c, items[i].seq);
@@ -2443,12 +2400,14 @@ static qwen3_result next(void *ctx_state, qwen3i_next *items, int n, const qwen3
     device_guard guard(c->m->device);
     int slot = c->ahead.slot;
     CUDA_TRY(guard.status);
-    if (cancelled(c)) return fail(err, QWEN3_STOPPED, "cancelled");
+    if (cancelled(c)) return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
+    qwen3_result r = QWEN3_OK;
     if (!ahead_fits(c, items, n)) {
         c->ahead.n = 0;
-        TRY(begin_step(c, items, n, 0, &slot, err));
+        r = begin_step(c, items, n, 0, &slot, err);
     }
-    TRY(begin_ahead(c, items, n, err));
+    if (r == QWEN3_OK) r = begin_ahead(c, items, n, err);
+    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }     /* what the slot holds is read no more */
     CUDA_TRY(cudaEventSynchronize(c->reported[slot]));
     return take_choices(c, items, n, c->slots[slot].report, err);
 }
@@ -2460,15 +2419,21 @@ static float *kept_logits(const cuda_ctx *c, int seq) {
     return c->kept + (size_t)kept_slot(c, seq, 0) * c->m->config.n_vocab;
 }
 
+/* Waits for copies from or to the caller, also if one of them could not be enqueued (e). */
+static qwen3_result finish_copies(const cuda_ctx *c, cudaError_t e, const qwen3i_err *err) {
+    const cudaError_t done = cudaStreamSynchronize(c->stream);
+    if (e == cudaSuccess) e = done;
+    return e == cudaSuccess ? QWEN3_OK : cuda_fail(err, e, "a copy");
+}
+
 static qwen3_result logits(void *ctx_state, int seq, const float **out, const qwen3i_err *err) {
     cuda_ctx *c = (cuda_ctx *)ctx_state;
     device_guard guard(c->m->device);
     CUDA_TRY(guard.status);
-    CUDA_TRY(cudaMemcpyAsync(c->host_logits, kept_logits(c, seq), (size_t)c->m->config.n_vocab * sizeof(float),
-                             cudaMemcpyDeviceToHost, c->stream));
-    CUDA_TRY(cudaStreamSynchronize(c->stream));
     *out = c->host_logits;
-    return QWEN3_OK;
+    return finish_copies(c, cudaMemcpyAsync(c->host_logits, kept_logits(c, seq),
+                                            (size_t)c->m->config.n_vocab * sizeof(float), cudaMemcpyDeviceToHost,
+                                            c->stream), err);
 }
 
 static qwen3_result set_logits(void *ctx_state, int seq, const float *from, const qwen3i_err *err) {
@@ -2476,13 +2441,11 @@ static qwen3_result set_logits(void *ctx_state, int seq, const float *from, cons
     device_guard guard(c->m->device);
     CUDA_TRY(guard.status);
     c->ahead.n = 0;
-    CUDA_TRY(cudaMemcpyAsync(kept_logits(c, seq), from, (size_t)c->m->config.n_vocab * sizeof(float),
-                             cudaMemcpyHostToDevice, c->stream));
-    CUDA_TRY(cudaStreamSynchronize(c->stream));
-    return QWEN3_OK;
+    return finish_copies(c, cudaMemcpyAsync(kept_logits(c, seq), from, (size_t)c->m->config.n_vocab * sizeof(float),
+                                            cudaMemcpyHostToDevice, c->stream), err);
 }
 
-static size_t kv_row_bytes(const cuda_ctx *c) { return (size_t)c->kv_dim * type_size((qwen3i_type)c->desc.kv_type); }
+static size_t kv_row_bytes(const cuda_ctx *c) { return (size_t)c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type); }
 
 /* The byte in c->k or c->v where a sequence's positions begin. */
 static size_t kv_begin(const cuda_ctx *c, int seq, int layer) {
@@ -2514,10 +2477,9 @@ static qwen3_result kv_read(void *ctx_state, int seq, int layer, int n_pos, void
     const size_t bytes = (size_t)n_pos * kv_row_bytes(c), at = kv_begin(c, seq, layer);
     CUDA_TRY(guard.status);
     if (bytes == 0) return QWEN3_OK;
-    CUDA_TRY(cudaMemcpyAsync(k, c->k + at, bytes, cudaMemcpyDeviceToHost, c->stream));
-    CUDA_TRY(cudaMemcpyAsync(v, c->v + at, bytes, cudaMemcpyDeviceToHost, c->stream));
-    CUDA_TRY(cudaStreamSynchronize(c->stream));
-    return QWEN3_OK;
+    cudaError_t e = cudaMemcpyAsync(k, c->k + at, bytes, cudaMemcpyDeviceToHost, c->stream);
+    if (e == cudaSuccess) e = cudaMemcpyAsync(v, c->v + at, bytes, cudaMemcpyDeviceToHost, c->stream);
+    return finish_copies(c, e, err);
 }
 
 static qwen3_result kv_write(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v,
@@ -2528,10 +2490,9 @@ static qwen3_result kv_write(void *ctx_state, int seq, int layer, int n_pos, con
     CUDA_TRY(guard.status);
     c->ahead.n = 0;
     if (bytes == 0) return QWEN3_OK;
-    CUDA_TRY(cudaMemcpyAsync(c->k + at, k, bytes, cudaMemcpyHostToDevice, c->stream));
-    CUDA_TRY(cudaMemcpyAsync(c->v + at, v, bytes, cudaMemcpyHostToDevice, c->stream));
-    CUDA_TRY(cudaStreamSynchronize(c->stream));
-    return QWEN3_OK;
+    cudaError_t e = cudaMemcpyAsync(c->k + at, k, bytes, cudaMemcpyHostToDevice, c->stream);
+    if (e == cudaSuccess) e = cudaMemcpyAsync(c->v + at, v, bytes, cudaMemcpyHostToDevice, c->stream);
+    return finish_copies(c, e, err);
 }
 
 /* ================================================================================================
@@ -2578,7 +2539,7 @@ static qwen3_result lab_norm_on_device(char *memory, float *y, const void *x, qw
     float *dy = (float *)(void *)memory, *dg = (float *)(void *)(memory + 2 * bytes);
     char *dx = memory + bytes;
     timer t;
-    CUDA_TRY(cudaMemcpy(dx, x, count * type_size(type), cudaMemcpyHostToDevice));
+    CUDA_TRY(cudaMemcpy(dx, x, count * qwen3i_type_size(type), cudaMemcpyHostToDevice));
     CUDA_TRY(cudaMemcpy(dg, gain, (size_t)width * 4, cudaMemcpyHostToDevice));
     CUDA_TRY(t.start(0));
     for (int i = 0; i < repeat; i++) {
@@ -2736,7 +2697,7 @@ static qwen3_result lab_one(pass *p, qwen3_cuda_op op, int layer) {
         case QWEN3_CUDA_HEAD:      TRY(head_norm(p, 0, n)); return head_logits(p, 0, n, false);
         case QWEN3_CUDA_STEP:      return run_step(p->c, p->n, p->err);
     }
-    return fail(p->err, QWEN3_ERR_ARG, "there is no operation %d", (int)op);
+    return qwen3i_fail(p->err, QWEN3_ERR_ARG, "there is no operation %d", (int)op);
 }
 
 /* As one graph, since launches one by one would be what is timed; once before, which makes plans and loads code. */

@@ -27,7 +27,7 @@ const int TILE_ROWS     = 64;           /* (token, head) rows and ...           
 const int TILE_POS      = 32;           /* ... positions of a tile of attention      */
 const int MAX_HEAD_DIM  = 256;
 const float LOG2E       = 1.44269504088896f;
-const float LOWEST      = -1e30f;       /* stands for minus infinity */
+const float LOWEST      = QWEN3I_BANNED;        /* stands for minus infinity */
 
 static __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
 template <class T> static __host__ __device__ inline T least(T a, T b) { return a < b ? a : b; }
@@ -282,11 +282,11 @@ static __device__ __forceinline__ unsigned pack(float &a, float &b, bf16_t) {
 
 /* 2^k such that top * 2^k is in [2^14, 2^15): as far up in F16's range as is safe. 1 for 0 and for what
    is not a number. */
-static __device__ __forceinline__ float half_scale(float top) {
-    const int exponent = (int)(__float_as_uint(top) >> 23 & 255u);
+static __host__ __device__ __forceinline__ float half_scale(float top) {
+    const int exponent = (int)(qwen3i_bits_from_float(top) >> 23 & 255u);
     if (exponent == 0 || exponent == 255) return 1.0f;
     const int k = 127 + 14 - exponent;
-    return __uint_as_float((unsigned)(127 + (k < -100 ? -100 : k > 100 ? 100 : k)) << 23);
+    return qwen3i_float_from_bits((unsigned)(127 + (k < -100 ? -100 : k > 100 ? 100 : k)) << 23);
 }
 
 /* Of n positions the length of each of at most `splits` parts: whole tiles of 32, from n alone. */
@@ -2094,40 +2094,19 @@ const int CHUNKS      = LIST_TOP;       /* blocks that a row's logits are shared
 const int CHUNK_THREADS = 256;
 const int CHUNK_EACH  = 16;             /* ... logits that a thread holds at a time ... */
 const int CHUNK_KEYS  = 128;            /* ... and candidates that a block can list */
-const int WEIGHT_BINS = 720;            /* sixteenths of an octave below the top; weights end at 45 octaves */
+const int WEIGHT_BINS = 16 * QWEN3I_OCTAVES;    /* sixteenths of an octave below the top */
 const int CHOOSE_THREADS = 1024;
 
 /* Larger for what ranks before: higher logit, then lower id. 0: may not be chosen. */
 static __device__ __forceinline__ u64 rank_key(float logit, int id) {
     const unsigned u = __float_as_uint(logit + 0.0f);
-    if ((u & 0x7F800000u) == 0x7F800000u || !(logit > LOWEST)) return 0;
+    if (!qwen3i_allowed(logit)) return 0;
     return (u64)(u & 0x80000000u ? ~u : u | 0x80000000u) << 32 | (0xFFFFFFFFu - (unsigned)id);
 }
 static __device__ __forceinline__ int key_id(u64 key) { return (int)(0xFFFFFFFFu - (unsigned)(key & 0xFFFFFFFFu)); }
 static __device__ __forceinline__ float key_logit(u64 key) {
     const unsigned u = (unsigned)(key >> 32);
     return __uint_as_float(u & 0x80000000u ? u & 0x7FFFFFFFu : ~u);
-}
-
-static __device__ __forceinline__ float octaves_below(float logit, float top, float temperature) {
-    return (top - logit) / temperature * 1.44269504f;
-}
-
-/* Equals qwen3i_weight. */
-static __device__ u64 choice_weight(float octaves) {
-    const unsigned c[5] = {1488521986u, 515877902u, 119165493u, 20571132u, 2737501u};
-    u64 p = 234126u;
-    if (!(octaves < 45.0f)) return 0;
-    const unsigned fixed = (unsigned)(octaves * 1048576.0f), f = fixed & 0xFFFFFu;
-#pragma unroll
-    for (int i = 4; i >= 0; i--) p = c[i] - (p * f >> 20);
-    return (2147483648u - (p * f >> 20)) << 14 >> (fixed >> 20);
-}
-
-/* Equals qwen3i_share_of. */
-static __device__ __forceinline__ u64 share_of(u64 total, float share) {
-    const u64 s = (u64)((double)share * 4294967296.0);
-    return (total >> 32) * s + ((total & 0xFFFFFFFFu) * s >> 32);
 }
 
 /* adjust: bias and penalties on a copy of the row's logits. copy [rows, n] (made before); one block a row; a bit
@@ -2151,8 +2130,7 @@ static __global__ void adjust_kernel(float *copy, const choice *choices, const l
     for (int i = tid(); i < c.n_seen + c.chain; i += n_threads()) {
         const int t = i < c.n_seen ? past[i].token : chosen[blockIdx.x];
         if (t < 0 || t >= n || (atomicOr(&seen[t / 32], 1u << (t % 32)) >> (t % 32) & 1u)) continue;
-        const float v = l[t] - c.presence;
-        l[t] = v > 0 ? v / c.repeat : v * c.repeat;
+        l[t] = qwen3i_penalised(l[t], c.repeat, c.presence);
     }
 }
 
@@ -2255,7 +2233,7 @@ template <class F> static __device__ __forceinline__ void each_logit(const row_l
 }
 
 static __device__ __forceinline__ int weight_bin(float octaves) {
-    return octaves < 45.0f ? (int)(octaves * 16.0f) : WEIGHT_BINS;
+    return octaves < (float)QWEN3I_OCTAVES ? (int)(octaves * 16.0f) : WEIGHT_BINS;
 }
 
 /* Sorts keys[0 .. n) from large to small; n <= LIST_KEYS. By the block. */
@@ -2308,9 +2286,9 @@ static __device__ void fill_bins(choose_shared &s, const row_logits &r, u64 leas
     each_logit(r, [&](int id, float logit) {
         const u64 key = rank_key(logit, id);
         if (key == 0 || key < least) return;
-        const float octaves = octaves_below(logit, r.top, r.temperature);
+        const float octaves = qwen3i_octaves_below(logit, r.top, r.temperature);
         const int bin = weight_bin(octaves);
-        const u64 w = weights ? choice_weight(octaves) : 1ull;
+        const u64 w = weights ? qwen3i_weight(octaves) : 1ull;
         const unsigned low = (unsigned)(w & 0xFFFFFFFFu), old = atomicAdd(&s.low[bin], low);
         const unsigned high = (unsigned)(w >> 32) + (old > 0xFFFFFFFFu - low);          /* and what is carried */
         if (high) atomicAdd(&s.high[bin], high);
@@ -2336,7 +2314,7 @@ static __device__ int find_bin(choose_shared &s, u64 need, float share) {
             if (tid() >= o) upto += v;
         }
         const u64 total = __shfl_sync(ALL, upto, 31);
-        if (need == 0) need = share_of(total, share);
+        if (need == 0) need = qwen3i_share_of(total, share);
         if (need == 0) need = 1;
         if (threadIdx.x == 0) { s.need = need; s.bin = (unsigned)WEIGHT_BINS; }
         __syncwarp();
@@ -2357,7 +2335,7 @@ static __device__ void gather_keys(choose_shared &s, const row_logits &r, u64 le
     each_logit(r, [&](int id, float logit) {
         const u64 key = rank_key(logit, id);
         if (key == 0 || key < least) return;
-        const int bin = weight_bin(octaves_below(logit, r.top, r.temperature));
+        const int bin = weight_bin(qwen3i_octaves_below(logit, r.top, r.temperature));
         if (bin < from || bin > to) return;
         const unsigned at = atomicAdd(&s.n_keys, 1u);
         if (at < (unsigned)LIST_KEYS) s.keys[at] = key;
@@ -2375,7 +2353,7 @@ static __device__ u64 bisect_keys(choose_shared &s, const row_logits &r, u64 lea
         each_logit(r, [&](int id, float logit) {
             const u64 k = rank_key(logit, id);
             if (k < probe || k < least || k == 0) return;
-            sum += weights ? choice_weight(octaves_below(logit, r.top, r.temperature)) : 1ull;
+            sum += weights ? qwen3i_weight(qwen3i_octaves_below(logit, r.top, r.temperature)) : 1ull;
         });
         if (block_sum_u64(s, sum) >= need) key = probe;
     }
@@ -2406,7 +2384,7 @@ static __device__ u64 cut_top_p(choose_shared &s, const row_logits &r, u64 least
     sort_keys(s.keys, (int)s.n_keys);
     if (threadIdx.x == 0) {
         int i = 0;
-        do sum += choice_weight(octaves_below(key_logit(s.keys[i]), r.top, r.temperature));
+        do sum += qwen3i_weight(qwen3i_octaves_below(key_logit(s.keys[i]), r.top, r.temperature));
         while (sum < need && ++i < (int)s.n_keys);
         s.value = s.keys[i < (int)s.n_keys ? i : (int)s.n_keys - 1];
     }
@@ -2419,7 +2397,7 @@ static __device__ u64 cut_top_p(choose_shared &s, const row_logits &r, u64 least
 static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key, float min_p, u64 random) {
     const int run = ceil_div(r.n, n_threads()), begin = tid() * run, lane = lane_id();
     const int end = begin + run < r.n ? begin + run : r.n;
-    const u64 least = share_of(1ull << 45, min_p);
+    const u64 least = qwen3i_share_of(QWEN3I_WEIGHT_ONE, min_p);
     u64 mine = 0, before, total = 0;
     for (int base = begin; base < end; base += 8) {
         float v[8];
@@ -2428,7 +2406,7 @@ static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key,
 #pragma unroll
         for (int u = 0; u < 8; u++) {
             if (rank_key(v[u], base + u) < least_key) continue;
-            const u64 w = choice_weight(octaves_below(v[u], r.top, r.temperature));
+            const u64 w = qwen3i_weight(qwen3i_octaves_below(v[u], r.top, r.temperature));
             if (w >= least) mine += w;
         }
     }
@@ -2446,12 +2424,12 @@ static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key,
         if (i == threadIdx.x / 32) before += total;
         total += s.sums[i];
     }
-    u64 target = __umul64hi(random, total);
+    u64 target = qwen3i_mul_high(random, total);
     if (target >= before && target - before < mine) {
         target -= before;
         for (int i = begin; i < end; i++) {
             if (rank_key(r.l[i], i) < least_key) continue;
-            const u64 w = choice_weight(octaves_below(r.l[i], r.top, r.temperature));
+            const u64 w = qwen3i_weight(qwen3i_octaves_below(r.l[i], r.top, r.temperature));
             if (w < least) continue;
             if (target < w) { s.bin = (unsigned)i; break; }
             target -= w;
@@ -2505,7 +2483,7 @@ static __device__ int choose_listed(choose_shared &s, const candidates *from, co
 #pragma unroll
         for (int h = 0; h < 2; h++) {   /* upto: of this rank and those before */
             const int i = lane + 32 * h;
-            w[h] = upto[h] = i < kept ? choice_weight(octaves_below(key_logit(s.keys[i]), top, c.temperature)) : 0;
+            w[h] = upto[h] = i < kept ? qwen3i_weight(qwen3i_octaves_below(key_logit(s.keys[i]), top, c.temperature)) : 0;
 #pragma unroll
             for (int o = 1; o < 32; o *= 2) {
                 const u64 v = __shfl_up_sync(ALL, upto[h], (unsigned)o);
@@ -2514,8 +2492,8 @@ static __device__ int choose_listed(choose_shared &s, const candidates *from, co
             upto[h] += total;
             total = __shfl_sync(ALL, upto[h], 31);
         }
-        const u64 need = c.top_p > 0 && c.top_p < 1 ? share_of(total, c.top_p) : total,
-                  least = share_of(1ull << 45, c.min_p);
+        const u64 need = c.top_p > 0 && c.top_p < 1 ? qwen3i_share_of(total, c.top_p) : total,
+                  least = qwen3i_share_of(QWEN3I_WEIGHT_ONE, c.min_p);
         u64 sum = 0;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -2526,7 +2504,7 @@ static __device__ int choose_listed(choose_shared &s, const candidates *from, co
         }
 #pragma unroll
         for (int o = 16; o > 0; o >>= 1) sum += __shfl_xor_sync(ALL, sum, o);
-        const u64 target = __umul64hi(c.random, sum);
+        const u64 target = qwen3i_mul_high(c.random, sum);
         __syncwarp();
 #pragma unroll
         for (int h = 0; h < 2; h++) {

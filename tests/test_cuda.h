@@ -9,6 +9,13 @@
 #define CUDA_EXACT   1e-6       /* float32 results: ||a - b|| / ||b|| */
 #define CUDA_PRODUCT 4e-6       /* through cuBLASLt: the tensor cores cut their sums off instead of rounding them */
 #define CUDA_ROUNDED 5e-4       /* rounded once to 11 bits on the way */
+#ifndef CUDA_DRAWS              /* tokens chosen by random samplers: without a GPU 100,000 take half an hour */
+  #ifdef QWEN3_TEST_CUDA_ON_CPU
+    #define CUDA_DRAWS 1280
+  #else
+    #define CUDA_DRAWS 100000
+  #endif
+#endif
 
 /* ---- comparing -------------------------------------------------------------------------------------- */
 static double cuda_error(const float *a, const float *b, size_t n) {
@@ -1103,6 +1110,114 @@ static void test_cuda_choose_many(void) {
     free(l);
 }
 
+/* Random samplers, all fields at once: bans, biases, ties, infinities, penalties of what was there several times. */
+#define DRAW_SEQS   64
+#define DRAW_VOCAB  300
+#define DRAW_TOKENS 40
+typedef struct drawing {
+    float           logits[DRAW_VOCAB];
+    qwen3_token     tokens[DRAW_TOKENS], want;
+    qwen3_bias bias[6];
+    qwen3_sampler   here, there;
+} drawing;
+
+static float draw_of(uint64_t *seed, const float *of, int n) { return of[random_below(seed, n)]; }
+
+static void draw_logits(uint64_t *seed, float *l) {
+    static const float odd[] = {INFINITY, -INFINITY, NAN, -1e30f, -1.5e30f, -9e29f, 3e38f, -0.0f, 1e-40f};
+    const int kind = random_below(seed, 8);
+    int i;
+    for (i = 0; i < DRAW_VOCAB; i++) {
+        l[i] = (float)random_below(seed, 200001) / 10000.0f - 10.0f;
+        if (kind == 1) l[i] = floorf(l[i]);
+        if (kind == 2) l[i] = 1;
+        if (kind == 3) l[i] *= 1000;
+        if (kind == 4 && i % 7) l[i] = -1e30f;
+        if (kind == 5 && random_below(seed, 20) == 0) l[i] = draw_of(seed, odd, 9);
+        if (kind == 6) l[i] *= 1e-4f;
+    }
+}
+
+static void draw_sampler(uint64_t *seed, drawing *d, int n) {
+    static const float temperatures[] = {0, 1e-20f, 0.01f, 0.3f, 0.7f, 1, 1, 3, 100, 1e4f},
+                       top_p[] = {0, 0, 0.01f, 0.3f, 0.8f, 0.95f, 0.99999f, 1}, min_p[] = {0, 0, 0, 0.001f, 0.05f, 0.5f, 1},
+                       repeats[] = {0, 1, 1, 0.5f, 1.1f, 2, 1e4f}, presences[] = {0, 0, 0.5f, 2, -1, 1e4f},
+                       biases[] = {-INFINITY, -1e30f, -2e30f, INFINITY, 5, -3, 0.25f};
+    static const int top_k[] = {0, 0, 1, 2, 20, 50, 64, 65, 200, DRAW_VOCAB, 1000}, lasts[] = {0, -1, 1, 3, 20, 100};
+    qwen3_sampler s = qwen3_sampler_preset(QWEN3_GREEDY, test_random(seed));
+    int i;
+    s.temperature = draw_of(seed, temperatures, 10);
+    s.top_p = draw_of(seed, top_p, 8);
+    s.min_p = draw_of(seed, min_p, 7);
+    s.top_k = top_k[random_below(seed, 11)];
+    s.repeat_penalty = draw_of(seed, repeats, 7);
+    s.presence_penalty = draw_of(seed, presences, 6);
+    s.penalty_last_n = lasts[random_below(seed, 6)];
+    s.n_bias = qwen3i_max(random_below(seed, 10) - 3, 0);
+    for (i = 0; i < s.n_bias; i++) {            /* some twice, some of what is penalised, too */
+        d->bias[i].token = i % 3 == 2 ? d->bias[i - 1].token : i % 3 ? d->tokens[random_below(seed, n)] : random_below(seed, DRAW_VOCAB);
+        d->bias[i].bias = draw_of(seed, biases, 7);
+    }
+    s.bias = d->bias;
+    d->here = d->there = s;
+}
+
+/* One that the host can choose from; n tokens so far. */
+static void draw_one(uint64_t *seed, drawing *d, int n) {
+    static float copy[DRAW_VOCAB];
+    static qwen3i_candidate candidates[DRAW_VOCAB];
+    qwen3i_sampler_scratch room;
+    int i;
+    room.logits = copy;
+    room.candidates = candidates;
+    do {
+        for (i = 0; i < n; i++) d->tokens[i] = random_below(seed, 2) ? random_below(seed, 12) : random_below(seed, DRAW_VOCAB);
+        draw_logits(seed, d->logits);
+        draw_sampler(seed, d, n);
+    } while (qwen3i_choose(d->logits, DRAW_VOCAB, DRAW_VOCAB, d->tokens, n, &d->here, &room, &d->want, NULL) != QWEN3_OK);
+}
+
+/* As many at a time as there are sequences. Returns how many went wrong. */
+static int draw_batch(lab *l, drawing *all) {
+    const qwen3_backend *b = qwen3_cuda_backend();
+    static qwen3i_next items[DRAW_SEQS];
+    int i, wrong = 0;
+    memset(items, 0, sizeof items);
+    for (i = 0; i < DRAW_SEQS; i++) {
+        items[i].seq = i;
+        items[i].n = 1 + random_below(&l->seed, DRAW_TOKENS);
+        draw_one(&l->seed, &all[i], items[i].n);
+        items[i].tokens = all[i].tokens;
+        items[i].sampler = &all[i].there;
+        LAB_OK(l, b->set_logits(l->ctx, i, all[i].logits, &l->err));
+    }
+    LAB_OK(l, b->next(l->ctx, items, DRAW_SEQS, &l->err));
+    for (i = 0; i < DRAW_SEQS; i++) {
+        const qwen3_sampler *s = &all[i].here;
+        wrong += !CHECK_MSG(items[i].out == all[i].want && s->rng == all[i].there.rng,
+                            "temperature %g, top_k %d, top_p %g, min_p %g, repeat %g, presence %g, last %d, %d biases: "
+                            "the host chose %d, the device %d", (double)s->temperature, s->top_k, (double)s->top_p,
+                            (double)s->min_p, (double)s->repeat_penalty, (double)s->presence_penalty, s->penalty_last_n,
+                            s->n_bias, (int)all[i].want, (int)items[i].out);
+    }
+    return wrong;
+}
+
+static void test_cuda_draws(void) {
+    static const lab_shape shape = {16, 2, 1, 16, 16, DRAW_VOCAB, 1};
+    const int n = test_short ? 640 : CUDA_DRAWS;
+    qwen3_ctx_desc desc = ctx_desc(DRAW_TOKENS + 4, DRAW_SEQS, DRAW_SEQS, QWEN3_KV_F16);
+    lab *l = (lab *)malloc(sizeof *l);
+    drawing *all = (drawing *)malloc(DRAW_SEQS * sizeof *all);
+    int i, wrong = 0;
+    if (lab_open(l, &shape, QWEN3I_F32, &desc))
+        for (i = 0; i < n && wrong == 0; i += DRAW_SEQS) wrong = draw_batch(l, all);
+    if (test_verbose) printf("    %d draws\n", i);
+    lab_close(l);
+    free(all);
+    free(l);
+}
+
 /* ---- speed: with -v, on a GPU ---------------------------------------------------------------------------- */
 /* Each operation alone, its weights alternating between layers that do not fit the cache together. */
 static void lab_time(lab *l, const char *what, qwen3_cuda_op op, double megabytes) {
@@ -1281,6 +1396,7 @@ static void test_cuda_memory(void) {
 extern void cuda_on_cpu_fail(long n);
 extern long cuda_on_cpu_calls(void);
 extern long cuda_on_cpu_live(void);
+extern long cuda_on_cpu_under_way(void);
 
 /* Load, evaluate in many and in few rows, choose. The first failure, or OK; nothing else may have changed. */
 static qwen3_result cuda_whole_run(const char *path) {
@@ -1314,6 +1430,36 @@ static qwen3_result cuda_whole_run(const char *path) {
     return r;
 }
 
+/* Logits are on their way to the caller when the cancel hook says stop: nothing arrives after the call has returned. */
+static void test_cuda_cancel_copies(void) {
+    qwen3_ctx_desc desc = ctx_desc(200, 1, 150, QWEN3_KV_F16);
+    lab *l = (lab *)malloc(sizeof *l);
+    lab_rows *r = (lab_rows *)malloc(sizeof *r);
+    qwen3i_out outs[150];
+    int left = 1 << 30, polls, i;
+    desc.cancel = cuda_cancel_after;
+    desc.cancel_user = &left;
+    if (lab_open(l, &lab_small, QWEN3I_F32, &desc)) {
+        float *logits = floats(150 * 100);
+        lab_make_rows(l, r, 150, 1, 0);
+        memset(outs, 0, sizeof outs);
+        for (i = 0; i < 150; i++) { outs[i].row = i; outs[i].keep_seq = -1; outs[i].logits = logits + 100 * i; }
+        r->batch.outs = outs;
+        r->batch.n_outs = 150;
+        for (polls = 1; polls < 4; polls++) {
+            left = polls;
+            CHECK(qwen3_cuda_backend()->forward(l->ctx, &r->batch, &l->err) == QWEN3_STOPPED);
+            CHECK_MSG(cuda_on_cpu_under_way() == 0, "stopped at poll %d, and copies are under way", polls);
+        }
+        left = 1 << 30;
+        LAB_OK(l, qwen3_cuda_backend()->forward(l->ctx, &r->batch, &l->err));
+        free(logits);
+    }
+    lab_close(l);
+    free(r);
+    free(l);
+}
+
 /* Every call of CUDA fails once: an error with a message, and everything is released. */
 static void test_cuda_faults(void) {
     char path[1024];
@@ -1328,6 +1474,7 @@ static void test_cuda_faults(void) {
         cuda_on_cpu_fail(n);
         r = cuda_whole_run(path);
         CHECK_MSG(r < 0, "call %ld failed, and nobody noticed", n);
+        CHECK_MSG(cuda_on_cpu_under_way() == 0, "call %ld failed: copies are still under way", n);
         CHECK_MSG(cuda_on_cpu_live() == 0 && heap_default.live == live,
                   "call %ld failed: %ld device objects, %ld blocks are left", n, cuda_on_cpu_live(),
                   heap_default.live - live);
@@ -1364,6 +1511,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_kernels_standard);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
     RUN(test_cuda_faults);
+    RUN(test_cuda_cancel_copies);
 #else
     RUN(test_cuda_kernels_real_shapes);
     if (test_verbose) { RUN(test_cuda_speed_one); RUN(test_cuda_speed_more); }
@@ -1380,6 +1528,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_next_batch);
     RUN(test_cuda_choose);
     RUN(test_cuda_choose_many);
+    RUN(test_cuda_draws);
     RUN(test_cuda_same_twice);
     RUN(test_cuda_states);
     RUN(test_cuda_cancel);

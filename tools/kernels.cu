@@ -108,8 +108,8 @@ qwen3_result lab_kv(cuda_ctx *c, int layer, int n, float *k, float *v) {
     const qwen3i_type type = (qwen3i_type)c->desc.kv_type;
     TRY(kv_read(c, 0, layer, n, raw_k.data(), raw_v.data(), &lab_err));
     for (size_t i = 0; i < (size_t)n * c->kv_dim; i++) {
-        k[i] = host_float(raw_k.data(), i, type);
-        v[i] = host_float(raw_v.data(), i, type);
+        k[i] = qwen3i_value(raw_k.data(), type, (int)i);
+        v[i] = qwen3i_value(raw_v.data(), type, (int)i);
     }
     return QWEN3_OK;
 }
@@ -679,7 +679,7 @@ qwen3_result trial_compare(const trial *t, int n, int layer, const std::vector<d
         most_v = std::max(most_v, fabs(exact));
     }
     if (!(off < 1e-2 * most_v))
-        return fail(&lab_err, QWEN3_ERR_DEVICE, "v of row %d of %d is wrong: by %g of %g", n - 1, n, off, most_v);
+        return qwen3i_fail(&lab_err, QWEN3_ERR_DEVICE, "v of row %d of %d is wrong: by %g of %g", n - 1, n, off, most_v);
     for (size_t i = 0; i < kv_dim; i++) e->k = std::max(e->k, fabs(kn[i] - want[q_dim + i]));
     for (size_t h = 0; h < (size_t)g.n_head; h++) {
         const size_t kh = h / (size_t)t->c->group * dim;

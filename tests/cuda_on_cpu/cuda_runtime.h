@@ -448,7 +448,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 typedef std::vector<std::function<void()> > *cudaGraph_t, *cudaGraphExec_t;
 struct emulated_stream { cudaGraph_t graph; };
 typedef emulated_stream *cudaStream_t;
-struct emulated_event { int dummy; };
+struct emulated_event { long copies; };          /* to the host, that were enqueued before it */
 typedef emulated_event *cudaEvent_t;
 struct cudaDeviceProp {
     int major, minor, multiProcessorCount, l2CacheSize;
@@ -479,6 +479,7 @@ inline size_t emulated_memory = (size_t)4 << 30, emulated_used;
 inline int emulated_devices = 1, emulated_device;
 inline long emulated_calls, emulated_fail_at;   /* the call that fails, counted from 1; 0: none */
 inline long emulated_live;                      /* objects and blocks of memory that exist */
+inline long emulated_copies, emulated_waited;   /* copies to or from the host: enqueued, and waited for */
 
 /* For tests in C: let the n-th call from now fail (0: none); how many calls there were; what has not been freed. */
 extern "C" __attribute__((used)) inline void cuda_on_cpu_fail(long n) {
@@ -489,6 +490,8 @@ extern "C" __attribute__((used)) inline void cuda_on_cpu_chip(int capability) { 
 extern "C" __attribute__((used)) inline void cuda_on_cpu_size(int multiprocessors) { emulated_sms = multiprocessors; }
 extern "C" __attribute__((used)) inline long cuda_on_cpu_calls(void) { return emulated_calls; }
 extern "C" __attribute__((used)) inline long cuda_on_cpu_live(void) { return emulated_live; }
+/* Copies to or from the host that nobody has waited for. (They are done at once, but a GPU would still be at them.) */
+extern "C" __attribute__((used)) inline long cuda_on_cpu_under_way(void) { return emulated_copies - emulated_waited; }
 
 static inline cudaError_t emulated_call() {
     return ++emulated_calls == emulated_fail_at ? cudaErrorMemoryAllocation : cudaSuccess;
@@ -590,8 +593,11 @@ static inline cudaError_t emulated_enqueue(cudaStream_t s, const std::function<v
     else work();
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind, cudaStream_t s) {
-    return emulated_enqueue(s, [=] { memmove(to, from, n); });
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind, cudaStream_t s) {
+    return emulated_enqueue(s, [=] {
+        memmove(to, from, n);
+        if (kind != cudaMemcpyDeviceToDevice) emulated_copies++;
+    });
 }
 static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaMemcpyKind) {
     memmove(to, from, n);
@@ -623,7 +629,10 @@ static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     delete s;
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+static inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    emulated_waited = emulated_copies;
+    return cudaSuccess;
+}
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
     *e = NULL;
     if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
@@ -637,10 +646,16 @@ static inline cudaError_t cudaEventDestroy(cudaEvent_t e) {
     delete e;
     return cudaSuccess;
 }
-static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return emulated_call(); }
+static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) {
+    e->copies = emulated_copies;
+    return emulated_call();
+}
 static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return emulated_call(); }
-static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-static inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+    if (e->copies > emulated_waited) emulated_waited = e->copies;
+    return cudaSuccess;
+}
+static inline cudaError_t cudaEventQuery(cudaEvent_t e) { return cudaEventSynchronize(e); }
 static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) { *ms = 0; return cudaSuccess; }
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
     if (s->graph) return cudaErrorInvalidValue;
