@@ -102,8 +102,9 @@ static void set_system(chat *c, const char *what) {
 }
 
 /* Thinking is dimmed on a terminal and left out of a pipe, unless it is asked for. */
-static int put(const char *utf8, int n, int thinking, void *user) {
+static int put(const char *utf8, int n, int kind, void *user) {
     chat *c = (chat *)user;
+    const int thinking = (kind & QWEN3_TEXT_THINKING) != 0;
     cli_append(&c->answer, utf8, (size_t)n);
     if (thinking && !c->colour && !text[THOUGHTS]) return interrupted;
     if (thinking != c->dimmed && c->colour) fputs(thinking ? "\033[2m" : "\033[0m", stdout);

@@ -14,8 +14,8 @@
     #define QWEN3_IMPLEMENTATION
     #include "qwen3.h"
 
-    static int put(const char *utf8, int n_bytes, int thinking, void *user) {
-        (void)thinking; (void)user;
+    static int put(const char *utf8, int n_bytes, int kind, void *user) {
+        (void)kind; (void)user;
         return fwrite(utf8, 1, (size_t)n_bytes, stdout) == 0 || fflush(stdout) != 0;
     }
 
@@ -113,6 +113,7 @@ typedef enum qwen3_result {
     QWEN3_OK              =  0,
     QWEN3_END             =  1,  /* not an error: the model ended its turn, or a stop string came  */
     QWEN3_STOPPED         =  2,  /* not an error: a callback asked to stop                         */
+    QWEN3_MORE            =  3,  /* not an error: there is more to come, call again                */
     QWEN3_ERR_ARG         = -1,  /* a parameter is out of range; nothing was done                  */
     QWEN3_ERR_MEMORY      = -2,  /* host allocation failed                                         */
     QWEN3_ERR_DEVICE_MEMORY = -3,/* device allocation failed                                       */
@@ -330,8 +331,11 @@ typedef struct qwen3_ctx_desc {
     int   kernels;          /* CUDA: QWEN3_PATH_FUSED, or STANDARD to compare with                   */
     void *stream;           /* CUDA: a cudaStream_t of the caller's to work on; NULL: one of our own  */
     float yarn_factor;      /* 0: as config.json says; else YaRN scaling, e.g. 4 for 131,072 positions */
-    int (*cancel)(void *user);  /* polled often while evaluating; nonzero: the call returns STOPPED   */
-    void *cancel_user;
+    int (*cancel)(void *user);  /* polled often while evaluating; nonzero: the call returns STOPPED. */
+    void *cancel_user;          /* Steps that are complete are kept. A step that is cancelled is lost, */
+                                /* and the next call makes smaller ones; where even one token's was  */
+                                /* cancelled, the next call carries its first through: calls with a  */
+                                /* deadline always get on                                            */
     qwen3_probe     probe;      /* CPU: is shown what each layer computes, once a step of prefill_chunk rows */
     qwen3_jobs      jobs;
     qwen3_allocator allocator;  /* zero: the model's */
@@ -364,8 +368,10 @@ typedef struct qwen3_item {             /* append n tokens to a sequence and eva
     float *all_hidden;                  /* NULL, or [n, n_embd] out: states after the final norm   */
     float *hidden;                      /* NULL, or [n_embd] out: that of the last token           */
     float *logprobs;                    /* NULL, or [n] out: ln P(tokens[i] | all before it); 0 for */
-} qwen3_item;                           /* the first token of an empty sequence. No [n, n_vocab]    */
+                                        /* the first token of an empty sequence. No [n, n_vocab]    */
                                         /* is held: use this to score long texts                    */
+    int    more;                        /* 1: the last token's logits are not needed, more follows  */
+} qwen3_item;
 
 /* Evaluate items, of several sequences at once if need be, in steps of prefill_chunk tokens. On
    STOPPED or an error the sequences keep the tokens of the steps that were completed. */
@@ -408,17 +414,30 @@ QWEN3_API qwen3_result  qwen3_sample(qwen3_ctx *ctx, int seq, qwen3_sampler *sam
 QWEN3_API int           qwen3_top_probs(qwen3_ctx *ctx, int seq, qwen3_prob *out, int k);
 
 /* ---- generation ------------------------------------------------------------------------------ */
+enum {                                  /* what a piece of text is: bits */
+    QWEN3_TEXT_ANSWER   = 0,
+    QWEN3_TEXT_THINKING = 1,            /* from <think> to </think>                                 */
+    QWEN3_TEXT_CALL     = 2,            /* from <tool_call> to </tool_call>: the call as JSON       */
+    QWEN3_TEXT_TAG      = 4             /* with one of these: such a tag itself, and the newlines   */
+};                                      /* that the chat format puts around it                      */
+
 typedef struct qwen3_gen_desc {
     qwen3_sampler     *sampler;         /* NULL: greedy                                             */
-    int                max_tokens;      /* 0: until the end of the turn, or the context is full     */
-    int                think_budget;    /* thinking tokens after which </think> is forced; 0: none  */
-    const char *const *stop; int n_stop;    /* texts that end the answer (also in its thinking); not delivered */
-    int              (*on_text)(const char *utf8, int n_bytes, int thinking, void *user);
-    void              *user;            /* on_text gets whole, valid UTF-8 characters; thinking is   */
-} qwen3_gen_desc;                       /* 1 for reasoning and its tags; nonzero return stops        */
+    int                max_tokens;      /* thinking included; 0: until the turn ends or the context */
+                                        /* is full                                                  */
+    int                think_budget;    /* tokens of thinking, then </think> is forced; 0: no limit */
+    const char *const *stop; int n_stop;    /* texts of 1 to 1,024 bytes that end the reply, in     */
+                                        /* answer, thinking or call. Not delivered; their tokens    */
+                                        /* stay in the sequence                                     */
+    int               *stopped_by;      /* NULL, or out: the index of the stop string that ended    */
+                                        /* the reply; -1: none did (END: the model ended its turn)  */
+    int              (*on_text)(const char *utf8, int n_bytes, int kind, void *user);
+    void              *user;            /* on_text gets whole, valid UTF-8 characters; kind is of   */
+} qwen3_gen_desc;                       /* QWEN3_TEXT_*; nonzero return stops                       */
 
 /* Pull: choose the next token, append it to the sequence and evaluate it. Returns OK, or END when
-   the token ends the turn (it is then not appended), or CONTEXT_FULL before anything is chosen. */
+   the token ends the turn (it is then not appended), or CONTEXT_FULL before anything is chosen. When
+   cancelled, sequence and sampler are as they were: call again. */
 QWEN3_API qwen3_result qwen3_next(qwen3_ctx *ctx, int seq, qwen3_sampler *sampler, qwen3_token *out);
 
 /* The same for n different sequences in one step. samplers[i] may be NULL (greedy), as may samplers.
@@ -432,8 +451,43 @@ QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *ctx, const int *seqs, int n, 
    stay in the sequence. */
 QWEN3_API qwen3_result qwen3_generate(qwen3_ctx *ctx, int seq, const qwen3_gen_desc *gen);
 
-/* Render the conversation, bring the sequence up to date with it, and generate the reply. */
+/* Render the conversation, bring the sequence up to date with it, and generate the reply. Handing back
+   what was streamed (thinking as reasoning, answer as text, calls as calls) with the next message finds
+   it in the sequence: nothing is evaluated twice. */
 QWEN3_API qwen3_result qwen3_chat(qwen3_ctx *ctx, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen);
+
+/* A reply in the making: a plain struct that the caller owns. qwen3_generate and qwen3_chat are
+   begin and step without a budget; in a game, step once a frame. */
+typedef struct qwen3_stream {
+    qwen3_result result;                /* MORE; in the end what qwen3_generate returns             */
+    int          n_prompt;              /* tokens of the prompt still to be evaluated               */
+    int          n_tokens, n_thinking;  /* generated so far; of these between <think> and </think>  */
+    int          stopped_by;            /* the stop string that ended it, or -1                     */
+    qwen3_token  forced;                /* >= 0: for callers of qwen3_stream_feed: the token that   */
+                                        /* has to come next (qwen3_eval), the thinking being over   */
+    qwen3_ctx     *ctx;                 /* From here on the library's own.                          */
+    qwen3_gen_desc gen;
+    int  seq, kind, tag;                /* what text is now; what newlines are now; 0: text         */
+    int  closed;                        /* the callback wants no more                               */
+    int  n_pending;                     /* bytes not delivered yet                                  */
+    char pending[2048];
+} qwen3_stream;
+
+/* Begin a reply: chat as in qwen3_chat, or NULL to continue what the sequence holds. Nothing is
+   evaluated yet. Both descriptors are copied; what gen points to has to stay until the end. */
+QWEN3_API qwen3_result qwen3_stream_begin(qwen3_ctx *ctx, int seq, const qwen3_chat_desc *chat,
+                                          const qwen3_gen_desc *gen, qwen3_stream *stream);
+
+/* Work on n replies of different sequences of ctx for about budget_us microseconds (0: until all are
+   complete): prompts by pieces, answers together, a token each in a step. At least one step is made,
+   whatever the budget, and none begun that by the last ones' time would not fit. Allocates nothing.
+   MORE: call again; OK: all are complete, each result says how. STOPPED (ctx's cancel) and errors:
+   nothing is lost, call again or give up; there is nothing to free. */
+QWEN3_API qwen3_result qwen3_stream_step(qwen3_ctx *ctx, qwen3_stream *const *streams, int n, int64_t budget_us);
+
+/* For callers of qwen3_next and qwen3_eval: the text of a token that they put into the sequence, or of
+   one that ended the turn. Returns stream->result. */
+QWEN3_API qwen3_result qwen3_stream_feed(qwen3_stream *stream, qwen3_token token);
 
 /* ---- embeddings and reranking ------------------------------------------------------------------ */
 /* Embedding of a text with a Qwen3-Embedding model: the last-token state, L2-normalised, [n_embd]
@@ -906,6 +960,7 @@ QWEN3_API const char *qwen3_result_string(qwen3_result r) {
         case QWEN3_OK:                return "ok";
         case QWEN3_END:               return "end of turn";
         case QWEN3_STOPPED:           return "stopped by a callback";
+        case QWEN3_MORE:              return "more to come";
         case QWEN3_ERR_ARG:           return "invalid argument";
         case QWEN3_ERR_MEMORY:        return "out of memory";
         case QWEN3_ERR_DEVICE_MEMORY: return "out of device memory";
@@ -2346,16 +2401,20 @@ static int qwen3i_utf8_get(const char *p, const char *end, uint32_t *c) {
     return qwen3i_utf8_scan(p, end, c, &truncated);
 }
 
-QWEN3_API int qwen3_utf8_complete(const char *bytes, int n) {
+/* How many of the n bytes form whole characters: the rest, at most 3 bytes, is the start of one still to come. */
+static int qwen3i_utf8_complete(const char *bytes, int n) {
     int back, truncated;
     uint32_t c;
-    if (!bytes || n <= 0) return 0;
     for (back = 1; back <= 3 && back <= n; back++) {
         const char *p = bytes + n - back;
         if (((unsigned char)*p & 0xC0) == 0x80) continue;   /* not a first byte */
         return qwen3i_utf8_scan(p, bytes + n, &c, &truncated) == back && truncated ? n - back : n;
     }
     return n;
+}
+
+QWEN3_API int qwen3_utf8_complete(const char *bytes, int n) {
+    return bytes && n > 0 ? qwen3i_utf8_complete(bytes, n) : 0;
 }
 
 /* ---- properties -------------------------------------------------------------------------------------- */
@@ -2716,6 +2775,19 @@ static qwen3_token qwen3i_added_id(const qwen3i_tokenizer *t, const char *text) 
     return hit && hit->length == n ? hit->id : -1;
 }
 
+/* NULL: it is a token of the vocabulary. */
+static const qwen3i_added *qwen3i_added_of(const qwen3i_tokenizer *t, qwen3_token id) {
+    int i;
+    for (i = 0; i < t->n_added; i++) if (t->added[i].id == id) return &t->added[i];
+    return NULL;
+}
+
+/* Does it control the model, rather than say something? */
+static int qwen3i_is_special(const qwen3i_tokenizer *t, qwen3_token id) {
+    const qwen3i_added *a = qwen3i_added_of(t, id);
+    return a && (a->kinds & QWEN3I_ADDED_SPECIAL);
+}
+
 /* ---- words ------------------------------------------------------------------------------------------- */
 static int qwen3i_class_at(const qwen3i_tokenizer *t, const char *p, const char *end, int *length) {
     uint32_t c;
@@ -2959,11 +3031,18 @@ QWEN3_API int qwen3_encode(const qwen3_model *model, const char *text, size_t n_
                                                               : qwen3i_encode_text(&e, text, n_bytes, 0));
 }
 
-QWEN3_API const char *qwen3_token_bytes(const qwen3_model *model, qwen3_token token, int *n_bytes) {
-    const qwen3i_tokenizer *t = model ? model->tokenizer : NULL;
+static const char *qwen3i_token_bytes(const qwen3_model *m, qwen3_token token, int *n_bytes) {
+    const qwen3i_tokenizer *t = m->tokenizer;
     int known = t && token >= 0 && token < t->n_tokens && (t->texts[token].length & ~QWEN3I_WHOLE) > 0;
-    if (n_bytes) *n_bytes = known ? (int)(t->texts[token].length & ~QWEN3I_WHOLE) : 0;
+    *n_bytes = known ? (int)(t->texts[token].length & ~QWEN3I_WHOLE) : 0;
     return known ? t->bytes.p + t->texts[token].start : NULL;
+}
+
+QWEN3_API const char *qwen3_token_bytes(const qwen3_model *model, qwen3_token token, int *n_bytes) {
+    int n = 0;
+    const char *bytes = model ? qwen3i_token_bytes(model, token, &n) : NULL;
+    if (n_bytes) *n_bytes = n;
+    return bytes;
 }
 
 QWEN3_API qwen3_token qwen3_token_id(const qwen3_model *model, const char *added_token) {
@@ -6595,7 +6674,21 @@ typedef struct qwen3i_seq {
     qwen3_token *tokens;                /* [max_ctx] */
     int          len;
     int          fresh;                 /* the kept logits are those of the last token */
+    int          planned;               /* tokens of a prompt that is being brought in: those from len on are still
+                                           to be evaluated. 0: there is none */
 } qwen3i_seq;
+
+typedef struct qwen3i_pace {            /* how much to evaluate at once */
+    int  (*cancel)(void *user);         /* the caller's hook */
+    void  *cancel_user;
+    int    rows;                        /* in a step at most: prefill_chunk, or less after steps were cancelled */
+    int    n_steps;                     /* complete in this call */
+    int    insist;                      /* the first step of this call is not cancelled */
+    int    starved;                     /* even a step of one row was cancelled in this call, before it came to any */
+    double prompt_ms, decode_ms;        /* a prompt's row, a decode step, as last measured */
+    int    prompt_rows;                 /* in the step that prompt_ms is of */
+    int    turn;                        /* whose turn it is where a budget is short: answers or prompts */
+} qwen3i_pace;
 
 struct qwen3_ctx {
     const qwen3_model *model;
@@ -6611,6 +6704,7 @@ struct qwen3_ctx {
     uint64_t          *rngs;            /* [max_seqs] */
     qwen3i_sampler_scratch scratch;
     qwen3_stats        stats;
+    qwen3i_pace        pace;
     char               error[256];
     void              *memory;          /* all of the above lies in one block */
     size_t             memory_size;
@@ -6621,6 +6715,21 @@ static qwen3i_err qwen3i_ctx_err(qwen3_ctx *c) {
     e.text = c->error;
     e.cap = sizeof c->error;
     return e;
+}
+
+static int qwen3i_poll_cancel(void *user) {
+    const qwen3i_pace *p = &((const qwen3_ctx *)user)->pace;
+    return !(p->insist && p->n_steps == 0) && p->cancel(p->cancel_user);
+}
+
+/* Every public function on a context begins here: its messages go to the context. */
+static qwen3_result qwen3i_enter(qwen3_ctx *c, qwen3i_err *err) {
+    if (!c) return QWEN3_ERR_ARG;
+    *err = qwen3i_ctx_err(c);
+    c->pace.n_steps = 0;
+    c->pace.insist = c->pace.starved;
+    c->pace.starved = 0;
+    return QWEN3_OK;
 }
 
 QWEN3_API const char *qwen3_ctx_error(const qwen3_ctx *c) { return c ? c->error : ""; }
@@ -6698,6 +6807,7 @@ static void qwen3i_carve_ctx(qwen3i_carver *v, qwen3_ctx *c, const qwen3_model *
         c->seqs[i].tokens = tokens + (size_t)i * (size_t)d->max_ctx;
         c->seqs[i].len = 0;
         c->seqs[i].fresh = 0;
+        c->seqs[i].planned = 0;
     }
 }
 
@@ -6747,6 +6857,10 @@ QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *m, c
     if (!c) return qwen3i_no_memory(&err, "the context", sizeof *c);
     c->model = m;
     c->desc = d;
+    c->pace.rows = qwen3i_rows(&d);
+    c->pace.cancel = d.cancel;
+    c->pace.cancel_user = d.cancel_user;
+    if (d.cancel) { c->desc.cancel = qwen3i_poll_cancel; c->desc.cancel_user = c; }
     r = qwen3i_build_ctx(c, &err);
     if (r != QWEN3_OK) { qwen3_ctx_free(c); return r; }
     *out = c;
@@ -6768,6 +6882,11 @@ static qwen3_result qwen3i_check_seq(qwen3_ctx *c, int seq, const qwen3i_err *er
     return qwen3i_fail(err, QWEN3_ERR_ARG, "there is no sequence %d; max_seqs is %d", seq, c->desc.max_seqs);
 }
 
+static qwen3_result qwen3i_enter_seq(qwen3_ctx *c, int seq, qwen3i_err *err) {
+    qwen3_result r = qwen3i_enter(c, err);
+    return r == QWEN3_OK ? qwen3i_check_seq(c, seq, err) : r;
+}
+
 static qwen3_result qwen3i_check_tokens(const qwen3_ctx *c, const qwen3_token *tokens, int n, const qwen3i_err *err) {
     int i;
     if (n < 0 || (n > 0 && !tokens)) return qwen3i_fail(err, QWEN3_ERR_ARG, "tokens is NULL or n negative");
@@ -6785,27 +6904,27 @@ QWEN3_API const qwen3_token *qwen3_seq_tokens(const qwen3_ctx *c, int seq) {
     return c && seq >= 0 && seq < c->desc.max_seqs ? c->seqs[seq].tokens : NULL;
 }
 
+static void qwen3i_truncate(qwen3i_seq *s, int len) {
+    if (len < s->len) s->fresh = 0;
+    s->len = len;
+    s->planned = 0;
+}
+
 QWEN3_API qwen3_result qwen3_seq_truncate(qwen3_ctx *c, int seq, int len) {
     qwen3i_err err;
-    qwen3_result r;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
-    r = qwen3i_check_seq(c, seq, &err);
+    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
     if (r != QWEN3_OK) return r;
     if (len < 0 || len > c->seqs[seq].len)
-        return qwen3i_fail(&err, QWEN3_ERR_ARG, "cannot truncate sequence %d of %d tokens to %d", seq, c->seqs[seq].len, len);
-    if (len < c->seqs[seq].len) c->seqs[seq].fresh = 0;
-    c->seqs[seq].len = len;
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "cannot truncate sequence %d of %d tokens to %d", seq,
+                           c->seqs[seq].len, len);
+    qwen3i_truncate(&c->seqs[seq], len);
     return QWEN3_OK;
 }
 
 QWEN3_API qwen3_result qwen3_seq_copy(qwen3_ctx *c, int dst, int src) {
     qwen3i_err err;
     qwen3i_seq *from, *to;
-    qwen3_result r;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
-    r = qwen3i_check_seq(c, dst, &err);
+    qwen3_result r = qwen3i_enter_seq(c, dst, &err);
     if (r == QWEN3_OK) r = qwen3i_check_seq(c, src, &err);
     if (r != QWEN3_OK || dst == src) return r;
     from = &c->seqs[src];
@@ -6815,6 +6934,7 @@ QWEN3_API qwen3_result qwen3_seq_copy(qwen3_ctx *c, int dst, int src) {
     memcpy(to->tokens, from->tokens, (size_t)from->len * sizeof *to->tokens);
     to->len = from->len;
     to->fresh = from->fresh;
+    to->planned = 0;
     return QWEN3_OK;
 }
 
@@ -6822,15 +6942,15 @@ QWEN3_API qwen3_result qwen3_seq_copy(qwen3_ctx *c, int dst, int src) {
 /* Describe what item wants of its k-th token's row. Returns 0 if nothing. */
 static int qwen3i_want(const qwen3_ctx *c, const qwen3_item *item, int k, int row, qwen3i_out *out) {
     const size_t vocab = (size_t)c->model->config.n_vocab, embd = (size_t)c->model->config.n_embd;
-    const int last = k == item->n - 1;
+    const int last = k == item->n - 1, keep = last && !item->more;
     memset(out, 0, sizeof *out);
     out->row = row;
-    out->keep_seq = last ? item->seq : -1;
+    out->keep_seq = keep ? item->seq : -1;
     if (item->all_logits) out->logits = item->all_logits + (size_t)k * vocab;
     if (item->all_hidden) out->hidden = item->all_hidden + (size_t)k * embd;
     else if (last)        out->hidden = item->hidden;
     if (item->logprobs && !last) { out->logprob = &item->logprobs[k + 1]; out->target = item->tokens[k + 1]; }
-    return last || out->logits || out->hidden || out->logprob;
+    return keep || out->logits || out->hidden || out->logprob;
 }
 
 /* hidden and all_hidden both wanted: the last row of one is the other. */
@@ -6857,74 +6977,95 @@ static void qwen3i_forget_logits(qwen3_ctx *c, const qwen3i_batch *b) {
     for (i = 0; i < b->n_outs; i++) if (b->outs[i].keep_seq >= 0) c->seqs[b->outs[i].keep_seq].fresh = 0;
 }
 
-/* Evaluate items whose arguments have been checked, in steps of at most prefill_chunk rows. */
+/* A step is complete. Where steps had become small they grow again. */
+static void qwen3i_stepped(qwen3_ctx *c) {
+    qwen3i_pace *p = &c->pace;
+    if (++p->n_steps % 4 == 0) p->rows = qwen3i_min(qwen3i_rows(&c->desc), 2 * p->rows);
+}
+
+/* A step of so many rows was cancelled. Smaller ones follow if it was the call's first: see desc.cancel. */
+static void qwen3i_cancelled(qwen3i_pace *p, int rows, int may_shrink) {
+    if (p->n_steps > p->insist) return;
+    if (may_shrink && rows > 1) p->rows = qwen3i_max(1, rows / 8);
+    else p->starved = 1;
+}
+
+/* Evaluate a batch. decode: its rows are tokens one by one, rather than pieces of prompts. */
+static qwen3_result qwen3i_eval_step(qwen3_ctx *c, const qwen3i_batch *b, int decode, const qwen3i_err *err) {
+    const double start = qwen3i_now_ms();
+    qwen3_result r = c->model->backend->forward(c->state, b, err);
+    if (r == QWEN3_STOPPED) qwen3i_cancelled(&c->pace, b->n_rows, !decode);
+    if (r != QWEN3_OK) { qwen3i_forget_logits(c, b); return r; }
+    qwen3i_append_rows(c, b);
+    qwen3i_stepped(c);
+    if (decode) { c->stats.n_decode += b->n_rows;  c->stats.decode_ms += qwen3i_now_ms() - start; }
+    else        { c->stats.n_prefill += b->n_rows; c->stats.prefill_ms += qwen3i_now_ms() - start; }
+    return QWEN3_OK;
+}
+
+typedef struct qwen3i_cursor { int item, k; } qwen3i_cursor;     /* the next token: items[item].tokens[k] */
+
+/* Fill a batch of at most so many rows. */
+static void qwen3i_fill(qwen3_ctx *c, const qwen3_item *items, int n_items, int rows, qwen3i_cursor *at, qwen3i_batch *b) {
+    const qwen3i_cursor first = *at;
+    b->n_rows = b->n_outs = 0;
+    while (at->item < n_items && b->n_rows < rows) {
+        const qwen3_item *it = &items[at->item];
+        if (at->k == it->n) { at->item++; at->k = 0; continue; }
+        c->row_tokens[b->n_rows] = it->tokens[at->k];
+        c->row_seqs[b->n_rows] = it->seq;
+        c->row_positions[b->n_rows] = c->seqs[it->seq].len + at->k - (at->item == first.item ? first.k : 0);
+        b->n_outs += qwen3i_want(c, it, at->k, b->n_rows, &c->outs[b->n_outs]);
+        b->n_rows++;
+        at->k++;
+    }
+}
+
+/* Evaluate items whose arguments have been checked, in steps. */
 static qwen3_result qwen3i_eval(qwen3_ctx *c, const qwen3_item *items, int n_items, const qwen3i_err *err) {
-    const int step = qwen3i_rows(&c->desc);
+    qwen3i_cursor at = {0, 0};
     qwen3i_batch b;
-    qwen3_result r;
-    int item = 0, k = 0;                /* the next token: items[item].tokens[k] */
+    qwen3_result r = QWEN3_OK;
+    int i, decode = 1;
+    for (i = 0; i < n_items; i++) decode &= items[i].n <= 1;
     b.tokens = c->row_tokens;
     b.seqs = c->row_seqs;
     b.positions = c->row_positions;
     b.outs = c->outs;
-    while (item < n_items) {
-        int first = item, at = k;       /* of the first item in this batch */
-        b.n_rows = b.n_outs = 0;
-        while (item < n_items && b.n_rows < step) {
-            const qwen3_item *it = &items[item];
-            if (k == it->n) { item++; k = 0; continue; }
-            c->row_tokens[b.n_rows] = it->tokens[k];
-            c->row_seqs[b.n_rows] = it->seq;
-            c->row_positions[b.n_rows] = c->seqs[it->seq].len + (item == first ? k - at : k);
-            b.n_outs += qwen3i_want(c, it, k, b.n_rows, &c->outs[b.n_outs]);
-            b.n_rows++;
-            k++;
-        }
+    while (r == QWEN3_OK) {
+        qwen3i_fill(c, items, n_items, decode ? qwen3i_rows(&c->desc) : c->pace.rows, &at, &b);
         if (b.n_rows == 0) break;
-        r = c->model->backend->forward(c->state, &b, err);
-        if (r != QWEN3_OK) { qwen3i_forget_logits(c, &b); return r; }
-        qwen3i_append_rows(c, &b);
+        r = qwen3i_eval_step(c, &b, decode, err);
     }
-    return QWEN3_OK;
+    return r;
 }
 
-/* qwen3i_eval with statistics. */
-static qwen3_result qwen3i_timed_eval(qwen3_ctx *c, const qwen3_item *items, int n_items, const qwen3i_err *err) {
-    double start = qwen3i_now_ms(), ms;
-    int64_t n = 0;
-    int i, decode = 1;
-    qwen3_result r = qwen3i_eval(c, items, n_items, err);
-    ms = qwen3i_now_ms() - start;
-    for (i = 0; i < n_items; i++) { n += items[i].n; decode &= items[i].n <= 1; }
-    if (r != QWEN3_OK) return r;
-    if (decode) { c->stats.n_decode += n; c->stats.decode_ms += ms; }
-    else        { c->stats.n_prefill += n; c->stats.prefill_ms += ms; }
-    return QWEN3_OK;
+/* Append one token. */
+static qwen3_result qwen3i_append(qwen3_ctx *c, int seq, qwen3_token token, const qwen3i_err *err) {
+    qwen3_item item;
+    memset(&item, 0, sizeof item);
+    item.seq = seq;
+    item.tokens = &token;
+    item.n = 1;
+    return qwen3i_eval(c, &item, 1, err);
 }
 
 /* Make the kept logits those of the sequence's last token, evaluating it once more if they are not. */
 static qwen3_result qwen3i_refresh(qwen3_ctx *c, int seq, const qwen3i_err *err) {
     qwen3i_seq *s = &c->seqs[seq];
-    qwen3_item item;
-    qwen3_token last;
     qwen3_result r;
     if (s->fresh) return QWEN3_OK;
-    if (s->len == 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "sequence %d is empty: evaluate something first", seq);
-    memset(&item, 0, sizeof item);
-    last = s->tokens[s->len - 1];
-    item.seq = seq;
-    item.tokens = &last;
-    item.n = 1;
+    if (s->len == 0)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "sequence %d is empty: evaluate something first", seq);
     s->len--;
-    r = qwen3i_timed_eval(c, &item, 1, err);
+    r = qwen3i_append(c, seq, s->tokens[s->len], err);
     if (r != QWEN3_OK) s->len++;
     return r;
 }
 
 /* The logits that follow a sequence: [n_vocab] on the host. */
 static qwen3_result qwen3i_get_logits(qwen3_ctx *c, int seq, const float **out, const qwen3i_err *err) {
-    qwen3_result r = qwen3i_check_seq(c, seq, err);
-    if (r == QWEN3_OK) r = qwen3i_refresh(c, seq, err);
+    qwen3_result r = qwen3i_refresh(c, seq, err);
     return r == QWEN3_OK ? c->model->backend->logits(c->state, seq, out, err) : r;
 }
 
@@ -6956,58 +7097,80 @@ static qwen3_result qwen3i_check_item(qwen3_ctx *c, const qwen3_item *items, int
 
 QWEN3_API qwen3_result qwen3_eval(qwen3_ctx *c, const qwen3_item *items, int n_items) {
     qwen3i_err err;
-    qwen3_result r = QWEN3_OK;
+    qwen3_result r = qwen3i_enter(c, &err);
     int i;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
+    if (r != QWEN3_OK) return r;
     if (n_items < 0 || n_items > c->desc.max_seqs || (n_items > 0 && !items))
-        return qwen3i_fail(&err, QWEN3_ERR_ARG, "items is NULL, or n_items (%d) not 0 to max_seqs (%d)", n_items, c->desc.max_seqs);
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "items is NULL, or n_items (%d) not 0 to max_seqs (%d)", n_items,
+                           c->desc.max_seqs);
     for (i = 0; i < n_items && r == QWEN3_OK; i++) r = qwen3i_check_item(c, items, i, &err);
     for (i = 0; i < n_items && r == QWEN3_OK; i++) r = qwen3i_first_logprob(c, &items[i], &err);
-    if (r == QWEN3_OK) r = qwen3i_timed_eval(c, items, n_items, &err);
+    for (i = 0; i < n_items && r == QWEN3_OK; i++) c->seqs[items[i].seq].planned = 0;
+    if (r == QWEN3_OK) r = qwen3i_eval(c, items, n_items, &err);
     for (i = 0; i < n_items && r == QWEN3_OK; i++) qwen3i_copy_hidden(c, &items[i]);
     return r;
 }
 
-QWEN3_API qwen3_result qwen3_sync(qwen3_ctx *c, int seq, const qwen3_token *tokens, int n) {
-    qwen3i_err err;
-    qwen3i_seq *s;
-    qwen3_item item;
-    qwen3_result r;
+/* ---- prompts: what a sequence shall hold, brought in by pieces ---------------------------------------------- */
+static int qwen3i_to_come(const qwen3i_seq *s) { return qwen3i_max(0, s->planned - s->len); }
+
+/* Keep what the sequence and these tokens have in common, and put the others behind it, to be evaluated. What an
+   unfinished plan had evaluated, or found, is not counted as reused once more. */
+static qwen3_result qwen3i_plan(qwen3_ctx *c, int seq, const qwen3_token *tokens, int n, const qwen3i_err *err) {
+    qwen3i_seq *s = &c->seqs[seq];
+    const int known = qwen3i_to_come(s) > 0 ? s->len : 0;
     int common = 0;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
-    r = qwen3i_check_seq(c, seq, &err);
-    if (r == QWEN3_OK) r = qwen3i_check_tokens(c, tokens, n, &err);
-    if (r != QWEN3_OK) return r;
-    if (n > c->desc.max_ctx) return qwen3i_fail(&err, QWEN3_ERR_CONTEXT_FULL, "%d tokens do not fit into %d positions", n, c->desc.max_ctx);
-    s = &c->seqs[seq];
+    if (n > c->desc.max_ctx)
+        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "%d tokens do not fit into %d positions", n, c->desc.max_ctx);
     while (common < n && common < s->len && s->tokens[common] == tokens[common]) common++;
-    qwen3_seq_truncate(c, seq, common);
-    c->stats.n_reused += common;
+    qwen3i_truncate(s, common);
+    memmove(s->tokens + common, tokens + common, (size_t)(n - common) * sizeof *tokens);
+    s->planned = n;
+    c->stats.n_reused += qwen3i_max(0, common - known);
+    return QWEN3_OK;
+}
+
+/* The next piece of at most `most` tokens of what is planned. */
+static qwen3_item qwen3i_piece(const qwen3_ctx *c, int seq, int most) {
+    const qwen3i_seq *s = &c->seqs[seq];
+    qwen3_item item;
     memset(&item, 0, sizeof item);
     item.seq = seq;
-    item.tokens = common < n ? tokens + common : NULL;
-    item.n = n - common;
-    return item.n > 0 ? qwen3i_timed_eval(c, &item, 1, &err) : QWEN3_OK;
+    item.tokens = s->tokens + s->len;
+    item.n = qwen3i_min(qwen3i_to_come(s), most);
+    item.more = item.n < qwen3i_to_come(s);
+    return item;
+}
+
+/* All that is planned. */
+static qwen3_result qwen3i_bring_in(qwen3_ctx *c, int seq, const qwen3i_err *err) {
+    qwen3_item item = qwen3i_piece(c, seq, c->desc.max_ctx);
+    return item.n > 0 ? qwen3i_eval(c, &item, 1, err) : QWEN3_OK;
+}
+
+QWEN3_API qwen3_result qwen3_sync(qwen3_ctx *c, int seq, const qwen3_token *tokens, int n) {
+    qwen3i_err err;
+    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
+    if (r == QWEN3_OK) r = qwen3i_check_tokens(c, tokens, n, &err);
+    if (r == QWEN3_OK && n > 0) r = qwen3i_plan(c, seq, tokens, n, &err);
+    else if (r == QWEN3_OK) qwen3i_truncate(&c->seqs[seq], 0);
+    return r == QWEN3_OK ? qwen3i_bring_in(c, seq, &err) : r;
 }
 
 QWEN3_API const float *qwen3_logits(qwen3_ctx *c, int seq) {
     const float *logits = NULL;
     qwen3i_err err;
-    if (!c) return NULL;
-    err = qwen3i_ctx_err(c);
-    return qwen3i_get_logits(c, seq, &logits, &err) == QWEN3_OK ? logits : NULL;
+    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
+    return r == QWEN3_OK && qwen3i_get_logits(c, seq, &logits, &err) == QWEN3_OK ? logits : NULL;
 }
 
 QWEN3_API int qwen3_top_probs(qwen3_ctx *c, int seq, qwen3_prob *out, int k) {
     const float *logits;
     qwen3i_err err;
     double lse;
-    qwen3_result r;
+    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
     int i, n;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
+    if (r != QWEN3_OK) return r;
     if (k < 0 || (k > 0 && !out)) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL or k negative");
     r = qwen3i_get_logits(c, seq, &logits, &err);
     if (r != QWEN3_OK || k == 0) return r;
@@ -7042,8 +7205,8 @@ static qwen3_result qwen3i_sample(qwen3_ctx *c, int seq, qwen3_sampler *s, qwen3
 
 QWEN3_API qwen3_result qwen3_sample(qwen3_ctx *c, int seq, qwen3_sampler *sampler, qwen3_token *out) {
     qwen3i_err err;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
+    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
+    if (r != QWEN3_OK) return r;
     if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
     return qwen3i_sample(c, seq, sampler, out, &err);
 }
@@ -7062,7 +7225,7 @@ static qwen3_result qwen3i_next_on_host(qwen3_ctx *c, qwen3i_next *next, int n, 
         c->items[n_items].tokens = &next[i].out;
         c->items[n_items++].n = 1;
     }
-    return r == QWEN3_OK && n_items > 0 ? qwen3i_timed_eval(c, c->items, n_items, err) : r;
+    return r == QWEN3_OK && n_items > 0 ? qwen3i_eval(c, c->items, n_items, err) : r;
 }
 
 /* The backend chooses and evaluates; the sequences then take the tokens over. */
@@ -7078,7 +7241,9 @@ static qwen3_result qwen3i_next_on_backend(qwen3_ctx *c, qwen3i_next *next, int 
     }
     start = qwen3i_now_ms();
     if (r == QWEN3_OK) r = c->model->backend->next(c->state, next, n, err);
+    if (r == QWEN3_STOPPED) qwen3i_cancelled(&c->pace, n, 0);
     if (r != QWEN3_OK) return r;
+    qwen3i_stepped(c);
     c->stats.decode_ms += qwen3i_now_ms() - start;
     for (i = 0; i < n; i++) {
         qwen3i_seq *s = &c->seqs[next[i].seq];
@@ -7103,21 +7268,11 @@ static qwen3_result qwen3i_next_step(qwen3_ctx *c, qwen3i_next *next, int n, con
     return r;
 }
 
-QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *c, const int *seqs, int n, qwen3_sampler *const *samplers,
-                                        qwen3_token *out, qwen3_result *results) {
-    qwen3i_err err;
-    qwen3_result r;
+/* results (may be NULL), one for each of seqs: OK, END or CONTEXT_FULL. */
+static qwen3_result qwen3i_next_batch(qwen3_ctx *c, const int *seqs, int n, qwen3_sampler *const *samplers,
+                                      qwen3_token *out, qwen3_result *results, const qwen3i_err *err) {
+    qwen3_result r = QWEN3_OK;
     int i, k, active = 0;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
-    if (n < 0 || n > c->desc.max_seqs || (n > 0 && (!seqs || !out)))
-        return qwen3i_fail(&err, QWEN3_ERR_ARG, "seqs or out is NULL, or n (%d) not 0 to max_seqs (%d)", n, c->desc.max_seqs);
-    for (i = 0; i < n; i++) {
-        r = qwen3i_check_seq(c, seqs[i], &err);
-        if (r != QWEN3_OK) return r;
-        for (k = 0; k < i; k++)
-            if (seqs[k] == seqs[i]) return qwen3i_fail(&err, QWEN3_ERR_ARG, "sequence %d appears twice", seqs[i]);
-    }
     for (i = 0; i < n; i++) {
         out[i] = -1;
         if (results) results[i] = QWEN3_ERR_CONTEXT_FULL;
@@ -7125,8 +7280,9 @@ QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *c, const int *seqs, int n, qw
         memset(&c->next[active], 0, sizeof *c->next);
         c->next[active].seq = seqs[i];
         c->next[active++].sampler = samplers ? samplers[i] : NULL;
+        c->seqs[seqs[i]].planned = 0;
     }
-    r = active > 0 ? qwen3i_next_step(c, c->next, active, &err) : QWEN3_OK;
+    if (active > 0) r = qwen3i_next_step(c, c->next, active, err);
     for (i = 0; i < n && r != QWEN3_OK && results; i++) results[i] = r;
     for (i = k = 0; i < n && r == QWEN3_OK; i++) {
         if (k == active || c->next[k].seq != seqs[i]) continue;
@@ -7137,28 +7293,76 @@ QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *c, const int *seqs, int n, qw
     return r;
 }
 
-QWEN3_API qwen3_result qwen3_next(qwen3_ctx *c, int seq, qwen3_sampler *sampler, qwen3_token *out) {
-    qwen3_result one = QWEN3_OK, r;
+QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *c, const int *seqs, int n, qwen3_sampler *const *samplers,
+                                        qwen3_token *out, qwen3_result *results) {
     qwen3i_err err;
-    if (!c) return QWEN3_ERR_ARG;
-    r = qwen3_next_batch(c, &seq, 1, &sampler, out, &one);
-    if (r != QWEN3_OK || one != QWEN3_ERR_CONTEXT_FULL) return r != QWEN3_OK ? r : one;
-    err = qwen3i_ctx_err(c);
-    return qwen3i_fail(&err, one, "sequence %d holds all of its %d positions", seq, c->desc.max_ctx);
+    qwen3_result r = qwen3i_enter(c, &err);
+    int i, k;
+    if (r != QWEN3_OK) return r;
+    if (n < 0 || n > c->desc.max_seqs || (n > 0 && (!seqs || !out)))
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "seqs or out is NULL, or n (%d) not 0 to max_seqs (%d)", n, c->desc.max_seqs);
+    for (i = 0; i < n; i++) {
+        r = qwen3i_check_seq(c, seqs[i], &err);
+        if (r != QWEN3_OK) return r;
+        for (k = 0; k < i; k++)
+            if (seqs[k] == seqs[i]) return qwen3i_fail(&err, QWEN3_ERR_ARG, "sequence %d appears twice", seqs[i]);
+    }
+    return qwen3i_next_batch(c, seqs, n, samplers, out, results, &err);
 }
 
-/* ---- text streams: whole characters, stop strings, thinking ------------------------------------------------ */
-#define QWEN3I_MAX_STOP 1024
-#define QWEN3I_PENDING  4096            /* more than the longest stop string and a character */
+static qwen3_result qwen3i_full(const qwen3_ctx *c, int seq, const qwen3i_err *err) {
+    return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "sequence %d holds all of its %d positions", seq, c->desc.max_ctx);
+}
 
-typedef struct qwen3i_stream {
-    const qwen3_gen_desc *gen;
-    char   pending[QWEN3I_PENDING];     /* bytes not delivered yet */
-    int    n;
-    int    thinking;                    /* between <think> and </think> */
-    int    leading;                     /* white space between </think> and the answer */
-    int    closed;                      /* the callback wants no more */
-} qwen3i_stream;
+QWEN3_API qwen3_result qwen3_next(qwen3_ctx *c, int seq, qwen3_sampler *sampler, qwen3_token *out) {
+    qwen3i_err err;
+    qwen3_result one = QWEN3_OK, r = qwen3i_enter_seq(c, seq, &err);
+    if (r != QWEN3_OK) return r;
+    if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
+    r = qwen3i_next_batch(c, &seq, 1, &sampler, out, &one, &err);
+    if (r == QWEN3_OK && one == QWEN3_ERR_CONTEXT_FULL) return qwen3i_full(c, seq, &err);
+    return r == QWEN3_OK ? one : r;
+}
+
+/* ---- streams: tokens to whole characters, what kind of text they are, stop strings -------------------------- */
+#define QWEN3I_MAX_STOP 1024            /* half of the pending bytes: such a string and a character fit */
+
+typedef struct qwen3i_tag { const char *text; int tag, then; } qwen3i_tag;  /* its own kind; that of what follows */
+
+/* The tag that a token is, where text is of this kind: within thinking, calls are only talked about. */
+static const qwen3i_tag *qwen3i_tag_of(const qwen3_model *m, int kind, qwen3_token t) {
+    static const qwen3i_tag tags[] = {
+        {"<think>",      QWEN3_TEXT_THINKING | QWEN3_TEXT_TAG, QWEN3_TEXT_THINKING},
+        {"</think>",     QWEN3_TEXT_THINKING | QWEN3_TEXT_TAG, QWEN3_TEXT_ANSWER},
+        {"<tool_call>",  QWEN3_TEXT_CALL | QWEN3_TEXT_TAG,     QWEN3_TEXT_CALL},
+        {"</tool_call>", QWEN3_TEXT_CALL | QWEN3_TEXT_TAG,     QWEN3_TEXT_ANSWER}
+    };
+    const qwen3i_added *a = m->tokenizer ? qwen3i_added_of(m->tokenizer, t) : NULL;
+    int i;
+    for (i = 0; a && i < (kind == QWEN3_TEXT_THINKING ? 2 : QWEN3I_COUNT(tags)); i++)
+        if (a->length == strlen(tags[i].text) && memcmp(a->p, tags[i].text, a->length) == 0) return &tags[i];
+    return NULL;
+}
+
+static int qwen3i_all_newlines(const char *p, int n) {
+    while (n > 0 && p[n - 1] == '\n') n--;
+    return n == 0;
+}
+
+/* What kind of text follows the tokens of a turn, and whether newlines are still a tag's: as if it had been
+   streamed. The turn begins behind the last <|im_start|>. */
+static void qwen3i_stream_find_kind(qwen3_stream *s, const qwen3_token *tokens, int n) {
+    const qwen3_model *m = s->ctx->model;
+    int i = n, bytes;
+    s->kind = s->tag = 0;
+    while (i > 0 && m->info.im_start >= 0 && tokens[i - 1] != m->info.im_start) i--;
+    for (; i < n; i++) {
+        const qwen3i_tag *tag = qwen3i_tag_of(m, s->kind, tokens[i]);
+        const char *text = qwen3i_token_bytes(m, tokens[i], &bytes);
+        if (tag) { s->kind = tag->then; s->tag = tag->tag; }
+        else if (!qwen3i_all_newlines(text, bytes)) s->tag = 0;
+    }
+}
 
 /* The length of the UTF-8 sequence that starts with this byte, 0 if none does. */
 static int qwen3i_utf8_length(unsigned char c) {
@@ -7176,73 +7380,74 @@ static int qwen3i_utf8_valid(const char *p, int n) {
     return len;
 }
 
+static void qwen3i_deliver_valid(qwen3_stream *s, const char *p, int n, int kind) {
+    if (n > 0 && s->gen.on_text && !s->closed) s->closed = s->gen.on_text(p, n, kind, s->gen.user) != 0;
+}
+
 /* Deliver bytes as valid UTF-8: what never becomes a character is replaced by U+FFFD. */
-static int qwen3i_deliver(const qwen3i_stream *s, const char *p, int n, int thinking) {
-    const qwen3_gen_desc *g = s->gen;
-    int start = 0, i = 0, stop = 0;
-    while (i < n && !stop) {
+static void qwen3i_deliver(qwen3_stream *s, const char *p, int n, int kind) {
+    int start = 0, i = 0;
+    while (i < n) {
         int len = qwen3i_utf8_valid(p + i, n - i);
         if (len) { i += len; continue; }
-        if (i > start) stop = g->on_text(p + start, i - start, thinking, g->user);
-        if (!stop) stop = g->on_text("\xEF\xBF\xBD", 3, thinking, g->user);
+        qwen3i_deliver_valid(s, p + start, i - start, kind);
+        qwen3i_deliver_valid(s, "\xEF\xBF\xBD", 3, kind);
         start = ++i;
     }
-    if (!stop && i > start) stop = g->on_text(p + start, i - start, thinking, g->user);
-    return stop ? QWEN3_STOPPED : QWEN3_OK;
+    qwen3i_deliver_valid(s, p + start, i - start, kind);
 }
 
-/* Deliver the first n pending bytes; white space right after </think> still belongs to the thinking. */
-static qwen3_result qwen3i_flush(qwen3i_stream *s, int n) {
-    const int open = s->gen->on_text && !s->closed;
-    int lead = 0, r = QWEN3_OK;
-    while (s->leading && lead < n && strchr(" \n\r\t", s->pending[lead]) && s->pending[lead]) lead++;
-    if (lead < n) s->leading = 0;
-    if (open && lead > 0) r = qwen3i_deliver(s, s->pending, lead, 1);
-    if (open && lead < n && r == QWEN3_OK) r = qwen3i_deliver(s, s->pending + lead, n - lead, s->thinking);
-    if (r != QWEN3_OK) s->closed = 1;
-    memmove(s->pending, s->pending + n, (size_t)(s->n - n));
-    s->n -= n;
-    return (qwen3_result)r;
+/* Deliver the first n pending bytes. Newlines behind a tag are still the tag's. STOPPED if the callback said so. */
+static qwen3_result qwen3i_flush(qwen3_stream *s, int n) {
+    int lead = 0;
+    while (s->tag && lead < n && s->pending[lead] == '\n') lead++;
+    qwen3i_deliver(s, s->pending, lead, s->tag);
+    qwen3i_deliver(s, s->pending + lead, n - lead, s->kind);
+    if (lead < n) s->tag = 0;
+    memmove(s->pending, s->pending + n, (size_t)(s->n_pending - n));
+    s->n_pending -= n;
+    return s->closed ? QWEN3_STOPPED : QWEN3_MORE;
 }
 
-/* Where in the pending bytes a stop string begins; s->n if none does. *held: bytes at the end that may
+/* Where in the pending bytes a stop string begins; n_pending if none does. *held: bytes at the end that may
    still become one. */
-static int qwen3i_find_stop(const qwen3i_stream *s, int *held) {
-    int i, k, first = s->n;
+static int qwen3i_find_stop(qwen3_stream *s, int *held) {
+    int i, k, first = s->n_pending;
     *held = 0;
-    for (k = 0; k < s->gen->n_stop; k++) {
-        const char *stop = s->gen->stop[k];
+    for (k = 0; k < s->gen.n_stop; k++) {
+        const char *stop = s->gen.stop[k];
         const int len = (int)strlen(stop);
-        for (i = 0; i < s->n; i++) {
-            const int common = qwen3i_min(len, s->n - i);
+        for (i = 0; i < s->n_pending; i++) {
+            const int common = qwen3i_min(len, s->n_pending - i);
             if (s->pending[i] != stop[0] || memcmp(s->pending + i, stop, (size_t)common) != 0) continue;
-            if (common == len) { if (i < first) first = i; }
-            else *held = qwen3i_max(*held, s->n - i);
+            if (common < len) *held = qwen3i_max(*held, s->n_pending - i);
+            else if (i < first) { first = i; s->stopped_by = k; }
             break;
         }
     }
     return first;
 }
 
-/* Deliver what is certain. END if a stop string is complete. */
-static qwen3_result qwen3i_pump(qwen3i_stream *s) {
+/* Deliver what is certain: whole characters, no beginning of a stop string, no last newline, which a tag may
+   follow. END if a stop string is complete. */
+static qwen3_result qwen3i_pump(qwen3_stream *s) {
     int held, ready, stop = qwen3i_find_stop(s, &held);
-    qwen3_result r;
-    if (stop < s->n) {
-        r = qwen3i_flush(s, stop);
-        s->n = 0;
-        return r == QWEN3_OK ? QWEN3_END : r;
+    if (stop < s->n_pending) {
+        qwen3_result r = qwen3i_flush(s, stop);
+        s->n_pending = 0;
+        return r == QWEN3_MORE ? QWEN3_END : r;
     }
-    ready = qwen3_utf8_complete(s->pending, s->n - held);
-    return ready > 0 ? qwen3i_flush(s, ready) : QWEN3_OK;
+    ready = qwen3i_utf8_complete(s->pending, s->n_pending - held);
+    if (ready > 0 && ready == s->n_pending && s->pending[ready - 1] == '\n') ready--;
+    return qwen3i_flush(s, ready);
 }
 
-static qwen3_result qwen3i_stream_bytes(qwen3i_stream *s, const char *bytes, int n) {
-    qwen3_result r = QWEN3_OK;
-    while (n > 0 && r == QWEN3_OK) {    /* tokens may be longer than the buffer */
-        int part = qwen3i_min(n, QWEN3I_PENDING - s->n);
-        memcpy(s->pending + s->n, bytes, (size_t)part);
-        s->n += part;
+static qwen3_result qwen3i_stream_bytes(qwen3_stream *s, const char *bytes, int n) {
+    qwen3_result r = QWEN3_MORE;
+    while (n > 0 && r == QWEN3_MORE) {  /* tokens may be longer than the buffer */
+        int part = qwen3i_min(n, (int)sizeof s->pending - s->n_pending);
+        memcpy(s->pending + s->n_pending, bytes, (size_t)part);
+        s->n_pending += part;
         bytes += part;
         n -= part;
         r = qwen3i_pump(s);
@@ -7250,131 +7455,251 @@ static qwen3_result qwen3i_stream_bytes(qwen3i_stream *s, const char *bytes, int
     return r;
 }
 
-static int qwen3i_token_is_special(const qwen3i_tokenizer *t, qwen3_token id) {
-    int i;
-    for (i = 0; i < t->n_added; i++) if (t->added[i].id == id) return (t->added[i].kinds & QWEN3I_ADDED_SPECIAL) != 0;
-    return 0;
-}
-
-/* A token's text; control tokens have none. The thinking tags switch the stream over. */
-static qwen3_result qwen3i_stream_token(qwen3i_stream *s, const qwen3_model *m, qwen3_token t) {
-    const char *bytes;
-    qwen3_result r = QWEN3_OK;
-    int n;
-    if (!s->gen->on_text && s->gen->n_stop == 0) return QWEN3_OK;
-    if (qwen3i_token_is_special(m->tokenizer, t)) return QWEN3_OK;
-    bytes = qwen3_token_bytes(m, t, &n);
-    if (t == m->info.think_begin || t == m->info.think_end) {
-        r = qwen3i_flush(s, s->n);
-        s->thinking = 1;
-        s->leading = 0;
-    }
-    if (r == QWEN3_OK) r = qwen3i_stream_bytes(s, bytes, n);
-    if (t == m->info.think_end) {
-        if (r == QWEN3_OK) r = qwen3i_flush(s, s->n);
-        s->thinking = 0;
-        s->leading = 1;
-    }
+/* A tag ends the text before it, of which the last newline is the tag's. */
+static qwen3_result qwen3i_stream_tag(qwen3_stream *s, const qwen3i_tag *tag, const char *bytes, int n) {
+    const int newline = s->n_pending > 0 && s->pending[s->n_pending - 1] == '\n';
+    qwen3_result r = qwen3i_flush(s, s->n_pending - newline);
+    s->kind = tag->tag;
+    if (r == QWEN3_MORE) r = qwen3i_stream_bytes(s, bytes, n);
+    if (r == QWEN3_MORE) r = qwen3i_flush(s, s->n_pending);
+    s->kind = tag->then;
+    s->tag = tag->tag;
     return r;
 }
 
-/* Does the sequence end inside an open <think>? Looks back to the start of the turn. */
-static int qwen3i_is_thinking(const qwen3_model *m, const qwen3i_seq *s) {
-    int i;
-    for (i = s->len - 1; i >= 0 && s->tokens[i] != m->info.im_start && s->tokens[i] != m->info.think_end; i--)
-        if (s->tokens[i] == m->info.think_begin) return m->info.think_begin >= 0;
-    return 0;
+/* A token's text; control tokens have none. */
+static qwen3_result qwen3i_stream_text(qwen3_stream *s, qwen3_token t) {
+    const qwen3_model *m = s->ctx->model;
+    const qwen3i_tag *tag = qwen3i_tag_of(m, s->kind, t);
+    int n;
+    const char *bytes = qwen3i_token_bytes(m, t, &n);
+    if (tag) return qwen3i_stream_tag(s, tag, bytes, n);
+    if (!m->tokenizer || qwen3i_is_special(m->tokenizer, t)) return QWEN3_MORE;
+    return qwen3i_stream_bytes(s, bytes, n);
+}
+
+/* The reply is complete: what was held back is text after all. */
+static qwen3_result qwen3i_stream_end(qwen3_stream *s, qwen3_result r) {
+    qwen3_result last = qwen3i_flush(s, s->n_pending);
+    s->result = (r == QWEN3_OK || r == QWEN3_END) && last == QWEN3_STOPPED ? last : r;
+    if (s->gen.stopped_by) *s->gen.stopped_by = s->stopped_by;
+    return s->result;
+}
+
+static qwen3_result qwen3i_feed(qwen3_stream *s, qwen3_token t) {
+    const qwen3_model *m = s->ctx->model;
+    const int kind = s->kind;
+    qwen3_result r;
+    if (qwen3i_is_eos(m, t)) return qwen3i_stream_end(s, QWEN3_END);
+    r = qwen3i_stream_text(s, t);
+    s->n_tokens++;
+    s->n_thinking += kind == QWEN3_TEXT_THINKING && s->kind == QWEN3_TEXT_THINKING;
+    s->forced = s->kind == QWEN3_TEXT_THINKING && s->gen.think_budget > 0 && s->n_thinking >= s->gen.think_budget
+              ? m->info.think_end : -1;
+    if (r == QWEN3_MORE && s->n_tokens == s->gen.max_tokens) r = QWEN3_OK;
+    return r == QWEN3_MORE ? r : qwen3i_stream_end(s, r);
+}
+
+QWEN3_API qwen3_result qwen3_stream_feed(qwen3_stream *s, qwen3_token token) {
+    if (!s || !s->ctx) return QWEN3_ERR_ARG;
+    if (s->result == QWEN3_MORE) qwen3i_feed(s, token);
+    return s->result;
 }
 
 static qwen3_result qwen3i_check_gen(const qwen3_ctx *c, const qwen3_gen_desc *g, const qwen3i_err *err) {
     int i;
     if (!g) return qwen3i_fail(err, QWEN3_ERR_ARG, "gen is NULL");
-    if (g->max_tokens < 0 || g->think_budget < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "max_tokens or think_budget is negative");
-    if (g->n_stop < 0 || (g->n_stop > 0 && !g->stop)) return qwen3i_fail(err, QWEN3_ERR_ARG, "stop is NULL or n_stop negative");
+    if (g->max_tokens < 0 || g->think_budget < 0)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "max_tokens or think_budget is negative");
+    if (g->n_stop < 0 || (g->n_stop > 0 && !g->stop))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "stop is NULL or n_stop negative");
     for (i = 0; i < g->n_stop; i++)
         if (!g->stop[i] || !g->stop[i][0] || strlen(g->stop[i]) > QWEN3I_MAX_STOP)
-            return qwen3i_fail(err, QWEN3_ERR_ARG, "stop[%d] is NULL, empty, or longer than %d bytes", i, QWEN3I_MAX_STOP);
+            return qwen3i_fail(err, QWEN3_ERR_ARG, "stop[%d] is NULL, empty, or longer than %d bytes", i,
+                               QWEN3I_MAX_STOP);
     if ((g->on_text || g->n_stop) && !c->model->tokenizer)
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files: it can make tokens but no text");
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                           "the model was loaded without tokenizer files: it can make tokens but no text");
     return QWEN3_OK;
 }
 
-/* Append </think> instead of what the model would say. */
-static qwen3_result qwen3i_force(qwen3_ctx *c, int seq, qwen3_token t, const qwen3i_err *err) {
-    qwen3_item item;
-    memset(&item, 0, sizeof item);
-    item.seq = seq;
-    item.tokens = &t;
-    item.n = 1;
-    if (c->seqs[seq].len >= c->desc.max_ctx) return QWEN3_ERR_CONTEXT_FULL;
-    return qwen3i_timed_eval(c, &item, 1, err);
-}
-
-static qwen3_result qwen3i_generate(qwen3_ctx *c, int seq, qwen3i_stream *s, const qwen3i_err *err) {
-    const qwen3_model *m = c->model;
-    const qwen3_gen_desc *g = s->gen;
-    int made, thought = 0;
-    qwen3_token t;
-    qwen3_result r = QWEN3_OK;
-    s->thinking = qwen3i_is_thinking(m, &c->seqs[seq]);
-    for (made = 0; r == QWEN3_OK && (g->max_tokens == 0 || made < g->max_tokens); made++) {
-        if (s->thinking && g->think_budget > 0 && thought >= g->think_budget && m->info.think_end >= 0) {
-            t = m->info.think_end;
-            r = qwen3i_force(c, seq, t, err);
-        } else r = qwen3_next(c, seq, g->sampler, &t);
-        if (r != QWEN3_OK) break;
-        if (t == m->info.think_begin) s->thinking = 1;
-        thought += s->thinking;
-        r = qwen3i_stream_token(s, m, t);
-        if (t == m->info.think_end) s->thinking = 0;
-    }
-    return r;
-}
-
-QWEN3_API qwen3_result qwen3_generate(qwen3_ctx *c, int seq, const qwen3_gen_desc *gen) {
-    qwen3i_err err;
-    qwen3i_stream s;
-    qwen3_result r, last;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
-    r = qwen3i_check_seq(c, seq, &err);
-    if (r == QWEN3_OK) r = qwen3i_check_gen(c, gen, &err);
-    if (r != QWEN3_OK) return r;
-    s.gen = gen;
-    s.n = s.leading = s.closed = 0;
-    r = qwen3i_generate(c, seq, &s, &err);
-    last = qwen3i_flush(&s, s.n);       /* what was held back is text after all */
-    return r == QWEN3_OK && last != QWEN3_OK ? last : r;
-}
-
-/* Bring a sequence up to date with a conversation. */
-static qwen3_result qwen3i_sync_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3i_err *err) {
+/* ---- replies: prompts by pieces, then token by token, of several sequences together ------------------------- */
+/* Render a conversation and plan to bring the sequence up to date with it. */
+static qwen3_result qwen3i_plan_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3i_err *err) {
     int n = qwen3_chat_render(c->model, chat, c->prompt, c->desc.max_ctx);
     if (n == QWEN3_ERR_ARG)         return qwen3i_fail(err, QWEN3_ERR_ARG, "chat: no message, an unknown role or flag, or a tool that is not JSON");
     if (n == QWEN3_ERR_UNSUPPORTED) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model has no tokenizer files, or they lack <|im_start|> and <|im_end|>");
     if (n < 0)                      return qwen3i_fail(err, (qwen3_result)n, "the conversation cannot be rendered: %s", qwen3_result_string((qwen3_result)n));
     if (n > c->desc.max_ctx)
         return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "the conversation has %d tokens, the sequence %d positions", n, c->desc.max_ctx);
-    return qwen3_sync(c, seq, c->prompt, n);
+    return qwen3i_plan(c, seq, c->prompt, n, err);
+}
+
+static qwen3_result qwen3i_begin(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen,
+                                 qwen3_stream *s, const qwen3i_err *err) {
+    qwen3_result r = qwen3i_check_gen(c, gen, err);
+    if (r == QWEN3_OK && chat) r = qwen3i_plan_chat(c, seq, chat, err);
+    if (r != QWEN3_OK) return r;
+    s->ctx = c;
+    s->seq = seq;
+    s->gen = *gen;
+    s->result = QWEN3_MORE;
+    s->n_prompt = qwen3i_to_come(&c->seqs[seq]);
+    s->n_tokens = s->n_thinking = s->closed = s->n_pending = 0;
+    s->stopped_by = s->forced = -1;
+    qwen3i_stream_find_kind(s, c->seqs[seq].tokens, c->seqs[seq].len + s->n_prompt);
+    return QWEN3_OK;
+}
+
+QWEN3_API qwen3_result qwen3_stream_begin(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat,
+                                          const qwen3_gen_desc *gen, qwen3_stream *s) {
+    qwen3i_err err;
+    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
+    if (r != QWEN3_OK) return r;
+    if (!s) return qwen3i_fail(&err, QWEN3_ERR_ARG, "stream is NULL");
+    s->ctx = NULL;
+    s->result = r = qwen3i_begin(c, seq, chat, gen, s, &err);
+    if (r == QWEN3_OK) s->result = QWEN3_MORE;
+    return r;
+}
+
+static int qwen3i_reads(const qwen3_stream *s)   { return s->result == QWEN3_MORE && s->n_prompt > 0; }
+static int qwen3i_answers(const qwen3_stream *s) { return s->result == QWEN3_MORE && s->n_prompt == 0; }
+
+/* A piece of the prompts, of so many rows in all. wait: until it is done, where a backend works behind our back. */
+static qwen3_result qwen3i_read_prompts(qwen3_ctx *c, qwen3_stream *const *streams, int n, int rows, int wait,
+                                        const qwen3i_err *err) {
+    const double start = qwen3i_now_ms();
+    const int all = rows;
+    qwen3_result r;
+    int i, n_items = 0;
+    for (i = 0; i < n && rows > 0; i++) {
+        if (!qwen3i_reads(streams[i])) continue;
+        c->items[n_items] = qwen3i_piece(c, streams[i]->seq, rows);
+        rows -= c->items[n_items++].n;
+    }
+    if (wait && c->model->config.n_embd <= c->model->config.n_vocab) c->items[n_items - 1].hidden = c->scratch.logits;
+    r = qwen3i_eval(c, c->items, n_items, err);
+    for (i = 0; i < n; i++)
+        if (qwen3i_reads(streams[i])) streams[i]->n_prompt = qwen3i_to_come(&c->seqs[streams[i]->seq]);
+    if (r != QWEN3_OK) return r;
+    c->pace.prompt_rows = all - rows;
+    c->pace.prompt_ms = qwen3i_now_ms() - start;
+    return r;
+}
+
+/* What the thinking budget forces, or no room: replies that a decode step has nothing to choose for. */
+static qwen3_result qwen3i_without_choice(qwen3_ctx *c, qwen3_stream *s, const qwen3i_err *err) {
+    qwen3_result r;
+    if (c->seqs[s->seq].len >= c->desc.max_ctx) { qwen3i_stream_end(s, qwen3i_full(c, s->seq, err)); return QWEN3_OK; }
+    if (s->forced < 0) return QWEN3_OK;
+    r = qwen3i_append(c, s->seq, s->forced, err);
+    if (r == QWEN3_OK) qwen3i_feed(s, s->forced);
+    return r;
+}
+
+/* A token each for all replies whose prompts are in. */
+static qwen3_result qwen3i_answer(qwen3_ctx *c, qwen3_stream *const *streams, int n, const qwen3i_err *err) {
+    const double start = qwen3i_now_ms();
+    qwen3_result r = QWEN3_OK;
+    int i, k, active = 0;
+    for (i = 0; i < n && r == QWEN3_OK; i++) {
+        qwen3_stream *s = streams[i];
+        if (qwen3i_answers(s)) r = qwen3i_without_choice(c, s, err);
+        if (!qwen3i_answers(s)) continue;
+        memset(&c->next[active], 0, sizeof *c->next);
+        c->next[active].seq = s->seq;
+        c->next[active++].sampler = s->gen.sampler;
+    }
+    if (r == QWEN3_OK && active > 0) r = qwen3i_next_step(c, c->next, active, err);
+    for (i = k = 0; i < n && k < active && r == QWEN3_OK; i++)
+        if (streams[i]->seq == c->next[k].seq) qwen3i_feed(streams[i], c->next[k++].out);
+    c->pace.decode_ms = qwen3i_now_ms() - start;
+    return r;
+}
+
+static double qwen3i_row_ms(const qwen3i_pace *p) { return p->prompt_ms / qwen3i_max(p->prompt_rows, 1); }
+
+/* Rows of prompts that take about as long as is left, as far as the last piece's time tells. */
+static int qwen3i_affordable(const qwen3i_pace *p, double left_ms) {
+    const int last = qwen3i_max(p->prompt_rows, 1), most = qwen3i_min(p->rows, 2 * last);
+    const double rows = p->prompt_ms > 0 ? left_ms / qwen3i_row_ms(p) : last;
+    return rows < 1 ? 1 : rows < most ? (int)rows : most;
+}
+
+/* Work on replies until none is left (OK) or the time is over (MORE). Where both are waiting, answers and prompts
+   take turns. */
+static qwen3_result qwen3i_run(qwen3_ctx *c, qwen3_stream *const *streams, int n, double budget_ms,
+                               const qwen3i_err *err) {
+    const double start = qwen3i_now_ms();
+    qwen3_result r = QWEN3_OK;
+    int i, first = 1;
+    for (; r == QWEN3_OK; first = 0) {
+        const double left = budget_ms - (qwen3i_now_ms() - start);
+        int reads = 0, answers = 0, rows = c->pace.rows;
+        for (i = 0; i < n; i++) { reads += qwen3i_reads(streams[i]); answers += qwen3i_answers(streams[i]); }
+        if (reads + answers == 0) return QWEN3_OK;
+        if (reads && answers) { c->pace.turn ^= 1; reads = c->pace.turn; }
+        if (budget_ms > 0) {
+            rows = qwen3i_affordable(&c->pace, left);
+            if (!first && left < (reads ? qwen3i_row_ms(&c->pace) : c->pace.decode_ms)) return QWEN3_MORE;
+        }
+        r = reads ? qwen3i_read_prompts(c, streams, n, rows, budget_ms > 0, err) : qwen3i_answer(c, streams, n, err);
+    }
+    return r;
+}
+
+static qwen3_result qwen3i_check_streams(qwen3_ctx *c, qwen3_stream *const *streams, int n, const qwen3i_err *err) {
+    int i, k;
+    if (n < 0 || n > c->desc.max_seqs || (n > 0 && !streams))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "streams is NULL, or n (%d) not 0 to max_seqs (%d)", n, c->desc.max_seqs);
+    for (i = 0; i < n; i++) {
+        if (!streams[i] || streams[i]->ctx != c)
+            return qwen3i_fail(err, QWEN3_ERR_ARG, "streams[%d] was not begun on this context", i);
+        for (k = 0; k < i; k++)
+            if (streams[k]->seq == streams[i]->seq)
+                return qwen3i_fail(err, QWEN3_ERR_ARG, "streams[%d] and [%d] are both of sequence %d", k, i, streams[i]->seq);
+        if (streams[i]->n_prompt != qwen3i_to_come(&c->seqs[streams[i]->seq]) && qwen3i_reads(streams[i]))
+            return qwen3i_fail(err, QWEN3_ERR_ARG, "streams[%d]: sequence %d was changed before its prompt was complete",
+                               i, streams[i]->seq);
+    }
+    return QWEN3_OK;
+}
+
+QWEN3_API qwen3_result qwen3_stream_step(qwen3_ctx *c, qwen3_stream *const *streams, int n, int64_t budget_us) {
+    qwen3i_err err;
+    qwen3_result r = qwen3i_enter(c, &err);
+    if (r == QWEN3_OK) r = qwen3i_check_streams(c, streams, n, &err);
+    return r == QWEN3_OK ? qwen3i_run(c, streams, n, budget_us < 0 ? 1e-3 : 1e-3 * (double)budget_us, &err) : r;
+}
+
+/* Push: all of it in one call. */
+static qwen3_result qwen3i_generate(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen,
+                                    int of_chat) {
+    qwen3i_err err;
+    qwen3_stream s, *list = &s;
+    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
+    if (r == QWEN3_OK && of_chat && !chat) r = qwen3i_fail(&err, QWEN3_ERR_ARG, "chat is NULL");
+    if (r == QWEN3_OK) r = qwen3i_begin(c, seq, chat, gen, &s, &err);
+    if (r != QWEN3_OK) return r;
+    r = qwen3i_run(c, &list, 1, 0, &err);
+    return r == QWEN3_OK ? s.result : qwen3i_stream_end(&s, r);
+}
+
+QWEN3_API qwen3_result qwen3_generate(qwen3_ctx *c, int seq, const qwen3_gen_desc *gen) {
+    return qwen3i_generate(c, seq, NULL, gen, 0);
 }
 
 QWEN3_API qwen3_result qwen3_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen) {
-    qwen3i_err err;
-    qwen3_result r;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
-    r = qwen3i_check_seq(c, seq, &err);
-    if (r == QWEN3_OK) r = qwen3i_check_gen(c, gen, &err);
-    if (r != QWEN3_OK) return r;
-    r = qwen3i_sync_chat(c, seq, chat, &err);
-    return r == QWEN3_OK ? qwen3_generate(c, seq, gen) : r;
+    return qwen3i_generate(c, seq, chat, gen, 1);
 }
 
 /* ---- embeddings and reranking, as their model cards define them ------------------------------------------------ */
-static qwen3_result qwen3i_check_texts(qwen3_ctx *c, int seq, const char *a, const char *b, const void *out, const qwen3i_err *err) {
+static qwen3_result qwen3i_check_texts(const qwen3_ctx *c, const char *a, const char *b, const void *out,
+                                       const qwen3i_err *err) {
     if (!a || !b || !out) return qwen3i_fail(err, QWEN3_ERR_ARG, "a text or out is NULL");
-    if (!c->model->tokenizer) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
-    return qwen3i_check_seq(c, seq, err);
+    if (c->model->tokenizer) return QWEN3_OK;
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
 }
 
 /* Join texts into one string that the caller frees with its size; NULL if there is no memory. */
@@ -7407,9 +7732,8 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
     size_t size;
     char *joined;
     int n;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
-    r = qwen3i_check_texts(c, seq, text, "", out, &err);
+    r = qwen3i_enter_seq(c, seq, &err);
+    if (r == QWEN3_OK) r = qwen3i_check_texts(c, text, "", out, &err);
     if (r != QWEN3_OK) return r;
     if (c->model->info.end_of_text < 0) return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no <|endoftext|>, at which embeddings are read");
     parts[0] = "Instruct: "; parts[1] = task; parts[2] = "\nQuery:"; parts[3] = text;
@@ -7422,9 +7746,9 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
     c->prompt[n] = c->model->info.end_of_text;
     memset(&item, 0, sizeof item);
     item.seq = seq; item.tokens = c->prompt; item.n = n + 1; item.hidden = out;
-    qwen3_seq_truncate(c, seq, 0);
-    r = qwen3_eval(c, &item, 1);
-    qwen3_seq_truncate(c, seq, 0);
+    qwen3i_truncate(&c->seqs[seq], 0);
+    r = qwen3i_eval(c, &item, 1, &err);
+    qwen3i_truncate(&c->seqs[seq], 0);
     if (r == QWEN3_OK) qwen3i_normalise(out, c->model->config.n_embd);
     return r;
 }
@@ -7449,9 +7773,8 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, con
     qwen3_result r;
     size_t size;
     char *joined;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
-    r = qwen3i_check_texts(c, seq, query, document, score, &err);
+    r = qwen3i_enter_seq(c, seq, &err);
+    if (r == QWEN3_OK) r = qwen3i_check_texts(c, query, document, score, &err);
     if (r != QWEN3_OK) return r;
     parts[0] = "<Instruct>: "; parts[1] = task ? task : "Given a web search query, retrieve relevant passages that answer the query";
     parts[2] = "\n<Query>: ";  parts[3] = query;
@@ -7466,7 +7789,8 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, con
     msgs[1].text = joined;
     memset(&chat, 0, sizeof chat);
     chat.msgs = msgs; chat.n_msgs = 2; chat.flags = QWEN3_CHAT_NO_THINK;
-    r = qwen3i_sync_chat(c, seq, &chat, &err);
+    r = qwen3i_plan_chat(c, seq, &chat, &err);
+    if (r == QWEN3_OK) r = qwen3i_bring_in(c, seq, &err);
     qwen3i_free(&c->desc.allocator, joined, size);
     return r == QWEN3_OK ? qwen3i_yes_or_no(c, seq, score, &err) : r;
 }

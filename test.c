@@ -22,6 +22,7 @@ static void  test_free(void *p);
 #include "tests/test_parity.h"
 #include "tests/test_sampler.h"
 #include "tests/test_api.h"
+#include "tests/test_stream.h"
 #include "tests/test_faults.h"
 #include "tests/test_malformed.h"
 #include "tests/test_threads.h"
@@ -65,6 +66,7 @@ int main(int argc, char **argv) {
     suite_parity();
     suite_sampler();
     suite_api();
+    suite_stream();
     suite_faults();
     suite_malformed();
     suite_threads();

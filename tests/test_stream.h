@@ -1,0 +1,220 @@
+/* Streams: kinds of text, replies step by step, several together, deadlines. */
+#ifndef QWEN3_TESTS_TEST_STREAM_H
+#define QWEN3_TESTS_TEST_STREAM_H
+#include "test_api.h"
+
+/* What a stream delivered, each kind's text apart and all in order. */
+typedef struct heard {
+    char answer[2048], thinking[2048], call[2048], tags[2048], all[4096];
+    int calls;
+} heard;
+
+static int hear(const char *utf8, int n, int kind, void *user) {
+    heard *h = (heard *)user;
+    char *to = kind & QWEN3_TEXT_TAG ? h->tags : kind == QWEN3_TEXT_THINKING ? h->thinking :
+               kind == QWEN3_TEXT_CALL ? h->call : h->answer;
+    strncat(to, utf8, (size_t)n);
+    strncat(h->all, utf8, (size_t)n);
+    h->calls++;
+    return !valid_utf8(utf8, n) || strlen(h->all) > 2000;
+}
+
+static void script(talk *t, int base) {
+    t->script.tokens = t->tokens;
+    t->script.n = t->n;
+    t->script.base = base;
+    t->script.broken = 0;
+}
+
+/* Generate a text, after which the turn ends, onto sequence 0 with its 3 tokens. */
+static void say_and_hear(talk *t, const char *text, int by_bytes, heard *h) {
+    t->n = 0;
+    memset(h, 0, sizeof *h);
+    if (by_bytes) say_bytes(t, text); else say_text(t, text);
+    say_token(t, t->f.info.im_end);
+    t->gen.on_text = hear;
+    t->gen.user = h;
+    CHECK_OK(t->ctx, qwen3_seq_truncate(t->ctx, 0, 3));
+    script(t, 3);
+    CHECK(qwen3_generate(t->ctx, 0, &t->gen) == QWEN3_END);
+}
+
+/* Each kind of text arrives as what it is; tags take the newlines that the chat format puts around them. */
+static void test_stream_kinds(void) {
+    static const struct { const char *said, *answer, *thinking, *call; } cases[] = {
+        {"<think>\nthe fox\n</think>\n\nyes", "yes", "the fox", ""},
+        {"<think>\n\n  two\n\nlines\n\n</think>\nyes\n", "yes\n", "  two\n\nlines\n", ""},
+        {"<think>\nabout <tool_call>s</tool_call>\n</think>\n\n<tool_call>\n{\"a\": 1}\n</tool_call>", "",
+         "about <tool_call>s</tool_call>", "{\"a\": 1}"},
+        {"first\n<tool_call>\n{1}\n</tool_call>\n<tool_call>\n{2}\n</tool_call>", "first", "", "{1}{2}"},
+        {"first\n\n<tool_call>{1}</tool_call>\nthen", "first\nthen", "", "{1}"},
+        {"\na\n\nb\n", "\na\n\nb\n", "", ""}, {"yes</think>no", "yesno", "", ""}
+    };
+    talk t;
+    heard h;
+    int i;
+    if (!talk_open(&t)) return;
+    for (i = 0; i < (int)(sizeof cases / sizeof *cases); i++) {
+        say_and_hear(&t, cases[i].said, 0, &h);
+        CHECK_MSG(strcmp(h.answer, cases[i].answer) == 0, "case %d: answer '%s'", i, h.answer);
+        CHECK_MSG(strcmp(h.thinking, cases[i].thinking) == 0, "case %d: thinking '%s'", i, h.thinking);
+        CHECK_MSG(strcmp(h.call, cases[i].call) == 0, "case %d: call '%s'", i, h.call);
+        CHECK_MSG(strcmp(h.all, cases[i].said) == 0, "case %d: all '%s'", i, h.all);
+    }
+    talk_close(&t);
+}
+
+/* A beginning of a stop string that is held back when thinking begins is answer, not thinking. */
+static void test_stream_held_text(void) {
+    static const char *const stop = "STOP";
+    talk t;
+    heard h;
+    int hit = 77;
+    if (!talk_open(&t)) return;
+    t.gen.stop = &stop;
+    t.gen.n_stop = 1;
+    t.gen.stopped_by = &hit;
+    say_and_hear(&t, "a STO<think>\nb ST\n</think>\n\nc S", 0, &h);
+    CHECK_MSG(strcmp(h.answer, "a STOc S") == 0 && strcmp(h.thinking, "b ST") == 0, "'%s', '%s'", h.answer, h.thinking);
+    CHECK(hit == -1);
+    say_and_hear(&t, "a STOP b", 1, &h);
+    CHECK_MSG(strcmp(h.all, "a ") == 0 && hit == 0, "'%s', %d", h.all, hit);
+    talk_close(&t);
+}
+
+static const qwen3_msg stream_msgs[2] = {
+    {QWEN3_SYSTEM, "You keep a shop and answer in a few words, always friendly, never rude.", NULL, NULL, 0},
+    {QWEN3_USER, "the quick brown fox jumps over the lazy dog: yes or no?", NULL, NULL, 0}
+};
+
+/* Replies of several sequences, step by step under budgets of any size, are those of qwen3_chat. */
+static void test_stream_step(void) {
+    enum { N = 3 };
+    static const int64_t budgets[] = {0, 1, 300, 5000};
+    fixture f;
+    qwen3_ctx *a, *b;
+    qwen3_chat_desc chat;
+    qwen3_gen_desc gen;
+    qwen3_sampler sampler[N];
+    qwen3_stream stream[N], *list[N];
+    heard want[N], got[N];
+    int i, k, steps;
+    memset(&chat, 0, sizeof chat);
+    memset(&gen, 0, sizeof gen);
+    if (!fixture_open(&f, "chat")) return;
+    a = ctx_open(f.model, 256, N, 0, 0);
+    b = ctx_open(f.model, 256, N, 0, 0);
+    chat.msgs = stream_msgs;
+    gen.on_text = hear;
+    gen.max_tokens = 25;
+    memset(want, 0, sizeof want);
+    for (i = 0; a && b && i < N; i++) {
+        sampler[i] = qwen3_sampler_preset(QWEN3_THINKING, (uint64_t)i);
+        gen.sampler = &sampler[i];
+        gen.user = &want[i];
+        chat.n_msgs = 1 + i % 2;
+        CHECK(qwen3_chat(a, i, &chat, &gen) >= 0);
+    }
+    for (k = 0; a && b && k < 4; k++) {
+        memset(got, 0, sizeof got);
+        for (i = 0; i < N; i++) {
+            sampler[i] = qwen3_sampler_preset(QWEN3_THINKING, (uint64_t)i);
+            gen.sampler = &sampler[i];
+            gen.user = &got[i];
+            chat.n_msgs = 1 + i % 2;
+            list[i] = &stream[i];
+            CHECK_OK(b, qwen3_stream_begin(b, i, &chat, &gen, &stream[i]));
+            CHECK(stream[i].n_prompt > 10 && stream[i].result == QWEN3_MORE);
+        }
+        for (steps = 1; qwen3_stream_step(b, list, N, budgets[k]) == QWEN3_MORE && steps < 1000; steps++) {}
+        CHECK_MSG(k == 0 ? steps == 1 : steps < 1000, "%d steps", steps);
+        for (i = 0; i < N; i++) {
+            CHECK_MSG(strcmp(want[i].all, got[i].all) == 0, "'%s', not '%s'", got[i].all, want[i].all);
+            CHECK((stream[i].result == QWEN3_OK && stream[i].n_tokens == 25) || stream[i].result == QWEN3_END);
+            CHECK(same_logits(b, i, qwen3_logits(a, i), f.info.n_vocab));
+            CHECK_OK(b, qwen3_seq_truncate(b, i, 0));
+        }
+    }
+    qwen3_ctx_free(a);
+    qwen3_ctx_free(b);
+    fixture_close(&f);
+}
+
+/* What qwen3_generate does, by hand: qwen3_next, the stream's text, what the budget forces. */
+static void test_stream_feed(void) {
+    talk t;
+    heard push, pull;
+    qwen3_stream s;
+    qwen3_token token;
+    qwen3_item item;
+    int i;
+    if (!talk_open(&t)) return;
+    t.gen.think_budget = 6;
+    say_and_hear(&t, "<think>\nthe quick brown fox jumps over the lazy dog and the fox", 0, &push);
+    t.gen.user = &pull;
+    memset(&pull, 0, sizeof pull);
+    CHECK_OK(t.ctx, qwen3_seq_truncate(t.ctx, 0, 3));
+    CHECK_OK(t.ctx, qwen3_stream_begin(t.ctx, 0, NULL, &t.gen, &s));
+    for (i = 0; i < 200 && s.result == QWEN3_MORE; i++) {
+        if (s.forced >= 0) {
+            memset(&item, 0, sizeof item);
+            item.tokens = &s.forced;
+            item.n = 1;
+            token = s.forced;
+            CHECK_OK(t.ctx, qwen3_eval(t.ctx, &item, 1));
+        } else if (!CHECK(qwen3_next(t.ctx, 0, t.gen.sampler, &token) >= 0)) break;
+        qwen3_stream_feed(&s, token);
+    }
+    CHECK(s.result == QWEN3_END && s.stopped_by == -1 && s.n_thinking == 6);
+    CHECK_MSG(strcmp(push.all, pull.all) == 0 && strstr(push.all, "</think>"), "'%s', not '%s'", pull.all, push.all);
+    CHECK(qwen3_stream_feed(&s, token) == QWEN3_END && qwen3_stream_feed(NULL, token) == QWEN3_ERR_ARG);
+    talk_close(&t);
+}
+
+static void test_stream_arguments(void) {
+    talk t;
+    qwen3_stream s, u, *list[3];
+    qwen3_chat_desc chat;
+    heard h;
+    memset(&chat, 0, sizeof chat);
+    chat.msgs = stream_msgs;
+    chat.n_msgs = 2;
+    if (!talk_open(&t)) return;
+    memset(&h, 0, sizeof h);
+    memset(&u, 0, sizeof u);
+    t.gen.on_text = hear;
+    t.gen.user = &h;
+    t.gen.sampler = NULL;
+    t.gen.max_tokens = 3;
+    CHECK(qwen3_stream_begin(NULL, 0, NULL, &t.gen, &s) == QWEN3_ERR_ARG);
+    CHECK(qwen3_stream_begin(t.ctx, 0, NULL, &t.gen, NULL) == QWEN3_ERR_ARG);
+    CHECK(qwen3_stream_begin(t.ctx, 2, NULL, &t.gen, &s) == QWEN3_ERR_ARG);
+    CHECK(qwen3_stream_begin(t.ctx, 0, NULL, NULL, &s) == QWEN3_ERR_ARG && s.result == QWEN3_ERR_ARG);
+    list[0] = list[1] = &s;
+    CHECK(qwen3_stream_step(t.ctx, list, 1, 0) == QWEN3_ERR_ARG);           /* not begun */
+    CHECK_OK(t.ctx, qwen3_stream_begin(t.ctx, 0, &chat, &t.gen, &s));
+    CHECK(qwen3_stream_step(t.ctx, list, 2, 0) == QWEN3_ERR_ARG && strstr(qwen3_ctx_error(t.ctx), "both"));
+    CHECK(qwen3_stream_step(t.ctx, list, 3, 0) == QWEN3_ERR_ARG && qwen3_stream_step(t.ctx, NULL, 1, 0) == QWEN3_ERR_ARG);
+    list[0] = &u;
+    CHECK(qwen3_stream_step(t.ctx, list, 1, 0) == QWEN3_ERR_ARG);
+    CHECK_OK(t.ctx, qwen3_stream_step(t.ctx, NULL, 0, 0));
+    list[0] = &s;
+    CHECK(qwen3_stream_step(t.ctx, list, 1, 1) == QWEN3_MORE && s.n_prompt > 0);
+    CHECK_OK(t.ctx, qwen3_seq_truncate(t.ctx, 0, 1));                       /* behind its back */
+    CHECK(qwen3_stream_step(t.ctx, list, 1, 0) == QWEN3_ERR_ARG && strstr(qwen3_ctx_error(t.ctx), "changed"));
+    CHECK_OK(t.ctx, qwen3_stream_begin(t.ctx, 0, &chat, &t.gen, &s));
+    CHECK_OK(t.ctx, qwen3_stream_step(t.ctx, list, 1, 0));
+    CHECK(s.result == QWEN3_OK && s.n_tokens == 3 && s.n_prompt == 0);
+    CHECK_OK(t.ctx, qwen3_stream_step(t.ctx, list, 1, 0));                  /* complete: nothing is done */
+    CHECK(s.n_tokens == 3);
+    talk_close(&t);
+}
+
+static void suite_stream(void) {
+    RUN(test_stream_kinds);
+    RUN(test_stream_held_text);
+    RUN(test_stream_step);
+    RUN(test_stream_feed);
+    RUN(test_stream_arguments);
+}
+#endif
