@@ -349,7 +349,8 @@ typedef struct qwen3_stats {
     double  prefill_ms, decode_ms;      /* wall time of those                                       */
 } qwen3_stats;
 
-/* What qwen3_ctx_create would take with this descriptor. Both 0 if the descriptor is not valid. */
+/* What qwen3_ctx_create would take with this descriptor: exact, also where the host could not allocate it;
+   UINT64_MAX for what 64 bits cannot say. Both 0 if the descriptor is not valid. */
 QWEN3_API qwen3_memory qwen3_ctx_memory(const qwen3_model *model, const qwen3_ctx_desc *desc);
 
 /* Create a context on a model, which must outlive it; desc may be NULL (all defaults). On failure
@@ -639,6 +640,41 @@ typedef struct qwen3_cuda_kernels {
     /* What the device can do: bytes read, and multiplications and additions of a large F16 product, in a second. */
     qwen3_result (*limits)(void *ctx, double *bytes, double *flop, const qwen3i_err *err);
 } qwen3_cuda_kernels;
+
+/* ---- sizes: 64-bit arithmetic in which UINT64_MAX stands for all that does not fit ---- */
+static inline uint64_t qwen3i_size_add(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
+static inline uint64_t qwen3i_size_mul(uint64_t a, uint64_t b) {
+    return b != 0 && a > UINT64_MAX / b ? UINT64_MAX : a * b;
+}
+
+/* Can a block of so many bytes exist on this host? */
+static inline int qwen3i_size_fits(uint64_t n) { return n <= (size_t)-1 / 2; }
+
+/* A block of memory that is handed out in pieces. With no base it only counts: one function measures a layout,
+   and then, on a block of that size, lays it out. */
+typedef struct qwen3i_arena {
+    char    *base;                      /* NULL: count; else at a multiple of align */
+    uint64_t used, align;               /* bytes so far; each piece starts at a multiple of align */
+} qwen3i_arena;
+
+static inline qwen3i_arena qwen3i_arena_at(void *block, uint64_t align) {
+    qwen3i_arena m;
+    m.base = block ? (char *)block + (align - (uintptr_t)block % align) % align : NULL;
+    m.used = 0;
+    m.align = align;
+    return m;
+}
+
+/* [n, rows, size] bytes; NULL while it counts. Its own caller has seen to it that the block is large enough. */
+static inline void *qwen3i_arena_take(qwen3i_arena *m, uint64_t n, uint64_t rows, uint64_t size) {
+    void *piece = m->base ? m->base + m->used : NULL;
+    uint64_t end = qwen3i_size_add(m->used, qwen3i_size_mul(qwen3i_size_mul(n, rows), size));
+    m->used = end > UINT64_MAX - m->align ? UINT64_MAX : (end + m->align - 1) / m->align * m->align;
+    return piece;
+}
+
+/* What to allocate for it: with room to align the block. */
+static inline uint64_t qwen3i_arena_size(const qwen3i_arena *m) { return qwen3i_size_add(m->used, m->align); }
 
 /* Services for backends, defined with the implementation. */
 #ifdef __cplusplus
@@ -976,6 +1012,119 @@ QWEN3_API const char *qwen3_result_string(qwen3_result r) {
 
 QWEN3_API int qwen3_version(void) { return QWEN3_VERSION; }
 
+/* ================================================================================================
+   BASICS: slices, lists and buffers that grow, sorting and searching, hashing, UTF-8
+   ================================================================================================ */
+/* ---- slices -------------------------------------------------------------------------------------- */
+typedef struct qwen3i_str { const char *p; size_t n; } qwen3i_str;   /* n bytes, borrowed; JSON's are still escaped */
+
+/* printf arguments for "%.*s" */
+#define QWEN3I_STR(s) (int)qwen3i_min_size((s).n, 120), (s).p
+
+static qwen3i_str qwen3i_str_of(const char *text) {
+    qwen3i_str s;
+    s.p = text ? text : "";
+    s.n = strlen(s.p);
+    return s;
+}
+
+static int qwen3i_compare_str(qwen3i_str a, qwen3i_str b) {
+    int c = memcmp(a.p, b.p, qwen3i_min_size(a.n, b.n));
+    return c ? c : (a.n > b.n) - (a.n < b.n);
+}
+
+static int qwen3i_contains(const char *text, size_t n, const char *wanted) {
+    size_t k = strlen(wanted), i;
+    for (i = 0; i + k <= n; i++)
+        if (text[i] == *wanted && memcmp(text + i, wanted, k) == 0) return 1;
+    return 0;
+}
+
+/* ---- lists that grow --------------------------------------------------------------------------- */
+/* Room for `need` elements of this size in a list that holds n and has room for *cap: the list, moved if need be.
+   NULL: no memory, and nothing has changed. Growth by half keeps what is held meanwhile to 2.5 times the list. */
+static void *qwen3i_grow(const qwen3_allocator *a, void *list, size_t n, size_t *cap, size_t need, size_t size) {
+    const size_t half_more = *cap + *cap / 2, least = size < 256 ? 256 / size : 1;
+    size_t room = need < half_more ? half_more : need;
+    void *grown;
+    if (need <= *cap) return list;
+    if (room < least) room = least;
+    grown = qwen3i_alloc_array(a, room, size);
+    if (!grown) return NULL;
+    if (n) memcpy(grown, list, n * size);
+    qwen3i_free(a, list, *cap * size);
+    *cap = room;
+    return grown;
+}
+
+/* Bytes that grow. Every failure is that of memory: 0. */
+typedef struct qwen3i_buf { const qwen3_allocator *allocator; char *p; size_t n, cap; } qwen3i_buf;
+
+static qwen3i_buf qwen3i_buf_make(const qwen3_allocator *a) {
+    qwen3i_buf b;
+    b.allocator = a;
+    b.p = NULL;
+    b.n = b.cap = 0;
+    return b;
+}
+
+static void qwen3i_buf_free(qwen3i_buf *b) {
+    qwen3i_free(b->allocator, b->p, b->cap);
+    *b = qwen3i_buf_make(b->allocator);
+}
+
+/* Room for extra more bytes. */
+static int qwen3i_buf_reserve(qwen3i_buf *b, size_t extra) {
+    char *p;
+    if (extra <= b->cap - b->n) return 1;
+    if (extra > (size_t)-1 - b->n) return 0;
+    p = (char *)qwen3i_grow(b->allocator, b->p, b->n, &b->cap, b->n + extra, 1);
+    if (!p) return 0;
+    b->p = p;
+    return 1;
+}
+
+static int qwen3i_buf_add(qwen3i_buf *b, const char *p, size_t n) {
+    if (!qwen3i_buf_reserve(b, n)) return 0;
+    if (n) memcpy(b->p + b->n, p, n);
+    b->n += n;
+    return 1;
+}
+
+/* ---- sorting and searching ------------------------------------------------------------------------ */
+/* Heapsort: in place, no recursion, no worst case. swap space: the elements are at most 192 bytes. */
+static void qwen3i_sort(void *base, size_t n, size_t size, int (*compare)(const void *, const void *)) {
+    char *a = (char *)base, tmp[192];
+    size_t start = n / 2, end = n, root, child;
+    QWEN3_ASSERT(size <= sizeof tmp);
+    while (end > 1) {
+        if (start > 0) start--;         /* first build the heap, */
+        else {                          /* then take its top off, again and again */
+            end--;
+            memcpy(tmp, a, size);
+            memcpy(a, a + end * size, size);
+            memcpy(a + end * size, tmp, size);
+        }
+        for (root = start; (child = 2 * root + 1) < end; root = child) {
+            if (child + 1 < end && compare(a + child * size, a + (child + 1) * size) < 0) child++;
+            if (compare(a + root * size, a + child * size) >= 0) break;
+            memcpy(tmp, a + root * size, size);
+            memcpy(a + root * size, a + child * size, size);
+            memcpy(a + child * size, tmp, size);
+        }
+    }
+}
+
+/* The first of n sorted elements that does not come before key; n if all do. */
+static size_t qwen3i_search(const void *base, size_t n, size_t size, const void *key, int (*compare)(const void *, const void *)) {
+    size_t low = 0, high = n;
+    while (low < high) {
+        const size_t middle = low + (high - low) / 2;
+        if (compare((const char *)base + middle * size, key) < 0) low = middle + 1; else high = middle;
+    }
+    return low;
+}
+
 /* ---- hashing: fingerprints, checksums and lookup tables ------------------------------------------ */
 /* 64-bit multiply-xorshift over 8-byte words; not cryptographic. Equal on every little-endian host. */
 static uint64_t qwen3i_hash(uint64_t seed, const void *data, size_t n) {
@@ -992,13 +1141,75 @@ static uint64_t qwen3i_hash(uint64_t seed, const void *data, size_t n) {
     return h ^ (h >> 29);
 }
 
+/* ---- UTF-8 of any bytes ---------------------------------------------------------------------------- */
+#define QWEN3I_REPLACEMENT 0xFFFDu
+
+/* Append a code point as UTF-8; returns the bytes written (1..4). */
+static int qwen3i_utf8_put(char *dst, uint32_t c) {
+    if (c < 0x80) { dst[0] = (char)c; return 1; }
+    if (c < 0x800) { dst[0] = (char)(0xC0 | (c >> 6)); dst[1] = (char)(0x80 | (c & 63)); return 2; }
+    if (c < 0x10000) {
+        dst[0] = (char)(0xE0 | (c >> 12)); dst[1] = (char)(0x80 | ((c >> 6) & 63)); dst[2] = (char)(0x80 | (c & 63));
+        return 3;
+    }
+    dst[0] = (char)(0xF0 | (c >> 18)); dst[1] = (char)(0x80 | ((c >> 12) & 63));
+    dst[2] = (char)(0x80 | ((c >> 6) & 63)); dst[3] = (char)(0x80 | (c & 63));
+    return 4;
+}
+
+/* The character at p, which is before end; returns its bytes. Invalid UTF-8 is U+FFFD once for each
+   maximal subpart, which is what Unicode recommends and Python does. *truncated: it is cut off by end. */
+static int qwen3i_utf8_scan(const char *p, const char *end, uint32_t *c, int *truncated) {
+    unsigned lead = (unsigned char)*p, low = 0x80, high = 0xBF, byte;
+    int i, n = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    uint32_t value = lead & (0x7Fu >> n);
+    *truncated = 0;
+    *c = lead;
+    if (lead < 0x80) return 1;
+    *c = QWEN3I_REPLACEMENT;
+    if (lead < 0xC2 || lead > 0xF4) return 1;
+    if (lead == 0xE0) low = 0xA0;       /* no overlong forms, surrogates, or values past 10FFFF */
+    if (lead == 0xED) high = 0x9F;
+    if (lead == 0xF0) low = 0x90;
+    if (lead == 0xF4) high = 0x8F;
+    for (i = 1; i < n; i++) {
+        if (p + i == end) { *truncated = 1; return i; }
+        byte = (unsigned char)p[i];
+        if (byte < low || byte > high) return i;
+        value = value << 6 | (byte & 63);
+        low = 0x80; high = 0xBF;
+    }
+    *c = value;
+    return n;
+}
+
+static int qwen3i_utf8_get(const char *p, const char *end, uint32_t *c) {
+    int truncated;
+    return qwen3i_utf8_scan(p, end, c, &truncated);
+}
+
+/* How many of the n bytes form whole characters: the rest, at most 3 bytes, is the start of one still to come. */
+static int qwen3i_utf8_complete(const char *bytes, int n) {
+    int back, truncated;
+    uint32_t c;
+    for (back = 1; back <= 3 && back <= n; back++) {
+        const char *p = bytes + n - back;
+        if (((unsigned char)*p & 0xC0) == 0x80) continue;   /* not a first byte */
+        return qwen3i_utf8_scan(p, bytes + n, &c, &truncated) == back && truncated ? n - back : n;
+    }
+    return n;
+}
+
+QWEN3_API int qwen3_utf8_complete(const char *bytes, int n) {
+    return bytes && n > 0 ? qwen3i_utf8_complete(bytes, n) : 0;
+}
+
 /* ================================================================================================
    JSON READER: pulls values from memory. No allocation, no recursion, no trust.
    After any error every call returns 0 and j->error says what was wrong at j->p.
    ================================================================================================ */
 #define QWEN3I_JSON_DEPTH 64
 
-typedef struct qwen3i_str { const char *p; size_t n; } qwen3i_str;   /* a slice; for JSON strings still escaped */
 typedef struct qwen3i_json { const char *p, *end, *start, *error; } qwen3i_json;
 typedef struct qwen3i_json_iter { char close; int started; } qwen3i_json_iter;
 
@@ -1065,19 +1276,6 @@ static int qwen3i_json_string(qwen3i_json *j, qwen3i_str *out) {
     if (j->p >= j->end) return qwen3i_json_bad(j, "a string does not end");
     out->n = (size_t)(j->p++ - out->p);
     return 1;
-}
-
-/* Append a code point as UTF-8; returns the bytes written (1..4). */
-static int qwen3i_utf8_put(char *dst, uint32_t c) {
-    if (c < 0x80) { dst[0] = (char)c; return 1; }
-    if (c < 0x800) { dst[0] = (char)(0xC0 | (c >> 6)); dst[1] = (char)(0x80 | (c & 63)); return 2; }
-    if (c < 0x10000) {
-        dst[0] = (char)(0xE0 | (c >> 12)); dst[1] = (char)(0x80 | ((c >> 6) & 63)); dst[2] = (char)(0x80 | (c & 63));
-        return 3;
-    }
-    dst[0] = (char)(0xF0 | (c >> 18)); dst[1] = (char)(0x80 | ((c >> 12) & 63));
-    dst[2] = (char)(0x80 | ((c >> 6) & 63)); dst[3] = (char)(0x80 | (c & 63));
-    return 4;
 }
 
 /* The escape sequence at p (after its backslash); advances p. A lone surrogate becomes U+FFFD. */
@@ -1245,25 +1443,34 @@ static int qwen3i_json_end(qwen3i_json *j) {
     if (j->error) return 0;
     return j->p == j->end ? 1 : qwen3i_json_bad(j, "unexpected text after the end");
 }
+
+static qwen3_result qwen3i_json_fail(const qwen3i_err *err, const char *file, const qwen3i_json *j) {
+    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: byte %lu: %s", file, (unsigned long)qwen3i_json_offset(j),
+                       j->error ? j->error : "malformed");
+}
+
+/* The top-level key of an object: 1, and j stands at its value. 0: it is not there, or j->error is set. */
+static int qwen3i_json_find(qwen3i_json *j, const char *wanted) {
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    if (qwen3i_json_open(j, '{', &it)) while (qwen3i_json_next(j, &it, &key)) {
+        if (qwen3i_json_is(key, wanted)) return 1;
+        qwen3i_json_skip(j);
+    }
+    return 0;
+}
+
 /* ================================================================================================
-   FILES: a model's files from a directory, from memory or through callbacks, as blobs of bytes
+   THE MODEL OBJECT: what a loaded model is, and what the functions of one qwen3_load share
    ================================================================================================ */
 typedef struct qwen3i_tokenizer qwen3i_tokenizer;
-
-typedef enum qwen3i_blob_kind { QWEN3I_BORROWED, QWEN3I_OWNED, QWEN3I_MAPPED } qwen3i_blob_kind;
-typedef struct qwen3i_blob {
-    const unsigned char *data;          /* NULL: there is no such file */
-    size_t               size;
-    qwen3i_blob_kind     kind;
-} qwen3i_blob;
+typedef struct qwen3i_shard qwen3i_shard;
 
 typedef struct qwen3i_block {           /* memory that lives as long as the model; payload follows */
     struct qwen3i_block *next;
     size_t               size;
 } qwen3i_block;
 #define QWEN3I_BLOCK_HEAD 64            /* keeps the payload aligned for vector loads */
-
-typedef struct qwen3i_shard { const char *name; qwen3i_blob blob; } qwen3i_shard;
 
 #define QWEN3I_MAX_EOS 8
 
@@ -1308,6 +1515,18 @@ static qwen3_result qwen3i_progress(const qwen3i_loader *l, double share) {
     if (!l->desc->progress || l->desc->progress(done, l->desc->progress_user) == 0) return QWEN3_OK;
     return qwen3i_fail(l->err, QWEN3_STOPPED, "loading was cancelled");
 }
+
+/* ================================================================================================
+   FILES: a model's files from a directory, from memory or through callbacks, as blobs of bytes
+   ================================================================================================ */
+typedef enum qwen3i_blob_kind { QWEN3I_BORROWED, QWEN3I_OWNED, QWEN3I_MAPPED } qwen3i_blob_kind;
+typedef struct qwen3i_blob {
+    const unsigned char *data;          /* NULL: there is no such file */
+    size_t               size;
+    qwen3i_blob_kind     kind;
+} qwen3i_blob;
+
+struct qwen3i_shard { const char *name; qwen3i_blob blob; };
 
 /* Read n bytes in slices, so that a load can be cancelled: read_slice(handle, offset, dst, n) gives 0 on success. */
 typedef int (*qwen3i_read_slice)(void *handle, uint64_t offset, void *dst, size_t n);
@@ -1512,34 +1731,6 @@ typedef struct qwen3i_tensor {
 
 typedef struct qwen3i_tensors { qwen3i_tensor *list; size_t n, cap; } qwen3i_tensors;
 
-/* Heapsort: in place, no recursion, no worst case. swap space: the elements are at most 192 bytes. */
-static void qwen3i_sort(void *base, size_t n, size_t size, int (*compare)(const void *, const void *)) {
-    char *a = (char *)base, tmp[192];
-    size_t start = n / 2, end = n, root, child;
-    QWEN3_ASSERT(size <= sizeof tmp);
-    while (end > 1) {
-        if (start > 0) start--;         /* first build the heap, */
-        else {                          /* then take its top off, again and again */
-            end--;
-            memcpy(tmp, a, size);
-            memcpy(a, a + end * size, size);
-            memcpy(a + end * size, tmp, size);
-        }
-        for (root = start; (child = 2 * root + 1) < end; root = child) {
-            if (child + 1 < end && compare(a + child * size, a + (child + 1) * size) < 0) child++;
-            if (compare(a + root * size, a + child * size) >= 0) break;
-            memcpy(tmp, a + root * size, size);
-            memcpy(a + root * size, a + child * size, size);
-            memcpy(a + child * size, tmp, size);
-        }
-    }
-}
-
-static int qwen3i_compare_str(qwen3i_str a, qwen3i_str b) {
-    int c = memcmp(a.p, b.p, qwen3i_min_size(a.n, b.n));
-    return c ? c : (a.n > b.n) - (a.n < b.n);
-}
-
 static int qwen3i_compare_names(const void *a, const void *b) {
     return qwen3i_compare_str(((const qwen3i_tensor *)a)->name, ((const qwen3i_tensor *)b)->name);
 }
@@ -1550,18 +1741,12 @@ static int qwen3i_compare_offsets(const void *a, const void *b) {
     return (x->end > y->end) - (x->end < y->end);   /* empty tensors first */
 }
 
-/* printf arguments for "%.*s" */
-#define QWEN3I_STR(s) (int)qwen3i_min_size((s).n, 120), (s).p
-
 static const qwen3i_tensor *qwen3i_find_tensor(const qwen3i_tensors *t, qwen3i_str name) {
-    size_t low = 0, high = t->n;
-    while (low < high) {
-        size_t mid = low + (high - low) / 2;
-        int c = qwen3i_compare_str(t->list[mid].name, name);
-        if (c == 0) return &t->list[mid];
-        if (c < 0) low = mid + 1; else high = mid;
-    }
-    return NULL;
+    qwen3i_tensor key;
+    size_t i;
+    key.name = name;
+    i = qwen3i_search(t->list, t->n, sizeof key, &key, qwen3i_compare_names);
+    return i < t->n && qwen3i_compare_names(&t->list[i], &key) == 0 ? &t->list[i] : NULL;
 }
 
 /* Bytes of an element, 0 for dtypes that this library does not know (they may lie in the file unused). */
@@ -1608,11 +1793,6 @@ static int qwen3i_parse_tensor(qwen3i_json *j, qwen3i_tensor *t) {
     t->begin = (uint64_t)offsets[0];
     t->end = (uint64_t)offsets[1];
     return 1;
-}
-
-static qwen3_result qwen3i_json_fail(const qwen3i_err *err, const char *file, const qwen3i_json *j) {
-    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: byte %lu: %s", file, (unsigned long)qwen3i_json_offset(j),
-                       j->error ? j->error : "malformed");
 }
 
 /* A file's header being read: its tensors one by one. */
@@ -1691,13 +1871,11 @@ static qwen3_result qwen3i_check_layout(qwen3i_tensor *list, size_t n, const cha
 }
 
 static qwen3_result qwen3i_grow_tensors(qwen3i_tensors *t, size_t more, const qwen3_allocator *a, const qwen3i_err *err) {
-    size_t cap = t->n + more;
-    qwen3i_tensor *list = (qwen3i_tensor *)qwen3i_alloc_array(a, cap, sizeof *list);
-    if (!list) return qwen3i_no_memory(err, "the list of tensors", (uint64_t)cap * sizeof *list);
-    if (t->n) memcpy(list, t->list, t->n * sizeof *list);
-    qwen3i_free(a, t->list, t->cap * sizeof *list);
+    qwen3i_tensor *list;
+    if (t->n + more == 0) return QWEN3_OK;
+    list = (qwen3i_tensor *)qwen3i_grow(a, t->list, t->n, &t->cap, t->n + more, sizeof *list);
+    if (!list) return qwen3i_no_memory(err, "the list of tensors", (uint64_t)(t->n + more) * sizeof *list);
     t->list = list;
-    t->cap = cap;
     return QWEN3_OK;
 }
 
@@ -1869,7 +2047,6 @@ static qwen3_result qwen3i_open_weights(qwen3i_loader *l, qwen3i_tensors *t) {
    tokenizer that the models were trained with.
    ================================================================================================ */
 enum { QWEN3I_LETTER = 1, QWEN3I_NUMBER = 2, QWEN3I_SPACE = 3, QWEN3I_CLASS = 3, QWEN3I_UNSAFE = 4 };
-#define QWEN3I_REPLACEMENT 0xFFFDu
 #define QWEN3I_CLASSES_LOW 0x20000u     /* characters below are looked up, the others searched */
 
 /* generated by tools/gen_unicode.py: begin */
@@ -2331,92 +2508,6 @@ static const uint16_t qwen3i_uc_compose[940] = {
 };
 /* generated by tools/gen_unicode.py: end */
 
-/* Bytes that grow. Every failure is that of memory: 0. */
-typedef struct qwen3i_buf { const qwen3_allocator *allocator; char *p; size_t n, cap; } qwen3i_buf;
-
-static qwen3i_buf qwen3i_buf_make(const qwen3_allocator *a) {
-    qwen3i_buf b;
-    b.allocator = a;
-    b.p = NULL;
-    b.n = b.cap = 0;
-    return b;
-}
-
-static void qwen3i_buf_free(qwen3i_buf *b) {
-    qwen3i_free(b->allocator, b->p, b->cap);
-    *b = qwen3i_buf_make(b->allocator);
-}
-
-/* Room for extra more bytes. */
-static int qwen3i_buf_reserve(qwen3i_buf *b, size_t extra) {
-    size_t cap = b->cap < 128 ? 256 : b->cap;
-    char *p;
-    if (extra <= b->cap - b->n) return 1;
-    if (extra > (size_t)-1 / 4 - b->n) return 0;
-    while (cap - b->n < extra) cap *= 2;
-    p = (char *)qwen3i_alloc(b->allocator, cap);
-    if (!p) return 0;
-    if (b->n) memcpy(p, b->p, b->n);
-    qwen3i_free(b->allocator, b->p, b->cap);
-    b->p = p;
-    b->cap = cap;
-    return 1;
-}
-
-static int qwen3i_buf_add(qwen3i_buf *b, const char *p, size_t n) {
-    if (!qwen3i_buf_reserve(b, n)) return 0;
-    if (n) memcpy(b->p + b->n, p, n);
-    b->n += n;
-    return 1;
-}
-
-/* The character at p, which is before end; returns its bytes. Invalid UTF-8 is U+FFFD once for each
-   maximal subpart, which is what Unicode recommends and Python does. *truncated: it is cut off by end. */
-static int qwen3i_utf8_scan(const char *p, const char *end, uint32_t *c, int *truncated) {
-    unsigned lead = (unsigned char)*p, low = 0x80, high = 0xBF, byte;
-    int i, n = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-    uint32_t value = lead & (0x7Fu >> n);
-    *truncated = 0;
-    *c = lead;
-    if (lead < 0x80) return 1;
-    *c = QWEN3I_REPLACEMENT;
-    if (lead < 0xC2 || lead > 0xF4) return 1;
-    if (lead == 0xE0) low = 0xA0;       /* no overlong forms, surrogates, or values past 10FFFF */
-    if (lead == 0xED) high = 0x9F;
-    if (lead == 0xF0) low = 0x90;
-    if (lead == 0xF4) high = 0x8F;
-    for (i = 1; i < n; i++) {
-        if (p + i == end) { *truncated = 1; return i; }
-        byte = (unsigned char)p[i];
-        if (byte < low || byte > high) return i;
-        value = value << 6 | (byte & 63);
-        low = 0x80; high = 0xBF;
-    }
-    *c = value;
-    return n;
-}
-
-static int qwen3i_utf8_get(const char *p, const char *end, uint32_t *c) {
-    int truncated;
-    return qwen3i_utf8_scan(p, end, c, &truncated);
-}
-
-/* How many of the n bytes form whole characters: the rest, at most 3 bytes, is the start of one still to come. */
-static int qwen3i_utf8_complete(const char *bytes, int n) {
-    int back, truncated;
-    uint32_t c;
-    for (back = 1; back <= 3 && back <= n; back++) {
-        const char *p = bytes + n - back;
-        if (((unsigned char)*p & 0xC0) == 0x80) continue;   /* not a first byte */
-        return qwen3i_utf8_scan(p, bytes + n, &c, &truncated) == back && truncated ? n - back : n;
-    }
-    return n;
-}
-
-QWEN3_API int qwen3_utf8_complete(const char *bytes, int n) {
-    return bytes && n > 0 ? qwen3i_utf8_complete(bytes, n) : 0;
-}
-
 /* ---- properties -------------------------------------------------------------------------------------- */
 /* Index of the last of n ascending keys that is not above key; keys[0] is. */
 static int qwen3i_uc_search(const uint32_t *keys, int n, int stride, uint32_t key) {
@@ -2654,14 +2745,17 @@ struct qwen3i_tokenizer {               /* immutable once loaded */
     qwen3_allocator allocator;
     qwen3i_buf    bytes;                /* the bytes of all tokens */
     qwen3i_text  *texts;                /* [cap_texts] by id */
-    int           n_tokens, cap_texts;
+    int           n_tokens;
+    size_t        cap_texts;
     qwen3i_table  words;                /* of the ids of texts, without added tokens */
     qwen3i_pair  *pairs;                /* [cap_pairs] by rank */
-    uint32_t      n_pairs, cap_pairs;
+    uint32_t      n_pairs;
+    size_t        cap_pairs;
     qwen3i_table  merges;               /* of the ranks of pairs */
     uint32_t      byte_id[256];
     qwen3i_added *added;                /* [n_added] ordered by text */
-    int           n_added, cap_added;
+    int           n_added;
+    size_t        cap_added;
     int           added_kinds;          /* of all of them */
     int           nfc;
     unsigned char added_first[256];     /* does an added token start with this byte? */
@@ -2675,11 +2769,11 @@ static void qwen3i_tokenizer_free(qwen3i_tokenizer *t) {
     if (!t) return;
     a = t->allocator;
     qwen3i_free(&a, t->bytes.p, t->bytes.cap);
-    qwen3i_free(&a, t->texts, (size_t)t->cap_texts * sizeof *t->texts);
+    qwen3i_free(&a, t->texts, t->cap_texts * sizeof *t->texts);
     qwen3i_free(&a, t->words.slots, ((size_t)t->words.mask + 1) * sizeof *t->words.slots);
-    qwen3i_free(&a, t->pairs, (size_t)t->cap_pairs * sizeof *t->pairs);
+    qwen3i_free(&a, t->pairs, t->cap_pairs * sizeof *t->pairs);
     qwen3i_free(&a, t->merges.slots, ((size_t)t->merges.mask + 1) * sizeof *t->merges.slots);
-    qwen3i_free(&a, t->added, (size_t)t->cap_added * sizeof *t->added);
+    qwen3i_free(&a, t->added, t->cap_added * sizeof *t->added);
     qwen3i_free(&a, t, sizeof *t);
 }
 
@@ -3049,7 +3143,10 @@ QWEN3_API qwen3_token qwen3_token_id(const qwen3_model *model, const char *added
     return model && model->tokenizer && added_token ? qwen3i_added_id(model->tokenizer, added_token) : -1;
 }
 
-/* ---- the vocabulary builder ----------------------------------------------------------------------------
+/* ================================================================================================
+   TOKENIZER LOADING: the vocabulary builder, and the readers of tokenizer.json, vocab.json and merges.txt
+   ================================================================================================ */
+/* The vocabulary builder.
    A reader of any format calls begin once, token for each token of the vocabulary, then merge for each merge in
    order of rank, added for each added token (before or after those), and end, which also releases what failed.
    Texts are written as vocabularies write bytes: in the alphabet of qwen3i_alphabet; those of added tokens are
@@ -3104,30 +3201,18 @@ static void qwen3i_table_put(qwen3i_table *table, uint32_t *slot, uint32_t hash,
 
 /* Room for one more pair. */
 static int qwen3i_pairs_grow(qwen3i_tokenizer *t) {
-    uint32_t cap = t->cap_pairs ? 2 * t->cap_pairs : 1024;
-    qwen3i_pair *p;
-    if (t->n_pairs < t->cap_pairs) return 1;
-    p = (qwen3i_pair *)qwen3i_alloc_array(&t->allocator, cap, sizeof *p);
-    if (!p) return 0;
-    if (t->n_pairs) memcpy(p, t->pairs, t->n_pairs * sizeof *p);
-    qwen3i_free(&t->allocator, t->pairs, t->cap_pairs * sizeof *p);
-    t->pairs = p;
-    t->cap_pairs = cap;
-    return 1;
+    qwen3i_pair *p = (qwen3i_pair *)qwen3i_grow(&t->allocator, t->pairs, t->n_pairs, &t->cap_pairs, (size_t)t->n_pairs + 1, sizeof *p);
+    if (p) t->pairs = p;
+    return p != NULL;
 }
 
 /* Room for id in texts. */
 static int qwen3i_texts_grow(qwen3i_tokenizer *t, int id) {
-    int cap = qwen3i_max(1024, t->cap_texts);
-    qwen3i_text *texts;
-    if (id < t->cap_texts) return 1;
-    while (cap <= id) cap *= 2;
-    texts = (qwen3i_text *)qwen3i_alloc_zero(&t->allocator, (size_t)cap, sizeof *texts);
-    if (!texts) return 0;
-    if (t->texts) memcpy(texts, t->texts, (size_t)t->cap_texts * sizeof *texts);
-    qwen3i_free(&t->allocator, t->texts, (size_t)t->cap_texts * sizeof *texts);
-    t->texts = texts;
-    t->cap_texts = cap;
+    const size_t old = t->cap_texts;
+    qwen3i_text *p = (qwen3i_text *)qwen3i_grow(&t->allocator, t->texts, old, &t->cap_texts, (size_t)id + 1, sizeof *p);
+    if (!p) return 0;
+    memset(p + old, 0, (t->cap_texts - old) * sizeof *p);
+    t->texts = p;
     return 1;
 }
 
@@ -3251,15 +3336,10 @@ static qwen3_result qwen3i_vocab_merge_line(qwen3i_vocab *v, qwen3i_str line) {
 }
 
 static int qwen3i_added_append(qwen3i_tokenizer *t, const qwen3i_added *item) {
-    int cap = t->cap_added ? 2 * t->cap_added : 64;
-    if (t->n_added == t->cap_added) {
-        qwen3i_added *p = (qwen3i_added *)qwen3i_alloc_array(&t->allocator, (size_t)cap, sizeof *p);
-        if (!p) return 0;
-        if (t->n_added) memcpy(p, t->added, (size_t)t->n_added * sizeof *p);
-        qwen3i_free(&t->allocator, t->added, (size_t)t->cap_added * sizeof *p);
-        t->added = p;
-        t->cap_added = cap;
-    }
+    const size_t n = (size_t)t->n_added;
+    qwen3i_added *p = (qwen3i_added *)qwen3i_grow(&t->allocator, t->added, n, &t->cap_added, n + 1, sizeof *p);
+    if (!p) return 0;
+    t->added = p;
     t->added[t->n_added++] = *item;
     return 1;
 }
@@ -3695,17 +3775,6 @@ static qwen3_result qwen3i_tokenizer_from_json(qwen3i_tokenizer **out, const qwe
     return qwen3i_reader_end(&l, r, out);
 }
 
-/* The top-level key of an object: 1, and j stands at its value. 0: it is not there, or j->error is set. */
-static int qwen3i_json_find(qwen3i_json *j, const char *wanted) {
-    qwen3i_json_iter it;
-    qwen3i_str key;
-    if (qwen3i_json_open(j, '{', &it)) while (qwen3i_json_next(j, &it, &key)) {
-        if (qwen3i_json_is(key, wanted)) return 1;
-        qwen3i_json_skip(j);
-    }
-    return 0;
-}
-
 /* The same from vocab.json, merges.txt, and the added tokens of tokenizer_config.json (which may be NULL). */
 static qwen3_result qwen3i_tokenizer_from_vocab(qwen3i_tokenizer **out, const qwen3_allocator *a,
                                                 const void *vocab, size_t vocab_n, const void *merges, size_t merges_n,
@@ -3729,14 +3798,9 @@ static qwen3_result qwen3i_tokenizer_from_vocab(qwen3i_tokenizer **out, const qw
     return qwen3i_reader_end(&l, r, out);
 }
 
-/* ---- which chat template ----------------------------------------------------------------------------- */
-static int qwen3i_contains(const char *text, size_t n, const char *wanted) {
-    size_t k = strlen(wanted), i;
-    for (i = 0; i + k <= n; i++)
-        if (text[i] == *wanted && memcmp(text + i, wanted, k) == 0) return 1;
-    return 0;
-}
-
+/* ================================================================================================
+   CHAT STYLE: which chat template a model was trained with
+   ================================================================================================ */
 /* By the template's text: one that asks enable_thinking is hybrid, one whose reply header opens <think> always
    thinks. Line breaks may be real, or escapes of Jinja or of JSON around it. */
 static qwen3_chat_style qwen3i_chat_style_of(const char *text, size_t n) {
@@ -3784,17 +3848,6 @@ static qwen3_chat_style qwen3i_chat_style_of_config(const void *config, size_t n
    MODEL: configuration, weights, loading
    ================================================================================================ */
 static const qwen3_backend *qwen3i_cpu_backend(void);
-
-QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *m) {
-    qwen3i_model_view v;
-    v.config = &m->config;
-    v.weights = &m->weights;
-    v.allocator = &m->allocator;
-    v.eos = m->eos;
-    v.n_eos = m->n_eos;
-    v.n_tokens = m->info.n_tokens ? m->info.n_tokens : m->config.n_vocab;
-    return v;
-}
 
 /* ---- configuration: what the files say, and then what it means -----------------------------------------------
    The reader of a format fills a qwen3i_raw_config with qwen3i_config_set and judges nothing. qwen3i_config_check,
@@ -4454,13 +4507,6 @@ typedef struct qwen3i_chat {
     qwen3_token    im_start, im_end;
     qwen3_result   result;              /* after a failure nothing more is done */
 } qwen3i_chat;
-
-static qwen3i_str qwen3i_str_of(const char *text) {
-    qwen3i_str s;
-    s.p = text ? text : "";
-    s.n = strlen(s.p);
-    return s;
-}
 
 static void qwen3i_chat_text(qwen3i_chat *c, const char *p, size_t n) {
     if (c->result == QWEN3_OK && !qwen3i_buf_add(&c->run, p, n)) c->result = QWEN3_ERR_MEMORY;
@@ -6011,17 +6057,17 @@ typedef struct qwen3i_attention_args {
 } qwen3i_attention_args;
 
 /* Floats between the score rows of one lane: softmax wants multiples of 16; powers of two collide in caches */
-static size_t qwen3i_attention_stride(int max_ctx) { return ((size_t)max_ctx + 15) / 16 * 16 + 16; }
+static uint64_t qwen3i_attention_stride(int max_ctx) { return ((uint64_t)max_ctx + 15) / 16 * 16 + 16; }
 
-/* Floats of scratch a lane: scores, queries, results */
-static size_t qwen3i_attention_scratch(int max_ctx, int head_dim) {
-    return QWEN3I_ATTENTION_ROWS * (qwen3i_attention_stride(max_ctx) + 2 * (size_t)head_dim);
+/* Floats of scratch a lane: scores, queries, results. Both factors are below 2^32, the product below 2^40. */
+static uint64_t qwen3i_attention_scratch(int max_ctx, int head_dim) {
+    return QWEN3I_ATTENTION_ROWS * (qwen3i_attention_stride(max_ctx) + 2 * (uint64_t)head_dim);
 }
 
 /* Tokens t .. t + n_t - 1 (one sequence), query heads h .. h + n_h - 1 (one KV head). The rows of the
    piece are (token, head) pairs. Scores are held in full, so that sums run in order of position. */
 static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratch, int t, int n_t, int h, int n_h) {
-    size_t dim = (size_t)a->head_dim, ld = qwen3i_attention_stride(a->max_ctx), size = qwen3i_type_size(a->type);
+    size_t dim = (size_t)a->head_dim, ld = (size_t)qwen3i_attention_stride(a->max_ctx), size = qwen3i_type_size(a->type);
     size_t q_dim = (size_t)a->n_head * dim, at = (size_t)t * q_dim + (size_t)h * dim, width = (size_t)n_h * dim;
     size_t row = dim * size;
     size_t head = (size_t)a->seqs[t] * (size_t)a->n_head_kv + (size_t)(h / (a->n_head / a->n_head_kv));
@@ -6051,7 +6097,7 @@ static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratc
 /* Pieces of work are (tokens, heads) tiles: [ceil(n / tokens), n_head_kv, ceil(group / heads)] */
 static void qwen3i_attention_pieces(void *args, int begin, int end, int lane) {
     const qwen3i_attention_args *a = (const qwen3i_attention_args *)args;
-    float *scratch = a->scratch + (size_t)lane * qwen3i_attention_scratch(a->max_ctx, a->head_dim);
+    float *scratch = a->scratch + (size_t)((uint64_t)lane * qwen3i_attention_scratch(a->max_ctx, a->head_dim));
     int group = a->n_head / a->n_head_kv, splits = (group + a->heads - 1) / a->heads, i;
     for (i = begin; i < end; i++) {
         int h = i / splits % a->n_head_kv * group + i % splits * a->heads;
@@ -6104,29 +6150,16 @@ typedef struct qwen3i_cpu {
     float *attention;                   /* [lanes, qwen3i_attention_scratch()] */
 } qwen3i_cpu;
 
-typedef struct qwen3i_arena { char *base; uint64_t used; int overflow; } qwen3i_arena;
-
-/* a * b * c bytes at a multiple of 64; without a base it only counts */
-static void *qwen3i_arena_take(qwen3i_arena *m, uint64_t a, uint64_t b, uint64_t c) {
-    void *p = m->base ? m->base + m->used : NULL;
-    uint64_t size = 0;
-    if (!qwen3i_mul_u64(a, b, &size) || !qwen3i_mul_u64(size, c, &size)) m->overflow = 1;
-    if (m->overflow || size > UINT64_MAX / 4 - m->used) m->overflow = 1;
-    else m->used += (size + 63) / 64 * 64;
-    return p;
-}
-
 static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) { return qwen3i_max(desc->prefill_chunk, desc->max_seqs); }
 
-/* Lay the context's arrays out from base on (NULL: only count). Returns the bytes, or 0 if they overflow. */
-static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc, char *base) {
-    qwen3i_arena m = {NULL, 0, 0};
+/* Lay the context's arrays out in a block (NULL: only count). Returns the block's size. */
+static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc, void *block) {
+    qwen3i_arena m = qwen3i_arena_at(block, 64);
     uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), seqs = (uint64_t)desc->max_seqs;
     uint64_t head_rows = rows < QWEN3I_HEAD_ROWS ? rows : QWEN3I_HEAD_ROWS;
     uint64_t dim = (uint64_t)g->head_dim, half = dim / 2;
     uint64_t q_dim = (uint64_t)g->n_head * dim, kv_dim = (uint64_t)g->n_head_kv * dim;
     uint64_t kv_row = kv_dim * qwen3i_type_size((qwen3i_type)desc->kv_type);
-    m.base = base;
     c->k         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx, kv_row);
     c->v         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx, kv_row);
     c->kept      = (float *)qwen3i_arena_take(&m, seqs, (uint64_t)g->n_vocab, 4);
@@ -6143,15 +6176,14 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     c->logits    = (float *)qwen3i_arena_take(&m, head_rows, (uint64_t)g->n_vocab, 4);
     c->attention = (float *)qwen3i_arena_take(&m, (uint64_t)qwen3i_pool_lanes(desc),
                                               qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
-    return m.overflow || m.used + 64 > (size_t)-1 ? 0 : m.used + 64;    /* 64 to align the base */
+    return qwen3i_arena_size(&m);
 }
 
 static qwen3_memory qwen3i_cpu_memory(const void *model_state, const qwen3_model *model, const qwen3_ctx_desc *desc) {
     qwen3_memory m = {0, 0};
     qwen3i_cpu c;
     (void)model_state;
-    m.host_bytes = qwen3i_cpu_layout(&c, qwen3_backend_view(model).config, desc, NULL);
-    if (m.host_bytes) m.host_bytes += sizeof c;
+    m.host_bytes = qwen3i_size_add(qwen3i_cpu_layout(&c, qwen3_backend_view(model).config, desc, NULL), sizeof c);
     return m;
 }
 
@@ -6165,13 +6197,10 @@ static void qwen3i_cpu_free(void *ctx_state) {
 
 static qwen3_result qwen3i_cpu_fill(qwen3i_cpu *c, const qwen3i_err *err) {
     uint64_t size = qwen3i_cpu_layout(c, c->config, &c->desc, NULL);
-    char *base;
-    if (size == 0) return qwen3i_fail(err, QWEN3_ERR_MEMORY, "the context's size overflows");
-    c->memory = qwen3i_alloc(&c->desc.allocator, (size_t)size);
+    if (qwen3i_size_fits(size)) c->memory = qwen3i_alloc(&c->desc.allocator, (size_t)size);
     if (!c->memory) return qwen3i_no_memory(err, "the context", size);
     c->memory_size = size;
-    base = (char *)c->memory;
-    qwen3i_cpu_layout(c, c->config, &c->desc, base + (64 - (uintptr_t)base % 64) % 64);
+    qwen3i_cpu_layout(c, c->config, &c->desc, c->memory);
     memset(c->kept, 0, (size_t)c->desc.max_seqs * (size_t)c->config->n_vocab * 4);
     c->rope_scale = qwen3i_rope_freqs(c->freqs, c->config, (double)c->desc.yarn_factor);
     return QWEN3_OK;
@@ -6664,6 +6693,17 @@ static double qwen3i_log_sum_exp(const float *logits, int n) {
 /* ================================================================================================
    SERVICES FOR BACKENDS: see the backend interface
    ================================================================================================ */
+QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *m) {
+    qwen3i_model_view v;
+    v.config = &m->config;
+    v.weights = &m->weights;
+    v.allocator = &m->allocator;
+    v.eos = m->eos;
+    v.n_eos = m->n_eos;
+    v.n_tokens = m->info.n_tokens ? m->info.n_tokens : m->config.n_vocab;
+    return v;
+}
+
 QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config, double yarn_factor) {
     return qwen3i_rope_freqs(freqs, config, yarn_factor);
 }
@@ -6777,45 +6817,36 @@ static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_des
     return qwen3i_check_allocator(&d->allocator, err);
 }
 
-/* Hands out parts of one block; with no base it only counts. */
-typedef struct qwen3i_carver { char *base; uint64_t used; } qwen3i_carver;
-
-static void *qwen3i_carve(qwen3i_carver *v, uint64_t n, uint64_t size) {
-    uint64_t at = (v->used + 63) / 64 * 64;     /* cache lines */
-    v->used = at + n * size;                    /* n and size are checked counts: below 2^48 together */
-    return v->base ? v->base + at : NULL;
-}
-
-/* Lay out a context in a block (or just measure it): the one place that says what a context needs. */
-static void qwen3i_carve_ctx(qwen3i_carver *v, qwen3_ctx *c, const qwen3_model *m, const qwen3_ctx_desc *d) {
-    const uint64_t rows = (uint64_t)qwen3i_rows(d), seqs = (uint64_t)d->max_seqs, vocab = (uint64_t)m->config.n_vocab;
+/* Lay a context's arrays out in a block (NULL: only count). Returns the block's size. */
+static uint64_t qwen3i_ctx_layout(qwen3_ctx *c, const qwen3i_config *cfg, const qwen3_ctx_desc *d, void *block) {
+    qwen3i_arena m = qwen3i_arena_at(block, 64);
+    const uint64_t rows = (uint64_t)qwen3i_rows(d), seqs = (uint64_t)d->max_seqs, vocab = (uint64_t)cfg->n_vocab;
     qwen3_token *tokens;
     int i;
-    c->seqs          = (qwen3i_seq *)qwen3i_carve(v, seqs, sizeof *c->seqs);
-    tokens           = (qwen3_token *)qwen3i_carve(v, seqs * (uint64_t)d->max_ctx, sizeof *tokens);
-    c->prompt        = (qwen3_token *)qwen3i_carve(v, (uint64_t)d->max_ctx, sizeof *c->prompt);
-    c->row_tokens    = (qwen3_token *)qwen3i_carve(v, rows, sizeof *c->row_tokens);
-    c->row_seqs      = (int32_t *)qwen3i_carve(v, rows, sizeof *c->row_seqs);
-    c->row_positions = (int32_t *)qwen3i_carve(v, rows, sizeof *c->row_positions);
-    c->outs          = (qwen3i_out *)qwen3i_carve(v, rows, sizeof *c->outs);
-    c->next          = (qwen3i_next *)qwen3i_carve(v, seqs, sizeof *c->next);
-    c->items         = (qwen3_item *)qwen3i_carve(v, seqs, sizeof *c->items);
-    c->rngs          = (uint64_t *)qwen3i_carve(v, seqs, sizeof *c->rngs);
-    c->scratch.logits     = (float *)qwen3i_carve(v, vocab, sizeof *c->scratch.logits);
-    c->scratch.candidates = (qwen3i_candidate *)qwen3i_carve(v, vocab, sizeof *c->scratch.candidates);
-    for (i = 0; v->base && i < d->max_seqs; i++) {
+    c->seqs          = (qwen3i_seq *)qwen3i_arena_take(&m, seqs, 1, sizeof *c->seqs);
+    tokens           = (qwen3_token *)qwen3i_arena_take(&m, seqs, (uint64_t)d->max_ctx, sizeof *tokens);
+    c->prompt        = (qwen3_token *)qwen3i_arena_take(&m, (uint64_t)d->max_ctx, 1, sizeof *c->prompt);
+    c->row_tokens    = (qwen3_token *)qwen3i_arena_take(&m, rows, 1, sizeof *c->row_tokens);
+    c->row_seqs      = (int32_t *)qwen3i_arena_take(&m, rows, 1, sizeof *c->row_seqs);
+    c->row_positions = (int32_t *)qwen3i_arena_take(&m, rows, 1, sizeof *c->row_positions);
+    c->outs          = (qwen3i_out *)qwen3i_arena_take(&m, rows, 1, sizeof *c->outs);
+    c->next          = (qwen3i_next *)qwen3i_arena_take(&m, seqs, 1, sizeof *c->next);
+    c->items         = (qwen3_item *)qwen3i_arena_take(&m, seqs, 1, sizeof *c->items);
+    c->rngs          = (uint64_t *)qwen3i_arena_take(&m, seqs, 1, sizeof *c->rngs);
+    c->scratch.logits     = (float *)qwen3i_arena_take(&m, vocab, 1, sizeof *c->scratch.logits);
+    c->scratch.candidates = (qwen3i_candidate *)qwen3i_arena_take(&m, vocab, 1, sizeof *c->scratch.candidates);
+    for (i = 0; block && i < d->max_seqs; i++) {
         c->seqs[i].tokens = tokens + (size_t)i * (size_t)d->max_ctx;
         c->seqs[i].len = 0;
         c->seqs[i].fresh = 0;
         c->seqs[i].planned = 0;
     }
+    return qwen3i_arena_size(&m);
 }
 
 static uint64_t qwen3i_ctx_bytes(const qwen3_model *m, const qwen3_ctx_desc *d) {
-    qwen3i_carver v = {NULL, 0};
     qwen3_ctx c;
-    qwen3i_carve_ctx(&v, &c, m, d);
-    return v.used;
+    return qwen3i_size_add(qwen3i_ctx_layout(&c, &m->config, d, NULL), sizeof c);
 }
 
 QWEN3_API qwen3_memory qwen3_ctx_memory(const qwen3_model *m, const qwen3_ctx_desc *desc) {
@@ -6823,19 +6854,17 @@ QWEN3_API qwen3_memory qwen3_ctx_memory(const qwen3_model *m, const qwen3_ctx_de
     qwen3_ctx_desc d;
     if (!m || !m->weights.layers || qwen3i_resolve_ctx(m, desc, &d, NULL) != QWEN3_OK) return bytes;
     bytes = m->backend->ctx_memory(m->backend_state, m, &d);
-    bytes.host_bytes += qwen3i_ctx_bytes(m, &d) + sizeof(qwen3_ctx);
+    bytes.host_bytes = qwen3i_size_add(bytes.host_bytes, qwen3i_ctx_bytes(m, &d));
     return bytes;
 }
 
 static qwen3_result qwen3i_build_ctx(qwen3_ctx *c, const qwen3i_err *err) {
     const qwen3_model *m = c->model;
-    qwen3i_carver v = {NULL, 0};
-    uint64_t bytes = qwen3i_ctx_bytes(m, &c->desc);
-    if (bytes < (size_t)-1) c->memory = qwen3i_alloc(&c->desc.allocator, (size_t)bytes);
+    uint64_t bytes = qwen3i_ctx_layout(c, &m->config, &c->desc, NULL);
+    if (qwen3i_size_fits(bytes)) c->memory = qwen3i_alloc(&c->desc.allocator, (size_t)bytes);
     if (!c->memory) return qwen3i_no_memory(err, "the context", bytes);
     c->memory_size = (size_t)bytes;
-    v.base = (char *)c->memory;
-    qwen3i_carve_ctx(&v, c, m, &c->desc);
+    qwen3i_ctx_layout(c, &m->config, &c->desc, c->memory);
     return m->backend->ctx_create(&c->state, m->backend_state, m, &c->desc, err);
 }
 
@@ -7164,24 +7193,6 @@ QWEN3_API const float *qwen3_logits(qwen3_ctx *c, int seq) {
     return r == QWEN3_OK && qwen3i_get_logits(c, seq, &logits, &err) == QWEN3_OK ? logits : NULL;
 }
 
-QWEN3_API int qwen3_top_probs(qwen3_ctx *c, int seq, qwen3_prob *out, int k) {
-    const float *logits;
-    qwen3i_err err;
-    double lse;
-    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
-    int i, n;
-    if (r != QWEN3_OK) return r;
-    if (k < 0 || (k > 0 && !out)) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL or k negative");
-    r = qwen3i_get_logits(c, seq, &logits, &err);
-    if (r != QWEN3_OK || k == 0) return r;
-    n = qwen3i_select_top(logits, c->model->config.n_vocab, qwen3i_min(k, c->model->config.n_vocab), c->scratch.candidates);
-    lse = qwen3i_log_sum_exp(logits, c->model->config.n_vocab);
-    for (i = 0; i < n; i++) {
-        out[i].token = c->scratch.candidates[i].id;
-        out[i].logprob = (float)((double)c->scratch.candidates[i].logit - lse);
-    }
-    return n;
-}
 /* ================================================================================================
    GENERATION: choosing tokens, one by one, and turning them into text
    ================================================================================================ */
@@ -7209,6 +7220,25 @@ QWEN3_API qwen3_result qwen3_sample(qwen3_ctx *c, int seq, qwen3_sampler *sample
     if (r != QWEN3_OK) return r;
     if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
     return qwen3i_sample(c, seq, sampler, out, &err);
+}
+
+QWEN3_API int qwen3_top_probs(qwen3_ctx *c, int seq, qwen3_prob *out, int k) {
+    const float *logits;
+    qwen3i_err err;
+    double lse;
+    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
+    int i, n;
+    if (r != QWEN3_OK) return r;
+    if (k < 0 || (k > 0 && !out)) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL or k negative");
+    r = qwen3i_get_logits(c, seq, &logits, &err);
+    if (r != QWEN3_OK || k == 0) return r;
+    n = qwen3i_select_top(logits, c->model->config.n_vocab, qwen3i_min(k, c->model->config.n_vocab), c->scratch.candidates);
+    lse = qwen3i_log_sum_exp(logits, c->model->config.n_vocab);
+    for (i = 0; i < n; i++) {
+        out[i].token = c->scratch.candidates[i].id;
+        out[i].logprob = (float)((double)c->scratch.candidates[i].logit - lse);
+    }
+    return n;
 }
 
 /* ---- decode steps ------------------------------------------------------------------------------------- */
