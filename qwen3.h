@@ -541,7 +541,7 @@ typedef struct qwen3i_config {
     double rope_theta;
     double yarn_factor;                 /* 0: plain RoPE */
     double yarn_beta_fast, yarn_beta_slow, yarn_attn_factor;
-    int    yarn_original_ctx;
+    int    yarn_original_ctx, yarn_untruncated;
 } qwen3i_config;
 
 typedef struct qwen3i_weights {
@@ -1412,8 +1412,10 @@ static int qwen3i_json_scalar(qwen3i_json *j) {
         case 't': if (qwen3i_json_word(j, "true")) return 1; break;
         case 'f': if (qwen3i_json_word(j, "false")) return 1; break;
         case 'n': if (qwen3i_json_word(j, "null")) return 1; break;
+        case 'N': if (qwen3i_json_word(j, "NaN")) return 1; break;         /* as Python writes them */
+        case 'I': if (qwen3i_json_word(j, "Infinity")) return 1; break;
         case '\0': return qwen3i_json_bad(j, "unexpected end");
-        default: return qwen3i_json_number(j, &number);
+        default: return qwen3i_json_word(j, "-Infinity") || qwen3i_json_number(j, &number);
     }
     return qwen3i_json_bad(j, "a value was expected");
 }
@@ -1808,11 +1810,12 @@ static qwen3i_header qwen3i_header_begin(const unsigned char *file, uint64_t siz
     return h;
 }
 
-/* "__metadata__": {"text": "text", ...}, once */
+/* "__metadata__": {"text": "text", ...} or null, once */
 static int qwen3i_header_metadata(qwen3i_header *h) {
     qwen3i_json_iter it;
     qwen3i_str s;
     if (h->metadata++) return qwen3i_json_bad(&h->j, "__metadata__ appears twice");
+    if (qwen3i_json_word(&h->j, "null")) return 1;
     if (qwen3i_json_open(&h->j, '{', &it)) while (qwen3i_json_next(&h->j, &it, &s) && qwen3i_json_string(&h->j, &s)) {}
     return !h->j.error;
 }
@@ -1982,10 +1985,16 @@ static qwen3_result qwen3i_visit_shard(qwen3i_loader *l, qwen3i_str tensor, qwen
     return qwen3i_add_shard(l, file);
 }
 
-/* The index must not promise what the shards do not hold. */
+static int qwen3i_str_ends(qwen3i_str s, const char *end) {
+    size_t n = strlen(end);
+    return s.n >= n && memcmp(s.p + s.n - n, end, n) == 0;
+}
+
+/* The index must not promise what the shards do not hold, but for the head of a tied model. */
 static qwen3_result qwen3i_visit_check(qwen3i_loader *l, qwen3i_str tensor, qwen3i_str file, void *arg) {
     const qwen3i_tensors *t = (const qwen3i_tensors *)arg;
     const qwen3i_tensor *hit = qwen3i_find_tensor(t, tensor);
+    if (!hit && l->model->config.tied && qwen3i_str_ends(tensor, "lm_head.weight")) return QWEN3_OK;
     if (hit && strlen(hit->file) == file.n && memcmp(hit->file, file.p, file.n) == 0) return QWEN3_OK;
     return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%.*s: tensor '%.*s' is missing from it, though the index names it",
                        QWEN3I_STR(file), QWEN3I_STR(tensor));
@@ -3657,13 +3666,28 @@ static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *na
     return l->json.error ? qwen3i_vocab_json(l) : QWEN3_OK;
 }
 
+/* NFC, or a sequence of it */
 static qwen3_result qwen3i_vocab_normalizer(qwen3i_vocab_reader *l) {
+    static const qwen3i_setting one[] = { { "normalizers", NULL }, { "type", "\"NFC\"|\"Sequence\"" }, { NULL, NULL } };
     static const qwen3i_setting nfc[] = { { "type", "\"NFC\"" }, { NULL, NULL } };
-    qwen3i_json at[1];
+    qwen3i_json at[2], after;
+    qwen3i_json_iter it;
     int seen;
+    qwen3_result r;
     if (qwen3i_json_word(&l->json, "null")) return QWEN3_OK;
-    l->v.t->nfc = 1;
-    return qwen3i_vocab_settings(l, "normalizer", nfc, &seen, at);
+    r = qwen3i_vocab_settings(l, "normalizer", one, &seen, at);
+    if (r != QWEN3_OK) return r;
+    l->v.t->nfc = !(seen & 1);
+    if (!(seen & 1)) return QWEN3_OK;
+    after = l->json;
+    l->json = at[0];
+    if (qwen3i_json_open(&l->json, '[', &it)) while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, NULL)) {
+        l->v.t->nfc = 1;
+        r = qwen3i_vocab_settings(l, "normalizers", nfc, &seen, at);
+    }
+    if (r == QWEN3_OK && l->json.error) r = qwen3i_vocab_json(l);
+    l->json = after;
+    return r;
 }
 
 static qwen3_result qwen3i_vocab_unlike(qwen3i_vocab_reader *l, const char *why) {
@@ -3718,7 +3742,7 @@ static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_reader *l) {
 /* Settings first, then vocabulary, then merges, in whatever order the file has them. */
 static qwen3_result qwen3i_vocab_model(qwen3i_vocab_reader *l) {
     static const qwen3i_setting model[] = {
-        { "type", "\"BPE\"" }, { "vocab", NULL }, { "merges", NULL }, { "dropout", "null" },
+        { "type", "\"BPE\"" }, { "vocab", NULL }, { "merges", NULL }, { "dropout", "null|0.0|0" },
         { "continuing_subword_prefix", "null|\"\"" }, { "end_of_word_suffix", "null|\"\"" },
         { "byte_fallback", "false" }, { "ignore_merges", "false|true" }, { NULL, NULL } };
     qwen3i_json at[8], after;
@@ -3849,18 +3873,22 @@ static qwen3_chat_style qwen3i_chat_style_of_config(const void *config, size_t n
    ================================================================================================ */
 static const qwen3_backend *qwen3i_cpu_backend(void);
 
-/* ---- configuration: what the files say, and then what it means -----------------------------------------------
-   The reader of a format fills a qwen3i_raw_config with qwen3i_config_set and judges nothing. qwen3i_config_check,
-   which is the same for all formats, makes the model's configuration of it; messages name a key as the format
-   spells it. */
+/* ---- configuration: what the files say, and then what it means --------------------------------------
+   The reader of a format fills a qwen3i_raw_config with qwen3i_config_set and judges nothing.
+   qwen3i_config_check, which is the same for all formats, makes the model's configuration of it; messages
+   name a key as the format spells it. */
 typedef enum qwen3i_key {
-    QWEN3I_KEY_LAYERS, QWEN3I_KEY_EMBD, QWEN3I_KEY_HEADS, QWEN3I_KEY_KV_HEADS, QWEN3I_KEY_HEAD_DIM, QWEN3I_KEY_FF,
-    QWEN3I_KEY_VOCAB, QWEN3I_KEY_CTX,           /* up to here: whole numbers, 1 to QWEN3I_MAX_DIM */
-    QWEN3I_KEY_TIED, QWEN3I_KEY_BIAS, QWEN3I_KEY_SLIDING,   /* 0 or 1 */
-    QWEN3I_KEY_EPS, QWEN3I_KEY_THETA,
-    QWEN3I_KEY_YARN,                            /* the type of rotation: 0 default, 1 YaRN, -1 another */
-    QWEN3I_KEY_FACTOR, QWEN3I_KEY_BETA_FAST, QWEN3I_KEY_BETA_SLOW, QWEN3I_KEY_ATTN_FACTOR, QWEN3I_KEY_ORIGINAL_CTX,
-    QWEN3I_KEY_FAMILY, QWEN3I_KEY_ACT, QWEN3I_KEY_LAYER_TYPES,      /* texts, of which values holds nothing */
+    QWEN3I_KEY_LAYERS, QWEN3I_KEY_EMBD, QWEN3I_KEY_HEADS, QWEN3I_KEY_KV_HEADS, QWEN3I_KEY_HEAD_DIM,
+    QWEN3I_KEY_FF, QWEN3I_KEY_VOCAB, QWEN3I_KEY_CTX,        /* whole numbers, 1 to QWEN3I_MAX_DIM */
+    QWEN3I_KEY_WINDOW_LAYERS,                               /* any whole number: layers before the first that slides */
+    QWEN3I_KEY_TIED, QWEN3I_KEY_BIAS, QWEN3I_KEY_CAUSAL, QWEN3I_KEY_SLIDING,    /* 0 or 1 */
+    QWEN3I_KEY_WINDOW, QWEN3I_KEY_EPS,
+    QWEN3I_KEY_THETA, QWEN3I_KEY_PARTIAL, QWEN3I_KEY_ORIGINAL_CTX,  /* of the rotation, as all below */
+    QWEN3I_KEY_FACTOR, QWEN3I_KEY_BETA_FAST, QWEN3I_KEY_BETA_SLOW, QWEN3I_KEY_ATTN_FACTOR,
+    QWEN3I_KEY_MSCALE, QWEN3I_KEY_MSCALE_ALL,
+    QWEN3I_KEY_TRUNCATE,                                    /* 0 or 1 */
+    QWEN3I_KEY_ROPE,                                        /* its type: 0 default, 1 YaRN, -1 another */
+    QWEN3I_KEY_FAMILY, QWEN3I_KEY_ACT, QWEN3I_KEY_LAYER_TYPES,  /* texts: they have members of their own */
     QWEN3I_KEYS
 } qwen3i_key;
 
@@ -3870,17 +3898,19 @@ typedef struct qwen3i_raw_config {
     const char        *file;            /* in messages */
     const char *const *keys;            /* [QWEN3I_KEYS] as the format spells them; NULL: it has no such key */
     double             values[QWEN3I_KEYS];
-    uint32_t           seen;            /* bit k: values[k] was set. What is needed and was not is an error */
+    uint32_t           seen;            /* bit k: values[k] was set; else it is 0 */
     char               family[64];      /* the kind of model, "qwen3"; empty: not said */
     int                class_ok;        /* the format names no class, or one of ours is among them */
-    int                act_ok, full_attention;  /* the activation is SiLU, all layers attend to everything */
+    int                act_ok;          /* the activation is SiLU */
+    int                slides;          /* of the layers: 1 some, 0 none; -1: not said */
 } qwen3i_raw_config;
 
 static void qwen3i_config_begin(qwen3i_raw_config *c, const char *file, const char *const *keys) {
     memset(c, 0, sizeof *c);
     c->file = file;
     c->keys = keys;
-    c->class_ok = c->act_ok = c->full_attention = 1;
+    c->class_ok = c->act_ok = 1;
+    c->slides = -1;
 }
 
 static void qwen3i_config_set(qwen3i_raw_config *c, int key, double value) {
@@ -3890,11 +3920,13 @@ static void qwen3i_config_set(qwen3i_raw_config *c, int key, double value) {
 
 static int qwen3i_config_has(const qwen3i_raw_config *c, int key) { return (int)(c->seen >> key & 1); }
 
-static qwen3_result qwen3i_config_unsupported(const qwen3i_raw_config *c, int key, const char *why, const qwen3i_err *err) {
+static qwen3_result qwen3i_config_unsupported(const qwen3i_raw_config *c, int key, const char *why,
+                                              const qwen3i_err *err) {
     return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key '%s': %s", c->file, c->keys[key], why);
 }
 
-static qwen3_result qwen3i_config_missing(const qwen3i_raw_config *c, int key, const char *or_what, const qwen3i_err *err) {
+static qwen3_result qwen3i_config_missing(const qwen3i_raw_config *c, int key, const char *or_what,
+                                          const qwen3i_err *err) {
     return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%s' is missing%s", c->file, c->keys[key], or_what);
 }
 
@@ -3907,30 +3939,41 @@ static qwen3_result qwen3i_config_family(const qwen3i_raw_config *c, const qwen3
                        known ? " but architectures does not name Qwen3ForCausalLM" : "");
 }
 
+/* Does a layer attend to a window only? The list of layers says so; without it, those from the given one on do. */
+static int qwen3i_config_slides(const qwen3i_raw_config *c) {
+    if (c->slides >= 0 || c->values[QWEN3I_KEY_SLIDING] == 0) return c->slides > 0;
+    if (qwen3i_config_has(c, QWEN3I_KEY_WINDOW) && c->values[QWEN3I_KEY_WINDOW] == 0) return 0;
+    return !qwen3i_config_has(c, QWEN3I_KEY_WINDOW_LAYERS) ||
+           c->values[QWEN3I_KEY_WINDOW_LAYERS] < c->values[QWEN3I_KEY_LAYERS];
+}
+
 /* Values that would mean another computation. */
 static qwen3_result qwen3i_config_switches(const qwen3i_raw_config *c, const qwen3i_err *err) {
-    if (c->values[QWEN3I_KEY_BIAS] != 0)
+    const double *v = c->values;
+    int sliding = c->slides > 0 ? QWEN3I_KEY_LAYER_TYPES : QWEN3I_KEY_SLIDING;
+    if (v[QWEN3I_KEY_BIAS] != 0)
         return qwen3i_config_unsupported(c, QWEN3I_KEY_BIAS, "biases are not supported", err);
-    if (c->values[QWEN3I_KEY_SLIDING] != 0)
-        return qwen3i_config_unsupported(c, QWEN3I_KEY_SLIDING, "sliding windows are not supported", err);
+    if (qwen3i_config_has(c, QWEN3I_KEY_CAUSAL) && v[QWEN3I_KEY_CAUSAL] == 0)
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_CAUSAL, "only causal attention is supported", err);
+    if (qwen3i_config_slides(c))
+        return qwen3i_config_unsupported(c, sliding, "sliding windows are not supported, only full_attention", err);
     if (!c->act_ok) return qwen3i_config_unsupported(c, QWEN3I_KEY_ACT, "only 'silu' is supported", err);
-    if (!c->full_attention)
-        return qwen3i_config_unsupported(c, QWEN3I_KEY_LAYER_TYPES, "only 'full_attention' is supported", err);
-    if (c->values[QWEN3I_KEY_YARN] < 0)
-        return qwen3i_config_unsupported(c, QWEN3I_KEY_YARN, "only the RoPE types 'default' and 'yarn' are supported", err);
+    if (v[QWEN3I_KEY_ROPE] < 0)
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_ROPE, "only the types 'default' and 'yarn' are supported", err);
+    if (qwen3i_config_has(c, QWEN3I_KEY_PARTIAL) && v[QWEN3I_KEY_PARTIAL] != 1)
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_PARTIAL, "heads are rotated whole", err);
     return QWEN3_OK;
 }
 
 static qwen3_result qwen3i_config_sizes(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
-    int *sizes[QWEN3I_KEY_CTX + 1], i;
-    sizes[QWEN3I_KEY_LAYERS]   = &k->n_layer;   sizes[QWEN3I_KEY_EMBD] = &k->n_embd;  sizes[QWEN3I_KEY_HEADS] = &k->n_head;
-    sizes[QWEN3I_KEY_KV_HEADS] = &k->n_head_kv; sizes[QWEN3I_KEY_HEAD_DIM] = &k->head_dim;
-    sizes[QWEN3I_KEY_FF]       = &k->n_ff;      sizes[QWEN3I_KEY_VOCAB] = &k->n_vocab; sizes[QWEN3I_KEY_CTX] = &k->max_ctx;
+    int *const sizes[] = {&k->n_layer, &k->n_embd, &k->n_head, &k->n_head_kv, &k->head_dim, &k->n_ff, &k->n_vocab,
+                          &k->max_ctx};     /* in the order of qwen3i_key */
+    int i;
     for (i = 0; i <= QWEN3I_KEY_CTX; i++) {
         if (!qwen3i_config_has(c, i)) return qwen3i_config_missing(c, i, "", err);
         if (!(c->values[i] >= 1 && c->values[i] <= QWEN3I_MAX_DIM))
-            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%s' is %.17g; 1 to %d is possible", c->file, c->keys[i],
-                               c->values[i], QWEN3I_MAX_DIM);
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%s' is %.17g; 1 to %d is possible", c->file,
+                               c->keys[i], c->values[i], QWEN3I_MAX_DIM);
         *sizes[i] = (int)c->values[i];
     }
     if (k->head_dim % 2)
@@ -3943,23 +3986,38 @@ static qwen3_result qwen3i_config_sizes(qwen3i_config *k, const qwen3i_raw_confi
     return QWEN3_OK;
 }
 
-/* YaRN's defaults are those of the paper (Peng et al. 2023) and of transformers. */
+/* YaRN's factor for cosines and sines, for positions that are factor times as many (Peng et al. 2023, section 3.4) */
+static double qwen3i_yarn_magnitude(double factor, double mscale) {
+    return factor > 1 ? 0.1 * mscale * log(factor) + 1 : 1;
+}
+
+/* YaRN's defaults are those of the paper and of transformers; mscale counts only together with mscale_all_dim. */
 static qwen3_result qwen3i_config_yarn(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
-    const double *v = c->values;
-    double original = v[QWEN3I_KEY_ORIGINAL_CTX];
+    const double *v = c->values, original = v[QWEN3I_KEY_ORIGINAL_CTX], mscale = v[QWEN3I_KEY_MSCALE];
+    double factor = v[QWEN3I_KEY_FACTOR], given = v[QWEN3I_KEY_ATTN_FACTOR], all = v[QWEN3I_KEY_MSCALE_ALL];
     k->yarn_beta_fast = 32;
     k->yarn_beta_slow = 1;
-    k->yarn_original_ctx = qwen3i_min(k->max_ctx, 32768);     /* Qwen3's own, for qwen3_ctx_desc.yarn_factor */
-    if (v[QWEN3I_KEY_YARN] == 0) return QWEN3_OK;
-    if (!(v[QWEN3I_KEY_FACTOR] >= 1 && v[QWEN3I_KEY_FACTOR] <= 1024))
+    k->yarn_original_ctx = k->max_ctx == 40960 ? 32768 : k->max_ctx;    /* Qwen3 counts 8,192 for the reply on top */
+    if (v[QWEN3I_KEY_ROPE] == 0) return QWEN3_OK;
+    if (original > 0) {
+        if (!(original >= 1 && original <= QWEN3I_MAX_DIM))
+            return qwen3i_config_unsupported(c, QWEN3I_KEY_ORIGINAL_CTX, "out of range", err);
+        if (!qwen3i_config_has(c, QWEN3I_KEY_FACTOR)) factor = k->max_ctx / original;
+    }
+    if (!(factor >= 1 && factor <= 1024))
         return qwen3i_config_unsupported(c, QWEN3I_KEY_FACTOR, "YaRN needs a factor from 1 to 1024", err);
-    if (!(v[QWEN3I_KEY_ATTN_FACTOR] < 1e6))
-        return qwen3i_config_unsupported(c, QWEN3I_KEY_ATTN_FACTOR, "out of range", err);
-    k->yarn_factor = v[QWEN3I_KEY_FACTOR];
+    if (!(given >= 0 && given < 1e6)) return qwen3i_config_unsupported(c, QWEN3I_KEY_ATTN_FACTOR, "out of range", err);
+    if (!(mscale >= 0 && mscale < 1e6)) return qwen3i_config_unsupported(c, QWEN3I_KEY_MSCALE, "out of range", err);
+    if (!(all >= 0 && all < 1e6)) return qwen3i_config_unsupported(c, QWEN3I_KEY_MSCALE_ALL, "out of range", err);
+    k->yarn_factor = factor;
+    k->yarn_original_ctx = original > 0 ? (int)original : k->max_ctx;
     if (v[QWEN3I_KEY_BETA_FAST] > 0) k->yarn_beta_fast = v[QWEN3I_KEY_BETA_FAST];
     if (v[QWEN3I_KEY_BETA_SLOW] > 0) k->yarn_beta_slow = v[QWEN3I_KEY_BETA_SLOW];
-    k->yarn_attn_factor = v[QWEN3I_KEY_ATTN_FACTOR] > 0 ? v[QWEN3I_KEY_ATTN_FACTOR] : 0.1 * log(k->yarn_factor) + 1;
-    k->yarn_original_ctx = original >= 1 && original <= QWEN3I_MAX_DIM ? (int)original : k->max_ctx;
+    k->yarn_untruncated = qwen3i_config_has(c, QWEN3I_KEY_TRUNCATE) && v[QWEN3I_KEY_TRUNCATE] == 0;
+    if (given > 0) k->yarn_attn_factor = given;
+    else if (mscale > 0 && all > 0)
+        k->yarn_attn_factor = qwen3i_yarn_magnitude(factor, mscale) / qwen3i_yarn_magnitude(factor, all);
+    else k->yarn_attn_factor = qwen3i_yarn_magnitude(factor, 1);
     return QWEN3_OK;
 }
 
@@ -3979,47 +4037,69 @@ static qwen3_result qwen3i_config_check(qwen3i_config *k, const qwen3i_raw_confi
     return qwen3i_config_yarn(k, c, err);
 }
 
-/* ---- config.json ------------------------------------------------------------------------------------------ */
+/* ---- config.json ------------------------------------------------------------------------------------ */
 static const char *const qwen3i_json_keys[QWEN3I_KEYS] = {
-    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-    "vocab_size", "max_position_embeddings", "tie_word_embeddings", "attention_bias", "use_sliding_window",
-    "rms_norm_eps", "rope_theta", "rope_type", "factor", "beta_fast", "beta_slow", "attention_factor",
-    "original_max_position_embeddings", "model_type", "hidden_act", "layer_types"
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size", "max_position_embeddings", "max_window_layers", "tie_word_embeddings",
+    "attention_bias", "is_causal", "use_sliding_window", "sliding_window", "rms_norm_eps", "rope_theta",
+    "partial_rotary_factor", "original_max_position_embeddings", "factor", "beta_fast", "beta_slow",
+    "attention_factor", "mscale", "mscale_all_dim", "truncate", "rope_type", "model_type", "hidden_act", "layer_types"
 };
 
 typedef struct qwen3i_config_reader {
     qwen3i_json       j;
     qwen3i_raw_config raw;
+    qwen3i_raw_config rope[2];          /* what rope_parameters says, and rope_scaling, which counts more */
     qwen3_model      *m;
 } qwen3i_config_reader;
 
-/* A whole number, a truth value or any number, by what the key holds. */
-static void qwen3i_config_value(qwen3i_config_reader *c, int key) {
+/* A whole number, a truth value or any number, by what the key holds. null: as if it was not there */
+static void qwen3i_config_value(qwen3i_json *j, qwen3i_raw_config *raw, int key) {
     double number = 0;
     int64_t whole = 0;
     int flag = 0, ok;
-    if (key <= QWEN3I_KEY_CTX)          { ok = qwen3i_json_int(&c->j, &whole); number = (double)whole; }
-    else if (key <= QWEN3I_KEY_SLIDING) { ok = qwen3i_json_bool(&c->j, &flag); number = flag; }
-    else ok = qwen3i_json_number(&c->j, &number);
-    if (ok) qwen3i_config_set(&c->raw, key, number);
+    if (key > QWEN3I_KEY_CTX && qwen3i_json_word(j, "null")) {
+        if (key == QWEN3I_KEY_WINDOW) qwen3i_config_set(raw, key, 0);   /* there is none, said */
+        return;
+    }
+    if (key <= QWEN3I_KEY_WINDOW_LAYERS) { ok = qwen3i_json_int(j, &whole); number = (double)whole; }
+    else if (key <= QWEN3I_KEY_SLIDING || key == QWEN3I_KEY_TRUNCATE) { ok = qwen3i_json_bool(j, &flag); number = flag; }
+    else ok = qwen3i_json_number(j, &number);
+    if (ok) qwen3i_config_set(raw, key, number);
+}
+
+/* The key among [from, to], or to + 1. */
+static int qwen3i_config_find(qwen3i_str key, int from, int to) {
+    while (from <= to && !qwen3i_json_is(key, qwen3i_json_keys[from])) from++;
+    return from;
 }
 
 /* rope_scaling, or rope_parameters as newer files call it: {"rope_type": "yarn", "factor": 4, ...} */
-static void qwen3i_config_rope(qwen3i_config_reader *c) {
+static void qwen3i_config_rope(qwen3i_json *j, qwen3i_raw_config *raw) {
     qwen3i_json_iter it;
     qwen3i_str key, type;
-    int i;
-    if (qwen3i_json_word(&c->j, "null") || !qwen3i_json_open(&c->j, '{', &it)) return;
-    while (qwen3i_json_next(&c->j, &it, &key)) {
+    int k;
+    raw->seen = 0;
+    if (qwen3i_json_word(j, "null") || !qwen3i_json_open(j, '{', &it)) return;
+    while (qwen3i_json_next(j, &it, &key)) {
         if (qwen3i_json_is(key, "rope_type") || qwen3i_json_is(key, "type")) {
-            if (!qwen3i_json_string(&c->j, &type)) return;
-            qwen3i_config_set(&c->raw, QWEN3I_KEY_YARN, qwen3i_json_is(type, "yarn") ? 1 : qwen3i_json_is(type, "default") ? 0 : -1);
+            if (!qwen3i_json_string(j, &type)) return;
+            qwen3i_config_set(raw, QWEN3I_KEY_ROPE, qwen3i_json_is(type, "yarn") ? 1 : qwen3i_json_is(type, "default") ? 0 : -1);
             continue;
         }
-        for (i = QWEN3I_KEY_THETA; i <= QWEN3I_KEY_ORIGINAL_CTX && !qwen3i_json_is(key, qwen3i_json_keys[i]); i++) { }
-        if (i > QWEN3I_KEY_ORIGINAL_CTX) qwen3i_json_skip(&c->j);
-        else if (!qwen3i_json_word(&c->j, "null")) qwen3i_config_value(c, i);
+        k = qwen3i_config_find(key, QWEN3I_KEY_THETA, QWEN3I_KEY_TRUNCATE);
+        if (k <= QWEN3I_KEY_TRUNCATE) qwen3i_config_value(j, raw, k);
+        else qwen3i_json_skip(j);
     }
+}
+
+/* What the rotation's own object says goes before what stands outside, but for the original context. */
+static void qwen3i_config_merge_rope(qwen3i_config_reader *c) {
+    const qwen3i_raw_config *rope = c->rope[1].seen ? &c->rope[1] : &c->rope[0];
+    int k;
+    for (k = QWEN3I_KEY_THETA; k <= QWEN3I_KEY_ROPE; k++)
+        if (qwen3i_config_has(rope, k) && !(k == QWEN3I_KEY_ORIGINAL_CTX && qwen3i_config_has(&c->raw, k)))
+            qwen3i_config_set(&c->raw, k, rope->values[k]);
 }
 
 /* eos_token_id: a number, a list of numbers, or null. */
@@ -4050,24 +4130,24 @@ static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, c
     qwen3i_raw_config *raw = &c->raw;
     qwen3i_json *j = &c->j;
     qwen3i_str s;
-    int i, n, hits;
-    for (i = 0; i <= QWEN3I_KEY_THETA && !qwen3i_json_is(key, qwen3i_json_keys[i]); i++) { }
-    if (i <= QWEN3I_KEY_THETA) qwen3i_config_value(c, i);
+    int k = qwen3i_config_find(key, 0, QWEN3I_KEY_ORIGINAL_CTX), n, hits;
+    if (k <= QWEN3I_KEY_ORIGINAL_CTX) qwen3i_config_value(j, raw, k);
     else if (qwen3i_json_is(key, "model_type")) {
         if (qwen3i_json_string(j, &s)) snprintf(raw->family, sizeof raw->family, "%.*s", QWEN3I_STR(s));
     } else if (qwen3i_json_is(key, "hidden_act")) {
-        if (qwen3i_json_string(j, &s)) raw->act_ok = qwen3i_json_is(s, "silu");
+        if (qwen3i_json_string(j, &s)) raw->act_ok = qwen3i_json_is(s, "silu") || qwen3i_json_is(s, "swish");
     } else if (qwen3i_json_is(key, "architectures")) {
         qwen3i_config_list(j, "Qwen3ForCausalLM", "Qwen3Model", &n, &hits);
         raw->class_ok = hits > 0;
     } else if (qwen3i_json_is(key, "layer_types")) {
         qwen3i_config_list(j, "full_attention", "full_attention", &n, &hits);
-        raw->full_attention = hits == n;
-    } else if (qwen3i_json_is(key, "quantization_config")) {
+        raw->slides = n == 0 ? -1 : hits < n;
+    } else if (qwen3i_json_is(key, "quantization_config") || qwen3i_json_is(key, "quantization")) {
         if (!qwen3i_json_word(j, "null"))
-            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key 'quantization_config': quantised checkpoints are not "
-                               "supported; use the BF16 one", raw->file);
-    } else if (qwen3i_json_is(key, "rope_scaling") || qwen3i_json_is(key, "rope_parameters")) qwen3i_config_rope(c);
+            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key '%.*s': quantised checkpoints are not supported; "
+                               "use the BF16 one", raw->file, QWEN3I_STR(key));
+    } else if (qwen3i_json_is(key, "rope_parameters")) qwen3i_config_rope(j, &c->rope[0]);
+    else if (qwen3i_json_is(key, "rope_scaling")) qwen3i_config_rope(j, &c->rope[1]);
     else if (qwen3i_json_is(key, "eos_token_id")) qwen3i_read_eos(j, c->m);
     else qwen3i_json_skip(j);
     return QWEN3_OK;
@@ -4078,6 +4158,7 @@ static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const 
     qwen3i_json_iter it;
     qwen3i_str key;
     qwen3_result r = QWEN3_OK;
+    memset(&c, 0, sizeof c);
     qwen3i_config_begin(&c.raw, file, qwen3i_json_keys);
     c.raw.class_ok = 0;                 /* architectures has to be there */
     c.j = qwen3i_json_begin(b->data, b->size);
@@ -4085,12 +4166,13 @@ static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const 
     if (qwen3i_json_open(&c.j, '{', &it))
         while (r == QWEN3_OK && qwen3i_json_next(&c.j, &it, &key)) {
             r = qwen3i_config_key(&c, key, err);
-            if (c.j.error) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%.*s': byte %lu: %s", file, QWEN3I_STR(key),
-                                              (unsigned long)qwen3i_json_offset(&c.j), c.j.error);
+            if (c.j.error) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%.*s': byte %lu: %s", file,
+                                              QWEN3I_STR(key), (unsigned long)qwen3i_json_offset(&c.j), c.j.error);
         }
     if (r != QWEN3_OK) return r;
     qwen3i_json_end(&c.j);
     if (c.j.error) return qwen3i_json_fail(err, file, &c.j);
+    qwen3i_config_merge_rope(&c);
     return qwen3i_config_check(&m->config, &c.raw, err);
 }
 
@@ -4381,7 +4463,7 @@ static void qwen3i_fill_info(qwen3_model *m) {
 static uint64_t qwen3i_hash_numbers(uint64_t seed, const qwen3i_config *c) {
     double v[7];
     v[0] = c->rope_theta;     v[1] = (double)c->rms_eps;   v[2] = c->yarn_factor;  v[3] = c->yarn_beta_fast;
-    v[4] = c->yarn_beta_slow; v[5] = c->yarn_attn_factor;  v[6] = c->yarn_original_ctx;
+    v[4] = c->yarn_beta_slow; v[5] = c->yarn_attn_factor;  v[6] = c->yarn_untruncated ? -c->yarn_original_ctx : c->yarn_original_ctx;
     return qwen3i_hash(seed, v, sizeof v);
 }
 
@@ -5897,23 +5979,17 @@ static double qwen3i_yarn_pair(const qwen3i_config *c, double original_ctx, doub
     return c->head_dim * log(original_ctx / (turns * 6.283185307179586)) / (2 * log(c->rope_theta));
 }
 
-/* The context the model was trained for. Models with 40,960 positions count 8,192 for the reply on top. */
-static double qwen3i_yarn_original(const qwen3i_config *c) {
-    if (c->yarn_original_ctx > 0) return c->yarn_original_ctx;
-    return c->max_ctx == 40960 ? 32768 : c->max_ctx;
-}
-
 /* freqs [head_dim / 2]: radians a position, in float32 as transformers computes them. yarn_factor
    overrides the configuration's if it is not 0. Returns the factor for cosines and sines. */
 static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *c, double yarn_factor) {
-    double factor = yarn_factor > 0 ? yarn_factor : c->yarn_factor, low, high, original;
+    double factor = yarn_factor > 0 ? yarn_factor : c->yarn_factor, low, high;
     int i, half = c->head_dim / 2;
     for (i = 0; i < half; i++)
         freqs[i] = 1.0f / (float)pow((double)(float)c->rope_theta, (double)((float)(2 * i) / (float)c->head_dim));
     if (factor <= 0) return 1.0f;
-    original = qwen3i_yarn_original(c);
-    low  = floor(qwen3i_yarn_pair(c, original, c->yarn_beta_fast > 0 ? c->yarn_beta_fast : 32));
-    high = ceil(qwen3i_yarn_pair(c, original, c->yarn_beta_slow > 0 ? c->yarn_beta_slow : 1));
+    low  = qwen3i_yarn_pair(c, c->yarn_original_ctx, c->yarn_beta_fast);
+    high = qwen3i_yarn_pair(c, c->yarn_original_ctx, c->yarn_beta_slow);
+    if (!c->yarn_untruncated) { low = floor(low); high = ceil(high); }
     if (low < 0) low = 0;
     if (high > c->head_dim - 1) high = c->head_dim - 1;
     if (low == high) high += 0.001;
@@ -5924,7 +6000,7 @@ static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *c, double yarn
         freqs[i] = 1.0f / ((float)factor * (1.0f / base)) * (1.0f - keep) + base * keep;
     }
     if (yarn_factor <= 0 && c->yarn_attn_factor > 0) return (float)c->yarn_attn_factor;
-    return factor > 1 ? (float)(0.1 * log(factor) + 1) : 1.0f;
+    return (float)qwen3i_yarn_magnitude(factor, 1);
 }
 
 /* cosines, sines [n, half] of positions [n] times freqs [half], times scale */

@@ -262,7 +262,7 @@ static void test_api_config_rejects(void) {
         {"\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "heads"}, {"\"num_hidden_layers\": 3", "\"num_hidden_layers\": 8000000", "num_hidden_layers"},
         {"\"intermediate_size\": 96", "\"intermediate_size\": -96", "intermediate_size"}, {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"linear\", \"factor\": 2}", "rope"},
         {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"yarn\"}", "factor"}, {"\"use_cache\": true", "\"use_cache\": truth", "config.json"},
-        {"\"use_sliding_window\": false", "\"use_sliding_window\": true", "sliding"}, {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "lm_head"}
+        {"\"use_sliding_window\": false", "\"use_sliding_window\": true, \"layer_types\": [\"sliding_attention\"]", "sliding"}, {"\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false", "lm_head"}
     };
     size_t i;
     for (i = 0; i < sizeof edits / sizeof *edits; i++) {
