@@ -1208,7 +1208,7 @@ QWEN3_API int qwen3_utf8_complete(const char *bytes, int n) {
    JSON READER: pulls values from memory. No allocation, no recursion, no trust.
    After any error every call returns 0 and j->error says what was wrong at j->p.
    ================================================================================================ */
-#define QWEN3I_JSON_DEPTH 64
+#define QWEN3I_JSON_DEPTH 256
 
 typedef struct qwen3i_json { const char *p, *end, *start, *error; } qwen3i_json;
 typedef struct qwen3i_json_iter { char close; int started; } qwen3i_json_iter;
@@ -4633,7 +4633,7 @@ static void qwen3i_chat_close(qwen3i_chat *c) {
     qwen3i_chat_plain(c, "\n");
 }
 
-/* ---- JSON, written as Python's json.dumps(ensure_ascii=False) does ----------------------------------- */
+/* ---- JSON, written as Python's json.dumps(json.loads(text), ensure_ascii=False) does ------------------ */
 static void qwen3i_chat_json_string(qwen3i_chat *c, qwen3i_str s) {
     static const char from[] = "\"\\\n\r\t\b\f", to[] = "\"\\nrtbf";
     char escape[8];
@@ -4656,40 +4656,84 @@ static void qwen3i_chat_json_string(qwen3i_chat *c, qwen3i_str s) {
     qwen3i_chat_text(c, "\"", 1);
 }
 
-typedef struct qwen3i_decimal { char digits[16]; int n, point; } qwen3i_decimal;   /* 0.digits * 10^point */
+typedef struct qwen3i_decimal { char digits[32]; int n, point; } qwen3i_decimal;   /* 0.digits * 10^point */
 
-/* A number that was checked; 0 if it has more than 15 significant digits or an extreme exponent. */
-static int qwen3i_decimal_read(qwen3i_str s, qwen3i_decimal *d) {
-    const char *p = s.p, *end = s.p + s.n;
-    int seen_point = 0, zeros = 0, exponent = 0, negative;
-    d->n = d->point = 0;
-    for (p += *p == '-'; p < end && *p != 'e' && *p != 'E'; p++) {
+/* The double nearest to a number that was checked, without its sign. strtod is given no decimal point, which would
+   be the locale's. 0: no memory */
+static int qwen3i_json_double(qwen3i_buf *buf, qwen3i_str s, double *v) {
+    const char *p, *end = s.p + s.n;
+    long exponent = 0, decimals = 0;
+    int negative = 0, seen_point = 0;
+    buf->n = 0;
+    if (!qwen3i_buf_reserve(buf, s.n + 32)) return 0;
+    for (p = s.p + (*s.p == '-'); p < end && *p != 'e' && *p != 'E'; p++) {
         if (*p == '.') { seen_point = 1; continue; }
-        if (d->n == 0 && *p == '0') { d->point -= seen_point; continue; }
-        d->point += !seen_point;
-        if (*p == '0') { zeros++; d->n += d->n == 0; continue; }
-        if (d->n + zeros >= 15) return 0;
-        for (; zeros > 0; zeros--) d->digits[d->n++] = '0';
-        d->digits[d->n++] = *p;
+        buf->p[buf->n++] = *p;
+        decimals += seen_point;
     }
     if (p < end) {
         negative = *++p == '-';
-        for (p += *p == '-' || *p == '+'; p < end; p++) if (exponent < 10000) exponent = exponent * 10 + (*p - '0');
-        d->point += negative ? -exponent : exponent;
+        for (p += *p == '-' || *p == '+'; p < end; p++)
+            if (exponent < 100000000) exponent = exponent * 10 + (*p - '0');
     }
-    return d->n == 0 || (d->point > -290 && d->point < 290);
+    snprintf(buf->p + buf->n, 32, "e%ld", (negative ? -exponent : exponent) - decimals);
+    *v = strtod(buf->p, NULL);
+    return 1;
 }
 
-/* As Python prints the float: the fewest digits that mean the same, which up to 15 are those that are there.
-   Longer numbers, and integers, stay as they are written. */
+/* v with so many digits, correctly rounded; printf's decimal point is the locale's, and passed over */
+static qwen3i_decimal qwen3i_decimal_of(double v, int digits) {
+    qwen3i_decimal d;
+    char text[64];
+    const char *p;
+    snprintf(text, sizeof text, "%.*e", digits - 1, v);
+    for (p = text, d.n = 0; *p != 'e'; p++) if (*p >= '0' && *p <= '9') d.digits[d.n++] = *p;
+    while (d.n > 1 && d.digits[d.n - 1] == '0') d.n--;
+    d.point = (int)strtol(p + 1, NULL, 10) + 1;
+    return d;
+}
+
+static double qwen3i_decimal_value(const qwen3i_decimal *d) {
+    char text[64];
+    snprintf(text, sizeof text, "%.*se%d", d->n, d->digits, d->point - d->n);
+    return strtod(text, NULL);
+}
+
+/* The next larger one of so many digits, unless that would be another power of ten */
+static qwen3i_decimal qwen3i_decimal_above(qwen3i_decimal d, int digits) {
+    int i;
+    while (d.n < digits) d.digits[d.n++] = '0';
+    for (i = digits - 1; i > 0 && d.digits[i] == '9'; i--) d.n--;
+    if (d.digits[i] < '9') d.digits[i]++;
+    return d;
+}
+
+/* The fewest digits that mean v. Any 15 digits survive a double's 53 bits; subnormal numbers have fewer. Above a
+   power of two doubles lie further apart than below: there the nearest decimal may mean another, and the next one v. */
+static qwen3i_decimal qwen3i_decimal_shortest(double v) {
+    int digits = v < 2.3e-308 ? 1 : 15;
+    qwen3i_decimal d, above;
+    for (;; digits++) {
+        d = qwen3i_decimal_of(v, digits);
+        if (digits == 17 || qwen3i_decimal_value(&d) == v) return d;
+        above = qwen3i_decimal_above(d, digits);
+        if (qwen3i_decimal_value(&above) == v) return above;
+    }
+}
+
+/* Integers stay as they are written, of any size; other numbers are as Python prints a float. */
 static void qwen3i_chat_json_number(qwen3i_chat *c, qwen3i_str s) {
     qwen3i_decimal d;
+    double v = 0;
     char tail[16];
     int i, is_float = memchr(s.p, '.', s.n) || memchr(s.p, 'e', s.n) || memchr(s.p, 'E', s.n);
     if (s.n == 2 && s.p[0] == '-' && s.p[1] == '0') { qwen3i_chat_text(c, "0", 1); return; }
-    if (!is_float || !qwen3i_decimal_read(s, &d)) { qwen3i_chat_text(c, s.p, s.n); return; }
+    if (!is_float) { qwen3i_chat_text(c, s.p, s.n); return; }
+    if (!qwen3i_json_double(&c->text, s, &v)) { c->result = QWEN3_ERR_MEMORY; return; }
     if (*s.p == '-') qwen3i_chat_text(c, "-", 1);
-    if (d.n == 0) { qwen3i_chat_plain(c, "0.0"); return; }
+    if (!(v <= DBL_MAX)) { qwen3i_chat_plain(c, "Infinity"); return; }
+    if (v == 0) { qwen3i_chat_plain(c, "0.0"); return; }
+    d = qwen3i_decimal_shortest(v);
     if (d.point < -3 || d.point > 16) {
         qwen3i_chat_text(c, d.digits, 1);
         if (d.n > 1) qwen3i_chat_text(c, ".", 1);
@@ -4708,43 +4752,146 @@ static void qwen3i_chat_json_number(qwen3i_chat *c, qwen3i_str s) {
 
 static void qwen3i_chat_json_scalar(qwen3i_chat *c, qwen3i_json *j) {
     qwen3i_str s;
-    double ignored;
     char first = qwen3i_json_peek(j);
     s.p = j->p;
     if (first == '"') { if (qwen3i_json_string(j, &s)) qwen3i_chat_json_string(c, s); return; }
-    if (first == '-' || (first >= '0' && first <= '9')) {
-        if (!qwen3i_json_number(j, &ignored)) return;
-        s.n = (size_t)(j->p - s.p);
-        qwen3i_chat_json_number(c, s);
-        return;
+    if (!qwen3i_json_scalar(j)) return;
+    s.n = (size_t)(j->p - s.p);
+    if (s.p[s.n - 1] >= '0' && s.p[s.n - 1] <= '9') qwen3i_chat_json_number(c, s);
+    else qwen3i_chat_text(c, s.p, s.n);
+}
+
+/* A key of an object, and where its value is. Of keys that are there twice, the last value counts, in the place of
+   the first: value is then where to read, or NULL: this one is left out. */
+typedef struct qwen3i_member { const char *key, *value; uint64_t hash; uint32_t object; } qwen3i_member;
+
+static int qwen3i_member_by_object(const void *x, const void *y) {
+    const qwen3i_member *a = (const qwen3i_member *)x, *b = (const qwen3i_member *)y;
+    if (a->object != b->object) return a->object < b->object ? -1 : 1;
+    if (a->hash != b->hash) return a->hash < b->hash ? -1 : 1;
+    return a->key < b->key ? -1 : a->key > b->key;
+}
+
+static int qwen3i_member_by_place(const void *x, const void *y) {
+    const qwen3i_member *a = (const qwen3i_member *)x, *b = (const qwen3i_member *)y;
+    return a->key < b->key ? -1 : a->key > b->key;
+}
+
+/* All members of all objects in a value, as far as there is room; how many there are. Checks the grammar. */
+static size_t qwen3i_json_members(qwen3i_json *j, qwen3i_buf *text, qwen3i_member *list, size_t cap) {
+    qwen3i_json_iter stack[QWEN3I_JSON_DEPTH];
+    uint32_t object[QWEN3I_JSON_DEPTH], n_objects = 0;
+    qwen3i_str key;
+    size_t n = 0;
+    int depth = 0;
+    do {
+        char c = qwen3i_json_peek(j);
+        if (c != '{' && c != '[') qwen3i_json_scalar(j);
+        else if (depth == QWEN3I_JSON_DEPTH) qwen3i_json_bad(j, "nested too deeply");
+        else {
+            object[depth] = n_objects++;
+            qwen3i_json_open(j, c, &stack[depth++]);
+        }
+        while (depth > 0 && !qwen3i_json_next(j, &stack[depth - 1], &key) && !j->error) depth--;
+        if (j->error || depth == 0 || stack[depth - 1].close == ']') continue;
+        if (n < cap && qwen3i_buf_reserve(text, key.n + 1)) {
+            list[n].key = key.p;
+            list[n].value = j->p;
+            list[n].hash = qwen3i_hash(0, text->p, qwen3i_json_unescape(key, text->p));
+            list[n].object = object[depth - 1];
+        }
+        n++;
+    } while (!j->error && depth > 0);
+    return n;
+}
+
+/* Of the members, those whose key is there twice in their object, in order of place; how many they are. */
+static size_t qwen3i_members_twice(qwen3i_member *list, size_t n) {
+    size_t i, k, last, kept = 0;
+    qwen3i_sort(list, n, sizeof *list, qwen3i_member_by_object);
+    for (i = 0; i < n; i = last + 1) {
+        for (last = i; last + 1 < n && list[last + 1].object == list[i].object && list[last + 1].hash == list[i].hash;) last++;
+        if (last == i) continue;
+        list[i].value = list[last].value;
+        for (k = i + 1; k <= last; k++) list[k].value = NULL;
+        for (k = i; k <= last; k++) list[kept++] = list[k];
     }
-    if (qwen3i_json_scalar(j)) qwen3i_chat_text(c, s.p, (size_t)(j->p - s.p));
+    qwen3i_sort(list, kept, sizeof *list, qwen3i_member_by_place);
+    return kept;
+}
+
+static const qwen3i_member *qwen3i_member_find(const qwen3i_member *list, size_t n, const char *key) {
+    size_t low = 0, high = n, middle;
+    while (low < high) {
+        middle = low + (high - low) / 2;
+        if (list[middle].key < key) low = middle + 1; else high = middle;
+    }
+    return low < n && list[low].key == key ? &list[low] : NULL;
+}
+
+typedef struct qwen3i_json_level { qwen3i_json_iter it; const char *resume; int n; } qwen3i_json_level;
+
+/* Step to the next element that is written, and write what stands before its value. 0: there is none */
+static int qwen3i_chat_json_element(qwen3i_chat *c, qwen3i_json *j, qwen3i_json_level *level, const qwen3i_member *twice,
+                                    size_t n_twice) {
+    const qwen3i_member *m;
+    qwen3i_str key;
+    for (;;) {
+        if (level->resume) { j->p = level->resume; level->resume = NULL; }  /* its value was that of a later key */
+        if (!qwen3i_json_next(j, &level->it, &key)) return 0;
+        m = level->it.close == '}' ? qwen3i_member_find(twice, n_twice, key.p) : NULL;
+        if (!m || m->value) break;
+        if (!qwen3i_json_skip(j)) return 0;
+    }
+    if (level->n++) qwen3i_chat_text(c, ", ", 2);
+    if (level->it.close == ']') return 1;
+    qwen3i_chat_json_string(c, key);
+    qwen3i_chat_text(c, ": ", 2);
+    if (!m) return 1;
+    if (!qwen3i_json_skip(j)) return 0;
+    level->resume = j->p;
+    j->p = m->value;
+    return 1;
+}
+
+/* The value at j, in a single line */
+static void qwen3i_chat_json_value(qwen3i_chat *c, qwen3i_json *j, const qwen3i_member *twice, size_t n_twice) {
+    qwen3i_json_level stack[QWEN3I_JSON_DEPTH];
+    int depth = 0;
+    do {
+        char open = qwen3i_json_peek(j);
+        if (open != '{' && open != '[') qwen3i_chat_json_scalar(c, j);
+        else {
+            stack[depth].resume = NULL;
+            stack[depth].n = 0;
+            qwen3i_json_open(j, open, &stack[depth++].it);
+            qwen3i_chat_text(c, &open, 1);
+        }
+        while (depth > 0 && !qwen3i_chat_json_element(c, j, &stack[depth - 1], twice, n_twice) && !j->error)
+            qwen3i_chat_text(c, &stack[--depth].it.close, 1);
+    } while (c->result == QWEN3_OK && !j->error && depth > 0);
 }
 
 /* One JSON object, in a single line. */
 static void qwen3i_chat_json(qwen3i_chat *c, const char *text) {
-    qwen3i_json_iter stack[QWEN3I_JSON_DEPTH];
-    qwen3i_str key;
-    int depth = 0, first = 1;
-    qwen3i_json j = qwen3i_json_begin(text, strlen(text));
+    qwen3i_json j = qwen3i_json_begin(text, strlen(text)), again = j;
+    qwen3i_member *list = NULL;
+    size_t n, n_twice = 0;
     if (qwen3i_json_peek(&j) != '{') qwen3i_json_bad(&j, "an object was expected");
-    do {
-        char open = qwen3i_json_peek(&j);
-        if (open != '{' && open != '[') qwen3i_chat_json_scalar(c, &j);
-        else if (depth == QWEN3I_JSON_DEPTH) qwen3i_json_bad(&j, "nested too deeply");
+    n = qwen3i_json_members(&j, &c->text, NULL, 0);
+    if (!qwen3i_json_end(&j)) { c->result = QWEN3_ERR_ARG; return; }
+    if (n > 0) {
+        list = (qwen3i_member *)qwen3i_alloc_array(c->text.allocator, n, sizeof *list);
+        if (!list || !qwen3i_buf_reserve(&c->text, strlen(text))) c->result = QWEN3_ERR_MEMORY;
         else {
-            qwen3i_json_open(&j, open, &stack[depth++]);
-            qwen3i_chat_text(c, &open, 1);
+            j = again;
+            c->text.n = 0;
+            qwen3i_json_members(&j, &c->text, list, n);
+            n_twice = qwen3i_members_twice(list, n);
         }
-        for (; depth > 0; qwen3i_chat_text(c, &stack[--depth].close, 1)) {
-            first = !stack[depth - 1].started;
-            if (qwen3i_json_next(&j, &stack[depth - 1], &key) || j.error) break;
-        }
-        if (j.error || depth == 0) break;
-        if (!first) qwen3i_chat_text(c, ", ", 2);
-        if (stack[depth - 1].close == '}') { qwen3i_chat_json_string(c, key); qwen3i_chat_text(c, ": ", 2); }
-    } while (c->result == QWEN3_OK);
-    if (c->result == QWEN3_OK && !qwen3i_json_end(&j)) c->result = QWEN3_ERR_ARG;
+    }
+    if (c->result == QWEN3_OK) qwen3i_chat_json_value(c, &again, list, n_twice);
+    qwen3i_free(c->text.allocator, list, n * sizeof *list);
 }
 
 /* ---- the template ------------------------------------------------------------------------------------ */
