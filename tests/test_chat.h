@@ -197,7 +197,7 @@ static void test_chat_json(void) {
     static const char *const bad[] = { "", "[]", "7", "\"a\"", "{", "{\"a\"}", "{\"a\":1,}", "{\"a\":1}x",
             "{\"a\":01}", "{'a':1}", "{\"a\":\"\n\"}", "nul" };
     qwen3_model m;
-    char deep[500], spaced[500];
+    char deep[500], spaced[512];
     int i;
     if (!tokenizer_open_small(&m)) return;
     for (i = 0; i < QWEN3I_COUNT(good); i++) chat_expect_json(&m, good[i][0], good[i][1]);
