@@ -62,6 +62,12 @@ install: lib
 	install -m 644 qwen3.h qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DESTDIR)$(PREFIX)/include
 	install -m 644 build/libqwen3.a $(DESTDIR)$(PREFIX)/lib
 
+web:                                    # the demo in a browser; needs Emscripten
+	web/build.sh
+
+test-web:                               # ... and in headless Chromium
+	web/test.sh
+
 clean:
 	rm -rf build example bench
 
@@ -72,6 +78,8 @@ help:
 	@echo "bench     build the benchmark; ./bench --help"
 	@echo "download  fetch MODEL=Qwen/Qwen3-0.6B (or another) into models/"
 	@echo "install   header, CUDA source and static library under PREFIX ($(PREFIX))"
+	@echo "web       the demo as a web page in build/web (Emscripten); python3 web/serve.py shows it"
+	@echo "test-web  test that page in headless Chromium"
 	@echo "clean     remove what was built"
 
-.PHONY: all run test lib download install clean help
+.PHONY: all run test web test-web lib download install clean help

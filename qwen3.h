@@ -874,6 +874,9 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
   #undef  QWEN3_NO_MMAP
   #define QWEN3_NO_MMAP
 #endif
+#if defined(__EMSCRIPTEN__) && !defined(__EMSCRIPTEN_PTHREADS__) && !defined(QWEN3_NO_THREADS)
+  #define QWEN3_NO_THREADS              /* without -pthread, pthread_create only ever fails */
+#endif
 #if defined(_WIN32)
   #ifndef WIN32_LEAN_AND_MEAN
     #define WIN32_LEAN_AND_MEAN
@@ -5069,6 +5072,9 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc 
   #elif defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__)
     #define QWEN3I_NEON
     #include <arm_neon.h>
+  #elif defined(__wasm_simd128__)
+    #define QWEN3I_WASM
+    #include <wasm_simd128.h>
   #endif
 #endif
 
@@ -5785,6 +5791,124 @@ QWEN3I_INLINE void qwen3i_neon_sum(float *sums, const qwen3i_neon_v *rows) {
 QWEN3I_DEFINE_KERNELS(qwen3i_neon, , 2, 3)
 #endif /* QWEN3I_NEON */
 
+#ifdef QWEN3I_WASM
+/* ---- WebAssembly lanes: four registers; the same bits as plain C, since neither fuses products and sums ---- */
+#define qwen3i_wasm_load_once qwen3i_wasm_load
+#define qwen3i_wasm_name "WebAssembly SIMD"
+#define QWEN3I_WASM_QUADS for (i = 0; i < 4; i++)
+typedef struct qwen3i_wasm_v { v128_t q[4]; } qwen3i_wasm_v;
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_set1(float a) {
+    qwen3i_wasm_v y;
+    int i;
+    QWEN3I_WASM_QUADS y.q[i] = wasm_f32x4_splat(a);
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_zero(void) { return qwen3i_wasm_set1(0.0f); }
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load(const float *p) {
+    qwen3i_wasm_v y;
+    int i;
+    QWEN3I_WASM_QUADS y.q[i] = wasm_v128_load(p + 4 * i);
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_wasm_store(float *p, qwen3i_wasm_v v) {
+    int i;
+    QWEN3I_WASM_QUADS wasm_v128_store(p + 4 * i, v.q[i]);
+}
+
+#define QWEN3I_WASM_BINARY(name, operation) \
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_##name(qwen3i_wasm_v a, qwen3i_wasm_v b) { \
+    int i; \
+    QWEN3I_WASM_QUADS a.q[i] = operation; \
+    return a; \
+}
+QWEN3I_WASM_BINARY(add, wasm_f32x4_add(a.q[i], b.q[i]))
+QWEN3I_WASM_BINARY(mul, wasm_f32x4_mul(a.q[i], b.q[i]))
+QWEN3I_WASM_BINARY(div, wasm_f32x4_div(a.q[i], b.q[i]))
+QWEN3I_WASM_BINARY(max, wasm_f32x4_pmax(b.q[i], a.q[i]))     /* a > b ? a : b */
+QWEN3I_WASM_BINARY(min, wasm_f32x4_pmin(b.q[i], a.q[i]))     /* a < b ? a : b */
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_fma(qwen3i_wasm_v a, qwen3i_wasm_v b, qwen3i_wasm_v c) {
+    return qwen3i_wasm_add(c, qwen3i_wasm_mul(a, b));
+}
+
+QWEN3I_INLINE v128_t qwen3i_wasm_whole(v128_t x) {     /* to the nearest integer, halves away from zero */
+    v128_t sign = wasm_v128_and(x, wasm_f32x4_splat(-0.0f));
+    return wasm_i32x4_trunc_sat_f32x4(wasm_f32x4_add(x, wasm_v128_or(sign, wasm_f32x4_splat(0.5f))));
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_round(qwen3i_wasm_v v) {
+    int i;
+    QWEN3I_WASM_QUADS v.q[i] = wasm_f32x4_convert_i32x4(qwen3i_wasm_whole(v.q[i]));
+    return v;
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load_bf16(const uint16_t *p) {
+    qwen3i_wasm_v y;
+    int i;
+    QWEN3I_WASM_QUADS y.q[i] = wasm_i32x4_shl(wasm_u32x4_load16x4(p + 4 * i), 16);
+    return y;
+}
+
+/* as qwen3i_f16_to_f32: the exponent is put right by a product, which also makes subnormals normal */
+QWEN3I_INLINE v128_t qwen3i_wasm_widen_f16(v128_t half) {
+    const v128_t top = wasm_f32x4_splat(65536.0f);     /* from here on: infinity and NaN */
+    v128_t sign = wasm_i32x4_shl(wasm_v128_and(half, wasm_i32x4_splat(0x8000)), 16);
+    v128_t bits = wasm_i32x4_shl(wasm_v128_and(half, wasm_i32x4_splat(0x7FFF)), 13);
+    v128_t y = wasm_f32x4_mul(bits, wasm_f32x4_splat(5.192296858534828e33f));      /* 2^112 */
+    v128_t special = wasm_v128_and(wasm_f32x4_ge(y, top), wasm_i32x4_splat(0x7F800000));
+    return wasm_v128_or(wasm_v128_or(y, special), sign);
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load_f16(const uint16_t *p) {
+    qwen3i_wasm_v y;
+    int i;
+    QWEN3I_WASM_QUADS y.q[i] = qwen3i_wasm_widen_f16(wasm_u32x4_load16x4(p + 4 * i));
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_wasm_store_bf16(uint16_t *p, qwen3i_wasm_v v) {
+    float part[16];
+    int i;
+    qwen3i_wasm_store(part, v);
+    QWEN3I_LANES p[i] = qwen3i_f32_to_bf16(part[i]);
+}
+
+QWEN3I_INLINE void qwen3i_wasm_store_f16(uint16_t *p, qwen3i_wasm_v v) {
+    float part[16];
+    int i;
+    qwen3i_wasm_store(part, v);
+    QWEN3I_LANES p[i] = qwen3i_f32_to_f16(part[i]);
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_exp2i(qwen3i_wasm_v n) {
+    int i;
+    QWEN3I_WASM_QUADS {
+        v128_t exponent = wasm_i32x4_add(wasm_i32x4_trunc_sat_f32x4(n.q[i]), wasm_i32x4_splat(127));
+        n.q[i] = wasm_i32x4_shl(exponent, 23);
+    }
+    return n;
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_drop_below(qwen3i_wasm_v y, qwen3i_wasm_v x, float low) {
+    int i;
+    QWEN3I_WASM_QUADS y.q[i] = wasm_v128_andnot(y.q[i], wasm_f32x4_lt(x.q[i], wasm_f32x4_splat(low)));
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_wasm_sum(float *sums, const qwen3i_wasm_v *rows) {
+    v128_t even = wasm_f32x4_add(rows[0].q[0], rows[0].q[2]), odd = wasm_f32x4_add(rows[0].q[1], rows[0].q[3]);
+    v128_t four = wasm_f32x4_add(even, odd);
+    v128_t two = wasm_f32x4_add(four, wasm_i32x4_shuffle(four, four, 2, 3, 0, 1));
+    sums[0] = wasm_f32x4_extract_lane(two, 0) + wasm_f32x4_extract_lane(two, 1);
+}
+
+QWEN3I_DEFINE_KERNELS(qwen3i_wasm, , 1, 2)
+#endif /* QWEN3I_WASM */
+
 /* The instruction sets that this machine runs, best first; level 0 is what contexts use. NULL: no more. */
 static const qwen3i_simd *qwen3i_simd_level(int level) {
     const qwen3i_simd *found[4];
@@ -5797,6 +5921,9 @@ static const qwen3i_simd *qwen3i_simd_level(int level) {
 #endif
 #ifdef QWEN3I_NEON
     found[n++] = &qwen3i_neon_kernels;
+#endif
+#ifdef QWEN3I_WASM
+    found[n++] = &qwen3i_wasm_kernels;
 #endif
     found[n++] = &qwen3i_plain_kernels;
     return level < n ? found[level] : NULL;
