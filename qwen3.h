@@ -1606,10 +1606,20 @@ static void qwen3i_unmap(const void *p, size_t size) { (void)size; UnmapViewOfFi
 #else /* POSIX */
 typedef int qwen3i_handle;
 
+#if defined(O_CLOEXEC)
+  #define QWEN3I_CLOEXEC O_CLOEXEC
+#elif defined(__O_CLOEXEC)              /* glibc's, which -std=c99 hides */
+  #define QWEN3I_CLOEXEC __O_CLOEXEC
+#else
+  #define QWEN3I_CLOEXEC 0
+#endif
+/* Not to wait for a pipe's writer, not to take a terminal, not to be passed on to other programs. */
+#define QWEN3I_OPEN_FLAGS (O_RDONLY | O_NONBLOCK | O_NOCTTY | QWEN3I_CLOEXEC)
+
 /* 1; 0: there is no such file; -1: there is, but it cannot be opened, or is no regular file. */
 static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size) {
     struct stat st;
-    do *h = open(path, O_RDONLY | O_NONBLOCK); while (*h < 0 && errno == EINTR);    /* not to wait for a pipe's writer */
+    do *h = open(path, QWEN3I_OPEN_FLAGS); while (*h < 0 && errno == EINTR);
     if (*h < 0) return errno == ENOENT ? 0 : -1;
     if (fstat(*h, &st) == 0 && S_ISREG(st.st_mode) && st.st_size >= 0) { *size = (uint64_t)st.st_size; return 1; }
     close(*h);
@@ -1665,8 +1675,7 @@ static qwen3_result qwen3i_open_path(const qwen3i_loader *l, const char *name, i
 #ifndef QWEN3_NO_MMAP
     if (map && size > 0 && size < (size_t)-1 && !(l->desc->flags & QWEN3_LOAD_NO_MMAP)) {
         out->data = (const unsigned char *)qwen3i_map(h, (size_t)size);
-        out->size = (size_t)size;
-        out->kind = QWEN3I_MAPPED;
+        if (out->data) { out->size = (size_t)size; out->kind = QWEN3I_MAPPED; }     /* else it is read */
     }
 #endif
     (void)map;

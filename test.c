@@ -11,6 +11,7 @@ static void *test_malloc(size_t size);
 static void  test_free(void *p);
 #define QWEN3_MALLOC(size) test_malloc(size)
 #define QWEN3_FREE(ptr)    test_free(ptr)
+#include "tests/system.h"
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
 

@@ -558,7 +558,7 @@ static void cpu_attention_case(int n_head, int n_head_kv, int dim, qwen3i_type t
     memset(&a, 0, sizeof a);
     a.a = out; a.q = q; a.k = k; a.v = v; a.type = type; a.seqs = seqs; a.positions = positions;
     a.n = n; a.n_head = n_head; a.n_head_kv = n_head_kv; a.head_dim = dim; a.max_ctx = max_ctx;
-    a.scratch = cpu_floats(3 * qwen3i_attention_scratch(max_ctx, dim), 1e30);
+    a.scratch = cpu_floats(3 * (size_t)qwen3i_attention_scratch(max_ctx, dim), 1e30);
     qwen3i_attention(&b->exec, &a);
     CHECK(cpu_finite(out, (size_t)(n * width)));
     for (i = 0; i < n; i++) {

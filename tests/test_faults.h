@@ -416,6 +416,85 @@ static void test_fault_cancel_load(void) {
     }
 }
 
+#ifdef TEST_SYSTEM
+/* A model from its directory where mapping fails, the N-th read fails, or both, and where the caller stops then. */
+static void fault_path(const char *name, int no_map, int flags) {
+    long at;
+    char path[1024];
+    model_path(path, sizeof path, name, "");
+    for (at = 1; at < FAULT_LIMIT; at++) {
+        qwen3_load_desc d;
+        test_heap h;
+        qwen3_model *m = (qwen3_model *)&h;
+        char err[256] = "";
+        qwen3_result r;
+        memset(&d, 0, sizeof d);
+        memset(&test_system, 0, sizeof test_system);
+        d.path = path;
+        d.flags = flags;
+        d.allocator = heap_allocator(&h);
+        test_system.no_map = no_map;
+        test_system.read_fails_at = at;
+        r = qwen3_load(&m, &d, err, sizeof err);
+        if (test_system.reads < at) {
+            CHECK_MSG(r == QWEN3_OK && at > 1, "%s: %s '%s'", name, qwen3_result_string(r), err);
+            CHECK_MSG((test_system.maps > 0) == !(flags & QWEN3_LOAD_NO_MMAP), "%s: %ld maps", name, test_system.maps);
+            qwen3_free(m);
+        } else CHECK_MSG(r == QWEN3_ERR_IO && !m && strstr(err, "."), "%s: read %ld failed, but: %s '%s'", name, at,
+                         qwen3_result_string(r), err);
+        CHECK_MSG(test_system.live == 0 && !test_system.bad_unmap, "%s, read %ld: %ld maps left, %d wrong unmaps", name, at,
+                  test_system.live, test_system.bad_unmap);
+        check_heap_empty(&h, "read", at);
+        if (test_system.reads < at) break;
+    }
+    CHECK(at < FAULT_LIMIT);
+    test_system.read_fails_at = 0;
+}
+
+/* The same with an allocation that fails, and with a caller who wants no more. */
+static void fault_path_stops(const char *name) {
+    long at;
+    int cancel;
+    char path[1024];
+    model_path(path, sizeof path, name, "");
+    for (cancel = 0; cancel < 2; cancel++) for (at = 1; at < FAULT_LIMIT; at++) {
+        qwen3_load_desc d;
+        test_heap h;
+        qwen3_model *m = (qwen3_model *)&h;
+        stopper s;
+        qwen3_result r;
+        memset(&d, 0, sizeof d);
+        memset(&s, 0, sizeof s);
+        memset(&test_system, 0, sizeof test_system);
+        test_system.no_map = 1;
+        d.path = path;
+        d.progress = stop_progress;
+        d.progress_user = &s;
+        d.allocator = heap_allocator(&h);
+        if (cancel) s.stop_at = at; else h.fail_at = at;
+        r = qwen3_load(&m, &d, NULL, 0);
+        if (r == QWEN3_OK) qwen3_free(m);
+        else CHECK_MSG(r == (cancel ? QWEN3_STOPPED : QWEN3_ERR_MEMORY), "%s: %s", name, qwen3_result_string(r));
+        CHECK_MSG(test_system.live == 0 && !test_system.bad_unmap, "%s: %ld maps left", name, test_system.live);
+        check_heap_empty(&h, "stopped load", at);
+        if (r == QWEN3_OK) break;
+    }
+    test_system.no_map = 0;
+}
+
+static void test_fault_mapping(void) {
+    int i;
+    for (i = 0; i < 3; i++) {
+        fault_path(fault_models[i], 0, 0);
+        fault_path(fault_models[i], 1, 0);
+        fault_path(fault_models[i], 0, QWEN3_LOAD_NO_MMAP);
+        fault_path_stops(fault_models[i]);
+    }
+    CHECK((test_system.flags & O_NOCTTY) && (test_system.flags & QWEN3I_CLOEXEC) && QWEN3I_CLOEXEC);
+}
+
+#endif
+
 /* Cancel a prefill of three chunks at every poll: whole steps stay, and going on gives the right logits. */
 static void test_fault_cancel_prefill(void) {
     enum { N = 40, CHUNK = 16 };
@@ -619,6 +698,9 @@ static void suite_faults(void) {
     RUN(test_fault_lying_sizes);
     RUN(test_fault_sizes);
     RUN(test_fault_cancel_load);
+#ifdef TEST_SYSTEM
+    RUN(test_fault_mapping);
+#endif
     RUN(test_fault_cancel_prefill);
     RUN(test_fault_cancel_decode);
     RUN(test_fault_cancel_many);
