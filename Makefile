@@ -14,6 +14,7 @@ DEPS      = qwen3.h Makefile
 
 ifneq ($(NVCC),)
 CUDA_OBJ  = build/qwen3_cuda.o
+CUDA_LAB  = build/cuda_lab.o
 CUDA_DEF  = -DQWEN3_WITH_CUDA
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 LDLIBS   += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart -lstdc++
@@ -24,14 +25,18 @@ all: example bench lib
 example: example.c tools/check.h tools/cli.h tools/conversation.h $(DEPS) $(CUDA_OBJ)
 	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) example.c $(CUDA_OBJ) -o $@ $(LDLIBS)
 
-bench: bench.c $(DEPS) $(CUDA_OBJ)
-	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) bench.c $(CUDA_OBJ) -o $@ $(LDLIBS)
+bench: bench.c tests/cuda_lab.h $(DEPS) $(CUDA_LAB)
+	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) bench.c $(CUDA_LAB) -o $@ $(LDLIBS)
 
-build/test: test.c tests/*.h $(DEPS) $(CUDA_OBJ) | build
-	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) test.c $(CUDA_OBJ) -o $@ $(LDLIBS)
+build/test: test.c tests/*.h $(DEPS) $(CUDA_LAB) | build
+	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) test.c $(CUDA_LAB) -o $@ $(LDLIBS)
 
 build/qwen3_cuda.o: qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DEPS) | build
 	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c qwen3_cuda.cu -o $@
+
+# the same with what tests and benches look into
+build/cuda_lab.o: tests/cuda_lab.cu tests/cuda_lab.h qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DEPS) | build
+	$(NVCC) $(NVCCFLAGS) -c tests/cuda_lab.cu -o $@
 
 build/qwen3.o: $(DEPS) | build
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -fPIC -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o $@

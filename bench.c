@@ -2,15 +2,17 @@
    Build: cc -O3 bench.c -o bench -lm -lpthread      (the Makefile adds CUDA where nvcc is found)            */
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
+#include "tests/cuda_lab.h"
 
 #ifdef QWEN3_WITH_CUDA
 enum { HAVE_CUDA = 1 };
 #else
 enum { HAVE_CUDA = 0 };
 static const qwen3_backend *no_backend(void) { return NULL; }
-static const qwen3_cuda_kernels *no_kernels(void) { return NULL; }
+static const cuda_lab_functions *no_lab(void) { return NULL; }
 #define qwen3_cuda_backend no_backend
-#define qwen3_cuda_get_kernels no_kernels
+#define cuda_lab_standard  no_backend
+#define cuda_lab           no_lab
 #endif
 #ifdef QWEN3_WITH_FUSED_BASELINE
 extern const char *lab_fused_baseline(const char *size);         /* tools/kernels.cu */
@@ -321,7 +323,6 @@ static void create(bench *b, int ctx, int batch) {
     d.prefill_chunk = b->opt.chunk;
     d.kv_type = b->opt.kv;
     d.threads = b->opt.threads;
-    d.kernels = b->opt.standard ? QWEN3_PATH_STANDARD : QWEN3_PATH_FUSED;
     qwen3_ctx_free(b->ctx);
     b->ctx = NULL;
     if (qwen3_ctx_create(&b->ctx, b->model, &d, err, sizeof err) != QWEN3_OK) die("cannot create a context", err);
@@ -330,7 +331,7 @@ static void create(bench *b, int ctx, int batch) {
 /* ---- single operations of the CUDA backend ------------------------------------------------------------------------ */
 typedef struct kernel_cost { double bytes, flop; } kernel_cost;     /* the least that must be moved, and computed */
 
-static kernel_cost cost_of(const bench *b, qwen3_cuda_op op, int rows, int ctx) {
+static kernel_cost cost_of(const bench *b, lab_op op, int rows, int ctx) {
     const qwen3i_config *c = &b->model->config;
     const double n = rows, embd = c->n_embd, ff = c->n_ff, q = (double)c->n_head * c->head_dim,
                  kv = (double)c->n_head_kv * c->head_dim;
@@ -341,22 +342,22 @@ static kernel_cost cost_of(const bench *b, qwen3_cuda_op op, int rows, int ctx) 
     const double most_rows = ctx > 0 ? 64 : 32, head_rows = n < most_rows ? n : most_rows, vocab = c->n_vocab;
     kernel_cost k = {0, 0};
     switch (op) {
-        case QWEN3_CUDA_NORM:      k.bytes = n * embd * (4 + act); break;
-        case QWEN3_CUDA_QKV_ROPE:  k.flop = 2 * n * embd * (q + 2 * kv);
+        case LAB_NORM:      k.bytes = n * embd * (4 + act); break;
+        case LAB_QKV_ROPE:  k.flop = 2 * n * embd * (q + 2 * kv);
                                    k.bytes = w * embd * (q + 2 * kv) + n * (embd * act + q * act + 2 * kv * cache); break;
-        case QWEN3_CUDA_ATTENTION: k.flop = 4 * seen * q; k.bytes = 2 * held * kv * cache + 2 * n * q * act; break;
-        case QWEN3_CUDA_O_PROJ:    k.flop = 2 * n * embd * q; k.bytes = w * embd * q + n * (q * act + 8 * embd); break;
-        case QWEN3_CUDA_MLP:       k.flop = 4 * n * embd * ff; k.bytes = 2 * w * embd * ff + n * (embd + ff) * act; break;
-        case QWEN3_CUDA_DOWN:      k.flop = 2 * n * embd * ff; k.bytes = w * embd * ff + n * (ff * act + 8 * embd); break;
-        case QWEN3_CUDA_HEAD:      k.flop = 2 * head_rows * embd * vocab;
+        case LAB_ATTENTION: k.flop = 4 * seen * q; k.bytes = 2 * held * kv * cache + 2 * n * q * act; break;
+        case LAB_O_PROJ:    k.flop = 2 * n * embd * q; k.bytes = w * embd * q + n * (q * act + 8 * embd); break;
+        case LAB_MLP:       k.flop = 4 * n * embd * ff; k.bytes = 2 * w * embd * ff + n * (embd + ff) * act; break;
+        case LAB_DOWN:      k.flop = 2 * n * embd * ff; k.bytes = w * embd * ff + n * (ff * act + 8 * embd); break;
+        case LAB_HEAD:      k.flop = 2 * head_rows * embd * vocab;
                                    k.bytes = w * embd * vocab + head_rows * 4 * (embd + vocab); break;
         default: break;
     }
     return k;
 }
 
-static void time_kernel(bench *b, const char *name, qwen3_cuda_op op, int rows, int ctx) {
-    const qwen3_cuda_kernels *k = qwen3_cuda_get_kernels();
+static void time_kernel(bench *b, const char *name, lab_op op, int rows, int ctx) {
+    const cuda_lab_functions *k = cuda_lab();
     const kernel_cost cost = cost_of(b, op, rows, ctx);
     double us[100], median, moved, computed;
     qwen3i_err err = qwen3i_ctx_err(b->ctx);
@@ -399,14 +400,14 @@ static void set_rows(bench *b, int rows, int ctx) {
     batch.seqs = seqs;
     batch.positions = positions;
     batch.n_rows = rows;
-    must(b, qwen3_cuda_get_kernels()->rows(b->ctx->state, &batch, &err), "rows");
+    must(b, cuda_lab()->rows(b->ctx->state, &batch, &err), "rows");
     free(seqs);
 }
 
 static void run_kernels(bench *b, int rows, int ctx) {
-    static const struct { const char *name; qwen3_cuda_op op; } ops[] = {
-        {"norm", QWEN3_CUDA_NORM}, {"qkv_rope", QWEN3_CUDA_QKV_ROPE}, {"attention", QWEN3_CUDA_ATTENTION},
-        {"o_proj", QWEN3_CUDA_O_PROJ}, {"mlp", QWEN3_CUDA_MLP}, {"down", QWEN3_CUDA_DOWN}, {"head", QWEN3_CUDA_HEAD}
+    static const struct { const char *name; lab_op op; } ops[] = {
+        {"norm", LAB_NORM}, {"qkv_rope", LAB_QKV_ROPE}, {"attention", LAB_ATTENTION},
+        {"o_proj", LAB_O_PROJ}, {"mlp", LAB_MLP}, {"down", LAB_DOWN}, {"head", LAB_HEAD}
     };
     qwen3i_err err;
     int i;
@@ -414,7 +415,7 @@ static void run_kernels(bench *b, int rows, int ctx) {
     create(b, ctx > 0 ? ctx + 2 : rows + 1, ctx > 0 ? rows : 1);
     err = qwen3i_ctx_err(b->ctx);
     if (b->product <= 0) {
-        must(b, qwen3_cuda_get_kernels()->limits(b->ctx->state, &b->stream, &b->product, &err), "limits");
+        must(b, cuda_lab()->limits(b->ctx->state, &b->stream, &b->product, &err), "limits");
         if (b->opt.json)
             printf("{\"limits\":\"%s\",\"stream_bytes_per_s\":%.5g,\"product_flop_per_s\":%.5g}\n", b->info.device_name,
                    b->stream, b->product);
@@ -423,7 +424,7 @@ static void run_kernels(bench *b, int rows, int ctx) {
     }
     for (i = 0; i < (ctx > 0 ? rows : 1); i++) fill_sequence(b, i, ctx > 0 ? ctx : rows);      /* nothing on zeros */
     set_rows(b, rows, ctx);
-    must(b, qwen3_cuda_get_kernels()->run(b->ctx->state, QWEN3_CUDA_EMBED, 0, 1, NULL, &err), "embed");
+    must(b, cuda_lab()->run(b->ctx->state, LAB_EMBED, 0, 1, NULL, &err), "embed");
     if (!b->opt.json) printf("%d rows%s, microseconds by the device's clock, weights of all layers in turn\n", rows,
                              ctx > 0 ? " of as many sequences" : "");
     for (i = 0; i < QWEN3I_COUNT(ops); i++) time_kernel(b, ops[i].name, ops[i].op, rows, ctx);
@@ -515,8 +516,10 @@ static void load(bench *b) {
         d.files = files;
         d.n_files = 2;
     }
-    if (HAVE_CUDA && !b->opt.cpu) { d.backend = qwen3_cuda_backend(); r = qwen3_load(&b->model, &d, err, sizeof err); }
-    else if (b->opt.cuda) die("--cuda: this program was built without CUDA", NULL);
+    if (HAVE_CUDA && !b->opt.cpu) {
+        d.backend = b->opt.standard ? cuda_lab_standard() : qwen3_cuda_backend();
+        r = qwen3_load(&b->model, &d, err, sizeof err);
+    } else if (b->opt.cuda) die("--cuda: this program was built without CUDA", NULL);
     if (r == QWEN3_ERR_DEVICE && !b->opt.cuda) { d.backend = NULL; r = qwen3_load(&b->model, &d, err, sizeof err); }
     if (r != QWEN3_OK) die(qwen3_result_string(r), err);
     b->info = qwen3_get_info(b->model);

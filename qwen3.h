@@ -305,7 +305,6 @@ QWEN3_API int          qwen3_chat_render(const qwen3_model *model, const qwen3_c
 
 /* ---- context --------------------------------------------------------------------------------- */
 enum { QWEN3_KV_DEFAULT = 0, QWEN3_KV_F32 = 1, QWEN3_KV_F16 = 2, QWEN3_KV_BF16 = 3 };
-enum { QWEN3_PATH_FUSED = 0, QWEN3_PATH_STANDARD = 1 };
 
 /* What a layer computes, in this order, for a probe: [n_rows, width] float32 */
 typedef enum qwen3_value {
@@ -328,7 +327,6 @@ typedef struct qwen3_ctx_desc {
     int   prefill_chunk;    /* tokens evaluated in one step; 0: the backend's choice                 */
     int   kv_type;          /* QWEN3_KV_*; default F16 (values beyond its range are clamped)          */
     int   threads;          /* CPU threads, the caller's included; 0: one a core                     */
-    int   kernels;          /* CUDA: QWEN3_PATH_FUSED, or STANDARD to compare with                   */
     void *stream;           /* CUDA: a cudaStream_t of the caller's to work on; NULL: one of our own  */
     float yarn_factor;      /* 0: as config.json says; else YaRN scaling, e.g. 4 for 131,072 positions */
     int (*cancel)(void *user);  /* polled often while evaluating; nonzero: the call returns STOPPED. */
@@ -609,38 +607,6 @@ struct qwen3_backend {
     qwen3_result (*set_logits)(void *ctx_state, int seq, const float *logits, const qwen3i_err *err);
 };
 
-/* The kernels of qwen3_cuda.cu one by one, for tests and benches: a model of any shape with a context, whose
-   float32 buffers can be set and read, and the operations on them. Rows: as in a batch. */
-typedef enum qwen3_cuda_buffer {        /* [n_rows, width] float32 */
-    QWEN3_CUDA_X, QWEN3_CUDA_H, QWEN3_CUDA_Q, QWEN3_CUDA_A, QWEN3_CUDA_M, QWEN3_CUDA_LOGITS
-} qwen3_cuda_buffer;                    /* n_embd, n_embd, q_dim, q_dim, n_ff, n_vocab (of the first 32 rows, or as many as sequences) */
-typedef enum qwen3_cuda_op {
-    QWEN3_CUDA_EMBED,                   /* X = rows of the embedding                      qwen3i_embed */
-    QWEN3_CUDA_NORM,                    /* H = rmsnorm(X) with the layer's attn_norm      qwen3i_rmsnorm */
-    QWEN3_CUDA_QKV_ROPE,                /* Q, and K and V in the cache, from H            qwen3i_matmul_qkv, _rmsnorm_heads, _rope */
-    QWEN3_CUDA_ATTENTION,               /* A from Q and the cache                         qwen3i_attention */
-    QWEN3_CUDA_O_PROJ,                  /* X += Wo A                                      qwen3i_matmul_add */
-    QWEN3_CUDA_MLP,                     /* M = silu(Wgate H) * (Wup H)                    qwen3i_swiglu */
-    QWEN3_CUDA_DOWN,                    /* X += Wdown M                                   qwen3i_matmul_add */
-    QWEN3_CUDA_HEAD,                    /* LOGITS = head rmsnorm(X)                       qwen3i_rmsnorm, qwen3i_matmul */
-    QWEN3_CUDA_STEP                     /* all of a decode step, as next() does it        */
-} qwen3_cuda_op;
-typedef struct qwen3_cuda_kernels {
-    const char  *(*no_device)(void);    /* NULL if device 0 can be used, else why not */
-    int          (*own_products)(const void *ctx, int rows);    /* do products of so many rows go without cuBLASLt? */
-    /* Row-wise RMSNorm by itself, from and to host memory; x of any type, in place on the device if it is F32. */
-    qwen3_result (*rmsnorm)(float *y, const void *x, qwen3i_type type, const float *gain, int n, int width, float eps,
-                            int repeat, float *us, const qwen3i_err *err);
-    /* ctx is the ctx_state of the backend's functions. Rows of the batch that the operations then work on. */
-    qwen3_result (*rows)(void *ctx, const qwen3i_batch *batch, const qwen3i_err *err);
-    qwen3_result (*put)(void *ctx, qwen3_cuda_buffer buffer, const float *from, const qwen3i_err *err);
-    qwen3_result (*get)(void *ctx, qwen3_cuda_buffer buffer, float *to, const qwen3i_err *err);
-    /* Run it `repeat` times on a layer (-1: on each in turn); us (may be NULL): mean microseconds by the device's clock. */
-    qwen3_result (*run)(void *ctx, qwen3_cuda_op op, int layer, int repeat, float *us, const qwen3i_err *err);
-    /* What the device can do: bytes read, and multiplications and additions of a large F16 product, in a second. */
-    qwen3_result (*limits)(void *ctx, double *bytes, double *flop, const qwen3i_err *err);
-} qwen3_cuda_kernels;
-
 /* ---- sizes: 64-bit arithmetic in which UINT64_MAX stands for all that does not fit ---- */
 static inline uint64_t qwen3i_size_add(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
 static inline uint64_t qwen3i_size_mul(uint64_t a, uint64_t b) {
@@ -685,7 +651,6 @@ typedef struct qwen3i_model_view { const qwen3i_config *config; const qwen3i_wei
 QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *model);
 /* freqs [head_dim / 2]: radians a position; yarn_factor 0: as the configuration says. Returns the factor for cosines and sines. */
 QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config, double yarn_factor);
-extern const qwen3_cuda_kernels *qwen3_cuda_get_kernels(void);  /* defined in qwen3_cuda.cu */
 #ifdef __cplusplus
 }
 #endif
@@ -7167,7 +7132,6 @@ static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_des
     if ((int64_t)d->prefill_chunk > (int64_t)d->max_ctx * d->max_seqs) d->prefill_chunk = d->max_ctx * d->max_seqs;
     if (d->kv_type == QWEN3_KV_DEFAULT) d->kv_type = QWEN3_KV_F16;
     if (d->kv_type < QWEN3_KV_F32 || d->kv_type > QWEN3_KV_BF16) return qwen3i_fail(err, QWEN3_ERR_ARG, "kv_type %d is unknown", d->kv_type);
-    if (d->kernels != QWEN3_PATH_FUSED && d->kernels != QWEN3_PATH_STANDARD) return qwen3i_fail(err, QWEN3_ERR_ARG, "kernels %d is unknown", d->kernels);
     if (d->threads < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "threads is negative");
     if (d->probe.show && m->backend != qwen3i_cpu_backend())
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "a probe needs the CPU backend");

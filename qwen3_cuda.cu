@@ -24,7 +24,8 @@
      and atomics only count integers. The same input gives the same bits.
 
    Rooms: errors and memory, model, context, matrix products, layer, steps (uploads, graphs, batches, decode
-   steps), the backend, single kernels for tests and benches. The kernels: qwen3_cuda_kernels.cuh.           */
+   steps), the backend. The kernels: qwen3_cuda_kernels.cuh. tests/cuda_lab.cu includes this file and adds what
+   only tests and benches want. */
 
 #define QWEN3_BACKEND_INTERFACE
 #include "qwen3.h"
@@ -151,7 +152,7 @@ static cudaError_t launch_clusters(bool early, int blocks, cudaStream_t stream, 
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 0;
-    if (early && QWEN3_CUDA_PDL) {
+    if (early) {
         attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
@@ -723,6 +724,7 @@ struct cuda_ctx {
     const cuda_model *m;
     qwen3_ctx_desc    desc;
     int               max_rows, group, kv_dim, q_dim, qkv_ld, act_ld, embd_ld, ff_ld;
+    bool              standard;                 /* one plain kernel for each operation: see tests/cuda_lab.cu */
     bool              own_stream, tiles;        /* tiles: the tensor core kernel does this model's attention */
     bool              wide, wide_kv;            /* many rows go through the kernels for Hopper; attention, too; ... */
     int               few_room[4];              /* clusters of 1, 2, 4, 8 blocks of few_product that run at once */
@@ -770,7 +772,6 @@ struct cuda_ctx {
 
     int        *current;                        /* [max_seqs] which of its KEPT logits are the sequence's */
     run_ahead   ahead;
-    int         lab_rows, lab_tiles;            /* of the batch that single kernels work on */
 };
 
 /* Rows whose logits are computed at a time: all sequences', as far as possible, and at least half of the most. */
@@ -797,7 +798,7 @@ static float *take_result(cuda_ctx *c, arena *a, int i, size_t n) {
 static void lay_out_device(cuda_ctx *c, arena *a) {
     const qwen3i_config *g = &c->m->config;
     const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
-    const size_t gemm = !c->wide ? rows : QWEN3_CUDA_FEW ? 0 : narrow;
+    const size_t gemm = c->wide ? 0 : rows;
     const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
     const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
     const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);
@@ -813,7 +814,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->qkv = take_result(c, a, 1, (c->wide_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
     c->gate_up = take_result(c, a, 2, gemm * 2 * c->ff_ld);
-    c->ff = a->take<float>((c->desc.kernels == QWEN3_PATH_STANDARD ? rows : (size_t)least(c->max_rows, MATVEC_ROWS)) *
+    c->ff = a->take<float>((c->standard ? rows : (size_t)least(c->max_rows, MATVEC_ROWS)) *
                            c->ff_ld);
     c->act = a->take<float>(gemm * c->act_ld);
     c->act_scale = a->take<float>(rows);
@@ -863,11 +864,12 @@ static void lay_out_host(cuda_ctx *c, arena *a) {
 }
 
 /* What follows from the model and the descriptor. */
-static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *desc) {
+static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *desc, bool standard) {
     const qwen3i_config *g = &m->config;
     memset(c, 0, sizeof *c);
     c->m = m;
     c->desc = *desc;
+    c->standard = standard;
     c->max_rows = most(desc->prefill_chunk, desc->max_seqs);
     c->group = g->n_head / g->n_head_kv;
     c->q_dim = g->n_head * g->head_dim;
@@ -878,9 +880,9 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
     c->act_ld = round_up(most(most(g->n_embd, g->n_ff), c->q_dim), 8);
     c->tiles = (g->head_dim == 64 || g->head_dim == 128) && c->group <= TILE_ROWS &&
                (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
-    c->wide = m->wide && desc->kernels != QWEN3_PATH_STANDARD;
+    c->wide = m->wide && !standard;
     c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
-    c->workspace_size = c->wide && QWEN3_CUDA_FEW ? 0 : WORKSPACE;         /* its products are all our own */
+    c->workspace_size = c->wide ? 0 : WORKSPACE;         /* its products are all our own */
     c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, FEW_MOST)) : c->max_rows;
 }
 
@@ -888,7 +890,7 @@ static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, con
     qwen3_memory bytes;
     arena device = {NULL, 0}, pinned = {NULL, 0}, host = {NULL, 0};
     cuda_ctx c;
-    shape_ctx(&c, (const cuda_model *)model_state, desc);
+    shape_ctx(&c, (const cuda_model *)model_state, desc, false);
     lay_out_device(&c, &device);
     lay_out_pinned(&c, &pinned);
     lay_out_host(&c, &host);
@@ -1053,7 +1055,7 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
         CUDA_TRY(cudaMemsetAsync(c->wide_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2, c->stream));
         CUDA_TRY(cudaMemsetAsync(c->wide_m, 0, (size_t)c->max_rows * g->n_ff * 2, c->stream));
     }
-    if (!c->wide || !QWEN3_CUDA_FEW)    /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
+    if (!c->wide)    /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
         for (const auto &r : c->results) CUDA_TRY(cudaMemsetAsync(r.at, 0, r.n * sizeof(float), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->best, 0, (size_t)c->desc.max_seqs * sizeof(u64), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)choice_rows(c) * sizeof(candidates), c->stream)); /* read whole */
@@ -1062,13 +1064,13 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
-static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
-                               const qwen3_ctx_desc *desc, const qwen3i_err *err) {
+static qwen3_result create_ctx_for(bool standard, void **ctx_state, void *model_state, const qwen3_model *model,
+                                   const qwen3_ctx_desc *desc, const qwen3i_err *err) {
     const cuda_model *m = (const cuda_model *)model_state;
     cuda_ctx *c = (cuda_ctx *)host_alloc(&desc->allocator, sizeof *c);
     *ctx_state = NULL;
     if (!c) return no_host_memory(err, sizeof *c);
-    shape_ctx(c, m, desc);
+    shape_ctx(c, m, desc, standard);
     const qwen3i_model_view view = qwen3_backend_view(model);      /* the tokenizer may have come after the weights */
     c->eos = view.eos;
     c->n_eos = view.n_eos;
@@ -1079,6 +1081,11 @@ static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_
     if (r == QWEN3_OK) *ctx_state = c;
     else free_ctx(c);
     return r;
+}
+
+static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
+                               const qwen3_ctx_desc *desc, const qwen3i_err *err) {
+    return create_ctx_for(false, ctx_state, model_state, model, desc, err);
 }
 
 /* ================================================================================================
@@ -1197,12 +1204,12 @@ static qwen3_result launched(const pass *p, cudaError_t e, const char *what) {
     return e == cudaSuccess ? QWEN3_OK : cuda_fail(p->err, e, what);
 }
 
-static bool goes_wide(const cuda_ctx *c, int n, int n_tiles) {
-    return c->wide && n > FEW_MOST && (n_tiles > 0 || !c->tiles || QWEN3_CUDA_FEW);
+static bool goes_wide(const cuda_ctx *c, int n) {
+    return c->wide && n > FEW_MOST;
 }
 
 /* Up to so many rows go through the matrix-vector kernels. */
-static int matvec_rows(const cuda_ctx *c) { return c->wide && QWEN3_CUDA_FEW ? FEW_LEAST - 1 : MATVEC_ROWS; }
+static int matvec_rows(const cuda_ctx *c) { return c->wide ? FEW_LEAST - 1 : MATVEC_ROWS; }
 
 /* Are q and what attention gives F16? */
 static bool halves(const pass *p) { return p->how == WIDE && p->c->wide_kv && p->n_tiles > 0; }
@@ -1215,8 +1222,8 @@ static bool gives_halves(const pass *p) {
 static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
     pass p;
     p.c = c; p.s = s; p.n = n; p.n_tiles = n_tiles;
-    p.how = c->desc.kernels == QWEN3_PATH_STANDARD ? STANDARD : n <= matvec_rows(c) ? MATVEC :
-            goes_wide(c, n, n_tiles) ? WIDE : c->wide && QWEN3_CUDA_FEW ? FEW : GEMM;
+    p.how = c->standard ? STANDARD : n <= matvec_rows(c) ? MATVEC :
+            goes_wide(c, n) ? WIDE : c->wide ? FEW : GEMM;
     p.n_outs = n;
     p.only_wanted = false;
     p.early = c->m->capability >= 90;
@@ -1338,7 +1345,7 @@ static size_t stream_shared(const matvec_in &in, int ring) { return stream_bytes
 /* The ring that lets two kernels' blocks be on a multiprocessor; where x is long, the short one; 0: neither fits. */
 static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
     const cuda_model *m = p->c->m;
-    if (!QWEN3_CUDA_STREAM || in.rows != 1 || w.type == QWEN3I_F32 || m->capability < 80) return 0;
+    if (in.rows != 1 || w.type == QWEN3I_F32 || m->capability < 80) return 0;
     if (stream_shared(in, STREAM_RING) <= m->sm_shared / 2 - 1024) return STREAM_RING;
     return stream_shared(in, STREAM_RING_SHORT) <= m->block_shared ? STREAM_RING_SHORT : 0;
 }
@@ -1386,7 +1393,7 @@ template <int RING> static cudaError_t stream_mlp(const pass *p, const matvec_in
 static int head_parts(const pass *p, const qkv_args &a) {
     const int heads = a.n_head + 2 * a.n_head_kv, n_sm = p->c->m->n_sm;
     int parts = 8;
-    if (p->c->m->capability < 90 || !QWEN3_CUDA_CLUSTERS) return 0;
+    if (p->c->m->capability < 90) return 0;
     while (parts > 1 && (heads * parts > n_sm || a.head_dim < parts * MATVEC_WARPS)) parts /= 2;
     return heads * parts <= n_sm && 8 * heads * parts >= 7 * n_sm ? parts : 0;
 }
@@ -1841,7 +1848,7 @@ struct decode_shape { int ranks, clusters, n_groups; };
 /* Two blocks fit on a multiprocessor, but one each leaves room for the kernels before and after. */
 static decode_shape shape_decode(const pass *p, const attention_args &a) {
     const cuda_model *m = p->c->m;
-    const bool halves = p->c->desc.kv_type != QWEN3_KV_F32, clusters = m->capability >= 90 && QWEN3_CUDA_CLUSTERS;
+    const bool halves = p->c->desc.kv_type != QWEN3_KV_F32, clusters = m->capability >= 90;
     decode_shape s = {0, 1, a.n_head_kv * ceil_div(a.n_head / a.n_head_kv, DECODE_HEADS)};
     if (!halves || a.head_dim != DECODE_DIM || m->capability < 80 || sizeof(decode_shared) > m->block_shared) return s;
     s.ranks = 1;
@@ -2038,7 +2045,7 @@ static qwen3_result head_logits(const pass *p, int first, int n, bool keep_only)
     if (n <= matvec_rows(c) && p->how != STANDARD)
         TRY(matvec<false>(p, keep_only ? c->kept : c->logits, vocab, keep_only ? c->rows + first : NULL, w, c->h,
                           c->embd_ld, n));
-    else if (c->wide && QWEN3_CUDA_FEW) {
+    else if (c->wide) {
         TRY(few_logits(p, keep_only ? c->kept : c->logits, keep_only ? c->rows + first : NULL, w, n));
         if (keep_only) return QWEN3_OK;
     } else {
@@ -2071,7 +2078,7 @@ template <class T> static cudaError_t send(cuda_ctx *c, T *to, const T *from, in
 
 /* The tiles of attention: consecutive tokens of one sequence. Returns how many. */
 static int make_tiles(const cuda_ctx *c, const qwen3i_batch *b, attention_tile *tiles) {
-    const int most_tokens = (c->wide_kv && goes_wide(c, b->n_rows, 1) ? WIDE_POS : TILE_ROWS) / c->group;
+    const int most_tokens = (c->wide_kv && goes_wide(c, b->n_rows) ? WIDE_POS : TILE_ROWS) / c->group;
     int n = 0;
     for (int i = 0; i < b->n_rows; i += tiles[n++].n_tokens) {
         attention_tile *t = &tiles[n];
@@ -2495,316 +2502,6 @@ static qwen3_result kv_write(void *ctx_state, int seq, int layer, int n_pos, con
     return finish_copies(c, e, err);
 }
 
-/* ================================================================================================
-   SINGLE KERNELS for tests and benches
-   ================================================================================================ */
-static const char *lab_no_device() {
-    int n = 0;
-    const cudaError_t e = cudaGetDeviceCount(&n);
-    if (e == cudaSuccess && n > 0) return NULL;
-    cudaGetLastError();
-    return e == cudaSuccess ? "there is no CUDA device" : cudaGetErrorString(e);
-}
-
-static int lab_own_products(const void *ctx_state, int rows) {
-    const cuda_ctx *c = (const cuda_ctx *)ctx_state;
-    return c->wide && (rows > FEW_MOST || (QWEN3_CUDA_FEW && rows > matvec_rows(c)));
-}
-
-struct timer {                          /* of the device, over what is enqueued between start and stop */
-    cudaEvent_t from, to;
-    timer() : from(NULL), to(NULL) {}
-    ~timer() { if (from) cudaEventDestroy(from); if (to) cudaEventDestroy(to); }
-    cudaError_t start(cudaStream_t s) {
-        cudaError_t e = cudaEventCreate(&from);
-        if (e == cudaSuccess) e = cudaEventCreate(&to);
-        return e == cudaSuccess ? cudaEventRecord(from, s) : e;
-    }
-    cudaError_t stop(cudaStream_t s, int repeat, float *us) {
-        float ms = 0;
-        cudaError_t e = cudaEventRecord(to, s);
-        if (e == cudaSuccess) e = cudaEventSynchronize(to);
-        if (e == cudaSuccess) e = cudaEventElapsedTime(&ms, from, to);
-        if (us) *us = 1000 * ms / (float)repeat;
-        return e;
-    }
-private:
-    timer(const timer &);
-    timer &operator=(const timer &);
-};
-
-static qwen3_result lab_norm_on_device(char *memory, float *y, const void *x, qwen3i_type type, const float *gain,
-                                       int n, int width, float eps, int repeat, float *us, const qwen3i_err *err) {
-    const size_t count = (size_t)n * width, bytes = (count * 4 + 255) / 256 * 256;
-    float *dy = (float *)(void *)memory, *dg = (float *)(void *)(memory + 2 * bytes);
-    char *dx = memory + bytes;
-    timer t;
-    CUDA_TRY(cudaMemcpy(dx, x, count * qwen3i_type_size(type), cudaMemcpyHostToDevice));
-    CUDA_TRY(cudaMemcpy(dg, gain, (size_t)width * 4, cudaMemcpyHostToDevice));
-    CUDA_TRY(t.start(0));
-    for (int i = 0; i < repeat; i++) {
-        if (type == QWEN3I_F32)
-            CUDA_TRY(launch_rmsnorm(false, 0, repeat > 1 ? dy : (float *)(void *)dx, width,
-                                           (const float *)(void *)dx, width, NULL, dg, n, 1, width, 0, eps));
-        else if (type == QWEN3I_F16)
-            CUDA_TRY(launch_rmsnorm(false, 0, dy, width, (const half_t *)(void *)dx, width, NULL, dg, n, 1,
-                                            width, 0, eps));
-        else
-            CUDA_TRY(launch_rmsnorm(false, 0, dy, width, (const bf16_t *)(void *)dx, width, NULL, dg, n, 1,
-                                            width, 0, eps));
-    }
-    CUDA_TRY(t.stop(0, repeat, us));
-    CUDA_TRY(cudaMemcpy(y, type == QWEN3I_F32 && repeat == 1 ? (const float *)(void *)dx : dy, count * 4,
-                        cudaMemcpyDeviceToHost));
-    return QWEN3_OK;
-}
-
-static qwen3_result lab_rmsnorm(float *y, const void *x, qwen3i_type type, const float *gain, int n, int width,
-                                float eps, int repeat, float *us, const qwen3i_err *err) {
-    const size_t bytes = ((size_t)n * width * 4 + 255) / 256 * 256;
-    char *memory = NULL;
-    TRY(device_alloc(&memory, 2 * bytes + (size_t)width * 4, "a test", err));
-    const qwen3_result r = lab_norm_on_device(memory, y, x, type, gain, n, width, eps, repeat, us, err);
-    cudaFree(memory);
-    return r;
-}
-
-/* The rows that the operations below work on. */
-static qwen3_result lab_rows(void *ctx_state, const qwen3i_batch *b, const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
-    device_guard guard(c->m->device);
-    CUDA_TRY(guard.status);
-    c->ahead.n = 0;
-    c->lab_rows = b->n_rows;
-    return upload_batch(c, b, &c->lab_tiles, err);
-}
-
-struct lab_view { float *data; int width, ld; const matrix *act; };     /* act: the rows are c->act, as input of this */
-
-static lab_view lab_buffer(const pass *p, qwen3_cuda_buffer buffer) {
-    const cuda_ctx *c = p->c;
-    const qwen3i_config *g = &c->m->config;
-    const layer_weights *w = &c->m->layers[0];
-    lab_view v = {c->x, g->n_embd, c->embd_ld, NULL};
-    const bool act = p->how != MATVEC;
-    switch (buffer) {
-        case QWEN3_CUDA_H: v.data = c->h; if (act) v.act = &w->qkv; break;
-        case QWEN3_CUDA_Q: v.data = c->qkv; v.width = c->q_dim; v.ld = c->qkv_ld; break;
-        case QWEN3_CUDA_A: v.data = c->attn; v.width = v.ld = c->q_dim; break;
-        case QWEN3_CUDA_M:
-            v.data = act ? c->gate_up : c->ff;
-            v.width = g->n_ff;
-            v.ld = c->ff_ld;
-            if (act) v.act = &w->w_down;
-            break;
-        case QWEN3_CUDA_LOGITS: v.data = c->logits; v.width = v.ld = g->n_vocab; break;
-        default: break;
-    }
-    return v;
-}
-
-/* The rows of a batch that goes through the kernels for Hopper; scale NULL: they are F16 as they are. */
-struct wide_view { half_t *rows; float *scale; int width; };
-
-static bool wide_buffer(const pass *p, qwen3_cuda_buffer buffer, wide_view *v) {
-    const cuda_ctx *c = p->c;
-    const wide_view h = {c->wide_act, c->act_scale, c->m->config.n_embd}, q = {c->wide_q, NULL, c->q_dim},
-                    a = {c->wide_act, NULL, c->q_dim}, m = {c->wide_m, c->ff_scale, c->m->config.n_ff};
-    if ((p->how != WIDE && p->how != FEW) || buffer == QWEN3_CUDA_X || buffer == QWEN3_CUDA_LOGITS) return false;
-    if ((buffer == QWEN3_CUDA_Q && !halves(p)) || (buffer == QWEN3_CUDA_A && !gives_halves(p))) return false;
-    *v = buffer == QWEN3_CUDA_H ? h : buffer == QWEN3_CUDA_Q ? q : buffer == QWEN3_CUDA_A ? a : m;
-    return true;
-}
-
-static qwen3_result copy_wide(const pass *p, qwen3_cuda_buffer buffer, const wide_view &v, float *floats,
-                              const float *from, float *to) {
-    const cuda_ctx *c = p->c;
-    const size_t bytes = (size_t)p->n * v.width * sizeof(float);
-    const qwen3i_err *err = p->err;
-    if (from) {
-        CUDA_TRY(cudaMemcpyAsync(floats, from, bytes, cudaMemcpyHostToDevice, p->s));
-        RUN(grid1(p->n), 256, 0, round_rows_kernel<half_t>, v.rows, v.scale, (const float *)floats, v.width, v.width,
-            v.width, (size_t)0);
-        if (buffer == QWEN3_CUDA_H)
-            RUN(grid1(p->n), 256, 0, ff_scale_kernel, c->ff_scale, (const float *)c->m->layers[0].gate_up.bounds,
-                (const float *)floats, v.width);
-    } else {
-        RUN(grid1(p->n), 256, 0, act_to_float_kernel<half_t>, floats, (const half_t *)v.rows, (const float *)v.scale,
-            v.width, v.width, (size_t)0);
-        CUDA_TRY(cudaMemcpyAsync(to, floats, bytes, cudaMemcpyDeviceToHost, p->s));
-    }
-    CUDA_TRY(cudaStreamSynchronize(p->s));
-    return QWEN3_OK;
-}
-
-/* To or from such rows, whichever is not NULL. */
-static qwen3_result lab_wide(const pass *p, qwen3_cuda_buffer buffer, const wide_view &v, const float *from, float *to) {
-    char *floats = NULL;
-    TRY(device_alloc(&floats, (size_t)p->n * v.width * sizeof(float), "a test", p->err));
-    const qwen3_result r = copy_wide(p, buffer, v, (float *)(void *)floats, from, to);
-    cudaFree(floats);
-    return r;
-}
-
-static qwen3_result lab_put(void *ctx_state, qwen3_cuda_buffer buffer, const float *from, const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
-    device_guard guard(c->m->device);
-    const pass p = make_pass(c, c->stream, c->lab_rows, c->lab_tiles, err);
-    const lab_view v = lab_buffer(&p, buffer);
-    wide_view wide;
-    CUDA_TRY(guard.status);
-    if (wide_buffer(&p, buffer, &wide)) return lab_wide(&p, buffer, wide, from, NULL);
-    CUDA_TRY(cudaMemset2DAsync(v.data, (size_t)v.ld * 4, 0, (size_t)v.width * 4, (size_t)p.n, c->stream));
-    CUDA_TRY(cudaMemcpy2DAsync(v.data, (size_t)v.ld * 4, from, (size_t)v.width * 4, (size_t)v.width * 4, (size_t)p.n,
-                               cudaMemcpyHostToDevice, c->stream));
-    if (v.act) TRY(round_rows(&p, *v.act, v.data, v.ld, p.n));
-    CUDA_TRY(cudaStreamSynchronize(c->stream));
-    return QWEN3_OK;
-}
-
-static qwen3_result lab_get(void *ctx_state, qwen3_cuda_buffer buffer, float *to, const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
-    device_guard guard(c->m->device);
-    const pass p_ = make_pass(c, c->stream, c->lab_rows, c->lab_tiles, err), *p = &p_;
-    const lab_view v = lab_buffer(p, buffer);
-    wide_view wide;
-    CUDA_TRY(guard.status);
-    if (wide_buffer(p, buffer, &wide)) return lab_wide(p, buffer, wide, NULL, to);
-    if (v.act && v.act->type == QWEN3I_F32)
-        RUN(grid1(p->n), 256, 0, act_to_float_kernel<float>, v.data, (const float *)c->act, (const float *)NULL,
-            v.width, v.ld, (size_t)0);
-    else if (v.act)
-        RUN(grid1(p->n), 256, 0, act_to_float_kernel<half_t>, v.data, (const half_t *)c->act,
-            (const float *)c->act_scale, v.width, v.ld, rest_of(*v.act, p->n));
-    CUDA_TRY(cudaMemcpy2DAsync(to, (size_t)v.width * 4, v.data, (size_t)v.ld * 4, (size_t)v.width * 4, (size_t)p->n,
-                               cudaMemcpyDeviceToHost, c->stream));
-    CUDA_TRY(cudaStreamSynchronize(c->stream));
-    return QWEN3_OK;
-}
-
-
-static qwen3_result lab_one(pass *p, qwen3_cuda_op op, int layer) {
-    const layer_weights *w = &p->c->m->layers[layer];
-    const int n = least(p->n, head_rows(p->c));
-    switch (op) {
-        case QWEN3_CUDA_EMBED:     return embed(p);
-        case QWEN3_CUDA_NORM:      return norm(p, w->attn_norm, w->qkv);
-        case QWEN3_CUDA_QKV_ROPE:  return qkv_rope(p, layer);
-        case QWEN3_CUDA_ATTENTION: return attention(p, layer);
-        case QWEN3_CUDA_O_PROJ:    TRY(o_proj(p, layer)); return add_pending(p);
-        case QWEN3_CUDA_MLP:       return mlp(p, layer);
-        case QWEN3_CUDA_DOWN:      TRY(down_proj(p, layer)); return add_pending(p);
-        case QWEN3_CUDA_HEAD:      TRY(head_norm(p, 0, n)); return head_logits(p, 0, n, false);
-        case QWEN3_CUDA_STEP:      return run_step(p->c, p->n, p->err);
-    }
-    return qwen3i_fail(p->err, QWEN3_ERR_ARG, "there is no operation %d", (int)op);
-}
-
-/* As one graph, since launches one by one would be what is timed; once before, which makes plans and loads code. */
-static qwen3_result lab_time(cuda_ctx *c, qwen3_cuda_op op, int layer, int repeat, float *us, const qwen3i_err *err) {
-    pass p = make_pass(c, c->stream, c->lab_rows, c->lab_tiles, err);
-    cudaGraphExec_t graph = NULL;
-    TRY(lab_one(&p, op, most(layer, 0)));
-    p = make_pass(c, c->capture, c->lab_rows, c->lab_tiles, err);
-    TRY(capture(c, &graph, [&]() -> qwen3_result {
-        for (int i = 0; i < repeat; i++) TRY(lab_one(&p, op, layer < 0 ? i % c->m->config.n_layer : layer));
-        return QWEN3_OK;
-    }, err));
-    timer t;
-    cudaError_t e = t.start(c->stream);
-    if (e == cudaSuccess) e = cudaGraphLaunch(graph, c->stream);
-    if (e == cudaSuccess) e = t.stop(c->stream, repeat, us);
-    cudaGraphExecDestroy(graph);
-    return e == cudaSuccess ? QWEN3_OK : cuda_fail(err, e, "a measurement");
-}
-
-static qwen3_result lab_run(void *ctx_state, qwen3_cuda_op op, int layer, int repeat, float *us,
-                            const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
-    device_guard guard(c->m->device);
-    CUDA_TRY(guard.status);
-    if (repeat > 1 && op != QWEN3_CUDA_STEP) return lab_time(c, op, layer, repeat, us, err);
-    pass p = make_pass(c, c->stream, c->lab_rows, c->lab_tiles, err);
-    timer t;
-    CUDA_TRY(t.start(c->stream));
-    for (int i = 0; i < repeat; i++) TRY(lab_one(&p, op, layer < 0 ? i % c->m->config.n_layer : layer));
-    CUDA_TRY(t.stop(c->stream, repeat, us));
-    return QWEN3_OK;
-}
-
-/* The median of five timings of f, in seconds. */
-template <class F> static qwen3_result time_of(cudaStream_t s, double *seconds, F f, const qwen3i_err *err) {
-    float us[5];
-    TRY(f());                           /* makes the plan, loads the code */
-    for (int i = 0; i < 5; i++) {
-        timer t;
-        int at = i;
-        CUDA_TRY(t.start(s));
-        TRY(f());
-        float now = 0;
-        CUDA_TRY(t.stop(s, 1, &now));
-        for (; at > 0 && us[at - 1] > now; at--) us[at] = us[at - 1];
-        us[at] = now;
-    }
-    *seconds = (double)us[2] * 1e-6;
-    return QWEN3_OK;
-}
-
-#ifdef QWEN3_CUDA_EMULATED
-const int LIMIT_SIZE = 64;
-#else
-const int LIMIT_SIZE = 8192;            /* rows and columns of the matrices */
-#endif
-
-static qwen3_result measure_limits(cuda_ctx *c, char *memory, double *bytes, double *flop, const qwen3i_err *err) {
-    const size_t n = (size_t)LIMIT_SIZE * LIMIT_SIZE, size = 8 * n;     /* two of F16, one of float32; read as one */
-    const int times = 4;
-    const int blocks = 2 * c->m->n_sm;
-    float *y = (float *)(void *)memory;
-    half_t *x = (half_t *)(void *)(y + n);
-    matrix w;
-    double seconds = 0;
-    memset(&w, 0, sizeof w);
-    w.data = x + n;
-    w.rows = w.cols = w.ld = LIMIT_SIZE;
-    w.type = QWEN3I_F16;
-    w.terms = 1;
-    w.scale = 1;
-    CUDA_TRY(launch(c->stream, grid1(blocks), 256, 0, random_halves_kernel, (half_t *)(void *)memory, size / 2));
-    TRY(time_of(c->stream, &seconds, [&]() -> qwen3_result {
-        for (int i = 0; i < times; i++)
-            CUDA_TRY(launch(c->stream, grid1(c->m->n_sm), 512, 0, read_kernel, (unsigned *)(void *)memory,
-                            (const uint4 *)(const void *)memory, size / 16));
-        return QWEN3_OK;
-    }, err));
-    *bytes = times * (double)size / seconds;
-    TRY(time_of(c->stream, &seconds, [&]() -> qwen3_result {
-        for (int i = 0; i < times; i++)
-            TRY(product(c, c->stream, y, LIMIT_SIZE, w, 0, LIMIT_SIZE, x, LIMIT_SIZE, err));
-        return QWEN3_OK;
-    }, err));
-    *flop = times * 2.0 * (double)n * LIMIT_SIZE / seconds;
-    return QWEN3_OK;
-}
-
-static qwen3_result lab_limits(void *ctx_state, double *bytes, double *flop, const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
-    device_guard guard(c->m->device);
-    char *memory = NULL;
-    CUDA_TRY(guard.status);
-    void *const workspace = c->workspace;
-    const size_t size = c->workspace_size, matrices = 8 * (size_t)LIMIT_SIZE * LIMIT_SIZE;
-    TRY(device_alloc(&memory, matrices + WORKSPACE, "a measurement", err));
-    c->workspace = memory + matrices;
-    c->workspace_size = WORKSPACE;
-    const qwen3_result r = measure_limits(c, memory, bytes, flop, err);
-    c->workspace = workspace;
-    c->workspace_size = size;
-    for (int i = 0; i < N_PLANS; i++) destroy_plan(&c->plans[i]);       /* they may ask for what is gone */
-    cudaFree(memory);
-    return r;
-}
-
 } /* namespace */
 
 extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
@@ -2814,10 +2511,4 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
         ctx_memory, create_ctx, free_ctx, forward, logits, next, seq_copy, kv_read, kv_write, set_logits
     };
     return &backend;
-}
-
-extern "C" const qwen3_cuda_kernels *qwen3_cuda_get_kernels(void) {
-    static const qwen3_cuda_kernels kernels = { lab_no_device, lab_own_products, lab_rmsnorm, lab_rows, lab_put, lab_get,
-                                                lab_run, lab_limits };
-    return &kernels;
 }

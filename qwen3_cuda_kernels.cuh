@@ -36,25 +36,16 @@ static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1
 /* ================================================================================================
    DEVICE HELPERS
    ================================================================================================ */
-/* With QWEN3_CUDA_PDL the kernels of a decode step start while the one before still runs (sm_90 on; on an H200 worth
+/* The kernels of a decode step start while the one before still runs (sm_90 on; on an H200 worth
    11 % of the speed of 0.6B, 1 % of that of 8B): each waits for its results before it touches anything but weights
    and what is older, and says when its own blocks have little left to do. */
-#ifndef QWEN3_CUDA_PDL
-#define QWEN3_CUDA_PDL 1                /* 0: off; 1: it says so when its sums are done, 2: as soon as it may */
-#endif
-#ifndef QWEN3_CUDA_CLUSTERS
-#define QWEN3_CUDA_CLUSTERS 1           /* few rows on Hopper: heads and attention by clusters of blocks */
-#endif
-#ifndef QWEN3_CUDA_STREAM
-#define QWEN3_CUDA_STREAM 1             /* one row: weights on their way to shared memory before their input exists */
-#endif
 static __device__ __forceinline__ void wait_for_previous() {
-#if QWEN3_CUDA_PDL && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 static __device__ __forceinline__ void let_next_start() {
-#if QWEN3_CUDA_PDL && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
@@ -643,12 +634,11 @@ template <class W, int R, int NR> static __device__ __forceinline__ void dot_row
 #pragma unroll
         for (int r = 0; r < R; r++) acc[j][r] = 0;
     QWEN3_LOAD(0);
-    if (QWEN3_CUDA_PDL && in.near)      /* ... and the rest brought as near as possible */
+    if (in.near)      /* ... and the rest brought as near as possible */
         for (int k = BATCH + lane * (128 / (int)sizeof(W)); k < in.ldw; k += 32 * (128 / (int)sizeof(W)))
 #pragma unroll
             for (int j = 0; j < NR; j++) if (rows[j] >= 0) prefetch(w + (size_t)rows[j] * in.ldw + k);
     wait_for_previous();
-    if (QWEN3_CUDA_PDL > 1) let_next_start();
     for (int tile = 0; tile < in.k; tile += TILE) {
         const int left = in.k - tile, n = left < TILE ? round_up(left, BATCH) : TILE;
         __syncthreads();
@@ -684,7 +674,7 @@ template <class W, int R, int NR> static __device__ __forceinline__ void dot_row
         }
     }
 #undef QWEN3_LOAD
-    if (QWEN3_CUDA_PDL == 1) let_next_start();
+    let_next_start();
 #pragma unroll
     for (int j = 0; j < NR; j++)
 #pragma unroll
@@ -727,7 +717,6 @@ template <class W, int R, int NR, bool ADD> static __global__ void __launch_boun
         }
     }
 }
-
 
 /* mlp: y[r, i] = silu(gate_i) * up_i in float32, where gate = W[0 .. n_ff) x[r] and up = W[n_ff .. 2 n_ff) x[r].
    A warp has at most P pairs of rows. Equals qwen3i_swiglu of the two products. */
@@ -1393,8 +1382,7 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
     /* the rows were written several kernels before, the cache up to this position by earlier steps */
     const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z), active = ceil_div(n, length);
     const int begin = (int)blockIdx.z * length, end = begin + length < n ? begin + length : n;
-    if (QWEN3_CUDA_PDL)
-        prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end);
+    prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end);
     wait_for_previous();
     let_next_start();
     if (begin >= n) return;
@@ -2585,42 +2573,6 @@ static __global__ void bf16_to_f16_kernel(unsigned short *w, size_t n, const uns
         w[i] = __half_as_ushort(__float2half_rn(__uint_as_float((unsigned)w[i] << 16) * up));
 }
 
-/* act_to_float: out[row, :] = act[row, :] * scale[row]. One block a row. */
-template <class O> static __global__ void act_to_float_kernel(float *out, const O *act, const float *scale, int width,
-                                                              int ld, size_t rest) {
-    for (int i = tid(); i < width; i += n_threads()) {
-        const size_t at = (size_t)blockIdx.x * ld + i;
-        out[at] = (to_float(act[at]) + (rest ? to_float(act[at + rest]) : 0.0f)) * (scale ? scale[blockIdx.x] : 1.0f);
-    }
-}
-
-/* ================================================================================================
-   KERNELS: what the device can do, for benches
-   ================================================================================================ */
-/* random_halves: n F16 values of about [-1, 1). */
-static __global__ void random_halves_kernel(half_t *p, size_t n) {
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
-        unsigned h = (unsigned)i * 2654435761u;
-        h = (h ^ h >> 15) * 2246822519u;
-        h = (h ^ h >> 13) * 3266489917u;
-        p[i] = __float2half_rn((float)(int)(h >> 16) / 32768.0f - 1.0f);
-    }
-}
-
-/* read: n times 16 bytes, eight on their way in each thread. *sum is written so that the loads stay. */
-static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const uint4 *p, size_t n) {
-    const size_t step = (size_t)gridDim.x * blockDim.x;
-    unsigned total = 0;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += 8 * step) {
-        uint4 v[8];
-#pragma unroll
-        for (int u = 0; u < 8; u++) v[u] = i + u * step < n ? load_stream(p + i + u * step) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-        for (int u = 0; u < 8; u++) total += v[u].x ^ v[u].y ^ v[u].z ^ v[u].w;
-    }
-    if (total == 1) *sum = total;
-}
-
 /* ================================================================================================
    KERNELS: many rows on Hopper (sm_90a). Tiles come by TMA to shared memory, where warpgroup products (wgmma) read
    them; one warp loads, two warpgroups multiply. Everything here has a portable twin above or in cuBLASLt.
@@ -2628,11 +2580,6 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(QWEN3_CUDA_EMULATED)
 #define QWEN3_WGMMA 1
 #endif
-
-#ifndef QWEN3_CUDA_FEW
-#define QWEN3_CUDA_FEW 1                /* products of 2 to 64 rows in kernels of their own, too; 0: in cuBLASLt */
-#endif
-
 
 const int WIDE_M       = 128;           /* rows of x and ... */
 const int WIDE_N       = 128;           /* ... of W in a part of a tile of a product, of which there are one or two; ... */
@@ -2958,18 +2905,6 @@ template <int K> static __global__ void __launch_bounds__(norm_threads(K))
     }
 #pragma unroll
     for (int k = 0; k < K; k++) if (at + k * step < width) store_row(out + (size_t)row * width + at + k * step, v[k], h);
-}
-
-/* ff_scale: for rows of h that wide_norm has not made. in [rows, width]; one block a row. */
-static __global__ void ff_scale_kernel(float *ff_scale, const float *bounds, const float *in, int width) {
-    __shared__ float shared[32];
-    float sum = 0;
-    for (int i = tid(); i < width; i += n_threads()) {
-        const float v = in[(size_t)blockIdx.x * width + i];
-        sum += v * v;
-    }
-    sum = block_sum(sum, shared);
-    if (tid() == 0) ff_scale[blockIdx.x] = ff_scale_of(sqrtf(sum), bounds);
 }
 
 /* row_norms: *most = the largest norm of n rows of W = w * scale, one warp a row; *most is 0 before. */

@@ -317,7 +317,7 @@ static void test_api_ctx_rejects(void) {
         if (i == 2) d.max_seqs = -1;
         if (i == 3) d.prefill_chunk = -1;
         if (i == 4) d.kv_type = 9;
-        if (i == 5) d.kernels = 7;
+        if (i == 5) d.kv_type = 4;
         if (i == 6) d.threads = -2;
         if (i == 7) d.yarn_factor = -1;
         if (i == 8) d.allocator.alloc = nowhere_alloc;

@@ -5,6 +5,7 @@
 #define QWEN3_TESTS_TEST_CUDA_H
 #include "fixture.h"
 #include "test_parity.h"
+#include "cuda_lab.h"
 
 #define CUDA_EXACT   1e-6       /* float32 results: ||a - b|| / ||b|| */
 #define CUDA_PRODUCT 4e-6       /* through cuBLASLt: the tensor cores cut their sums off instead of rounding them */
@@ -52,6 +53,7 @@ typedef struct lab {
     qwen3i_exec  exec;
     qwen3i_pool  pool;
     void        *state, *ctx;
+    int          kernels;               /* LAB_FUSED, or LAB_STANDARD */
     void        *owned[32];
     int          n_owned;
     uint64_t     seed;
@@ -165,10 +167,19 @@ static int lab_load(lab *l, const lab_shape *s, qwen3i_type type) {
     return LAB_OK(l, qwen3_cuda_backend()->model_create(&l->state, &l->model, &load, &l->err));
 }
 
+static const qwen3_backend *lab_backend(int kernels) {
+    return kernels == LAB_STANDARD ? cuda_lab_standard() : qwen3_cuda_backend();
+}
+
 static int lab_context(lab *l, const qwen3_ctx_desc *desc) {
     l->desc = *desc;
     l->model.config.max_ctx = desc->max_ctx;
-    return LAB_OK(l, qwen3_cuda_backend()->ctx_create(&l->ctx, l->state, &l->model, desc, &l->err));
+    return LAB_OK(l, lab_backend(l->kernels)->ctx_create(&l->ctx, l->state, &l->model, desc, &l->err));
+}
+
+static int lab_choose_context(lab *l, const qwen3_ctx_desc *desc, int kernels) {
+    l->kernels = kernels;
+    return lab_context(l, desc);
 }
 
 static int lab_open(lab *l, const lab_shape *s, qwen3i_type type, const qwen3_ctx_desc *desc) {
@@ -199,21 +210,21 @@ static void lab_make_rows(lab *l, lab_rows *r, int n, int n_seqs, int before) {
     r->batch.seqs = r->seqs;
     r->batch.positions = r->positions;
     r->batch.n_rows = n;
-    LAB_OK(l, qwen3_cuda_get_kernels()->rows(l->ctx, &r->batch, &l->err));
+    LAB_OK(l, cuda_lab()->rows(l->ctx, &r->batch, &l->err));
 }
 
-static void lab_run(lab *l, qwen3_cuda_op op) {
-    LAB_OK(l, qwen3_cuda_get_kernels()->run(l->ctx, op, 0, 1, NULL, &l->err));
+static void lab_run(lab *l, lab_op op) {
+    LAB_OK(l, cuda_lab()->run(l->ctx, op, 0, 1, NULL, &l->err));
 }
-static void lab_put(lab *l, qwen3_cuda_buffer b, const float *v) {
-    LAB_OK(l, qwen3_cuda_get_kernels()->put(l->ctx, b, v, &l->err));
+static void lab_put(lab *l, lab_buffer b, const float *v) {
+    LAB_OK(l, cuda_lab()->put(l->ctx, b, v, &l->err));
 }
-static void lab_get(lab *l, qwen3_cuda_buffer b, float *v) {
-    LAB_OK(l, qwen3_cuda_get_kernels()->get(l->ctx, b, v, &l->err));
+static void lab_get(lab *l, lab_buffer b, float *v) {
+    LAB_OK(l, cuda_lab()->get(l->ctx, b, v, &l->err));
 }
 
 /* What a buffer holds against what it should, then both are freed. */
-static void lab_check(lab *l, const char *what, qwen3_cuda_buffer b, float *want, int rows, int width, double limit) {
+static void lab_check(lab *l, const char *what, lab_buffer b, float *want, int rows, int width, double limit) {
     float *got = floats((size_t)rows * (size_t)width);
     double e;
     lab_get(l, b, got);
@@ -221,7 +232,7 @@ static void lab_check(lab *l, const char *what, qwen3_cuda_buffer b, float *want
     if (test_verbose) printf("    %-10s %4d rows, width %5d: %.2e\n", what, rows, width, e);
     CHECK_MSG(e <= limit, "%s, %d rows, width %d, head_dim %d, %s cache, %s: error %.3g", what, rows, width,
               l->model.config.head_dim, cuda_type_name((qwen3i_type)l->desc.kv_type),
-              l->desc.kernels ? "standard" : "fused", e);
+              l->kernels ? "standard" : "fused", e);
     free(got);
     free(want);
 }
@@ -260,15 +271,15 @@ static void lab_fill_cache(lab *l, int n, char **k, char **v) {
 }
 
 /* ---- each operation ------------------------------------------------------------------------------------- */
-static int lab_own_products(const lab *l, int n) { return qwen3_cuda_get_kernels()->own_products(l->ctx, n); }
+static int lab_own_products(const lab *l, int n) { return cuda_lab()->own_products(l->ctx, n); }
 
 static double lab_exact(const lab *l, int n) {
-    return (n > 8 || l->desc.kernels == QWEN3_PATH_STANDARD) && !lab_own_products(l, n) ? CUDA_PRODUCT : CUDA_EXACT;
+    return (n > 8 || l->kernels == LAB_STANDARD) && !lab_own_products(l, n) ? CUDA_PRODUCT : CUDA_EXACT;
 }
 
 static int lab_rounds(const lab *l, int n) {
     return l->layer.wq.type != QWEN3I_F32 &&
-           (n > 8 || lab_own_products(l, n) || l->desc.kernels == QWEN3_PATH_STANDARD);
+           (n > 8 || lab_own_products(l, n) || l->kernels == LAB_STANDARD);
 }
 
 /* With these kernels q and what attention gives are rounded once, as the cache is, if that is F16. */
@@ -280,8 +291,8 @@ static void lab_check_embed(lab *l, const lab_rows *r) {
     int n = r->batch.n_rows, width = l->model.config.n_embd;
     float *want = floats((size_t)n * (size_t)width);
     qwen3i_embed(&l->exec, want, &l->model.weights.embed, r->tokens, n);
-    lab_run(l, QWEN3_CUDA_EMBED);
-    lab_check(l, "embed", QWEN3_CUDA_X, want, n, width, 0);
+    lab_run(l, LAB_EMBED);
+    lab_check(l, "embed", LAB_X, want, n, width, 0);
 }
 
 /* RMSNorm of a row x of the residual, in double: float32 sums over rows as wide as real ones would put nearly as much
@@ -305,9 +316,9 @@ static void lab_check_norm(lab *l, int n, float size) {
         lab_norm_row(l, y, x + row, l->layer.attn_norm);
         for (k = 0; k < width; k++) want[row + (size_t)k] = (float)y[k];
     }
-    lab_put(l, QWEN3_CUDA_X, x);
-    lab_run(l, QWEN3_CUDA_NORM);
-    lab_check(l, "norm", QWEN3_CUDA_H, want, n, width, lab_rounds(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
+    lab_put(l, LAB_X, x);
+    lab_run(l, LAB_NORM);
+    lab_check(l, "norm", LAB_H, want, n, width, lab_rounds(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
     free(x);
     free(y);
 }
@@ -352,9 +363,9 @@ static void lab_check_qkv(lab *l, const lab_rows *r) {
         qwen3i_rope(ki, cosines + (size_t)i * (size_t)half, sines + (size_t)i * (size_t)half, c->n_head_kv,
                     c->head_dim);
     }
-    lab_put(l, QWEN3_CUDA_H, h);
-    lab_run(l, QWEN3_CUDA_QKV_ROPE);
-    lab_check(l, "q", QWEN3_CUDA_Q, q, n, q_dim, lab_halves(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
+    lab_put(l, LAB_H, h);
+    lab_run(l, LAB_QKV_ROPE);
+    lab_check(l, "q", LAB_Q, q, n, q_dim, lab_halves(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
     got = lab_cached(l, r, 0, 0);
     CHECK_MSG(cuda_one_rounding(got, k, (size_t)n * (size_t)kv_dim, kv), "k, %d rows: more than one rounding to %s", n,
               cuda_type_name(kv));
@@ -387,22 +398,22 @@ static void lab_check_attention(lab *l, const lab_rows *r, float size) {
     a.n_head = c->n_head; a.n_head_kv = c->n_head_kv; a.head_dim = c->head_dim; a.max_ctx = l->desc.max_ctx;
     a.scratch = scratch;
     qwen3i_attention(&l->exec, &a);
-    lab_put(l, QWEN3_CUDA_Q, q);
-    lab_run(l, QWEN3_CUDA_ATTENTION);
-    lab_check(l, "attention", QWEN3_CUDA_A, want, n, q_dim,
+    lab_put(l, LAB_Q, q);
+    lab_run(l, LAB_ATTENTION);
+    lab_check(l, "attention", LAB_A, want, n, q_dim,
               lab_halves(l, n) || lab_own_halves(l, r) ? CUDA_ROUNDED : 2 * CUDA_EXACT);    /* the twin's own error is in it */
     free(q); free(scratch); free(k); free(v);
 }
 
-static void lab_check_add(lab *l, const char *what, qwen3_cuda_op op, qwen3_cuda_buffer from, const qwen3i_matrix *w,
+static void lab_check_add(lab *l, const char *what, lab_op op, lab_buffer from, const qwen3i_matrix *w,
                           int n, float size) {
     int width = l->model.config.n_embd;
     float *x = lab_values(l, (size_t)n * (size_t)width, 1), *in = lab_values(l, (size_t)n * (size_t)w->cols, size);
-    lab_put(l, QWEN3_CUDA_X, x);
+    lab_put(l, LAB_X, x);
     lab_put(l, from, in);
     lab_run(l, op);
     qwen3i_matmul_add(&l->exec, x, w, in, n);
-    lab_check(l, what, QWEN3_CUDA_X, x, n, width, lab_exact(l, n));
+    lab_check(l, what, LAB_X, x, n, width, lab_exact(l, n));
     free(in);
 }
 
@@ -410,9 +421,9 @@ static void lab_check_mlp(lab *l, int n, float size) {
     const qwen3i_config *c = &l->model.config;
     float *h = lab_values(l, (size_t)n * (size_t)c->n_embd, size), *want = floats((size_t)n * (size_t)c->n_ff);
     qwen3i_swiglu(&l->exec, want, &l->layer.w_gate, &l->layer.w_up, h, n);
-    lab_put(l, QWEN3_CUDA_H, h);
-    lab_run(l, QWEN3_CUDA_MLP);
-    lab_check(l, "mlp", QWEN3_CUDA_M, want, n, c->n_ff, lab_rounds(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
+    lab_put(l, LAB_H, h);
+    lab_run(l, LAB_MLP);
+    lab_check(l, "mlp", LAB_M, want, n, c->n_ff, lab_rounds(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
     free(h);
 }
 
@@ -464,11 +475,11 @@ static void lab_check_head(lab *l, lab_rows *r) {
     for (i = 0; i < n; i++) { outs[i].row = i; outs[i].keep_seq = -1; }
     r->batch.outs = outs;
     r->batch.n_outs = n;
-    LAB_OK(l, qwen3_cuda_get_kernels()->rows(l->ctx, &r->batch, &l->err));
-    lab_put(l, QWEN3_CUDA_X, x);
-    lab_run(l, QWEN3_CUDA_HEAD);
+    LAB_OK(l, cuda_lab()->rows(l->ctx, &r->batch, &l->err));
+    lab_put(l, LAB_X, x);
+    lab_run(l, LAB_HEAD);
     if (r->batch.n_rows <= 64)
-        lab_check(l, "head", QWEN3_CUDA_LOGITS, lab_logits(l, x, n), n, c->n_vocab,
+        lab_check(l, "head", LAB_LOGITS, lab_logits(l, x, n), n, c->n_vocab,
                   lab_rounds(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
     free(x);
 }
@@ -478,7 +489,7 @@ static void lab_check_rows(lab *l, int kv_type, int kernels, int n, int n_seqs, 
     const qwen3i_config *c = &l->model.config;
     qwen3_ctx_desc desc = ctx_desc(before + n + 3 * n_seqs + 40, n_seqs, qwen3i_max(n, 1), kv_type);
     lab_rows *r = (lab_rows *)malloc(sizeof *r);
-    desc.kernels = kernels;
+    l->kernels = kernels;
     if (test_verbose)
         printf("  %d x %d/%d x %d, ff %d, %s weights, %s cache, %s, %d rows of %d after %d\n", c->n_embd, c->n_head,
                c->n_head_kv, c->head_dim, c->n_ff, cuda_type_name(l->layer.wq.type),
@@ -492,11 +503,11 @@ static void lab_check_rows(lab *l, int kv_type, int kernels, int n, int n_seqs, 
         lab_check_qkv(l, r);
         lab_check_attention(l, r, 1);
         lab_check_attention(l, r, 8);
-        lab_check_add(l, "o_proj", QWEN3_CUDA_O_PROJ, QWEN3_CUDA_A, &l->layer.wo, n, 1);
+        lab_check_add(l, "o_proj", LAB_O_PROJ, LAB_A, &l->layer.wo, n, 1);
         lab_check_mlp(l, n, 1);
         lab_check_mlp(l, n, 1024);              /* products far beyond 65504 */
-        lab_check_add(l, "down", QWEN3_CUDA_DOWN, QWEN3_CUDA_M, &l->layer.w_down, n, 1);
-        lab_check_add(l, "down", QWEN3_CUDA_DOWN, QWEN3_CUDA_M, &l->layer.w_down, n, 1048576.0f);
+        lab_check_add(l, "down", LAB_DOWN, LAB_M, &l->layer.w_down, n, 1);
+        lab_check_add(l, "down", LAB_DOWN, LAB_M, &l->layer.w_down, n, 1048576.0f);
         if (n > 32 && n <= 64 && n_seqs < n) {      /* logits of more than 32 rows at once take as many sequences */
             qwen3_cuda_backend()->ctx_free(l->ctx);
             desc.max_seqs = n;
@@ -522,16 +533,16 @@ static const lab_shape lab_small = {48, 4, 2, 16, 80, 100, 1}, lab_odd = {37, 6,
                        lab_real = {1024, 16, 8, 128, 3072, 512, 1};
 
 static void test_cuda_kernels_fused(void) {
-    lab_check_all(&lab_small, QWEN3I_F32,  QWEN3_KV_F32,  QWEN3_PATH_FUSED, 1, 1, 0);
-    lab_check_all(&lab_small, QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 2, 1, 62);
-    lab_check_all(&lab_small, QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 3, 3, 63);
-    lab_check_all(&lab_odd,   QWEN3I_F32,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 5, 2, 64);
-    lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 8, 8, 130);
-    lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 9, 1, 20);
-    lab_check_all(&lab_wide,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 999);
-    lab_check_all(&lab_wide,  QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 4, 4, 65);
-    lab_check_all(&lab_mid,   QWEN3I_F32,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 6, 1, 0);
-    lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 7, 7, 31);
+    lab_check_all(&lab_small, QWEN3I_F32,  QWEN3_KV_F32,  LAB_FUSED, 1, 1, 0);
+    lab_check_all(&lab_small, QWEN3I_F16,  QWEN3_KV_F16,  LAB_FUSED, 2, 1, 62);
+    lab_check_all(&lab_small, QWEN3I_BF16, QWEN3_KV_BF16, LAB_FUSED, 3, 3, 63);
+    lab_check_all(&lab_odd,   QWEN3I_F32,  QWEN3_KV_F16,  LAB_FUSED, 5, 2, 64);
+    lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  LAB_FUSED, 8, 8, 130);
+    lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  LAB_FUSED, 9, 1, 20);
+    lab_check_all(&lab_wide,  QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 1, 1, 999);
+    lab_check_all(&lab_wide,  QWEN3I_F16,  QWEN3_KV_BF16, LAB_FUSED, 4, 4, 65);
+    lab_check_all(&lab_mid,   QWEN3I_F32,  QWEN3_KV_BF16, LAB_FUSED, 6, 1, 0);
+    lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 7, 7, 31);
 }
 
 #ifdef QWEN3_TEST_CUDA_ON_CPU
@@ -545,10 +556,10 @@ static void cuda_on_cpu_size(int multiprocessors) { (void)multiprocessors; }
 /* One row at a time: their weights are on their way before their input exists. */
 static void test_cuda_kernels_one(void) {
     cuda_on_cpu_chip(90);
-    lab_check_all(&lab_small, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 30);
-    lab_check_all(&lab_odd,   QWEN3I_F16,  QWEN3_KV_F32,  QWEN3_PATH_FUSED, 1, 1, 7);
-    lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1, 1, 200);
-    lab_check_all(&lab_wide,  QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 300);
+    lab_check_all(&lab_small, QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 1, 1, 30);
+    lab_check_all(&lab_odd,   QWEN3I_F16,  QWEN3_KV_F32,  LAB_FUSED, 1, 1, 7);
+    lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_BF16, LAB_FUSED, 1, 1, 200);
+    lab_check_all(&lab_wide,  QWEN3I_F16,  QWEN3_KV_F16,  LAB_FUSED, 1, 1, 300);
     cuda_on_cpu_chip(80);
 }
 
@@ -559,25 +570,25 @@ static void test_cuda_kernels_clusters(void) {
                            ones = {128, 2, 2, 128, 256, 128, 1}, narrow = {128, 2, 1, 64, 256, 128, 1};
     cuda_on_cpu_chip(90);
     cuda_on_cpu_size(40);
-    lab_check_all(&pairs,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 0);
-    lab_check_all(&pairs,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 544);
-    lab_check_all(&pairs,  QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1, 1, 2500);
-    lab_check_all(&pairs,  QWEN3I_F16,  QWEN3_KV_F32,  QWEN3_PATH_FUSED, 2, 1, 127);
-    lab_check_all(&pairs,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 3, 2, 1023);
-    lab_check_all(&threes, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 63);
-    lab_check_all(&ones,   QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1, 1, 1300);
-    lab_check_all(&narrow, QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1, 1, 30);
+    lab_check_all(&pairs,  QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 1, 1, 0);
+    lab_check_all(&pairs,  QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 1, 1, 544);
+    lab_check_all(&pairs,  QWEN3I_F16,  QWEN3_KV_BF16, LAB_FUSED, 1, 1, 2500);
+    lab_check_all(&pairs,  QWEN3I_F16,  QWEN3_KV_F32,  LAB_FUSED, 2, 1, 127);
+    lab_check_all(&pairs,  QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 3, 2, 1023);
+    lab_check_all(&threes, QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 1, 1, 63);
+    lab_check_all(&ones,   QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 1, 1, 1300);
+    lab_check_all(&narrow, QWEN3I_BF16, QWEN3_KV_BF16, LAB_FUSED, 1, 1, 30);
     cuda_on_cpu_size(5);
     cuda_on_cpu_chip(80);
 }
 
 static void test_cuda_kernels_batched(void) {
-    lab_check_all(&lab_wide,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 65, 1, 0);
-    lab_check_all(&lab_wide,  QWEN3I_F32,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 17, 1, 64);
-    lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 63, 3, 5);
-    lab_check_all(&lab_mid,   QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 30, 2, 33);
-    lab_check_all(&lab_mid,   QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 12, 12, 40);
-    lab_check_all(&lab_odd,   QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 40, 2, 7);
+    lab_check_all(&lab_wide,  QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 65, 1, 0);
+    lab_check_all(&lab_wide,  QWEN3I_F32,  QWEN3_KV_BF16, LAB_FUSED, 17, 1, 64);
+    lab_check_all(&lab_mid,   QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 63, 3, 5);
+    lab_check_all(&lab_mid,   QWEN3I_F16,  QWEN3_KV_BF16, LAB_FUSED, 30, 2, 33);
+    lab_check_all(&lab_mid,   QWEN3I_F16,  QWEN3_KV_F16,  LAB_FUSED, 12, 12, 40);
+    lab_check_all(&lab_odd,   QWEN3I_F16,  QWEN3_KV_F16,  LAB_FUSED, 40, 2, 7);
 }
 
 /* The smallest shapes that go through the kernels for Hopper, where there is one. */
@@ -585,27 +596,27 @@ static void test_cuda_kernels_hopper(void) {
     static const lab_shape shape = {256, 4, 2, 128, 384, 128, 1}, tiles_of_160 = {640, 2, 1, 128, 128, 128, 1},
                            threes = {256, 6, 2, 128, 256, 128, 1};
     cuda_on_cpu_chip(90);
-    lab_check_all(&threes, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 200, 2, 77);
-    lab_check_all(&tiles_of_160, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 65, 1, 0);
-    lab_check_all(&tiles_of_160, QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 520, 2, 0);
-    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 65, 1, 0);
-    lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_F16,  QWEN3_PATH_FUSED, 130, 3, 100);
-    lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 66, 1, 5);
-    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 66, 2, 5);
-    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 9, 9, 5);
-    lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 33, 2, 5);
-    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_FUSED, 64, 64, 3);
-    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 70, 70, 3);
+    lab_check_all(&threes, QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 200, 2, 77);
+    lab_check_all(&tiles_of_160, QWEN3I_BF16, QWEN3_KV_F16, LAB_FUSED, 65, 1, 0);
+    lab_check_all(&tiles_of_160, QWEN3I_BF16, QWEN3_KV_BF16, LAB_FUSED, 520, 2, 0);
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 65, 1, 0);
+    lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_F16,  LAB_FUSED, 130, 3, 100);
+    lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_BF16, LAB_FUSED, 66, 1, 5);
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F32,  LAB_FUSED, 66, 2, 5);
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 9, 9, 5);
+    lab_check_all(&shape, QWEN3I_F16,  QWEN3_KV_BF16, LAB_FUSED, 33, 2, 5);
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F32,  LAB_FUSED, 64, 64, 3);
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 70, 70, 3);
 #ifdef QWEN3_TEST_CUDA_ON_CPU           /* tiles of two parts, and of one after them: where the chip takes several turns */
     cuda_on_cpu_size(2);
-    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 300, 2, 9);
-    lab_check_all(&tiles_of_160, QWEN3I_F16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 66, 1, 0);
+    lab_check_all(&shape, QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 300, 2, 9);
+    lab_check_all(&tiles_of_160, QWEN3I_F16, QWEN3_KV_BF16, LAB_FUSED, 66, 1, 0);
     cuda_on_cpu_size(5);
 #else
     static const lab_shape large = {2048, 8, 4, 128, 1024, 128, 1}, mixed = {2304, 12, 4, 128, 1152, 128, 1};
-    lab_check_all(&large,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 1281, 2, 100);
-    lab_check_all(&large,  QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1300, 1, 0);
-    lab_check_all(&mixed,  QWEN3I_BF16, QWEN3_KV_F16,  QWEN3_PATH_FUSED, 2000, 1, 0);
+    lab_check_all(&large,  QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 1281, 2, 100);
+    lab_check_all(&large,  QWEN3I_F16,  QWEN3_KV_BF16, LAB_FUSED, 1300, 1, 0);
+    lab_check_all(&mixed,  QWEN3I_BF16, QWEN3_KV_F16,  LAB_FUSED, 2000, 1, 0);
 #endif
     cuda_on_cpu_chip(80);
 }
@@ -638,8 +649,7 @@ static void lab_check_wanted(const lab_shape *s, int kv_type, int kernels, int n
     qwen3_ctx_desc desc = ctx_desc(n + 3 * n_seqs + 40, n_seqs, n, kv_type);
     lab *l = (lab *)malloc(sizeof *l);
     lab_rows *r = (lab_rows *)malloc(sizeof *r);
-    desc.kernels = kernels;
-    if (lab_open(l, s, QWEN3I_BF16, &desc)) {
+    if (lab_load(l, s, QWEN3I_BF16) && lab_choose_context(l, &desc, kernels)) {
         float *none, *all, *v_none, *v_all;
         int count, i, k;
         lab_make_rows(l, r, n, n_seqs, 0);
@@ -671,13 +681,13 @@ static void lab_check_wanted(const lab_shape *s, int kv_type, int kernels, int n
 static void test_cuda_wanted(void) {
     static const lab_shape shape = {256, 4, 2, 128, 384, 128, 2};
     cuda_on_cpu_chip(90);
-    lab_check_wanted(&shape, QWEN3_KV_F16, QWEN3_PATH_FUSED, 150, 1);
-    lab_check_wanted(&shape, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 140, 2);
-    lab_check_wanted(&shape, QWEN3_KV_F16, QWEN3_PATH_FUSED, 40, 2);
+    lab_check_wanted(&shape, QWEN3_KV_F16, LAB_FUSED, 150, 1);
+    lab_check_wanted(&shape, QWEN3_KV_BF16, LAB_FUSED, 140, 2);
+    lab_check_wanted(&shape, QWEN3_KV_F16, LAB_FUSED, 40, 2);
     cuda_on_cpu_chip(80);
-    lab_check_wanted(&shape, QWEN3_KV_F16, QWEN3_PATH_FUSED, 70, 1);
-    lab_check_wanted(&shape, QWEN3_KV_F32, QWEN3_PATH_STANDARD, 30, 3);
-    lab_check_wanted(&lab_odd, QWEN3_KV_F16, QWEN3_PATH_FUSED, 7, 1);
+    lab_check_wanted(&shape, QWEN3_KV_F16, LAB_FUSED, 70, 1);
+    lab_check_wanted(&shape, QWEN3_KV_F32, LAB_STANDARD, 30, 3);
+    lab_check_wanted(&lab_odd, QWEN3_KV_F16, LAB_FUSED, 7, 1);
 }
 
 /* A layer as a step goes through it, where products norm their input themselves, beside its operations one by one with the
@@ -697,21 +707,21 @@ static void lab_check_layer(const lab_shape *s, int kv_type, int n, int n_seqs) 
         r->batch.outs = outs;
         r->batch.n_outs = n;
         LAB_OK(l, qwen3_cuda_backend()->forward(l->ctx, &r->batch, &l->err));
-        lab_get(l, QWEN3_CUDA_X, whole);
-        lab_run(l, QWEN3_CUDA_EMBED);
+        lab_get(l, LAB_X, whole);
+        lab_run(l, LAB_EMBED);
         for (k = 0; k < 2; k++) {
             const float *gain = k ? l->layer.mlp_norm : l->layer.attn_norm;
-            lab_get(l, QWEN3_CUDA_X, x);
+            lab_get(l, LAB_X, x);
             qwen3i_rmsnorm(&l->exec, h, x, gain, n, s->n_embd, l->model.config.rms_eps);
-            lab_put(l, QWEN3_CUDA_H, h);
-            lab_run(l, k ? QWEN3_CUDA_MLP : QWEN3_CUDA_QKV_ROPE);
-            if (k == 0) lab_run(l, QWEN3_CUDA_ATTENTION);
-            lab_run(l, k ? QWEN3_CUDA_DOWN : QWEN3_CUDA_O_PROJ);
+            lab_put(l, LAB_H, h);
+            lab_run(l, k ? LAB_MLP : LAB_QKV_ROPE);
+            if (k == 0) lab_run(l, LAB_ATTENTION);
+            lab_run(l, k ? LAB_DOWN : LAB_O_PROJ);
         }
         memcpy(x, whole, size * sizeof *x);
         free(whole);
         free(h);
-        lab_check(l, "layer", QWEN3_CUDA_X, x, n, s->n_embd, kv_type == QWEN3_KV_F32 ? CUDA_PRODUCT : CUDA_ROUNDED);
+        lab_check(l, "layer", LAB_X, x, n, s->n_embd, kv_type == QWEN3_KV_F32 ? CUDA_PRODUCT : CUDA_ROUNDED);
     }
     lab_close(l);
     free(r);
@@ -737,9 +747,9 @@ static void test_cuda_layer(void) {
 }
 
 static void test_cuda_kernels_standard(void) {
-    lab_check_all(&lab_small, QWEN3I_F32,  QWEN3_KV_F16,  QWEN3_PATH_STANDARD, 1, 1, 5);
-    lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  QWEN3_PATH_STANDARD, 3, 3, 9);
-    lab_check_all(&lab_wide,  QWEN3I_F16,  QWEN3_KV_BF16, QWEN3_PATH_STANDARD, 33, 1, 3);
+    lab_check_all(&lab_small, QWEN3I_F32,  QWEN3_KV_F16,  LAB_STANDARD, 1, 1, 5);
+    lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  LAB_STANDARD, 3, 3, 9);
+    lab_check_all(&lab_wide,  QWEN3I_F16,  QWEN3_KV_BF16, LAB_STANDARD, 33, 1, 3);
 }
 
 /* Sizes of real models: only where a GPU makes that quick. */
@@ -754,20 +764,20 @@ static void test_cuda_kernels_real_shapes(void) {
     for (i = 0; i < 6; i++) {
         if (lab_load(l, &shapes[i], i % 2 ? QWEN3I_F16 : QWEN3I_BF16))
             for (k = 0; k < 5; k++)
-                lab_check_rows(l, QWEN3_KV_F16, QWEN3_PATH_FUSED, rows[k], 1, i == 0 ? 1000 : 63);
+                lab_check_rows(l, QWEN3_KV_F16, LAB_FUSED, rows[k], 1, i == 0 ? 1000 : 63);
         lab_close(l);
     }
     free(l);
-    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 1000, 1, 0);
-    lab_check_all(&lab_real, QWEN3I_F16, QWEN3_KV_F32, QWEN3_PATH_FUSED, 130, 1, 20);
-    lab_check_all(&lab_real, QWEN3I_F16, QWEN3_KV_BF16, QWEN3_PATH_FUSED, 9, 9, 40);
-    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 64, 64, 100);
-    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F32, QWEN3_PATH_FUSED, 40, 2, 3);
-    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 100, 100, 30);
-    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 200, 7, 200);
-    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_FUSED, 1000, 2, 17);
-    lab_check_all(&lab_real, QWEN3I_F32, QWEN3_KV_F32, QWEN3_PATH_FUSED, 64, 1, 64);
-    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, QWEN3_PATH_STANDARD, 8, 8, 300);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_BF16, LAB_FUSED, 1000, 1, 0);
+    lab_check_all(&lab_real, QWEN3I_F16, QWEN3_KV_F32, LAB_FUSED, 130, 1, 20);
+    lab_check_all(&lab_real, QWEN3I_F16, QWEN3_KV_BF16, LAB_FUSED, 9, 9, 40);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, LAB_FUSED, 64, 64, 100);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F32, LAB_FUSED, 40, 2, 3);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, LAB_FUSED, 100, 100, 30);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, LAB_FUSED, 200, 7, 200);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, LAB_FUSED, 1000, 2, 17);
+    lab_check_all(&lab_real, QWEN3I_F32, QWEN3_KV_F32, LAB_FUSED, 64, 1, 64);
+    lab_check_all(&lab_real, QWEN3I_BF16, QWEN3_KV_F16, LAB_STANDARD, 8, 8, 300);
 }
 
 /* RMSNorm by itself: any width and type, tiny and huge values, against double. */
@@ -802,7 +812,7 @@ static void test_cuda_rmsnorm(void) {
                 for (k = 0; k < (size_t)widths[i]; k++)
                     want[(size_t)(r * widths[i]) + k] = (float)((double)in[k] * scale * (double)gain[k]);
             }
-            CHECK_MSG(qwen3_cuda_get_kernels()->rmsnorm(y, stored, type, gain, n, widths[i], 1e-6f, 1, NULL, &err) ==
+            CHECK_MSG(cuda_lab()->rmsnorm(y, stored, type, gain, n, widths[i], 1e-6f, 1, NULL, &err) ==
                           QWEN3_OK,
                       "%s", text);
             e = cuda_error(y, want, count);
@@ -894,7 +904,7 @@ static void cuda_check_models(int kv_type, int kernels, int chunk, double worst,
         cpu = cuda_distance_of(&f, &desc);
         fixture_close(&f);
         if (!cuda_fixture(&f, model_names[i])) continue;
-        desc.kernels = kernels;
+        f.model->backend = lab_backend(kernels);
         d = cuda_distance_of(&f, &desc);
         if (test_verbose)
             printf("    %-10s %s cache, %s, chunks of %d: worst %.2e, KL %.2e, top-1 differs %d of %d\n",
@@ -909,11 +919,11 @@ static void cuda_check_models(int kv_type, int kernels, int chunk, double worst,
 }
 
 /* At most 8 rows at a time nothing is rounded but the cache. */
-static void test_cuda_models_exact(void)    { cuda_check_models(QWEN3_KV_F32, QWEN3_PATH_FUSED, 8, 2e-4, 1e-7); }
-static void test_cuda_models_fused(void)    { cuda_check_models(QWEN3_KV_F32, QWEN3_PATH_FUSED, 0, 1e-2, 1e-5); }
-static void test_cuda_models_standard(void) { cuda_check_models(QWEN3_KV_F32, QWEN3_PATH_STANDARD, 0, 1e-2, 1e-5); }
-static void test_cuda_models_f16(void)      { cuda_check_models(QWEN3_KV_F16, QWEN3_PATH_FUSED, 13, 4e-2, 1e-5); }
-static void test_cuda_models_bf16(void)     { cuda_check_models(QWEN3_KV_BF16, QWEN3_PATH_FUSED, 0, 1e-1, 1e-5); }
+static void test_cuda_models_exact(void)    { cuda_check_models(QWEN3_KV_F32, LAB_FUSED, 8, 2e-4, 1e-7); }
+static void test_cuda_models_fused(void)    { cuda_check_models(QWEN3_KV_F32, LAB_FUSED, 0, 1e-2, 1e-5); }
+static void test_cuda_models_standard(void) { cuda_check_models(QWEN3_KV_F32, LAB_STANDARD, 0, 1e-2, 1e-5); }
+static void test_cuda_models_f16(void)      { cuda_check_models(QWEN3_KV_F16, LAB_FUSED, 13, 4e-2, 1e-5); }
+static void test_cuda_models_bf16(void)     { cuda_check_models(QWEN3_KV_BF16, LAB_FUSED, 0, 1e-1, 1e-5); }
 
 /* ---- decode steps ------------------------------------------------------------------------------------------- */
 static qwen3_ctx *cuda_prompted(const fixture *f, int max_seqs, int kernels, uint64_t seed) {
@@ -921,7 +931,7 @@ static qwen3_ctx *cuda_prompted(const fixture *f, int max_seqs, int kernels, uin
     qwen3_ctx *ctx;
     qwen3_token prompt[16];
     int s;
-    desc.kernels = kernels;
+    f->model->backend = lab_backend(kernels);
     ctx = ctx_open_desc(f->model, &desc);
     for (s = 0; ctx && s < max_seqs; s++) {
         random_tokens(&seed, prompt, 16, f->info.n_vocab);
@@ -969,8 +979,8 @@ static void test_cuda_next(void) {
     s[5].repeat_penalty = 1.3f; s[5].penalty_last_n = 4; s[5].bias = bias; s[5].n_bias = 3;
     s[6].temperature = 0; s[6].repeat_penalty = 1.2f; s[6].penalty_last_n = -1;
     for (i = 0; i < 7; i++) {
-        cuda_check_next(&f, &s[i], QWEN3_PATH_FUSED);
-        if (i < 2) cuda_check_next(&f, &s[i], QWEN3_PATH_STANDARD);
+        cuda_check_next(&f, &s[i], LAB_FUSED);
+        if (i < 2) cuda_check_next(&f, &s[i], LAB_STANDARD);
     }
     fixture_close(&f);
 }
@@ -990,8 +1000,8 @@ static void test_cuda_next_batch(void) {
     fixture f;
     int i, s, seqs[12] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
     if (!cuda_fixture(&f, "plain")) return;
-    a = cuda_prompted(&f, 12, QWEN3_PATH_FUSED, 21);
-    b = cuda_prompted(&f, 12, QWEN3_PATH_FUSED, 21);
+    a = cuda_prompted(&f, 12, LAB_FUSED, 21);
+    b = cuda_prompted(&f, 12, LAB_FUSED, 21);
     for (s = 1; b && s < 12; s++) {             /* other neighbours of the same length */
         qwen3_token other[16];
         uint64_t seed = 100 + (uint64_t)s;
@@ -1024,7 +1034,7 @@ static void test_cuda_choose(void) {
     uint64_t seed = 77;
     int i, k, vocab;
     if (!cuda_fixture(&f, "plain")) return;
-    ctx = cuda_prompted(&f, 1, QWEN3_PATH_FUSED, 31);
+    ctx = cuda_prompted(&f, 1, LAB_FUSED, 31);
     vocab = f.info.n_vocab;
     for (i = 0; ctx && i < 60; i += test_short ? 11 : 1) {
         float *l = floats((size_t)vocab);
@@ -1220,8 +1230,8 @@ static void test_cuda_draws(void) {
 
 /* ---- speed: with -v, on a GPU ---------------------------------------------------------------------------- */
 /* Each operation alone, its weights alternating between layers that do not fit the cache together. */
-static void lab_time(lab *l, const char *what, qwen3_cuda_op op, double megabytes) {
-    const qwen3_cuda_kernels *k = qwen3_cuda_get_kernels();
+static void lab_time(lab *l, const char *what, lab_op op, double megabytes) {
+    const cuda_lab_functions *k = cuda_lab();
     float us = 0, best = 1e30f;
     int i;
     for (i = 0; i < 5; i++) {
@@ -1239,23 +1249,22 @@ static void lab_speed(const lab_shape *s, const char *name, int rows, int n_seqs
     lab *l = (lab *)malloc(sizeof *l);
     lab_rows *r = (lab_rows *)malloc(sizeof *r);
     char *k, *v;
-    desc.kernels = kernels;
-    if (lab_open(l, s, QWEN3I_BF16, &desc)) {
+    if (lab_load(l, s, QWEN3I_BF16) && lab_choose_context(l, &desc, kernels)) {
         printf("  %s, %d rows of %d sequences after %d positions, %s\n", name, rows, n_seqs, before,
                kernels ? "standard" : "fused");
         lab_make_rows(l, r, rows, n_seqs, before);
         lab_fill_cache(l, before + 1, &k, &v);
         free(k);
         free(v);
-        lab_run(l, QWEN3_CUDA_EMBED);
-        lab_time(l, "norm", QWEN3_CUDA_NORM, 0);
-        lab_time(l, "qkv_rope", QWEN3_CUDA_QKV_ROPE, mb * s->n_embd * (q + 2 * kv));
-        lab_time(l, "attention", QWEN3_CUDA_ATTENTION, rows == n_seqs ? mb * 2 * kv * before * rows : 0);
-        lab_time(l, "o_proj", QWEN3_CUDA_O_PROJ, mb * s->n_embd * q);
-        lab_time(l, "mlp", QWEN3_CUDA_MLP, mb * 2 * s->n_embd * s->n_ff);
-        lab_time(l, "down", QWEN3_CUDA_DOWN, mb * s->n_embd * s->n_ff);
-        lab_time(l, "head", QWEN3_CUDA_HEAD, mb * s->n_embd * s->n_vocab);
-        if (rows == n_seqs) lab_time(l, "step", QWEN3_CUDA_STEP, 0);
+        lab_run(l, LAB_EMBED);
+        lab_time(l, "norm", LAB_NORM, 0);
+        lab_time(l, "qkv_rope", LAB_QKV_ROPE, mb * s->n_embd * (q + 2 * kv));
+        lab_time(l, "attention", LAB_ATTENTION, rows == n_seqs ? mb * 2 * kv * before * rows : 0);
+        lab_time(l, "o_proj", LAB_O_PROJ, mb * s->n_embd * q);
+        lab_time(l, "mlp", LAB_MLP, mb * 2 * s->n_embd * s->n_ff);
+        lab_time(l, "down", LAB_DOWN, mb * s->n_embd * s->n_ff);
+        lab_time(l, "head", LAB_HEAD, mb * s->n_embd * s->n_vocab);
+        if (rows == n_seqs) lab_time(l, "step", LAB_STEP, 0);
     }
     lab_close(l);
     free(r);
@@ -1265,16 +1274,16 @@ static void lab_speed(const lab_shape *s, const char *name, int rows, int n_seqs
 static const lab_shape lab_06b = {1024, 16, 8, 128, 3072, 151936, 28}, lab_8b = {4096, 32, 8, 128, 12288, 16384, 6};
 
 static void test_cuda_speed_one(void) {
-    lab_speed(&lab_06b, "0.6B", 1, 1, 512, QWEN3_PATH_FUSED);
-    lab_speed(&lab_8b, "8B, 6 layers", 1, 1, 512, QWEN3_PATH_FUSED);
+    lab_speed(&lab_06b, "0.6B", 1, 1, 512, LAB_FUSED);
+    lab_speed(&lab_8b, "8B, 6 layers", 1, 1, 512, LAB_FUSED);
 }
 
 static void test_cuda_speed_more(void) {
-    lab_speed(&lab_06b, "0.6B", 4, 4, 512, QWEN3_PATH_FUSED);
-    lab_speed(&lab_06b, "0.6B", 64, 64, 512, QWEN3_PATH_FUSED);
-    lab_speed(&lab_06b, "0.6B", 2048, 1, 0, QWEN3_PATH_FUSED);
-    lab_speed(&lab_8b, "8B, 6 layers", 2048, 1, 0, QWEN3_PATH_FUSED);
-    lab_speed(&lab_06b, "0.6B", 1, 1, 512, QWEN3_PATH_STANDARD);
+    lab_speed(&lab_06b, "0.6B", 4, 4, 512, LAB_FUSED);
+    lab_speed(&lab_06b, "0.6B", 64, 64, 512, LAB_FUSED);
+    lab_speed(&lab_06b, "0.6B", 2048, 1, 0, LAB_FUSED);
+    lab_speed(&lab_8b, "8B, 6 layers", 2048, 1, 0, LAB_FUSED);
+    lab_speed(&lab_06b, "0.6B", 1, 1, 512, LAB_STANDARD);
 }
 
 /* ---- contexts ----------------------------------------------------------------------------------------------- */
@@ -1301,7 +1310,7 @@ static void test_cuda_states(void) {
     void *state;
     if (!cuda_fixture(&f, "chat")) return;
     if (!fixture_open(&cpu, "chat")) { fixture_close(&f); return; }
-    a = cuda_prompted(&f, 3, QWEN3_PATH_FUSED, 41);
+    a = cuda_prompted(&f, 3, LAB_FUSED, 41);
     b = ctx_open(f.model, 160, 1, 0, QWEN3_KV_F16);
     c = ctx_open(cpu.model, 160, 1, 0, QWEN3_KV_F16);
     if (a && b && c) {
@@ -1491,13 +1500,13 @@ static void test_cuda_absent(void) {
     model_path(path, sizeof path, "plain", "");
     desc.path = path;
     desc.backend = qwen3_cuda_backend();
-    if (qwen3_cuda_get_kernels()->no_device() == NULL) desc.device = 1000;
+    if (cuda_lab()->no_device() == NULL) desc.device = 1000;
     CHECK(qwen3_load(&model, &desc, err, sizeof err) == QWEN3_ERR_DEVICE && !model);
     CHECK_MSG(strstr(err, "CUDA") != NULL, "'%s'", err);
 }
 
 static void suite_cuda(void) {
-    const char *why = qwen3_cuda_get_kernels()->no_device();
+    const char *why = cuda_lab()->no_device();
     RUN(test_cuda_absent);
     if (why) { test_skip("test_cuda_kernels, _models, _next and others", why); return; }
     RUN(test_cuda_rmsnorm);

@@ -7,6 +7,7 @@
    allows, can do. test_stability_tells_mistakes shows that the classic shortcuts exceed them. */
 #ifndef QWEN3_TESTS_TEST_STABILITY_H
 #define QWEN3_TESTS_TEST_STABILITY_H
+#include "cuda_lab.h"
 #include "fixture.h"
 #include "test_cpu.h"
 
@@ -282,19 +283,19 @@ typedef struct stab_bench {
 
 /* What runs the tests now. */
 static const qwen3_backend *stab_backend;
-static int stab_kernels;                /* QWEN3_PATH_* */
+static int stab_kernels;                /* LAB_FUSED, or LAB_STANDARD */
 static int stab_is_cuda(void) { return strcmp(stab_backend->name, "cuda") == 0; }
 static const char *stab_name(void) { return !stab_is_cuda() ? "cpu" : stab_kernels ? "cuda, standard" : "cuda"; }
 static const char *stab_type(qwen3i_type t) { return t == QWEN3I_F32 ? "F32" : t == QWEN3I_F16 ? "F16" : "BF16"; }
 
 /* Are inputs of products rounded to 11 bits when there are so many rows, whoever does them? */
 static int stab_rounds(qwen3i_type weights, int rows) {
-    return stab_is_cuda() && weights != QWEN3I_F32 && (stab_kernels == QWEN3_PATH_STANDARD || rows > 8);
+    return stab_is_cuda() && weights != QWEN3I_F32 && (stab_kernels == LAB_STANDARD || rows > 8);
 }
 /* The input of Q, K and V as well? By products of our own, yes; else it keeps 22 bits: see the head of qwen3_cuda.cu. */
 static int stab_own_products(const stab_bench *b, int rows) {
 #ifdef QWEN3_TEST_CUDA
-    return stab_is_cuda() && qwen3_cuda_get_kernels()->own_products(b->state, rows);
+    return stab_is_cuda() && cuda_lab()->own_products(b->state, rows);
 #else
     (void)b; (void)rows;
     return 0;
@@ -314,6 +315,14 @@ static void stab_report(const char *what, const char *how, qwen3i_type weights, 
               stab_name(), what, how, stab_type(weights), stab_type((qwen3i_type)kv), rows, error, bound);
 }
 
+/* The backend, or for contexts of the other path the one that makes them. */
+static const qwen3_backend *stab_contexts(void) {
+#ifdef QWEN3_TEST_CUDA
+    if (stab_kernels == LAB_STANDARD) return cuda_lab_standard();
+#endif
+    return stab_backend;
+}
+
 static int stab_open(stab_bench *b, const stab_model *m, int max_ctx, int max_seqs, int chunk, int kv) {
     qwen3_load_desc load;
     memset(b, 0, sizeof *b);
@@ -321,11 +330,10 @@ static int stab_open(stab_bench *b, const stab_model *m, int max_ctx, int max_se
     b->backend = stab_backend;
     b->model = m;
     b->desc = ctx_desc(max_ctx, max_seqs, chunk, kv);
-    b->desc.kernels = stab_kernels;
     b->err.text = b->text;
     b->err.cap = sizeof b->text;
     return STAB_OK(b, b->backend->model_create(&b->model_state, &m->model, &load, &b->err)) &&
-           STAB_OK(b, b->backend->ctx_create(&b->state, b->model_state, &m->model, &b->desc, &b->err));
+           STAB_OK(b, stab_contexts()->ctx_create(&b->state, b->model_state, &m->model, &b->desc, &b->err));
 }
 
 static void stab_close(stab_bench *b) {
@@ -344,7 +352,7 @@ static void stab_rows(stab_bench *b, int n, int before) {
     }
     b->batch.tokens = b->tokens; b->batch.seqs = b->seqs; b->batch.positions = b->positions; b->batch.n_rows = n;
 #ifdef QWEN3_TEST_CUDA
-    if (stab_is_cuda()) STAB_OK(b, qwen3_cuda_get_kernels()->rows(b->state, &b->batch, &b->err));
+    if (stab_is_cuda()) STAB_OK(b, cuda_lab()->rows(b->state, &b->batch, &b->err));
     else
 #endif
     {
@@ -353,61 +361,61 @@ static void stab_rows(stab_bench *b, int n, int before) {
     }
 }
 
-static float *stab_cpu_buffer(const qwen3i_cpu *c, qwen3_cuda_buffer buffer, int *width) {
+static float *stab_cpu_buffer(const qwen3i_cpu *c, lab_buffer buffer, int *width) {
     const qwen3i_config *g = c->config;
     *width = g->n_embd;
-    if (buffer == QWEN3_CUDA_Q || buffer == QWEN3_CUDA_A) *width = g->n_head * g->head_dim;
-    if (buffer == QWEN3_CUDA_M) *width = g->n_ff;
+    if (buffer == LAB_Q || buffer == LAB_A) *width = g->n_head * g->head_dim;
+    if (buffer == LAB_M) *width = g->n_ff;
     switch (buffer) {
-        case QWEN3_CUDA_H: return c->h;
-        case QWEN3_CUDA_Q: return c->q;
-        case QWEN3_CUDA_A: return c->a;
-        case QWEN3_CUDA_M: return c->ff;
+        case LAB_H: return c->h;
+        case LAB_Q: return c->q;
+        case LAB_A: return c->a;
+        case LAB_M: return c->ff;
         default:           return c->x;
     }
 }
 
-static void stab_put(stab_bench *b, qwen3_cuda_buffer buffer, const float *from) {
+static void stab_put(stab_bench *b, lab_buffer buffer, const float *from) {
     float *to;
     int width;
 #ifdef QWEN3_TEST_CUDA
-    if (stab_is_cuda()) { STAB_OK(b, qwen3_cuda_get_kernels()->put(b->state, buffer, from, &b->err)); return; }
+    if (stab_is_cuda()) { STAB_OK(b, cuda_lab()->put(b->state, buffer, from, &b->err)); return; }
 #endif
     to = stab_cpu_buffer((qwen3i_cpu *)b->state, buffer, &width);
     memcpy(to, from, (size_t)b->batch.n_rows * (size_t)width * 4);
 }
 
-static void stab_get(stab_bench *b, qwen3_cuda_buffer buffer, float *to) {
+static void stab_get(stab_bench *b, lab_buffer buffer, float *to) {
     const float *from;
     int width;
 #ifdef QWEN3_TEST_CUDA
-    if (stab_is_cuda()) { STAB_OK(b, qwen3_cuda_get_kernels()->get(b->state, buffer, to, &b->err)); return; }
+    if (stab_is_cuda()) { STAB_OK(b, cuda_lab()->get(b->state, buffer, to, &b->err)); return; }
 #endif
     from = stab_cpu_buffer((qwen3i_cpu *)b->state, buffer, &width);
     memcpy(to, from, (size_t)b->batch.n_rows * (size_t)width * 4);
 }
 
-/* One operation on layer 0, from and to the buffers that qwen3_cuda_op names. */
-static void stab_run(stab_bench *b, qwen3_cuda_op op) {
+/* One operation on layer 0, from and to the buffers that lab_op names. */
+static void stab_run(stab_bench *b, lab_op op) {
     qwen3i_cpu *c = (qwen3i_cpu *)b->state;
     const qwen3i_layer *w = b->model->layers;
     const int n = b->batch.n_rows;
     qwen3i_step step;
 #ifdef QWEN3_TEST_CUDA
-    if (stab_is_cuda()) { STAB_OK(b, qwen3_cuda_get_kernels()->run(b->state, op, 0, 1, NULL, &b->err)); return; }
+    if (stab_is_cuda()) { STAB_OK(b, cuda_lab()->run(b->state, op, 0, 1, NULL, &b->err)); return; }
 #endif
     step.c = c; step.batch = &b->batch; step.layer = 0;
     switch (op) {
-        case QWEN3_CUDA_NORM:
+        case LAB_NORM:
             qwen3i_rmsnorm(&c->exec, c->h, c->x, w->attn_norm, n, c->config->n_embd, c->config->rms_eps);
             break;
-        case QWEN3_CUDA_QKV_ROPE:
+        case LAB_QKV_ROPE:
             qwen3i_matmul_qkv(&c->exec, c->q, c->key, c->value, w, c->h, n);
             qwen3i_parallel(&c->pool, n, 4, qwen3i_place_rows, &step);
             break;
-        case QWEN3_CUDA_ATTENTION: qwen3i_attend(&step); break;
-        case QWEN3_CUDA_O_PROJ: qwen3i_matmul_add(&c->exec, c->x, &w->wo, c->a, n); break;
-        case QWEN3_CUDA_MLP:    qwen3i_swiglu(&c->exec, c->ff, &w->w_gate, &w->w_up, c->h, n); break;
+        case LAB_ATTENTION: qwen3i_attend(&step); break;
+        case LAB_O_PROJ: qwen3i_matmul_add(&c->exec, c->x, &w->wo, c->a, n); break;
+        case LAB_MLP:    qwen3i_swiglu(&c->exec, c->ff, &w->w_gate, &w->w_up, c->h, n); break;
         default:                qwen3i_matmul_add(&c->exec, c->x, &w->w_down, c->ff, n);
     }
 }
@@ -458,9 +466,9 @@ static void stab_check_norm(stab_bench *b, int rows, const stab_rows_case *c) {
     int i;
     for (i = 0; i < rows; i++)
         stab_norm(want + i * width, want + i * width, b->model->layers[0].attn_norm, width, STAB_EXACT);
-    stab_put(b, QWEN3_CUDA_X, x);
-    stab_run(b, QWEN3_CUDA_NORM);
-    stab_get(b, QWEN3_CUDA_H, got);
+    stab_put(b, LAB_X, x);
+    stab_run(b, LAB_NORM);
+    stab_get(b, LAB_H, got);
     stab_report("norm", c->name, type, b->desc.kv_type, rows, stab_error(got, want, rows, width, 1e-25),
                 stab_bound(b, type, rows));
     free(x); free(got); free(want);
@@ -486,9 +494,9 @@ static void stab_check_qkv(stab_bench *b, int rows, float times, const stab_rows
                  b->positions[i], STAB_EXACT);
     for (i = 0; i < rows * kv_dim; i++) clamped |= b->desc.kv_type == QWEN3_KV_F16 && fabs(k[i]) > 65504;
     for (i = 0; i < rows * kv_dim && clamped; i++) k[i] = k[i] > 65504 ? 65504 : k[i] < -65504 ? -65504 : k[i];
-    stab_put(b, QWEN3_CUDA_H, h);
-    stab_run(b, QWEN3_CUDA_QKV_ROPE);
-    stab_get(b, QWEN3_CUDA_Q, got);
+    stab_put(b, LAB_H, h);
+    stab_run(b, LAB_QKV_ROPE);
+    stab_get(b, LAB_Q, got);
     got_k = stab_cached(b, 0);
     got_v = stab_cached(b, 1);
     snprintf(name, sizeof name, "%s, gains x %g%s", c->name, (double)times, clamped ? ", clamped" : "");
@@ -520,12 +528,12 @@ static void stab_check_mlp(stab_bench *b, int rows, double size) {
     }
     stab_most(&top, want_m, rows * g->n_ff);
     CHECK_MSG(size < 100 || top > 65504, "the product reaches only %g", top);
-    stab_put(b, QWEN3_CUDA_H, h);
-    stab_run(b, QWEN3_CUDA_MLP);
-    stab_get(b, QWEN3_CUDA_M, m);
-    stab_put(b, QWEN3_CUDA_X, x);
-    stab_run(b, QWEN3_CUDA_DOWN);
-    stab_get(b, QWEN3_CUDA_X, got);
+    stab_put(b, LAB_H, h);
+    stab_run(b, LAB_MLP);
+    stab_get(b, LAB_M, m);
+    stab_put(b, LAB_X, x);
+    stab_run(b, LAB_DOWN);
+    stab_get(b, LAB_X, got);
     snprintf(name, sizeof name, "product up to %.1e", top);
     stab_report("swiglu", name, w->w_gate.type, b->desc.kv_type, rows, stab_error(m, want_m, rows, g->n_ff, 1e-25),
                 bound);
@@ -559,9 +567,9 @@ static void stab_check_attention(stab_bench *b, int n, int rows, float times) {
     values = stab_doubles(v, count);
     stab_rows(b, rows, n - rows);
     STAB_OK(b, b->backend->kv_write(b->state, 0, 0, n, stored_k, stored_v, &b->err));
-    stab_put(b, QWEN3_CUDA_Q, q);
-    stab_run(b, QWEN3_CUDA_ATTENTION);
-    stab_get(b, QWEN3_CUDA_A, got);
+    stab_put(b, LAB_Q, q);
+    stab_run(b, LAB_ATTENTION);
+    stab_get(b, LAB_A, got);
     for (r = 0; r < rows; r++) {
         const double s =
             stab_attention(want + (size_t)r * q_dim, g, in + (size_t)r * q_dim, keys, values, n - rows + r + 1);
@@ -932,8 +940,8 @@ static void suite_stability(void) {
     RUN(test_stability_tells_mistakes);
     RUN(test_stability_probe);
 #ifdef QWEN3_TEST_CUDA
-    if (qwen3_cuda_get_kernels()->no_device()) {
-        test_skip("test_stability_cuda", qwen3_cuda_get_kernels()->no_device());
+    if (cuda_lab()->no_device()) {
+        test_skip("test_stability_cuda", cuda_lab()->no_device());
         return;
     }
     RUN(test_stability_cuda_operations);

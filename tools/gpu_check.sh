@@ -6,8 +6,7 @@
 #
 # STAGES names what runs, all by default, in less than 400 s on an H200:
 #     tests        of the kernels, and of numerical stability
-#     bench        speed of SIZES (0.6B 1.7B 4B 8B) with single operations and pictures, long prompts, batches; VARIANTS
-#                  (registers; also cublas late early) compares build options with VARIANT_SIZES (0.6B)
+#     bench        speed of SIZES (0.6B 1.7B 4B 8B) with single operations and pictures, long prompts, batches
 #     compare      transformers beside ours, COMPARE sizes (0.6B 8B)
 #     proof        a fused kernel, PyTorch, RMSNorm's shapes, Nsight Compute; up to five minutes more
 #     sanitizers   LIMIT (150) seconds for each of 27 runs, all at once; SUITES names fewer
@@ -74,7 +73,7 @@ fi
 compile() (
     name=$1; shift
     "$NVCC" -O3 -std=c++17 -lineinfo -gencode "arch=compute_$chip,code=sm_$chip" -Werror all-warnings \
-        -Xcompiler -Wall,-Wextra -Xptxas -v "$@" -c qwen3_cuda.cu -o "build/gpu_check_$name.o"
+        -Xcompiler -Wall,-Wextra -Xptxas -v "$@" -c tests/cuda_lab.cu -o "build/gpu_check_$name.o"
 )
 # host SOURCE: a program's own side, build/gpu_check.PROGRAM.o
 host() { cc -std=c99 -O3 -I. -DQWEN3_WITH_CUDA -c "$1" -o "build/gpu_check.$(basename "$1" .c).o"; }
@@ -83,24 +82,8 @@ link() {
     cc "build/gpu_check.$2.o" "build/gpu_check_$1.o" -o "build/gpu_check_$1_$2" \
         -L"$CUDA/lib64" -Wl,-rpath,"$CUDA/lib64" -lcublasLt -lcudart -lstdc++ -lm -lpthread
 }
-# what is to be compared with the defaults: one row by matrix-vector kernels that keep weights in registers, few rows by
-# cuBLASLt, late starts, early starts
-flags() {
-    case $1 in
-        cublas)    echo -DQWEN3_CUDA_FEW=0 ;;
-        late)      echo -DQWEN3_CUDA_PDL=0 ;;
-        early)     echo -DQWEN3_CUDA_PDL=2 ;;
-        registers) echo -DQWEN3_CUDA_STREAM=0 ;;
-    esac
-}
-VARIANTS=${VARIANTS-registers}
-wanted tests || wanted bench || VARIANTS=
 started=
 rm -f build/gpu_check*.o
-for v in $VARIANTS; do
-    compile $v $(flags $v) > "$OUT/build.$v.log" 2>&1 &
-    started="$started $!"
-done
 for source in test.c bench.c example.c tools/logits.c; do
     host $source > "$OUT/build.$(basename $source).log" 2>&1 &
     started="$started $!"
@@ -108,8 +91,7 @@ done
 compile plain > "$OUT/build.log" 2>&1
 wait $started
 link_all() {
-    for v in plain $VARIANTS; do link $v test && link $v bench || return 1; done
-    link plain example && link plain logits
+    for program in test bench example logits; do link plain $program || return 1; done
 }
 link_all >> "$OUT/build.log" 2>&1 ||
     { note build "FAILED: $(cat "$OUT"/build*.log | grep -m 1 error)"; cat "$OUT/table"; exit 1; }
@@ -119,7 +101,6 @@ note build "ok, $(grep -c 'Compiling entry' "$OUT/build.log") kernels, $(grep 'b
 if wanted tests; then
     run tests 200 build/gpu_check_plain_test -k test_cuda
     run stability 120 build/gpu_check_plain_test -v -k stability
-    for v in $VARIANTS; do run tests.$v 60 build/gpu_check_${v}_test -k test_cuda; done
 fi
 
 # bench NAME PROGRAM OPTIONS...: its JSON to bench.NAME.log, the figures to the table
@@ -171,11 +152,6 @@ if wanted bench; then
             --tests pp512,pp2048,pp8192,pp32768,tg128@512
         "$PYTHON" tools/plot_bench.py "$OUT/bench.$size.log" -o "$OUT/roofline.$size.svg" -t "$size" >> "$OUT/plot.log" 2>&1
     done
-    for v in $VARIANTS; do
-        for size in ${VARIANT_SIZES:-0.6B}; do
-            bench $size.$v build/gpu_check_${v}_bench --random $size --tests tg64@512 --batch ${VARIANT_BATCH:-1,16,64}
-        done
-    done
     bench 0.6B.batch build/gpu_check_plain_bench --random 0.6B --tests tg64@512 --batch 4,16,64
     bench 8B.batch build/gpu_check_plain_bench --random 8B --tests tg64@512 --batch 32
     bench 0.6B.sample build/gpu_check_plain_bench --random 0.6B --tests tg128@512 --sample
@@ -187,9 +163,6 @@ if wanted compare; then
         run compare.$size 150 "$PYTHON" tools/compare_speed.py --bench build/gpu_check_plain_bench --sizes $size --repeat 10
         show compare.$size '^\| [0-9]'
     done
-fi
-if wanted bench; then
-    for v in $VARIANTS; do run speed.$v 30 build/gpu_check_${v}_test -v -k test_cuda_speed_one; done
 fi
 
 # each under a minute but the last

@@ -7,7 +7,7 @@
        cc -O2 -DQWEN3_WITH_FUSED_BASELINE bench.c build/kernels.o -o build/bench_fused -lstdc++ -lm -lpthread
 
    All functions return NULL or an error's text. */
-#include "../qwen3_cuda.cu"
+#include "../tests/cuda_lab.cu"
 
 #include <algorithm>
 #include <vector>
@@ -87,20 +87,20 @@ qwen3_result lab_begin(lab_model *l, const int *tokens, int n) {
     for (int i = 0; i < n; i++) positions[(size_t)i] = i;
     b.tokens = tokens; b.seqs = seqs.data(); b.positions = positions.data(); b.n_rows = n;
     l->rows = n;
-    return lab_rows(l->ctx, &b, &lab_err);
+    return lab_set_rows(l->ctx, &b, &lab_err);
 }
 
 qwen3_result lab_states(lab_model *l, float *states) {
     cuda_ctx *c = (cuda_ctx *)l->ctx;
     const size_t size = (size_t)l->rows * c->m->config.n_embd;
-    pass p = make_pass(c, c->stream, l->rows, c->lab_tiles, &lab_err);
+    pass p = make_pass(c, c->stream, l->rows, lab_batch.tiles, &lab_err);
     TRY(embed(&p));
     for (int i = 0; i < c->m->config.n_layer; i++) {
-        TRY(lab_get(c, QWEN3_CUDA_X, states + (size_t)i * size, &lab_err));
+        TRY(lab_get(c, LAB_X, states + (size_t)i * size, &lab_err));
         TRY(decoder_layer(&p, i));
         TRY(add_pending(&p));
     }
-    return lab_get(c, QWEN3_CUDA_X, states + (size_t)c->m->config.n_layer * size, &lab_err);
+    return lab_get(c, LAB_X, states + (size_t)c->m->config.n_layer * size, &lab_err);
 }
 
 qwen3_result lab_kv(cuda_ctx *c, int layer, int n, float *k, float *v) {
@@ -118,21 +118,21 @@ qwen3_result lab_parts(lab_model *l, int layer, const float *x, float *q, float 
                        float *product, float *out) {
     cuda_ctx *c = (cuda_ctx *)l->ctx;
     const layer_weights *w = &c->m->layers[layer];
-    pass p = make_pass(c, c->stream, l->rows, c->lab_tiles, &lab_err);
-    TRY(lab_put(c, QWEN3_CUDA_X, x, &lab_err));
+    pass p = make_pass(c, c->stream, l->rows, lab_batch.tiles, &lab_err);
+    TRY(lab_put(c, LAB_X, x, &lab_err));
     TRY(norm(&p, w->attn_norm, w->qkv));
     TRY(qkv_rope(&p, layer));
-    TRY(lab_get(c, QWEN3_CUDA_Q, q, &lab_err));
+    TRY(lab_get(c, LAB_Q, q, &lab_err));
     TRY(lab_kv(c, layer, l->rows, k, v));
     TRY(attention(&p, layer));
-    TRY(lab_get(c, QWEN3_CUDA_A, a, &lab_err));
+    TRY(lab_get(c, LAB_A, a, &lab_err));
     TRY(o_proj(&p, layer));
     TRY(norm(&p, w->mlp_norm, w->gate_up));
     TRY(mlp(&p, layer));
-    TRY(lab_get(c, QWEN3_CUDA_M, product, &lab_err));
+    TRY(lab_get(c, LAB_M, product, &lab_err));
     TRY(down_proj(&p, layer));
     TRY(add_pending(&p));
-    return lab_get(c, QWEN3_CUDA_X, out, &lab_err);
+    return lab_get(c, LAB_X, out, &lab_err);
 }
 
 } /* namespace */
@@ -626,7 +626,7 @@ qwen3_result trial_open(trial *t, int embd, int heads) {
     desc.max_seqs = 1;
     desc.kv_type = QWEN3_KV_F32;        /* so that the errors are those of the computation */
     t->c = (cuda_ctx *)host_alloc(&desc.allocator, sizeof *t->c);
-    shape_ctx(t->c, t->m, &desc);
+    shape_ctx(t->c, t->m, &desc, false);
     return fill_ctx(t->c, &lab_err);
 }
 
@@ -668,7 +668,7 @@ qwen3_result trial_compare(const trial *t, int n, int layer, const std::vector<d
     const qwen3i_config &g = t->config;
     const size_t q_dim = (size_t)t->c->q_dim, kv_dim = (size_t)t->c->kv_dim, dim = (size_t)g.head_dim;
     std::vector<float> q((size_t)n * q_dim), k((size_t)n * kv_dim), v((size_t)n * kv_dim);
-    TRY(lab_get(t->c, QWEN3_CUDA_Q, q.data(), &lab_err));
+    TRY(lab_get(t->c, LAB_Q, q.data(), &lab_err));
     TRY(lab_kv(t->c, layer, n, k.data(), v.data()));
     const float *qn = &q[(size_t)(n - 1) * q_dim], *kn = &k[(size_t)(n - 1) * kv_dim];
     double off = 0, most_v = 0;
@@ -723,7 +723,7 @@ qwen3_result trial_put(trial *t, pass *p, const float *x) {
     cuda_ctx *c = t->c;
     matrix one = c->m->layers[0].qkv;
     one.terms = 1;
-    TRY(lab_put(c, QWEN3_CUDA_X, x, &lab_err));
+    TRY(lab_put(c, LAB_X, x, &lab_err));
     if (p->how == WIDE || p->how == FEW)
         return launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(one.ld, 4, p->n), 0,
                                         round_rows_kernel<half_t>, c->wide_act, c->act_scale, (const float *)c->x,
@@ -800,7 +800,7 @@ qwen3_result trial_errors_of(trial *t, int n, trial_errors *e) {
         trial_normed(t, &t->x[r * embd], h);
         for (size_t i = 0; i < embd; i++) other[r * embd + i] = __bfloat162float(__float2bfloat16_rn((float)h[i]));
     }
-    TRY(lab_put(t->c, QWEN3_CUDA_H, other.data(), &lab_err));
+    TRY(lab_put(t->c, LAB_H, other.data(), &lab_err));
     TRY(qkv_rope(&p, 0));
     return trial_compare(t, n, 0, want, &e->bf16);
 }
@@ -812,7 +812,7 @@ qwen3_result trial_rows(trial *t, const char *size, int n) {
     double separate = 0, own = 0, one = 0, fused = 0;
     for (int i = 0; i < n; i++) positions[(size_t)i] = i;
     b.tokens = tokens.data(); b.seqs = seqs.data(); b.positions = positions.data(); b.n_rows = n;
-    TRY(lab_rows(t->c, &b, &lab_err));
+    TRY(lab_set_rows(t->c, &b, &lab_err));
     TRY(trial_errors_of(t, n, &e));
 #ifndef QWEN3_CUDA_EMULATED
     TRY(trial_time(t, n, SEPARATE, &separate));

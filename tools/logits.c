@@ -4,6 +4,7 @@
    what the model goes on with, greedily. Build: cc -O3 -I. tools/logits.c -lm -lpthread */
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
+#include "tests/cuda_lab.h"
 
 static int fail(const char *what, const char *detail) {
     fprintf(stderr, "logits: %s: %s\n", what, detail);
@@ -62,10 +63,10 @@ int main(int argc, char **argv) {
     desc.kv_type = QWEN3_KV_F32;
     for (i = 4; i < argc; i++) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
-        if (!strcmp(argv[i], "--standard")) desc.kernels = QWEN3_PATH_STANDARD;
-        else if (!strcmp(argv[i], "--cuda")) {
+        if (!strcmp(argv[i], "--cuda") || !strcmp(argv[i], "--standard")) {
 #ifdef QWEN3_WITH_CUDA
-            load.backend = qwen3_cuda_backend();
+            if (load.backend != cuda_lab_standard())
+                load.backend = argv[i][2] == 's' ? cuda_lab_standard() : qwen3_cuda_backend();
 #else
             return fail(argv[i], "this program was built without CUDA");
 #endif
