@@ -156,9 +156,11 @@ static int reply(chat *c, qwen3_role role, const char *what) {
 static void show_model(const chat *c) {
     const qwen3_info f = qwen3_get_info(c->model);
     qwen3_stats start;
+    int n;
+    qwen3_seq_tokens(c->ctx, 0, &n);
     memset(&start, 0, sizeof start);
     fprintf(stderr, "%.0f million parameters on %s (%s); %d tokens in the context\n",
-            (double)f.n_params * 1e-6, f.backend_name, f.device_name, qwen3_seq_len(c->ctx, 0));
+            (double)f.n_params * 1e-6, f.backend_name, f.device_name, n);
     show_stats(c, &start);
 }
 

@@ -250,25 +250,27 @@ QWEN3_API qwen3_info   qwen3_get_info(const qwen3_model *model);
 extern const qwen3_backend *qwen3_cuda_backend(void);
 
 /* ---- tokenizer: pure functions of the model, safe from any thread ----------------------------- */
-enum { QWEN3_PARSE_SPECIAL = 1 };       /* default: "<|im_end|>" in text is plain text */
+enum {
+    QWEN3_PARSE_SPECIAL = 1,            /* encode; default: "<|im_end|>" in text is plain text      */
+    QWEN3_SHOW_SPECIAL  = 2             /* detokenize; default: control tokens are left out         */
+};
 
 /* Text (n_bytes of it, any bytes; invalid UTF-8 is read as U+FFFD) to tokens. Writes at most cap
    tokens to out (which may be NULL if cap is 0) and returns how many there are in all, which may be
-   more than cap; or a negative qwen3_result: no tokenizer (UNSUPPORTED), no memory, more than
-   INT_MAX tokens. */
+   more than cap; or a negative qwen3_result, and then says why in err (may be NULL). With
+   QWEN3_PARSE_SPECIAL, "<|im_end|>" and other added tokens in it are these tokens. */
 QWEN3_API int          qwen3_encode(const qwen3_model *model, const char *text, size_t n_bytes, int flags,
-                                    qwen3_token *out, int cap);
+                                    qwen3_token *out, int cap, char *err, size_t err_size);
+
+/* Tokens to text. Writes at most cap bytes to out, the last of them a NUL, and returns how many there
+   are in all without it; or ERR_ARG. Control tokens have no text unless flags has QWEN3_SHOW_SPECIAL.
+   May begin or end within a character: streams deliver whole ones. */
+QWEN3_API int          qwen3_detokenize(const qwen3_model *model, const qwen3_token *tokens, int n, int flags,
+                                        char *out, int cap);
 
 /* The bytes of a token, not NUL-terminated and perhaps not whole characters; owned by the model.
    NULL (and 0) for ids without text. */
 QWEN3_API const char  *qwen3_token_bytes(const qwen3_model *model, qwen3_token token, int *n_bytes);
-
-/* The id of an added token by its exact text, e.g. "<|im_end|>"; -1 if there is none. */
-QWEN3_API qwen3_token  qwen3_token_id(const qwen3_model *model, const char *added_token);
-
-/* How many of the n bytes form whole UTF-8 characters: the rest, at most 3 bytes, is the start of a
-   character still to come. Bytes that can never become valid count as whole. */
-QWEN3_API int          qwen3_utf8_complete(const char *bytes, int n);
 
 /* ---- chat ------------------------------------------------------------------------------------ */
 typedef enum qwen3_role { QWEN3_SYSTEM = 0, QWEN3_USER = 1, QWEN3_ASSISTANT = 2, QWEN3_TOOL = 3 } qwen3_role;
@@ -299,9 +301,10 @@ typedef struct qwen3_chat_desc {
 
 /* A conversation to tokens, exactly as the model's chat template renders it; the text of messages
    cannot produce control tokens. Returns the count needed, as qwen3_encode does, or a negative
-   qwen3_result (ERR_ARG: unknown role, tool that is not JSON). Safe from any thread. */
+   qwen3_result and in err (may be NULL) which part is wrong, e.g. "msgs[3].calls[0].arguments is
+   NULL". Safe from any thread. */
 QWEN3_API int          qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc *chat,
-                                         qwen3_token *out, int cap);
+                                         qwen3_token *out, int cap, char *err, size_t err_size);
 
 /* ---- context --------------------------------------------------------------------------------- */
 enum { QWEN3_KV_DEFAULT = 0, QWEN3_KV_F32 = 1, QWEN3_KV_F16 = 2, QWEN3_KV_BF16 = 3 };
@@ -376,15 +379,19 @@ typedef struct qwen3_item {             /* append n tokens to a sequence and eva
    STOPPED or an error the sequences keep the tokens of the steps that were completed. */
 QWEN3_API qwen3_result qwen3_eval(qwen3_ctx *ctx, const qwen3_item *items, int n_items);
 
-/* Make a sequence hold exactly these tokens, evaluating only what follows the common prefix. */
-QWEN3_API qwen3_result qwen3_sync(qwen3_ctx *ctx, int seq, const qwen3_token *tokens, int n);
+/* Make a sequence hold exactly these tokens, evaluating only what follows the common prefix: all of it
+   (max_new 0), or at most max_new tokens, so that a long prompt can be brought in by pieces. Returns
+   how many are still to come, 0 when it is done, or a negative qwen3_result. Cancelled, it returns
+   that too: call again with the same tokens. */
+QWEN3_API int          qwen3_sync(qwen3_ctx *ctx, int seq, const qwen3_token *tokens, int n, int max_new);
 
 /* Logits [n_vocab] that follow the sequence's last token; NULL if it is empty or on error. Owned by
    ctx, valid until the next call on it. */
 QWEN3_API const float *qwen3_logits(qwen3_ctx *ctx, int seq);
 
-QWEN3_API int          qwen3_seq_len(const qwen3_ctx *ctx, int seq);             /* -1: no such sequence */
-QWEN3_API const qwen3_token *qwen3_seq_tokens(const qwen3_ctx *ctx, int seq);    /* [seq_len], owned by ctx */
+/* The tokens of a sequence; *n (n may be NULL) is how many. Owned by ctx, valid until the sequence
+   changes. NULL and -1: there is no such sequence. */
+QWEN3_API const qwen3_token *qwen3_seq_tokens(const qwen3_ctx *ctx, int seq, int *n);
 
 /* Forget all tokens from position len on (0: all). Costs nothing. */
 QWEN3_API qwen3_result qwen3_seq_truncate(qwen3_ctx *ctx, int seq, int len);
@@ -392,12 +399,20 @@ QWEN3_API qwen3_result qwen3_seq_truncate(qwen3_ctx *ctx, int seq, int len);
 /* Make dst a copy of src, e.g. to share an evaluated system prompt. */
 QWEN3_API qwen3_result qwen3_seq_copy(qwen3_ctx *ctx, int dst, int src);
 
-/* Save a sequence to memory and restore it: into any context of the same model with the same KV
-   type, on either backend, in another process. Generation goes on bit for bit. The size is exact.
-   A damaged or foreign state is an error (FORMAT, MISMATCH) and leaves the sequence as it was. */
-QWEN3_API uint64_t     qwen3_seq_state_size(const qwen3_ctx *ctx, int seq);
-QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *ctx, int seq, void *dst, uint64_t cap, uint64_t *written);
-QWEN3_API qwen3_result qwen3_seq_load(qwen3_ctx *ctx, int seq, const void *src, uint64_t size);
+/* Save a sequence and restore it: into any context of the same model with the same KV type, on either
+   backend, in another process. Generation goes on bit for bit. What goes with it is up to the caller.
+   A damaged or foreign state is an error (FORMAT, MISMATCH) and leaves everything as it was. A file is
+   replaced in one piece, when all of it is written. */
+typedef struct qwen3_state {
+    const char *path;                   /* a file (UTF-8), ...                                      */
+    void       *data;                   /* ... or memory. Save with neither: only tell the size     */
+    uint64_t    size;                   /* in: bytes at data; out: bytes of the state               */
+    qwen3_sampler *sampler;             /* NULL, or its numbers go with it; pointers in it stay     */
+    void       *user;                   /* NULL, or bytes of the caller's: names, moods, a transcript */
+    size_t      user_size;              /* save: how many. load: in: room at user; out: how many there */
+} qwen3_state;                          /* are, which with a user of NULL is all that is done       */
+QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *ctx, int seq, qwen3_state *state);
+QWEN3_API qwen3_result qwen3_seq_load(qwen3_ctx *ctx, int seq, qwen3_state *state);
 
 /* ---- sampling -------------------------------------------------------------------------------- */
 typedef struct qwen3_prob { qwen3_token token; float logprob; } qwen3_prob;
@@ -516,20 +531,9 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *ctx, int seq, const char *task, c
    qwen3_cuda.cu reads this section alone, with QWEN3_BACKEND_INTERFACE defined.
    ================================================================================================ */
 
-/* The formats of weights: X(name, function, number in GGUF files, elements of a block, its bytes). The first three are
-   numbers that stand by themselves, and the formats of a KV cache too; the others are unpacked by a function. */
-#define QWEN3I_BLOCK_TYPES(X) \
-    X(Q8_0, q8_0, 8, 32, 34)       X(Q4_0, q4_0, 2, 32, 18)       X(Q4_1, q4_1, 3, 32, 20) \
-    X(Q5_0, q5_0, 6, 32, 22)       X(Q5_1, q5_1, 7, 32, 24)       X(Q2_K, q2_k, 10, 256, 84) \
-    X(Q3_K, q3_k, 11, 256, 110)    X(Q4_K, q4_k, 12, 256, 144)    X(Q5_K, q5_k, 13, 256, 176) \
-    X(Q6_K, q6_k, 14, 256, 210)    X(IQ4_NL, iq4_nl, 20, 32, 18)  X(IQ4_XS, iq4_xs, 23, 256, 136) \
-    X(MXFP4, mxfp4, 39, 32, 17)    X(NVFP4, nvfp4, 40, 64, 36)
-#define QWEN3I_TYPES(X) X(F32, f32, 0, 1, 4) X(F16, f16, 1, 1, 2) X(BF16, bf16, 30, 1, 2) QWEN3I_BLOCK_TYPES(X)
+typedef enum qwen3i_type { QWEN3I_F32 = 1, QWEN3I_F16 = 2, QWEN3I_BF16 = 3 } qwen3i_type; /* = QWEN3_KV_* */
 
-#define QWEN3I_TYPE_ENUM(name, function, gguf, elements, bytes) QWEN3I_##name,
-typedef enum qwen3i_type { QWEN3I_NO_TYPE, QWEN3I_TYPES(QWEN3I_TYPE_ENUM) QWEN3I_N_TYPES } qwen3i_type; 
-
-typedef struct qwen3i_matrix {          /* y[rows] = W x[cols]; row-major: see qwen3i_row_bytes; numbers are aligned */
+typedef struct qwen3i_matrix {          /* y[rows] = W x[cols]; row-major, aligned to its element */
     const void *data;
     int         rows, cols;
     qwen3i_type type;
@@ -616,7 +620,6 @@ struct qwen3_backend {
     qwen3_result (*kv_read)(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v, const qwen3i_err *err);
     qwen3_result (*kv_write)(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v, const qwen3i_err *err);
     qwen3_result (*set_logits)(void *ctx_state, int seq, const float *logits, const qwen3i_err *err);
-    int         block_types;            /* does it multiply by matrices of any format? 0: only F32, F16 and BF16 */
 };
 
 /* ---- sizes: 64-bit arithmetic in which UINT64_MAX stands for all that does not fit ---- */
@@ -691,6 +694,14 @@ static inline void qwen3i_printable(char *text) {
         if (*p < 0x20 || *p == 0x7F || (*p == 0xC2 && p[1] >= 0x80 && p[1] < 0xA0)) *p = '?';
 }
 
+static qwen3i_err qwen3i_err_begin(char *text, size_t cap) {
+    qwen3i_err e;
+    e.text = text;
+    e.cap = cap;
+    if (text && cap) *text = '\0';
+    return e;
+}
+
 /* Write the message and return the code, so that a failure is one statement. */
 QWEN3I_PRINTF(3, 4)
 static inline qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, const char *format, ...) {
@@ -704,7 +715,7 @@ static inline qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, c
 }
 
 /* ---- number formats: bfloat16 and half precision to and from float32 ---- */
-QWEN3I_SHARED size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }    /* of a number */
+QWEN3I_SHARED size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }
 
 QWEN3I_SHARED float qwen3i_float_from_bits(uint32_t bits) {
     float f;
@@ -956,7 +967,7 @@ static void *qwen3i_alloc_zero(const qwen3_allocator *a, size_t n, size_t size) 
 
 /* ---- errors ------------------------------------------------------------------------------------ */
 static qwen3_result qwen3i_no_memory(const qwen3i_err *e, const char *what, uint64_t bytes) {
-    return qwen3i_fail(e, QWEN3_ERR_MEMORY, "out of memory: %llu bytes for %s", (unsigned long long)bytes, what);
+    return qwen3i_fail(e, QWEN3_ERR_MEMORY, "%llu bytes for %s", (unsigned long long)bytes, what);
 }
 
 QWEN3I_PRINTF(3, 4)
@@ -1178,10 +1189,6 @@ static int qwen3i_utf8_complete(const char *bytes, int n) {
         return qwen3i_utf8_scan(p, bytes + n, &c, &truncated) == back && truncated ? n - back : n;
     }
     return n;
-}
-
-QWEN3_API int qwen3_utf8_complete(const char *bytes, int n) {
-    return bytes && n > 0 ? qwen3i_utf8_complete(bytes, n) : 0;
 }
 
 /* ================================================================================================
@@ -1553,6 +1560,27 @@ static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size
 }
 static void qwen3i_handle_close(qwen3i_handle h) { CloseHandle(h); }
 
+/* Write all of a file. 0, or -1. */
+static int qwen3i_write_all(const char *path, const char *p, size_t n) {
+    WCHAR wide[32768];
+    HANDLE h;
+    DWORD got = 1;
+    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, QWEN3I_COUNT(wide))) return -1;
+    h = CreateFileW(wide, GENERIC_WRITE, 0, NULL, CREATE_ALWAYS, FILE_ATTRIBUTE_NORMAL, NULL);
+    if (h == INVALID_HANDLE_VALUE) return -1;
+    for (; n > 0 && got > 0; p += got, n -= got)
+        if (!WriteFile(h, p, (DWORD)qwen3i_min_size(n, (size_t)1 << 26), &got, NULL)) break;
+    return CloseHandle(h) && n == 0 ? 0 : -1;
+}
+
+/* Put one file in the place of another. 0, or -1. */
+static int qwen3i_replace_file(const char *from, const char *to) {
+    WCHAR a[32768], b[32768];
+    if (!MultiByteToWideChar(CP_UTF8, 0, from, -1, a, QWEN3I_COUNT(a))) return -1;
+    if (!MultiByteToWideChar(CP_UTF8, 0, to, -1, b, QWEN3I_COUNT(b))) return -1;
+    return MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) ? 0 : -1;
+}
+
 static int qwen3i_handle_read(void *handle, uint64_t offset, void *dst, size_t n) {
     DWORD got = 0;
     (void)offset;                       /* slices come in order */
@@ -1604,6 +1632,25 @@ static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size
 }
 static void qwen3i_handle_close(qwen3i_handle h) { close(h); }
 
+/* Write all of a file. 0, or -1. */
+static int qwen3i_write_all(const char *path, const char *p, size_t n) {
+    const int h = creat(path, 0666);
+    int failed;
+    if (h < 0) return -1;
+    while (n > 0) {
+        const ssize_t put = write(h, p, qwen3i_min_size(n, (size_t)1 << 26));
+        if (put < 0 && errno == EINTR) continue;
+        if (put <= 0) break;
+        p += put;
+        n -= (size_t)put;
+    }
+    failed = n > 0 || fsync(h) != 0;
+    return close(h) == 0 && !failed ? 0 : -1;
+}
+
+/* Put one file in the place of another. 0, or -1. */
+static int qwen3i_replace_file(const char *from, const char *to) { return rename(from, to); }
+
 static int qwen3i_handle_read(void *handle, uint64_t offset, void *dst, size_t n) {
     char *p = (char *)dst;
     (void)offset;                       /* slices come in order */
@@ -1635,6 +1682,41 @@ static void qwen3i_unmap(const void *p, size_t size) {
 #endif
 #endif
 
+/* Write a file beside the one that it then replaces: a crash leaves one of them whole. */
+static qwen3_result qwen3i_write_file(const qwen3_allocator *a, const char *path, const char *data, size_t size,
+                                      const qwen3i_err *err) {
+    const size_t n = strlen(path) + 6;
+    char *part = (char *)qwen3i_alloc(a, n);
+    int failed;
+    if (!part) return qwen3i_no_memory(err, "a path", n);
+    snprintf(part, n, "%s.part", path);
+    failed = qwen3i_write_all(part, data, size) != 0 || qwen3i_replace_file(part, path) != 0;
+    if (failed) remove(part);
+    qwen3i_free(a, part, n);
+    return failed ? qwen3i_fail(err, QWEN3_ERR_IO, "%s: cannot be written", path) : QWEN3_OK;
+}
+
+/* The bytes of a file, for qwen3i_free. */
+static qwen3_result qwen3i_read_file(const qwen3_allocator *a, const char *path, char **data, uint64_t *size,
+                                     const qwen3i_err *err) {
+    qwen3i_handle h;
+    uint64_t at, n;
+    const int found = qwen3i_handle_open(&h, path, size);
+    if (found <= 0) return qwen3i_fail(err, QWEN3_ERR_IO, "%s: %s", path,
+                                       found ? "cannot be opened, or is no regular file" : "there is no such file");
+    *data = *size < (size_t)-1 ? (char *)qwen3i_alloc(a, (size_t)*size) : NULL;
+    for (at = 0; *data && at < *size; at += n) {
+        n = *size - at < 1u << 26 ? *size - at : 1u << 26;
+        if (qwen3i_handle_read(&h, at, *data + at, (size_t)n) == 0) continue;
+        qwen3i_handle_close(h);
+        qwen3i_free(a, *data, (size_t)*size);
+        *data = NULL;
+        return qwen3i_fail(err, QWEN3_ERR_IO, "%s: cannot be read", path);
+    }
+    qwen3i_handle_close(h);
+    return *data ? QWEN3_OK : qwen3i_no_memory(err, path, *size);
+}
+
 static qwen3_result qwen3i_open_path(const qwen3i_loader *l, const char *name, int map, qwen3i_blob *out) {
     const qwen3_allocator *a = &l->model->allocator;
     size_t n = strlen(l->desc->path) + strlen(name) + 2;
@@ -1659,6 +1741,18 @@ static qwen3_result qwen3i_open_path(const qwen3i_loader *l, const char *name, i
     if (!out->data) r = qwen3i_read_all(l, name, size, qwen3i_handle_read, &h, out);
     qwen3i_handle_close(h);
     return r;
+}
+#else
+static qwen3_result qwen3i_write_file(const qwen3_allocator *a, const char *path, const char *data, size_t size,
+                                      const qwen3i_err *err) {
+    (void)a; (void)data; (void)size;
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: the library was compiled with QWEN3_NO_STDIO", path);
+}
+
+static qwen3_result qwen3i_read_file(const qwen3_allocator *a, const char *path, char **data, uint64_t *size,
+                                     const qwen3i_err *err) {
+    (void)a; (void)data; (void)size;
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: the library was compiled with QWEN3_NO_STDIO", path);
 }
 #endif /* QWEN3_NO_STDIO */
 
@@ -1701,211 +1795,6 @@ static void qwen3i_close(const qwen3_allocator *a, qwen3i_blob *b) {
     if (b->kind == QWEN3I_MAPPED) qwen3i_unmap(b->data, b->size);
 #endif
     memset(b, 0, sizeof *b);
-}
-
-/* ================================================================================================
-   WEIGHT FORMATS: numbers by themselves, and blocks of small whole numbers with scales. The layouts are those
-   of GGUF files (ggml-common.h of ggml-org/ggml). One format is one function, and its line in QWEN3I_TYPES.
-   ================================================================================================ */
-#define QWEN3I_MAX_BLOCK 256            /* elements */
-
-/* A block: element e is d[e / 16] * q[e] + m[e / 16], in which only the sum is rounded: the product is exact in float32. */
-typedef struct qwen3i_unpacked { int8_t q[QWEN3I_MAX_BLOCK]; float d[QWEN3I_MAX_BLOCK / 16], m[QWEN3I_MAX_BLOCK / 16]; } qwen3i_unpacked;
-typedef void (*qwen3i_unpack)(qwen3i_unpacked *u, const uint8_t *b);
-
-/* ---- what blocks are made of ------------------------------------------------------------------------- */
-static float qwen3i_half_at(const uint8_t *b) { return qwen3i_f16_to_f32((uint16_t)(b[0] | b[1] << 8)); }
-
-/* Elements 16 i .. 16 i + 15 have this scale and offset. */
-static void qwen3i_unpack_scale(qwen3i_unpacked *u, int i, float d, float m) { u->d[i] = d; u->m[i] = m; }
-
-static void qwen3i_unpack_scale32(qwen3i_unpacked *u, int i, float d, float m) {
-    qwen3i_unpack_scale(u, 2 * i, d, m);
-    qwen3i_unpack_scale(u, 2 * i + 1, d, m);
-}
-
-/* n bytes hold 2 n elements: the low halves n of them, the high halves the next n. */
-static void qwen3i_unpack_nibbles(int8_t *q, const uint8_t *b, int n) {
-    for (int i = 0; i < n; i++) q[i] = (int8_t)(b[i] & 15);
-    for (int i = 0; i < n; i++) q[n + i] = (int8_t)(b[i] >> 4);
-}
-
-/* 32 bytes hold 128 elements of two bits: the lowest of all bytes first. */
-static void qwen3i_unpack_pairs(int8_t *q, const uint8_t *b) {
-    for (int k = 0; k < 4; k++) for (int i = 0; i < 32; i++) q[32 * k + i] = (int8_t)(b[i] >> 2 * k & 3);
-}
-
-/* The six-bit scale and minimum of 32 elements j in Q4_K and Q5_K, from 12 bytes */
-static void qwen3i_unpack_scales_k(qwen3i_unpacked *u, const uint8_t *b) {
-    const uint8_t *s = b + 4;
-    float d = qwen3i_half_at(b), m = qwen3i_half_at(b + 2);
-    for (int j = 0; j < 4; j++) qwen3i_unpack_scale32(u, j, d * (float)(s[j] & 63), -m * (float)(s[j + 4] & 63));
-    for (int j = 4; j < 8; j++)
-        qwen3i_unpack_scale32(u, j, d * (float)((s[j + 4] & 15) | (s[j - 4] >> 6) << 4), -m * (float)((s[j + 4] >> 4) | (s[j] >> 6) << 4));
-}
-
-/* Of four bits, a value out of 16 */
-static const int8_t qwen3i_iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-static const int8_t qwen3i_fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};   /* twice E2M1's */
-
-static void qwen3i_unpack_values(int8_t *q, int n, const int8_t *values) { for (int i = 0; i < n; i++) q[i] = values[q[i]]; }
-
-/* E4M3 without a sign, of which 0x7F is 0 */
-static float qwen3i_ue4m3_to_f32(unsigned x) {
-    unsigned exponent = x >> 3 & 15, fraction = x & 7;
-    if ((x & 0x7F) == 0x7F) return 0;
-    return exponent == 0 ? (float)fraction / 512 : qwen3i_float_from_bits((exponent + 120) << 23 | fraction << 20);
-}
-
-/* ---- blocks of 32 and 64 ---------------------------------------------------------------------------- */
-static void qwen3i_unpack_q8_0(qwen3i_unpacked *u, const uint8_t *b) {
-    memcpy(u->q, b + 2, 32);
-    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), 0);
-}
-
-static void qwen3i_unpack_q4_0(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b);
-    qwen3i_unpack_nibbles(u->q, b + 2, 16);
-    qwen3i_unpack_scale32(u, 0, d, -8 * d);
-}
-
-static void qwen3i_unpack_q4_1(qwen3i_unpacked *u, const uint8_t *b) {
-    qwen3i_unpack_nibbles(u->q, b + 4, 16);
-    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), qwen3i_half_at(b + 2));
-}
-
-/* The fifth bits of 32 elements lie in a word of their own. */
-static void qwen3i_unpack_fives(int8_t *q, const uint8_t *fifth, const uint8_t *b) {
-    qwen3i_unpack_nibbles(q, b, 16);
-    for (int i = 0; i < 32; i++) q[i] = (int8_t)(q[i] | (fifth[i / 8] >> i % 8 & 1) << 4);
-}
-
-static void qwen3i_unpack_q5_0(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b);
-    qwen3i_unpack_fives(u->q, b + 2, b + 6);
-    qwen3i_unpack_scale32(u, 0, d, -16 * d);
-}
-
-static void qwen3i_unpack_q5_1(qwen3i_unpacked *u, const uint8_t *b) {
-    qwen3i_unpack_fives(u->q, b + 4, b + 8);
-    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), qwen3i_half_at(b + 2));
-}
-
-static void qwen3i_unpack_iq4_nl(qwen3i_unpacked *u, const uint8_t *b) {
-    qwen3i_unpack_nibbles(u->q, b + 2, 16);
-    qwen3i_unpack_values(u->q, 32, qwen3i_iq4_values);
-    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), 0);
-}
-
-/* The scale is 2^(b[0] - 128), below 2^-126 a subnormal number. */
-static void qwen3i_unpack_mxfp4(qwen3i_unpacked *u, const uint8_t *b) {
-    uint32_t bits = b[0] < 2 ? (uint32_t)0x200000 << b[0] : (uint32_t)(b[0] - 1) << 23;
-    qwen3i_unpack_nibbles(u->q, b + 1, 16);
-    qwen3i_unpack_values(u->q, 32, qwen3i_fp4_values);
-    qwen3i_unpack_scale32(u, 0, qwen3i_float_from_bits(bits), 0);
-}
-
-static void qwen3i_unpack_nvfp4(qwen3i_unpacked *u, const uint8_t *b) {
-    for (int i = 0; i < 4; i++) {
-        qwen3i_unpack_nibbles(u->q + 16 * i, b + 4 + 8 * i, 8);
-        qwen3i_unpack_scale(u, i, qwen3i_ue4m3_to_f32(b[i]) / 2, 0);
-    }
-    qwen3i_unpack_values(u->q, 64, qwen3i_fp4_values);
-}
-
-/* ---- blocks of 256 ----------------------------------------------------------------------------------- */
-static void qwen3i_unpack_q2_k(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b + 80), m = qwen3i_half_at(b + 82);
-    for (int i = 0; i < 2; i++) qwen3i_unpack_pairs(u->q + 128 * i, b + 16 + 32 * i);
-    for (int i = 0; i < 16; i++) qwen3i_unpack_scale(u, i, d * (float)(b[i] & 15), -m * (float)(b[i] >> 4));
-}
-
-static void qwen3i_unpack_q3_k(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b + 108);
-    for (int i = 0; i < 2; i++) qwen3i_unpack_pairs(u->q + 128 * i, b + 32 + 32 * i);
-    for (int k = 0; k < 8; k++)         /* a high bit that is not set takes 4 away */
-        for (int i = 0; i < 32; i++) u->q[32 * k + i] = (int8_t)(u->q[32 * k + i] + (b[i] >> k & 1) * 4 - 4);
-    for (int i = 0; i < 16; i++) {
-        int low = b[96 + i % 8] >> 4 * (i / 8) & 15, high = b[104 + i % 4] >> 2 * (i / 4) & 3;
-        qwen3i_unpack_scale(u, i, d * (float)((low | high << 4) - 32), 0);
-    }
-}
-
-static void qwen3i_unpack_q4_k(qwen3i_unpacked *u, const uint8_t *b) {
-    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(u->q + 64 * k, b + 16 + 32 * k, 32);
-    qwen3i_unpack_scales_k(u, b);
-}
-
-static void qwen3i_unpack_q5_k(qwen3i_unpacked *u, const uint8_t *b) {
-    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(u->q + 64 * k, b + 48 + 32 * k, 32);
-    for (int k = 0; k < 8; k++)
-        for (int i = 0; i < 32; i++) u->q[32 * k + i] = (int8_t)(u->q[32 * k + i] | (b[16 + i] >> k & 1) << 4);
-    qwen3i_unpack_scales_k(u, b);
-}
-
-static void qwen3i_unpack_q6_k(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b + 208);
-    for (int h = 0; h < 2; h++) {       /* of 128 elements: low halves of 64 bytes, high pairs of 32 */
-        int8_t *q = u->q + 128 * h;
-        const uint8_t *high = b + 128 + 32 * h;
-        qwen3i_unpack_nibbles(q, b + 64 * h, 64);
-        for (int k = 0; k < 4; k++)
-            for (int i = 0; i < 32; i++) q[32 * k + i] = (int8_t)((q[32 * k + i] | (high[i] >> 2 * k & 3) << 4) - 32);
-    }
-    for (int i = 0; i < 16; i++) qwen3i_unpack_scale(u, i, d * (float)(int8_t)b[192 + i], 0);
-}
-
-static void qwen3i_unpack_iq4_xs(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b);
-    for (int k = 0; k < 8; k++) {
-        int low = b[4 + k / 2] >> 4 * (k % 2) & 15, high = (b[2] | b[3] << 8) >> 2 * k & 3;
-        qwen3i_unpack_nibbles(u->q + 32 * k, b + 8 + 16 * k, 16);
-        qwen3i_unpack_scale32(u, k, d * (float)((low | high << 4) - 32), 0);
-    }
-    qwen3i_unpack_values(u->q, 256, qwen3i_iq4_values);
-}
-
-/* ---- the table --------------------------------------------------------------------------------------- */
-typedef struct qwen3i_format { const char *name; int gguf, elements, bytes; qwen3i_unpack unpack; } qwen3i_format;
-
-/* Of a valid type. unpack is NULL for numbers. */
-static const qwen3i_format *qwen3i_format_of(qwen3i_type type) {
-    #define QWEN3I_FORMAT(name, function, gguf, elements, bytes) {#name, gguf, elements, bytes, qwen3i_unpack_##function},
-    static const qwen3i_format formats[] = {
-        {"none", -1, 1, 0, NULL}, {"F32", 0, 1, 4, NULL}, {"F16", 1, 1, 2, NULL}, {"BF16", 30, 1, 2, NULL},
-        QWEN3I_BLOCK_TYPES(QWEN3I_FORMAT)
-    };
-    #undef QWEN3I_FORMAT
-    return &formats[type];
-}
-
-static int qwen3i_is_block(qwen3i_type type) { return type > QWEN3I_BF16; }
-
-/* By its name in a safetensors file or as ggml calls it; QWEN3I_NO_TYPE for what is not supported. */
-static qwen3i_type qwen3i_type_of(qwen3i_str name) {
-    int i;
-    for (i = QWEN3I_F32; i < QWEN3I_N_TYPES; i++)
-        if (qwen3i_json_is(name, qwen3i_format_of((qwen3i_type)i)->name)) return (qwen3i_type)i;
-    return QWEN3I_NO_TYPE;
-}
-
-/* Bytes of a row of n elements; a block that is not full takes as much as a full one. */
-static uint64_t qwen3i_row_bytes(qwen3i_type type, int n) {
-    const qwen3i_format *f = qwen3i_format_of(type);
-    return ((uint64_t)n + (uint64_t)f->elements - 1) / (uint64_t)f->elements * (uint64_t)f->bytes;
-}
-
-/* n elements of a row to float32, from the beginning of a block on */
-static void qwen3i_decode(float *y, const void *row, qwen3i_type type, int n) {
-    const qwen3i_format *f = qwen3i_format_of(type);
-    const uint8_t *b = (const uint8_t *)row;
-    qwen3i_unpacked u;
-    for (int i = 0; i < n; i++) {
-        int e = i % f->elements;
-        if (!f->unpack) { y[i] = qwen3i_value(row, type, i); continue; }
-        if (e == 0) { f->unpack(&u, b); b += f->bytes; }
-        y[i] = u.d[e / 16] * (float)u.q[e] + u.m[e / 16];
-    }
 }
 
 /* ================================================================================================
@@ -3066,9 +2955,10 @@ static const qwen3i_added *qwen3i_added_next(const qwen3i_tokenizer *t, const ch
     return NULL;
 }
 
+/* -1: there is no such token. */
 static qwen3_token qwen3i_added_id(const qwen3i_tokenizer *t, const char *text) {
     size_t n = strlen(text);
-    const qwen3i_added *hit = qwen3i_added_at(t, text, text + n, QWEN3I_ADDED_ALL);
+    const qwen3i_added *hit = t ? qwen3i_added_at(t, text, text + n, QWEN3I_ADDED_ALL) : NULL;
     return hit && hit->length == n ? hit->id : -1;
 }
 
@@ -3316,16 +3206,27 @@ static qwen3_result qwen3i_encode_special(qwen3i_encoder *e, const char *p, size
     return r;
 }
 
-QWEN3_API int qwen3_encode(const qwen3_model *model, const char *text, size_t n_bytes, int flags,
-                           qwen3_token *out, int cap) {
+/* A count, or a negative result that err explains. */
+static int qwen3i_encode(const qwen3_model *m, const char *text, size_t n_bytes, int flags, qwen3_token *out, int cap,
+                         const qwen3i_err *err) {
     qwen3i_encoder e;
-    if (!model || (!text && n_bytes) || cap < 0 || (!out && cap)) return QWEN3_ERR_ARG;
-    if (flags & ~QWEN3_PARSE_SPECIAL) return QWEN3_ERR_ARG;
-    if (!model->tokenizer) return QWEN3_ERR_UNSUPPORTED;
+    int n;
+    if (!m->tokenizer) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
     if (n_bytes == 0) return 0;
-    e = qwen3i_encoder_make(model->tokenizer, out, cap);
-    return qwen3i_encoder_end(&e, flags & QWEN3_PARSE_SPECIAL ? qwen3i_encode_special(&e, text, n_bytes)
-                                                              : qwen3i_encode_text(&e, text, n_bytes, 0));
+    e = qwen3i_encoder_make(m->tokenizer, out, cap);
+    n = qwen3i_encoder_end(&e, flags & QWEN3_PARSE_SPECIAL ? qwen3i_encode_special(&e, text, n_bytes)
+                                                           : qwen3i_encode_text(&e, text, n_bytes, 0));
+    if (n == QWEN3_ERR_MEMORY) return qwen3i_no_memory(err, "the temporaries of a text", n_bytes);
+    return n < 0 ? qwen3i_fail(err, QWEN3_ERR_ARG, "the text has more than %d tokens", INT_MAX) : n;
+}
+
+QWEN3_API int qwen3_encode(const qwen3_model *m, const char *text, size_t n_bytes, int flags,
+                           qwen3_token *out, int cap, char *err_text, size_t err_size) {
+    const qwen3i_err err = qwen3i_err_begin(err_text, err_size);
+    if (!m || (!text && n_bytes) || cap < 0 || (!out && cap))
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "model, text or out is NULL, or cap (%d) negative", cap);
+    if (flags & ~QWEN3_PARSE_SPECIAL) return qwen3i_fail(&err, QWEN3_ERR_ARG, "flags has unknown bits: %d", flags);
+    return qwen3i_encode(m, text, n_bytes, flags, out, cap, &err);
 }
 
 static const char *qwen3i_token_bytes(const qwen3_model *m, qwen3_token token, int *n_bytes) {
@@ -3342,8 +3243,25 @@ QWEN3_API const char *qwen3_token_bytes(const qwen3_model *model, qwen3_token to
     return bytes;
 }
 
-QWEN3_API qwen3_token qwen3_token_id(const qwen3_model *model, const char *added_token) {
-    return model && model->tokenizer && added_token ? qwen3i_added_id(model->tokenizer, added_token) : -1;
+/* Append bytes to a string of which only cap bytes are kept. */
+static int qwen3i_append_text(char *out, int cap, int n, const char *bytes, int n_bytes) {
+    const int room = n < cap ? qwen3i_min(n_bytes, cap - n) : 0;
+    if (room > 0) memcpy(out + n, bytes, (size_t)room);
+    return n_bytes > INT_MAX - 1 - n ? INT_MAX - 1 : n + n_bytes;
+}
+
+QWEN3_API int qwen3_detokenize(const qwen3_model *m, const qwen3_token *tokens, int n, int flags, char *out, int cap) {
+    int i, total = 0, n_bytes;
+    if (!m || n < 0 || (n > 0 && !tokens) || cap < 0 || (cap > 0 && !out) || (flags & ~QWEN3_SHOW_SPECIAL))
+        return QWEN3_ERR_ARG;
+    if (!m->tokenizer) return QWEN3_ERR_UNSUPPORTED;
+    for (i = 0; i < n; i++) {
+        const char *bytes = qwen3i_token_bytes(m, tokens[i], &n_bytes);
+        if (n_bytes == 0 || (!(flags & QWEN3_SHOW_SPECIAL) && qwen3i_is_special(m->tokenizer, tokens[i]))) continue;
+        total = qwen3i_append_text(out, cap, total, bytes, n_bytes);
+    }
+    if (cap > 0) out[qwen3i_min(total, cap - 1)] = '\0';
+    return total;
 }
 
 /* ================================================================================================
@@ -4407,6 +4325,13 @@ typedef struct qwen3i_binder {
     uint64_t              n_params, n_bytes, fingerprint;
 } qwen3i_binder;
 
+static qwen3i_type qwen3i_type_of(qwen3i_str dtype) {
+    if (qwen3i_json_is(dtype, "BF16")) return QWEN3I_BF16;
+    if (qwen3i_json_is(dtype, "F16"))  return QWEN3I_F16;
+    if (qwen3i_json_is(dtype, "F32"))  return QWEN3I_F32;
+    return (qwen3i_type)0;
+}
+
 static void qwen3i_shape_string(char *dst, size_t cap, const uint64_t *shape, int rank) {
     size_t at = 1;
     int i;
@@ -4417,26 +4342,13 @@ static void qwen3i_shape_string(char *dst, size_t cap, const uint64_t *shape, in
 }
 
 /* A float that is NaN or Inf has all exponent bits set: this holds under -ffast-math, too. */
-static int qwen3i_numbers_finite(const void *data, qwen3i_type type, uint64_t n) {
+static int qwen3i_all_finite(const void *data, qwen3i_type type, uint64_t n) {
     const uint32_t mask = type == QWEN3I_F32 ? 0x7F800000u : type == QWEN3I_F16 ? 0x7C00u : 0x7F80u;
     uint64_t i;
     int bad = 0;
     if (type == QWEN3I_F32) for (i = 0; i < n; i++) bad |= (((const uint32_t *)data)[i] & mask) == mask;
     else                    for (i = 0; i < n; i++) bad |= (((const uint16_t *)data)[i] & mask) == mask;
     return !bad;
-}
-
-static int qwen3i_all_finite(const qwen3i_matrix *w) {
-    const qwen3i_format *f = qwen3i_format_of(w->type);
-    const uint8_t *b = (const uint8_t *)w->data, *end = b + (size_t)w->rows * qwen3i_row_bytes(w->type, w->cols);
-    float y[QWEN3I_MAX_BLOCK];
-    int ok = 1;
-    if (!f->unpack) return qwen3i_numbers_finite(w->data, w->type, (uint64_t)w->rows * (uint64_t)w->cols);
-    for (; ok && b < end; b += f->bytes) {
-        qwen3i_decode(y, b, w->type, f->elements);
-        ok = qwen3i_numbers_finite(y, QWEN3I_F32, (uint64_t)f->elements);
-    }
-    return ok;
 }
 
 /* Data that is not aligned to its element is copied: the only weights that are. */
@@ -4448,25 +4360,6 @@ static const void *qwen3i_align_tensor(qwen3_model *m, const qwen3i_tensor *t, s
     return copy;
 }
 
-/* The matrix has a format that the backend multiplies by, and its bytes are as many as that format asks for. */
-static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tensor *t, const char *name, const qwen3i_matrix *w) {
-    const qwen3_backend *backend = b->l->model->backend;
-    uint64_t bytes;
-    if (!w->type)
-        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has type %.*s, which is not supported",
-                           t->file, name, QWEN3I_STR(t->dtype));
-    if (qwen3i_is_block(w->type) && !backend->block_types)
-        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has type %.*s; the %s backend supports "
-                           "F32, F16 and BF16", t->file, name, QWEN3I_STR(t->dtype), backend->name);
-    if (w->cols % qwen3i_format_of(w->type)->elements != 0)
-        return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has type %.*s, but rows of %d elements, no multiple of %d",
-                           t->file, name, QWEN3I_STR(t->dtype), w->cols, qwen3i_format_of(w->type)->elements);
-    bytes = qwen3i_size_mul((uint64_t)w->rows, qwen3i_row_bytes(w->type, w->cols));
-    if (t->end - t->begin == bytes) return QWEN3_OK;
-    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' needs %llu bytes for its shape but has %llu", t->file, name,
-                       (unsigned long long)bytes, (unsigned long long)(t->end - t->begin));
-}
-
 /* Find a tensor of shape [rows, cols], or [cols] if rows is 0. */
 static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
     const qwen3i_err *err = b->l->err;
@@ -4475,7 +4368,6 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
     uint64_t want[2], n = (uint64_t)(rows ? rows : 1) * (uint64_t)cols;
     int rank = rows ? 2 : 1, same;
     char has[128], needs[64];
-    qwen3_result r;
     key.p = name;
     key.n = strlen(name);
     t = qwen3i_find_tensor(b->tensors, key);
@@ -4489,13 +4381,12 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s; config.json asks for %s", t->file, name, has, needs);
     }
     out->type = qwen3i_type_of(t->dtype);
+    if (!out->type) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has dtype %.*s; BF16, F16 and F32 are supported", t->file, name, QWEN3I_STR(t->dtype));
     out->rows = rows ? rows : 1;
     out->cols = cols;
-    r = qwen3i_check_type(b, t, name, out);
-    if (r != QWEN3_OK) return r;
-    out->data = qwen3i_align_tensor(b->l->model, t, qwen3i_is_block(out->type) ? 1 : qwen3i_type_size(out->type));
+    out->data = qwen3i_align_tensor(b->l->model, t, qwen3i_type_size(out->type));
     if (!out->data) return qwen3i_no_memory(err, name, t->end - t->begin);
-    if ((b->l->desc->flags & QWEN3_LOAD_CHECK) && !qwen3i_all_finite(out))
+    if ((b->l->desc->flags & QWEN3_LOAD_CHECK) && !qwen3i_all_finite(out->data, out->type, n))
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' contains NaN or Inf", t->file, name);
     b->n_params += n;
     b->n_bytes += t->end - t->begin;
@@ -4508,11 +4399,12 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
 static qwen3_result qwen3i_bind_gains(qwen3i_binder *b, const char *name, int n, const float **out) {
     qwen3i_matrix t;
     float *gains;
+    int i;
     qwen3_result r = qwen3i_bind(b, name, 0, n, &t);
     if (r != QWEN3_OK) return r;
     gains = (float *)qwen3i_model_alloc(b->l->model, (size_t)n, sizeof *gains);
     if (!gains) return qwen3i_no_memory(b->l->err, name, (uint64_t)n * sizeof *gains);
-    qwen3i_decode(gains, t.data, t.type, n);
+    for (i = 0; i < n; i++) gains[i] = qwen3i_value(t.data, t.type, i);
     *out = gains;
     return QWEN3_OK;
 }
@@ -4668,11 +4560,11 @@ static void qwen3i_fill_info(qwen3_model *m) {
     f->n_layer = c->n_layer; f->n_embd = c->n_embd; f->n_head = c->n_head; f->n_head_kv = c->n_head_kv;
     f->head_dim = c->head_dim; f->n_ff = c->n_ff; f->n_vocab = c->n_vocab; f->max_ctx = c->max_ctx;
     f->n_tokens = m->tokenizer ? qwen3i_tokenizer_size(m->tokenizer) : 0;
-    f->im_start = qwen3_token_id(m, "<|im_start|>");
-    f->im_end = qwen3_token_id(m, "<|im_end|>");
-    f->end_of_text = qwen3_token_id(m, "<|endoftext|>");
-    f->think_begin = qwen3_token_id(m, "<think>");
-    f->think_end = qwen3_token_id(m, "</think>");
+    f->im_start = qwen3i_added_id(m->tokenizer, "<|im_start|>");
+    f->im_end = qwen3i_added_id(m->tokenizer, "<|im_end|>");
+    f->end_of_text = qwen3i_added_id(m->tokenizer, "<|endoftext|>");
+    f->think_begin = qwen3i_added_id(m->tokenizer, "<think>");
+    f->think_end = qwen3i_added_id(m->tokenizer, "</think>");
     f->backend_name = m->backend->name;
     f->device_name = m->weights.layers ? m->backend->device_name(m->backend_state) : "none";
     qwen3i_add_eos(m, f->im_end);       /* both end a turn, whatever the files list */
@@ -4806,6 +4698,7 @@ typedef struct qwen3i_chat {
     qwen3i_encoder e;
     qwen3i_buf     run;                 /* text since the last control token: it is encoded as a whole */
     qwen3i_buf     text;                /* a JSON string, unescaped */
+    const qwen3i_err *err;
     qwen3_token    im_start, im_end;
     qwen3_result   result;              /* after a failure nothing more is done */
 } qwen3i_chat;
@@ -5092,14 +4985,18 @@ static void qwen3i_chat_json_value(qwen3i_chat *c, qwen3i_json *j, const qwen3i_
     } while (c->result == QWEN3_OK && !j->error && depth > 0);
 }
 
-/* One JSON object, in a single line. */
-static void qwen3i_chat_json(qwen3i_chat *c, const char *text) {
+/* The i-th tool: one JSON object, in a single line. */
+static void qwen3i_chat_json(qwen3i_chat *c, const char *text, int i) {
     qwen3i_json j = qwen3i_json_begin(text, strlen(text)), again = j;
     qwen3i_member *list = NULL;
     size_t n, n_twice = 0;
     if (qwen3i_json_peek(&j) != '{') qwen3i_json_bad(&j, "an object was expected");
     n = qwen3i_json_members(&j, &c->text, NULL, 0);
-    if (!qwen3i_json_end(&j)) { c->result = QWEN3_ERR_ARG; return; }
+    if (!qwen3i_json_end(&j)) {
+        c->result = qwen3i_fail(c->err, QWEN3_ERR_ARG, "tools[%d] is not a JSON object: %s at byte %lu", i, j.error,
+                                (unsigned long)(j.p - text));
+        return;
+    }
     if (n > 0) {
         list = (qwen3i_member *)qwen3i_alloc_array(c->text.allocator, n, sizeof *list);
         if (!list || !qwen3i_buf_reserve(&c->text, strlen(text))) c->result = QWEN3_ERR_MEMORY;
@@ -5198,7 +5095,7 @@ static void qwen3i_chat_system(qwen3i_chat *c, const qwen3_chat_desc *chat) {
         if (chat->msgs[0].role == QWEN3_SYSTEM) qwen3i_chat_plain(c, "\n\n");
         qwen3i_chat_literal(c, "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
             "You are provided with function signatures within <tools></tools> XML tags:\n<tools>");
-        for (i = 0; i < chat->n_tools; i++) { qwen3i_chat_plain(c, "\n"); qwen3i_chat_json(c, chat->tools[i]); }
+        for (i = 0; i < chat->n_tools; i++) { qwen3i_chat_plain(c, "\n"); qwen3i_chat_json(c, chat->tools[i], i); }
         qwen3i_chat_literal(c, "\n</tools>\n\nFor each function call, return a json object with function name and "
             "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, "
             "\"arguments\": <args-json-object>}\n</tool_call>");
@@ -5241,37 +5138,70 @@ static void qwen3i_chat_messages(qwen3i_chat *c, const qwen3_chat_desc *chat, qw
         qwen3i_chat_literal(c, "<think>\n\n</think>\n\n");
 }
 
-static int qwen3i_chat_valid(const qwen3_chat_desc *chat) {
-    int i, k, role;
-    if (chat->n_msgs <= 0 || !chat->msgs || chat->n_tools < 0 || (chat->n_tools > 0 && !chat->tools)) return 0;
-    if (chat->flags & ~(QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER)) return 0;
-    for (i = 0; i < chat->n_tools; i++) if (!chat->tools[i]) return 0;
-    for (i = 0; i < chat->n_msgs; i++) {
-        const qwen3_msg *m = &chat->msgs[i];
-        memcpy(&role, &m->role, sizeof role);   /* any value, though the type has but four */
-        if (role < QWEN3_SYSTEM || role > QWEN3_TOOL) return 0;
-        if (m->n_calls < 0 || (m->n_calls > 0 && !m->calls)) return 0;
-        for (k = 0; k < m->n_calls; k++) if (!m->calls[k].name || !m->calls[k].arguments) return 0;
-    }
-    return 1;
+static qwen3_result qwen3i_chat_check_msg(const qwen3_msg *m, int i, const qwen3i_err *err) {
+    int k, role;
+    memcpy(&role, &m->role, sizeof role);       /* any value, though the type has but four */
+    if (role < QWEN3_SYSTEM || role > QWEN3_TOOL)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "msgs[%d].role is %d", i, role);
+    if (m->n_calls < 0 || (m->n_calls > 0 && !m->calls))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "msgs[%d].calls is NULL, or n_calls (%d) negative", i, m->n_calls);
+    for (k = 0; k < m->n_calls; k++)
+        if (!m->calls[k].name || !m->calls[k].arguments)
+            return qwen3i_fail(err, QWEN3_ERR_ARG, "msgs[%d].calls[%d].%s is NULL", i, k,
+                               m->calls[k].name ? "arguments" : "name");
+    return QWEN3_OK;
 }
 
-QWEN3_API int qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc *chat, qwen3_token *out, int cap) {
+static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_err *err) {
+    const int flags = QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER;
+    qwen3_result r = QWEN3_OK;
+    int i;
+    if (!chat) return qwen3i_fail(err, QWEN3_ERR_ARG, "chat is NULL");
+    if (chat->n_msgs <= 0 || !chat->msgs)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "msgs is NULL, or n_msgs (%d) not positive", chat->n_msgs);
+    if (chat->n_tools < 0 || (chat->n_tools > 0 && !chat->tools))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "tools is NULL, or n_tools (%d) negative", chat->n_tools);
+    if (chat->flags & ~flags) return qwen3i_fail(err, QWEN3_ERR_ARG, "flags has unknown bits: %d", chat->flags);
+    for (i = 0; i < chat->n_tools; i++)
+        if (!chat->tools[i]) return qwen3i_fail(err, QWEN3_ERR_ARG, "tools[%d] is NULL", i);
+    for (i = 0; i < chat->n_msgs && r == QWEN3_OK; i++) r = qwen3i_chat_check_msg(&chat->msgs[i], i, err);
+    return r;
+}
+
+/* A count, or a negative result that err explains. */
+static int qwen3i_chat_render(const qwen3_model *m, const qwen3_chat_desc *chat, qwen3_token *out, int cap,
+                              const qwen3i_err *err) {
     qwen3i_chat c;
-    if (!model || !chat || cap < 0 || (!out && cap) || !qwen3i_chat_valid(chat)) return QWEN3_ERR_ARG;
-    if (!model->tokenizer) return QWEN3_ERR_UNSUPPORTED;
-    c.im_start = qwen3i_added_id(model->tokenizer, "<|im_start|>");
-    c.im_end = qwen3i_added_id(model->tokenizer, "<|im_end|>");
-    if (c.im_start < 0 || c.im_end < 0) return QWEN3_ERR_UNSUPPORTED;
-    c.e = qwen3i_encoder_make(model->tokenizer, out, cap);
-    c.run = c.text = qwen3i_buf_make(&model->tokenizer->allocator);
+    int n;
+    qwen3_result r = qwen3i_chat_check(chat, err);
+    if (r != QWEN3_OK) return r;
+    if (!m->tokenizer) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
+    c.im_start = qwen3i_added_id(m->tokenizer, "<|im_start|>");
+    c.im_end = qwen3i_added_id(m->tokenizer, "<|im_end|>");
+    if (c.im_start < 0 || c.im_end < 0)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no <|im_start|> and <|im_end|>");
+    c.e = qwen3i_encoder_make(m->tokenizer, out, cap);
+    c.run = c.text = qwen3i_buf_make(&m->tokenizer->allocator);
     c.result = QWEN3_OK;
+    c.err = err;
     qwen3i_chat_system(&c, chat);
-    qwen3i_chat_messages(&c, chat, model->info.chat_style);
+    qwen3i_chat_messages(&c, chat, m->info.chat_style);
     qwen3i_chat_control(&c, -1);        /* what remains */
     qwen3i_buf_free(&c.run);
     qwen3i_buf_free(&c.text);
-    return qwen3i_encoder_end(&c.e, c.result);
+    n = qwen3i_encoder_end(&c.e, c.result);
+    if (n == QWEN3_ERR_MEMORY) return qwen3i_fail(err, QWEN3_ERR_MEMORY, "rendering the conversation");
+    if (n < 0 && c.result == QWEN3_OK)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "the conversation has more than %d tokens", INT_MAX);
+    return n;
+}
+
+QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *chat, qwen3_token *out, int cap,
+                                char *err_text, size_t err_size) {
+    const qwen3i_err err = qwen3i_err_begin(err_text, err_size);
+    if (!m || cap < 0 || (!out && cap))
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "model or out is NULL, or cap (%d) negative", cap);
+    return qwen3i_chat_render(m, chat, out, cap, &err);
 }
 
 /* ================================================================================================
@@ -5313,8 +5243,7 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *model, const qwen3_chat_desc 
 /* ---- the kernels of one instruction set ------------------------------------------------------- */
 typedef struct qwen3i_simd {
     const char *name;
-    /* y[t * ldy + r] = w[r] . x[t], or += if add, for n_w rows of w and n_x rows of x, all [n_cols]; ld* in elements;
-       w of numbers: F32, F16 or BF16 */
+    /* y[t * ldy + r] = w[r] . x[t], or += if add, for n_w rows of w and n_x rows of x, all [n_cols]; ld* in elements */
     void (*dot)(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
                 const float *x, size_t ldx, int n_x, int n_cols, int add);
     /* y[t * ldy + d] += sum over r of p[t * ldp + r] * v[r * ldv + d], in order of r; n_p rows of p, d < n_cols */
@@ -5328,7 +5257,7 @@ typedef struct qwen3i_simd {
     void (*silu_mul)(float *y, const float *gate, const float *up, int n);
     /* y = exp(x - shift), both [n]; to 2 ulp; 0 where the result would be below 1.2e-38 */
     void (*exp)(float *y, const float *x, float shift, int n);
-    /* n elements of any format to float32; in blocks, from the beginning of one */
+    /* n elements from type to float32 */
     void (*load)(float *y, const void *x, qwen3i_type type, int n);
     /* n elements from float32 to type, rounded to nearest even and clamped to the finite range */
     void (*store)(void *y, const float *x, qwen3i_type type, int n);
@@ -5343,7 +5272,7 @@ typedef struct qwen3i_simd {
 #define QWEN3I_EXP_HIGH 88.3f
 
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v
-   and the functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, store,
+   and the functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, store,
    store_bf16, store_f16, add, mul, div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n),
    drop_below (0 where x < low), sum (of R vectors, by the tree). A tile is R rows of w times up to C rows
    of x. */
@@ -5382,22 +5311,9 @@ TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     V##_sum(sums, rows); \
     return sums[0]; \
 } \
-/* Elements that lie in blocks, from the beginning of one */ \
-TARGET QWEN3I_INLINE void V##_load_blocks(float *y, const uint8_t *b, int n, qwen3i_unpack unpack, int elements, int bytes) { \
-    qwen3i_unpacked u; \
-    int j; \
-    for (; n > 0; n -= elements, y += elements, b += bytes) { \
-        unpack(&u, b); \
-        for (j = 0; j < elements && j < n; j += 16) \
-            V##_store_n(y + j, V##_fma(V##_load_i8(u.q + j), V##_set1(u.d[j / 16]), V##_set1(u.m[j / 16])), n - j); \
-    } \
-} \
 TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n) { \
     int i; \
-    switch (type) { \
-        QWEN3I_BLOCK_TYPES(V##_case) \
-        default: for (i = 0; i < n; i += 16) V##_store_n(y + i, V##_from_n(x, (size_t)i, type, n - i), n - i); \
-    } \
+    for (i = 0; i < n; i += 16) V##_store_n(y + i, V##_from_n(x, (size_t)i, type, n - i), n - i); \
 } \
 /* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose results \
    belong `apart` floats apart: y[t * ldy + r * apart] = (add ? y : 0) + w[r] . x[t]. What lies `ahead` bytes \
@@ -5478,7 +5394,7 @@ TARGET static void V##_dot(float *y, size_t ldy, const void *w, size_t ldw, qwen
     switch (type) { \
         case QWEN3I_BF16: V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_BF16, n_w, x, ldx, n_x, n, add); break; \
         case QWEN3I_F16:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F16, n_w, x, ldx, n_x, n, add); break; \
-        default:          V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F32, n_w, x, ldx, n_x, n, add); break; \
+        case QWEN3I_F32:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F32, n_w, x, ldx, n_x, n, add); break; \
     } \
     if (n < n_cols) V##_dot_rest(y, ldy, rows, row_bytes, type, n_w, x, ldx, n_x, n, n_cols, n > 0 || add); \
 } \
@@ -5643,13 +5559,6 @@ QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load_f16(const uint16_t *p) {
     return qwen3i_plain_load(y);
 }
 
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load_i8(const int8_t *p) {
-    float y[16];
-    int i;
-    QWEN3I_LANES y[i] = (float)p[i];
-    return qwen3i_plain_load(y);
-}
-
 QWEN3I_INLINE void qwen3i_plain_store_bf16(uint16_t *p, qwen3i_plain_v v) {
     float x[16];
     int i;
@@ -5730,8 +5639,6 @@ QWEN3I_INLINE void qwen3i_plain_sum(float *sums, qwen3i_plain_v *rows) {
     sums[0] = x[0];
 }
 
-#define qwen3i_plain_case(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_plain_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, 2)
 
 #ifdef QWEN3I_X86
@@ -5798,14 +5705,6 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_f16(const uint16_t *p) 
                             _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 8))));
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_eight_i8(const int8_t *p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
-}
-
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_i8(const int8_t *p) {
-    return qwen3i_avx2_pair(qwen3i_avx2_eight_i8(p), qwen3i_avx2_eight_i8(p + 8));
-}
-
 /* as qwen3i_f32_to_bf16, except for NaN */
 QWEN3I_AVX2 QWEN3I_INLINE __m256i qwen3i_avx2_bf16_bits(__m256 v) {
     const __m256 top = _mm256_castsi256_ps(_mm256_set1_epi32(0x7F7F0000));
@@ -5857,8 +5756,6 @@ QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_sum(float *sums, const qwen3i_avx2_v 
     sums[1] = _mm_cvtss_f32(_mm256_extractf128_ps(ab, 1));
 }
 
-#define qwen3i_avx2_case(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_avx2_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
 
 /* ---- AVX-512 lanes: one register ------------------------------------------------------------------ */
@@ -5890,10 +5787,6 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_bf16(const uint16_t *p) {
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
-}
-
-QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_i8(const int8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
 
 /* as qwen3i_f32_to_bf16, except for NaN */
@@ -5929,8 +5822,6 @@ QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_sum(float *sums, const __m512 *ro
     _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
 }
 
-#define qwen3i_avx512_case(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_avx512_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
 #if !defined(__clang__)
   #pragma GCC diagnostic pop
@@ -6003,16 +5894,6 @@ QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load_f16(const uint16_t *p) {
     return y;
 }
 
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load_i8(const int8_t *p) {
-    int16x8_t low = vmovl_s8(vld1_s8(p)), high = vmovl_s8(vld1_s8(p + 8));
-    qwen3i_neon_v y;
-    y.val[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
-    y.val[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(low)));
-    y.val[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
-    y.val[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)));
-    return y;
-}
-
 QWEN3I_INLINE void qwen3i_neon_store_bf16(uint16_t *p, qwen3i_neon_v v) {
     float part[16];
     int i;
@@ -6054,8 +5935,6 @@ QWEN3I_INLINE void qwen3i_neon_sum(float *sums, const qwen3i_neon_v *rows) {
     }
 }
 
-#define qwen3i_neon_case(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_neon_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_neon, , 2, 3)
 #endif /* QWEN3I_NEON */
 
@@ -6472,13 +6351,12 @@ static void qwen3i_parallel(qwen3i_pool *p, int n_items, int grain, qwen3i_loop_
 typedef struct qwen3i_exec {            /* who computes, and with which instructions */
     qwen3i_pool       *pool;
     const qwen3i_simd *simd;
-    float             *panels;          /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_K_BLOCK] where matrices lie in blocks */
 } qwen3i_exec;
 
 /* ---- embedding and norms ------------------------------------------------------------------------- */
 /* x[i] = embed[tokens[i]]: tokens [n], embed [n_vocab, n_embd], x [n, n_embd] */
 static void qwen3i_embed(const qwen3i_exec *e, float *x, const qwen3i_matrix *embed, const qwen3_token *tokens, int n) {
-    size_t row_bytes = (size_t)qwen3i_row_bytes(embed->type, embed->cols);
+    size_t row_bytes = (size_t)embed->cols * qwen3i_type_size(embed->type);
     const char *table = (const char *)embed->data;
     int i;
     for (i = 0; i < n; i++, x += embed->cols)
@@ -6574,7 +6452,6 @@ static void qwen3i_rope(float *x, const float *cosines, const float *sines, int 
 #define QWEN3I_PIECE_ROWS 128           /* most rows of a matrix that are one piece of work */
 #define QWEN3I_GLU_ROWS    64           /* the same where two matrices meet, whose results are held for */
 #define QWEN3I_GLU_TOKENS 128           /* so many rows of x */
-#define QWEN3I_PANEL_ROWS  64           /* rows of a matrix in blocks, of QWEN3I_K_BLOCK columns, that become float32 at a time */
 
 typedef struct qwen3i_matmul_args {
     const qwen3i_simd   *simd;
@@ -6584,35 +6461,12 @@ typedef struct qwen3i_matmul_args {
     const float         *x;             /* [n, cols] */
     int                  n;
     int                  add;           /* to y, instead of replacing it */
-    float               *panels;        /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_K_BLOCK]: see qwen3i_matmul_panels */
 } qwen3i_matmul_args;
-
-/* A matrix in blocks becomes float32 panel by panel: a part that the second-level cache holds, of one row for one
-   row of x. The sums run as for a matrix of numbers, so their bits do not depend on the panels. */
-static void qwen3i_matmul_panels(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
-                                 int begin, int end, int t, int n, float *panel) {
-    size_t row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols), cols = (size_t)w->cols;
-    int most = n > 1 ? QWEN3I_PANEL_ROWS : 4, r, k, i, m, n_k;
-    for (r = begin; r < end; r += m, y += m) {
-        m = qwen3i_min(most, end - r);
-        for (k = 0; k < w->cols; k += n_k) {
-            const char *at = (const char *)w->data + (size_t)r * row_bytes + qwen3i_row_bytes(w->type, k);
-            n_k = qwen3i_min(QWEN3I_K_BLOCK, w->cols - k);
-            for (i = 0; i < m; i++, at += row_bytes) a->simd->load(panel + i * QWEN3I_K_BLOCK, at, w->type, n_k);
-            a->simd->dot(y, ldy, panel, QWEN3I_K_BLOCK, QWEN3I_F32, m, a->x + (size_t)t * cols + k, cols, n, n_k, a->add || k > 0);
-        }
-    }
-}
 
 /* Rows begin .. end - 1 of W x for rows t .. t + n - 1 of x; y points at row `begin` of the first result */
 static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
-                                int begin, int end, int t, int n, int lane) {
+                                int begin, int end, int t, int n) {
     size_t cols = (size_t)w->cols;
-    if (qwen3i_is_block(w->type)) {
-        float *panel = a->panels + (size_t)lane * QWEN3I_PANEL_ROWS * QWEN3I_K_BLOCK;
-        qwen3i_matmul_panels(a, w, y, ldy, begin, end, t, n, panel);
-        return;
-    }
     const char *rows = (const char *)w->data + (size_t)begin * cols * qwen3i_type_size(w->type);
     a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols, a->add);
 }
@@ -6625,16 +6479,17 @@ static int qwen3i_matmul_grain(const qwen3i_pool *pool, int n_rows) {
 static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {
     const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
     int i, first = 0;                   /* the matrices' rows are counted through */
+    (void)lane;
     for (i = 0; i < a->n_w; first += a->w[i++]->rows) {
         int from = qwen3i_max(begin - first, 0), to = qwen3i_min(end - first, a->w[i]->rows);
-        if (from < to) qwen3i_matmul_block(a, a->w[i], a->y[i] + from, (size_t)a->w[i]->rows, from, to, 0, a->n, lane);
+        if (from < to) qwen3i_matmul_block(a, a->w[i], a->y[i] + from, (size_t)a->w[i]->rows, from, to, 0, a->n);
     }
 }
 
 /* y = W x, or y = y + W x if add, for each row of x: x [n, cols], y [n, rows] */
 static void qwen3i_matmul_to(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n, int add) {
     qwen3i_matmul_args a;
-    a.simd = e->simd; a.panels = e->panels; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n; a.add = add;
+    a.simd = e->simd; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n; a.add = add;
     qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w->rows), qwen3i_matmul_rows, &a);
 }
 
@@ -6651,7 +6506,7 @@ static void qwen3i_matmul_qkv(const qwen3i_exec *e, float *q, float *k, float *v
                               const float *x, int n) {
     qwen3i_matmul_args a;
     int rows = layer->wq.rows + layer->wk.rows + layer->wv.rows;
-    a.simd = e->simd; a.panels = e->panels; a.n_w = 3; a.x = x; a.n = n; a.add = 0;
+    a.simd = e->simd; a.n_w = 3; a.x = x; a.n = n; a.add = 0;
     a.w[0] = &layer->wq; a.w[1] = &layer->wk; a.w[2] = &layer->wv;
     a.y[0] = q; a.y[1] = k; a.y[2] = v;
     qwen3i_parallel(e->pool, rows, qwen3i_matmul_grain(e->pool, rows), qwen3i_matmul_rows, &a);
@@ -6663,11 +6518,12 @@ static void qwen3i_swiglu_rows(void *args, int begin, int end, int lane) {
     float up[QWEN3I_GLU_TOKENS * QWEN3I_GLU_ROWS];
     size_t ldy = (size_t)a->w[0]->rows;
     int t, n, i, rows = end - begin;
+    (void)lane;
     for (t = 0; t < a->n; t += n) {
         float *y = a->y[0] + (size_t)t * ldy + begin;
         n = qwen3i_min(QWEN3I_GLU_TOKENS, a->n - t);
-        qwen3i_matmul_block(a, a->w[0], y, ldy, begin, end, t, n, lane);
-        qwen3i_matmul_block(a, a->w[1], up, (size_t)rows, begin, end, t, n, lane);
+        qwen3i_matmul_block(a, a->w[0], y, ldy, begin, end, t, n);
+        qwen3i_matmul_block(a, a->w[1], up, (size_t)rows, begin, end, t, n);
         for (i = 0; i < n; i++, y += ldy) a->simd->silu_mul(y, y, up + i * rows, rows);
     }
 }
@@ -6677,7 +6533,7 @@ static void qwen3i_swiglu(const qwen3i_exec *e, float *y, const qwen3i_matrix *w
                           const float *x, int n) {
     int grain = qwen3i_min(qwen3i_matmul_grain(e->pool, w_gate->rows), QWEN3I_GLU_ROWS);
     qwen3i_matmul_args a;
-    a.simd = e->simd; a.panels = e->panels; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x; a.n = n; a.add = 0;
+    a.simd = e->simd; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x; a.n = n; a.add = 0;
     qwen3i_parallel(e->pool, w_gate->rows, grain, qwen3i_swiglu_rows, &a);
 }
 
@@ -6796,7 +6652,7 @@ static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) { return qwen3i_max(desc-
 /* Lay the context's arrays out in a block (NULL: only count). Returns the block's size. */
 static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc, void *block) {
     qwen3i_arena m = qwen3i_arena_at(block, 64);
-    uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), seqs = (uint64_t)desc->max_seqs, lanes = (uint64_t)qwen3i_pool_lanes(desc);
+    uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), seqs = (uint64_t)desc->max_seqs;
     uint64_t head_rows = rows < QWEN3I_HEAD_ROWS ? rows : QWEN3I_HEAD_ROWS;
     uint64_t dim = (uint64_t)g->head_dim, half = dim / 2;
     uint64_t q_dim = (uint64_t)g->n_head * dim, kv_dim = (uint64_t)g->n_head_kv * dim;
@@ -6815,8 +6671,8 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     c->cosines   = (float *)qwen3i_arena_take(&m, rows, half, 4);
     c->sines     = (float *)qwen3i_arena_take(&m, rows, half, 4);
     c->logits    = (float *)qwen3i_arena_take(&m, head_rows, (uint64_t)g->n_vocab, 4);
-    c->attention = (float *)qwen3i_arena_take(&m, lanes, qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
-    c->exec.panels = (float *)qwen3i_arena_take(&m, lanes, QWEN3I_PANEL_ROWS * QWEN3I_K_BLOCK, 4);
+    c->attention = (float *)qwen3i_arena_take(&m, (uint64_t)qwen3i_pool_lanes(desc),
+                                              qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
     return qwen3i_arena_size(&m);
 }
 
@@ -7126,8 +6982,7 @@ static const qwen3_backend *qwen3i_cpu_backend(void) {
         qwen3i_cpu_model_create, qwen3i_cpu_model_free, qwen3i_cpu_device_name,
         qwen3i_cpu_memory, qwen3i_cpu_create, qwen3i_cpu_free, qwen3i_cpu_forward, qwen3i_cpu_logits,
         NULL,                           /* next: sampling is the core's */
-        qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits,
-        1                               /* block_types */
+        qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits
     };
     return &backend;
 }
@@ -7514,9 +7369,7 @@ QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *m, c
     qwen3_ctx_desc d;
     qwen3_ctx *c;
     qwen3_result r;
-    err.text = err_text;
-    err.cap = err_size;
-    if (err_text && err_size) err_text[0] = '\0';
+    err = qwen3i_err_begin(err_text, err_size);
     if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
     *out = NULL;
     if (!m) return qwen3i_fail(&err, QWEN3_ERR_ARG, "model is NULL");
@@ -7566,12 +7419,10 @@ static qwen3_result qwen3i_check_tokens(const qwen3_ctx *c, const qwen3_token *t
     return QWEN3_OK;
 }
 
-QWEN3_API int qwen3_seq_len(const qwen3_ctx *c, int seq) {
-    return c && seq >= 0 && seq < c->desc.max_seqs ? c->seqs[seq].len : -1;
-}
-
-QWEN3_API const qwen3_token *qwen3_seq_tokens(const qwen3_ctx *c, int seq) {
-    return c && seq >= 0 && seq < c->desc.max_seqs ? c->seqs[seq].tokens : NULL;
+QWEN3_API const qwen3_token *qwen3_seq_tokens(const qwen3_ctx *c, int seq, int *n) {
+    const int known = c && seq >= 0 && seq < c->desc.max_seqs;
+    if (n) *n = known ? c->seqs[seq].len : -1;
+    return known ? c->seqs[seq].tokens : NULL;
 }
 
 static void qwen3i_truncate(qwen3i_seq *s, int len) {
@@ -7730,6 +7581,7 @@ static qwen3_result qwen3i_refresh(qwen3_ctx *c, int seq, const qwen3i_err *err)
     s->len--;
     r = qwen3i_append(c, seq, s->tokens[s->len], err);
     if (r != QWEN3_OK) s->len++;
+    else c->pace.n_steps--;             /* nothing was gained */
     return r;
 }
 
@@ -7812,19 +7664,21 @@ static qwen3_item qwen3i_piece(const qwen3_ctx *c, int seq, int most) {
     return item;
 }
 
-/* All that is planned. */
-static qwen3_result qwen3i_bring_in(qwen3_ctx *c, int seq, const qwen3i_err *err) {
-    qwen3_item item = qwen3i_piece(c, seq, c->desc.max_ctx);
+/* All that is planned, or at most max_new tokens of it. */
+static qwen3_result qwen3i_bring_in(qwen3_ctx *c, int seq, int max_new, const qwen3i_err *err) {
+    qwen3_item item = qwen3i_piece(c, seq, max_new > 0 ? max_new : c->desc.max_ctx);
     return item.n > 0 ? qwen3i_eval(c, &item, 1, err) : QWEN3_OK;
 }
 
-QWEN3_API qwen3_result qwen3_sync(qwen3_ctx *c, int seq, const qwen3_token *tokens, int n) {
+QWEN3_API int qwen3_sync(qwen3_ctx *c, int seq, const qwen3_token *tokens, int n, int max_new) {
     qwen3i_err err;
     qwen3_result r = qwen3i_enter_seq(c, seq, &err);
     if (r == QWEN3_OK) r = qwen3i_check_tokens(c, tokens, n, &err);
+    if (r == QWEN3_OK && max_new < 0) r = qwen3i_fail(&err, QWEN3_ERR_ARG, "max_new is negative");
     if (r == QWEN3_OK && n > 0) r = qwen3i_plan(c, seq, tokens, n, &err);
     else if (r == QWEN3_OK) qwen3i_truncate(&c->seqs[seq], 0);
-    return r == QWEN3_OK ? qwen3i_bring_in(c, seq, &err) : r;
+    if (r == QWEN3_OK) r = qwen3i_bring_in(c, seq, max_new, &err);
+    return r < 0 ? (int)r : qwen3i_to_come(&c->seqs[seq]);
 }
 
 QWEN3_API const float *qwen3_logits(qwen3_ctx *c, int seq) {
@@ -8197,10 +8051,8 @@ static qwen3_result qwen3i_check_gen(const qwen3_ctx *c, const qwen3_gen_desc *g
 /* ---- replies: prompts by pieces, then token by token, of several sequences together ------------------------- */
 /* Render a conversation and plan to bring the sequence up to date with it. */
 static qwen3_result qwen3i_plan_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3i_err *err) {
-    int n = qwen3_chat_render(c->model, chat, c->prompt, c->desc.max_ctx);
-    if (n == QWEN3_ERR_ARG)         return qwen3i_fail(err, QWEN3_ERR_ARG, "chat: no message, an unknown role or flag, or a tool that is not JSON");
-    if (n == QWEN3_ERR_UNSUPPORTED) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model has no tokenizer files, or they lack <|im_start|> and <|im_end|>");
-    if (n < 0)                      return qwen3i_fail(err, (qwen3_result)n, "the conversation cannot be rendered: %s", qwen3_result_string((qwen3_result)n));
+    int n = qwen3i_chat_render(c->model, chat, c->prompt, c->desc.max_ctx, err);
+    if (n < 0) return (qwen3_result)n;
     if (n > c->desc.max_ctx)
         return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "the conversation has %d tokens, the sequence %d positions", n, c->desc.max_ctx);
     return qwen3i_plan(c, seq, c->prompt, n, err);
@@ -8410,9 +8262,9 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
     parts[0] = "Instruct: "; parts[1] = task; parts[2] = "\nQuery:"; parts[3] = text;
     joined = task ? qwen3i_join(&c->desc.allocator, parts, 4, &size) : qwen3i_join(&c->desc.allocator, &parts[3], 1, &size);
     if (!joined) return qwen3i_no_memory(&err, "a text", size);
-    n = qwen3_encode(c->model, joined, size - 1, 0, c->prompt, c->desc.max_ctx - 1);
+    n = qwen3i_encode(c->model, joined, size - 1, 0, c->prompt, c->desc.max_ctx - 1, &err);
     qwen3i_free(&c->desc.allocator, joined, size);
-    if (n < 0) return qwen3i_fail(&err, (qwen3_result)n, "the text cannot be encoded: %s", qwen3_result_string((qwen3_result)n));
+    if (n < 0) return (qwen3_result)n;
     if (n >= c->desc.max_ctx) return qwen3i_fail(&err, QWEN3_ERR_CONTEXT_FULL, "the text has %d tokens, the sequence %d positions", n + 1, c->desc.max_ctx);
     c->prompt[n] = c->model->info.end_of_text;
     memset(&item, 0, sizeof item);
@@ -8429,7 +8281,7 @@ static qwen3_result qwen3i_yes_or_no(qwen3_ctx *c, int seq, float *score, const 
     qwen3_token yes, no;
     const float *logits;
     qwen3_result r;
-    if (qwen3_encode(c->model, "yes", 3, 0, &yes, 1) != 1 || qwen3_encode(c->model, "no", 2, 0, &no, 1) != 1)
+    if (qwen3i_encode(c->model, "yes", 3, 0, &yes, 1, err) != 1 || qwen3i_encode(c->model, "no", 2, 0, &no, 1, err) != 1)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no tokens \"yes\" and \"no\": not a reranker");
     r = qwen3i_get_logits(c, seq, &logits, err);
     if (r == QWEN3_OK) *score = (float)(1.0 / (1.0 + exp((double)logits[no] - (double)logits[yes])));
@@ -8461,25 +8313,34 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, con
     memset(&chat, 0, sizeof chat);
     chat.msgs = msgs; chat.n_msgs = 2; chat.flags = QWEN3_CHAT_NO_THINK;
     r = qwen3i_plan_chat(c, seq, &chat, &err);
-    if (r == QWEN3_OK) r = qwen3i_bring_in(c, seq, &err);
+    if (r == QWEN3_OK) r = qwen3i_bring_in(c, seq, 0, &err);
     qwen3i_free(&c->desc.allocator, joined, size);
     return r == QWEN3_OK ? qwen3i_yes_or_no(c, seq, score, &err) : r;
 }
 /* ================================================================================================
    SAVED STATES: one sequence as bytes, little-endian:
      header | tokens int32 [n] | logits float32 [n_vocab], if kept | per layer: K [n, kv_dim], V [n, kv_dim]
+     | sampler, if it goes with it | the caller's bytes
    ================================================================================================ */
-#define QWEN3I_STATE_MAGIC   0x314553334E455751u    /* "QWEN3SE1" */
+#define QWEN3I_STATE_MAGIC   0x324553334E455751u    /* "QWEN3SE2" */
 
-typedef struct qwen3i_state_header {    /* 64 bytes, no padding */
+typedef struct qwen3i_state_header {    /* 72 bytes, no padding */
     uint64_t magic, fingerprint, total; /* total: bytes in all */
     uint64_t checksum;                  /* of everything after this field */
-    uint32_t kv_type, n_layer, kv_dim, n_vocab, n_tokens, has_logits, yarn_bits, reserved;
+    uint64_t user_size;
+    uint32_t kv_type, n_layer, kv_dim, n_vocab, n_tokens, has_logits, yarn_bits, has_sampler;
 } qwen3i_state_header;
 
-#define QWEN3I_CHECKSUM_FROM offsetof(qwen3i_state_header, kv_type)
+typedef struct qwen3i_state_sampler {   /* 40 bytes, no padding: a sampler's numbers */
+    uint64_t rng;
+    float    temperature, top_p, min_p, repeat_penalty, presence_penalty;
+    int32_t  top_k, penalty_last_n, reserved;
+} qwen3i_state_sampler;
 
-static qwen3i_state_header qwen3i_state_of(const qwen3_ctx *c, uint32_t n_tokens, int has_logits) {
+#define QWEN3I_CHECKSUM_FROM offsetof(qwen3i_state_header, user_size)
+
+static qwen3i_state_header qwen3i_state_of(const qwen3_ctx *c, uint32_t n_tokens, int has_logits, int has_sampler,
+                                           uint64_t user_size) {
     const qwen3i_config *k = &c->model->config;
     qwen3i_state_header h;
     uint64_t per_token;
@@ -8492,15 +8353,38 @@ static qwen3i_state_header qwen3i_state_of(const qwen3_ctx *c, uint32_t n_tokens
     h.n_vocab = (uint32_t)k->n_vocab;
     h.n_tokens = n_tokens;
     h.has_logits = (uint32_t)has_logits;
+    h.has_sampler = (uint32_t)has_sampler;
+    h.user_size = user_size;
     memcpy(&h.yarn_bits, &c->desc.yarn_factor, 4);
     per_token = 2 * (uint64_t)h.n_layer * h.kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type) + sizeof(qwen3_token);
     h.total = sizeof h + n_tokens * per_token + (has_logits ? (uint64_t)h.n_vocab * sizeof(float) : 0);
+    h.total += (has_sampler ? sizeof(qwen3i_state_sampler) : 0) + user_size;
     return h;
 }
 
-QWEN3_API uint64_t qwen3_seq_state_size(const qwen3_ctx *c, int seq) {
-    if (!c || seq < 0 || seq >= c->desc.max_seqs) return 0;
-    return qwen3i_state_of(c, (uint32_t)c->seqs[seq].len, c->seqs[seq].fresh).total;
+static qwen3i_state_sampler qwen3i_state_sampler_of(const qwen3_sampler *s) {
+    qwen3i_state_sampler n;
+    n.rng = s->rng;
+    n.temperature = s->temperature;
+    n.top_p = s->top_p;
+    n.min_p = s->min_p;
+    n.repeat_penalty = s->repeat_penalty;
+    n.presence_penalty = s->presence_penalty;
+    n.top_k = s->top_k;
+    n.penalty_last_n = s->penalty_last_n;
+    n.reserved = 0;
+    return n;
+}
+
+static void qwen3i_state_sampler_to(const qwen3i_state_sampler *n, qwen3_sampler *s) {
+    s->rng = n->rng;
+    s->temperature = n->temperature;
+    s->top_p = n->top_p;
+    s->min_p = n->min_p;
+    s->repeat_penalty = n->repeat_penalty;
+    s->presence_penalty = n->presence_penalty;
+    s->top_k = n->top_k;
+    s->penalty_last_n = n->penalty_last_n;
 }
 
 static qwen3_result qwen3i_save_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, char *p, const qwen3i_err *err) {
@@ -8522,46 +8406,71 @@ static qwen3_result qwen3i_save_body(qwen3_ctx *c, int seq, const qwen3i_state_h
     return r;
 }
 
-QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *c, int seq, void *dst, uint64_t cap, uint64_t *written) {
-    qwen3i_state_header h;
-    qwen3i_err err;
-    qwen3_result r;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
-    if (written) *written = 0;
-    r = qwen3i_check_seq(c, seq, &err);
+/* The state to dst, which has room for it. */
+static qwen3_result qwen3i_save(qwen3_ctx *c, int seq, const qwen3_state *st, qwen3i_state_header *h, char *dst,
+                                const qwen3i_err *err) {
+    qwen3_result r = qwen3i_save_body(c, seq, h, dst + sizeof *h, err);
+    char *end = dst + (size_t)(h->total - h->user_size);
     if (r != QWEN3_OK) return r;
-    h = qwen3i_state_of(c, (uint32_t)c->seqs[seq].len, c->seqs[seq].fresh);
-    if (!dst || cap < h.total)
-        return qwen3i_fail(&err, QWEN3_ERR_ARG, "the state has %llu bytes, the buffer %llu", (unsigned long long)h.total, (unsigned long long)(dst ? cap : 0));
-    r = qwen3i_save_body(c, seq, &h, (char *)dst + sizeof h, &err);
-    if (r != QWEN3_OK) return r;
-    memcpy(dst, &h, sizeof h);
-    h.checksum = qwen3i_hash(h.fingerprint, (char *)dst + QWEN3I_CHECKSUM_FROM, (size_t)h.total - QWEN3I_CHECKSUM_FROM);
-    memcpy(dst, &h, sizeof h);
-    if (written) *written = h.total;
+    if (h->user_size) memcpy(end, st->user, (size_t)h->user_size);
+    if (st->sampler) {
+        const qwen3i_state_sampler numbers = qwen3i_state_sampler_of(st->sampler);
+        memcpy(end - sizeof numbers, &numbers, sizeof numbers);
+    }
+    memcpy(dst, h, sizeof *h);
+    h->checksum = qwen3i_hash(h->fingerprint, dst + QWEN3I_CHECKSUM_FROM, (size_t)h->total - QWEN3I_CHECKSUM_FROM);
+    memcpy(dst, h, sizeof *h);
     return QWEN3_OK;
 }
 
+static qwen3_result qwen3i_save_file(qwen3_ctx *c, int seq, const qwen3_state *st, qwen3i_state_header *h,
+                                     const qwen3i_err *err) {
+    const qwen3_allocator *a = &c->desc.allocator;
+    const size_t size = (size_t)h->total;
+    char *bytes = h->total < (size_t)-1 ? (char *)qwen3i_alloc(a, size) : NULL;
+    qwen3_result r = bytes ? qwen3i_save(c, seq, st, h, bytes, err) : qwen3i_no_memory(err, "the saved state", h->total);
+    if (r == QWEN3_OK) r = qwen3i_write_file(a, st->path, bytes, size, err);
+    qwen3i_free(a, bytes, size);
+    return r;
+}
+
+QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *c, int seq, qwen3_state *st) {
+    qwen3i_state_header h;
+    qwen3i_err err;
+    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
+    if (r != QWEN3_OK) return r;
+    if (!st || (st->path && st->data) || (!st->user && st->user_size))
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "state or its user is NULL, or it has both path and data");
+    h = qwen3i_state_of(c, (uint32_t)c->seqs[seq].len, c->seqs[seq].fresh, st->sampler != NULL, st->user_size);
+    if (st->path) r = qwen3i_save_file(c, seq, st, &h, &err);
+    else if (st->data && st->size < h.total)
+        r = qwen3i_fail(&err, QWEN3_ERR_ARG, "the state has %llu bytes, the buffer %llu", (unsigned long long)h.total,
+                        (unsigned long long)st->size);
+    else if (st->data) r = qwen3i_save(c, seq, st, &h, (char *)st->data, &err);
+    st->size = h.total;
+    return r;
+}
+
 /* Every field is compared with what this context would have written. */
-static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint64_t size, qwen3i_state_header *h, const qwen3i_err *err) {
+static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint64_t size, qwen3i_state_header *h,
+                                       const qwen3i_err *err) {
     qwen3i_state_header want;
-    if (!src) return qwen3i_fail(err, QWEN3_ERR_ARG, "src is NULL");
     if (size < sizeof *h) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is too short: %llu bytes", (unsigned long long)size);
     memcpy(h, src, sizeof *h);
     if (h->magic != QWEN3I_STATE_MAGIC) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "not a saved state, or of another version");
     if (h->total != size) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state has %llu bytes, of %llu", (unsigned long long)size, (unsigned long long)h->total);
     if (h->checksum != qwen3i_hash(h->fingerprint, (const char *)src + QWEN3I_CHECKSUM_FROM, (size_t)size - QWEN3I_CHECKSUM_FROM))
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged: its checksum is wrong");
-    if (h->has_logits > 1) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
-    want = qwen3i_state_of(c, h->n_tokens, (int)h->has_logits);
+    if (h->has_logits > 1 || h->has_sampler > 1 || h->user_size > size)
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
+    want = qwen3i_state_of(c, h->n_tokens, (int)h->has_logits, (int)h->has_sampler, h->user_size);
     if (h->fingerprint != want.fingerprint || h->n_layer != want.n_layer || h->kv_dim != want.kv_dim || h->n_vocab != want.n_vocab)
         return qwen3i_fail(err, QWEN3_ERR_MISMATCH, "the saved state belongs to another model");
     if (h->kv_type != want.kv_type || h->yarn_bits != want.yarn_bits)
         return qwen3i_fail(err, QWEN3_ERR_MISMATCH, "the saved state has another KV type or yarn_factor than this context");
     if (h->n_tokens > (uint32_t)c->desc.max_ctx)                /* first: the total of more than fits could overflow */
         return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "the saved state has %u tokens, the sequence %d positions", (unsigned)h->n_tokens, c->desc.max_ctx);
-    if (h->total != want.total || h->reserved) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
+    if (h->total != want.total) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
     return QWEN3_OK;
 }
 
@@ -8581,30 +8490,76 @@ static qwen3_result qwen3i_load_body(qwen3_ctx *c, int seq, const qwen3i_state_h
     return r;
 }
 
-QWEN3_API qwen3_result qwen3_seq_load(qwen3_ctx *c, int seq, const void *src, uint64_t size) {
-    qwen3i_state_header h;
-    qwen3i_err err;
-    qwen3i_seq *s;
+static qwen3_result qwen3i_check_state_tokens(const qwen3_ctx *c, const char *p, uint32_t n, const qwen3i_err *err) {
     qwen3_token t;
-    qwen3_result r;
     uint32_t i;
-    if (!c) return QWEN3_ERR_ARG;
-    err = qwen3i_ctx_err(c);
-    r = qwen3i_check_seq(c, seq, &err);
-    if (r == QWEN3_OK) r = qwen3i_check_state(c, src, size, &h, &err);
-    for (i = 0; r == QWEN3_OK && i < h.n_tokens; i++) {
-        memcpy(&t, (const char *)src + sizeof h + i * sizeof t, sizeof t);
-        if (t < 0 || t >= c->model->config.n_vocab) r = qwen3i_fail(&err, QWEN3_ERR_FORMAT, "the saved state is damaged: token %u is %d", (unsigned)i, (int)t);
+    for (i = 0; i < n; i++) {
+        memcpy(&t, p + i * sizeof t, sizeof t);
+        if (t < 0 || t >= c->model->config.n_vocab)
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged: token %u is %d", (unsigned)i, (int)t);
     }
+    return QWEN3_OK;
+}
+
+/* What goes with the sequence; checked before anything is changed. */
+static qwen3_result qwen3i_load_rest(const qwen3i_state_header *h, const char *src, qwen3_state *st,
+                                     const qwen3i_err *err) {
+    const char *end = src + (size_t)(h->total - h->user_size);
+    const size_t room = st->user_size;
+    qwen3i_state_sampler numbers;
+    qwen3_sampler sampler;
+    qwen3_result r;
+    if (st->sampler && h->has_sampler) {
+        sampler = *st->sampler;
+        memcpy(&numbers, end - sizeof numbers, sizeof numbers);
+        qwen3i_state_sampler_to(&numbers, &sampler);
+        r = qwen3i_check_sampler(&sampler, err);
+        if (r != QWEN3_OK) return r;
+    }
+    st->user_size = (size_t)h->user_size;
+    if (st->user && room < h->user_size)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "the state has %llu bytes of the caller's, user room for %llu",
+                           (unsigned long long)h->user_size, (unsigned long long)room);
+    if (st->user && h->user_size) memcpy(st->user, end, (size_t)h->user_size);
+    if (st->sampler && h->has_sampler) *st->sampler = sampler;
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_load(qwen3_ctx *c, int seq, const void *src, uint64_t size, qwen3_state *st,
+                                const qwen3i_err *err) {
+    qwen3i_seq *s = &c->seqs[seq];
+    const char *body = (const char *)src + sizeof(qwen3i_state_header);
+    qwen3i_state_header h;
+    qwen3_result r = qwen3i_check_state(c, src, size, &h, err);
+    if (r == QWEN3_OK) r = qwen3i_check_state_tokens(c, body, h.n_tokens, err);
+    if (r == QWEN3_OK) r = qwen3i_load_rest(&h, (const char *)src, st, err);
     if (r != QWEN3_OK) return r;
-    s = &c->seqs[seq];
-    s->len = s->fresh = 0;              /* from here on only the device can fail, and then the context is lost */
-    r = qwen3i_load_body(c, seq, &h, (const char *)src + sizeof h, &err);
+    qwen3i_truncate(s, 0);              /* from here on only the device can fail, and then the context is lost */
+    s->fresh = 0;
+    r = qwen3i_load_body(c, seq, &h, body, err);
     if (r != QWEN3_OK) return r;
-    if (h.n_tokens) memcpy(s->tokens, (const char *)src + sizeof h, h.n_tokens * sizeof(qwen3_token));
+    if (h.n_tokens) memcpy(s->tokens, body, h.n_tokens * sizeof(qwen3_token));
     s->len = (int)h.n_tokens;
     s->fresh = h.n_tokens > 0 && h.has_logits;
     return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_load_file(qwen3_ctx *c, int seq, qwen3_state *st, const qwen3i_err *err) {
+    const qwen3_allocator *a = &c->desc.allocator;
+    char *bytes = NULL;
+    qwen3_result r = qwen3i_read_file(a, st->path, &bytes, &st->size, err);
+    if (r == QWEN3_OK) r = qwen3i_load(c, seq, bytes, st->size, st, err);
+    qwen3i_free(a, bytes, (size_t)st->size);
+    return r;
+}
+
+QWEN3_API qwen3_result qwen3_seq_load(qwen3_ctx *c, int seq, qwen3_state *st) {
+    qwen3i_err err;
+    qwen3_result r = qwen3i_enter_seq(c, seq, &err);
+    if (r != QWEN3_OK) return r;
+    if (!st || !st->path == !st->data)
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "state is NULL, or has not one of path and data");
+    return st->path ? qwen3i_load_file(c, seq, st, &err) : qwen3i_load(c, seq, st->data, st->size, st, &err);
 }
 #endif /* QWEN3I_IMPLEMENTED */
 #endif /* QWEN3_IMPLEMENTATION */

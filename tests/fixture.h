@@ -2,6 +2,7 @@
 #ifndef QWEN3_TESTS_FIXTURE_H
 #define QWEN3_TESTS_FIXTURE_H
 #include "test.h"
+#include "short.h"
 #include <math.h>
 
 static const char *test_data = "tests/data";
@@ -253,8 +254,8 @@ static qwen3_ctx *ctx_open(const qwen3_model *model, int max_ctx, int max_seqs, 
 }
 
 #define CHECK_OK(ctx, call) check_ok((call), (ctx), #call, __FILE__, __LINE__)
-static int check_ok(qwen3_result r, const qwen3_ctx *ctx, const char *what, const char *file, int line) {
-    return test_check(r == QWEN3_OK, file, line, "%s: %s: %s", what, qwen3_result_string(r), qwen3_ctx_error(ctx));
+static int check_ok(int r, const qwen3_ctx *ctx, const char *what, const char *file, int line) {
+    return test_check(r == QWEN3_OK, file, line, "%s: %s: %s", what, qwen3_result_string((qwen3_result)r), qwen3_ctx_error(ctx));
 }
 
 static qwen3_item item_of(int seq, const qwen3_token *tokens, int n) {

@@ -4,6 +4,7 @@
 #ifndef QWEN3_TESTS_LONG_RUN_H
 #define QWEN3_TESTS_LONG_RUN_H
 #include "tiny.h"
+#include "short.h"
 
 typedef struct long_run_result {
     int  ok;
@@ -49,15 +50,15 @@ static void long_fail(long_world *w, const char *what, qwen3_result r) {
 /* Does the sequence hold what it must, and do its logits follow from that? */
 static void long_check(long_world *w, int s) {
     const float *a, *b;
-    if (qwen3_seq_len(w->ctx, s) != w->len[s] ||
-        memcmp(qwen3_seq_tokens(w->ctx, s), w->seq[s], (size_t)w->len[s] * sizeof(qwen3_token)) != 0) {
+    if (seq_len(w->ctx, s) != w->len[s] ||
+        memcmp(qwen3_seq_tokens(w->ctx, s, NULL), w->seq[s], (size_t)w->len[s] * sizeof(qwen3_token)) != 0) {
         long_fail(w, "a sequence holds other tokens", QWEN3_OK);
         return;
     }
     if (w->len[s] == 0) return;
     a = qwen3_logits(w->ctx, s);
     qwen3_seq_truncate(w->fresh, 0, 0);
-    if (qwen3_sync(w->fresh, 0, w->seq[s], w->len[s]) != QWEN3_OK || (b = qwen3_logits(w->fresh, 0)) == NULL || !a ||
+    if (qwen3_sync(w->fresh, 0, w->seq[s], w->len[s], 0) != QWEN3_OK || (b = qwen3_logits(w->fresh, 0)) == NULL || !a ||
         memcmp(a, b, LONG_VOCAB * sizeof *a) != 0) long_fail(w, "logits have diverged", QWEN3_OK);
 }
 
@@ -72,7 +73,7 @@ static void long_generate(long_world *w, int s) {
         memcpy(kept + 4, w->seq[s] + LONG_CTX / 2, LONG_CTX / 2 * sizeof *kept);
         w->len[s] = 4 + LONG_CTX / 2;
         memcpy(w->seq[s], kept, (size_t)w->len[s] * sizeof *kept);
-        r = qwen3_sync(w->ctx, s, kept, w->len[s]);
+        r = qwen3_sync(w->ctx, s, kept, w->len[s], 0);
         if (r != QWEN3_OK) long_fail(w, "shift", r);
         w->r.shifts++;
     }
@@ -98,7 +99,7 @@ static void long_append(long_world *w, int s, int cancelled) {
     w->cancel_after = cancelled ? 1 + long_below(w, 6) : 0;
     r = qwen3_eval(w->ctx, &item, 1);
     w->cancel_after = 0;
-    w->len[s] = r == QWEN3_STOPPED ? qwen3_seq_len(w->ctx, s) : len + n;        /* the steps that were completed stay */
+    w->len[s] = r == QWEN3_STOPPED ? seq_len(w->ctx, s) : len + n;        /* the steps that were completed stay */
     w->r.cancels += r == QWEN3_STOPPED;
     w->r.tokens += w->len[s] - len;
     if (w->len[s] < len || w->len[s] > len + n || (r != QWEN3_OK && (r != QWEN3_STOPPED || !cancelled)))
@@ -107,10 +108,10 @@ static void long_append(long_world *w, int s, int cancelled) {
 
 static void long_save(long_world *w, int s) {
     qwen3_result r;
-    w->state_size = qwen3_seq_state_size(w->ctx, s);
+    w->state_size = state_size(w->ctx, s);
     free(w->state);
     w->state = (unsigned char *)malloc((size_t)w->state_size);
-    r = qwen3_seq_save(w->ctx, s, w->state, w->state_size, NULL);
+    r = state_save(w->ctx, s, w->state, w->state_size, NULL);
     if (r != QWEN3_OK) long_fail(w, "save", r);
     w->n_saved = w->len[s];
     memcpy(w->saved, w->seq[s], sizeof w->saved);
@@ -121,7 +122,7 @@ static void long_restore(long_world *w, int s, int damaged) {
     qwen3_result r;
     if (!w->state) return;
     if (damaged) w->state[at] ^= 1;
-    r = qwen3_seq_load(w->ctx, s, w->state, w->state_size);
+    r = state_load(w->ctx, s, w->state, w->state_size);
     if (damaged) { w->state[at] ^= 1; if (r == QWEN3_OK) long_fail(w, "a damaged state was taken", r); return; }
     if (r != QWEN3_OK) long_fail(w, "restore", r);
     w->len[s] = w->n_saved;

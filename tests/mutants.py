@@ -57,7 +57,7 @@ MUTANTS = [
     ("sampler", "top_p one token short", "while (kept < n && sum < need);\n    memmove", "while (kept < n && sum * 2 < need);\n    memmove"),
     ("sampler", "penalty once for each occurrence", "        mark[seq[i]].id = 1;\n", ""),
     ("api_", "stop strings not held back", "else *held = qwen3i_max(*held, s->n - i);", "else *held = 0;"),
-    ("api_", "half characters delivered", "ready = qwen3_utf8_complete(s->pending, s->n - held);", "ready = s->n - held;"),
+    ("api_", "half characters delivered", "ready = qwen3i_utf8_complete(s->pending, s->n_pending - held);", "ready = s->n_pending - held;"),
     # memory
     ("fault", "a leak when embedding", "    qwen3i_free(&c->desc.allocator, joined, size);\n    if (n < 0) return qwen3i_fail(&err", "    if (n < 0) return qwen3i_fail(&err"),
 ]

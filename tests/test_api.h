@@ -32,7 +32,7 @@ static void test_api_info(void) {
     i = f.info;
     CHECK(i.n_vocab == 344 && i.n_tokens == 336 && i.end_of_text == 310 && i.im_start == 311 && i.im_end == 312);
     CHECK(i.think_begin == 334 && i.think_end == 335 && i.chat_style == QWEN3_STYLE_HYBRID);
-    CHECK(qwen3_token_id(f.model, "<|im_end|>") == 312 && qwen3_token_id(f.model, "<|no such|>") == -1);
+    CHECK(token_id(f.model, "<|im_end|>") == 312 && token_id(f.model, "<|no such|>") == -1);
     fixture_close(&f);
 }
 
@@ -188,7 +188,7 @@ static void test_api_vocab_only(void) {
     d.path = path;
     d.flags = QWEN3_LOAD_VOCAB_ONLY;
     if (!CHECK(qwen3_load(&m, &d, err, sizeof err) == QWEN3_OK)) return;
-    CHECK(qwen3_encode(m, "yes no", 6, 0, NULL, 0) > 0 && qwen3_get_info(m).n_layer == 2);
+    CHECK(qwen3_encode(m, "yes no", 6, 0, NULL, 0, NULL, 0) > 0 && qwen3_get_info(m).n_layer == 2);
     CHECK(qwen3_ctx_create(&ctx, m, NULL, err, sizeof err) < 0 && !ctx && err[0]);
     memory = qwen3_ctx_memory(m, NULL);
     CHECK(memory.host_bytes == 0 && memory.device_bytes == 0);
@@ -379,7 +379,7 @@ static void test_api_memory(void) {
 #define REJECTED(call) do { \
         CHECK_MSG((call) == QWEN3_ERR_ARG, "%s", #call); \
         CHECK_MSG(qwen3_ctx_error(ctx)[0], "no message: %s", #call); \
-        CHECK_MSG(qwen3_seq_len(ctx, 0) == 5 && qwen3_seq_len(ctx, 1) == 0, "%s", #call); \
+        CHECK_MSG(seq_len(ctx, 0) == 5 && seq_len(ctx, 1) == 0, "%s", #call); \
         CHECK_MSG(same_logits(ctx, 0, before, vocab), "%s", #call); \
     } while (0)
 
@@ -403,7 +403,7 @@ static void test_api_rejects(void) {
         for (i = -1; i < 9; i += 3) {                   /* -1, 2, 5, 8: no such sequences */
             items[0] = item_of(i, tokens, 1);
             REJECTED(qwen3_eval(ctx, items, 1));
-            REJECTED(qwen3_sync(ctx, i, tokens, 2));
+            REJECTED(qwen3_sync(ctx, i, tokens, 2, 0));
             REJECTED(qwen3_seq_truncate(ctx, i, 0));
             REJECTED(qwen3_seq_copy(ctx, i, 0));
             REJECTED(qwen3_seq_copy(ctx, 0, i));
@@ -411,9 +411,9 @@ static void test_api_rejects(void) {
             REJECTED((qwen3_result)qwen3_top_probs(ctx, i, probs, 2));
             REJECTED(qwen3_next(ctx, i, NULL, out));
             REJECTED(qwen3_generate(ctx, i, NULL));
-            REJECTED(qwen3_seq_save(ctx, i, state, sizeof state, NULL));
-            REJECTED(qwen3_seq_load(ctx, i, state, sizeof state));
-            CHECK(qwen3_logits(ctx, i) == NULL && qwen3_seq_len(ctx, i) == -1 && qwen3_seq_tokens(ctx, i) == NULL && qwen3_seq_state_size(ctx, i) == 0);
+            REJECTED(state_save(ctx, i, state, sizeof state, NULL));
+            REJECTED(state_load(ctx, i, state, sizeof state));
+            CHECK(qwen3_logits(ctx, i) == NULL && seq_len(ctx, i) == -1 && qwen3_seq_tokens(ctx, i, NULL) == NULL && state_size(ctx, i) == 0);
         }
         items[0] = item_of(0, NULL, 1);       REJECTED(qwen3_eval(ctx, items, 1));
         items[0] = item_of(0, tokens, -1);    REJECTED(qwen3_eval(ctx, items, 1));
@@ -424,9 +424,9 @@ static void test_api_rejects(void) {
         items[1] = item_of(1, high, 2);       REJECTED(qwen3_eval(ctx, items, 2));      /* the second is wrong */
         REJECTED(qwen3_eval(ctx, NULL, 1));
         REJECTED(qwen3_eval(ctx, items, -1));
-        REJECTED(qwen3_sync(ctx, 0, bad, 3));
-        REJECTED(qwen3_sync(ctx, 0, NULL, 3));
-        REJECTED(qwen3_sync(ctx, 0, tokens, -1));
+        REJECTED(qwen3_sync(ctx, 0, bad, 3, 0));
+        REJECTED(qwen3_sync(ctx, 0, NULL, 3, 0));
+        REJECTED(qwen3_sync(ctx, 0, tokens, -1, 0));
         REJECTED(qwen3_seq_truncate(ctx, 0, -1));
         REJECTED(qwen3_seq_truncate(ctx, 0, 6));
         REJECTED(qwen3_sample(ctx, 0, NULL, NULL));
@@ -440,9 +440,10 @@ static void test_api_rejects(void) {
         REJECTED(qwen3_next_batch(ctx, seqs + 2, 1, NULL, out, results));
         REJECTED(qwen3_next_batch(ctx, seqs, -1, NULL, out, results));
         REJECTED(qwen3_next_batch(ctx, seqs, 1, NULL, NULL, results));
-        REJECTED(qwen3_seq_save(ctx, 0, NULL, 100, NULL));
-        REJECTED(qwen3_seq_save(ctx, 0, state, 10, NULL));                              /* too small */
-        REJECTED(qwen3_seq_load(ctx, 0, NULL, 100));
+        REJECTED(qwen3_seq_save(ctx, 0, NULL));
+        REJECTED(qwen3_seq_load(ctx, 0, NULL));
+        REJECTED(state_save(ctx, 0, state, 10, NULL));                              /* too small */
+        REJECTED(state_load(ctx, 0, NULL, 100));
         REJECTED(qwen3_embed(ctx, 1, NULL, NULL, vector));
         REJECTED(qwen3_embed(ctx, 1, NULL, "a", NULL));
         REJECTED(qwen3_rerank(ctx, 1, NULL, "a", NULL, &score));
@@ -468,17 +469,17 @@ static void test_api_null(void) {
     float x;
     memset(&gen, 0, sizeof gen);
     memset(&chat, 0, sizeof chat);
-    CHECK(qwen3_eval(NULL, &it, 1) == QWEN3_ERR_ARG && qwen3_sync(NULL, 0, &t, 1) == QWEN3_ERR_ARG);
-    CHECK(qwen3_logits(NULL, 0) == NULL && qwen3_seq_len(NULL, 0) == -1 && qwen3_seq_tokens(NULL, 0) == NULL);
+    CHECK(qwen3_eval(NULL, &it, 1) == QWEN3_ERR_ARG && qwen3_sync(NULL, 0, &t, 1, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_logits(NULL, 0) == NULL && seq_len(NULL, 0) == -1 && qwen3_seq_tokens(NULL, 0, NULL) == NULL);
     CHECK(qwen3_seq_truncate(NULL, 0, 0) == QWEN3_ERR_ARG && qwen3_seq_copy(NULL, 0, 0) == QWEN3_ERR_ARG);
-    CHECK(qwen3_seq_state_size(NULL, 0) == 0 && qwen3_seq_save(NULL, 0, &t, 4, NULL) == QWEN3_ERR_ARG && qwen3_seq_load(NULL, 0, &t, 4) == QWEN3_ERR_ARG);
+    CHECK(state_size(NULL, 0) == 0 && state_save(NULL, 0, &t, 4, NULL) == QWEN3_ERR_ARG && state_load(NULL, 0, &t, 4) == QWEN3_ERR_ARG);
     CHECK(qwen3_sample(NULL, 0, NULL, &t) == QWEN3_ERR_ARG && qwen3_top_probs(NULL, 0, &p, 1) == QWEN3_ERR_ARG);
     CHECK(qwen3_next(NULL, 0, NULL, &t) == QWEN3_ERR_ARG && qwen3_next_batch(NULL, &t, 1, NULL, &t, NULL) == QWEN3_ERR_ARG);
     CHECK(qwen3_generate(NULL, 0, &gen) == QWEN3_ERR_ARG && qwen3_chat(NULL, 0, &chat, &gen) == QWEN3_ERR_ARG);
     CHECK(qwen3_embed(NULL, 0, NULL, "a", &x) == QWEN3_ERR_ARG && qwen3_rerank(NULL, 0, NULL, "a", "b", &x) == QWEN3_ERR_ARG);
     CHECK(qwen3_ctx_error(NULL) != NULL && qwen3_ctx_stats(NULL).n_prefill == 0);
-    CHECK(qwen3_encode(NULL, "a", 1, 0, &t, 1) < 0 && qwen3_token_bytes(NULL, 0, NULL) == NULL && qwen3_token_id(NULL, "a") == -1);
-    CHECK(qwen3_chat_render(NULL, &chat, &t, 1) < 0 && qwen3_ctx_memory(NULL, NULL).host_bytes == 0);
+    CHECK(qwen3_encode(NULL, "a", 1, 0, &t, 1, NULL, 0) < 0 && qwen3_token_bytes(NULL, 0, NULL) == NULL && token_id(NULL, "a") == -1);
+    CHECK(qwen3_chat_render(NULL, &chat, &t, 1, NULL, 0) < 0 && qwen3_ctx_memory(NULL, NULL).host_bytes == 0);
 }
 
 /* Calls that need a tokenizer, on a model without one. */
@@ -499,9 +500,9 @@ static void test_api_no_tokenizer(void) {
     chat.n_msgs = 1;
     if (!fixture_open(&f, "plain")) return;
     ctx = ctx_open(f.model, 16, 1, 0, 0);
-    CHECK(qwen3_encode(f.model, "a", 1, 0, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
-    CHECK(qwen3_chat_render(f.model, &chat, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
-    CHECK(qwen3_token_bytes(f.model, 3, &n) == NULL && n == 0 && qwen3_token_id(f.model, "<think>") == -1);
+    CHECK(qwen3_encode(f.model, "a", 1, 0, NULL, 0, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
+    CHECK(qwen3_chat_render(f.model, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
+    CHECK(qwen3_token_bytes(f.model, 3, &n) == NULL && n == 0 && token_id(f.model, "<think>") == -1);
     if (ctx) {
         CHECK(qwen3_chat(ctx, 0, &chat, &gen) == QWEN3_ERR_UNSUPPORTED && qwen3_ctx_error(ctx)[0]);
         gen.stop = &msg.text;
@@ -554,17 +555,17 @@ static void test_api_context_full(void) {
     ctx = ctx_open(f.model, 8, 2, 3, QWEN3_KV_F32);
     before = floats((size_t)f.info.n_vocab);
     if (ctx) {
-        CHECK(eval(ctx, 0, tokens, 9, NULL) == QWEN3_ERR_CONTEXT_FULL && qwen3_seq_len(ctx, 0) == 0 && qwen3_ctx_error(ctx)[0]);
-        CHECK(qwen3_sync(ctx, 0, tokens, 9) == QWEN3_ERR_CONTEXT_FULL && qwen3_seq_len(ctx, 0) == 0);
+        CHECK(eval(ctx, 0, tokens, 9, NULL) == QWEN3_ERR_CONTEXT_FULL && seq_len(ctx, 0) == 0 && qwen3_ctx_error(ctx)[0]);
+        CHECK(qwen3_sync(ctx, 0, tokens, 9, 0) == QWEN3_ERR_CONTEXT_FULL && seq_len(ctx, 0) == 0);
         CHECK_OK(ctx, eval(ctx, 0, tokens, 8, NULL));
         memcpy(before, qwen3_logits(ctx, 0), (size_t)f.info.n_vocab * sizeof *before);
         CHECK(eval(ctx, 0, tokens, 1, NULL) == QWEN3_ERR_CONTEXT_FULL);
         items[0] = item_of(1, tokens, 2);
         items[1] = item_of(0, tokens, 1);
-        CHECK(qwen3_eval(ctx, items, 2) == QWEN3_ERR_CONTEXT_FULL && qwen3_seq_len(ctx, 1) == 0);
+        CHECK(qwen3_eval(ctx, items, 2) == QWEN3_ERR_CONTEXT_FULL && seq_len(ctx, 1) == 0);
         CHECK(qwen3_next(ctx, 0, NULL, &t) == QWEN3_ERR_CONTEXT_FULL && qwen3_ctx_error(ctx)[0]);
         CHECK(qwen3_sample(ctx, 0, NULL, &t) == QWEN3_OK && t >= 0);   /* choosing needs no room */
-        CHECK(qwen3_seq_len(ctx, 0) == 8 && same_logits(ctx, 0, before, f.info.n_vocab));
+        CHECK(seq_len(ctx, 0) == 8 && same_logits(ctx, 0, before, f.info.n_vocab));
         CHECK_OK(ctx, qwen3_seq_truncate(ctx, 0, 7));
         CHECK_OK(ctx, eval(ctx, 0, tokens + 7, 1, NULL));
         CHECK(same_logits(ctx, 0, before, f.info.n_vocab));
@@ -643,7 +644,7 @@ static void test_api_top_probs(void) {
     if (ctx && tokens && top) {
         double sum = 0, lse;
         const float *logits;
-        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, n));
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, n, 0));
         CHECK(qwen3_top_probs(ctx, 0, top, vocab + 10) == vocab);
         logits = qwen3_logits(ctx, 0);
         lse = log_sum_exp(logits, vocab);
@@ -673,9 +674,9 @@ static void test_api_stats(void) {
     if (!fixture_open(&f, "plain")) return;
     ctx = ctx_open(f.model, 32, 1, 4, QWEN3_KV_F16);
     if (ctx) {
-        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, 10));
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, 10, 0));
         for (i = 0; i < 3; i++) CHECK_OK(ctx, eval(ctx, 0, tokens + i, 1, NULL));
-        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, 10));
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, 10, 0));
         s = qwen3_ctx_stats(ctx);
         CHECK(s.n_prefill == 10 && s.n_decode >= 3 && s.n_reused == 10 && s.prefill_ms >= 0 && s.decode_ms >= 0);
         CHECK_OK(ctx, qwen3_sample(ctx, 0, NULL, &t));
@@ -698,18 +699,18 @@ static void test_api_next(void) {
     a = ctx_open(f.model, 256, 1, 0, 0);
     b = ctx_open(f.model, 256, 1, 0, 0);
     if (a && b && tokens) {
-        CHECK_OK(a, qwen3_sync(a, 0, tokens, n));
-        CHECK_OK(b, qwen3_sync(b, 0, tokens, n));
+        CHECK_OK(a, qwen3_sync(a, 0, tokens, n, 0));
+        CHECK_OK(b, qwen3_sync(b, 0, tokens, n, 0));
         for (i = 0; i < 40 && !ended; i++) {
             qwen3_result got = qwen3_next(a, 0, &s, &x);
             CHECK_OK(b, qwen3_sample(b, 0, &r, &y));
-            CHECK(qwen3_seq_len(b, 0) == n + i);                /* not appended */
+            CHECK(seq_len(b, 0) == n + i);                /* not appended */
             CHECK(x == y && s.rng == r.rng);
             ended = got == QWEN3_END;
-            if (ended) { CHECK((x == 0 || x == 2) && qwen3_seq_len(a, 0) == n + i); break; }
+            if (ended) { CHECK((x == 0 || x == 2) && seq_len(a, 0) == n + i); break; }
             if (!CHECK_MSG(got == QWEN3_OK, "%s", qwen3_ctx_error(a))) break;
             CHECK_OK(b, eval(b, 0, &y, 1, NULL));
-            CHECK(qwen3_seq_tokens(a, 0)[n + i] == x);
+            CHECK(qwen3_seq_tokens(a, 0, NULL)[n + i] == x);
         }
         CHECK(same_logits(a, 0, qwen3_logits(b, 0), f.info.n_vocab));
     }
@@ -738,8 +739,8 @@ static void test_api_next_batch(void) {
         random_tokens(&seed, prompt[i], len[i], f.info.n_vocab);
         s[i] = r[i] = qwen3_sampler_preset(i % 2 ? QWEN3_THINKING : QWEN3_NON_THINKING, (uint64_t)i);
         list[i] = i == 3 ? NULL : &s[i];                        /* one greedy */
-        CHECK_OK(together, qwen3_sync(together, seqs[i], prompt[i], len[i]));
-        CHECK_OK(alone, qwen3_sync(alone, i, prompt[i], len[i]));
+        CHECK_OK(together, qwen3_sync(together, seqs[i], prompt[i], len[i], 0));
+        CHECK_OK(alone, qwen3_sync(alone, i, prompt[i], len[i], 0));
     }
     for (step = 0; together && alone && step < 50; step++) {
         qwen3_result got = qwen3_next_batch(together, seqs, N, list, out, results);
@@ -747,12 +748,12 @@ static void test_api_next_batch(void) {
         for (i = 0; i < N; i++) {
             qwen3_result want = qwen3_next(alone, i, i == 3 ? NULL : &r[i], &one);
             if (!CHECK_MSG(results[i] == want && (want == QWEN3_ERR_CONTEXT_FULL || out[i] == one), "step %d, sequence %d: %d, not %d", step, i, results[i], want)) goto done;
-            CHECK(s[i].rng == r[i].rng && qwen3_seq_len(together, seqs[i]) == qwen3_seq_len(alone, i));
+            CHECK(s[i].rng == r[i].rng && seq_len(together, seqs[i]) == seq_len(alone, i));
             ends += want == QWEN3_END;
             fulls += want == QWEN3_ERR_CONTEXT_FULL;
             if (want == QWEN3_END) {                            /* go on with something else */
                 qwen3_token t = 7;
-                if (qwen3_seq_len(alone, i) < 40) {
+                if (seq_len(alone, i) < 40) {
                     CHECK_OK(together, eval(together, seqs[i], &t, 1, NULL));
                     CHECK_OK(alone, eval(alone, i, &t, 1, NULL));
                 }
@@ -850,7 +851,7 @@ static void say_bytes(talk *t, const char *text) {
 }
 
 static void say_text(talk *t, const char *text) {
-    int n = qwen3_encode(t->f.model, text, strlen(text), QWEN3_PARSE_SPECIAL, t->tokens + t->n, 600 - t->n);
+    int n = qwen3_encode(t->f.model, text, strlen(text), QWEN3_PARSE_SPECIAL, t->tokens + t->n, 600 - t->n, NULL, 0);
     if (CHECK(n >= 0)) t->n += n;
 }
 
@@ -879,12 +880,12 @@ static void test_api_stream(void) {
     say_bytes(&t, text);
     say_token(&t, t.f.info.im_end);
     check_said(&t, talk_run(&t), QWEN3_END, text, "");
-    CHECK(qwen3_seq_len(t.ctx, 0) == 3 + t.n - 1);          /* all but the end stays */
-    CHECK(memcmp(qwen3_seq_tokens(t.ctx, 0) + 3, t.tokens, (size_t)(t.n - 1) * sizeof *t.tokens) == 0);
+    CHECK(seq_len(t.ctx, 0) == 3 + t.n - 1);          /* all but the end stays */
+    CHECK(memcmp(qwen3_seq_tokens(t.ctx, 0, NULL) + 3, t.tokens, (size_t)(t.n - 1) * sizeof *t.tokens) == 0);
     t.tokens[t.n - 1] = t.f.info.end_of_text;
     check_said(&t, talk_run(&t), QWEN3_END, text, "");
     t.gen.on_text = NULL;                                   /* nobody listens */
-    CHECK(talk_run(&t) == QWEN3_END && qwen3_seq_len(t.ctx, 0) == 3 + t.n - 1);
+    CHECK(talk_run(&t) == QWEN3_END && seq_len(t.ctx, 0) == 3 + t.n - 1);
     talk_close(&t);
 }
 
@@ -947,9 +948,9 @@ static void test_api_think_budget(void) {
     for (i = 0; i < 30; i++) say_bytes(&t, "a");
     t.gen.think_budget = 5;
     t.gen.max_tokens = 20;
-    CHECK(talk_run(&t) == QWEN3_OK && qwen3_seq_len(t.ctx, 0) == 23);
-    for (i = 3; i < qwen3_seq_len(t.ctx, 0); i++) {
-        qwen3_token k = qwen3_seq_tokens(t.ctx, 0)[i];
+    CHECK(talk_run(&t) == QWEN3_OK && seq_len(t.ctx, 0) == 23);
+    for (i = 3; i < seq_len(t.ctx, 0); i++) {
+        qwen3_token k = qwen3_seq_tokens(t.ctx, 0, NULL)[i];
         if (k == t.f.info.think_begin) begun++;
         else if (k == t.f.info.think_end) closed++;
         else inside += !closed;
@@ -973,14 +974,14 @@ static void test_api_limits(void) {
     for (i = 0; i < 300; i++) say_bytes(&t, "a");
     t.gen.max_tokens = 7;
     check_said(&t, talk_run(&t), QWEN3_OK, "aaaaaaa", "");
-    CHECK(qwen3_seq_len(t.ctx, 0) == 10);
+    CHECK(seq_len(t.ctx, 0) == 10);
     t.gen.max_tokens = 0;
-    CHECK(talk_run(&t) == QWEN3_ERR_CONTEXT_FULL && t.stream.n_text == 253 && qwen3_seq_len(t.ctx, 0) == 256);
+    CHECK(talk_run(&t) == QWEN3_ERR_CONTEXT_FULL && t.stream.n_text == 253 && seq_len(t.ctx, 0) == 256);
     CHECK_OK(t.ctx, qwen3_seq_truncate(t.ctx, 0, 3));
     memset(&t.stream, 0, sizeof t.stream);
     t.stream.stop_after = 4;
     CHECK(qwen3_generate(t.ctx, 0, &t.gen) == QWEN3_STOPPED && t.stream.n_text == 4);
-    CHECK(qwen3_seq_len(t.ctx, 0) >= 7 && qwen3_seq_len(t.ctx, 0) <= 8);
+    CHECK(seq_len(t.ctx, 0) >= 7 && seq_len(t.ctx, 0) <= 8);
     t.n = 0;                                                /* held back for a stop string when the callback stops */
     say_text(&t, "no the");
     t.gen.stop = &stop;
@@ -1023,7 +1024,7 @@ static void test_api_chat(void) {
     for (turn = 0; turn < 2; turn++) {
         qwen3_stats before = qwen3_ctx_stats(t.ctx);
         chat.n_msgs = turn == 0 ? 2 : 4;
-        n = qwen3_chat_render(t.f.model, &chat, rendered, 512);
+        n = qwen3_chat_render(t.f.model, &chat, rendered, 512, NULL, 0);
         if (!CHECK(n > 0 && n < 200)) break;
         t.n = 0;
         say_text(&t, turn == 0 ? "yes" : "no");
@@ -1034,7 +1035,7 @@ static void test_api_chat(void) {
         t.script.base = n;
         t.script.broken = 0;
         check_said(&t, qwen3_chat(t.ctx, 0, &chat, &t.gen), QWEN3_END, turn == 0 ? "yes" : "no", "");
-        CHECK(qwen3_seq_len(t.ctx, 0) == n + t.n - 1 && memcmp(qwen3_seq_tokens(t.ctx, 0), rendered, (size_t)n * sizeof *rendered) == 0);
+        CHECK(seq_len(t.ctx, 0) == n + t.n - 1 && memcmp(qwen3_seq_tokens(t.ctx, 0, NULL), rendered, (size_t)n * sizeof *rendered) == 0);
         if (turn == 1) CHECK_MSG(qwen3_ctx_stats(t.ctx).n_reused - before.n_reused > 20, "the first turn was not reused");
         memcpy(rendered + n, t.tokens, (size_t)(t.n - 1) * sizeof *rendered);
         n += t.n - 1;
@@ -1071,7 +1072,7 @@ static void test_api_chat_too_long(void) {
     if (ctx) {
         CHECK_OK(ctx, eval(ctx, 0, before, 3, NULL));
         CHECK(qwen3_chat(ctx, 0, &chat, &gen) == QWEN3_ERR_CONTEXT_FULL && qwen3_ctx_error(ctx)[0]);
-        CHECK(qwen3_seq_len(ctx, 0) == 3);
+        CHECK(seq_len(ctx, 0) == 3);
     }
     qwen3_ctx_free(ctx);
     fixture_close(&f);
@@ -1079,9 +1080,9 @@ static void test_api_chat_too_long(void) {
 
 /* ---- saved states ---------------------------------------------------------------------------------------- */
 static void expect_state_error(qwen3_ctx *ctx, const void *state, uint64_t size, const float *row, int vocab, const char *what) {
-    qwen3_result r = qwen3_seq_load(ctx, 0, state, size);
+    qwen3_result r = state_load(ctx, 0, state, size);
     CHECK_MSG((r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_MISMATCH) && qwen3_ctx_error(ctx)[0], "%s: %s", what, qwen3_result_string(r));
-    CHECK_MSG(qwen3_seq_len(ctx, 0) == 4 && same_logits(ctx, 0, row, vocab), "%s: the sequence has changed", what);
+    CHECK_MSG(seq_len(ctx, 0) == 4 && same_logits(ctx, 0, row, vocab), "%s: the sequence has changed", what);
 }
 
 static void test_api_state_damaged(void) {
@@ -1101,15 +1102,15 @@ static void test_api_state_damaged(void) {
     row = floats((size_t)vocab);
     if (ctx && small && f32 && other) {
         CHECK_OK(ctx, eval(ctx, 0, tokens, 12, NULL));
-        size = qwen3_seq_state_size(ctx, 0);
+        size = state_size(ctx, 0);
         CHECK(size > 12 * 4);
         state = (unsigned char *)malloc((size_t)size);
-        CHECK_OK(ctx, qwen3_seq_save(ctx, 0, state, size, &written));
+        CHECK_OK(ctx, state_save(ctx, 0, state, size, &written));
         CHECK(written == size);
         written = 77;
-        CHECK(qwen3_seq_save(ctx, 0, state, size - 1, &written) == QWEN3_ERR_ARG);
-        CHECK_OK(ctx, qwen3_seq_save(ctx, 0, state, size, NULL));
-        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens + 5, 4));
+        CHECK(state_save(ctx, 0, state, size - 1, &written) == QWEN3_ERR_ARG);
+        CHECK_OK(ctx, state_save(ctx, 0, state, size, NULL));
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens + 5, 4, 0));
         memcpy(row, qwen3_logits(ctx, 0), (size_t)vocab * sizeof *row);
         for (at = 0; at < size; at += at < 256 ? 1 : 97) {          /* any one byte */
             copy = (unsigned char *)malloc((size_t)size);
@@ -1129,17 +1130,17 @@ static void test_api_state_damaged(void) {
         memset(copy + size, 0, 8);
         expect_state_error(ctx, copy, size + 8, row, vocab, "a state with more after it");
         free(copy);
-        CHECK(qwen3_seq_load(f32, 0, state, size) == QWEN3_ERR_MISMATCH && qwen3_seq_len(f32, 0) == 0);
-        CHECK(qwen3_seq_load(other, 0, state, size) == QWEN3_ERR_MISMATCH && qwen3_seq_len(other, 0) == 0);
-        CHECK(qwen3_seq_load(small, 0, state, size) == QWEN3_ERR_CONTEXT_FULL && qwen3_seq_len(small, 0) == 0);
-        CHECK_OK(ctx, qwen3_seq_load(ctx, 0, state, size));
-        CHECK(qwen3_seq_len(ctx, 0) == 12);
+        CHECK(state_load(f32, 0, state, size) == QWEN3_ERR_MISMATCH && seq_len(f32, 0) == 0);
+        CHECK(state_load(other, 0, state, size) == QWEN3_ERR_MISMATCH && seq_len(other, 0) == 0);
+        CHECK(state_load(small, 0, state, size) == QWEN3_ERR_CONTEXT_FULL && seq_len(small, 0) == 0);
+        CHECK_OK(ctx, state_load(ctx, 0, state, size));
+        CHECK(seq_len(ctx, 0) == 12);
         CHECK_OK(ctx, qwen3_seq_truncate(ctx, 0, 0));               /* an empty sequence can be saved, too */
-        size = qwen3_seq_state_size(ctx, 0);
-        CHECK_OK(ctx, qwen3_seq_save(ctx, 0, state, size, &written));
+        size = state_size(ctx, 0);
+        CHECK_OK(ctx, state_save(ctx, 0, state, size, &written));
         CHECK_OK(ctx, eval(ctx, 0, tokens, 2, NULL));
-        CHECK_OK(ctx, qwen3_seq_load(ctx, 0, state, size));
-        CHECK(qwen3_seq_len(ctx, 0) == 0 && qwen3_logits(ctx, 0) == NULL);
+        CHECK_OK(ctx, state_load(ctx, 0, state, size));
+        CHECK(seq_len(ctx, 0) == 0 && qwen3_logits(ctx, 0) == NULL);
         free(state);
     }
     free(row);
@@ -1162,11 +1163,11 @@ static void test_api_state_after_truncate(void) {
     if (ctx) {
         CHECK_OK(ctx, eval(ctx, 0, tokens, 12, NULL));
         CHECK_OK(ctx, qwen3_seq_truncate(ctx, 0, 6));
-        size = qwen3_seq_state_size(ctx, 0);
+        size = state_size(ctx, 0);
         state = malloc((size_t)size);
-        CHECK_OK(ctx, qwen3_seq_save(ctx, 0, state, size, &written));
-        CHECK_OK(ctx, qwen3_seq_load(ctx, 1, state, size));
-        CHECK(qwen3_seq_len(ctx, 1) == 6 && same_logits(ctx, 1, plain + 5 * f.info.n_vocab, f.info.n_vocab));
+        CHECK_OK(ctx, state_save(ctx, 0, state, size, &written));
+        CHECK_OK(ctx, state_load(ctx, 1, state, size));
+        CHECK(seq_len(ctx, 1) == 6 && same_logits(ctx, 1, plain + 5 * f.info.n_vocab, f.info.n_vocab));
         CHECK(same_logits(ctx, 0, plain + 5 * f.info.n_vocab, f.info.n_vocab));
         free(state);
     }
@@ -1185,7 +1186,7 @@ static void *worker_run(void *arg) {
     for (round = 0; round < 5; round++) {
         free(w->logits);
         w->logits = plain_logits(w->model, w->tokens, w->n, QWEN3_KV_F16);
-        w->encoded = qwen3_encode(w->model, "the quick brown fox", 19, 0, NULL, 0);
+        w->encoded = qwen3_encode(w->model, "the quick brown fox", 19, 0, NULL, 0, NULL, 0);
     }
     return NULL;
 }
@@ -1200,7 +1201,7 @@ static void test_api_threads(void) {
     if (!fixture_open(&f, "chat")) return;
     tokens = ref_tokens(&f.ref, 1, "tokens", &n);
     want = plain_logits(f.model, tokens, n, QWEN3_KV_F16);
-    encoded = qwen3_encode(f.model, "the quick brown fox", 19, 0, NULL, 0);
+    encoded = qwen3_encode(f.model, "the quick brown fox", 19, 0, NULL, 0, NULL, 0);
     memset(w, 0, sizeof w);
     for (i = 0; i < 4; i++) {
         w[i].model = f.model;

@@ -56,10 +56,10 @@ static void test_chat_cases(void) {
     while ((line = tokenizer_line(&at)) != NULL) {
         if (line[0] != '=') { chat_case_line(&c, line); continue; }
         m.info.chat_style = c.style;
-        got = qwen3_chat_render(&m, &c.desc, ids, QWEN3I_COUNT(ids));
+        got = qwen3_chat_render(&m, &c.desc, ids, QWEN3I_COUNT(ids), NULL, 0);
         CHECK_MSG(got > 0 && got <= QWEN3I_COUNT(ids) &&
                 tokenizer_ids_equal(line + 1, ids, got), "chat %d: %d tokens", count, got);
-        CHECK(qwen3_chat_render(&m, &c.desc, NULL, 0) == got);
+        CHECK(qwen3_chat_render(&m, &c.desc, NULL, 0, NULL, 0) == got);
         count++;
     }
     CHECK(count >= 60);
@@ -71,7 +71,7 @@ static void test_chat_cases(void) {
 static char *chat_text(const qwen3_model *m, const qwen3_chat_desc *chat) {
     static qwen3_token ids[4096];
     size_t n;
-    int count = qwen3_chat_render(m, chat, ids, QWEN3I_COUNT(ids));
+    int count = qwen3_chat_render(m, chat, ids, QWEN3I_COUNT(ids), NULL, 0);
     char *out = tokenizer_decode(m, ids, count < 0 ? 0 : count, &n);
     out[n] = '\0';
     return out;
@@ -141,14 +141,14 @@ static void test_chat_injection(void) {
         memset(&msg, 0, sizeof msg);
         msg.role = roles[i];
         msg.text = evil;
-        n = qwen3_chat_render(&m, &chat, ids, QWEN3I_COUNT(ids));
+        n = qwen3_chat_render(&m, &chat, ids, QWEN3I_COUNT(ids), NULL, 0);
         CHECK(n > 0 && n <= QWEN3I_COUNT(ids));
-        CHECK(chat_count(ids, n, qwen3_token_id(&m, "<|im_start|>")) == 1 &&
-                chat_count(ids, n, qwen3_token_id(&m, "<|im_end|>")) == 1);
-        CHECK(chat_count(ids, n, qwen3_token_id(&m, "<|endoftext|>")) == 0);
-        CHECK(chat_count(ids, n, qwen3_token_id(&m, "<tool_call>")) == (msg.role == QWEN3_ASSISTANT));
+        CHECK(chat_count(ids, n, token_id(&m, "<|im_start|>")) == 1 &&
+                chat_count(ids, n, token_id(&m, "<|im_end|>")) == 1);
+        CHECK(chat_count(ids, n, token_id(&m, "<|endoftext|>")) == 0);
+        CHECK(chat_count(ids, n, token_id(&m, "<tool_call>")) == (msg.role == QWEN3_ASSISTANT));
         /* an assistant's is part of the reasoning, left out */
-        CHECK(chat_count(ids, n, qwen3_token_id(&m, "<think>")) == 0);
+        CHECK(chat_count(ids, n, token_id(&m, "<think>")) == 0);
     }
     qwen3i_tokenizer_free(m.tokenizer);
 }
@@ -164,7 +164,7 @@ static void chat_expect_json(const qwen3_model *m, const char *tool, const char 
     chat.n_msgs = 1;
     chat.tools = &tool;
     chat.n_tools = 1;
-    if (!expected) { CHECK_MSG(qwen3_chat_render(m, &chat, NULL, 0) == QWEN3_ERR_ARG, "accepted: %.40s",
+    if (!expected) { CHECK_MSG(qwen3_chat_render(m, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_ARG, "accepted: %.40s",
             tool); return; }
     text = chat_text(m, &chat);
     hit = strstr(text, "<tools>\n");
@@ -229,35 +229,35 @@ static void test_chat_arguments(void) {
     if (!tokenizer_open_small(&m)) return;
     msg.role = QWEN3_USER;
     chat.msgs = &msg;
-    CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_ARG);      /* no message */
+    CHECK(qwen3_chat_render(&m, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_ARG);      /* no message */
     chat.n_msgs = 1;
-    CHECK(qwen3_chat_render(&m, &chat, NULL, 0) > 0);                   /* a text that is NULL is empty */
-    CHECK(qwen3_chat_render(&m, &chat, ids, 4) > 4 && ids[0] == qwen3_token_id(&m, "<|im_start|>"));
-    CHECK(qwen3_chat_render(&none, &chat, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
-    CHECK(qwen3_chat_render(NULL, &chat, NULL, 0) == QWEN3_ERR_ARG &&
-            qwen3_chat_render(&m, NULL, NULL, 0) == QWEN3_ERR_ARG);
-    CHECK(qwen3_chat_render(&m, &chat, NULL, 4) == QWEN3_ERR_ARG &&
-            qwen3_chat_render(&m, &chat, ids, -1) == QWEN3_ERR_ARG);
+    CHECK(qwen3_chat_render(&m, &chat, NULL, 0, NULL, 0) > 0);                   /* a text that is NULL is empty */
+    CHECK(qwen3_chat_render(&m, &chat, ids, 4, NULL, 0) > 4 && ids[0] == token_id(&m, "<|im_start|>"));
+    CHECK(qwen3_chat_render(&none, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
+    CHECK(qwen3_chat_render(NULL, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_ARG &&
+            qwen3_chat_render(&m, NULL, NULL, 0, NULL, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_chat_render(&m, &chat, NULL, 4, NULL, 0) == QWEN3_ERR_ARG &&
+            qwen3_chat_render(&m, &chat, ids, -1, NULL, 0) == QWEN3_ERR_ARG);
     chat.flags = 64;
-    CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_chat_render(&m, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_ARG);
     chat.flags = 0;
     chat.n_tools = 1;
-    CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_chat_render(&m, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_ARG);
     chat.n_tools = 0;
     memset(&msg.role, 4, sizeof msg.role);
-    CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_chat_render(&m, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_ARG);
     msg.role = QWEN3_ASSISTANT;
     msg.n_calls = 1;
-    CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_chat_render(&m, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_ARG);
     msg.calls = &call;
-    CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_chat_render(&m, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_ARG);
     call.name = call.arguments = "";
-    CHECK(qwen3_chat_render(&m, &chat, NULL, 0) > 0);
+    CHECK(qwen3_chat_render(&m, &chat, NULL, 0, NULL, 0) > 0);
     qwen3i_tokenizer_free(m.tokenizer);
     data = tokenizer_data("tokenizer.json", &n);         /* a tokenizer without <|im_start|> */
     if (data) bad = tokenizer_edit(data, "\"content\":\"<|im_start|>\"", "\"content\":\"<|start|>\"", &n);
     if (bad && CHECK_MSG(tokenizer_open(&m, bad, n, message) == QWEN3_OK, "%s", message)) {
-        CHECK(qwen3_chat_render(&m, &chat, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
+        CHECK(qwen3_chat_render(&m, &chat, NULL, 0, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
         qwen3i_tokenizer_free(m.tokenizer);
     }
     free(bad);

@@ -953,7 +953,7 @@ static void cuda_check_next(const fixture *f, const qwen3_sampler *like, int ker
         CHECK_MSG(x == y && sa.rng == sb.rng, "step %d: the device chose %d, the host %d", i, (int)x, (int)y);
         if (r == QWEN3_END) {
             CHECK_MSG(same_logits(a, 0, qwen3_logits(b, 0), vocab), "step %d: the end changed the logits", i);
-            CHECK(qwen3_seq_len(a, 0) == qwen3_seq_len(b, 0));
+            CHECK(seq_len(a, 0) == seq_len(b, 0));
             break;
         }
         CHECK_OK(a, r);
@@ -1005,9 +1005,9 @@ static void test_cuda_next_batch(void) {
     for (s = 1; b && s < 12; s++) {             /* other neighbours of the same length */
         qwen3_token other[16];
         uint64_t seed = 100 + (uint64_t)s;
-        int n = qwen3_seq_len(b, s);
+        int n = seq_len(b, s);
         random_tokens(&seed, other, 16, f.info.n_vocab);
-        CHECK_OK(b, qwen3_sync(b, s, other, n));
+        CHECK_OK(b, qwen3_sync(b, s, other, n, 0));
     }
     for (i = 0; a && b && i < 8; i++) {
         qwen3_token x[12], y[12];
@@ -1018,8 +1018,8 @@ static void test_cuda_next_batch(void) {
         CHECK_MSG(x[0] == y[0] && rx[0] == ry[0], "step %d: %d and %d", i, (int)x[0], (int)y[0]);
         if (rx[0] == QWEN3_OK) CHECK(same_logits(a, 0, qwen3_logits(b, 0), f.info.n_vocab));
         if (i == 5) {
-            CHECK_OK(a, qwen3_seq_truncate(a, 0, qwen3_seq_len(a, 0) - 2));
-            CHECK_OK(b, qwen3_seq_truncate(b, 0, qwen3_seq_len(b, 0) - 2));
+            CHECK_OK(a, qwen3_seq_truncate(a, 0, seq_len(a, 0) - 2));
+            CHECK_OK(b, qwen3_seq_truncate(b, 0, seq_len(b, 0) - 2));
         }
     }
     qwen3_ctx_free(a);
@@ -1316,13 +1316,13 @@ static void test_cuda_states(void) {
     if (a && b && c) {
         qwen3_token x, y, z;
         CHECK_OK(a, qwen3_seq_copy(a, 2, 0));
-        CHECK(same_logits(a, 2, qwen3_logits(a, 0), 0) && qwen3_seq_len(a, 2) == qwen3_seq_len(a, 0));
+        CHECK(same_logits(a, 2, qwen3_logits(a, 0), 0) && seq_len(a, 2) == seq_len(a, 0));
         CHECK(qwen3_next(a, 0, NULL, &x) >= 0 && qwen3_next(a, 2, NULL, &y) >= 0 && x == y);
-        size = qwen3_seq_state_size(a, 0);
+        size = state_size(a, 0);
         state = malloc((size_t)size);
-        CHECK_OK(a, qwen3_seq_save(a, 0, state, size, NULL));
-        CHECK_OK(b, qwen3_seq_load(b, 0, state, size));
-        CHECK_OK(c, qwen3_seq_load(c, 0, state, size));
+        CHECK_OK(a, state_save(a, 0, state, size, NULL));
+        CHECK_OK(b, state_load(b, 0, state, size));
+        CHECK_OK(c, state_load(c, 0, state, size));
         CHECK(qwen3_next(a, 0, NULL, &x) >= 0 && qwen3_next(b, 0, NULL, &y) >= 0 && qwen3_next(c, 0, NULL, &z) >= 0 &&
               x == y && x == z);
         free(state);
@@ -1350,9 +1350,9 @@ static void test_cuda_cancel(void) {
         qwen3_ctx *ctx = ctx_open_desc(f.model, &desc);
         left = polls;
         CHECK(eval(ctx, 0, prompt, 150, NULL) == QWEN3_STOPPED);
-        CHECK(qwen3_seq_len(ctx, 0) % 20 == 0 && qwen3_seq_len(ctx, 0) < 150);
+        CHECK(seq_len(ctx, 0) % 20 == 0 && seq_len(ctx, 0) < 150);
         left = 1 << 30;
-        CHECK_OK(ctx, qwen3_sync(ctx, 0, prompt, 150));
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, prompt, 150, 0));
         qwen3_ctx_free(ctx);
     }
     fixture_close(&f);
@@ -1427,10 +1427,10 @@ static qwen3_result cuda_whole_run(const char *path) {
     CHECK((r == QWEN3_OK) == (ctx != NULL) && (r == QWEN3_OK) == (err[0] == '\0'));
     if (ctx) {
         r = eval(ctx, 0, prompt, 20, NULL);
-        CHECK(qwen3_seq_len(ctx, 0) == (r == QWEN3_OK ? 20 : 0));
+        CHECK(seq_len(ctx, 0) == (r == QWEN3_OK ? 20 : 0));
         for (i = 0; i < 3 && r == QWEN3_OK; i++) {
             r = qwen3_next(ctx, 0, NULL, &t);
-            CHECK(qwen3_seq_len(ctx, 0) == 20 + i + (r == QWEN3_OK));
+            CHECK(seq_len(ctx, 0) == 20 + i + (r == QWEN3_OK));
         }
         CHECK((r >= 0) == (qwen3_ctx_error(ctx)[0] == '\0'));
     }

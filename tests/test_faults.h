@@ -118,9 +118,9 @@ static const char long_text[] = "The quick brown fox jumps over the lazy dog. \x
 
 static int fault_encode(fault_world *w) {
     qwen3_token out[256];
-    int a = qwen3_encode(w->f.model, long_text, sizeof long_text - 1, 0, out, 256);
+    int a = qwen3_encode(w->f.model, long_text, sizeof long_text - 1, 0, out, 256, NULL, 0);
     if (a < 0) return a;
-    return qwen3_encode(w->f.model, long_text, sizeof long_text - 1, QWEN3_PARSE_SPECIAL, out, 256);
+    return qwen3_encode(w->f.model, long_text, sizeof long_text - 1, QWEN3_PARSE_SPECIAL, out, 256, NULL, 0);
 }
 
 static const char *const fault_tools[] = {
@@ -149,7 +149,7 @@ static int fault_render(fault_world *w) {
     qwen3_chat_desc chat;
     qwen3_token out[512];
     fault_chat_desc(&chat, msgs, &call);
-    return qwen3_chat_render(w->f.model, &chat, out, 512);
+    return qwen3_chat_render(w->f.model, &chat, out, 512, NULL, 0);
 }
 
 static int fault_chat(fault_world *w) {
@@ -168,9 +168,12 @@ static int fault_chat(fault_world *w) {
     return r == QWEN3_END ? QWEN3_OK : r;
 }
 
-static int fault_save(fault_world *w) { return qwen3_seq_save(w->ctx, 0, w->state, w->state_size, NULL); }
-static int fault_restore(fault_world *w) { return qwen3_seq_load(w->ctx, 1, w->state, w->state_size); }
-static int fault_sync(fault_world *w) { return qwen3_sync(w->ctx, 1, w->prompt, w->n_prompt); }
+static int fault_save(fault_world *w) { return state_save(w->ctx, 0, w->state, w->state_size, NULL); }
+static int fault_restore(fault_world *w) { return state_load(w->ctx, 1, w->state, w->state_size); }
+static int fault_sync(fault_world *w) {
+    const int left = qwen3_sync(w->ctx, 1, w->prompt, w->n_prompt, 0);
+    return left > 0 ? QWEN3_STOPPED : left;
+}
 static int fault_copy(fault_world *w) { return qwen3_seq_copy(w->ctx, 1, 0); }
 static int fault_next(fault_world *w) {
     qwen3_token t;
@@ -203,10 +206,10 @@ static int fault_world_open(fault_world *w, test_heap *model_heap) {
     c.allocator = heap_allocator(&w->heap);
     w->ctx = ctx_open_desc(w->f.model, &c);
     if (!w->ctx || !CHECK_OK(w->ctx, eval(w->ctx, 0, w->prompt, w->n_prompt, NULL))) return 0;
-    w->state_size = qwen3_seq_state_size(w->ctx, 0);
+    w->state_size = state_size(w->ctx, 0);
     w->state = (unsigned char *)malloc((size_t)w->state_size);
     w->vector = floats((size_t)w->f.info.n_embd);
-    return CHECK_OK(w->ctx, qwen3_seq_save(w->ctx, 0, w->state, w->state_size, NULL));
+    return CHECK_OK(w->ctx, state_save(w->ctx, 0, w->state, w->state_size, NULL));
 }
 
 static void fault_world_close(fault_world *w) {
@@ -221,9 +224,9 @@ static void fault_world_close(fault_world *w) {
 static void check_world(fault_world *w, const char *what, long at) {
     const int vocab = w->f.info.n_vocab;
     const float *last = w->plain + (size_t)(w->n_prompt - 1) * (size_t)vocab;
-    CHECK_MSG(qwen3_seq_len(w->ctx, 0) == w->n_prompt && same_logits(w->ctx, 0, last, vocab),
+    CHECK_MSG(seq_len(w->ctx, 0) == w->n_prompt && same_logits(w->ctx, 0, last, vocab),
               "%s, fault %ld: a neighbour has changed", what, at);
-    CHECK_MSG(qwen3_sync(w->ctx, 1, w->prompt, w->n_prompt) == QWEN3_OK && same_logits(w->ctx, 1, last, vocab),
+    CHECK_MSG(qwen3_sync(w->ctx, 1, w->prompt, w->n_prompt, 0) == QWEN3_OK && same_logits(w->ctx, 1, last, vocab),
               "%s, fault %ld: the context is no longer right: %s", what, at, qwen3_ctx_error(w->ctx));
 }
 
@@ -524,12 +527,12 @@ static void test_fault_cancel_prefill(void) {
         s.stop_at = at;
         r = eval(ctx, 0, tokens + 3, N - 3, NULL);
         s.stop_at = 0;
-        len = qwen3_seq_len(ctx, 0);
+        len = seq_len(ctx, 0);
         if (r == QWEN3_OK) { qwen3_ctx_free(ctx); break; }
         stopped++;
         CHECK_MSG(r == QWEN3_STOPPED, "cancelled at poll %ld: %s", at, qwen3_result_string(r));
         CHECK_MSG(len < N && (len - 3) % CHUNK == 0 &&
-                  memcmp(qwen3_seq_tokens(ctx, 0), tokens, (size_t)len * sizeof *tokens) == 0,
+                  memcmp(qwen3_seq_tokens(ctx, 0, NULL), tokens, (size_t)len * sizeof *tokens) == 0,
                   "%d tokens are left", len);
         kept[len]++;
         CHECK_MSG(same_logits(ctx, 0, plain + (size_t)(len - 1) * (size_t)vocab, vocab),
@@ -585,7 +588,7 @@ static void test_fault_cancel_decode(void) {
             break;
         }
         stopped[what]++;
-        CHECK_MSG(qwen3_seq_len(ctx, 0) == 11 && qwen3_seq_len(ctx, 1) == 7, "step %d, poll %ld: a token was kept",
+        CHECK_MSG(seq_len(ctx, 0) == 11 && seq_len(ctx, 1) == 7, "step %d, poll %ld: a token was kept",
                   what, at);
         CHECK_MSG(same_logits(ctx, 0, plain + (size_t)10 * (size_t)vocab, vocab),
                   "step %d, poll %ld: the logits have changed", what, at);
@@ -645,7 +648,7 @@ static void test_fault_cancel_many(void) {
         s.stop_at = 0;
         stopped += r == QWEN3_STOPPED;
         for (i = 0; i < SEQS && r == QWEN3_STOPPED; i++)
-            CHECK_MSG(qwen3_seq_len(ctx, i) == LEN && same_logits(ctx, i, plain[i] + (LEN - 1) * vocab, vocab),
+            CHECK_MSG(seq_len(ctx, i) == LEN && same_logits(ctx, i, plain[i] + (LEN - 1) * vocab, vocab),
                       "step %d, poll %ld: sequence %d has changed", what, at, i);
         qwen3_ctx_free(ctx);
         if (r != QWEN3_STOPPED) break;
@@ -676,7 +679,7 @@ static void test_fault_cancel_chat(void) {
             {"next", fault_next}
         };
         for (i = 0; i < 5; i++) {
-            CHECK_OK(w.ctx, qwen3_sync(w.ctx, 1, w.prompt + 1, i == 1 ? 20 : 4));
+            CHECK_OK(w.ctx, qwen3_sync(w.ctx, 1, w.prompt + 1, i == 1 ? 20 : 4, 0));
             s.calls = 0;
             s.stop_at = at;
             r = steps[i].run(&w);

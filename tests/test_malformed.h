@@ -30,7 +30,7 @@ static void malformed_use(const qwen3_model *m) {
     qwen3_ctx_desc d = ctx_desc(4, 1, 0, QWEN3_KV_F32);
     qwen3_token tokens[64];
     qwen3_ctx *ctx = NULL;
-    int n = qwen3_encode(m, text, sizeof text - 1, QWEN3_PARSE_SPECIAL, tokens, 64);
+    int n = qwen3_encode(m, text, sizeof text - 1, QWEN3_PARSE_SPECIAL, tokens, 64, NULL, 0);
     CHECK(n > 0 || n == QWEN3_ERR_UNSUPPORTED);
     if (qwen3_ctx_create(&ctx, m, &d, NULL, 0) == QWEN3_OK) {
         tokens[0] = 0;
@@ -298,7 +298,7 @@ static void test_malformed_safetensors(void) {
         {"\"__metadata__\":{\"format\":\"pt\"},", "", GOOD, ""},
         {"\"__metadata__\":{\"format\":\"pt\"}", "\"__metadata__\":null", GOOD, ""},
         {"\"BF16\"", "\"BF17\"", NOT, "model.norm.weight|BF17"}, {"\"BF16\"", "16", BAD, "'model.norm.weight'|string"},
-        {"\"BF16\"", "\"I16\"", NOT, "model.norm.weight|I16|not supported"},
+        {"\"BF16\"", "\"I16\"", NOT, "model.norm.weight|I16|BF16, F16 and F32"},
         {"\"BF16\"", "\"F32\"", BAD, "model.norm.weight|needs 16 bytes|has 8"},
         {"\"BF16\"", "\"F8_E4M3\"", BAD, "needs 4 bytes|has 8"}, {"\"BF16\"", "\"F16\"", GOOD, ""},
         {"\"BF16\"", "\"{5000*B}\"", NOT, "model.norm.weight|BBBB"},
@@ -737,17 +737,18 @@ static void malformed_state_seal(unsigned char *state, size_t size) {   /* a che
 static void test_malformed_state(void) {
     enum { F = QWEN3_ERR_FORMAT, X = QWEN3_ERR_MISMATCH, FULL = QWEN3_ERR_CONTEXT_FULL };
     static const struct { size_t at; uint32_t value; int result; const char *words; } cases[] = {
-        {0, 0, F, "not a saved state"}, {4, 0x32455333, F, "another version"}, {8, 1, X, "another model"},
+        {0, 0, F, "not a saved state"}, {4, 0x31455333, F, "another version"}, {8, 1, X, "another model"},
         {12, 7, X, "another model"}, {16, 0, F, "of 0"}, {16, 1, F, "bytes"},
-        {20, 0x80000000u, F, "bytes"}, {32, 1, X, "KV type"}, {32, 0, X, "KV type"}, {32, 0xFFFFFFFFu, X, "KV type"},
-        {36, 0, X, "another model"}, {36, 0xFFFFFFFFu, X, "another model"},
-        {40, 0, X, "another model"}, {40, 0x7FFFFFFF, X, "another model"}, {44, 0, X, "another model"},
-        {44, 0xFFFFFFFFu, X, "another model"}, {48, 0, F, "damaged"}, {48, 4, F, "damaged"},
-        {48, 17, FULL, "17 tokens"}, {48, 0x80000000u, FULL, "2147483648 tokens"},
-        {48, 0xFFFFFFFFu, FULL, "4294967295 tokens"}, {52, 0, F, "damaged"}, {52, 2, F, "damaged"},
-        {52, 0xFFFFFFFFu, F, "damaged"},
-        {56, 0x40800000, X, "yarn_factor"}, {56, 0x7FC00000, X, "yarn_factor"}, {60, 1, F, "damaged"},
-        {64, 0xFFFFFFFFu, F, "token 0 is -1"}, {68, 264, F, "token 1 is 264"}, {72, 0x7FFFFFFF, F, "token 2"}
+        {20, 0x80000000u, F, "bytes"}, {32, 1, F, "damaged"}, {36, 1, F, "damaged"}, {32, 0xFFFFFFF0u, F, "damaged"},
+        {40, 1, X, "KV type"}, {40, 0, X, "KV type"}, {40, 0xFFFFFFFFu, X, "KV type"},
+        {44, 0, X, "another model"}, {44, 0xFFFFFFFFu, X, "another model"},
+        {48, 0, X, "another model"}, {48, 0x7FFFFFFF, X, "another model"}, {52, 0, X, "another model"},
+        {52, 0xFFFFFFFFu, X, "another model"}, {56, 0, F, "damaged"}, {56, 4, F, "damaged"},
+        {56, 17, FULL, "17 tokens"}, {56, 0x80000000u, FULL, "2147483648 tokens"},
+        {56, 0xFFFFFFFFu, FULL, "4294967295 tokens"}, {60, 0, F, "damaged"}, {60, 2, F, "damaged"},
+        {60, 0xFFFFFFFFu, F, "damaged"},
+        {64, 0x40800000, X, "yarn_factor"}, {64, 0x7FC00000, X, "yarn_factor"}, {68, 1, F, "damaged"}, {68, 2, F, "damaged"},
+        {72, 0xFFFFFFFFu, F, "token 0 is -1"}, {76, 264, F, "token 1 is 264"}, {80, 0x7FFFFFFF, F, "token 2"}
     };
     const qwen3_token tokens[5] = {10, 20, 30, 40, 50};
     char err[512];
@@ -766,22 +767,22 @@ static void test_malformed_state(void) {
     if (!CHECK_MSG(qwen3_load(&model, &d, err, sizeof err) == QWEN3_OK, "%s", err)) { tiny_free(&m); return; }
     ctx = ctx_open(model, 16, 1, 0, QWEN3_KV_F16);
     CHECK_OK(ctx, eval(ctx, 0, tokens, 5, NULL));
-    size = (size_t)qwen3_seq_state_size(ctx, 0);
+    size = (size_t)state_size(ctx, 0);
     state = (unsigned char *)malloc(size);
     copy = (unsigned char *)malloc(size);
-    CHECK_OK(ctx, qwen3_seq_save(ctx, 0, state, size, NULL));
-    CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens + 1, 3));
+    CHECK_OK(ctx, state_save(ctx, 0, state, size, NULL));
+    CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens + 1, 3, 0));
     memcpy(before, qwen3_logits(ctx, 0), sizeof before);
     for (i = 0; i < sizeof cases / sizeof *cases; i++) {
         qwen3_result r;
         memcpy(copy, state, size);
         memcpy(copy + cases[i].at, &cases[i].value, 4);
         malformed_state_seal(copy, size);
-        r = qwen3_seq_load(ctx, 0, copy, size);
+        r = state_load(ctx, 0, copy, size);
         CHECK_MSG((int)r == cases[i].result && strstr(qwen3_ctx_error(ctx), cases[i].words),
                   "byte %lu is %08x: %s '%s'", (unsigned long)cases[i].at, (unsigned)cases[i].value,
                   qwen3_result_string(r), qwen3_ctx_error(ctx));
-        CHECK(qwen3_seq_len(ctx, 0) == 3 && same_logits(ctx, 0, before, 264));
+        CHECK(seq_len(ctx, 0) == 3 && same_logits(ctx, 0, before, 264));
     }
     for (i = 0; i < size; i++) {                        /* cut, and said to be so */
         unsigned char *cut = (unsigned char *)malloc(i ? i : 1);
@@ -789,18 +790,18 @@ static void test_malformed_state(void) {
         memcpy(cut, state, i);
         if (i >= 24) memcpy(cut + 16, &total, 8);
         malformed_state_seal(cut, i);
-        CHECK(qwen3_seq_load(ctx, 0, cut, i) == QWEN3_ERR_FORMAT && qwen3_seq_len(ctx, 0) == 3);
+        CHECK(state_load(ctx, 0, cut, i) == QWEN3_ERR_FORMAT && seq_len(ctx, 0) == 3);
         free(cut);
     }
-    CHECK(qwen3_seq_load(ctx, 0, NULL, 100) == QWEN3_ERR_ARG && same_logits(ctx, 0, before, 264));
+    CHECK(state_load(ctx, 0, NULL, 100) == QWEN3_ERR_ARG && same_logits(ctx, 0, before, 264));
     memcpy(copy, state, size);
-    for (i = 64 + 5 * 4; i < size; i++) copy[i] = 0xFF; /* well formed, but all logits, keys and values are NaN */
+    for (i = 72 + 5 * 4; i < size; i++) copy[i] = 0xFF; /* well formed, but all logits, keys and values are NaN */
     malformed_state_seal(copy, size);
-    CHECK_OK(ctx, qwen3_seq_load(ctx, 0, copy, size));
+    CHECK_OK(ctx, state_load(ctx, 0, copy, size));
     CHECK(qwen3_next(ctx, 0, NULL, (qwen3_token *)(void *)copy) == QWEN3_ERR_ARG &&
           strstr(qwen3_ctx_error(ctx), "not numbers"));
     CHECK_OK(ctx, eval(ctx, 0, tokens, 5, NULL));
-    CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens + 1, 3));   /* and nothing of it stays */
+    CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens + 1, 3, 0));   /* and nothing of it stays */
     CHECK(same_logits(ctx, 0, before, 264));
     free(state);
     free(copy);

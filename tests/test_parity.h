@@ -96,7 +96,7 @@ static void greedy_case(const fixture *f, qwen3_ctx *ctx, int i, const char *mod
     for (k = 0; k < n_eos; k++) { ban[k].token = eos[k]; ban[k].bias = -1e30f; }
     s.bias = ban;
     s.n_bias = n_eos;
-    CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, n));
+    CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, n, 0));
     for (k = 0; k < n_greedy; k++) {
         qwen3_token t = -1;
         if (!CHECK_OK(ctx, qwen3_next(ctx, 0, &s, &t))) return;
@@ -104,7 +104,7 @@ static void greedy_case(const fixture *f, qwen3_ctx *ctx, int i, const char *mod
         CHECK_MSG(margin[k] < 2 * PARITY, "%s, prompt %d: token %d is %d, not %d (margin %.1e)", model, i, k, t, want[k], (double)margin[k]);
         return;                             /* a tie within the rounding: from here on all may differ */
     }
-    CHECK(qwen3_seq_len(ctx, 0) == n + n_greedy);
+    CHECK(seq_len(ctx, 0) == n + n_greedy);
 }
 
 static void test_parity_greedy(void) {
@@ -279,7 +279,7 @@ static void check_batch_of(const identity *id, int n_seqs, int chunk) {
         want = s == 0 ? id->plain : plain_logits(id->f.model, other[s], len[s], id->kv_type);
         CHECK_MSG(same_floats(got[s], want, len[s] * id->vocab), "sequence %d of %d, chunk %d differs", s, n_seqs, chunk);
         CHECK(same_logits(ctx, s, want + (size_t)(len[s] - 1) * (size_t)id->vocab, id->vocab));
-        CHECK(qwen3_seq_len(ctx, s) == len[s] && memcmp(qwen3_seq_tokens(ctx, s), other[s], (size_t)len[s] * sizeof(qwen3_token)) == 0);
+        CHECK(seq_len(ctx, s) == len[s] && memcmp(qwen3_seq_tokens(ctx, s, NULL), other[s], (size_t)len[s] * sizeof(qwen3_token)) == 0);
         if (s > 0) free(want);
         free(got[s]);
     }
@@ -303,9 +303,9 @@ static void check_sync(const identity *id) {
     for (i = 0; i < 8; i++) {
         qwen3_stats before = qwen3_ctx_stats(ctx), after;
         int n = lengths[i], reused = n < previous ? n : previous;
-        CHECK_OK(ctx, qwen3_sync(ctx, 0, id->tokens, n));
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, id->tokens, n, 0));
         after = qwen3_ctx_stats(ctx);
-        CHECK_MSG(qwen3_seq_len(ctx, 0) == n, "%d tokens, not %d", qwen3_seq_len(ctx, 0), n);
+        CHECK_MSG(seq_len(ctx, 0) == n, "%d tokens, not %d", seq_len(ctx, 0), n);
         CHECK_MSG(same_logits(ctx, 0, plain_row(id, n - 1), id->vocab), "after sync from %d to %d tokens", previous, n);
         CHECK_MSG(after.n_reused - before.n_reused >= reused - 1 && after.n_reused - before.n_reused <= reused,
                   "sync from %d to %d reused %d", previous, n, (int)(after.n_reused - before.n_reused));
@@ -314,13 +314,13 @@ static void check_sync(const identity *id) {
     for (i = 0; i < IDENTITY_TOKENS; i += 10) {             /* diverge at position i, and back */
         memcpy(other, id->tokens, sizeof other);
         other[i] = (other[i] + 1) % id->vocab;
-        CHECK_OK(ctx, qwen3_sync(ctx, 0, other, 65));
-        CHECK(memcmp(qwen3_seq_tokens(ctx, 0), other, 65 * sizeof *other) == 0);
-        CHECK_OK(ctx, qwen3_sync(ctx, 0, id->tokens, 66));
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, other, 65, 0));
+        CHECK(memcmp(qwen3_seq_tokens(ctx, 0, NULL), other, 65 * sizeof *other) == 0);
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, id->tokens, 66, 0));
         CHECK_MSG(same_logits(ctx, 0, plain_row(id, 65), id->vocab), "after diverging at %d", i);
     }
-    CHECK_OK(ctx, qwen3_sync(ctx, 0, NULL, 0));
-    CHECK(qwen3_seq_len(ctx, 0) == 0 && qwen3_logits(ctx, 0) == NULL);
+    CHECK_OK(ctx, qwen3_sync(ctx, 0, NULL, 0, 0));
+    CHECK(seq_len(ctx, 0) == 0 && qwen3_logits(ctx, 0) == NULL);
     qwen3_ctx_free(ctx);
 }
 static void test_identical_sync(void) { for_each_identity(check_sync); }
@@ -334,11 +334,11 @@ static void check_truncate(const identity *id) {
     CHECK_OK(ctx, eval(ctx, 0, id->tokens, IDENTITY_TOKENS, NULL));
     for (len = IDENTITY_TOKENS - 1; len >= 0; len -= 9) {
         CHECK_OK(ctx, qwen3_seq_truncate(ctx, 0, len));
-        CHECK(qwen3_seq_len(ctx, 0) == len);
+        CHECK(seq_len(ctx, 0) == len);
         logits = qwen3_logits(ctx, 0);
         if (len > 0) CHECK_MSG(same_floats(logits, plain_row(id, len - 1), id->vocab), "logits after truncating to %d", len);
         else CHECK(logits == NULL);
-        CHECK(qwen3_seq_len(ctx, 0) == len);
+        CHECK(seq_len(ctx, 0) == len);
         check_rows(id, ctx, 0, len, len + 1);
     }
     qwen3_ctx_free(ctx);
@@ -352,7 +352,7 @@ static void check_copy(const identity *id) {
     CHECK_OK(ctx, eval(ctx, 1, id->tokens, 40, NULL));
     CHECK_OK(ctx, eval(ctx, 2, id->tokens + 20, 50, NULL));
     CHECK_OK(ctx, qwen3_seq_copy(ctx, 2, 1));
-    CHECK(qwen3_seq_len(ctx, 2) == 40 && same_logits(ctx, 2, plain_row(id, 39), id->vocab));
+    CHECK(seq_len(ctx, 2) == 40 && same_logits(ctx, 2, plain_row(id, 39), id->vocab));
     CHECK_OK(ctx, qwen3_seq_truncate(ctx, 1, 3));
     CHECK_OK(ctx, eval(ctx, 1, id->tokens, 30, NULL));      /* something else in the source */
     check_rows(id, ctx, 2, 40, IDENTITY_TOKENS);
@@ -363,7 +363,7 @@ static void check_copy(const identity *id) {
     check_rows(id, ctx, 0, 50, 60);
     CHECK_OK(ctx, qwen3_seq_truncate(ctx, 2, 0));
     CHECK_OK(ctx, qwen3_seq_copy(ctx, 0, 2));               /* an empty one */
-    CHECK(qwen3_seq_len(ctx, 0) == 0 && qwen3_logits(ctx, 0) == NULL);
+    CHECK(seq_len(ctx, 0) == 0 && qwen3_logits(ctx, 0) == NULL);
     qwen3_ctx_free(ctx);
 }
 static void test_identical_copy(void) { for_each_identity(check_copy); }
@@ -375,17 +375,17 @@ static void check_restore(const identity *id) {
     unsigned char *state = NULL;
     if (from && to) {
         CHECK_OK(from, eval(from, 1, id->tokens, 50, NULL));
-        size = qwen3_seq_state_size(from, 1);
+        size = state_size(from, 1);
         state = (unsigned char *)malloc((size_t)size + 1);
         state[size] = 0x77;
-        CHECK_OK(from, qwen3_seq_save(from, 1, state, size, &written));
+        CHECK_OK(from, state_save(from, 1, state, size, &written));
         CHECK(written == size && state[size] == 0x77);
         CHECK_OK(to, eval(to, 2, id->tokens + 9, 20, NULL));        /* gets overwritten */
-        CHECK_OK(to, qwen3_seq_load(to, 2, state, size));
-        CHECK(qwen3_seq_len(to, 2) == 50 && memcmp(qwen3_seq_tokens(to, 2), id->tokens, 50 * sizeof(qwen3_token)) == 0);
+        CHECK_OK(to, state_load(to, 2, state, size));
+        CHECK(seq_len(to, 2) == 50 && memcmp(qwen3_seq_tokens(to, 2, NULL), id->tokens, 50 * sizeof(qwen3_token)) == 0);
         CHECK(same_logits(to, 2, plain_row(id, 49), id->vocab));
         check_rows(id, to, 2, 50, IDENTITY_TOKENS);
-        CHECK_OK(from, qwen3_seq_load(from, 0, state, size));
+        CHECK_OK(from, state_load(from, 0, state, size));
         CHECK_OK(from, qwen3_seq_truncate(from, 0, 33));
         check_rows(id, from, 0, 33, 60);
     }
@@ -466,7 +466,7 @@ static void test_parity_embed(void) {
         const float *want = (const float *)ref_find(&f.ref, "embed.plain", REF_F32, &n);
         CHECK_OK(ctx, qwen3_embed(ctx, 1, NULL, text, out));
         CHECK(want && n == f.info.n_embd && parity_error(out, want, 1, n) <= PARITY);
-        CHECK(qwen3_seq_len(ctx, 1) == 0);
+        CHECK(seq_len(ctx, 1) == 0);
         plain = floats((size_t)f.info.n_embd);
         memcpy(plain, out, (size_t)f.info.n_embd * sizeof *out);
         want = (const float *)ref_find(&f.ref, "embed.query", REF_F32, &n);

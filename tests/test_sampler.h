@@ -276,7 +276,7 @@ static void test_sampler_rejects(void) {
         if (i == 7) s.n_bias = 1;                   /* with no list */
         if (i == 8) s.n_bias = -1;
         CHECK_MSG(qwen3_sample(ctx, 0, &s, &t) == QWEN3_ERR_ARG && qwen3_ctx_error(ctx)[0], "wrong sampler %d", i);
-        CHECK_MSG(qwen3_next(ctx, 0, &s, &t) == QWEN3_ERR_ARG && qwen3_seq_len(ctx, 0) == 1, "wrong sampler %d", i);
+        CHECK_MSG(qwen3_next(ctx, 0, &s, &t) == QWEN3_ERR_ARG && seq_len(ctx, 0) == 1, "wrong sampler %d", i);
     }
     qwen3_ctx_free(ctx);
     fixture_close(&f);
@@ -298,7 +298,7 @@ static void test_sampler_padding(void) {
     CHECK(n_tokens > 0 && n_tokens < f.info.n_vocab);
     if (ctx && tokens) {
         qwen3_sampler hot = sampler_of(50.0f, 0, 0, 0, 3);
-        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, n));
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, n, 0));
         logits = qwen3_logits(ctx, 0);
         for (i = 0; logits && i < f.info.n_vocab; i++) if (logits[i] > logits[best]) best = i;
         CHECK_MSG(best >= n_tokens, "the model no longer prefers padding: the test tests nothing");

@@ -210,7 +210,206 @@ static void test_stream_arguments(void) {
     talk_close(&t);
 }
 
+/* ---- prompts by pieces ------------------------------------------------------------------------------------- */
+/* A cancel hook of which a step of one row needs about so many polls before it is complete. */
+typedef struct deadline { int polls, most; } deadline;
+static int deadline_over(void *user) { deadline *d = (deadline *)user; return ++d->polls > d->most; }
+
+/* Calls under any deadline get on, however short it is: prompts, steps by hand, replies. */
+static void test_stream_deadlines(void) {
+    fixture f;
+    qwen3_ctx_desc d = ctx_desc(128, 1, 32, 0);
+    deadline limit;
+    qwen3_ctx *ctx;
+    qwen3_token tokens[100], t;
+    qwen3_result r;
+    float *plain;
+    uint64_t seed = 3;
+    int most, calls, left, len;
+    if (!fixture_open(&f, "plain")) return;
+    random_tokens(&seed, tokens, 100, f.info.n_vocab);
+    plain = plain_logits(f.model, tokens, 100, QWEN3_KV_F16);
+    d.cancel = deadline_over;
+    d.cancel_user = &limit;
+    for (most = 0; most < 40; most += 1 + most / 4) {
+        ctx = ctx_open_desc(f.model, &d);
+        if (!ctx) break;
+        limit.most = most;
+        for (calls = 1; calls < 1000; calls++) {
+            limit.polls = 0;
+            left = qwen3_sync(ctx, 0, tokens, 100, 0);
+            if (left <= 0) break;
+            CHECK(left == 100 - seq_len(ctx, 0));
+        }
+        CHECK_MSG(left == 0 && calls < 110, "%d polls: %d tokens to come after %d calls", most, left, calls);
+        CHECK_MSG(qwen3_ctx_stats(ctx).n_prefill + qwen3_ctx_stats(ctx).n_decode == 100, "%d tokens were counted",
+                  (int)(qwen3_ctx_stats(ctx).n_prefill + qwen3_ctx_stats(ctx).n_decode));
+        CHECK(qwen3_ctx_stats(ctx).n_reused == 0);
+        limit.polls = -1000;
+        CHECK(same_logits(ctx, 0, plain + 99 * f.info.n_vocab, f.info.n_vocab));
+        for (calls = 0, len = 100; calls < 60 && len < 120; calls++) {
+            limit.polls = 0;
+            r = qwen3_next(ctx, 0, NULL, &t);
+            if (r == QWEN3_END) break;
+            CHECK(r == QWEN3_OK || r == QWEN3_STOPPED);
+            CHECK(seq_len(ctx, 0) == len + (r == QWEN3_OK));
+            len = seq_len(ctx, 0);
+        }
+        CHECK_MSG(len == 120 || r == QWEN3_END, "%d polls: %d tokens after %d calls", most, len - 100, calls);
+        qwen3_ctx_free(ctx);
+    }
+    free(plain);
+    fixture_close(&f);
+}
+
+/* By pieces of any size; reuse is counted once. */
+static void test_stream_sync_pieces(void) {
+    fixture f;
+    qwen3_ctx *ctx;
+    qwen3_token tokens[60];
+    float *plain;
+    uint64_t seed = 4;
+    int piece, left, want;
+    if (!fixture_open(&f, "plain")) return;
+    random_tokens(&seed, tokens, 60, f.info.n_vocab);
+    plain = plain_logits(f.model, tokens, 60, QWEN3_KV_F16);
+    for (piece = 1; piece < 70; piece += 7) {
+        ctx = ctx_open(f.model, 64, 1, 16, 0);
+        if (!ctx) break;
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, 20, 0));
+        for (want = 40; want > 0; want = left) {
+            left = qwen3_sync(ctx, 0, tokens, 60, piece);
+            if (!CHECK(left == (want > piece ? want - piece : 0))) break;
+        }
+        CHECK(qwen3_ctx_stats(ctx).n_reused == 20);
+        CHECK(qwen3_ctx_stats(ctx).n_prefill + qwen3_ctx_stats(ctx).n_decode == 60);
+        CHECK(same_logits(ctx, 0, plain + 59 * f.info.n_vocab, f.info.n_vocab));
+        CHECK(qwen3_sync(ctx, 0, tokens, 60, -1) == QWEN3_ERR_ARG);
+        qwen3_ctx_free(ctx);
+    }
+    free(plain);
+    fixture_close(&f);
+}
+
+/* ---- a state with all that belongs to a character ------------------------------------------------------------ */
+static void test_stream_state_file(void) {
+    static char path[] = "build_state.tmp";
+    fixture f;
+    qwen3_ctx *ctx;
+    qwen3_token tokens[30], a[10], b[10];
+    qwen3_sampler s = qwen3_sampler_preset(QWEN3_THINKING, 5), other = qwen3_sampler_preset(QWEN3_GREEDY, 0);
+    qwen3_state st;
+    char mood[8] = "";
+    unsigned char *bytes;
+    size_t size;
+    uint64_t seed = 5;
+    int i;
+    if (!fixture_open(&f, "theta")) return;
+    ctx = ctx_open(f.model, 64, 2, 0, 0);
+    random_tokens(&seed, tokens, 30, f.info.n_vocab);
+    if (ctx) {
+        CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, 30, 0));
+        memset(&st, 0, sizeof st);
+        st.path = path;
+        st.sampler = &s;
+        st.user = (void *)(uintptr_t)"grumpy";
+        st.user_size = 6;
+        CHECK_OK(ctx, qwen3_seq_save(ctx, 0, &st));
+        for (i = 0; i < 10; i++) qwen3_next(ctx, 0, &s, &a[i]);
+        bytes = read_file(path, &size);
+        CHECK(bytes && size == st.size);
+        free(bytes);
+        memset(&st, 0, sizeof st);
+        st.path = path;
+        st.sampler = &other;
+        st.user = mood;
+        st.user_size = 3;
+        CHECK(qwen3_seq_load(ctx, 1, &st) == QWEN3_ERR_ARG && st.user_size == 6 && seq_len(ctx, 1) == 0);
+        CHECK(other.temperature < 0.1f && !mood[0]);
+        CHECK_OK(ctx, qwen3_seq_load(ctx, 1, &st));
+        CHECK(strcmp(mood, "grumpy") == 0 && st.user_size == 6 && other.temperature > 0.5f && other.top_k == 20);
+        for (i = 0; i < 10; i++) qwen3_next(ctx, 1, &other, &b[i]);
+        CHECK(memcmp(a, b, sizeof a) == 0 && other.rng == s.rng);
+        st.path = "no/such/directory/state";
+        CHECK(qwen3_seq_save(ctx, 1, &st) == QWEN3_ERR_IO && strstr(qwen3_ctx_error(ctx), "no/such/directory"));
+        CHECK(qwen3_seq_load(ctx, 1, &st) == QWEN3_ERR_IO && strstr(qwen3_ctx_error(ctx), "no such file"));
+        st.data = mood;
+        CHECK(qwen3_seq_save(ctx, 1, &st) == QWEN3_ERR_ARG && qwen3_seq_load(ctx, 1, &st) == QWEN3_ERR_ARG);
+    }
+    remove(path);
+    qwen3_ctx_free(ctx);
+    fixture_close(&f);
+}
+
+/* ---- text and messages ---------------------------------------------------------------------------------------- */
+static void test_stream_detokenize(void) {
+    static const char text[] = "h\xC3\xA9llo <think>\nthe fox</think>";
+    fixture f;
+    qwen3_token ids[64];
+    char out[64];
+    int n;
+    if (!fixture_open(&f, "chat")) return;
+    n = qwen3_encode(f.model, text, sizeof text - 1, QWEN3_PARSE_SPECIAL, ids, 60, NULL, 0);
+    ids[n] = f.info.im_end;
+    CHECK(qwen3_detokenize(f.model, ids, n + 1, 0, out, 64) == (int)sizeof text - 1 && strcmp(out, text) == 0);
+    CHECK(qwen3_detokenize(f.model, ids, n + 1, 0, NULL, 0) == (int)sizeof text - 1);
+    CHECK(qwen3_detokenize(f.model, ids, n + 1, 0, out, 5) == (int)sizeof text - 1 && strcmp(out, "h\xC3\xA9l") == 0);
+    CHECK(qwen3_detokenize(f.model, ids, n + 1, QWEN3_SHOW_SPECIAL, out, 64) == (int)sizeof text - 1 + 10);
+    CHECK(strstr(out, "</think><|im_end|>") != NULL);
+    ids[0] = -5;
+    ids[1] = 1 << 30;
+    CHECK(qwen3_detokenize(f.model, ids, 2, 0, out, 64) == 0 && out[0] == '\0');
+    CHECK(qwen3_detokenize(f.model, NULL, 1, 0, out, 64) == QWEN3_ERR_ARG);
+    CHECK(qwen3_detokenize(f.model, ids, 1, QWEN3_PARSE_SPECIAL, out, 64) == QWEN3_ERR_ARG);
+    fixture_close(&f);
+}
+
+static void expect_render(const fixture *f, const qwen3_chat_desc *chat, const char *words) {
+    char err[200];
+    int n = qwen3_chat_render(f->model, chat, NULL, 0, err, sizeof err);
+    CHECK_MSG(n == QWEN3_ERR_ARG && strcmp(err, words) == 0, "%d '%s', not '%s'", n, err, words);
+}
+
+/* Each cause has its own words. */
+static void test_stream_messages(void) {
+    static const char *const tools[2] = {"{}", "{\"a\": 1,}"};
+    fixture f;
+    qwen3_msg msgs[2];
+    qwen3_tool_call calls[2] = {{"look", "{}"}, {"look", NULL}};
+    qwen3_chat_desc chat;
+    qwen3_token t;
+    char err[200];
+    memset(msgs, 0, sizeof msgs);
+    memset(&chat, 0, sizeof chat);
+    if (!fixture_open(&f, "chat")) return;
+    expect_render(&f, NULL, "chat is NULL");
+    expect_render(&f, &chat, "msgs is NULL, or n_msgs (0) not positive");
+    chat.msgs = msgs;
+    chat.n_msgs = 2;
+    memset(&msgs[1].role, 9, sizeof msgs[1].role);
+    expect_render(&f, &chat, "msgs[1].role is 151587081");
+    msgs[1].role = QWEN3_ASSISTANT;
+    msgs[1].calls = calls;
+    msgs[1].n_calls = 2;
+    expect_render(&f, &chat, "msgs[1].calls[1].arguments is NULL");
+    msgs[1].n_calls = 0;
+    chat.tools = tools;
+    chat.n_tools = 2;
+    CHECK(qwen3_chat_render(f.model, &chat, NULL, 0, err, sizeof err) == QWEN3_ERR_ARG);
+    CHECK_MSG(strncmp(err, "tools[1] is not a JSON object: ", 31) == 0 && strstr(err, "at byte 8"), "'%s'", err);
+    chat.flags = 1024;
+    expect_render(&f, &chat, "flags has unknown bits: 1024");
+    CHECK(qwen3_encode(f.model, "a", 1, 512, &t, 1, err, sizeof err) == QWEN3_ERR_ARG);
+    CHECK_MSG(strcmp(err, "flags has unknown bits: 512") == 0, "'%s'", err);
+    fixture_close(&f);
+}
+
 static void suite_stream(void) {
+    RUN(test_stream_deadlines);
+    RUN(test_stream_sync_pieces);
+    RUN(test_stream_state_file);
+    RUN(test_stream_detokenize);
+    RUN(test_stream_messages);
     RUN(test_stream_kinds);
     RUN(test_stream_held_text);
     RUN(test_stream_step);

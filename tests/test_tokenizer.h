@@ -114,8 +114,7 @@ static void test_utf8_complete(void) {
         { "\xF0\x8F", 2 }, { "\xC3\xC3", 1 }, { "\xE4\x61", 2 }, { "a\x80\x80\x80", 4 } };
     int i;
     for (i = 0; i < QWEN3I_COUNT(cases); i++)
-        CHECK_MSG(qwen3_utf8_complete(cases[i].text, (int)strlen(cases[i].text)) == cases[i].complete, "case %d", i);
-    CHECK(qwen3_utf8_complete(NULL, 3) == 0 && qwen3_utf8_complete("a", -1) == 0);
+        CHECK_MSG(qwen3i_utf8_complete(cases[i].text, (int)strlen(cases[i].text)) == cases[i].complete, "case %d", i);
 }
 
 /* text in normal form C is expected. */
@@ -183,10 +182,10 @@ static void test_tokenizer_strings(void) {
         unit = tokenizer_unescape(text, strlen(text));
         all = (char *)malloc(unit * (size_t)repeat + 1);
         for (i = 0; i < repeat; i++) memcpy(all + (size_t)i * unit, text, unit);
-        n = qwen3_encode(&m, all, unit * (size_t)repeat, special, NULL, 0);
+        n = qwen3_encode(&m, all, unit * (size_t)repeat, special, NULL, 0, NULL, 0);
         ids = (qwen3_token *)malloc(sizeof *ids * (size_t)(n > 0 ? n + 1 : 1));
         if (n > 0) ids[n] = -7;
-        again = qwen3_encode(&m, all, unit * (size_t)repeat, special, ids, n > 0 ? n : 0);
+        again = qwen3_encode(&m, all, unit * (size_t)repeat, special, ids, n > 0 ? n : 0, NULL, 0);
         CHECK_MSG(n >= 0 && again == n && tokenizer_ids_equal(expected, ids, n) && (n == 0 || ids[n] == -7),
                   "line %d: %d tokens, expected %.60s", count + 1, n, expected);
         free(ids);
@@ -208,7 +207,7 @@ static void test_tokenizer_round_trip(void) {
     size_t back_n;
     char *back;
     if (!tokenizer_open_small(&m)) return;
-    n = qwen3_encode(&m, text, sizeof text - 1, 0, ids, 256);
+    n = qwen3_encode(&m, text, sizeof text - 1, 0, ids, 256, NULL, 0);
     CHECK(n > 10 && n <= 256);
     back = tokenizer_decode(&m, ids, n, &back_n);
     CHECK(back_n == sizeof text - 1 && memcmp(back, text, back_n) == 0);
@@ -218,7 +217,7 @@ static void test_tokenizer_round_trip(void) {
         if (!CHECK(p != NULL && length > 0)) break;
         /* may be part of a character */
         if ((unsigned char)p[0] >= 0x80 || (unsigned char)p[length - 1] >= 0x80) continue;
-        n = qwen3_encode(&m, p, (size_t)length, 0, ids, 256);
+        n = qwen3_encode(&m, p, (size_t)length, 0, ids, 256, NULL, 0);
         back = tokenizer_decode(&m, ids, n, &back_n);
         CHECK_MSG(back_n == (size_t)length && memcmp(back, p, back_n) == 0, "token %d", i);
         free(back);
@@ -231,24 +230,24 @@ static void test_tokenizer_api(void) {
     qwen3_token ids[8] = { 0 };
     int n = 5;
     memset(&none, 0, sizeof none);
-    CHECK(qwen3_encode(&none, "a", 1, 0, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
-    CHECK(qwen3_token_bytes(&none, 0, &n) == NULL && n == 0 && qwen3_token_id(&none, "<think>") == -1);
+    CHECK(qwen3_encode(&none, "a", 1, 0, NULL, 0, NULL, 0) == QWEN3_ERR_UNSUPPORTED);
+    CHECK(qwen3_token_bytes(&none, 0, &n) == NULL && n == 0 && token_id(&none, "<think>") == -1);
     if (!tokenizer_open_small(&m)) return;
-    CHECK(qwen3_encode(NULL, "a", 1, 0, NULL, 0) == QWEN3_ERR_ARG &&
-            qwen3_encode(&m, NULL, 1, 0, NULL, 0) == QWEN3_ERR_ARG);
-    CHECK(qwen3_encode(&m, "a", 1, 2, NULL, 0) == QWEN3_ERR_ARG &&
-            qwen3_encode(&m, "a", 1, 0, NULL, 1) == QWEN3_ERR_ARG);
-    CHECK(qwen3_encode(&m, "a", 1, 0, ids, -1) == QWEN3_ERR_ARG && qwen3_encode(&m, NULL, 0, 0, NULL, 0) == 0);
-    CHECK(qwen3_encode(&m, "\0", 1, 0, ids, 8) == 1);                    /* NUL is a byte like others */
-    CHECK(qwen3_encode(&m, "123456", 6, 0, ids, 2) == 6 && ids[2] == 0); /* no more than cap is written */
-    CHECK(qwen3_token_id(&m, "<think>") > 0 && qwen3_token_id(&m, "<thin") == -1 && qwen3_token_id(&m, "") == -1);
-    CHECK(qwen3_token_id(&m, "the") == -1 && qwen3_token_id(&m, "<think>x") == -1 && qwen3_token_id(&m, NULL) == -1);
+    CHECK(qwen3_encode(NULL, "a", 1, 0, NULL, 0, NULL, 0) == QWEN3_ERR_ARG &&
+            qwen3_encode(&m, NULL, 1, 0, NULL, 0, NULL, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_encode(&m, "a", 1, 2, NULL, 0, NULL, 0) == QWEN3_ERR_ARG &&
+            qwen3_encode(&m, "a", 1, 0, NULL, 1, NULL, 0) == QWEN3_ERR_ARG);
+    CHECK(qwen3_encode(&m, "a", 1, 0, ids, -1, NULL, 0) == QWEN3_ERR_ARG && qwen3_encode(&m, NULL, 0, 0, NULL, 0, NULL, 0) == 0);
+    CHECK(qwen3_encode(&m, "\0", 1, 0, ids, 8, NULL, 0) == 1);                    /* NUL is a byte like others */
+    CHECK(qwen3_encode(&m, "123456", 6, 0, ids, 2, NULL, 0) == 6 && ids[2] == 0); /* no more than cap is written */
+    CHECK(token_id(&m, "<think>") > 0 && token_id(&m, "<thin") == -1 && token_id(&m, "") == -1);
+    CHECK(token_id(&m, "the") == -1 && token_id(&m, "<think>x") == -1 && token_id(&m, NULL) == -1);
     CHECK(qwen3_token_bytes(&m, -1, &n) == NULL && qwen3_token_bytes(&m, 1 << 30, NULL) == NULL);
-    CHECK(qwen3_encode(&m, "<|im_end|>", 10, QWEN3_PARSE_SPECIAL, ids, 8) == 1 &&
-            ids[0] == qwen3_token_id(&m, "<|im_end|>"));
-    n = qwen3_encode(&m, "<|im_end|>", 10, 0, ids, 8);
+    CHECK(qwen3_encode(&m, "<|im_end|>", 10, QWEN3_PARSE_SPECIAL, ids, 8, NULL, 0) == 1 &&
+            ids[0] == token_id(&m, "<|im_end|>"));
+    n = qwen3_encode(&m, "<|im_end|>", 10, 0, ids, 8, NULL, 0);
     CHECK(n > 1);
-    while (n > 0) { n--; CHECK(n >= 8 || ids[n] != qwen3_token_id(&m, "<|im_end|>")); }
+    while (n > 0) { n--; CHECK(n >= 8 || ids[n] != token_id(&m, "<|im_end|>")); }
     qwen3i_tokenizer_free(m.tokenizer);
 }
 
@@ -355,7 +354,7 @@ static void test_tokenizer_damaged(void) {
             data[at[k]] = (char)(x >> 24);
         }
         if (tokenizer_open(&m, data, n, message) == QWEN3_OK) {
-            CHECK(qwen3_encode(&m, text, sizeof text - 1, QWEN3_PARSE_SPECIAL, ids, 100) > 0);
+            CHECK(qwen3_encode(&m, text, sizeof text - 1, QWEN3_PARSE_SPECIAL, ids, 100, NULL, 0) > 0);
             qwen3i_tokenizer_free(m.tokenizer);
         } else CHECK(m.tokenizer == NULL && message[0]);
         for (k = 2; k >= 0; k--) data[at[k]] = old[k];
@@ -418,7 +417,7 @@ static void test_tokenizer_memory(void) {
     do {
         heap.calls = 0;
         heap.fail_at++;
-        count = qwen3_encode(&m, text, sizeof text, QWEN3_PARSE_SPECIAL, NULL, 0);
+        count = qwen3_encode(&m, text, sizeof text, QWEN3_PARSE_SPECIAL, NULL, 0, NULL, 0);
         if (!CHECK((count > 0 || count == QWEN3_ERR_MEMORY) && heap.in_use == before)) break;
     } while (count < 0 && heap.fail_at < 1000);
     CHECK(heap.fail_at >= 3);
@@ -435,7 +434,7 @@ static int tokenizer_time(const qwen3_model *m, const char *pattern, size_t n, i
     int count = 0;
     for (i = 0; i < n; i++) text[i] = pattern[i % k];
     start = clock();
-    while (times-- > 0) count = qwen3_encode(m, text, n, QWEN3_PARSE_SPECIAL, NULL, 0);
+    while (times-- > 0) count = qwen3_encode(m, text, n, QWEN3_PARSE_SPECIAL, NULL, 0, NULL, 0);
     *seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
     free(text);
     return count;
@@ -511,7 +510,7 @@ static void tokenizer_real_cases(const qwen3_model *m) {
         if (end) *end = '\0';
         lines = end ? end + 1 : NULL;
         stop = strstr(text, mark);
-        n = qwen3_encode(m, text, stop ? (size_t)(stop - text) : strlen(text), 0, ids, 512);
+        n = qwen3_encode(m, text, stop ? (size_t)(stop - text) : strlen(text), 0, ids, 512, NULL, 0);
         CHECK_MSG(tokenizer_ids_equal(line, ids, n), "case %d: %s", count, line);
         text = stop ? stop + sizeof mark - 1 : NULL;
         count++;
@@ -540,8 +539,8 @@ static void test_tokenizer_real(void) {
         free(config);
     }
     if (m.tokenizer) {
-        CHECK(qwen3i_tokenizer_size(m.tokenizer) == 151669 && qwen3_token_id(&m, "<|im_end|>") == 151645);
-        CHECK(qwen3_encode(&m, "<think>\n", 8, QWEN3_PARSE_SPECIAL, ids, 4) == 2 && ids[0] == 151667 && ids[1] == 198);
+        CHECK(qwen3i_tokenizer_size(m.tokenizer) == 151669 && token_id(&m, "<|im_end|>") == 151645);
+        CHECK(qwen3_encode(&m, "<think>\n", 8, QWEN3_PARSE_SPECIAL, ids, 4, NULL, 0) == 2 && ids[0] == 151667 && ids[1] == 198);
         tokenizer_real_cases(&m);
     }
     qwen3i_tokenizer_free(m.tokenizer);
@@ -582,7 +581,7 @@ static void test_tokenizer_vocab(void) {
     qwen3i_tokenizer_free(m.tokenizer);
     if (!CHECK_MSG(FROM_VOCAB(good, sizeof good - 1, config, sizeof config - 1) == QWEN3_OK, "%s", message)) return;
 #undef FROM_VOCAB
-    CHECK(qwen3_encode(&m, "hello<a>", 8, QWEN3_PARSE_SPECIAL, ids, 8) == 3);
+    CHECK(qwen3_encode(&m, "hello<a>", 8, QWEN3_PARSE_SPECIAL, ids, 8, NULL, 0) == 3);
     CHECK(ids[0] == 258 && ids[1] == 'o' && ids[2] == 300 && qwen3i_tokenizer_size(m.tokenizer) == 301);
     CHECK(qwen3_token_bytes(&m, 299, NULL) == NULL);    /* a hole */
     qwen3i_tokenizer_free(m.tokenizer);

@@ -132,7 +132,7 @@ static int check_model(const qwen3_model *m, const char *text, int threads, char
     qwen3_ctx_desc d;
     qwen3_ctx *ctx = NULL;
     check c;
-    int n = qwen3_encode(m, text, strlen(text), 0, tokens, MOST), result = -1;
+    int n = qwen3_encode(m, text, strlen(text), 0, tokens, MOST, NULL, 0), result = -1;
     const size_t kv_dim = (size_t)(g->n_head_kv * g->head_dim);
     if (n > MOST) n = MOST;
     memset(&c, 0, sizeof c);
@@ -150,7 +150,7 @@ static int check_model(const qwen3_model *m, const char *text, int threads, char
     if (!c.layers || !c.rounded || !c.scores) snprintf(err, err_size, "out of memory");
     else if (n <= 0) snprintf(err, err_size, "there is no text to check it with");
     else if (qwen3_ctx_create(&ctx, m, &d, err, err_size) == QWEN3_OK) {
-        if (qwen3_sync(ctx, 0, tokens, n) == QWEN3_OK) {
+        if (qwen3_sync(ctx, 0, tokens, n, 0) == QWEN3_OK) {
             printf("%d tokens, evaluated in float32 on the CPU; absolute values\n", n);
             check_print(&c);
             result = check_verdict(&c);

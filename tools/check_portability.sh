@@ -103,7 +103,7 @@ int copy_$i(const char *path) {         /* the token after 1, or less than 0 */
     memset(&desc, 0, sizeof desc);
     desc.path = path;
     if (qwen3_load(&model, &desc, NULL, 0) != QWEN3_OK || qwen3_ctx_create(&ctx, model, NULL, NULL, 0) != QWEN3_OK) return -1;
-    if (qwen3_sync(ctx, 0, &t, 1) != QWEN3_OK || qwen3_next(ctx, 0, NULL, &t) < 0) return -2;
+    if (qwen3_sync(ctx, 0, &t, 1, 0) != QWEN3_OK || qwen3_next(ctx, 0, NULL, &t) < 0) return -2;
     qwen3_ctx_free(ctx);
     qwen3_free(model);
     return taken > 10 && live == 0 ? (int)t : -3;

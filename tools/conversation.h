@@ -29,18 +29,18 @@ static void conversation_free(conversation *v) {
 
 /* The messages and sequence 0 to a file, and a line about it to stderr */
 static void conversation_save(const conversation *v, qwen3_ctx *ctx, const char *path) {
-    const uint64_t n = qwen3_seq_state_size(ctx, 0);
-    char *state = (char *)malloc((size_t)n);
-    FILE *f = state ? fopen(path, "wb") : NULL;
-    int i, ok = f && qwen3_seq_save(ctx, 0, state, n, NULL) == QWEN3_OK;
+    qwen3_state s = {NULL, NULL, 0, NULL, NULL, 0};
+    FILE *f = fopen(path, "wb");
+    int i, ok = f && qwen3_seq_save(ctx, 0, &s) == QWEN3_OK && (s.data = malloc((size_t)s.size)) != NULL &&
+                qwen3_seq_save(ctx, 0, &s) == QWEN3_OK;
     if (ok) fprintf(f, "qwen3-chat %d\n", v->n);
     for (i = 0; ok && i < v->n; i++) {
         const qwen3_msg *m = &v->msgs[i];
         ok = fprintf(f, "%d %lu\n%s\n", (int)m->role, (unsigned long)strlen(m->text), m->text) > 0;
     }
-    ok = ok && fwrite(state, 1, (size_t)n, f) == n;
+    ok = ok && fwrite(s.data, 1, (size_t)s.size, f) == s.size;
     if (f) ok = fclose(f) == 0 && ok;
-    free(state);
+    free(s.data);
     fprintf(stderr, "%s %s\n", ok ? "saved to" : "cannot save to", path);
 }
 
@@ -50,6 +50,7 @@ static void conversation_load(conversation *v, qwen3_ctx *ctx, const char *path)
     int role = 0, count = 0, ok = f && fscanf(f, "qwen3-chat %d", &count) == 1;
     unsigned long n = 0;
     cli_string s = {NULL, 0, 0};
+    qwen3_state state = {NULL, NULL, 0, NULL, NULL, 0};
     if (ok) conversation_cut(v, 0);
     while (ok && v->n < count) {
         ok = fscanf(f, "%d %lu", &role, &n) == 2 && getc(f) == '\n' && role >= 0 && role <= QWEN3_TOOL;
@@ -60,10 +61,12 @@ static void conversation_load(conversation *v, qwen3_ctx *ctx, const char *path)
         s.bytes = NULL, s.n = s.cap = 0;
     }
     if (ok && getc(f) == '\n' && getc(f) != EOF) { fseek(f, -1, SEEK_CUR); s = cli_read(f, CLI_ALL); }
+    state.data = s.bytes;
+    state.size = s.n;
     if (!ok) fprintf(stderr, "cannot read %s, or it is not a saved chat\n", path);
-    else if (qwen3_seq_load(ctx, 0, s.bytes, s.n) != QWEN3_OK)
+    else if (qwen3_seq_load(ctx, 0, &state) != QWEN3_OK)
         fprintf(stderr, "the messages were loaded, the evaluated state was not: %s\n", qwen3_ctx_error(ctx));
-    else fprintf(stderr, "loaded %s: %d messages, %d tokens\n", path, count, qwen3_seq_len(ctx, 0));
+    else fprintf(stderr, "loaded %s: %d messages\n", path, count);
     free(s.bytes);
     if (f) fclose(f);
 }

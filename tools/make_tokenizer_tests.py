@@ -245,10 +245,10 @@ const char *t_load(const void *data, size_t n) {
     return qwen3i_tokenizer_from_json(&model.tokenizer, &model.allocator, "tokenizer.json", data, n, &err) ? message : NULL;
 }
 void t_free(void) { qwen3i_tokenizer_free(model.tokenizer); model.tokenizer = NULL; }
-int t_encode(const char *text, size_t n, int flags, qwen3_token *out, int cap) { return qwen3_encode(&model, text, n, flags, out, cap); }
+int t_encode(const char *text, size_t n, int flags, qwen3_token *out, int cap) { return qwen3_encode(&model, text, n, flags, out, cap, NULL, 0); }
 int t_render(const qwen3_chat_desc *chat, int style, qwen3_token *out, int cap) {
     model.info.chat_style = (qwen3_chat_style)style;
-    return qwen3_chat_render(&model, chat, out, cap);
+    return qwen3_chat_render(&model, chat, out, cap, NULL, 0);
 }
 int t_bytes(int token, char *out) {
     int n;

@@ -11,6 +11,7 @@
 #define QWEN3_IMPLEMENTATION
 #include "../../qwen3.h"
 #include "../tiny.h"
+#include "../short.h"
 #include <sys/types.h>
 
 static void must(int ok, int line, const char *what) {
@@ -46,7 +47,7 @@ static void use(const qwen3_model *m) {
     qwen3_item item;
     qwen3_token tokens[256];
     qwen3_sampler s = qwen3_sampler_preset(QWEN3_THINKING, 1);
-    int n = qwen3_encode(m, sample, sizeof sample - 1, QWEN3_PARSE_SPECIAL, tokens, 256), i;
+    int n = qwen3_encode(m, sample, sizeof sample - 1, QWEN3_PARSE_SPECIAL, tokens, 256, NULL, 0), i;
     MUST(n > 0 || n == QWEN3_ERR_UNSUPPORTED);
     for (i = 0; i < n && i < 256; i++) MUST(tokens[i] >= 0 && tokens[i] < qwen3_get_info(m).n_tokens);
     memset(&d, 0, sizeof d);
@@ -176,11 +177,11 @@ static void fuzz_encode(const uint8_t *data, size_t n) {
     if (n < 1) return;
     flags = data[0] & 1;
     n--;
-    count = qwen3_encode(m, text, n, flags, NULL, 0);
+    count = qwen3_encode(m, text, n, flags, NULL, 0, NULL, 0);
     MUST(count >= 0 && (size_t)count <= 9 * n);                 /* at most 3 characters of 3 bytes for one */
     tokens = (qwen3_token *)malloc(((size_t)count + 1) * sizeof *tokens);
-    MUST(qwen3_encode(m, text, n, flags, tokens, count) == count);
-    MUST(qwen3_encode(m, text, n, flags, few, 3) == count && few[3] == -7);
+    MUST(qwen3_encode(m, text, n, flags, tokens, count, NULL, 0) == count);
+    MUST(qwen3_encode(m, text, n, flags, few, 3, NULL, 0) == count && few[3] == -7);
     for (i = 0; i < 3 && i < count; i++) MUST(few[i] == tokens[i]);
     for (at = 0; at < n; at++) ascii &= (unsigned char)text[at] < 0x80;
     for (i = 0, at = 0; i < count; i++) {
@@ -190,7 +191,7 @@ static void fuzz_encode(const uint8_t *data, size_t n) {
         at += (size_t)k;
     }
     if (ascii) MUST(at == n);
-    MUST(qwen3_utf8_complete(text, (int)n) <= (int)n && qwen3_utf8_complete(text, (int)n) >= (int)n - 3);
+    MUST(qwen3i_utf8_complete(text, (int)n) <= (int)n && qwen3i_utf8_complete(text, (int)n) >= (int)n - 3);
     free(tokens);
 }
 
@@ -227,12 +228,12 @@ static void fuzz_chat(const uint8_t *data, size_t n) {
     }
     chat.msgs = msgs;
     chat.tools = tools;
-    count = qwen3_chat_render(m, &chat, NULL, 0);
+    count = qwen3_chat_render(m, &chat, NULL, 0, NULL, 0);
     MUST(count >= QWEN3_ERR_ARG);
     if (count >= 0) {
         qwen3_token *tokens = (qwen3_token *)malloc(((size_t)count + 1) * sizeof *tokens);
         int i, opened = 0;
-        MUST(qwen3_chat_render(m, &chat, tokens, count) == count && qwen3_chat_render(m, &chat, few, 4) == count);
+        MUST(qwen3_chat_render(m, &chat, tokens, count, NULL, 0) == count && qwen3_chat_render(m, &chat, few, 4, NULL, 0) == count);
         for (i = 0; i < count; i++) opened += tokens[i] == 258;
         MUST(opened <= chat.n_msgs + 2);                        /* nobody's text opened a turn */
         free(tokens);
@@ -257,9 +258,9 @@ static qwen3_ctx *shared_ctx(unsigned char **state, size_t *size) {
         item.tokens = tokens;
         item.n = 5;
         MUST(qwen3_eval(ctx, &item, 1) == QWEN3_OK);
-        saved_size = (size_t)qwen3_seq_state_size(ctx, 0);
+        saved_size = (size_t)state_size(ctx, 0);
         saved = (unsigned char *)malloc(saved_size);
-        MUST(qwen3_seq_save(ctx, 0, saved, saved_size, NULL) == QWEN3_OK);
+        MUST(state_save(ctx, 0, saved, saved_size, NULL) == QWEN3_OK);
     }
     *state = saved;
     *size = saved_size;
@@ -292,11 +293,11 @@ static void fuzz_state(const uint8_t *data, size_t n) {
         h.checksum = qwen3i_hash(h.fingerprint, bytes + QWEN3I_CHECKSUM_FROM, size - QWEN3I_CHECKSUM_FROM);
         memcpy(bytes, &h, sizeof h);
     }
-    before = qwen3_seq_len(ctx, 0);
-    r = qwen3_seq_load(ctx, 0, bytes, size);
-    if (r == QWEN3_OK) MUST(qwen3_seq_len(ctx, 0) == 0 || qwen3_next(ctx, 0, NULL, &t) >= QWEN3_ERR_CONTEXT_FULL);
+    before = seq_len(ctx, 0);
+    r = state_load(ctx, 0, bytes, size);
+    if (r == QWEN3_OK) MUST(seq_len(ctx, 0) == 0 || qwen3_next(ctx, 0, NULL, &t) >= QWEN3_ERR_CONTEXT_FULL);
     else MUST((r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_MISMATCH || r == QWEN3_ERR_CONTEXT_FULL) &&
-              qwen3_ctx_error(ctx)[0] && qwen3_seq_len(ctx, 0) == before);
+              qwen3_ctx_error(ctx)[0] && seq_len(ctx, 0) == before);
     free(bytes);
 }
 
