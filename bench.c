@@ -336,7 +336,7 @@ static kernel_cost cost_of(const bench *b, lab_op op, int rows, int ctx) {
     const qwen3i_config *c = &b->model->config;
     const double n = rows, embd = c->n_embd, ff = c->n_ff, q = (double)c->n_head * c->head_dim,
                  kv = (double)c->n_head_kv * c->head_dim;
-    const double w = (double)qwen3i_type_size(b->model->weights.layers[0].wq.type),
+    const double w = (double)qwen3i_row_bytes(b->model->weights.layers[0].wq.type, 256) / 256,
                  cache = (double)qwen3i_type_size((qwen3i_type)b->ctx->desc.kv_type), act = rows > 8 && w < 4 ? 2 : 4;
     const double seen = ctx > 0 ? n * (ctx + 1) : n * (n + 1) / 2;  /* pairs of a row and a position that it sees */
     const double held = ctx > 0 ? seen : n;                         /* positions that must be read */
@@ -526,7 +526,7 @@ static void load(bench *b) {
     b->info = qwen3_get_info(b->model);
     b->step_bytes = b->info.weight_bytes;
     if (b->model->weights.head.data != b->model->weights.embed.data)            /* an embedding of its own is looked up, not read */
-        b->step_bytes -= (uint64_t)b->info.n_vocab * (uint64_t)b->info.n_embd * qwen3i_type_size(b->model->weights.embed.type);
+        b->step_bytes -= (uint64_t)b->info.n_vocab * qwen3i_row_bytes(b->model->weights.embed.type, b->info.n_embd);
 }
 
 static void fused_baseline(const char *size) {

@@ -531,9 +531,20 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *ctx, int seq, const char *task, c
    qwen3_cuda.cu reads this section alone, with QWEN3_BACKEND_INTERFACE defined.
    ================================================================================================ */
 
-typedef enum qwen3i_type { QWEN3I_F32 = 1, QWEN3I_F16 = 2, QWEN3I_BF16 = 3 } qwen3i_type; /* = QWEN3_KV_* */
+/* The formats of weights: X(name, function, number in GGUF files, elements of a block, its bytes). The first three are
+   numbers that stand by themselves, and the formats of a KV cache too; the others are unpacked by a function. */
+#define QWEN3I_BLOCK_TYPES(X) \
+    X(Q8_0, q8_0, 8, 32, 34)       X(Q4_0, q4_0, 2, 32, 18)       X(Q4_1, q4_1, 3, 32, 20) \
+    X(Q5_0, q5_0, 6, 32, 22)       X(Q5_1, q5_1, 7, 32, 24)       X(Q2_K, q2_k, 10, 256, 84) \
+    X(Q3_K, q3_k, 11, 256, 110)    X(Q4_K, q4_k, 12, 256, 144)    X(Q5_K, q5_k, 13, 256, 176) \
+    X(Q6_K, q6_k, 14, 256, 210)    X(IQ4_NL, iq4_nl, 20, 32, 18)  X(IQ4_XS, iq4_xs, 23, 256, 136) \
+    X(MXFP4, mxfp4, 39, 32, 17)    X(NVFP4, nvfp4, 40, 64, 36)
+#define QWEN3I_TYPES(X) X(F32, f32, 0, 1, 4) X(F16, f16, 1, 1, 2) X(BF16, bf16, 30, 1, 2) QWEN3I_BLOCK_TYPES(X)
 
-typedef struct qwen3i_matrix {          /* y[rows] = W x[cols]; row-major, aligned to its element */
+#define QWEN3I_TYPE_ENUM(name, function, gguf, elements, bytes) QWEN3I_##name,
+typedef enum qwen3i_type { QWEN3I_NO_TYPE, QWEN3I_TYPES(QWEN3I_TYPE_ENUM) QWEN3I_N_TYPES } qwen3i_type; 
+
+typedef struct qwen3i_matrix {          /* y[rows] = W x[cols]; row-major: see qwen3i_row_bytes; numbers are aligned */
     const void *data;
     int         rows, cols;
     qwen3i_type type;
@@ -620,6 +631,7 @@ struct qwen3_backend {
     qwen3_result (*kv_read)(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v, const qwen3i_err *err);
     qwen3_result (*kv_write)(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v, const qwen3i_err *err);
     qwen3_result (*set_logits)(void *ctx_state, int seq, const float *logits, const qwen3i_err *err);
+    int         block_types;            /* does it multiply by matrices of any format? 0: only F32, F16 and BF16 */
 };
 
 /* ---- sizes: 64-bit arithmetic in which UINT64_MAX stands for all that does not fit ---- */
@@ -715,7 +727,7 @@ static inline qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, c
 }
 
 /* ---- number formats: bfloat16 and half precision to and from float32 ---- */
-QWEN3I_SHARED size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }
+QWEN3I_SHARED size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }    /* of a number */
 
 QWEN3I_SHARED float qwen3i_float_from_bits(uint32_t bits) {
     float f;
@@ -1795,6 +1807,211 @@ static void qwen3i_close(const qwen3_allocator *a, qwen3i_blob *b) {
     if (b->kind == QWEN3I_MAPPED) qwen3i_unmap(b->data, b->size);
 #endif
     memset(b, 0, sizeof *b);
+}
+
+/* ================================================================================================
+   WEIGHT FORMATS: numbers by themselves, and blocks of small whole numbers with scales. The layouts are those
+   of GGUF files (ggml-common.h of ggml-org/ggml). One format is one function, and its line in QWEN3I_TYPES.
+   ================================================================================================ */
+#define QWEN3I_MAX_BLOCK 256            /* elements */
+
+/* A block: element e is d[e / 16] * q[e] + m[e / 16], in which only the sum is rounded: the product is exact in float32. */
+typedef struct qwen3i_unpacked { int8_t q[QWEN3I_MAX_BLOCK]; float d[QWEN3I_MAX_BLOCK / 16], m[QWEN3I_MAX_BLOCK / 16]; } qwen3i_unpacked;
+typedef void (*qwen3i_unpack)(qwen3i_unpacked *u, const uint8_t *b);
+
+/* ---- what blocks are made of ------------------------------------------------------------------------- */
+static float qwen3i_half_at(const uint8_t *b) { return qwen3i_f16_to_f32((uint16_t)(b[0] | b[1] << 8)); }
+
+/* Elements 16 i .. 16 i + 15 have this scale and offset. */
+static void qwen3i_unpack_scale(qwen3i_unpacked *u, int i, float d, float m) { u->d[i] = d; u->m[i] = m; }
+
+static void qwen3i_unpack_scale32(qwen3i_unpacked *u, int i, float d, float m) {
+    qwen3i_unpack_scale(u, 2 * i, d, m);
+    qwen3i_unpack_scale(u, 2 * i + 1, d, m);
+}
+
+/* n bytes hold 2 n elements: the low halves n of them, the high halves the next n. */
+static void qwen3i_unpack_nibbles(int8_t *q, const uint8_t *b, int n) {
+    for (int i = 0; i < n; i++) q[i] = (int8_t)(b[i] & 15);
+    for (int i = 0; i < n; i++) q[n + i] = (int8_t)(b[i] >> 4);
+}
+
+/* 32 bytes hold 128 elements of two bits: the lowest of all bytes first. */
+static void qwen3i_unpack_pairs(int8_t *q, const uint8_t *b) {
+    for (int k = 0; k < 4; k++) for (int i = 0; i < 32; i++) q[32 * k + i] = (int8_t)(b[i] >> 2 * k & 3);
+}
+
+/* The six-bit scale and minimum of 32 elements j in Q4_K and Q5_K, from 12 bytes */
+static void qwen3i_unpack_scales_k(qwen3i_unpacked *u, const uint8_t *b) {
+    const uint8_t *s = b + 4;
+    float d = qwen3i_half_at(b), m = qwen3i_half_at(b + 2);
+    for (int j = 0; j < 4; j++) qwen3i_unpack_scale32(u, j, d * (float)(s[j] & 63), -m * (float)(s[j + 4] & 63));
+    for (int j = 4; j < 8; j++)
+        qwen3i_unpack_scale32(u, j, d * (float)((s[j + 4] & 15) | (s[j - 4] >> 6) << 4), -m * (float)((s[j + 4] >> 4) | (s[j] >> 6) << 4));
+}
+
+/* Of four bits, a value out of 16 */
+static const int8_t qwen3i_iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const int8_t qwen3i_fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};   /* twice E2M1's */
+
+static void qwen3i_unpack_values(int8_t *q, int n, const int8_t *values) { for (int i = 0; i < n; i++) q[i] = values[q[i]]; }
+
+/* E4M3 without a sign, of which 0x7F is 0 */
+static float qwen3i_ue4m3_to_f32(unsigned x) {
+    unsigned exponent = x >> 3 & 15, fraction = x & 7;
+    if ((x & 0x7F) == 0x7F) return 0;
+    return exponent == 0 ? (float)fraction / 512 : qwen3i_float_from_bits((exponent + 120) << 23 | fraction << 20);
+}
+
+/* ---- blocks of 32 and 64 ---------------------------------------------------------------------------- */
+static void qwen3i_unpack_q8_0(qwen3i_unpacked *u, const uint8_t *b) {
+    memcpy(u->q, b + 2, 32);
+    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), 0);
+}
+
+static void qwen3i_unpack_q4_0(qwen3i_unpacked *u, const uint8_t *b) {
+    float d = qwen3i_half_at(b);
+    qwen3i_unpack_nibbles(u->q, b + 2, 16);
+    qwen3i_unpack_scale32(u, 0, d, -8 * d);
+}
+
+static void qwen3i_unpack_q4_1(qwen3i_unpacked *u, const uint8_t *b) {
+    qwen3i_unpack_nibbles(u->q, b + 4, 16);
+    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), qwen3i_half_at(b + 2));
+}
+
+/* The fifth bits of 32 elements lie in a word of their own. */
+static void qwen3i_unpack_fives(int8_t *q, const uint8_t *fifth, const uint8_t *b) {
+    qwen3i_unpack_nibbles(q, b, 16);
+    for (int i = 0; i < 32; i++) q[i] = (int8_t)(q[i] | (fifth[i / 8] >> i % 8 & 1) << 4);
+}
+
+static void qwen3i_unpack_q5_0(qwen3i_unpacked *u, const uint8_t *b) {
+    float d = qwen3i_half_at(b);
+    qwen3i_unpack_fives(u->q, b + 2, b + 6);
+    qwen3i_unpack_scale32(u, 0, d, -16 * d);
+}
+
+static void qwen3i_unpack_q5_1(qwen3i_unpacked *u, const uint8_t *b) {
+    qwen3i_unpack_fives(u->q, b + 4, b + 8);
+    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), qwen3i_half_at(b + 2));
+}
+
+static void qwen3i_unpack_iq4_nl(qwen3i_unpacked *u, const uint8_t *b) {
+    qwen3i_unpack_nibbles(u->q, b + 2, 16);
+    qwen3i_unpack_values(u->q, 32, qwen3i_iq4_values);
+    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), 0);
+}
+
+/* The scale is 2^(b[0] - 128), below 2^-126 a subnormal number. */
+static void qwen3i_unpack_mxfp4(qwen3i_unpacked *u, const uint8_t *b) {
+    uint32_t bits = b[0] < 2 ? (uint32_t)0x200000 << b[0] : (uint32_t)(b[0] - 1) << 23;
+    qwen3i_unpack_nibbles(u->q, b + 1, 16);
+    qwen3i_unpack_values(u->q, 32, qwen3i_fp4_values);
+    qwen3i_unpack_scale32(u, 0, qwen3i_float_from_bits(bits), 0);
+}
+
+static void qwen3i_unpack_nvfp4(qwen3i_unpacked *u, const uint8_t *b) {
+    for (int i = 0; i < 4; i++) {
+        qwen3i_unpack_nibbles(u->q + 16 * i, b + 4 + 8 * i, 8);
+        qwen3i_unpack_scale(u, i, qwen3i_ue4m3_to_f32(b[i]) / 2, 0);
+    }
+    qwen3i_unpack_values(u->q, 64, qwen3i_fp4_values);
+}
+
+/* ---- blocks of 256 ----------------------------------------------------------------------------------- */
+static void qwen3i_unpack_q2_k(qwen3i_unpacked *u, const uint8_t *b) {
+    float d = qwen3i_half_at(b + 80), m = qwen3i_half_at(b + 82);
+    for (int i = 0; i < 2; i++) qwen3i_unpack_pairs(u->q + 128 * i, b + 16 + 32 * i);
+    for (int i = 0; i < 16; i++) qwen3i_unpack_scale(u, i, d * (float)(b[i] & 15), -m * (float)(b[i] >> 4));
+}
+
+static void qwen3i_unpack_q3_k(qwen3i_unpacked *u, const uint8_t *b) {
+    float d = qwen3i_half_at(b + 108);
+    for (int i = 0; i < 2; i++) qwen3i_unpack_pairs(u->q + 128 * i, b + 32 + 32 * i);
+    for (int k = 0; k < 8; k++)         /* a high bit that is not set takes 4 away */
+        for (int i = 0; i < 32; i++) u->q[32 * k + i] = (int8_t)(u->q[32 * k + i] + (b[i] >> k & 1) * 4 - 4);
+    for (int i = 0; i < 16; i++) {
+        int low = b[96 + i % 8] >> 4 * (i / 8) & 15, high = b[104 + i % 4] >> 2 * (i / 4) & 3;
+        qwen3i_unpack_scale(u, i, d * (float)((low | high << 4) - 32), 0);
+    }
+}
+
+static void qwen3i_unpack_q4_k(qwen3i_unpacked *u, const uint8_t *b) {
+    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(u->q + 64 * k, b + 16 + 32 * k, 32);
+    qwen3i_unpack_scales_k(u, b);
+}
+
+static void qwen3i_unpack_q5_k(qwen3i_unpacked *u, const uint8_t *b) {
+    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(u->q + 64 * k, b + 48 + 32 * k, 32);
+    for (int k = 0; k < 8; k++)
+        for (int i = 0; i < 32; i++) u->q[32 * k + i] = (int8_t)(u->q[32 * k + i] | (b[16 + i] >> k & 1) << 4);
+    qwen3i_unpack_scales_k(u, b);
+}
+
+static void qwen3i_unpack_q6_k(qwen3i_unpacked *u, const uint8_t *b) {
+    float d = qwen3i_half_at(b + 208);
+    for (int h = 0; h < 2; h++) {       /* of 128 elements: low halves of 64 bytes, high pairs of 32 */
+        int8_t *q = u->q + 128 * h;
+        const uint8_t *high = b + 128 + 32 * h;
+        qwen3i_unpack_nibbles(q, b + 64 * h, 64);
+        for (int k = 0; k < 4; k++)
+            for (int i = 0; i < 32; i++) q[32 * k + i] = (int8_t)((q[32 * k + i] | (high[i] >> 2 * k & 3) << 4) - 32);
+    }
+    for (int i = 0; i < 16; i++) qwen3i_unpack_scale(u, i, d * (float)(int8_t)b[192 + i], 0);
+}
+
+static void qwen3i_unpack_iq4_xs(qwen3i_unpacked *u, const uint8_t *b) {
+    float d = qwen3i_half_at(b);
+    for (int k = 0; k < 8; k++) {
+        int low = b[4 + k / 2] >> 4 * (k % 2) & 15, high = (b[2] | b[3] << 8) >> 2 * k & 3;
+        qwen3i_unpack_nibbles(u->q + 32 * k, b + 8 + 16 * k, 16);
+        qwen3i_unpack_scale32(u, k, d * (float)((low | high << 4) - 32), 0);
+    }
+    qwen3i_unpack_values(u->q, 256, qwen3i_iq4_values);
+}
+
+/* ---- the table --------------------------------------------------------------------------------------- */
+typedef struct qwen3i_format { const char *name; int gguf, elements, bytes; qwen3i_unpack unpack; } qwen3i_format;
+
+/* Of a valid type. unpack is NULL for numbers. */
+static const qwen3i_format *qwen3i_format_of(qwen3i_type type) {
+    #define QWEN3I_FORMAT(name, function, gguf, elements, bytes) {#name, gguf, elements, bytes, qwen3i_unpack_##function},
+    static const qwen3i_format formats[] = {
+        {"none", -1, 1, 0, NULL}, {"F32", 0, 1, 4, NULL}, {"F16", 1, 1, 2, NULL}, {"BF16", 30, 1, 2, NULL},
+        QWEN3I_BLOCK_TYPES(QWEN3I_FORMAT)
+    };
+    #undef QWEN3I_FORMAT
+    return &formats[type];
+}
+
+static int qwen3i_is_block(qwen3i_type type) { return type > QWEN3I_BF16; }
+
+/* By its name in a safetensors file or as ggml calls it; QWEN3I_NO_TYPE for what is not supported. */
+static qwen3i_type qwen3i_type_of(qwen3i_str name) {
+    int i;
+    for (i = QWEN3I_F32; i < QWEN3I_N_TYPES; i++)
+        if (qwen3i_json_is(name, qwen3i_format_of((qwen3i_type)i)->name)) return (qwen3i_type)i;
+    return QWEN3I_NO_TYPE;
+}
+
+/* Bytes of a row of n elements; a block that is not full takes as much as a full one. */
+static uint64_t qwen3i_row_bytes(qwen3i_type type, int n) {
+    const qwen3i_format *f = qwen3i_format_of(type);
+    return ((uint64_t)n + (uint64_t)f->elements - 1) / (uint64_t)f->elements * (uint64_t)f->bytes;
+}
+
+/* n elements of a row to float32, from the beginning of a block on */
+static void qwen3i_decode(float *y, const void *row, qwen3i_type type, int n) {
+    const qwen3i_format *f = qwen3i_format_of(type);
+    const uint8_t *b = (const uint8_t *)row;
+    qwen3i_unpacked u;
+    for (int i = 0; i < n; i++) {
+        int e = i % f->elements;
+        if (!f->unpack) { y[i] = qwen3i_value(row, type, i); continue; }
+        if (e == 0) { f->unpack(&u, b); b += f->bytes; }
+        y[i] = u.d[e / 16] * (float)u.q[e] + u.m[e / 16];
+    }
 }
 
 /* ================================================================================================
@@ -4325,13 +4542,6 @@ typedef struct qwen3i_binder {
     uint64_t              n_params, n_bytes, fingerprint;
 } qwen3i_binder;
 
-static qwen3i_type qwen3i_type_of(qwen3i_str dtype) {
-    if (qwen3i_json_is(dtype, "BF16")) return QWEN3I_BF16;
-    if (qwen3i_json_is(dtype, "F16"))  return QWEN3I_F16;
-    if (qwen3i_json_is(dtype, "F32"))  return QWEN3I_F32;
-    return (qwen3i_type)0;
-}
-
 static void qwen3i_shape_string(char *dst, size_t cap, const uint64_t *shape, int rank) {
     size_t at = 1;
     int i;
@@ -4342,13 +4552,26 @@ static void qwen3i_shape_string(char *dst, size_t cap, const uint64_t *shape, in
 }
 
 /* A float that is NaN or Inf has all exponent bits set: this holds under -ffast-math, too. */
-static int qwen3i_all_finite(const void *data, qwen3i_type type, uint64_t n) {
+static int qwen3i_numbers_finite(const void *data, qwen3i_type type, uint64_t n) {
     const uint32_t mask = type == QWEN3I_F32 ? 0x7F800000u : type == QWEN3I_F16 ? 0x7C00u : 0x7F80u;
     uint64_t i;
     int bad = 0;
     if (type == QWEN3I_F32) for (i = 0; i < n; i++) bad |= (((const uint32_t *)data)[i] & mask) == mask;
     else                    for (i = 0; i < n; i++) bad |= (((const uint16_t *)data)[i] & mask) == mask;
     return !bad;
+}
+
+static int qwen3i_all_finite(const qwen3i_matrix *w) {
+    const qwen3i_format *f = qwen3i_format_of(w->type);
+    const uint8_t *b = (const uint8_t *)w->data, *end = b + (size_t)w->rows * qwen3i_row_bytes(w->type, w->cols);
+    float y[QWEN3I_MAX_BLOCK];
+    int ok = 1;
+    if (!f->unpack) return qwen3i_numbers_finite(w->data, w->type, (uint64_t)w->rows * (uint64_t)w->cols);
+    for (; ok && b < end; b += f->bytes) {
+        qwen3i_decode(y, b, w->type, f->elements);
+        ok = qwen3i_numbers_finite(y, QWEN3I_F32, (uint64_t)f->elements);
+    }
+    return ok;
 }
 
 /* Data that is not aligned to its element is copied: the only weights that are. */
@@ -4360,6 +4583,25 @@ static const void *qwen3i_align_tensor(qwen3_model *m, const qwen3i_tensor *t, s
     return copy;
 }
 
+/* The matrix has a format that the backend multiplies by, and its bytes are as many as that format asks for. */
+static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tensor *t, const char *name, const qwen3i_matrix *w) {
+    const qwen3_backend *backend = b->l->model->backend;
+    uint64_t bytes;
+    if (!w->type)
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has type %.*s, which is not supported",
+                           t->file, name, QWEN3I_STR(t->dtype));
+    if (qwen3i_is_block(w->type) && !backend->block_types)
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has type %.*s; the %s backend supports "
+                           "F32, F16 and BF16", t->file, name, QWEN3I_STR(t->dtype), backend->name);
+    if (w->cols % qwen3i_format_of(w->type)->elements != 0)
+        return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has type %.*s, but rows of %d elements, no multiple of %d",
+                           t->file, name, QWEN3I_STR(t->dtype), w->cols, qwen3i_format_of(w->type)->elements);
+    bytes = qwen3i_size_mul((uint64_t)w->rows, qwen3i_row_bytes(w->type, w->cols));
+    if (t->end - t->begin == bytes) return QWEN3_OK;
+    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' needs %llu bytes for its shape but has %llu", t->file, name,
+                       (unsigned long long)bytes, (unsigned long long)(t->end - t->begin));
+}
+
 /* Find a tensor of shape [rows, cols], or [cols] if rows is 0. */
 static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
     const qwen3i_err *err = b->l->err;
@@ -4368,6 +4610,7 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
     uint64_t want[2], n = (uint64_t)(rows ? rows : 1) * (uint64_t)cols;
     int rank = rows ? 2 : 1, same;
     char has[128], needs[64];
+    qwen3_result r;
     key.p = name;
     key.n = strlen(name);
     t = qwen3i_find_tensor(b->tensors, key);
@@ -4381,12 +4624,13 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s; config.json asks for %s", t->file, name, has, needs);
     }
     out->type = qwen3i_type_of(t->dtype);
-    if (!out->type) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has dtype %.*s; BF16, F16 and F32 are supported", t->file, name, QWEN3I_STR(t->dtype));
     out->rows = rows ? rows : 1;
     out->cols = cols;
-    out->data = qwen3i_align_tensor(b->l->model, t, qwen3i_type_size(out->type));
+    r = qwen3i_check_type(b, t, name, out);
+    if (r != QWEN3_OK) return r;
+    out->data = qwen3i_align_tensor(b->l->model, t, qwen3i_is_block(out->type) ? 1 : qwen3i_type_size(out->type));
     if (!out->data) return qwen3i_no_memory(err, name, t->end - t->begin);
-    if ((b->l->desc->flags & QWEN3_LOAD_CHECK) && !qwen3i_all_finite(out->data, out->type, n))
+    if ((b->l->desc->flags & QWEN3_LOAD_CHECK) && !qwen3i_all_finite(out))
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' contains NaN or Inf", t->file, name);
     b->n_params += n;
     b->n_bytes += t->end - t->begin;
@@ -4399,12 +4643,11 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
 static qwen3_result qwen3i_bind_gains(qwen3i_binder *b, const char *name, int n, const float **out) {
     qwen3i_matrix t;
     float *gains;
-    int i;
     qwen3_result r = qwen3i_bind(b, name, 0, n, &t);
     if (r != QWEN3_OK) return r;
     gains = (float *)qwen3i_model_alloc(b->l->model, (size_t)n, sizeof *gains);
     if (!gains) return qwen3i_no_memory(b->l->err, name, (uint64_t)n * sizeof *gains);
-    for (i = 0; i < n; i++) gains[i] = qwen3i_value(t.data, t.type, i);
+    qwen3i_decode(gains, t.data, t.type, n);
     *out = gains;
     return QWEN3_OK;
 }
@@ -5243,7 +5486,8 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
 /* ---- the kernels of one instruction set ------------------------------------------------------- */
 typedef struct qwen3i_simd {
     const char *name;
-    /* y[t * ldy + r] = w[r] . x[t], or += if add, for n_w rows of w and n_x rows of x, all [n_cols]; ld* in elements */
+    /* y[t * ldy + r] = w[r] . x[t], or += if add, for n_w rows of w and n_x rows of x, all [n_cols]; ld* in elements;
+       w of numbers: F32, F16 or BF16 */
     void (*dot)(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
                 const float *x, size_t ldx, int n_x, int n_cols, int add);
     /* y[t * ldy + d] += sum over r of p[t * ldp + r] * v[r * ldv + d], in order of r; n_p rows of p, d < n_cols */
@@ -5257,7 +5501,7 @@ typedef struct qwen3i_simd {
     void (*silu_mul)(float *y, const float *gate, const float *up, int n);
     /* y = exp(x - shift), both [n]; to 2 ulp; 0 where the result would be below 1.2e-38 */
     void (*exp)(float *y, const float *x, float shift, int n);
-    /* n elements from type to float32 */
+    /* n elements of any format to float32; in blocks, from the beginning of one */
     void (*load)(float *y, const void *x, qwen3i_type type, int n);
     /* n elements from float32 to type, rounded to nearest even and clamped to the finite range */
     void (*store)(void *y, const float *x, qwen3i_type type, int n);
@@ -5272,7 +5516,7 @@ typedef struct qwen3i_simd {
 #define QWEN3I_EXP_HIGH 88.3f
 
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v
-   and the functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, store,
+   and the functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, store,
    store_bf16, store_f16, add, mul, div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n),
    drop_below (0 where x < low), sum (of R vectors, by the tree). A tile is R rows of w times up to C rows
    of x. */
@@ -5311,9 +5555,22 @@ TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     V##_sum(sums, rows); \
     return sums[0]; \
 } \
+/* Elements that lie in blocks, from the beginning of one */ \
+TARGET QWEN3I_INLINE void V##_load_blocks(float *y, const uint8_t *b, int n, qwen3i_unpack unpack, int elements, int bytes) { \
+    qwen3i_unpacked u; \
+    int j; \
+    for (; n > 0; n -= elements, y += elements, b += bytes) { \
+        unpack(&u, b); \
+        for (j = 0; j < elements && j < n; j += 16) \
+            V##_store_n(y + j, V##_fma(V##_load_i8(u.q + j), V##_set1(u.d[j / 16]), V##_set1(u.m[j / 16])), n - j); \
+    } \
+} \
 TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n) { \
     int i; \
-    for (i = 0; i < n; i += 16) V##_store_n(y + i, V##_from_n(x, (size_t)i, type, n - i), n - i); \
+    switch (type) { \
+        QWEN3I_BLOCK_TYPES(V##_case) \
+        default: for (i = 0; i < n; i += 16) V##_store_n(y + i, V##_from_n(x, (size_t)i, type, n - i), n - i); \
+    } \
 } \
 /* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose results \
    belong `apart` floats apart: y[t * ldy + r * apart] = (add ? y : 0) + w[r] . x[t]. What lies `ahead` bytes \
@@ -5394,7 +5651,7 @@ TARGET static void V##_dot(float *y, size_t ldy, const void *w, size_t ldw, qwen
     switch (type) { \
         case QWEN3I_BF16: V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_BF16, n_w, x, ldx, n_x, n, add); break; \
         case QWEN3I_F16:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F16, n_w, x, ldx, n_x, n, add); break; \
-        case QWEN3I_F32:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F32, n_w, x, ldx, n_x, n, add); break; \
+        default:          V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F32, n_w, x, ldx, n_x, n, add); break; \
     } \
     if (n < n_cols) V##_dot_rest(y, ldy, rows, row_bytes, type, n_w, x, ldx, n_x, n, n_cols, n > 0 || add); \
 } \
@@ -5559,6 +5816,13 @@ QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load_f16(const uint16_t *p) {
     return qwen3i_plain_load(y);
 }
 
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_load_i8(const int8_t *p) {
+    float y[16];
+    int i;
+    QWEN3I_LANES y[i] = (float)p[i];
+    return qwen3i_plain_load(y);
+}
+
 QWEN3I_INLINE void qwen3i_plain_store_bf16(uint16_t *p, qwen3i_plain_v v) {
     float x[16];
     int i;
@@ -5639,6 +5903,8 @@ QWEN3I_INLINE void qwen3i_plain_sum(float *sums, qwen3i_plain_v *rows) {
     sums[0] = x[0];
 }
 
+#define qwen3i_plain_case(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_plain_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, 2)
 
 #ifdef QWEN3I_X86
@@ -5705,6 +5971,14 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_f16(const uint16_t *p) 
                             _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 8))));
 }
 
+QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_eight_i8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_i8(const int8_t *p) {
+    return qwen3i_avx2_pair(qwen3i_avx2_eight_i8(p), qwen3i_avx2_eight_i8(p + 8));
+}
+
 /* as qwen3i_f32_to_bf16, except for NaN */
 QWEN3I_AVX2 QWEN3I_INLINE __m256i qwen3i_avx2_bf16_bits(__m256 v) {
     const __m256 top = _mm256_castsi256_ps(_mm256_set1_epi32(0x7F7F0000));
@@ -5756,6 +6030,8 @@ QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_sum(float *sums, const qwen3i_avx2_v 
     sums[1] = _mm_cvtss_f32(_mm256_extractf128_ps(ab, 1));
 }
 
+#define qwen3i_avx2_case(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_avx2_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
 
 /* ---- AVX-512 lanes: one register ------------------------------------------------------------------ */
@@ -5787,6 +6063,10 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_bf16(const uint16_t *p) {
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
+}
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_i8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
 
 /* as qwen3i_f32_to_bf16, except for NaN */
@@ -5822,6 +6102,8 @@ QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_sum(float *sums, const __m512 *ro
     _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
 }
 
+#define qwen3i_avx512_case(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_avx512_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
 #if !defined(__clang__)
   #pragma GCC diagnostic pop
@@ -5894,6 +6176,16 @@ QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load_f16(const uint16_t *p) {
     return y;
 }
 
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load_i8(const int8_t *p) {
+    int16x8_t low = vmovl_s8(vld1_s8(p)), high = vmovl_s8(vld1_s8(p + 8));
+    qwen3i_neon_v y;
+    y.val[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)));
+    y.val[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(low)));
+    y.val[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)));
+    y.val[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)));
+    return y;
+}
+
 QWEN3I_INLINE void qwen3i_neon_store_bf16(uint16_t *p, qwen3i_neon_v v) {
     float part[16];
     int i;
@@ -5935,6 +6227,8 @@ QWEN3I_INLINE void qwen3i_neon_sum(float *sums, const qwen3i_neon_v *rows) {
     }
 }
 
+#define qwen3i_neon_case(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_neon_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_neon, , 2, 3)
 #endif /* QWEN3I_NEON */
 
@@ -6351,12 +6645,13 @@ static void qwen3i_parallel(qwen3i_pool *p, int n_items, int grain, qwen3i_loop_
 typedef struct qwen3i_exec {            /* who computes, and with which instructions */
     qwen3i_pool       *pool;
     const qwen3i_simd *simd;
+    float             *panels;          /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_K_BLOCK] where matrices lie in blocks */
 } qwen3i_exec;
 
 /* ---- embedding and norms ------------------------------------------------------------------------- */
 /* x[i] = embed[tokens[i]]: tokens [n], embed [n_vocab, n_embd], x [n, n_embd] */
 static void qwen3i_embed(const qwen3i_exec *e, float *x, const qwen3i_matrix *embed, const qwen3_token *tokens, int n) {
-    size_t row_bytes = (size_t)embed->cols * qwen3i_type_size(embed->type);
+    size_t row_bytes = (size_t)qwen3i_row_bytes(embed->type, embed->cols);
     const char *table = (const char *)embed->data;
     int i;
     for (i = 0; i < n; i++, x += embed->cols)
@@ -6452,6 +6747,7 @@ static void qwen3i_rope(float *x, const float *cosines, const float *sines, int 
 #define QWEN3I_PIECE_ROWS 128           /* most rows of a matrix that are one piece of work */
 #define QWEN3I_GLU_ROWS    64           /* the same where two matrices meet, whose results are held for */
 #define QWEN3I_GLU_TOKENS 128           /* so many rows of x */
+#define QWEN3I_PANEL_ROWS  64           /* rows of a matrix in blocks, of QWEN3I_K_BLOCK columns, that become float32 at a time */
 
 typedef struct qwen3i_matmul_args {
     const qwen3i_simd   *simd;
@@ -6461,12 +6757,35 @@ typedef struct qwen3i_matmul_args {
     const float         *x;             /* [n, cols] */
     int                  n;
     int                  add;           /* to y, instead of replacing it */
+    float               *panels;        /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_K_BLOCK]: see qwen3i_matmul_panels */
 } qwen3i_matmul_args;
+
+/* A matrix in blocks becomes float32 panel by panel: a part that the second-level cache holds, of one row for one
+   row of x. The sums run as for a matrix of numbers, so their bits do not depend on the panels. */
+static void qwen3i_matmul_panels(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
+                                 int begin, int end, int t, int n, float *panel) {
+    size_t row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols), cols = (size_t)w->cols;
+    int most = n > 1 ? QWEN3I_PANEL_ROWS : 4, r, k, i, m, n_k;
+    for (r = begin; r < end; r += m, y += m) {
+        m = qwen3i_min(most, end - r);
+        for (k = 0; k < w->cols; k += n_k) {
+            const char *at = (const char *)w->data + (size_t)r * row_bytes + qwen3i_row_bytes(w->type, k);
+            n_k = qwen3i_min(QWEN3I_K_BLOCK, w->cols - k);
+            for (i = 0; i < m; i++, at += row_bytes) a->simd->load(panel + i * QWEN3I_K_BLOCK, at, w->type, n_k);
+            a->simd->dot(y, ldy, panel, QWEN3I_K_BLOCK, QWEN3I_F32, m, a->x + (size_t)t * cols + k, cols, n, n_k, a->add || k > 0);
+        }
+    }
+}
 
 /* Rows begin .. end - 1 of W x for rows t .. t + n - 1 of x; y points at row `begin` of the first result */
 static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
-                                int begin, int end, int t, int n) {
+                                int begin, int end, int t, int n, int lane) {
     size_t cols = (size_t)w->cols;
+    if (qwen3i_is_block(w->type)) {
+        float *panel = a->panels + (size_t)lane * QWEN3I_PANEL_ROWS * QWEN3I_K_BLOCK;
+        qwen3i_matmul_panels(a, w, y, ldy, begin, end, t, n, panel);
+        return;
+    }
     const char *rows = (const char *)w->data + (size_t)begin * cols * qwen3i_type_size(w->type);
     a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols, a->add);
 }
@@ -6479,17 +6798,16 @@ static int qwen3i_matmul_grain(const qwen3i_pool *pool, int n_rows) {
 static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {
     const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
     int i, first = 0;                   /* the matrices' rows are counted through */
-    (void)lane;
     for (i = 0; i < a->n_w; first += a->w[i++]->rows) {
         int from = qwen3i_max(begin - first, 0), to = qwen3i_min(end - first, a->w[i]->rows);
-        if (from < to) qwen3i_matmul_block(a, a->w[i], a->y[i] + from, (size_t)a->w[i]->rows, from, to, 0, a->n);
+        if (from < to) qwen3i_matmul_block(a, a->w[i], a->y[i] + from, (size_t)a->w[i]->rows, from, to, 0, a->n, lane);
     }
 }
 
 /* y = W x, or y = y + W x if add, for each row of x: x [n, cols], y [n, rows] */
 static void qwen3i_matmul_to(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n, int add) {
     qwen3i_matmul_args a;
-    a.simd = e->simd; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n; a.add = add;
+    a.simd = e->simd; a.panels = e->panels; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n; a.add = add;
     qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w->rows), qwen3i_matmul_rows, &a);
 }
 
@@ -6506,7 +6824,7 @@ static void qwen3i_matmul_qkv(const qwen3i_exec *e, float *q, float *k, float *v
                               const float *x, int n) {
     qwen3i_matmul_args a;
     int rows = layer->wq.rows + layer->wk.rows + layer->wv.rows;
-    a.simd = e->simd; a.n_w = 3; a.x = x; a.n = n; a.add = 0;
+    a.simd = e->simd; a.panels = e->panels; a.n_w = 3; a.x = x; a.n = n; a.add = 0;
     a.w[0] = &layer->wq; a.w[1] = &layer->wk; a.w[2] = &layer->wv;
     a.y[0] = q; a.y[1] = k; a.y[2] = v;
     qwen3i_parallel(e->pool, rows, qwen3i_matmul_grain(e->pool, rows), qwen3i_matmul_rows, &a);
@@ -6518,12 +6836,11 @@ static void qwen3i_swiglu_rows(void *args, int begin, int end, int lane) {
     float up[QWEN3I_GLU_TOKENS * QWEN3I_GLU_ROWS];
     size_t ldy = (size_t)a->w[0]->rows;
     int t, n, i, rows = end - begin;
-    (void)lane;
     for (t = 0; t < a->n; t += n) {
         float *y = a->y[0] + (size_t)t * ldy + begin;
         n = qwen3i_min(QWEN3I_GLU_TOKENS, a->n - t);
-        qwen3i_matmul_block(a, a->w[0], y, ldy, begin, end, t, n);
-        qwen3i_matmul_block(a, a->w[1], up, (size_t)rows, begin, end, t, n);
+        qwen3i_matmul_block(a, a->w[0], y, ldy, begin, end, t, n, lane);
+        qwen3i_matmul_block(a, a->w[1], up, (size_t)rows, begin, end, t, n, lane);
         for (i = 0; i < n; i++, y += ldy) a->simd->silu_mul(y, y, up + i * rows, rows);
     }
 }
@@ -6533,7 +6850,7 @@ static void qwen3i_swiglu(const qwen3i_exec *e, float *y, const qwen3i_matrix *w
                           const float *x, int n) {
     int grain = qwen3i_min(qwen3i_matmul_grain(e->pool, w_gate->rows), QWEN3I_GLU_ROWS);
     qwen3i_matmul_args a;
-    a.simd = e->simd; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x; a.n = n; a.add = 0;
+    a.simd = e->simd; a.panels = e->panels; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x; a.n = n; a.add = 0;
     qwen3i_parallel(e->pool, w_gate->rows, grain, qwen3i_swiglu_rows, &a);
 }
 
@@ -6652,7 +6969,7 @@ static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) { return qwen3i_max(desc-
 /* Lay the context's arrays out in a block (NULL: only count). Returns the block's size. */
 static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc, void *block) {
     qwen3i_arena m = qwen3i_arena_at(block, 64);
-    uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), seqs = (uint64_t)desc->max_seqs;
+    uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), seqs = (uint64_t)desc->max_seqs, lanes = (uint64_t)qwen3i_pool_lanes(desc);
     uint64_t head_rows = rows < QWEN3I_HEAD_ROWS ? rows : QWEN3I_HEAD_ROWS;
     uint64_t dim = (uint64_t)g->head_dim, half = dim / 2;
     uint64_t q_dim = (uint64_t)g->n_head * dim, kv_dim = (uint64_t)g->n_head_kv * dim;
@@ -6671,8 +6988,8 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     c->cosines   = (float *)qwen3i_arena_take(&m, rows, half, 4);
     c->sines     = (float *)qwen3i_arena_take(&m, rows, half, 4);
     c->logits    = (float *)qwen3i_arena_take(&m, head_rows, (uint64_t)g->n_vocab, 4);
-    c->attention = (float *)qwen3i_arena_take(&m, (uint64_t)qwen3i_pool_lanes(desc),
-                                              qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
+    c->attention = (float *)qwen3i_arena_take(&m, lanes, qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
+    c->exec.panels = (float *)qwen3i_arena_take(&m, lanes, QWEN3I_PANEL_ROWS * QWEN3I_K_BLOCK, 4);
     return qwen3i_arena_size(&m);
 }
 
@@ -6982,7 +7299,8 @@ static const qwen3_backend *qwen3i_cpu_backend(void) {
         qwen3i_cpu_model_create, qwen3i_cpu_model_free, qwen3i_cpu_device_name,
         qwen3i_cpu_memory, qwen3i_cpu_create, qwen3i_cpu_free, qwen3i_cpu_forward, qwen3i_cpu_logits,
         NULL,                           /* next: sampling is the core's */
-        qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits
+        qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits,
+        1                               /* block_types */
     };
     return &backend;
 }

@@ -18,6 +18,7 @@ static void  test_free(void *p);
 #include "tests/test.h"
 #include "tests/fixture.h"
 #include "tests/test_cpu.h"
+#include "tests/test_formats.h"
 #include "tests/test_tokenizer.h"
 #include "tests/test_chat.h"
 #include "tests/test_parity.h"
@@ -63,6 +64,7 @@ int main(int argc, char **argv) {
     }
     if (data_missing()) return 2;
     suite_cpu();
+    suite_formats();
     suite_tokenizer();
     suite_chat();
     suite_parity();
