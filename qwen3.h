@@ -3044,10 +3044,11 @@ typedef struct qwen3i_pair { uint32_t left, right, id; } qwen3i_pair;   /* two t
 typedef struct qwen3i_table { uint32_t *slots, mask, used; } qwen3i_table;  /* slot: tag << 24 | index, or NONE */
 
 enum { QWEN3I_ADDED_SPECIAL = 1, QWEN3I_ADDED_PLAIN = 2, QWEN3I_ADDED_RAW = 4, QWEN3I_ADDED_NORMALIZED = 8,
-       QWEN3I_ADDED_ALL = 15 };
+       QWEN3I_ADDED_UNSPOKEN = 16, QWEN3I_ADDED_ALL = 31 };
 typedef struct qwen3i_added {
     const char *p; uint32_t length;
-    int id, kinds;                      /* SPECIAL or PLAIN; RAW or NORMALIZED: the text that it is looked for in */
+    int id, kinds;                      /* SPECIAL or PLAIN; RAW or NORMALIZED: the text that it is looked for in;
+                                           UNSPOKEN: an assistant's text cannot make it */
 } qwen3i_added;
 
 struct qwen3i_tokenizer {               /* immutable once loaded */
@@ -3537,9 +3538,10 @@ static void qwen3i_table_put(qwen3i_table *table, uint32_t *slot, uint32_t hash,
     *slot = (hash & ~QWEN3I_MAX_ID) | index;
 }
 
-/* Room for one more pair. */
-static int qwen3i_pairs_grow(qwen3i_tokenizer *t) {
-    qwen3i_pair *p = (qwen3i_pair *)qwen3i_grow(&t->allocator, t->pairs, t->n_pairs, &t->cap_pairs, (size_t)t->n_pairs + 1, sizeof *p);
+/* Room for n more pairs. */
+static int qwen3i_pairs_grow(qwen3i_tokenizer *t, size_t n) {
+    qwen3i_pair *p = (qwen3i_pair *)qwen3i_grow(&t->allocator, t->pairs, t->n_pairs, &t->cap_pairs, t->n_pairs + n,
+                                                sizeof *p);
     if (p) t->pairs = p;
     return p != NULL;
 }
@@ -3572,6 +3574,13 @@ static qwen3_result qwen3i_vocab_text(qwen3i_vocab *v, int64_t id) {
     qwen3i_buf_add(&t->bytes, text->p, text->n);
     t->n_tokens = qwen3i_max(t->n_tokens, (int)id + 1);
     return QWEN3_OK;
+}
+
+/* Does id have the text in v->text already? Vocabularies may list added tokens, too. */
+static int qwen3i_vocab_has(const qwen3i_vocab *v, int64_t id) {
+    const qwen3i_text *text = id >= 0 && id < v->t->n_tokens ? &v->t->texts[id] : NULL;
+    return text && text->length > 0 && text->length == v->text.n &&
+           memcmp(v->t->bytes.p + text->start, v->text.p, v->text.n) == 0;
 }
 
 /* The byte that a character of a vocabulary stands for, or -1: printable bytes stand for themselves, the
@@ -3609,7 +3618,7 @@ static qwen3_result qwen3i_vocab_token(qwen3i_vocab *v, qwen3i_str text, int64_t
     v->text.n = 0;
     is_word = qwen3i_alphabet_decode(&v->text, text.p, text.n);
     if (is_word < 0) return qwen3i_vocab_memory(v);
-    r = qwen3i_vocab_text(v, id);
+    r = qwen3i_vocab_has(v, id) ? QWEN3_OK : qwen3i_vocab_text(v, id);
     if (r != QWEN3_OK || !is_word) return r;
     if (!qwen3i_table_grow(t, &t->words, 1)) return qwen3i_vocab_memory(v);
     hash = qwen3i_word_hash(v->text.p, v->text.n);
@@ -3647,7 +3656,7 @@ static qwen3_result qwen3i_vocab_merge(qwen3i_vocab *v, qwen3i_str left, qwen3i_
         return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: merge %u (\"%.*s\" \"%.*s\") names a token that is not there",
                            v->file, (unsigned)t->n_pairs, QWEN3I_SHOW(left.n), left.p, QWEN3I_SHOW(right.n), right.p);
     if (t->n_pairs == QWEN3I_MAX_ID) return qwen3i_vocab_slow(v);
-    if (!qwen3i_pairs_grow(t) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(v);
+    if (!qwen3i_pairs_grow(t, 1) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(v);
     hash = qwen3i_pair_hash(pair.left, pair.right);
     slot = qwen3i_pair_slot(t, pair.left, pair.right, hash);
     if (!slot) return qwen3i_vocab_slow(v);
@@ -3673,20 +3682,12 @@ static qwen3_result qwen3i_vocab_merge_line(qwen3i_vocab *v, qwen3i_str line) {
     return qwen3i_vocab_merge(v, left, right);
 }
 
-static int qwen3i_added_append(qwen3i_tokenizer *t, const qwen3i_added *item) {
-    const size_t n = (size_t)t->n_added;
-    qwen3i_added *p = (qwen3i_added *)qwen3i_grow(&t->allocator, t->added, n, &t->cap_added, n + 1, sizeof *p);
-    if (!p) return 0;
-    t->added = p;
-    t->added[t->n_added++] = *item;
-    return 1;
-}
-
-/* Does id have the text in v->text already? The vocabulary may list added tokens, too. */
-static int qwen3i_vocab_has(const qwen3i_vocab *v, int64_t id) {
-    const qwen3i_text *text = id >= 0 && id < v->t->n_tokens ? &v->t->texts[id] : NULL;
-    return text && text->length > 0 && text->length == v->text.n &&
-           memcmp(v->t->bytes.p + text->start, v->text.p, v->text.n) == 0;
+/* Room for n more added tokens. */
+static int qwen3i_added_grow(qwen3i_tokenizer *t, size_t n) {
+    const size_t have = (size_t)t->n_added;
+    qwen3i_added *p = (qwen3i_added *)qwen3i_grow(&t->allocator, t->added, have, &t->cap_added, have + n, sizeof *p);
+    if (p) t->added = p;
+    return p != NULL || have + n == 0;
 }
 
 /* text: its bytes as they are, up to QWEN3I_MAX_ADDED of them. kinds: QWEN3I_ADDED_SPECIAL or _PLAIN, with _NORMALIZED
@@ -3705,7 +3706,9 @@ static qwen3_result qwen3i_vocab_added(qwen3i_vocab *v, qwen3i_str text, int64_t
     item.kinds = kinds;
     if (!qwen3i_vocab_has(v, id)) r = qwen3i_vocab_text(v, id);
     if (r != QWEN3_OK) return r;
-    return qwen3i_added_append(v->t, &item) ? QWEN3_OK : qwen3i_vocab_memory(v);
+    if (!qwen3i_added_grow(v->t, 1)) return qwen3i_vocab_memory(v);
+    v->t->added[v->t->n_added++] = item;
+    return QWEN3_OK;
 }
 
 /* A token that is matched in normalised text must be in normal form itself, to be found as it is. */
@@ -3727,19 +3730,35 @@ static int qwen3i_added_compare(const void *x, const void *y) {
     return r ? r : a->length < b->length ? -1 : a->length > b->length;
 }
 
-/* All are there, and t->bytes no longer moves: put them in order. */
+/* Put the added tokens in order of their texts; t->bytes does not move while that is used. */
+static void qwen3i_added_index(qwen3i_tokenizer *t) {
+    int i;
+    for (i = 0; i < t->n_added; i++) t->added[i].p = t->bytes.p + t->texts[t->added[i].id].start;
+    if (t->n_added) qwen3i_sort(t->added, (size_t)t->n_added, sizeof *t->added, qwen3i_added_compare);
+}
+
+/* What an assistant writes itself, and so what its text can make when a conversation is rendered again. */
+static int qwen3i_added_spoken(const qwen3i_added *item) {
+    static const char *const list[] = {"<think>", "</think>", "<tool_call>", "</tool_call>"};
+    int i;
+    for (i = 0; i < QWEN3I_COUNT(list); i++)
+        if (strlen(list[i]) == item->length && memcmp(list[i], item->p, item->length) == 0) return 1;
+    return 0;
+}
+
+/* All are there, and t->bytes no longer moves. */
 static qwen3_result qwen3i_added_finish(qwen3i_vocab *v) {
     qwen3i_tokenizer *t = v->t;
     qwen3_result r = QWEN3_OK;
     int i;
+    qwen3i_added_index(t);
     for (i = 0; i < t->n_added; i++) {
-        t->added[i].p = t->bytes.p + t->texts[t->added[i].id].start;
+        if (!qwen3i_added_spoken(&t->added[i])) t->added[i].kinds |= QWEN3I_ADDED_UNSPOKEN;
         t->added_first[(unsigned char)t->added[i].p[0]] = 1;
         t->added_kinds |= t->added[i].kinds;
         if (t->added[i].kinds & QWEN3I_ADDED_NORMALIZED) r = qwen3i_added_normal(v, &t->added[i]);
         if (r != QWEN3_OK) return r;
     }
-    if (t->n_added) qwen3i_sort(t->added, (size_t)t->n_added, sizeof *t->added, qwen3i_added_compare);
     for (i = 1; i < t->n_added; i++)
         if (qwen3i_added_compare(&t->added[i - 1], &t->added[i]) == 0)
             return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: added token \"%.*s\" is there twice", v->file,
@@ -3795,17 +3814,25 @@ static qwen3_result qwen3i_vocab_end(qwen3i_vocab *v, qwen3_result r, qwen3i_tok
     return r;
 }
 
-/* ---- tokenizer.json, vocab.json and merges.txt --------------------------------------------------------------- */
+/* ---- tokenizer.json, vocab.json and merges.txt -------------------------------------------------------- */
 typedef struct qwen3i_vocab_reader {
     qwen3i_vocab v;
     qwen3i_json  json;
     qwen3i_buf   left, right;           /* what was unescaped */
+    int          n_known;               /* added tokens of tokenizer.json, in order, before those of other files; -1 */
 } qwen3i_vocab_reader;
+
+typedef struct qwen3i_vocab_files {     /* data NULL: there is no such file */
+    qwen3i_blob json;                   /* tokenizer.json, or */
+    qwen3i_blob vocab, merges;          /* vocab.json and merges.txt */
+    qwen3i_blob config, added;          /* tokenizer_config.json and added_tokens.json */
+} qwen3i_vocab_files;
 
 static qwen3_result qwen3i_reader_begin(qwen3i_vocab_reader *l, const qwen3_allocator *a, const char *file, size_t size,
                                         const qwen3i_err *err) {
     memset(l, 0, sizeof *l);
     l->left = l->right = qwen3i_buf_make(a);
+    l->n_known = -1;
     return qwen3i_vocab_begin(&l->v, a, file, size / 4, err);   /* a token takes more than four bytes of the files */
 }
 
@@ -3879,6 +3906,9 @@ static qwen3_result qwen3i_vocab_merge_lines(qwen3i_vocab *v, const char *p, siz
     const char *end = p + n, *stop;
     qwen3i_str line;
     qwen3_result r = QWEN3_OK;
+    size_t lines = 1;                   /* at most: a merge has four bytes */
+    for (stop = p; stop < end && (stop = (const char *)memchr(stop, '\n', (size_t)(end - stop))) != NULL; stop++) lines++;
+    if (!qwen3i_pairs_grow(v->t, qwen3i_min_size(lines, n / 4 + 1))) return qwen3i_vocab_memory(v);
     for (; p < end && r == QWEN3_OK; p = stop + 1) {
         stop = (const char *)memchr(p, '\n', (size_t)(end - p));
         if (!stop) stop = end;
@@ -3915,6 +3945,24 @@ static void qwen3i_added_read(qwen3i_json *j, qwen3i_added_fields *f) {
     }
 }
 
+/* tokenizer.json goes before the files beside it: is this text one of its added tokens, or the id that of another? */
+static int qwen3i_added_known(const qwen3i_vocab_reader *l, const qwen3i_added_fields *f) {
+    const qwen3i_tokenizer *t = l->v.t;
+    int low = 0, high = l->n_known, middle, order;
+    qwen3i_added item;
+    memset(&item, 0, sizeof item);
+    item.p = f->content.p;
+    item.length = (uint32_t)f->content.n;
+    while (low < high) {
+        middle = low + (high - low) / 2;
+        order = qwen3i_added_compare(&t->added[middle], &item);
+        if (order == 0) return 1;
+        if (order < 0) low = middle + 1; else high = middle;
+    }
+    if (f->id < 0 || f->id >= t->n_tokens || !t->texts[f->id].length) return 0;
+    return t->texts[f->id].length != item.length || memcmp(t->bytes.p + t->texts[f->id].start, item.p, item.length) != 0;
+}
+
 static qwen3_result qwen3i_added_token(qwen3i_vocab_reader *l, qwen3i_added_fields *f) {
     int kinds = (f->special ? QWEN3I_ADDED_SPECIAL : QWEN3I_ADDED_PLAIN) |
                 (f->normalized ? QWEN3I_ADDED_NORMALIZED : QWEN3I_ADDED_RAW);
@@ -3922,6 +3970,7 @@ static qwen3_result qwen3i_added_token(qwen3i_vocab_reader *l, qwen3i_added_fiel
     if (f->unusual)
         return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" has lstrip, rstrip or single_word set",
                            l->v.file, QWEN3I_SHOW(f->content.n), f->content.p);
+    if (l->n_known >= 0 && qwen3i_added_known(l, f)) return QWEN3_OK;
     return qwen3i_vocab_added(&l->v, f->content, f->id, kinds);
 }
 
@@ -4117,37 +4166,68 @@ static qwen3_result qwen3i_vocab_document(qwen3i_vocab_reader *l) {
     return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: there is no %s", l->v.file, seen & 1 ? "model" : "pre_tokenizer");
 }
 
-/* Read tokenizer.json (file: its name in messages). On success *out is the caller's. */
-static qwen3_result qwen3i_tokenizer_from_json(qwen3i_tokenizer **out, const qwen3_allocator *a, const char *file,
-                                               const void *data, size_t n, const qwen3i_err *err) {
-    qwen3i_vocab_reader l;
-    qwen3_result r = qwen3i_reader_begin(&l, a, file, n, err);
-    l.json = qwen3i_json_begin(data, n);
-    if (r == QWEN3_OK && n > INT_MAX) r = qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: too large", file);
-    if (r == QWEN3_OK) r = qwen3i_vocab_document(&l);
-    return qwen3i_reader_end(&l, r, out);
+/* added_tokens.json: {"<x>": 7, ...}, by which older files tell what tokenizer_config.json does not */
+static qwen3_result qwen3i_added_map(qwen3i_vocab_reader *l) {
+    qwen3i_json count = l->json;
+    qwen3i_json_iter it;
+    qwen3i_added_fields f;
+    qwen3_result r = QWEN3_OK;
+    qwen3i_str key;
+    size_t n = 0;
+    if (qwen3i_json_open(&count, '{', &it)) while (qwen3i_json_next(&count, &it, &key) && qwen3i_json_skip(&count)) n++;
+    if (!qwen3i_added_grow(l->v.t, n)) return qwen3i_vocab_memory(&l->v);
+    if (!qwen3i_json_open(&l->json, '{', &it)) return qwen3i_vocab_json(l);
+    while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key)) {
+        memset(&f, 0, sizeof f);
+        f.content = key;
+        if (!qwen3i_json_int(&l->json, &f.id)) return qwen3i_vocab_json(l);
+        f.special = key.n > 4 && memcmp(key.p, "<|", 2) == 0 && memcmp(key.p + key.n - 2, "|>", 2) == 0;
+        f.normalized = !f.special;
+        r = qwen3i_added_token(l, &f);
+    }
+    return r != QWEN3_OK || qwen3i_json_end(&l->json) ? r : qwen3i_vocab_json(l);
 }
 
-/* The same from vocab.json, merges.txt, and the added tokens of tokenizer_config.json (which may be NULL). */
-static qwen3_result qwen3i_tokenizer_from_vocab(qwen3i_tokenizer **out, const qwen3_allocator *a,
-                                                const void *vocab, size_t vocab_n, const void *merges, size_t merges_n,
-                                                const void *config, size_t config_n, const qwen3i_err *err) {
-    qwen3i_vocab_reader l;
-    qwen3_result r = qwen3i_reader_begin(&l, a, "vocab.json", vocab_n + config_n, err);
-    if (r == QWEN3_OK && (vocab_n > INT_MAX || merges_n > INT_MAX || config_n > INT_MAX))
-        r = qwen3i_fail(err, QWEN3_ERR_FORMAT, "vocab.json, merges.txt: too large");
-    l.json = qwen3i_json_begin(vocab, vocab_n);
-    if (r == QWEN3_OK) { l.v.t->nfc = 1; r = qwen3i_vocab_tokens(&l); }
-    if (r == QWEN3_OK && !qwen3i_json_end(&l.json)) r = qwen3i_vocab_json(&l);
-    l.v.file = "merges.txt";
-    if (r == QWEN3_OK) r = qwen3i_vocab_merge_lines(&l.v, (const char *)merges, merges_n);
-    l.v.file = "tokenizer_config.json";
-    l.json = qwen3i_json_begin(config, config_n);
-    if (r == QWEN3_OK && config) {
-        if (qwen3i_json_find(&l.json, "added_tokens_decoder")) r = qwen3i_added_tokens(&l);
-        else if (l.json.error) r = qwen3i_vocab_json(&l);
+/* Added tokens that the files beside the vocabulary tell: those of tokenizer_config.json, or else of added_tokens.json */
+static qwen3_result qwen3i_vocab_beside(qwen3i_vocab_reader *l, const qwen3i_vocab_files *f) {
+    const qwen3i_blob *from = &f->config;
+    l->v.file = "tokenizer_config.json";
+    l->json = qwen3i_json_begin(from->data, from->size);
+    if (!from->data || !qwen3i_json_find(&l->json, "added_tokens_decoder")) {
+        if (from->data && l->json.error) return qwen3i_vocab_json(l);
+        from = &f->added;
+        l->v.file = "added_tokens.json";
+        l->json = qwen3i_json_begin(from->data, from->size);
     }
-    if (r == QWEN3_OK) l.v.file = "vocab.json";
+    if (!from->data) return QWEN3_OK;
+    if (f->json.data) {
+        if (!qwen3i_buf_reserve(&l->v.t->bytes, from->size)) return qwen3i_vocab_memory(&l->v);
+        qwen3i_added_index(l->v.t);
+        l->n_known = l->v.t->n_added;
+    }
+    return from == &f->config ? qwen3i_added_tokens(l) : qwen3i_added_map(l);
+}
+
+/* The tokenizer of tokenizer.json, or of vocab.json and merges.txt. On success *out is the caller's. */
+static qwen3_result qwen3i_tokenizer_read(qwen3i_tokenizer **out, const qwen3_allocator *a, const qwen3i_vocab_files *f,
+                                          const qwen3i_err *err) {
+    const qwen3i_blob *main = f->json.data ? &f->json : &f->vocab;
+    const char *file = f->json.data ? "tokenizer.json" : "vocab.json";
+    qwen3i_vocab_reader l;
+    qwen3_result r = qwen3i_reader_begin(&l, a, file, main->size + f->config.size + f->added.size, err);
+    if (r == QWEN3_OK && (main->size > INT_MAX || f->merges.size > INT_MAX || f->config.size > INT_MAX || f->added.size > INT_MAX))
+        r = qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: too large, or a file beside it is", file);
+    l.json = qwen3i_json_begin(main->data, main->size);
+    if (r == QWEN3_OK && f->json.data) r = qwen3i_vocab_document(&l);
+    else if (r == QWEN3_OK) {
+        l.v.t->nfc = 1;
+        r = qwen3i_vocab_tokens(&l);
+        if (r == QWEN3_OK && !qwen3i_json_end(&l.json)) r = qwen3i_vocab_json(&l);
+        l.v.file = "merges.txt";
+        if (r == QWEN3_OK) r = qwen3i_vocab_merge_lines(&l.v, (const char *)f->merges.data, f->merges.size);
+    }
+    if (r == QWEN3_OK) r = qwen3i_vocab_beside(&l, f);
+    if (r == QWEN3_OK) l.v.file = file;
     return qwen3i_reader_end(&l, r, out);
 }
 
@@ -4718,21 +4798,6 @@ static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
 }
 
 /* ---- tokenizer files -------------------------------------------------------------------------------- */
-static qwen3_result qwen3i_load_vocab(qwen3i_loader *l, const qwen3i_blob *config) {
-    qwen3_model *m = l->model;
-    qwen3i_blob vocab, merges;
-    qwen3_result r = qwen3i_open(l, "vocab.json", 0, &vocab);
-    if (r != QWEN3_OK || !vocab.data) return r;
-    r = qwen3i_open(l, "merges.txt", 0, &merges);
-    if (r == QWEN3_OK && !merges.data) r = qwen3i_fail(l->err, QWEN3_ERR_IO, "merges.txt is missing beside vocab.json");
-    if (r == QWEN3_OK)
-        r = qwen3i_tokenizer_from_vocab(&m->tokenizer, &m->allocator, vocab.data, vocab.size, merges.data, merges.size,
-                                        config->data, config->size, l->err);
-    qwen3i_close(&m->allocator, &merges);
-    qwen3i_close(&m->allocator, &vocab);
-    return r;
-}
-
 /* The template decides how the model was taught to think; it may also lie in a file of its own. */
 static qwen3_result qwen3i_load_style(qwen3i_loader *l, const qwen3i_blob *config) {
     qwen3i_blob jinja;
@@ -4751,23 +4816,38 @@ static qwen3_result qwen3i_open_tokenizer_config(qwen3i_loader *l, qwen3i_blob *
     qwen3_result r = qwen3i_open(l, name, 0, config);
     if (r != QWEN3_OK || !config->data) return r;
     j = qwen3i_json_begin(config->data, config->size);
-    if (qwen3i_json_skip(&j) && qwen3i_json_end(&j)) return QWEN3_OK;
-    qwen3i_close(&l->model->allocator, config);
-    return qwen3i_json_fail(l->err, name, &j);
+    return qwen3i_json_skip(&j) && qwen3i_json_end(&j) ? QWEN3_OK : qwen3i_json_fail(l->err, name, &j);
+}
+
+static qwen3_result qwen3i_open_vocab(qwen3i_loader *l, qwen3i_vocab_files *f) {
+    qwen3_result r = qwen3i_open_tokenizer_config(l, &f->config);
+    if (r == QWEN3_OK) r = qwen3i_open(l, "added_tokens.json", 0, &f->added);
+    if (r == QWEN3_OK) r = qwen3i_open(l, "tokenizer.json", 1, &f->json);
+    if (r != QWEN3_OK || f->json.data) return r;
+    r = qwen3i_open(l, "vocab.json", 0, &f->vocab);
+    if (r != QWEN3_OK || !f->vocab.data) return r;
+    r = qwen3i_open(l, "merges.txt", 0, &f->merges);
+    if (r != QWEN3_OK || f->merges.data) return r;
+    return qwen3i_fail(l->err, QWEN3_ERR_IO, "merges.txt is missing beside vocab.json");
+}
+
+static void qwen3i_close_vocab(const qwen3_allocator *a, qwen3i_vocab_files *f) {
+    qwen3i_close(a, &f->json);
+    qwen3i_close(a, &f->vocab);
+    qwen3i_close(a, &f->merges);
+    qwen3i_close(a, &f->config);
+    qwen3i_close(a, &f->added);
 }
 
 static qwen3_result qwen3i_load_tokenizer(qwen3i_loader *l) {
     qwen3_model *m = l->model;
-    qwen3i_blob json, config;
-    qwen3_result r = qwen3i_open_tokenizer_config(l, &config);
-    if (r != QWEN3_OK) return r;
-    r = qwen3i_open(l, "tokenizer.json", 1, &json);
-    if (r == QWEN3_OK && json.data)
-        r = qwen3i_tokenizer_from_json(&m->tokenizer, &m->allocator, "tokenizer.json", json.data, json.size, l->err);
-    else if (r == QWEN3_OK) r = qwen3i_load_vocab(l, &config);
-    if (r == QWEN3_OK && m->tokenizer) r = qwen3i_load_style(l, &config);
-    qwen3i_close(&m->allocator, &json);
-    qwen3i_close(&m->allocator, &config);
+    qwen3i_vocab_files f;
+    qwen3_result r;
+    memset(&f, 0, sizeof f);
+    r = qwen3i_open_vocab(l, &f);
+    if (r == QWEN3_OK && (f.json.data || f.vocab.data)) r = qwen3i_tokenizer_read(&m->tokenizer, &m->allocator, &f, l->err);
+    if (r == QWEN3_OK && m->tokenizer) r = qwen3i_load_style(l, &f.config);
+    qwen3i_close_vocab(&m->allocator, &f);
     if (r == QWEN3_OK && m->tokenizer && qwen3i_tokenizer_size(m->tokenizer) > m->config.n_vocab)
         r = qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "the tokenizer has ids up to %d, the embedding only %d rows",
                         qwen3i_tokenizer_size(m->tokenizer) - 1, m->config.n_vocab);
@@ -4971,7 +5051,7 @@ static void qwen3i_chat_literal(qwen3i_chat *c, const char *text) {
 }
 
 static void qwen3i_chat_assistant_text(qwen3i_chat *c, qwen3i_str s) {
-    qwen3i_chat_marked(c, s, QWEN3I_ADDED_ALL & ~QWEN3I_ADDED_SPECIAL);
+    qwen3i_chat_marked(c, s, QWEN3I_ADDED_ALL & ~QWEN3I_ADDED_UNSPOKEN);
 }
 
 static void qwen3i_chat_plain(qwen3i_chat *c, const char *text) {

@@ -153,6 +153,38 @@ static void test_chat_injection(void) {
     qwen3i_tokenizer_free(m.tokenizer);
 }
 
+/* Of all added tokens, an assistant's text makes these four. */
+static void test_chat_assistant_tokens(void) {
+    static const char *const allowed[] = {"<think>", "</think>", "<tool_call>", "</tool_call>"};
+    qwen3_model m;
+    qwen3_msg msg;
+    qwen3_chat_desc chat;
+    qwen3_token ids[128];
+    char text[QWEN3I_MAX_ADDED + 1];
+    int i, k, n, spoken, seen = 0;
+    if (!tokenizer_open_small(&m)) return;
+    memset(&chat, 0, sizeof chat);
+    memset(&msg, 0, sizeof msg);
+    chat.msgs = &msg;
+    chat.n_msgs = 1;
+    chat.flags = QWEN3_CHAT_NO_REPLY_HEADER;
+    m.info.chat_style = QWEN3_STYLE_INSTRUCT;       /* the text as it is */
+    msg.role = QWEN3_ASSISTANT;
+    msg.text = text;
+    for (i = 0; i < m.tokenizer->n_added; i++) {
+        const qwen3i_added *item = &m.tokenizer->added[i];
+        snprintf(text, sizeof text, "%.*s", (int)item->length, item->p);
+        for (k = spoken = 0; k < QWEN3I_COUNT(allowed); k++) spoken |= strcmp(text, allowed[k]) == 0;
+        seen += spoken;
+        n = qwen3_chat_render(&m, &chat, ids, QWEN3I_COUNT(ids));
+        if (!CHECK(n > 0 && n <= QWEN3I_COUNT(ids))) continue;
+        k = chat_count(ids, n, item->id) - (item->id == m.info.im_start || item->id == ids[0] || item->id == ids[n - 2]);
+        CHECK_MSG(k == spoken, "%s: %d", text, k);
+    }
+    CHECK(seen == 4);
+    qwen3i_tokenizer_free(m.tokenizer);
+}
+
 static void chat_expect_json(const qwen3_model *m, const char *tool, const char *expected) {
     qwen3_msg msg;
     qwen3_chat_desc chat;
@@ -290,6 +322,7 @@ static void suite_chat(void) {
     RUN(test_chat_cases);
     RUN(test_chat_styles);
     RUN(test_chat_injection);
+    RUN(test_chat_assistant_tokens);
     RUN(test_chat_json);
     RUN(test_chat_arguments);
     RUN(test_chat_style_of);

@@ -142,6 +142,100 @@ static void test_checkpoints_tokenizer_settings(void) {
     tiny_free(&m);
 }
 
+/* A vocabulary that lists an added token, too, whichever comes first; the ids of the text after it. */
+static void test_checkpoints_listed_twice(void) {
+    static const char *const order[2] = {"added", "model"};
+    char err[512];
+    int i;
+    for (i = 0; i < 2; i++) {
+        tiny_text whole = tiny_tokenizer(), json;
+        qwen3_model m;
+        qwen3_token ids[4];
+        json = malformed_replace(whole.p, whole.n, "\"ab\":256", "\"ab\":256,\"<|im_end|>\":257");
+        if (i == 1) {                   /* added tokens behind the model, where they are not written */
+            const char *a = strstr(json.p, "\"added_tokens\""), *b = strchr(a, ']') + 2;
+            tiny_text moved = {NULL, 0};
+            tiny_append(&moved, json.p, (size_t)(a - json.p));
+            tiny_append(&moved, b, json.n - 1 - (size_t)(b - json.p));
+            tiny_append(&moved, ",", 1);
+            tiny_append(&moved, a, (size_t)(b - a) - 1);
+            tiny_append(&moved, "}", 1);
+            free(json.p);
+            json = moved;
+        }
+        if (CHECK_MSG(tokenizer_open(&m, json.p, json.n, err) == QWEN3_OK, "%s first: %s", order[i], err)) {
+            CHECK(qwen3_encode(&m, "a<|im_end|>", 11, QWEN3_PARSE_SPECIAL, ids, 4) == 2);
+            CHECK(ids[0] == 'a' && ids[1] == 257);
+        }
+        qwen3i_tokenizer_free(m.tokenizer);
+        free(json.p);
+        free(whole.p);
+    }
+}
+
+static qwen3_token checkpoints_token_after_x(tiny_model *t, const char *text, char err[512]) {
+    qwen3_file files[TINY_FILES];
+    qwen3_load_desc d;
+    qwen3_model *m = NULL;
+    qwen3_token ids[32];
+    int n;
+    memset(&d, 0, sizeof d);
+    d.n_files = tiny_list(t, files);
+    d.files = files;
+    if (qwen3_load(&m, &d, err, 512) != QWEN3_OK) return -2;
+    n = qwen3_encode(m, text, strlen(text), QWEN3_PARSE_SPECIAL, ids, 32);
+    qwen3_free(m);
+    return n == 2 ? ids[1] : -1;        /* -1: it is not one token */
+}
+
+/* Added tokens that the files beside the vocabulary tell; tokenizer.json goes first, then tokenizer_config.json. */
+static void test_checkpoints_added_beside(void) {
+    static const char config[] = "{\"added_tokens_decoder\":{\"260\":{\"content\":\"<tool_call>\",\"special\":false},"
+                                 "\"258\":{\"content\":\"<other>\"},\"261\":{\"content\":\"<|im_end|>\"}}}";
+    static const char added[] = "{\"<tool_call>\":260,\"<|x|>\":261,\"<|im_start|>\":258}";
+    char err[512] = "";
+    int vocab_files;
+    for (vocab_files = 0; vocab_files < 2; vocab_files++) {
+        tiny_model m;
+        tiny_make(&m, 0, vocab_files);
+        if (!vocab_files) tiny_set(&m, TINY_TOKENIZER_CONFIG, config, sizeof config - 1);
+        else tiny_set(&m, TINY_TOKENIZER_CONFIG, "{}", 2);
+        tiny_set(&m, TINY_ADDED_TOKENS, added, sizeof added - 1);
+        CHECK_MSG(checkpoints_token_after_x(&m, "x<tool_call>", err) == 260, "%s", err);
+        CHECK_MSG(checkpoints_token_after_x(&m, "x<|im_start|>", err) == 258, "%s", err);
+        CHECK_MSG(checkpoints_token_after_x(&m, "x<|x|>", err) == (vocab_files ? 261 : -1), "%s", err);
+        CHECK_MSG(checkpoints_token_after_x(&m, "x<other>", err) == -1, "%s", err);     /* 258 has a text already */
+        CHECK_MSG(checkpoints_token_after_x(&m, "x<|im_end|>", err) == (vocab_files ? -1 : 257), "%s", err);
+        tiny_free(&m);
+    }
+}
+
+static void test_checkpoints_added_malformed(void) {
+    static const malformed_case cases[] = {
+        {NULL, "", BAD, "object"}, {NULL, "[]", BAD, "object"}, {NULL, "{\"a\":\"b\"}", BAD, "number"},
+        {NULL, "{\"a\":-1}", BAD, "out of range"}, {NULL, "{\"a\":9007199254740992}", BAD, "out of range"},
+        {NULL, "{\"<x>\":260}x", BAD, "after the end"}, {NULL, "{\"<x>\":260}", GOOD, ""}, {NULL, "{\"\":260}", BAD, "empty"}
+    };
+    tiny_model m;
+    tiny_make(&m, 0, 0);
+    tiny_set(&m, TINY_ADDED_TOKENS, "{}", 2);
+    MALFORMED_TEXTS(&m, TINY_ADDED_TOKENS, cases);
+    tiny_free(&m);
+}
+
+/* The most memory for its size: a line of four bytes is a merge of twelve. */
+static void test_checkpoints_merges_twice(void) {
+    const int n = (1 << 18) + 1;
+    tiny_model m;
+    char err[512];
+    int i;
+    tiny_make(&m, 0, 1);
+    tiny_remove(&m, TINY_MERGES);
+    for (i = 0; i < n; i++) tiny_append(&m.file[TINY_MERGES], "a b\n", 4);
+    CHECK_MSG(malformed_load(&m, err) == QWEN3_OK, "%s", err);
+    tiny_free(&m);
+}
+
 static void test_checkpoints_weights_settings(void) {
     static const malformed_case index[] = {
         {"\"weight_map\":{", "\"weight_map\":{\"lm_head.weight\":\"part-1.safetensors\",", GOOD, ""}
@@ -157,6 +251,10 @@ static void suite_checkpoints(void) {
     RUN(test_checkpoints_yarn_by_desc);
     RUN(test_checkpoints_config);
     RUN(test_checkpoints_tokenizer_settings);
+    RUN(test_checkpoints_listed_twice);
+    RUN(test_checkpoints_added_beside);
+    RUN(test_checkpoints_added_malformed);
+    RUN(test_checkpoints_merges_twice);
     RUN(test_checkpoints_weights_settings);
 }
 

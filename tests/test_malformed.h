@@ -19,7 +19,7 @@ static void *malformed_alloc(size_t size, void *user) {
 static void malformed_free(void *p, size_t size, void *user) { heap_free(p, size, &((malformed_heap *)user)->h); }
 
 #define MALFORMED_FACTOR 8              /* memory taken for a byte of the files, at most ... */
-#define MALFORMED_FIXED  (64 * 1024 + (long long)sizeof(qwen3i_tokenizer))     /* ... and besides */
+#define MALFORMED_FIXED  (24 * 1024 + (long long)sizeof(qwen3i_tokenizer))     /* ... and besides */
 
 static int malformed_count;             /* loads that were tried */
 static double malformed_factor;         /* the largest so far */

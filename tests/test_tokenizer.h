@@ -29,6 +29,31 @@ static char *tokenizer_data(const char *name, size_t *n) {
     return tokenizer_read(path, n);
 }
 
+static qwen3i_blob tokenizer_blob(const void *data, size_t n) {
+    qwen3i_blob b;
+    b.data = (const unsigned char *)data;
+    b.size = n;
+    b.kind = QWEN3I_BORROWED;
+    return b;
+}
+
+static qwen3_result tokenizer_from_json(qwen3_model *m, const void *data, size_t n, const qwen3i_err *err) {
+    qwen3i_vocab_files f;
+    memset(&f, 0, sizeof f);
+    f.json = tokenizer_blob(data, n);
+    return qwen3i_tokenizer_read(&m->tokenizer, &m->allocator, &f, err);
+}
+
+static qwen3_result tokenizer_from_vocab(qwen3_model *m, const char *vocab, const char *merges, size_t merges_n,
+                                         const char *config, size_t config_n, const qwen3i_err *err) {
+    qwen3i_vocab_files f;
+    memset(&f, 0, sizeof f);
+    f.vocab = tokenizer_blob(vocab, strlen(vocab));
+    f.merges = tokenizer_blob(merges, merges_n);
+    f.config = tokenizer_blob(config, config_n);
+    return qwen3i_tokenizer_read(&m->tokenizer, &m->allocator, &f, err);
+}
+
 /* A model that is only a tokenizer; message gets the error. */
 static qwen3_result tokenizer_open(qwen3_model *m, const char *data, size_t n, char message[256]) {
     qwen3i_err err;
@@ -36,7 +61,7 @@ static qwen3_result tokenizer_open(qwen3_model *m, const char *data, size_t n, c
     err.cap = 256;
     message[0] = '\0';
     memset(m, 0, sizeof *m);
-    return qwen3i_tokenizer_from_json(&m->tokenizer, &m->allocator, "tokenizer.json", data, n, &err);
+    return tokenizer_from_json(m, data, n, &err);
 }
 
 static int tokenizer_open_small(qwen3_model *m) {
@@ -404,7 +429,7 @@ static void test_tokenizer_memory(void) {
     do {
         heap.calls = 0;
         heap.fail_at++;
-        r = qwen3i_tokenizer_from_json(&m.tokenizer, &m.allocator, "tokenizer.json", data, n, &err);
+        r = tokenizer_from_json(&m, data, n, &err);
         if (!CHECK(r == QWEN3_OK || (r == QWEN3_ERR_MEMORY && heap.in_use == 0 && m.tokenizer == NULL))) break;
     } while (r != QWEN3_OK && heap.fail_at < 1000);
     CHECK(heap.fail_at > 10);
@@ -460,7 +485,7 @@ static void test_tokenizer_proportion(void) {
     tokenizer_heap_model(&m, &heap);
     err.text = message;
     err.cap = sizeof message;
-    if (CHECK(qwen3i_tokenizer_from_json(&m.tokenizer, &m.allocator, "tokenizer.json", data, n, &err) == QWEN3_OK))
+    if (CHECK(tokenizer_from_json(&m, data, n, &err) == QWEN3_OK))
         for (i = 0; i < n_patterns; i++) {
             const long before = heap.peak = heap.in_use;
             double parts = 0, whole = 0;/* as much text in short pieces and in long ones */
@@ -533,9 +558,7 @@ static void test_tokenizer_real(void) {
     err.cap = sizeof message;
     if (CHECK(vocab && merges && added)) {
         config = tokenizer_real_config(added, added_n);
-        CHECK_MSG(qwen3i_tokenizer_from_vocab(&m.tokenizer, &m.allocator, vocab, vocab_n, merges, merges_n, config,
-                strlen(config), &err)
-                  == QWEN3_OK, "%s", message);
+        CHECK_MSG(tokenizer_from_vocab(&m, vocab, merges, merges_n, config, strlen(config), &err) == QWEN3_OK, "%s", message);
         free(config);
     }
     if (m.tokenizer) {
@@ -572,7 +595,7 @@ static void test_tokenizer_vocab(void) {
     err.cap = sizeof message;
     memset(&m, 0, sizeof m);
 #define FROM_VOCAB(merges, n, config, config_n) \
-    qwen3i_tokenizer_from_vocab(&m.tokenizer, &m.allocator, vocab, strlen(vocab), merges, n, config, config_n, &err)
+    tokenizer_from_vocab(&m, vocab, merges, n, config, config_n, &err)
     CHECK(FROM_VOCAB(absent, sizeof absent - 1, NULL, 0) == QWEN3_ERR_FORMAT && strstr(message, "merges.txt") &&
             strstr(message, "\"q\" \"e\""));
     CHECK(FROM_VOCAB(three, sizeof three - 1, NULL, 0) == QWEN3_ERR_FORMAT && strstr(message, "two parts"));

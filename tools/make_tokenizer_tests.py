@@ -30,6 +30,7 @@ SYSTEM, USER, ASSISTANT, TOOL = range(4)
 ROLES = ['system', 'user', 'assistant', 'tool']
 NO_THINK, KEEP_THINKING, NO_REPLY_HEADER = 1, 2, 4
 HYBRID, THINKING, INSTRUCT = range(3)
+SPOKEN = '<think>', '</think>', '<tool_call>', '</tool_call>'     # added tokens that an assistant's text makes
 HIDE = '\uE000'                         # stands for '<' where it must not start an added token
 
 
@@ -101,7 +102,7 @@ def hide(text, tokens):
 
 def message(ref, m):
     out = {'role': ROLES[m['role']]}
-    tokens = ref.special if m['role'] == ASSISTANT else list(ref.added)
+    tokens = [t for t in ref.added if m['role'] != ASSISTANT or t not in SPOKEN]
     out['content'] = Plain(hide(m['text'], tokens))
     if m.get('reasoning') is not None: out['reasoning_content'] = hide(m['reasoning'], tokens)
     if m.get('calls'):
@@ -242,7 +243,10 @@ const char *t_load(const void *data, size_t n) {
     static char message[256];
     qwen3i_err err;
     err.text = message; err.cap = sizeof message; message[0] = 0;
-    return qwen3i_tokenizer_from_json(&model.tokenizer, &model.allocator, "tokenizer.json", data, n, &err) ? message : NULL;
+    qwen3i_vocab_files f;
+    memset(&f, 0, sizeof f);
+    f.json.data = data; f.json.size = n;
+    return qwen3i_tokenizer_read(&model.tokenizer, &model.allocator, &f, &err) ? message : NULL;
 }
 void t_free(void) { qwen3i_tokenizer_free(model.tokenizer); model.tokenizer = NULL; }
 int t_encode(const char *text, size_t n, int flags, qwen3_token *out, int cap) { return qwen3_encode(&model, text, n, flags, out, cap, NULL, 0); }

@@ -82,7 +82,7 @@ static void load(const tiny_model *t, int flags) {
     d.allocator.free = heap_free;
     memory.now = memory.peak = 0;
     r = qwen3_load(&m, &d, err, sizeof err);
-    MUST(memory.peak <= 8 * tiny_size(t) + 64 * 1024 + sizeof(qwen3i_tokenizer));
+    MUST(memory.peak <= 8 * tiny_size(t) + 24 * 1024 + sizeof(qwen3i_tokenizer));
     MUST(r == QWEN3_OK || r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_UNSUPPORTED || r == QWEN3_ERR_IO);
     MUST((r == QWEN3_OK) == (m != NULL) && (r == QWEN3_OK) == !err[0]);
     MUST(r == QWEN3_OK || strstr(err, ".json") || strstr(err, ".safetensors") || strstr(err, "merges.txt") ||
@@ -111,10 +111,11 @@ static void fuzz_safetensors(const uint8_t *data, size_t n) { load_with(TINY_WEI
 static void fuzz_index(const uint8_t *data, size_t n)       { load_with(TINY_INDEX, data, n, 1, 0); }
 static void fuzz_tokenizer(const uint8_t *data, size_t n)   { load_with(TINY_TOKENIZER, data, n, 0, 0); }
 
-/* The first byte says which of the three files it is. */
+/* The first byte says which of the files it is, and which vocabulary it lies beside. */
 static void fuzz_vocab(const uint8_t *data, size_t n) {
-    static const int which[3] = {TINY_VOCAB, TINY_MERGES, TINY_TOKENIZER_CONFIG};
-    if (n > 0) load_with(which[data[0] % 3], data + 1, n - 1, 0, 1);
+    static const int which[6] = {TINY_VOCAB, TINY_MERGES, TINY_TOKENIZER_CONFIG, TINY_ADDED_TOKENS, TINY_TOKENIZER_CONFIG,
+                                 TINY_ADDED_TOKENS};
+    if (n > 0) load_with(which[data[0] % 6], data + 1, n - 1, 0, data[0] % 6 < 4);
 }
 
 /* Skipping a value and reading it say the same about it; every string in it can be unescaped. */
@@ -138,7 +139,7 @@ static void fuzz_json(const uint8_t *data, size_t n) {
                 MUST(qwen3i_json_unescape(s, text) <= s.n);
                 qwen3i_json_is(s, "model_type");
             }
-        } else if (c == '-' || (c >= '0' && c <= '9')) {
+        } else if (c == '-' ? j.end - j.p < 2 || j.p[1] != 'I' : c >= '0' && c <= '9') {      /* -Infinity is a word */
             if (qwen3i_json_number(&j, &number)) MUST(number >= -DBL_MAX && number <= DBL_MAX);
         } else qwen3i_json_scalar(&j);
         while ((more = depth > 0) != 0 && !qwen3i_json_next(&j, &stack[depth - 1], &s)) {
