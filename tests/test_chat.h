@@ -176,7 +176,7 @@ static void test_chat_assistant_tokens(void) {
         snprintf(text, sizeof text, "%.*s", (int)item->length, item->p);
         for (k = spoken = 0; k < QWEN3I_COUNT(allowed); k++) spoken |= strcmp(text, allowed[k]) == 0;
         seen += spoken;
-        n = qwen3_chat_render(&m, &chat, ids, QWEN3I_COUNT(ids));
+        n = qwen3_chat_render(&m, &chat, ids, QWEN3I_COUNT(ids), NULL, 0);
         if (!CHECK(n > 0 && n <= QWEN3I_COUNT(ids))) continue;
         k = chat_count(ids, n, item->id) - (item->id == m.info.im_start || item->id == ids[0] || item->id == ids[n - 2]);
         CHECK_MSG(k == spoken, "%s: %d", text, k);

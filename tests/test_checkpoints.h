@@ -164,7 +164,7 @@ static void test_checkpoints_listed_twice(void) {
             json = moved;
         }
         if (CHECK_MSG(tokenizer_open(&m, json.p, json.n, err) == QWEN3_OK, "%s first: %s", order[i], err)) {
-            CHECK(qwen3_encode(&m, "a<|im_end|>", 11, QWEN3_PARSE_SPECIAL, ids, 4) == 2);
+            CHECK(qwen3_encode(&m, "a<|im_end|>", 11, QWEN3_PARSE_SPECIAL, ids, 4, NULL, 0) == 2);
             CHECK(ids[0] == 'a' && ids[1] == 257);
         }
         qwen3i_tokenizer_free(m.tokenizer);
@@ -183,7 +183,7 @@ static qwen3_token checkpoints_token_after_x(tiny_model *t, const char *text, ch
     d.n_files = tiny_list(t, files);
     d.files = files;
     if (qwen3_load(&m, &d, err, 512) != QWEN3_OK) return -2;
-    n = qwen3_encode(m, text, strlen(text), QWEN3_PARSE_SPECIAL, ids, 32);
+    n = qwen3_encode(m, text, strlen(text), QWEN3_PARSE_SPECIAL, ids, 32, NULL, 0);
     qwen3_free(m);
     return n == 2 ? ids[1] : -1;        /* -1: it is not one token */
 }
