@@ -31,11 +31,11 @@ bench: bench.c tests/cuda_lab.h $(DEPS) $(CUDA_LAB)
 build/test: test.c tests/*.h $(DEPS) $(CUDA_LAB) | build
 	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) test.c $(CUDA_LAB) -o $@ $(LDLIBS)
 
-build/qwen3_cuda.o: qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DEPS) | build
+build/qwen3_cuda.o: qwen3_cuda.cu $(DEPS) | build
 	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c qwen3_cuda.cu -o $@
 
 # the same with what tests and benches look into
-build/cuda_lab.o: tests/cuda_lab.cu tests/cuda_lab.h qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DEPS) | build
+build/cuda_lab.o: tests/cuda_lab.cu tests/cuda_lab.h qwen3_cuda.cu $(DEPS) | build
 	$(NVCC) $(NVCCFLAGS) -c tests/cuda_lab.cu -o $@
 
 build/qwen3.o: $(DEPS) | build
@@ -64,7 +64,7 @@ download:
 
 install: lib
 	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib
-	install -m 644 qwen3.h qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DESTDIR)$(PREFIX)/include
+	install -m 644 qwen3.h qwen3_cuda.cu $(DESTDIR)$(PREFIX)/include
 	install -m 644 build/libqwen3.a $(DESTDIR)$(PREFIX)/lib
 
 web:                                    # the demo in a browser; needs Emscripten

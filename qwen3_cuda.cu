@@ -19,27 +19,38 @@
      2 rows and more: products whose sums the tensor cores add up 128 elements at a time, since they cut off
      what they add, with everything up to the next product in the same kernel; and, for more than 64 rows,
      attention on an F16 cache.
-   PATHS    FUSED, or STANDARD: cuBLASLt and one plain kernel for each operation.
+   PATHS    How a batch goes through the layers depends on its rows and on the chip: a table of functions for each way
+     (struct path), chosen in one place (way_for). tests/cuda_lab.cu has one more, with one plain kernel for each
+     operation, to compare with.
    ORDER    No sum depends on timing: splits follow from shapes, partial sums are added in a fixed order,
      and atomics only count integers. The same input gives the same bits.
 
-   Rooms: errors and memory, model, context, matrix products, layer, steps (uploads, graphs, batches, decode
-   steps), the backend. The kernels: qwen3_cuda_kernels.cuh. tests/cuda_lab.cu includes this file and adds what
-   only tests and benches want. */
+   Rooms: errors, memory, launching; device helpers; model and context; weights; then the operations, each with its
+   kernels and what launches them: rows, norm, product, Q K V, attention, MLP, logits, choice; then paths, creating a
+   context, steps, the backend. A kernel's head comment gives shapes, launch, order of the sums, and the function of
+   qwen3.h that it equals. tests/cuda_lab.cu includes this file and adds what only tests and benches want.      */
 
 #define QWEN3_BACKEND_INTERFACE
 #include "qwen3.h"
 
-#include "qwen3_cuda_kernels.cuh"
-
+#include <cuda.h>               /* types only */
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
 #include <cublasLt.h>
+#include <limits.h>
 #include <stdlib.h>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 
 namespace {
+
+typedef __half        half_t;
+typedef __nv_bfloat16 bf16_t;
+typedef unsigned long long u64;
 
 const int RING          = 4;            /* uploads in flight */
 const size_t WORKSPACE  = (size_t)32 << 20;
@@ -51,10 +62,31 @@ const size_t SCALES_PIECE = 16;         /* bytes of the scales that come back at
 const size_t SCALES_PIECE = PIECE;
 #endif
 const int MOST_HELPERS  = 8;
+const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
+const int MATVEC_WARPS  = 8;
+const int MATVEC_TILE   = 8192;         /* floats of x that a block holds at a time */
+const int HEAD_ROWS     = 64;           /* the most rows whose logits are computed at a time */
+const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
+const int SPLIT_WARPS   = 4;
+const int TILE_ROWS     = 64;           /* (token, head) rows and ...               */
+const int TILE_POS      = 32;           /* ... positions of a tile of attention      */
+const int MAX_HEAD_DIM  = 256;
+const int VECTORS       = 8;            /* of four, of a row of the MLP that a thread keeps */
+const float LOG2E       = 1.44269504088896f;
+const float LOWEST      = QWEN3I_BANNED;        /* stands for minus infinity */
+
+static __host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+template <class T> static __host__ __device__ inline T least(T a, T b) { return a < b ? a : b; }
+static __host__ __device__ inline int round_up(int a, int b) { return (a + b - 1) / b * b; }
+template <class T> static T most(T a, T b) { return a > b ? a : b; }
+
+/* The most threads of a block, of which each keeps K vectors of a row. */
+static constexpr __host__ __device__ int norm_threads(int k) { return k > 4 ? 256 : k > 2 ? 512 : 1024; }
 
 /* ================================================================================================
-   ERRORS AND MEMORY
+   ERRORS, MEMORY, LAUNCHING
    ================================================================================================ */
+
 static qwen3_result cuda_fail(const qwen3i_err *err, cudaError_t e, const char *what) {
     cudaGetLastError();                 /* or the next launch reports it again */
     return qwen3i_fail(err, e == cudaErrorMemoryAllocation ? QWEN3_ERR_DEVICE_MEMORY : QWEN3_ERR_DEVICE,
@@ -128,8 +160,6 @@ static qwen3_result device_alloc(char **out, size_t size, const char *what, cons
                 what, (double)size / 1048576.0, (double)free_bytes / 1048576.0, (double)total / 1048576.0);
 }
 
-template <class T> static T most(T a, T b) { return a > b ? a : b; }
-
 template <class... P, class... A>
 static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t shared, void (*kernel)(P...), A... args) {
     cudaLaunchConfig_t config = cudaLaunchConfig_t();
@@ -173,9 +203,524 @@ static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int th
     return launch_clusters(can, 1, stream, grid, threads, shared, kernel, args...);
 }
 
+/* The same with as much shared memory as the kernel asks for. */
+template <class... P, class... A>
+static cudaError_t launch_shared(bool early, int cluster, cudaStream_t stream, dim3 grid, int threads, size_t shared,
+                                 void (*kernel)(P...), A... args) {
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    return e != cudaSuccess ? e : launch_clusters(early, cluster, stream, grid, threads, shared, kernel, args...);
+}
+
+template <class K> static qwen3_result allow_shared(K *kernel, size_t bytes, const qwen3i_err *err) {
+    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
+    return QWEN3_OK;
+}
+
+static dim3 grid1(int x)        { return dim3((unsigned)x); }
+static dim3 grid2(int x, int y) { return dim3((unsigned)x, (unsigned)y); }
+
+/* Threads for a block that works on rows of n elements, `each` at a time: fewer if there are many rows. */
+static int row_threads(int n, int each, int rows) {
+    const int want = round_up(ceil_div(n, each), 32), limit = rows > 512 ? 256 : 1024;
+    return want < 32 ? 32 : want > limit ? limit : want;
+}
+
 /* ================================================================================================
-   MODEL: weights in device memory
+   DEVICE HELPERS
    ================================================================================================ */
+/* The kernels of a decode step start while the one before still runs (sm_90 on; on an H200 worth
+   11 % of the speed of 0.6B, 1 % of that of 8B): each waits for its results before it touches anything but weights
+   and what is older, and says when its own blocks have little left to do. */
+static __device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/* Instructions without a C++ name. An emulator may bring its own. */
+#ifndef QWEN3_CUDA_EMULATED
+#define QWEN3_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+/* 16 bytes that are read once: past the L1 cache. */
+static __device__ __forceinline__ uint4 load_stream(const void *p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+/* Brings a line to the second-level cache. */
+static __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+static __device__ __forceinline__ unsigned shared_address(const void *p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
+
+/* 16 bytes from global to shared memory, or zeros if !valid, without waiting (sm_80 on). */
+static __device__ __forceinline__ void copy_async(void *dst, const void *src, bool valid) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(dst)), "l"(src), "r"(valid ? 16 : 0) : "memory");
+#else
+    *(uint4 *)dst = valid ? *(const uint4 *)src : make_uint4(0, 0, 0, 0);
+#endif
+}
+/* The same for what is read once in a step: the second-level cache gives it up before anything else. */
+static __device__ __forceinline__ void copy_once(void *dst, const void *src, bool valid) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;"
+                 :: "r"(shared_address(dst)), "l"(src), "r"(valid ? 16 : 0), "l"(policy) : "memory");
+#else
+    copy_async(dst, src, valid);
+#endif
+}
+static __device__ __forceinline__ void copy_commit() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING> static __device__ __forceinline__ void copy_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+#endif
+}
+
+/* Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. */
+static __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+static __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+
+/* An 8x8 matrix of 16-bit elements, of which each lane has two of a row, transposed. */
+static __device__ __forceinline__ unsigned transpose_matrix(unsigned v) {
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
+    return v;
+}
+
+/* d[16, 8] += a[16, 16] b[16, 8] with float32 sums; sm_75 takes two steps of 8. */
+static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                                half_t) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
+                 "%1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                                bf16_t) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    (void)d; (void)a; (void)b0; (void)b1;       /* never launched there */
+#endif
+}
+
+/* Clusters (sm_90 on): blocks that run side by side and reach each other's shared memory. All threads of all blocks
+   arrive and wait, which orders nothing but the barriers that have been initialised before. */
+typedef unsigned long long mbarrier;    /* in shared memory */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+static __device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+static __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void barrier_init(mbarrier *b, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(arrivals) : "memory");
+}
+static __device__ __forceinline__ void barriers_ready() {       /* for copies and other blocks of the cluster */
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+/* Arrive, and expect so many bytes to be copied or sent. */
+static __device__ __forceinline__ void barrier_expect(mbarrier *b, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(b)), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void barrier_wait(mbarrier *b, unsigned parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+                 :: "r"(shared_address(b)), "r"(parity) : "memory");
+}
+/* To this place in block `rank` of the cluster, which must have begun, counted by its barrier b. */
+static __device__ __forceinline__ void send_to_block(float *p, unsigned rank, float v, mbarrier *b) {
+    asm volatile("{\n.reg .b32 there, counts;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mapa.shared::cluster.u32 counts, %3, %1;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %2, [counts];\n}"
+                 :: "r"(shared_address(p)), "r"(rank), "r"(__float_as_uint(v)), "r"(shared_address(b)) : "memory");
+}
+#else
+static __device__ __forceinline__ void cluster_arrive() {}
+static __device__ __forceinline__ void cluster_wait() {}
+static __device__ __forceinline__ void barrier_init(mbarrier *, unsigned) {}
+static __device__ __forceinline__ void barriers_ready() {}
+static __device__ __forceinline__ void barrier_expect(mbarrier *, unsigned) {}
+static __device__ __forceinline__ void barrier_wait(mbarrier *, unsigned) {}
+static __device__ __forceinline__ void send_to_block(float *, unsigned, float, mbarrier *) {}
+#endif
+#endif
+
+const unsigned ALL = 0xFFFFFFFFu;
+
+static __device__ __forceinline__ int tid()       { return (int)threadIdx.x; }
+static __device__ __forceinline__ int lane_id()   { return (int)threadIdx.x % 32; }
+static __device__ __forceinline__ int warp_id()   { return (int)threadIdx.x / 32; }
+static __device__ __forceinline__ int n_threads() { return (int)blockDim.x; }
+static __device__ __forceinline__ int block_x()   { return (int)blockIdx.x; }
+static __device__ __forceinline__ int block_y()   { return (int)blockIdx.y; }
+
+static __device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+    return v;
+}
+static __device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) v = fmaxf(v, __shfl_xor_sync(ALL, v, o));
+    return v;
+}
+
+/* Over the block, the same bits in every thread: warps by exchange, then the warps in order. shared [32]. */
+static __device__ __forceinline__ float block_sum(float v, float *shared) {
+    float sum = 0;
+    v = warp_sum(v);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / 32; i++) sum += shared[i];
+    __syncthreads();
+    return sum;
+}
+static __device__ __forceinline__ float block_max(float v, float *shared) {
+    v = warp_max(v);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / 32; i++) v = fmaxf(v, shared[i]);
+    __syncthreads();
+    return v;
+}
+
+static __device__ __forceinline__ float to_float(float v) { return v; }
+template <class T> static __device__ __forceinline__ float to_float(T v) {
+    if constexpr (std::is_same<T, half_t>::value) return __half2float(v);
+    else return __bfloat162float(v);
+}
+
+/* The one rounding of K and V; values beyond F16's range are clamped. */
+static __device__ __forceinline__ void store(float *p, float v)  { *p = v; }
+static __device__ __forceinline__ void store(half_t *p, float v) {
+    *p = __float2half_rn(fminf(fmaxf(v, -65504.0f), 65504.0f));
+}
+static __device__ __forceinline__ void store(bf16_t *p, float v) { *p = __float2bfloat16_rn(v); }
+
+/* 16 bytes of weights or cache to 8 or 4 floats. */
+static __device__ __forceinline__ void unpack(float (&f)[8], uint4 v, half_t) {
+    const unsigned w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        f[2 * i] = __half2float(__ushort_as_half((unsigned short)(w[i] & 0xFFFFu)));
+        f[2 * i + 1] = __half2float(__ushort_as_half((unsigned short)(w[i] >> 16)));
+    }
+}
+static __device__ __forceinline__ void unpack(float (&f)[8], uint4 v, bf16_t) {
+    const unsigned w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        f[2 * i] = __uint_as_float(w[i] << 16);
+        f[2 * i + 1] = __uint_as_float(w[i] & 0xFFFF0000u);
+    }
+}
+static __device__ __forceinline__ void unpack(float (&f)[4], uint4 v, float) {
+    f[0] = __uint_as_float(v.x); f[1] = __uint_as_float(v.y);
+    f[2] = __uint_as_float(v.z); f[3] = __uint_as_float(v.w);
+}
+
+/* Two floats as a pair of 16-bit elements, the first in the low half; and what that lost of each. */
+static __device__ __forceinline__ unsigned pack(float &a, float &b, half_t) {
+    const half_t x = __float2half_rn(a), y = __float2half_rn(b);
+    a -= __half2float(x);
+    b -= __half2float(y);
+    return (unsigned)__half_as_ushort(x) | (unsigned)__half_as_ushort(y) << 16;
+}
+static __device__ __forceinline__ unsigned pack(float &a, float &b, bf16_t) {
+    const bf16_t x = __float2bfloat16_rn(a), y = __float2bfloat16_rn(b);
+    a -= __bfloat162float(x);
+    b -= __bfloat162float(y);
+    return (unsigned)__bfloat16_as_ushort(x) | (unsigned)__bfloat16_as_ushort(y) << 16;
+}
+
+/* 2^k such that top * 2^k is in [2^14, 2^15): as far up in F16's range as is safe. 1 for 0 and for what
+   is not a number. */
+static __host__ __device__ __forceinline__ float half_scale(float top) {
+    const int exponent = (int)(qwen3i_bits_from_float(top) >> 23 & 255u);
+    if (exponent == 0 || exponent == 255) return 1.0f;
+    const int k = 127 + 14 - exponent;
+    return qwen3i_float_from_bits((unsigned)(127 + (k < -100 ? -100 : k > 100 ? 100 : k)) << 23);
+}
+
+/* Of n positions the length of each of at most `splits` parts: whole tiles of 32, from n alone. */
+static __device__ __forceinline__ int split_length(int n, int splits) { return round_up(ceil_div(n, splits), 32); }
+
+/* ---- Hopper (sm_90a): tiles come by TMA to shared memory, where warpgroup products (wgmma) read them ---- */
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(QWEN3_CUDA_EMULATED)
+#define QWEN3_WGMMA 1
+#endif
+
+const int WIDE_M       = 128;           /* rows of x and ... */
+const int WIDE_N       = 128;           /* ... of W in a part of a tile of a product, of which there are one or two; ... */
+const int WIDE_N_MORE  = 160;           /* ... or these in a single part, where they divide the work better */
+const int WIDE_K       = 64;            /* elements of a row that are loaded at once: 128 bytes, as they are swizzled */
+const int WIDE_CHUNK   = 2;             /* of these the tensor core adds up before float32 does: see wide_product */
+const int WIDE_THREADS = 384;           /* a warpgroup that loads, two that multiply */
+const int WIDE_POS     = 128;           /* positions of a tile of attention, and its rows */
+const int WIDE_DIM     = 128;           /* head_dim */
+const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
+/* A tile of x, and P parts of N rows of W each. */
+template <int N, int P> struct wide_tile {
+    enum { W_BYTES = N * WIDE_K * 2, BYTES = (int)WIDE_HALF + P * W_BYTES, STAGES = P == 1 ? 6 : 4 };
+};
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define QWEN3_CLUSTER_OF_2 __cluster_dims__(2, 1, 1)
+#else
+#define QWEN3_CLUSTER_OF_2
+#endif
+#ifdef QWEN3_CUDA_EMULATED
+const int WIDE_CLUSTER = 2;             /* what a launch has to say of it */
+#else
+const int WIDE_CLUSTER = 1;
+#endif
+
+/* Instructions without a C++ name; the emulator brings its own. */
+#if defined(QWEN3_WGMMA) && !defined(QWEN3_CUDA_EMULATED)
+static __device__ __forceinline__ void barrier_arrive(mbarrier *b) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
+}
+/* The same at this place in block `rank` of the cluster. */
+static __device__ __forceinline__ void barrier_arrive_at(mbarrier *b, unsigned rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+                 :: "r"(shared_address(b)), "r"(rank) : "memory");
+}
+static __device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+/* The same, and what each block has written to its shared memory before is seen by all after it. A release of everything
+   would wait for global memory, too: a MEMBAR.ALL.GPU, as long as the whole exchange. */
+static __device__ __forceinline__ void cluster_meet() {
+#if CUDART_VERSION >= 12080
+    asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+    cluster_sync();
+    asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+#else
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+/* Two floats at this place in block `rank` of the cluster; or two, and two that lie 64 further. */
+static __device__ __forceinline__ void load_from_block(float2 &v, const float *p, unsigned rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %2, %3;\n"
+                 "ld.shared::cluster.v2.f32 {%0, %1}, [there];\n}"
+                 : "=f"(v.x), "=f"(v.y) : "r"(shared_address(p)), "r"(rank) : "memory");
+}
+static __device__ __forceinline__ void load_from_block(float2 &v, float2 &w, const float *p, unsigned rank) {
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+                 "ld.shared::cluster.v2.f32 {%0, %1}, [there];\nld.shared::cluster.v2.f32 {%2, %3}, [there + 256];\n}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(w.x), "=f"(w.y) : "r"(shared_address(p)), "r"(rank) : "memory");
+}
+/* Brings what TMA reads of a map before its first tile. */
+static __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
+}
+/* A tile by TMA; its bytes are counted by the barrier. */
+static __device__ __forceinline__ void load_tile(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(b)) : "memory");
+}
+static __device__ __forceinline__ void load_tile(void *to, const CUtensorMap *map, int x, int y, int z, mbarrier *b) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4}], [%5];"
+                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(b)) : "memory");
+}
+/* To this place, and this barrier, in both blocks of the cluster. */
+static __device__ __forceinline__ void load_tile_twice(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;"
+                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(b)), "h"((unsigned short)3)
+                 : "memory");
+}
+
+/* to[0] += x, to[1] += y, where the memory is: nothing is read here, and nobody waits. Numbers below 1.2e-38 become zero. */
+static __device__ __forceinline__ void add_2_there(float *to, float x, float y) {
+    asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x), "f"(y) : "memory");
+}
+
+/* What this thread has stored in shared memory is seen by products and copies that begin after the next barrier. */
+static __device__ __forceinline__ void stores_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/* A barrier for some of the block's threads. */
+static __device__ __forceinline__ void group_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+/* The registers of a thread of this warpgroup from here on. */
+template <int N> static __device__ __forceinline__ void fewer_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
+}
+template <int N> static __device__ __forceinline__ void more_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
+}
+
+static __device__ __forceinline__ void products_begin()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+static __device__ __forceinline__ void products_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/* Wait until at most PENDING groups of products are under way. */
+template <int PENDING> static __device__ __forceinline__ void products_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
+}
+/* From here on d is what the products made of it. */
+template <int N> static __device__ __forceinline__ void products_done(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
+}
+/* p must be complete before products that read it begin. */
+static __device__ __forceinline__ void products_read(unsigned (&p)[8][4]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) asm volatile("" : "+r"(p[i / 4][i % 4]) :: "memory");
+}
+
+/* Where an operand lies: rows of 128 swizzled bytes, groups of eight rows 1,024 bytes apart. If its rows are those of
+   the sum (k and not n is outside), blocks of 64 columns are `block` bytes apart. */
+static __device__ __forceinline__ u64 operand(const void *p, unsigned block = 16) {
+    return (u64)(shared_address(p) >> 4 & 0x3FFFu) | (u64)(block >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+
+#define QWEN3_D64_INNER \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, " \
+    "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define QWEN3_D64 "{" QWEN3_D64_INNER "}"
+#define QWEN3_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+    "+f"(d[i + 6]), "+f"(d[i + 7])
+#define QWEN3_F64(d) QWEN3_F8(d, 0), QWEN3_F8(d, 8), QWEN3_F8(d, 16), QWEN3_F8(d, 24), QWEN3_F8(d, 32), \
+    QWEN3_F8(d, 40), QWEN3_F8(d, 48), QWEN3_F8(d, 56)
+
+/* d[64, 128] = a[64, 16] b[128, 16]^T, or += with add: by a warpgroup; d as in mma.sync, warp w has rows 16 w on. */
+static __device__ __forceinline__ void wide_multiply(float (&d)[64], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QWEN3_D64 ", %64, %65, p, 1, 1, 0, 0;\n}"
+                 : QWEN3_F64(d) : "l"(a), "l"(b), "r"(add));
+}
+/* The same for 160, 16, 32 and 64 rows of b. */
+static __device__ __forceinline__ void wide_multiply(float (&d)[80], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" QWEN3_D64_INNER ", %64, %65, %66, %67, %68, "
+                 "%69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, %80, %81, p, 1, 1, 0, 0;\n}"
+                 : QWEN3_F64(d), QWEN3_F8(d, 64), QWEN3_F8(d, 72) : "l"(a), "l"(b), "r"(add));
+}
+static __device__ __forceinline__ void wide_multiply(float (&d)[8], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, 0, "
+                 "0;\n}"
+                 : QWEN3_F8(d, 0) : "l"(a), "l"(b), "r"(add));
+}
+static __device__ __forceinline__ void wide_multiply(float (&d)[16], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;\n}"
+                 : QWEN3_F8(d, 0), QWEN3_F8(d, 8) : "l"(a), "l"(b), "r"(add));
+}
+static __device__ __forceinline__ void wide_multiply(float (&d)[32], u64 a, u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "%32, %33, p, 1, 1, 0, 0;\n}"
+                 : QWEN3_F8(d, 0), QWEN3_F8(d, 8), QWEN3_F8(d, 16), QWEN3_F8(d, 24) : "l"(a), "l"(b), "r"(add));
+}
+/* d[64, 128] += a[64, 16] b[16, 128], a in registers, b with its rows outside. */
+static __device__ __forceinline__ void wide_multiply(float (&d)[64], const unsigned (&a)[4], u64 b, int add) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QWEN3_D64 ", {%64, %65, %66, %67}, %68, p, 1, "
+                 "1, 1;\n}"
+                 : QWEN3_F64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+static __device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+static __device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* Two floats as F16, the first in the low half. */
+static __device__ __forceinline__ unsigned round_halves(float a, float b) {
+    const __half2 h = __floats2half2_rn(a, b);
+    return *(const unsigned *)(const void *)&h;
+}
+/* The same, clamped to its range. */
+static __device__ __forceinline__ unsigned pack_halves(float a, float b) {
+    unsigned h;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a));
+    return h;
+}
+#endif
+
+#ifdef QWEN3_WGMMA
+/* silu() for what is rounded to 16 bits afterwards. */
+static __device__ __forceinline__ float silu_fast(float x) {
+    return x * reciprocal_fast(1.0f + exp2_fast(-x * LOG2E));
+}
+
+/* The four lanes of a quad hold two neighbouring columns of each of four blocks of 8; afterwards lane i has block i. */
+static __device__ __forceinline__ uint4 gather_quad(unsigned (&w)[4]) {
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    unsigned a = odd ? w[0] : w[1], b = odd ? w[2] : w[3];
+    a = __shfl_xor_sync(ALL, a, 1);
+    b = __shfl_xor_sync(ALL, b, 1);
+    w[0] = odd ? a : w[0]; w[2] = odd ? b : w[2];
+    w[1] = odd ? w[1] : a; w[3] = odd ? w[3] : b;
+    a = high ? w[0] : w[2]; b = high ? w[1] : w[3];
+    a = __shfl_xor_sync(ALL, a, 2);
+    b = __shfl_xor_sync(ALL, b, 2);
+    w[0] = high ? a : w[0]; w[1] = high ? b : w[1];
+    w[2] = high ? w[2] : a; w[3] = high ? w[3] : b;
+    return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+/* 8 N columns of a row, two of each 8 in w, to 16-bit elements at `to`, if it is not NULL. By all lanes. */
+template <int N, class T> static __device__ __forceinline__ void store_words(T *to, const unsigned (&w)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        unsigned four[4] = {w[i], w[i + 1], w[i + 2], w[i + 3]};
+        const uint4 v = gather_quad(four);
+        if (to) *(uint4 *)(void *)(to + 8 * (i + (int)(threadIdx.x & 3))) = v;
+    }
+}
+#endif
+
+/* ================================================================================================
+   MODEL AND CONTEXT
+   ================================================================================================ */
+
 struct stored_map { u64 words[sizeof(CUtensorMap) / 8]; };      /* how TMA finds tiles; without the type's alignment */
 
 struct matrix {                         /* W [rows, cols] = data * scale; rows ld apart, zero from cols to ld */
@@ -210,6 +755,247 @@ struct cuda_model {
     float          *final_norm;
     bool            wide;               /* products with many rows can go through the kernels for Hopper */
 };
+
+struct row_info {                       /* row i of a batch, and what is wanted of it; in device memory */
+    int token, seq, position;
+    int out_row, out_slot, out_target; /* output i: of which row; where its logits are kept, or -1; its target, or -1 */
+};
+
+struct kv_layer {                       /* one layer's cache: [max_seqs, max_ctx, kv_dim] of the KV type */
+    void *k, *v;
+    int   max_ctx, kv_dim;
+};
+
+static __device__ __forceinline__ size_t kv_at(const kv_layer &c, int seq, int pos) {
+    return ((size_t)seq * c.max_ctx + (size_t)pos) * c.kv_dim;
+}
+
+struct attention_tile { int row0, n_tokens, seq, pos0; };   /* consecutive tokens of one sequence */
+
+struct listed;                          /* of the choice: see there */
+struct choice;
+struct candidates;
+
+const int LISTED_MAX = 1 << 15;         /* biases and penalised tokens in one step */
+const int N_PLANS    = 256;
+const int KEPT       = 3;               /* logits of a sequence: see cuda_ctx */
+
+struct upload_slot {                    /* pinned memory, copied to its twin on the device or read there */
+    row_info       *rows;               /* [max_rows] */
+    attention_tile *tiles;              /* [max_rows] */
+    choice         *choices;            /* [max_seqs] */
+    listed         *lists;              /* [LISTED_MAX] */
+    int            *report;             /* [max_seqs] written by the device: the tokens chosen */
+};
+
+struct plan {                           /* a matrix product of one shape, and how cuBLASLt does it best */
+    int                    n, rows, k, ldy, aligned;
+    qwen3i_type            type;
+    cublasLtMatmulDesc_t   op;
+    cublasLtMatrixLayout_t w, x, y;
+    cublasLtMatmulAlgo_t   algo;
+};
+
+static void destroy_plan(plan *p) {
+    if (p->op) cublasLtMatmulDescDestroy(p->op);
+    if (p->w) cublasLtMatrixLayoutDestroy(p->w);
+    if (p->x) cublasLtMatrixLayoutDestroy(p->x);
+    if (p->y) cublasLtMatrixLayoutDestroy(p->y);
+    memset(p, 0, sizeof *p);
+}
+
+struct run_ahead {                      /* a step that was begun before it was asked for */
+    int           n;                    /* its sequences; 0: none */
+    int           slot;
+    int          *seqs, *lengths;       /* [max_seqs] each one's tokens before the step, ... */
+    int          *last;                 /* [max_seqs] ... and the last of them */
+    qwen3_sampler *samplers;            /* [max_seqs] as they must be when it is asked for */
+    u64          *bias_hashes;          /* [max_seqs] */
+};
+
+struct cuda_ctx {
+    const cuda_model *m;
+    qwen3_ctx_desc    desc;
+    int               max_rows, group, kv_dim, q_dim, qkv_ld, act_ld, embd_ld, ff_ld;
+    const struct path_set *paths;               /* the ways through the layers, by rows */
+    bool              own_stream, tiles;        /* tiles: the tensor core kernel does this model's attention */
+    bool              wide, wide_kv;            /* many rows go through the kernels for Hopper; attention, too; ... */
+    int               few_room[4];              /* clusters of 1, 2, 4, 8 blocks of few_product that run at once */
+    int               narrow_rows;              /* ... and only up to so many need float32 rows of q and attention */
+    const qwen3_token *eos; int n_eos;          /* the model's */
+    int               n_choose;                 /* ids below this may be chosen */
+    cudaStream_t      stream, capture;
+    cublasLtHandle_t  lt;
+    plan             *plans; int next_plan;     /* [N_PLANS] */
+    cudaGraphExec_t  *graphs;                   /* [max_seqs + 1] a decode step of so many rows; ... */
+    int              *runs;                     /* ... made when it has run once and all code is loaded */
+    char             *memory, *pinned;
+    size_t            memory_size, pinned_size, host_size;
+    char             *host;                     /* plans, graphs, parity, run-ahead */
+
+    /* device memory */
+    char   *k, *v;                              /* [n_layer, max_seqs, max_ctx, kv_dim] of the KV type */
+    size_t  kv_layer_bytes;
+    float  *kept;                               /* [max_seqs, KEPT, n_vocab]: the current logits, those of a step and */
+                                                /* of the one begun ahead of it, in turn                            */
+    float2 *rope;                               /* [max_ctx, head_dim / 2] */
+    float  *freqs;
+    float  *x, *h, *tmp;                        /* [max_rows, n_embd padded]: residual, normalised, a product */
+    float  *qkv, *attn, *gate_up, *ff;          /* [max_rows, qkv_ld | q_dim | 2 n_ff | n_ff padded] */
+    struct { float *at; size_t n; } results[4]; /* those of them, and logits, that cuBLASLt writes */
+    void   *act; float *act_scale;              /* [max_rows, act_ld] input of a product */
+    half_t *wide_act, *wide_q, *wide_m;         /* [max_rows, n_embd or q_dim | q_dim | n_ff] the same on Hopper */
+    float  *ff_scale;                           /* [max_rows] of wide_m */
+    stored_map wide_h_map, wide_a_map, wide_m_map, q_map, k_map, v_map;
+    stored_map few_h_map, few_a_map, few_m_map;                 /* the same in smaller tiles */
+    float  *logits, *logprobs;                  /* [head_rows, n_vocab], [head_rows] */
+    float  *parts;
+    unsigned *qkv_tickets, *attn_tickets;
+    void   *workspace;                          /* of cuBLASLt */
+    size_t  workspace_size;
+    row_info *rows; attention_tile *tile_list; listed *lists;
+    int    *chosen; u64 *best;                  /* [max_seqs] */
+    candidates *listed_keys;                    /* [choice_rows] */
+
+    /* pinned host memory */
+    upload_slot slots[RING];
+    cudaEvent_t uploaded[RING], reported[RING];
+    int         turn;
+    float      *host_logits;                    /* [n_vocab] */
+
+    int        *current;                        /* [max_seqs] which of its KEPT logits are the sequence's */
+    run_ahead   ahead;
+};
+
+/* Rows whose logits are computed at a time: all sequences', as far as possible, and at least half of the most. */
+static int head_rows(const cuda_ctx *c) { return least(least(HEAD_ROWS, c->max_rows), most(HEAD_ROWS / 2, c->desc.max_seqs)); }
+/* Sequences that choose at a time. */
+static int choice_rows(const cuda_ctx *c) { return least(head_rows(c), c->desc.max_seqs); }
+
+struct pass {                           /* one batch on its way through the layers */
+    cuda_ctx          *c;
+    cudaStream_t       s;
+    int                n, n_tiles;      /* n_tiles 0: attention row by row */
+    const struct path *way;
+    bool               q_halves, halves;        /* q, and what attention gives, is F16 */
+    int                n_outs;          /* so many rows are wanted, the outs of c->rows; ... */
+    bool               only_wanted;     /* ... they are all that is left, in order */
+    bool               early;           /* kernels may start early: see launch_early */
+    const qwen3i_err  *err;
+};
+
+/* The rows that a product reads, as norm has left them for it. */
+struct input {
+    const float *x; int ldx;            /* float32 rows; NULL: they are in c->act or c->wide_act, ... */
+    const float *scale;                 /* ... of which each stands for this much (NULL: 1) */
+    const float *gain;                  /* not NULL: x is the residual, and the product does the norm itself */
+};
+
+/* One way through a layer: see the tables. h: what norm gave. */
+struct path {
+    qwen3_result (*norm)(const pass *p, const float *gain, const matrix &w, input *h);  /* h = RMSNorm(x), for w */
+    bool         (*norms_itself)(const pass *p, const matrix &w);       /* will the product with w do that? NULL: no */
+    qwen3_result (*qkv)(const pass *p, int layer, const input &h);      /* q, k, v = W h, normed and rotated; cache */
+    qwen3_result (*attention)(const pass *p, int layer);                /* a = softmax(q k / sqrt(d)) v */
+    qwen3_result (*o_proj)(const pass *p, int layer);                   /* x = x + Wo a */
+    qwen3_result (*mlp)(const pass *p, int layer, const input &h);      /* m = silu(Wgate h) * (Wup h) */
+    qwen3_result (*down)(const pass *p, int layer);                     /* x = x + Wdown m */
+    /* Logits of n rows of c->h, wanted from output `first` on: to c->logits or, with keep_only, to where they are kept */
+    qwen3_result (*head)(const pass *p, int first, int n, bool keep_only);
+    bool          tiles_of_halves;      /* with an F16 cache, attention by tiles reads and gives F16 ... */
+    bool          halves;               /* ... and row by row it gives F16 */
+};
+
+struct path_step { int rows; const path *way; };        /* up to so many rows */
+
+/* The ways of a context, from few rows to many, and the memory that they need. */
+struct path_set {
+    path_step    steps[3];
+    void         (*memory)(cuda_ctx *c, arena *a);
+    qwen3_result (*prepare)(cuda_ctx *c, const qwen3i_err *err);
+};
+
+static const path *way_for(const cuda_ctx *c, int n) {
+    const path_step *s = c->paths->steps;
+    while (n > s->rows) s++;
+    return s->way;
+}
+
+/* All that depends on how many rows a batch has is decided here. */
+static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
+    pass p;
+    p.c = c; p.s = s; p.n = n; p.n_tiles = n_tiles;
+    p.way = way_for(c, n);
+    p.q_halves = c->wide_kv && p.way->tiles_of_halves && n_tiles > 0;
+    p.halves = p.q_halves || (c->wide_kv && p.way->halves && n_tiles == 0);
+    p.n_outs = n;
+    p.only_wanted = false;
+    p.early = c->m->capability >= 90;
+    p.err = err;
+    return p;
+}
+
+/* CALL(T) with T as the type of a product's weights and input, or of the cache */
+#define BY_WEIGHT_TYPE(w, CALL) ((w).type == QWEN3I_F32 ? CALL(float) : CALL(half_t))
+#define BY_KV_TYPE(c, CALL) ((c)->desc.kv_type == QWEN3_KV_F32 ? CALL(float) : \
+                             (c)->desc.kv_type == QWEN3_KV_BF16 ? CALL(bf16_t) : CALL(half_t))
+#define RUN(...)                                                                                                       \
+    do {                                                                                                               \
+        const cudaError_t e_ = launch(p->s, __VA_ARGS__);                                                              \
+        if (e_ != cudaSuccess) return cuda_fail(p->err, e_, "kernel launch");                                          \
+    } while (0)
+
+static qwen3_result launched(const pass *p, cudaError_t e, const char *what) {
+    return e == cudaSuccess ? QWEN3_OK : cuda_fail(p->err, e, what);
+}
+
+/* ================================================================================================
+   WEIGHTS: to the device
+   ================================================================================================ */
+
+/* top_bits: *top = the largest |w| of a BF16 matrix, as bits (they order like the values). *top is 0 before. */
+static __global__ void top_bits_kernel(unsigned *top, const unsigned short *w, size_t n) {
+    unsigned most_bits = 0;
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+        const unsigned bits = (unsigned)(w[i] & 0x7FFFu) << 16;
+        most_bits = bits > most_bits ? bits : most_bits;
+    }
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) {
+        const unsigned other = __shfl_xor_sync(ALL, most_bits, o);
+        most_bits = other > most_bits ? other : most_bits;
+    }
+    if (threadIdx.x % 32 == 0) atomicMax(top, most_bits);
+}
+
+/* bf16_to_f16: w = w * 2^k in place, with 2^k as half_scale() of the largest. */
+static __global__ void bf16_to_f16_kernel(unsigned short *w, size_t n, const unsigned *top) {
+    const float up = half_scale(__uint_as_float(*top));
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+        w[i] = __half_as_ushort(__float2half_rn(__uint_as_float((unsigned)w[i] << 16) * up));
+}
+
+/* row_norms: *most = the largest norm of n rows of W = w * scale, one warp a row; *most is 0 before. */
+static __global__ void row_norms_kernel(float *most, const half_t *w, int n, int k, int ld, float scale) {
+    const int row = block_x() * (n_threads() / 32) + warp_id();
+    float sum = 0;
+    if (row >= n) return;
+    for (int i = lane_id(); i < k; i += 32) {
+        const float v = to_float(w[(size_t)row * ld + i]) * scale;
+        sum += v * v;
+    }
+    sum = sqrtf(warp_sum(sum));
+    if (lane_id() == 0) atomicMax((unsigned *)(void *)most, __float_as_uint(sum));      /* they order like the values */
+}
+
+/* Was this kernel compiled for a chip with these instructions? */
+static __global__ void has_wgmma_kernel(int *yes) {
+#ifdef QWEN3_WGMMA
+    *yes = 1;
+#else
+    *yes = 0;
+#endif
+}
 
 /* The matrices that are stored below each other: as one type, F32 if theirs differ. BF16 until it is converted. */
 struct weight_group { matrix *to; const qwen3i_matrix *from[3]; int n; };
@@ -603,7 +1389,7 @@ static qwen3_result open_device(cuda_model *m, int device, const qwen3i_err *err
     if (m->capability < 75)
         return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: %s has compute capability %d.%d; 7.5 is the least", m->name,
                     prop.major, prop.minor);
-    e = cudaFuncGetAttributes(&code, rope_table_kernel);
+    e = cudaFuncGetAttributes(&code, top_bits_kernel);
     if (e != cudaSuccess) {
         cudaGetLastError();
         return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: this build has no code for %s (sm_%d): %s", m->name, m->capability,
@@ -681,416 +1467,418 @@ static qwen3_result create_model(void **model_state, const qwen3_model *model, c
 static const char *device_name(const void *model_state) { return ((const cuda_model *)model_state)->name; }
 
 /* ================================================================================================
-   CONTEXT: everything one user of a model needs, taken at once
+   ROWS: embedding, rotation, those that are wanted
    ================================================================================================ */
-const int LISTED_MAX = 1 << 15;         /* biases and penalised tokens in one step */
-const int N_PLANS    = 256;
-const int KEPT       = 3;               /* logits of a sequence: see cuda_ctx */
 
-struct upload_slot {                    /* pinned memory, copied to its twin on the device or read there */
-    row_info       *rows;               /* [max_rows] */
-    attention_tile *tiles;              /* [max_rows] */
-    choice         *choices;            /* [max_seqs] */
-    listed         *lists;              /* [LISTED_MAX] */
-    int            *report;             /* [max_seqs] written by the device: the tokens chosen */
-};
-
-struct plan {                           /* a matrix product of one shape, and how cuBLASLt does it best */
-    int                    n, rows, k, ldy, aligned;
-    qwen3i_type            type;
-    cublasLtMatmulDesc_t   op;
-    cublasLtMatrixLayout_t w, x, y;
-    cublasLtMatmulAlgo_t   algo;
-};
-
-static void destroy_plan(plan *p) {
-    if (p->op) cublasLtMatmulDescDestroy(p->op);
-    if (p->w) cublasLtMatrixLayoutDestroy(p->w);
-    if (p->x) cublasLtMatrixLayoutDestroy(p->x);
-    if (p->y) cublasLtMatrixLayoutDestroy(p->y);
-    memset(p, 0, sizeof *p);
+/* embed: x[row, :] = E[token, :] * scale, as float32. Exact.
+   One block a row. Equal to the CPU's row copy (qwen3i_embed). */
+template <class W>
+static __global__ void embed_kernel(float *x, const W *table, float scale, const row_info *rows, int width, int ld) {
+    wait_for_previous();
+    let_next_start();
+    const W *from = table + (size_t)rows[blockIdx.x].token * ld;
+    for (int i = tid(); i < width; i += n_threads())
+        x[(size_t)blockIdx.x * ld + i] = to_float(from[i]) * scale;
 }
 
-struct run_ahead {                      /* a step that was begun before it was asked for */
-    int           n;                    /* its sequences; 0: none */
-    int           slot;
-    int          *seqs, *lengths;       /* [max_seqs] each one's tokens before the step, ... */
-    int          *last;                 /* [max_seqs] ... and the last of them */
-    qwen3_sampler *samplers;            /* [max_seqs] as they must be when it is asked for */
-    u64          *bias_hashes;          /* [max_seqs] */
-};
-
-struct cuda_ctx {
-    const cuda_model *m;
-    qwen3_ctx_desc    desc;
-    int               max_rows, group, kv_dim, q_dim, qkv_ld, act_ld, embd_ld, ff_ld;
-    bool              standard;                 /* one plain kernel for each operation: see tests/cuda_lab.cu */
-    bool              own_stream, tiles;        /* tiles: the tensor core kernel does this model's attention */
-    bool              wide, wide_kv;            /* many rows go through the kernels for Hopper; attention, too; ... */
-    int               few_room[4];              /* clusters of 1, 2, 4, 8 blocks of few_product that run at once */
-    int               narrow_rows;              /* ... and only up to so many need float32 rows of q and attention */
-    const qwen3_token *eos; int n_eos;          /* the model's */
-    int               n_choose;                 /* ids below this may be chosen */
-    cudaStream_t      stream, capture;
-    cublasLtHandle_t  lt;
-    plan             *plans; int next_plan;     /* [N_PLANS] */
-    cudaGraphExec_t  *graphs;                   /* [max_seqs + 1] a decode step of so many rows; ... */
-    int              *runs;                     /* ... made when it has run once and all code is loaded */
-    char             *memory, *pinned;
-    size_t            memory_size, pinned_size, host_size;
-    char             *host;                     /* plans, graphs, parity, run-ahead */
-
-    /* device memory */
-    char   *k, *v;                              /* [n_layer, max_seqs, max_ctx, kv_dim] of the KV type */
-    size_t  kv_layer_bytes;
-    float  *kept;                               /* [max_seqs, KEPT, n_vocab]: the current logits, those of a step and */
-                                                /* of the one begun ahead of it, in turn                            */
-    float2 *rope;                               /* [max_ctx, head_dim / 2] */
-    float  *freqs;
-    float  *x, *h, *tmp;                        /* [max_rows, n_embd padded]: residual, normalised, a product */
-    float  *qkv, *attn, *gate_up, *ff;          /* [max_rows, qkv_ld | q_dim | 2 n_ff | n_ff padded] */
-    struct { float *at; size_t n; } results[4]; /* those of them, and logits, that cuBLASLt writes */
-    void   *act; float *act_scale;              /* [max_rows, act_ld] input of a product */
-    half_t *wide_act, *wide_q, *wide_m;         /* [max_rows, n_embd or q_dim | q_dim | n_ff] the same on Hopper */
-    float  *ff_scale;                           /* [max_rows] of wide_m */
-    stored_map wide_h_map, wide_a_map, wide_m_map, q_map, k_map, v_map;
-    stored_map few_h_map, few_a_map, few_m_map;                 /* the same in smaller tiles */
-    float  *logits, *logprobs;                  /* [head_rows, n_vocab], [head_rows] */
-    float  *parts;
-    unsigned *qkv_tickets, *attn_tickets;
-    void   *workspace;                          /* of cuBLASLt */
-    size_t  workspace_size;
-    row_info *rows; attention_tile *tile_list; listed *lists;
-    int    *chosen; u64 *best;                  /* [max_seqs] */
-    candidates *listed_keys;                    /* [choice_rows] */
-
-    /* pinned host memory */
-    upload_slot slots[RING];
-    cudaEvent_t uploaded[RING], reported[RING];
-    int         turn;
-    float      *host_logits;                    /* [n_vocab] */
-
-    int        *current;                        /* [max_seqs] which of its KEPT logits are the sequence's */
-    run_ahead   ahead;
-};
-
-/* Rows whose logits are computed at a time: all sequences', as far as possible, and at least half of the most. */
-static int head_rows(const cuda_ctx *c) { return least(least(HEAD_ROWS, c->max_rows), most(HEAD_ROWS / 2, c->desc.max_seqs)); }
-/* Sequences that choose at a time. */
-static int choice_rows(const cuda_ctx *c) { return least(head_rows(c), c->desc.max_seqs); }
-
-/* How many parts the positions of a row are split into: enough to fill the chip, from the shape alone. */
-static int attention_splits(const cuda_ctx *c, int rows) {
-    const int want = 2 * c->m->n_sm / (c->m->config.n_head_kv * rows);
-    return want < 1 ? 1 : want > MAX_SPLITS ? MAX_SPLITS : want;
+/* x = embedding of the rows' tokens */
+template <class W> static cudaError_t launch_embed(const pass *p, const matrix &w) {
+    return launch_early(p->early, p->s, grid1(p->n), row_threads(w.cols, 4, p->n), 0, embed_kernel<W>,
+                  p->c->x, (const W *)w.data, w.scale, (const row_info *)p->c->rows, w.cols, w.ld);
+}
+static qwen3_result embed(const pass *p) {
+    const matrix &w = p->c->m->embed;
+#define CALL(T) launch_embed<T>(p, w)
+    return launched(p, BY_WEIGHT_TYPE(w, CALL), "embed");
+#undef CALL
 }
 
-/* One for each head of a row, or for each of the blocks of attention_decode that are there at once. */
-static size_t attention_tickets(const cuda_ctx *c) {
-    return most((size_t)c->max_rows * c->m->config.n_head, (size_t)(2 * c->m->n_sm));
-}
-
-static float *take_result(cuda_ctx *c, arena *a, int i, size_t n) {
-    c->results[i].n = n;
-    return c->results[i].at = a->take<float>(n);
-}
-
-static void lay_out_device(cuda_ctx *c, arena *a) {
-    const qwen3i_config *g = &c->m->config;
-    const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
-    const size_t gemm = c->wide ? 0 : rows;
-    const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
-    const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
-    const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);
-    c->kv_layer_bytes = seqs * ctx * c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
-    c->k = a->take<char>((size_t)g->n_layer * c->kv_layer_bytes);
-    c->v = a->take<char>((size_t)g->n_layer * c->kv_layer_bytes);
-    c->kept = a->take<float>(seqs * KEPT * vocab);
-    c->rope = a->take<float2>(ctx * half);
-    c->freqs = a->take<float>(half);
-    c->x = a->take<float>(rows * embd);
-    c->h = a->take<float>(narrow * embd);
-    c->tmp = take_result(c, a, 0, gemm * embd);
-    c->qkv = take_result(c, a, 1, (c->wide_kv ? narrow : rows) * c->qkv_ld);
-    c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
-    c->gate_up = take_result(c, a, 2, gemm * 2 * c->ff_ld);
-    c->ff = a->take<float>((c->standard ? rows : (size_t)least(c->max_rows, MATVEC_ROWS)) *
-                           c->ff_ld);
-    c->act = a->take<float>(gemm * c->act_ld);
-    c->act_scale = a->take<float>(rows);
-    if (c->wide) {
-        c->wide_act = a->take<half_t>(rows * most(c->q_dim, g->n_embd));
-        c->wide_q = a->take<half_t>(c->wide_kv ? rows * c->q_dim : 0);
-        c->wide_m = a->take<half_t>(rows * g->n_ff);
-        c->ff_scale = a->take<float>(rows);
+/* rope_table: table[pos, i] = cosine and sine of pos * freqs[i], times scale. One block a position.
+   Equals qwen3i_rope_angles: the angle is a float32 product, its cosine is taken in double. */
+static __global__ void rope_table_kernel(float2 *table, const float *freqs, int half, float scale) {
+    for (int i = tid(); i < half; i += n_threads()) {
+        const float angle = (float)blockIdx.x * freqs[i];
+        table[(size_t)blockIdx.x * half + i] =
+            make_float2((float)cos((double)angle) * scale, (float)sin((double)angle) * scale);
     }
-    c->logits = take_result(c, a, 3, (size_t)head_rows(c) * vocab);
-    c->logprobs = a->take<float>((size_t)head_rows(c));
-    c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
-    c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
-    c->attn_tickets = a->take<unsigned>(attention_tickets(c));
-    c->workspace = a->take<char>(c->workspace_size);
-    c->rows = a->take<row_info>(rows);
-    c->tile_list = a->take<attention_tile>(rows);
-    c->listed_keys = a->take<candidates>((size_t)choice_rows(c));
-    c->lists = a->take<listed>((size_t)LISTED_MAX);
-    c->chosen = a->take<int>(seqs);
-    c->best = a->take<u64>(seqs);
 }
 
-static void lay_out_pinned(cuda_ctx *c, arena *a) {
-    const size_t rows = (size_t)c->max_rows, seqs = (size_t)c->desc.max_seqs;
-    for (int i = 0; i < RING; i++) {
-        c->slots[i].rows = a->take<row_info>(rows);
-        c->slots[i].tiles = a->take<attention_tile>(rows);
-        c->slots[i].choices = a->take<choice>(seqs);
-        c->slots[i].lists = a->take<listed>((size_t)LISTED_MAX);
-        c->slots[i].report = a->take<int>(seqs);
+template <int N, class T> static __device__ __forceinline__ void load_n(float (&v)[N], const T *p) {
+    if (N == 4 && sizeof(T) == 4) {
+        const float4 f = *(const float4 *)(const void *)p;
+        v[0] = f.x; v[N > 1 ? 1 : 0] = f.y; v[N > 2 ? 2 : 0] = f.z; v[N > 3 ? 3 : 0] = f.w;
+    } else if (N == 4) {
+        union { uint2 raw; T t[8 / sizeof(T)]; } u;
+        u.raw = *(const uint2 *)(const void *)p;
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = to_float(u.t[i % (8 / (int)sizeof(T))]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = to_float(p[i]);
     }
-    c->host_logits = a->take<float>((size_t)c->m->config.n_vocab);
+}
+template <int N> static __device__ __forceinline__ void store_n(float *p, const float (&v)[N]) {
+    if (N == 4) *(float4 *)(void *)p = make_float4(v[0], v[N > 1 ? 1 : 0], v[N > 2 ? 2 : 0], v[N > 3 ? 3 : 0]);
+    else p[0] = v[0];
+}
+static __device__ __forceinline__ void store_n(half_t *p, float (&v)[4]) {
+    *(uint2 *)(void *)p = make_uint2(pack(v[0], v[1], half_t()), pack(v[2], v[3], half_t()));
 }
 
-static void lay_out_host(cuda_ctx *c, arena *a) {
-    const size_t seqs = (size_t)c->desc.max_seqs;
-    c->plans = a->take<plan>((size_t)N_PLANS);
-    c->graphs = a->take<cudaGraphExec_t>(seqs + 1);
-    c->runs = a->take<int>(seqs + 1);
-    c->current = a->take<int>(seqs);
-    c->ahead.seqs = a->take<int>(seqs);
-    c->ahead.lengths = a->take<int>(seqs);
-    c->ahead.last = a->take<int>(seqs);
-    c->ahead.samplers = a->take<qwen3_sampler>(seqs);
-    c->ahead.bias_hashes = a->take<u64>(seqs);
-}
-
-/* What follows from the model and the descriptor. */
-static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *desc, bool standard) {
-    const qwen3i_config *g = &m->config;
-    memset(c, 0, sizeof *c);
-    c->m = m;
-    c->desc = *desc;
-    c->standard = standard;
-    c->max_rows = most(desc->prefill_chunk, desc->max_seqs);
-    c->group = g->n_head / g->n_head_kv;
-    c->q_dim = g->n_head * g->head_dim;
-    c->kv_dim = g->n_head_kv * g->head_dim;
-    c->qkv_ld = c->q_dim + 2 * c->kv_dim;
-    c->embd_ld = round_up(g->n_embd, 8);
-    c->ff_ld = round_up(g->n_ff, 8);
-    c->act_ld = round_up(most(most(g->n_embd, g->n_ff), c->q_dim), 8);
-    c->tiles = (g->head_dim == 64 || g->head_dim == 128) && c->group <= TILE_ROWS &&
-               (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
-    c->wide = m->wide && !standard;
-    c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
-    c->workspace_size = c->wide ? 0 : WORKSPACE;         /* its products are all our own */
-    c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, FEW_MOST)) : c->max_rows;
-}
-
-static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
-    qwen3_memory bytes;
-    arena device = {NULL, 0}, pinned = {NULL, 0}, host = {NULL, 0};
-    cuda_ctx c;
-    shape_ctx(&c, (const cuda_model *)model_state, desc, false);
-    lay_out_device(&c, &device);
-    lay_out_pinned(&c, &pinned);
-    lay_out_host(&c, &host);
-    bytes.device_bytes = device.used;
-    bytes.host_bytes = pinned.used + host.used + sizeof c;
-    return bytes;
-}
-
-static void free_ctx(void *ctx_state) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
-    if (!c) return;
-    const qwen3_allocator a = c->desc.allocator;
-    {
-        device_guard guard(c->m->device);
-        if (c->stream) cudaStreamSynchronize(c->stream);
-        for (int i = 0; c->plans && i < N_PLANS; i++) destroy_plan(&c->plans[i]);
-        for (int i = 0; c->graphs && i <= c->desc.max_seqs; i++) if (c->graphs[i]) cudaGraphExecDestroy(c->graphs[i]);
-        for (int i = 0; i < RING; i++) {
-            if (c->uploaded[i]) cudaEventDestroy(c->uploaded[i]);
-            if (c->reported[i]) cudaEventDestroy(c->reported[i]);
-        }
-        if (c->lt) cublasLtDestroy(c->lt);
-        if (c->own_stream && c->stream) cudaStreamDestroy(c->stream);
-        if (c->capture) cudaStreamDestroy(c->capture);
-        if (c->pinned) cudaFreeHost(c->pinned);
-        if (c->memory) cudaFree(c->memory);
+/* Four columns of n rows: row i of `to` is row out_row of `from`, several on their way at a time. out_row rises and is
+   never less than i, so it may be done in place. */
+template <class O, class T> static __device__ __forceinline__ void gather_columns(O *to, const T *from, int ld,
+                                                                                  const row_info *outs, int n) {
+    const int U = 8;
+    for (int first = 0; first < n; first += U) {
+        float v[U][4];
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            if (first + u < n) load_n<4>(v[u], from + (size_t)outs[first + u].out_row * ld);
+#pragma unroll
+        for (int u = 0; u < U; u++) if (first + u < n) store_n(to + (size_t)(first + u) * ld, v[u]);
     }
-    host_free(&a, c->host, c->host_size);
-    host_free(&a, c, sizeof *c);
 }
 
-static qwen3_result take_memory(cuda_ctx *c, const qwen3i_err *err) {
-    arena device = {NULL, 0}, pinned = {NULL, 0}, host = {NULL, 0};
-    lay_out_device(c, &device);
-    lay_out_pinned(c, &pinned);
-    lay_out_host(c, &host);
-    c->memory_size = device.used;
-    c->pinned_size = pinned.used;
-    c->host_size = host.used;
-    c->plans = NULL;
-    c->graphs = NULL;
-    c->host = (char *)host_alloc(&c->desc.allocator, c->host_size);
-    if (!c->host) return no_host_memory(err, c->host_size);
-    host.base = c->host;
-    host.used = 0;
-    lay_out_host(c, &host);
-    if (cudaHostAlloc((void **)&c->pinned, c->pinned_size, cudaHostAllocMapped) != cudaSuccess) {
-        cudaGetLastError();
-        return no_host_memory(err, c->pinned_size);
-    }
-    pinned.base = c->pinned;
-    pinned.used = 0;
-    lay_out_pinned(c, &pinned);
-    TRY(device_alloc(&c->memory, c->memory_size, "the context", err));
-    device.base = c->memory;
-    device.used = 0;
-    lay_out_device(c, &device);
-    return QWEN3_OK;
+/* keep_wanted: the n rows of x [rows, ldx] and of what attention gives [rows, lda] that outs name, to their beginning;
+   `to` may be `from`. A thread for each four columns of both. Exact. Equals qwen3i_keep_wanted. */
+template <class O, class T> static __global__ void keep_wanted_kernel(float *x, int ldx, O *to, const T *from, int lda,
+                                                                      const row_info *outs, int n) {
+    const int col = 4 * (block_x() * n_threads() + tid());
+    wait_for_previous();
+    let_next_start();
+    if (col < ldx) gather_columns(x + col, (const float *)x + col, ldx, outs, n);
+    else if (col - ldx < lda) gather_columns(to + (col - ldx), from + (col - ldx), lda, outs, n);
 }
 
-static qwen3_result allow_tile_shared(const cuda_ctx *c, const qwen3i_err *err);
-
-template <class K> static qwen3_result allow_shared(K *kernel, size_t bytes, const qwen3i_err *err) {
-    CUDA_TRY(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
-    return QWEN3_OK;
-}
-
-template <int R> static qwen3_result allow_few_shared(const qwen3i_err *err) {
-    const size_t bytes = FEW_SHARED;
-    TRY(allow_shared(few_product_kernel<WIDE_ADD, half_t, WIDE_M / 2, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<WIDE_ADD, half_t, WIDE_M, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<WIDE_QKV, half_t, WIDE_M, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<WIDE_QKV, bf16_t, WIDE_M, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<WIDE_QKV, float, WIDE_M, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<WIDE_SWIGLU, half_t, WIDE_M, R>, bytes, err));
-    return allow_shared(few_product_kernel<WIDE_STORE, half_t, WIDE_M, R>, bytes, err);
-}
-
-/* A cluster lies within one of the chip's groups of multiprocessors: of 264 places for blocks, 30 clusters of 8 find one. */
-static qwen3_result find_few_room(cuda_ctx *c, const qwen3i_err *err) {
-    for (int i = 0; i < 4; i++) {
-        cudaLaunchConfig_t config = cudaLaunchConfig_t();
-        cudaLaunchAttribute cluster;
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = 1u << i;
-        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-        config.gridDim = dim3(1u << i);
-        config.blockDim = dim3((unsigned)FEW_THREADS);
-        config.dynamicSmemBytes = FEW_SHARED;
-        config.attrs = &cluster;
-        config.numAttrs = 1;
-        CUDA_TRY(cudaOccupancyMaxActiveClusters(&c->few_room[i], few_product_kernel<WIDE_SWIGLU, half_t, WIDE_M, FEW_MOST>,
-                                                &config));
-        c->few_room[i] = most(c->few_room[i], 1);
-    }
-    return QWEN3_OK;
-}
-
-template <int P> static qwen3_result allow_wide_shared(const qwen3i_err *err) {
-    const size_t bytes = wide_product_shared<WIDE_N, P>();
-    TRY(allow_shared(wide_product_kernel<WIDE_ADD, half_t, WIDE_N, P>, bytes, err));
-    TRY(allow_shared(wide_product_kernel<WIDE_QKV, half_t, WIDE_N, P>, bytes, err));
-    TRY(allow_shared(wide_product_kernel<WIDE_QKV, bf16_t, WIDE_N, P>, bytes, err));
-    TRY(allow_shared(wide_product_kernel<WIDE_QKV, float, WIDE_N, P>, bytes, err));
-    return allow_shared(wide_product_kernel<WIDE_SWIGLU, half_t, WIDE_N, P>, bytes, err);
-}
-
-static qwen3_result prepare_wide_ctx(cuda_ctx *c, const qwen3i_err *err) {
-    const qwen3i_config *g = &c->m->config;
-    const u64 rows = (u64)c->max_rows, ctx = (u64)c->desc.max_ctx, sets = (u64)c->desc.max_seqs * (u64)g->n_layer;
-    TRY(make_map(&c->wide_h_map, c->wide_act, (u64)g->n_embd, rows, WIDE_M, err));
-    TRY(make_map(&c->wide_a_map, c->wide_act, (u64)c->q_dim, rows, WIDE_M, err));
-    TRY(make_map(&c->wide_m_map, c->wide_m, (u64)g->n_ff, rows, WIDE_M, err));
-    TRY(make_map(&c->few_h_map, c->wide_act, (u64)g->n_embd, rows, FEW_X_TILE, err));
-    TRY(make_map(&c->few_a_map, c->wide_act, (u64)c->q_dim, rows, FEW_X_TILE, err));
-    TRY(make_map(&c->few_m_map, c->wide_m, (u64)g->n_ff, rows, FEW_X_TILE, err));
-    TRY(allow_few_shared<32>(err));
-    TRY(allow_few_shared<64>(err));
-    TRY(find_few_room(c, err));
-    TRY(allow_wide_shared<1>(err));
-    TRY(allow_wide_shared<2>(err));
-    TRY(allow_shared(wide_product_kernel<WIDE_ADD, half_t, WIDE_N_MORE, 1>, wide_product_shared<WIDE_N_MORE, 1>(), err));
-    if (!c->wide_kv) return QWEN3_OK;
-    TRY(make_map(&c->q_map, c->wide_q, WIDE_DIM, (u64)g->n_head, rows, c->group, WIDE_M / c->group, err));
-    TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
-    TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
-    TRY(allow_shared(wide_attention_kernel, WIDE_ATTENTION_SHARED, err));
-    return QWEN3_OK;
-}
-
-static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
-    const qwen3i_config *g = &c->m->config;
-    float freqs[MAX_HEAD_DIM / 2];
-    float scale;
-    CUDA_TRY(cudaStreamCreateWithFlags(&c->capture, cudaStreamNonBlocking));
-    c->stream = (cudaStream_t)c->desc.stream;
-    if (!c->stream) {
-        CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
-        c->own_stream = true;
-    }
-    TRY(take_memory(c, err));
-    for (int i = 0; i < RING; i++) {
-        CUDA_TRY(cudaEventCreateWithFlags(&c->uploaded[i], cudaEventDisableTiming));
-        CUDA_TRY(cudaEventCreateWithFlags(&c->reported[i], cudaEventDisableTiming));
-    }
-    LT_TRY(cublasLtCreate(&c->lt));
-    TRY(allow_tile_shared(c, err));
-    if (c->wide) TRY(prepare_wide_ctx(c, err));
-    CUDA_TRY(
-        cudaFuncSetAttribute(choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(choose_shared)));
-    scale = qwen3_backend_rotation(freqs, g, (double)c->desc.yarn_factor);
-    CUDA_TRY(
-        cudaMemcpyAsync(c->freqs, freqs, (size_t)g->head_dim / 2 * sizeof(float), cudaMemcpyHostToDevice, c->stream));
-    CUDA_TRY(launch(c->stream, dim3((unsigned)c->desc.max_ctx), 64, 0, rope_table_kernel, c->rope,
-                    (const float *)c->freqs, g->head_dim / 2, scale));
-    CUDA_TRY(cudaMemsetAsync(c->k, 0, (size_t)g->n_layer * c->kv_layer_bytes, c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->v, 0, (size_t)g->n_layer * c->kv_layer_bytes, c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->kept, 0, (size_t)c->desc.max_seqs * KEPT * g->n_vocab * sizeof(float), c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->qkv_tickets, 0, (size_t)(g->n_head + g->n_head_kv) * sizeof(unsigned), c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->attn_tickets, 0, attention_tickets(c) * sizeof(unsigned), c->stream));
-    if (c->wide) {                      /* tiles are read whole, whatever is in the rows that a batch has not */
-        CUDA_TRY(cudaMemsetAsync(c->wide_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2, c->stream));
-        CUDA_TRY(cudaMemsetAsync(c->wide_m, 0, (size_t)c->max_rows * g->n_ff * 2, c->stream));
-    }
-    if (!c->wide)    /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
-        for (const auto &r : c->results) CUDA_TRY(cudaMemsetAsync(r.at, 0, r.n * sizeof(float), c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->best, 0, (size_t)c->desc.max_seqs * sizeof(u64), c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)choice_rows(c) * sizeof(candidates), c->stream)); /* read whole */
-    CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
-    CUDA_TRY(cudaStreamSynchronize(c->stream));
-    return QWEN3_OK;
-}
-
-static qwen3_result create_ctx_for(bool standard, void **ctx_state, void *model_state, const qwen3_model *model,
-                                   const qwen3_ctx_desc *desc, const qwen3i_err *err) {
-    const cuda_model *m = (const cuda_model *)model_state;
-    cuda_ctx *c = (cuda_ctx *)host_alloc(&desc->allocator, sizeof *c);
-    *ctx_state = NULL;
-    if (!c) return no_host_memory(err, sizeof *c);
-    shape_ctx(c, m, desc, standard);
-    const qwen3i_model_view view = qwen3_backend_view(model);      /* the tokenizer may have come after the weights */
-    c->eos = view.eos;
-    c->n_eos = view.n_eos;
-    c->n_choose = least(view.n_tokens, m->config.n_vocab);
-    device_guard guard(m->device);
-    const qwen3_result r =
-        guard.status == cudaSuccess ? fill_ctx(c, err) : cuda_fail(err, guard.status, "cudaSetDevice");
-    if (r == QWEN3_OK) *ctx_state = c;
-    else free_ctx(c);
-    return r;
-}
-
-static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
-                               const qwen3_ctx_desc *desc, const qwen3i_err *err) {
-    return create_ctx_for(false, ctx_state, model_state, model, desc, err);
+template <class O, class T> static cudaError_t launch_keep_wanted(const pass *p, O *to, const T *from) {
+    cuda_ctx *c = p->c;
+    return launch_early(p->early, p->s, grid1(ceil_div((c->embd_ld + c->q_dim) / 4, 64)), 64, 0,
+                        keep_wanted_kernel<O, T>, c->x, c->embd_ld, to, from, c->q_dim, (const row_info *)c->rows,
+                        p->n_outs);
 }
 
 /* ================================================================================================
-   MATRIX PRODUCTS by cuBLASLt: a plan for each shape, made once
+   NORM
    ================================================================================================ */
+
+template <class T> struct vector_of { enum { N = 16 / (int)sizeof(T) }; };       /* elements in 16 bytes */
+
+/* Sum of v over rows of `lanes` threads (8, 16 or whole warps), the same bits in each of them: by exchange within the
+   warps, then once more over the warps. shared [32]. */
+template <class S> static __device__ __forceinline__ S row_sum(S v, int lanes, S *shared) {
+    const int warps = lanes / 32;
+    for (int o = lanes < 32 ? lanes / 2 : 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+    if (warps <= 1) return v;
+    if (lane_id() == 0) shared[warp_id()] = v;
+    __syncthreads();
+    v = lane_id() < warps ? shared[warp_id() / warps * warps + lane_id()] : 0;
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+    return v;
+}
+
+/* What each of the `lanes` threads of a row has of it: K times the 16 bytes that lie lanes * 16 apart. */
+template <class T, int K, int V = vector_of<T>::N>
+static __device__ __forceinline__ void load_row(float (&v)[K][V], const T *row, int at, int step, int width) {
+#pragma unroll
+    for (int k = 0; k < K; k++)
+        unpack(v[k], at + k * step < width ? *(const uint4 *)(const void *)(row + at + k * step)
+                                           : make_uint4(0, 0, 0, 0), T());
+}
+template <int V> static __device__ __forceinline__ void load_gains(float (&g)[V], const float *gain) {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+        const float4 f = *(const float4 *)(const void *)(gain + i);
+        g[i] = f.x; g[i + 1] = f.y; g[i + 2] = f.z; g[i + 3] = f.w;
+    }
+}
+/* The gains of as many elements: before the row, where they fit into registers beside it, as they are there already. */
+template <int K, int V>
+static __device__ __forceinline__ void load_all_gains(float (&g)[K][V], const float *gain, int at, int step, int width) {
+#pragma unroll
+    for (int k = 0; k < K; k++) if (at + k * step < width) load_gains(g[k], gain + at + k * step);
+}
+template <int K, int V> static constexpr __device__ bool gains_first() { return K * V <= 16; }
+/* The sum of squares in pairs: where one element is far above the others, few additions round what it has made large. */
+template <int N> static __device__ __forceinline__ float pair_sum(const float *v) {
+    if constexpr (N == 1) return v[0] * v[0];
+    else return pair_sum<N / 2>(v) + pair_sum<N / 2>(v + N / 2);
+}
+template <int K, int V> static __device__ __forceinline__ float sum_of_squares(const float (&v)[K][V]) {
+    float sums[K];
+#pragma unroll
+    for (int k = 0; k < K; k++) sums[k] = pair_sum<V>(v[k]);
+#pragma unroll
+    for (int k = 1; k < K; k++) sums[0] += sums[k];
+    return sums[0];
+}
+template <int V, class O> static __device__ __forceinline__ void store_vector(O *p, float (&v)[V]) {
+    if constexpr (sizeof(O) == 4) {
+#pragma unroll
+        for (int i = 0; i < V; i += 4) *(float4 *)(void *)(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+    } else *(uint4 *)(void *)p = make_uint4(pack(v[0], v[1], O()), pack(v[2], v[3], O()), pack(v[4], v[5], O()),
+                                            pack(v[6], v[7], O()));
+}
+
+/* What threads add up for a row of results of this type: float32 alone shows what rounding the sums would do. */
+template <class O> struct norm_sum { typedef float type; };
+template <> struct norm_sum<float> { typedef double type; };
+
+/* 1 / sqrt(sum / width + eps) as the sum of two floats: a square root, and a step of Newton's on what it leaves over. */
+template <class S> static __device__ __forceinline__ float2 inverse_rms(S sum, float width, float eps) {
+    const float high = (float)sum, all = fmaf(eps, width, high), lost = fmaf(eps, width, high - all) + (float)(sum - (S)high);
+    const float r = 1.0f / sqrtf(all / width), square = r * r;
+    const float left = fmaf(-square, all, width) - fmaf(r, r, -square) * all - square * lost;
+    return make_float2(r, fabsf(left) < width ? r * left / (2 * width) : 0.0f);
+}
+/* x * r * gain, rounded once if y is float32, before it is rounded to y's type otherwise. */
+static __device__ __forceinline__ float normed(float x, float2 r, float gain, const float *) {
+    const float y = x * r.x;
+    return fmaf(y, gain, fmaf(x, r.y, fmaf(x, r.x, -y)) * gain);
+}
+template <class O> static __device__ __forceinline__ float normed(float x, float2 r, float gain, const O *) {
+    return x * r.x * gain;
+}
+
+/* rmsnorm: y[row, group, :] = x[row, group, :] * gain / sqrt(mean square + eps), float32 throughout, one rounding
+   to y. x, y: rows ldx and ldy apart, each of gridDim.y groups of `width`; y may be x; gain [width]; with pad,
+   y[row, width .. pad) = 0. outs: NULL, or row i is made from row out_row of x. `lanes` threads work on a row, which
+   they hold in registers (K vectors each), a block on as many rows as it has threads for. All 16-byte aligned.
+   Equals qwen3i_rmsnorm; with groups = heads its per-head form. */
+template <class O, class T, int K> static __global__ void __launch_bounds__(norm_threads(K))
+    rmsnorm_kernel(O *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int rows, int width,
+                   int pad, float eps, int lanes) {
+    const int V = vector_of<T>::N;
+    typedef typename norm_sum<O>::type S;
+    __shared__ S shared[32];
+    const int at = tid() % lanes * V, step = lanes * V, slot = block_x() * (n_threads() / lanes) + tid() / lanes;
+    const bool mine = slot < rows;
+    float v[K][V], g[K][V];
+    if (gains_first<K, V>()) load_all_gains<K>(g, gain, at, step, width);
+    wait_for_previous();
+    let_next_start();
+    const size_t row = outs && mine ? (size_t)outs[slot].out_row : (size_t)slot, group = (size_t)blockIdx.y * width;
+    load_row<T, K>(v, x + (mine ? row * ldx + group : 0), at, step, width);
+    const float2 r = inverse_rms(row_sum((S)sum_of_squares(v), lanes, shared), (float)width, eps);
+    if (!mine) return;
+    O *out = y + (size_t)slot * ldy + group;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        if (at + k * step >= width) break;
+        if (!gains_first<K, V>()) load_gains(g[k], gain + at + k * step);
+#pragma unroll
+        for (int i = 0; i < V; i++) v[k][i] = normed(v[k][i], r, g[k][i], y);
+        store_vector(out + at + k * step, v[k]);
+    }
+    for (int i = width + tid() % lanes; i < pad; i += lanes) store(out + i, 0.0f);
+}
+
+/* The same for any width and alignment, one element at a time. Grid (rows, groups). */
+template <class O, class T> static __global__ void __launch_bounds__(1024)
+    rmsnorm_any_kernel(O *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int width, int pad,
+                       float eps) {
+    __shared__ float shared[32];
+    wait_for_previous();
+    let_next_start();
+    const size_t row = outs ? (size_t)outs[blockIdx.x].out_row : blockIdx.x, group = (size_t)blockIdx.y * width;
+    const T *in = x + row * ldx + group;
+    O *out = y + (size_t)blockIdx.x * ldy + group;
+    float sum = 0;
+    for (int i = tid(); i < width; i += n_threads()) sum += to_float(in[i]) * to_float(in[i]);
+    const float2 r = inverse_rms(block_sum(sum, shared), (float)width, eps);
+    for (int i = tid(); i < width; i += n_threads()) store(out + i, normed(to_float(in[i]), r, gain[i], y));
+    for (int i = width + tid(); i < pad; i += n_threads()) store(out + i, 0.0f);
+}
+
+/* How rows of so many vectors of 16 bytes are normed: `lanes` threads a row with k vectors each, `together` rows a block;
+   k 0: one element at a time. Few rows want one short pass, many want several loads in flight and full blocks; what suits
+   the widths of the models was found by tools/sweep_rmsnorm.py. */
+struct norm_shape { int k, lanes, together; };
+
+static norm_shape rmsnorm_shape(int vectors, bool halves, long long rows) {
+    norm_shape s = {rows <= 512 ? 1 : halves ? 2 : 4, 0, 1};
+    const int most_lanes = rows <= 64 ? 512 : rows > 512 && halves ? 256 : 320;
+    while (s.k < 8 && ceil_div(vectors, s.k) > (rows <= 64 && s.k == 2 ? 640 : most_lanes)) s.k *= 2;
+    s.lanes = ceil_div(vectors, s.k);
+    s.lanes = s.lanes <= 8 ? 8 : s.lanes <= 16 ? 16 : round_up(s.lanes, 32);
+    if (rows > 512 && s.lanes < 64) s.together = 256 / s.lanes;
+    if (s.lanes < 32) s.together = most(s.together, 32 / s.lanes);
+    if (s.lanes > norm_threads(s.k)) s.k = 0;
+    return s;
+}
+
+template <class O, class T, int K>
+static cudaError_t launch_rmsnorm_shape(bool early, cudaStream_t s, norm_shape shape, O *y, int ldy, const T *x,
+                                        int ldx, const row_info *outs, const float *gain, int rows, int groups,
+                                        int width, int pad, float eps) {
+    return launch_early(early, s, grid2(ceil_div(rows, shape.together), groups), shape.lanes * shape.together, 0,
+                        rmsnorm_kernel<O, T, K>, y, ldy, x, ldx, outs, gain, rows, width, pad, eps, shape.lanes);
+}
+
+template <class O, class T> static cudaError_t launch_rmsnorm(bool early, cudaStream_t s, O *y, int ldy, const T *x,
+                                                              int ldx, const row_info *outs, const float *gain,
+                                                              int rows, int groups, int width, int pad, float eps) {
+    const int v = vector_of<T>::N;
+    const bool aligned = width % v == 0 && ldx % v == 0 && ldy % v == 0 && (size_t)x % 16 == 0 && (size_t)y % 16 == 0 &&
+                         (size_t)gain % 16 == 0;
+    const norm_shape shape = rmsnorm_shape(ceil_div(width, v), sizeof(T) == 2, (long long)rows * groups);
+#define QWEN3_SHAPE(K) case K: return launch_rmsnorm_shape<O, T, K>(early, s, shape, y, ldy, x, ldx, outs, gain, rows, \
+                                                                    groups, width, pad, eps)
+    switch (aligned ? shape.k : 0) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
+#undef QWEN3_SHAPE
+    return launch_early(early, s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_any_kernel<O, T>, y, ldy,
+                        x, ldx, outs, gain, width, pad, eps);
+}
+
+/* ---- the input of a product with many rows ---- */
+/* The input of a matrix product with many rows: float32, or F16 with row r standing for data * scale[r]. With
+   rest not 0 what the rounding lost goes that many elements further: the sum of both has 22 bits. */
+static __device__ __forceinline__ void store_input(float *p, float v, float, size_t) { *p = v; }
+static __device__ __forceinline__ void store_input(half_t *p, float v, float up, size_t rest) {
+    const float scaled = v * up;
+    const half_t high = __float2half_rn(scaled);
+    *p = high;
+    if (rest) p[rest] = __float2half_rn(scaled - __half2float(high));
+}
+
+/* round_rows: the input of a product from float32 rows. in [rows, ld_in], out [rows, ld], zero from width on; out_scale
+   NULL: F16 as it is. One block a row. */
+template <class O> static __global__ void round_rows_kernel(O *out, float *out_scale, const float *in, int ld_in,
+                                                            int width, int ld, size_t rest) {
+    __shared__ float shared[32];
+    const float *from = in + (size_t)blockIdx.x * ld_in;
+    float top = 0, up = 1;
+    wait_for_previous();
+    let_next_start();
+    if (sizeof(O) == 2 && out_scale) {
+        for (int i = tid(); i < width; i += n_threads()) top = fmaxf(top, fabsf(from[i]));
+        up = half_scale(block_max(top, shared));
+        if (threadIdx.x == 0) out_scale[blockIdx.x] = 1.0f / up;
+    }
+    for (int i = tid(); i < ld; i += n_threads())
+        store_input(&out[(size_t)blockIdx.x * ld + i], i < width ? from[i] : 0.0f, up, rest);
+}
+
+/* Input of a product with W: float32 rows to c->act in W's type. */
+template <class O>
+static cudaError_t launch_round_rows(const pass *p, const matrix &w, const float *in, int ld_in, int n) {
+    return launch(p->s, grid1(n), row_threads(w.ld, 4, n), 0, round_rows_kernel<O>,
+                  (O *)p->c->act, p->c->act_scale, in, ld_in, w.cols, w.ld, rest_of(w, n));
+}
+static qwen3_result round_rows(const pass *p, const matrix &w, const float *in, int ld_in, int n) {
+#define CALL(T) launch_round_rows<T>(p, w, in, ld_in, n)
+    return launched(p, BY_WEIGHT_TYPE(w, CALL), "round_rows");
+#undef CALL
+}
+
+static const float *act_scale(const pass *p, const matrix &w) { return w.type == QWEN3I_F32 ? NULL : p->c->act_scale; }
+
+/* ---- on Hopper: normed and rounded in one kernel ---- */
+/* What ff_scale is for the norm of a row of h. */
+static __device__ __forceinline__ float ff_scale_of(float norm, const float *bounds) {
+    return 1.0f / half_scale(norm * bounds[0] * (norm * bounds[1]));
+}
+
+/* What a row's norm is made of: the squares of x, of x * gain, and the largest of the latter. */
+struct row_sums { float x, gained; float top; };
+
+/* This thread's part of it, and its elements times their gains, which are in g if they were loaded FIRST. */
+template <bool FIRST, int K>
+static __device__ __forceinline__ row_sums times_gains(float (&v)[K][4], float (&g)[K][4], const float *gain, int at,
+                                                       int step, int width) {
+    row_sums s = {sum_of_squares(v), 0, 0};
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        if (!FIRST && at + k * step < width) load_gains(g[k], gain + at + k * step);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            v[k][i] = at + k * step < width ? v[k][i] * g[k][i] : 0.0f;
+            s.top = fmaxf(s.top, fabsf(v[k][i]));
+        }
+    }
+    s.gained = sum_of_squares(v);
+    return s;
+}
+static __device__ __forceinline__ row_sums warp_sums(const row_sums &s) {
+    const row_sums all = {warp_sum(s.x), warp_sum(s.gained), warp_max(s.top)};
+    return all;
+}
+
+/* How a row of inputs of a product is kept: h = x * gain * times, and times up, a power of two, in F16. */
+struct row_scale { float times, up, ff; };
+
+static __device__ __forceinline__ row_scale scale_row(const row_sums &s, int width, float eps, const float *bounds) {
+    const float r = inverse_rms(s.x, (float)width, eps).x;
+    const row_scale scale = {r, half_scale(s.top * r), bounds ? ff_scale_of(sqrtf(s.gained) * r, bounds) : 1.0f};
+    return scale;
+}
+static __device__ __forceinline__ void store_row(half_t *to, const float (&v)[4], const row_scale &s) {
+    float h[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) h[i] = v[i] * s.times * s.up;
+    store_n(to, h);
+}
+
+/* What a norm reads, and the row scales that its product leaves to the one after it. */
+struct norm_args { const float *x; int ldx; const float *gain, *bounds; float eps; float *ff_scale; };
+
+/* wide_norm: out[row, :] = rmsnorm(x[row, :]) / scale[row], rounded once to F16; scale is a power of two. With
+   bounds, the largest norms of a row of W gate and of W up, also a power of two, ff_scale[row], with which the
+   products silu(gate) * up fit F16: |gate| <= |row of W gate| |h|. `lanes` threads (whole warps) work on a row, which
+   they hold in registers (K vectors of four each), a block on as many rows as it has threads for; width a multiple of 4.
+   Order as rmsnorm. Equals qwen3i_rmsnorm, and one rounding. */
+template <int K> static __global__ void __launch_bounds__(norm_threads(K))
+    wide_norm_kernel(half_t *out, float *scale, norm_args a, int rows, int width, int lanes) {
+    __shared__ row_sums sums[32];
+    const int at = 4 * (tid() % lanes), step = 4 * lanes, row = block_x() * (n_threads() / lanes) + tid() / lanes;
+    float v[K][4], g[K][4];
+    let_next_start();                   /* the next one's weights come while the one before this still works */
+    if (gains_first<K, 4>()) load_all_gains<K>(g, a.gain, at, step, width);
+    wait_for_previous();
+    load_row<float, K>(v, a.x + (size_t)(row < rows ? row : 0) * a.ldx, at, step, width);
+    row_sums s = warp_sums(times_gains<gains_first<K, 4>()>(v, g, a.gain, at, step, width));
+    if (lanes > 32) {
+        const int warps = lanes / 32;
+        if (lane_id() == 0) sums[warp_id()] = s;
+        s.x = s.gained = s.top = 0;
+        __syncthreads();
+        if (lane_id() < warps) s = sums[warp_id() / warps * warps + lane_id()];
+        s = warp_sums(s);
+    }
+    if (row >= rows) return;
+    const row_scale h = scale_row(s, width, a.eps, a.bounds);
+    if (at == 0) {
+        scale[row] = 1.0f / h.up;
+        if (a.bounds) a.ff_scale[row] = h.ff;
+    }
+#pragma unroll
+    for (int k = 0; k < K; k++) if (at + k * step < width) store_row(out + (size_t)row * width + at + k * step, v[k], h);
+}
+
+static norm_args norm_arguments(const pass *p, const float *gain, const matrix &w) {
+    const norm_args a = {p->c->x, p->c->embd_ld, gain, w.bounds, p->c->m->config.rms_eps, p->c->ff_scale};
+    return a;
+}
+
+static cudaError_t launch_wide_norm(const pass *p, const norm_args &a) {
+    const cuda_ctx *c = p->c;
+    const int width = c->m->config.n_embd;
+    norm_shape s = rmsnorm_shape(width / 4, false, p->n);
+    s.lanes = round_up(s.lanes, 32);
+    s.together = p->n > 512 && s.lanes == 32 ? 8 : 1;
+#define QWEN3_SHAPE(K) case K: return launch_early(p->early, p->s, grid1(ceil_div(p->n, s.together)), s.lanes * s.together, \
+                                                   0, wide_norm_kernel<K>, c->wide_act, c->act_scale, a, p->n, width, s.lanes)
+    switch (s.k) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
+#undef QWEN3_SHAPE
+    return cudaErrorInvalidValue;       /* no model that is wide has such rows */
+}
+
+/* ================================================================================================
+   PRODUCT: y = W x and x = x + W y
+   ================================================================================================ */
+
+/* ---- by cuBLASLt: a plan for each shape, made once ---- */
 static qwen3_result describe_plan(plan *p, const qwen3i_err *err) {
     const cudaDataType_t in = p->type == QWEN3I_F32 ? CUDA_R_32F : CUDA_R_16F;
     const cublasOperation_t transposed = CUBLAS_OP_T;
@@ -1166,166 +1954,179 @@ static qwen3_result product(cuda_ctx *c, cudaStream_t s, float *y, int ldy, cons
     return QWEN3_OK;
 }
 
-/* ================================================================================================
-   LAYER: the operations on the rows of a batch, each in three ways
-   ================================================================================================ */
-enum mode {
-    MATVEC, GEMM,                       /* fused: up to 8 rows, and with cuBLASLt */
-    FEW, WIDE,                          /* the same as GEMM, by the kernels for Hopper: up to 64 rows, and more */
-    STANDARD                            /* one plain kernel for each operation */
-};
-
-struct pass {                           /* one batch on its way through the layers */
-    cuda_ctx          *c;
-    cudaStream_t       s;
-    int                n, n_tiles;      /* n_tiles 0: attention row by row */
-    mode               how;
-    int                n_outs;          /* so many rows are wanted, the outs of c->rows; ... */
-    bool               only_wanted;     /* ... they are all that is left, in order */
-    bool               early;           /* kernels may start early: see launch_early */
-    bool               layers;          /* all of them, one after the other, not a single operation for tests */
-    const float       *gain;            /* not NULL: the next one is to do it, with this gain */
-    bool               pending;         /* tmp is still to be added to x ... */
-    const float       *pending_scale;   /* ... times this */
-    const qwen3i_err  *err;
-};
-
-/* CALL(T) with T as the type of a product's weights and input, or of the cache */
-#define BY_WEIGHT_TYPE(w, CALL) ((w).type == QWEN3I_F32 ? CALL(float) : CALL(half_t))
-#define BY_KV_TYPE(c, CALL) ((c)->desc.kv_type == QWEN3_KV_F32 ? CALL(float) : \
-                             (c)->desc.kv_type == QWEN3_KV_BF16 ? CALL(bf16_t) : CALL(half_t))
-#define RUN(...)                                                                                                       \
-    do {                                                                                                               \
-        const cudaError_t e_ = launch(p->s, __VA_ARGS__);                                                              \
-        if (e_ != cudaSuccess) return cuda_fail(p->err, e_, "kernel launch");                                          \
-    } while (0)
-
-static qwen3_result launched(const pass *p, cudaError_t e, const char *what) {
-    return e == cudaSuccess ? QWEN3_OK : cuda_fail(p->err, e, what);
-}
-
-static bool goes_wide(const cuda_ctx *c, int n) {
-    return c->wide && n > FEW_MOST;
-}
-
-/* Up to so many rows go through the matrix-vector kernels. */
-static int matvec_rows(const cuda_ctx *c) { return c->wide ? FEW_LEAST - 1 : MATVEC_ROWS; }
-
-/* Are q and what attention gives F16? */
-static bool halves(const pass *p) { return p->how == WIDE && p->c->wide_kv && p->n_tiles > 0; }
-
-/* Is what attention gives F16? */
-static bool gives_halves(const pass *p) {
-    return p->c->wide_kv && (p->how == WIDE || (p->how == FEW && p->n_tiles == 0));
-}
-
-static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
-    pass p;
-    p.c = c; p.s = s; p.n = n; p.n_tiles = n_tiles;
-    p.how = c->standard ? STANDARD : n <= matvec_rows(c) ? MATVEC :
-            goes_wide(c, n) ? WIDE : c->wide ? FEW : GEMM;
-    p.n_outs = n;
-    p.only_wanted = false;
-    p.early = c->m->capability >= 90;
-    p.layers = false;
-    p.gain = NULL;
-    p.pending = false;
-    p.pending_scale = NULL;
-    p.err = err;
-    return p;
-}
-
-static dim3 grid1(int x)        { return dim3((unsigned)x); }
-static dim3 grid2(int x, int y) { return dim3((unsigned)x, (unsigned)y); }
-
-/* Threads for a block that works on rows of n elements, `each` at a time: fewer if there are many rows. */
-static int row_threads(int n, int each, int rows) {
-    const int want = round_up(ceil_div(n, each), 32), limit = rows > 512 ? 256 : 1024;
-    return want < 32 ? 32 : want > limit ? limit : want;
-}
-
-/* How rows of so many vectors of 16 bytes are normed: `lanes` threads a row with k vectors each, `together` rows a block;
-   k 0: one element at a time. Few rows want one short pass, many want several loads in flight and full blocks; what suits
-   the widths of the models was found by tools/sweep_rmsnorm.py. */
-struct norm_shape { int k, lanes, together; };
-
-static norm_shape rmsnorm_shape(int vectors, bool halves, long long rows) {
-    norm_shape s = {rows <= 512 ? 1 : halves ? 2 : 4, 0, 1};
-    const int most_lanes = rows <= 64 ? 512 : rows > 512 && halves ? 256 : 320;
-    while (s.k < 8 && ceil_div(vectors, s.k) > (rows <= 64 && s.k == 2 ? 640 : most_lanes)) s.k *= 2;
-    s.lanes = ceil_div(vectors, s.k);
-    s.lanes = s.lanes <= 8 ? 8 : s.lanes <= 16 ? 16 : round_up(s.lanes, 32);
-    if (rows > 512 && s.lanes < 64) s.together = 256 / s.lanes;
-    if (s.lanes < 32) s.together = most(s.together, 32 / s.lanes);
-    if (s.lanes > norm_threads(s.k)) s.k = 0;
-    return s;
-}
-
-template <class O, class T, int K>
-static cudaError_t launch_rmsnorm_shape(bool early, cudaStream_t s, norm_shape shape, O *y, int ldy, const T *x,
-                                        int ldx, const row_info *outs, const float *gain, int rows, int groups,
-                                        int width, int pad, float eps) {
-    return launch_early(early, s, grid2(ceil_div(rows, shape.together), groups), shape.lanes * shape.together, 0,
-                        rmsnorm_kernel<O, T, K>, y, ldy, x, ldx, outs, gain, rows, width, pad, eps, shape.lanes);
-}
-
-template <class O, class T> static cudaError_t launch_rmsnorm(bool early, cudaStream_t s, O *y, int ldy, const T *x,
-                                                              int ldx, const row_info *outs, const float *gain,
-                                                              int rows, int groups, int width, int pad, float eps) {
-    const int v = vector_of<T>::N;
-    const bool aligned = width % v == 0 && ldx % v == 0 && ldy % v == 0 && (size_t)x % 16 == 0 && (size_t)y % 16 == 0 &&
-                         (size_t)gain % 16 == 0;
-    const norm_shape shape = rmsnorm_shape(ceil_div(width, v), sizeof(T) == 2, (long long)rows * groups);
-#define QWEN3_SHAPE(K) case K: return launch_rmsnorm_shape<O, T, K>(early, s, shape, y, ldy, x, ldx, outs, gain, rows, \
-                                                                    groups, width, pad, eps)
-    switch (aligned ? shape.k : 0) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
-#undef QWEN3_SHAPE
-    return launch_early(early, s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_any_kernel<O, T>, y, ldy,
-                        x, ldx, outs, gain, width, pad, eps);
-}
-
-/* Input of a product with W: float32 rows to c->act in W's type. */
-template <class O>
-static cudaError_t launch_round_rows(const pass *p, const matrix &w, const float *in, int ld_in, int n) {
-    return launch(p->s, grid1(n), row_threads(w.ld, 4, n), 0, round_rows_kernel<O>,
-                  (O *)p->c->act, p->c->act_scale, in, ld_in, w.cols, w.ld, rest_of(w, n));
-}
-static qwen3_result round_rows(const pass *p, const matrix &w, const float *in, int ld_in, int n) {
-#define CALL(T) launch_round_rows<T>(p, w, in, ld_in, n)
-    return launched(p, BY_WEIGHT_TYPE(w, CALL), "round_rows");
-#undef CALL
-}
-
-static const float *act_scale(const pass *p, const matrix &w) { return w.type == QWEN3I_F32 ? NULL : p->c->act_scale; }
-
 /* y = W act, without the rows' scales */
 static qwen3_result act_product(const pass *p, float *y, int ldy, const matrix &w, int first, int n) {
     return product(p->c, p->s, y, ldy, w, first, n, p->c->act, p->n, p->err);
 }
 
-static qwen3_result add_pending(pass *p) {
+/* add_rows: x[row, :] += add[row, :] * scale[row] (scale NULL: 1). One block a row. Equals qwen3i_add. */
+static __global__ void add_rows_kernel(float *x, const float *add, const float *scale, int width, int ld) {
+    const size_t base = (size_t)blockIdx.x * ld;
+    const float s = scale ? scale[blockIdx.x] : 1.0f;
+    for (int i = tid(); i < width; i += n_threads()) x[base + i] += add[base + i] * s;
+}
+
+/* scale_rows: x[row, 0 .. width) *= scale[row], after a product of scaled rows. One block a row. */
+static __global__ void scale_rows_kernel(float *x, const float *scale, int width, int ld) {
+    const float s = scale[blockIdx.x];
+    for (int i = tid(); i < width; i += n_threads()) x[(size_t)blockIdx.x * ld + i] *= s;
+}
+
+/* x += W act */
+static qwen3_result product_add(const pass *p, const matrix &w) {
     cuda_ctx *c = p->c;
-    if (!p->pending) return QWEN3_OK;
-    RUN(grid1(p->n), row_threads(c->embd_ld, 4, p->n), 0, add_rows_kernel, c->x, (const float *)c->tmp,
-        p->pending_scale, c->m->config.n_embd, c->embd_ld);
-    p->pending = false;
+    TRY(act_product(p, c->tmp, c->embd_ld, w, 0, w.rows));
+    RUN(grid1(p->n), row_threads(c->embd_ld, 4, p->n), 0, add_rows_kernel, c->x, (const float *)c->tmp, act_scale(p, w),
+        c->m->config.n_embd, c->embd_ld);
     return QWEN3_OK;
 }
 
-/* ---- matrix-vector kernels by type, rows and rows a warp ---------------------------------------- */
-static matvec_in vector_input(const pass *p, const matrix &w, const float *x, int ldx, int rows) {
-    matvec_in in;
-    in.w = w.data; in.scale = w.scale; in.n = w.rows; in.k = w.cols; in.ldw = w.ld;
-    in.x = x; in.rows = rows; in.ldx = ldx;
-    in.gain = NULL; in.eps = p->c->m->config.rms_eps;
-    in.near = (size_t)w.rows * w.ld * qwen3i_type_size(w.type) <= p->c->m->cache_bytes / 4;
-    return in;
+/* ---- 1 to 8 rows: weights in registers ---- */
+struct matvec_in {
+    const void  *w;                     /* [n, ldw], rows 16-byte aligned, zero from k to ldw */
+    float        scale;                 /* W = w * scale */
+    int          n, k, ldw;
+    const float *x;                     /* [rows, ldx] */
+    int          rows, ldx;
+    const float *gain;                  /* [k]: x is to be normalised first (one row only); NULL: it is */
+    float        eps;
+    bool         near;                  /* W fits well into the second-level cache */
+};
+
+/* k .. k + 3 of n floats, zero past the end */
+static __device__ __forceinline__ float4 load_up_to_4(const float *p, int k, int n) {
+    float4 v = make_float4(0, 0, 0, 0);
+    if (k + 4 <= n) return *(const float4 *)(const void *)(p + k);
+    if (k < n) v.x = p[k];
+    if (k + 1 < n) v.y = p[k + 1];
+    if (k + 2 < n) v.z = p[k + 2];
+    return v;
 }
 
-/* h as such an input, or x with the norm that is still to be done */
-static matvec_in normalised_input(const pass *p, const matrix &w) {
-    matvec_in in = vector_input(p, w, p->gain ? p->c->x : p->c->h, p->c->embd_ld, p->n);
-    in.gain = p->gain;
+/* x for k in [k0, k0 + n) to shared memory, zero past in.k and past the rows. Groups of V are kept as V / 4 planes
+   of float4, so that the lanes of a warp read neighbouring 16 bytes. */
+template <int V, int R, int TILE>
+static __device__ __forceinline__ void stage_x(float4 *xs, const matvec_in &in, int k0, int n) {
+    for (int r = 0; r < R; r++)
+        for (int q = tid(); q < n / 4; q += n_threads())
+            xs[r * (TILE / 4) + q % (V / 4) * (TILE / V) + q / (V / 4)] =
+                r < in.rows ? load_up_to_4(in.x + (size_t)r * in.ldx, k0 + 4 * q, in.k) : make_float4(0, 0, 0, 0);
+}
+
+/* acc[j][r] = sum over k of W[rows[j]][k] x[r][k], in every lane of the warp; nothing for a row of -1. The first
+   weights are asked for before anything of x is read. Order: lane l takes elements V l .. V l + V - 1 of each 32 V,
+   lanes are added by exchange: it depends on k alone. */
+template <class W, int R, int NR> static __device__ __forceinline__ void dot_rows(float (&acc)[NR][R],
+                                                                                  const int (&rows)[NR],
+                                                                                  const matvec_in &in, float4 *xs) {
+    const int V = 16 / (int)sizeof(W), U = NR > 4 ? 1 : 8 / NR, BATCH = U * 32 * V, TILE = MATVEC_TILE / R;
+    static_assert(TILE % BATCH == 0, "a batch of loads stays within a tile of x");
+    const int lane = lane_id();
+    const W *w = (const W *)in.w;
+    uint4 next[U][NR], now[U][NR];
+#define QWEN3_LOAD(k0)                                                                                                 \
+    do {                                                                                                               \
+        _Pragma("unroll") for (int u = 0; u < U; u++) _Pragma("unroll") for (int j = 0; j < NR; j++) {                 \
+            const int at = (k0) + (u * 32 + lane) * V;                                                                 \
+            next[u][j] =                                                                                               \
+                at < in.ldw && rows[j] >= 0 ? load_stream(w + (size_t)rows[j] * in.ldw + at) : make_uint4(0, 0, 0, 0); \
+        }                                                                                                              \
+    } while (0)
+#pragma unroll
+    for (int j = 0; j < NR; j++)
+#pragma unroll
+        for (int r = 0; r < R; r++) acc[j][r] = 0;
+    QWEN3_LOAD(0);
+    if (in.near)      /* ... and the rest brought as near as possible */
+        for (int k = BATCH + lane * (128 / (int)sizeof(W)); k < in.ldw; k += 32 * (128 / (int)sizeof(W)))
+#pragma unroll
+            for (int j = 0; j < NR; j++) if (rows[j] >= 0) prefetch(w + (size_t)rows[j] * in.ldw + k);
+    wait_for_previous();
+    for (int tile = 0; tile < in.k; tile += TILE) {
+        const int left = in.k - tile, n = left < TILE ? round_up(left, BATCH) : TILE;
+        __syncthreads();
+        stage_x<V, R, TILE>(xs, in, tile, n);
+        __syncthreads();
+        const int end = left < TILE ? in.k : tile + TILE;
+        for (int k = tile; k < end; k += BATCH) {
+#pragma unroll
+            for (int u = 0; u < U; u++)
+#pragma unroll
+                for (int j = 0; j < NR; j++) now[u][j] = next[u][j];
+            if (k + BATCH < in.k) QWEN3_LOAD(k + BATCH);
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                const int at = (k - tile) / V + u * 32 + lane;
+                float f[NR][V];
+#pragma unroll
+                for (int j = 0; j < NR; j++) unpack(f[j], now[u][j], W());
+#pragma unroll
+                for (int r = 0; r < R; r++)
+#pragma unroll
+                    for (int p = 0; p < V / 4; p++) {
+                        const float4 x = xs[r * (TILE / 4) + p * (TILE / V) + at];
+#pragma unroll
+                        for (int j = 0; j < NR; j++) {
+                            acc[j][r] += f[j][4 * p] * x.x;
+                            acc[j][r] += f[j][4 * p + 1] * x.y;
+                            acc[j][r] += f[j][4 * p + 2] * x.z;
+                            acc[j][r] += f[j][4 * p + 3] * x.w;
+                        }
+                    }
+            }
+        }
+    }
+#undef QWEN3_LOAD
+    let_next_start();
+#pragma unroll
+    for (int j = 0; j < NR; j++)
+#pragma unroll
+        for (int r = 0; r < R; r++) acc[j][r] = warp_sum(acc[j][r]) * in.scale;
+}
+
+/* n rows of W are shared evenly by the warps of the grid: where the share of a warp begins. */
+static __device__ __forceinline__ int share_begin(int warp, int n) {
+    return (int)((long long)warp * n / ((int)gridDim.x * MATVEC_WARPS));
+}
+
+/* This warp's rows, at most NR; -1 for those that it has not. */
+template <int NR> static __device__ __forceinline__ void matvec_rows(int (&rows)[NR], int n) {
+    const int warp = block_x() * MATVEC_WARPS + warp_id(), first = share_begin(warp, n), end = share_begin(warp + 1, n);
+#pragma unroll
+    for (int j = 0; j < NR; j++) rows[j] = first + j < end ? first + j : -1;
+}
+
+/* matvec: y[slot(r), i] = (W x[r])_i, or += with ADD. x [rows, ldx] float32, rows <= R; y [.., ldy] float32;
+   slot(r) = outs ? its out_slot : r; none if that is -1. A warp has at most NR rows of W; 8 warps a block.
+   Equals qwen3i_matmul; with ADD the residual is added in float32. */
+template <class W, int R, int NR, bool ADD> static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
+    matvec_kernel(matvec_in in, float *y, int ldy, const row_info *outs) {
+    __shared__ float4 xs[MATVEC_TILE / 4];
+    int rows[NR];
+    float acc[NR][R];
+    matvec_rows<NR>(rows, in.n);
+    dot_rows<W, R, NR>(acc, rows, in, xs);
+    if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        if (r >= in.rows) break;
+        const int slot = outs ? outs[r].out_slot : r;
+        if (slot < 0) continue;
+#pragma unroll
+        for (int j = 0; j < NR; j++) {
+            if (rows[j] < 0) continue;
+            float &out = y[(size_t)slot * ldy + rows[j]];
+            out = ADD ? out + acc[j][r] : acc[j][r];
+        }
+    }
+}
+
+static matvec_in vector_input(const pass *p, const matrix &w, const input &h, int rows) {
+    matvec_in in;
+    in.w = w.data; in.scale = w.scale; in.n = w.rows; in.k = w.cols; in.ldw = w.ld;
+    in.x = h.x; in.rows = rows; in.ldx = h.ldx;
+    in.gain = h.gain; in.eps = p->c->m->config.rms_eps;
+    in.near = (size_t)w.rows * w.ld * qwen3i_type_size(w.type) <= p->c->m->cache_bytes / 4;
     return in;
 }
 
@@ -1339,76 +2140,6 @@ static share matvec_share(const pass *p, int n, int most_rows) {
     s.rows = ceil_div(n, s.blocks * MATVEC_WARPS);
     return s;
 }
-
-static size_t stream_shared(const matvec_in &in, int ring) { return stream_bytes(in.ldw, ring); }
-
-/* The ring that lets two kernels' blocks be on a multiprocessor; where x is long, the short one; 0: neither fits. */
-static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
-    const cuda_model *m = p->c->m;
-    if (in.rows != 1 || w.type == QWEN3I_F32 || m->capability < 80) return 0;
-    if (stream_shared(in, STREAM_RING) <= m->sm_shared / 2 - 1024) return STREAM_RING;
-    return stream_shared(in, STREAM_RING_SHORT) <= m->block_shared ? STREAM_RING_SHORT : 0;
-}
-
-/* In clusters of so many blocks, with as much shared memory as the kernel asks for. */
-template <class... P, class... A>
-static cudaError_t launch_shared(const pass *p, int cluster, dim3 grid, int threads, size_t shared, void (*kernel)(P...),
-                                 A... args) {
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    return e != cudaSuccess ? e : launch_clusters(p->early, cluster, p->s, grid, threads, shared, kernel, args...);
-}
-template <class... P, class... A>
-static cudaError_t launch_stream(const pass *p, const matvec_in &in, int ring, int units, void (*kernel)(P...),
-                                 A... args) {
-    return launch_shared(p, 1, grid1(least(p->c->m->n_sm, ceil_div(units, MATVEC_WARPS))), 32 * MATVEC_WARPS,
-                         stream_shared(in, ring), kernel, args...);
-}
-
-/* Rows that a warp takes at a time of the `each` that it has: few turns, few of them idle. */
-static int stream_rows_at_once(int each) {
-    return each >= 4 && ceil_div(each, 3) * 3 < ceil_div(each, 4) * 4 ? 3 : least(each, 4);
-}
-static int stream_each(const pass *p, int units) { return ceil_div(units, p->c->m->n_sm * MATVEC_WARPS); }
-
-template <int RING, bool ADD>
-static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
-#define CALL(NR) launch_stream(p, in, RING, in.n, stream_matvec_kernel<NR, RING, ADD>, in, y, outs, ldy)
-    switch (stream_rows_at_once(stream_each(p, in.n))) {
-        case 1:  return CALL(1);
-        case 2:  return CALL(2);
-        case 3:  return CALL(3);
-        default: return CALL(4);
-    }
-#undef CALL
-}
-template <int RING> static cudaError_t stream_mlp(const pass *p, const matvec_in &in, float *y) {
-    const int each = stream_each(p, in.n / 2);
-#define CALL(P) launch_stream(p, in, RING, in.n / 2, stream_mlp_kernel<P, RING>, in, y)
-    return each == 1 ? CALL(1) : each == 3 && RING == STREAM_RING ? CALL(3) : CALL(2);
-#undef CALL
-}
-
-/* Blocks that share a head of q, k or v as a cluster; 0: where that would leave much of the chip idle, as 48 heads do
-   with 132 multiprocessors, all blocks share all rows. */
-static int head_parts(const pass *p, const qkv_args &a) {
-    const int heads = a.n_head + 2 * a.n_head_kv, n_sm = p->c->m->n_sm;
-    int parts = 8;
-    if (p->c->m->capability < 90) return 0;
-    while (parts > 1 && (heads * parts > n_sm || a.head_dim < parts * MATVEC_WARPS)) parts /= 2;
-    return heads * parts <= n_sm && 8 * heads * parts >= 7 * n_sm ? parts : 0;
-}
-template <class T, int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
-    const int parts = head_parts(p, a), blocks = parts * (a.n_head + 2 * a.n_head_kv);
-    const size_t shared = stream_shared(in, RING) + 2 * sizeof(mbarrier) + (size_t)a.head_dim * sizeof(float);
-#define CALL(NR) launch_shared(p, parts, grid1(blocks), 32 * MATVEC_WARPS, shared, stream_qkv_heads_kernel<T, NR, RING>, in, \
-                               a, parts)
-    if (parts > 0) return a.head_dim <= 2 * parts * MATVEC_WARPS ? CALL(2) : CALL(4);
-#undef CALL
-#define CALL(NR) launch_stream(p, in, RING, in.n, stream_qkv_rope_kernel<T, NR, RING>, in, a, p->c->qkv_tickets)
-    return stream_rows_at_once(stream_each(p, in.n)) == 3 ? CALL(3) : CALL(4);
-#undef CALL
-}
-#define BY_RING(ring, CALL) ((ring) == STREAM_RING ? CALL(STREAM_RING) : CALL(STREAM_RING_SHORT))
 
 template <class W, int R, int NR, bool ADD>
 static cudaError_t launch_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
@@ -1429,10 +2160,261 @@ static cudaError_t matvec_rows_of(const pass *p, const matvec_in &in, float *y, 
     }
 }
 
+/* ---- one row: its weights are on their way to shared memory before it exists ---- */
+/* Each lane copies for itself what it will multiply, `depth` stages of NR rows times U vectors of 16 bytes ahead, so
+   there is nothing to wait for together; `RING` vectors a lane in all. The copies begin before wait_for_previous():
+   with one block a multiprocessor, and two kernels' blocks side by side, a matrix of a small model is there as a whole
+   when its input comes, and for a large one the stream of weights hardly stops between kernels. */
+const int STREAM_RING  = 24, STREAM_RING_SHORT = 16;    /* the short one where x itself takes much */
+const int STREAM_HEADS = 32 * MATVEC_WARPS;     /* finished at a time */
+const int STREAM_NORM  = 8;             /* vectors of 4 that a thread holds of a row that is to be normalised */
+
+/* What else is to see each vector of x that is multiplied, or each tile of it: nothing. */
+struct see_nothing {
+    __device__ void operator()(float4, float4) const {}
+    __device__ void operator()(const unsigned char *) const {}
+};
+
+template <int NR, int RING> struct stream_shape { enum { U = NR < 4 ? 4 / NR : 1, DEPTH = RING / (NR * U) }; };
+
+/* Rows [first, end) of W, NR at a time; PAIRS: row i and row n / 2 + i one after the other, NR / 2 of both. */
+template <int NR, bool PAIRS, int RING> struct weight_stream {
+    enum { V = 8, U = stream_shape<NR, RING>::U, DEPTH = stream_shape<NR, RING>::DEPTH, STEP = PAIRS ? NR / 2 : NR };
+    const half_t *w;                    /* this lane's first vector */
+    uint4        *ring;
+    size_t        half;                 /* elements from a pair's first row to its second */
+    int           ldw, end, row, column, put, take;
+
+    __device__ __forceinline__ weight_stream(const matvec_in &in, uint4 *shared, int first, int last) {
+        w = (const half_t *)in.w + lane_id() * V;
+        ring = shared + warp_id() * (RING * 32) + lane_id();
+        half = (size_t)(in.n / 2) * in.ldw;
+        ldw = in.ldw; end = last; row = first; column = put = take = 0;
+    }
+    /* the next stage; nothing past the end */
+    __device__ __forceinline__ void fetch() {
+        uint4 *to = ring + put * (NR * U * 32);
+        if (row < end)
+#pragma unroll
+            for (int j = 0; j < NR; j++) {
+                const int i = PAIRS ? j / 2 : j;
+                const half_t *from = w + (size_t)(row + i) * ldw + (PAIRS && j % 2 ? half : 0) + column;
+#pragma unroll
+                for (int u = 0; u < U; u++)
+                    copy_once(to + (j * U + u) * 32, from + u * 32 * V,
+                              row + i < end && column + (u * 32 + lane_id()) * V < ldw);
+            }
+        copy_commit();
+        put = put + 1 < DEPTH ? put + 1 : 0;
+        column += U * 32 * V;
+        if (column >= ldw) { column = 0; row += STEP; }
+    }
+    __device__ __forceinline__ void begin() {
+#pragma unroll 1
+        for (int i = 0; i < DEPTH - 1; i++) fetch();
+    }
+    /* acc[j] = the sum of row j of the next NR, in every lane: the vectors u, u + U, u + 2 U ... of each lane one after
+       the other, then u = 0 .. U - 1, then the lanes by exchange. */
+    template <class X> __device__ __forceinline__ void sum(float (&acc)[NR], const float4 *xs, float scale, X see) {
+        const int plane = round_up(ldw, 32 * V) / V;
+        float sums[NR][U];
+#pragma unroll
+        for (int j = 0; j < NR; j++)
+#pragma unroll
+            for (int u = 0; u < U; u++) sums[j][u] = 0;
+#pragma unroll 1
+        for (int k = 0; k < ldw; k += U * 32 * V) {
+            const uint4 *from = ring + take * (NR * U * 32);
+            copy_wait<DEPTH - 2>();
+            uint4 now[NR * U];
+#pragma unroll
+            for (int i = 0; i < NR * U; i++) now[i] = from[i * 32];
+            fetch();                    /* where the stage before was, which has been multiplied */
+            take = take + 1 < DEPTH ? take + 1 : 0;
+#pragma unroll
+            for (int u = 0; u < U; u++) {
+                const int at = k / V + u * 32 + lane_id();
+                if (U > 1 && k + u * 32 * V >= ldw) break;
+                const float4 lo = xs[at], hi = xs[plane + at];
+                see(lo, hi);
+#pragma unroll
+                for (int j = 0; j < NR; j++) {
+                    float f[8];
+                    unpack(f, now[j * U + u], half_t());
+                    float &sum = sums[j][u];
+                    sum += f[0] * lo.x; sum += f[1] * lo.y; sum += f[2] * lo.z; sum += f[3] * lo.w;
+                    sum += f[4] * hi.x; sum += f[5] * hi.y; sum += f[6] * hi.z; sum += f[7] * hi.w;
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < NR; j++) {
+            acc[j] = sums[j][0];
+#pragma unroll
+            for (int u = 1; u < U; u++) acc[j] += sums[j][u];
+            acc[j] = warp_sum(acc[j]) * scale;
+        }
+    }
+};
+
+/* Vectors of 4 of a row of k, a multiple of 4: `first` and each `step` further; zeros past its end. */
+template <int C> static __device__ __forceinline__ void load_vectors(float4 (&v)[C], const float *x, int first, int step,
+                                                                     int k) {
+#pragma unroll
+    for (int u = 0; u < C; u++)
+        v[u] = first + u * step < k / 4 ? ((const float4 *)(const void *)x)[first + u * step] : make_float4(0, 0, 0, 0);
+}
+/* The same to two planes, of float4s 0, 2, 4 ... and 1, 3, 5 ..., each of n / 2. */
+template <int C> static __device__ __forceinline__ void store_vectors(float4 *xs, const float4 (&v)[C], int first, int step,
+                                                                      int n) {
+#pragma unroll
+    for (int u = 0; u < C; u++) {
+        const int q = first + u * step;
+        if (q < n) xs[q % 2 * (n / 2) + q / 2] = v[u];
+    }
+}
+
+/* The RMSNorm of the input to shared memory, C vectors a thread, float32 throughout. */
+template <int C> static __device__ __forceinline__ void stage_normed(float4 *xs, const matvec_in &in, float *shared, int n) {
+    float4 g[C], v[C];
+    float sum = 0;
+    load_vectors<C>(g, in.gain, tid(), n_threads(), in.k);
+    wait_for_previous();
+    load_vectors<C>(v, in.x, tid(), n_threads(), in.k);
+#pragma unroll
+    for (int u = 0; u < C; u++) sum += v[u].x * v[u].x + v[u].y * v[u].y + v[u].z * v[u].z + v[u].w * v[u].w;
+    const float r = 1.0f / sqrtf(block_sum(sum, shared) / (float)in.k + in.eps);
+#pragma unroll
+    for (int u = 0; u < C; u++)
+        v[u] = make_float4(v[u].x * r * g[u].x, v[u].y * r * g[u].y, v[u].z * r * g[u].z, v[u].w * r * g[u].w);
+    store_vectors<C>(xs, v, tid(), n_threads(), n);
+}
+
+/* The input to shared memory, in two planes, zero past k. With a gain its RMSNorm, which each block does for itself: what
+   is multiplied is the normalised vector; the gain comes before the kernel before has ended; k is then a multiple of 4 and
+   at most 4 * STREAM_NORM * 256. All blocks wait while this runs, so only what a width needs is run.
+   Equals qwen3i_rmsnorm. */
+static __device__ __forceinline__ void stage_vector(float4 *xs, const matvec_in &in, float *shared) {
+    const int n = round_up(in.ldw, 256) / 4, step = n_threads();
+    if (in.gain) {
+        if (in.k <= 4 * step) stage_normed<1>(xs, in, shared, n);
+        else if (in.k <= 8 * step) stage_normed<2>(xs, in, shared, n);
+        else if (in.k <= 16 * step) stage_normed<4>(xs, in, shared, n);
+        else stage_normed<STREAM_NORM>(xs, in, shared, n);
+    } else {
+        wait_for_previous();
+        if (in.k % 4)
+#pragma unroll 1
+            for (int q = tid(); q < n; q += step) xs[q % 2 * (n / 2) + q / 2] = load_up_to_4(in.x, 4 * q, in.k);
+        else
+#pragma unroll 1
+            for (int base = tid(); base < n; base += 4 * step) {
+                float4 v[4];
+                load_vectors<4>(v, in.x, base, step, in.k);
+                store_vectors<4>(xs, v, base, step, n);
+            }
+    }
+    __syncthreads();
+}
+
+/* This lane's of NR values that all lanes have. */
+template <int NR> static __device__ __forceinline__ float pick(const float (&acc)[NR], int j) {
+    float v = acc[0];
+#pragma unroll
+    for (int i = 1; i < NR; i++) v = j == i ? acc[i] : v;
+    return v;
+}
+
+/* Some rows, or pairs of them. */
+struct row_range { int first, end; };
+
+/* This warp's of `units`. */
+static __device__ __forceinline__ row_range warp_share(int units) {
+    const int warp = block_x() * MATVEC_WARPS + warp_id();
+    const row_range r = {share_begin(warp, units), share_begin(warp + 1, units)};
+    return r;
+}
+
+/* Bytes of shared memory: x, the ring, and a value a warp. */
+static __host__ __device__ inline size_t stream_bytes(int ldw, int ring) {
+    return (size_t)round_up(ldw, 256) * sizeof(float) + (size_t)ring * 512 * MATVEC_WARPS + 32 * sizeof(float);
+}
+
+/* What the kernels below share: the stream of this warp's rows begins, x comes, ready() is called, and the rows are
+   handed to done(first of NR or of as many pairs, acc), NR / 2 or NR of them at a time, after soon(first of them). */
+template <int NR, bool PAIRS, int RING, class R, class S, class F, class X = see_nothing>
+static __device__ __forceinline__ void stream_rows(const matvec_in &in, row_range rows, unsigned char *memory, R ready,
+                                                   S soon, F done, X see = X()) {
+    float4 *xs = (float4 *)(void *)memory;
+    float *shared = (float *)(void *)(memory + stream_bytes(in.ldw, RING)) - 32;
+    const int step = PAIRS ? NR / 2 : NR, end = rows.end;
+    weight_stream<NR, PAIRS, RING> w(in, (uint4 *)(void *)memory + round_up(in.ldw, 256) / 4, rows.first, end);
+    w.begin();
+    let_next_start();
+    stage_vector(xs, in, shared);
+    ready();
+    for (int row = rows.first; row < end; row += step) {
+        float acc[NR];
+        const float old = soon(row, end - row);
+        w.sum(acc, xs, in.scale, see);
+        done(row, end - row, acc, old);
+    }
+}
+
+/* stream_matvec: y = W x, or += with ADD; as matvec_kernel for one row of x. */
+template <int NR, int RING, bool ADD> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    stream_matvec_kernel(matvec_in in, float *y, const row_info *outs, int ldy) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    const int lane = lane_id();
+    stream_rows<NR, false, RING>(
+        in, warp_share(in.n), memory, [] {}, [&](int row, int left) { return ADD && lane < NR && lane < left ? y[row + lane] : 0.0f; },
+        [&](int row, int left, const float (&acc)[NR], float old) {
+            const int slot = outs ? outs[0].out_slot : 0;
+            if (lane < NR && lane < left && slot >= 0) y[(size_t)slot * ldy + row + lane] = old + pick(acc, lane);
+        });
+}
+
+static size_t stream_shared(const matvec_in &in, int ring) { return stream_bytes(in.ldw, ring); }
+
+/* The ring that lets two kernels' blocks be on a multiprocessor; where x is long, the short one; 0: neither fits. */
+static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
+    const cuda_model *m = p->c->m;
+    if (in.rows != 1 || w.type == QWEN3I_F32 || m->capability < 80) return 0;
+    if (stream_shared(in, STREAM_RING) <= m->sm_shared / 2 - 1024) return STREAM_RING;
+    return stream_shared(in, STREAM_RING_SHORT) <= m->block_shared ? STREAM_RING_SHORT : 0;
+}
+
+template <class... P, class... A>
+static cudaError_t launch_stream(const pass *p, const matvec_in &in, int ring, int units, void (*kernel)(P...),
+                                 A... args) {
+    return launch_shared(p->early, 1, p->s, grid1(least(p->c->m->n_sm, ceil_div(units, MATVEC_WARPS))), 32 * MATVEC_WARPS,
+                         stream_shared(in, ring), kernel, args...);
+}
+
+/* Rows that a warp takes at a time of the `each` that it has: few turns, few of them idle. */
+static int stream_rows_at_once(int each) {
+    return each >= 4 && ceil_div(each, 3) * 3 < ceil_div(each, 4) * 4 ? 3 : least(each, 4);
+}
+static int stream_each(const pass *p, int units) { return ceil_div(units, p->c->m->n_sm * MATVEC_WARPS); }
+
+template <int RING, bool ADD>
+static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
+#define CALL(NR) launch_stream(p, in, RING, in.n, stream_matvec_kernel<NR, RING, ADD>, in, y, outs, ldy)
+    switch (stream_rows_at_once(stream_each(p, in.n))) {
+        case 1:  return CALL(1);
+        case 2:  return CALL(2);
+        case 3:  return CALL(3);
+        default: return CALL(4);
+    }
+#undef CALL
+}
+#define BY_RING(ring, CALL) ((ring) == STREAM_RING ? CALL(STREAM_RING) : CALL(STREAM_RING_SHORT))
+
 /* y (+)= W x */
 template <bool ADD> static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
                                                const float *x, int ldx, int rows) {
-    const matvec_in in = vector_input(p, w, x, ldx, rows);
+    const input h = {x, ldx, NULL, NULL};
+    const matvec_in in = vector_input(p, w, h, rows);
     const int ring = stream_ring(p, in, w);
 #define CALL(RING) stream_matvec<RING, ADD>(p, in, y, ldy, outs)
     if (ring) return launched(p, BY_RING(ring, CALL), "matvec");
@@ -1442,64 +2424,558 @@ template <bool ADD> static qwen3_result matvec(const pass *p, float *y, int ldy,
 #undef CALL
 }
 
-/* Pairs that a warp takes of n: three if that does all of them at once; otherwise two, with more of each on the way. */
-static int pairs_a_warp(const pass *p, int n) { return ceil_div(n, p->c->m->n_sm * MATVEC_WARPS) <= 3 ? 3 : 2; }
+/* ---- Hopper: what the products of few and of many rows share ---- */
+/* How a product ends: its kinds say more in their rooms. M: rows of W in a tile of a product of few rows. */
+struct product_end { enum { M = WIDE_M, NORMS = 0 }; };
+template <int ROWS = WIDE_M> struct to_residual : product_end { enum { M = ROWS }; };
+struct to_mlp : product_end { enum { NORMS = 1 }; };
+struct to_logits : product_end {};
+template <class T> struct to_heads : product_end { enum { NORMS = 1 }; };       /* T: of the cache */
 
-template <class W, int R, int P>
-static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int ldy) {
-    const share s = matvec_share(p, in.n / 2, R == 1 ? pairs_a_warp(p, in.n / 2) : P);
-    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, mlp_kernel<W, R, P>, in, y, ldy);
+struct qkv_args {
+    float        *qkv;                  /* [rows, ld]: projections in, rotated q out; ld = q_dim + 2 kv_dim */
+    int           ld, n_head, n_head_kv, head_dim;
+    float         eps;
+    const float  *q_norm, *k_norm;      /* [head_dim] */
+    const float2 *rope;                 /* [max_ctx, head_dim / 2] cosine, sine */
+    const row_info *rows;
+    kv_layer      kv;
+};
+
+struct wide_args {
+    int          rows, k, n_tiles;      /* of W: parts of tiles, of 128 rows */
+    int          whole;                 /* tiles of two parts, before those of one; wide_product only */
+    int          step, half;            /* rows of W from a tile to the next, and from its first half to its second */
+    float        w_scale;               /* W = w * w_scale; x[row] = in[row] * in_scale[row] (NULL: 1) */
+    const float *in_scale;
+    float       *x;  int ldx;           /* ADD: x[row, i] += (W in)_i */
+    half_t      *out; int ldo;          /* QKV: q, or NULL: to qkv.qkv as float32; SWIGLU: m */
+    const float *out_scale;             /* SWIGLU: out = m / out_scale[row] */
+    qkv_args     qkv;
+    /* of few_product only */
+    int          parts, stages;         /* blocks of a cluster, and steps that each holds at a time */
+    norm_args    norm;                  /* gain not NULL: the input is RMSNorm(norm.x), done by every block */
+    int          n;                     /* rows of W */
+    float       *y; int ldy;            /* STORE: y[slot(row), i] = (W in)_i; slot as in matvec */
+    const row_info *outs;
+};
+
+/* ---- Hopper: more than 64 rows ---- */
+#ifdef QWEN3_WGMMA
+/* What a thread needs to finish one of its rows of a tile: asked for before the sums, so that nobody waits for it. */
+struct wide_row { int at; float in, out; int seq, position; };
+
+static __device__ __forceinline__ void ask_row(const product_end &, wide_row &, const wide_args &, int) {}
+
+template <class END> static __device__ __forceinline__ wide_row wide_ask(const wide_args &g, int row) {
+    const int i = row < g.rows ? row : g.rows - 1;
+    wide_row w = {row, 1, 1, 0, 0};
+    if (g.in_scale) w.in = g.in_scale[i];
+    ask_row(END(), w, g, i);
+    return w;
 }
-template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in &in, float *y, int ldy) {
-    if (in.rows > 4) return launch_mlp<W, 8, 1>(p, in, y, ldy);
-    if (in.rows > 2) return launch_mlp<W, 4, 1>(p, in, y, ldy);
-    if (in.rows > 1) return launch_mlp<W, 2, 1>(p, in, y, ldy);
-    switch (matvec_share(p, in.n / 2, pairs_a_warp(p, in.n / 2)).rows) {
-        case 1:  return launch_mlp<W, 1, 1>(p, in, y, ldy);
-        case 2:  return launch_mlp<W, 1, 2>(p, in, y, ldy);
-        default: return launch_mlp<W, 1, 3>(p, in, y, ldy);
+
+/* This thread's two columns of each 8 of a row of part n. */
+template <int M> static __device__ __forceinline__ void wide_add(const wide_args &g, const float (&acc)[M], int row, int r,
+                                                                 int n, float scale) {
+    float *x = g.x + (size_t)row * g.ldx + n * 2 * M + 2 * (lane_id() % 4);
+    if (row >= g.rows) return;
+#pragma unroll
+    for (int j = 0; j < M / 4; j++) add_2_there(x + 8 * j, acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
+}
+
+template <int ROWS, int PARTS, int M>
+static __device__ __forceinline__ void finish_tile(const to_residual<ROWS> &, const wide_args &g, const float (&acc)[PARTS][M],
+                                                   const wide_row &row, int r, int n, float scale) {
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) wide_add(g, acc[p], row.at, r, n + p, scale);
+}
+
+struct wide_stage { mbarrier full, empty; };    /* empty: both blocks' eight warps that multiply */
+
+/* Which rows of x, in units of a block's, and which part of W a tile begins with, and its parts. */
+struct wide_place { int rows, first, parts; };
+
+template <int P> static __device__ __forceinline__ wide_place wide_place_of(const wide_args &g, int tile, int rank) {
+    const int pairs = ceil_div(g.rows, 2 * WIDE_M), column = tile / pairs;
+    const bool single = P == 1 || column >= g.whole;
+    const wide_place at = {tile % pairs * 2 + rank, single ? column + (P - 1) * g.whole : P * column, single ? 1 : P};
+    return at;
+}
+static __device__ __forceinline__ int wide_tiles(const wide_args &g) {
+    return ceil_div(g.rows, 2 * WIDE_M) * (g.n_tiles - g.whole);
+}
+
+/* Halves of each part of a tile of W to both blocks of a cluster, of which the other loads the other halves. */
+template <int N, int P>
+static __device__ __forceinline__ void wide_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int k,
+                                                   const wide_place &at, int rank, wide_stage *s) {
+    barrier_expect(&s->full, (unsigned)WIDE_HALF + (unsigned)(at.parts * wide_tile<N, P>::W_BYTES));
+#pragma unroll
+    for (int p = 0; p < P; p++)
+        if (p < at.parts)
+            load_tile_twice(to + WIDE_HALF + wide_tile<N, P>::W_BYTES * p + wide_tile<N, P>::W_BYTES / 2 * rank, map, k,
+                            (at.first + p) * g.step + rank * g.half, &s->full);
+}
+
+/* Tiles of x, each block its own, and of W. The first weights are asked for before x exists. */
+template <int N, int P>
+static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
+                                 unsigned char *memory, wide_stage *stages, int rank) {
+    const int clusters = (int)gridDim.x / 2, first = block_x() / 2, n = wide_tiles(g);
+    const unsigned places = wide_tile<N, P>::STAGES, steps = (unsigned)(g.k / WIDE_K), early = steps < places ? steps : places;
+    unsigned turn = 0;
+    for (unsigned i = 0; i < early; i++)
+        wide_load_w<N, P>(memory + wide_tile<N, P>::BYTES * i, w_map, g, (int)i * WIDE_K, wide_place_of<P>(g, first, rank),
+                          rank, &stages[i]);
+    wait_for_previous();
+    for (int t = first; t < n; t += clusters) {
+        const wide_place at = wide_place_of<P>(g, t, rank);
+        for (int k = 0; k < g.k; k += WIDE_K, turn++) {
+            const unsigned s = turn % places;
+            unsigned char *to = memory + wide_tile<N, P>::BYTES * s;
+            if (turn >= early) {
+                barrier_wait(&stages[s].empty, (turn / places & 1) ^ 1);
+                wide_load_w<N, P>(to, w_map, g, k, at, rank, &stages[s]);
+            }
+            load_tile(to, x_map, k, at.rows * WIDE_M, &stages[s].full);
+        }
     }
 }
 
-template <class W, class T, int R, int NR>
-static cudaError_t launch_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
-    const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
-    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, qkv_rope_kernel<W, T, R, NR>, in, a,
-                        p->c->qkv_tickets);
+static __device__ __forceinline__ void wide_release(wide_stage *s) {
+    if (lane_id() < 2) barrier_arrive_at(&s->empty, (unsigned)lane_id());
 }
-template <class W, class T> static cudaError_t qkv_rows_of(const pass *p, const matvec_in &in, const qkv_args &a) {
-    if (in.rows > 4) return launch_qkv<W, T, 8, 2>(p, in, a);
-    if (in.rows > 2) return launch_qkv<W, T, 4, 2>(p, in, a);
-    if (in.rows > 1) return launch_qkv<W, T, 2, 2>(p, in, a);
-    switch (matvec_share(p, in.n, 4).rows) {
-        case 1:  return launch_qkv<W, T, 1, 1>(p, in, a);
-        case 2:  return launch_qkv<W, T, 1, 2>(p, in, a);
-        case 3:  return launch_qkv<W, T, 1, 3>(p, in, a);
-        default: return launch_qkv<W, T, 1, 4>(p, in, a);
+
+/* How the sums of a row are scaled; the benchmark's fused kernel has another way. It sees each tile of x while it is
+   multiplied. */
+struct input_scales {
+    static __device__ __forceinline__ void begin() {}
+    static __device__ __forceinline__ void see(const unsigned char *) {}
+    static __device__ __forceinline__ void end() {}
+    static __device__ __forceinline__ float of(const wide_args &g, float in, int) { return g.w_scale * in; }
+};
+
+/* acc = rows of x times the first PARTS of a tile's P parts of W, k elements. */
+template <int N, int P, int PARTS, class S>
+static __device__ __forceinline__ void wide_sum(float (&acc)[PARTS][N / 2], float (&part)[N / 2], const unsigned char *memory,
+                                                wide_stage *stages, unsigned &turn, int k, int group, S &scales) {
+    const int BYTES = wide_tile<N, P>::BYTES, STAGES = wide_tile<N, P>::STAGES;
+#pragma unroll
+    for (int i = 0; i < PARTS * N / 2; i++) acc[i / (N / 2)][i % (N / 2)] = 0;
+    for (int done = 0; done < k; done += WIDE_CHUNK * WIDE_K, turn += WIDE_CHUNK) {
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) {
+#pragma unroll
+            for (unsigned i = 0; i < WIDE_CHUNK; i++) {
+                const unsigned s = (turn + i) % STAGES;
+                const unsigned char *x = memory + BYTES * s + WIDE_HALF / 2 * (size_t)group,
+                                    *w = memory + BYTES * s + WIDE_HALF + wide_tile<N, P>::W_BYTES * p;
+                if (p == 0) barrier_wait(&stages[s].full, (turn + i) / STAGES & 1);
+                if (p == 0 || i == 0) products_begin();
+#pragma unroll
+                for (int j = 0; j < WIDE_K / 16; j++)
+                    wide_multiply(part, operand(x) + 2 * (unsigned)j, operand(w) + 2 * (unsigned)j, (int)i + j > 0);
+            }
+            products_commit();
+#pragma unroll
+            for (unsigned i = 0; p == 0 && i < WIDE_CHUNK; i++) scales.see(memory + BYTES * ((turn + i) % STAGES));
+            products_wait<0>();
+            products_done(part);
+#pragma unroll
+            for (unsigned i = 0; p == PARTS - 1 && i < WIDE_CHUNK; i++) wide_release(&stages[(turn + i) % STAGES]);
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) acc[p][i] += part[i];
+        }
     }
 }
-template <class T>
-static cudaError_t fused_qkv(const pass *p, const matrix &w, const matvec_in &in, const qkv_args &a) {
-    const int ring = stream_ring(p, in, w);
-#define CALL(RING) stream_qkv<T, RING>(p, in, a)
-    if (ring) return BY_RING(ring, CALL);
-#undef CALL
-    return w.type == QWEN3I_F32 ? qkv_rows_of<float, T>(p, in, a) : qkv_rows_of<half_t, T>(p, in, a);
+
+/* A tile's rows from row0 and row0 + 8 on, of PARTS parts from n on. */
+template <class END, int N, int P, int PARTS, class S>
+static __device__ __forceinline__ void wide_multiply_tile(const wide_args &g, float (&part)[N / 2], unsigned char *memory,
+                                                          wide_stage *stages, unsigned &turn, int group, int row0, int n,
+                                                          S &scales) {
+    const wide_row rows[2] = {wide_ask<END>(g, row0), wide_ask<END>(g, row0 + 8)};
+    float acc[PARTS][N / 2];
+    scales.begin();
+    wide_sum<N, P, PARTS>(acc, part, memory, stages, turn, g.k, group, scales);
+    scales.end();
+#pragma unroll
+    for (int r = 0; r < 2; r++) finish_tile(END(), g, acc, rows[r], r, n, scales.of(g, rows[r].in, r));
 }
 
-/* ---- x = embedding of the rows' tokens ------------------------------------------------------------- */
-template <class W> static cudaError_t launch_embed(const pass *p, const matrix &w) {
-    return launch_early(p->early, p->s, grid1(p->n), row_threads(w.cols, 4, p->n), 0, embed_kernel<W>,
-                  p->c->x, (const W *)w.data, w.scale, (const row_info *)p->c->rows, w.cols, w.ld);
-}
-static qwen3_result embed(const pass *p) {
-    const matrix &w = p->c->m->embed;
-#define CALL(T) launch_embed<T>(p, w)
-    return launched(p, BY_WEIGHT_TYPE(w, CALL), "embed");
-#undef CALL
+template <class END, int N, int P, class S>
+static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank,
+                                           int group, S &scales) {
+    const int clusters = (int)gridDim.x / 2, n = wide_tiles(g), first = 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
+    float part[N / 2];
+    unsigned turn = 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) part[i] = 0;
+    for (int t = block_x() / 2; t < n; t += clusters) {
+        const wide_place at = wide_place_of<P>(g, t, rank);
+        const int row0 = at.rows * WIDE_M + first;
+        if (at.parts == P)
+            wide_multiply_tile<END, N, P, P>(g, part, memory, stages, turn, group, row0, at.first, scales);
+        else wide_multiply_tile<END, N, P, 1>(g, part, memory, stages, turn, group, row0, at.first, scales);
+    }
 }
 
-/* ---- arguments of products on Hopper, and how few rows share the chip ----------------------------------------- */
+template <class END, int N, int P, class S>
+static __device__ __forceinline__ void wide_multiply_rows(const CUtensorMap *x_map, const CUtensorMap *w_map,
+                                                          const wide_args &g, S scales) {
+    QWEN3_DYNAMIC_SHARED(raw);
+    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    wide_stage *stages = (wide_stage *)(void *)(memory + wide_tile<N, P>::STAGES * wide_tile<N, P>::BYTES);
+    const int rank = block_x() % 2;
+    if (tid() == 0) {
+        for (int i = 0; i < wide_tile<N, P>::STAGES; i++) {
+            barrier_init(&stages[i].full, 1);
+            barrier_init(&stages[i].empty, 16);
+        }
+        barriers_ready();
+    }
+    cluster_sync();
+    let_next_start();
+    if (warp_id() < 4) {
+        fewer_registers<40>();
+        if (tid() == 0) wide_load<N, P>(x_map, w_map, g, memory, stages, rank);
+        __syncwarp();
+    } else {
+        more_registers<232>();
+        wait_for_previous();
+        wide_multiply_tiles<END, N, P>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0), scales);
+    }
+    cluster_sync();                     /* the other block may still write here */
+}
+#endif
+
+/* wide_product: y = W x for many rows, and what follows it. x [rows, k] F16, W [n, k] F16, k a multiple of 128.
+   ADD: the residual, in float32; equals qwen3i_matmul_add. SWIGLU: silu(gate) * up of rows of W n_ff apart, rounded
+   once; equals qwen3i_swiglu. QKV: each head's RMSNorm and rotation in float32, q rounded once, k and v to the cache
+   with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope; head_dim 128; T is the cache's type.
+   Clusters of two blocks take turns of tiles of [256, P N], and then of [256, N]; N is 128, for ADD also 160, which changes
+   no sum. Two parts read shared memory and the second-level cache less than two tiles, which both limit a product. Order:
+   the tensor core adds up 128 elements, which start from zero, and float32 the chunks: the former cuts its sums off, and
+   over a whole row that would show; the residual is added to the whole sum. */
+template <class END, int N, int P>
+static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
+    wide_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+                        wide_args g) {
+#ifdef QWEN3_WGMMA
+    wide_multiply_rows<END, N, P>(&x_map, &w_map, g, input_scales());
+#else
+    (void)x_map; (void)w_map; (void)g;
+#endif
+}
+
+template <int N, int P> static size_t wide_product_shared() {
+    return 1024 + wide_tile<N, P>::STAGES * ((size_t)wide_tile<N, P>::BYTES + 16);
+}
+
+/* ---- Hopper: 2 to 64 rows ---- */
+const int FEW_LEAST   = 2;              /* rows, from ... */
+const int FEW_MOST    = 64;             /* ... to */
+const int FEW_CHUNK   = 2;              /* steps that the tensor core adds up before float32 does */
+const int FEW_X_TILE  = 32;             /* rows of x that are loaded at once */
+const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
+const int FEW_LD      = WIDE_M + 4;     /* floats from a row of sums to the next: no bank twice */
+const int FEW_PARTS   = 8;              /* blocks of a cluster, at most */
+const int FEW_NORM    = 8;              /* rows that its blocks norm themselves, one a warp, ... */
+const int FEW_VECTORS = 8;              /* ... of which a lane has so many times four elements, so ... */
+const int FEW_WIDTH   = FEW_VECTORS * 4 * 32;   /* ... of at most so many */
+const int FEW_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor has room for two */
+
+/* Of a step of 64 elements for M rows of W and R rows of x; SUMS take the place of the stages. */
+template <int M, int R> struct few_tile {
+    enum { W_BYTES = M * WIDE_K * 2, BYTES = W_BYTES + R * WIDE_K * 2, SUMS = R * FEW_LD * 4 };
+};
+/* As many stages as there are steps and room. */
+template <int M, int R> static int few_stages(int steps) {
+    const int room = (FEW_SHARED - 1024) / (few_tile<M, R>::BYTES + 16);
+    return steps < room ? steps : room;
+}
+template <int M, int R> static __host__ __device__ __forceinline__ size_t few_memory(int stages) {
+    const size_t bytes = (size_t)stages * few_tile<M, R>::BYTES, sums = few_tile<M, R>::SUMS;
+    return bytes < sums ? sums : bytes;
+}
+template <int M, int R> static size_t few_product_shared(int stages) {
+    return 1024 + few_memory<M, R>(stages) + (size_t)stages * 16;
+}
+
+#ifdef QWEN3_WGMMA
+struct few_ring { wide_stage *stages; int n; };
+
+template <int M, int R>
+static __device__ __forceinline__ void few_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int tile,
+                                                  int k, wide_stage *s) {
+    barrier_expect(&s->full, g.norm.gain ? few_tile<M, R>::W_BYTES : few_tile<M, R>::BYTES);
+    load_tile(to, map, k, tile * g.step, &s->full);
+    if (M == WIDE_M) load_tile(to + WIDE_HALF / 2, map, k, tile * g.step + g.half, &s->full);
+}
+template <int M, int R>
+static __device__ __forceinline__ void few_load_x(unsigned char *to, const CUtensorMap *map, int k, wide_stage *s) {
+#pragma unroll
+    for (int row = 0; row < R; row += FEW_X_TILE)
+        load_tile(to + few_tile<M, R>::W_BYTES + row * WIDE_K * 2, map, k, row, &s->full);
+}
+
+/* Steps of 64 elements, from k0 on, of a tile of W and, unless the block makes it itself, of x. The first weights are asked
+   for before x exists. */
+template <int M, int R>
+static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
+                                unsigned char *memory, few_ring ring, int tile, int k0, int steps) {
+    const int early = steps < ring.n ? steps : ring.n;
+    int s = 0;
+    unsigned phase = 1;
+    prefetch_map(w_map);
+    prefetch_map(x_map);
+#pragma unroll 1
+    for (int i = 0; i < early; i++)
+        few_load_w<M, R>(memory + few_tile<M, R>::BYTES * i, w_map, g, tile, k0 + i * WIDE_K, &ring.stages[i]);
+    if (g.norm.gain) return;            /* and there is a stage for each step */
+    wait_for_previous();
+#pragma unroll 1
+    for (int i = 0; i < steps; i++) {
+        const int k = k0 + i * WIDE_K;
+        unsigned char *to = memory + few_tile<M, R>::BYTES * s;
+        if (i >= early) {
+            barrier_wait(&ring.stages[s].empty, phase);
+            few_load_w<M, R>(to, w_map, g, tile, k, &ring.stages[s]);
+        }
+        few_load_x<M, R>(to, x_map, k, &ring.stages[s]);
+        if (++s == ring.n) { s = 0; phase ^= 1; }
+    }
+}
+
+/* x of all steps is RMSNorm(norm.x) in float32, as wide_norm, rounded once to F16; a warp has a row. scales: how. */
+template <int M, int R>
+static __device__ __forceinline__ void few_norm(const wide_args &g, unsigned char *memory, int k0, int steps, int warp,
+                                                row_scale *scales, float (&gains)[FEW_VECTORS][4]) {
+    const int at = 4 * lane_id(), row = warp;
+    float v[FEW_VECTORS][4];
+    if (row < g.rows) {
+        load_row<float, FEW_VECTORS>(v, g.norm.x + (size_t)row * g.norm.ldx, at, 128, g.k);
+        const row_sums sums = warp_sums(times_gains<true>(v, gains, g.norm.gain, at, 128, g.k));
+        const row_scale h = scale_row(sums, g.k, g.norm.eps, g.norm.bounds);
+        if (at == 0) {
+            scales[row] = h;
+            if (g.norm.bounds && block_x() == 0) g.norm.ff_scale[row] = h.ff;
+        }
+#pragma unroll
+        for (int k = 0; k < FEW_VECTORS; k++) {
+            const int col = at + 128 * k - k0, step = col / WIDE_K, chunk = col % WIDE_K / 8;
+            if (col < 0 || step >= steps) continue;
+            store_row((half_t *)(void *)(memory + few_tile<M, R>::BYTES * step + few_tile<M, R>::W_BYTES + 128 * row +
+                                         16 * (chunk ^ (row & 7))) + col % 8, v[k], h);
+        }
+    }
+    stores_ready();
+    group_sync(1, 256);
+}
+
+static __device__ __forceinline__ void few_release(wide_stage *s) {
+    if (lane_id() == 0) barrier_arrive(&s->empty);
+}
+
+/* 64 rows of W times rows of x, over the block's part of k, to sums [R, FEW_LD] over the stages. Of a tile of 128 rows of W
+   each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows of x. see() is called with each
+   tile of x while it is multiplied. */
+template <int M, int R, class X = see_nothing>
+static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, int group, X see = X()) {
+    const int N = M == WIDE_M ? R : R / 2;
+    const int w_at = M == WIDE_M ? (int)WIDE_HALF / 2 * group : 0;
+    const int x_at = few_tile<M, R>::W_BYTES + (M == WIDE_M ? 0 : N * WIDE_K * 2 * group);
+    float acc[N / 2], part[N / 2];
+    int s = 0, read = 0;                /* the next stage, and the first that is not released */
+    unsigned phase = 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) acc[i] = part[i] = 0;
+#pragma unroll 1
+    for (int done = 0; done < steps; done += FEW_CHUNK) {
+        const int n = steps - done < FEW_CHUNK ? steps - done : FEW_CHUNK;
+#pragma unroll 1
+        for (int i = 0; i < n; i++) {
+            const unsigned char *at = memory + few_tile<M, R>::BYTES * s;
+            barrier_wait(&ring.stages[s].full, phase);
+            products_begin();
+#pragma unroll
+            for (int j = 0; j < WIDE_K / 16; j++)
+                wide_multiply(part, operand(at + w_at) + 2 * (unsigned)j, operand(at + x_at) + 2 * (unsigned)j, i + j > 0);
+            products_commit();
+            see(at + few_tile<M, R>::W_BYTES);
+            if (++s == ring.n) { s = 0; phase ^= 1; }
+        }
+        products_wait<0>();
+        products_done(part);
+#pragma unroll 1
+        for (int i = 0; i < n; i++) {
+            few_release(&ring.stages[read]);
+            if (++read == ring.n) read = 0;
+        }
+#pragma unroll
+        for (int j = 0; j < N / 2; j++) acc[j] += part[j];
+    }
+    group_sync(1, 256);                 /* nobody reads the stages any more */
+    float *to = (float *)(void *)memory + (lane_id() % 4 * 2 + (M == WIDE_M ? 0 : N * group)) * FEW_LD +
+                (M == WIDE_M ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            to[(8 * j + e) * FEW_LD] = acc[4 * j + e];
+            to[(8 * j + e) * FEW_LD + 8] = acc[4 * j + 2 + e];
+        }
+}
+
+/* What a lane needs to finish a row, beside its sums. lo, hi: of ADD the residual, of QKV the gains. */
+struct few_row { float scale, down; float2 lo, hi; int slot; row_info at; float4 turn; };
+
+/* What the end of a row needs that is weights, or was written long before, asked for before the kernel before has ended;
+   and the rest, asked for before the sums are there. */
+static __device__ __forceinline__ void ask_early(const product_end &, few_row &, const wide_args &, int, int) {}
+static __device__ __forceinline__ void ask_late(const product_end &, few_row &, const wide_args &, int, int) {}
+
+template <int ROWS> static __device__ __forceinline__ void ask_late(const to_residual<ROWS> &, few_row &r, const wide_args &g,
+                                                                    int i, int tile) {
+    const float2 *x = (const float2 *)(const void *)(g.x + (size_t)i * g.ldx + tile * ROWS + 2 * lane_id());
+    r.lo = x[0];
+    if (ROWS == WIDE_M) r.hi = x[32];
+}
+template <int ROWS> static __device__ __forceinline__ void finish_row(const to_residual<ROWS> &, const wide_args &g, float2 lo,
+                                                                      float2 hi, const few_row &r, int row, int tile) {
+    float2 *x = (float2 *)(void *)(g.x + (size_t)row * g.ldx + tile * ROWS + 2 * lane_id());
+    x[0] = make_float2(r.lo.x + lo.x, r.lo.y + lo.y);
+    if (ROWS == WIDE_M) x[32] = make_float2(r.hi.x + hi.x, r.hi.y + hi.y);
+}
+
+template <class END> static __device__ __forceinline__ void few_ask_early(few_row &r, const wide_args &g, int row, int tile) {
+    ask_early(END(), r, g, row < g.rows ? row : g.rows - 1, tile);
+}
+template <class END> static __device__ __forceinline__ void few_ask(few_row &r, const wide_args &g, int row, int tile) {
+    const int i = row < g.rows ? row : g.rows - 1;
+    r.scale = g.w_scale * (g.in_scale ? g.in_scale[i] : 1.0f);
+    ask_late(END(), r, g, i, tile);
+}
+
+/* Joins the parts of a row in the order of the blocks; all are on their way at a time. */
+template <int M> static __device__ __forceinline__ void few_join(float2 &lo, float2 &hi, const float *sums, int parts) {
+    float2 v[FEW_PARTS], w[FEW_PARTS];
+#pragma unroll
+    for (int i = 0; i < FEW_PARTS; i++) {
+        if (i >= parts) continue;
+        if (M == WIDE_M) load_from_block(v[i], w[i], sums, (unsigned)i);
+        else load_from_block(v[i], sums, (unsigned)i);
+    }
+    lo = v[0];
+    if (M == WIDE_M) hi = w[0];
+#pragma unroll
+    for (int i = 1; i < FEW_PARTS; i++) {
+        if (i >= parts) continue;
+        lo.x += v[i].x; lo.y += v[i].y;
+        if (M == WIDE_M) { hi.x += w[i].x; hi.y += w[i].y; }
+    }
+}
+
+/* What a row needs, as long as it is one of the block's. */
+template <class END>
+static __device__ __forceinline__ void few_ask_all(few_row &r, const wide_args &g, int row, int end, int tile) {
+    if (row >= end) return;
+    few_ask_early<END>(r, g, row, tile);
+    few_ask<END>(r, g, row, tile);
+}
+
+/* Every eighth row from this warp's first one on. look(r, i) sees what is known of the i-th before it is finished. */
+template <class END, class F>
+static __device__ __forceinline__ void few_finish_rows(const wide_args &g, const float *sums, int row, int end, int tile,
+                                                       few_row r, few_row next, F look) {
+#pragma unroll 1
+    for (int i = 0; row < end; row += 8, i++) {
+        float2 lo, hi = make_float2(0, 0);
+        few_row later = next;
+        few_ask_all<END>(later, g, row + 16, end, tile);
+        few_join<END::M>(lo, hi, sums + row * FEW_LD, g.parts);
+        look(r, i);
+        lo.x *= r.scale; lo.y *= r.scale; hi.x *= r.scale; hi.y *= r.scale;
+        finish_row(END(), g, lo, hi, r, row, tile);
+        r = next;
+        next = later;
+    }
+}
+
+/* The warps that multiply. They are short-lived, so what they do once must not be much code: it comes from afar, too. */
+template <class END, int R>
+static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned char *memory, few_ring ring, int rank,
+                                                    int tile, int steps, int warp) {
+    constexpr bool norms = R == 32 && END::NORMS;
+    constexpr int M = END::M;
+    __shared__ row_scale scales[FEW_NORM];
+    float gains[FEW_VECTORS][4];
+    const int n = R / g.parts, end = rank * n + n < g.rows ? rank * n + n : g.rows;
+    const float *sums = (const float *)(const void *)memory + 2 * lane_id();
+    const int row = rank * n + warp;    /* the first of this warp's of those that the block finishes */
+    few_row r, next;
+    few_ask_early<END>(r, g, row, tile);
+    few_ask_early<END>(next, g, row + 8, tile);
+    if (norms && g.norm.gain) load_all_gains(gains, g.norm.gain, 4 * lane_id(), 128, g.k);
+    wait_for_previous();
+    if (norms && g.norm.gain) few_norm<M, R>(g, memory, rank * steps * WIDE_K, steps, warp, scales, gains);
+    few_ask<END>(r, g, row, tile);
+    few_ask<END>(next, g, row + 8 < end ? row + 8 : row, tile);
+    if (norms && g.norm.gain && row < end) {
+        r.scale = g.w_scale / scales[row].up;
+        r.down = 1.0f / scales[row].ff;
+    }
+    few_sum<M, R>(memory, ring, steps, warp / 4);
+    cluster_meet();
+    few_finish_rows<END>(g, sums, row, end, tile, r, next, [](few_row &, int) {});
+}
+#endif
+
+/* few_product: as wide_product for 2 to 64 rows, where the weights' bytes are what counts; also STORE: logits. R: 32 or
+   64, at least the rows. A cluster of g.parts blocks (1, 2, 4 or 8) shares a tile of M rows of W, 128 or, for ADD, 64: each
+   of its blocks sums over a part of k, 128 elements by the tensor core at a time, and finishes some of the rows from all
+   parts, in order. With norm.gain the input is RMSNorm(norm.x), at most FEW_NORM rows of FEW_WIDTH elements, rounded as by
+   wide_norm: each block does that for itself, and there are as many stages as steps. Grid: tiles times parts; k is 64 times
+   a multiple of parts; shared memory for g.stages. */
+template <class END, int R> static __global__ void __launch_bounds__(FEW_THREADS, 2)
+    few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g) {
+#ifdef QWEN3_WGMMA
+    constexpr int M = END::M;
+    QWEN3_DYNAMIC_SHARED(raw);
+    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    const few_ring ring = {(wide_stage *)(void *)(memory + few_memory<M, R>(g.stages)), g.stages};
+    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
+    const int warp = __shfl_sync(ALL, warp_id(), 0);
+    if (tid() == 0) {
+#pragma unroll 1
+        for (int i = 0; i < ring.n; i++) {
+            barrier_init(&ring.stages[i].full, 1);
+            barrier_init(&ring.stages[i].empty, 8);
+        }
+        barriers_ready();
+    }
+    __syncthreads();
+    let_next_start();
+    if (warp == 8) {
+        if (lane_id() == 0) few_load<M, R>(&x_map, &w_map, g, memory, ring, tile, rank * steps * WIDE_K, steps);
+        __syncwarp();
+        cluster_meet();
+    } else few_multiply<END, R>(g, memory, ring, rank, tile, steps, warp);
+    cluster_sync();                     /* nobody leaves while its sums are read */
+#else
+    (void)x_map; (void)w_map; (void)g;
+#endif
+}
+
+/* ---- launching them ---- */
+/* n float32 rows as F16, for a product with w. */
+static qwen3_result hopper_round(const pass *p, const matrix &w, const float *from, int ld, int n) {
+    cuda_ctx *c = p->c;
+    return launched(p, launch_early(p->early, p->s, grid1(n), row_threads(w.ld, 4, n), 0, round_rows_kernel<half_t>,
+                                    c->wide_act, c->act_scale, from, ld, w.cols, w.ld, (size_t)0), "round_rows");
+}
+
 static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_scale) {
     wide_args a;
     memset(&a, 0, sizeof a);
@@ -1542,91 +3018,43 @@ static bool few_norms_itself(const pass *p, const matrix &w) {
     return p->n <= FEW_NORM && w.cols <= FEW_WIDTH && few_stages<WIDE_M, 32>(plan.steps) == plan.steps;
 }
 
-/* ---- h = RMSNorm(x), as the input of w ---------------------------------------------------------------- */
-template <class O> static cudaError_t launch_add_rmsnorm(const pass *p, const float *gain, const matrix &w) {
-    cuda_ctx *c = p->c;
-    const float *add = p->pending ? c->tmp : NULL;
-    return launch(p->s, grid1(p->n), row_threads(c->embd_ld, 4, p->n), 0, add_rmsnorm_kernel<O>, (O *)c->act,
-                  c->act_scale, c->x, add, p->pending_scale, gain, c->m->config.n_embd, c->embd_ld, rest_of(w, p->n),
-                  c->m->config.rms_eps);
-}
-
-static norm_args norm_arguments(const pass *p, const float *gain, const matrix &w) {
-    const norm_args a = {p->c->x, p->c->embd_ld, gain, w.bounds, p->c->m->config.rms_eps, p->c->ff_scale};
-    return a;
-}
-
-static cudaError_t launch_wide_norm(const pass *p, const norm_args &a) {
-    const cuda_ctx *c = p->c;
-    const int width = c->m->config.n_embd;
-    norm_shape s = rmsnorm_shape(width / 4, false, p->n);
-    s.lanes = round_up(s.lanes, 32);
-    s.together = p->n > 512 && s.lanes == 32 ? 8 : 1;
-#define QWEN3_SHAPE(K) case K: return launch_early(p->early, p->s, grid1(ceil_div(p->n, s.together)), s.lanes * s.together, \
-                                                   0, wide_norm_kernel<K>, c->wide_act, c->act_scale, a, p->n, width, s.lanes)
-    switch (s.k) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
-#undef QWEN3_SHAPE
-    return cudaErrorInvalidValue;       /* no model that is wide has such rows */
-}
-
-/* Will the product with w do the norm of its input, which each of its blocks holds, itself? */
-static bool norms_itself(const pass *p, const matrix &w) {
-    if (p->how == FEW) return few_norms_itself(p, w);
-    return p->how == MATVEC && w.cols % 4 == 0 && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS &&
-           stream_ring(p, vector_input(p, w, p->c->x, p->c->embd_ld, p->n), w) > 0;
-}
-
-static qwen3_result norm(pass *p, const float *gain, const matrix &w) {
-    cuda_ctx *c = p->c;
-    const qwen3i_config *g = &c->m->config;
-    p->gain = p->layers && norms_itself(p, w) ? gain : NULL;
-    if (p->gain) return QWEN3_OK;
-    if (p->how == WIDE || p->how == FEW)
-        return launched(p, launch_wide_norm(p, norm_arguments(p, gain, w)), "wide_norm");
-    if (p->how == GEMM) {
-#define CALL(T) launch_add_rmsnorm<T>(p, gain, w)
-        TRY(launched(p, BY_WEIGHT_TYPE(w, CALL), "add_rmsnorm"));
-#undef CALL
-        p->pending = false;
-        return QWEN3_OK;
-    }
-    TRY(launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain,
-                                          p->n, 1, g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
-    return p->how == STANDARD ? round_rows(p, w, c->h, c->embd_ld, p->n) : QWEN3_OK;
-}
-
-/* ---- the same products on Hopper ------------------------------------------------------------------------ */
-template <int KIND, class T, int M, int R>
+template <class END, int R>
 static qwen3_result launch_few_product(const pass *p, const stored_map &in, const matrix &w, wide_args a, few_plan plan) {
     a.parts = plan.parts;
-    a.stages = few_stages<M, R>(plan.steps);
+    a.stages = few_stages<END::M, R>(plan.steps);
     return launched(p, launch_clusters(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), FEW_THREADS,
-                                       few_product_shared<M, R>(a.stages), few_product_kernel<KIND, T, M, R>, get_map(in),
+                                       few_product_shared<END::M, R>(a.stages), few_product_kernel<END, R>, get_map(in),
                                        get_map(w.map), a), "few_product");
 }
 
-template <int KIND, class T, int R>
-static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
-    few_plan plan = {0, 0, 0, 0};
-    plan = few_better(p, a, WIDE_M, R, plan);
-    if constexpr (KIND == WIDE_ADD) {
-        plan = few_better(p, a, WIDE_M / 2, R, plan);
-        if (plan.m == WIDE_M / 2) {
-            a.n_tiles *= 2;
-            a.step /= 2;
-            return launch_few_product<KIND, T, WIDE_M / 2, R>(p, in, w, a, plan);
-        }
-    }
-    return launch_few_product<KIND, T, WIDE_M, R>(p, in, w, a, plan);
+template <class END> static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
+    const few_plan none = {0, 0, 0, 0};
+    return a.rows <= 32 ? launch_few_product<END, 32>(p, in, w, a, few_better(p, a, WIDE_M, 32, none))
+                        : launch_few_product<END, 64>(p, in, w, a, few_better(p, a, WIDE_M, 64, none));
+}
+
+/* x += W in, by tiles of 128 or of 64 rows of W */
+template <int R> static qwen3_result few_add_of(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+    const few_plan none = {0, 0, 0, 0};
+    const few_plan plan = few_better(p, a, WIDE_M / 2, R, few_better(p, a, WIDE_M, R, none));
+    if (plan.m == WIDE_M) return launch_few_product<to_residual<WIDE_M>, R>(p, in, w, a, plan);
+    a.n_tiles *= 2;
+    a.step /= 2;
+    return launch_few_product<to_residual<WIDE_M / 2>, R>(p, in, w, a, plan);
+}
+static qwen3_result few_add(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+    a.x = p->c->x;
+    a.ldx = p->c->embd_ld;
+    return a.rows <= 32 ? few_add_of<32>(p, in, w, a) : few_add_of<64>(p, in, w, a);
 }
 
 static int wide_pairs(const pass *p) { return ceil_div(p->n, 2 * WIDE_M); }
 
-template <int KIND, class T, int N, int P>
+template <class END, int N, int P>
 static qwen3_result launch_wide_product(const pass *p, const stored_map &in, const stored_map &w, const wide_args &a) {
     const int clusters = least(wide_pairs(p) * (a.n_tiles - a.whole), p->c->m->n_sm / 2);
     return launched(p, launch_clusters(p->early, WIDE_CLUSTER, p->s, grid1(2 * clusters), WIDE_THREADS,
-                                       wide_product_shared<N, P>(), wide_product_kernel<KIND, T, N, P>, get_map(in),
+                                       wide_product_shared<N, P>(), wide_product_kernel<END, N, P>, get_map(in),
                                        get_map(w), a), "wide_product");
 }
 
@@ -1644,13 +3072,10 @@ static int wide_whole(const pass *p, int columns) {
     return wide_time(p, columns, best) < wide_time(p, columns, 0) ? best : 0;
 }
 
-/* in: the map for many rows, or for few */
-template <int KIND, class T>
-static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
-    if (p->how == FEW) return p->n <= 32 ? few_product<KIND, T, 32>(p, in, w, a) : few_product<KIND, T, 64>(p, in, w, a);
+template <class END> static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
     a.whole = wide_whole(p, a.n_tiles);
-    return a.whole > 0 ? launch_wide_product<KIND, T, WIDE_N, 2>(p, in, w.map, a)
-                       : launch_wide_product<KIND, T, WIDE_N, 1>(p, in, w.map, a);
+    return a.whole > 0 ? launch_wide_product<END, WIDE_N, 2>(p, in, w.map, a)
+                       : launch_wide_product<END, WIDE_N, 1>(p, in, w.map, a);
 }
 
 /* x += W in, in the tiles that are done first: 2,560 columns of 2,048 rows are 2.4 turns of 128, but 1.9 of 160. */
@@ -1658,100 +3083,174 @@ static qwen3_result wide_add(const pass *p, const stored_map &in, const matrix &
     const float more = (float)WIDE_N_MORE / WIDE_N * wide_time(p, w.rows / WIDE_N_MORE, 0);
     a.x = p->c->x;
     a.ldx = p->c->embd_ld;
-    if (p->how == FEW || w.rows % WIDE_N_MORE || wide_time(p, a.n_tiles, wide_whole(p, a.n_tiles)) <= more)
-        return wide_product<WIDE_ADD, half_t>(p, in, w, a);
+    if (w.rows % WIDE_N_MORE || wide_time(p, a.n_tiles, wide_whole(p, a.n_tiles)) <= more)
+        return wide_product<to_residual<> >(p, in, w, a);
     a.n_tiles = w.rows / WIDE_N_MORE;
     a.step = WIDE_N_MORE;
     a.half = WIDE_N_MORE / 2;
-    return launch_wide_product<WIDE_ADD, half_t, WIDE_N_MORE, 1>(p, in, w.map_more, a);
-}
-
-static const stored_map &wide_map(const pass *p, const stored_map &wide, const stored_map &few) {
-    return p->how == FEW ? few : wide;
-}
-
-/* x += W a, of what attention gives */
-static qwen3_result wide_o_proj(const pass *p, const matrix &w) {
-    cuda_ctx *c = p->c;
-    const bool as_it_is = gives_halves(p);
-    if (!as_it_is)
-        TRY(launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(w.ld, 4, p->n), 0,
-                                     round_rows_kernel<half_t>, c->wide_act, c->act_scale, (const float *)c->attn,
-                                     c->q_dim, w.cols, w.ld, (size_t)0), "round_rows"));
-    return wide_add(p, wide_map(p, c->wide_a_map, c->few_a_map), w,
-                    wide_arguments(p, w, as_it_is ? NULL : c->act_scale));
-}
-
-/* x += W m */
-static qwen3_result wide_down(const pass *p, const matrix &w) {
-    cuda_ctx *c = p->c;
-    return wide_add(p, wide_map(p, c->wide_m_map, c->few_m_map), w, wide_arguments(p, w, c->ff_scale));
+    return launch_wide_product<to_residual<>, WIDE_N_MORE, 1>(p, in, w.map_more, a);
 }
 
 /* The norm that the product is to do itself, if it is. */
-static void set_norm(const pass *p, const matrix &w, wide_args *a) {
-    if (!p->gain) return;
-    a->norm = norm_arguments(p, p->gain, w);
+static void set_norm(const pass *p, const input &h, const matrix &w, wide_args *a) {
+    if (!h.gain) return;
+    a->norm = norm_arguments(p, h.gain, w);
     a->in_scale = a->out_scale = NULL;
 }
 
-static qwen3_result wide_qkv(const pass *p, const matrix &w, const qkv_args &qkv) {
-    cuda_ctx *c = p->c;
-    wide_args a = wide_arguments(p, w, c->act_scale);
-    a.out = halves(p) ? c->wide_q : NULL;
-    a.ldo = c->q_dim;
-    a.qkv = qkv;
-    set_norm(p, w, &a);
-#define CALL(T) wide_product<WIDE_QKV, T>(p, wide_map(p, c->wide_h_map, c->few_h_map), w, a)
-    return BY_KV_TYPE(c, CALL);
-#undef CALL
+/* ================================================================================================
+   Q, K AND V = RoPE(RMSNorm of each head(W h)); K and V into the cache
+   ================================================================================================ */
+
+/* Where a row stands, and cosines and sines there of the pairs 2 lane + 64 j and the next, which are this lane's. */
+const int TURNS = MAX_HEAD_DIM / 128;
+struct row_turn { int seq, position; float4 turn[TURNS]; };
+
+static __device__ __forceinline__ row_turn load_turn(const qkv_args &a, int row) {
+    const int half = a.head_dim / 2;
+    row_turn t;
+    t.seq = a.rows[row].seq;
+    t.position = a.rows[row].position;
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) {
+        const int i = 2 * lane_id() + 64 * j;
+        t.turn[j] = i < half ? *(const float4 *)(const void *)(a.rope + (size_t)t.position * half + i)
+                             : make_float4(0, 0, 0, 0);
+    }
+    return t;
 }
 
-static qwen3_result wide_swiglu(const pass *p, const matrix &w) {
-    cuda_ctx *c = p->c;
-    const int n_ff = c->m->config.n_ff;
-    wide_args a = wide_arguments(p, w, c->act_scale);
-    a.step = WIDE_N / 2;
-    a.half = n_ff;
-    a.out = c->wide_m;
-    a.ldo = n_ff;
-    a.out_scale = c->ff_scale;
-    set_norm(p, w, &a);
-    return wide_product<WIDE_SWIGLU, half_t>(p, wide_map(p, c->wide_h_map, c->few_h_map), w, a);
+static __device__ __forceinline__ void store_2(float *p, float x, float y) { *(float2 *)(void *)p = make_float2(x, y); }
+template <class T> static __device__ __forceinline__ void store_2(T *p, float x, float y) {
+    store(p, x);
+    store(p + 1, y);
 }
 
-/* y[slot(r), :] = W h[r] for n rows of h; slot as in matvec */
-static qwen3_result few_logits(const pass *p, float *y, const row_info *outs, const matrix &w, int n) {
-    cuda_ctx *c = p->c;
-    wide_args a = wide_arguments(p, w, c->act_scale);
-    a.rows = n;
-    a.n = w.rows;
-    a.n_tiles = ceil_div(w.rows, WIDE_N);
-    a.y = y;
-    a.ldy = w.rows;
-    a.outs = outs;
-    TRY(launched(p, launch_early(p->early, p->s, grid1(n), row_threads(w.ld, 4, n), 0, round_rows_kernel<half_t>,
-                                 c->wide_act, c->act_scale, (const float *)c->h, c->embd_ld, w.cols, w.ld, (size_t)0),
-                 "round_rows"));
-    return n <= 32 ? few_product<WIDE_STORE, half_t, 32>(p, c->few_h_map, w, a)
-                   : few_product<WIDE_STORE, half_t, 64>(p, c->few_h_map, w, a);
+/* This lane's elements of a head, 2 lane + 64 j and the next in lo, those half a head further in hi; 0 past its end. */
+struct head_pairs { float2 lo[TURNS], hi[TURNS]; };
+
+template <class L> static __device__ __forceinline__ head_pairs load_head(const float *v, int half, L load) {
+    head_pairs p;
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) {
+        const int i = 2 * lane_id() + 64 * j;
+        p.lo[j] = i < half ? load((const float2 *)(const void *)(v + i)) : make_float2(0, 0);
+        p.hi[j] = i < half ? load((const float2 *)(const void *)(v + i + half)) : make_float2(0, 0);
+    }
+    return p;
+}
+static __device__ __forceinline__ head_pairs load_head(const float *v, int half) {
+    return load_head(v, half, [](const float2 *p) { return *p; });
 }
 
-static qwen3_result wide_attention(const pass *p, const attention_args &from, int layer) {
-    const cuda_ctx *c = p->c;
-    wide_attention_args a;
-    a.out = c->wide_act;
-    a.n_head = from.n_head;
-    a.group = c->group;
-    a.layer = layer;
-    a.max_seqs = c->desc.max_seqs;
-    a.scale = from.scale;
-    return launched(p, launch_early(p->early, p->s, grid2(from.n_head_kv, p->n_tiles), WIDE_THREADS,
-                                    WIDE_ATTENTION_SHARED, wide_attention_kernel, get_map(c->q_map), get_map(c->k_map),
-                                    get_map(c->v_map), a, (const attention_tile *)c->tile_list), "wide_attention");
+static __device__ __forceinline__ const float *head_gain(const qkv_args &a, int head) {
+    return head < a.n_head ? a.q_norm : a.k_norm;
 }
 
-/* ---- q, k, v = RoPE(RMSNorm_head(W h)); k, v into the cache --------------------------------------------- */
+/* RMSNorm and rotate-half of one head, times scale, by one warp. */
+static __device__ __forceinline__ void norm_rope(head_pairs &p, const head_pairs &gain, const row_turn &t, int head_dim,
+                                                 float eps, float scale) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) {
+        p.lo[j].x *= scale; p.lo[j].y *= scale; p.hi[j].x *= scale; p.hi[j].y *= scale;
+        sum += p.lo[j].x * p.lo[j].x + p.lo[j].y * p.lo[j].y + p.hi[j].x * p.hi[j].x + p.hi[j].y * p.hi[j].y;
+    }
+    const float r = 1.0f / sqrtf(warp_sum(sum) / (float)head_dim + eps);
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) {
+        const float x0 = p.lo[j].x * r * gain.lo[j].x, y0 = p.hi[j].x * r * gain.hi[j].x;
+        const float x1 = p.lo[j].y * r * gain.lo[j].y, y1 = p.hi[j].y * r * gain.hi[j].y;
+        const float4 c = t.turn[j];     /* cosine, sine, cosine, sine */
+        p.lo[j] = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
+        p.hi[j] = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
+    }
+}
+
+/* A rotated head of one row to its place: q in float32, k in the cache with one rounding. */
+template <class T> static __device__ __forceinline__ void store_head(const qkv_args &a, int row, int head,
+                                                                     const head_pairs &p, const row_turn &t) {
+    const int half = a.head_dim / 2;
+    float *q = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
+    T *k = (T *)a.kv.k + kv_at(a.kv, t.seq, t.position) + (size_t)(head - a.n_head) * a.head_dim;
+#pragma unroll
+    for (int j = 0; j < TURNS; j++) {
+        const int i = 2 * lane_id() + 64 * j;
+        if (i >= half) break;
+        if (head < a.n_head) { store_2(q + i, p.lo[j].x, p.lo[j].y); store_2(q + i + half, p.hi[j].x, p.hi[j].y); }
+        else { store_2(k + i, p.lo[j].x, p.lo[j].y); store_2(k + i + half, p.hi[j].x, p.hi[j].y); }
+    }
+}
+
+/* One head of one row, by one warp, whose projection is in a.qkv, maybe just written by another block: RMSNorm over its
+   head_dim values, rotate-half, and to its place. */
+template <class T>
+static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row, int head, float scale,
+                                                      const row_turn &t) {
+    const int half = a.head_dim / 2;
+    head_pairs p = load_head(a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim, half,
+                             [](const float2 *from) { return __ldcg(from); });
+    norm_rope(p, load_head(head_gain(a, head), half), t, a.head_dim, a.eps, scale);
+    store_head<T>(a, row, head, p, t);
+}
+
+/* Adds what this block has summed up of each head to its ticket; the block that completes a head norms and rotates it.
+   All threads of the block; finished [most]: shared, a flag a head; turn: of this warp's row. */
+template <class T> static __device__ __forceinline__ void finish_heads(const matvec_in &in, const qkv_args &a,
+                                                                       unsigned *tickets, int *finished,
+                                                                       int most, const row_turn &turn) {
+    const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    const int from = share_begin(block_x() * MATVEC_WARPS, in.n),
+              next = share_begin((block_x() + 1) * MATVEC_WARPS, in.n);
+    const int to = next < rotated ? next : rotated;
+    if (from >= to) return;
+    for (int head0 = from / a.head_dim; head0 * a.head_dim < to; head0 += most) {
+        const int left = (to - 1) / a.head_dim - head0 + 1, n_heads = left < most ? left : most;
+        __threadfence();
+        __syncthreads();
+        if (tid() < n_heads) {
+            const int begin = (head0 + tid()) * a.head_dim, end = begin + a.head_dim;
+            const unsigned mine = (unsigned)((end < to ? end : to) - (begin > from ? begin : from));
+            const unsigned before = atomicAdd(&tickets[head0 + tid()], mine);
+            finished[threadIdx.x] = before + mine == (unsigned)a.head_dim;
+            if (finished[threadIdx.x]) tickets[head0 + tid()] = 0;
+        }
+        __syncthreads();
+        __threadfence();
+        for (int h = 0; h < n_heads; h++)
+            if (finished[h] && warp_id() < in.rows) norm_rope_head<T>(a, warp_id(), head0 + h, 1.0f, turn);
+    }
+}
+
+/* qkv_rope: q, k and v of 1 to 8 rows from their *normalised* hidden states, in one pass over x and W.
+   in: W [q_dim + 2 kv_dim, n_embd], x [rows, n_embd] float32. The block that finishes a head last norms and
+   rotates it; v goes straight from the sum into the cache. tickets [n_head + n_head_kv], zero before and after.
+   Equals qwen3i_matmul of wq, wk, wv, then qwen3i_rmsnorm a head, qwen3i_rope, one rounding of k and v. */
+template <class W, class T, int R, int NR> static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
+    qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
+    __shared__ float4 xs[MATVEC_TILE / 4];
+    __shared__ int finished[MATVEC_WARPS * NR];
+    int rows[NR];
+    float acc[NR][R];
+    const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    matvec_rows<NR>(rows, in.n);
+    /* of the row that this warp will finish; written several kernels before, so there is nothing to wait for */
+    const row_turn turn = load_turn(a, warp_id() < in.rows ? warp_id() : 0);
+    dot_rows<W, R, NR>(acc, rows, in, xs);
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int j = 0; j < NR; j++) {
+                const int i = rows[j];
+                if (r >= in.rows || i < 0) continue;
+                if (i < rotated) a.qkv[(size_t)r * a.ld + i] = acc[j][r];
+                else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), acc[j][r]);
+            }
+    }
+    finish_heads<T>(in, a, tickets, finished, MATVEC_WARPS * NR, turn);
+}
+
 static qkv_args qkv_arguments(const pass *p, int layer) {
     const cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
@@ -1768,56 +3267,340 @@ static qkv_args qkv_arguments(const pass *p, int layer) {
     return a;
 }
 
+/* stream_qkv_rope: as qkv_rope_kernel for one row of x. */
+template <class T, int NR, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    stream_qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    __shared__ int finished[STREAM_HEADS];
+    const int lane = lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    const row_turn turn = load_turn(a, 0);
+    T *v = (T *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated;
+    stream_rows<NR, false, RING>(
+        in, warp_share(in.n), memory, [] {}, [](int, int) { return 0.0f; },
+        [&](int row, int left, const float (&acc)[NR], float) {
+            const int i = row + lane;
+            if (lane >= NR || lane >= left) return;
+            if (i < rotated) a.qkv[i] = pick(acc, lane);
+            else store(v + i, pick(acc, lane));
+        });
+    finish_heads<T>(in, a, tickets, finished, STREAM_HEADS, turn);
+}
+
+/* stream_qkv_heads: the same on Hopper, where a cluster of `parts` blocks has a head: each sums up some of its rows, the
+   first gets the sums through its shared memory, norms and rotates them. No block waits for what others have stored in
+   global memory, which takes 2 us of the 7 at 0.6B. Grid: parts times heads of q, k and v. */
+template <class T, int NR, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    stream_qkv_heads_kernel(matvec_in in, qkv_args a, int parts) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    mbarrier *arrived = (mbarrier *)(void *)(memory + stream_bytes(in.ldw, RING));
+    float *values = (float *)(void *)(arrived + 2);     /* [head_dim] */
+    const int lane = lane_id(), dim = a.head_dim, rotated = a.n_head + a.n_head_kv;
+    const int head = block_x() / parts, rank = block_x() % parts, row0 = head * dim;
+    const int warp = rank * MATVEC_WARPS + warp_id(), warps = parts * MATVEC_WARPS;
+    const row_range rows = {row0 + warp * dim / warps, row0 + (warp + 1) * dim / warps};
+    const bool finishes = head < rotated && rank == 0 && warp_id() == 0;
+    const row_turn turn = load_turn(a, 0);
+    const head_pairs gain = load_head(head_gain(a, head), finishes ? dim / 2 : 0);
+    T *v = (T *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated * dim;
+    if (rank == 0 && tid() == 0) {
+        barrier_init(arrived, 1);
+        barriers_ready();
+        barrier_expect(arrived, (unsigned)dim * 4);
+    }
+    __syncwarp();
+    cluster_arrive();
+    stream_rows<NR, false, RING>(
+        in, rows, memory, [] { cluster_wait(); }, [](int, int) { return 0.0f; },
+        [&](int row, int left, const float (&acc)[NR], float) {
+            const int i = row + lane;
+            if (lane >= NR || lane >= left) return;
+            if (head < rotated) send_to_block(values + (i - row0), 0, pick(acc, lane), arrived);
+            else store(v + i, pick(acc, lane));
+        });
+    if (!finishes) return;
+    barrier_wait(arrived, 0);
+    head_pairs p = load_head(values, dim / 2);
+    norm_rope(p, gain, turn, dim, a.eps, 1.0f);
+    store_head<T>(a, 0, head, p, turn);
+}
+
+/* Blocks that share a head of q, k or v as a cluster; 0: where that would leave much of the chip idle, as 48 heads do
+   with 132 multiprocessors, all blocks share all rows. */
+static int head_parts(const pass *p, const qkv_args &a) {
+    const int heads = a.n_head + 2 * a.n_head_kv, n_sm = p->c->m->n_sm;
+    int parts = 8;
+    if (p->c->m->capability < 90) return 0;
+    while (parts > 1 && (heads * parts > n_sm || a.head_dim < parts * MATVEC_WARPS)) parts /= 2;
+    return heads * parts <= n_sm && 8 * heads * parts >= 7 * n_sm ? parts : 0;
+}
+template <class T, int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
+    const int parts = head_parts(p, a), blocks = parts * (a.n_head + 2 * a.n_head_kv);
+    const size_t shared = stream_shared(in, RING) + 2 * sizeof(mbarrier) + (size_t)a.head_dim * sizeof(float);
+#define CALL(NR) launch_shared(p->early, parts, p->s, grid1(blocks), 32 * MATVEC_WARPS, shared, stream_qkv_heads_kernel<T, NR, RING>, in, \
+                               a, parts)
+    if (parts > 0) return a.head_dim <= 2 * parts * MATVEC_WARPS ? CALL(2) : CALL(4);
+#undef CALL
+#define CALL(NR) launch_stream(p, in, RING, in.n, stream_qkv_rope_kernel<T, NR, RING>, in, a, p->c->qkv_tickets)
+    return stream_rows_at_once(stream_each(p, in.n)) == 3 ? CALL(3) : CALL(4);
+#undef CALL
+}
+
+template <class W, class T, int R, int NR>
+static cudaError_t launch_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
+    const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
+    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, qkv_rope_kernel<W, T, R, NR>, in, a,
+                        p->c->qkv_tickets);
+}
+template <class W, class T> static cudaError_t qkv_rows_of(const pass *p, const matvec_in &in, const qkv_args &a) {
+    if (in.rows > 4) return launch_qkv<W, T, 8, 2>(p, in, a);
+    if (in.rows > 2) return launch_qkv<W, T, 4, 2>(p, in, a);
+    if (in.rows > 1) return launch_qkv<W, T, 2, 2>(p, in, a);
+    switch (matvec_share(p, in.n, 4).rows) {
+        case 1:  return launch_qkv<W, T, 1, 1>(p, in, a);
+        case 2:  return launch_qkv<W, T, 1, 2>(p, in, a);
+        case 3:  return launch_qkv<W, T, 1, 3>(p, in, a);
+        default: return launch_qkv<W, T, 1, 4>(p, in, a);
+    }
+}
+template <class T>
+static cudaError_t fused_qkv(const pass *p, const matrix &w, const matvec_in &in, const qkv_args &a) {
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_qkv<T, RING>(p, in, a)
+    if (ring) return BY_RING(ring, CALL);
+#undef CALL
+    return w.type == QWEN3I_F32 ? qkv_rows_of<float, T>(p, in, a) : qkv_rows_of<half_t, T>(p, in, a);
+}
+
+static qwen3_result vector_qkv(const pass *p, int layer, const input &h) {
+    const matrix &w = p->c->m->layers[layer].qkv;
+    const matvec_in in = vector_input(p, w, h, p->n);
+    const qkv_args a = qkv_arguments(p, layer);
+#define CALL(T) fused_qkv<T>(p, w, in, a)
+    return launched(p, BY_KV_TYPE(p->c, CALL), "qkv_rope");
+#undef CALL
+}
+
+/* ---- after a product by cuBLASLt ---- */
+/* norm_rope_store: the same after a cuBLASLt product, for any number of rows: qkv [rows, ld] times scale[row].
+   One block a row; its warps take turns of the heads of q, k and v. */
+template <class T>
+static __global__ void __launch_bounds__(256) norm_rope_store_kernel(qkv_args a, const float *scale) {
+    const int row = block_x(), rotated = a.n_head + a.n_head_kv;
+    const float s = scale ? scale[row] : 1.0f;
+    const row_turn t = load_turn(a, row);
+    for (int head = warp_id(); head < rotated; head += n_threads() / 32) norm_rope_head<T>(a, row, head, s, t);
+    const float *v = a.qkv + (size_t)row * a.ld + (size_t)rotated * a.head_dim;
+    T *to = (T *)a.kv.v + kv_at(a.kv, t.seq, t.position);
+    for (int i = 2 * tid(); i < a.kv.kv_dim; i += 2 * n_threads()) {
+        const float2 x = *(const float2 *)(const void *)(v + i);
+        store_2(to + i, x.x * s, x.y * s);
+    }
+}
+
 template <class T> static cudaError_t norm_rope_store(const pass *p, const qkv_args &a, const float *scale) {
     return launch(p->s, grid1(p->n), 256, 0, norm_rope_store_kernel<T>, a, scale);
 }
-template <class T> static cudaError_t kv_store(const pass *p, const qkv_args &a) {
-    return launch(p->s, grid1(p->n), row_threads(a.kv.kv_dim, 4, p->n), 0, kv_store_kernel<T>, a);
-}
 
-static qwen3_result standard_qkv(const pass *p, const matrix &w, const qkv_args &a) {
-    cuda_ctx *c = p->c;
-    const float *scale = act_scale(p, w);
-    float *q = c->qkv, *k = q + c->q_dim;
-    TRY(act_product(p, q, a.ld, w, 0, c->q_dim));
-    TRY(act_product(p, k, a.ld, w, c->q_dim, c->kv_dim));
-    TRY(act_product(p, k + c->kv_dim, a.ld, w, c->q_dim + c->kv_dim, c->kv_dim));
-    if (scale) RUN(grid1(p->n), row_threads(a.ld, 4, p->n), 0, scale_rows_kernel, q, scale, a.ld, a.ld);
-    cudaError_t e =
-        launch_rmsnorm(p->early, p->s, q, a.ld, q, a.ld, NULL, a.q_norm, p->n, a.n_head, a.head_dim, 0, a.eps);
-    if (e == cudaSuccess)
-        e = launch_rmsnorm(p->early, p->s, k, a.ld, k, a.ld, NULL, a.k_norm, p->n, a.n_head_kv, a.head_dim, 0,
-                                  a.eps);
-    if (e == cudaSuccess)
-        e = launch(p->s, grid2(p->n, a.n_head + a.n_head_kv), row_threads(a.head_dim / 2, 1, p->n), 0, rope_kernel, a);
-#define CALL(T) kv_store<T>(p, a)
-    if (e == cudaSuccess) e = BY_KV_TYPE(c, CALL);
-#undef CALL
-    return launched(p, e, "q, k and v");
-}
-
-static qwen3_result qkv_rope(const pass *p, int layer) {
-    cuda_ctx *c = p->c;
-    const matrix &w = c->m->layers[layer].qkv;
+static qwen3_result gemm_qkv(const pass *p, int layer, const input &h) {
+    const matrix &w = p->c->m->layers[layer].qkv;
     const qkv_args a = qkv_arguments(p, layer);
-    cudaError_t e;
-    if (p->how == STANDARD) return standard_qkv(p, w, a);
-    if (p->how == WIDE || p->how == FEW) return wide_qkv(p, w, a);
-    if (p->how == MATVEC) {
-        const matvec_in in = normalised_input(p, w);
-#define CALL(T) fused_qkv<T>(p, w, in, a)
-        e = BY_KV_TYPE(c, CALL);
+    TRY(act_product(p, a.qkv, a.ld, w, 0, w.rows));
+#define CALL(T) norm_rope_store<T>(p, a, h.scale)
+    return launched(p, BY_KV_TYPE(p->c, CALL), "norm_rope_store");
 #undef CALL
-    } else {
-        TRY(act_product(p, c->qkv, a.ld, w, 0, w.rows));
-#define CALL(T) norm_rope_store<T>(p, a, act_scale(p, w))
-        e = BY_KV_TYPE(c, CALL);
-#undef CALL
-    }
-    return launched(p, e, "qkv_rope");
 }
 
-/* ---- a = softmax(q k / sqrt(d)) v ------------------------------------------------------------------------ */
+/* ---- Hopper: how its products end ---- */
+#ifdef QWEN3_WGMMA
+/* The same as 32-bit elements. */
+static __device__ __forceinline__ void store_columns(float *to, const float (&v)[16][2]) {
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+        if (to) *(float2 *)(void *)(to + 8 * j + 2 * (threadIdx.x & 3)) = make_float2(v[j][0], v[j][1]);
+}
+static __device__ __forceinline__ void store_columns(half_t *to, const float (&v)[16][2]) {
+    unsigned w[16];
+#pragma unroll
+    for (int j = 0; j < 16; j++) w[j] = pack_halves(v[j][0], v[j][1]);
+    store_words<16>(to, w);
+}
+static __device__ __forceinline__ void store_columns(bf16_t *to, const float (&v)[16][2]) {
+    unsigned w[16];
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        float x = v[j][0], y = v[j][1];
+        w[j] = pack(x, y, bf16_t());
+    }
+    store_words<16>(to, w);
+}
+
+/* A lane's cosines and sines of a row: of elements 8 j + c, two of them, and of those 64 further; c = 2 (lane % 4). */
+struct wide_rope { float4 of[8]; };
+
+static __device__ __forceinline__ void load_rope(wide_rope &t, const qkv_args &a, int position) {
+    const float2 *from = a.rope + (size_t)position * (WIDE_DIM / 2) + 2 * (lane_id() % 4);
+#pragma unroll
+    for (int j = 0; j < 8; j++) t.of[j] = *(const float4 *)(const void *)(from + 8 * j);
+}
+
+/* One head of one row: as norm_rope_head, 32 values in each lane of a quad. q is kept as F16 for the attention that
+   reads an F16 cache, and as float32 for others. */
+template <class T> static __device__ __forceinline__ void wide_head(const wide_args &g, const float (&acc)[64],
+                                                                   const wide_row &row, int r, int head, float scale,
+                                                                   const wide_rope &rope) {
+    const qkv_args &a = g.qkv;
+    const bool valid = row.at < g.rows;
+    const int rotated = a.n_head + a.n_head_kv, kv_head = head < rotated ? head - a.n_head : head - rotated;
+    float v[16][2], sum = 0, s = scale;
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            v[j][i] = acc[4 * j + 2 * r + i];
+            sum += v[j][i] * v[j][i];
+        }
+    if (head < rotated) {
+        const float *gain = (head < a.n_head ? a.q_norm : a.k_norm) + 2 * (lane_id() % 4);
+        sum += __shfl_xor_sync(ALL, sum, 1);
+        sum += __shfl_xor_sync(ALL, sum, 2);
+        s = scale / sqrtf(sum * scale * scale / (float)WIDE_DIM + a.eps);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            const float2 g0 = *(const float2 *)(const void *)(gain + 8 * j),
+                         g1 = *(const float2 *)(const void *)(gain + 8 * j + 64);
+            const float4 c = rope.of[j];        /* cosine, sine, cosine, sine */
+            const float x0 = v[j][0] * s * g0.x, x1 = v[j][1] * s * g0.y;
+            const float y0 = v[j + 8][0] * s * g1.x, y1 = v[j + 8][1] * s * g1.y;
+            v[j][0] = x0 * c.x - y0 * c.y;
+            v[j][1] = x1 * c.z - y1 * c.w;
+            v[j + 8][0] = y0 * c.x + x0 * c.y;
+            v[j + 8][1] = y1 * c.z + x1 * c.w;
+        }
+    } else
+#pragma unroll
+        for (int j = 0; j < 32; j++) v[j / 2][j % 2] *= s;
+    if (head >= a.n_head) {
+        T *cache = (T *)(head < rotated ? a.kv.k : a.kv.v);
+        store_columns(valid ? cache + kv_at(a.kv, row.seq, row.position) + (size_t)kv_head * WIDE_DIM : NULL, v);
+    } else if (g.out) store_columns(valid ? g.out + (size_t)row.at * g.ldo + (size_t)head * WIDE_DIM : NULL, v);
+    else store_columns(valid ? a.qkv + (size_t)row.at * a.ld + (size_t)head * WIDE_DIM : NULL, v);
+}
+
+template <class T> static __device__ __forceinline__ void ask_row(const to_heads<T> &, wide_row &w, const wide_args &g, int i) {
+    w.seq = g.qkv.rows[i].seq;
+    w.position = g.qkv.rows[i].position;
+}
+template <class T, int PARTS, int M>
+static __device__ __forceinline__ void finish_tile(const to_heads<T> &, const wide_args &g, const float (&acc)[PARTS][M],
+                                                   const wide_row &row, int r, int n, float scale) {
+    wide_rope rope;
+    load_rope(rope, g.qkv, row.position);
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) wide_head<T>(g, acc[p], row, r, n + p, scale, rope);
+}
+
+template <class T> static __device__ __forceinline__ void ask_early(const to_heads<T> &, few_row &r, const wide_args &g, int i,
+                                                                    int tile) {
+    const qkv_args &a = g.qkv;
+    const int col = 2 * lane_id();
+    r.at = a.rows[i];
+    if (tile >= a.n_head + a.n_head_kv) return;
+    const float *gain = (tile < a.n_head ? a.q_norm : a.k_norm) + col;
+    r.lo = *(const float2 *)(const void *)gain;
+    r.hi = *(const float2 *)(const void *)(gain + 64);
+    r.turn = *(const float4 *)(const void *)(a.rope + (size_t)r.at.position * (WIDE_DIM / 2) + col);
+}
+
+/* store_2 to an even place. */
+static __device__ __forceinline__ void store_pair(float *p, float x, float y) { store_2(p, x, y); }
+static __device__ __forceinline__ void store_pair(half_t *p, float x, float y) { *(unsigned *)(void *)p = pack_halves(x, y); }
+static __device__ __forceinline__ void store_pair(bf16_t *p, float x, float y) {
+    *(unsigned *)(void *)p = pack(x, y, bf16_t());
+}
+
+template <class T> static __device__ __forceinline__ void finish_row(const to_heads<T> &, const wide_args &g, float2 lo, float2 hi,
+                                                                     const few_row &r, int row, int tile) {
+    const qkv_args &a = g.qkv;
+    const int rotated = a.n_head + a.n_head_kv, kv_head = tile < rotated ? tile - a.n_head : tile - rotated;
+    const int col = 2 * lane_id();
+    if (tile < rotated) {
+        const float sum = warp_sum(lo.x * lo.x + lo.y * lo.y + hi.x * hi.x + hi.y * hi.y);
+        const float s = 1.0f / sqrtf(sum / (float)WIDE_DIM + a.eps);
+        const float x0 = lo.x * s * r.lo.x, x1 = lo.y * s * r.lo.y, y0 = hi.x * s * r.hi.x, y1 = hi.y * s * r.hi.y;
+        const float4 c = r.turn;        /* cosine, sine, cosine, sine */
+        lo = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
+        hi = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
+    }
+    if (tile < a.n_head) {
+        float *q = a.qkv + (size_t)row * a.ld + tile * WIDE_DIM + col;
+        store_2(q, lo.x, lo.y);
+        store_2(q + 64, hi.x, hi.y);
+    } else {
+        T *to = (T *)(tile < rotated ? a.kv.k : a.kv.v) + kv_at(a.kv, r.at.seq, r.at.position) + kv_head * WIDE_DIM + col;
+        store_pair(to, lo.x, lo.y);
+        store_pair(to + 64, hi.x, hi.y);
+    }
+}
+#endif
+
+static wide_args heads_arguments(const pass *p, int layer, const input &h) {
+    const matrix &w = p->c->m->layers[layer].qkv;
+    wide_args a = wide_arguments(p, w, h.scale);
+    a.out = p->q_halves ? p->c->wide_q : NULL;
+    a.ldo = p->c->q_dim;
+    a.qkv = qkv_arguments(p, layer);
+    set_norm(p, h, w, &a);
+    return a;
+}
+
+static qwen3_result few_qkv(const pass *p, int layer, const input &h) {
+    const wide_args a = heads_arguments(p, layer, h);
+#define CALL(T) few_product<to_heads<T> >(p, p->c->few_h_map, p->c->m->layers[layer].qkv, a)
+    return BY_KV_TYPE(p->c, CALL);
+#undef CALL
+}
+
+static qwen3_result many_qkv(const pass *p, int layer, const input &h) {
+    const wide_args a = heads_arguments(p, layer, h);
+#define CALL(T) wide_product<to_heads<T> >(p, p->c->wide_h_map, p->c->m->layers[layer].qkv, a)
+    return BY_KV_TYPE(p->c, CALL);
+#undef CALL
+}
+
+/* ================================================================================================
+   ATTENTION: a = softmax(q k / sqrt(d)) v
+   ================================================================================================ */
+
+struct attention_args {
+    const float *q; int ldq;            /* [rows, n_head, head_dim] */
+    float       *out; int ldo;          /* [rows, n_head, head_dim] */
+    int          n_head, n_head_kv, head_dim;
+    float        scale;                 /* 1 / sqrt(head_dim) */
+    const row_info *rows;
+    kv_layer     kv;
+    int          ranks;                 /* attention_decode: blocks of a cluster */
+    float       *parts;                 /* [rows, n_head, splits, head_dim + 2], or as attention_decode has it */
+    unsigned    *tickets;               /* [rows, gridDim.y], zero before and after */
+    half_t      *halves;                /* not NULL: rows of F16, instead of out */
+};
+
+static __device__ __forceinline__ void store_attention(const attention_args &a, int row, int col, float v) {
+    const size_t at = (size_t)row * a.ldo + (size_t)col;
+    if (a.halves) store(a.halves + at, v);
+    else a.out[at] = v;
+}
+
+/* How many parts the positions of a row are split into: enough to fill the chip, from the shape alone. */
+static int attention_splits(const cuda_ctx *c, int rows) {
+    const int want = 2 * c->m->n_sm / (c->m->config.n_head_kv * rows);
+    return want < 1 ? 1 : want > MAX_SPLITS ? MAX_SPLITS : want;
+}
+
+/* One for each head of a row, or for each of the blocks of attention_decode that are there at once. */
+static size_t attention_tickets(const cuda_ctx *c) {
+    return most((size_t)c->max_rows * c->m->config.n_head, (size_t)(2 * c->m->n_sm));
+}
+
 static attention_args attention_arguments(const pass *p, int layer) {
     const cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
@@ -1830,8 +3613,223 @@ static attention_args attention_arguments(const pass *p, int layer) {
     a.kv = qkv_arguments(p, layer).kv;
     a.parts = c->parts;
     a.tickets = c->attn_tickets;
-    a.halves = gives_halves(p) ? c->wide_act : NULL;
+    a.halves = p->halves ? c->wide_act : NULL;
     return a;
+}
+
+/* ---- row by row, whatever the cache and the heads are ---- */
+template <class T> struct kv_vector { uint4 raw[sizeof(T) / 2]; };      /* 8 elements */
+
+template <class T> static __device__ __forceinline__ kv_vector<T> kv_load(const T *p, bool valid) {
+    kv_vector<T> v;
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof(T) / 2); i++)
+        v.raw[i] = valid ? ((const uint4 *)(const void *)p)[i] : make_uint4(0, 0, 0, 0);
+    return v;
+}
+template <class T> static __device__ __forceinline__ void kv_unpack(float (&f)[8], const kv_vector<T> &v) {
+    unpack(f, v.raw[0], T());
+}
+template <> __device__ __forceinline__ void kv_unpack<float>(float (&f)[8], const kv_vector<float> &v) {
+    float lo[4], hi[4];
+    unpack(lo, v.raw[0], 0.0f);
+    unpack(hi, v.raw[1], 0.0f);
+#pragma unroll
+    for (int i = 0; i < 4; i++) { f[i] = lo[i]; f[4 + i] = hi[i]; }
+}
+
+/* Softmax over one warp's share of the positions, for G heads at once: top, sum and weighted v of each.
+   A lane holds 8 of the head_dim values; `lanes` of them make a position, so a warp reads 32 / lanes at a time. */
+template <class T, int G>
+struct split_state { float q[G][8], o[G][8], top[G], sum[G]; };
+
+/* No position yet; q of this head, if there is one, times what makes scores powers of two. */
+template <class T, int G> static __device__ __forceinline__ void split_begin(split_state<T, G> &s, int g,
+                                                                             const attention_args &a, int row, int head,
+                                                                             int at, bool valid) {
+    const float *q = a.q + (size_t)row * a.ldq + (size_t)head * a.head_dim + at;
+    const float4 zero = make_float4(0, 0, 0, 0);
+    const float4 lo = valid ? *(const float4 *)(const void *)q : zero, hi = valid ? *(const float4 *)(const void *)(q + 4) : zero;
+    const float scale = a.scale * LOG2E, all[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+    s.top[g] = LOWEST;
+    s.sum[g] = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) { s.o[g][i] = 0; s.q[g][i] = all[i] * scale; }
+}
+
+/* Adds U turns of positions, `stride` apart, whose k and v this lane has; `left` of them are from this lane's on. */
+template <class T, int G, int U>
+static __device__ __forceinline__ void split_scores(split_state<T, G> &s, const kv_vector<T> (&kr)[U],
+                                                    const kv_vector<T> (&vr)[U], int left, int stride, int lanes) {
+    float score[U][G], f[8];
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        kv_unpack<T>(f, kr[u]);
+#pragma unroll
+        for (int g = 0; g < G; g++) {
+            float d = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) d += s.q[g][i] * f[i];
+            for (int o = lanes / 2; o > 0; o >>= 1) d += __shfl_xor_sync(ALL, d, o);
+            score[u][g] = u * stride < left ? d : LOWEST;
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < G; g++) {
+        float top = s.top[g];
+#pragma unroll
+        for (int u = 0; u < U; u++) top = fmaxf(top, score[u][g]);
+        for (int o = 16; o >= lanes; o >>= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
+        const float keep = exp2f(s.top[g] - top);
+        s.top[g] = top;
+        s.sum[g] *= keep;
+#pragma unroll
+        for (int i = 0; i < 8; i++) s.o[g][i] *= keep;
+#pragma unroll
+        for (int u = 0; u < U; u++) {
+            score[u][g] = u * stride < left ? exp2f(score[u][g] - top) : 0.0f;
+            s.sum[g] += score[u][g];
+        }
+    }
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        kv_unpack<T>(f, vr[u]);
+#pragma unroll
+        for (int g = 0; g < G; g++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) s.o[g][i] += score[u][g] * f[i];
+    }
+}
+
+template <class T, int G, int U> static __device__ __forceinline__ void split_step(split_state<T, G> &s, const T *k,
+                                                                                   const T *v, int stride, int left,
+                                                                                   int lanes, bool owner) {
+    const int sub = lane_id() / lanes, each = 32 / lanes;
+    kv_vector<T> kr[U], vr[U];
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+        const int p = u * each + sub;
+        kr[u] = kv_load<T>(k + (size_t)p * stride, owner && p < left);
+        vr[u] = kv_load<T>(v + (size_t)p * stride, owner && p < left);
+    }
+    split_scores<T, G, U>(s, kr, vr, left - sub, each, lanes);
+}
+
+/* Adds up what the lanes of the warp have of head g, which read positions side by side. */
+template <class T, int G> static __device__ __forceinline__ void split_fold(split_state<T, G> &s, int g, int lanes) {
+    for (int o = 16; o >= lanes; o >>= 1) {
+        s.sum[g] += __shfl_xor_sync(ALL, s.sum[g], o);
+#pragma unroll
+        for (int i = 0; i < 8; i++) s.o[g][i] += __shfl_xor_sync(ALL, s.o[g][i], o);
+    }
+}
+
+/* Brings k and v of the first 64 positions from begin to end, of what lies `at` elements into the cache, towards this
+   multiprocessor: a line (128 bytes) a thread. */
+template <class T> static __device__ __forceinline__ void prefetch_cache(const kv_layer &kv, size_t at, int dim,
+                                                                         int begin, int end) {
+    const int each = 128 / (int)sizeof(T), lines = ceil_div(dim, each), n = least(end - begin, 64);
+    for (int i = tid(); i < 2 * n * lines; i += n_threads()) {
+        const size_t to = at + (size_t)(begin + i / 2 / lines) * kv.kv_dim + (size_t)(i / 2 % lines) * each;
+        prefetch((const T *)(i % 2 ? kv.v : kv.k) + to);
+    }
+}
+
+/* attention, any rows: out[row, head, :] = softmax(q k^T * scale) v over positions 0 .. position of the
+   row's sequence, all float32; with a.halves, rounded once to F16. Grid (rows, n_head_kv * ceil(group / G), splits),
+   4 warps: a block takes one part of the positions for up to G heads of one group, which share its reads of k and v;
+   its warps take turns of positions. The block of a row that finishes last joins the parts, in order. How the
+   positions are split depends on the row's own length and on gridDim.z. Equals qwen3i_attention. */
+template <class T, int G, int LANES>
+static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kernel(attention_args a) {
+    __shared__ float part[SPLIT_WARPS][G][MAX_HEAD_DIM], part_top[SPLIT_WARPS][G], part_sum[SPLIT_WARPS][G];
+    __shared__ float weight[G][MAX_SPLITS];
+    __shared__ int last;
+    const int U = G >= 8 ? 2 : 4;
+    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G);
+    const int row = block_x(), kv_head = block_y() / chunks, g0 = block_y() % chunks * G;
+    const int n_g = group - g0 < G ? group - g0 : G, head0 = kv_head * group + g0, dim = a.head_dim;
+    const int warp = warp_id(), lane = lane_id();
+    /* the rows were written several kernels before, the cache up to this position by earlier steps */
+    const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z), active = ceil_div(n, length);
+    const int begin = (int)blockIdx.z * length, end = begin + length < n ? begin + length : n;
+    prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end);
+    wait_for_previous();
+    let_next_start();
+    if (begin >= n) return;
+
+    int lanes = LANES;
+    if (LANES == 0) for (lanes = 1; lanes * 8 < dim; lanes *= 2) {}
+    const int at = lane % lanes * 8, turn = U * (32 / lanes);
+    const bool owner = at < dim;
+    const T *k = (const T *)a.kv.k + kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim + at;
+    const T *v = (const T *)a.kv.v + kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim + at;
+    split_state<T, G> s;
+#pragma unroll
+    for (int g = 0; g < G; g++)
+        split_begin<T, G>(s, g, a, row, head0 + g, at, owner && g < n_g);
+    for (int p = begin + warp * turn; p < end; p += SPLIT_WARPS * turn)
+        split_step<T, G, U>(s, k + (size_t)p * a.kv.kv_dim, v + (size_t)p * a.kv.kv_dim, a.kv.kv_dim, end - p, lanes,
+                            owner);
+
+#pragma unroll
+    for (int g = 0; g < G; g++) {       /* the positions that this warp read side by side */
+        split_fold<T, G>(s, g, lanes);
+        if (lane < lanes && owner)
+#pragma unroll
+            for (int i = 0; i < 8; i++) part[warp][g][at + i] = s.o[g][i];
+        if (lane == 0) { part_top[warp][g] = s.top[g]; part_sum[warp][g] = s.sum[g]; }
+    }
+    __syncthreads();
+    for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
+        const int g = i / dim, d = i % dim;
+        float top = LOWEST, sum = 0, o = 0;
+        for (int w = 0; w < SPLIT_WARPS; w++) top = fmaxf(top, part_top[w][g]);
+        for (int w = 0; w < SPLIT_WARPS; w++) {
+            const float keep = exp2f(part_top[w][g] - top);
+            sum += part_sum[w][g] * keep;
+            if (part_sum[w][g] > 0) o += part[w][g][d] * keep;
+        }
+        if (active == 1) store_attention(a, row, (head0 + g) * dim + d, o / sum);
+        else {
+            float *to = a.parts + (((size_t)row * a.n_head + (size_t)(head0 + g)) * gridDim.z + blockIdx.z) * (dim + 2);
+            to[d] = o;
+            if (d == 0) { to[dim] = top; to[dim + 1] = sum; }
+        }
+    }
+    if (active == 1) return;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unsigned *ticket = &a.tickets[(size_t)row * gridDim.y + blockIdx.y];
+        last = atomicAdd(ticket, 1u) == (unsigned)active - 1;
+        if (last) *ticket = 0;
+    }
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    const size_t stride = (size_t)(dim + 2);
+    const float *parts = a.parts + ((size_t)row * a.n_head + head0) * gridDim.z * stride;
+    for (int g = warp; g < n_g; g += SPLIT_WARPS) {     /* how much each part counts: a lane for each */
+        const float *one = parts + ((size_t)g * gridDim.z + (lane < active ? lane : 0)) * stride + dim;
+        const float top = lane < active ? __ldcg(one) : LOWEST, sum = lane < active ? __ldcg(one + 1) : 0.0f;
+        const float highest = warp_max(top), keep = exp2f(top - highest);
+        weight[g][lane] = keep / warp_sum(sum * keep);
+    }
+    __syncthreads();
+    for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
+        const int g = i / dim, d = i % dim;
+        const float *from = parts + (size_t)g * gridDim.z * stride + d;
+        float o = 0;
+        for (int p = 0; p < active; p += 8) {           /* eight reads on their way at a time */
+            float v[8];
+#pragma unroll
+            for (int u = 0; u < 8; u++) v[u] = p + u < active ? __ldcg(from + (size_t)(p + u) * stride) : 0.0f;
+#pragma unroll
+            for (int u = 0; u < 8; u++) if (p + u < active) o += v[u] * weight[g][p + u];
+        }
+        store_attention(a, row, (head0 + g) * dim + d, o);
+    }
 }
 
 template <class T, int G> static cudaError_t launch_split(const pass *p, const attention_args &a) {
@@ -1840,6 +3838,360 @@ template <class T, int G> static cudaError_t launch_split(const pass *p, const a
     if (a.head_dim == 128)
         return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 16>, a);
     return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 0>, a);
+}
+
+template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
+    const int group = a.n_head / a.n_head_kv;
+    return group == 1 ? launch_split<T, 1>(p, a) : group == 2 ? launch_split<T, 2>(p, a) :
+           group <= 4 ? launch_split<T, 4>(p, a) : launch_split<T, 8>(p, a);
+}
+
+/* ---- row by row, by tensor cores ---- */
+/* Where element (row, 8 * chunk) of a [rows, D] tile lies in shared memory: chunks are mixed so that eight rows
+   of one column of chunks fall into different banks. */
+template <int D> static __device__ __forceinline__ int tile_at(int row, int chunk) {
+    return row * D + ((chunk ^ (row & 7)) * 8);
+}
+
+/* attention, decode: the same for rows of which each is the newest of its sequence or nearly so, by tensor cores. A block
+   has up to 8 heads of one group as columns of a product, and a part of the positions, of which each of its 8 warps takes 16
+   in turn. What was in the cache before this step is on its way to shared memory before the kernel before has ended:
+   each warp has three pieces under way, k and v of 16 positions in turn. q and the weights p go in as TERMS 16-bit terms
+   each (2 of F16, 3 of BF16), so what is lost is float32's rounding, not theirs; each turn's sums start from zero and are
+   added in float32. The blocks of a cluster (`ranks`, sm_90 on) join their parts in each other's shared memory: each
+   finishes a slice of the outputs. A further cluster helps with every DECODE_LEAST positions; then the block that finishes
+   a slice last joins those of all clusters, in order. Grid (clusters * ranks, n_head_kv * ceil(group / 8), rows).
+   Order of the sums: a warp's turns, warps, blocks, clusters; it depends on the row's own length and the grid's shape.
+   Equals qwen3i_attention. Needs head_dim 128 and a 16-bit cache. */
+const int DECODE_RANKS  = 8;            /* at most */
+const int DECODE_WARPS  = 8;
+const int DECODE_HEADS  = 8;
+const int DECODE_DIM    = 128;
+const int DECODE_POS    = 16;
+const int DECODE_ROUND  = DECODE_WARPS * DECODE_POS;
+const int DECODE_PIECES = 3;
+const int DECODE_PITCH  = DECODE_DIM + 4;       /* of rows in shared memory: different banks for different heads */
+const int DECODE_LEAST  = 4096;
+const int DECODE_CLUSTERS = 16;         /* at most */
+
+struct decode_shared {
+    half_t   ring[DECODE_WARPS][DECODE_PIECES][DECODE_POS * DECODE_DIM];   /* then each warp's part: float [HEADS][PITCH] */
+    float    top[DECODE_WARPS][DECODE_HEADS], sum[DECODE_WARPS][DECODE_HEADS];
+    float    in[DECODE_HEADS * DECODE_DIM];             /* [ranks][slice]: from every block, what this one finishes, ... */
+    float    in_top[DECODE_RANKS][DECODE_HEADS], in_sum[DECODE_RANKS][DECODE_HEADS];    /* ... and of every head */
+    mbarrier arrived;
+    unsigned last;
+};
+
+/* What this block has of a row: heads head0 .. head0 + n_g, positions begin .. end of n; of these, those from `fresh` on
+   may be of this very batch. It finishes `slice` outputs. */
+struct decode_share {
+    int row, seq, kv_head, head0, n_g, rank, ranks, cluster, clusters, active, begin, end, fresh, slice;
+};
+
+static __device__ __forceinline__ decode_share share_of_block(const attention_args &a) {
+    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, DECODE_HEADS), g0 = block_y() % chunks * DECODE_HEADS;
+    const row_info info = a.rows[blockIdx.z];
+    const int n = info.position + 1;
+    decode_share w;
+    w.row = (int)blockIdx.z;
+    w.seq = info.seq;
+    w.kv_head = block_y() / chunks;
+    w.head0 = w.kv_head * group + g0;
+    w.n_g = least(group - g0, DECODE_HEADS);
+    w.ranks = a.ranks;
+    w.rank = block_x() % a.ranks;
+    w.cluster = block_x() / a.ranks;
+    w.clusters = (int)gridDim.x / a.ranks;
+    w.active = least(ceil_div(n, a.ranks * (DECODE_LEAST / DECODE_RANKS)), w.clusters);
+    const int length = round_up(ceil_div(n, w.active * a.ranks), DECODE_POS);
+    w.begin = block_x() * length;
+    w.end = least(w.begin + length, n);
+    w.fresh = n - 1 - w.row;            /* no more rows than this come before it */
+    w.slice = w.n_g * DECODE_DIM / a.ranks;
+    return w;
+}
+
+/* This warp's pieces: k, then v, of 16 positions from `first`, first + ROUND, ... on, up to `end`. A lane copies 16 bytes
+   of every other position. */
+template <class T> struct decode_stream {
+    const T *k, *v;                     /* this lane's, of position 0 */
+    T       *ring;
+    size_t   stride;
+    int      first, end, fresh, piece, put, take;
+
+    __device__ __forceinline__ decode_stream(const attention_args &a, const decode_share &w, half_t *memory, int begin) {
+        const int half = lane_id() / 16, chunk = lane_id() % 16;
+        const size_t from = kv_at(a.kv, w.seq, half) + (size_t)w.kv_head * DECODE_DIM + (size_t)(chunk * 8);
+        k = (const T *)a.kv.k + from; v = (const T *)a.kv.v + from;
+        ring = (T *)(void *)memory;
+        stride = (size_t)a.kv.kv_dim;
+        first = begin; end = w.end; fresh = least(w.fresh, w.end); piece = put = take = 0;
+    }
+    /* Of piece i, the positions from `from` to `to`, to its place in the ring; zeros past the end. */
+    __device__ __forceinline__ void copy(int i, int place, int from, int to) const {
+        const int p0 = first + i / 2 * DECODE_ROUND, half = lane_id() / 16;
+        const T *source = (i % 2 ? v : k) + (size_t)p0 * stride;
+        T *target = ring + place * (DECODE_POS * DECODE_DIM) + tile_at<DECODE_DIM>(half, lane_id() % 16);
+        if (p0 >= to || p0 + DECODE_POS <= from) return;
+        if (p0 >= from && p0 + DECODE_POS <= to) {
+#pragma unroll
+            for (int j = 0; j < DECODE_POS / 2; j++) copy_once(place_of(target, j), source + (size_t)(2 * j) * stride, true);
+            return;
+        }
+#pragma unroll 1
+        for (int j = 0; j < DECODE_POS / 2; j++) {
+            const int p = p0 + 2 * j + half;
+            if (p >= end ? p0 < from : p < from || p >= to) continue;   /* nothing is written twice */
+            copy_once(place_of(target, j), p < end ? source + (size_t)(2 * j) * stride : k, p < end);
+        }
+    }
+    /* This lane's 16 bytes 2 j positions further: see tile_at. */
+    static __device__ __forceinline__ T *place_of(T *target, int j) {
+        const int chunk = lane_id() % 16 ^ lane_id() / 16;
+        return target + 2 * j * DECODE_DIM + ((chunk ^ (2 * j & 7)) - chunk) * 8;
+    }
+    __device__ __forceinline__ void fetch(int to) {
+        copy(piece++, put, 0, to);
+        copy_commit();
+        put = put + 1 < DECODE_PIECES ? put + 1 : 0;
+    }
+    /* Before the kernel before has ended: all but what it may write; ... */
+    __device__ __forceinline__ void begin() {
+#pragma unroll 1
+        for (int i = 0; i < DECODE_PIECES; i++) fetch(fresh);
+    }
+    /* ... and that, once it has. */
+    __device__ __forceinline__ void complete() {
+        if (fresh >= end || first + (DECODE_PIECES - 1) / 2 * DECODE_ROUND + DECODE_POS <= fresh) return;
+#pragma unroll 1
+        for (int i = 0; i < DECODE_PIECES; i++) copy(i, i, fresh, end);
+        copy_commit();
+        copy_wait<0>();
+    }
+    __device__ __forceinline__ const T *next() {
+        copy_wait<DECODE_PIECES - 1>();
+        __syncwarp();
+        return ring + take * (DECODE_POS * DECODE_DIM);
+    }
+    __device__ __forceinline__ void done() {            /* with what next() gave */
+        __syncwarp();
+        fetch(end);
+        take = take + 1 < DECODE_PIECES ? take + 1 : 0;
+    }
+};
+
+/* Up to 8 heads: q as right operands (of head quad = lane / 4); and of heads pair = lane % 4 * 2 and pair + 1 the largest
+   score, the sum of the weights, and the outputs so far: o[i]: dim 16 i + quad of both, then dim 16 i + quad + 8. */
+template <class T, int TERMS> struct decode_state {
+    unsigned q[TERMS][DECODE_DIM / 16][2];
+    float    scale[2], top[2], sum[2], o[DECODE_DIM / 16][4];
+
+    __device__ __forceinline__ decode_state(const attention_args &a, const decode_share &w) {
+        const int quad = lane_id() / 4, pair = lane_id() % 4 * 2;
+        const float *from = a.q + (size_t)w.row * a.ldq + (size_t)(w.head0 + quad) * DECODE_DIM + pair;
+        float2 v[DECODE_DIM / 8];
+        float most = 0;
+#pragma unroll
+        for (int i = 0; i < DECODE_DIM / 8; i++) {
+            v[i] = quad < w.n_g ? *(const float2 *)(const void *)(from + 8 * i) : make_float2(0, 0);
+            most = fmaxf(most, fmaxf(fabsf(v[i].x), fabsf(v[i].y)));
+        }
+        most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
+        const float up = half_scale(most), to_powers = a.scale * LOG2E * (1.0f / up);
+#pragma unroll
+        for (int i = 0; i < DECODE_DIM / 8; i++) { v[i].x *= up; v[i].y *= up; }
+#pragma unroll
+        for (int t = 0; t < TERMS; t++)
+#pragma unroll
+            for (int i = 0; i < DECODE_DIM / 8; i++) q[t][i / 2][i % 2] = pack(v[i].x, v[i].y, T());
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            scale[h] = __shfl_sync(ALL, to_powers, (pair + h) * 4);
+            top[h] = LOWEST;
+            sum[h] = 0;
+        }
+#pragma unroll
+        for (int i = 0; i < DECODE_DIM / 16; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) o[i][e] = 0;
+    }
+    /* k q: positions quad and quad + 8 of both heads */
+    __device__ __forceinline__ void scores(float (&s)[4], const T *k) const {
+        const int lane = lane_id();
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[e] = 0;
+#pragma unroll
+        for (int d = 0; d < DECODE_DIM / 16; d++) {
+            unsigned f[4];
+            load_matrices(f, k + tile_at<DECODE_DIM>(lane % 16, 2 * d + lane / 16));
+#pragma unroll
+            for (int t = TERMS - 1; t >= 0; t--) multiply(s, f, q[t][d][0], q[t][d][1], T());
+        }
+    }
+    /* Scores to weights, of the first `left` positions; keep: what the sums so far are to be multiplied by. */
+    __device__ __forceinline__ void weigh(float (&s)[4], float (&keep)[2], int left) {
+        const int quad = lane_id() / 4;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float &x = s[h], &y = s[2 + h];
+            x = quad < left ? x * scale[h] : LOWEST;
+            y = quad + 8 < left ? y * scale[h] : LOWEST;
+            float high = fmaxf(top[h], fmaxf(x, y));
+#pragma unroll
+            for (int i = 4; i < 32; i *= 2) high = fmaxf(high, __shfl_xor_sync(ALL, high, i));
+            keep[h] = exp2f(top[h] - high);
+            top[h] = high;
+            x = exp2f(x - high + 14.0f);                /* times 2^14: F16 then has the small ones, too */
+            y = exp2f(y - high + 14.0f);
+            sum[h] = sum[h] * keep[h] + (x + y);
+        }
+    }
+    __device__ __forceinline__ void add_values(float (&s)[4], const float (&keep)[2], const T *v) {
+        const int lane = lane_id();
+        unsigned p[TERMS][2];           /* the weights as right operands: 8 positions by 8 heads, transposed */
+#pragma unroll
+        for (int t = 0; t < TERMS; t++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) p[t][j] = transpose_matrix(pack(s[2 * j], s[2 * j + 1], T()));
+#pragma unroll
+        for (int d = 0; d < DECODE_DIM / 16; d++) {
+            float sums[4] = {0, 0, 0, 0};
+            unsigned f[4];
+            load_matrices_transposed(f, v + tile_at<DECODE_DIM>(lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
+#pragma unroll
+            for (int t = TERMS - 1; t >= 0; t--) multiply(sums, f, p[t][0], p[t][1], T());
+#pragma unroll
+            for (int e = 0; e < 4; e++) o[d][e] = o[d][e] * keep[e % 2] + sums[e];
+        }
+    }
+    /* To shared memory: part [HEADS][PITCH], top, sum [HEADS]. */
+    __device__ __forceinline__ void store(float *part, float *tops, float *sums) {
+        const int quad = lane_id() / 4, pair = lane_id() % 4 * 2;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+#pragma unroll
+            for (int i = 4; i < 32; i *= 2) sum[h] += __shfl_xor_sync(ALL, sum[h], i);
+            if (quad == 0) { tops[pair + h] = top[h]; sums[pair + h] = sum[h]; }
+#pragma unroll
+            for (int i = 0; i < DECODE_DIM / 16; i++) {
+                part[(pair + h) * DECODE_PITCH + 16 * i + quad] = o[i][h];
+                part[(pair + h) * DECODE_PITCH + 16 * i + quad + 8] = o[i][2 + h];
+            }
+        }
+    }
+};
+
+/* This block's part of every head, from its warps', to the blocks that finish them. */
+static __device__ __forceinline__ void send_parts(decode_shared &m, const decode_share &w) {
+    const int warps = w.end > w.begin ? least(ceil_div(w.end - w.begin, DECODE_POS), DECODE_WARPS) : 0;
+    for (int i = tid(); i < w.n_g * DECODE_DIM; i += 32 * DECODE_WARPS) {
+        const int g = i / DECODE_DIM, d = i % DECODE_DIM;
+        float top = LOWEST, sum = 0, o = 0;
+        for (int j = 0; j < warps; j++) top = fmaxf(top, m.top[j][g]);
+        for (int j = 0; j < warps; j++) {
+            const float keep = exp2f(m.top[j][g] - top);
+            sum += m.sum[j][g] * keep;
+            o += ((const float *)(const void *)m.ring[j])[g * DECODE_PITCH + d] * keep;
+        }
+        float *to = &m.in[w.rank * w.slice + i % w.slice];
+        if (w.ranks > 1) send_to_block(to, (unsigned)(i / w.slice), o, &m.arrived);
+        else *to = o;
+        if (d >= w.ranks) continue;
+        if (w.ranks > 1) {
+            send_to_block(&m.in_top[w.rank][g], (unsigned)d, top, &m.arrived);
+            send_to_block(&m.in_sum[w.rank][g], (unsigned)d, sum, &m.arrived);
+        } else { m.in_top[0][g] = top; m.in_sum[0][g] = sum; }
+    }
+}
+
+/* Adds one more part of an output to those so far. */
+struct joined { float top, sum, o; };
+static __device__ __forceinline__ void join(joined &j, float top, float sum, float o) {
+    const float high = fmaxf(j.top, top), keep = exp2f(j.top - high), more = exp2f(top - high);
+    j.top = high;
+    j.sum = j.sum * keep + sum * more;
+    j.o = j.o * keep + o * more;
+}
+
+/* The outputs that this block finishes: from all blocks of its cluster to `part` of this cluster, or done. */
+static __device__ __forceinline__ void finish_cluster(const attention_args &a, const decode_shared &m,
+                                                      const decode_share &w, float *part) {
+    for (int i = tid(); i < w.slice; i += 32 * DECODE_WARPS) {
+        const int at = w.rank * w.slice + i, g = at / DECODE_DIM;
+        joined j = {LOWEST, 0, 0};
+        for (int r = 0; r < w.ranks; r++) join(j, m.in_top[r][g], m.in_sum[r][g], m.in[r * w.slice + i]);
+        if (w.active > 1) { part[3 * i] = j.top; part[3 * i + 1] = j.sum; part[3 * i + 2] = j.o; }
+        else store_attention(a, w.row, w.head0 * DECODE_DIM + at, j.o / j.sum);
+    }
+}
+
+/* The same from all clusters, by the block that is the last to come. */
+static __device__ __forceinline__ void finish_all(const attention_args &a, decode_shared &m, const decode_share &w,
+                                                  unsigned *ticket, const float *parts) {
+    __threadfence();
+    __syncthreads();
+    if (tid() == 0) {
+        m.last = atomicAdd(ticket, 1u) == (unsigned)w.active - 1;
+        if (m.last) *ticket = 0;
+    }
+    __syncthreads();
+    if (!m.last) return;
+    __threadfence();
+    for (int i = tid(); i < w.slice; i += 32 * DECODE_WARPS) {
+        joined j = {LOWEST, 0, 0};
+        for (int c = 0; c < w.active; c++) {
+            const float *part = parts + 3 * (c * w.slice + i);
+            join(j, __ldcg(part), __ldcg(part + 1), __ldcg(part + 2));
+        }
+        store_attention(a, w.row, w.head0 * DECODE_DIM + w.rank * w.slice + i, j.o / j.sum);
+    }
+}
+
+template <class T, int TERMS> static __global__ void __launch_bounds__(32 * DECODE_WARPS, TERMS == 2 ? 2 : 1)
+    attention_decode_kernel(attention_args a) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    decode_shared &m = *(decode_shared *)(void *)memory;
+    /* the rows were written several kernels before, the cache but for this batch's positions by earlier steps */
+    const decode_share w = share_of_block(a);
+    if (w.cluster >= w.active) return;
+    const int warp = warp_id(), first = w.begin + warp * DECODE_POS;
+    decode_stream<T> stream(a, w, m.ring[warp][0], first);
+    if (w.ranks > 1) {
+        if (tid() == 0) {
+            barrier_init(&m.arrived, 1);
+            barriers_ready();
+            barrier_expect(&m.arrived, (unsigned)(w.ranks * (w.slice + 2 * w.n_g) * 4));
+        }
+        __syncwarp();
+        cluster_arrive();
+    }
+    stream.begin();
+    let_next_start();
+    wait_for_previous();
+    stream.complete();
+    decode_state<T, TERMS> state(a, w);
+    for (int p = first; p < w.end; p += DECODE_ROUND) {
+        float s[4], keep[2];
+        state.scores(s, stream.next());
+        stream.done();
+        state.weigh(s, keep, w.end - p);
+        state.add_values(s, keep, stream.next());
+        stream.done();
+    }
+    copy_wait<0>();
+    __syncwarp();
+    if (first < w.end) state.store((float *)(void *)m.ring[warp], m.top[warp], m.sum[warp]);
+    __syncthreads();
+    if (w.ranks > 1) cluster_wait();    /* all blocks have begun */
+    send_parts(m, w);
+    if (w.ranks > 1) barrier_wait(&m.arrived, 0);
+    else __syncthreads();
+    const size_t place = ((size_t)w.row * gridDim.y + blockIdx.y) * (size_t)w.ranks + (size_t)w.rank;
+    float *parts = a.parts + place * (size_t)(3 * w.clusters * w.slice);
+    finish_cluster(a, m, w, parts + 3 * w.cluster * w.slice);
+    if (w.active > 1) finish_all(a, m, w, &a.tickets[place], parts);
 }
 
 /* How attention_decode is launched for rows of n_groups groups of heads: ranks 0: not at all. */
@@ -1860,12 +4212,190 @@ template <class T, int TERMS>
 static cudaError_t launch_decode(const pass *p, attention_args a, const decode_shape &s) {
     const dim3 grid((unsigned)(s.clusters * s.ranks), (unsigned)s.n_groups, (unsigned)p->n);
     a.ranks = s.ranks;
-    return launch_shared(p, s.ranks, grid, 32 * DECODE_WARPS, sizeof(decode_shared), attention_decode_kernel<T, TERMS>, a);
+    return launch_shared(p->early, s.ranks, p->s, grid, 32 * DECODE_WARPS, sizeof(decode_shared), attention_decode_kernel<T, TERMS>, a);
 }
-template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
-    const int group = a.n_head / a.n_head_kv;
-    return group == 1 ? launch_split<T, 1>(p, a) : group == 2 ? launch_split<T, 2>(p, a) :
-           group <= 4 ? launch_split<T, 4>(p, a) : launch_split<T, 8>(p, a);
+
+/* ---- many rows of a sequence, by tensor cores ---- */
+/* 32 positions of k and v to shared memory; zeros past n. */
+template <class T, int D>
+static __device__ __forceinline__ void load_kv_tile(T *ks, T *vs, const T *k, const T *v, int stride, int p0, int n) {
+    for (int i = tid(); i < TILE_POS * D / 8; i += 128) {
+        const int p = i / (D / 8), chunk = i % (D / 8);
+        const bool valid = p0 + p < n;
+        const size_t from = (size_t)(valid ? p0 + p : 0) * stride + (size_t)(chunk * 8);
+        copy_async(ks + tile_at<D>(p, chunk), k + from, valid);
+        copy_async(vs + tile_at<D>(p, chunk), v + from, valid);
+    }
+    copy_commit();
+}
+
+/* One row of q as TERMS 16-bit rows that add up to q * 2^k; returns 2^-k. By one warp. */
+template <class T, int D, int TERMS>
+static __device__ __forceinline__ float split_q_row(T *qs, int row, const float *q) {
+    const int lane = lane_id();
+    float v[D / 32], top = 0;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        v[i] = q ? q[lane * (D / 32) + i] : 0.0f;
+        top = fmaxf(top, fabsf(v[i]));
+    }
+    const float up = half_scale(warp_max(top));
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) v[i] *= up;
+#pragma unroll
+    for (int t = 0; t < TERMS; t++)
+#pragma unroll
+        for (int i = 0; i < D / 32; i += 2) {
+            const int d = lane * (D / 32) + i;
+            *(unsigned *)(void *)(qs + (size_t)t * TILE_ROWS * D + tile_at<D>(row, d / 8) + d % 8) =
+                pack(v[i], v[i + 1], T());
+        }
+    return 1.0f / up;
+}
+
+/* attention, many rows of a sequence: the same result by tensor cores. A tile is up to 64 (token, head) rows of
+   one group of heads, token-major; grid (tiles, n_head_kv), 4 warps of 16 rows; positions in steps of 32, two
+   stages in shared memory. q and the weights p go in as TERMS 16-bit terms each (2 of F16, 3 of BF16), so what
+   is lost is float32's rounding, not theirs; each step's sums start from zero and are added in float32.
+   Equals qwen3i_attention. Needs head_dim D, group <= 64 and a 16-bit cache; BF16 needs sm_80. */
+template <class T, int D, int TERMS> static __global__ void __launch_bounds__(128, 1)
+    attention_tile_kernel(attention_args a, const attention_tile *tiles) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    T *qs = (T *)(void *)memory, *ks = qs + TERMS * TILE_ROWS * D, *vs = ks + 2 * TILE_POS * D;
+    const attention_tile tile = tiles[gridDim.x - 1 - blockIdx.x];      /* the longest first */
+    const int group = a.n_head / a.n_head_kv, kv_head = block_y();
+    const int warp = warp_id(), lane = lane_id(), quad = lane / 4, pair = lane % 4 * 2;
+    const int n = tile.pos0 + tile.n_tokens, stride = a.kv.kv_dim;
+    const T *k = (const T *)a.kv.k + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * D;
+    const T *v = (const T *)a.kv.v + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * D;
+    load_kv_tile<T, D>(ks, vs, k, v, stride, 0, n);
+
+    float scale[2] = {0, 0};            /* of this thread's two rows: to scores in powers of two */
+    for (int i = 0; i < 16; i++) {
+        const int row = warp * 16 + i, token = row / group;
+        const float *q = token < tile.n_tokens
+                             ? a.q + (size_t)(tile.row0 + token) * a.ldq + (size_t)(kv_head * group + row % group) * D
+                             : NULL;
+        const float s = split_q_row<T, D, TERMS>(qs, row, q) * a.scale * LOG2E;
+        if (i == quad) scale[0] = s;
+        if (i == quad + 8) scale[1] = s;
+    }
+    int last[2];                        /* the last position that each of them sees */
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int token = (warp * 16 + quad + 8 * i) / group;
+        last[i] = tile.pos0 + (token < tile.n_tokens ? token : tile.n_tokens - 1);
+    }
+    float o[D / 8][4], top[2] = {LOWEST, LOWEST}, sum[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < D / 8; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) o[i][j] = 0;
+
+    for (int p0 = 0, stage = 0; p0 < n; p0 += TILE_POS, stage ^= 1) {
+        if (p0 + TILE_POS < n) {
+            load_kv_tile<T, D>(ks + (stage ^ 1) * TILE_POS * D, vs + (stage ^ 1) * TILE_POS * D, k, v, stride,
+                               p0 + TILE_POS, n);
+            copy_wait<1>();
+        } else copy_wait<0>();
+        __syncthreads();
+        const T *kt = ks + stage * TILE_POS * D, *vt = vs + stage * TILE_POS * D;
+
+        float s[TILE_POS / 8][4];       /* scores: rows quad, quad + 8; positions 8 i + pair, + 1 */
+#pragma unroll
+        for (int i = 0; i < TILE_POS / 8; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) s[i][j] = 0;
+#pragma unroll
+        for (int d = 0; d < D / 8; d += 2) {
+            unsigned b[TILE_POS / 16][4], f[4];
+#pragma unroll
+            for (int i = 0; i < TILE_POS / 16; i++)
+                load_matrices(b[i], kt + tile_at<D>(i * 16 + lane % 8 + lane / 16 * 8, d + lane / 8 % 2));
+#pragma unroll
+            for (int t = TERMS - 1; t >= 0; t--) {
+                load_matrices(f, qs + t * TILE_ROWS * D + tile_at<D>(warp * 16 + lane % 16, d + lane / 16));
+#pragma unroll
+                for (int i = 0; i < TILE_POS / 16; i++) {
+                    multiply(s[2 * i], f, b[i][0], b[i][1], T());
+                    multiply(s[2 * i + 1], f, b[i][2], b[i][3], T());
+                }
+            }
+        }
+
+        float keep[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float high = top[r], part = 0;
+#pragma unroll
+            for (int i = 0; i < TILE_POS / 8; i++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float &x = s[i][2 * r + j];
+                    x = p0 + i * 8 + pair + j <= last[r] ? x * scale[r] : LOWEST;
+                    high = fmaxf(high, x);
+                }
+            high = fmaxf(high, __shfl_xor_sync(ALL, high, 1));
+            high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
+            keep[r] = exp2f(top[r] - high);
+            top[r] = high;
+#pragma unroll
+            for (int i = 0; i < TILE_POS / 8; i++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    float &x = s[i][2 * r + j];
+                    x = exp2f(x - high + 14.0f);        /* times 2^14: F16 then has the small ones, too */
+                    part += x;
+                }
+            sum[r] = sum[r] * keep[r] + part;
+        }
+
+        unsigned p[TERMS][TILE_POS / 16][4];            /* the weights, as left operands */
+#pragma unroll
+        for (int t = 0; t < TERMS; t++)
+#pragma unroll
+            for (int i = 0; i < TILE_POS / 16; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    p[t][i][j] = pack(s[2 * i + j / 2][j % 2 * 2], s[2 * i + j / 2][j % 2 * 2 + 1], T());
+#pragma unroll
+        for (int d = 0; d < D / 8; d += 2) {
+            float sums[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+            unsigned b[4];
+#pragma unroll
+            for (int i = 0; i < TILE_POS / 16; i++) {
+                load_matrices_transposed(b, vt + tile_at<D>(i * 16 + lane % 16, d + lane / 16));
+#pragma unroll
+                for (int t = TERMS - 1; t >= 0; t--) {
+                    multiply(sums[0], p[t][i], b[0], b[1], T());
+                    multiply(sums[1], p[t][i], b[2], b[3], T());
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                o[d][j] = o[d][j] * keep[j / 2] + sums[0][j];
+                o[d + 1][j] = o[d + 1][j] * keep[j / 2] + sums[1][j];
+            }
+        }
+        __syncthreads();                /* before the next step overwrites this stage */
+    }
+
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = warp * 16 + quad + 8 * r, token = row / group;
+        sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
+        sum[r] += __shfl_xor_sync(ALL, sum[r], 2);
+        if (token >= tile.n_tokens) continue;
+        const float scale_out = 1.0f / sum[r];
+        float *to = a.out + (size_t)(tile.row0 + token) * a.ldo + (size_t)(kv_head * group + row % group) * D + pair;
+#pragma unroll
+        for (int i = 0; i < D / 8; i++)
+            *(float2 *)(void *)(to + i * 8) = make_float2(o[i][2 * r] * scale_out, o[i][2 * r + 1] * scale_out);
+    }
+}
+
+template <class T, int D, int TERMS> static size_t attention_tile_shared() {
+    return sizeof(T) * ((size_t)TERMS * TILE_ROWS * D + 4 * TILE_POS * D);
 }
 
 struct tile_kernel { void (*kernel)(attention_args, const attention_tile *); size_t shared; };
@@ -1889,44 +4419,414 @@ static qwen3_result allow_tile_shared(const cuda_ctx *c, const qwen3i_err *err) 
     return QWEN3_OK;
 }
 
-static qwen3_result attention(const pass *p, int layer) {
-    cuda_ctx *c = p->c;
+static qwen3_result rows_attention(const pass *p, int layer) {
     const attention_args a = attention_arguments(p, layer);
-    cudaError_t e;
-    if (halves(p)) return wide_attention(p, a, layer);
     if (p->n_tiles > 0) {
-        const tile_kernel k = choose_tile_kernel(c);
-        e = launch(p->s, grid2(p->n_tiles, a.n_head_kv), 128, k.shared, k.kernel, a,
-                   (const attention_tile *)c->tile_list);
-    } else {
-        const decode_shape s = shape_decode(p, a);
-#define CALL(T) attention_split<T>(p, a)
-        e = s.ranks == 0 ? BY_KV_TYPE(c, CALL) :
-            c->desc.kv_type == QWEN3_KV_BF16 ? launch_decode<bf16_t, 3>(p, a, s) : launch_decode<half_t, 2>(p, a, s);
-#undef CALL
+        const tile_kernel k = choose_tile_kernel(p->c);
+        return launched(p, launch(p->s, grid2(p->n_tiles, a.n_head_kv), 128, k.shared, k.kernel, a,
+                                  (const attention_tile *)p->c->tile_list), "attention_tile");
     }
-    return launched(p, e, "attention");
+    const decode_shape s = shape_decode(p, a);
+#define CALL(T) attention_split<T>(p, a)
+    return launched(p, s.ranks == 0 ? BY_KV_TYPE(p->c, CALL) :
+                       p->c->desc.kv_type == QWEN3_KV_BF16 ? launch_decode<bf16_t, 3>(p, a, s) : launch_decode<half_t, 2>(p, a, s),
+                    "attention");
+#undef CALL
 }
 
-/* ---- x = x + W act ------------------------------------------------------------------------------------------ */
-/* Leaves the product in tmp; the next norm adds it, except on the standard path. */
-static qwen3_result product_to_add(pass *p, const matrix &w) {
-    TRY(act_product(p, p->c->tmp, p->c->embd_ld, w, 0, w.rows));
-    p->pending = true;
-    p->pending_scale = act_scale(p, w);
-    return p->how == STANDARD ? add_pending(p) : QWEN3_OK;
+/* ---- many rows of a sequence on Hopper ---- */
+struct wide_attention_args {
+    half_t       *out;                  /* [rows, n_head, 128] */
+    int           n_head, group, layer, max_seqs;
+    float         scale;                /* 1 / sqrt(head_dim) */
+};
+
+#ifdef QWEN3_WGMMA
+struct attention_stage { mbarrier k_full, k_empty, v_full, v_empty; };  /* empty: the eight warps that multiply */
+
+const int ATTENTION_STAGES = 2;
+
+static __device__ __forceinline__ void load_positions(unsigned char *to, const CUtensorMap *map, int head, int pos,
+                                                      int z, mbarrier *full, mbarrier *empty, unsigned turn) {
+    barrier_wait(empty, (turn / ATTENTION_STAGES & 1) ^ 1);
+    barrier_expect(full, 2 * (unsigned)WIDE_HALF);
+    load_tile(to, map, head * WIDE_DIM, pos, z, full);
+    load_tile(to + WIDE_HALF, map, head * WIDE_DIM + WIDE_K, pos, z, full);
 }
 
-static qwen3_result o_proj(pass *p, int layer) {
+/* The tile's rows of q, (token, head) after (token, head). Those of tokens that it has not are never stored. */
+static __device__ __forceinline__ void load_wide_q(unsigned char *to, const CUtensorMap *map, const attention_tile &tile,
+                                                   int kv_head, int group, mbarrier *full) {
+    barrier_expect(full, (unsigned)(WIDE_M / group * group * WIDE_DIM) * 2);
+    load_tile(to, map, 0, kv_head * group, tile.row0, full);
+    load_tile(to + WIDE_HALF, map, WIDE_K, kv_head * group, tile.row0, full);
+}
+
+/* s = q k^T for 128 positions */
+static __device__ __forceinline__ void wide_scores(float (&s)[64], const unsigned char *q, const unsigned char *k) {
+    products_begin();
+#pragma unroll
+    for (int j = 0; j < WIDE_DIM / 16; j++) {
+        const size_t at = WIDE_HALF * (size_t)(j / 4);
+        wide_multiply(s, operand(q + at) + 2 * (unsigned)(j % 4), operand(k + at) + 2 * (unsigned)(j % 4), j > 0);
+    }
+    products_commit();
+}
+
+/* o += p v for 128 positions */
+static __device__ __forceinline__ void wide_values(float (&o)[64], const unsigned (&p)[8][4], const unsigned char *v) {
+    products_begin();
+#pragma unroll
+    for (int j = 0; j < WIDE_POS / 16; j++)
+        wide_multiply(o, p[j], operand(v, (unsigned)WIDE_HALF) + 128 * (unsigned)j, 1);
+    products_commit();
+}
+
+struct softmax_rows { float top[2], sum[2], keep[2]; int last[2]; };    /* of this thread's two rows */
+
+/* Scores to weights times 2^14 (F16 then has the small ones, too), with what is known of the rows so far. */
+static __device__ __forceinline__ void wide_softmax(float (&s)[64], softmax_rows &rows, int pos, bool mask,
+                                                    float scale) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float high = rows.top[r], part = 0;
+        if (mask) {
+            const int left = rows.last[r] - pos - 2 * (lane_id() % 4);
+#pragma unroll
+            for (int i = 0; i < 16; i++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) if (8 * i + j > left) s[4 * i + 2 * r + j] = LOWEST;
+        }
+#pragma unroll
+        for (int i = 0; i < 16; i++) high = fmaxf(high, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+        high = fmaxf(high, __shfl_xor_sync(ALL, high, 1));
+        high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
+        rows.keep[r] = exp2_fast((rows.top[r] - high) * scale);
+        rows.top[r] = high;
+        const float offset = high * scale - 14.0f;
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float &x = s[4 * i + 2 * r + j];
+                x = exp2_fast(x * scale - offset);
+                part += x;
+            }
+        rows.sum[r] = rows.sum[r] * rows.keep[r] + part;
+    }
+}
+
+static __device__ __forceinline__ void weights_to_halves(unsigned (&p)[8][4], const float (&s)[64]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) p[i][j] = round_halves(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
+}
+
+static __device__ void wide_attend(const wide_attention_args &a, const attention_tile &tile, unsigned char *memory,
+                                   mbarrier *q_full, attention_stage *stages, int kv_head, int group) {
+    unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
+    const unsigned char *q = memory + WIDE_HALF / 2 * (size_t)group;
+    const int first = 64 * group, row0 = first + warp_id() % 4 * 16 + lane_id() / 4;
+    const int n = tile.pos0 + tile.n_tokens, steps = ceil_div(n, WIDE_POS);
+    const float scale = a.scale * LOG2E;
+    float s[64], o[64];
+    unsigned p[8][4];
+    softmax_rows rows;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int token = (row0 + 8 * r) / a.group;
+        rows.last[r] = tile.pos0 + (token < tile.n_tokens ? token : tile.n_tokens - 1);
+        rows.top[r] = LOWEST;
+        rows.sum[r] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < 64; i++) s[i] = o[i] = 0;
+    barrier_wait(q_full, 0);
+    barrier_wait(&stages[0].k_full, 0);
+    wide_scores(s, q, ks);
+    products_wait<0>();
+    products_done(s);
+    if (lane_id() == 0) barrier_arrive(&stages[0].k_empty);
+    wide_softmax(s, rows, (steps - 1) * WIDE_POS, true, scale);
+    weights_to_halves(p, s);
+    for (int step = 1; step < steps; step++) {          /* from the last positions to the first */
+        const int at = step % ATTENTION_STAGES, before = (step - 1) % ATTENTION_STAGES;
+        const int pos = (steps - 1 - step) * WIDE_POS;
+        barrier_wait(&stages[at].k_full, (unsigned)(step / ATTENTION_STAGES) & 1);
+        products_done(o);
+        products_read(p);
+        wide_scores(s, q, ks + 2 * WIDE_HALF * (size_t)at);
+        barrier_wait(&stages[before].v_full, (unsigned)((step - 1) / ATTENTION_STAGES) & 1);
+        wide_values(o, p, vs + 2 * WIDE_HALF * (size_t)before);
+        products_wait<1>();
+        products_done(s);
+        if (lane_id() == 0) barrier_arrive(&stages[at].k_empty);
+        if (pos + WIDE_POS - 1 > tile.pos0) wide_softmax(s, rows, pos, true, scale);
+        else wide_softmax(s, rows, pos, false, scale);
+        products_wait<0>();
+        products_done(o);
+        if (lane_id() == 0) barrier_arrive(&stages[before].v_empty);
+#pragma unroll
+        for (int i = 0; i < 64; i++) o[i] *= rows.keep[i / 2 % 2];
+        weights_to_halves(p, s);
+    }
+    const int at = (steps - 1) % ATTENTION_STAGES;
+    barrier_wait(&stages[at].v_full, (unsigned)((steps - 1) / ATTENTION_STAGES) & 1);
+    products_done(o);
+    products_read(p);
+    wide_values(o, p, vs + 2 * WIDE_HALF * (size_t)at);
+    products_wait<0>();
+    products_done(o);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int row = row0 + 8 * r, token = row / a.group;
+        rows.sum[r] += __shfl_xor_sync(ALL, rows.sum[r], 1);
+        rows.sum[r] += __shfl_xor_sync(ALL, rows.sum[r], 2);
+        const float over = 1.0f / rows.sum[r];
+        unsigned w[16];
+#pragma unroll
+        for (int j = 0; j < 16; j++) w[j] = pack_halves(o[4 * j + 2 * r] * over, o[4 * j + 2 * r + 1] * over);
+        store_words<16>(token < tile.n_tokens
+                             ? a.out + ((size_t)(tile.row0 + token) * a.n_head + (size_t)(kv_head * a.group + row % a.group)) *
+                                           WIDE_DIM
+                             : NULL, w);
+    }
+}
+
+/* The tile's positions, from the last to the first. */
+static __device__ __forceinline__ void wide_attention_load(const CUtensorMap *k_map, const CUtensorMap *v_map,
+                                                           const wide_attention_args &a, const attention_tile &tile,
+                                                           unsigned char *ks, unsigned char *vs, attention_stage *stages,
+                                                           int kv_head) {
+    const int steps = ceil_div(tile.pos0 + tile.n_tokens, WIDE_POS), z = a.layer * a.max_seqs + tile.seq;
+    for (int step = 0; step <= steps; step++) {
+        const int i = step % ATTENTION_STAGES, before = (step + ATTENTION_STAGES - 1) % ATTENTION_STAGES;
+        if (step < steps)
+            load_positions(ks + 2 * WIDE_HALF * (size_t)i, k_map, kv_head, (steps - 1 - step) * WIDE_POS, z,
+                           &stages[i].k_full, &stages[i].k_empty, (unsigned)step);
+        if (step > 0)
+            load_positions(vs + 2 * WIDE_HALF * (size_t)before, v_map, kv_head, (steps - step) * WIDE_POS, z,
+                           &stages[before].v_full, &stages[before].v_empty, (unsigned)step - 1);
+    }
+}
+#endif
+
+/* wide_attention: as attention_tile, head_dim 128 and an F16 cache. A tile is up to 128 (token, head) rows; grid
+   (n_head_kv, tiles). q, the weights and the result are rounded once each to F16; scores, softmax and sums are
+   float32. Positions go in steps of 128, backwards: only the first steps need the mask. Equals qwen3i_attention. */
+static __global__ void __launch_bounds__(WIDE_THREADS, 1)
+    wide_attention_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
+                          const __grid_constant__ CUtensorMap v_map, wide_attention_args a, const attention_tile *tiles) {
+#ifdef QWEN3_WGMMA
+    QWEN3_DYNAMIC_SHARED(raw);
+    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
+    attention_stage *stages = (attention_stage *)(void *)(vs + ATTENTION_STAGES * 2 * WIDE_HALF);
+    mbarrier *q_full = (mbarrier *)(void *)(stages + ATTENTION_STAGES);
+    const attention_tile tile = tiles[gridDim.y - 1 - blockIdx.y];      /* the longest first */
+    if (tid() == 0) {
+        for (int i = 0; i < ATTENTION_STAGES; i++) {
+            barrier_init(&stages[i].k_full, 1); barrier_init(&stages[i].k_empty, 8);
+            barrier_init(&stages[i].v_full, 1); barrier_init(&stages[i].v_empty, 8);
+        }
+        barrier_init(q_full, 1);
+        barriers_ready();
+    }
+    __syncthreads();
+    wait_for_previous();
+    let_next_start();
+    if (warp_id() < 4) {
+        fewer_registers<24>();
+        if (tid() == 0) {
+            load_wide_q(memory, &q_map, tile, block_x(), a.group, q_full);
+            wide_attention_load(&k_map, &v_map, a, tile, ks, vs, stages, block_x());
+        }
+    } else {
+        more_registers<240>();
+        wide_attend(a, tile, memory, q_full, stages, block_x(), __shfl_sync(ALL, warp_id() / 4 - 1, 0));
+    }
+#else
+    (void)q_map; (void)k_map; (void)v_map; (void)a; (void)tiles;
+#endif
+}
+
+const size_t WIDE_ATTENTION_SHARED = 1024 + (2 + 2 * 2 * 2) * WIDE_HALF + 2 * 32 + 8;
+
+static qwen3_result many_attention(const pass *p, int layer) {
+    const cuda_ctx *c = p->c;
+    if (!p->q_halves) return rows_attention(p, layer);
+    const attention_args from = attention_arguments(p, layer);
+    wide_attention_args a;
+    a.out = c->wide_act;
+    a.n_head = from.n_head;
+    a.group = c->group;
+    a.layer = layer;
+    a.max_seqs = c->desc.max_seqs;
+    a.scale = from.scale;
+    return launched(p, launch_early(p->early, p->s, grid2(from.n_head_kv, p->n_tiles), WIDE_THREADS,
+                                    WIDE_ATTENTION_SHARED, wide_attention_kernel, get_map(c->q_map), get_map(c->k_map),
+                                    get_map(c->v_map), a, (const attention_tile *)c->tile_list), "wide_attention");
+}
+
+/* ================================================================================================
+   OUTPUT: x = x + Wo a
+   ================================================================================================ */
+
+static qwen3_result vector_o_proj(const pass *p, int layer) {
     cuda_ctx *c = p->c;
-    const matrix &w = c->m->layers[layer].wo;
-    if (p->how == MATVEC) return matvec<true>(p, c->x, c->embd_ld, NULL, w, c->attn, c->q_dim, p->n);
-    if (p->how == WIDE || p->how == FEW) return wide_o_proj(p, w);
-    TRY(round_rows(p, w, c->attn, c->q_dim, p->n));
-    return product_to_add(p, w);
+    return matvec<true>(p, c->x, c->embd_ld, NULL, c->m->layers[layer].wo, c->attn, c->q_dim, p->n);
 }
 
-/* ---- m = silu(Wgate h) * (Wup h), as the input of Wdown ------------------------------------------------------- */
+static qwen3_result gemm_o_proj(const pass *p, int layer) {
+    const matrix &w = p->c->m->layers[layer].wo;
+    TRY(round_rows(p, w, p->c->attn, p->c->q_dim, p->n));
+    return product_add(p, w);
+}
+
+/* On Hopper: what attention gives as F16, if it is not. scale: of its rows. */
+static qwen3_result halve_attention(const pass *p, const matrix &w, const float **scale) {
+    cuda_ctx *c = p->c;
+    *scale = p->halves ? NULL : c->act_scale;
+    return p->halves ? QWEN3_OK : hopper_round(p, w, c->attn, c->q_dim, p->n);
+}
+
+static qwen3_result few_o_proj(const pass *p, int layer) {
+    const matrix &w = p->c->m->layers[layer].wo;
+    const float *scale;
+    TRY(halve_attention(p, w, &scale));
+    return few_add(p, p->c->few_a_map, w, wide_arguments(p, w, scale));
+}
+
+static qwen3_result many_o_proj(const pass *p, int layer) {
+    const matrix &w = p->c->m->layers[layer].wo;
+    const float *scale;
+    TRY(halve_attention(p, w, &scale));
+    return wide_add(p, p->c->wide_a_map, w, wide_arguments(p, w, scale));
+}
+
+/* ================================================================================================
+   MLP: m = silu(Wgate h) * (Wup h); x = x + Wdown m
+   ================================================================================================ */
+
+static __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
+
+/* mlp: y[r, i] = silu(gate_i) * up_i in float32, where gate = W[0 .. n_ff) x[r] and up = W[n_ff .. 2 n_ff) x[r].
+   A warp has at most P pairs of rows. Equals qwen3i_swiglu of the two products. */
+template <class W, int R, int P>
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS) mlp_kernel(matvec_in in, float *y, int ldy) {
+    __shared__ float4 xs[MATVEC_TILE / 4];
+    const int n_ff = in.n / 2;
+    int pair[P], rows[2 * P];
+    float acc[2 * P][R];
+    matvec_rows<P>(pair, n_ff);
+#pragma unroll
+    for (int j = 0; j < P; j++) { rows[2 * j] = pair[j]; rows[2 * j + 1] = pair[j] < 0 ? -1 : n_ff + pair[j]; }
+    dot_rows<W, R, 2 * P>(acc, rows, in, xs);
+    if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+    for (int r = 0; r < R; r++)
+#pragma unroll
+        for (int j = 0; j < P; j++)
+            if (r < in.rows && pair[j] >= 0)
+                y[(size_t)r * ldy + pair[j]] = silu(acc[2 * j][r]) * acc[2 * j + 1][r];
+}
+
+/* Pairs that a warp takes of n: three if that does all of them at once; otherwise two, with more of each on the way. */
+static int pairs_a_warp(const pass *p, int n) { return ceil_div(n, p->c->m->n_sm * MATVEC_WARPS) <= 3 ? 3 : 2; }
+
+template <class W, int R, int P>
+static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int ldy) {
+    const share s = matvec_share(p, in.n / 2, R == 1 ? pairs_a_warp(p, in.n / 2) : P);
+    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, mlp_kernel<W, R, P>, in, y, ldy);
+}
+template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in &in, float *y, int ldy) {
+    if (in.rows > 4) return launch_mlp<W, 8, 1>(p, in, y, ldy);
+    if (in.rows > 2) return launch_mlp<W, 4, 1>(p, in, y, ldy);
+    if (in.rows > 1) return launch_mlp<W, 2, 1>(p, in, y, ldy);
+    switch (matvec_share(p, in.n / 2, pairs_a_warp(p, in.n / 2)).rows) {
+        case 1:  return launch_mlp<W, 1, 1>(p, in, y, ldy);
+        case 2:  return launch_mlp<W, 1, 2>(p, in, y, ldy);
+        default: return launch_mlp<W, 1, 3>(p, in, y, ldy);
+    }
+}
+
+/* stream_mlp: as mlp_kernel for one row of x. */
+template <int P, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    stream_mlp_kernel(matvec_in in, float *y) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    const int lane = lane_id();
+    stream_rows<2 * P, true, RING>(
+        in, warp_share(in.n / 2), memory, [] {}, [](int, int) { return 0.0f; },
+        [&](int row, int left, const float (&acc)[2 * P], float) {
+            if (lane < P && lane < left) y[row + lane] = silu(pick(acc, 2 * lane)) * pick(acc, 2 * lane + 1);
+        });
+}
+
+template <int RING> static cudaError_t stream_mlp(const pass *p, const matvec_in &in, float *y) {
+    const int each = stream_each(p, in.n / 2);
+#define CALL(P) launch_stream(p, in, RING, in.n / 2, stream_mlp_kernel<P, RING>, in, y)
+    return each == 1 ? CALL(1) : each == 3 && RING == STREAM_RING ? CALL(3) : CALL(2);
+#undef CALL
+}
+
+static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
+    cuda_ctx *c = p->c;
+    const matrix &w = c->m->layers[layer].gate_up;
+    const matvec_in in = vector_input(p, w, h, p->n);
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_mlp<RING>(p, in, c->ff)
+    if (ring) return launched(p, BY_RING(ring, CALL), "mlp");
+#undef CALL
+#define CALL(T) mlp_rows_of<T>(p, in, c->ff, c->ff_ld)
+    return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
+#undef CALL
+}
+
+static qwen3_result vector_down(const pass *p, int layer) {
+    cuda_ctx *c = p->c;
+    return matvec<true>(p, c->x, c->embd_ld, NULL, c->m->layers[layer].w_down, c->ff, c->ff_ld, p->n);
+}
+
+/* ---- after a product by cuBLASLt ---- */
+/* swiglu: m = silu(gate) * up for gate_up [rows, 2 n_ff], times scale[row] before, as the input of the down
+   projection [rows, ld], zero from n_ff on. The product is float32; only the scaled result is rounded.
+   One block a row; a thread keeps up to 4 VECTORS values, N at a time. Equals qwen3i_swiglu, and one rounding. */
+template <class O, int N> static __global__ void __launch_bounds__(1024)
+    swiglu_kernel(O *out, float *out_scale, const float *gate_up, const float *scale, int n_ff, int ld_in, int ld,
+                  size_t rest) {
+    __shared__ float shared[32];
+    const float *gate = gate_up + (size_t)blockIdx.x * ld_in, *up_in = gate + n_ff;
+    const float s = scale ? scale[blockIdx.x] : 1.0f;
+    const int step = n_threads() * N;
+    float m[VECTORS * 4 / N][N], u[N], top = 0, up = 1;
+#pragma unroll
+    for (int j = 0; j < VECTORS * 4 / N; j++) {
+        const int i = tid() * N + j * step;
+        if (i >= n_ff) break;
+        load_n<N>(m[j], gate + i);
+        load_n<N>(u, up_in + i);
+#pragma unroll
+        for (int k = 0; k < N; k++) {
+            m[j][k] = silu(m[j][k] * s) * (u[k] * s);
+            top = fmaxf(top, fabsf(m[j][k]));
+        }
+    }
+    if (sizeof(O) == 2) {
+        up = half_scale(block_max(top, shared));
+        if (tid() == 0) out_scale[blockIdx.x] = 1.0f / up;
+    }
+    O *to = out + (size_t)blockIdx.x * ld;
+#pragma unroll
+    for (int j = 0; j < VECTORS * 4 / N; j++) {
+        const int i = tid() * N + j * step;
+        if (i >= n_ff) break;
+#pragma unroll
+        for (int k = 0; k < N; k++) store_input(to + i + k, m[j][k], up, rest);
+    }
+    for (int i = n_ff + tid(); i < ld; i += n_threads()) store_input(to + i, 0.0f, up, rest);
+}
+
 template <class O>
 static cudaError_t launch_swiglu(const pass *p, O *out, const matrix &gate_up, size_t rest) {
     cuda_ctx *c = p->c;
@@ -1939,92 +4839,107 @@ static cudaError_t launch_swiglu(const pass *p, O *out, const matrix &gate_up, s
                   c->ff_ld, rest);
 }
 
-static qwen3_result standard_mlp(const pass *p, const matrix &w, const matrix &down) {
-    cuda_ctx *c = p->c;
-    const int n_ff = c->m->config.n_ff, ld = 2 * c->ff_ld;
-    TRY(act_product(p, c->gate_up, ld, w, 0, n_ff));
-    TRY(act_product(p, c->gate_up + n_ff, ld, w, n_ff, n_ff));
-    TRY(launched(p, launch_swiglu<float>(p, c->ff, w, 0), "swiglu"));
-    return round_rows(p, down, c->ff, c->ff_ld, p->n);
-}
-
-static qwen3_result mlp(const pass *p, int layer) {
+static qwen3_result gemm_mlp(const pass *p, int layer, const input &) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].gate_up, &down = c->m->layers[layer].w_down;
-    if (p->how == STANDARD) return standard_mlp(p, w, down);
-    if (p->how == WIDE || p->how == FEW) return wide_swiglu(p, w);
-    if (p->how == MATVEC) {
-        const matvec_in in = normalised_input(p, w);
-        const int ring = stream_ring(p, in, w);
-#define CALL(RING) stream_mlp<RING>(p, in, c->ff)
-        if (ring) return launched(p, BY_RING(ring, CALL), "mlp");
-#undef CALL
-#define CALL(T) mlp_rows_of<T>(p, in, c->ff, c->ff_ld)
-        return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
-#undef CALL
-    }
     TRY(act_product(p, c->gate_up, 2 * c->ff_ld, w, 0, w.rows));
 #define CALL(T) launch_swiglu<T>(p, (T *)c->act, w, rest_of(down, p->n))
     return launched(p, BY_WEIGHT_TYPE(down, CALL), "swiglu");
 #undef CALL
 }
 
-static qwen3_result down_proj(pass *p, int layer) {
-    cuda_ctx *c = p->c;
-    const matrix &w = c->m->layers[layer].w_down;
-    if (p->how == MATVEC) return matvec<true>(p, c->x, c->embd_ld, NULL, w, c->ff, c->ff_ld, p->n);
-    if (p->how == WIDE || p->how == FEW) return wide_down(p, w);
-    return product_to_add(p, w);
-}
+static qwen3_result gemm_down(const pass *p, int layer) { return product_add(p, p->c->m->layers[layer].w_down); }
 
-/* ---- the last layer's rows of which nothing is wanted leave it after its attention ------------------------------ */
-template <class O, class T> static cudaError_t launch_keep_wanted(const pass *p, O *to, const T *from) {
-    cuda_ctx *c = p->c;
-    return launch_early(p->early, p->s, grid1(ceil_div((c->embd_ld + c->q_dim) / 4, 64)), 64, 0,
-                        keep_wanted_kernel<O, T>, c->x, c->embd_ld, to, from, c->q_dim, (const row_info *)c->rows,
-                        p->n_outs);
-}
-
-static qwen3_result keep_wanted(pass *p) {
-    cuda_ctx *c = p->c;
-    pass kept = make_pass(c, p->s, p->n_outs, p->n_tiles, p->err);
-    if (p->n_outs == p->n) return QWEN3_OK;
-    kept.only_wanted = true;
-    TRY(launched(p, !gives_halves(p)      ? launch_keep_wanted(p, c->attn, (const float *)c->attn)
-                    : gives_halves(&kept) ? launch_keep_wanted(p, c->wide_act, (const half_t *)c->wide_act)
-                                          : launch_keep_wanted(p, c->attn, (const half_t *)c->wide_act), "keep_wanted"));
-    *p = kept;
-    return QWEN3_OK;
-}
-
-/* ---- one decoder layer: x in place; the last one keeps only the rows that are wanted --------------------------- */
-static qwen3_result decoder_layer(pass *p, int layer) {
-    const layer_weights *w = &p->c->m->layers[layer];
-    const bool last = layer == p->c->m->config.n_layer - 1;
-    TRY(norm(p, w->attn_norm, w->qkv));             /* h = RMSNorm(x)                                    */
-    TRY(qkv_rope(p, layer));                        /* q, k, v = W h; q, k = RoPE(RMSNorm(q, k)); cache  */
-    if (last && p->n_outs == 0) return QWEN3_OK;
-    TRY(attention(p, layer));                       /* a = softmax(q k / sqrt(d)) v                      */
-    if (last) TRY(keep_wanted(p));
-    TRY(o_proj(p, layer));                          /* x = x + Wo a                                      */
-    TRY(norm(p, w->mlp_norm, w->gate_up));          /* h = RMSNorm(x)                                    */
-    TRY(mlp(p, layer));                             /* m = silu(Wgate h) * (Wup h)                       */
-    return down_proj(p, layer);                     /* x = x + Wdown m                                   */
-}
-
-static int cancelled(const cuda_ctx *c) { return c->desc.cancel && c->desc.cancel(c->desc.cancel_user); }
-
-static qwen3_result all_layers(pass *p, bool may_cancel) {
-    p->layers = true;
-    TRY(embed(p));
-    for (int i = 0; i < p->c->m->config.n_layer; i++) {
-        if (may_cancel && cancelled(p->c)) return qwen3i_fail(p->err, QWEN3_STOPPED, "cancelled");
-        TRY(decoder_layer(p, i));
+/* ---- Hopper: how its products end ---- */
+#ifdef QWEN3_WGMMA
+static __device__ __forceinline__ void wide_swiglu(const wide_args &g, const float (&acc)[64], int row, int r, int n,
+                                                   float scale, float down) {
+    unsigned w[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const int gate = 4 * j + 2 * r, up = gate + 32;
+        w[j] = pack_halves(silu_fast(acc[gate] * scale) * (acc[up] * scale) * down,
+                           silu_fast(acc[gate + 1] * scale) * (acc[up + 1] * scale) * down);
     }
-    return add_pending(p);
+    store_words<8>(row < g.rows ? g.out + (size_t)row * g.ldo + n * (WIDE_N / 2) : NULL, w);
 }
 
-/* ---- final norm and logits of `n` wanted rows from `first` on ------------------------------------ */
+static __device__ __forceinline__ void ask_row(const to_mlp &, wide_row &w, const wide_args &g, int i) { w.out = g.out_scale[i]; }
+template <int PARTS, int M>
+static __device__ __forceinline__ void finish_tile(const to_mlp &, const wide_args &g, const float (&acc)[PARTS][M],
+                                                   const wide_row &row, int r, int n, float scale) {
+    const float down = 1.0f / row.out;
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) wide_swiglu(g, acc[p], row.at, r, n + p, scale, down);
+}
+
+static __device__ __forceinline__ void ask_late(const to_mlp &, few_row &r, const wide_args &g, int i, int) {
+    r.down = g.out_scale ? 1.0f / g.out_scale[i] : 1.0f;
+}
+static __device__ __forceinline__ void finish_row(const to_mlp &, const wide_args &g, float2 lo, float2 hi, const few_row &r,
+                                                  int row, int tile) {
+    *(unsigned *)(void *)(g.out + (size_t)row * g.ldo + tile * (WIDE_M / 2) + 2 * lane_id()) =
+        pack_halves(silu_fast(lo.x) * hi.x * r.down, silu_fast(lo.y) * hi.y * r.down);
+}
+#endif
+
+static wide_args mlp_arguments(const pass *p, int layer, const input &h) {
+    cuda_ctx *c = p->c;
+    const int n_ff = c->m->config.n_ff;
+    const matrix &w = c->m->layers[layer].gate_up;
+    wide_args a = wide_arguments(p, w, h.scale);
+    a.step = WIDE_N / 2;
+    a.half = n_ff;
+    a.out = c->wide_m;
+    a.ldo = n_ff;
+    a.out_scale = c->ff_scale;
+    set_norm(p, h, w, &a);
+    return a;
+}
+
+static qwen3_result few_mlp(const pass *p, int layer, const input &h) {
+    return few_product<to_mlp>(p, p->c->few_h_map, p->c->m->layers[layer].gate_up, mlp_arguments(p, layer, h));
+}
+static qwen3_result many_mlp(const pass *p, int layer, const input &h) {
+    return wide_product<to_mlp>(p, p->c->wide_h_map, p->c->m->layers[layer].gate_up, mlp_arguments(p, layer, h));
+}
+
+static qwen3_result few_down(const pass *p, int layer) {
+    const matrix &w = p->c->m->layers[layer].w_down;
+    return few_add(p, p->c->few_m_map, w, wide_arguments(p, w, p->c->ff_scale));
+}
+static qwen3_result many_down(const pass *p, int layer) {
+    const matrix &w = p->c->m->layers[layer].w_down;
+    return wide_add(p, p->c->wide_m_map, w, wide_arguments(p, w, p->c->ff_scale));
+}
+
+/* ================================================================================================
+   LOGITS
+   ================================================================================================ */
+
+/* keep_logits: kept[out_slot, :] = logits[row, :] * scale[row] (NULL: 1); slot -1: not kept. Grid (blocks, rows). */
+static __global__ void keep_logits_kernel(float *kept, const float *logits, const float *scale, const row_info *outs,
+                                          int n) {
+    const int slot = outs[blockIdx.y].out_slot;
+    const float s = scale ? scale[blockIdx.y] : 1.0f;
+    if (slot < 0) return;
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += (int)(gridDim.x * blockDim.x))
+        kept[(size_t)slot * n + i] = logits[(size_t)blockIdx.y * n + i] * s;
+}
+
+/* logprob: ln P(out_target) under logits [row, :]; 0 for target -1. One block a row. Equals qwen3i_log_prob. */
+static __global__ void logprob_kernel(float *out, const float *logits, const row_info *outs, int n) {
+    __shared__ float shared[32];
+    const float *l = logits + (size_t)blockIdx.x * n;
+    float top = LOWEST, sum = 0;
+    for (int i = tid(); i < n; i += n_threads()) top = fmaxf(top, l[i]);
+    top = block_max(top, shared);
+    for (int i = tid(); i < n; i += n_threads()) sum += expf(l[i] - top);
+    sum = block_sum(sum, shared);
+    const int target = outs[blockIdx.x].out_target;
+    if (threadIdx.x == 0) out[blockIdx.x] = target >= 0 ? (l[target] - top) - logf(sum) : 0.0f;
+}
+
 /* h = RMSNorm(x[out_row]) */
 static qwen3_result head_norm(const pass *p, int first, int n) {
     cuda_ctx *c = p->c;
@@ -2036,30 +4951,946 @@ static qwen3_result head_norm(const pass *p, int first, int n) {
     return launched(p, e, "rmsnorm");
 }
 
-/* Logits of h to c->logits or, with keep_only, straight to where they are kept. */
-static qwen3_result head_logits(const pass *p, int first, int n, bool keep_only) {
+/* To where they are kept, from c->logits, times scale (NULL: 1). */
+static qwen3_result keep_logits(const pass *p, int first, int n, const float *scale) {
     cuda_ctx *c = p->c;
-    const matrix &w = c->m->head;
-    const int vocab = c->m->config.n_vocab;
-    const float *scale = NULL;
-    if (n <= matvec_rows(c) && p->how != STANDARD)
-        TRY(matvec<false>(p, keep_only ? c->kept : c->logits, vocab, keep_only ? c->rows + first : NULL, w, c->h,
-                          c->embd_ld, n));
-    else if (c->wide) {
-        TRY(few_logits(p, keep_only ? c->kept : c->logits, keep_only ? c->rows + first : NULL, w, n));
-        if (keep_only) return QWEN3_OK;
-    } else {
-        TRY(round_rows(p, w, c->h, c->embd_ld, n));
-        TRY(product(c, p->s, c->logits, vocab, w, 0, w.rows, c->act, n, p->err));
-        scale = act_scale(p, w);
-        if (scale && !keep_only) RUN(grid1(n), 1024, 0, scale_rows_kernel, c->logits, scale, vocab, vocab);
-    }
-    if (keep_only && n <= matvec_rows(c) && p->how != STANDARD) return QWEN3_OK;
-    RUN(grid2(32, n), 256, 0, keep_logits_kernel, c->kept, (const float *)c->logits, keep_only ? scale : NULL,
-        (const row_info *)c->rows + first, vocab);
+    RUN(grid2(32, n), 256, 0, keep_logits_kernel, c->kept, (const float *)c->logits, scale,
+        (const row_info *)c->rows + first, c->m->config.n_vocab);
     return QWEN3_OK;
 }
 
+static qwen3_result vector_head(const pass *p, int first, int n, bool keep_only) {
+    cuda_ctx *c = p->c;
+    const int vocab = c->m->config.n_vocab;
+    if (keep_only) return matvec<false>(p, c->kept, vocab, c->rows + first, c->m->head, c->h, c->embd_ld, n);
+    TRY(matvec<false>(p, c->logits, vocab, NULL, c->m->head, c->h, c->embd_ld, n));
+    return keep_logits(p, first, n, NULL);
+}
+
+static qwen3_result gemm_head(const pass *p, int first, int n, bool keep_only) {
+    cuda_ctx *c = p->c;
+    const matrix &w = c->m->head;
+    const int vocab = c->m->config.n_vocab;
+    const float *scale = act_scale(p, w);
+    TRY(round_rows(p, w, c->h, c->embd_ld, n));
+    TRY(product(c, p->s, c->logits, vocab, w, 0, w.rows, c->act, n, p->err));
+    if (scale && !keep_only) RUN(grid1(n), 1024, 0, scale_rows_kernel, c->logits, scale, vocab, vocab);
+    return keep_logits(p, first, n, keep_only ? scale : NULL);
+}
+
+/* ---- Hopper: how its products end ---- */
+#ifdef QWEN3_WGMMA
+static __device__ __forceinline__ void ask_early(const to_logits &, few_row &r, const wide_args &g, int i, int) {
+    r.slot = g.outs ? g.outs[i].out_slot : i;
+}
+static __device__ __forceinline__ void finish_row(const to_logits &, const wide_args &g, float2 lo, float2 hi, const few_row &r,
+                                                  int, int tile) {
+    const int at = tile * WIDE_M + 2 * lane_id();
+    float *y = g.y + (size_t)r.slot * g.ldy + at;
+    if (r.slot < 0) return;
+    if (at < g.n) store_2(y, lo.x, lo.y);
+    if (at + 64 < g.n) store_2(y + 64, hi.x, hi.y);
+}
+#endif
+
+static qwen3_result few_head(const pass *p, int first, int n, bool keep_only) {
+    cuda_ctx *c = p->c;
+    const matrix &w = c->m->head;
+    wide_args a = wide_arguments(p, w, c->act_scale);
+    a.rows = n;
+    a.n = a.ldy = w.rows;
+    a.n_tiles = ceil_div(w.rows, WIDE_N);
+    a.y = keep_only ? c->kept : c->logits;
+    a.outs = keep_only ? c->rows + first : NULL;
+    TRY(hopper_round(p, w, c->h, c->embd_ld, n));
+    TRY(few_product<to_logits>(p, c->few_h_map, w, a));
+    return keep_only ? QWEN3_OK : keep_logits(p, first, n, NULL);
+}
+
+/* ================================================================================================
+   CHOICE: the twin of qwen3i_choose: sums of integer weights do not depend on their order,
+   so blocks and threads may add them as they come and the choice is the CPU's, bit for bit.
+   ================================================================================================ */
+struct listed { int token; float bias; };
+
+struct choice {                         /* what one row's choice depends on */
+    float temperature, top_p, min_p, repeat, presence;
+    int   top_k;
+    u64   random;
+    int   slot;                         /* of its kept logits */
+    int   list_at, n_bias, n_seen;      /* lists[list_at ..]: biases, then tokens to penalise */
+    int   chain;                        /* chosen[row], of the step before, is penalised, too */
+    int   adjust;                       /* bias or penalties: choose from the copy */
+};
+
+const int LIST_KEYS   = 4096;           /* candidates that are sorted in shared memory */
+const int LIST_TOP    = 64;             /* up to this top_k the first stage lists the candidates */
+const int CHUNKS      = LIST_TOP;       /* blocks that a row's logits are shared by in the first stage, ... */
+const int CHUNK_THREADS = 256;
+const int CHUNK_EACH  = 16;             /* ... logits that a thread holds at a time ... */
+const int CHUNK_KEYS  = 128;            /* ... and candidates that a block can list */
+const int WEIGHT_BINS = 16 * QWEN3I_OCTAVES;    /* sixteenths of an octave below the top */
+const int CHOOSE_THREADS = 1024;
+
+/* Larger for what ranks before: higher logit, then lower id. 0: may not be chosen. */
+static __device__ __forceinline__ u64 rank_key(float logit, int id) {
+    const unsigned u = __float_as_uint(logit + 0.0f);
+    if (!qwen3i_allowed(logit)) return 0;
+    return (u64)(u & 0x80000000u ? ~u : u | 0x80000000u) << 32 | (0xFFFFFFFFu - (unsigned)id);
+}
+static __device__ __forceinline__ int key_id(u64 key) { return (int)(0xFFFFFFFFu - (unsigned)(key & 0xFFFFFFFFu)); }
+static __device__ __forceinline__ float key_logit(u64 key) {
+    const unsigned u = (unsigned)(key >> 32);
+    return __uint_as_float(u & 0x80000000u ? u & 0x7FFFFFFFu : ~u);
+}
+
+/* adjust: bias and penalties on a copy of the row's logits. copy [rows, n] (made before); one block a row; a bit
+   for each token in shared memory. Equals qwen3i_adjust without the filter. */
+static __global__ void adjust_kernel(float *copy, const choice *choices, const listed *lists, const int *chosen,
+                                     int n) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    unsigned *seen = (unsigned *)(void *)memory;
+    const choice c = choices[blockIdx.x];
+    const listed *bias = lists + c.list_at, *past = bias + c.n_bias;
+    float *l = copy + (size_t)blockIdx.x * n;
+    if (!c.adjust) return;
+    for (int i = tid(); i < ceil_div(n, 32); i += n_threads()) seen[i] = 0;
+    for (int i = tid(); i < c.n_bias; i += n_threads()) {
+        const int t = bias[i].token;
+        bool first = t >= 0 && t < n;   /* of its entries; it adds them all, in order */
+        for (int j = 0; j < i && first; j++) first = bias[j].token != t;
+        for (int j = i; j < c.n_bias && first; j++) if (bias[j].token == t) l[t] += bias[j].bias;
+    }
+    __syncthreads();
+    for (int i = tid(); i < c.n_seen + c.chain; i += n_threads()) {
+        const int t = i < c.n_seen ? past[i].token : chosen[blockIdx.x];
+        if (t < 0 || t >= n || (atomicOr(&seen[t / 32], 1u << (t % 32)) >> (t % 32) & 1u)) continue;
+        l[t] = qwen3i_penalised(l[t], c.repeat, c.presence);
+    }
+}
+
+/* copy_logits: copy[row, :] = kept[slot of row, :] for the rows to adjust. Grid (blocks, rows). */
+static __global__ void copy_logits_kernel(float *copy, const float *kept, const choice *choices, int n) {
+    const choice *c = &choices[blockIdx.y];
+    if (!c->adjust) return;
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += (int)(gridDim.x * blockDim.x))
+        copy[(size_t)blockIdx.y * n + i] = kept[(size_t)c->slot * n + i];
+}
+
+static __device__ __forceinline__ const float *choice_logits(const choice &c, const float *kept, const float *copy,
+                                                             int row, int n) {
+    return c.adjust ? copy + (size_t)row * n : kept + (size_t)c.slot * n;
+}
+
+struct candidates {                     /* a count above CHUNK_KEYS: too many */
+    u64 keys[CHUNKS][CHUNK_KEYS], limits[CHUNKS], tops[CHUNKS];        /* tops: the largest of each block */
+    unsigned counts[CHUNKS];
+};
+
+/* first stage of the choice: best[row] = the largest key of ids below n_choose; best [rows], zero before. With a
+   top_k up to LIST_TOP also each block's candidates: the keys from its limit on, the k-th largest of what is the
+   largest of two threads each, so its k largest are among them (limit 0: all). Grid (CHUNKS, rows). */
+static __global__ void __launch_bounds__(CHUNK_THREADS)
+    best_kernel(u64 *best, candidates *listed_keys, const float *kept, const float *copy, const choice *choices, int n,
+                int n_choose) {
+    __shared__ u64 tops[CHUNK_THREADS / 2], limit;
+    __shared__ unsigned count;
+    const choice c = choices[blockIdx.y];           /* it may be far away, but it is there before this starts */
+    let_next_start();
+    wait_for_previous();
+    const float *l = choice_logits(c, kept, copy, block_y(), n);
+    const int run = ceil_div(n_choose, CHUNKS), begin = block_x() * run;
+    const int end = begin + run < n_choose ? begin + run : n_choose;
+    u64 keys[CHUNK_EACH], top = 0;
+    for (int base = begin + tid(); base < end || base == begin + tid(); base += CHUNK_EACH * CHUNK_THREADS) {
+#pragma unroll
+        for (int u = 0; u < CHUNK_EACH; u++) {
+            const int i = base + u * CHUNK_THREADS;
+            keys[u] = i < end ? rank_key(l[i], i) : 0;
+            top = keys[u] > top ? keys[u] : top;
+        }
+    }
+    u64 first = top;
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+        const u64 other = __shfl_xor_sync(ALL, first, o);
+        first = other > first ? other : first;
+        if (o == 1) top = first;        /* of two threads */
+    }
+    if (tid() % 2 == 0) tops[tid() / 2] = top;
+    if (lane_id() == 0 && first) atomicMax(&best[blockIdx.y], first);
+    if (!(c.temperature > 0) || c.top_k <= 0 || c.top_k > LIST_TOP) return;
+
+    candidates *to = &listed_keys[blockIdx.y];
+    int rank = 0;
+    if (tid() == 0) count = run > CHUNK_EACH * CHUNK_THREADS ? CHUNK_KEYS + 1 : 0;      /* not all are in registers */
+    __syncthreads();
+    if (tid() < CHUNK_THREADS / 2) {
+        top = tops[tid()];
+        for (int i = 0; i < CHUNK_THREADS / 2; i++) rank += tops[i] > top || (tops[i] == top && i < tid());
+        if (rank == c.top_k - 1) {
+            limit = top > 0 ? top : 1;
+            to->limits[blockIdx.x] = top;
+        }
+        if (rank == 0) to->tops[blockIdx.x] = top;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int u = 0; u < CHUNK_EACH; u++) {
+        if (keys[u] < limit) continue;
+        const unsigned at = atomicAdd(&count, 1u);
+        if (at < (unsigned)CHUNK_KEYS) to->keys[blockIdx.x][at] = keys[u];
+    }
+    __syncthreads();
+    if (tid() == 0) to->counts[blockIdx.x] = count;
+}
+
+struct choose_shared {
+    unsigned low[WEIGHT_BINS + 1], high[WEIGHT_BINS + 1];      /* counts or weights: the halves of 64 bits */
+    u64 weights[LIST_TOP];              /* of the kept; before, the blocks' largest keys */
+    u64 keys[LIST_KEYS];
+    u64 sums[CHOOSE_THREADS / 32];
+    u64 value, need;                    /* what one thread found for all */
+    unsigned n_keys, bin;
+};
+
+struct row_logits { const float *l; int n; float top, temperature; };
+
+/* f(id, logit) for all ids, each by some thread; eight loads at a time. */
+template <class F> static __device__ __forceinline__ void each_logit(const row_logits &r, F f) {
+    for (int base = tid(); base < r.n; base += 8 * n_threads()) {
+        float v[8];
+#pragma unroll
+        for (int u = 0; u < 8; u++) v[u] = base + u * n_threads() < r.n ? r.l[base + u * n_threads()] : 0.0f;
+#pragma unroll
+        for (int u = 0; u < 8; u++) if (base + u * n_threads() < r.n) f(base + u * n_threads(), v[u]);
+    }
+}
+
+static __device__ __forceinline__ int weight_bin(float octaves) {
+    return octaves < (float)QWEN3I_OCTAVES ? (int)(octaves * 16.0f) : WEIGHT_BINS;
+}
+
+/* Sorts keys[0 .. n) from large to small; n <= LIST_KEYS. By the block. */
+static __device__ void sort_keys(u64 *keys, int n) {
+    int size = 1;
+    while (size < n) size *= 2;
+    for (int i = n + tid(); i < size; i += n_threads()) keys[i] = 0;
+    for (int k = 2; k <= size; k *= 2)
+        for (int j = k / 2; j > 0; j /= 2) {
+            __syncthreads();
+            for (int i = tid(); i < size; i += n_threads()) {
+                const int other = i ^ j;
+                if (other <= i) continue;
+                const u64 a = keys[i], b = keys[other];
+                if ((a < b) == ((i & k) == 0)) { keys[i] = b; keys[other] = a; }
+            }
+        }
+    __syncthreads();
+}
+
+/* The same for few keys that differ, at most one for each thread: each finds its place by counting, with two barriers
+   instead of one for each exchange. */
+static __device__ void rank_keys(u64 *keys, int n) {
+    const u64 mine = tid() < n ? keys[tid()] : 0;
+    int rank = 0;
+    if (tid() < n)
+#pragma unroll 8
+        for (int i = 0; i < n; i++) rank += keys[i] > mine;
+    __syncthreads();
+    if (tid() < n) keys[rank] = mine;
+    __syncthreads();
+}
+
+/* Sum over the block, in every thread. */
+static __device__ u64 block_sum_u64(choose_shared &s, u64 v) {
+    u64 sum = 0;
+#pragma unroll
+    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) s.sums[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / 32; i++) sum += s.sums[i];
+    return sum;
+}
+
+/* Histogram over bins of weight_bin: counts, or weights, of the keys from `least` on. */
+static __device__ void fill_bins(choose_shared &s, const row_logits &r, u64 least, bool weights) {
+    for (int i = tid(); i <= WEIGHT_BINS; i += n_threads()) s.low[i] = s.high[i] = 0;
+    __syncthreads();
+    each_logit(r, [&](int id, float logit) {
+        const u64 key = rank_key(logit, id);
+        if (key == 0 || key < least) return;
+        const float octaves = qwen3i_octaves_below(logit, r.top, r.temperature);
+        const int bin = weight_bin(octaves);
+        const u64 w = weights ? qwen3i_weight(octaves) : 1ull;
+        const unsigned low = (unsigned)(w & 0xFFFFFFFFu), old = atomicAdd(&s.low[bin], low);
+        const unsigned high = (unsigned)(w >> 32) + (old > 0xFFFFFFFFu - low);          /* and what is carried */
+        if (high) atomicAdd(&s.high[bin], high);
+    });
+    __syncthreads();
+}
+static __device__ __forceinline__ u64 bin_value(const choose_shared &s, int b) {
+    return (u64)s.high[b] << 32 | s.low[b];
+}
+
+/* The first bin up to which the bins add up to need (0: that share of their total, but at least 1), or
+   WEIGHT_BINS if they never do. s.value: the sum before it; s.need: need. By the first warp. */
+static __device__ int find_bin(choose_shared &s, u64 need, float share) {
+    const int run = ceil_div(WEIGHT_BINS, 32), begin = tid() * run;
+    const int end = begin + run < WEIGHT_BINS ? begin + run : WEIGHT_BINS;
+    if (threadIdx.x < 32) {
+        u64 sum = 0, upto;
+        for (int b = begin; b < end; b++) sum += bin_value(s, b);
+        upto = sum;
+#pragma unroll
+        for (int o = 1; o < 32; o *= 2) {
+            const u64 v = __shfl_up_sync(ALL, upto, (unsigned)o);
+            if (tid() >= o) upto += v;
+        }
+        const u64 total = __shfl_sync(ALL, upto, 31);
+        if (need == 0) need = qwen3i_share_of(total, share);
+        if (need == 0) need = 1;
+        if (threadIdx.x == 0) { s.need = need; s.bin = (unsigned)WEIGHT_BINS; }
+        __syncwarp();
+        upto -= sum;
+        for (int b = begin; b < end && upto < need; b++) {
+            if (upto + bin_value(s, b) >= need) { s.bin = (unsigned)b; s.value = upto; break; }
+            upto += bin_value(s, b);
+        }
+    }
+    __syncthreads();
+    return (int)s.bin;
+}
+
+/* Gathers the keys of bins from .. to into s.keys; s.n_keys is how many there are, of which LIST_KEYS fit. */
+static __device__ void gather_keys(choose_shared &s, const row_logits &r, u64 least, int from, int to) {
+    if (threadIdx.x == 0) s.n_keys = 0;
+    __syncthreads();
+    each_logit(r, [&](int id, float logit) {
+        const u64 key = rank_key(logit, id);
+        if (key == 0 || key < least) return;
+        const int bin = weight_bin(qwen3i_octaves_below(logit, r.top, r.temperature));
+        if (bin < from || bin > to) return;
+        const unsigned at = atomicAdd(&s.n_keys, 1u);
+        if (at < (unsigned)LIST_KEYS) s.keys[at] = key;
+    });
+    __syncthreads();
+}
+
+/* The largest key such that the keys from it on count, or weigh, at least need: bit by bit, for the rare rows
+   with thousands of logits alike. */
+static __device__ u64 bisect_keys(choose_shared &s, const row_logits &r, u64 least, u64 need, bool weights) {
+    u64 key = 0;
+    for (int bit = 63; bit >= 0; bit--) {
+        const u64 probe = key | 1ull << bit;
+        u64 sum = 0;
+        each_logit(r, [&](int id, float logit) {
+            const u64 k = rank_key(logit, id);
+            if (k < probe || k < least || k == 0) return;
+            sum += weights ? qwen3i_weight(qwen3i_octaves_below(logit, r.top, r.temperature)) : 1ull;
+        });
+        if (block_sum_u64(s, sum) >= need) key = probe;
+    }
+    return key;
+}
+
+/* The key of the k-th in rank: everything from it on is kept. */
+static __device__ u64 cut_top_k(choose_shared &s, const row_logits &r, int k) {
+    fill_bins(s, r, 1, false);
+    const int bin = find_bin(s, (u64)k, 0);
+    if (bin == WEIGHT_BINS) return 1;   /* what lies there has no weight: in or out is the same */
+    const int before = (int)s.value;
+    gather_keys(s, r, 1, bin, bin);
+    if (s.n_keys > (unsigned)LIST_KEYS) return bisect_keys(s, r, 1, (u64)k, false);
+    sort_keys(s.keys, (int)s.n_keys);
+    return s.keys[k - before - 1];
+}
+
+/* The key from which on the kept weights reach the share top_p of those from `least` on. */
+static __device__ u64 cut_top_p(choose_shared &s, const row_logits &r, u64 least, float top_p) {
+    fill_bins(s, r, least, true);
+    const int bin = find_bin(s, 0, top_p);
+    const u64 need = s.need;
+    u64 sum = s.value;
+    if (bin == WEIGHT_BINS) return least;
+    gather_keys(s, r, least, bin, bin);
+    if (s.n_keys > (unsigned)LIST_KEYS) return bisect_keys(s, r, least, need, true);
+    sort_keys(s.keys, (int)s.n_keys);
+    if (threadIdx.x == 0) {
+        int i = 0;
+        do sum += qwen3i_weight(qwen3i_octaves_below(key_logit(s.keys[i]), r.top, r.temperature));
+        while (sum < need && ++i < (int)s.n_keys);
+        s.value = s.keys[i < (int)s.n_keys ? i : (int)s.n_keys - 1];
+    }
+    __syncthreads();
+    return s.value;
+}
+
+/* Walks the kept tokens in order of id until a random share of their total weight is reached. Each thread takes
+   a run of ids. Equals qwen3i_draw. */
+static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key, float min_p, u64 random) {
+    const int run = ceil_div(r.n, n_threads()), begin = tid() * run, lane = lane_id();
+    const int end = begin + run < r.n ? begin + run : r.n;
+    const u64 least = qwen3i_share_of(QWEN3I_WEIGHT_ONE, min_p);
+    u64 mine = 0, before, total = 0;
+    for (int base = begin; base < end; base += 8) {
+        float v[8];
+#pragma unroll
+        for (int u = 0; u < 8; u++) v[u] = base + u < end ? r.l[base + u] : LOWEST;
+#pragma unroll
+        for (int u = 0; u < 8; u++) {
+            if (rank_key(v[u], base + u) < least_key) continue;
+            const u64 w = qwen3i_weight(qwen3i_octaves_below(v[u], r.top, r.temperature));
+            if (w >= least) mine += w;
+        }
+    }
+    before = mine;                      /* sums of the threads before this one: warp scan, then warps in order */
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        const u64 v = __shfl_up_sync(ALL, before, (unsigned)o);
+        if (lane >= o) before += v;
+    }
+    __syncthreads();
+    if (lane == 31) s.sums[threadIdx.x / 32] = before;
+    before -= mine;
+    __syncthreads();
+    for (unsigned i = 0; i < blockDim.x / 32; i++) {
+        if (i == threadIdx.x / 32) before += total;
+        total += s.sums[i];
+    }
+    u64 target = qwen3i_mul_high(random, total);
+    if (target >= before && target - before < mine) {
+        target -= before;
+        for (int i = begin; i < end; i++) {
+            if (rank_key(r.l[i], i) < least_key) continue;
+            const u64 w = qwen3i_weight(qwen3i_octaves_below(r.l[i], r.top, r.temperature));
+            if (w < least) continue;
+            if (target < w) { s.bin = (unsigned)i; break; }
+            target -= w;
+        }
+    }
+    __syncthreads();
+    return (int)s.bin;
+}
+
+/* The choice among the candidates of the first stage, for top_k up to LIST_TOP; -1 if they were too many to list.
+   The kept ones are few: one warp weighs them, two to a lane, in order of rank; where a share of the weight ends
+   in order of id is found by adding up, for each, all with lower ids. */
+static __device__ int choose_listed(choose_shared &s, const candidates *from, const choice &c, float top) {
+    const int lane = lane_id(), EACH = CHUNKS * CHUNK_KEYS / CHOOSE_THREADS;
+    u64 keys[EACH], floor = 0;
+    unsigned counts[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {    /* all on their way before any is looked at */
+        const int i = tid() + j * CHOOSE_THREADS;
+        counts[j] = from->counts[i / CHUNK_KEYS];
+        keys[j] = from->keys[i / CHUNK_KEYS][i % CHUNK_KEYS];
+    }
+    if (tid() == 0) { s.n_keys = 0; s.value = 0; }
+    if (tid() < CHUNKS) { s.weights[tid()] = from->tops[tid()]; floor = from->limits[tid()]; }
+    __syncthreads();
+    if (tid() < CHUNKS) {               /* what k keys are no less than is as low as a kept one can be: a block's limit, */
+        int rank = 0;                   /* and the k-th of the blocks' largest                                          */
+        const u64 top = s.weights[tid()];
+        for (int i = 0; i < CHUNKS; i++) rank += s.weights[i] > top;
+        if (rank == c.top_k - 1 && top > floor) floor = top;
+        atomicMax(&s.value, floor);
+    }
+    __syncthreads();
+    floor = s.value;
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        const unsigned at = (unsigned)((tid() + j * CHOOSE_THREADS) % CHUNK_KEYS);
+        if (counts[j] > (unsigned)CHUNK_KEYS) atomicAdd(&s.n_keys, (unsigned)LIST_KEYS + 1);
+        else if (at < counts[j] && keys[j] >= floor) {
+            const unsigned to = atomicAdd(&s.n_keys, 1u);
+            if (to < (unsigned)LIST_KEYS) s.keys[to] = keys[j];
+        }
+    }
+    __syncthreads();
+    if (s.n_keys > (unsigned)LIST_KEYS) return -1;
+    if (s.n_keys <= (unsigned)CHOOSE_THREADS) rank_keys(s.keys, (int)s.n_keys);
+    else sort_keys(s.keys, (int)s.n_keys);
+    if (warp_id() == 0) {
+        const int kept = c.top_k < (int)s.n_keys ? c.top_k : (int)s.n_keys;
+        u64 w[2], upto[2], total = 0;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {   /* upto: of this rank and those before */
+            const int i = lane + 32 * h;
+            w[h] = upto[h] = i < kept ? qwen3i_weight(qwen3i_octaves_below(key_logit(s.keys[i]), top, c.temperature)) : 0;
+#pragma unroll
+            for (int o = 1; o < 32; o *= 2) {
+                const u64 v = __shfl_up_sync(ALL, upto[h], (unsigned)o);
+                if (lane >= o) upto[h] += v;
+            }
+            upto[h] += total;
+            total = __shfl_sync(ALL, upto[h], 31);
+        }
+        const u64 need = c.top_p > 0 && c.top_p < 1 ? qwen3i_share_of(total, c.top_p) : total,
+                  least = qwen3i_share_of(QWEN3I_WEIGHT_ONE, c.min_p);
+        u64 sum = 0;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int i = lane + 32 * h;
+            if ((i > 0 && upto[h] - w[h] >= need) || w[h] < least) w[h] = 0;
+            s.weights[i] = w[h];
+            sum += w[h];
+        }
+#pragma unroll
+        for (int o = 16; o > 0; o >>= 1) sum += __shfl_xor_sync(ALL, sum, o);
+        const u64 target = qwen3i_mul_high(c.random, sum);
+        __syncwarp();
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int i = lane + 32 * h, id = key_id(s.keys[i]);
+            u64 before = 0;
+            if (i >= kept) continue;
+            for (int j = 0; j < kept; j++) if (key_id(s.keys[j]) < id) before += s.weights[j];
+            if (target >= before && target - before < w[h]) s.bin = (unsigned)id;
+        }
+    }
+    __syncthreads();
+    return (int)s.bin;
+}
+
+/* The choice by passes over all logits. */
+static __device__ int choose_from_all(choose_shared &s, const row_logits &r, const choice &c) {
+    u64 least = 1;
+    if (c.top_k > 0 && c.top_k < r.n) least = cut_top_k(s, r, c.top_k);
+    if (c.top_p > 0 && c.top_p < 1) least = cut_top_p(s, r, least, c.top_p);
+    return draw(s, r, least, c.min_p, c.random);
+}
+
+/* choose: second stage: row i of the step = steps[i] with the token chosen for it; chosen[i] and report[i] (host
+   memory) = the choice, -1 if everything is banned. steps and choices may lie in host memory. One block of 1024 a row;
+   best [rows] is zero again afterwards. Equals qwen3i_choose. */
+static __global__ void __launch_bounds__(CHOOSE_THREADS)
+    choose_kernel(row_info *rows, const row_info *steps, int *chosen, int *report, u64 *best,
+                  const candidates *listed_keys, const float *kept, const float *copy, const choice *choices, int n,
+                  int n_choose) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    choose_shared &s = *(choose_shared *)(void *)memory;
+    const choice c = choices[blockIdx.x];
+    row_info row = steps[blockIdx.x];
+    wait_for_previous();
+    const u64 first = best[blockIdx.x];
+    int id = first ? key_id(first) : -1;
+    if (first && c.temperature > 0) {
+        row_logits r;
+        r.l = choice_logits(c, kept, copy, block_x(), n);
+        r.n = n_choose;
+        r.top = key_logit(first);
+        r.temperature = c.temperature;
+        id = c.top_k > 0 && c.top_k <= LIST_TOP ? choose_listed(s, &listed_keys[blockIdx.x], c, r.top) : -1;
+        if (id < 0) id = choose_from_all(s, r, c);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        row.token = id < 0 ? 0 : id;    /* the step goes on with something valid */
+        rows[blockIdx.x] = row;
+        chosen[blockIdx.x] = id;
+        report[blockIdx.x] = id;
+        best[blockIdx.x] = 0;
+    }
+}
+
+/* ================================================================================================
+   PATHS: the ways through the layers
+   ================================================================================================ */
+
+/* h = RMSNorm(x): float32 rows, and for cuBLASLt the product's input made of them */
+static qwen3_result vector_norm(const pass *p, const float *gain, const matrix &, input *h) {
+    cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    *h = {c->h, c->embd_ld, NULL, NULL};
+    return launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain, p->n, 1, g->n_embd,
+                                      c->embd_ld, g->rms_eps), "rmsnorm");
+}
+static qwen3_result gemm_norm(const pass *p, const float *gain, const matrix &w, input *h) {
+    TRY(vector_norm(p, gain, w, h));
+    *h = {NULL, 0, act_scale(p, w), NULL};
+    return round_rows(p, w, p->c->h, p->c->embd_ld, p->n);
+}
+static qwen3_result hopper_norm(const pass *p, const float *gain, const matrix &w, input *h) {
+    *h = {NULL, 0, p->c->act_scale, NULL};
+    return launched(p, launch_wide_norm(p, norm_arguments(p, gain, w)), "wide_norm");
+}
+
+/* Each of its blocks holds all of the input: */
+static bool vector_norms_itself(const pass *p, const matrix &w) {
+    const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
+    return w.cols % 4 == 0 && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS && stream_ring(p, vector_input(p, w, h, p->n), w) > 0;
+}
+
+const path VECTORS_WAY = {vector_norm, vector_norms_itself, vector_qkv, rows_attention, vector_o_proj, vector_mlp, vector_down,
+                          vector_head, false, false};
+const path GEMM_WAY    = {gemm_norm, NULL, gemm_qkv, rows_attention, gemm_o_proj, gemm_mlp, gemm_down, gemm_head, false, false};
+const path FEW_WAY     = {hopper_norm, few_norms_itself, few_qkv, rows_attention, few_o_proj, few_mlp, few_down, few_head, false,
+                          true};
+const path MANY_WAY    = {hopper_norm, NULL, many_qkv, many_attention, many_o_proj, many_mlp, many_down, few_head, true, true};
+
+static void gemm_memory(cuda_ctx *c, arena *a);
+static void hopper_memory(cuda_ctx *c, arena *a);
+static qwen3_result prepare_nothing(cuda_ctx *, const qwen3i_err *) { return QWEN3_OK; }
+static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err);
+
+const path_set PORTABLE = {{{MATVEC_ROWS, &VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, gemm_memory, prepare_nothing};
+const path_set HOPPER   = {{{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper};
+
+static qwen3_result norm(const pass *p, const float *gain, const matrix &w, input *h) {
+    *h = {p->c->x, p->c->embd_ld, NULL, gain};
+    return p->way->norms_itself && p->way->norms_itself(p, w) ? QWEN3_OK : p->way->norm(p, gain, w, h);
+}
+
+static qwen3_result head_logits(const pass *p, int first, int n, bool keep_only) {
+    return way_for(p->c, n)->head(p, first, n, keep_only);
+}
+
+/* The last layer's rows of which nothing is wanted leave it after its attention. */
+static qwen3_result keep_wanted(pass *p) {
+    cuda_ctx *c = p->c;
+    pass kept = make_pass(c, p->s, p->n_outs, p->n_tiles, p->err);
+    if (p->n_outs == p->n) return QWEN3_OK;
+    kept.only_wanted = true;
+    TRY(launched(p, !p->halves   ? launch_keep_wanted(p, c->attn, (const float *)c->attn)
+                    : kept.halves  ? launch_keep_wanted(p, c->wide_act, (const half_t *)c->wide_act)
+                                          : launch_keep_wanted(p, c->attn, (const half_t *)c->wide_act), "keep_wanted"));
+    *p = kept;
+    return QWEN3_OK;
+}
+
+/* One decoder layer: x in place; the last one keeps only the rows that are wanted. */
+static qwen3_result decoder_layer(pass *p, int layer) {
+    const layer_weights *w = &p->c->m->layers[layer];
+    const bool last = layer == p->c->m->config.n_layer - 1;
+    input h;
+    TRY(norm(p, w->attn_norm, w->qkv, &h));         /* h = RMSNorm(x)                                    */
+    TRY(p->way->qkv(p, layer, h));                  /* q, k, v = W h; q, k = RoPE(RMSNorm(q, k)); cache  */
+    if (last && p->n_outs == 0) return QWEN3_OK;
+    TRY(p->way->attention(p, layer));               /* a = softmax(q k / sqrt(d)) v                      */
+    if (last) TRY(keep_wanted(p));
+    TRY(p->way->o_proj(p, layer));                  /* x = x + Wo a                                      */
+    TRY(norm(p, w->mlp_norm, w->gate_up, &h));      /* h = RMSNorm(x)                                    */
+    TRY(p->way->mlp(p, layer, h));                  /* m = silu(Wgate h) * (Wup h)                       */
+    return p->way->down(p, layer);                  /* x = x + Wdown m                                   */
+}
+
+static int cancelled(const cuda_ctx *c) { return c->desc.cancel && c->desc.cancel(c->desc.cancel_user); }
+
+static qwen3_result all_layers(pass *p, bool may_cancel) {
+    TRY(embed(p));
+    for (int i = 0; i < p->c->m->config.n_layer; i++) {
+        if (may_cancel && cancelled(p->c)) return qwen3i_fail(p->err, QWEN3_STOPPED, "cancelled");
+        TRY(decoder_layer(p, i));
+    }
+    return QWEN3_OK;
+}
+
+/* ================================================================================================
+   CREATING A CONTEXT: everything one user of a model needs, taken at once
+   ================================================================================================ */
+
+static float *take_result(cuda_ctx *c, arena *a, int i, size_t n) {
+    c->results[i].n = n;
+    return c->results[i].at = a->take<float>(n);
+}
+
+/* What products by cuBLASLt need; ... */
+static void gemm_memory(cuda_ctx *c, arena *a) {
+    const size_t rows = (size_t)c->max_rows;
+    c->tmp = take_result(c, a, 0, rows * c->embd_ld);
+    c->gate_up = take_result(c, a, 2, rows * 2 * c->ff_ld);
+    c->act = a->take<float>(rows * c->act_ld);
+    c->workspace_size = WORKSPACE;
+    c->workspace = a->take<char>(WORKSPACE);
+}
+/* ... and Hopper's own. */
+static void hopper_memory(cuda_ctx *c, arena *a) {
+    const qwen3i_config *g = &c->m->config;
+    const size_t rows = (size_t)c->max_rows;
+    c->wide_act = a->take<half_t>(rows * most(c->q_dim, g->n_embd));
+    c->wide_q = a->take<half_t>(c->wide_kv ? rows * c->q_dim : 0);
+    c->wide_m = a->take<half_t>(rows * g->n_ff);
+    c->ff_scale = a->take<float>(rows);
+}
+
+static void lay_out_device(cuda_ctx *c, arena *a) {
+    const qwen3i_config *g = &c->m->config;
+    const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
+    const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
+    const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
+    const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);
+    c->kv_layer_bytes = seqs * ctx * c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
+    c->k = a->take<char>((size_t)g->n_layer * c->kv_layer_bytes);
+    c->v = a->take<char>((size_t)g->n_layer * c->kv_layer_bytes);
+    c->kept = a->take<float>(seqs * KEPT * vocab);
+    c->rope = a->take<float2>(ctx * half);
+    c->freqs = a->take<float>(half);
+    c->x = a->take<float>(rows * embd);
+    c->h = a->take<float>(narrow * embd);
+    c->qkv = take_result(c, a, 1, (c->wide_kv ? narrow : rows) * c->qkv_ld);
+    c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
+    c->ff = a->take<float>((size_t)least(c->max_rows, MATVEC_ROWS) * c->ff_ld);
+    c->act_scale = a->take<float>(rows);
+    c->paths->memory(c, a);
+    c->logits = take_result(c, a, 3, (size_t)head_rows(c) * vocab);
+    c->logprobs = a->take<float>((size_t)head_rows(c));
+    c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
+    c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
+    c->attn_tickets = a->take<unsigned>(attention_tickets(c));
+    c->rows = a->take<row_info>(rows);
+    c->tile_list = a->take<attention_tile>(rows);
+    c->listed_keys = a->take<candidates>((size_t)choice_rows(c));
+    c->lists = a->take<listed>((size_t)LISTED_MAX);
+    c->chosen = a->take<int>(seqs);
+    c->best = a->take<u64>(seqs);
+}
+
+static void lay_out_pinned(cuda_ctx *c, arena *a) {
+    const size_t rows = (size_t)c->max_rows, seqs = (size_t)c->desc.max_seqs;
+    for (int i = 0; i < RING; i++) {
+        c->slots[i].rows = a->take<row_info>(rows);
+        c->slots[i].tiles = a->take<attention_tile>(rows);
+        c->slots[i].choices = a->take<choice>(seqs);
+        c->slots[i].lists = a->take<listed>((size_t)LISTED_MAX);
+        c->slots[i].report = a->take<int>(seqs);
+    }
+    c->host_logits = a->take<float>((size_t)c->m->config.n_vocab);
+}
+
+static void lay_out_host(cuda_ctx *c, arena *a) {
+    const size_t seqs = (size_t)c->desc.max_seqs;
+    c->plans = a->take<plan>((size_t)N_PLANS);
+    c->graphs = a->take<cudaGraphExec_t>(seqs + 1);
+    c->runs = a->take<int>(seqs + 1);
+    c->current = a->take<int>(seqs);
+    c->ahead.seqs = a->take<int>(seqs);
+    c->ahead.lengths = a->take<int>(seqs);
+    c->ahead.last = a->take<int>(seqs);
+    c->ahead.samplers = a->take<qwen3_sampler>(seqs);
+    c->ahead.bias_hashes = a->take<u64>(seqs);
+}
+
+/* What follows from the model and the descriptor. */
+static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *desc, const path_set *paths) {
+    const qwen3i_config *g = &m->config;
+    memset(c, 0, sizeof *c);
+    c->m = m;
+    c->desc = *desc;
+    c->paths = paths;
+    c->max_rows = most(desc->prefill_chunk, desc->max_seqs);
+    c->group = g->n_head / g->n_head_kv;
+    c->q_dim = g->n_head * g->head_dim;
+    c->kv_dim = g->n_head_kv * g->head_dim;
+    c->qkv_ld = c->q_dim + 2 * c->kv_dim;
+    c->embd_ld = round_up(g->n_embd, 8);
+    c->ff_ld = round_up(g->n_ff, 8);
+    c->act_ld = round_up(most(most(g->n_embd, g->n_ff), c->q_dim), 8);
+    c->tiles = (g->head_dim == 64 || g->head_dim == 128) && c->group <= TILE_ROWS &&
+               (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
+    c->wide = paths == &HOPPER;
+    c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
+    c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, FEW_MOST)) : c->max_rows;
+}
+
+static const path_set *paths_of(const cuda_model *m) { return m->wide ? &HOPPER : &PORTABLE; }
+
+static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
+    qwen3_memory bytes;
+    arena device = {NULL, 0}, pinned = {NULL, 0}, host = {NULL, 0};
+    cuda_ctx c;
+    const cuda_model *m = (const cuda_model *)model_state;
+    shape_ctx(&c, m, desc, paths_of(m));
+    lay_out_device(&c, &device);
+    lay_out_pinned(&c, &pinned);
+    lay_out_host(&c, &host);
+    bytes.device_bytes = device.used;
+    bytes.host_bytes = pinned.used + host.used + sizeof c;
+    return bytes;
+}
+
+static void free_ctx(void *ctx_state) {
+    cuda_ctx *c = (cuda_ctx *)ctx_state;
+    if (!c) return;
+    const qwen3_allocator a = c->desc.allocator;
+    {
+        device_guard guard(c->m->device);
+        if (c->stream) cudaStreamSynchronize(c->stream);
+        for (int i = 0; c->plans && i < N_PLANS; i++) destroy_plan(&c->plans[i]);
+        for (int i = 0; c->graphs && i <= c->desc.max_seqs; i++) if (c->graphs[i]) cudaGraphExecDestroy(c->graphs[i]);
+        for (int i = 0; i < RING; i++) {
+            if (c->uploaded[i]) cudaEventDestroy(c->uploaded[i]);
+            if (c->reported[i]) cudaEventDestroy(c->reported[i]);
+        }
+        if (c->lt) cublasLtDestroy(c->lt);
+        if (c->own_stream && c->stream) cudaStreamDestroy(c->stream);
+        if (c->capture) cudaStreamDestroy(c->capture);
+        if (c->pinned) cudaFreeHost(c->pinned);
+        if (c->memory) cudaFree(c->memory);
+    }
+    host_free(&a, c->host, c->host_size);
+    host_free(&a, c, sizeof *c);
+}
+
+static qwen3_result take_memory(cuda_ctx *c, const qwen3i_err *err) {
+    arena device = {NULL, 0}, pinned = {NULL, 0}, host = {NULL, 0};
+    lay_out_device(c, &device);
+    lay_out_pinned(c, &pinned);
+    lay_out_host(c, &host);
+    c->memory_size = device.used;
+    c->pinned_size = pinned.used;
+    c->host_size = host.used;
+    c->plans = NULL;
+    c->graphs = NULL;
+    c->host = (char *)host_alloc(&c->desc.allocator, c->host_size);
+    if (!c->host) return no_host_memory(err, c->host_size);
+    host.base = c->host;
+    host.used = 0;
+    lay_out_host(c, &host);
+    if (cudaHostAlloc((void **)&c->pinned, c->pinned_size, cudaHostAllocMapped) != cudaSuccess) {
+        cudaGetLastError();
+        return no_host_memory(err, c->pinned_size);
+    }
+    pinned.base = c->pinned;
+    pinned.used = 0;
+    lay_out_pinned(c, &pinned);
+    TRY(device_alloc(&c->memory, c->memory_size, "the context", err));
+    device.base = c->memory;
+    device.used = 0;
+    lay_out_device(c, &device);
+    return QWEN3_OK;
+}
+
+template <int R> static qwen3_result allow_few_shared(const qwen3i_err *err) {
+    const size_t bytes = FEW_SHARED;
+    TRY(allow_shared(few_product_kernel<to_residual<WIDE_M / 2>, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<to_residual<WIDE_M>, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<to_heads<half_t>, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<to_heads<bf16_t>, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<to_heads<float>, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<to_mlp, R>, bytes, err));
+    return allow_shared(few_product_kernel<to_logits, R>, bytes, err);
+}
+
+/* A cluster lies within one of the chip's groups of multiprocessors: of 264 places for blocks, 30 clusters of 8 find one. */
+static qwen3_result find_few_room(cuda_ctx *c, const qwen3i_err *err) {
+    for (int i = 0; i < 4; i++) {
+        cudaLaunchConfig_t config = cudaLaunchConfig_t();
+        cudaLaunchAttribute cluster;
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = 1u << i;
+        cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        config.gridDim = dim3(1u << i);
+        config.blockDim = dim3((unsigned)FEW_THREADS);
+        config.dynamicSmemBytes = FEW_SHARED;
+        config.attrs = &cluster;
+        config.numAttrs = 1;
+        CUDA_TRY(cudaOccupancyMaxActiveClusters(&c->few_room[i], few_product_kernel<to_mlp, FEW_MOST>,
+                                                &config));
+        c->few_room[i] = most(c->few_room[i], 1);
+    }
+    return QWEN3_OK;
+}
+
+template <int P> static qwen3_result allow_wide_shared(const qwen3i_err *err) {
+    const size_t bytes = wide_product_shared<WIDE_N, P>();
+    TRY(allow_shared(wide_product_kernel<to_residual<>, WIDE_N, P>, bytes, err));
+    TRY(allow_shared(wide_product_kernel<to_heads<half_t>, WIDE_N, P>, bytes, err));
+    TRY(allow_shared(wide_product_kernel<to_heads<bf16_t>, WIDE_N, P>, bytes, err));
+    TRY(allow_shared(wide_product_kernel<to_heads<float>, WIDE_N, P>, bytes, err));
+    return allow_shared(wide_product_kernel<to_mlp, WIDE_N, P>, bytes, err);
+}
+
+static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
+    const qwen3i_config *g = &c->m->config;
+    const u64 rows = (u64)c->max_rows, ctx = (u64)c->desc.max_ctx, sets = (u64)c->desc.max_seqs * (u64)g->n_layer;
+    TRY(make_map(&c->wide_h_map, c->wide_act, (u64)g->n_embd, rows, WIDE_M, err));
+    TRY(make_map(&c->wide_a_map, c->wide_act, (u64)c->q_dim, rows, WIDE_M, err));
+    TRY(make_map(&c->wide_m_map, c->wide_m, (u64)g->n_ff, rows, WIDE_M, err));
+    TRY(make_map(&c->few_h_map, c->wide_act, (u64)g->n_embd, rows, FEW_X_TILE, err));
+    TRY(make_map(&c->few_a_map, c->wide_act, (u64)c->q_dim, rows, FEW_X_TILE, err));
+    TRY(make_map(&c->few_m_map, c->wide_m, (u64)g->n_ff, rows, FEW_X_TILE, err));
+    TRY(allow_few_shared<32>(err));
+    TRY(allow_few_shared<64>(err));
+    TRY(find_few_room(c, err));
+    TRY(allow_wide_shared<1>(err));
+    TRY(allow_wide_shared<2>(err));
+    TRY(allow_shared(wide_product_kernel<to_residual<>, WIDE_N_MORE, 1>, wide_product_shared<WIDE_N_MORE, 1>(), err));
+    if (!c->wide_kv) return QWEN3_OK;
+    TRY(make_map(&c->q_map, c->wide_q, WIDE_DIM, (u64)g->n_head, rows, c->group, WIDE_M / c->group, err));
+    TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
+    TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
+    TRY(allow_shared(wide_attention_kernel, WIDE_ATTENTION_SHARED, err));
+    return QWEN3_OK;
+}
+
+static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
+    const qwen3i_config *g = &c->m->config;
+    float freqs[MAX_HEAD_DIM / 2];
+    float scale;
+    CUDA_TRY(cudaStreamCreateWithFlags(&c->capture, cudaStreamNonBlocking));
+    c->stream = (cudaStream_t)c->desc.stream;
+    if (!c->stream) {
+        CUDA_TRY(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking));
+        c->own_stream = true;
+    }
+    TRY(take_memory(c, err));
+    for (int i = 0; i < RING; i++) {
+        CUDA_TRY(cudaEventCreateWithFlags(&c->uploaded[i], cudaEventDisableTiming));
+        CUDA_TRY(cudaEventCreateWithFlags(&c->reported[i], cudaEventDisableTiming));
+    }
+    LT_TRY(cublasLtCreate(&c->lt));
+    TRY(allow_tile_shared(c, err));
+    TRY(c->paths->prepare(c, err));
+    CUDA_TRY(
+        cudaFuncSetAttribute(choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(choose_shared)));
+    scale = qwen3_backend_rotation(freqs, g, (double)c->desc.yarn_factor);
+    CUDA_TRY(
+        cudaMemcpyAsync(c->freqs, freqs, (size_t)g->head_dim / 2 * sizeof(float), cudaMemcpyHostToDevice, c->stream));
+    CUDA_TRY(launch(c->stream, dim3((unsigned)c->desc.max_ctx), 64, 0, rope_table_kernel, c->rope,
+                    (const float *)c->freqs, g->head_dim / 2, scale));
+    CUDA_TRY(cudaMemsetAsync(c->k, 0, (size_t)g->n_layer * c->kv_layer_bytes, c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->v, 0, (size_t)g->n_layer * c->kv_layer_bytes, c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->kept, 0, (size_t)c->desc.max_seqs * KEPT * g->n_vocab * sizeof(float), c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->qkv_tickets, 0, (size_t)(g->n_head + g->n_head_kv) * sizeof(unsigned), c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->attn_tickets, 0, attention_tickets(c) * sizeof(unsigned), c->stream));
+    if (c->wide) {                      /* tiles are read whole, whatever is in the rows that a batch has not */
+        CUDA_TRY(cudaMemsetAsync(c->wide_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2, c->stream));
+        CUDA_TRY(cudaMemsetAsync(c->wide_m, 0, (size_t)c->max_rows * g->n_ff * 2, c->stream));
+    }
+    for (const auto &r : c->results)    /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
+        if (r.n > 0) CUDA_TRY(cudaMemsetAsync(r.at, 0, r.n * sizeof(float), c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->best, 0, (size_t)c->desc.max_seqs * sizeof(u64), c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)choice_rows(c) * sizeof(candidates), c->stream)); /* read whole */
+    CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
+    CUDA_TRY(cudaStreamSynchronize(c->stream));
+    return QWEN3_OK;
+}
+
+static qwen3_result create_ctx_for(const path_set *paths, void **ctx_state, void *model_state, const qwen3_model *model,
+                                   const qwen3_ctx_desc *desc, const qwen3i_err *err) {
+    const cuda_model *m = (const cuda_model *)model_state;
+    cuda_ctx *c = (cuda_ctx *)host_alloc(&desc->allocator, sizeof *c);
+    *ctx_state = NULL;
+    if (!c) return no_host_memory(err, sizeof *c);
+    shape_ctx(c, m, desc, paths);
+    const qwen3i_model_view view = qwen3_backend_view(model);      /* the tokenizer may have come after the weights */
+    c->eos = view.eos;
+    c->n_eos = view.n_eos;
+    c->n_choose = least(view.n_tokens, m->config.n_vocab);
+    device_guard guard(m->device);
+    const qwen3_result r =
+        guard.status == cudaSuccess ? fill_ctx(c, err) : cuda_fail(err, guard.status, "cudaSetDevice");
+    if (r == QWEN3_OK) *ctx_state = c;
+    else free_ctx(c);
+    return r;
+}
+
+static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
+                               const qwen3_ctx_desc *desc, const qwen3i_err *err) {
+    return create_ctx_for(paths_of((const cuda_model *)model_state), ctx_state, model_state, model, desc, err);
+}
 
 /* ================================================================================================
    STEPS: uploads, graphs, batches
@@ -2078,7 +5909,7 @@ template <class T> static cudaError_t send(cuda_ctx *c, T *to, const T *from, in
 
 /* The tiles of attention: consecutive tokens of one sequence. Returns how many. */
 static int make_tiles(const cuda_ctx *c, const qwen3i_batch *b, attention_tile *tiles) {
-    const int most_tokens = (c->wide_kv && goes_wide(c, b->n_rows) ? WIDE_POS : TILE_ROWS) / c->group;
+    const int most_tokens = (c->wide_kv && way_for(c, b->n_rows)->tiles_of_halves ? WIDE_POS : TILE_ROWS) / c->group;
     int n = 0;
     for (int i = 0; i < b->n_rows; i += tiles[n++].n_tokens) {
         attention_tile *t = &tiles[n];

@@ -62,7 +62,7 @@ static const char *lab_no_device() {
 
 static int lab_own_products(const void *ctx_state, int rows) {
     const cuda_ctx *c = (const cuda_ctx *)ctx_state;
-    return c->wide && rows > matvec_rows(c);
+    return way_for(c, rows) == &FEW_WAY || way_for(c, rows) == &MANY_WAY;
 }
 
 struct timer {                          /* of the device, over what is enqueued between start and stop */
@@ -143,7 +143,7 @@ static lab_view lab_place(const pass *p, lab_buffer buffer) {
     const qwen3i_config *g = &c->m->config;
     const layer_weights *w = &c->m->layers[0];
     lab_view v = {c->x, g->n_embd, c->embd_ld, NULL};
-    const bool act = p->how != MATVEC;
+    const bool act = p->way != &VECTORS_WAY;
     switch (buffer) {
         case LAB_H: v.data = c->h; if (act) v.act = &w->qkv; break;
         case LAB_Q: v.data = c->qkv; v.width = c->q_dim; v.ld = c->qkv_ld; break;
@@ -160,6 +160,13 @@ static lab_view lab_place(const pass *p, lab_buffer buffer) {
     return v;
 }
 
+/* Where the operations find h when put() has set it: as norm() would leave it. */
+static input lab_input(const pass *p) {
+    const cuda_ctx *c = p->c;
+    const input rows = {c->h, c->embd_ld, NULL, NULL}, made = {NULL, 0, c->act_scale, NULL}, floats = {NULL, 0, NULL, NULL};
+    return p->way == &VECTORS_WAY ? rows : c->m->layers[0].qkv.type == QWEN3I_F32 ? floats : made;
+}
+
 /* The rows of a batch that goes through the kernels for Hopper; scale NULL: they are F16 as they are. */
 struct wide_view { half_t *rows; float *scale; int width; };
 
@@ -167,8 +174,8 @@ static bool wide_buffer(const pass *p, lab_buffer buffer, wide_view *v) {
     const cuda_ctx *c = p->c;
     const wide_view h = {c->wide_act, c->act_scale, c->m->config.n_embd}, q = {c->wide_q, NULL, c->q_dim},
                     a = {c->wide_act, NULL, c->q_dim}, m = {c->wide_m, c->ff_scale, c->m->config.n_ff};
-    if ((p->how != WIDE && p->how != FEW) || buffer == LAB_X || buffer == LAB_LOGITS) return false;
-    if ((buffer == LAB_Q && !halves(p)) || (buffer == LAB_A && !gives_halves(p))) return false;
+    if ((p->way != &MANY_WAY && p->way != &FEW_WAY) || buffer == LAB_X || buffer == LAB_LOGITS) return false;
+    if ((buffer == LAB_Q && !p->q_halves) || (buffer == LAB_A && !p->halves)) return false;
     *v = buffer == LAB_H ? h : buffer == LAB_Q ? q : buffer == LAB_A ? a : m;
     return true;
 }
@@ -239,18 +246,20 @@ static qwen3_result lab_get(void *ctx_state, lab_buffer buffer, float *to, const
     return QWEN3_OK;
 }
 
-
-static qwen3_result lab_one(pass *p, lab_op op, int layer) {
+static qwen3_result lab_one(const pass *p, lab_op op, int layer) {
     const layer_weights *w = &p->c->m->layers[layer];
     const int n = least(p->n, head_rows(p->c));
+    input h = lab_input(p);
     switch (op) {
         case LAB_EMBED:     return embed(p);
-        case LAB_NORM:      return norm(p, w->attn_norm, w->qkv);
-        case LAB_QKV_ROPE:  return qkv_rope(p, layer);
-        case LAB_ATTENTION: return attention(p, layer);
-        case LAB_O_PROJ:    TRY(o_proj(p, layer)); return add_pending(p);
-        case LAB_MLP:       return mlp(p, layer);
-        case LAB_DOWN:      TRY(down_proj(p, layer)); return add_pending(p);
+        case LAB_NORM:      return p->way->norm(p, w->attn_norm, w->qkv, &h);
+        case LAB_QKV_ROPE:  return p->way->qkv(p, layer, h);
+        case LAB_NORM_QKV:  TRY(norm(p, w->attn_norm, w->qkv, &h)); return p->way->qkv(p, layer, h);
+        case LAB_ATTENTION: return p->way->attention(p, layer);
+        case LAB_O_PROJ:    return p->way->o_proj(p, layer);
+        case LAB_MLP:       return p->way->mlp(p, layer, h);
+        case LAB_NORM_MLP:  TRY(norm(p, w->mlp_norm, w->gate_up, &h)); return p->way->mlp(p, layer, h);
+        case LAB_DOWN:      return p->way->down(p, layer);
         case LAB_HEAD:      TRY(head_norm(p, 0, n)); return head_logits(p, 0, n, false);
         case LAB_STEP:      return run_step(p->c, p->n, p->err);
     }
@@ -362,9 +371,78 @@ static qwen3_result lab_limits(void *ctx_state, double *bytes, double *flop, con
     return r;
 }
 
+/* ---- the standard path: cuBLASLt, and one plain kernel for each operation --------------------------------- */
+/* rope (standard path): q and k heads of qkv in place. Grid (rows, n_head + n_head_kv). Equals qwen3i_rope. */
+static __global__ void rope_kernel(qkv_args a) {
+    const int half = a.head_dim / 2;
+    float *v = a.qkv + (size_t)blockIdx.x * a.ld + (size_t)blockIdx.y * a.head_dim;
+    const float2 *turn = a.rope + (size_t)a.rows[blockIdx.x].position * half;
+    for (int i = tid(); i < half; i += n_threads()) {
+        const float x = v[i], y = v[i + half];
+        v[i] = x * turn[i].x - y * turn[i].y;
+        v[i + half] = y * turn[i].x + x * turn[i].y;
+    }
+}
+
+/* kv_store (standard path): k and v of qkv to the cache, one rounding. One block a row. */
+template <class T>
+static __global__ void kv_store_kernel(qkv_args a) {
+    const float *k = a.qkv + (size_t)blockIdx.x * a.ld + (size_t)a.n_head * a.head_dim;
+    const size_t at = kv_at(a.kv, a.rows[blockIdx.x].seq, a.rows[blockIdx.x].position);
+    for (int i = tid(); i < a.kv.kv_dim; i += n_threads()) {
+        store((T *)a.kv.k + at + i, k[i]);
+        store((T *)a.kv.v + at + i, k[a.kv.kv_dim + i]);
+    }
+}
+
+template <class T> static cudaError_t kv_store(const pass *p, const qkv_args &a) {
+    return launch(p->s, grid1(p->n), row_threads(a.kv.kv_dim, 4, p->n), 0, kv_store_kernel<T>, a);
+}
+
+static qwen3_result standard_qkv(const pass *p, int layer, const input &h) {
+    cuda_ctx *c = p->c;
+    const matrix &w = c->m->layers[layer].qkv;
+    const qkv_args a = qkv_arguments(p, layer);
+    float *q = c->qkv, *k = q + c->q_dim;
+    TRY(act_product(p, q, a.ld, w, 0, c->q_dim));
+    TRY(act_product(p, k, a.ld, w, c->q_dim, c->kv_dim));
+    TRY(act_product(p, k + c->kv_dim, a.ld, w, c->q_dim + c->kv_dim, c->kv_dim));
+    if (h.scale) RUN(grid1(p->n), row_threads(a.ld, 4, p->n), 0, scale_rows_kernel, q, h.scale, a.ld, a.ld);
+    cudaError_t e =
+        launch_rmsnorm(p->early, p->s, q, a.ld, q, a.ld, NULL, a.q_norm, p->n, a.n_head, a.head_dim, 0, a.eps);
+    if (e == cudaSuccess)
+        e = launch_rmsnorm(p->early, p->s, k, a.ld, k, a.ld, NULL, a.k_norm, p->n, a.n_head_kv, a.head_dim, 0,
+                                  a.eps);
+    if (e == cudaSuccess)
+        e = launch(p->s, grid2(p->n, a.n_head + a.n_head_kv), row_threads(a.head_dim / 2, 1, p->n), 0, rope_kernel, a);
+#define CALL(T) kv_store<T>(p, a)
+    if (e == cudaSuccess) e = BY_KV_TYPE(c, CALL);
+#undef CALL
+    return launched(p, e, "q, k and v");
+}
+
+static qwen3_result standard_mlp(const pass *p, int layer, const input &) {
+    cuda_ctx *c = p->c;
+    const matrix &w = c->m->layers[layer].gate_up, &down = c->m->layers[layer].w_down;
+    const int n_ff = c->m->config.n_ff, ld = 2 * c->ff_ld;
+    TRY(act_product(p, c->gate_up, ld, w, 0, n_ff));
+    TRY(act_product(p, c->gate_up + n_ff, ld, w, n_ff, n_ff));
+    TRY(launched(p, launch_swiglu<float>(p, c->ff, w, 0), "swiglu"));
+    return round_rows(p, down, c->ff, c->ff_ld, p->n);
+}
+
+const path STANDARD_WAY = {gemm_norm, NULL, standard_qkv, rows_attention, gemm_o_proj, standard_mlp, gemm_down, gemm_head, false, false};
+
+static void standard_memory(cuda_ctx *c, arena *a) {
+    gemm_memory(c, a);
+    c->ff = a->take<float>((size_t)c->max_rows * c->ff_ld);
+}
+
+const path_set STANDARD = {{{INT_MAX, &STANDARD_WAY}}, standard_memory, prepare_nothing};
+
 static qwen3_result create_standard_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
                                         const qwen3_ctx_desc *desc, const qwen3i_err *err) {
-    return create_ctx_for(true, ctx_state, model_state, model, desc, err);
+    return create_ctx_for(&STANDARD, ctx_state, model_state, model, desc, err);
 }
 
 } /* namespace */

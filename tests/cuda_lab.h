@@ -12,9 +12,11 @@ typedef enum lab_op {
     LAB_EMBED,                   /* X = rows of the embedding                      qwen3i_embed */
     LAB_NORM,                    /* H = rmsnorm(X) with the layer's attn_norm      qwen3i_rmsnorm */
     LAB_QKV_ROPE,                /* Q, and K and V in the cache, from H            qwen3i_matmul_qkv, _rmsnorm_heads, _rope */
+    LAB_NORM_QKV,               /* the same from X, with the norm where a step has it     qwen3i_rmsnorm, ... */
     LAB_ATTENTION,               /* A from Q and the cache                         qwen3i_attention */
     LAB_O_PROJ,                  /* X += Wo A                                      qwen3i_matmul_add */
     LAB_MLP,                     /* M = silu(Wgate H) * (Wup H)                    qwen3i_swiglu */
+    LAB_NORM_MLP,               /* the same from X                                       qwen3i_rmsnorm, ... */
     LAB_DOWN,                    /* X += Wdown M                                   qwen3i_matmul_add */
     LAB_HEAD,                    /* LOGITS = head rmsnorm(X)                       qwen3i_rmsnorm, qwen3i_matmul */
     LAB_STEP                     /* all of a decode step, as next() does it        */

@@ -98,7 +98,6 @@ qwen3_result lab_states(lab_model *l, float *states) {
     for (int i = 0; i < c->m->config.n_layer; i++) {
         TRY(lab_get(c, LAB_X, states + (size_t)i * size, &lab_err));
         TRY(decoder_layer(&p, i));
-        TRY(add_pending(&p));
     }
     return lab_get(c, LAB_X, states + (size_t)c->m->config.n_layer * size, &lab_err);
 }
@@ -117,21 +116,17 @@ qwen3_result lab_kv(cuda_ctx *c, int layer, int n, float *k, float *v) {
 qwen3_result lab_parts(lab_model *l, int layer, const float *x, float *q, float *k, float *v, float *a,
                        float *product, float *out) {
     cuda_ctx *c = (cuda_ctx *)l->ctx;
-    const layer_weights *w = &c->m->layers[layer];
     pass p = make_pass(c, c->stream, l->rows, lab_batch.tiles, &lab_err);
     TRY(lab_put(c, LAB_X, x, &lab_err));
-    TRY(norm(&p, w->attn_norm, w->qkv));
-    TRY(qkv_rope(&p, layer));
+    TRY(lab_one(&p, LAB_NORM_QKV, layer));
     TRY(lab_get(c, LAB_Q, q, &lab_err));
     TRY(lab_kv(c, layer, l->rows, k, v));
-    TRY(attention(&p, layer));
+    TRY(lab_one(&p, LAB_ATTENTION, layer));
     TRY(lab_get(c, LAB_A, a, &lab_err));
-    TRY(o_proj(&p, layer));
-    TRY(norm(&p, w->mlp_norm, w->gate_up));
-    TRY(mlp(&p, layer));
+    TRY(lab_one(&p, LAB_O_PROJ, layer));
+    TRY(lab_one(&p, LAB_NORM_MLP, layer));
     TRY(lab_get(c, LAB_M, product, &lab_err));
-    TRY(down_proj(&p, layer));
-    TRY(add_pending(&p));
+    TRY(lab_one(&p, LAB_DOWN, layer));
     return lab_get(c, LAB_X, out, &lab_err);
 }
 
@@ -385,16 +380,16 @@ template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_a
     const float *sums = (const float *)(const void *)memory;
     float2 squares = make_float2(0, 0);
     few_row r, next;
-    few_ask_early<WIDE_QKV>(r, g, row, tile);
-    few_ask_early<WIDE_QKV>(next, g, row + 8, tile);
+    few_ask_early<to_heads<float> >(r, g, row, tile);
+    few_ask_early<to_heads<float> >(next, g, row + 8, tile);
     wait_for_previous();
-    few_ask<WIDE_QKV, WIDE_M>(r, g, row, tile);
-    few_ask<WIDE_QKV, WIDE_M>(next, g, row + 8, tile);
+    few_ask<to_heads<float> >(r, g, row, tile);
+    few_ask<to_heads<float> >(next, g, row + 8, tile);
     fused_few_sum<R>(memory, ring, steps, warp / 4);
     cluster_meet();
     if (row < end) load_from_block(squares, sums + mine * FEW_LD + WIDE_M, (unsigned)(lane_id() % g.parts));
     for (int o = 1; o < g.parts; o *= 2) squares.x += __shfl_xor_sync(ALL, squares.x, o);
-    few_finish_rows<WIDE_QKV, float, WIDE_M>(g, sums + 2 * lane_id(), row, end, tile, r, next, [&](few_row &at, int i) {
+    few_finish_rows<to_heads<float> >(g, sums + 2 * lane_id(), row, end, tile, r, next, [&](few_row &at, int i) {
         at.scale = fused_scale(g, w_scale, at.scale, __shfl_sync(ALL, squares.x, i * g.parts));
     });
 }
@@ -447,7 +442,7 @@ template <int P> __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREA
 #ifdef QWEN3_WGMMA
     const int row = (warp_id() - 4) * 16 + lane_id() / 2;
     const input_squares scales = {squares_at<2>(row, lane_id() % 2), w_scale, 0};
-    wide_multiply_rows<WIDE_QKV, float, WIDE_N, P>(&x_map, &w_map, g, scales);
+    wide_multiply_rows<to_heads<float>, WIDE_N, P>(&x_map, &w_map, g, scales);
 #else
     (void)x_map; (void)w_map; (void)g; (void)w_scale;
 #endif
@@ -457,7 +452,7 @@ template <int P> __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREA
 template <int RING> cudaError_t fused_stream(const pass *p, const matvec_in &in, const qkv_args &a, const float *scale) {
     const int parts = head_parts(p, a), blocks = parts * (a.n_head + 2 * a.n_head_kv);
     const size_t shared = stream_shared(in, RING) + 2 * sizeof(mbarrier) + (size_t)a.head_dim * sizeof(float);
-#define CALL(NR) launch_shared(p, parts, grid1(blocks), 32 * MATVEC_WARPS, shared, fused_stream_heads_kernel<NR, RING>, \
+#define CALL(NR) launch_shared(p->early, parts, p->s, grid1(blocks), 32 * MATVEC_WARPS, shared, fused_stream_heads_kernel<NR, RING>, \
                                in, a, parts, scale)
     if (parts > 0) return a.head_dim <= 2 * parts * MATVEC_WARPS ? CALL(2) : CALL(4);
 #undef CALL
@@ -470,13 +465,13 @@ template <int R> cudaError_t fused_few(const pass *p, const matrix &w, wide_args
     const few_plan none = {0, 0, 0, 0}, plan = few_better(p, a, WIDE_M, R, none);
     a.parts = plan.parts;
     a.stages = few_stages<WIDE_M, R>(plan.steps);
-    return launch_shared(p, a.parts, grid1(a.n_tiles * a.parts), FEW_THREADS, few_product_shared<WIDE_M, R>(a.stages),
+    return launch_shared(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), FEW_THREADS, few_product_shared<WIDE_M, R>(a.stages),
                          fused_few_kernel<R>, get_map(p->c->few_h_map), get_map(w.map), a, w.scale);
 }
 
 template <int P> cudaError_t fused_wide(const pass *p, const matrix &w, const wide_args &a) {
     const int clusters = least(wide_pairs(p) * (a.n_tiles - a.whole), p->c->m->n_sm / 2);
-    return launch_shared(p, WIDE_CLUSTER, grid1(2 * clusters), WIDE_THREADS, wide_product_shared<WIDE_N, P>(),
+    return launch_shared(p->early, WIDE_CLUSTER, p->s, grid1(2 * clusters), WIDE_THREADS, wide_product_shared<WIDE_N, P>(),
                          fused_wide_kernel<P>, get_map(p->c->wide_h_map), get_map(w.map), a, w.scale);
 }
 
@@ -484,8 +479,8 @@ cudaError_t fused_product(const pass *p, const matrix &w, const qkv_args &qkv) {
     wide_args a = wide_arguments(p, w, p->c->act_scale);
     a.w_scale = 1;
     a.qkv = qkv;
-    a.whole = p->how == WIDE ? wide_whole(p, a.n_tiles) : 0;
-    if (p->how == WIDE) return a.whole > 0 ? fused_wide<2>(p, w, a) : fused_wide<1>(p, w, a);
+    a.whole = p->way == &MANY_WAY ? wide_whole(p, a.n_tiles) : 0;
+    if (p->way == &MANY_WAY) return a.whole > 0 ? fused_wide<2>(p, w, a) : fused_wide<1>(p, w, a);
     return p->n <= 32 ? fused_few<32>(p, w, a) : fused_few<64>(p, w, a);
 }
 
@@ -504,13 +499,14 @@ qwen3_result fused_qkv(const pass *p, int layer, const float *scales) {
     matrix w = c->m->layers[layer].qkv;
     const qkv_args a = qkv_arguments(p, layer);
     w.terms = 1;
-    if (p->how == WIDE || p->how == FEW) return launched(p, fused_product(p, w, a), "fused_product");
-    if (p->how != MATVEC) {
+    if (p->way == &MANY_WAY || p->way == &FEW_WAY) return launched(p, fused_product(p, w, a), "fused_product");
+    if (p->way != &VECTORS_WAY) {
         TRY(act_product(p, c->qkv, a.ld, w, 0, w.rows));
         return launched(p, launch(p->s, grid1(p->n), 256, 0, fused_store_kernel<float>, a, (const half_t *)c->act,
                                   (const float *)c->act_scale, g->n_embd, w.ld, g->rms_eps), "fused_store");
     }
-    const matvec_in in = vector_input(p, w, c->x, c->embd_ld, p->n);
+    const input x = {c->x, c->embd_ld, NULL, NULL};
+    const matvec_in in = vector_input(p, w, x, p->n);
     const int ring = stream_ring(p, in, w);
     cudaError_t e;
 #define CALL(RING) fused_stream<RING>(p, in, a, scales)
@@ -626,7 +622,7 @@ qwen3_result trial_open(trial *t, int embd, int heads) {
     desc.max_seqs = 1;
     desc.kv_type = QWEN3_KV_F32;        /* so that the errors are those of the computation */
     t->c = (cuda_ctx *)host_alloc(&desc.allocator, sizeof *t->c);
-    shape_ctx(t->c, t->m, &desc, false);
+    shape_ctx(t->c, t->m, &desc, paths_of(t->m));
     return fill_ctx(t->c, &lab_err);
 }
 
@@ -697,12 +693,7 @@ qwen3_result trial_compare(const trial *t, int n, int layer, const std::vector<d
 /* the library; with a kernel for the norm in any case; with one 16-bit term of the input; the baseline */
 enum way { SEPARATE, SEPARATE_OWN, SEPARATE_1, FUSED };
 
-/* As in a step, where kernels may norm their input themselves. */
-pass trial_pass(const trial *t, int n) {
-    pass p = make_pass(t->c, t->c->stream, n, 0, &lab_err);
-    p.layers = true;
-    return p;
-}
+pass trial_pass(const trial *t, int n) { return make_pass(t->c, t->c->stream, n, 0, &lab_err); }
 
 qwen3_result trial_once(trial *t, pass *p, int layer, way how) {
     cuda_ctx *c = t->c;
@@ -710,10 +701,10 @@ qwen3_result trial_once(trial *t, pass *p, int layer, way how) {
     const int terms = w.terms;
     if (how == FUSED) return fused_qkv(p, layer, NULL);
     if (how == SEPARATE_1) w.terms = 1;
-    p->layers = how != SEPARATE_OWN;
-    qwen3_result r = norm(p, c->m->layers[layer].attn_norm, w);
-    if (r == QWEN3_OK) r = qkv_rope(p, layer);
-    p->gain = NULL;
+    input h;
+    const float *gain = c->m->layers[layer].attn_norm;      /* in a step kernels may norm their input themselves */
+    qwen3_result r = how == SEPARATE_OWN ? p->way->norm(p, gain, w, &h) : norm(p, gain, w, &h);
+    if (r == QWEN3_OK) r = p->way->qkv(p, layer, h);
     w.terms = terms;
     return r;
 }
@@ -724,11 +715,9 @@ qwen3_result trial_put(trial *t, pass *p, const float *x) {
     matrix one = c->m->layers[0].qkv;
     one.terms = 1;
     TRY(lab_put(c, LAB_X, x, &lab_err));
-    if (p->how == WIDE || p->how == FEW)
-        return launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(one.ld, 4, p->n), 0,
-                                        round_rows_kernel<half_t>, c->wide_act, c->act_scale, (const float *)c->x,
-                                        c->embd_ld, one.cols, one.ld, (size_t)0), "round_rows");
-    return p->how == MATVEC ? QWEN3_OK : round_rows(p, one, c->x, c->embd_ld, p->n);
+    if (p->way == &MANY_WAY || p->way == &FEW_WAY)
+        return hopper_round(p, one, c->x, c->embd_ld, p->n);
+    return p->way == &VECTORS_WAY ? QWEN3_OK : round_rows(p, one, c->x, c->embd_ld, p->n);
 }
 
 /* Microseconds of one: a graph of one a layer, replayed; the median of nine. */
@@ -790,7 +779,7 @@ qwen3_result trial_errors_of(trial *t, int n, trial_errors *e) {
         scales[r] = 1.0f / sqrtf(sum / (float)embd + 1e-6f);
     }
     e->after = e->folded;
-    if (p.how == MATVEC) {
+    if (p.way == &VECTORS_WAY) {
         CUDA_TRY(cudaMemcpy(t->c->act_scale, scales.data(), (size_t)n * 4, cudaMemcpyHostToDevice));
         TRY(trial_put(t, &p, other.data()));
         TRY(fused_qkv(&p, 0, t->c->act_scale));
@@ -801,7 +790,7 @@ qwen3_result trial_errors_of(trial *t, int n, trial_errors *e) {
         for (size_t i = 0; i < embd; i++) other[r * embd + i] = __bfloat162float(__float2bfloat16_rn((float)h[i]));
     }
     TRY(lab_put(t->c, LAB_H, other.data(), &lab_err));
-    TRY(qkv_rope(&p, 0));
+    TRY(lab_one(&p, LAB_QKV_ROPE, 0));
     return trial_compare(t, n, 0, want, &e->bf16);
 }
 

@@ -1,5 +1,5 @@
 # For comparisons only: see tools/kernels.cu, tools/kernels_cpu.c, tools/compare_torch.py
-build/kernels.o: tools/kernels.cu tests/cuda_lab.cu tests/cuda_lab.h qwen3_cuda.cu qwen3_cuda_kernels.cuh $(DEPS) | build
+build/kernels.o: tools/kernels.cu tests/cuda_lab.cu tests/cuda_lab.h qwen3_cuda.cu $(DEPS) | build
 	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c tools/kernels.cu -o $@
 
 build/libqwen3_kernels.so: build/kernels.o build/qwen3.o
