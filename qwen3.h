@@ -6374,6 +6374,16 @@ QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load_bf16(const uint16_t *p) {
     return y;
 }
 
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load_i8(const int8_t *p) {
+    v128_t low = wasm_i16x8_load8x8(p), high = wasm_i16x8_load8x8(p + 8);
+    qwen3i_wasm_v y;
+    y.q[0] = wasm_f32x4_convert_i32x4(wasm_i32x4_extend_low_i16x8(low));
+    y.q[1] = wasm_f32x4_convert_i32x4(wasm_i32x4_extend_high_i16x8(low));
+    y.q[2] = wasm_f32x4_convert_i32x4(wasm_i32x4_extend_low_i16x8(high));
+    y.q[3] = wasm_f32x4_convert_i32x4(wasm_i32x4_extend_high_i16x8(high));
+    return y;
+}
+
 /* as qwen3i_f16_to_f32: the exponent is put right by a product, which also makes subnormals normal */
 QWEN3I_INLINE v128_t qwen3i_wasm_widen_f16(v128_t half) {
     const v128_t top = wasm_f32x4_splat(65536.0f);     /* from here on: infinity and NaN */
@@ -6427,6 +6437,8 @@ QWEN3I_INLINE void qwen3i_wasm_sum(float *sums, const qwen3i_wasm_v *rows) {
     sums[0] = wasm_f32x4_extract_lane(two, 0) + wasm_f32x4_extract_lane(two, 1);
 }
 
+#define qwen3i_wasm_case(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_wasm_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_wasm, , 1, 2)
 #endif /* QWEN3I_WASM */
 
