@@ -283,20 +283,31 @@ typedef struct qwen3_tool_call {
 typedef struct qwen3_msg {              /* strings are NUL-terminated UTF-8, borrowed for the call */
     qwen3_role  role;
     const char *text;                   /* NULL: empty. An assistant's may hold <think>...</think> */
-    const char *reasoning;              /* assistant: its thinking, if kept apart from the text    */
+    const char *reasoning;              /* assistant: its thinking, if kept apart from the text;    */
+                                        /* with or without its tags                                 */
     const qwen3_tool_call *calls; int n_calls;  /* assistant: tool calls it made                  */
 } qwen3_msg;
 
 enum {
     QWEN3_CHAT_NO_THINK        = 1,     /* answer at once (the template's enable_thinking = false)   */
-    QWEN3_CHAT_KEEP_THINKING   = 2,     /* leave the reasoning of earlier turns in the transcript    */
-    QWEN3_CHAT_NO_REPLY_HEADER = 4      /* do not open the assistant's turn at the end               */
+    QWEN3_CHAT_KEEP_THINKING   = 2,     /* leave the reasoning of earlier turns in the transcript.   */
+                                        /* The template does not: the last turn is then evaluated    */
+                                        /* again without it                                          */
+    QWEN3_CHAT_NO_REPLY_HEADER = 4,     /* do not open the assistant's turn at the end               */
+    QWEN3_CHAT_KEEP_TAGS       = 8      /* the same for the empty tags that NO_THINK puts before a   */
+                                        /* reply: leave them there                                   */
 };
 
 typedef struct qwen3_chat_desc {
     const qwen3_msg   *msgs;  int n_msgs;
     const char *const *tools; int n_tools;  /* each a JSON object as text: {"type": "function", ...} */
     int                flags;               /* QWEN3_CHAT_*                                         */
+    int                max_prompt;          /* 0: all messages; else so many tokens at most: the    */
+                                            /* oldest turns (a user's message and what follows it)  */
+                                            /* are forgotten, never a system prompt or the last     */
+                                            /* turn. Half of the room is freed at once, so that     */
+                                            /* turns that follow find the rest evaluated            */
+    int               *n_forgotten;         /* NULL, or out: messages that were left out for that   */
 } qwen3_chat_desc;
 
 /* A conversation to tokens, exactly as the model's chat template renders it; the text of messages
@@ -5024,6 +5035,8 @@ typedef struct qwen3i_chat {
     const qwen3i_err *err;
     qwen3_token    im_start, im_end;
     qwen3_result   result;              /* after a failure nothing more is done */
+    int64_t       *starts;              /* NULL, or [n_msgs] out: tokens before each message */
+    int            forget_from, n_forgotten;    /* messages that are left out */
 } qwen3i_chat;
 
 static void qwen3i_chat_text(qwen3i_chat *c, const char *p, size_t n) {
@@ -5358,13 +5371,29 @@ static qwen3i_str qwen3i_str_strip(qwen3i_str s, int left, int right) {
     return s;
 }
 
+static int qwen3i_str_begins(qwen3i_str s, const char *with) {
+    const size_t n = strlen(with);
+    return s.n >= n && memcmp(s.p, with, n) == 0;
+}
+
+/* Reasoning without the pair of tags that it may have been streamed with. */
+static qwen3i_str qwen3i_untagged(qwen3i_str text) {
+    static const char begin[] = "<think>", end[] = "</think>";
+    const size_t k = sizeof end - 1;
+    qwen3i_str s = qwen3i_str_strip(text, 1, 1);
+    const int opens = qwen3i_str_begins(s, begin), closes = s.n >= k && memcmp(s.p + s.n - k, end, k) == 0;
+    if (!opens && !closes) return text;
+    if (closes) s.n -= k;
+    return qwen3i_str_strip(qwen3i_str_from(s, opens ? sizeof begin - 1 : 0), 1, 1);
+}
+
 /* An assistant's content, and its reasoning if that is part of the text. */
 static void qwen3i_chat_split(const qwen3_msg *m, qwen3i_str *content, qwen3i_str *reasoning) {
     static const char begin[] = "<think>", end[] = "</think>";
     qwen3i_str text = qwen3i_str_of(m->text);
     size_t first, last, open;
     *content = text;
-    *reasoning = qwen3i_str_of(m->reasoning);
+    *reasoning = qwen3i_untagged(qwen3i_str_of(m->reasoning));
     first = m->reasoning ? text.n : qwen3i_str_find(text, end, 0);
     if (first == text.n) return;
     last = qwen3i_str_find(text, end, 1) + sizeof end - 1;
@@ -5439,13 +5468,20 @@ static int qwen3i_chat_last_query(const qwen3_chat_desc *chat) {
     return chat->n_msgs - 1;
 }
 
+/* Is an assistant's reasoning shown? See qwen3i_chat_assistant. */
+static int qwen3i_chat_shows(const qwen3_chat_desc *chat, int i, int last_query) {
+    if ((chat->flags & QWEN3_CHAT_KEEP_TAGS) || (i == chat->n_msgs - 1 && i > last_query)) return 2;
+    return (chat->flags & QWEN3_CHAT_KEEP_THINKING) || i > last_query;
+}
+
 static void qwen3i_chat_messages(qwen3i_chat *c, const qwen3_chat_desc *chat, qwen3_chat_style style) {
-    int i, n = chat->n_msgs, last_query = qwen3i_chat_last_query(chat), show;
+    int i, n = chat->n_msgs, last_query = qwen3i_chat_last_query(chat);
     for (i = 0; i < n && c->result == QWEN3_OK; i++) {
         const qwen3_msg *m = &chat->msgs[i];
+        if (i == c->forget_from) i += c->n_forgotten, m += c->n_forgotten;
+        if (c->starts) { qwen3i_chat_control(c, -1); c->starts[i] = c->e.n; }
         if (m->role == QWEN3_ASSISTANT) {
-            show = i > last_query ? 1 + (i == n - 1) : (chat->flags & QWEN3_CHAT_KEEP_THINKING) != 0;
-            qwen3i_chat_assistant(c, m, style, show);
+            qwen3i_chat_assistant(c, m, style, qwen3i_chat_shows(chat, i, last_query));
         } else if (m->role == QWEN3_TOOL) {
             qwen3i_chat_tool_result(c, m, i == 0 || m[-1].role != QWEN3_TOOL, i == n - 1 || m[1].role != QWEN3_TOOL);
         } else if (m->role == QWEN3_USER || i > 0) {
@@ -5476,7 +5512,7 @@ static qwen3_result qwen3i_chat_check_msg(const qwen3_msg *m, int i, const qwen3
 }
 
 static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_err *err) {
-    const int flags = QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER;
+    const int flags = QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER | QWEN3_CHAT_KEEP_TAGS;
     qwen3_result r = QWEN3_OK;
     int i;
     if (!chat) return qwen3i_fail(err, QWEN3_ERR_ARG, "chat is NULL");
@@ -5484,6 +5520,7 @@ static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_
         return qwen3i_fail(err, QWEN3_ERR_ARG, "msgs is NULL, or n_msgs (%d) not positive", chat->n_msgs);
     if (chat->n_tools < 0 || (chat->n_tools > 0 && !chat->tools))
         return qwen3i_fail(err, QWEN3_ERR_ARG, "tools is NULL, or n_tools (%d) negative", chat->n_tools);
+    if (chat->max_prompt < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "max_prompt is negative");
     if (chat->flags & ~flags) return qwen3i_fail(err, QWEN3_ERR_ARG, "flags has unknown bits: %d", chat->flags);
     for (i = 0; i < chat->n_tools; i++)
         if (!chat->tools[i]) return qwen3i_fail(err, QWEN3_ERR_ARG, "tools[%d] is NULL", i);
@@ -5491,31 +5528,73 @@ static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_
     return r;
 }
 
+/* Render all but what is forgotten. A count, or a negative result that err explains. */
+static int qwen3i_chat_write(qwen3i_chat *c, const qwen3_model *m, const qwen3_chat_desc *chat, qwen3_token *out,
+                             int cap) {
+    int n;
+    c->e = qwen3i_encoder_make(m->tokenizer, out, cap);
+    c->run = c->text = qwen3i_buf_make(&m->tokenizer->allocator);
+    c->result = QWEN3_OK;
+    qwen3i_chat_system(c, chat);
+    qwen3i_chat_messages(c, chat, m->info.chat_style);
+    qwen3i_chat_control(c, -1);         /* what remains */
+    qwen3i_buf_free(&c->run);
+    qwen3i_buf_free(&c->text);
+    n = qwen3i_encoder_end(&c->e, c->result);
+    if (n == QWEN3_ERR_MEMORY) return qwen3i_fail(c->err, QWEN3_ERR_MEMORY, "rendering the conversation");
+    if (n < 0 && c->result == QWEN3_OK)
+        return qwen3i_fail(c->err, QWEN3_ERR_ARG, "the conversation has more than %d tokens", INT_MAX);
+    return n;
+}
+
+/* Forget turns as if max_prompt had been kept from the first turn on, so that what is forgotten changes seldom: each
+   time that a turn did not fit, the oldest went until half of the room was free. starts[i] is where message i begins,
+   starts[n] where the last ends. */
+static void qwen3i_chat_forget(qwen3i_chat *c, const qwen3_chat_desc *chat, const int64_t *starts) {
+    const int n = chat->n_msgs, first = chat->msgs[0].role == QWEN3_SYSTEM;
+    const int64_t head = starts[first], room = chat->max_prompt;
+    int begin, end, kept = first;       /* the turn [begin, end); messages from kept on are not forgotten */
+    for (begin = first; begin < n; begin = end) {
+        for (end = begin + 1; end < n && chat->msgs[end].role != QWEN3_USER;) end++;
+        if (head + starts[end] - starts[kept] <= room) continue;
+        while (kept < begin && head + 2 * (starts[end] - starts[kept]) > room) {
+            do kept++; while (chat->msgs[kept].role != QWEN3_USER && kept < begin);
+        }
+    }
+    c->forget_from = first;
+    c->n_forgotten = kept - first;
+}
+
 /* A count, or a negative result that err explains. */
 static int qwen3i_chat_render(const qwen3_model *m, const qwen3_chat_desc *chat, qwen3_token *out, int cap,
                               const qwen3i_err *err) {
+    const qwen3_allocator *a;
     qwen3i_chat c;
+    size_t n_starts;
     int n;
     qwen3_result r = qwen3i_chat_check(chat, err);
     if (r != QWEN3_OK) return r;
     if (!m->tokenizer) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
+    memset(&c, 0, sizeof c);
+    c.err = err;
+    c.forget_from = -1;
     c.im_start = qwen3i_added_id(m->tokenizer, "<|im_start|>");
     c.im_end = qwen3i_added_id(m->tokenizer, "<|im_end|>");
     if (c.im_start < 0 || c.im_end < 0)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no <|im_start|> and <|im_end|>");
-    c.e = qwen3i_encoder_make(m->tokenizer, out, cap);
-    c.run = c.text = qwen3i_buf_make(&m->tokenizer->allocator);
-    c.result = QWEN3_OK;
-    c.err = err;
-    qwen3i_chat_system(&c, chat);
-    qwen3i_chat_messages(&c, chat, m->info.chat_style);
-    qwen3i_chat_control(&c, -1);        /* what remains */
-    qwen3i_buf_free(&c.run);
-    qwen3i_buf_free(&c.text);
-    n = qwen3i_encoder_end(&c.e, c.result);
-    if (n == QWEN3_ERR_MEMORY) return qwen3i_fail(err, QWEN3_ERR_MEMORY, "rendering the conversation");
-    if (n < 0 && c.result == QWEN3_OK)
-        return qwen3i_fail(err, QWEN3_ERR_ARG, "the conversation has more than %d tokens", INT_MAX);
+    if (chat->n_forgotten) *chat->n_forgotten = 0;
+    if (chat->max_prompt == 0) return qwen3i_chat_write(&c, m, chat, out, cap);
+    a = &m->tokenizer->allocator;
+    n_starts = (size_t)chat->n_msgs + 1;
+    c.starts = (int64_t *)qwen3i_alloc_array(a, n_starts, sizeof *c.starts);
+    if (!c.starts) return qwen3i_no_memory(err, "the conversation's turns", (uint64_t)n_starts * sizeof *c.starts);
+    n = qwen3i_chat_write(&c, m, chat, out, cap);
+    c.starts[chat->n_msgs] = n;
+    if (n > chat->max_prompt) qwen3i_chat_forget(&c, chat, c.starts);
+    qwen3i_free(a, c.starts, n_starts * sizeof *c.starts);
+    c.starts = NULL;
+    if (c.n_forgotten > 0) n = qwen3i_chat_write(&c, m, chat, out, cap);
+    if (chat->n_forgotten) *chat->n_forgotten = c.n_forgotten;
     return n;
 }
 
@@ -8459,13 +8538,54 @@ static qwen3_result qwen3i_check_gen(const qwen3_ctx *c, const qwen3_gen_desc *g
 }
 
 /* ---- replies: prompts by pieces, then token by token, of several sequences together ------------------------- */
+/* Where the texts of two lists of tokens, which differ in their first one, come together again; 0 if they do not
+   before a control token or the end of one. *i and *k: how many tokens that takes of each. */
+static int qwen3i_same_text(const qwen3_model *m, const qwen3_token *x, int n_x, const qwen3_token *y, int n_y, int *i, int *k) {
+    const char *p = NULL, *q = NULL;
+    int n_p = 0, n_q = 0, n;
+    for (*i = *k = 0;;) {
+        if (n_p == 0) {
+            if (*i == n_x || qwen3i_added_of(m->tokenizer, x[*i])) return 0;
+            p = qwen3i_token_bytes(m, x[(*i)++], &n_p);
+        }
+        if (n_q == 0) {
+            if (*k == n_y || qwen3i_added_of(m->tokenizer, y[*k])) return 0;
+            q = qwen3i_token_bytes(m, y[(*k)++], &n_q);
+        }
+        n = qwen3i_min(n_p, n_q);
+        if (n == 0 || memcmp(p, q, (size_t)n) != 0) return 0;
+        if (n_p == n_q) return 1;
+        p += n; q += n;
+        n_p -= n; n_q -= n;
+    }
+}
+
+/* A model may write a text with other tokens than the tokenizer would. Where the rendered tokens have the same text as
+   those that the sequence holds, take the latter: they are what the model said, and they are evaluated. Returns how
+   many there are now. */
+static int qwen3i_take_held(qwen3_ctx *c, int seq, int n) {
+    const qwen3i_seq *s = &c->seqs[seq];
+    qwen3_token *prompt = c->prompt;
+    int at, held, rendered;
+    for (at = 0; at < n && at < s->len; at++) {
+        if (prompt[at] == s->tokens[at]) continue;
+        if (!qwen3i_same_text(c->model, s->tokens + at, s->len - at, prompt + at, n - at, &held, &rendered)) break;
+        if (n - rendered + held > c->desc.max_ctx) break;
+        memmove(prompt + at + held, prompt + at + rendered, (size_t)(n - at - rendered) * sizeof *prompt);
+        memcpy(prompt + at, s->tokens + at, (size_t)held * sizeof *prompt);
+        n += held - rendered;
+        at += held - 1;
+    }
+    return n;
+}
+
 /* Render a conversation and plan to bring the sequence up to date with it. */
 static qwen3_result qwen3i_plan_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3i_err *err) {
     int n = qwen3i_chat_render(c->model, chat, c->prompt, c->desc.max_ctx, err);
     if (n < 0) return (qwen3_result)n;
     if (n > c->desc.max_ctx)
         return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "the conversation has %d tokens, the sequence %d positions", n, c->desc.max_ctx);
-    return qwen3i_plan(c, seq, c->prompt, n, err);
+    return qwen3i_plan(c, seq, c->prompt, qwen3i_take_held(c, seq, n), err);
 }
 
 static qwen3_result qwen3i_begin(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen,

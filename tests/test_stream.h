@@ -341,6 +341,160 @@ static void test_stream_state_file(void) {
     fixture_close(&f);
 }
 
+/* ---- round trips: what was streamed, handed back ------------------------------------------------------------- */
+typedef struct round_trip { qwen3_msg msgs[12]; qwen3_tool_call call; heard h[12]; qwen3_chat_desc chat; talk t; } round_trip;
+
+/* The model says a text, as these tokens of it or byte by byte; what was heard joins the conversation. Returns how
+   many of the tokens that the sequence held were not reused. */
+static int round_trip_say(round_trip *w, const char *text, int by_bytes) {
+    const int held = seq_len(w->t.ctx, 0), i = w->chat.n_msgs;
+    const qwen3_stats before = qwen3_ctx_stats(w->t.ctx);
+    qwen3_msg *m = &w->msgs[i];
+    int n = qwen3_chat_render(w->t.f.model, &w->chat, NULL, 0, NULL, 0), lost;
+    qwen3_stream s, *list = &s;
+    char *quote;
+    w->t.n = 0;
+    if (by_bytes) { say_text(&w->t, "<think>"); say_bytes(&w->t, text); } else say_text(&w->t, text);
+    say_token(&w->t, w->t.f.info.im_end);
+    w->t.gen.on_text = hear;
+    w->t.gen.user = &w->h[i];
+    CHECK_OK(w->t.ctx, qwen3_stream_begin(w->t.ctx, 0, &w->chat, &w->t.gen, &s));
+    CHECK(s.n_prompt <= n);
+    script(&w->t, seq_len(w->t.ctx, 0) + s.n_prompt);
+    CHECK_OK(w->t.ctx, qwen3_stream_step(w->t.ctx, &list, 1, 0));
+    CHECK_MSG(s.result == QWEN3_END && !w->t.script.broken, "%s", qwen3_result_string(s.result));
+    lost = held - (int)(qwen3_ctx_stats(w->t.ctx).n_reused - before.n_reused);
+    m->role = QWEN3_ASSISTANT;
+    m->text = w->h[i].answer;
+    m->reasoning = w->h[i].thinking;
+    if (w->h[i].call[0]) {              /* {"name": "look", "arguments": {...}} */
+        w->call.name = "look";
+        w->call.arguments = strstr(w->h[i].call, "\"arguments\": ") + 13;
+        quote = strrchr(w->h[i].call, '}');
+        *quote = '\0';
+        m->calls = &w->call;
+        m->n_calls = 1;
+    }
+    w->chat.n_msgs++;
+    return lost;
+}
+
+static void round_trip_add(round_trip *w, qwen3_role role, const char *text) {
+    w->msgs[w->chat.n_msgs].role = role;
+    w->msgs[w->chat.n_msgs++].text = text;
+}
+
+/* Whole conversations with thinking and tools: nothing is evaluated twice. */
+static void test_stream_round_trip(void) {
+    static round_trip w;
+    int quiet;
+    for (quiet = 0; quiet < 2; quiet++) {
+        memset(&w, 0, sizeof w);
+        if (!talk_open(&w.t)) return;
+        qwen3_ctx_free(w.t.ctx);
+        w.t.ctx = ctx_open(w.t.f.model, 512, 1, 0, 0);
+        if (!w.t.ctx) break;
+        w.chat.msgs = w.msgs;
+        w.chat.flags = QWEN3_CHAT_KEEP_THINKING | (quiet ? QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_TAGS : 0);
+        round_trip_add(&w, QWEN3_USER, "the fox?");
+        CHECK(round_trip_say(&w, quiet ? "no\n<tool_call>\n{\"name\": \"look\", \"arguments\": {\"at\": 1}}\n</tool_call>"
+            : "<think>\nquick or lazy?\n</think>\n\nno\n<tool_call>\n{\"name\": \"look\", \"arguments\": {\"at\": 1}}\n</tool_call>",
+            0) == 0);
+        CHECK(strcmp(w.h[1].answer, "no") == 0 && strcmp(w.call.arguments, "{\"at\": 1}") == 0);
+        round_trip_add(&w, QWEN3_TOOL, "a dog");
+        CHECK(round_trip_say(&w, quiet ? "the dog\n" : "<think>\n the dog?\n\nyes!\n</think>\n\nyes", 0) == 0);
+        round_trip_add(&w, QWEN3_USER, "<think>sure?</think>");
+        CHECK(round_trip_say(&w, quiet ? "yes, the\n\ndog" : "<think>\nhm\n</think>\n\nyes, the\n\ndog", 0) == 0);
+        round_trip_add(&w, QWEN3_USER, "really?");
+        CHECK(round_trip_say(&w, "the fox jumps over", 0) == 0);
+        talk_close(&w.t);
+    }
+}
+
+/* The model said it with other tokens than the tokenizer would have taken: they are kept. */
+static void test_stream_round_trip_bytes(void) {
+    static round_trip w;
+    int n;
+    memset(&w, 0, sizeof w);
+    if (!talk_open(&w.t)) return;
+    CHECK_OK(w.t.ctx, qwen3_seq_truncate(w.t.ctx, 0, 0));
+    w.chat.msgs = w.msgs;
+    w.chat.flags = QWEN3_CHAT_KEEP_THINKING;
+    round_trip_add(&w, QWEN3_USER, "the fox?");
+    round_trip_say(&w, "\nthe quick brown fox", 1);
+    w.msgs[1].reasoning = "<think>\nthe quick brown fox\n</think>\n\n";    /* as streamed, tags and all */
+    n = seq_len(w.t.ctx, 0);
+    round_trip_add(&w, QWEN3_USER, "yes?");
+    n = round_trip_say(&w, "no", 0);
+    CHECK_MSG(n == 0, "%d tokens were evaluated again", n);
+    talk_close(&w.t);
+}
+
+/* Reasoning renders the same with its tags and without. */
+static void test_stream_reasoning_tags(void) {
+    static const char *const forms[] = {"a\n\nb", "<think>\na\n\nb\n</think>\n\n", "\n<think>a\n\nb</think>", "<think>\na\n\nb\n"};
+    qwen3_msg msgs[3];
+    qwen3_chat_desc chat;
+    fixture f;
+    qwen3_token want[200], got[200];
+    int i, n = 0, k;
+    memset(msgs, 0, sizeof msgs);
+    memset(&chat, 0, sizeof chat);
+    if (!fixture_open(&f, "chat")) return;
+    msgs[0].role = msgs[2].role = QWEN3_USER;
+    msgs[1].role = QWEN3_ASSISTANT;
+    chat.msgs = msgs;
+    chat.n_msgs = 3;
+    chat.flags = QWEN3_CHAT_KEEP_THINKING;
+    for (i = 0; i < 4; i++) {
+        msgs[1].reasoning = forms[i];
+        k = qwen3_chat_render(f.model, &chat, i ? got : want, 200, NULL, 0);
+        if (i == 0) n = k;
+        CHECK_MSG(k == n && n < 200 && (i == 0 || memcmp(want, got, (size_t)n * sizeof *got) == 0), "form %d: %d tokens, not %d", i, k, n);
+    }
+    fixture_close(&f);
+}
+
+/* The oldest turns go when the context is full, whole, and seldom; the system prompt and the last turn stay. */
+static void test_stream_forget(void) {
+    enum { TURNS = 40, MAX = 200 };
+    static qwen3_msg msgs[2 * TURNS + 1];
+    qwen3_chat_desc chat;
+    fixture f;
+    qwen3_token ids[MAX + 1];
+    int i, n, forgotten = 0, last = 0, jumps = 0, most = 0;
+    memset(msgs, 0, sizeof msgs);
+    memset(&chat, 0, sizeof chat);
+    if (!fixture_open(&f, "chat")) return;
+    chat.msgs = msgs;
+    chat.n_forgotten = &forgotten;
+    msgs[0].role = QWEN3_SYSTEM;
+    msgs[0].text = "the quick brown fox";
+    for (i = 0; i < TURNS; i++) {
+        msgs[2 * i + 1].role = QWEN3_USER;
+        msgs[2 * i + 1].text = i % 3 ? "yes?" : "the lazy dog jumps over the fox";
+        msgs[2 * i + 2].role = QWEN3_ASSISTANT;
+        msgs[2 * i + 2].text = "no";
+        chat.n_msgs = 2 * i + 2;
+        chat.max_prompt = 0;
+        n = qwen3_chat_render(f.model, &chat, NULL, 0, NULL, 0);
+        chat.max_prompt = MAX;
+        if (n <= MAX) { CHECK(qwen3_chat_render(f.model, &chat, ids, MAX, NULL, 0) == n && forgotten == 0); continue; }
+        n = qwen3_chat_render(f.model, &chat, ids, MAX, NULL, 0);
+        CHECK_MSG(n > 0 && n <= MAX, "%d tokens", n);
+        CHECK(forgotten >= last && forgotten % 2 == 0 && forgotten <= 2 * i && msgs[1 + forgotten].role == QWEN3_USER);
+        jumps += forgotten > last;
+        last = forgotten;
+        most = n > most ? n : most;
+    }
+    CHECK_MSG(jumps >= 2 && jumps <= 12, "%d times something was forgotten", jumps);
+    CHECK(most > MAX / 2);
+    chat.n_msgs = 2;                                        /* one turn that does not fit alone */
+    chat.max_prompt = 5;
+    CHECK(qwen3_chat_render(f.model, &chat, NULL, 0, NULL, 0) > 5 && forgotten == 0);
+    fixture_close(&f);
+}
+
 /* ---- text and messages ---------------------------------------------------------------------------------------- */
 static void test_stream_detokenize(void) {
     static const char text[] = "h\xC3\xA9llo <think>\nthe fox</think>";
@@ -408,6 +562,10 @@ static void suite_stream(void) {
     RUN(test_stream_deadlines);
     RUN(test_stream_sync_pieces);
     RUN(test_stream_state_file);
+    RUN(test_stream_round_trip);
+    RUN(test_stream_round_trip_bytes);
+    RUN(test_stream_reasoning_tags);
+    RUN(test_stream_forget);
     RUN(test_stream_detokenize);
     RUN(test_stream_messages);
     RUN(test_stream_kinds);
