@@ -180,7 +180,8 @@ typedef struct qwen3_load_desc {
 typedef enum qwen3_chat_style {         /* which chat template the model was trained with          */
     QWEN3_STYLE_HYBRID   = 0,           /* Qwen3: thinks unless QWEN3_CHAT_NO_THINK                */
     QWEN3_STYLE_THINKING = 1,           /* Thinking-2507: always thinks, prompt ends in <think>     */
-    QWEN3_STYLE_INSTRUCT = 2            /* Instruct-2507: never thinks                              */
+    QWEN3_STYLE_INSTRUCT = 2,           /* Instruct-2507: never thinks                              */
+    QWEN3_STYLE_NO_THINK = 3            /* never thinks: each prompt ends in a closed <think>       */
 } qwen3_chat_style;
 
 typedef struct qwen3_bias { qwen3_token token; float bias; } qwen3_bias;
@@ -1045,6 +1046,23 @@ static qwen3i_str qwen3i_str_of(const char *text) {
 static int qwen3i_compare_str(qwen3i_str a, qwen3i_str b) {
     int c = memcmp(a.p, b.p, qwen3i_min_size(a.n, b.n));
     return c ? c : (a.n > b.n) - (a.n < b.n);
+}
+
+/* Where it begins, the first or the last of them; s.n: nowhere. */
+static size_t qwen3i_str_find(qwen3i_str s, const char *wanted, int last) {
+    size_t k = strlen(wanted), i, hit = s.n;
+    for (i = 0; i + k <= s.n; i++)
+        if (s.p[i] == *wanted && memcmp(s.p + i, wanted, k) == 0) {
+            hit = i;
+            if (!last) break;
+        }
+    return hit;
+}
+
+static qwen3i_str qwen3i_str_from(qwen3i_str s, size_t at) {
+    s.p += at;
+    s.n -= at;
+    return s;
 }
 
 static int qwen3i_contains(const char *text, size_t n, const char *wanted) {
@@ -4244,16 +4262,219 @@ static qwen3_result qwen3i_tokenizer_read(qwen3i_tokenizer **out, const qwen3_al
 
 /* ================================================================================================
    CHAT STYLE: which chat template a model was trained with
+
+   Templates are not run. What one puts before a reply is worked out for enable_thinking undefined, true and false,
+   and tells the style; that it says nothing but what the library says is looked at in its texts.
    ================================================================================================ */
-/* By the template's text: one that asks enable_thinking is hybrid, one whose reply header opens <think> always
-   thinks. Line breaks may be real, or escapes of Jinja or of JSON around it. */
-static qwen3_chat_style qwen3i_chat_style_of(const char *text, size_t n) {
-    static const char *const headers[] = { "<|im_start|>assistant\n<think>", "<|im_start|>assistant\\n<think>",
-                                           "<|im_start|>assistant\\\\n<think>" };
+enum { QWEN3I_UNDEFINED = 1, QWEN3I_TRUE = 2, QWEN3I_FALSE = 4, QWEN3I_ANY = 7 };   /* values of enable_thinking */
+
+typedef struct qwen3i_header_text {     /* what a template puts before a reply, for each of the three values */
+    char text[3][96];
+    int  n[3], odd;                     /* odd: something was not understood */
+} qwen3i_header_text;
+
+static qwen3i_str qwen3i_trimmed(qwen3i_str s) {
+    for (; s.n > 0 && strchr(" \t\r\n-+", *s.p) && *s.p; s.n--) s.p++;
+    while (s.n > 0 && strchr(" \t\r\n-+", s.p[s.n - 1]) && s.p[s.n - 1]) s.n--;
+    return s;
+}
+
+/* If s begins with this word: 1, and it is taken off. */
+static int qwen3i_take_word(qwen3i_str *s, const char *word) {
+    size_t n = strlen(word);
+    if (s->n < n || memcmp(s->p, word, n) != 0) return 0;
+    if (s->n > n && ((s->p[n] >= 'a' && s->p[n] <= 'z') || s->p[n] == '_')) return 0;
+    *s = qwen3i_trimmed(qwen3i_str_from(*s, n));
+    return 1;
+}
+
+/* [not] enable_thinking [is|== [not] value]: the values for which it holds; -1: not understood */
+static int qwen3i_condition_atom(qwen3i_str *s) {
+    int negative = qwen3i_take_word(s, "not"), values;
+    if (qwen3i_take_word(s, "add_generation_prompt") || qwen3i_take_word(s, "true")) values = QWEN3I_ANY;
+    else if (!qwen3i_take_word(s, "enable_thinking")) return -1;
+    else if (qwen3i_take_word(s, "is") || qwen3i_take_word(s, "==")) {
+        negative ^= qwen3i_take_word(s, "not");
+        if (qwen3i_take_word(s, "defined")) values = QWEN3I_TRUE | QWEN3I_FALSE;
+        else if (qwen3i_take_word(s, "undefined")) values = QWEN3I_UNDEFINED;
+        else if (qwen3i_take_word(s, "true") || qwen3i_take_word(s, "True")) values = QWEN3I_TRUE;
+        else if (qwen3i_take_word(s, "false") || qwen3i_take_word(s, "False")) values = QWEN3I_FALSE;
+        else return -1;
+    } else values = QWEN3I_TRUE;
+    return negative ? QWEN3I_ANY & ~values : values;
+}
+
+/* Atoms joined by `and`, and those by `or` */
+static int qwen3i_condition(qwen3i_str s) {
+    int any = 0, all = QWEN3I_ANY, values;
+    for (s = qwen3i_trimmed(s);;) {
+        values = qwen3i_condition_atom(&s);
+        if (values < 0) return -1;
+        all &= values;
+        if (qwen3i_take_word(&s, "and")) continue;
+        any |= all;
+        all = QWEN3I_ANY;
+        if (!qwen3i_take_word(&s, "or")) return s.n == 0 ? any : -1;
+    }
+}
+
+/* The next text in quotes in an expression, without its escapes, into out; how long it is, -1: there is none. */
+static int qwen3i_quoted(qwen3i_str *s, char *out, int cap) {
+    int n = 0;
+    char quote;
+    while (s->n > 0 && *s->p != '\'' && *s->p != '"') *s = qwen3i_str_from(*s, 1);
+    if (s->n == 0) return -1;
+    quote = *s->p;
+    for (*s = qwen3i_str_from(*s, 1); s->n > 0 && *s->p != quote; *s = qwen3i_str_from(*s, 1)) {
+        char c = *s->p;
+        if (c == '\\' && s->n > 1) { *s = qwen3i_str_from(*s, 1); c = *s->p == 'n' ? '\n' : *s->p; }
+        if (n < cap) out[n] = c;
+        n++;
+    }
+    if (s->n > 0) *s = qwen3i_str_from(*s, 1);
+    return qwen3i_min(n, cap);
+}
+
+/* {% ... %}, {{ ... }} or {# ... #} from p on: kind is its second character, inside what is between; 0: no more */
+static char qwen3i_next_tag(qwen3i_str *s, qwen3i_str *inside) {
+    size_t i, k;
+    for (i = 0; i + 1 < s->n; i++)
+        if (s->p[i] == '{' && (s->p[i + 1] == '%' || s->p[i + 1] == '{' || s->p[i + 1] == '#')) break;
+    if (i + 1 >= s->n) return 0;
+    inside->p = s->p + i + 2;
+    for (k = i + 2; k + 1 < s->n; k++)
+        if (s->p[k + 1] == '}' && s->p[k] == (s->p[i + 1] == '{' ? '}' : s->p[i + 1])) break;
+    if (k + 1 >= s->n) return 0;
+    inside->n = k - i - 2;
+    *s = qwen3i_str_from(*s, k + 2);
+    return inside->p[-1];
+}
+
+static void qwen3i_header_add(qwen3i_header_text *h, int values, qwen3i_str expression) {
+    char text[96];
+    int n, k;
+    if (qwen3i_contains(expression.p, expression.n, " if ")) h->odd = 1;
+    while ((n = qwen3i_quoted(&expression, text, (int)sizeof text)) >= 0)
+        for (k = 0; k < 3; k++) {
+            if (!(values >> k & 1)) continue;
+            if (h->n[k] + n > (int)sizeof h->text[k]) { h->odd = 1; continue; }
+            memcpy(h->text[k] + h->n[k], text, (size_t)n);
+            h->n[k] += n;
+        }
+}
+
+/* What stands inside of the last {% if add_generation_prompt %}: s begins behind that tag. */
+static qwen3i_header_text qwen3i_header_read(qwen3i_str s, int values) {
+    enum { DEPTH = 8 };
+    int outer[DEPTH], left[DEPTH], depth = 0, now = values, c;     /* left: values that no branch was for so far */
+    qwen3i_header_text h;
+    qwen3i_str tag;
+    char kind;
+    memset(&h, 0, sizeof h);
+    while (depth >= 0 && (kind = qwen3i_next_tag(&s, &tag)) != 0) {
+        tag = qwen3i_trimmed(tag);
+        if (kind == '{') qwen3i_header_add(&h, now, tag);
+        else if (kind == '%' && qwen3i_take_word(&tag, "endif")) { if (--depth >= 0) now = outer[depth]; }
+        else if (kind == '%' && qwen3i_take_word(&tag, "if")) {
+            if (depth == DEPTH || (c = qwen3i_condition(tag)) < 0) { h.odd = 1; break; }
+            outer[depth] = now;
+            left[depth++] = now & ~c;
+            now &= c;
+        } else if (kind == '%' && depth > 0 && qwen3i_take_word(&tag, "else")) now = left[depth - 1];
+        else if (kind == '%' && depth > 0 && qwen3i_take_word(&tag, "elif")) {
+            if ((c = qwen3i_condition(tag)) < 0) { h.odd = 1; break; }
+            now = left[depth - 1] & c;
+            left[depth - 1] &= ~c;
+        } else if (kind == '%') h.odd = 1;
+    }
+    return h;
+}
+
+/* What follows the header of a reply: 0 nothing, 1 an open <think>, 2 a closed one, -1 something else */
+static int qwen3i_header_kind(const char *text, int n) {
+    static const char header[] = "assistant\n";
+    const int k = (int)sizeof header - 1;
+    if (n < k) return -1;
+    for (; n > k && memcmp(text, header, (size_t)k) != 0; n--) text++;
+    if (memcmp(text, header, (size_t)k) != 0) return -1;
+    text += k; n -= k;
+    if (n == 0) return 0;
+    if ((n == 7 || n == 8) && memcmp(text, "<think>\n", (size_t)n) == 0) return 1;
+    return n == 19 && memcmp(text, "<think>\n\n</think>\n\n", 19) == 0 ? 2 : -1;
+}
+
+/* The style by what stands before a reply, or -1: it is none of them. */
+static int qwen3i_chat_style_by_header(qwen3i_str text) {
+    static const char name[] = "add_generation_prompt";
+    size_t at = qwen3i_str_find(text, name, 1), begin = at;
+    qwen3i_header_text h;
+    qwen3i_str tag, rest;
+    int kinds[3], i, c;
+    if (at == text.n || qwen3i_contains(text.p, text.n, "set enable_thinking")) return -1;
+    while (begin > 0 && text.p[begin] != '{') begin--;
+    rest = qwen3i_str_from(text, begin);
+    if (qwen3i_next_tag(&rest, &tag) != '%') return -1;
+    tag = qwen3i_trimmed(tag);
+    if (!qwen3i_take_word(&tag, "if") || (c = qwen3i_condition(tag)) < 0) return -1;
+    h = qwen3i_header_read(rest, c);
+    for (i = 0; i < 3; i++) kinds[i] = qwen3i_header_kind(h.text[i], h.n[i]);
+    if (h.odd || kinds[0] < 0 || kinds[1] < 0 || kinds[2] < 0) return -1;
+    if (kinds[0] == kinds[1] && kinds[0] == kinds[2])
+        return kinds[0] == 0 ? QWEN3_STYLE_INSTRUCT : kinds[0] == 1 ? QWEN3_STYLE_THINKING : QWEN3_STYLE_NO_THINK;
+    return kinds[0] == 0 && kinds[1] == 0 && kinds[2] == 2 ? QWEN3_STYLE_HYBRID : -1;
+}
+
+/* By words, for templates that are written in another way: one that asks enable_thinking is hybrid, one whose reply
+   header opens <think> always thinks. */
+static qwen3_chat_style qwen3i_chat_style_by_words(qwen3i_str text) {
+    static const char *const headers[] = { "<|im_start|>assistant\n<think>", "<|im_start|>assistant\\n<think>" };
+    static const char *const closed[] = { "<think>\n\n</think>", "<think>\\n\\n</think>" };
     int i;
-    if (n == 0 || qwen3i_contains(text, n, "enable_thinking")) return QWEN3_STYLE_HYBRID;
-    for (i = 0; i < QWEN3I_COUNT(headers); i++) if (qwen3i_contains(text, n, headers[i])) return QWEN3_STYLE_THINKING;
+    if (text.n == 0 || qwen3i_contains(text.p, text.n, "enable_thinking")) return QWEN3_STYLE_HYBRID;
+    for (i = 0; i < 2; i++) if (qwen3i_contains(text.p, text.n, closed[i])) return QWEN3_STYLE_NO_THINK;
+    for (i = 0; i < 2; i++) if (qwen3i_contains(text.p, text.n, headers[i])) return QWEN3_STYLE_THINKING;
     return QWEN3_STYLE_INSTRUCT;
+}
+
+/* All that the library puts into a conversation; a template's texts are parts of it. */
+#define QWEN3I_TOOLS_BEGIN "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n" \
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+#define QWEN3I_TOOLS_END "\n</tools>\n\nFor each function call, return a json object with function name and " \
+    "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, " \
+    "\"arguments\": <args-json-object>}\n</tool_call>"
+
+/* The first text of a template that is not the library's, into out; its length, 0: there is none */
+static int qwen3i_template_foreign(qwen3i_str text, char *out, int cap) {
+    static const char ours[] = "<|im_start|>system\n" QWEN3I_TOOLS_BEGIN QWEN3I_TOOLS_END "<|im_end|>\n|"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n|<|im_start|>user\n|\n<tool_response>\n|\n</tool_response>|\n\n|"
+        "\n<tool_call>\n{\"name\": \"|\", \"arguments\": |}\n</tool_call>|tool|content|role|reasoning_content|tool_calls|"
+        "function|name|arguments|string|text";
+    qwen3i_str tag;
+    char kind;
+    int n;
+    while ((kind = qwen3i_next_tag(&text, &tag)) != 0) {
+        if (kind == '#' || qwen3i_contains(tag.p, tag.n, "raise_exception")) continue;
+        while ((n = qwen3i_quoted(&tag, out, cap - 1)) >= 0) {
+            out[n] = '\0';
+            if (n > 0 && !qwen3i_contains(ours, sizeof ours - 1, out)) return n;
+        }
+    }
+    return 0;
+}
+
+/* Take the style of a template's text; "": there is none. What the built-in format does not do is logged. */
+static void qwen3i_take_template(qwen3_model *m, qwen3i_str text) {
+    static const char *const names[] = {"Qwen3's, which may think", "of a model that always thinks",
+                                        "of a model that never thinks", "of a model whose thinking is closed for it"};
+    char foreign[160];
+    int style = qwen3i_chat_style_by_header(text);
+    m->info.chat_style = style >= 0 ? (qwen3_chat_style)style : qwen3i_chat_style_by_words(text);
+    if (text.n > 0 && style < 0)
+        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "the chat template begins replies in a way of its own; taken for it is "
+                   "the one %s", names[m->info.chat_style]);
+    if (qwen3i_template_foreign(text, foreign, (int)sizeof foreign))
+        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "the chat template says \"%s\", which the built-in one, %s, does not",
+                   foreign, names[m->info.chat_style]);
 }
 
 /* Of a list of {"name": ..., "template": ...}: the one named default, or else the first. */
@@ -4277,16 +4498,17 @@ static qwen3i_str qwen3i_template_of_list(qwen3i_json *j) {
 }
 
 /* By tokenizer_config.json (NULL: there is none), whose chat_template is a text or a list of named ones. */
-static qwen3_chat_style qwen3i_chat_style_of_config(const void *config, size_t n) {
-    qwen3i_json j = qwen3i_json_begin(config, n);
-    qwen3i_str text;
-    text.p = NULL;
-    text.n = 0;
-    if (config && qwen3i_json_find(&j, "chat_template")) {
-        if (qwen3i_json_peek(&j) == '[') text = qwen3i_template_of_list(&j);
-        else if (!qwen3i_json_string(&j, &text)) text.n = 0;
-    }
-    return qwen3i_chat_style_of(text.p, text.n);
+static qwen3_result qwen3i_take_template_of_config(qwen3_model *m, const qwen3i_blob *config) {
+    qwen3i_json j = qwen3i_json_begin(config->data, config->size);
+    qwen3i_buf buf = qwen3i_buf_make(&m->allocator);
+    qwen3i_str text = qwen3i_str_of(NULL);
+    int found = config->data && qwen3i_json_find(&j, "chat_template");
+    if (found && qwen3i_json_peek(&j) == '[') text = qwen3i_template_of_list(&j);
+    else if (found && !qwen3i_json_string(&j, &text)) text.n = 0;
+    found = qwen3i_unescaped(&buf, &text);
+    if (found) qwen3i_take_template(m, text);
+    qwen3i_buf_free(&buf);
+    return found ? QWEN3_OK : QWEN3_ERR_MEMORY;
 }
 /* ================================================================================================
    MODEL: configuration, weights, loading
@@ -4812,12 +5034,15 @@ static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
 /* The template decides how the model was taught to think; it may also lie in a file of its own. */
 static qwen3_result qwen3i_load_style(qwen3i_loader *l, const qwen3i_blob *config) {
     qwen3i_blob jinja;
+    qwen3i_str text;
     qwen3_result r = qwen3i_open(l, "chat_template.jinja", 0, &jinja);
     if (r != QWEN3_OK) return r;
-    l->model->info.chat_style = jinja.data ? qwen3i_chat_style_of((const char *)jinja.data, jinja.size)
-                                           : qwen3i_chat_style_of_config(config->data, config->size);
+    text.p = (const char *)jinja.data;
+    text.n = jinja.size;
+    if (jinja.data) qwen3i_take_template(l->model, text);
+    else r = qwen3i_take_template_of_config(l->model, config);
     qwen3i_close(&l->model->allocator, &jinja);
-    return QWEN3_OK;
+    return r == QWEN3_OK ? r : qwen3i_no_memory(l->err, "the chat template", config->size);
 }
 
 /* tokenizer_config.json is only searched, so that it is whole has to be seen first. */
@@ -5348,23 +5573,6 @@ static void qwen3i_chat_json(qwen3i_chat *c, const char *text, int i) {
 }
 
 /* ---- the template ------------------------------------------------------------------------------------ */
-/* Where it begins, the first or the last of them; s.n: nowhere. */
-static size_t qwen3i_str_find(qwen3i_str s, const char *wanted, int last) {
-    size_t k = strlen(wanted), i, hit = s.n;
-    for (i = 0; i + k <= s.n; i++)
-        if (s.p[i] == *wanted && memcmp(s.p + i, wanted, k) == 0) {
-            hit = i;
-            if (!last) break;
-        }
-    return hit;
-}
-
-static qwen3i_str qwen3i_str_from(qwen3i_str s, size_t at) {
-    s.p += at;
-    s.n -= at;
-    return s;
-}
-
 static qwen3i_str qwen3i_str_strip(qwen3i_str s, int left, int right) {
     for (; left && s.n > 0 && s.p[0] == '\n'; s.n--) s.p++;
     while (right && s.n > 0 && s.p[s.n - 1] == '\n') s.n--;
@@ -5445,12 +5653,9 @@ static void qwen3i_chat_system(qwen3i_chat *c, const qwen3_chat_desc *chat) {
     qwen3i_chat_plain(c, text);
     if (chat->n_tools > 0) {
         if (chat->msgs[0].role == QWEN3_SYSTEM) qwen3i_chat_plain(c, "\n\n");
-        qwen3i_chat_literal(c, "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-            "You are provided with function signatures within <tools></tools> XML tags:\n<tools>");
+        qwen3i_chat_literal(c, QWEN3I_TOOLS_BEGIN);
         for (i = 0; i < chat->n_tools; i++) { qwen3i_chat_plain(c, "\n"); qwen3i_chat_json(c, chat->tools[i], i); }
-        qwen3i_chat_literal(c, "\n</tools>\n\nFor each function call, return a json object with function name and "
-            "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, "
-            "\"arguments\": <args-json-object>}\n</tool_call>");
+        qwen3i_chat_literal(c, QWEN3I_TOOLS_END);
     }
     qwen3i_chat_close(c);
 }
@@ -5493,7 +5698,7 @@ static void qwen3i_chat_messages(qwen3i_chat *c, const qwen3_chat_desc *chat, qw
     if (chat->flags & QWEN3_CHAT_NO_REPLY_HEADER) return;
     qwen3i_chat_open(c, "assistant\n");
     if (style == QWEN3_STYLE_THINKING) qwen3i_chat_literal(c, "<think>\n");
-    if (style == QWEN3_STYLE_HYBRID && (chat->flags & QWEN3_CHAT_NO_THINK))
+    if (style == QWEN3_STYLE_NO_THINK || (style == QWEN3_STYLE_HYBRID && (chat->flags & QWEN3_CHAT_NO_THINK)))
         qwen3i_chat_literal(c, "<think>\n\n</think>\n\n");
 }
 

@@ -296,26 +296,65 @@ static void test_chat_arguments(void) {
     free(data);
 }
 
+static char chat_warnings[512];
+static void chat_on_log(qwen3_log_level level, const char *text, void *user) {
+    (void)level; (void)user;
+    snprintf(chat_warnings + strlen(chat_warnings), sizeof chat_warnings - strlen(chat_warnings), "%s|", text);
+}
+
+/* The style of tokenizer_config.json, and whether there is a warning with this word. */
+static void chat_expect_style(const char *config, qwen3_chat_style style, const char *warning) {
+    qwen3_model m;
+    qwen3i_blob b = tokenizer_blob(config, strlen(config));
+    memset(&m, 0, sizeof m);
+    m.logger.log = chat_on_log;
+    chat_warnings[0] = '\0';
+    CHECK(qwen3i_take_template_of_config(&m, &b) == QWEN3_OK);
+    CHECK_MSG(m.info.chat_style == style, "%s: style %d", config, (int)m.info.chat_style);
+    CHECK_MSG(warning ? strstr(chat_warnings, warning) != NULL : !chat_warnings[0], "%s: '%s'", config, chat_warnings);
+}
+
+/* By what a template puts before a reply, whatever words it has. */
 static void test_chat_style_of(void) {
-    static const struct { const char *config; qwen3_chat_style style; } cases[] = {
-        { "{\"chat_template\":\"{% if enable_thinking is false %}\"}", QWEN3_STYLE_HYBRID },
-        { "{\"chat_template\":\"{{- '<|im_start|>assistant\\\\n<think>\\\\n' }}\"}", QWEN3_STYLE_THINKING },
-        { "{\"chat_template\":\"{{- '<|im_start|>assistant\\n<think>\\n' }}\"}", QWEN3_STYLE_THINKING },
-        { "{\"chat_template\":\"{{- '<|im_start|>assistant\\\\n' }}\"}", QWEN3_STYLE_INSTRUCT },
-        { "{\"x\":1}", QWEN3_STYLE_HYBRID }, { "{\"chat_template\":null}", QWEN3_STYLE_HYBRID },
-            { "{", QWEN3_STYLE_HYBRID },
-        { "{\"chat_template\":[{\"name\":\"tool\",\"template\":\"enable_thinking\"},"
-          "{\"template\":\"abc\",\"name\":\"default\"}]}", QWEN3_STYLE_INSTRUCT },
-        { "{\"chat_template\":[{\"name\":\"a\",\"template\":\"abc\"},"
-          "{\"name\":\"b\",\"template\":\"enable_thinking\"}]}", QWEN3_STYLE_INSTRUCT },
-        { "{\"chat_template\":[]}", QWEN3_STYLE_HYBRID } };
-    static const char raw[] = "{{- '<|im_start|>assistant\n<think>\n' }}";
-    int i;
-    for (i = 0; i < QWEN3I_COUNT(cases); i++)
-        CHECK_MSG(qwen3i_chat_style_of_config(cases[i].config, strlen(cases[i].config)) == cases[i].style, "case %d",
-                i);
-    CHECK(qwen3i_chat_style_of_config(NULL, 0) == QWEN3_STYLE_HYBRID);
-    CHECK(qwen3i_chat_style_of(raw, sizeof raw - 1) == QWEN3_STYLE_THINKING);
+#define REPLY(inside) "{\"chat_template\":\"{%- for m in messages %}{{- '<|im_start|>' + m.role }}{%- endfor %}" \
+    "{%- if add_generation_prompt %}" inside "{%- endif %}\"}"
+#define HEADER "{{- '<|im_start|>assistant\\n' }}"
+#define CLOSED "{{- '<think>\\n\\n</think>\\n\\n' }}"
+    chat_expect_style(REPLY(HEADER "{%- if enable_thinking is defined and enable_thinking is false %}" CLOSED "{%- endif %}"),
+                      QWEN3_STYLE_HYBRID, NULL);
+    chat_expect_style(REPLY(HEADER "{% if not enable_thinking and enable_thinking is defined %}" CLOSED "{% endif %}"),
+                      QWEN3_STYLE_HYBRID, NULL);
+    chat_expect_style(REPLY(HEADER "{%- if enable_thinking is not defined or enable_thinking == true %}{%- else -%}" CLOSED
+                      "{%- endif %}"), QWEN3_STYLE_HYBRID, NULL);
+    chat_expect_style(REPLY("{{- '<|im_start|>assistant\\n<think>\\n' }}"), QWEN3_STYLE_THINKING, NULL);
+    chat_expect_style(REPLY("{{- start + 'assistant\\\\n' }}{{ \\\"<think>\\\\n\\\" }}"), QWEN3_STYLE_THINKING, NULL);
+    chat_expect_style(REPLY(HEADER), QWEN3_STYLE_INSTRUCT, NULL);
+    chat_expect_style(REPLY("{# enable_thinking #}" HEADER), QWEN3_STYLE_INSTRUCT, NULL);
+    chat_expect_style(REPLY(HEADER CLOSED), QWEN3_STYLE_NO_THINK, NULL);
+    chat_expect_style(REPLY(HEADER "{%- if enable_thinking %}" CLOSED "{%- else %}" CLOSED "{%- endif %}"),
+                      QWEN3_STYLE_NO_THINK, NULL);
+    chat_expect_style(REPLY(HEADER "{%- if true %}" CLOSED "{%- endif %}"), QWEN3_STYLE_NO_THINK, NULL);
+    /* not one of the known ones */
+    chat_expect_style(REPLY(HEADER "{%- if enable_thinking is true %}{%- else %}" CLOSED "{%- endif %}"), QWEN3_STYLE_HYBRID,
+                      "a way of its own");
+    chat_expect_style(REPLY(HEADER "{%- if mood == 3 %}" CLOSED "{%- endif %}"), QWEN3_STYLE_NO_THINK, "a way of its own");
+    chat_expect_style(REPLY("{{- '[/INST]' }}"), QWEN3_STYLE_INSTRUCT, "a way of its own");
+    chat_expect_style(REPLY("{{- 'You are a pirate.' }}" HEADER), QWEN3_STYLE_INSTRUCT, "You are a pirate.");
+    chat_expect_style(REPLY("{{- 'x' }}{%- if (%}" HEADER), QWEN3_STYLE_INSTRUCT, "a way of its own");
+#undef REPLY
+    chat_expect_style("{\"chat_template\":\"{% if enable_thinking is false %}\"}", QWEN3_STYLE_HYBRID, "a way of its own");
+    chat_expect_style("{\"chat_template\":\"{{- '<|im_start|>assistant\\n<think>\\n' }}\"}", QWEN3_STYLE_THINKING, "own");
+    chat_expect_style("{\"chat_template\":\"" HEADER "\"}", QWEN3_STYLE_INSTRUCT, "own");
+    chat_expect_style("{\"x\":1}", QWEN3_STYLE_HYBRID, NULL);
+    chat_expect_style("{\"chat_template\":null}", QWEN3_STYLE_HYBRID, NULL);
+    chat_expect_style("{", QWEN3_STYLE_HYBRID, NULL);
+    chat_expect_style("{\"chat_template\":[{\"name\":\"tool\",\"template\":\"enable_thinking\"},"
+                      "{\"template\":\"abc\",\"name\":\"default\"}]}", QWEN3_STYLE_INSTRUCT, "own");
+    chat_expect_style("{\"chat_template\":[{\"name\":\"a\",\"template\":\"abc\"},"
+                      "{\"name\":\"b\",\"template\":\"enable_thinking\"}]}", QWEN3_STYLE_INSTRUCT, "own");
+    chat_expect_style("{\"chat_template\":[]}", QWEN3_STYLE_HYBRID, NULL);
+#undef HEADER
+#undef CLOSED
 }
 
 static void suite_chat(void) {
