@@ -1,18 +1,26 @@
-# make            build everything (with CUDA if nvcc is on the PATH)
+# make            build everything (with CUDA if there is a GPU, and nvcc on the PATH)
 # make run        chat with the demo model, or MODEL=path/to/Qwen3-0.6B
 # make test       run the tests
+# make cuda       build everything with CUDA, GPU or not: takes minutes
 # make help       all targets
 CFLAGS   ?= -O3
 WARN      = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion
 MODEL    ?= demo
 PREFIX   ?= /usr/local
 NVCC     ?= $(shell command -v nvcc 2>/dev/null)
+CUDA     ?= $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1))
 CUDA_ARCH ?= $(shell tools/cuda_arch.sh "$(NVCC)")
 NVCCFLAGS = -O3 -std=c++17 --threads 0 -Xcompiler -Wall,-Wextra -Werror all-warnings $(CUDA_ARCH)
 LDLIBS    = -lm -lpthread
 DEPS      = qwen3.h Makefile
 
-ifneq ($(NVCC),)
+ifeq ($(CUDA),0)
+override CUDA =
+endif
+ifneq ($(CUDA),)
+ifeq ($(NVCC),)
+$(error CUDA=1, but there is no nvcc on the PATH: name it with NVCC=/path/to/nvcc)
+endif
 CUDA_OBJ  = build/qwen3_cuda.o
 CUDA_LAB  = build/cuda_lab.o
 CUDA_DEF  = -DQWEN3_WITH_CUDA
@@ -20,29 +28,41 @@ CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
 LDLIBS   += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart -lstdc++
 endif
 
-all: example bench lib
+all: example bench build/check lib
 
-example: example.c tools/check.h tools/cli.h tools/conversation.h $(DEPS) $(CUDA_OBJ)
+cuda:
+	@$(MAKE) CUDA=1 all
+
+example: example.c $(DEPS) $(CUDA_OBJ) build/with_cuda
 	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) example.c $(CUDA_OBJ) -o $@ $(LDLIBS)
 
-bench: bench.c tests/cuda_lab.h $(DEPS) $(CUDA_LAB)
+bench: bench.c tests/cuda_lab.h $(DEPS) $(CUDA_LAB) build/with_cuda
 	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) bench.c $(CUDA_LAB) -o $@ $(LDLIBS)
 
-build/test: test.c tests/*.h $(DEPS) $(CUDA_LAB) | build
+build/check: tools/check.c $(DEPS) | build
+	$(CC) -std=c99 $(CFLAGS) $(WARN) tools/check.c -o $@ -lm -lpthread
+
+build/test: test.c tests/*.h $(DEPS) $(CUDA_LAB) build/with_cuda
 	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) test.c $(CUDA_LAB) -o $@ $(LDLIBS)
 
 build/qwen3_cuda.o: qwen3_cuda.cu $(DEPS) | build
+	@echo "Compiling the GPU's kernels takes minutes; make CUDA=0 leaves them out."
 	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c qwen3_cuda.cu -o $@
 
 # the same with what tests and benches look into
 build/cuda_lab.o: tests/cuda_lab.cu tests/cuda_lab.h qwen3_cuda.cu $(DEPS) | build
+	@echo "Compiling the GPU's kernels takes minutes; make CUDA=0 leaves them out."
 	$(NVCC) $(NVCCFLAGS) -c tests/cuda_lab.cu -o $@
 
 build/qwen3.o: $(DEPS) | build
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -fPIC -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o $@
 
-build/libqwen3.a: build/qwen3.o $(CUDA_OBJ)
-	rm -f $@ && $(AR) rcs $@ $^
+build/libqwen3.a: build/qwen3.o $(CUDA_OBJ) build/with_cuda
+	rm -f $@ && $(AR) rcs $@ build/qwen3.o $(CUDA_OBJ)
+
+# holds what CUDA is, and changes with it alone: what is built otherwise is built again
+build/with_cuda: always | build
+	@echo "$(CUDA)" | cmp -s - $@ || echo "$(CUDA)" > $@
 
 include tools/kernels.mk
 
@@ -77,9 +97,12 @@ clean:
 	rm -rf build example bench
 
 help:
-	@echo "all       example, bench and build/libqwen3.a$(if $(NVCC), with CUDA ($(NVCC)),; no nvcc found: CPU only)"
+	@echo "all       example, bench, build/check and build/libqwen3.a, $(if $(CUDA),with CUDA,for the CPU)"
+	@echo "cuda      the same with CUDA (nvcc: $(or $(NVCC),none found)); otherwise it is built where a GPU is found"
+	@echo "          CUDA=1, CUDA=0: with and without for any target; a first build with CUDA takes minutes"
 	@echo "run       chat with MODEL (default: the demo); ARGS=... are passed on"
 	@echo "test      build and run the tests"
+	@echo "build/check   is a model's cache precise enough? build/check MODEL"
 	@echo "bench     build the benchmark; ./bench --help"
 	@echo "download  fetch MODEL=Qwen/Qwen3-0.6B (or another) into models/"
 	@echo "install   header, CUDA source and static library under PREFIX ($(PREFIX))"
@@ -87,4 +110,4 @@ help:
 	@echo "test-web  test that page in headless Chromium"
 	@echo "clean     remove what was built"
 
-.PHONY: all run test web test-web lib download install clean help
+.PHONY: all cuda run test web test-web lib download install clean help always

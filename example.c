@@ -1,22 +1,30 @@
 /* example - chat with a Qwen3 model in a terminal or a pipe. Usage: example --help
-   Build: cc -O2 example.c -o example -lm -lpthread      (the Makefile adds CUDA where nvcc is found)
-   Exit status: 0 all went well, 1 the model cannot be used, 2 wrong usage, 3 an answer or a check failed.   */
+   Build: cc -O2 example.c -o example -lm -lpthread      (the Makefile can add CUDA)
+   Exit status: 0 all went well, 1 the model cannot be used, 2 wrong usage, 3 an answer or a command failed. */
+#ifndef _DEFAULT_SOURCE
+  #define _DEFAULT_SOURCE               /* sigaction and isatty under -std=c99 */
+#endif
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
-#include "tools/check.h"
-#include "tools/cli.h"
-#include "tools/conversation.h"
+#include <errno.h>
 #include <signal.h>
+#include <stdlib.h>
+#ifdef _WIN32
+  #include <io.h>
+  #include <shellapi.h>
+  #define isatty _isatty
+#endif
 #ifndef QWEN3_WITH_CUDA
   #define qwen3_cuda_backend() ((const qwen3_backend *)NULL)
 #endif
 
-enum { PROMPT, SYSTEM, NO_THINK, TEMP, TOP_P, TOP_K, MIN_P, SEED, MAX, BUDGET, CTX, THREADS, TOOLS, CUDA, CPU, CHECK,
+/* ---- options ---------------------------------------------------------------------------------------- */
+enum { PROMPT, SYSTEM, NO_THINK, TEMP, TOP_P, TOP_K, MIN_P, SEED, MAX, BUDGET, CTX, SHIFT, THREADS, TOOLS, CUDA, CPU,
        NUL, THOUGHTS, HELP, N_OPTIONS };
-static const cli_option options[N_OPTIONS] = {
-    {"-p", "TEXT", 0, 0, "ask this, print the answer, and leave"},
+static const struct { const char *name, *value; double low, high; const char *help; } options[N_OPTIONS] = {
+    {"-p", "TEXT", 0, 0, "ask this, print the answer, and leave"},       /* high > 0: a number between these */
     {"-s", "TEXT", 0, 0, "system prompt (@FILE: from a file)"},
-    {"--no-think", NULL, 0, 0, "answer without thinking first"},
+    {"--no-think", "", 0, 0, "answer without thinking first"},
     {"--temp", "T", 0, 100, "temperature; 0 is greedy (the model's advice is the default of these four)"},
     {"--top-p", "P", 0, 1, "sample from the tokens that have this probability together"},
     {"--top-k", "K", 0, 1e9, "sample from the K most probable tokens"},
@@ -25,67 +33,333 @@ static const cli_option options[N_OPTIONS] = {
     {"--max", "N", 0, 1e9, "tokens in an answer at most"},
     {"--think-budget", "N", 0, 1e9, "tokens of thinking at most"},
     {"--ctx", "N", 1, 1e9, "positions of context (default 4096)"},
+    {"--shift", "", 0, 0, "forget the oldest turns when the context is full"},
     {"--threads", "N", 0, 256, "CPU threads (default: one a core)"},
     {"--tools", "FILE", 0, 0, "tools the model may call, a JSON object a line; answer a call with /tool TEXT"},
-    {"--cuda", NULL, 0, 0, "insist on the GPU (default: the GPU if there is one)"},
-    {"--cpu", NULL, 0, 0, "insist on the CPU"},
-    {"--check", NULL, 0, 0, "no chat: how large the numbers in the model get on the text of -p (or one of its own),\n"
-                            "                      and whether the default cache is precise enough for it"},
-    {"-0", NULL, 0, 0, "in a pipe, end each answer with a NUL byte instead of a newline"},
-    {"--thoughts", NULL, 0, 0, "in a pipe, print thoughts, too"},
-    {"--help", NULL, 0, 0, "this"},
+    {"--cuda", "", 0, 0, "insist on the GPU (default: the GPU if there is one)"},
+    {"--cpu", "", 0, 0, "insist on the CPU"},
+    {"-0", "", 0, 0, "in a pipe, end each answer with a NUL byte instead of a newline"},
+    {"--thoughts", "", 0, 0, "in a pipe, print thoughts, too"},
+    {"--help", "", 0, 0, "this"},
 };
-static const char *text[N_OPTIONS];      /* what was given; NULL: the option was not */
+static const char *text[N_OPTIONS];     /* what was given after it; NULL: the option was not given */
 static double number[N_OPTIONS];
 
-static const char usage[] = "usage: example MODEL_DIR [options]    chat with a Qwen3 model (Hugging Face directory)\n";
-static const char commands[] =
-    "In the chat: /help /reset /system TEXT /save FILE /load FILE /tool TEXT /stats /quit; Ctrl-C stops an answer,\n"
-    "Ctrl-D ends the chat.\n";
+static const char commands[] = "In the chat: /help /reset /system TEXT /save FILE /load FILE /tool TEXT /quit; "
+                               "Ctrl-C stops an answer, Ctrl-D ends the chat.\n";
+
+static void die(int status, const char *what, const char *detail) {
+    fprintf(stderr, "example: %s%s%s\n", what, detail ? ": " : "", detail ? detail : "");
+    exit(status);
+}
+
+/* Fills text and number; returns the model's directory. */
+static const char *parse(int argc, char **argv) {
+    const char *model = NULL;
+    for (int i = 1; i < argc; i++) {
+        int o = 0;
+        char *end;
+        while (o < N_OPTIONS && strcmp(options[o].name, argv[i]) != 0) o++;
+        if (o == N_OPTIONS && (argv[i][0] == '-' || model)) die(2, "unknown argument (see --help)", argv[i]);
+        if (o == N_OPTIONS) { model = argv[i]; continue; }
+        if (*options[o].value && i + 1 == argc) die(2, "missing value after", argv[i]);
+        text[o] = *options[o].value ? argv[++i] : "";
+        if (options[o].high <= 0) continue;
+        number[o] = strtod(text[o], &end);
+        if (end != text[o] && !*end && number[o] >= options[o].low && number[o] <= options[o].high) continue;
+        fprintf(stderr, "example: %s takes a number from %g to %g, not %s\n", options[o].name, options[o].low,
+                options[o].high, text[o]);
+        exit(2);
+    }
+    if (model && !text[HELP]) return model;
+    FILE *f = text[HELP] ? stdout : stderr;
+    fputs("usage: example MODEL_DIR [options]    chat with a Qwen3 model (Hugging Face directory)\n", f);
+    for (int o = 0; o < N_OPTIONS; o++) fprintf(f, "  %-14s %-4s %s\n", options[o].name, options[o].value, options[o].help);
+    fputs(commands, f);
+    exit(text[HELP] ? 0 : 2);
+}
+
+/* ---- strings and files ------------------------------------------------------------------------------ */
+typedef struct string { char *bytes; size_t n, cap; } string;   /* grows; bytes[n] is NUL */
+
+static void append(string *s, const char *bytes, size_t n) {
+    if (s->n + n + 1 > s->cap) {
+        s->cap = (s->n + n + 1) * 2;
+        s->bytes = (char *)realloc(s->bytes, s->cap);
+        if (!s->bytes) die(3, "out of memory", NULL);
+    }
+    memcpy(s->bytes + s->n, bytes, n);
+    s->n += n;
+    s->bytes[s->n] = '\0';
+}
+
+/* Replace s by what comes before the next `end` (EOF: by all). Returns 0 if nothing more comes. */
+static int read_until(string *s, FILE *f, int end) {
+    int next = getc(f);
+    const int more = next != EOF;
+    s->n = 0;
+    append(s, "", 0);
+    for (; next != EOF && next != end; next = getc(f)) { const char c = (char)next; append(s, &c, 1); }
+    return more;
+}
+
+/* Replace s by a file (path in UTF-8). Returns 0 and says why if it cannot be read. */
+static int read_file(string *s, const char *path) {
+#ifdef _WIN32
+    static wchar_t wide[32768];
+    FILE *f = MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, 32768) ? _wfopen(wide, L"rb") : NULL;
+#else
+    FILE *f = fopen(path, "rb");
+#endif
+    const int ok = f && (read_until(s, f, EOF) || !ferror(f));
+    if (!ok) fprintf(stderr, "example: cannot read %s: %s\n", path, strerror(errno));
+    if (f) fclose(f);
+    return ok;
+}
 
 typedef struct chat {
     qwen3_model *model;
     qwen3_ctx *ctx;
+    int positions;                      /* of ctx */
     qwen3_sampler sampler;
-    conversation said;
-    const char *tools[64]; int n_tools;
-    cli_string answer;
-    int colour, dimmed;                 /* stdout is a terminal; what is being printed on it is thinking */
+    string said;                        /* each message: its role as a digit, its text, NUL */
+    string msgs;                        /* the same as an array of qwen3_msg, for describe */
+    string tools_file; const char *tools[64]; int n_tools;
+    string answer;
+    int terminal, dimmed;               /* stdout is one; what is being printed on it is thinking */
 } chat;
 
+/* ---- the conversation ------------------------------------------------------------------------------- */
+static void add(string *said, qwen3_role role, const char *what) {
+    const char digit = (char)('0' + role);
+    append(said, &digit, 1);
+    append(said, what, strlen(what) + 1);
+}
+
+/* Bytes of the message at p; of the system prompt at the beginning, if there is one */
+static size_t length(const char *p) { return strlen(p) + 1; }
+static size_t system_length(const string *said) {
+    return said->n && said->bytes[0] == '0' + QWEN3_SYSTEM ? length(said->bytes) : 0;
+}
+
+/* Begin anew with this system prompt. Returns 0 if it is @FILE and cannot be read. */
+static int set_system(string *said, const char *what) {
+    string file = {NULL, 0, 0};
+    const int ok = what[0] != '@' || read_file(&file, what + 1);
+    if (ok) { said->n = 0; add(said, QWEN3_SYSTEM, what[0] == '@' ? file.bytes : what); }
+    free(file.bytes);
+    return ok;
+}
+
+/* The evaluated sequence, the state of the random numbers and what was said go into one file. */
+static int save(chat *c, const char *path) {
+    qwen3_state s = {path, NULL, 0, &c->sampler, c->said.bytes, c->said.n};
+    const int ok = qwen3_seq_save(c->ctx, 0, &s) == QWEN3_OK;
+    fprintf(stderr, ok ? "saved to %s\n" : "cannot save to %s: %s\n", path, qwen3_ctx_error(c->ctx));
+    return ok;
+}
+
+/* The chat stays as it was if the file is no saved chat of this model. */
+static int load(chat *c, const char *path) {
+    qwen3_state s = {path, NULL, 0, NULL, NULL, 0};
+    string said = {NULL, 0, 0};
+    int ok = qwen3_seq_load(c->ctx, 0, &s) == QWEN3_OK;
+    if (ok) {
+        s.user = said.bytes = (char *)calloc(s.user_size + 1, 1);
+        said.n = said.cap = s.user_size;
+        s.sampler = &c->sampler;
+        ok = s.user && qwen3_seq_load(c->ctx, 0, &s) == QWEN3_OK;
+    }
+    int ours = ok && said.n > 0 && said.bytes[said.n - 1] == '\0';
+    for (const char *p = said.bytes; ours && p < said.bytes + said.n; p += length(p))
+        ours = *p >= '0' + QWEN3_SYSTEM && *p <= '0' + QWEN3_TOOL;
+    if (ours) { string old = c->said; c->said = said; said = old; }
+    fprintf(stderr, ours ? "loaded %s\n" : "cannot load %s: %s\n", path, ok ? "it holds no chat" : qwen3_ctx_error(c->ctx));
+    free(said.bytes);
+    return ours;
+}
+
+/* The conversation as the library takes it, until the next one is described */
+static qwen3_chat_desc describe(chat *c) {
+    qwen3_chat_desc d = {NULL, 0, c->tools, c->n_tools, text[NO_THINK] ? QWEN3_CHAT_NO_THINK : 0};
+    c->msgs.n = 0;
+    for (const char *p = c->said.bytes, *end = p + c->said.n; p < end; p += length(p)) {
+        const qwen3_msg m = {(qwen3_role)(*p - '0'), p + 1, NULL, NULL, 0};
+        append(&c->msgs, (const char *)&m, sizeof m);
+        d.n_msgs++;
+    }
+    d.msgs = (const qwen3_msg *)(const void *)c->msgs.bytes;
+    return d;
+}
+
+/* Forget the oldest turns, but not the system prompt, until there is room for an answer. */
+static void make_room(chat *c) {
+    const int answer = number[MAX] > 0 && number[MAX] < c->positions ? (int)number[MAX] : c->positions / 4;
+    const size_t first = system_length(&c->said);
+    for (;;) {
+        const qwen3_chat_desc d = describe(c);
+        size_t next = first + length(c->said.bytes + first);
+        while (next < c->said.n && c->said.bytes[next] != '0' + QWEN3_USER) next += length(c->said.bytes + next);
+        if (next >= c->said.n || qwen3_chat_render(c->model, &d, NULL, 0, NULL, 0) <= c->positions - answer) return;
+        memmove(c->said.bytes + first, c->said.bytes + next, c->said.n - next);
+        c->said.n -= next - first;
+    }
+}
+
+/* ---- answers ---------------------------------------------------------------------------------------- */
 static volatile sig_atomic_t interrupted;
-static void on_interrupt(int signal_number) { (void)signal_number; interrupted = 1; }
 static int is_interrupted(void *user) { (void)user; return interrupted; }
+
+/* A terminal obeys control characters, so it gets none but newline and tab from a model; a pipe gets all. */
+static void print(chat *c, const char *utf8, int n, int dimmed) {
+    if (c->terminal && dimmed != c->dimmed) fputs(dimmed ? "\033[2m" : "\033[0m", stdout);
+    c->dimmed = dimmed;
+    for (int i = 0; i < n; i++) {
+        const int byte = (unsigned char)utf8[i];
+        const int c1 = byte == 0xC2 && i + 1 < n && (unsigned char)utf8[i + 1] < 0xA0;     /* U+0080 to U+009F */
+        const int control = c1 || byte == 0x7F || (byte < 0x20 && byte != '\n' && byte != '\t');
+        if (!c->terminal || !control) putchar(byte);
+        else { fputs("\xEF\xBF\xBD", stdout); i += c1; }
+    }
+}
+
+/* Thinking is dimmed on a terminal and left out of a pipe, unless it is asked for. */
+static int put(const char *utf8, int n, int kind, void *user) {
+    chat *c = (chat *)user;
+    const int thinking = (kind & QWEN3_TEXT_THINKING) != 0;
+    append(&c->answer, utf8, (size_t)n);
+    if (thinking && !c->terminal && !text[THOUGHTS]) return interrupted;
+    print(c, utf8, n, thinking);
+    fflush(stdout);
+    return interrupted || ferror(stdout);
+}
+
+/* Let the model answer. Question and answer join the conversation, or neither does. Returns 0 if that failed. */
+static int reply(chat *c, qwen3_role role, const char *what) {
+    const qwen3_stats before = qwen3_ctx_stats(c->ctx);
+    qwen3_gen_desc g;
+    memset(&g, 0, sizeof g);
+    g.sampler = &c->sampler; g.on_text = put; g.user = c;
+    g.max_tokens = (int)number[MAX]; g.think_budget = (int)number[BUDGET];
+    add(&c->said, role, what);
+    if (text[SHIFT]) make_room(c);
+    const size_t question = length(what) + 1;
+    interrupted = 0;
+    c->answer.n = 0;
+    append(&c->answer, "", 0);
+    const qwen3_chat_desc d = describe(c);
+    const qwen3_result r = qwen3_chat(c->ctx, 0, &d, &g);
+    print(c, text[NUL] ? "" : "\n", 1, 0);
+    fflush(stdout);
+    if (r >= 0) add(&c->said, QWEN3_ASSISTANT, c->answer.bytes);
+    else c->said.n -= question;
+    if (r < 0) fprintf(stderr, "example: %s\n", qwen3_ctx_error(c->ctx));
+    if (r == QWEN3_ERR_CONTEXT_FULL) fputs("The question is taken back: /reset begins anew, --shift forgets "
+                                           "the oldest turns, --ctx N makes room.\n", stderr);
+    if (r == QWEN3_STOPPED) fputs("[stopped]\n", stderr);
+    if (c->terminal) {
+        int n;
+        const qwen3_stats s = qwen3_ctx_stats(c->ctx);
+        qwen3_seq_tokens(c->ctx, 0, &n);
+        const double prompt = (double)(s.n_prefill - before.n_prefill), made = (double)(s.n_decode - before.n_decode);
+        fprintf(stderr, "[prompt %.0f tokens, %.0f/s; answer %.0f, %.1f/s; %d of %d in the context]\n",
+                prompt, 1e3 * prompt / (s.prefill_ms - before.prefill_ms + 1e-9),
+                made, 1e3 * made / (s.decode_ms - before.decode_ms + 1e-9), n, c->positions);
+    }
+    return r >= 0 && (r != QWEN3_STOPPED || c->terminal);
+}
+
+/* ---- commands --------------------------------------------------------------------------------------- */
+/* A line that starts with '/'. Returns 0 to leave; *ok turns 0 if it failed. */
+static int command(chat *c, char *line, int *ok) {
+    char *arg = strchr(line, ' ');
+    if (arg) *arg++ = '\0';
+    if (strcmp(line, "/quit") == 0) return 0;
+    if (strcmp(line, "/reset") == 0)              c->said.n = system_length(&c->said);
+    else if (strcmp(line, "/system") == 0 && arg) *ok &= set_system(&c->said, arg);
+    else if (strcmp(line, "/save") == 0 && arg)   *ok &= save(c, arg);
+    else if (strcmp(line, "/load") == 0 && arg)   *ok &= load(c, arg);
+    else if (strcmp(line, "/tool") == 0 && arg)   *ok &= reply(c, QWEN3_TOOL, arg);
+    else                                          fputs(commands, stderr);
+    return 1;
+}
+
+/* Questions and commands, line by line, until there are no more. Returns 0 if one failed. */
+static int talk(chat *c) {
+    string line = {NULL, 0, 0};
+    int ok = 1, go_on = 1;
+    const qwen3_info f = qwen3_get_info(c->model);
+    if (c->terminal) fprintf(stderr, "%.0f million parameters on %s (%s). %s", (double)f.n_params * 1e-6,
+                             f.backend_name, f.device_name, commands);
+    while (go_on && (c->terminal || !interrupted)) {
+        if (c->terminal) { fputs("\n> ", stdout); fflush(stdout); }
+        if (!read_until(&line, stdin, '\n')) break;
+        line.bytes[strcspn(line.bytes, "\r")] = '\0';
+        if (line.bytes[0] == '/') go_on = command(c, line.bytes, &ok);
+        else if (line.bytes[0]) ok &= reply(c, QWEN3_USER, line.bytes);
+    }
+    free(line.bytes);
+    return ok;
+}
+
+/* ---- start ------------------------------------------------------------------------------------------ */
+#ifdef _WIN32
+static void on_interrupt(int which) { interrupted = 1; signal(which, on_interrupt); }
+
+/* Arguments in UTF-8; a console that shows it, and colours */
+static void set_up(int *argc, char **argv) {
+    static char utf8[3 * 32768], *at = utf8;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), argc);
+    for (int i = 0; wide && i < *argc; i++) {
+        argv[i] = at;
+        at += WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, at, (int)(utf8 + sizeof utf8 - at), NULL, NULL);
+    }
+    SetConsoleOutputCP(CP_UTF8);
+    SetConsoleCP(CP_UTF8);
+    SetConsoleMode(GetStdHandle(STD_OUTPUT_HANDLE), 7);     /* processed, wrapped, with escape sequences */
+    signal(SIGINT, on_interrupt);
+}
+#else
+static void on_interrupt(int which) { (void)which; interrupted = 1; }
+
+static void set_up(int *argc, char **argv) {
+    struct sigaction action;
+    (void)argc; (void)argv;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_interrupt;
+    action.sa_flags = SA_RESTART;
+    sigaction(SIGINT, &action, NULL);
+}
+#endif
 
 static int show_progress(float done, void *user) {
     (void)user;
-    cli_progress("loading", (double)done);
+    if (isatty(2)) fprintf(stderr, done < 1 ? "\rloading %3d %%" : "\r\033[K", (int)(done * 100));
     return interrupted;
 }
 
 /* Load on the GPU if there is one and it is wanted, else on the CPU, and create the context. */
-static void load(chat *c, const char *path) {
+static void start(chat *c, const char *path) {
     static qwen3_load_desc d;           /* all zero: all defaults */
     static qwen3_ctx_desc k;
-    char err[512];
-    qwen3_result r = QWEN3_ERR_DEVICE;
+    char err[512] = "";
     d.path = path;
-    d.progress = CLI_IS_TERMINAL(stderr) ? show_progress : NULL;
-    d.backend = text[CPU] || text[CHECK] ? NULL : qwen3_cuda_backend();
-    if (text[CUDA] && !d.backend) cli_die(2, "--cuda: not in this program; make builds it in where nvcc is found", NULL);
-    if (d.backend) r = qwen3_load(&c->model, &d, err, sizeof err);
-    if ((r == QWEN3_ERR_DEVICE || r == QWEN3_ERR_DEVICE_MEMORY) && !text[CUDA]) {
+    d.progress = show_progress;
+    d.backend = text[CPU] ? NULL : qwen3_cuda_backend();
+    if (text[CUDA] && !d.backend) die(2, "--cuda: not in this program; `make cuda` builds it in", NULL);
+    qwen3_result r = qwen3_load(&c->model, &d, err, sizeof err);
+    if (d.backend && !text[CUDA] && (r == QWEN3_ERR_DEVICE || r == QWEN3_ERR_DEVICE_MEMORY)) {
         d.backend = NULL;
         r = qwen3_load(&c->model, &d, err, sizeof err);
     }
-    if (r != QWEN3_OK) cli_die(1, qwen3_result_string(r), err);
-    if (qwen3_get_info(c->model).n_tokens == 0) cli_die(1, "the model has no tokenizer files, so it cannot chat", path);
-    k.max_ctx = (int)number[CTX];
+    if (r != QWEN3_OK) die(1, err, NULL);
+    const qwen3_info f = qwen3_get_info(c->model);
+    if (f.n_tokens == 0) die(1, "the model has no tokenizer files, so it cannot chat", path);
+    k.max_ctx = c->positions = text[CTX] ? (int)number[CTX] : f.max_ctx < 4096 ? f.max_ctx : 4096;
     k.threads = (int)number[THREADS];
     k.cancel = is_interrupted;
-    r = qwen3_ctx_create(&c->ctx, c->model, &k, err, sizeof err);
-    if (r != QWEN3_OK) cli_die(1, "cannot create a context", err);
-    c->sampler = qwen3_get_info(c->model).sampler;
+    if (qwen3_ctx_create(&c->ctx, c->model, &k, err, sizeof err) != QWEN3_OK) die(1, "cannot create a context", err);
+    c->sampler = f.sampler;
     c->sampler.rng = text[SEED] ? (uint64_t)number[SEED] : 42;
     if (text[TEMP])  c->sampler.temperature = (float)number[TEMP];
     if (text[TOP_P]) c->sampler.top_p = (float)number[TOP_P];
@@ -93,136 +367,29 @@ static void load(chat *c, const char *path) {
     if (text[MIN_P]) c->sampler.min_p = (float)number[MIN_P];
 }
 
-static void set_system(chat *c, const char *what) {
-    char *file = what[0] == '@' ? cli_read_file(what + 1) : NULL;
-    if (what[0] == '@' && !file) { fprintf(stderr, "cannot read %s\n", what + 1); return; }
-    conversation_cut(&c->said, 0);
-    conversation_add(&c->said, QWEN3_SYSTEM, file ? file : what);
-    free(file);
-}
-
-/* Thinking is dimmed on a terminal and left out of a pipe, unless it is asked for. */
-static int put(const char *utf8, int n, int kind, void *user) {
-    chat *c = (chat *)user;
-    const int thinking = (kind & QWEN3_TEXT_THINKING) != 0;
-    cli_append(&c->answer, utf8, (size_t)n);
-    if (thinking && !c->colour && !text[THOUGHTS]) return interrupted;
-    if (thinking != c->dimmed && c->colour) fputs(thinking ? "\033[2m" : "\033[0m", stdout);
-    c->dimmed = thinking;
-    fwrite(utf8, 1, (size_t)n, stdout);
-    fflush(stdout);
-    return interrupted || ferror(stdout);
-}
-
-static double per_second(int64_t n, double ms) { return ms > 0 ? 1e3 * (double)n / ms : 0; }
-
-/* What happened since `before` */
-static void show_stats(const chat *c, const qwen3_stats *before) {
-    const qwen3_stats s = qwen3_ctx_stats(c->ctx);
-    const int64_t prompt = s.n_prefill - before->n_prefill, made = s.n_decode - before->n_decode;
-    fprintf(stderr, "[%lld prompt tokens, %.0f/s; %lld generated, %.1f/s; %lld reused]\n",
-            (long long)prompt, per_second(prompt, s.prefill_ms - before->prefill_ms), (long long)made,
-            per_second(made, s.decode_ms - before->decode_ms), (long long)(s.n_reused - before->n_reused));
-}
-
-/* Let the model answer what is said now; both join the conversation. Returns 0 if that failed. */
-static int reply(chat *c, qwen3_role role, const char *what) {
-    const qwen3_stats before = qwen3_ctx_stats(c->ctx);
-    static qwen3_chat_desc d;
-    static qwen3_gen_desc g;
-    qwen3_result r;
-    conversation_add(&c->said, role, what);
-    d.msgs = c->said.msgs; d.n_msgs = c->said.n; d.tools = c->tools; d.n_tools = c->n_tools;
-    d.flags = text[NO_THINK] ? QWEN3_CHAT_NO_THINK : 0;
-    g.sampler = &c->sampler; g.on_text = put; g.user = c;
-    g.max_tokens = (int)number[MAX]; g.think_budget = (int)number[BUDGET];
-    interrupted = 0;
-    c->answer.n = 0;
-    cli_append(&c->answer, "", 0);
-    r = qwen3_chat(c->ctx, 0, &d, &g);
-    if (c->dimmed && c->colour) fputs("\033[0m", stdout);
-    c->dimmed = 0;
-    putchar(text[NUL] ? '\0' : '\n');
-    fflush(stdout);
-    if (r < 0) fprintf(stderr, "example: %s: %s\n", qwen3_result_string(r), qwen3_ctx_error(c->ctx));
-    if (r == QWEN3_STOPPED && c->colour) fputs("[stopped]\n", stderr);
-    if (c->colour) { fputs("\033[2m", stderr); show_stats(c, &before); fputs("\033[0m", stderr); }
-    interrupted = 0;
-    conversation_add(&c->said, QWEN3_ASSISTANT, c->answer.bytes);
-    return r >= 0;
-}
-
-/* ---- commands ------------------------------------------------------------------------------------------------- */
-static void show_model(const chat *c) {
-    const qwen3_info f = qwen3_get_info(c->model);
-    qwen3_stats start;
-    int n;
-    qwen3_seq_tokens(c->ctx, 0, &n);
-    memset(&start, 0, sizeof start);
-    fprintf(stderr, "%.0f million parameters on %s (%s); %d tokens in the context\n",
-            (double)f.n_params * 1e-6, f.backend_name, f.device_name, n);
-    show_stats(c, &start);
-}
-
-/* A line that starts with '/'. Returns 0 to leave; *ok turns 0 if an answer failed. */
-static int command(chat *c, char *line, int *ok) {
-    char *arg = strchr(line, ' ');
-    const int prompt = c->said.n > 0 && c->said.msgs[0].role == QWEN3_SYSTEM;
-    if (arg) *arg++ = '\0';
-    if (strcmp(line, "/quit") == 0)                return 0;
-    else if (strcmp(line, "/reset") == 0)          conversation_cut(&c->said, prompt);
-    else if (strcmp(line, "/stats") == 0)          show_model(c);
-    else if (strcmp(line, "/system") == 0 && arg)  set_system(c, arg);
-    else if (strcmp(line, "/save") == 0 && arg)    conversation_save(&c->said, c->ctx, arg);
-    else if (strcmp(line, "/load") == 0 && arg)    conversation_load(&c->said, c->ctx, arg);
-    else if (strcmp(line, "/tool") == 0 && arg)    *ok &= reply(c, QWEN3_TOOL, arg);
-    else                                           fputs(commands, stderr);
-    return 1;
-}
-
-/* Questions and commands, line by line, until there are no more. Returns 0 if an answer failed. */
-static int talk(chat *c) {
-    int ok = 1, go_on = 1;
-    if (c->colour) { show_model(c); fputs(commands, stderr); }
-    while (go_on) {
-        cli_string line;
-        if (c->colour) { fputs("\n> ", stdout); fflush(stdout); }
-        line = cli_read_line(stdin);
-        if (line.n == 0 && feof(stdin)) go_on = 0;
-        if (line.bytes[0] == '/') go_on = command(c, line.bytes, &ok);
-        else if (line.n) ok &= reply(c, QWEN3_USER, line.bytes);
-        free(line.bytes);
+/* Each line of a file is a tool; one that cannot be is named at once. */
+static void read_tools(chat *c, const char *path) {
+    if (!read_file(&c->tools_file, path)) exit(2);
+    for (char *line = strtok(c->tools_file.bytes, "\r\n"); line; line = strtok(NULL, "\r\n")) {
+        const qwen3_msg hi = {QWEN3_USER, "hi", NULL, NULL, 0};
+        const qwen3_chat_desc d = {&hi, 1, c->tools + c->n_tools, 1, 0};
+        if (c->n_tools == 64) die(2, "more than 64 tools in", path);
+        c->tools[c->n_tools++] = line;
+        if (qwen3_chat_render(c->model, &d, NULL, 0, NULL, 0) < 0) die(2, "--tools: this line is not a JSON object", line);
     }
-    return ok;
-}
-
-static int check_numbers(const chat *c) {
-    char err[512];
-    const char *what = text[PROMPT] ? text[PROMPT] : check_sample;
-    const int fine = check_model(c->model, what, (int)number[THREADS], err, sizeof err);
-    if (fine < 0) cli_die(1, "cannot check the model", err);
-    return fine;
 }
 
 int main(int argc, char **argv) {
     static chat c;
-    const char *path = cli_parse(argc, argv, options, N_OPTIONS, text, number, usage, commands);
-    char *tools = text[TOOLS] ? cli_read_file(text[TOOLS]) : NULL, *line;
-    int ok;
-    if (text[TOOLS] && !tools) cli_die(2, "cannot read", text[TOOLS]);
-    for (line = tools ? strtok(tools, "\r\n") : NULL; line && c.n_tools < 64; line = strtok(NULL, "\r\n"))
-        c.tools[c.n_tools++] = line;
-    c.colour = CLI_IS_TERMINAL(stdout);
-    signal(SIGINT, on_interrupt);
-    load(&c, path);
-    if (text[SYSTEM]) set_system(&c, text[SYSTEM]);
-    if (text[CHECK])       ok = check_numbers(&c);
-    else if (text[PROMPT]) ok = reply(&c, QWEN3_USER, text[PROMPT]);
-    else                   ok = talk(&c);
-    conversation_free(&c.said);
+    set_up(&argc, argv);
+    const char *path = parse(argc, argv);
+    c.terminal = isatty(1);
+    if (text[SYSTEM] && !set_system(&c.said, text[SYSTEM])) return 2;
+    start(&c, path);
+    if (text[TOOLS]) read_tools(&c, text[TOOLS]);
+    int ok = text[PROMPT] ? reply(&c, QWEN3_USER, text[PROMPT]) : talk(&c);
+    if (fflush(stdout) != 0 || ferror(stdout)) { fputs("example: cannot write the output\n", stderr); ok = 0; }
     qwen3_ctx_free(c.ctx);
     qwen3_free(c.model);
-    free(tools);
-    free(c.answer.bytes);
     return ok ? 0 : 3;
 }

@@ -878,6 +878,7 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
 /* ================================================================================================
    PLATFORM, MEMORY AND ERRORS
    ================================================================================================ */
+#include <errno.h>
 #include <float.h>
 #include <limits.h>
 #include <stdlib.h>
@@ -900,7 +901,6 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
 #else
   #include <sys/time.h>
   #include <unistd.h>
-  #include <errno.h>
   #include <fcntl.h>
   #include <sys/stat.h>
   #ifndef QWEN3_NO_MMAP
@@ -1728,13 +1728,14 @@ static qwen3_result qwen3i_write_file(const qwen3_allocator *a, const char *path
                                       const qwen3i_err *err) {
     const size_t n = strlen(path) + 6;
     char *part = (char *)qwen3i_alloc(a, n);
-    int failed;
+    int failed, reason;
     if (!part) return qwen3i_no_memory(err, "a path", n);
     snprintf(part, n, "%s.part", path);
     failed = qwen3i_write_all(part, data, size) != 0 || qwen3i_replace_file(part, path) != 0;
+    reason = errno;
     if (failed) remove(part);
     qwen3i_free(a, part, n);
-    return failed ? qwen3i_fail(err, QWEN3_ERR_IO, "%s: cannot be written", path) : QWEN3_OK;
+    return failed ? qwen3i_fail(err, QWEN3_ERR_IO, "%s: cannot be written: %s", path, strerror(reason)) : QWEN3_OK;
 }
 
 /* The bytes of a file, for qwen3i_free. */
