@@ -129,7 +129,7 @@ typedef enum qwen3_result {
 typedef struct qwen3_allocator {        /* set both functions or neither; called from the thread   */
     void *(*alloc)(size_t size, void *user);            /* that calls the library; at least 16-byte */
     void  (*free)(void *ptr, size_t size, void *user);  /* aligned; size is that given to alloc     */
-    void   *user;
+    void   *user;                       /* An allocator that keeps less is refused (sqlite3_malloc) */
 } qwen3_allocator;
 
 typedef enum qwen3_log_level {
@@ -140,11 +140,15 @@ typedef struct qwen3_logger {           /* no function: silence. One line a call
     void  *user;
 } qwen3_logger;
 
+/* The files of a model, in the order in which they are asked for: config.json; if they are there
+   generation_config.json, tokenizer_config.json, added_tokens.json; tokenizer.json, or else vocab.json and
+   merges.txt (without either the model has no text); chat_template.jinja if it is there; then
+   model.safetensors, or else model.safetensors.index.json and the shards that it names. */
 typedef struct qwen3_file {             /* a model file that is already in memory; borrowed: keep it */
     const char *name;                   /* alive until qwen3_free. The name has no directory:        */
     const void *data;                   /* "config.json", "model.safetensors", ...                   */
-    size_t      size;
-} qwen3_file;
+    size_t      size;                   /* Weights are used where they are: data may point into a    */
+} qwen3_file;                           /* mapped archive, and nothing is copied                     */
 
 typedef struct qwen3_io {               /* read callbacks: pak files, archives, network */
     int64_t (*size)(void *user, const char *name);     /* bytes in the file, or -1: there is none */
@@ -155,7 +159,8 @@ typedef struct qwen3_io {               /* read callbacks: pak files, archives, 
 typedef struct qwen3_jobs {             /* the host's job system, instead of threads of our own.   */
     void (*parallel_for)(void *user, int count, void (*fn)(void *arg, int index), void *arg);
     void  *user;                        /* calls fn(arg, 0..count-1), in any order, on any threads, */
-} qwen3_jobs;                           /* and returns when all have returned                       */
+} qwen3_jobs;                           /* and returns when all have returned. count is at most     */
+                                        /* qwen3_ctx_desc.threads; with one it is never called      */
 
 /* ---- model --------------------------------------------------------------------------------- */
 enum {
@@ -518,7 +523,7 @@ QWEN3_API qwen3_result qwen3_stream_feed(qwen3_stream *stream, qwen3_token token
 /* ---- embeddings and reranking ------------------------------------------------------------------ */
 /* Embedding of a text with a Qwen3-Embedding model: the last-token state, L2-normalised, [n_embd]
    floats to out. With task not NULL the text is a query: "Instruct: {task}\nQuery:{text}". Uses, and
-   afterwards empties, sequence seq. */
+   afterwards empties, sequence seq. With a model made for chat it warns (logger). */
 QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *ctx, int seq, const char *task, const char *text, float *out);
 
 /* Relevance 0..1 of a document to a query with a Qwen3-Reranker model: P("yes") against P("no").
@@ -964,9 +969,15 @@ static double qwen3i_now_ms(void) {
 }
 
 /* ---- memory: the allocator in effect has both functions, or neither for the default ---------- */
+/* NULL also for what a caller's allocator gives with less than the alignment that it has to keep. */
 static void *qwen3i_alloc(const qwen3_allocator *a, size_t size) {
+    void *p;
     if (size == 0) size = 1;
-    return a->alloc ? a->alloc(size, a->user) : QWEN3_MALLOC(size);
+    if (!a->alloc) return QWEN3_MALLOC(size);
+    p = a->alloc(size, a->user);
+    if (((uintptr_t)p & 15) == 0) return p;
+    a->free(p, size, a->user);
+    return NULL;
 }
 
 static void qwen3i_free(const qwen3_allocator *a, const void *ptr, size_t size) {
@@ -3533,7 +3544,7 @@ typedef struct qwen3i_vocab {
 #define QWEN3I_SHOW(n) ((int)qwen3i_min_size(n, 60))
 
 static qwen3_result qwen3i_vocab_memory(const qwen3i_vocab *v) {
-    return qwen3i_fail(v->err, QWEN3_ERR_MEMORY, "%s: out of memory for the tokenizer", v->file);
+    return qwen3i_fail(v->err, QWEN3_ERR_MEMORY, "%s: the tokenizer does not fit", v->file);
 }
 
 static qwen3_result qwen3i_vocab_slow(const qwen3i_vocab *v) {
@@ -5068,6 +5079,14 @@ static qwen3_result qwen3i_open_vocab(qwen3i_loader *l, qwen3i_vocab_files *f) {
     return qwen3i_fail(l->err, QWEN3_ERR_IO, "merges.txt is missing beside vocab.json");
 }
 
+/* What is wrong with a file that was not read to its end may be that it is cut: then say that. */
+static qwen3_result qwen3i_json_cut(const char *name, const qwen3i_blob *b, qwen3_result r, const qwen3i_err *err) {
+    qwen3i_json j = qwen3i_json_begin(b->data, b->size);
+    if (b->size == 0 || qwen3i_json_skip(&j) || j.p != j.end) return r;
+    return qwen3i_fail(err, r, "%s: the file ends in the midst of its JSON, after %llu bytes", name,
+                       (unsigned long long)b->size);
+}
+
 static void qwen3i_close_vocab(const qwen3_allocator *a, qwen3i_vocab_files *f) {
     qwen3i_close(a, &f->json);
     qwen3i_close(a, &f->vocab);
@@ -5083,6 +5102,9 @@ static qwen3_result qwen3i_load_tokenizer(qwen3i_loader *l) {
     memset(&f, 0, sizeof f);
     r = qwen3i_open_vocab(l, &f);
     if (r == QWEN3_OK && (f.json.data || f.vocab.data)) r = qwen3i_tokenizer_read(&m->tokenizer, &m->allocator, &f, l->err);
+    else if (r == QWEN3_OK)
+        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "no tokenizer.json, or vocab.json and merges.txt: no text, only tokens");
+    if (r == QWEN3_ERR_FORMAT && f.json.data) r = qwen3i_json_cut("tokenizer.json", &f.json, r, l->err);
     if (r == QWEN3_OK && m->tokenizer) r = qwen3i_load_style(l, &f.config);
     qwen3i_close_vocab(&m->allocator, &f);
     if (r == QWEN3_OK && m->tokenizer && qwen3i_tokenizer_size(m->tokenizer) > m->config.n_vocab)
@@ -5177,9 +5199,43 @@ static qwen3_result qwen3i_load_all(qwen3i_loader *l) {
 }
 
 static qwen3_result qwen3i_check_allocator(const qwen3_allocator *a, const qwen3i_err *err) {
-    if (!a->alloc == !a->free) return QWEN3_OK;
-    return qwen3i_fail(err, QWEN3_ERR_ARG, "allocator: set both alloc and free, or neither");
+    void *p;
+    int aligned;
+    if (!a->alloc != !a->free)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "allocator: set both alloc and free, or neither");
+    if (!a->alloc) return QWEN3_OK;
+    p = a->alloc(24, a->user);
+    if (!p) return qwen3i_no_memory(err, "a first allocation", 24);
+    aligned = ((uintptr_t)p & 15) == 0;
+    a->free(p, 24, a->user);
+    if (aligned) return QWEN3_OK;
+    return qwen3i_fail(err, QWEN3_ERR_ARG, "allocator: its memory is not aligned to 16 bytes, which the library needs");
 }
+
+#ifndef QWEN3_NO_STDIO
+/* Say what a path is that is no directory. */
+static qwen3_result qwen3i_no_directory(const char *path, const qwen3i_err *err) {
+    static const struct { size_t at; const char *bytes, *kind; } kinds[] = {
+        {0, "GGUF", "a GGUF file"}, {8, "{\"", "a safetensors file"}, {0, "PK\3\4", "a zip archive or PyTorch checkpoint"},
+        {0, "\x1F\x8B", "a gzip archive"}, {0, "{", "a JSON file"}, {0, "version https://git-lfs", "a Git LFS pointer"}
+    };
+    char head[32] = "";
+    uint64_t size = 0;
+    qwen3i_handle h;
+    int i;
+    const int found = qwen3i_handle_open(&h, path, &size);
+    if (found == 0) return qwen3i_fail(err, QWEN3_ERR_IO, "'%s': there is no such directory", path);
+    if (found > 0) {
+        if (qwen3i_handle_read(&h, 0, head, (size_t)(size < 31 ? size : 31)) != 0) head[0] = '\0';
+        qwen3i_handle_close(h);
+    }
+    for (i = 0; i < QWEN3I_COUNT(kinds) - 1; i++)
+        if (memcmp(head + kinds[i].at, kinds[i].bytes, strlen(kinds[i].bytes)) == 0) break;
+    if (memcmp(head + kinds[i].at, kinds[i].bytes, strlen(kinds[i].bytes)) != 0)
+        return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is a file: the directory of a Qwen3 model was expected", path);
+    return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is %s: the directory of a Qwen3 model was expected", path, kinds[i].kind);
+}
+#endif
 
 static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err *err) {
     int sources = (d->path != NULL) + (d->files != NULL) + (d->io.read != NULL), i;
@@ -5195,7 +5251,7 @@ static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err
 #ifdef QWEN3_NO_STDIO
     if (d->path) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "compiled with QWEN3_NO_STDIO: load from files or io instead of a path");
 #else
-    if (d->path && !qwen3i_is_directory(d->path)) return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is not a directory: a Qwen3 model directory was looked for there", d->path);
+    if (d->path && !qwen3i_is_directory(d->path)) return qwen3i_no_directory(d->path, err);
 #endif
     return qwen3i_check_allocator(&d->allocator, err);
 }
@@ -8994,7 +9050,10 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
     r = qwen3i_enter_seq(c, seq, &err);
     if (r == QWEN3_OK) r = qwen3i_check_texts(c, text, "", out, &err);
     if (r != QWEN3_OK) return r;
-    if (c->model->info.end_of_text < 0) return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no <|endoftext|>, at which embeddings are read");
+    if (c->model->info.end_of_text < 0)
+        return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no <|endoftext|>, at which embeddings are read");
+    if (c->model->info.im_end >= 0 && qwen3i_is_eos(c->model, c->model->info.im_end))
+        qwen3i_log(&c->desc.logger, QWEN3_LOG_WARN, "embedding with a model that was made for chat: it ends turns with <|im_end|>");
     parts[0] = "Instruct: "; parts[1] = task; parts[2] = "\nQuery:"; parts[3] = text;
     joined = task ? qwen3i_join(&c->desc.allocator, parts, 4, &size) : qwen3i_join(&c->desc.allocator, &parts[3], 1, &size);
     if (!joined) return qwen3i_no_memory(&err, "a text", size);

@@ -558,7 +558,148 @@ static void test_stream_messages(void) {
     fixture_close(&f);
 }
 
+/* ---- hooks, and what a new user meets first ------------------------------------------------------------------- */
+static void *odd_alloc(size_t size, void *user) {       /* as sqlite3_malloc: aligned to 8 */
+    char *p = (char *)malloc(size + 32);
+    (void)user;
+    return p ? p + 8 : NULL;
+}
+static void odd_free(void *p, size_t size, void *user) {
+    (void)size; (void)user;
+    if (p) free((char *)p - 8);
+}
+
+static void test_stream_odd_allocator(void) {
+    fixture f;
+    qwen3_load_desc d;
+    qwen3_ctx_desc k = ctx_desc(32, 1, 0, 0);
+    qwen3_model *m = NULL;
+    qwen3_ctx *ctx = NULL;
+    char path[1024], err[200];
+    if (!fixture_open(&f, "plain")) return;
+    memset(&d, 0, sizeof d);
+    model_path(path, sizeof path, "plain", "");
+    d.path = path;
+    d.allocator.alloc = k.allocator.alloc = odd_alloc;
+    d.allocator.free = k.allocator.free = odd_free;
+    CHECK(qwen3_load(&m, &d, err, sizeof err) == QWEN3_ERR_ARG && strstr(err, "aligned to 16 bytes"));
+    CHECK(qwen3_ctx_create(&ctx, f.model, &k, err, sizeof err) == QWEN3_ERR_ARG && strstr(err, "aligned to 16 bytes"));
+    fixture_close(&f);
+}
+
+typedef struct job_count { int calls, most; } job_count;
+static void count_jobs(void *user, int count, void (*fn)(void *arg, int index), void *arg) {
+    job_count *j = (job_count *)user;
+    int i;
+    j->calls++;
+    if (count > j->most) j->most = count;
+    for (i = count - 1; i >= 0; i--) fn(arg, i);
+}
+
+static void test_stream_jobs(void) {
+    fixture f;
+    qwen3_ctx_desc d = ctx_desc(64, 1, 0, 0);
+    qwen3_ctx *ctx;
+    qwen3_token tokens[50];
+    job_count j;
+    uint64_t seed = 9;
+    if (!fixture_open(&f, "plain")) return;
+    random_tokens(&seed, tokens, 50, f.info.n_vocab);
+    d.jobs.parallel_for = count_jobs;
+    d.jobs.user = &j;
+    for (d.threads = 1; d.threads <= 3; d.threads++) {
+        memset(&j, 0, sizeof j);
+        ctx = ctx_open_desc(f.model, &d);
+        if (ctx) CHECK_OK(ctx, qwen3_sync(ctx, 0, tokens, 50, 0));
+        CHECK_MSG(d.threads == 1 ? j.calls == 0 : j.calls > 0 && j.most <= d.threads, "%d threads: %d calls, %d at most",
+                  d.threads, j.calls, j.most);
+        qwen3_ctx_free(ctx);
+    }
+    fixture_close(&f);
+}
+
+static int warnings;
+static char warning[300];
+static void count_warnings(qwen3_log_level level, const char *message, void *user) {
+    (void)user;
+    if (level != QWEN3_LOG_WARN) return;
+    warnings++;
+    snprintf(warning, sizeof warning, "%s", message);
+}
+
+/* Embedding with a chat model, and a model without a tokenizer, are warned of. */
+static void test_stream_warnings(void) {
+    model_files files;
+    qwen3_load_desc d;
+    qwen3_ctx_desc k = ctx_desc(64, 1, 0, 0);
+    qwen3_model *m = NULL;
+    qwen3_ctx *ctx = NULL;
+    qwen3_info info;
+    float *vector;
+    char err[200];
+    int i;
+    if (!model_files_read(&files, "chat")) return;
+    memset(&d, 0, sizeof d);
+    d.files = files.file;
+    d.n_files = files.n;
+    d.logger.log = count_warnings;
+    warnings = 0;
+    CHECK_MSG(qwen3_load(&m, &d, err, sizeof err) == QWEN3_OK && warnings == 0, "%s %s", err, warning);
+    if (m && qwen3_ctx_create(&ctx, m, &k, err, sizeof err) == QWEN3_OK) {
+        info = qwen3_get_info(m);
+        vector = floats((size_t)info.n_embd);
+        CHECK_OK(ctx, qwen3_embed(ctx, 0, NULL, "the fox", vector));
+        CHECK_MSG(warnings == 1 && strstr(warning, "made for chat"), "%d: %s", warnings, warning);
+        free(vector);
+    }
+    qwen3_ctx_free(ctx);
+    qwen3_free(m);
+    m = NULL;
+    for (i = 0; i < files.n; i++) {
+        if (strcmp(files.file[i].name, "tokenizer.json") != 0) continue;
+        files.file[i].size /= 2;
+        CHECK(qwen3_load(&m, &d, err, sizeof err) == QWEN3_ERR_FORMAT);
+        CHECK_MSG(strstr(err, "tokenizer.json: the file ends in the midst of its JSON") != NULL, "'%s'", err);
+        files.file[i].name = "other";
+    }
+    warnings = 0;
+    CHECK(qwen3_load(&m, &d, err, sizeof err) == QWEN3_OK);
+    CHECK_MSG(warnings == 1 && strstr(warning, "no tokenizer.json"), "%d: %s", warnings, warning);
+    qwen3_free(m);
+    model_files_free(&files);
+}
+
+#ifndef QWEN3_NO_STDIO
+static void expect_no_directory(const char *path, const char *words) {
+    qwen3_load_desc d;
+    qwen3_model *m = NULL;
+    char err[300];
+    memset(&d, 0, sizeof d);
+    d.path = path;
+    CHECK(qwen3_load(&m, &d, err, sizeof err) == QWEN3_ERR_IO);
+    CHECK_MSG(strstr(err, words) && strstr(err, path), "'%s', not '%s'", err, words);
+}
+
+/* A path that is no directory: what it is instead. */
+static void test_stream_not_a_directory(void) {
+    char path[1024];
+    model_path(path, sizeof path, "chat", "model.safetensors");
+    expect_no_directory(path, "is a safetensors file: the directory");
+    model_path(path, sizeof path, "chat", "config.json");
+    expect_no_directory(path, "is a JSON file");
+    model_path(path, sizeof path, "chat", "reference.ref");
+    expect_no_directory(path, "is a file: the directory");
+    expect_no_directory("no/such/thing", "there is no such directory");
+}
+#endif
+
 static void suite_stream(void) {
+    RUN(test_stream_odd_allocator);
+    RUN(test_stream_jobs);
+    RUN(test_stream_warnings);
+#ifndef QWEN3_NO_STDIO
+    RUN(test_stream_not_a_directory);
+#endif
     RUN(test_stream_deadlines);
     RUN(test_stream_sync_pieces);
     RUN(test_stream_state_file);
