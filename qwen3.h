@@ -42,7 +42,8 @@
    WHAT IT RUNS
      Dense Qwen3 in Hugging Face layout (0.6B to 32B, base, chat, Thinking-2507, Instruct-2507,
      Embedding, Reranker): config.json, model.safetensors or shards with an index, tokenizer.json or
-     vocab.json + merges.txt; weights in BF16, F16 or F32. Not mixture-of-experts models.
+     vocab.json + merges.txt; weights in BF16, F16 or F32. The same models as a GGUF file, or the
+     parts of a split one (load.path names the first). Not mixture-of-experts models.
      The CPU backend below is the reference. qwen3_cuda.cu beside this file adds NVIDIA GPUs:
      compile it with nvcc, link it, and set load.backend = qwen3_cuda_backend().
 
@@ -170,9 +171,11 @@ enum {
 };
 
 typedef struct qwen3_load_desc {
-    const char       *path;             /* exactly one of: a model directory (UTF-8) ...            */
+    const char       *path;             /* exactly one of: a model directory or GGUF file (UTF-8) ... */
     const qwen3_file *files; int n_files;  /* ... its files in memory ...                           */
-    qwen3_io          io;               /* ... or callbacks that read them                          */
+    qwen3_io          io;               /* ... or callbacks that read them. Of these two the path    */
+                                        /* may name the GGUF file; else config.json is looked for,  */
+                                        /* then any .gguf in files, or model.gguf through io        */
     const qwen3_backend *backend;       /* NULL: CPU; or qwen3_cuda_backend()                       */
     int               device;           /* index of the CUDA device                                 */
     int               flags;            /* QWEN3_LOAD_*                                             */
@@ -226,7 +229,7 @@ typedef struct qwen3_info {
     int n_tokens;                       /* tokens with a text: ids 0 .. n_tokens-1; 0: no tokenizer */
     qwen3_token im_start, im_end, end_of_text, think_begin, think_end;  /* -1: the model has none   */
     qwen3_chat_style chat_style;
-    qwen3_sampler sampler;              /* what generation_config.json recommends; rng 0           */
+    qwen3_sampler sampler;              /* what generation_config.json or a GGUF's keys advise; rng 0 */
     uint64_t n_params, weight_bytes;
     uint64_t fingerprint;               /* of configuration and weights; ties saved states to them */
     const char *backend_name;           /* "cpu", "cuda"                                           */
@@ -1506,6 +1509,8 @@ static int qwen3i_json_find(qwen3i_json *j, const char *wanted) {
    ================================================================================================ */
 typedef struct qwen3i_tokenizer qwen3i_tokenizer;
 typedef struct qwen3i_shard qwen3i_shard;
+typedef struct qwen3i_gguf qwen3i_gguf;
+typedef struct qwen3i_source qwen3i_source;
 
 typedef struct qwen3i_block {           /* memory that lives as long as the model; payload follows */
     struct qwen3i_block *next;
@@ -1521,6 +1526,7 @@ struct qwen3_model {
     qwen3_info           info;
     qwen3i_config        config;
     qwen3i_weights       weights;
+    const float         *rank;          /* [2, n_embd] of a reranker without a head: rows of yes and no; or NULL */
     qwen3i_tokenizer    *tokenizer;     /* NULL: the directory has none */
     qwen3_token          eos[QWEN3I_MAX_EOS];
     int                  n_eos;
@@ -1536,6 +1542,10 @@ typedef struct qwen3i_loader {          /* what the functions of one qwen3_load 
     qwen3_model           *model;
     const qwen3i_err      *err;
     float                  done, step;  /* progress before the current file, and its share */
+    const qwen3i_source   *source;      /* the layout of the files */
+    const char            *gguf_name;   /* of a GGUF file, of its first part; else NULL */
+    qwen3i_gguf           *gguf;        /* that part, being read */
+    size_t                 folder;      /* bytes of desc->path that name the directory of the files */
 } qwen3i_loader;
 
 /* Memory owned by the model; NULL if there is none. */
@@ -1772,14 +1782,15 @@ static qwen3_result qwen3i_read_file(const qwen3_allocator *a, const char *path,
 
 static qwen3_result qwen3i_open_path(const qwen3i_loader *l, const char *name, int map, qwen3i_blob *out) {
     const qwen3_allocator *a = &l->model->allocator;
-    size_t n = strlen(l->desc->path) + strlen(name) + 2;
+    size_t n = l->folder + strlen(name) + 2;
     char *path = (char *)qwen3i_alloc(a, n);
     qwen3i_handle h;
     uint64_t size = 0;
     qwen3_result r = QWEN3_OK;
     int found;
     if (!path) return qwen3i_no_memory(l->err, "a path", n);
-    snprintf(path, n, "%s/%s", l->desc->path, name);
+    memcpy(path, l->desc->path, l->folder);
+    snprintf(path + l->folder, n - l->folder, "%s%s", l->gguf_name ? "" : "/", name);
     found = qwen3i_handle_open(&h, path, &size);
     qwen3i_free(a, path, n);
     if (found < 0) return qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot be opened, or is no regular file", name);
@@ -1836,7 +1847,7 @@ static qwen3_result qwen3i_open(const qwen3i_loader *l, const char *name, int ma
         return QWEN3_OK;
     }
 #ifndef QWEN3_NO_STDIO
-    if (d->path) return qwen3i_open_path(l, name, map, out);
+    if (!d->files) return qwen3i_open_path(l, name, map, out);
 #endif
     (void)map;
     return QWEN3_OK;
@@ -2391,6 +2402,448 @@ static qwen3_result qwen3i_open_weights(qwen3i_loader *l, qwen3i_tensors *t) {
     qwen3i_close(&l->model->allocator, &index);
     return r;
 }
+/* ================================================================================================
+   GGUF: the keys and the list of tensors of each part of a model in one file or several, checked to
+   the last byte. Versions 2 and 3 of the format (docs/gguf.md of ggml-org/ggml).
+   ================================================================================================ */
+#define QWEN3I_GGUF_KEY      65535u     /* bytes in a key, tensor name and number of dimensions: the format's limits */
+#define QWEN3I_GGUF_NAME     64u
+#define QWEN3I_GGUF_RANK     4u
+
+/* The format's types of tensors by number: what a block holds and takes. No name: a number without a type. */
+typedef struct qwen3i_gguf_type { const char *name; int elements, bytes; } qwen3i_gguf_type;
+
+static const qwen3i_gguf_type *qwen3i_gguf_type_of(uint32_t number) {
+    static const qwen3i_gguf_type types[] = {
+        {"F32", 1, 4},          {"F16", 1, 2},          {"Q4_0", 32, 18},       {"Q4_1", 32, 20},       {NULL, 0, 0},
+        {NULL, 0, 0},           {"Q5_0", 32, 22},       {"Q5_1", 32, 24},       {"Q8_0", 32, 34},       {"Q8_1", 32, 36},
+        {"Q2_K", 256, 84},      {"Q3_K", 256, 110},     {"Q4_K", 256, 144},     {"Q5_K", 256, 176},     {"Q6_K", 256, 210},
+        {"Q8_K", 256, 292},     {"IQ2_XXS", 256, 66},   {"IQ2_XS", 256, 74},    {"IQ3_XXS", 256, 98},   {"IQ1_S", 256, 50},
+        {"IQ4_NL", 32, 18},     {"IQ3_S", 256, 110},    {"IQ2_S", 256, 82},     {"IQ4_XS", 256, 136},   {"I8", 1, 1},
+        {"I16", 1, 2},          {"I32", 1, 4},          {"I64", 1, 8},          {"F64", 1, 8},          {"IQ1_M", 256, 56},
+        {"BF16", 1, 2},         {NULL, 0, 0},           {NULL, 0, 0},           {NULL, 0, 0},           {"TQ1_0", 256, 54},
+        {"TQ2_0", 256, 66},     {NULL, 0, 0},           {NULL, 0, 0},           {NULL, 0, 0},           {"MXFP4", 32, 17},
+        {"NVFP4", 64, 36},      {"Q1_0", 128, 18},      {"Q2_0", 64, 18}
+    };
+    return number < (uint32_t)QWEN3I_COUNT(types) && types[number].name ? &types[number] : NULL;
+}
+
+typedef enum qwen3i_gguf_kind {         /* of values, by the format's numbers */
+    QWEN3I_GGUF_U8, QWEN3I_GGUF_I8, QWEN3I_GGUF_U16, QWEN3I_GGUF_I16, QWEN3I_GGUF_U32, QWEN3I_GGUF_I32, QWEN3I_GGUF_F32,
+    QWEN3I_GGUF_BOOL, QWEN3I_GGUF_STRING, QWEN3I_GGUF_ARRAY, QWEN3I_GGUF_U64, QWEN3I_GGUF_I64, QWEN3I_GGUF_F64,
+    QWEN3I_GGUF_KINDS
+} qwen3i_gguf_kind;
+
+typedef struct qwen3i_gguf_value {      /* a key and its value, which stays in the file */
+    qwen3i_str           key;
+    uint32_t             kind, item;    /* item: of an array's elements; else kind again */
+    uint64_t             n;             /* elements, of an array */
+    const unsigned char *p;
+} qwen3i_gguf_value;
+
+struct qwen3i_gguf {                    /* a part being read */
+    const char          *file;          /* in messages */
+    const qwen3i_err    *err;
+    const unsigned char *start, *p, *end;
+    int                  cut;           /* something reached beyond the end: all later reads give 0 */
+    uint64_t             n_tensors, n_values, alignment;
+    qwen3i_gguf_value   *values;        /* [n_values] ordered by key */
+    int                  n_parts;       /* that the model has: all say so */
+};
+
+static void qwen3i_gguf_free(const qwen3_allocator *a, qwen3i_gguf *g) {
+    qwen3i_free(a, g->values, (size_t)g->n_values * sizeof *g->values);
+    g->values = NULL;
+}
+
+/* ---- bytes ------------------------------------------------------------------------------------------- */
+static unsigned long qwen3i_gguf_at(const qwen3i_gguf *g) { return (unsigned long)(g->p - g->start); }
+
+static uint64_t qwen3i_gguf_left(const qwen3i_gguf *g) { return (uint64_t)(g->end - g->p); }
+
+/* The next n bytes, or NULL. */
+static const unsigned char *qwen3i_gguf_take(qwen3i_gguf *g, uint64_t n) {
+    const unsigned char *p = g->p;
+    g->cut |= n > qwen3i_gguf_left(g);
+    if (g->cut) return NULL;
+    g->p += (size_t)n;
+    return p;
+}
+
+static uint64_t qwen3i_little(const unsigned char *p, int n) {
+    uint64_t v = 0;
+    for (; n > 0; n--) v = v << 8 | p[n - 1];
+    return v;
+}
+
+/* A number of n bytes; 0 if the file ends before. */
+static uint64_t qwen3i_gguf_number(qwen3i_gguf *g, int n) {
+    const unsigned char *p = qwen3i_gguf_take(g, (uint64_t)n);
+    return p ? qwen3i_little(p, n) : 0;
+}
+
+/* A text; empty if the file ends before. */
+static qwen3i_str qwen3i_gguf_string(qwen3i_gguf *g) {
+    uint64_t n = qwen3i_gguf_number(g, 8);
+    const char *p = (const char *)qwen3i_gguf_take(g, n);
+    qwen3i_str s;
+    s.p = p ? p : "";
+    s.n = p ? (size_t)n : 0;
+    return s;
+}
+
+static qwen3_result qwen3i_gguf_ends(const qwen3i_gguf *g, const char *in, qwen3i_str name) {
+    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: the file ends in %s%.*s%s, or a length there is damaged (byte %lu of %lu)",
+                       g->file, in, QWEN3I_STR(name), name.n ? "'" : "", qwen3i_gguf_at(g), (unsigned long)(g->end - g->start));
+}
+
+/* ---- keys and values ----------------------------------------------------------------------------------- */
+static const char *qwen3i_gguf_kind_name(uint32_t kind) {
+    static const char *const names[QWEN3I_GGUF_KINDS] = {
+        "uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array", "uint64", "int64", "float64"
+    };
+    return kind < QWEN3I_GGUF_KINDS ? names[kind] : "unknown";
+}
+
+static int qwen3i_gguf_kind_size(uint32_t kind) {   /* strings: of their length */
+    static const unsigned char sizes[QWEN3I_GGUF_KINDS] = {1, 1, 2, 2, 4, 4, 4, 1, 8, 12, 8, 8, 8};
+    return sizes[kind];
+}
+
+static qwen3_result qwen3i_gguf_read_value(qwen3i_gguf *g, qwen3i_gguf_value *v) {
+    uint64_t i;
+    v->key = qwen3i_gguf_string(g);
+    if (g->cut) return qwen3i_gguf_ends(g, "the list of keys", v->key);
+    if (v->key.n == 0 || v->key.n > QWEN3I_GGUF_KEY)
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: byte %lu: a key of %lu bytes", g->file, qwen3i_gguf_at(g), (unsigned long)v->key.n);
+    v->kind = v->item = (uint32_t)qwen3i_gguf_number(g, 4);
+    v->n = 1;
+    if (v->kind == QWEN3I_GGUF_ARRAY) {
+        v->item = (uint32_t)qwen3i_gguf_number(g, 4);
+        v->n = qwen3i_gguf_number(g, 8);
+    }
+    if (v->item >= QWEN3I_GGUF_KINDS || v->item == QWEN3I_GGUF_ARRAY)
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%.*s' has a value of type %lu%s", g->file, QWEN3I_STR(v->key),
+                           (unsigned long)v->item, v->item == QWEN3I_GGUF_ARRAY ? ", an array of arrays" : ", which is unknown");
+    v->p = g->p;
+    g->cut |= v->n > qwen3i_gguf_left(g) / (uint64_t)qwen3i_gguf_kind_size(v->item);
+    if (v->item == QWEN3I_GGUF_STRING) for (i = 0; i < v->n && !g->cut; i++) (void)qwen3i_gguf_string(g);
+    else qwen3i_gguf_take(g, g->cut ? 0 : v->n * (uint64_t)qwen3i_gguf_kind_size(v->item));
+    return g->cut ? qwen3i_gguf_ends(g, "the value of key '", v->key) : QWEN3_OK;
+}
+
+static int qwen3i_gguf_compare(const void *a, const void *b) {
+    return qwen3i_compare_str(((const qwen3i_gguf_value *)a)->key, ((const qwen3i_gguf_value *)b)->key);
+}
+
+static const qwen3i_gguf_value *qwen3i_gguf_find(const qwen3i_gguf *g, const char *key) {
+    qwen3i_gguf_value wanted;
+    size_t i;
+    wanted.key = qwen3i_str_of(key);
+    i = qwen3i_search(g->values, (size_t)g->n_values, sizeof wanted, &wanted, qwen3i_gguf_compare);
+    return i < g->n_values && qwen3i_gguf_compare(&g->values[i], &wanted) == 0 ? &g->values[i] : NULL;
+}
+
+static qwen3_result qwen3i_gguf_wrong(const qwen3i_gguf *g, const qwen3i_gguf_value *v, const char *expected) {
+    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%.*s' has a value of type %s%s; %s was expected", g->file, QWEN3I_STR(v->key),
+                       v->kind == QWEN3I_GGUF_ARRAY ? "array of " : "", qwen3i_gguf_kind_name(v->item), expected);
+}
+
+/* Element i of a value of numbers or truth values. */
+static double qwen3i_gguf_element(const qwen3i_gguf_value *v, uint64_t i) {
+    const int size = qwen3i_gguf_kind_size(v->item);
+    const uint64_t bits = qwen3i_little(v->p + (size_t)i * (size_t)size, size);
+    double d;
+    switch (v->item) {
+        case QWEN3I_GGUF_I8:  return (double)(int8_t)bits;
+        case QWEN3I_GGUF_I16: return (double)(int16_t)bits;
+        case QWEN3I_GGUF_I32: return (double)(int32_t)bits;
+        case QWEN3I_GGUF_I64: return (double)(int64_t)bits;
+        case QWEN3I_GGUF_F32: return (double)qwen3i_float_from_bits((uint32_t)bits);
+        case QWEN3I_GGUF_F64: memcpy(&d, &bits, 8); return d;
+        default: return (double)bits;
+    }
+}
+
+/* The number that a key has, if it is there: then *found is 1. */
+static qwen3_result qwen3i_gguf_get_number(const qwen3i_gguf *g, const char *key, double *out, int *found) {
+    const qwen3i_gguf_value *v = qwen3i_gguf_find(g, key);
+    *found = v != NULL;
+    if (!v) return QWEN3_OK;
+    if (v->kind == QWEN3I_GGUF_STRING || v->kind == QWEN3I_GGUF_ARRAY) return qwen3i_gguf_wrong(g, v, "a number");
+    *out = qwen3i_gguf_element(v, 0);
+    return QWEN3_OK;
+}
+
+/* The text that a key has; empty if it is not there. */
+static qwen3_result qwen3i_gguf_get_string(const qwen3i_gguf *g, const char *key, qwen3i_str *out) {
+    const qwen3i_gguf_value *v = qwen3i_gguf_find(g, key);
+    out->p = v ? (const char *)v->p + 8 : "";
+    out->n = 0;
+    if (v && v->kind != QWEN3I_GGUF_STRING) return qwen3i_gguf_wrong(g, v, "string");
+    if (v) out->n = (size_t)qwen3i_little(v->p, 8);
+    return QWEN3_OK;
+}
+
+/* The array of such elements that a key has; *out is NULL if it is not there. */
+static qwen3_result qwen3i_gguf_get_array(const qwen3i_gguf *g, const char *key, uint32_t item, const qwen3i_gguf_value **out) {
+    const qwen3i_gguf_value *v = qwen3i_gguf_find(g, key);
+    char expected[32];
+    *out = v;
+    if (!v || (v->kind == QWEN3I_GGUF_ARRAY && v->item == item)) return QWEN3_OK;
+    snprintf(expected, sizeof expected, "array of %s", qwen3i_gguf_kind_name(item));
+    return qwen3i_gguf_wrong(g, v, expected);
+}
+
+/* Step through an array of strings: *p starts at its elements. */
+static qwen3i_str qwen3i_gguf_next_string(const unsigned char **p) {
+    qwen3i_str s;
+    s.p = (const char *)*p + 8;
+    s.n = (size_t)qwen3i_little(*p, 8);
+    *p += 8 + s.n;
+    return s;
+}
+
+static qwen3_result qwen3i_gguf_read_values(qwen3i_gguf *g, const qwen3_allocator *a) {
+    const uint64_t n = g->n_values;
+    qwen3_result r = QWEN3_OK;
+    uint64_t i;
+    g->n_values = 0;
+    if (n > qwen3i_gguf_left(g) / 13)   /* the least that a key takes */
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: %llu keys cannot be in %llu bytes", g->file, (unsigned long long)n,
+                           (unsigned long long)qwen3i_gguf_left(g));
+    g->values = (qwen3i_gguf_value *)qwen3i_alloc_array(a, (size_t)n, sizeof *g->values);
+    if (!g->values) return qwen3i_no_memory(g->err, "the list of keys", n * sizeof *g->values);
+    g->n_values = n;
+    for (i = 0; i < n && r == QWEN3_OK; i++) r = qwen3i_gguf_read_value(g, &g->values[i]);
+    if (r != QWEN3_OK) return r;
+    qwen3i_sort(g->values, (size_t)n, sizeof *g->values, qwen3i_gguf_compare);
+    for (i = 1; i < n; i++)
+        if (qwen3i_gguf_compare(&g->values[i - 1], &g->values[i]) == 0)
+            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%.*s' is there twice", g->file, QWEN3I_STR(g->values[i].key));
+    return QWEN3_OK;
+}
+
+/* ---- tensors ------------------------------------------------------------------------------------------- */
+/* Up to the alignment; beyond 2^64 - alignment: no such number. */
+static uint64_t qwen3i_gguf_padded(const qwen3i_gguf *g, uint64_t n) {
+    return n > UINT64_MAX - g->alignment ? UINT64_MAX : (n + g->alignment - 1) & ~(g->alignment - 1);
+}
+
+/* The bytes that a tensor takes by its type and shape. */
+static qwen3_result qwen3i_gguf_tensor_size(const qwen3i_gguf *g, const qwen3i_tensor *t, const qwen3i_gguf_type *type, uint64_t *bytes) {
+    const uint64_t row = t->rank ? t->shape[t->rank - 1] : 1, block = (uint64_t)type->elements;
+    int i, ok = 1;
+    if (row % block)
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' has rows of %llu elements, which are not whole blocks of %s (%d)",
+                           g->file, QWEN3I_STR(t->name), (unsigned long long)row, type->name, type->elements);
+    *bytes = (uint64_t)type->bytes;
+    for (i = 0; i < t->rank && ok; i++) {
+        if (t->shape[i] == 0 || t->shape[i] > INT64_MAX)
+            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' has a dimension of %lld", g->file, QWEN3I_STR(t->name),
+                               (long long)t->shape[i]);
+        ok = qwen3i_mul_u64(*bytes, i == t->rank - 1 ? row / block : t->shape[i], bytes);
+    }
+    if (ok) return QWEN3_OK;
+    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: the size of tensor '%.*s' overflows", g->file, QWEN3I_STR(t->name));
+}
+
+/* What stands in the list about the next tensor, which is to start at *at; then *at is where the one after it does. */
+static qwen3_result qwen3i_gguf_read_tensor(qwen3i_gguf *g, qwen3i_tensor *t, uint64_t *at) {
+    const qwen3i_gguf_type *type;
+    uint64_t rank, number, bytes = 0, i;
+    qwen3_result r;
+    t->name = qwen3i_gguf_string(g);
+    rank = qwen3i_gguf_number(g, 4);
+    if (!g->cut && (t->name.n == 0 || t->name.n > QWEN3I_GGUF_NAME || rank > QWEN3I_GGUF_RANK))
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' has a name of %lu bytes and %lu dimensions; 1 to %u and at most %u are possible",
+                           g->file, QWEN3I_STR(t->name), (unsigned long)t->name.n, (unsigned long)rank, QWEN3I_GGUF_NAME, QWEN3I_GGUF_RANK);
+    t->rank = (int)rank;
+    for (i = rank; i > 0 && !g->cut; i--) t->shape[i - 1] = qwen3i_gguf_number(g, 8);     /* the file has the row's length first */
+    number = qwen3i_gguf_number(g, 4);
+    t->begin = qwen3i_gguf_number(g, 8);
+    if (g->cut) return qwen3i_gguf_ends(g, t->name.n ? "the description of tensor '" : "the list of tensors", t->name);
+    type = qwen3i_gguf_type_of((uint32_t)number);
+    if (!type)
+        return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%.*s' has the type %llu, which is unknown", g->file,
+                           QWEN3I_STR(t->name), (unsigned long long)number);
+    t->dtype.p = type->name;
+    t->dtype.n = strlen(type->name);
+    t->file = g->file;
+    r = qwen3i_gguf_tensor_size(g, t, type, &bytes);
+    if (r != QWEN3_OK) return r;
+    if (t->begin != *at)
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' starts at byte %llu of the data, not at %llu where the one before it ends",
+                           g->file, QWEN3I_STR(t->name), (unsigned long long)t->begin, (unsigned long long)*at);
+    t->end = t->begin + bytes;
+    if (bytes > UINT64_MAX - t->begin || t->end > (uint64_t)(g->end - g->start))
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' of %llu bytes lies outside the file", g->file, QWEN3I_STR(t->name),
+                           (unsigned long long)bytes);
+    *at = qwen3i_gguf_padded(g, t->end);
+    return QWEN3_OK;
+}
+
+/* Add the tensors of the part to the list. Their data follows on the list, aligned. */
+static qwen3_result qwen3i_gguf_read_tensors(qwen3i_gguf *g, qwen3i_tensors *t, const qwen3_allocator *a) {
+    const uint64_t size = (uint64_t)(g->end - g->start);
+    uint64_t at = 0, data, i;
+    qwen3i_tensor *first;
+    qwen3_result r;
+    if (g->n_tensors == 0) return QWEN3_OK;
+    if (g->n_tensors > qwen3i_gguf_left(g) / 25)    /* the least that one takes */
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: %llu tensors cannot be in %llu bytes", g->file, (unsigned long long)g->n_tensors,
+                           (unsigned long long)qwen3i_gguf_left(g));
+    r = qwen3i_grow_tensors(t, (size_t)g->n_tensors, a, g->err);
+    if (r != QWEN3_OK) return r;
+    first = t->list + t->n;
+    for (i = 0; i < g->n_tensors && r == QWEN3_OK; i++) r = qwen3i_gguf_read_tensor(g, &first[i], &at);
+    if (r != QWEN3_OK) return r;
+    data = qwen3i_gguf_padded(g, (uint64_t)qwen3i_gguf_at(g));
+    for (i = 0; i < g->n_tensors; i++) {
+        if (data > size || first[i].end > size - data)
+            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' ends at byte %llu, the file at %llu", g->file, QWEN3I_STR(first[i].name),
+                               (unsigned long long)(data + first[i].end), (unsigned long long)size);
+        first[i].data = g->start + (size_t)(data + first[i].begin);
+    }
+    t->n += (size_t)g->n_tensors;
+    return QWEN3_OK;
+}
+
+/* ---- a part ---------------------------------------------------------------------------------------------- */
+/* The header's fixed start. */
+static qwen3_result qwen3i_gguf_read_start(qwen3i_gguf *g) {
+    const unsigned char *magic = qwen3i_gguf_take(g, 4);
+    uint32_t version;
+    if (!magic || memcmp(magic, "GGUF", 4) != 0)
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: not a GGUF file: it does not start with these letters", g->file);
+    version = (uint32_t)qwen3i_gguf_number(g, 4);
+    g->n_tensors = qwen3i_gguf_number(g, 8);
+    g->n_values = qwen3i_gguf_number(g, 8);
+    if (g->cut) { g->n_values = 0; return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: the file ends in its header", g->file); }
+    if (version == 2 || version == 3) return QWEN3_OK;
+    g->n_values = 0;
+    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: GGUF version %lu%s; 2 and 3 are supported", g->file, (unsigned long)version,
+                       version && (version & 0xFFFFu) == 0 ? ": the file is of a big-endian machine" : "");
+}
+
+static qwen3_result qwen3i_gguf_read_alignment(qwen3i_gguf *g) {
+    const qwen3i_gguf_value *v = qwen3i_gguf_find(g, "general.alignment");
+    g->alignment = 32;
+    if (!v) return QWEN3_OK;
+    if (v->kind != QWEN3I_GGUF_U32) return qwen3i_gguf_wrong(g, v, "uint32");
+    g->alignment = qwen3i_little(v->p, 4);
+    if (g->alignment >= 8 && (g->alignment & (g->alignment - 1)) == 0) return QWEN3_OK;
+    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'general.alignment' is %lu; a power of two from 8 on is possible", g->file,
+                       (unsigned long)g->alignment);
+}
+
+/* Read everything before the list of tensors. Free g afterwards, whatever the result. */
+static qwen3_result qwen3i_gguf_begin(qwen3i_gguf *g, const qwen3i_shard *s, const qwen3_allocator *a, const qwen3i_err *err) {
+    qwen3_result r;
+    memset(g, 0, sizeof *g);
+    g->file = s->name;
+    g->err = err;
+    g->start = g->p = s->blob.data;
+    g->end = g->start + s->blob.size;
+    r = qwen3i_gguf_read_start(g);
+    if (r == QWEN3_OK) r = qwen3i_gguf_read_values(g, a);
+    return r == QWEN3_OK ? qwen3i_gguf_read_alignment(g) : r;
+}
+
+/* ---- the parts of a model -------------------------------------------------------------------------------- */
+/* Open the next part and read its keys. *g is the caller's to free. */
+static qwen3_result qwen3i_gguf_open_part(qwen3i_loader *l, qwen3i_str name, qwen3i_gguf *g) {
+    qwen3_model *m = l->model;
+    qwen3i_shard *s;
+    int first;
+    qwen3_result r = qwen3i_add_shard(l, name);
+    if (r != QWEN3_OK) return r;
+    s = &m->shards[m->n_shards - 1];
+    first = m->n_shards == 1;
+    r = qwen3i_open(l, s->name, 1, &s->blob);
+    if (r == QWEN3_OK && !s->blob.data) r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: there is no such file%s", first && l->desc->path ? l->desc->path : s->name,
+                                                            first ? ": a model is a directory or a .gguf file" : "");
+    if (r == QWEN3_OK) r = qwen3i_progress(l, 1);
+    return r == QWEN3_OK ? qwen3i_gguf_begin(g, s, &m->allocator, l->err) : r;
+}
+
+/* A part says which of how many it is, and is the only one if it says nothing. n_parts: as the first one says */
+static qwen3_result qwen3i_gguf_check_part(qwen3i_gguf *g, int number, int n_parts) {
+    double no = 0, n = 1;
+    int found;
+    qwen3_result r = qwen3i_gguf_get_number(g, "split.count", &n, &found);
+    if (r == QWEN3_OK) r = qwen3i_gguf_get_number(g, "split.no", &no, &found);
+    if (r != QWEN3_OK) return r;
+    if (!(n >= 1 && n <= QWEN3I_MAX_SHARDS && n == floor(n)))
+        return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key 'split.count' is %.17g; 1 to %d are supported", g->file, n, QWEN3I_MAX_SHARDS);
+    if (no != number || (number > 0 && n != n_parts))
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: this is part %.17g of %.17g (split.no, split.count), not part %d%s", g->file,
+                           no + 1, n, number + 1, number == 0 ? ", which a model is loaded by" : "");
+    g->n_parts = (int)n;
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_gguf_open(qwen3i_loader *l) {
+    qwen3_result r;
+    l->step = 0.3f;
+    r = qwen3i_gguf_open_part(l, qwen3i_str_of(l->gguf_name), l->gguf);
+    l->done = 0.3f;
+    l->step = 0;
+    return r == QWEN3_OK ? qwen3i_gguf_check_part(l->gguf, 0, 0) : r;
+}
+
+/* Add the tensors of the parts after the first, whose name ends in -00001-of-00003.gguf or so. */
+static qwen3_result qwen3i_gguf_list_parts(qwen3i_loader *l, qwen3i_tensors *t) {
+    const int count = l->gguf->n_parts;
+    const size_t n = strlen(l->gguf_name), tail = strlen("-00001-of-00003.gguf");
+    char name[256], number[40];
+    qwen3_result r = QWEN3_OK;
+    qwen3i_gguf g;
+    int i;
+    snprintf(number, sizeof number, "-%05d-of-%05d.gguf", 1, count);
+    if (n < tail || n >= sizeof name || strcmp(l->gguf_name + n - tail, number) != 0)
+        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: key 'split.count' is %d, but the name does not end in %s", l->gguf_name, count, number);
+    for (i = 1; i < count && r == QWEN3_OK; i++) {
+        snprintf(number, sizeof number, "-%05d-of-%05d.gguf", i + 1, count);
+        snprintf(name, sizeof name, "%.*s%s", (int)(n - tail), l->gguf_name, number);
+        l->done = 0.3f + 0.1f * (float)i / (float)count;
+        memset(&g, 0, sizeof g);
+        r = qwen3i_gguf_open_part(l, qwen3i_str_of(name), &g);
+        if (r == QWEN3_OK) r = qwen3i_gguf_check_part(&g, i, count);
+        if (r == QWEN3_OK) r = qwen3i_gguf_read_tensors(&g, t, &l->model->allocator);
+        qwen3i_gguf_free(&l->model->allocator, &g);
+    }
+    return r;
+}
+
+/* Tensors that this library would leave out of the computation. */
+static qwen3_result qwen3i_gguf_check_names(const qwen3i_tensors *t, const qwen3i_err *err) {
+    size_t i;
+    for (i = 0; i < t->n; i++) {
+        const qwen3i_str name = t->list[i].name;
+        if (name.n > 5 && memcmp(name.p + name.n - 5, ".bias", 5) == 0)
+            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%.*s': biases are not supported", t->list[i].file, QWEN3I_STR(name));
+    }
+    return QWEN3_OK;
+}
+
+/* The tensors of all parts, ordered by name. Without an output matrix the embedding is it. */
+static qwen3_result qwen3i_gguf_list(qwen3i_loader *l, qwen3i_tensors *t) {
+    qwen3i_gguf *g = l->gguf;
+    int found;
+    double total = 0;
+    qwen3_result r = qwen3i_gguf_read_tensors(g, t, &l->model->allocator);
+    l->step = 0.1f / (float)g->n_parts;
+    if (r == QWEN3_OK && g->n_parts > 1) r = qwen3i_gguf_list_parts(l, t);
+    if (r == QWEN3_OK) r = qwen3i_gguf_get_number(g, "split.tensors.count", &total, &found);
+    if (r == QWEN3_OK && found && total != (double)t->n)
+        r = qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: key 'split.tensors.count' is %.17g, but the parts hold %lu tensors", g->file, total, (unsigned long)t->n);
+    if (r == QWEN3_OK) r = qwen3i_index_tensors(t, l->err);
+    if (r == QWEN3_OK) r = qwen3i_gguf_check_names(t, l->err);
+    l->model->config.tied = !qwen3i_find_tensor(t, qwen3i_str_of("output.weight"));
+    return r;
+}
+
 /* ================================================================================================
    UNICODE: UTF-8 of any bytes, character classes, normal form C.
    The classes are those of Unicode 16 and the normal form is that of Unicode 9: so it is in the
@@ -4272,6 +4725,74 @@ static qwen3_result qwen3i_tokenizer_read(qwen3i_tokenizer **out, const qwen3_al
     return qwen3i_reader_end(&l, r, out);
 }
 
+/* ---- the tokens of a GGUF file -------------------------------------------------------------------------- */
+enum { QWEN3I_GGUF_NORMAL = 1, QWEN3I_GGUF_UNKNOWN, QWEN3I_GGUF_CONTROL, QWEN3I_GGUF_USER, QWEN3I_GGUF_UNUSED, QWEN3I_GGUF_BYTE };
+
+static qwen3_result qwen3i_gguf_token(qwen3i_vocab *v, qwen3i_str text, int64_t id, int type) {
+    switch (type) {
+        case QWEN3I_GGUF_NORMAL: case QWEN3I_GGUF_UNKNOWN: case QWEN3I_GGUF_BYTE: return qwen3i_vocab_token(v, text, id);
+        case QWEN3I_GGUF_CONTROL: return qwen3i_vocab_added(v, text, id, QWEN3I_ADDED_SPECIAL | QWEN3I_ADDED_RAW);
+        case QWEN3I_GGUF_USER:    return qwen3i_vocab_added(v, text, id, QWEN3I_ADDED_PLAIN | QWEN3I_ADDED_RAW);
+        case QWEN3I_GGUF_UNUSED:  return QWEN3_OK;      /* fills the embedding up */
+        default: return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: key 'tokenizer.ggml.token_type': token %lld has the type %d; 1 to 6 are known",
+                                    v->file, (long long)id, type);
+    }
+}
+
+static qwen3_result qwen3i_gguf_tokens(qwen3i_vocab *v, const qwen3i_gguf *g, const qwen3i_gguf_value *tokens) {
+    const qwen3i_gguf_value *types;
+    const unsigned char *p = tokens->p;
+    qwen3_result r = qwen3i_gguf_get_array(g, "tokenizer.ggml.token_type", QWEN3I_GGUF_I32, &types);
+    uint64_t i;
+    if (r == QWEN3_OK && types && types->n != tokens->n)
+        r = qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'tokenizer.ggml.token_type' has %llu elements, 'tokenizer.ggml.tokens' %llu",
+                        g->file, (unsigned long long)types->n, (unsigned long long)tokens->n);
+    for (i = 0; i < tokens->n && r == QWEN3_OK; i++)
+        r = qwen3i_gguf_token(v, qwen3i_gguf_next_string(&p), (int64_t)i, types ? (int)qwen3i_gguf_element(types, i) : QWEN3I_GGUF_NORMAL);
+    return r;
+}
+
+static qwen3_result qwen3i_gguf_merges(qwen3i_vocab *v, const qwen3i_gguf *g) {
+    const qwen3i_gguf_value *merges;
+    qwen3_result r = qwen3i_gguf_get_array(g, "tokenizer.ggml.merges", QWEN3I_GGUF_STRING, &merges);
+    const unsigned char *p = merges ? merges->p : NULL;
+    uint64_t i;
+    if (r == QWEN3_OK && !merges) r = qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'tokenizer.ggml.merges' is missing", g->file);
+    for (i = 0; r == QWEN3_OK && i < merges->n; i++) r = qwen3i_vocab_merge_line(v, qwen3i_gguf_next_string(&p));
+    return r;
+}
+
+/* Is the value of a key one of these, with | between them? */
+static qwen3_result qwen3i_gguf_expect(const qwen3i_gguf *g, const char *key, const char *list) {
+    qwen3i_str text;
+    qwen3_result r = qwen3i_gguf_get_string(g, key, &text);
+    if (r != QWEN3_OK || qwen3i_one_of(text, list)) return r;
+    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key '%s' is '%.*s'; supported is %s", g->file, key, QWEN3I_STR(text), list);
+}
+
+/* The same from the keys of a GGUF file; *out is NULL if it has no vocabulary. The names of the way to cut words
+   are those that ggml-org/llama.cpp gives to Qwen's. Normal form C is not among the keys: Qwen3's is said. */
+static qwen3_result qwen3i_tokenizer_from_gguf(qwen3i_tokenizer **out, const qwen3_allocator *a, const qwen3i_gguf *g) {
+    const qwen3i_gguf_value *tokens;
+    qwen3i_str model;
+    qwen3i_vocab v;
+    qwen3_result r = qwen3i_gguf_get_string(g, "tokenizer.ggml.model", &model);
+    *out = NULL;
+    if (r != QWEN3_OK || qwen3i_one_of(model, "|none|no_vocab")) return r;
+    r = qwen3i_gguf_expect(g, "tokenizer.ggml.model", "gpt2");
+    if (r == QWEN3_OK) r = qwen3i_gguf_expect(g, "tokenizer.ggml.pre", "qwen2|deepseek-r1-qwen");
+    if (r == QWEN3_OK) r = qwen3i_gguf_get_array(g, "tokenizer.ggml.tokens", QWEN3I_GGUF_STRING, &tokens);
+    if (r != QWEN3_OK) return r;
+    if (!tokens) return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'tokenizer.ggml.tokens' is missing", g->file);
+    r = qwen3i_vocab_begin(&v, a, g->file, (size_t)tokens->n, g->err);
+    if (r == QWEN3_OK) {
+        v.t->nfc = 1;
+        r = qwen3i_gguf_tokens(&v, g, tokens);
+    }
+    if (r == QWEN3_OK) r = qwen3i_gguf_merges(&v, g);
+    return qwen3i_vocab_end(&v, r, out);
+}
+
 /* ================================================================================================
    CHAT STYLE: which chat template a model was trained with
 
@@ -4830,6 +5351,15 @@ static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const 
     return qwen3i_config_check(&m->config, &c.raw, err);
 }
 
+/* Advice from a file: what is out of range is off. */
+static void qwen3i_advise(qwen3_sampler *s, double temperature, double top_p, double top_k, double min_p, double repeat) {
+    s->temperature = temperature >= 0 && temperature < 100 ? (float)temperature : 1.0f;
+    s->top_p = top_p > 0 && top_p <= 1 ? (float)top_p : 0.0f;
+    s->min_p = min_p > 0 && min_p <= 1 ? (float)min_p : 0.0f;
+    s->top_k = top_k >= 1 && top_k < 1e6 ? (int)top_k : 0;
+    s->repeat_penalty = repeat > 0 && repeat < 100 ? (float)repeat : 0.0f;
+}
+
 /* generation_config.json: sampling defaults and the tokens that end a turn. Its values are advice, so
    what is out of range is ignored; only broken JSON is an error. */
 static qwen3_result qwen3i_parse_generation(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err) {
@@ -4851,16 +5381,176 @@ static qwen3_result qwen3i_parse_generation(qwen3_model *m, const char *file, co
         }
     qwen3i_json_end(&j);
     if (j.error) return qwen3i_json_fail(err, file, &j);
-    if (!sample) return QWEN3_OK;
-    m->info.sampler.temperature = temperature >= 0 && temperature < 100 ? (float)temperature : 1.0f;
-    m->info.sampler.top_p = top_p > 0 && top_p <= 1 ? (float)top_p : 0.0f;
-    m->info.sampler.min_p = min_p > 0 && min_p <= 1 ? (float)min_p : 0.0f;
-    m->info.sampler.top_k = top_k >= 1 && top_k < 1e6 ? (int)top_k : 0;
-    m->info.sampler.repeat_penalty = repeat > 0 && repeat < 100 ? (float)repeat : 0.0f;
+    if (sample) qwen3i_advise(&m->info.sampler, temperature, top_p, top_k, min_p, repeat);
     return QWEN3_OK;
 }
 
+static void qwen3i_add_eos(qwen3_model *m, qwen3_token id) {
+    int i;
+    if (id < 0 || m->n_eos == QWEN3I_MAX_EOS) return;
+    for (i = 0; i < m->n_eos; i++) if (m->eos[i] == id) return;
+    m->eos[m->n_eos++] = id;
+}
+
+/* ---- the keys of a GGUF file -------------------------------------------------------------------------- */
+typedef struct qwen3i_gguf_key { int key; const char *name; } qwen3i_gguf_key;
+
+/* Names are those of architecture qwen3, the only one so far. */
+static const qwen3i_gguf_key qwen3i_gguf_keys[] = {
+    {QWEN3I_KEY_LAYERS,    "qwen3.block_count"},                {QWEN3I_KEY_EMBD,      "qwen3.embedding_length"},
+    {QWEN3I_KEY_HEADS,     "qwen3.attention.head_count"},       {QWEN3I_KEY_KV_HEADS,  "qwen3.attention.head_count_kv"},
+    {QWEN3I_KEY_HEAD_DIM,  "qwen3.attention.key_length"},       {QWEN3I_KEY_FF,        "qwen3.feed_forward_length"},
+    {QWEN3I_KEY_VOCAB,     "qwen3.vocab_size"},                 {QWEN3I_KEY_CTX,       "qwen3.context_length"},
+    {QWEN3I_KEY_EPS,       "qwen3.attention.layer_norm_rms_epsilon"},
+    {QWEN3I_KEY_THETA,     "qwen3.rope.freq_base"},             {QWEN3I_KEY_FACTOR,    "qwen3.rope.scaling.factor"},
+    {QWEN3I_KEY_BETA_FAST, "qwen3.rope.scaling.yarn_beta_fast"}, {QWEN3I_KEY_BETA_SLOW, "qwen3.rope.scaling.yarn_beta_slow"},
+    {QWEN3I_KEY_ORIGINAL_CTX, "qwen3.rope.scaling.original_context_length"},
+    {QWEN3I_KEY_ATTN_FACTOR,  "qwen3.rope.scaling.attn_factor"}
+};
+
+/* A whole model, and not a part of one that goes with another. */
+static qwen3_result qwen3i_gguf_check_type(const qwen3i_gguf *g) {
+    qwen3i_str type;
+    qwen3_result r = qwen3i_gguf_get_string(g, "general.type", &type);
+    if (r != QWEN3_OK || type.n == 0 || qwen3i_compare_str(type, qwen3i_str_of("model")) == 0) return r;
+    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key 'general.type' is '%.*s'; 'model' is supported", g->file, QWEN3I_STR(type));
+}
+
+/* What a key that is not there defaults to. */
+static qwen3_result qwen3i_gguf_defaults(const qwen3i_gguf *g, qwen3i_raw_config *raw) {
+    const double heads = raw->values[QWEN3I_KEY_HEADS];
+    const qwen3i_gguf_value *tokens;
+    qwen3_result r = qwen3i_gguf_get_array(g, "tokenizer.ggml.tokens", QWEN3I_GGUF_STRING, &tokens);
+    if (r != QWEN3_OK) return r;
+    if (!qwen3i_config_has(raw, QWEN3I_KEY_VOCAB) && tokens) qwen3i_config_set(raw, QWEN3I_KEY_VOCAB, (double)tokens->n);
+    if (!qwen3i_config_has(raw, QWEN3I_KEY_KV_HEADS) && heads > 0) qwen3i_config_set(raw, QWEN3I_KEY_KV_HEADS, heads);
+    if (!qwen3i_config_has(raw, QWEN3I_KEY_HEAD_DIM) && heads > 0)
+        qwen3i_config_set(raw, QWEN3I_KEY_HEAD_DIM, floor(raw->values[QWEN3I_KEY_EMBD] / heads));
+    return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_gguf_read_config(const qwen3i_gguf *g, qwen3i_raw_config *raw) {
+    qwen3i_str text;
+    double value = 0;
+    int i, found;
+    qwen3_result r = qwen3i_gguf_get_string(g, "general.architecture", &text);
+    snprintf(raw->family, sizeof raw->family, "%.*s", QWEN3I_STR(text));
+    for (i = 0; i < QWEN3I_COUNT(qwen3i_gguf_keys) && r == QWEN3_OK; i++) {
+        r = qwen3i_gguf_get_number(g, qwen3i_gguf_keys[i].name, &value, &found);
+        if (r == QWEN3_OK && found) qwen3i_config_set(raw, qwen3i_gguf_keys[i].key, value);
+    }
+    if (r == QWEN3_OK) r = qwen3i_gguf_get_string(g, "qwen3.rope.scaling.type", &text);
+    if (text.n && qwen3i_compare_str(text, qwen3i_str_of("none")) != 0)
+        qwen3i_config_set(raw, QWEN3I_KEY_ROPE, qwen3i_compare_str(text, qwen3i_str_of("yarn")) == 0 ? 1 : -1);
+    if (raw->values[QWEN3I_KEY_ATTN_FACTOR] > 0 && raw->values[QWEN3I_KEY_FACTOR] > 1)    /* here on top of YaRN's own */
+        raw->values[QWEN3I_KEY_ATTN_FACTOR] *= 0.1 * log(raw->values[QWEN3I_KEY_FACTOR]) + 1;
+    return r;
+}
+
+/* Keys that would mean another computation than that of head_dim rotated values. */
+static qwen3_result qwen3i_gguf_check_width(const qwen3i_gguf *g, const char *key, int head_dim) {
+    double width = 0;
+    int found;
+    qwen3_result r = qwen3i_gguf_get_number(g, key, &width, &found);
+    if (r != QWEN3_OK || !found || width == head_dim) return r;
+    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key '%s' is %.17g; only 'qwen3.attention.key_length' (%d) is supported",
+                       g->file, key, width, head_dim);
+}
+
+/* 0 none, 3 last token, 4 that of a reranker */
+static qwen3_result qwen3i_gguf_check_pooling(const qwen3i_gguf *g) {
+    double pooling = 0;
+    int found;
+    qwen3_result r = qwen3i_gguf_get_number(g, "qwen3.pooling_type", &pooling, &found);
+    if (r != QWEN3_OK || pooling == 0 || pooling == 3 || pooling == 4) return r;
+    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key 'qwen3.pooling_type' is %.17g; 0 (none), 3 (last token) and 4 (rank) are supported",
+                       g->file, pooling);
+}
+
+/* The tokens that end a turn. */
+static qwen3_result qwen3i_gguf_read_eos(const qwen3i_gguf *g, qwen3_model *m) {
+    static const char *const keys[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+    qwen3_result r = QWEN3_OK;
+    double id = 0;
+    int i, found;
+    for (i = 0; i < QWEN3I_COUNT(keys) && r == QWEN3_OK; i++) {
+        r = qwen3i_gguf_get_number(g, keys[i], &id, &found);
+        if (r != QWEN3_OK || !found) continue;
+        if (!(id >= 0 && id < m->config.n_vocab))
+            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%s' is %.17g; the vocabulary has %d tokens", g->file, keys[i], id, m->config.n_vocab);
+        qwen3i_add_eos(m, (qwen3_token)id);
+    }
+    return r;
+}
+
+/* general.sampling.*: advice. What is not said is off, but for the temperature. */
+static qwen3_result qwen3i_gguf_read_sampling(const qwen3i_gguf *g, qwen3_model *m) {
+    static const char *const keys[] = {"general.sampling.temp", "general.sampling.top_p", "general.sampling.top_k",
+                                       "general.sampling.min_p", "general.sampling.penalty_repeat"};
+    double v[QWEN3I_COUNT(keys)] = {1, 1, 0, 0, 1};
+    qwen3_result r = QWEN3_OK;
+    int i, found, any = 0;
+    for (i = 0; i < QWEN3I_COUNT(keys) && r == QWEN3_OK; i++) {
+        r = qwen3i_gguf_get_number(g, keys[i], &v[i], &found);
+        any |= found;
+    }
+    if (r == QWEN3_OK && any) qwen3i_advise(&m->info.sampler, v[0], v[1], v[2], v[3], v[4]);
+    return r;
+}
+
+static qwen3_result qwen3i_gguf_configuration(qwen3i_loader *l) {
+    const char *keys[QWEN3I_KEYS];
+    qwen3_model *m = l->model;
+    qwen3i_gguf *g = l->gguf;
+    qwen3i_raw_config raw;
+    qwen3_result r = qwen3i_gguf_open(l);
+    int i;
+    for (i = 0; i < QWEN3I_KEYS; i++) keys[i] = NULL;
+    for (i = 0; i < QWEN3I_COUNT(qwen3i_gguf_keys); i++) keys[qwen3i_gguf_keys[i].key] = qwen3i_gguf_keys[i].name;
+    keys[QWEN3I_KEY_FAMILY] = "general.architecture";
+    keys[QWEN3I_KEY_ROPE] = "qwen3.rope.scaling.type";
+    if (r == QWEN3_OK) r = qwen3i_gguf_check_type(g);
+    if (r != QWEN3_OK) return r;
+    qwen3i_config_begin(&raw, g->file, keys);
+    r = qwen3i_gguf_read_config(g, &raw);
+    if (r == QWEN3_OK) r = qwen3i_gguf_defaults(g, &raw);
+    if (r == QWEN3_OK) r = qwen3i_config_check(&m->config, &raw, l->err);
+    if (r == QWEN3_OK) r = qwen3i_gguf_check_width(g, "qwen3.attention.value_length", m->config.head_dim);
+    if (r == QWEN3_OK) r = qwen3i_gguf_check_width(g, "qwen3.rope.dimension_count", m->config.head_dim);
+    if (r == QWEN3_OK) r = qwen3i_gguf_check_pooling(g);
+    if (r == QWEN3_OK) r = qwen3i_gguf_read_eos(g, m);
+    return r == QWEN3_OK ? qwen3i_gguf_read_sampling(g, m) : r;
+}
+
 /* ---- weights: tensors, found by name and held against the shapes of the configuration ---------------- */
+typedef enum qwen3i_tensor_id {          /* first those of the model, then those of each layer */
+    QWEN3I_W_EMBED, QWEN3I_W_FINAL_NORM, QWEN3I_W_HEAD, QWEN3I_W_RANK,
+    QWEN3I_W_ATTN_NORM, QWEN3I_W_Q, QWEN3I_W_K, QWEN3I_W_V, QWEN3I_W_QKV, QWEN3I_W_Q_NORM, QWEN3I_W_K_NORM, QWEN3I_W_O,
+    QWEN3I_W_MLP_NORM, QWEN3I_W_GATE, QWEN3I_W_UP, QWEN3I_W_DOWN,
+    QWEN3I_WEIGHTS
+} qwen3i_tensor_id;
+
+struct qwen3i_source {                  /* a layout of a model's files */
+    const char *layers;                 /* what the names of a layer's weights start with, before its number */
+    const char *names[QWEN3I_WEIGHTS];  /* in the order of qwen3i_tensor_id; NULL: there is no such weight */
+    const char *config_file;            /* in messages: where the configuration is; NULL: in the first file of weights */
+    const char *layers_key;             /* in it: how many layers there are */
+    qwen3_result (*configuration)(qwen3i_loader *l);
+    qwen3_result (*tokenizer)(qwen3i_loader *l);
+    qwen3_result (*list)(qwen3i_loader *l, qwen3i_tensors *out);
+};
+
+static const char *qwen3i_config_file(const qwen3i_loader *l) {
+    return l->source->config_file ? l->source->config_file : l->model->shards[0].name;
+}
+
+#define QWEN3I_NAME 128                 /* bytes that hold any weight's name */
+
+static void qwen3i_weight_name(char *dst, const qwen3i_source *s, int layer, int weight) {
+    if (weight < QWEN3I_W_ATTN_NORM) snprintf(dst, QWEN3I_NAME, "%s.weight", s->names[weight]);
+    else snprintf(dst, QWEN3I_NAME, "%s%d.%s.weight", s->layers, layer, s->names[weight]);
+}
+
 typedef struct qwen3i_binder {
     qwen3i_loader        *l;
     const qwen3i_tensors *tensors;
@@ -4946,7 +5636,8 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
     if (!same) {
         qwen3i_shape_string(has, sizeof has, t->shape, t->rank);
         qwen3i_shape_string(needs, sizeof needs, want, rank);
-        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s; config.json asks for %s", t->file, name, has, needs);
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s; %s asks for %s", t->file, name, has,
+                           qwen3i_config_file(b->l), needs);
     }
     out->type = qwen3i_type_of(t->dtype);
     out->rows = rows ? rows : 1;
@@ -4964,77 +5655,128 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
     return QWEN3_OK;
 }
 
-/* A norm's gains as float32: small enough to copy, and then every kernel reads one type. */
-static qwen3_result qwen3i_bind_gains(qwen3i_binder *b, const char *name, int n, const float **out) {
+/* A small tensor as float32: then every kernel reads one type. rows 0: of one dimension */
+static qwen3_result qwen3i_bind_floats(qwen3i_binder *b, const char *name, int rows, int cols, const float **out) {
+    const int n = (rows ? rows : 1) * cols;
     qwen3i_matrix t;
-    float *gains;
-    qwen3_result r = qwen3i_bind(b, name, 0, n, &t);
+    float *values;
+    int i;
+    qwen3_result r = qwen3i_bind(b, name, rows, cols, &t);
     if (r != QWEN3_OK) return r;
-    gains = (float *)qwen3i_model_alloc(b->l->model, (size_t)n, sizeof *gains);
-    if (!gains) return qwen3i_no_memory(b->l->err, name, (uint64_t)n * sizeof *gains);
-    qwen3i_decode(gains, t.data, t.type, n);
-    *out = gains;
+    values = (float *)qwen3i_model_alloc(b->l->model, (size_t)n, sizeof *values);
+    if (!values) return qwen3i_no_memory(b->l->err, name, (uint64_t)n * sizeof *values);
+    for (i = 0; i < t.rows; i++)
+        qwen3i_decode(values + (size_t)i * (size_t)cols, (const char *)t.data + (size_t)i * (size_t)qwen3i_row_bytes(t.type, cols), t.type, cols);
+    *out = values;
     return QWEN3_OK;
 }
 
-typedef struct qwen3i_binding {         /* one tensor of a layer */
-    const char    *name;
-    int            rows, cols;          /* rows 0: gains */
+/* Some of a matrix' rows */
+static qwen3i_matrix qwen3i_rows_of(const qwen3i_matrix *whole, int first, int rows) {
+    qwen3i_matrix m = *whole;
+    m.data = (const char *)whole->data + (size_t)first * (size_t)qwen3i_row_bytes(whole->type, whole->cols);
+    m.rows = rows;
+    return m;
+}
+
+/* Queries, keys and values of a layer are three matrices, or, in some files, the rows of one. */
+static qwen3_result qwen3i_bind_qkv(qwen3i_binder *b, int index, qwen3i_layer *w) {
+    const qwen3i_config *c = &b->l->model->config;
+    const qwen3i_source *s = b->l->source;
+    const int q_dim = c->n_head * c->head_dim, kv_dim = c->n_head_kv * c->head_dim;
+    qwen3i_matrix *const parts[3] = {&w->wq, &w->wk, &w->wv};
+    qwen3i_matrix whole;
+    char name[QWEN3I_NAME];
+    qwen3_result r = QWEN3_OK;
+    int i;
+    if (s->names[QWEN3I_W_QKV]) {
+        qwen3i_weight_name(name, s, index, QWEN3I_W_QKV);
+        if (qwen3i_find_tensor(b->tensors, qwen3i_str_of(name))) {
+            r = qwen3i_bind(b, name, q_dim + 2 * kv_dim, c->n_embd, &whole);
+            if (r != QWEN3_OK) return r;
+            for (i = 0; i < 3; i++) *parts[i] = qwen3i_rows_of(&whole, i ? q_dim + (i - 1) * kv_dim : 0, i ? kv_dim : q_dim);
+            return QWEN3_OK;
+        }
+    }
+    for (i = 0; i < 3 && r == QWEN3_OK; i++) {
+        qwen3i_weight_name(name, s, index, QWEN3I_W_Q + i);
+        r = qwen3i_bind(b, name, i ? kv_dim : q_dim, c->n_embd, parts[i]);
+    }
+    return r;
+}
+
+typedef struct qwen3i_binding {         /* one tensor of a layer: a matrix, or gains if rows is 0 */
+    qwen3i_tensor_id weight;
+    int            rows, cols;
     qwen3i_matrix *matrix;
     const float  **gains;
 } qwen3i_binding;
 
-static qwen3i_binding qwen3i_binding_of(const char *name, int rows, int cols, qwen3i_matrix *matrix, const float **gains) {
+static qwen3i_binding qwen3i_binding_of(qwen3i_tensor_id weight, int rows, int cols, qwen3i_matrix *matrix, const float **gains) {
     qwen3i_binding b;
-    b.name = name; b.rows = rows; b.cols = cols; b.matrix = matrix; b.gains = gains;
+    b.weight = weight; b.rows = rows; b.cols = cols; b.matrix = matrix; b.gains = gains;
     return b;
 }
 
+#define QWEN3I_LAYER_TENSORS 9          /* the fewest that a layer has */
+
 static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer *w) {
     const qwen3i_config *c = &b->l->model->config;
-    const int q_dim = c->n_head * c->head_dim, kv_dim = c->n_head_kv * c->head_dim;
-    qwen3i_binding list[11];
-    char name[128];
+    const int q_dim = c->n_head * c->head_dim;
+    qwen3i_binding list[8];
+    char name[QWEN3I_NAME];
     qwen3_result r = QWEN3_OK;
     int i, n = 0;
-    list[n++] = qwen3i_binding_of("input_layernorm",          0,        c->n_embd,   NULL, &w->attn_norm);
-    list[n++] = qwen3i_binding_of("self_attn.q_proj",         q_dim,    c->n_embd,   &w->wq, NULL);
-    list[n++] = qwen3i_binding_of("self_attn.k_proj",         kv_dim,   c->n_embd,   &w->wk, NULL);
-    list[n++] = qwen3i_binding_of("self_attn.v_proj",         kv_dim,   c->n_embd,   &w->wv, NULL);
-    list[n++] = qwen3i_binding_of("self_attn.q_norm",         0,        c->head_dim, NULL, &w->q_norm);
-    list[n++] = qwen3i_binding_of("self_attn.k_norm",         0,        c->head_dim, NULL, &w->k_norm);
-    list[n++] = qwen3i_binding_of("self_attn.o_proj",         c->n_embd, q_dim,      &w->wo, NULL);
-    list[n++] = qwen3i_binding_of("post_attention_layernorm", 0,        c->n_embd,   NULL, &w->mlp_norm);
-    list[n++] = qwen3i_binding_of("mlp.gate_proj",            c->n_ff,  c->n_embd,   &w->w_gate, NULL);
-    list[n++] = qwen3i_binding_of("mlp.up_proj",              c->n_ff,  c->n_embd,   &w->w_up, NULL);
-    list[n++] = qwen3i_binding_of("mlp.down_proj",            c->n_embd, c->n_ff,    &w->w_down, NULL);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_ATTN_NORM, 0,         c->n_embd,   NULL, &w->attn_norm);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_Q_NORM,    0,         c->head_dim, NULL, &w->q_norm);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_K_NORM,    0,         c->head_dim, NULL, &w->k_norm);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_O,         c->n_embd, q_dim,       &w->wo, NULL);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_MLP_NORM,  0,         c->n_embd,   NULL, &w->mlp_norm);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_GATE,      c->n_ff,   c->n_embd,   &w->w_gate, NULL);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_UP,        c->n_ff,   c->n_embd,   &w->w_up, NULL);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_DOWN,      c->n_embd, c->n_ff,     &w->w_down, NULL);
     for (i = 0; i < n && r == QWEN3_OK; i++) {
-        snprintf(name, sizeof name, "model.layers.%d.%s.weight", index, list[i].name);
+        qwen3i_weight_name(name, b->l->source, index, list[i].weight);
         r = list[i].rows ? qwen3i_bind(b, name, list[i].rows, list[i].cols, list[i].matrix)
-                         : qwen3i_bind_gains(b, name, list[i].cols, list[i].gains);
+                         : qwen3i_bind_floats(b, name, 0, list[i].cols, list[i].gains);
     }
-    return r;
+    return r == QWEN3_OK ? qwen3i_bind_qkv(b, index, w) : r;
+}
+
+/* The weights outside the layers. A tied head is the embedding, and one in the file a copy that is not used. */
+static qwen3_result qwen3i_bind_ends(qwen3i_binder *b) {
+    qwen3_model *m = b->l->model;
+    const qwen3i_config *c = &m->config;
+    const qwen3i_source *s = b->l->source;
+    qwen3i_weights *w = &m->weights;
+    char name[QWEN3I_NAME];
+    qwen3_result r;
+    qwen3i_weight_name(name, s, -1, QWEN3I_W_EMBED);
+    r = qwen3i_bind(b, name, c->n_vocab, c->n_embd, &w->embed);
+    qwen3i_weight_name(name, s, -1, QWEN3I_W_FINAL_NORM);
+    if (r == QWEN3_OK) r = qwen3i_bind_floats(b, name, 0, c->n_embd, &w->final_norm);
+    w->head = w->embed;
+    qwen3i_weight_name(name, s, -1, QWEN3I_W_HEAD);
+    if (r == QWEN3_OK && !c->tied) r = qwen3i_bind(b, name, c->n_vocab, c->n_embd, &w->head);
+    if (r != QWEN3_OK || !s->names[QWEN3I_W_RANK]) return r;
+    qwen3i_weight_name(name, s, -1, QWEN3I_W_RANK);
+    return qwen3i_find_tensor(b->tensors, qwen3i_str_of(name)) ? qwen3i_bind_floats(b, name, 2, c->n_embd, &m->rank) : QWEN3_OK;
 }
 
 static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
     qwen3_model *m = b->l->model;
     const qwen3i_config *c = &m->config;
-    qwen3i_weights *w = &m->weights;
     qwen3i_layer *layers;
-    qwen3_result r;
+    qwen3_result r = qwen3i_bind_ends(b);
     int i;
-    r = qwen3i_bind(b, "model.embed_tokens.weight", c->n_vocab, c->n_embd, &w->embed);
-    if (r == QWEN3_OK) r = qwen3i_bind_gains(b, "model.norm.weight", c->n_embd, &w->final_norm);
-    w->head = w->embed;                 /* when tied, a head in the file is a copy: not used */
-    if (r == QWEN3_OK && !c->tied) r = qwen3i_bind(b, "lm_head.weight", c->n_vocab, c->n_embd, &w->head);
     if (r != QWEN3_OK) return r;
-    if ((size_t)c->n_layer > b->tensors->n / 11 + 1)    /* before memory is taken for them */
-        return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "config.json: num_hidden_layers is %d, but the files hold only %lu tensors",
-                           c->n_layer, (unsigned long)b->tensors->n);
+    if ((size_t)c->n_layer > b->tensors->n / QWEN3I_LAYER_TENSORS + 1)    /* before memory is taken for them */
+        return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: %s is %d, but the files hold only %lu tensors",
+                           qwen3i_config_file(b->l), b->l->source->layers_key, c->n_layer, (unsigned long)b->tensors->n);
     layers = (qwen3i_layer *)qwen3i_model_alloc(m, (size_t)c->n_layer, sizeof *layers);
     if (!layers) return qwen3i_no_memory(b->l->err, "the layers", (uint64_t)c->n_layer * sizeof *layers);
     memset(layers, 0, (size_t)c->n_layer * sizeof *layers);
-    w->layers = layers;
+    m->weights.layers = layers;
     for (i = 0; i < c->n_layer && r == QWEN3_OK; i++) {
         r = qwen3i_bind_layer(b, i, &layers[i]);
         if (r == QWEN3_OK) r = qwen3i_progress(b->l, (i + 1.0) / c->n_layer);
@@ -5107,10 +5849,24 @@ static qwen3_result qwen3i_load_tokenizer(qwen3i_loader *l) {
     if (r == QWEN3_ERR_FORMAT && f.json.data) r = qwen3i_json_cut("tokenizer.json", &f.json, r, l->err);
     if (r == QWEN3_OK && m->tokenizer) r = qwen3i_load_style(l, &f.config);
     qwen3i_close_vocab(&m->allocator, &f);
-    if (r == QWEN3_OK && m->tokenizer && qwen3i_tokenizer_size(m->tokenizer) > m->config.n_vocab)
-        r = qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "the tokenizer has ids up to %d, the embedding only %d rows",
-                        qwen3i_tokenizer_size(m->tokenizer) - 1, m->config.n_vocab);
     return r;
+}
+
+static qwen3_result qwen3i_gguf_tokenizer(qwen3i_loader *l) {
+    qwen3_model *m = l->model;
+    qwen3i_str template_text;
+    qwen3_result r = qwen3i_tokenizer_from_gguf(&m->tokenizer, &m->allocator, l->gguf);
+    if (r != QWEN3_OK || !m->tokenizer) return r;
+    r = qwen3i_gguf_get_string(l->gguf, "tokenizer.chat_template", &template_text);
+    if (r == QWEN3_OK) qwen3i_take_template(m, template_text);
+    return r;
+}
+
+static qwen3_result qwen3i_check_tokenizer(const qwen3i_loader *l) {
+    const qwen3_model *m = l->model;
+    if (!m->tokenizer || qwen3i_tokenizer_size(m->tokenizer) <= m->config.n_vocab) return QWEN3_OK;
+    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "the tokenizer has ids up to %d, the embedding only %d rows",
+                       qwen3i_tokenizer_size(m->tokenizer) - 1, m->config.n_vocab);
 }
 
 /* ---- loading ------------------------------------------------------------------------------------------ */
@@ -5127,13 +5883,6 @@ static qwen3_result qwen3i_load_json(qwen3i_loader *l, const char *name, int req
                         name, path ? "in " : "given", path ? path : "");
     qwen3i_close(&l->model->allocator, &b);
     return r;
-}
-
-static void qwen3i_add_eos(qwen3_model *m, qwen3_token id) {
-    int i;
-    if (id < 0 || m->n_eos == QWEN3I_MAX_EOS) return;
-    for (i = 0; i < m->n_eos; i++) if (m->eos[i] == id) return;
-    m->eos[m->n_eos++] = id;
 }
 
 static void qwen3i_fill_info(qwen3_model *m) {
@@ -5173,7 +5922,7 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     b.fingerprint = qwen3i_hash(QWEN3_VERSION / 100, &m->config.n_layer, 8 * sizeof(int));
     b.fingerprint = qwen3i_hash_numbers(b.fingerprint, &m->config);
     l->step = 0.4f;
-    r = qwen3i_open_weights(l, &tensors);
+    r = l->source->list(l, &tensors);
     l->done = 0.4f;
     l->step = 0.1f;
     if (r == QWEN3_OK) r = qwen3i_bind_model(&b);
@@ -5186,10 +5935,76 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     return r;
 }
 
-static qwen3_result qwen3i_load_all(qwen3i_loader *l) {
+static qwen3_result qwen3i_load_config(qwen3i_loader *l) {
     qwen3_result r = qwen3i_load_json(l, "config.json", 1, qwen3i_parse_config);
-    if (r == QWEN3_OK) r = qwen3i_load_json(l, "generation_config.json", 0, qwen3i_parse_generation);
-    if (r == QWEN3_OK) r = qwen3i_load_tokenizer(l);
+    return r == QWEN3_OK ? qwen3i_load_json(l, "generation_config.json", 0, qwen3i_parse_generation) : r;
+}
+
+/* Hugging Face's layout: a directory */
+static const qwen3i_source qwen3i_directory = {
+    "model.layers.",
+    {"model.embed_tokens", "model.norm", "lm_head", NULL, "input_layernorm", "self_attn.q_proj", "self_attn.k_proj",
+     "self_attn.v_proj", NULL, "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm",
+     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
+    "config.json", "num_hidden_layers", qwen3i_load_config, qwen3i_load_tokenizer, qwen3i_open_weights
+};
+
+/* One file, or several parts */
+static const qwen3i_source qwen3i_gguf_file = {
+    "blk.",
+    {"token_embd", "output_norm", "output", "cls.output", "attn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_norm",
+     "attn_k_norm", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"},
+    NULL, "qwen3.block_count", qwen3i_gguf_configuration, qwen3i_gguf_tokenizer, qwen3i_gguf_list
+};
+
+static int qwen3i_is_gguf_name(const char *name) {
+    const size_t n = name ? strlen(name) : 0;
+    return n > 5 && strcmp(name + n - 5, ".gguf") == 0;
+}
+
+/* A file by this name is among what the caller gives, or may be in the directory. */
+static int qwen3i_is_given(const qwen3_load_desc *d, const char *name) {
+    int i;
+    if (d->io.read) return d->io.size(d->io.user, name) >= 0;
+    for (i = 0; i < d->n_files && strcmp(d->files[i].name, name) != 0; i++) {}
+    return i < d->n_files;
+}
+
+/* The model among the caller's files, by its name: NULL if there is none. Of a split one its first part */
+static const char *qwen3i_gguf_among(const qwen3_file *files, int n) {
+    const char *found = NULL;
+    int i;
+    for (i = 0; i < n; i++) {
+        if (!qwen3i_is_gguf_name(files[i].name)) continue;
+        found = files[i].name;
+        if (strstr(found, "-00001-of-") || !strstr(found, "-of-")) return found;
+    }
+    return found;
+}
+
+/* Directory or GGUF: what is given decides. config.json comes first, for a directory may hold a GGUF file, too. */
+static void qwen3i_choose_source(qwen3i_loader *l) {
+    const qwen3_load_desc *d = l->desc;
+    l->folder = d->path ? strlen(d->path) : 0;
+    if (d->files || d->io.read) {
+        if (d->path) l->gguf_name = d->path;
+        else if (qwen3i_is_given(d, "config.json")) l->gguf_name = NULL;
+        else if (d->files) l->gguf_name = qwen3i_gguf_among(d->files, d->n_files);
+        else if (qwen3i_is_given(d, "model.gguf")) l->gguf_name = "model.gguf";
+    }
+#ifndef QWEN3_NO_STDIO
+    else if (!qwen3i_is_directory(d->path)) {
+        while (l->folder > 0 && !strchr("/\\", d->path[l->folder - 1])) l->folder--;
+        l->gguf_name = d->path + l->folder;
+    }
+#endif
+    l->source = l->gguf_name ? &qwen3i_gguf_file : &qwen3i_directory;
+}
+
+static qwen3_result qwen3i_load_all(qwen3i_loader *l) {
+    qwen3_result r = l->source->configuration(l);
+    if (r == QWEN3_OK) r = l->source->tokenizer(l);
+    if (r == QWEN3_OK) r = qwen3i_check_tokenizer(l);
     if (r == QWEN3_OK && !(l->desc->flags & QWEN3_LOAD_VOCAB_ONLY)) r = qwen3i_load_weights(l);
     if (r != QWEN3_OK) return r;
     qwen3i_fill_info(l->model);
@@ -5213,10 +6028,10 @@ static qwen3_result qwen3i_check_allocator(const qwen3_allocator *a, const qwen3
 }
 
 #ifndef QWEN3_NO_STDIO
-/* Say what a path is that is no directory. */
-static qwen3_result qwen3i_no_directory(const char *path, const qwen3i_err *err) {
+/* A file has to be a GGUF file; of what else it may be, say what it is. */
+static qwen3_result qwen3i_check_file(const char *path, const qwen3i_err *err) {
     static const struct { size_t at; const char *bytes, *kind; } kinds[] = {
-        {0, "GGUF", "a GGUF file"}, {8, "{\"", "a safetensors file"}, {0, "PK\3\4", "a zip archive or PyTorch checkpoint"},
+        {8, "{\"", "a safetensors file"}, {0, "PK\3\4", "a zip archive or PyTorch checkpoint"},
         {0, "\x1F\x8B", "a gzip archive"}, {0, "{", "a JSON file"}, {0, "version https://git-lfs", "a Git LFS pointer"}
     };
     char head[32] = "";
@@ -5224,21 +6039,23 @@ static qwen3_result qwen3i_no_directory(const char *path, const qwen3i_err *err)
     qwen3i_handle h;
     int i;
     const int found = qwen3i_handle_open(&h, path, &size);
-    if (found == 0) return qwen3i_fail(err, QWEN3_ERR_IO, "'%s': there is no such directory", path);
+    if (found == 0) return qwen3i_fail(err, QWEN3_ERR_IO, "'%s': there is no such directory or file", path);
     if (found > 0) {
         if (qwen3i_handle_read(&h, 0, head, (size_t)(size < 31 ? size : 31)) != 0) head[0] = '\0';
         qwen3i_handle_close(h);
     }
+    if (memcmp(head, "GGUF", 4) == 0) return QWEN3_OK;
     for (i = 0; i < QWEN3I_COUNT(kinds) - 1; i++)
         if (memcmp(head + kinds[i].at, kinds[i].bytes, strlen(kinds[i].bytes)) == 0) break;
     if (memcmp(head + kinds[i].at, kinds[i].bytes, strlen(kinds[i].bytes)) != 0)
-        return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is a file: the directory of a Qwen3 model was expected", path);
-    return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is %s: the directory of a Qwen3 model was expected", path, kinds[i].kind);
+        return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is a file: the directory of a Qwen3 model, or a GGUF file, was expected", path);
+    return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is %s: the directory of a Qwen3 model, or a GGUF file, was expected", path, kinds[i].kind);
 }
 #endif
 
 static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err *err) {
     int sources = (d->path != NULL) + (d->files != NULL) + (d->io.read != NULL), i;
+    if (sources == 2 && !(d->files && d->io.read) && qwen3i_is_gguf_name(d->path)) sources = 1;   /* path names one of them */
     if (sources != 1) return qwen3i_fail(err, QWEN3_ERR_ARG, "set exactly one of path, files and io; %d are set", sources);
     if (d->io.read && !d->io.size) return qwen3i_fail(err, QWEN3_ERR_ARG, "io: size is not set");
     if (d->files && d->n_files <= 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "n_files is %d", d->n_files);
@@ -5249,9 +6066,13 @@ static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err
         return qwen3i_fail(err, QWEN3_ERR_ARG, "the backend was compiled with version %d of qwen3.h, this is %d", d->backend->version, QWEN3_VERSION);
     if (!qwen3i_little_endian()) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "big-endian machines are not supported");
 #ifdef QWEN3_NO_STDIO
-    if (d->path) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "compiled with QWEN3_NO_STDIO: load from files or io instead of a path");
+    if (!d->files && !d->io.read)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "compiled with QWEN3_NO_STDIO: load from files or io instead of a path");
 #else
-    if (d->path && !qwen3i_is_directory(d->path)) return qwen3i_no_directory(d->path, err);
+    if (!d->files && !d->io.read && !qwen3i_is_directory(d->path)) {
+        qwen3_result r = qwen3i_check_file(d->path, err);
+        if (r != QWEN3_OK) return r;
+    }
 #endif
     return qwen3i_check_allocator(&d->allocator, err);
 }
@@ -5259,6 +6080,7 @@ static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err
 QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc, char *err_text, size_t err_size) {
     qwen3i_err err;
     qwen3i_loader l;
+    qwen3i_gguf gguf;
     qwen3_model *m;
     qwen3_result r;
     err.text = err_text;
@@ -5278,7 +6100,11 @@ QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc
     l.desc = desc;
     l.model = m;
     l.err = &err;
+    memset(&gguf, 0, sizeof gguf);
+    l.gguf = &gguf;
+    qwen3i_choose_source(&l);
     r = qwen3i_load_all(&l);
+    qwen3i_gguf_free(&m->allocator, &gguf);
     if (r != QWEN3_OK) { qwen3_free(m); return r; }
     qwen3i_log(&m->logger, QWEN3_LOG_INFO, "loaded %llu parameters, %llu bytes, on %s (%s)%s", (unsigned long long)m->info.n_params,
                (unsigned long long)m->info.weight_bytes, m->info.backend_name, m->info.device_name, m->tokenizer ? "" : "; no tokenizer files");
@@ -9072,14 +9898,43 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
 }
 
 /* P(yes) against P(no) after a prompt that is in the sequence. */
+/* P(yes) against P(no) */
+static float qwen3i_relevance(double yes, double no) { return (float)(1 / (1 + exp(no - yes))); }
+
+/* By a reranker's own two rows: they need the last token's state, which it is evaluated again for. */
+static qwen3_result qwen3i_rank_by_rows(qwen3_ctx *c, int seq, float *score, const qwen3i_err *err) {
+    const int n = c->model->config.n_embd;
+    const float *rows = c->model->rank;
+    double yes = 0, no = 0;
+    int length = 0;
+    const qwen3_token *tokens = qwen3_seq_tokens(c, seq, &length), token = tokens[length - 1];
+    qwen3_item item;
+    float *state = (float *)qwen3i_alloc_array(&c->desc.allocator, (size_t)n, sizeof *state);
+    qwen3_result r;
+    int i;
+    if (!state) return qwen3i_no_memory(err, "a state", (uint64_t)n * sizeof *state);
+    memset(&item, 0, sizeof item);
+    item.seq = seq; item.tokens = &token; item.n = 1; item.hidden = state;
+    r = qwen3_seq_truncate(c, seq, length - 1);
+    if (r == QWEN3_OK) r = qwen3_eval(c, &item, 1);
+    for (i = 0; i < n && r == QWEN3_OK; i++) {
+        yes += (double)rows[i] * (double)state[i];
+        no += (double)rows[n + i] * (double)state[i];
+    }
+    qwen3i_free(&c->desc.allocator, state, (size_t)n * sizeof *state);
+    if (r == QWEN3_OK) *score = qwen3i_relevance(yes, no);
+    return r;
+}
+
 static qwen3_result qwen3i_yes_or_no(qwen3_ctx *c, int seq, float *score, const qwen3i_err *err) {
     qwen3_token yes, no;
     const float *logits;
     qwen3_result r;
+    if (c->model->rank) return qwen3i_rank_by_rows(c, seq, score, err);
     if (qwen3i_encode(c->model, "yes", 3, 0, &yes, 1, err) != 1 || qwen3i_encode(c->model, "no", 2, 0, &no, 1, err) != 1)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no tokens \"yes\" and \"no\": not a reranker");
     r = qwen3i_get_logits(c, seq, &logits, err);
-    if (r == QWEN3_OK) *score = (float)(1.0 / (1.0 + exp((double)logits[no] - (double)logits[yes])));
+    if (r == QWEN3_OK) *score = qwen3i_relevance((double)logits[yes], (double)logits[no]);
     return r;
 }
 

@@ -28,6 +28,7 @@ static void  test_free(void *p);
 #include "tests/test_faults.h"
 #include "tests/test_malformed.h"
 #include "tests/test_checkpoints.h"
+#include "tests/test_gguf.h"
 #include "tests/test_threads.h"
 #if defined(QWEN3_WITH_CUDA) && !defined(QWEN3_TEST_CUDA)
   #define QWEN3_TEST_CUDA
@@ -74,6 +75,7 @@ int main(int argc, char **argv) {
     suite_faults();
     suite_malformed();
     suite_checkpoints();
+    suite_gguf();
     suite_threads();
     suite_stability();
 #ifdef QWEN3_TEST_CUDA

@@ -1,0 +1,899 @@
+/* GGUF files: the same model as the directory's, bit for bit; every way to be wrong that we know is refused by
+   name. The files are made here, in memory, of the small model of tiny.h. */
+#ifndef QWEN3_TESTS_TEST_GGUF_H
+#define QWEN3_TESTS_TEST_GGUF_H
+#include "fixture.h"
+#include "tiny.h"
+#include "test_malformed.h"
+
+#define BAD  QWEN3_ERR_FORMAT
+#define NOT  QWEN3_ERR_UNSUPPORTED
+#define NONE QWEN3_ERR_IO
+#define GOOD QWEN3_OK
+
+/* ---- a writer whose every number can be made wrong ------------------------------------------------------- */
+enum { GG_U8, GG_I8, GG_U16, GG_I16, GG_U32, GG_I32, GG_F32, GG_BOOL, GG_STR, GG_ARR, GG_U64, GG_I64, GG_F64 };
+#define GG_AUTO ((uint64_t)0x5A5A5A5A5A5A5A5A)      /* a number that the writer fills in */
+
+typedef struct gg_key { const char *name; uint32_t kind; tiny_text value; } gg_key;
+typedef struct gg_tensor { char name[80]; uint32_t rank; uint64_t dims[5]; uint32_t type; uint64_t offset; tiny_text data; } gg_tensor;
+typedef struct gg_file {
+    uint32_t  version;
+    uint64_t  said_tensors, said_keys;              /* GG_AUTO: as many as there are */
+    gg_key    keys[48];
+    int       n_keys;
+    gg_tensor tensors[24];
+    int       n_tensors;
+} gg_file;
+
+static void gg_number(tiny_text *t, uint64_t v, int n) {
+    unsigned char b[8];
+    int i;
+    for (i = 0; i < n; i++) b[i] = (unsigned char)(v >> (8 * i));
+    tiny_append(t, b, (size_t)n);
+}
+
+static void gg_string(tiny_text *t, const char *p, size_t n) {
+    gg_number(t, n, 8);
+    tiny_append(t, p, n);
+}
+
+/* The key's entry: an old one of that name is emptied, a new one made. */
+static gg_key *gg_at(gg_file *f, const char *name, uint32_t kind) {
+    gg_key *k;
+    int i;
+    for (i = 0; i < f->n_keys && strcmp(f->keys[i].name, name) != 0; i++) {}
+    k = &f->keys[i];
+    if (i == f->n_keys) f->n_keys++; else free(k->value.p);
+    memset(k, 0, sizeof *k);
+    k->name = name;
+    k->kind = kind;
+    tiny_append(&k->value, "", 0);
+    return k;
+}
+
+static void gg_set(gg_file *f, const char *name, uint32_t kind, uint64_t v) {
+    static const int sizes[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+    gg_number(&gg_at(f, name, kind)->value, v, sizes[kind]);
+}
+
+static void gg_set_float(gg_file *f, const char *name, double value) {
+    float v = (float)value;
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    gg_set(f, name, GG_F32, bits);
+}
+
+static void gg_set_string(gg_file *f, const char *name, const char *text) {
+    gg_string(&gg_at(f, name, GG_STR)->value, text, strlen(text));
+}
+
+static tiny_text *gg_set_array(gg_file *f, const char *name, uint32_t item, uint64_t n) {
+    tiny_text *t = &gg_at(f, name, GG_ARR)->value;
+    gg_number(t, item, 4);
+    gg_number(t, n, 8);
+    return t;
+}
+
+static void gg_remove(gg_file *f, const char *name) {
+    int i;
+    for (i = 0; i < f->n_keys && strcmp(f->keys[i].name, name) != 0; i++) {}
+    if (!CHECK_MSG(i < f->n_keys, "no key %s", name)) return;
+    free(f->keys[i].value.p);
+    f->keys[i] = f->keys[--f->n_keys];
+}
+
+static gg_tensor *gg_tensor_at(gg_file *f, const char *name) {
+    int i;
+    for (i = 0; i < f->n_tensors && strcmp(f->tensors[i].name, name) != 0; i++) {}
+    return CHECK_MSG(i < f->n_tensors, "no tensor %s", name) ? &f->tensors[i] : &f->tensors[0];
+}
+
+/* rows 0: one dimension */
+static gg_tensor *gg_add(gg_file *f, const char *name, int rows, int cols, uint32_t type, const void *data, size_t n) {
+    gg_tensor *t = &f->tensors[f->n_tensors++];
+    memset(t, 0, sizeof *t);
+    snprintf(t->name, sizeof t->name, "%s", name);
+    t->rank = rows ? 2 : 1;
+    t->dims[0] = (uint64_t)cols;
+    t->dims[1] = (uint64_t)rows;
+    t->type = type;
+    t->offset = GG_AUTO;
+    tiny_append(&t->data, data, n);
+    return t;
+}
+
+static void gg_pad(tiny_text *t) { while (t->n % 32) tiny_append(t, "", 1); }
+
+/* The tensors [from, to) with all keys; to be freed */
+static tiny_text gg_write_part(const gg_file *f, int from, int to) {
+    tiny_text out = {NULL, 0};
+    uint64_t at = 0;
+    uint32_t d;
+    int i;
+    tiny_append(&out, "GGUF", 4);
+    gg_number(&out, f->version, 4);
+    gg_number(&out, f->said_tensors == GG_AUTO ? (uint64_t)(to - from) : f->said_tensors, 8);
+    gg_number(&out, f->said_keys == GG_AUTO ? (uint64_t)f->n_keys : f->said_keys, 8);
+    for (i = 0; i < f->n_keys; i++) {
+        gg_string(&out, f->keys[i].name, strlen(f->keys[i].name));
+        gg_number(&out, f->keys[i].kind, 4);
+        tiny_append(&out, f->keys[i].value.p, f->keys[i].value.n);
+    }
+    for (i = from; i < to; i++) {
+        const gg_tensor *t = &f->tensors[i];
+        gg_string(&out, t->name, strlen(t->name));
+        gg_number(&out, t->rank, 4);
+        for (d = 0; d < t->rank && d < 5; d++) gg_number(&out, t->dims[d], 8);
+        gg_number(&out, t->type, 4);
+        gg_number(&out, t->offset == GG_AUTO ? at : t->offset, 8);
+        at += (t->data.n + 31) / 32 * 32;
+    }
+    gg_pad(&out);
+    for (i = from; i < to; i++) {
+        tiny_append(&out, f->tensors[i].data.p, f->tensors[i].data.n);
+        gg_pad(&out);
+    }
+    return out;
+}
+static tiny_text gg_write(const gg_file *f) { return gg_write_part(f, 0, f->n_tensors); }
+
+static void gg_free(gg_file *f) {
+    int i;
+    for (i = 0; i < f->n_keys; i++) free(f->keys[i].value.p);
+    for (i = 0; i < f->n_tensors; i++) free(f->tensors[i].data.p);
+    memset(f, 0, sizeof *f);
+}
+
+/* ---- the tiny model --------------------------------------------------------------------------------------- */
+static const char *const gg_names[TINY_TENSORS] = {     /* in the order of tiny_tensors */
+    "output_norm", "blk.0.attn_norm", "blk.0.attn_q", "blk.0.attn_k", "blk.0.attn_v", "blk.0.attn_q_norm", "blk.0.attn_k_norm",
+    "blk.0.attn_output", "blk.0.ffn_norm", "blk.0.ffn_gate", "blk.0.ffn_up", "blk.0.ffn_down", "token_embd"
+};
+
+static void gg_make_tensors(gg_file *f, const tiny_model *m) {
+    const tiny_text *w = &m->file[TINY_WEIGHTS];
+    const unsigned char *data = (const unsigned char *)w->p + 8 + ((size_t)(unsigned char)w->p[0] | (size_t)(unsigned char)w->p[1] << 8);
+    int i, k;
+    for (i = 0; i < TINY_TENSORS; i++) {
+        const tiny_tensor *t = &tiny_tensors[i];
+        const int n = (t->rows ? t->rows : 1) * t->cols;
+        tiny_text wide = {NULL, 0};
+        char name[80];
+        snprintf(name, sizeof name, "%s.weight", gg_names[i]);
+        for (k = 0; k < n && !t->rows; k++) gg_number(&wide, (uint64_t)data[2 * k] << 16 | (uint64_t)data[2 * k + 1] << 24, 4);
+        if (t->rows) gg_add(f, name, t->rows, t->cols, 30, data, 2 * (size_t)n);
+        else gg_add(f, name, 0, t->cols, 0, wide.p, wide.n);        /* norms are float32 */
+        free(wide.p);
+        data += 2 * n;
+    }
+}
+
+/* A byte as vocabularies write it, without JSON's escapes */
+static void gg_byte(tiny_text *out, int byte) {
+    tiny_text t = {NULL, 0};
+    tiny_byte(&t, byte);
+    if (t.p[0] == '\\') gg_string(out, t.p + 1, t.n - 1); else gg_string(out, t.p, t.n);
+    free(t.p);
+}
+
+static void gg_make_tokens(gg_file *f) {
+    static const char *const added[] = {"<|im_end|>", "<|im_start|>", "<think>", "[PAD260]", "[PAD261]", "[PAD262]", "[PAD263]"};
+    static const int types[] = {3, 3, 4, 5, 5, 5, 5};
+    tiny_text *t;
+    int i;
+    gg_set_string(f, "tokenizer.ggml.model", "gpt2");
+    gg_set_string(f, "tokenizer.ggml.pre", "qwen2");
+    t = gg_set_array(f, "tokenizer.ggml.tokens", GG_STR, 264);
+    for (i = 0; i < 256; i++) gg_byte(t, i);
+    gg_string(t, "ab", 2);
+    for (i = 0; i < 7; i++) gg_string(t, added[i], strlen(added[i]));
+    t = gg_set_array(f, "tokenizer.ggml.token_type", GG_I32, 264);
+    for (i = 0; i < 264; i++) gg_number(t, i < 257 ? 1 : (uint64_t)types[i - 257], 4);
+    t = gg_set_array(f, "tokenizer.ggml.merges", GG_STR, 1);
+    gg_string(t, "a b", 3);
+    gg_set(f, "tokenizer.ggml.eos_token_id", GG_U32, 257);
+    gg_set(f, "tokenizer.ggml.eot_token_id", GG_U32, 259);
+    gg_set_string(f, "tokenizer.chat_template", "{{ enable_thinking }}");
+}
+
+static void gg_make(gg_file *f, const tiny_model *m) {
+    memset(f, 0, sizeof *f);
+    f->version = 3;
+    f->said_keys = f->said_tensors = GG_AUTO;
+    gg_set_string(f, "general.architecture", "qwen3");
+    gg_set_string(f, "general.type", "model");
+    gg_set(f, "qwen3.block_count", GG_U32, 1);
+    gg_set(f, "qwen3.embedding_length", GG_U32, 4);
+    gg_set(f, "qwen3.attention.head_count", GG_U32, 2);
+    gg_set(f, "qwen3.attention.head_count_kv", GG_U32, 1);
+    gg_set(f, "qwen3.attention.key_length", GG_U32, 2);
+    gg_set(f, "qwen3.attention.value_length", GG_U32, 2);
+    gg_set(f, "qwen3.feed_forward_length", GG_U32, 6);
+    gg_set(f, "qwen3.context_length", GG_U32, 32);
+    gg_set_float(f, "qwen3.attention.layer_norm_rms_epsilon", 1e-6);
+    gg_set_float(f, "qwen3.rope.freq_base", 10000);
+    gg_set_float(f, "general.sampling.temp", 0.6);
+    gg_set_float(f, "general.sampling.top_p", 0.95);
+    gg_set(f, "general.sampling.top_k", GG_I32, 20);
+    gg_make_tokens(f);
+    gg_make_tensors(f, m);
+}
+
+/* ---- loading ------------------------------------------------------------------------------------------------ */
+static qwen3_result gg_load_files(const tiny_text *parts, const char *const *names, int n, char err[512]) {
+    qwen3_file files[4];
+    void *copy[4];
+    size_t size = 0;
+    qwen3_result r;
+    int i;
+    memset(files, 0, sizeof files);
+    for (i = 0; i < n; i++) {           /* where it just fits, so that reading on is seen */
+        copy[i] = malloc(parts[i].n ? parts[i].n : 1);
+        memcpy(copy[i], parts[i].p, parts[i].n);
+        files[i].name = names[i];
+        files[i].data = copy[i];
+        files[i].size = parts[i].n;
+        size += parts[i].n;
+    }
+    r = malformed_load_files(files, n, size, err);
+    for (i = 0; i < n; i++) free(copy[i]);
+    return r;
+}
+
+static qwen3_result gg_load_bytes(const tiny_text *file, char err[512]) {
+    static const char *const name[] = {"m.gguf"};
+    return gg_load_files(file, name, 1, err);
+}
+
+static void gg_check(const gg_file *f, qwen3_result want, const char *words) {
+    tiny_text file = gg_write(f);
+    char err[512];
+    qwen3_result r = gg_load_bytes(&file, err);
+    CHECK_MSG(r == want && malformed_says(err, words) && (r == QWEN3_OK || strstr(err, "m.gguf")), "%s: '%s'; not '%s'",
+              qwen3_result_string(r), err, words);
+    free(file.p);
+}
+
+/* A model of the files for good, or NULL; free them after it. */
+static qwen3_model *gg_model(const qwen3_file *files, int n) {
+    qwen3_load_desc d;
+    qwen3_model *m = NULL;
+    char err[512] = "";
+    memset(&d, 0, sizeof d);
+    d.files = files;
+    d.n_files = n;
+    CHECK_MSG(qwen3_load(&m, &d, err, sizeof err) == QWEN3_OK, "%s", err);
+    return m;
+}
+
+static qwen3_model *gg_model_of(const gg_file *f, tiny_text *bytes) {
+    qwen3_file file;
+    *bytes = gg_write(f);
+    file.name = "m.gguf";
+    file.data = bytes->p;
+    file.size = bytes->n;
+    return gg_model(&file, 1);
+}
+
+static void gg_logits(const qwen3_model *m, float *out) {
+    static const qwen3_token tokens[] = {97, 256, 3, 200, 257, 98, 12};
+    const int n = (int)(sizeof tokens / sizeof *tokens);
+    qwen3_ctx_desc d = ctx_desc(16, 1, 0, QWEN3_KV_F32);
+    qwen3_ctx *ctx = NULL;
+    memset(out, 0xFF, sizeof(float) * 264 * (size_t)n);
+    if (m && CHECK(qwen3_ctx_create(&ctx, m, &d, NULL, 0) == QWEN3_OK)) CHECK_OK(ctx, eval(ctx, 0, tokens, n, out));
+    qwen3_ctx_free(ctx);
+}
+#define GG_LOGITS (264 * 7)
+
+/* What a user sees of two models must be the same. */
+static void gg_same(const qwen3_model *a, const qwen3_model *b, int same_info) {
+    static const char text[] = "abab \xC3\xA9\xCC\x81 e\xCC\x81 <|im_end|><think>\xFF 12 don't\r\n\n  x";
+    static float x[GG_LOGITS], y[GG_LOGITS];
+    qwen3_token s[64], t[64];
+    qwen3_info p = qwen3_get_info(a), q = qwen3_get_info(b);
+    int n, k;
+    if (!a || !b) return;
+    gg_logits(a, x);
+    gg_logits(b, y);
+    CHECK(memcmp(x, y, sizeof x) == 0);
+    for (k = 0; k < 2; k++) {
+        n = qwen3_encode(a, text, sizeof text - 1, k, s, 64, NULL, 0);
+        CHECK(n > 0 && n == qwen3_encode(b, text, sizeof text - 1, k, t, 64, NULL, 0) && memcmp(s, t, (size_t)n * sizeof *s) == 0);
+    }
+    if (!same_info) return;
+    CHECK(p.n_tokens == q.n_tokens && p.chat_style == q.chat_style && p.im_end == q.im_end && p.max_ctx == q.max_ctx);
+    CHECK(memcmp(&p.sampler, &q.sampler, sizeof p.sampler) == 0);
+    CHECK(a->n_eos == b->n_eos && memcmp(a->eos, b->eos, (size_t)a->n_eos * sizeof *a->eos) == 0);
+    CHECK(p.n_params == q.n_params);
+}
+
+static qwen3_model *gg_directory(const tiny_model *t) {
+    qwen3_file files[TINY_FILES];
+    return gg_model(files, tiny_list(t, files));
+}
+
+/* ---- what must work ---------------------------------------------------------------------------------------- */
+static void test_gguf_same_as_directory(void) {
+    static const char yarn[] = "\"rope_scaling\":{\"rope_type\":\"yarn\",\"factor\":4.0,\"original_max_position_embeddings\":8}";
+    qwen3_model *a, *b;
+    tiny_model t;
+    tiny_text bytes;
+    gg_file f;
+    int i;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    for (i = 0; i < 3; i++) {
+        a = gg_directory(&t);
+        b = gg_model_of(&f, &bytes);
+        gg_same(a, b, 1);
+        qwen3_free(a);
+        qwen3_free(b);
+        free(bytes.p);
+        if (i == 0) f.version = 2;
+        if (i == 1) {                   /* YaRN */
+            tiny_text config = malformed_replace(t.file[TINY_CONFIG].p, t.file[TINY_CONFIG].n, "\"rope_scaling\":null", yarn);
+            free(t.file[TINY_CONFIG].p);
+            t.file[TINY_CONFIG] = config;
+            gg_set_string(&f, "qwen3.rope.scaling.type", "yarn");
+            gg_set_float(&f, "qwen3.rope.scaling.factor", 4);
+            gg_set(&f, "qwen3.rope.scaling.original_context_length", GG_U32, 8);
+            gg_set(&f, "qwen3.vocab_size", GG_U64, 264);
+        }
+    }
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+/* q, k and v as the rows of one; an output matrix of its own that equals the embedding; no lengths of keys */
+static void test_gguf_forms(void) {
+    static const char *const parts[] = {"blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.0.attn_v.weight"};
+    qwen3_model *a, *b;
+    tiny_text bytes, again, fused = {NULL, 0};
+    const gg_tensor *e;
+    tiny_model t;
+    gg_file f;
+    int i;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    a = gg_model_of(&f, &bytes);
+    for (i = 0; i < 3; i++) {
+        gg_tensor *w = gg_tensor_at(&f, parts[i]);
+        tiny_append(&fused, w->data.p, w->data.n);
+        free(w->data.p);
+        *w = f.tensors[--f.n_tensors];
+    }
+    gg_add(&f, "blk.0.attn_qkv.weight", 8, 4, 30, fused.p, fused.n);
+    e = gg_tensor_at(&f, "token_embd.weight");
+    gg_add(&f, "output.weight", 264, 4, 30, e->data.p, e->data.n);
+    gg_remove(&f, "qwen3.attention.key_length");
+    gg_remove(&f, "qwen3.attention.value_length");
+    b = gg_model_of(&f, &again);
+    gg_same(a, b, 0);
+    CHECK(a && b && !b->config.tied && a->config.tied);
+    qwen3_free(a);
+    qwen3_free(b);
+    free(bytes.p);
+    free(again.p);
+    free(fused.p);
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+/* Numbers of any kind, and a model without a vocabulary */
+static void test_gguf_kinds(void) {
+    static const uint32_t kinds[] = {GG_U8, GG_I8, GG_U16, GG_I16, GG_U32, GG_I32, GG_U64, GG_I64};
+    static const char *const tokenizer[] = {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"};
+    const double half = 1e-6;
+    uint64_t bits;
+    tiny_model t;
+    tiny_text bytes;
+    qwen3_model *m;
+    gg_file f;
+    size_t i;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    for (i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        gg_set(&f, "qwen3.feed_forward_length", kinds[i], 6);
+        gg_check(&f, GOOD, "");
+    }
+    memcpy(&bits, &half, 8);
+    gg_set(&f, "qwen3.attention.layer_norm_rms_epsilon", GG_F64, bits);
+    gg_number(gg_set_array(&f, "some.array", GG_U16, 2), 0x12345678, 4);
+    gg_set(&f, "general.alignment", GG_U32, 32);
+    gg_check(&f, GOOD, "");
+    gg_set_string(&f, "tokenizer.ggml.model", "no_vocab");
+    gg_check(&f, GOOD, "");
+    for (i = 0; i < 3; i++) gg_remove(&f, tokenizer[i]);
+    gg_check(&f, BAD, "qwen3.vocab_size|missing");
+    gg_set(&f, "qwen3.vocab_size", GG_U32, 264);
+    m = gg_model_of(&f, &bytes);
+    CHECK(m && qwen3_get_info(m).n_tokens == 0);
+    qwen3_free(m);
+    free(bytes.p);
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+/* A reranker's two rows: the score is that of the last token's state. */
+static void test_gguf_rank(void) {
+    static const float rows[8] = {0.5f, -1, 2, 0.25f, -0.5f, 1, 0.125f, 3};
+    qwen3_ctx_desc d = ctx_desc(32, 1, 0, QWEN3_KV_F32);
+    qwen3_token tokens[] = {97, 98, 99};
+    float state[4], score = 0, want;
+    int length = 0;
+    qwen3_model *m;
+    qwen3_ctx *ctx = NULL;
+    qwen3_item item;
+    tiny_text bytes;
+    tiny_model t;
+    gg_file f;
+    double yes = 0, no = 0;
+    int i;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    gg_add(&f, "cls.output.weight", 2, 4, 0, rows, sizeof rows);
+    gg_set(&f, "qwen3.pooling_type", GG_U32, 4);
+    m = gg_model_of(&f, &bytes);
+    if (m && CHECK(qwen3_ctx_create(&ctx, m, &d, NULL, 0) == QWEN3_OK)) {
+        qwen3i_err err = qwen3i_ctx_err(ctx);
+        memset(&item, 0, sizeof item);
+        item.tokens = tokens; item.n = 3; item.hidden = state;
+        CHECK_OK(ctx, qwen3_eval(ctx, &item, 1));
+        for (i = 0; i < 4; i++) { yes += (double)rows[i] * (double)state[i]; no += (double)rows[4 + i] * (double)state[i]; }
+        want = (float)(exp(yes) / (exp(yes) + exp(no)));
+        CHECK_OK(ctx, qwen3i_yes_or_no(ctx, 0, &score, &err));
+        CHECK_MSG(fabs((double)score - (double)want) < 1e-6 && score != 0.5f, "%g, not %g", (double)score, (double)want);
+        CHECK(qwen3_seq_tokens(ctx, 0, &length) && length == 3);
+    }
+    qwen3_ctx_free(ctx);
+    qwen3_free(m);
+    free(bytes.p);
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+/* ---- where it comes from -------------------------------------------------------------------------------------- */
+typedef struct gg_io { const tiny_text *parts; const char *const *names; int n; } gg_io;
+
+static int64_t gg_io_size(void *user, const char *name) {
+    const gg_io *io = (const gg_io *)user;
+    int i;
+    for (i = 0; i < io->n; i++) if (strcmp(name, io->names[i]) == 0) return (int64_t)io->parts[i].n;
+    return -1;
+}
+
+static int gg_io_read(void *user, const char *name, uint64_t offset, void *dst, size_t size) {
+    const gg_io *io = (const gg_io *)user;
+    int i;
+    for (i = 0; i < io->n; i++) if (strcmp(name, io->names[i]) == 0) { memcpy(dst, io->parts[i].p + offset, size); return 0; }
+    return 1;
+}
+
+static const char *const gg_part_names[] = {"q-00001-of-00003.gguf", "q-00002-of-00003.gguf", "q-00003-of-00003.gguf"};
+
+/* The model in three parts */
+static void gg_split(gg_file *f, tiny_text parts[3]) {
+    const int n = f->n_keys;
+    int i, k;
+    gg_set(f, "split.count", GG_U16, 3);
+    gg_set(f, "split.tensors.count", GG_I32, (uint64_t)f->n_tensors);
+    for (i = 0; i < 3; i++) {
+        gg_file part = *f;
+        gg_set(&part, "split.no", GG_U16, (uint64_t)i);
+        if (i > 0) {                    /* only the first part has the other keys */
+            for (k = n; k < part.n_keys; k++) part.keys[k - n] = part.keys[k];
+            part.n_keys -= n;
+        }
+        parts[i] = gg_write_part(&part, i * f->n_tensors / 3, (i + 1) * f->n_tensors / 3);
+        free(part.keys[part.n_keys - 1].value.p);
+    }
+}
+
+/* A model from this descriptor, compared with that one. */
+static void gg_same_loaded(const qwen3_model *a, const qwen3_load_desc *d) {
+    qwen3_model *b = NULL;
+    char err[512] = "";
+    if (CHECK_MSG(qwen3_load(&b, d, err, sizeof err) == QWEN3_OK, "%s", err)) gg_same(a, b, 1);
+    qwen3_free(b);
+}
+
+static void test_gguf_sources(void) {
+    static const char *const one_name[] = {"model.gguf"};
+    qwen3_file files[3];
+    tiny_text whole, parts[3];
+    qwen3_load_desc d;
+    qwen3_model *a;
+    tiny_model t;
+    gg_io one, three;
+    gg_file f;
+    int i;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    a = gg_model_of(&f, &whole);
+    gg_split(&f, parts);
+    one.parts = &whole; one.names = one_name; one.n = 1;
+    three.parts = parts; three.names = gg_part_names; three.n = 3;
+    for (i = 0; i < 3; i++) { files[i].name = gg_part_names[2 - i]; files[i].data = parts[2 - i].p; files[i].size = parts[2 - i].n; }
+    memset(&d, 0, sizeof d);
+    d.io.size = gg_io_size; d.io.read = gg_io_read; d.io.user = &one;
+    gg_same_loaded(a, &d);
+    d.io.user = &three;
+    d.path = gg_part_names[0];
+    gg_same_loaded(a, &d);
+    memset(&d, 0, sizeof d);
+    d.files = files; d.n_files = 3;
+    gg_same_loaded(a, &d);
+    d.path = gg_part_names[0];
+    gg_same_loaded(a, &d);
+    d.path = "elsewhere.gguf";
+    qwen3_free(a);
+    CHECK(qwen3_load(&a, &d, NULL, 0) == QWEN3_ERR_IO && !a);
+    for (i = 0; i < 3; i++) free(parts[i].p);
+    free(whole.p);
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+#if !defined(_WIN32)
+static void test_gguf_path(void) {
+    char dir[64], path[4][160], err[512];
+    tiny_text whole, parts[3];
+    qwen3_load_desc d;
+    qwen3_model *a;
+    tiny_model t;
+    gg_file f;
+    int i, flags;
+    snprintf(dir, sizeof dir, "/tmp/qwen3-gguf-%ld", (long)getpid());
+    if (!CHECK_MSG(mkdir(dir, 0700) == 0, "cannot make %s", dir)) return;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    a = gg_model_of(&f, &whole);
+    gg_split(&f, parts);
+    for (i = 0; i < 4; i++) snprintf(path[i], sizeof path[i], "%s/%s", dir, i < 3 ? gg_part_names[i] : "one");
+    for (i = 0; i < 3; i++) malformed_write(dir, gg_part_names[i], &parts[i]);
+    malformed_write(dir, "one", &whole);
+    memset(&d, 0, sizeof d);
+    for (flags = 0; flags <= QWEN3_LOAD_NO_MMAP; flags += QWEN3_LOAD_NO_MMAP) for (i = 0; i < 4; i += 3) {
+        d.path = path[i];
+        d.flags = flags;
+        gg_same_loaded(a, &d);
+    }
+    CHECK(malformed_load_dir(path[1], 0, err) == BAD && strstr(err, "part 2 of 3") && strstr(err, gg_part_names[1]));
+    unlink(path[2]);
+    CHECK(malformed_load_dir(path[0], 0, err) == NONE && strstr(err, gg_part_names[2]));
+    CHECK(malformed_load_dir("no/such.gguf", 0, err) == NONE && strstr(err, "no/such.gguf"));
+    for (i = 0; i < 4; i++) unlink(path[i]);
+    rmdir(dir);
+    for (i = 0; i < 3; i++) free(parts[i].p);
+    qwen3_free(a);
+    free(whole.p);
+    gg_free(&f);
+    tiny_free(&t);
+}
+#endif
+
+/* ---- what must be refused --------------------------------------------------------------------------------------- */
+static void gg_case(const gg_file *f, const char *name, uint32_t kind, uint64_t v, qwen3_result want, const char *words) {
+    gg_file copy = *f;                  /* shares the texts: only what is set is its own */
+    int i;
+    for (i = 0; i < f->n_keys && strcmp(f->keys[i].name, name) != 0; i++) {}
+    memset(&copy.keys[i], 0, sizeof *copy.keys);
+    copy.keys[i].name = name;
+    if (i == f->n_keys) copy.n_keys++;
+    if (kind == GG_STR) gg_set_string(&copy, name, (const char *)(uintptr_t)v);
+    else gg_set(&copy, name, kind, v);
+    gg_check(&copy, want, words);
+    free(copy.keys[i].value.p);
+}
+#define GG_TEXT(s) GG_STR, (uint64_t)(uintptr_t)(s)
+
+static void test_gguf_bad_keys(void) {
+    static const char *const needed[] = {
+        "qwen3.block_count", "qwen3.embedding_length", "qwen3.attention.head_count", "qwen3.feed_forward_length",
+        "qwen3.context_length", "qwen3.attention.layer_norm_rms_epsilon", "qwen3.rope.freq_base", "general.architecture",
+        "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+    };
+    const uint64_t nan32 = 0x7FC00000u;
+    tiny_model t;
+    gg_file f;
+    size_t i;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    for (i = 0; i < sizeof needed / sizeof *needed; i++) {
+        char words[96];
+        gg_file copy = f;
+        int k;
+        for (k = 0; strcmp(f.keys[k].name, needed[i]) != 0; k++) {}
+        copy.keys[k] = copy.keys[--copy.n_keys];
+        snprintf(words, sizeof words, "%s|missing", i == 8 ? "qwen3.vocab_size" : needed[i]);
+        gg_check(&copy, BAD, words);
+    }
+    gg_case(&f, "general.architecture", GG_TEXT("qwen35moe"), NOT, "general.architecture|'qwen35moe'");
+    gg_case(&f, "general.architecture", GG_U32, 3, BAD, "general.architecture|uint32|string");
+    gg_case(&f, "general.type", GG_TEXT("adapter"), NOT, "general.type|adapter");
+    gg_case(&f, "general.alignment", GG_TEXT("32"), BAD, "general.alignment|string|uint32");
+    gg_case(&f, "general.alignment", GG_U32, 0, BAD, "general.alignment|0");
+    gg_case(&f, "general.alignment", GG_U32, 48, BAD, "general.alignment|48");
+    gg_case(&f, "general.alignment", GG_U32, 64, BAD, "starts at byte");
+    gg_case(&f, "general.alignment", GG_U32, 0x80000000u, BAD, "starts at byte");
+    gg_case(&f, "qwen3.block_count", GG_U32, 8000000, BAD, "qwen3.block_count|8000000");
+    gg_case(&f, "qwen3.block_count", GG_I64, (uint64_t)-1, BAD, "qwen3.block_count|-1");
+    gg_case(&f, "qwen3.block_count", GG_U64, (uint64_t)-1, BAD, "qwen3.block_count|possible");
+    gg_case(&f, "qwen3.block_count", GG_U32, 2, BAD, "blk.1.attn_norm.weight|missing");
+    gg_case(&f, "qwen3.block_count", GG_TEXT("1"), BAD, "qwen3.block_count|string|number");
+    gg_case(&f, "qwen3.embedding_length", GG_U32, 8, BAD, "[264, 4]|[264, 8]");
+    gg_case(&f, "qwen3.vocab_size", GG_U32, 263, BAD, "token_embd.weight|[264, 4]|[263, 4]");
+    gg_case(&f, "qwen3.vocab_size", GG_U32, 100, BAD, "eos_token_id|257|100");
+    gg_case(&f, "qwen3.attention.head_count", GG_U32, 3, BAD, "blk.0.attn_output.weight|[4, 4]|[4, 6]");
+    gg_case(&f, "qwen3.attention.head_count_kv", GG_U32, 0, BAD, "head_count_kv|0");
+    gg_case(&f, "qwen3.attention.value_length", GG_U32, 4, NOT, "value_length|4");
+    gg_case(&f, "qwen3.rope.dimension_count", GG_U32, 1, NOT, "dimension_count|1");
+    gg_case(&f, "qwen3.pooling_type", GG_U32, 1, NOT, "pooling_type|1");
+    gg_case(&f, "qwen3.rope.scaling.type", GG_TEXT("longrope"), NOT, "rope.scaling.type");
+    gg_case(&f, "qwen3.rope.freq_base", GG_F32, nan32, BAD, "rope.freq_base");
+    gg_case(&f, "qwen3.attention.layer_norm_rms_epsilon", GG_F32, nan32, BAD, "epsilon");
+    gg_case(&f, "tokenizer.ggml.model", GG_TEXT("llama"), NOT, "tokenizer.ggml.model|llama|gpt2");
+    gg_case(&f, "tokenizer.ggml.pre", GG_TEXT("qwen35"), NOT, "tokenizer.ggml.pre|qwen35");
+    gg_case(&f, "tokenizer.ggml.eos_token_id", GG_U32, 264, BAD, "eos_token_id|264");
+    gg_case(&f, "tokenizer.ggml.eos_token_id", GG_I32, (uint64_t)-1, BAD, "eos_token_id|-1");
+    gg_case(&f, "tokenizer.ggml.tokens", GG_TEXT("a"), BAD, "tokens|string|array of string");
+    gg_case(&f, "tokenizer.chat_template", GG_U32, 1, BAD, "chat_template|uint32");
+    gg_case(&f, "general.sampling.temp", GG_TEXT("hot"), BAD, "general.sampling.temp|string");
+    gg_case(&f, "split.no", GG_U16, 1, BAD, "part 2");
+    gg_case(&f, "split.count", GG_U16, 2, BAD, "split.count|2|-00001-of-00002.gguf");
+    gg_case(&f, "split.count", GG_U16, 60000, NOT, "split.count|60000");
+    gg_case(&f, "split.tensors.count", GG_I32, 14, BAD, "split.tensors.count|14|13");
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+static void test_gguf_bad_tokens(void) {
+    tiny_model t;
+    gg_file f;
+    tiny_text *a;
+    int i;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    a = gg_set_array(&f, "tokenizer.ggml.merges", GG_STR, 1);
+    gg_string(a, "a zz", 4);
+    gg_check(&f, BAD, "merge 0|\"zz\"|not there");
+    a = gg_set_array(&f, "tokenizer.ggml.merges", GG_STR, 1);
+    gg_string(a, "ab", 2);
+    gg_check(&f, BAD, "merge 0|two parts");
+    gg_set_array(&f, "tokenizer.ggml.merges", GG_I32, 0);
+    gg_check(&f, BAD, "merges|array of int32|array of string");
+    gg_make_tokens(&f);
+    a = gg_set_array(&f, "tokenizer.ggml.token_type", GG_F32, 264);
+    for (i = 0; i < 264; i++) gg_number(a, 0, 4);
+    gg_check(&f, BAD, "token_type|array of float32|array of int32");
+    a = gg_set_array(&f, "tokenizer.ggml.token_type", GG_I32, 263);
+    for (i = 0; i < 263; i++) gg_number(a, 1, 4);
+    gg_check(&f, BAD, "token_type|263|264");
+    a = gg_set_array(&f, "tokenizer.ggml.token_type", GG_I32, 264);
+    for (i = 0; i < 264; i++) gg_number(a, 7, 4);
+    gg_check(&f, BAD, "token_type|token 0|7");
+    gg_make_tokens(&f);
+    a = gg_set_array(&f, "tokenizer.ggml.tokens", GG_STR, 264);
+    for (i = 0; i < 264; i++) gg_string(a, "a", 1);
+    gg_check(&f, BAD, "\"a\"|twice");
+    a = gg_set_array(&f, "tokenizer.ggml.tokens", GG_STR, 264);
+    for (i = 0; i < 264; i++) gg_string(a, "", 0);
+    gg_check(&f, BAD, "token 0 is empty");
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+/* One tensor with something wrong; what was right is put back. */
+static void test_gguf_bad_tensors(void) {
+    static const uint64_t huge = (uint64_t)1 << 62, offset = 0x7FFFFFFFFFFFFFC0u;
+    tiny_model t;
+    gg_tensor *w, was;
+    gg_file f;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    w = gg_tensor_at(&f, "blk.0.attn_q.weight");
+    was = *w;
+    w->rank = 5; gg_check(&f, BAD, "attn_q|5 dimensions"); *w = was;
+    w->rank = 0; gg_check(&f, BAD, "attn_q|[]|[4, 4]"); *w = was;
+    w->dims[1] = 0; gg_check(&f, BAD, "attn_q|dimension of 0"); *w = was;
+    w->dims[1] = (uint64_t)-1; gg_check(&f, BAD, "attn_q|dimension of -1"); *w = was;
+    w->dims[0] = huge; w->dims[1] = 16; gg_check(&f, BAD, "attn_q|overflows"); *w = was;
+    w->dims[1] = huge / 16; gg_check(&f, BAD, "attn_q|outside the file"); *w = was;
+    w->dims[1] = 3; gg_check(&f, BAD, "attn_q|[3, 4]|[4, 4]"); *w = was;
+    w->rank = 3; w->dims[2] = 1; gg_check(&f, BAD, "attn_q|[1, 4, 4]|[4, 4]"); *w = was;
+    w->type = 12; gg_check(&f, BAD, "attn_q|4 elements|Q4_K"); *w = was;
+    w->type = 4; gg_check(&f, NOT, "attn_q|type 4"); *w = was;
+    w->type = 0xFFFFFFFFu; gg_check(&f, NOT, "attn_q|type 4294967295"); *w = was;
+    w->type = 25; gg_check(&f, NOT, "attn_q|I16"); *w = was;
+    w->offset = 8; gg_check(&f, BAD, "attn_q|starts at byte 8"); *w = was;
+    w->offset = 0; gg_check(&f, BAD, "attn_q|starts at byte 0"); *w = was;
+    w->offset = offset; gg_check(&f, BAD, "attn_q|starts at byte 9223372036854775744"); *w = was;
+    snprintf(w->name, sizeof w->name, "blk.0.attn_k.weight"); gg_check(&f, BAD, "attn_k.weight|twice"); *w = was;
+    memset(w->name, 'x', 65); w->name[65] = 0; gg_check(&f, BAD, "65 bytes"); *w = was;
+    w->name[0] = 0; gg_check(&f, BAD, "name of 0 bytes"); *w = was;
+    snprintf(w->name, sizeof w->name, "blk.0.attn_p.weight"); gg_check(&f, BAD, "blk.0.attn_q.weight|missing"); *w = was;
+    gg_add(&f, "blk.0.attn_q.bias", 0, 1, 0, "\0\0\0", 4); gg_check(&f, NOT, "attn_q.bias|biases");
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+/* Numbers in the header: the file's first bytes, as they are and not */
+static void test_gguf_bad_header(void) {
+    char words[64], err[512];
+    static const uint32_t versions[] = {0, 1, 4, 0x03000000u, 0xFFFFFFFFu};
+    static const uint64_t counts[] = {(uint64_t)-1, (uint64_t)1 << 63, 1000000, (uint64_t)1 << 32};
+    tiny_text file = {NULL, 0};
+    tiny_model t;
+    gg_file f;
+    gg_key *k;
+    int i;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    for (i = 0; i < 5; i++) {
+        f.version = versions[i];
+        snprintf(words, sizeof words, i == 3 ? "version %lu|big-endian" : "version %lu", (unsigned long)versions[i]);
+        gg_check(&f, NOT, words);
+    }
+    f.version = 3;
+    for (i = 0; i < 4; i++) { f.said_keys = counts[i]; gg_check(&f, BAD, "keys cannot be in"); }
+    f.said_keys = GG_AUTO;
+    for (i = 0; i < 4; i++) { f.said_tensors = counts[i]; gg_check(&f, BAD, "tensors cannot be in"); }
+    f.said_tensors = GG_AUTO;
+    k = gg_at(&f, "x", GG_STR);
+    gg_number(&k->value, (uint64_t)-1, 8); gg_check(&f, BAD, "'x'|ends in");
+    k = gg_at(&f, "x", GG_STR);
+    gg_number(&k->value, (uint64_t)1 << 63, 8); gg_check(&f, BAD, "'x'|ends in");
+    gg_set_array(&f, "x", GG_ARR, 1); gg_check(&f, BAD, "'x'|array of arrays");
+    gg_set_array(&f, "x", GG_U64, (uint64_t)1 << 61); gg_check(&f, BAD, "'x'|ends in");
+    gg_set_array(&f, "x", GG_STR, (uint64_t)-1); gg_check(&f, BAD, "'x'|ends in");
+    gg_set_array(&f, "x", 13, 1); gg_check(&f, BAD, "'x'|type 13|unknown");
+    k = gg_at(&f, "x", GG_F64 + 1); gg_check(&f, BAD, "'x'|type 13|unknown");
+    gg_at(&f, "x", GG_U8)->name = ""; gg_number(&f.keys[f.n_keys - 1].value, 0, 1); gg_check(&f, BAD, "key of 0 bytes");
+    f.keys[f.n_keys - 1].name = "qwen3.block_count"; gg_check(&f, BAD, "qwen3.block_count|twice");
+    gg_free(&f);
+    tiny_append(&file, "GGML\3\0\0\0", 8);
+    CHECK(gg_load_bytes(&file, err) == BAD && strstr(err, "not a GGUF file"));
+    file.n = 0;
+    CHECK(gg_load_bytes(&file, err) == BAD && strstr(err, "not a GGUF file"));
+    free(file.p);
+    tiny_free(&t);
+}
+
+/* Cut off at each byte, the file is never a model. The last tensor's padding may be missing. */
+static void test_gguf_truncated(void) {
+    tiny_model t;
+    tiny_text file;
+    gg_file f;
+    char err[512];
+    size_t n, whole, step = test_short ? 17 : 1;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    file = gg_write(&f);
+    whole = file.n;
+    for (n = 0; n < whole - 31; n += step) {
+        file.n = n;
+        CHECK_MSG(gg_load_bytes(&file, err) == BAD, "%lu bytes: %s", (unsigned long)n, err);
+    }
+    free(file.p);
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+/* A bit of each byte of the header inverted, by turns which: whatever comes of it is an error or runs. */
+static void test_gguf_bits(void) {
+    tiny_model t;
+    tiny_text file;
+    gg_file f;
+    char err[512];
+    size_t i, n, step = test_short ? 17 : 1;
+    int loaded = 0, count = 0;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    file = gg_write(&f);
+    n = file.n - 264 * 8;               /* the embedding is last */
+    for (i = 0; i < n; i += step, count++) {
+        const char bit = (char)(1 << (i * 5 + i / 8) % 8);
+        file.p[i] = (char)(file.p[i] ^ bit);
+        loaded += gg_load_bytes(&file, err) == QWEN3_OK;
+        file.p[i] = (char)(file.p[i] ^ bit);
+    }
+    CHECK_MSG(loaded > 0 && loaded < count, "%d of %d load", loaded, count);
+    free(file.p);
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+static void test_gguf_bad_parts(void) {
+    static const char *const names[] = {"q-00001-of-00003.gguf", "q-00002-of-00003.gguf", "q-00003-of-00003.gguf"};
+    tiny_text parts[3], swapped[3];
+    tiny_model t;
+    gg_file f;
+    char err[512];
+    int i;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    gg_split(&f, parts);
+    CHECK_MSG(gg_load_files(parts, names, 3, err) == GOOD, "%s", err);
+    CHECK(gg_load_files(parts, names, 2, err) == NONE && strstr(err, names[2]));
+    for (i = 0; i < 3; i++) swapped[i] = parts[i == 0 ? 0 : 3 - i];
+    CHECK_MSG(gg_load_files(swapped, names, 3, err) == BAD && malformed_says(err, "q-00002-of-00003.gguf|part 3 of 3|not part 2"), "%s", err);
+    swapped[1] = swapped[2] = parts[0];
+    CHECK_MSG(gg_load_files(swapped, names, 3, err) == BAD && malformed_says(err, "q-00002-of-00003.gguf|part 1 of 3"), "%s", err);
+    swapped[1] = parts[1];
+    swapped[2].p = (char *)"";
+    swapped[2].n = 0;
+    CHECK_MSG(gg_load_files(swapped, names, 3, err) == BAD && malformed_says(err, "q-00003-of-00003.gguf|not a GGUF"), "%s", err);
+    for (i = 0; i < 3; i++) {
+        size_t n = parts[i].n;
+        for (parts[i].n = 0; parts[i].n + 32 < n; parts[i].n += 97)
+            CHECK_MSG(gg_load_files(parts, names, 3, err) == BAD && strstr(err, names[i]), "part %d of %lu bytes: %s", i + 1,
+                      (unsigned long)parts[i].n, err);
+        parts[i].n = n;
+    }
+    for (i = 0; i < 3; i++) free(parts[i].p);
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+/* Memory that runs out at each allocation: an error, and nothing leaks. */
+static void test_gguf_memory(void) {
+    qwen3_file files[3];
+    qwen3_load_desc d;
+    tiny_text parts[3];
+    tiny_model t;
+    gg_file f;
+    long at;
+    int i;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    gg_split(&f, parts);
+    for (i = 0; i < 3; i++) { files[i].name = gg_part_names[i]; files[i].data = parts[i].p; files[i].size = parts[i].n; }
+    for (at = 1; at < 1000; at++) {
+        test_heap h;
+        qwen3_model *m = NULL;
+        char err[256] = "";
+        qwen3_result r;
+        memset(&h, 0, sizeof h);
+        memset(&d, 0, sizeof d);
+        h.fail_at = at;
+        d.files = files;
+        d.n_files = 3;
+        d.allocator.alloc = heap_alloc;
+        d.allocator.free = heap_free;
+        d.allocator.user = &h;
+        r = qwen3_load(&m, &d, err, sizeof err);
+        if (h.failed == 0) { CHECK(r == QWEN3_OK && at > 10); qwen3_free(m); break; }
+        CHECK_MSG(r == QWEN3_ERR_MEMORY && !m && err[0], "call %ld: %s: '%s'", at, qwen3_result_string(r), err);
+        CHECK_MSG(h.live == 0 && h.bad == 0, "call %ld: %ld blocks leak", at, h.live);
+    }
+    CHECK(at < 1000);
+    for (i = 0; i < 3; i++) free(parts[i].p);
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+static void suite_gguf(void) {
+    RUN(test_gguf_same_as_directory);
+    RUN(test_gguf_forms);
+    RUN(test_gguf_kinds);
+    RUN(test_gguf_rank);
+    RUN(test_gguf_sources);
+#if !defined(_WIN32)
+    RUN(test_gguf_path);
+#endif
+    RUN(test_gguf_bad_header);
+    RUN(test_gguf_bad_keys);
+    RUN(test_gguf_bad_tokens);
+    RUN(test_gguf_bad_tensors);
+    RUN(test_gguf_bad_parts);
+    RUN(test_gguf_truncated);
+    RUN(test_gguf_bits);
+    RUN(test_gguf_memory);
+}
+#undef BAD
+#undef NOT
+#undef NONE
+#undef GOOD
+#endif
