@@ -82,12 +82,14 @@ static const char *parse(int argc, char **argv) {
 /* ---- strings and files ------------------------------------------------------------------------------ */
 typedef struct string { char *bytes; size_t n, cap; } string;   /* grows; bytes[n] is NUL */
 
+static void *room(void *block, size_t size) {
+    block = realloc(block, size);
+    if (!block) die(3, "out of memory", NULL);
+    return block;
+}
+
 static void append(string *s, const char *bytes, size_t n) {
-    if (s->n + n + 1 > s->cap) {
-        s->cap = (s->n + n + 1) * 2;
-        s->bytes = (char *)realloc(s->bytes, s->cap);
-        if (!s->bytes) die(3, "out of memory", NULL);
-    }
+    if (s->n + n >= s->cap) s->bytes = (char *)room(s->bytes, s->cap = (s->n + n + 1) * 2);
     memcpy(s->bytes + s->n, bytes, n);
     s->n += n;
     s->bytes[s->n] = '\0';
@@ -162,26 +164,26 @@ static int save(chat *c, const char *path) {
 /* The chat stays as it was if the file is no saved chat of this model. */
 static int load(chat *c, const char *path) {
     qwen3_state s = {path, NULL, 0, NULL, NULL, 0};
-    string said = {NULL, 0, 0};
-    int ok = qwen3_seq_load(c->ctx, 0, &s) == QWEN3_OK;
+    int ok = qwen3_seq_load(c->ctx, 0, &s) == QWEN3_OK;         /* says how long the conversation is */
     if (ok) {
-        s.user = said.bytes = (char *)calloc(s.user_size + 1, 1);
-        said.n = said.cap = s.user_size;
+        string said = {(char *)room(NULL, s.user_size + 1), s.user_size, s.user_size + 1};
+        s.user = said.bytes;
         s.sampler = &c->sampler;
-        ok = s.user && qwen3_seq_load(c->ctx, 0, &s) == QWEN3_OK;
+        ok = qwen3_seq_load(c->ctx, 0, &s) == QWEN3_OK;
+        said.bytes[said.n] = '\0';
+        if (ok) { string old = c->said; c->said = said; said = old; }
+        free(said.bytes);
     }
-    int ours = ok && said.n > 0 && said.bytes[said.n - 1] == '\0';
-    for (const char *p = said.bytes; ours && p < said.bytes + said.n; p += length(p))
-        ours = *p >= '0' + QWEN3_SYSTEM && *p <= '0' + QWEN3_TOOL;
-    if (ours) { string old = c->said; c->said = said; said = old; }
-    fprintf(stderr, ours ? "loaded %s\n" : "cannot load %s: %s\n", path, ok ? "it holds no chat" : qwen3_ctx_error(c->ctx));
-    free(said.bytes);
-    return ours;
+    fprintf(stderr, ok ? "loaded %s\n" : "cannot load %s: %s\n", path, qwen3_ctx_error(c->ctx));
+    return ok;
 }
 
-/* The conversation as the library takes it, until the next one is described */
+/* The conversation as the library takes it, until the next one is described. With --shift it leaves the oldest turns
+   out where there would be no room for an answer. */
 static qwen3_chat_desc describe(chat *c) {
-    qwen3_chat_desc d = {NULL, 0, c->tools, c->n_tools, text[NO_THINK] ? QWEN3_CHAT_NO_THINK : 0};
+    const int answer = number[MAX] > 0 && number[MAX] < c->positions ? (int)number[MAX] : c->positions / 4;
+    qwen3_chat_desc d;
+    memset(&d, 0, sizeof d);
     c->msgs.n = 0;
     for (const char *p = c->said.bytes, *end = p + c->said.n; p < end; p += length(p)) {
         const qwen3_msg m = {(qwen3_role)(*p - '0'), p + 1, NULL, NULL, 0};
@@ -189,21 +191,10 @@ static qwen3_chat_desc describe(chat *c) {
         d.n_msgs++;
     }
     d.msgs = (const qwen3_msg *)(const void *)c->msgs.bytes;
+    d.tools = c->tools; d.n_tools = c->n_tools;
+    d.flags = text[NO_THINK] ? QWEN3_CHAT_NO_THINK : 0;
+    d.max_prompt = text[SHIFT] ? c->positions - answer : 0;
     return d;
-}
-
-/* Forget the oldest turns, but not the system prompt, until there is room for an answer. */
-static void make_room(chat *c) {
-    const int answer = number[MAX] > 0 && number[MAX] < c->positions ? (int)number[MAX] : c->positions / 4;
-    const size_t first = system_length(&c->said);
-    for (;;) {
-        const qwen3_chat_desc d = describe(c);
-        size_t next = first + length(c->said.bytes + first);
-        while (next < c->said.n && c->said.bytes[next] != '0' + QWEN3_USER) next += length(c->said.bytes + next);
-        if (next >= c->said.n || qwen3_chat_render(c->model, &d, NULL, 0, NULL, 0) <= c->positions - answer) return;
-        memmove(c->said.bytes + first, c->said.bytes + next, c->said.n - next);
-        c->said.n -= next - first;
-    }
 }
 
 /* ---- answers ---------------------------------------------------------------------------------------- */
@@ -242,7 +233,6 @@ static int reply(chat *c, qwen3_role role, const char *what) {
     g.sampler = &c->sampler; g.on_text = put; g.user = c;
     g.max_tokens = (int)number[MAX]; g.think_budget = (int)number[BUDGET];
     add(&c->said, role, what);
-    if (text[SHIFT]) make_room(c);
     const size_t question = length(what) + 1;
     interrupted = 0;
     c->answer.n = 0;
@@ -369,14 +359,17 @@ static void start(chat *c, const char *path) {
 
 /* Each line of a file is a tool; one that cannot be is named at once. */
 static void read_tools(chat *c, const char *path) {
+    char err[256];
     if (!read_file(&c->tools_file, path)) exit(2);
     for (char *line = strtok(c->tools_file.bytes, "\r\n"); line; line = strtok(NULL, "\r\n")) {
-        const qwen3_msg hi = {QWEN3_USER, "hi", NULL, NULL, 0};
-        const qwen3_chat_desc d = {&hi, 1, c->tools + c->n_tools, 1, 0};
         if (c->n_tools == 64) die(2, "more than 64 tools in", path);
         c->tools[c->n_tools++] = line;
-        if (qwen3_chat_render(c->model, &d, NULL, 0, NULL, 0) < 0) die(2, "--tools: this line is not a JSON object", line);
     }
+    const size_t before = c->said.n;
+    add(&c->said, QWEN3_USER, "hi");
+    const qwen3_chat_desc d = describe(c);
+    if (qwen3_chat_render(c->model, &d, NULL, 0, err, sizeof err) < 0) die(2, path, err);
+    c->said.n = before;
 }
 
 int main(int argc, char **argv) {

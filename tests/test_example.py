@@ -155,14 +155,14 @@ class ExampleTest(unittest.TestCase):
             self.assertIn('Ada', out.splitlines()[-1])
 
     def test_reasons(self):
-        for line, reason in (('/save /no/such/directory/x', 'No such file'), ('/load /no/such/file', 'No such file'),
+        for line, reason in (('/save /no/such/directory/x', 'No such file'), ('/load /no/such/file', 'no such file'),
                              ('/system @/no/such/file', 'No such file')):
             self.assertIn(reason, self.talk(line + '\n', status=3)[1])
 
     def test_wrong_usage(self):
         many, bad = self.path('many', (TOOL + '\n') * 65), self.path('bad', TOOL + '\nnot JSON\n')
         for arguments, reason in ((['-s', '@nofile'], 'nofile: No such file'), (['--tools', 'nofile'], 'nofile: No such file'),
-                                  (['--tools', many], 'more than 64'), (['--tools', bad], 'not JSON'),
+                                  (['--tools', many], 'more than 64'), (['--tools', bad], 'tools[1]'),
                                   (['--temp', '101'], '--temp takes a number from 0 to 100, not 101'),
                                   (['--ctx', '0'], 'from 1 to'), (['--seed', 'x'], 'not x'), (['--top-p'], 'missing'),
                                   (['--such'], '--such')):
