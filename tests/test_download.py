@@ -54,6 +54,16 @@ def cut_after(count):
     return fault
 
 
+def endless(handler, _):
+    """No length, and bytes for as long as they are taken."""
+    handler.send_response(200)
+    handler.end_headers()
+    block = b"[" * MIB
+    for _ in range(2000):
+        handler.wfile.write(block)
+    raise AssertionError("2 GB were taken")
+
+
 def http_error(status):
     def fault(handler, _):
         handler.send_error(status)
@@ -532,6 +542,22 @@ class DownloadTest(unittest.TestCase):
             self.hub.faults[REVISION] = [fault]
             self.assertFails("the answer is not a list of files")
         self.assertEqual(self.hub.fetched(), [])
+
+    # Answers without an end
+
+    def test_listings_that_are_none(self):
+        for answer in ({"1e300": {"type": "file"}}, {"99999999": {"type": "file"}}, {"x": {"type": "file"}}):
+            with self.subTest(answer):
+                self.hub.faults[REVISION] = [lambda handler, _: handler.send_whole(json.dumps(answer).encode())]
+                self.assertFails("not a list of files")
+        self.hub.faults[REVISION] = [lambda handler, _: handler.send_whole(b"[" * 100000)]
+        self.assertFails("not a list of files")
+
+    def test_answer_without_an_end(self):
+        for name, reason in (("Qwen3-Tiny", "more than"), (REVISION, "more than"), ("config.json", "sends more than the listed 700")):
+            with self.subTest(name):
+                self.hub.faults[name] = [endless]
+                self.assertFails(reason)
 
     # The token
 

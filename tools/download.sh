@@ -26,8 +26,9 @@ export LC_ALL
 
 max_tries=5             # per file, counted afresh whenever real progress was made
 progress_step=1048576   # ... which is this many bytes more than ever before
-newline='
-'
+slack=1048576           # bytes beyond a file's size, as the bodies of redirects count
+max_answer=4194304      # bytes of an answer that is no file; a model's has some thousand
+max_time=120            # seconds for that
 
 # --- messages -----------------------------------------------------------------
 
@@ -90,17 +91,22 @@ token_config() {
 }
 
 # request URL [CURL-OPTION...]: sets $body, $status (HTTP) and $code (curl).
-# -q comes first: a personal .curlrc must not change what arrives here.
+# -q comes first: a personal .curlrc must not change what arrives here.  Older curls
+# limit only sizes that are announced, so that head and ulimit end what is endless.
 request() {
     url=$1
     shift
-    reply=$(token_config | curl -q -K - --fail --globoff --location --max-redirs 10 \
-        --proto '=http,https' --proto-redir "$redirect_protocols" \
-        --connect-timeout 30 --speed-limit 1 --speed-time 60 \
-        --write-out '\n%{http_code}' "$@" --url "$url")
-    code=$?
-    status=${reply##*"$newline"}
-    body=${reply%"$newline"*}
+    reply=$({
+        ulimit -f $((file_limit / 512))
+        token_config | curl -q -K - --fail --globoff --location --max-redirs 10 \
+            --proto '=http,https' --proto-redir "$redirect_protocols" \
+            --connect-timeout 30 --speed-limit 1000 --speed-time 60 \
+            --write-out '\n%{http_code}' "$@" --url "$url"
+        printf '\n%s' $?
+    } | head -c "$max_answer")
+    code=$(printf '%s\n' "$reply" | tail -n 1)
+    status=$(printf '%s\n' "$reply" | tail -n 2 | head -n 1)
+    body=$(printf '%s\n' "$reply" | sed -e '$d' | sed -e '$d')
 }
 
 # try URL [CURL-OPTION...]: one request.  Returns 0 when it went well, 1 when it
@@ -117,10 +123,13 @@ try() {
         16|35|52|55|56|92|95) reason="the connection broke (curl error $code)" ;;
         22) try_again_after_http_error ; return ;;
         33|36) reason="the server cannot resume"; return 2 ;;
-        23) die "cannot write $part: disk full, or no permission" ;;
+        23|153)
+            [ "$(file_size "$part")" -lt "$file_limit" ] || die "$url sends more than the listed $size bytes"
+            die "cannot write $part: disk full, or no permission" ;;
         60) die "the certificate of $url cannot be trusted" ;;
         63) die "$url sends more than the listed $size bytes" ;;
-        *)  die "$url: curl error $code" ;;
+        [1-9]|[1-9][0-9]|[1-9][0-9][0-9]) die "$url: curl error $code" ;;
+        *)  die "$url: the answer has more than $max_answer bytes" ;;
     esac
     return 1
 }
@@ -158,7 +167,7 @@ back_off() {
 api() {
     tries=1
     delay=$first_delay
-    until try "$endpoint/api/models/$1" --silent; do
+    until try "$endpoint/api/models/$1" --silent --max-time "$max_time"; do
         back_off
         tries=$((tries + 1))
     done
@@ -191,6 +200,7 @@ flatten_json() {
                     if (!at_key) key[depth]++
                 }
                 started = started || depth > 0
+                if (depth > 20) exit            # no listing; and this text has its limits
             }
         }
         function string(text) { if (at_key) key[depth] = text; else emit(text) }
@@ -213,7 +223,7 @@ flatten_json() {
 # plain ones are looked at, and of these only the ones known here are taken.
 select_files() {
     awk -F '\t' '
-        function fail(message) { print message; exit 1 }
+        function fail(message) { print message; failed = 1; exit 1 }
         function take(name) {
             if (!(name in size)) return 0
             if (size[name] !~ /^[1-9][0-9]*$/ || length(size[name]) > 15 ||
@@ -241,12 +251,14 @@ select_files() {
             }
         }
 
+        $1 !~ /^[0-9][0-9]?[0-9]?[0-9]?[.]/ { fail("the answer is not a list of files, or one of more than 9999") }
         {
             i = $1 + 0
             field[i, substr($1, index($1, ".") + 1)] = $2
             if (i >= entries) entries = i + 1
         }
         END {
+            if (failed) exit 1
             for (i = 0; i < entries; i++) if (field[i, "type"] == "file") keep(i)
 
             need("config.json")
@@ -289,10 +301,10 @@ fetch_part() {
     tries=1
     delay=$first_delay
     best=$(file_size "$part")
+    file_limit=$(((size + slack) / 512 * 512))
     until [ "$(file_size "$part")" -eq "$size" ]; do
-        # The slack in the size limit is for the bodies of redirects, which count.
         try "$endpoint/$model/resolve/$revision/$name" "$progress" \
-            --max-filesize $((size + 1048576)) --continue-at - --output "$part"
+            --max-filesize "$file_limit" --continue-at - --output "$part"
         case $? in
             0) return ;;
             2) remove "$part" ;;
@@ -422,6 +434,8 @@ read_environment() {
     case $token in
         *[!A-Za-z0-9._~+/=-]*) die "HF_TOKEN has a character that no token has (a space, a line end?)" ;;
     esac
+
+    file_limit=$max_answer
 
     first_delay=${DOWNLOAD_RETRY_DELAY:-2}
     case $first_delay in
