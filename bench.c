@@ -2,6 +2,7 @@
    Build: cc -O3 bench.c -o bench -lm -lpthread      (the Makefile adds CUDA where nvcc is found)            */
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
+#include <ctype.h>
 #include "tests/cuda_lab.h"
 
 #ifdef QWEN3_WITH_CUDA
@@ -21,7 +22,7 @@ extern const char *lab_fused_baseline(const char *size);         /* tools/kernel
 static const char usage[] =
     "usage: bench [MODEL_DIR | --random SIZE] [options]\n"
     "  --random SIZE   0.6B 1.7B 4B 8B 14B 32B: random weights made in memory (default: 0.6B)\n"
-    "  --type T        of random weights: bf16 f16 f32 (default bf16)\n"
+    "  --type T        of random weights: bf16 f16 f32 q8_0 q4_0 q4_k_m or another format of GGUF files (default bf16)\n"
     "  --tests LIST    ppN[@CTX] prefill of N tokens, tgN[@CTX] decode of N, after CTX tokens\n"
     "                  (default pp512,pp2048,tg128@512, of these what fits the model's positions)\n"
     "  --batch LIST    sequences decoded at once (default 1)\n"
@@ -106,18 +107,33 @@ static const shape shapes[] = {         /* of the published models; head_dim 128
 };
 enum { VOCAB = 151936, HEAD = 128, POOL = 1 << 22 };
 
-typedef struct builder { char *header; size_t at, cap, offset; const char *dtype; size_t element; } builder;
+typedef struct builder { char *header; size_t at, cap, offset; const shape *s; const char *type; } builder;
 
-static void add_tensor(builder *b, const char *name, int rows, int cols) {
-    size_t n = (size_t)(rows ? rows : 1) * (size_t)cols * b->element;
+/* What a matrix is stored as: q4_0 and q4_k_m are mixes, in which the embedding, and in q4_k_m some values and
+   down-projections (part -1: none of these), have six bits. */
+static qwen3i_type type_of(const builder *b, int layer, int part) {
+    char name[16];
+    qwen3i_str s;
+    int i, n = b->s->layers, more = layer < n / 8 || layer >= 7 * n / 8 || (layer - n / 8) % 3 == 2;
+    if (!strcmp(b->type, "q4_0") && layer < 0) return QWEN3I_Q6_K;
+    if (!strcmp(b->type, "q4_k_m")) return layer < 0 || ((part == 6 || part == 10) && more) ? QWEN3I_Q6_K : QWEN3I_Q4_K;
+    for (i = 0; b->type[i] && i < 15; i++) name[i] = (char)toupper((unsigned char)b->type[i]);
+    s.p = name;
+    s.n = (size_t)i;
+    return qwen3i_type_of(s);
+}
+
+static void add_tensor(builder *b, const char *name, int rows, int cols, qwen3i_type type) {
+    size_t n = (size_t)(rows ? rows : 1) * (size_t)qwen3i_row_bytes(type, cols);
     char dims[32];
     snprintf(dims, sizeof dims, rows ? "%d,%d" : "%.0d%d", rows, cols);
     b->at += (size_t)snprintf(b->header + b->at, b->cap - b->at, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%lu,%lu]}",
-                              b->at > 1 ? "," : "", name, b->dtype, dims, (unsigned long)b->offset, (unsigned long)(b->offset + n));
+                              b->at > 1 ? "," : "", name, qwen3i_format_of(type)->name, dims, (unsigned long)b->offset, (unsigned long)(b->offset + n));
     b->offset += n;
 }
 
-static void add_layer(builder *b, const shape *s, int i) {
+static void add_layer(builder *b, int i) {
+    const shape *s = b->s;
     static const char *const names[] = {"input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm", "self_attn.q_proj",
         "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
     const int q = s->heads * HEAD, kv = s->kv * HEAD;
@@ -127,13 +143,14 @@ static void add_layer(builder *b, const shape *s, int i) {
     int k;
     for (k = 0; k < 11; k++) {
         snprintf(name, sizeof name, "model.layers.%d.%s.weight", i, names[k]);
-        add_tensor(b, name, rows[k], cols[k]);
+        add_tensor(b, name, rows[k], cols[k], rows[k] ? type_of(b, i, k) : QWEN3I_F16);
     }
 }
 
-/* Values of about N(0, 0.02), repeated from a pool at odd distances: speed does not depend on them. */
+/* Values of about N(0, 0.02), in blocks scales and all of 2^-6 to 2^-7 as halves, repeated from a pool at odd distances:
+   speed does not depend on them. */
 static void fill_random(char *dst, size_t n, qwen3i_type type) {
-    const size_t element = qwen3i_type_size(type), pool_bytes = POOL * element;
+    const size_t element = qwen3i_is_block(type) ? 2 : qwen3i_type_size(type), pool_bytes = POOL * element;
     char *pool = (char *)malloc(pool_bytes);
     uint64_t rng = 1;
     size_t i;
@@ -141,10 +158,7 @@ static void fill_random(char *dst, size_t n, qwen3i_type type) {
     for (i = 0; i < POOL; i++) {
         uint64_t r = qwen3i_random(&rng);
         float f = ((float)(r & 0xFFFF) + (float)(r >> 16 & 0xFFFF) + (float)(r >> 32 & 0xFFFF) - 98302.5f) * (0.02f / 32768.0f);
-        uint32_t u;
-        uint16_t h;
-        memcpy(&u, &f, 4);
-        h = type == QWEN3I_BF16 ? (uint16_t)(u >> 16) : (uint16_t)((u >> 16 & 0x8000) | (((u >> 23 & 255) > 112 ? (u >> 23 & 255) - 112 : 0) << 10) | (u >> 13 & 0x3FF));
+        uint16_t h = type == QWEN3I_BF16 ? qwen3i_f32_to_bf16(f) : qwen3i_is_block(type) ? (uint16_t)(0x2424 + (r & 0x0303)) : qwen3i_f32_to_f16(f);
         if (type == QWEN3I_F32) memcpy(pool + 4 * i, &f, 4);
         else memcpy(pool + 2 * i, &h, 2);
     }
@@ -159,18 +173,18 @@ static qwen3_file make_weights(const shape *s, const char *type) {
     char *data;
     uint64_t length;
     int i;
-    qwen3i_type t = !strcmp(type, "f32") ? QWEN3I_F32 : !strcmp(type, "f16") ? QWEN3I_F16 : QWEN3I_BF16;
     memset(&b, 0, sizeof b);
+    b.s = s;
+    b.type = type;
+    if (!type_of(&b, -1, -1)) die("unknown --type", type);
     b.cap = 200u * (11u * (size_t)s->layers + 4u);
     b.header = (char *)malloc(b.cap);
     if (!b.header) die("out of memory", NULL);
-    b.dtype = t == QWEN3I_F32 ? "F32" : t == QWEN3I_F16 ? "F16" : "BF16";
-    b.element = qwen3i_type_size(t);
     b.header[b.at++] = '{';
-    add_tensor(&b, "model.embed_tokens.weight", VOCAB, s->embd);
-    for (i = 0; i < s->layers; i++) add_layer(&b, s, i);
-    add_tensor(&b, "model.norm.weight", 0, s->embd);
-    if (!s->tied) add_tensor(&b, "lm_head.weight", VOCAB, s->embd);
+    add_tensor(&b, "model.embed_tokens.weight", VOCAB, s->embd, type_of(&b, -1, -1));
+    for (i = 0; i < s->layers; i++) add_layer(&b, i);
+    add_tensor(&b, "model.norm.weight", 0, s->embd, QWEN3I_F16);
+    if (!s->tied) add_tensor(&b, "lm_head.weight", VOCAB, s->embd, type_of(&b, -1, -1));
     b.header[b.at++] = '}';
     while (b.at % 64 != 56) b.header[b.at++] = ' ';
     f.name = "model.safetensors";
@@ -180,7 +194,7 @@ static qwen3_file make_weights(const shape *s, const char *type) {
     length = b.at;
     memcpy(data, &length, 8);
     memcpy(data + 8, b.header, b.at);
-    fill_random(data + 8 + b.at, b.offset, t);
+    fill_random(data + 8 + b.at, b.offset, type_of(&b, 0, 0));
     f.data = data;
     free(b.header);
     return f;

@@ -1867,7 +1867,9 @@ static void qwen3i_close(const qwen3_allocator *a, qwen3i_blob *b) {
    ================================================================================================ */
 #define QWEN3I_MAX_BLOCK 256            /* elements */
 
-/* A block: element e is d[e / 16] * q[e] + m[e / 16], in which only the sum is rounded: the product is exact in float32. */
+/* A block: element e is d[e / 16] * q[e] + m[e / 16], in which only the sum is rounded: the product is exact in float32.
+   No offset is -0, so that zeros keep their signs. */
+#define QWEN3I_NO_OFFSET (-0.0f)
 typedef struct qwen3i_unpacked { int8_t q[QWEN3I_MAX_BLOCK]; float d[QWEN3I_MAX_BLOCK / 16], m[QWEN3I_MAX_BLOCK / 16]; } qwen3i_unpacked;
 typedef void (*qwen3i_unpack)(qwen3i_unpacked *u, const uint8_t *b);
 
@@ -1902,7 +1904,7 @@ static void qwen3i_unpack_scales_k(qwen3i_unpacked *u, const uint8_t *b) {
         qwen3i_unpack_scale32(u, j, d * (float)((s[j + 4] & 15) | (s[j - 4] >> 6) << 4), -m * (float)((s[j + 4] >> 4) | (s[j] >> 6) << 4));
 }
 
-/* Of four bits, a value out of 16 */
+/* A value out of 16 for four bits */
 static const int8_t qwen3i_iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 static const int8_t qwen3i_fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};   /* twice E2M1's */
 
@@ -1918,7 +1920,7 @@ static float qwen3i_ue4m3_to_f32(unsigned x) {
 /* ---- blocks of 32 and 64 ---------------------------------------------------------------------------- */
 static void qwen3i_unpack_q8_0(qwen3i_unpacked *u, const uint8_t *b) {
     memcpy(u->q, b + 2, 32);
-    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), 0);
+    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), QWEN3I_NO_OFFSET);
 }
 
 static void qwen3i_unpack_q4_0(qwen3i_unpacked *u, const uint8_t *b) {
@@ -1952,21 +1954,22 @@ static void qwen3i_unpack_q5_1(qwen3i_unpacked *u, const uint8_t *b) {
 static void qwen3i_unpack_iq4_nl(qwen3i_unpacked *u, const uint8_t *b) {
     qwen3i_unpack_nibbles(u->q, b + 2, 16);
     qwen3i_unpack_values(u->q, 32, qwen3i_iq4_values);
-    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), 0);
+    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), QWEN3I_NO_OFFSET);
 }
 
-/* The scale is 2^(b[0] - 128), below 2^-126 a subnormal number. */
+/* Half of the number of E8M0: 2^(x - 128), below 2^-126 a subnormal number */
+static float qwen3i_e8m0_half(unsigned x) { return qwen3i_float_from_bits(x < 2 ? (uint32_t)0x200000 << x : (uint32_t)(x - 1) << 23); }
+
 static void qwen3i_unpack_mxfp4(qwen3i_unpacked *u, const uint8_t *b) {
-    uint32_t bits = b[0] < 2 ? (uint32_t)0x200000 << b[0] : (uint32_t)(b[0] - 1) << 23;
     qwen3i_unpack_nibbles(u->q, b + 1, 16);
     qwen3i_unpack_values(u->q, 32, qwen3i_fp4_values);
-    qwen3i_unpack_scale32(u, 0, qwen3i_float_from_bits(bits), 0);
+    qwen3i_unpack_scale32(u, 0, qwen3i_e8m0_half(b[0]), QWEN3I_NO_OFFSET);
 }
 
 static void qwen3i_unpack_nvfp4(qwen3i_unpacked *u, const uint8_t *b) {
     for (int i = 0; i < 4; i++) {
         qwen3i_unpack_nibbles(u->q + 16 * i, b + 4 + 8 * i, 8);
-        qwen3i_unpack_scale(u, i, qwen3i_ue4m3_to_f32(b[i]) / 2, 0);
+        qwen3i_unpack_scale(u, i, qwen3i_ue4m3_to_f32(b[i]) / 2, QWEN3I_NO_OFFSET);
     }
     qwen3i_unpack_values(u->q, 64, qwen3i_fp4_values);
 }
@@ -1981,11 +1984,12 @@ static void qwen3i_unpack_q2_k(qwen3i_unpacked *u, const uint8_t *b) {
 static void qwen3i_unpack_q3_k(qwen3i_unpacked *u, const uint8_t *b) {
     float d = qwen3i_half_at(b + 108);
     for (int i = 0; i < 2; i++) qwen3i_unpack_pairs(u->q + 128 * i, b + 32 + 32 * i);
-    for (int k = 0; k < 8; k++)         /* a high bit that is not set takes 4 away */
-        for (int i = 0; i < 32; i++) u->q[32 * k + i] = (int8_t)(u->q[32 * k + i] + (b[i] >> k & 1) * 4 - 4);
+    for (int k = 0; k < 8; k++)
+        for (int i = 0; i < 32; i++) u->q[32 * k + i] = (int8_t)(u->q[32 * k + i] | (b[i] >> k & 1) << 2);
     for (int i = 0; i < 16; i++) {
         int low = b[96 + i % 8] >> 4 * (i / 8) & 15, high = b[104 + i % 4] >> 2 * (i / 4) & 3;
-        qwen3i_unpack_scale(u, i, d * (float)((low | high << 4) - 32), 0);
+        float scale = d * (float)((low | high << 4) - 32);
+        qwen3i_unpack_scale(u, i, scale, -4 * scale);
     }
 }
 
@@ -2008,9 +2012,12 @@ static void qwen3i_unpack_q6_k(qwen3i_unpacked *u, const uint8_t *b) {
         const uint8_t *high = b + 128 + 32 * h;
         qwen3i_unpack_nibbles(q, b + 64 * h, 64);
         for (int k = 0; k < 4; k++)
-            for (int i = 0; i < 32; i++) q[32 * k + i] = (int8_t)((q[32 * k + i] | (high[i] >> 2 * k & 3) << 4) - 32);
+            for (int i = 0; i < 32; i++) q[32 * k + i] = (int8_t)(q[32 * k + i] | (high[i] >> 2 * k & 3) << 4);
     }
-    for (int i = 0; i < 16; i++) qwen3i_unpack_scale(u, i, d * (float)(int8_t)b[192 + i], 0);
+    for (int i = 0; i < 16; i++) {
+        float scale = d * (float)(int8_t)b[192 + i];
+        qwen3i_unpack_scale(u, i, scale, -32 * scale);
+    }
 }
 
 static void qwen3i_unpack_iq4_xs(qwen3i_unpacked *u, const uint8_t *b) {
@@ -2018,7 +2025,7 @@ static void qwen3i_unpack_iq4_xs(qwen3i_unpacked *u, const uint8_t *b) {
     for (int k = 0; k < 8; k++) {
         int low = b[4 + k / 2] >> 4 * (k % 2) & 15, high = (b[2] | b[3] << 8) >> 2 * k & 3;
         qwen3i_unpack_nibbles(u->q + 32 * k, b + 8 + 16 * k, 16);
-        qwen3i_unpack_scale32(u, k, d * (float)((low | high << 4) - 32), 0);
+        qwen3i_unpack_scale32(u, k, d * (float)((low | high << 4) - 32), QWEN3I_NO_OFFSET);
     }
     qwen3i_unpack_values(u->q, 256, qwen3i_iq4_values);
 }
@@ -6737,6 +6744,9 @@ typedef struct qwen3i_simd {
        w of numbers: F32, F16 or BF16 */
     void (*dot)(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
                 const float *x, size_t ldx, int n_x, int n_cols, int add);
+    /* y[r] = w[r] . x, or += if add, for n_w rows of w in blocks, all of which are full, and one row of x: the same bits
+       as dot gives when the blocks have become float32 */
+    void (*dot_blocks)(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, const float *x, int n_cols, int add);
     /* y[t * ldy + d] += sum over r of p[t * ldp + r] * v[r * ldv + d], in order of r; n_p rows of p, d < n_cols */
     void (*mix)(float *y, size_t ldy, const float *p, size_t ldp, int n_p,
                 const void *v, size_t ldv, qwen3i_type type, int n_v, int n_cols);
@@ -6761,6 +6771,161 @@ typedef struct qwen3i_simd {
 #define QWEN3I_MIX_ROWS 64      /* rows of v that become float32 at a time */
 #define QWEN3I_EXP_LOW  (-87.3f)
 #define QWEN3I_EXP_HIGH 88.3f
+
+/* What blocks hold, written once for the instruction sets, to the bits that WEIGHT FORMATS gives. A part is a block of 32
+   or 64 elements, or a quarter of one of 256, whose scales V_scales finds first: V_NAME(w, b, s, g) makes part g. V_i are 16 whole numbers: V_u8(p) loads bytes, shr, shl, and, or, float are
+   what they are called; bits(b, value) has value in the lanes whose bit is set; on(line, v) is d * (v & 15) + m for
+   line = line_of(d, m); pick(table, v) is table[v & 15]; halves(a, b) is a in 8 lanes and b in 8; half(p) a scale. */
+static const float qwen3i_iq4_floats[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const float qwen3i_fp4_floats[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+#define QWEN3I_DEFINE_BLOCKS(V, TARGET) \
+TARGET QWEN3I_INLINE V##_v V##_affine(V##_i q, float d, float m) { return V##_fma(V##_float(q), V##_set1(d), V##_set1(m)); } \
+TARGET QWEN3I_INLINE V##_v V##_scaled(V##_v q, float d) { return V##_mul(q, V##_set1(d)); } \
+/* 16 bytes hold 32 elements on a line, in a table, or with a fifth bit */ \
+TARGET QWEN3I_INLINE void V##_line32(V##_v *w, const uint8_t *b, float d, float m) { \
+    V##_line line = V##_line_of(d, m); \
+    V##_i v = V##_u8(b); \
+    w[0] = V##_on(line, v); \
+    w[1] = V##_on(line, V##_shr(v, 4)); \
+} \
+TARGET QWEN3I_INLINE void V##_pick32(V##_v *w, const uint8_t *b, const float *table, float d) { \
+    V##_i v = V##_u8(b); \
+    w[0] = V##_scaled(V##_pick(table, v), d); \
+    w[1] = V##_scaled(V##_pick(table, V##_shr(v, 4)), d); \
+} \
+TARGET QWEN3I_INLINE void V##_five32(V##_v *w, const uint8_t *fifth, const uint8_t *b, float d, float m) { \
+    V##_i v = V##_u8(b); \
+    w[0] = V##_affine(V##_or(V##_and(v, 15), V##_bits((unsigned)(fifth[0] | fifth[1] << 8), 16)), d, m); \
+    w[1] = V##_affine(V##_or(V##_shr(v, 4), V##_bits((unsigned)(fifth[2] | fifth[3] << 8), 16)), d, m); \
+} \
+TARGET QWEN3I_INLINE void V##_q8_0(V##_v *w, const uint8_t *b) { \
+    float d = V##_half(b); \
+    w[0] = V##_scaled(V##_load_i8((const int8_t *)b + 2), d); \
+    w[1] = V##_scaled(V##_load_i8((const int8_t *)b + 18), d); \
+} \
+TARGET QWEN3I_INLINE void V##_q4_0(V##_v *w, const uint8_t *b) { V##_line32(w, b + 2, V##_half(b), -8 * V##_half(b)); } \
+TARGET QWEN3I_INLINE void V##_q4_1(V##_v *w, const uint8_t *b) { V##_line32(w, b + 4, V##_half(b), V##_half(b + 2)); } \
+TARGET QWEN3I_INLINE void V##_q5_0(V##_v *w, const uint8_t *b) { V##_five32(w, b + 2, b + 6, V##_half(b), -16 * V##_half(b)); } \
+TARGET QWEN3I_INLINE void V##_q5_1(V##_v *w, const uint8_t *b) { V##_five32(w, b + 4, b + 8, V##_half(b), V##_half(b + 2)); } \
+TARGET QWEN3I_INLINE void V##_iq4_nl(V##_v *w, const uint8_t *b) { V##_pick32(w, b + 2, qwen3i_iq4_floats, V##_half(b)); } \
+TARGET QWEN3I_INLINE void V##_mxfp4(V##_v *w, const uint8_t *b) { V##_pick32(w, b + 1, qwen3i_fp4_floats, qwen3i_e8m0_half(b[0])); } \
+TARGET QWEN3I_INLINE void V##_nvfp4(V##_v *w, const uint8_t *b) { \
+    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+        uint64_t low, both[2]; \
+        memcpy(&low, b + 4 + 8 * j, 8); \
+        both[0] = low; \
+        both[1] = low >> 4; \
+        w[j] = V##_scaled(V##_pick(qwen3i_fp4_floats, V##_u8((const uint8_t *)both)), qwen3i_ue4m3_to_f32(b[j]) / 2); \
+    } \
+} \
+/* Q4_K, Q5_K: s has 8 scales of 32 elements each, then 8 offsets */ \
+TARGET QWEN3I_INLINE void V##_scales_k(float *s, const uint8_t *b) { \
+    uint32_t u[3], v[4]; \
+    memcpy(u, b + 4, 12); \
+    v[0] = u[0] & 0x3F3F3F3Fu; \
+    v[1] = (u[2] & 0x0F0F0F0Fu) | (u[0] >> 6 & 0x03030303u) << 4; \
+    v[2] = u[1] & 0x3F3F3F3Fu; \
+    v[3] = (u[2] >> 4 & 0x0F0F0F0Fu) | (u[1] >> 6 & 0x03030303u) << 4; \
+    V##_store(s, V##_mul(V##_float(V##_u8((const uint8_t *)v)), V##_halves(V##_half(b), -V##_half(b + 2)))); \
+} \
+TARGET QWEN3I_INLINE void V##_q4_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
+    V##_line low = V##_line_of(s[2 * g], s[2 * g + 8]), high = V##_line_of(s[2 * g + 1], s[2 * g + 9]); \
+    V##_i v = V##_u8(b + 16 + 32 * g), u = V##_u8(b + 32 + 32 * g); \
+    w[0] = V##_on(low, v); \
+    w[1] = V##_on(low, u); \
+    w[2] = V##_on(high, V##_shr(v, 4)); \
+    w[3] = V##_on(high, V##_shr(u, 4)); \
+} \
+TARGET QWEN3I_INLINE void V##_q5_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
+    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+        V##_i v = V##_u8(b + 48 + 32 * g + 16 * (j % 2)), fifth = V##_and(V##_shr(V##_u8(b + 16 + 16 * (j % 2)), 2 * g + j / 2), 1); \
+        v = j / 2 ? V##_shr(v, 4) : V##_and(v, 15); \
+        w[j] = V##_affine(V##_or(v, V##_shl(fifth, 4)), s[2 * g + j / 2], s[2 * g + j / 2 + 8]); \
+    } \
+} \
+/* Q2_K, Q3_K, Q6_K: s has 16 scales of 16 elements each, then 16 offsets */ \
+TARGET QWEN3I_INLINE void V##_scales_q2_k(float *s, const uint8_t *b) { \
+    V##_i scales = V##_u8(b); \
+    V##_store(s, V##_scaled(V##_float(V##_and(scales, 15)), V##_half(b + 80))); \
+    V##_store(s + 16, V##_scaled(V##_float(V##_shr(scales, 4)), -V##_half(b + 82))); \
+} \
+TARGET QWEN3I_INLINE void V##_q2_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
+    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+        V##_i v = V##_shr(V##_u8(b + 16 + 32 * (g / 2) + 16 * (j % 2)), 2 * (g % 2 * 2 + j / 2)); \
+        w[j] = V##_affine(V##_and(v, 3), s[4 * g + j], s[4 * g + j + 16]); \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_scales_q3_k(float *s, const uint8_t *b) { \
+    uint32_t u[3], v[4];                /* low halves of 16 scales, their upper pairs */ \
+    V##_v scales; \
+    memcpy(u, b + 96, 12); \
+    for (int i = 0; i < 4; i++) v[i] = (u[i % 2] >> 4 * (i / 2) & 0x0F0F0F0Fu) | (u[2] >> 2 * i & 0x03030303u) << 4; \
+    scales = V##_affine(V##_u8((const uint8_t *)v), V##_half(b + 108), -32 * V##_half(b + 108)); \
+    V##_store(s, scales); \
+    V##_store(s + 16, V##_scaled(scales, -4)); \
+} \
+TARGET QWEN3I_INLINE void V##_q3_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
+    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+        V##_i low = V##_and(V##_shr(V##_u8(b + 32 + 32 * (g / 2) + 16 * (j % 2)), 2 * (g % 2 * 2 + j / 2)), 3); \
+        V##_i high = V##_and(V##_shr(V##_u8(b + 16 * (j % 2)), 2 * g + j / 2), 1); \
+        w[j] = V##_affine(V##_or(low, V##_shl(high, 2)), s[4 * g + j], s[4 * g + j + 16]); \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_scales_q6_k(float *s, const uint8_t *b) { \
+    V##_v scales = V##_scaled(V##_load_i8((const int8_t *)b + 192), V##_half(b + 208)); \
+    V##_store(s, scales); \
+    V##_store(s + 16, V##_scaled(scales, -32)); \
+} \
+TARGET QWEN3I_INLINE void V##_q6_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
+    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+        V##_i low = V##_u8(b + 64 * (g / 2) + 16 * j), high = V##_u8(b + 128 + 32 * (g / 2) + 16 * (j % 2)); \
+        low = g % 2 ? V##_shr(low, 4) : V##_and(low, 15); \
+        high = V##_and(g % 2 ? V##_shr(high, j / 2 * 2) : V##_shl(high, 4 - j / 2 * 2), 48); \
+        w[j] = V##_affine(V##_or(low, high), s[4 * g + j], s[4 * g + j + 16]); \
+    } \
+} \
+/* s has 8 scales of 32 elements each */ \
+TARGET QWEN3I_INLINE void V##_scales_iq4_xs(float *s, const uint8_t *b) { \
+    float d = V##_half(b); \
+    for (int k = 0; k < 8; k++) { \
+        int low = b[4 + k / 2] >> 4 * (k % 2) & 15, high = (b[2] | b[3] << 8) >> 2 * k & 3; \
+        s[k] = d * (float)((low | high << 4) - 32); \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_iq4_xs(V##_v *w, const uint8_t *b, const float *s, int g) { \
+    V##_pick32(w, b + 8 + 32 * g, qwen3i_iq4_floats, s[2 * g]); \
+    V##_pick32(w + 2, b + 24 + 32 * g, qwen3i_iq4_floats, s[2 * g + 1]); \
+} \
+/* The type is a constant in both. */ \
+TARGET QWEN3I_INLINE void V##_scales(float *s, const uint8_t *b, qwen3i_type type) { \
+    switch (type) { \
+        case QWEN3I_Q2_K: V##_scales_q2_k(s, b); break; \
+        case QWEN3I_Q3_K: V##_scales_q3_k(s, b); break; \
+        case QWEN3I_Q4_K: case QWEN3I_Q5_K: V##_scales_k(s, b); break; \
+        case QWEN3I_Q6_K: V##_scales_q6_k(s, b); break; \
+        case QWEN3I_IQ4_XS: V##_scales_iq4_xs(s, b); break; \
+        default: break;                 /* smaller blocks */ \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_unpack(V##_v *w, const uint8_t *b, const float *s, int g, qwen3i_type type) { \
+    switch (type) { \
+        case QWEN3I_Q8_0: V##_q8_0(w, b); break; \
+        case QWEN3I_Q4_0: V##_q4_0(w, b); break; \
+        case QWEN3I_Q4_1: V##_q4_1(w, b); break; \
+        case QWEN3I_Q5_0: V##_q5_0(w, b); break; \
+        case QWEN3I_Q5_1: V##_q5_1(w, b); break; \
+        case QWEN3I_Q2_K: V##_q2_k(w, b, s, g); break; \
+        case QWEN3I_Q3_K: V##_q3_k(w, b, s, g); break; \
+        case QWEN3I_Q4_K: V##_q4_k(w, b, s, g); break; \
+        case QWEN3I_Q5_K: V##_q5_k(w, b, s, g); break; \
+        case QWEN3I_Q6_K: V##_q6_k(w, b, s, g); break; \
+        case QWEN3I_IQ4_NL: V##_iq4_nl(w, b); break; \
+        case QWEN3I_IQ4_XS: V##_iq4_xs(w, b, s, g); break; \
+        case QWEN3I_MXFP4: V##_mxfp4(w, b); break; \
+        default: V##_nvfp4(w, b); break; \
+    } \
+}
 
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v
    and the functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, store,
@@ -6802,21 +6967,62 @@ TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     V##_sum(sums, rows); \
     return sums[0]; \
 } \
-/* Elements that lie in blocks, from the beginning of one */ \
-TARGET QWEN3I_INLINE void V##_load_blocks(float *y, const uint8_t *b, int n, qwen3i_unpack unpack, int elements, int bytes) { \
-    qwen3i_unpacked u; \
-    int j; \
-    for (; n > 0; n -= elements, y += elements, b += bytes) { \
-        unpack(&u, b); \
-        for (j = 0; j < elements && j < n; j += 16) \
-            V##_store_n(y + j, V##_fma(V##_load_i8(u.q + j), V##_set1(u.d[j / 16]), V##_set1(u.m[j / 16])), n - j); \
+/* Elements that lie in blocks, from the beginning of one; the type is a constant here. */ \
+TARGET QWEN3I_INLINE void V##_load_blocks(float *y, const uint8_t *b, int n, qwen3i_type type, int elements, int bytes) { \
+    const int part = elements < 64 ? elements : 64; \
+    V##_v w[4]; \
+    float s[32]; \
+    for (; n > 0; b += bytes) { \
+        V##_scales(s, b, type); \
+        for (int g = 0; g < elements / part && n > 0; g++, n -= part, y += part) { \
+            V##_unpack(w, b, s, g, type); \
+            QWEN3I_UNROLL for (int j = 0; j < part / 16; j++) if (16 * j < n) V##_store_n(y + 16 * j, w[j], n - 16 * j); \
+        } \
     } \
 } \
 TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n) { \
     int i; \
     switch (type) { \
-        QWEN3I_BLOCK_TYPES(V##_case) \
+        QWEN3I_BLOCK_TYPES(V##_LOAD) \
         default: for (i = 0; i < n; i += 16) V##_store_n(y + i, V##_from_n(x, (size_t)i, type, n - i), n - i); \
+    } \
+} \
+/* R rows in blocks at a time against one row of x: the sums of V_dot, without a panel. The type is a constant here. */ \
+TARGET QWEN3I_INLINE void V##_dot_blocks_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, int elements, \
+                                            int bytes, int n_w, const float *x, int n_cols, int add) { \
+    for (int r0 = 0; r0 < n_w; r0 += R) { \
+        const uint8_t *at[R]; \
+        QWEN3I_UNROLL for (int r = 0; r < R; r++) at[r] = w + (size_t)qwen3i_min(r0 + r, n_w - 1) * row_bytes; \
+        for (int k = 0; k < n_cols; k += QWEN3I_K_BLOCK) { \
+            const int part = elements < 64 ? elements : 64; \
+            V##_v acc[R], wv[4]; \
+            float sums[R], s[R][32]; \
+            int end = qwen3i_min(k + QWEN3I_K_BLOCK, n_cols); \
+            QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[r] = V##_zero(); \
+            for (int c = k; c < end; c += elements) { \
+                QWEN3I_UNROLL for (int r = 0; r < R; r++) V##_scales(s[r], at[r], type); \
+                QWEN3I_UNROLL for (int g = 0; g < elements / part; g++) { \
+                    const float *xs = x + c + part * g; \
+                    QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
+                        V##_unpack(wv, at[r], s[r], g, type); \
+                        QWEN3I_UNROLL for (int j = 0; j < part / 16; j++) acc[r] = V##_fma(wv[j], V##_load(xs + 16 * j), acc[r]); \
+                    } \
+                } \
+                QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
+                    QWEN3I_PREFETCH(at[r] + QWEN3I_AHEAD / 4); \
+                    at[r] += bytes; \
+                } \
+            } \
+            V##_sum(sums, acc); \
+            for (int r = 0; r < R && r0 + r < n_w; r++) y[r0 + r] = add || k > 0 ? y[r0 + r] + sums[r] : sums[r]; \
+        } \
+    } \
+} \
+TARGET static void V##_dot_blocks(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, \
+                                  const float *x, int n_cols, int add) { \
+    switch (type) { \
+        QWEN3I_BLOCK_TYPES(V##_DOT) \
+        default: break; \
     } \
 } \
 /* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose results \
@@ -6864,7 +7070,8 @@ TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size
                                        int n_w, const float *x, size_t ldx, int n_x, int n_cols, int add) { \
     int tiles = (n_w + R - 1) / R, few = n_x <= QWEN3I_FEW_ROWS, step = few ? 1 : tiles, i, j, t, k, m; \
     int apart = n_x <= 2 && (size_t)tiles * row_bytes >= 2 * QWEN3I_AHEAD ? tiles : 1; \
-    size_t ahead = apart > 1 ? QWEN3I_AHEAD / 2 : R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
+    size_t ahead = apart > 1 ? QWEN3I_AHEAD / 2 : type == QWEN3I_F32 && !few ? 512 : \
+                   R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
     for (i = 0; i < tiles; i += step) \
         for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
             for (t = 0; t < n_x; t += m) { \
@@ -7009,7 +7216,7 @@ TARGET static void V##_store_row(void *y, const float *x, qwen3i_type type, int 
     } \
     for (; i < n; i++) h[i] = type == QWEN3I_F16 ? qwen3i_f32_to_f16(x[i]) : qwen3i_f32_to_bf16(x[i]); \
 } \
-static const qwen3i_simd V##_kernels = { V##_name, V##_dot, V##_mix, V##_softmax, V##_rmsnorm, V##_silu_mul, \
+static const qwen3i_simd V##_kernels = { V##_name, V##_dot, V##_dot_blocks, V##_mix, V##_softmax, V##_rmsnorm, V##_silu_mul, \
                                          V##_exp, V##_load_row, V##_store_row };
 
 /* ---- plain C lanes: gcc's and clang's vectors of four where they have no fused multiply-add, else floats ---- */
@@ -7150,8 +7357,20 @@ QWEN3I_INLINE void qwen3i_plain_sum(float *sums, qwen3i_plain_v *rows) {
     sums[0] = x[0];
 }
 
-#define qwen3i_plain_case(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_plain_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
+/* Any block, as WEIGHT FORMATS has it */
+QWEN3I_INLINE void qwen3i_plain_scales(float *s, const uint8_t *b, qwen3i_type type) { (void)s; (void)b; (void)type; }
+
+QWEN3I_INLINE void qwen3i_plain_unpack(qwen3i_plain_v *w, const uint8_t *b, const float *s, int g, qwen3i_type type) {
+    float y[QWEN3I_MAX_BLOCK];
+    (void)s;
+    qwen3i_decode(y, b, type, qwen3i_format_of(type)->elements);
+    for (int j = 0; j < qwen3i_min(4, qwen3i_format_of(type)->elements / 16); j++) w[j] = qwen3i_plain_load(y + 64 * g + 16 * j);
+}
+
+#define qwen3i_plain_LOAD(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_plain_load_blocks(y, (const uint8_t *)x, n, QWEN3I_##name, elements, bytes); break;
+#define qwen3i_plain_DOT(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_plain_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, 2)
 
 #ifdef QWEN3I_X86
@@ -7226,6 +7445,76 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_i8(const int8_t *p) {
     return qwen3i_avx2_pair(qwen3i_avx2_eight_i8(p), qwen3i_avx2_eight_i8(p + 8));
 }
 
+QWEN3I_AVX2 QWEN3I_INLINE float qwen3i_avx2_half(const uint8_t *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+}
+
+typedef struct qwen3i_avx2_i { __m256i lo, hi; } qwen3i_avx2_i;     /* 16 whole numbers */
+typedef struct qwen3i_avx2_line { qwen3i_avx2_v d, m; } qwen3i_avx2_line;
+#define QWEN3I_AVX2_WHOLE(name, parameter, expression) \
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_##name(qwen3i_avx2_i v, parameter) { \
+    __m256i a = v.lo; \
+    v.lo = expression; \
+    a = v.hi; \
+    v.hi = expression; \
+    return v; \
+}
+QWEN3I_AVX2_WHOLE(shr, int n, _mm256_srli_epi32(a, n))
+QWEN3I_AVX2_WHOLE(shl, int n, _mm256_slli_epi32(a, n))
+QWEN3I_AVX2_WHOLE(and, int mask, _mm256_and_si256(a, _mm256_set1_epi32(mask)))
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_or(qwen3i_avx2_i v, qwen3i_avx2_i w) {
+    v.lo = _mm256_or_si256(v.lo, w.lo);
+    v.hi = _mm256_or_si256(v.hi, w.hi);
+    return v;
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_u8(const uint8_t *p) {
+    qwen3i_avx2_i v;
+    v.lo = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p));
+    v.hi = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p + 8)));
+    return v;
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_bits(unsigned bits, int value) {
+    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    qwen3i_avx2_i v;
+    v.lo = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)(bits & 255)), lanes), lanes);
+    v.hi = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)(bits >> 8 & 255)), lanes), lanes);
+    return qwen3i_avx2_and(v, value);
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_float(qwen3i_avx2_i v) {
+    return qwen3i_avx2_pair(_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_halves(float low, float high) {
+    return qwen3i_avx2_pair(_mm256_set1_ps(low), _mm256_set1_ps(high));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_line qwen3i_avx2_line_of(float d, float m) {
+    qwen3i_avx2_line y;
+    y.d = qwen3i_avx2_set1(d);
+    y.m = qwen3i_avx2_set1(m);
+    return y;
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_on(qwen3i_avx2_line l, qwen3i_avx2_i v) {
+    return qwen3i_avx2_fma(qwen3i_avx2_float(qwen3i_avx2_and(v, 15)), l.d, l.m);
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_pick8(__m256 low, __m256 high, __m256i v) {
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, v), _mm256_permutevar8x32_ps(high, v),
+                            _mm256_castsi256_ps(_mm256_slli_epi32(v, 28)));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_pick(const float *table, qwen3i_avx2_i v) {
+    __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+    return qwen3i_avx2_pair(qwen3i_avx2_pick8(low, high, v.lo), qwen3i_avx2_pick8(low, high, v.hi));
+}
+
 /* as qwen3i_f32_to_bf16, except for NaN */
 QWEN3I_AVX2 QWEN3I_INLINE __m256i qwen3i_avx2_bf16_bits(__m256 v) {
     const __m256 top = _mm256_castsi256_ps(_mm256_set1_epi32(0x7F7F0000));
@@ -7277,8 +7566,11 @@ QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_sum(float *sums, const qwen3i_avx2_v 
     sums[1] = _mm_cvtss_f32(_mm256_extractf128_ps(ab, 1));
 }
 
-#define qwen3i_avx2_case(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_avx2_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
+QWEN3I_DEFINE_BLOCKS(qwen3i_avx2, QWEN3I_AVX2)
+#define qwen3i_avx2_LOAD(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_avx2_load_blocks(y, (const uint8_t *)x, n, QWEN3I_##name, elements, bytes); break;
+#define qwen3i_avx2_DOT(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_avx2_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
 
 /* ---- AVX-512 lanes: one register ------------------------------------------------------------------ */
@@ -7316,6 +7608,43 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
 
+QWEN3I_AVX512 QWEN3I_INLINE float qwen3i_avx512_half(const uint8_t *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+}
+
+typedef __m512i qwen3i_avx512_i;
+typedef __m512 qwen3i_avx512_line;      /* the values for 0 to 15 */
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shr(__m512i v, int n) { return _mm512_srli_epi32(v, (unsigned)n); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shl(__m512i v, int n) { return _mm512_slli_epi32(v, (unsigned)n); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_and(__m512i v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi32(mask)); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_or(__m512i v, __m512i w) { return _mm512_or_si512(v, w); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_float(__m512i v) { return _mm512_cvtepi32_ps(v); }
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_u8(const uint8_t *p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+}
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_bits(unsigned bits, int value) {
+    return _mm512_maskz_set1_epi32((__mmask16)bits, value);
+}
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_halves(float low, float high) {
+    return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(low), _mm512_set1_ps(high));
+}
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_line_of(float d, float m) {
+    const __m512 lanes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_fmadd_ps(lanes, _mm512_set1_ps(d), _mm512_set1_ps(m));
+}
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_on(__m512 line, __m512i v) { return _mm512_permutexvar_ps(v, line); }
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_pick(const float *table, __m512i v) {
+    return _mm512_permutexvar_ps(v, _mm512_loadu_ps(table));
+}
+
 /* as qwen3i_f32_to_bf16, except for NaN */
 QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_store_bf16(uint16_t *p, __m512 v) {
     const __m512 top = _mm512_castsi512_ps(_mm512_set1_epi32(0x7F7F0000));
@@ -7349,8 +7678,11 @@ QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_sum(float *sums, const __m512 *ro
     _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
 }
 
-#define qwen3i_avx512_case(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_avx512_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
+QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, QWEN3I_AVX512)
+#define qwen3i_avx512_LOAD(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_avx512_load_blocks(y, (const uint8_t *)x, n, QWEN3I_##name, elements, bytes); break;
+#define qwen3i_avx512_DOT(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_avx512_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
 #if !defined(__clang__)
   #pragma GCC diagnostic pop
@@ -7433,6 +7765,73 @@ QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load_i8(const int8_t *p) {
     return y;
 }
 
+QWEN3I_INLINE float qwen3i_neon_half(const uint8_t *p) { return qwen3i_half_at(p); }
+
+typedef uint32x4x4_t qwen3i_neon_i;
+typedef struct qwen3i_neon_line { float d, m; } qwen3i_neon_line;
+#define QWEN3I_NEON_WHOLE(name, parameter, expression) \
+QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_##name(qwen3i_neon_i v, parameter) { \
+    int i; \
+    QWEN3I_QUADS v.val[i] = expression; \
+    return v; \
+}
+QWEN3I_NEON_WHOLE(shr, int n, vshlq_u32(v.val[i], vdupq_n_s32(-n)))
+QWEN3I_NEON_WHOLE(shl, int n, vshlq_u32(v.val[i], vdupq_n_s32(n)))
+QWEN3I_NEON_WHOLE(and, int mask, vandq_u32(v.val[i], vdupq_n_u32((uint32_t)mask)))
+QWEN3I_NEON_WHOLE(or, qwen3i_neon_i w, vorrq_u32(v.val[i], w.val[i]))
+
+QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_u8(const uint8_t *p) {
+    uint16x8_t low = vmovl_u8(vld1_u8(p)), high = vmovl_u8(vld1_u8(p + 8));
+    qwen3i_neon_i v;
+    v.val[0] = vmovl_u16(vget_low_u16(low));
+    v.val[1] = vmovl_u16(vget_high_u16(low));
+    v.val[2] = vmovl_u16(vget_low_u16(high));
+    v.val[3] = vmovl_u16(vget_high_u16(high));
+    return v;
+}
+
+QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_bits(unsigned bits, int value) {
+    static const uint32_t lanes[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    qwen3i_neon_i v;
+    int i;
+    QWEN3I_QUADS v.val[i] = vtstq_u32(vdupq_n_u32(bits), vld1q_u32(lanes + 4 * i));
+    return qwen3i_neon_and(v, value);
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_float(qwen3i_neon_i v) {
+    qwen3i_neon_v y;
+    int i;
+    QWEN3I_QUADS y.val[i] = vcvtq_f32_u32(v.val[i]);
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_halves(float low, float high) {
+    qwen3i_neon_v y;
+    int i;
+    QWEN3I_QUADS y.val[i] = vdupq_n_f32(i < 2 ? low : high);
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_neon_line qwen3i_neon_line_of(float d, float m) {
+    qwen3i_neon_line y;
+    y.d = d;
+    y.m = m;
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_on(qwen3i_neon_line l, qwen3i_neon_i v) {
+    return qwen3i_neon_fma(qwen3i_neon_float(qwen3i_neon_and(v, 15)), qwen3i_neon_set1(l.d), qwen3i_neon_set1(l.m));
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_pick(const float *table, qwen3i_neon_i v) {
+    uint32_t at[16];
+    float y[16];
+    int i;
+    QWEN3I_QUADS vst1q_u32(at + 4 * i, v.val[i]);
+    QWEN3I_LANES y[i] = table[at[i] & 15];
+    return qwen3i_neon_load(y);
+}
+
 QWEN3I_INLINE void qwen3i_neon_store_bf16(uint16_t *p, qwen3i_neon_v v) {
     float part[16];
     int i;
@@ -7474,8 +7873,11 @@ QWEN3I_INLINE void qwen3i_neon_sum(float *sums, const qwen3i_neon_v *rows) {
     }
 }
 
-#define qwen3i_neon_case(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_neon_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
+QWEN3I_DEFINE_BLOCKS(qwen3i_neon, )
+#define qwen3i_neon_LOAD(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_neon_load_blocks(y, (const uint8_t *)x, n, QWEN3I_##name, elements, bytes); break;
+#define qwen3i_neon_DOT(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_neon_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_neon, , 2, 3)
 #endif /* QWEN3I_NEON */
 
@@ -7904,7 +8306,7 @@ static void qwen3i_parallel(qwen3i_pool *p, int n_items, int grain, qwen3i_loop_
 typedef struct qwen3i_exec {            /* who computes, and with which instructions */
     qwen3i_pool       *pool;
     const qwen3i_simd *simd;
-    float             *panels;          /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_K_BLOCK] where matrices lie in blocks */
+    float             *panels;          /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_PANEL_LD] where matrices lie in blocks */
 } qwen3i_exec;
 
 /* ---- embedding and norms ------------------------------------------------------------------------- */
@@ -8007,6 +8409,7 @@ static void qwen3i_rope(float *x, const float *cosines, const float *sines, int 
 #define QWEN3I_GLU_ROWS    64           /* the same where two matrices meet, whose results are held for */
 #define QWEN3I_GLU_TOKENS 128           /* so many rows of x */
 #define QWEN3I_PANEL_ROWS  64           /* rows of a matrix in blocks, of QWEN3I_K_BLOCK columns, that become float32 at a time */
+#define QWEN3I_PANEL_LD (QWEN3I_K_BLOCK + 16)   /* floats between them: powers of two collide in caches */
 
 typedef struct qwen3i_matmul_args {
     const qwen3i_simd   *simd;
@@ -8016,7 +8419,7 @@ typedef struct qwen3i_matmul_args {
     const float         *x;             /* [n, cols] */
     int                  n;
     int                  add;           /* to y, instead of replacing it */
-    float               *panels;        /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_K_BLOCK]: see qwen3i_matmul_panels */
+    float               *panels;        /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_PANEL_LD]: see qwen3i_matmul_panels */
 } qwen3i_matmul_args;
 
 /* A matrix in blocks becomes float32 panel by panel: a part that the second-level cache holds, of one row for one
@@ -8024,14 +8427,19 @@ typedef struct qwen3i_matmul_args {
 static void qwen3i_matmul_panels(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
                                  int begin, int end, int t, int n, float *panel) {
     size_t row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols), cols = (size_t)w->cols;
-    int most = n > 1 ? QWEN3I_PANEL_ROWS : 4, r, k, i, m, n_k;
+    int r, k, i, m, n_k;
+    if (n == 1 && w->cols % qwen3i_format_of(w->type)->elements == 0) {
+        a->simd->dot_blocks(y, (const char *)w->data + (size_t)begin * row_bytes, row_bytes, w->type, end - begin,
+                            a->x + (size_t)t * cols, w->cols, a->add);
+        return;
+    }
     for (r = begin; r < end; r += m, y += m) {
-        m = qwen3i_min(most, end - r);
+        m = qwen3i_min(QWEN3I_PANEL_ROWS, end - r);
         for (k = 0; k < w->cols; k += n_k) {
             const char *at = (const char *)w->data + (size_t)r * row_bytes + qwen3i_row_bytes(w->type, k);
             n_k = qwen3i_min(QWEN3I_K_BLOCK, w->cols - k);
-            for (i = 0; i < m; i++, at += row_bytes) a->simd->load(panel + i * QWEN3I_K_BLOCK, at, w->type, n_k);
-            a->simd->dot(y, ldy, panel, QWEN3I_K_BLOCK, QWEN3I_F32, m, a->x + (size_t)t * cols + k, cols, n, n_k, a->add || k > 0);
+            for (i = 0; i < m; i++, at += row_bytes) a->simd->load(panel + i * QWEN3I_PANEL_LD, at, w->type, n_k);
+            a->simd->dot(y, ldy, panel, QWEN3I_PANEL_LD, QWEN3I_F32, m, a->x + (size_t)t * cols + k, cols, n, n_k, a->add || k > 0);
         }
     }
 }
@@ -8041,7 +8449,7 @@ static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix
                                 int begin, int end, int t, int n, int lane) {
     size_t cols = (size_t)w->cols;
     if (qwen3i_is_block(w->type)) {
-        float *panel = a->panels + (size_t)lane * QWEN3I_PANEL_ROWS * QWEN3I_K_BLOCK;
+        float *panel = a->panels + (size_t)lane * QWEN3I_PANEL_ROWS * QWEN3I_PANEL_LD;
         qwen3i_matmul_panels(a, w, y, ldy, begin, end, t, n, panel);
         return;
     }
@@ -8248,7 +8656,7 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     c->sines     = (float *)qwen3i_arena_take(&m, rows, half, 4);
     c->logits    = (float *)qwen3i_arena_take(&m, head_rows, (uint64_t)g->n_vocab, 4);
     c->attention = (float *)qwen3i_arena_take(&m, lanes, qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
-    c->exec.panels = (float *)qwen3i_arena_take(&m, lanes, QWEN3I_PANEL_ROWS * QWEN3I_K_BLOCK, 4);
+    c->exec.panels = (float *)qwen3i_arena_take(&m, lanes, QWEN3I_PANEL_ROWS * QWEN3I_PANEL_LD, 4);
     return qwen3i_arena_size(&m);
 }
 

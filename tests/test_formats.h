@@ -98,7 +98,7 @@ static void formats_product(const qwen3i_simd *simd, qwen3i_type type, int rows,
     qwen3i_matrix w = formats_matrix(type, rows, cols);
     size_t row_bytes = (size_t)qwen3i_row_bytes(type, cols), count = (size_t)(rows * n);
     float *x = cpu_floats((size_t)(n * cols), 1.0), *y = cpu_floats(count, 1.0), *one = cpu_copy(y, count), *row = cpu_floats((size_t)cols, 1);
-    float *panels = cpu_floats(QWEN3I_PANEL_ROWS * QWEN3I_K_BLOCK, 1);
+    float *panels = cpu_floats(QWEN3I_PANEL_ROWS * QWEN3I_PANEL_LD, 1);
     qwen3i_pool pool;
     qwen3i_exec e;
     memset(&pool, 0, sizeof pool);
