@@ -39,6 +39,132 @@
         return r < 0;
     }
 
+   RECIPES: each with model, ctx (max_seqs 3), err and put as above; n and r are an int and a qwen3_result
+
+    // Recipe: a reply by the frame, a token or a piece of the prompt at a time
+    qwen3_msg msgs[2] = {{QWEN3_SYSTEM, "You keep a small shop."}, {QWEN3_USER, "What do you sell?"}};
+    qwen3_chat_desc chat = {msgs, 2};
+    qwen3_gen_desc gen = {NULL};
+    qwen3_stream reply, *replies[1] = {&reply};
+    gen.on_text = put;
+    r = qwen3_stream_begin(ctx, 0, &chat, &gen, &reply);            // evaluates nothing yet
+    while (r >= 0 && (r = qwen3_stream_step(ctx, replies, 1, 4000)) == QWEN3_MORE)
+        draw_frame();                                               // at most 4 ms each frame
+
+    // Recipe: several characters with one model and a shared system prompt
+    qwen3_msg msgs[2] = {{QWEN3_SYSTEM, "You live in a village."}, {QWEN3_USER, "Hello!"}};
+    qwen3_chat_desc shared = {msgs, 1, NULL, 0, QWEN3_CHAT_NO_REPLY_HEADER}, chat = {msgs, 2};
+    qwen3_gen_desc gen = {NULL};
+    qwen3_token tokens[512]; qwen3_stream reply[3], *replies[3];
+    n = qwen3_chat_render(model, &shared, tokens, 512, err, sizeof err);
+    r = (qwen3_result)qwen3_sync(ctx, 0, tokens, n, 0);             // evaluated once,
+    for (int i = 0; i < 3 && r >= 0; i++) {
+        r = qwen3_seq_copy(ctx, i, 0);                              // kept three times
+        if (r >= 0) r = qwen3_stream_begin(ctx, i, &chat, &gen, replies[i] = &reply[i]);
+    }
+    while (r >= 0 && (r = qwen3_stream_step(ctx, replies, 3, 4000)) == QWEN3_MORE) draw_frame();
+
+    // Recipe: save and restore a character, in the midst of a sentence if need be
+    qwen3_sampler dice = qwen3_sampler_preset(QWEN3_NON_THINKING, 7);
+    qwen3_token hello[3] = {40, 41, 42}, next;
+    char mood[16] = "cheerful";
+    qwen3_state state = {"character.state", NULL, 0, &dice, mood, sizeof mood};
+    n = qwen3_sync(ctx, 0, hello, 3, 0);
+    r = qwen3_seq_save(ctx, 0, &state);                             // tokens, cache, dice and mood
+    if (r == QWEN3_OK) r = qwen3_seq_load(ctx, 1, &state);          // all as it was
+    if (r == QWEN3_OK) r = qwen3_next(ctx, 1, &dice, &next);        // what would have followed
+
+    // Recipe: tools; the call itself comes to on_text as QWEN3_TEXT_CALL
+    const char *tools[1] = {"{\"type\": \"function\", \"function\": {\"name\": \"price\"}}"};
+    qwen3_tool_call call = {"price", "{\"item\": \"rope\"}"};       // read from that text
+    qwen3_msg msgs[3] = {{QWEN3_USER, "What is a rope?"}, {QWEN3_ASSISTANT}, {QWEN3_TOOL, "3 coins"}};
+    qwen3_chat_desc chat = {msgs, 1, tools, 1};
+    qwen3_gen_desc gen = {NULL};
+    gen.on_text = put;
+    r = qwen3_chat(ctx, 0, &chat, &gen);                            // the model asks,
+    msgs[1].calls = &call; msgs[1].n_calls = 1;
+    chat.n_msgs = 3;
+    if (r >= 0) r = qwen3_chat(ctx, 0, &chat, &gen);                // and goes on with the result
+
+    // Recipe: embeddings and search (a Qwen3-Embedding model)
+    const char *texts[2] = {"Rope, 3 coins", "A lamp with oil"};
+    int size = qwen3_get_info(model).n_embd, best = 0;
+    float *query = (float *)malloc(3 * (size_t)size * sizeof *query), score[2] = {0, 0};
+    r = qwen3_embed(ctx, 0, "Find goods", "something to climb with", query);
+    for (int i = 0; i < 2 && r == QWEN3_OK; i++) {                  // texts have no task
+        float *text = query + (1 + i) * size;
+        r = qwen3_embed(ctx, 0, NULL, texts[i], text);
+        for (int k = 0; k < size; k++) score[i] += query[k] * text[k];      // cosine
+    }
+    if (score[1] > score[0]) best = 1;
+    free(query); printf("%s\n", texts[best]);
+
+    // Recipe: a model from a pak file in memory, mapped or read: weights are used where they are
+    qwen3_file files[3]; qwen3_load_desc load = {NULL}; qwen3_model *packed = NULL;
+    const char *names[3] = {"config.json", "tokenizer.json", "model.safetensors"};
+    for (int i = 0; i < 3; i++) {
+        files[i].name = names[i];
+        files[i].data = pak_find(names[i], &files[i].size);
+    }
+    load.files = files; load.n_files = 3;
+    r = qwen3_load(&packed, &load, err, sizeof err);
+    qwen3_free(packed);                                             // then the pak may go
+
+    // Recipe: your allocator and job system
+    qwen3_ctx_desc own = {0}; qwen3_ctx *small = NULL; qwen3_token tokens[3] = {40, 41, 42};
+    own.max_ctx = 256;
+    own.allocator.alloc = my_alloc; own.allocator.free = my_free;   // aligned to 16 bytes
+    own.jobs.parallel_for = my_parallel_for; own.threads = 2;       // no thread is created
+    qwen3_memory needs = qwen3_ctx_memory(model, &own);             // known beforehand
+    r = qwen3_ctx_create(&small, model, &own, err, sizeof err);
+    if (r == QWEN3_OK) r = (qwen3_result)qwen3_sync(small, 0, tokens, 3, 0);
+    if (r == QWEN3_OK) printf("%d KB\n", (int)(needs.host_bytes >> 10));
+    qwen3_ctx_free(small);
+
+    // Recipe: words that never come
+    qwen3_bias never[8]; qwen3_token bad[8];
+    qwen3_sampler polite = qwen3_sampler_preset(QWEN3_NON_THINKING, 1);
+    qwen3_gen_desc gen = {&polite}; qwen3_msg msg = {QWEN3_USER, "Well?"}; qwen3_chat_desc chat = {&msg, 1};
+    n = qwen3_encode(model, " damn", 5, 0, bad, 8, err, sizeof err);
+    if (n > 0) { never[0].token = bad[0]; never[0].bias = -1e30f; } // its first token, in any case
+    polite.bias = never; polite.n_bias = n > 0;                     // or .filter, with all logits
+    gen.on_text = put;
+    r = qwen3_chat(ctx, 0, &chat, &gen);
+
+    // Recipe: continue a text (a base model), a line at most
+    const char *text = "The shop was dark, and", *stop[1] = {"\n"};
+    qwen3_token tokens[512]; qwen3_gen_desc gen = {NULL};
+    n = qwen3_encode(model, text, strlen(text), 0, tokens, 512, err, sizeof err);
+    gen.max_tokens = 40; gen.stop = stop; gen.n_stop = 1; gen.on_text = put;
+    r = n < 0 ? (qwen3_result)n : (qwen3_result)qwen3_sync(ctx, 0, tokens, n, 0);
+    if (r == QWEN3_OK) r = qwen3_generate(ctx, 0, &gen);
+
+    // Recipe: words put into the model's mouth
+    qwen3_msg msg = {QWEN3_USER, "Do you have a lamp?"}; qwen3_chat_desc chat = {&msg, 1};
+    qwen3_token tokens[512]; qwen3_gen_desc gen = {NULL, 60}; gen.on_text = put;
+    n = qwen3_chat_render(model, &chat, tokens, 500, err, sizeof err);
+    if (n > 0 && n <= 500) n += qwen3_encode(model, "Aye, ", 5, 0, tokens + n, 512 - n, err, sizeof err);
+    r = n < 0 ? (qwen3_result)n : (qwen3_result)qwen3_sync(ctx, 0, tokens, n, 0);
+    if (r == QWEN3_OK) r = qwen3_generate(ctx, 0, &gen);            // it goes on from "Aye, "
+
+    // Recipe: token by token, where ctx's cancel stops a call now and then
+    qwen3_token token = 40; qwen3_item item = {0, &token, 1};
+    char piece[64];
+    for (r = qwen3_eval(ctx, &item, 1), n = 0; r >= 0 && r != QWEN3_END && n < 20;) {
+        r = qwen3_next(ctx, 0, NULL, &token);
+        if (r == QWEN3_STOPPED) continue;                           // nothing was changed: call again
+        if (r == QWEN3_OK && ++n) qwen3_detokenize(model, &token, 1, 0, piece, sizeof piece);
+    }
+
+    // Recipe: a long conversation forgets its oldest turns, never the system prompt
+    qwen3_msg msgs[41] = {{QWEN3_SYSTEM, "You keep a small shop."}};
+    qwen3_chat_desc chat = {msgs, 40}; qwen3_gen_desc gen = {NULL}; int forgotten = 0;
+    for (int i = 1; i < 40; i++) { msgs[i].text = "Hm."; msgs[i].role = i % 2 ? QWEN3_USER : QWEN3_ASSISTANT; }
+    chat.max_prompt = 200; chat.n_forgotten = &forgotten;           // the rest is for the answer
+    gen.on_text = put;
+    r = qwen3_chat(ctx, 0, &chat, &gen);
+    if (forgotten) printf("[%d messages forgotten]\n", forgotten);  // you may drop them, too
+
    WHAT IT RUNS
      Dense Qwen3 in Hugging Face layout (0.6B to 32B, base, chat, Thinking-2507, Instruct-2507,
      Embedding, Reranker): config.json, model.safetensors or shards with an index, tokenizer.json or
