@@ -5016,10 +5016,22 @@ static char qwen3i_next_tag(qwen3i_str *s, qwen3i_str *inside) {
     return inside->p[-1];
 }
 
-static void qwen3i_header_add(qwen3i_header_text *h, int values, qwen3i_str expression) {
+/* Where a word begins outside of quotes; s.n: nowhere */
+static size_t qwen3i_unquoted(qwen3i_str s, const char *word) {
+    const size_t n = strlen(word);
+    size_t i;
+    char quote = 0;
+    for (i = 0; i < s.n; i++) {
+        if (quote) { if (s.p[i] == '\\') i++; else if (s.p[i] == quote) quote = 0; }
+        else if (s.p[i] == '\'' || s.p[i] == '"') quote = s.p[i];
+        else if (i + n <= s.n && memcmp(s.p + i, word, n) == 0) return i;
+    }
+    return s.n;
+}
+
+static void qwen3i_header_texts(qwen3i_header_text *h, int values, qwen3i_str expression) {
     char text[96];
     int n, k;
-    if (qwen3i_contains(expression.p, expression.n, " if ")) h->odd = 1;
     while ((n = qwen3i_quoted(&expression, text, (int)sizeof text)) >= 0)
         for (k = 0; k < 3; k++) {
             if (!(values >> k & 1)) continue;
@@ -5027,6 +5039,24 @@ static void qwen3i_header_add(qwen3i_header_text *h, int values, qwen3i_str expr
             memcpy(h->text[k] + h->n[k], text, (size_t)n);
             h->n[k] += n;
         }
+}
+
+/* {{ texts }} or {{ texts if condition else texts }} */
+static void qwen3i_header_add(qwen3i_header_text *h, int values, qwen3i_str expression) {
+    size_t at = qwen3i_unquoted(expression, " if "), otherwise;
+    qwen3i_str condition;
+    int c;
+    if (at == expression.n) { qwen3i_header_texts(h, values, expression); return; }
+    condition = qwen3i_str_from(expression, at + 4);
+    expression.n = at;
+    otherwise = qwen3i_unquoted(condition, " else ");
+    at = condition.n;
+    condition.n = otherwise;
+    c = qwen3i_condition(condition);
+    if (c < 0) { h->odd = 1; return; }
+    qwen3i_header_texts(h, values & c, expression);
+    condition.n = at;
+    qwen3i_header_texts(h, values & ~c, qwen3i_str_from(condition, otherwise));
 }
 
 /* What stands inside of the last {% if add_generation_prompt %}: s begins behind that tag. */

@@ -326,6 +326,8 @@ static void test_chat_style_of(void) {
                       QWEN3_STYLE_HYBRID, NULL);
     chat_expect_style(REPLY(HEADER "{%- if enable_thinking is not defined or enable_thinking == true %}{%- else -%}" CLOSED
                       "{%- endif %}"), QWEN3_STYLE_HYBRID, NULL);
+    chat_expect_style(REPLY(HEADER "{{- '<think>\\n\\n</think>\\n\\n' if enable_thinking is defined and not enable_thinking else '' }}"),
+                      QWEN3_STYLE_HYBRID, NULL);
     chat_expect_style(REPLY("{{- '<|im_start|>assistant\\n<think>\\n' }}"), QWEN3_STYLE_THINKING, NULL);
     chat_expect_style(REPLY("{{- start + 'assistant\\\\n' }}{{ \\\"<think>\\\\n\\\" }}"), QWEN3_STYLE_THINKING, NULL);
     chat_expect_style(REPLY(HEADER), QWEN3_STYLE_INSTRUCT, NULL);
