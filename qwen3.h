@@ -358,6 +358,7 @@ typedef struct qwen3_info {
     qwen3_sampler sampler;              /* what generation_config.json or a GGUF's keys advise; rng 0 */
     uint64_t n_params, weight_bytes;
     uint64_t fingerprint;               /* of configuration and weights; ties saved states to them */
+    int has_head;                       /* 0: it makes embeddings only; logits are UNSUPPORTED      */
     const char *backend_name;           /* "cpu", "cuda"                                           */
     const char *device_name;            /* of the GPU, or the CPU's instruction set in use          */
 } qwen3_info;
@@ -1385,7 +1386,7 @@ static qwen3i_json qwen3i_json_begin(const void *data, size_t n) {
     qwen3i_json j;
     j.start = j.p = data ? (const char *)data : "";      /* NULL + 0 is undefined in C */
     j.end = j.p + n;
-    j.error = NULL;
+    j.error = n >= 3 && memcmp(j.p, "\xEF\xBB\xBF", 3) == 0 ? "a byte order mark stands before the text" : NULL;
     return j;
 }
 
@@ -1661,6 +1662,7 @@ struct qwen3_model {
     qwen3i_shard        *shards;        /* [n_shards] weight files */
     int                  n_shards;
     qwen3i_block        *blocks;        /* everything else that was allocated */
+    char                 no_embedding[160];     /* why embeddings are not what the files ask for; empty: they are */
 };
 
 typedef struct qwen3i_loader {          /* what the functions of one qwen3_load share */
@@ -1735,7 +1737,7 @@ static qwen3_result qwen3i_read_all(const qwen3i_loader *l, const char *name, ui
 #if defined(_WIN32)
 typedef HANDLE qwen3i_handle;
 
-/* 1; 0: there is no such file; -1: there is, but it cannot be opened, or is no regular file. */
+/* 1; 0: there is no such file; -1: it cannot be opened; -2: it is no regular file */
 static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size) {
     WCHAR wide[32768];
     LARGE_INTEGER n;
@@ -1744,7 +1746,13 @@ static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size
     if (*h == INVALID_HANDLE_VALUE) return GetLastError() == ERROR_FILE_NOT_FOUND ? 0 : -1;
     if (GetFileType(*h) == FILE_TYPE_DISK && GetFileSizeEx(*h, &n)) { *size = (uint64_t)n.QuadPart; return 1; }
     CloseHandle(*h);
-    return -1;
+    return -2;
+}
+static const char *qwen3i_open_reason(int found) {
+    const DWORD code = GetLastError();
+    if (found == -2) return "it is no regular file";
+    return code == ERROR_ACCESS_DENIED ? "access is denied" : code == ERROR_SHARING_VIOLATION ? "another program uses it" :
+           code == ERROR_PATH_NOT_FOUND ? "there is no such path" : "the system refuses";
 }
 static void qwen3i_handle_close(qwen3i_handle h) { CloseHandle(h); }
 
@@ -1809,15 +1817,16 @@ typedef int qwen3i_handle;
 /* Not to wait for a pipe's writer, not to take a terminal, not to be passed on to other programs. */
 #define QWEN3I_OPEN_FLAGS (O_RDONLY | O_NONBLOCK | O_NOCTTY | QWEN3I_CLOEXEC)
 
-/* 1; 0: there is no such file; -1: there is, but it cannot be opened, or is no regular file. */
+/* 1; 0: there is no such file; -1: it cannot be opened; -2: it is no regular file */
 static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size) {
     struct stat st;
     do *h = open(path, QWEN3I_OPEN_FLAGS); while (*h < 0 && errno == EINTR);
     if (*h < 0) return errno == ENOENT ? 0 : -1;
     if (fstat(*h, &st) == 0 && S_ISREG(st.st_mode) && st.st_size >= 0) { *size = (uint64_t)st.st_size; return 1; }
     close(*h);
-    return -1;
+    return -2;
 }
+static const char *qwen3i_open_reason(int found) { return found == -2 ? "it is no regular file" : strerror(errno); }
 static void qwen3i_handle_close(qwen3i_handle h) { close(h); }
 
 /* Write all of a file. 0, or -1. */
@@ -1892,7 +1901,7 @@ static qwen3_result qwen3i_read_file(const qwen3_allocator *a, const char *path,
     uint64_t at, n;
     const int found = qwen3i_handle_open(&h, path, size);
     if (found <= 0) return qwen3i_fail(err, QWEN3_ERR_IO, "%s: %s", path,
-                                       found ? "cannot be opened, or is no regular file" : "there is no such file");
+                                       found ? qwen3i_open_reason(found) : "there is no such file");
     *data = *size < (size_t)-1 ? (char *)qwen3i_alloc(a, (size_t)*size) : NULL;
     for (at = 0; *data && at < *size; at += n) {
         n = *size - at < 1u << 26 ? *size - at : 1u << 26;
@@ -1918,9 +1927,9 @@ static qwen3_result qwen3i_open_path(const qwen3i_loader *l, const char *name, i
     memcpy(path, l->desc->path, l->folder);
     snprintf(path + l->folder, n - l->folder, "%s%s", l->gguf_name ? "" : "/", name);
     found = qwen3i_handle_open(&h, path, &size);
+    if (found < 0) r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot be opened: %s", name, qwen3i_open_reason(found));
     qwen3i_free(a, path, n);
-    if (found < 0) return qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot be opened, or is no regular file", name);
-    if (!found) return QWEN3_OK;
+    if (found <= 0) return r;
 #ifndef QWEN3_NO_MMAP
     if (map && size > 0 && size < (size_t)-1 && !(l->desc->flags & QWEN3_LOAD_NO_MMAP)) {
         out->data = (const unsigned char *)qwen3i_map(h, (size_t)size);
@@ -1954,7 +1963,7 @@ static int qwen3i_io_read(void *handle, uint64_t offset, void *dst, size_t n) {
 }
 
 /* Get a file by name. If there is none, out->data is NULL and the result is OK. map: mapping is worth it. */
-static qwen3_result qwen3i_open(const qwen3i_loader *l, const char *name, int map, qwen3i_blob *out) {
+static qwen3_result qwen3i_open_any(const qwen3i_loader *l, const char *name, int map, qwen3i_blob *out) {
     const qwen3_load_desc *d = l->desc;
     int i;
     memset(out, 0, sizeof *out);
@@ -1985,6 +1994,15 @@ static void qwen3i_close(const qwen3_allocator *a, qwen3i_blob *b) {
     if (b->kind == QWEN3I_MAPPED) qwen3i_unmap(b->data, b->size);
 #endif
     memset(b, 0, sizeof *b);
+}
+
+/* The same, which is not the stand-in that git leaves of a large file that was not fetched. */
+static qwen3_result qwen3i_open(const qwen3i_loader *l, const char *name, int map, qwen3i_blob *out) {
+    static const char pointer[] = "version https://git-lfs";
+    qwen3_result r = qwen3i_open_any(l, name, map, out);
+    if (r != QWEN3_OK || !out->data || out->size < sizeof pointer || memcmp(out->data, pointer, sizeof pointer - 1) != 0) return r;
+    qwen3i_close(&l->model->allocator, out);
+    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: a Git LFS pointer, not the file itself: fetch it with git lfs pull", name);
 }
 
 /* ================================================================================================
@@ -6032,6 +6050,45 @@ static qwen3_result qwen3i_check_tokenizer(const qwen3i_loader *l) {
                        qwen3i_tokenizer_size(m->tokenizer) - 1, m->config.n_vocab);
 }
 
+/* ---- sentence-transformers: what becomes of the hidden states ------------------------------------------- */
+static void qwen3i_no_embedding(qwen3_model *m, const char *file, qwen3i_str what) {
+    snprintf(m->no_embedding, sizeof m->no_embedding, "%s: '%.*s' is not computed, only the last token's hidden state, "
+             "normalised", file, QWEN3I_STR(what));
+}
+
+/* modules.json: [{"type": "sentence_transformers.models.Pooling", ...}, ...] */
+static qwen3_result qwen3i_parse_modules(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err) {
+    static const char *const known[] = {".Transformer", ".Pooling", ".Normalize"};
+    qwen3i_json j = qwen3i_json_begin(b->data, b->size);
+    qwen3i_json_iter list, it;
+    qwen3i_str key, type;
+    int i;
+    if (qwen3i_json_open(&j, '[', &list)) while (qwen3i_json_next(&j, &list, NULL) && qwen3i_json_open(&j, '{', &it))
+        while (qwen3i_json_next(&j, &it, &key)) {
+            if (!qwen3i_json_is(key, "type")) { qwen3i_json_skip(&j); continue; }
+            if (!qwen3i_json_string(&j, &type)) break;
+            for (i = 0; i < QWEN3I_COUNT(known) && !qwen3i_str_ends(type, known[i]); i++) { }
+            if (i == QWEN3I_COUNT(known)) qwen3i_no_embedding(m, file, type);
+        }
+    return qwen3i_json_end(&j) ? QWEN3_OK : qwen3i_json_fail(err, file, &j);
+}
+
+/* 1_Pooling/config.json: {"pooling_mode_lasttoken": true, ...}, or newer {"pooling_mode": "lasttoken"} */
+static qwen3_result qwen3i_parse_pooling(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err) {
+    qwen3i_json j = qwen3i_json_begin(b->data, b->size);
+    qwen3i_json_iter it;
+    qwen3i_str key, mode;
+    int on;
+    if (qwen3i_json_open(&j, '{', &it)) while (qwen3i_json_next(&j, &it, &key)) {
+        if (qwen3i_json_is(key, "pooling_mode") && qwen3i_json_peek(&j) == '"') {
+            if (qwen3i_json_string(&j, &mode) && !qwen3i_json_is(mode, "lasttoken")) qwen3i_no_embedding(m, file, mode);
+        } else if (key.n > 13 && memcmp(key.p, "pooling_mode_", 13) == 0) {
+            if (qwen3i_json_bool(&j, &on) && on != qwen3i_json_is(key, "pooling_mode_lasttoken")) qwen3i_no_embedding(m, file, key);
+        } else qwen3i_json_skip(&j);
+    }
+    return qwen3i_json_end(&j) ? QWEN3_OK : qwen3i_json_fail(err, file, &j);
+}
+
 /* ---- loading ------------------------------------------------------------------------------------------ */
 typedef qwen3_result (*qwen3i_parse_file)(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err);
 
@@ -6059,6 +6116,7 @@ static void qwen3i_fill_info(qwen3_model *m) {
     f->end_of_text = qwen3i_added_id(m->tokenizer, "<|endoftext|>");
     f->think_begin = qwen3i_added_id(m->tokenizer, "<think>");
     f->think_end = qwen3i_added_id(m->tokenizer, "</think>");
+    f->has_head = m->weights.head.data != NULL || !m->weights.layers;
     f->backend_name = m->backend->name;
     f->device_name = m->weights.layers ? m->backend->device_name(m->backend_state) : "none";
     qwen3i_add_eos(m, f->im_end);       /* both end a turn, whatever the files list */
@@ -6100,7 +6158,10 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
 
 static qwen3_result qwen3i_load_config(qwen3i_loader *l) {
     qwen3_result r = qwen3i_load_json(l, "config.json", 1, qwen3i_parse_config);
-    return r == QWEN3_OK ? qwen3i_load_json(l, "generation_config.json", 0, qwen3i_parse_generation) : r;
+    if (r == QWEN3_OK) r = qwen3i_load_json(l, "generation_config.json", 0, qwen3i_parse_generation);
+    if (r == QWEN3_OK) r = qwen3i_load_json(l, "modules.json", 0, qwen3i_parse_modules);
+    if (r == QWEN3_OK) r = qwen3i_load_json(l, "1_Pooling/config.json", 0, qwen3i_parse_pooling);
+    return r;
 }
 
 /* Hugging Face's layout: a directory */
@@ -9604,7 +9665,7 @@ QWEN3_API qwen3_result qwen3_seq_copy(qwen3_ctx *c, int dst, int src) {
 /* Describe what item wants of its k-th token's row. Returns 0 if nothing. */
 static int qwen3i_want(const qwen3_ctx *c, const qwen3_item *item, int k, int row, qwen3i_out *out) {
     const size_t vocab = (size_t)c->model->config.n_vocab, embd = (size_t)c->model->config.n_embd;
-    const int last = k == item->n - 1, keep = last && !item->more;
+    const int last = k == item->n - 1, keep = last && !item->more && c->model->info.has_head;
     memset(out, 0, sizeof *out);
     out->row = row;
     out->keep_seq = keep ? item->seq : -1;
@@ -9712,10 +9773,16 @@ static qwen3_result qwen3i_append(qwen3_ctx *c, int seq, qwen3_token token, cons
     return qwen3i_eval(c, &item, 1, err);
 }
 
+static qwen3_result qwen3i_check_head(const qwen3_model *m, const qwen3i_err *err) {
+    if (m->info.has_head) return QWEN3_OK;
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model has no lm_head.weight: it makes embeddings, not logits");
+}
+
 /* Make the kept logits those of the sequence's last token, evaluating it once more if they are not. */
 static qwen3_result qwen3i_refresh(qwen3_ctx *c, int seq, const qwen3i_err *err) {
     qwen3i_seq *s = &c->seqs[seq];
-    qwen3_result r;
+    qwen3_result r = qwen3i_check_head(c->model, err);
+    if (r != QWEN3_OK) return r;
     if (s->fresh) return QWEN3_OK;
     if (s->len == 0)
         return qwen3i_fail(err, QWEN3_ERR_ARG, "sequence %d is empty: evaluate something first", seq);
@@ -9752,6 +9819,8 @@ static qwen3_result qwen3i_check_item(qwen3_ctx *c, const qwen3_item *items, int
     if (r != QWEN3_OK) return r;
     for (k = 0; k < i; k++)
         if (items[k].seq == item->seq) return qwen3i_fail(err, QWEN3_ERR_ARG, "items %d and %d are both of sequence %d", k, i, item->seq);
+    if (item->all_logits || item->logprobs) r = qwen3i_check_head(c->model, err);
+    if (r != QWEN3_OK) return r;
     len = c->seqs[item->seq].len;
     if (item->n > c->desc.max_ctx - len)
         return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "sequence %d holds %d of %d positions: %d more do not fit", item->seq, len, c->desc.max_ctx, item->n);
@@ -10440,6 +10509,7 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
     r = qwen3i_enter_seq(c, seq, &err);
     if (r == QWEN3_OK) r = qwen3i_check_texts(c, text, "", out, &err);
     if (r != QWEN3_OK) return r;
+    if (c->model->no_embedding[0]) return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "%s", c->model->no_embedding);
     if (c->model->info.end_of_text < 0)
         return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no <|endoftext|>, at which embeddings are read");
     if (c->model->info.im_end >= 0 && qwen3i_is_eos(c->model, c->model->info.im_end))

@@ -126,6 +126,12 @@ static void test_checkpoints_config(void) {
     tiny_free(&m);
 }
 
+static void malformed_edit(tiny_model *m, int which, const char *from, const char *to) {
+    tiny_text edited = malformed_replace(m->file[which].p, m->file[which].n, from, to);
+    free(m->file[which].p);
+    m->file[which] = edited;
+}
+
 /* ---- tokenizer.json, safetensors and their index --------------------------------------------------------- */
 static void test_checkpoints_tokenizer_settings(void) {
     static const malformed_case cases[] = {
@@ -246,6 +252,70 @@ static void test_checkpoints_weights_settings(void) {
     tiny_free(&m);
 }
 
+/* What sentence-transformers would make of the hidden states is the last token's, or an error of qwen3_embed. */
+static void test_checkpoints_pooling(void) {
+    static const struct { int file; const char *text, *why; } cases[] = {
+        {TINY_MODULES, "[{\"idx\":0,\"name\":\"0\",\"path\":\"\",\"type\":\"sentence_transformers.models.Transformer\"},"
+         "{\"idx\":1,\"path\":\"1_Pooling\",\"type\":\"sentence_transformers.models.Pooling\"},"
+         "{\"type\":\"sentence_transformers.models.Normalize\"}]", NULL},
+        {TINY_MODULES, "[{\"type\":\"sentence_transformers.models.Dense\"}]", "modules.json: 'sentence_transformers.models.Dense'"},
+        {TINY_POOLING, "{\"word_embedding_dimension\":4,\"pooling_mode_cls_token\":false,\"pooling_mode_mean_tokens\":false,"
+         "\"pooling_mode_lasttoken\":true,\"include_prompt\":true}", NULL},
+        {TINY_POOLING, "{\"pooling_mode_mean_tokens\":true,\"pooling_mode_lasttoken\":false}", "pooling_mode_"},
+        {TINY_POOLING, "{\"pooling_mode_mean_tokens\":true}", "pooling_mode_mean_tokens"},
+        {TINY_POOLING, "{\"pooling_mode\":\"lasttoken\"}", NULL}, {TINY_POOLING, "{\"pooling_mode\":\"mean\"}", "mean"}
+    };
+    static const malformed_case modules[] = {{NULL, "{}", BAD, "array"}, {NULL, "[{\"type\":7}]", BAD, "string"}, {NULL, "[]x", BAD, "end"}};
+    static const malformed_case pooling[] = {{NULL, "[]", BAD, "object"}, {NULL, "{\"pooling_mode_max_tokens\":7}", BAD, "true or"}};
+    size_t i;
+    tiny_model t;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        qwen3_file files[TINY_FILES];
+        qwen3_load_desc d;
+        qwen3_ctx_desc cd;
+        qwen3_model *m = NULL;
+        qwen3_ctx *ctx = NULL;
+        float vector[4];
+        qwen3_result r;
+        tiny_make(&t, 0, 0);
+        tiny_set(&t, cases[i].file, cases[i].text, strlen(cases[i].text));
+        malformed_edit(&t, TINY_TOKENIZER, "<|im_start|>", "<|endoftext|>");
+        memset(&d, 0, sizeof d);
+        memset(&cd, 0, sizeof cd);
+        d.n_files = tiny_list(&t, files);
+        d.files = files;
+        cd.max_ctx = 16;
+        cd.threads = 1;
+        if (CHECK(qwen3_load(&m, &d, NULL, 0) == QWEN3_OK && qwen3_ctx_create(&ctx, m, &cd, NULL, 0) == QWEN3_OK)) {
+            r = qwen3_embed(ctx, 0, NULL, "ab", vector);
+            CHECK_MSG(r == (cases[i].why ? QWEN3_ERR_UNSUPPORTED : QWEN3_OK), "%s: %s", cases[i].text, qwen3_ctx_error(ctx));
+            CHECK_MSG(!cases[i].why || strstr(qwen3_ctx_error(ctx), cases[i].why), "%s: %s", cases[i].text, qwen3_ctx_error(ctx));
+        }
+        qwen3_ctx_free(ctx);
+        qwen3_free(m);
+        tiny_free(&t);
+    }
+    tiny_make(&t, 0, 0);
+    tiny_set(&t, TINY_MODULES, "[]", 2);
+    MALFORMED_TEXTS(&t, TINY_MODULES, modules);
+    tiny_set(&t, TINY_POOLING, "{}", 2);
+    MALFORMED_TEXTS(&t, TINY_POOLING, pooling);
+    tiny_free(&t);
+}
+
+/* What git leaves of a large file that was not fetched */
+static void test_checkpoints_lfs_pointer(void) {
+    static const malformed_case cases[] = {
+        {NULL, "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 311\n", BAD, "Git LFS pointer"}
+    };
+    static const int which[] = {TINY_WEIGHTS, TINY_TOKENIZER, TINY_CONFIG};
+    tiny_model m;
+    int i;
+    tiny_make(&m, 0, 0);
+    for (i = 0; i < 3; i++) MALFORMED_TEXTS(&m, which[i], cases);
+    tiny_free(&m);
+}
+
 static void suite_checkpoints(void) {
     RUN(test_checkpoints_rotation);
     RUN(test_checkpoints_yarn_by_desc);
@@ -256,6 +326,8 @@ static void suite_checkpoints(void) {
     RUN(test_checkpoints_added_malformed);
     RUN(test_checkpoints_merges_twice);
     RUN(test_checkpoints_weights_settings);
+    RUN(test_checkpoints_pooling);
+    RUN(test_checkpoints_lfs_pointer);
 }
 
 #undef BAD

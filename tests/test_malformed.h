@@ -160,7 +160,7 @@ static void test_malformed_config(void) {
         {NULL, "", BAD, "object"}, {NULL, "{", BAD, "string"}, {NULL, "[]", BAD, "object"},
         {NULL, "null", BAD, "object"},
         {NULL, "{}", BAD, "model_type|missing"}, {NULL, "{\"model_type\":\"qwen3\"}", NOT, "architectures"},
-        {NULL, "\xEF\xBB\xBF{}", BAD, "byte 0|object"}, {NULL, "{\"x\":{60000*[}", BAD, "'x'|nested too deeply"},
+        {NULL, "\xEF\xBB\xBF{}", BAD, "byte 0|byte order mark"}, {NULL, "{\"x\":{60000*[}", BAD, "'x'|nested too deeply"},
         {NULL, "{\"x\":{20000*{\"y\":}", BAD, "'x'|nested too deeply"},
         {NULL, "{{60000*\"a\":1,}", BAD, "string was expected"},
         {"}", "}}", BAD, "after the end"}, {"}", "} x", BAD, "after the end"}, {"}", ",}", BAD, "string was expected"},
@@ -868,6 +868,8 @@ static qwen3_result malformed_load_dir(const char *dir, int flags, char err[512]
 }
 
 /* Each file in turn as a directory, a pipe and a link to nothing: an error, never a wait or a silent omission. */
+int symlink(const char *target, const char *path);   /* POSIX, which -std=c99 hides */
+
 static void test_malformed_directory(void) {
     char dir[64], path[600], err[512];
     tiny_model m;
@@ -887,6 +889,12 @@ static void test_malformed_directory(void) {
         malformed_write(dir, tiny_names[i], &m.file[i]);
     }
     CHECK_MSG(malformed_load_dir(dir, QWEN3_LOAD_NO_MMAP, err) == QWEN3_OK, "%s", err);
+    snprintf(path, sizeof path, "%s/%s", dir, tiny_names[TINY_CONFIG]);     /* the system's reason: a link to itself */
+    unlink(path);
+    if (CHECK(symlink(path, path) == 0))
+        CHECK_MSG(malformed_load_dir(dir, 0, err) == QWEN3_ERR_IO && strstr(err, strerror(ELOOP)), "%s", err);
+    unlink(path);
+    malformed_write(dir, tiny_names[TINY_CONFIG], &m.file[TINY_CONFIG]);
     /* a file instead of a directory */
     CHECK(malformed_load_dir(path, 0, err) == QWEN3_ERR_IO && strstr(err, "the directory of a Qwen3 model"));
     for (i = 0; i <= TINY_TOKENIZER; i++) {

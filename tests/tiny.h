@@ -138,11 +138,12 @@ static tiny_text tiny_tokenizer(void) {
 
 /* All files. A header's length and the data are added by tiny_files_of. */
 enum { TINY_CONFIG, TINY_GENERATION, TINY_WEIGHTS, TINY_TOKENIZER, TINY_INDEX, TINY_SHARD_1, TINY_SHARD_2,
-       TINY_VOCAB, TINY_MERGES, TINY_TOKENIZER_CONFIG, TINY_ADDED_TOKENS, TINY_FILES };
+       TINY_VOCAB, TINY_MERGES, TINY_TOKENIZER_CONFIG, TINY_ADDED_TOKENS, TINY_MODULES, TINY_POOLING,
+       TINY_FILES };
 static const char *const tiny_names[TINY_FILES] = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json",
     "part-1.safetensors", "part-2.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json",
-    "added_tokens.json"
+    "added_tokens.json", "modules.json", "1_Pooling/config.json"
 };
 #define TINY_SPLIT 7                    /* tensors in the first shard */
 
