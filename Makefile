@@ -10,7 +10,8 @@ PREFIX   ?= /usr/local
 NVCC     ?= $(shell command -v nvcc 2>/dev/null)
 CUDA     ?= $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1))
 CUDA_ARCH ?= $(shell tools/cuda_arch.sh "$(NVCC)")
-NVCCFLAGS = -O3 -std=c++17 --threads 0 -Xcompiler -Wall,-Wextra -Werror all-warnings $(CUDA_ARCH)
+LAB_ARCH ?= $(CUDA_ARCH)
+NVCCFLAGS = -O3 -std=c++17 --threads 0 -Xcompiler -Wall,-Wextra -Werror all-warnings
 LDLIBS    = -lm -lpthread
 DEPS      = qwen3.h Makefile
 
@@ -47,12 +48,12 @@ build/test: test.c tests/*.h $(DEPS) $(CUDA_LAB) build/with_cuda
 
 build/qwen3_cuda.o: qwen3_cuda.cu $(DEPS) | build
 	@echo "Compiling the GPU's kernels takes minutes; make CUDA=0 leaves them out."
-	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c qwen3_cuda.cu -o $@
+	$(NVCC) $(NVCCFLAGS) $(CUDA_ARCH) -Xcompiler -fPIC -c qwen3_cuda.cu -o $@
 
 # the same with what tests and benches look into
 build/cuda_lab.o: tests/cuda_lab.cu tests/cuda_lab.h qwen3_cuda.cu $(DEPS) | build
 	@echo "Compiling the GPU's kernels takes minutes; make CUDA=0 leaves them out."
-	$(NVCC) $(NVCCFLAGS) -c tests/cuda_lab.cu -o $@
+	$(NVCC) $(NVCCFLAGS) $(LAB_ARCH) -c tests/cuda_lab.cu -o $@
 
 build/qwen3.o: $(DEPS) | build
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -fPIC -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o $@

@@ -10,25 +10,26 @@
      same two bytes and the same value for everything within 2^32 of the matrix's largest (below that the
      error is under 2^-40 of the largest). So there is one 16-bit format, every tensor core since sm_75
      multiplies it, and what is rounded to it loses 2^-12 instead of 2^-9.
-   INPUTS   of a product with at most 8 rows (on Hopper 1) stay float32. With more rows and 16-bit weights each row is
-     rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size. The input of
-     q, k and v keeps 22 bits, as two such terms and two products: the gains of the norms after it, up to 100
-     in real models, blow up what is lost there before the softmax. (On Hopper it is rounded once, too: beside
-     the rounding of the cache that makes no difference that matters. docs/PERFORMANCE.md has the figures.)
+   INPUTS   of a product with at most 8 rows (on Hopper 1) stay float32. With more rows and 16-bit weights
+     each row is rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size.
+     The input of q, k and v keeps 22 bits, as two such terms and two products: the gains of the norms after
+     it, up to 100 in real models, blow up what is lost there before the softmax. (On Hopper it is rounded
+     once, too: beside the rounding of the cache that makes no difference that matters: docs/PERFORMANCE.md.)
    HOPPER has kernels of its own (sm_90a; head_dim 128, widths that are multiples of 128, 16-bit weights) for
      2 rows and more: products whose sums the tensor cores add up 128 elements at a time, since they cut off
      what they add, with everything up to the next product in the same kernel; and, for more than 64 rows,
      attention on an F16 cache.
-   PATHS    How a batch goes through the layers depends on its rows and on the chip: a table of functions for each way
-     (struct path), chosen in one place (way_for). tests/cuda_lab.cu has one more, with one plain kernel for each
-     operation, to compare with.
+   PATHS    How a batch goes through the layers depends on its rows and on the chip. Each way is a table of
+     functions (struct path), chosen in one place (way_for). tests/cuda_lab.cu has one more, with one plain
+     kernel for each operation, to compare with.
    ORDER    No sum depends on timing: splits follow from shapes, partial sums are added in a fixed order,
      and atomics only count integers. The same input gives the same bits.
 
-   Rooms: errors, memory, launching; device helpers; model and context; weights; then the operations, each with its
-   kernels and what launches them: rows, norm, product, Q K V, attention, MLP, logits, choice; then paths, creating a
-   context, steps, the backend. A kernel's head comment gives shapes, launch, order of the sums, and the function of
-   qwen3.h that it equals. tests/cuda_lab.cu includes this file and adds what only tests and benches want.      */
+   Rooms: errors, memory, launching; device helpers; model and context; weights; then the operations, each
+   with its kernels and what launches them: rows, norm, product, Q K V, attention, output, MLP, logits,
+   choice; then paths, creating a context, steps, the backend. A kernel's head comment gives shapes, launch,
+   order of the sums, and the function of qwen3.h that it equals. tests/cuda_lab.cu includes this file and
+   adds what only tests and benches want. */
 
 #define QWEN3_BACKEND_INTERFACE
 #include "qwen3.h"
@@ -52,12 +53,17 @@ typedef __half        half_t;
 typedef __nv_bfloat16 bf16_t;
 typedef unsigned long long u64;
 
+#define DEVICE    static __device__ __forceinline__
+#define UNROLL    _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
+
 const int RING          = 4;            /* uploads in flight */
 const size_t WORKSPACE  = (size_t)32 << 20;
 const size_t PIECE      = (size_t)2 << 20;      /* of an upload of weights */
 const int SLOTS         = 16;           /* so many pieces are filled or on their way */
 #ifdef QWEN3_CUDA_EMULATED
-const size_t SCALES_PIECE = 16;         /* bytes of the scales that come back at a time: few, so that tests see pieces */
+/* bytes of the scales that come back at a time: few, so that tests see pieces */
+const size_t SCALES_PIECE = 16;
 #else
 const size_t SCALES_PIECE = PIECE;
 #endif
@@ -86,7 +92,6 @@ static constexpr __host__ __device__ int norm_threads(int k) { return k > 4 ? 25
 /* ================================================================================================
    ERRORS, MEMORY, LAUNCHING
    ================================================================================================ */
-
 static qwen3_result cuda_fail(const qwen3i_err *err, cudaError_t e, const char *what) {
     cudaGetLastError();                 /* or the next launch reports it again */
     return qwen3i_fail(err, e == cudaErrorMemoryAllocation ? QWEN3_ERR_DEVICE_MEMORY : QWEN3_ERR_DEVICE,
@@ -94,10 +99,10 @@ static qwen3_result cuda_fail(const qwen3i_err *err, cudaError_t e, const char *
 }
 
 #define TRY(call) do { const qwen3_result try_ = (call); if (try_ != QWEN3_OK) return try_; } while (0)
-#define CUDA_TRY(call)                                                                                                 \
-    do {                                                                                                               \
-        const cudaError_t e_ = (call);                                                                                 \
-        if (e_ != cudaSuccess) return cuda_fail(err, e_, #call);                                                       \
+#define CUDA_TRY(call) \
+    do { \
+        const cudaError_t e_ = (call); \
+        if (e_ != cudaSuccess) return cuda_fail(err, e_, #call); \
     } while (0)
 #define LT_TRY(call) do { const cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) \
     return qwen3i_fail(err, QWEN3_ERR_DEVICE, "cuBLASLt: %s: status %d", #call, (int)s_); } while (0)
@@ -129,39 +134,43 @@ static void host_free(const qwen3_allocator *a, void *p, size_t size) {
     else free(p);
 }
 
-static qwen3_result no_host_memory(const qwen3i_err *err, size_t size) {
-    return qwen3i_fail(err, QWEN3_ERR_MEMORY, "out of memory: %llu bytes for the CUDA backend", (unsigned long long)size);
+static qwen3_result no_host_memory(const qwen3i_err *err, u64 size) {
+    return qwen3i_fail(err, QWEN3_ERR_MEMORY, "out of memory: %llu bytes for the CUDA backend",
+                       (unsigned long long)size);
 }
 
-/* One block of device (or pinned) memory, handed out in pieces. A dry run (base NULL) measures it. */
+/* One block of device or host memory, handed out in pieces. Without a block (NULL) it is measured. */
 struct arena {
-    char  *base;
-    size_t used;
-    template <class T> T *take(size_t n) {
-        T *p = base ? (T *)(void *)(base + used) : NULL;
-        used += (n * sizeof(T) + 255) / 256 * 256;
+    qwen3i_arena all;
+    explicit arena(void *block) : all(qwen3i_arena_at(block, 256)) {}
+    template <class T> T *take(u64 n, u64 times = 1) {
+        T *p = (T *)qwen3i_arena_take(&all, n, times, sizeof(T));
 #ifdef QWEN3_CUDA_EMULATED              /* a gap that nobody may touch */
-        if (base) emulated::forbid(base + used, 256);
-        used += 256;
+        void *gap = qwen3i_arena_take(&all, 256, 1, 1);
+        if (gap) emulated::forbid(gap, 256);
 #endif
         return p;
     }
+    u64 size() const { return qwen3i_arena_size(&all); }
 };
 
-static qwen3_result device_alloc(char **out, size_t size, const char *what, const qwen3i_err *err) {
+static qwen3_result device_alloc(char **out, u64 size, const char *what, const qwen3i_err *err) {
     size_t free_bytes = 0, total = 0;
-    const cudaError_t e = cudaMalloc((void **)out, size);
+    const cudaError_t e =
+        qwen3i_size_fits(size) ? cudaMalloc((void **)out, (size_t)size) : cudaErrorMemoryAllocation;
     if (e == cudaSuccess) return QWEN3_OK;
     *out = NULL;
     if (e != cudaErrorMemoryAllocation) return cuda_fail(err, e, what);
     cudaGetLastError();
     cudaMemGetInfo(&free_bytes, &total);
-    return qwen3i_fail(err, QWEN3_ERR_DEVICE_MEMORY, "out of device memory: %s needs %.1f MiB, %.1f of %.1f MiB are free",
-                what, (double)size / 1048576.0, (double)free_bytes / 1048576.0, (double)total / 1048576.0);
+    return qwen3i_fail(err, QWEN3_ERR_DEVICE_MEMORY,
+                       "out of device memory: %s needs %.1f MiB, %.1f of %.1f MiB are free", what,
+                       (double)size / 1048576.0, (double)free_bytes / 1048576.0, (double)total / 1048576.0);
 }
 
 template <class... P, class... A>
-static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t shared, void (*kernel)(P...), A... args) {
+static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t shared, void (*kernel)(P...),
+                          A... args) {
     cudaLaunchConfig_t config = cudaLaunchConfig_t();
     config.gridDim = grid;
     config.blockDim = dim3((unsigned)threads);
@@ -172,8 +181,8 @@ static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t sh
 
 /* The same in clusters of so many blocks; 1: none, or what the kernel itself says. early: as below. */
 template <class... P, class... A>
-static cudaError_t launch_clusters(bool early, int blocks, cudaStream_t stream, dim3 grid, int threads, size_t shared,
-                                   void (*kernel)(P...), A... args) {
+static cudaError_t launch_clusters(bool early, int blocks, cudaStream_t stream, dim3 grid, int threads,
+                                   size_t shared, void (*kernel)(P...), A... args) {
     cudaLaunchConfig_t config = cudaLaunchConfig_t();
     cudaLaunchAttribute attributes[2];
     config.gridDim = grid;
@@ -195,8 +204,8 @@ static cudaError_t launch_clusters(bool early, int blocks, cudaStream_t stream, 
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
 }
 
-/* For a kernel that calls wait_for_previous(): where the chip can (sm_90 on), it may start before the one before it
-   has ended. */
+/* For a kernel that calls wait_for_previous(): where the chip can (sm_90 on), it may start before the one
+   before it has ended. */
 template <class... P, class... A>
 static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int threads, size_t shared,
                                 void (*kernel)(P...), A... args) {
@@ -205,10 +214,12 @@ static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int th
 
 /* The same with as much shared memory as the kernel asks for. */
 template <class... P, class... A>
-static cudaError_t launch_shared(bool early, int cluster, cudaStream_t stream, dim3 grid, int threads, size_t shared,
-                                 void (*kernel)(P...), A... args) {
-    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
-    return e != cudaSuccess ? e : launch_clusters(early, cluster, stream, grid, threads, shared, kernel, args...);
+static cudaError_t launch_shared(bool early, int cluster, cudaStream_t stream, dim3 grid, int threads,
+                                 size_t shared, void (*kernel)(P...), A... args) {
+    const cudaError_t e =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    return e != cudaSuccess ? e :
+                              launch_clusters(early, cluster, stream, grid, threads, shared, kernel, args...);
 }
 
 template <class K> static qwen3_result allow_shared(K *kernel, size_t bytes, const qwen3i_err *err) {
@@ -228,15 +239,15 @@ static int row_threads(int n, int each, int rows) {
 /* ================================================================================================
    DEVICE HELPERS
    ================================================================================================ */
-/* The kernels of a decode step start while the one before still runs (sm_90 on; on an H200 worth
-   11 % of the speed of 0.6B, 1 % of that of 8B): each waits for its results before it touches anything but weights
-   and what is older, and says when its own blocks have little left to do. */
-static __device__ __forceinline__ void wait_for_previous() {
+/* The kernels of a decode step start while the one before still runs (sm_90 on; on an H200 worth 11 % of the
+   speed of 0.6B, 1 % of that of 8B): each waits for its results before it touches anything but weights and
+   what is older, and says when its own blocks have little left to do. */
+DEVICE void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-static __device__ __forceinline__ void let_next_start() {
+DEVICE void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -247,7 +258,7 @@ static __device__ __forceinline__ void let_next_start() {
 #define QWEN3_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 /* 16 bytes that are read once: past the L1 cache. */
-static __device__ __forceinline__ uint4 load_stream(const void *p) {
+DEVICE uint4 load_stream(const void *p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
@@ -255,14 +266,14 @@ static __device__ __forceinline__ uint4 load_stream(const void *p) {
 }
 
 /* Brings a line to the second-level cache. */
-static __device__ __forceinline__ void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-static __device__ __forceinline__ unsigned shared_address(const void *p) {
+DEVICE unsigned shared_address(const void *p) {
     return (unsigned)__cvta_generic_to_shared(p);
 }
 
 /* 16 bytes from global to shared memory, or zeros if !valid, without waiting (sm_80 on). */
-static __device__ __forceinline__ void copy_async(void *dst, const void *src, bool valid) {
+DEVICE void copy_async(void *dst, const void *src, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :: "r"(shared_address(dst)), "l"(src), "r"(valid ? 16 : 0) : "memory");
@@ -271,7 +282,7 @@ static __device__ __forceinline__ void copy_async(void *dst, const void *src, bo
 #endif
 }
 /* The same for what is read once in a step: the second-level cache gives it up before anything else. */
-static __device__ __forceinline__ void copy_once(void *dst, const void *src, bool valid) {
+DEVICE void copy_once(void *dst, const void *src, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -281,41 +292,41 @@ static __device__ __forceinline__ void copy_once(void *dst, const void *src, boo
     copy_async(dst, src, valid);
 #endif
 }
-static __device__ __forceinline__ void copy_commit() {
+DEVICE void copy_commit() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-template <int PENDING> static __device__ __forceinline__ void copy_wait() {
+template <int PENDING> DEVICE void copy_wait() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
 #endif
 }
 
 /* Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. */
-static __device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void *row) {
+DEVICE void load_matrices(unsigned (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
-static __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], const void *row) {
+DEVICE void load_matrices_transposed(unsigned (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
 /* An 8x8 matrix of 16-bit elements, of which each lane has two of a row, transposed. */
-static __device__ __forceinline__ unsigned transpose_matrix(unsigned v) {
+DEVICE unsigned transpose_matrix(unsigned v) {
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
     return v;
 }
 
 /* d[16, 8] += a[16, 16] b[16, 8] with float32 sums; sm_75 takes two steps of 8. */
-static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
-                                                half_t) {
+DEVICE void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, half_t) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, "
-                 "%1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, "
+        "%1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
@@ -323,8 +334,7 @@ static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
 #endif
 }
-static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
-                                                bf16_t) {
+DEVICE void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16_t) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                  "{%0, %1, %2, %3};"
@@ -335,70 +345,71 @@ static __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&
 #endif
 }
 
-/* Clusters (sm_90 on): blocks that run side by side and reach each other's shared memory. All threads of all blocks
-   arrive and wait, which orders nothing but the barriers that have been initialised before. */
+/* Clusters (sm_90 on): blocks that run side by side and reach each other's shared memory. All threads of all
+   blocks arrive and wait, which orders nothing but the barriers that have been initialised before. */
 typedef unsigned long long mbarrier;    /* in shared memory */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-static __device__ __forceinline__ void cluster_arrive() {
+DEVICE void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
-static __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-static __device__ __forceinline__ void barrier_init(mbarrier *b, unsigned arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(b)), "r"(arrivals) : "memory");
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+DEVICE void barrier_init(mbarrier *b, unsigned arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals)
+                 : "memory");
 }
-static __device__ __forceinline__ void barriers_ready() {       /* for copies and other blocks of the cluster */
+DEVICE void barriers_ready() {       /* for copies and other blocks of the cluster */
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 /* Arrive, and expect so many bytes to be copied or sent. */
-static __device__ __forceinline__ void barrier_expect(mbarrier *b, unsigned bytes) {
+DEVICE void barrier_expect(mbarrier *b, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  :: "r"(shared_address(b)), "r"(bytes) : "memory");
 }
-static __device__ __forceinline__ void barrier_wait(mbarrier *b, unsigned parity) {
+DEVICE void barrier_wait(mbarrier *b, unsigned parity) {
     asm volatile("{\n.reg .pred done;\nagain:\n"
                  "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
                  :: "r"(shared_address(b)), "r"(parity) : "memory");
 }
 /* To this place in block `rank` of the cluster, which must have begun, counted by its barrier b. */
-static __device__ __forceinline__ void send_to_block(float *p, unsigned rank, float v, mbarrier *b) {
+DEVICE void send_to_block(float *p, unsigned rank, float v, mbarrier *b) {
     asm volatile("{\n.reg .b32 there, counts;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                  "mapa.shared::cluster.u32 counts, %3, %1;\n"
-                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %2, [counts];\n}"
-                 :: "r"(shared_address(p)), "r"(rank), "r"(__float_as_uint(v)), "r"(shared_address(b)) : "memory");
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %2, [counts];\n}" ::"r"(
+                     shared_address(p)),
+                 "r"(rank), "r"(__float_as_uint(v)), "r"(shared_address(b))
+                 : "memory");
 }
 #else
-static __device__ __forceinline__ void cluster_arrive() {}
-static __device__ __forceinline__ void cluster_wait() {}
-static __device__ __forceinline__ void barrier_init(mbarrier *, unsigned) {}
-static __device__ __forceinline__ void barriers_ready() {}
-static __device__ __forceinline__ void barrier_expect(mbarrier *, unsigned) {}
-static __device__ __forceinline__ void barrier_wait(mbarrier *, unsigned) {}
-static __device__ __forceinline__ void send_to_block(float *, unsigned, float, mbarrier *) {}
+DEVICE void cluster_arrive() {}
+DEVICE void cluster_wait() {}
+DEVICE void barrier_init(mbarrier *, unsigned) {}
+DEVICE void barriers_ready() {}
+DEVICE void barrier_expect(mbarrier *, unsigned) {}
+DEVICE void barrier_wait(mbarrier *, unsigned) {}
+DEVICE void send_to_block(float *, unsigned, float, mbarrier *) {}
 #endif
 #endif
 
 const unsigned ALL = 0xFFFFFFFFu;
 
-static __device__ __forceinline__ int tid()       { return (int)threadIdx.x; }
-static __device__ __forceinline__ int lane_id()   { return (int)threadIdx.x % 32; }
-static __device__ __forceinline__ int warp_id()   { return (int)threadIdx.x / 32; }
-static __device__ __forceinline__ int n_threads() { return (int)blockDim.x; }
-static __device__ __forceinline__ int block_x()   { return (int)blockIdx.x; }
-static __device__ __forceinline__ int block_y()   { return (int)blockIdx.y; }
+DEVICE int tid()       { return (int)threadIdx.x; }
+DEVICE int lane_id()   { return (int)threadIdx.x % 32; }
+DEVICE int warp_id()   { return (int)threadIdx.x / 32; }
+DEVICE int n_threads() { return (int)blockDim.x; }
+DEVICE int block_x()   { return (int)blockIdx.x; }
+DEVICE int block_y()   { return (int)blockIdx.y; }
 
-static __device__ __forceinline__ float warp_sum(float v) {
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+DEVICE float warp_sum(float v) {
+    UNROLL for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
     return v;
 }
-static __device__ __forceinline__ float warp_max(float v) {
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) v = fmaxf(v, __shfl_xor_sync(ALL, v, o));
+DEVICE float warp_max(float v) {
+    UNROLL for (int o = 16; o > 0; o >>= 1) v = fmaxf(v, __shfl_xor_sync(ALL, v, o));
     return v;
 }
 
 /* Over the block, the same bits in every thread: warps by exchange, then the warps in order. shared [32]. */
-static __device__ __forceinline__ float block_sum(float v, float *shared) {
+DEVICE float block_sum(float v, float *shared) {
     float sum = 0;
     v = warp_sum(v);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
@@ -407,7 +418,7 @@ static __device__ __forceinline__ float block_sum(float v, float *shared) {
     __syncthreads();
     return sum;
 }
-static __device__ __forceinline__ float block_max(float v, float *shared) {
+DEVICE float block_max(float v, float *shared) {
     v = warp_max(v);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
     __syncthreads();
@@ -416,49 +427,47 @@ static __device__ __forceinline__ float block_max(float v, float *shared) {
     return v;
 }
 
-static __device__ __forceinline__ float to_float(float v) { return v; }
-template <class T> static __device__ __forceinline__ float to_float(T v) {
+DEVICE float to_float(float v) { return v; }
+template <class T> DEVICE float to_float(T v) {
     if constexpr (std::is_same<T, half_t>::value) return __half2float(v);
     else return __bfloat162float(v);
 }
 
 /* The one rounding of K and V; values beyond F16's range are clamped. */
-static __device__ __forceinline__ void store(float *p, float v)  { *p = v; }
-static __device__ __forceinline__ void store(half_t *p, float v) {
+DEVICE void store(float *p, float v)  { *p = v; }
+DEVICE void store(half_t *p, float v) {
     *p = __float2half_rn(fminf(fmaxf(v, -65504.0f), 65504.0f));
 }
-static __device__ __forceinline__ void store(bf16_t *p, float v) { *p = __float2bfloat16_rn(v); }
+DEVICE void store(bf16_t *p, float v) { *p = __float2bfloat16_rn(v); }
 
 /* 16 bytes of weights or cache to 8 or 4 floats. */
-static __device__ __forceinline__ void unpack(float (&f)[8], uint4 v, half_t) {
+DEVICE void unpack(float (&f)[8], uint4 v, half_t) {
     const unsigned w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
+    UNROLL for (int i = 0; i < 4; i++) {
         f[2 * i] = __half2float(__ushort_as_half((unsigned short)(w[i] & 0xFFFFu)));
         f[2 * i + 1] = __half2float(__ushort_as_half((unsigned short)(w[i] >> 16)));
     }
 }
-static __device__ __forceinline__ void unpack(float (&f)[8], uint4 v, bf16_t) {
+DEVICE void unpack(float (&f)[8], uint4 v, bf16_t) {
     const unsigned w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
+    UNROLL for (int i = 0; i < 4; i++) {
         f[2 * i] = __uint_as_float(w[i] << 16);
         f[2 * i + 1] = __uint_as_float(w[i] & 0xFFFF0000u);
     }
 }
-static __device__ __forceinline__ void unpack(float (&f)[4], uint4 v, float) {
+DEVICE void unpack(float (&f)[4], uint4 v, float) {
     f[0] = __uint_as_float(v.x); f[1] = __uint_as_float(v.y);
     f[2] = __uint_as_float(v.z); f[3] = __uint_as_float(v.w);
 }
 
 /* Two floats as a pair of 16-bit elements, the first in the low half; and what that lost of each. */
-static __device__ __forceinline__ unsigned pack(float &a, float &b, half_t) {
+DEVICE unsigned pack(float &a, float &b, half_t) {
     const half_t x = __float2half_rn(a), y = __float2half_rn(b);
     a -= __half2float(x);
     b -= __half2float(y);
     return (unsigned)__half_as_ushort(x) | (unsigned)__half_as_ushort(y) << 16;
 }
-static __device__ __forceinline__ unsigned pack(float &a, float &b, bf16_t) {
+DEVICE unsigned pack(float &a, float &b, bf16_t) {
     const bf16_t x = __float2bfloat16_rn(a), y = __float2bfloat16_rn(b);
     a -= __bfloat162float(x);
     b -= __bfloat162float(y);
@@ -475,18 +484,21 @@ static __host__ __device__ __forceinline__ float half_scale(float top) {
 }
 
 /* Of n positions the length of each of at most `splits` parts: whole tiles of 32, from n alone. */
-static __device__ __forceinline__ int split_length(int n, int splits) { return round_up(ceil_div(n, splits), 32); }
+DEVICE int split_length(int n, int splits) { return round_up(ceil_div(n, splits), 32); }
 
-/* ---- Hopper (sm_90a): tiles come by TMA to shared memory, where warpgroup products (wgmma) read them ---- */
+/* ---- Hopper (sm_90a): tiles come by TMA to shared memory, where products of warpgroups read them ---- */
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(QWEN3_CUDA_EMULATED)
 #define QWEN3_WGMMA 1
 #endif
 
 const int WIDE_M       = 128;           /* rows of x and ... */
-const int WIDE_N       = 128;           /* ... of W in a part of a tile of a product, of which there are one or two; ... */
+/* ... of W in a part of a tile of a product, of which there are one or two; ... */
+const int WIDE_N       = 128;
 const int WIDE_N_MORE  = 160;           /* ... or these in a single part, where they divide the work better */
-const int WIDE_K       = 64;            /* elements of a row that are loaded at once: 128 bytes, as they are swizzled */
-const int WIDE_CHUNK   = 2;             /* of these the tensor core adds up before float32 does: see wide_product */
+/* elements of a row that are loaded at once: 128 bytes, as they are swizzled */
+const int WIDE_K       = 64;
+/* of these the tensor core adds up before float32 does: see wide_product */
+const int WIDE_CHUNK   = 2;
 const int WIDE_THREADS = 384;           /* a warpgroup that loads, two that multiply */
 const int WIDE_POS     = 128;           /* positions of a tile of attention, and its rows */
 const int WIDE_DIM     = 128;           /* head_dim */
@@ -509,21 +521,21 @@ const int WIDE_CLUSTER = 1;
 
 /* Instructions without a C++ name; the emulator brings its own. */
 #if defined(QWEN3_WGMMA) && !defined(QWEN3_CUDA_EMULATED)
-static __device__ __forceinline__ void barrier_arrive(mbarrier *b) {
+DEVICE void barrier_arrive(mbarrier *b) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
 }
 /* The same at this place in block `rank` of the cluster. */
-static __device__ __forceinline__ void barrier_arrive_at(mbarrier *b, unsigned rank) {
+DEVICE void barrier_arrive_at(mbarrier *b, unsigned rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
                  :: "r"(shared_address(b)), "r"(rank) : "memory");
 }
-static __device__ __forceinline__ void cluster_sync() {
+DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-/* The same, and what each block has written to its shared memory before is seen by all after it. A release of everything
-   would wait for global memory, too: a MEMBAR.ALL.GPU, as long as the whole exchange. */
-static __device__ __forceinline__ void cluster_meet() {
+/* The same, and what each block has written to its shared memory before is seen by all after it. A release of
+   everything would wait for global memory, too: a MEMBAR.ALL.GPU, as long as the whole exchange. */
+DEVICE void cluster_meet() {
 #if CUDART_VERSION >= 12080
     asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
     cluster_sync();
@@ -533,151 +545,150 @@ static __device__ __forceinline__ void cluster_meet() {
 #endif
 }
 /* Two floats at this place in block `rank` of the cluster; or two, and two that lie 64 further. */
-static __device__ __forceinline__ void load_from_block(float2 &v, const float *p, unsigned rank) {
+DEVICE void load_from_block(float2 &v, const float *p, unsigned rank) {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %2, %3;\n"
                  "ld.shared::cluster.v2.f32 {%0, %1}, [there];\n}"
                  : "=f"(v.x), "=f"(v.y) : "r"(shared_address(p)), "r"(rank) : "memory");
 }
-static __device__ __forceinline__ void load_from_block(float2 &v, float2 &w, const float *p, unsigned rank) {
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
-                 "ld.shared::cluster.v2.f32 {%0, %1}, [there];\nld.shared::cluster.v2.f32 {%2, %3}, [there + 256];\n}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(w.x), "=f"(w.y) : "r"(shared_address(p)), "r"(rank) : "memory");
+DEVICE void load_from_block(float2 &v, float2 &w, const float *p, unsigned rank) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v2.f32 {%0, %1}, [there];\nld.shared::cluster.v2.f32 {%2, %3}, [there + 256];\n}"
+        : "=f"(v.x), "=f"(v.y), "=f"(w.x), "=f"(w.y)
+        : "r"(shared_address(p)), "r"(rank)
+        : "memory");
 }
 /* Brings what TMA reads of a map before its first tile. */
-static __device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+DEVICE void prefetch_map(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
 }
 /* A tile by TMA; its bytes are counted by the barrier. */
-static __device__ __forceinline__ void load_tile(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(b)) : "memory");
-}
-static __device__ __forceinline__ void load_tile(void *to, const CUtensorMap *map, int x, int y, int z, mbarrier *b) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3, %4}], [%5];"
-                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(b)) : "memory");
-}
-/* To this place, and this barrier, in both blocks of the cluster. */
-static __device__ __forceinline__ void load_tile_twice(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%2, %3}], [%4], %5;"
-                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(shared_address(b)), "h"((unsigned short)3)
+DEVICE void load_tile(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
+                 "{%2, %3}], [%4];" ::"r"(shared_address(to)),
+                 "l"(map), "r"(x), "r"(y), "r"(shared_address(b))
                  : "memory");
 }
+DEVICE void load_tile(void *to, const CUtensorMap *map, int x, int y, int z, mbarrier *b) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(shared_address(to)),
+                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(b))
+                 : "memory");
+}
+/* To this place, and this barrier, in both blocks of the cluster. */
+DEVICE void load_tile_twice(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(shared_address(b)), "h"((unsigned short)3)
+        : "memory");
+}
 
-/* to[0] += x, to[1] += y, where the memory is: nothing is read here, and nobody waits. Numbers below 1.2e-38 become zero. */
-static __device__ __forceinline__ void add_2_there(float *to, float x, float y) {
+/* to[0] += x, to[1] += y, where the memory is: nothing is read here, and nobody waits. Numbers below 1.2e-38
+   become zero. */
+DEVICE void add_2_there(float *to, float x, float y) {
     asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" :: "l"(to), "f"(x), "f"(y) : "memory");
 }
 
-/* What this thread has stored in shared memory is seen by products and copies that begin after the next barrier. */
-static __device__ __forceinline__ void stores_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/* What this thread has stored in shared memory is seen by products and copies that begin after the next
+   barrier. */
+DEVICE void stores_ready() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 /* A barrier for some of the block's threads. */
-static __device__ __forceinline__ void group_sync(int id, int threads) {
+DEVICE void group_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 /* The registers of a thread of this warpgroup from here on. */
-template <int N> static __device__ __forceinline__ void fewer_registers() {
+template <int N> DEVICE void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N));
 }
-template <int N> static __device__ __forceinline__ void more_registers() {
+template <int N> DEVICE void more_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N));
 }
 
-static __device__ __forceinline__ void products_begin()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-static __device__ __forceinline__ void products_commit() {
+DEVICE void products_begin()  { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void products_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 /* Wait until at most PENDING groups of products are under way. */
-template <int PENDING> static __device__ __forceinline__ void products_wait() {
+template <int PENDING> DEVICE void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
 }
 /* From here on d is what the products made of it. */
-template <int N> static __device__ __forceinline__ void products_done(float (&d)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
+template <int N> DEVICE void products_done(float (&d)[N]) {
+    UNROLL for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i]) :: "memory");
 }
 /* p must be complete before products that read it begin. */
-static __device__ __forceinline__ void products_read(unsigned (&p)[8][4]) {
-#pragma unroll
-    for (int i = 0; i < 32; i++) asm volatile("" : "+r"(p[i / 4][i % 4]) :: "memory");
+DEVICE void products_read(unsigned (&p)[8][4]) {
+    UNROLL for (int i = 0; i < 32; i++) asm volatile("" : "+r"(p[i / 4][i % 4]) :: "memory");
 }
 
-/* Where an operand lies: rows of 128 swizzled bytes, groups of eight rows 1,024 bytes apart. If its rows are those of
-   the sum (k and not n is outside), blocks of 64 columns are `block` bytes apart. */
-static __device__ __forceinline__ u64 operand(const void *p, unsigned block = 16) {
-    return (u64)(shared_address(p) >> 4 & 0x3FFFu) | (u64)(block >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+/* Where an operand lies: rows of 128 swizzled bytes, groups of eight rows 1,024 bytes apart. If its rows are
+   those of the sum (k and not n is outside), blocks of 64 columns are `block` bytes apart. */
+DEVICE u64 operand(const void *p, unsigned block = 16) {
+    return (u64)(shared_address(p) >> 4 & 0x3FFFu) | (u64)(block >> 4) << 16 | (u64)(1024 >> 4) << 32 |
+           (u64)1 << 62;
 }
 
-#define QWEN3_D64_INNER \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
-    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, " \
-    "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define QWEN3_D64 "{" QWEN3_D64_INNER "}"
-#define QWEN3_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
-    "+f"(d[i + 6]), "+f"(d[i + 7])
-#define QWEN3_F64(d) QWEN3_F8(d, 0), QWEN3_F8(d, 8), QWEN3_F8(d, 16), QWEN3_F8(d, 24), QWEN3_F8(d, 32), \
-    QWEN3_F8(d, 40), QWEN3_F8(d, 48), QWEN3_F8(d, 56)
+/* The first 8, 16 ... operands of an instruction, and as many sums. */
+#define QWEN3_R8  "%0, %1, %2, %3, %4, %5, %6, %7"
+#define QWEN3_R16 QWEN3_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define QWEN3_R32 QWEN3_R16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define QWEN3_R64 QWEN3_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, " \
+    "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define QWEN3_R80 QWEN3_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define QWEN3_F8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), \
+    "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define QWEN3_F32(d)   QWEN3_F8(d, 0), QWEN3_F8(d, 8), QWEN3_F8(d, 16), QWEN3_F8(d, 24)
+#define QWEN3_F64(d)   QWEN3_F32(d), QWEN3_F8(d, 32), QWEN3_F8(d, 40), QWEN3_F8(d, 48), QWEN3_F8(d, 56)
+#define QWEN3_MULTIPLY(n, sums, a_at, b_at, add_at, ...) \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
+                 "k16.f32.f16.f16 {" sums "}, " a_at ", " b_at ", p, 1, 1, 0, 0;\n}" \
+                 : __VA_ARGS__ : "l"(a), "l"(b), "r"(add))
 
-/* d[64, 128] = a[64, 16] b[128, 16]^T, or += with add: by a warpgroup; d as in mma.sync, warp w has rows 16 w on. */
-static __device__ __forceinline__ void wide_multiply(float (&d)[64], u64 a, u64 b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QWEN3_D64 ", %64, %65, p, 1, 1, 0, 0;\n}"
-                 : QWEN3_F64(d) : "l"(a), "l"(b), "r"(add));
+/* d[64, N] = a[64, 16] b[N, 16]^T, or += with add, for N = 16, 32, 64, 128, 160: by a warpgroup; d as in
+   mma.sync, warp w has rows 16 w on. */
+DEVICE void wide_multiply(float (&d)[8], u64 a, u64 b, int add) {
+    QWEN3_MULTIPLY("16", QWEN3_R8, "%8", "%9", "%10", QWEN3_F8(d, 0));
 }
-/* The same for 160, 16, 32 and 64 rows of b. */
-static __device__ __forceinline__ void wide_multiply(float (&d)[80], u64 a, u64 b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" QWEN3_D64_INNER ", %64, %65, %66, %67, %68, "
-                 "%69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, %80, %81, p, 1, 1, 0, 0;\n}"
-                 : QWEN3_F64(d), QWEN3_F8(d, 64), QWEN3_F8(d, 72) : "l"(a), "l"(b), "r"(add));
+DEVICE void wide_multiply(float (&d)[16], u64 a, u64 b, int add) {
+    QWEN3_MULTIPLY("32", QWEN3_R16, "%16", "%17", "%18", QWEN3_F8(d, 0), QWEN3_F8(d, 8));
 }
-static __device__ __forceinline__ void wide_multiply(float (&d)[8], u64 a, u64 b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, 0, "
-                 "0;\n}"
-                 : QWEN3_F8(d, 0) : "l"(a), "l"(b), "r"(add));
+DEVICE void wide_multiply(float (&d)[32], u64 a, u64 b, int add) {
+    QWEN3_MULTIPLY("64", QWEN3_R32, "%32", "%33", "%34", QWEN3_F32(d));
 }
-static __device__ __forceinline__ void wide_multiply(float (&d)[16], u64 a, u64 b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-                 "%12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;\n}"
-                 : QWEN3_F8(d, 0), QWEN3_F8(d, 8) : "l"(a), "l"(b), "r"(add));
+DEVICE void wide_multiply(float (&d)[64], u64 a, u64 b, int add) {
+    QWEN3_MULTIPLY("128", QWEN3_R64, "%64", "%65", "%66", QWEN3_F64(d));
 }
-static __device__ __forceinline__ void wide_multiply(float (&d)[32], u64 a, u64 b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
-                 "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                 "%32, %33, p, 1, 1, 0, 0;\n}"
-                 : QWEN3_F8(d, 0), QWEN3_F8(d, 8), QWEN3_F8(d, 16), QWEN3_F8(d, 24) : "l"(a), "l"(b), "r"(add));
+DEVICE void wide_multiply(float (&d)[80], u64 a, u64 b, int add) {
+    QWEN3_MULTIPLY("160", QWEN3_R80, "%80", "%81", "%82", QWEN3_F64(d), QWEN3_F8(d, 64), QWEN3_F8(d, 72));
 }
 /* d[64, 128] += a[64, 16] b[16, 128], a in registers, b with its rows outside. */
-static __device__ __forceinline__ void wide_multiply(float (&d)[64], const unsigned (&a)[4], u64 b, int add) {
+DEVICE void wide_multiply(float (&d)[64], const unsigned (&a)[4], u64 b, int add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " QWEN3_D64 ", {%64, %65, %66, %67}, %68, p, 1, "
-                 "1, 1;\n}"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" QWEN3_R64 "}, {%64, %65, %66, %67}, "
+                 "%68, p, 1, 1, 1;\n}"
                  : QWEN3_F64(d) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
-static __device__ __forceinline__ float exp2_fast(float x) {
+DEVICE float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-static __device__ __forceinline__ float reciprocal_fast(float x) {
+DEVICE float reciprocal_fast(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
 /* Two floats as F16, the first in the low half. */
-static __device__ __forceinline__ unsigned round_halves(float a, float b) {
+DEVICE unsigned round_halves(float a, float b) {
     const __half2 h = __floats2half2_rn(a, b);
     return *(const unsigned *)(const void *)&h;
 }
 /* The same, clamped to its range. */
-static __device__ __forceinline__ unsigned pack_halves(float a, float b) {
+DEVICE unsigned pack_halves(float a, float b) {
     unsigned h;
     asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(h) : "f"(b), "f"(a));
     return h;
@@ -686,12 +697,13 @@ static __device__ __forceinline__ unsigned pack_halves(float a, float b) {
 
 #ifdef QWEN3_WGMMA
 /* silu() for what is rounded to 16 bits afterwards. */
-static __device__ __forceinline__ float silu_fast(float x) {
+DEVICE float silu_fast(float x) {
     return x * reciprocal_fast(1.0f + exp2_fast(-x * LOG2E));
 }
 
-/* The four lanes of a quad hold two neighbouring columns of each of four blocks of 8; afterwards lane i has block i. */
-static __device__ __forceinline__ uint4 gather_quad(unsigned (&w)[4]) {
+/* The four lanes of a quad hold two neighbouring columns of each of four blocks of 8; afterwards lane i has
+   block i. */
+DEVICE uint4 gather_quad(unsigned (&w)[4]) {
     const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
     unsigned a = odd ? w[0] : w[1], b = odd ? w[2] : w[3];
     a = __shfl_xor_sync(ALL, a, 1);
@@ -707,9 +719,8 @@ static __device__ __forceinline__ uint4 gather_quad(unsigned (&w)[4]) {
 }
 
 /* 8 N columns of a row, two of each 8 in w, to 16-bit elements at `to`, if it is not NULL. By all lanes. */
-template <int N, class T> static __device__ __forceinline__ void store_words(T *to, const unsigned (&w)[N]) {
-#pragma unroll
-    for (int i = 0; i < N; i += 4) {
+template <int N, class T> DEVICE void store_words(T *to, const unsigned (&w)[N]) {
+    UNROLL for (int i = 0; i < N; i += 4) {
         unsigned four[4] = {w[i], w[i + 1], w[i + 2], w[i + 3]};
         const uint4 v = gather_quad(four);
         if (to) *(uint4 *)(void *)(to + 8 * (i + (int)(threadIdx.x & 3))) = v;
@@ -720,10 +731,11 @@ template <int N, class T> static __device__ __forceinline__ void store_words(T *
 /* ================================================================================================
    MODEL AND CONTEXT
    ================================================================================================ */
+/* how TMA finds tiles; without the type's alignment */
+struct stored_map { u64 words[sizeof(CUtensorMap) / 8]; };
 
-struct stored_map { u64 words[sizeof(CUtensorMap) / 8]; };      /* how TMA finds tiles; without the type's alignment */
-
-struct matrix {                         /* W [rows, cols] = data * scale; rows ld apart, zero from cols to ld */
+/* W [rows, cols] = data * scale; rows ld apart, zero from cols to ld */
+struct matrix {
     void       *data;
     int         rows, cols, ld;
     qwen3i_type type;                   /* F32 or F16 */
@@ -745,11 +757,11 @@ struct cuda_model {
     qwen3_allocator allocator;
     qwen3i_config   config;
     int             device, n_sm, capability;   /* 90 for 9.0 */
-    size_t          block_shared, sm_shared;    /* bytes of shared memory: the most of a block; of a multiprocessor */
+    /* bytes of shared memory: the most of a block; of a multiprocessor */
+    size_t          block_shared, sm_shared;
     size_t          cache_bytes;                /* of the second level */
     char            name[256];
     char           *memory;                     /* all weights */
-    size_t          size;
     layer_weights  *layers;
     matrix          embed, head;
     float          *final_norm;
@@ -758,7 +770,8 @@ struct cuda_model {
 
 struct row_info {                       /* row i of a batch, and what is wanted of it; in device memory */
     int token, seq, position;
-    int out_row, out_slot, out_target; /* output i: of which row; where its logits are kept, or -1; its target, or -1 */
+    /* output i: of which row; where its logits are kept, or -1; its target, or -1 */
+    int out_row, out_slot, out_target;
 };
 
 struct kv_layer {                       /* one layer's cache: [max_seqs, max_ctx, kv_dim] of the KV type */
@@ -766,7 +779,7 @@ struct kv_layer {                       /* one layer's cache: [max_seqs, max_ctx
     int   max_ctx, kv_dim;
 };
 
-static __device__ __forceinline__ size_t kv_at(const kv_layer &c, int seq, int pos) {
+DEVICE size_t kv_at(const kv_layer &c, int seq, int pos) {
     return ((size_t)seq * c.max_ctx + (size_t)pos) * c.kv_dim;
 }
 
@@ -818,10 +831,14 @@ struct cuda_ctx {
     qwen3_ctx_desc    desc;
     int               max_rows, group, kv_dim, q_dim, qkv_ld, act_ld, embd_ld, ff_ld;
     const struct path_set *paths;               /* the ways through the layers, by rows */
-    bool              own_stream, tiles;        /* tiles: the tensor core kernel does this model's attention */
-    bool              wide, wide_kv;            /* many rows go through the kernels for Hopper; attention, too; ... */
-    int               few_room[4];              /* clusters of 1, 2, 4, 8 blocks of few_product that run at once */
-    int               narrow_rows;              /* ... and only up to so many need float32 rows of q and attention */
+    /* tiles: the tensor core kernel does this model's attention */
+    bool              own_stream, tiles;
+    /* many rows go through the kernels for Hopper; attention, too; ... */
+    bool              wide, wide_kv;
+    /* clusters of 1, 2, 4, 8 blocks of few_product that run at once */
+    int               few_room[4];
+    /* ... and only up to so many need float32 rows of q and attention */
+    int               narrow_rows;
     const qwen3_token *eos; int n_eos;          /* the model's */
     int               n_choose;                 /* ids below this may be chosen */
     cudaStream_t      stream, capture;
@@ -830,21 +847,25 @@ struct cuda_ctx {
     cudaGraphExec_t  *graphs;                   /* [max_seqs + 1] a decode step of so many rows; ... */
     int              *runs;                     /* ... made when it has run once and all code is loaded */
     char             *memory, *pinned;
-    size_t            memory_size, pinned_size, host_size;
+    size_t            host_size;
     char             *host;                     /* plans, graphs, parity, run-ahead */
 
     /* device memory */
     char   *k, *v;                              /* [n_layer, max_seqs, max_ctx, kv_dim] of the KV type */
     size_t  kv_layer_bytes;
-    float  *kept;                               /* [max_seqs, KEPT, n_vocab]: the current logits, those of a step and */
-                                                /* of the one begun ahead of it, in turn                            */
+    /* [max_seqs, KEPT, n_vocab]: the current logits, those of a step and */
+    float  *kept;
+                                                /* of the one begun ahead of it, in turn
+                                                    */
     float2 *rope;                               /* [max_ctx, head_dim / 2] */
     float  *freqs;
-    float  *x, *h, *tmp;                        /* [max_rows, n_embd padded]: residual, normalised, a product */
+    /* [max_rows, n_embd padded]: residual, normalised, a product */
+    float  *x, *h, *tmp;
     float  *qkv, *attn, *gate_up, *ff;          /* [max_rows, qkv_ld | q_dim | 2 n_ff | n_ff padded] */
     struct { float *at; size_t n; } results[4]; /* those of them, and logits, that cuBLASLt writes */
     void   *act; float *act_scale;              /* [max_rows, act_ld] input of a product */
-    half_t *wide_act, *wide_q, *wide_m;         /* [max_rows, n_embd or q_dim | q_dim | n_ff] the same on Hopper */
+    /* [max_rows, n_embd or q_dim | q_dim | n_ff] the same on Hopper */
+    half_t *wide_act, *wide_q, *wide_m;
     float  *ff_scale;                           /* [max_rows] of wide_m */
     stored_map wide_h_map, wide_a_map, wide_m_map, q_map, k_map, v_map;
     stored_map few_h_map, few_a_map, few_m_map;                 /* the same in smaller tiles */
@@ -867,8 +888,11 @@ struct cuda_ctx {
     run_ahead   ahead;
 };
 
-/* Rows whose logits are computed at a time: all sequences', as far as possible, and at least half of the most. */
-static int head_rows(const cuda_ctx *c) { return least(least(HEAD_ROWS, c->max_rows), most(HEAD_ROWS / 2, c->desc.max_seqs)); }
+/* Rows whose logits are computed at a time: all sequences', as far as possible, and at least half of the
+   most. */
+static int head_rows(const cuda_ctx *c) {
+    return least(least(HEAD_ROWS, c->max_rows), most(HEAD_ROWS / 2, c->desc.max_seqs));
+}
 /* Sequences that choose at a time. */
 static int choice_rows(const cuda_ctx *c) { return least(head_rows(c), c->desc.max_seqs); }
 
@@ -888,19 +912,24 @@ struct pass {                           /* one batch on its way through the laye
 struct input {
     const float *x; int ldx;            /* float32 rows; NULL: they are in c->act or c->wide_act, ... */
     const float *scale;                 /* ... of which each stands for this much (NULL: 1) */
-    const float *gain;                  /* not NULL: x is the residual, and the product does the norm itself */
+    /* not NULL: x is the residual, and the product does the norm itself */
+    const float *gain;
 };
 
 /* One way through a layer: see the tables. h: what norm gave. */
 struct path {
-    qwen3_result (*norm)(const pass *p, const float *gain, const matrix &w, input *h);  /* h = RMSNorm(x), for w */
-    bool         (*norms_itself)(const pass *p, const matrix &w);       /* will the product with w do that? NULL: no */
-    qwen3_result (*qkv)(const pass *p, int layer, const input &h);      /* q, k, v = W h, normed and rotated; cache */
+    /* h = RMSNorm(x), for w */
+    qwen3_result (*norm)(const pass *p, const float *gain, const matrix &w, input *h);
+    /* will the product with w do that? NULL: no */
+    bool         (*norms_itself)(const pass *p, const matrix &w);
+    /* q, k, v = W h, normed and rotated; cache */
+    qwen3_result (*qkv)(const pass *p, int layer, const input &h);
     qwen3_result (*attention)(const pass *p, int layer);                /* a = softmax(q k / sqrt(d)) v */
     qwen3_result (*o_proj)(const pass *p, int layer);                   /* x = x + Wo a */
     qwen3_result (*mlp)(const pass *p, int layer, const input &h);      /* m = silu(Wgate h) * (Wup h) */
     qwen3_result (*down)(const pass *p, int layer);                     /* x = x + Wdown m */
-    /* Logits of n rows of c->h, wanted from output `first` on: to c->logits or, with keep_only, to where they are kept */
+    /* Logits of n rows of c->h, wanted from output `first` on: to c->logits or, with keep_only, to where they
+       are kept */
     qwen3_result (*head)(const pass *p, int first, int n, bool keep_only);
     bool          tiles_of_halves;      /* with an F16 cache, attention by tiles reads and gives F16 ... */
     bool          halves;               /* ... and row by row it gives F16 */
@@ -939,10 +968,10 @@ static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwe
 #define BY_WEIGHT_TYPE(w, CALL) ((w).type == QWEN3I_F32 ? CALL(float) : CALL(half_t))
 #define BY_KV_TYPE(c, CALL) ((c)->desc.kv_type == QWEN3_KV_F32 ? CALL(float) : \
                              (c)->desc.kv_type == QWEN3_KV_BF16 ? CALL(bf16_t) : CALL(half_t))
-#define RUN(...)                                                                                                       \
-    do {                                                                                                               \
-        const cudaError_t e_ = launch(p->s, __VA_ARGS__);                                                              \
-        if (e_ != cudaSuccess) return cuda_fail(p->err, e_, "kernel launch");                                          \
+#define RUN(...) \
+    do { \
+        const cudaError_t e_ = launch(p->s, __VA_ARGS__); \
+        if (e_ != cudaSuccess) return cuda_fail(p->err, e_, "kernel launch"); \
     } while (0)
 
 static qwen3_result launched(const pass *p, cudaError_t e, const char *what) {
@@ -952,16 +981,16 @@ static qwen3_result launched(const pass *p, cudaError_t e, const char *what) {
 /* ================================================================================================
    WEIGHTS: to the device
    ================================================================================================ */
-
-/* top_bits: *top = the largest |w| of a BF16 matrix, as bits (they order like the values). *top is 0 before. */
+/* top_bits: *top = the largest |w| of a BF16 matrix, as bits (they order like the values). *top is 0
+   before. */
 static __global__ void top_bits_kernel(unsigned *top, const unsigned short *w, size_t n) {
     unsigned most_bits = 0;
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x) {
         const unsigned bits = (unsigned)(w[i] & 0x7FFFu) << 16;
         most_bits = bits > most_bits ? bits : most_bits;
     }
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) {
+    UNROLL for (int o = 16; o > 0; o >>= 1) {
         const unsigned other = __shfl_xor_sync(ALL, most_bits, o);
         most_bits = other > most_bits ? other : most_bits;
     }
@@ -985,7 +1014,8 @@ static __global__ void row_norms_kernel(float *most, const half_t *w, int n, int
         sum += v * v;
     }
     sum = sqrtf(warp_sum(sum));
-    if (lane_id() == 0) atomicMax((unsigned *)(void *)most, __float_as_uint(sum));      /* they order like the values */
+    /* they order like the values */
+    if (lane_id() == 0) atomicMax((unsigned *)(void *)most, __float_as_uint(sum));
 }
 
 /* Was this kernel compiled for a chip with these instructions? */
@@ -997,7 +1027,8 @@ static __global__ void has_wgmma_kernel(int *yes) {
 #endif
 }
 
-/* The matrices that are stored below each other: as one type, F32 if theirs differ. BF16 until it is converted. */
+/* The matrices that are stored below each other: as one type, F32 if theirs differ. BF16 until it is
+   converted. */
 struct weight_group { matrix *to; const qwen3i_matrix *from[3]; int n; };
 
 static qwen3i_type group_type(const weight_group &g) {
@@ -1005,7 +1036,8 @@ static qwen3i_type group_type(const weight_group &g) {
     return g.from[0]->type;
 }
 
-static weight_group make_group(matrix *to, const qwen3i_matrix *a, const qwen3i_matrix *b, const qwen3i_matrix *c) {
+static weight_group make_group(matrix *to, const qwen3i_matrix *a, const qwen3i_matrix *b,
+                               const qwen3i_matrix *c) {
     weight_group g;
     g.to = to;
     g.from[0] = a; g.from[1] = b; g.from[2] = c;
@@ -1017,7 +1049,10 @@ static weight_group make_group(matrix *to, const qwen3i_matrix *a, const qwen3i_
 static int model_group(cuda_model *m, const qwen3i_weights *w, int i, weight_group *g) {
     const int layer = i / 4, rest = i - 4 * m->config.n_layer;
     if (rest == 0) { *g = make_group(&m->embed, &w->embed, NULL, NULL); return 1; }
-    if (rest == 1 && w->head.data != w->embed.data) { *g = make_group(&m->head, &w->head, NULL, NULL); return 1; }
+    if (rest == 1 && w->head.data != w->embed.data) {
+        *g = make_group(&m->head, &w->head, NULL, NULL);
+        return 1;
+    }
     if (rest >= 1) return 0;
     const qwen3i_layer *from = &w->layers[layer];
     layer_weights *to = &m->layers[layer];
@@ -1040,10 +1075,11 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
         g.to->cols = g.from[0]->cols;
         g.to->ld = round_up(g.to->cols, 8);
         g.to->scale = 1;
-        g.to->terms = g.n == 3 && g.to->type != QWEN3I_F32 ? 2 : 1;     /* q and k: see the head of this file */
+        /* q and k: see the head of this file */
+        g.to->terms = g.n == 3 && g.to->type != QWEN3I_F32 ? 2 : 1;
         g.to->rows = 0;
         for (int i = 0; i < g.n; i++) g.to->rows += g.from[i]->rows;
-        g.to->data = a->take<char>((size_t)g.to->rows * g.to->ld * qwen3i_type_size(g.to->type));
+        g.to->data = a->take<char>((u64)g.to->rows * (u64)g.to->ld, qwen3i_type_size(g.to->type));
     }
     for (int i = 0; i < m->config.n_layer; i++) {
         layer_weights *l = &m->layers[i];
@@ -1057,9 +1093,9 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
     *tops = a->take<unsigned>((size_t)n);
 }
 
-/* Weights go to the device in pieces, through pinned buffers. Several threads fill these from the file, because one
-   cannot read a mapped file as fast as a bus carries it; the caller's own thread sends them off in order, and fills
-   what no other has begun. Only that thread calls CUDA and the user's progress(). */
+/* Weights go to the device in pieces, through pinned buffers. Several threads fill these from the file,
+   because one cannot read a mapped file as fast as a bus carries it; the caller's own thread sends them off
+   in order, and fills what no other has begun. Only that thread calls CUDA and the user's progress(). */
 struct piece {                          /* rows of a matrix, from the file to the device */
     char       *to;
     const char *from;
@@ -1079,14 +1115,16 @@ struct uploader {
     double       total;                 /* bytes */
     std::mutex              lock;       /* of what follows */
     std::condition_variable filled_one, emptied_one;
-    int          begun, room;           /* pieces that are being filled, or that can be: their slots are free */
+    /* pieces that are being filled, or that can be: their slots are free */
+    int          begun, room;
     int          filled[SLOTS];         /* piece + 1 that lies there */
     std::thread  helpers[MOST_HELPERS];
 };
 
 /* To rows [ld] of the device's type, zero from cols on. */
 static void pack_rows(char *to, const piece &p) {
-    const size_t in = (size_t)p.cols * qwen3i_type_size(p.from_type), out = (size_t)p.ld * qwen3i_type_size(p.to_type);
+    const size_t in = (size_t)p.cols * qwen3i_type_size(p.from_type),
+                 out = (size_t)p.ld * qwen3i_type_size(p.to_type);
     const char *from = p.from;
     if (p.to_type == p.from_type && p.ld == p.cols) { memcpy(to, from, in * (size_t)p.rows); return; }
     for (int r = 0; r < p.rows; r++, to += out, from += in) {
@@ -1099,7 +1137,9 @@ static void pack_rows(char *to, const piece &p) {
     }
 }
 
-static size_t piece_bytes(const piece &p) { return (size_t)p.rows * (size_t)p.ld * qwen3i_type_size(p.to_type); }
+static size_t piece_bytes(const piece &p) {
+    return (size_t)p.rows * (size_t)p.ld * qwen3i_type_size(p.to_type);
+}
 
 static void fill_next(uploader *u, std::unique_lock<std::mutex> &held) {
     const int i = u->begun++;
@@ -1132,7 +1172,8 @@ static void close_uploader(uploader *u) {
 
 /* As many threads as help; fewer if the system has no more. */
 static void call_helpers(uploader *u) {
-    const int cores = (int)std::thread::hardware_concurrency(), want = least(least(cores, MOST_HELPERS), u->n / SLOTS);
+    const int cores = (int)std::thread::hardware_concurrency(),
+              want = least(least(cores, MOST_HELPERS), u->n / SLOTS);
     try {
         for (int i = 0; i < want; i++) u->helpers[i] = std::thread(help_uploading, u);
     } catch (const std::exception &) { }
@@ -1153,10 +1194,17 @@ static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, int ld, 
     const size_t in = (size_t)w.cols * qwen3i_type_size(w.type), out = (size_t)ld * qwen3i_type_size(type);
     const int step = (int)least((size_t)w.rows, PIECE / out);
     if (step == 0)
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: a matrix has rows of %llu bytes", (unsigned long long)out);
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: a matrix has rows of %llu bytes",
+                           (unsigned long long)out);
     for (int r = 0; r < w.rows; r += step, u->n++) {
-        const piece p = {to + (size_t)r * out, (const char *)w.data + (size_t)r * in, least(step, w.rows - r), w.cols, ld,
-                         type, w.type, -1};
+        const piece p = {to + (size_t)r * out,
+                         (const char *)w.data + (size_t)r * in,
+                         least(step, w.rows - r),
+                         w.cols,
+                         ld,
+                         type,
+                         w.type,
+                         -1};
         if (u->pieces) u->pieces[u->n] = p;
         else u->total += (double)piece_bytes(p);
     }
@@ -1211,9 +1259,10 @@ static void make_room(uploader *u, int i) {
     u->emptied_one.notify_all();
 }
 
-/* Group i from BF16 to F16, in place on the device, when it is there. top: the largest |w|, as bits; 0 as yet. */
-static qwen3_result convert_group(uploader *u, cuda_model *m, const qwen3i_weights *w, int i, cudaEvent_t there,
-                                  unsigned *top, const qwen3i_err *err) {
+/* Group i from BF16 to F16, in place on the device, when it is there. top: the largest |w|, as bits; 0 as
+   yet. */
+static qwen3_result convert_group(uploader *u, cuda_model *m, const qwen3i_weights *w, int i,
+                                  cudaEvent_t there, unsigned *top, const qwen3i_err *err) {
     const dim3 grid((unsigned)(8 * m->n_sm));
     weight_group g;
     model_group(m, w, i, &g);
@@ -1233,8 +1282,8 @@ static qwen3_result send_pieces(uploader *u, cuda_model *m, const qwen3i_weights
         const piece &p = u->pieces[i];
         const int slot = i % SLOTS, before = i - SLOTS / 4;
         wait_until_filled(u, i);
-        CUDA_TRY(cudaMemcpyAsync(p.to, u->buffers + (size_t)slot * PIECE, piece_bytes(p), cudaMemcpyHostToDevice,
-                                 u->stream));
+        CUDA_TRY(cudaMemcpyAsync(p.to, u->buffers + (size_t)slot * PIECE, piece_bytes(p),
+                                 cudaMemcpyHostToDevice, u->stream));
         CUDA_TRY(cudaEventRecord(u->sent[slot], u->stream));
         if (p.ends >= 0) TRY(convert_group(u, m, w, p.ends, u->sent[slot], &tops[p.ends], err));
         if (before >= 0) {
@@ -1249,16 +1298,18 @@ static qwen3_result send_pieces(uploader *u, cuda_model *m, const qwen3i_weights
     return QWEN3_OK;
 }
 
-/* What convert_group() has multiplied by; through the upload buffers, which are free by now, as many as fit at a time. */
-static qwen3_result fetch_scales(uploader *u, cuda_model *m, const qwen3i_weights *w, const unsigned *tops, int n_groups,
-                                 const qwen3i_err *err) {
+/* What convert_group() has multiplied by; through the upload buffers, which are free by now, as many as fit
+   at a time. */
+static qwen3_result fetch_scales(uploader *u, cuda_model *m, const qwen3i_weights *w, const unsigned *tops,
+                                 int n_groups, const qwen3i_err *err) {
     const unsigned *host = (const unsigned *)(const void *)u->buffers;
     const int room = (int)(SCALES_PIECE / sizeof *tops);
     weight_group g;
     for (int i = 0; i < n_groups; i++) {
         if (i % room == 0) {
             const size_t n = (size_t)least(room, n_groups - i);
-            CUDA_TRY(cudaMemcpyAsync(u->buffers, tops + i, n * sizeof *tops, cudaMemcpyDeviceToHost, u->converting));
+            CUDA_TRY(cudaMemcpyAsync(u->buffers, tops + i, n * sizeof *tops, cudaMemcpyDeviceToHost,
+                                     u->converting));
             CUDA_TRY(cudaStreamSynchronize(u->converting));
         }
         model_group(m, w, i, &g);
@@ -1273,30 +1324,35 @@ static qwen3_result fetch_scales(uploader *u, cuda_model *m, const qwen3i_weight
 static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z, int tile_y, int tile_z,
                              const qwen3i_err *err) {
     typedef CUresult (*encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
-                               const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
-                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+                               const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
+                               CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                               CUtensorMapFloatOOBfill);
     const cuuint64_t sizes[3] = {x, y, z}, strides[2] = {2 * x, 2 * x * y};
-    const cuuint32_t tile[3] = {(cuuint32_t)WIDE_K, (cuuint32_t)tile_y, (cuuint32_t)tile_z}, steps[3] = {1, 1, 1};
+    const cuuint32_t tile[3] = {(cuuint32_t)WIDE_K, (cuuint32_t)tile_y, (cuuint32_t)tile_z},
+                     steps[3] = {1, 1, 1};
     CUtensorMap map;
     cudaDriverEntryPointQueryResult found;
     void *function = NULL;
 #if CUDART_VERSION >= 12050
-    CUDA_TRY(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
+    CUDA_TRY(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                              &found));
 #else
     CUDA_TRY(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
 #endif
     if (found != cudaDriverEntryPointSuccess || !function)
         return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: the driver has no cuTensorMapEncodeTiled");
     const CUresult r =
-        ((encode)function)(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, z ? 3 : 2, (void *)p, sizes, strides, tile, steps,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        ((encode)function)(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, z ? 3 : 2, (void *)p, sizes, strides, tile,
+                           steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (r != CUDA_SUCCESS) return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: cuTensorMapEncodeTiled: error %d", (int)r);
+    if (r != CUDA_SUCCESS)
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: cuTensorMapEncodeTiled: error %d", (int)r);
     memcpy(out, &map, sizeof *out);
     return QWEN3_OK;
 }
 
-static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, int tile_y, const qwen3i_err *err) {
+static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, int tile_y,
+                             const qwen3i_err *err) {
     return make_map(out, p, x, y, 0, tile_y, 1, err);
 }
 
@@ -1306,7 +1362,8 @@ static CUtensorMap get_map(const stored_map &m) {
     return map;
 }
 
-/* Are the shapes, types and the chip such that products with many rows can go through the kernels for Hopper? */
+/* Are the shapes, types and the chip such that products with many rows can go through the kernels for
+   Hopper? */
 static bool fits_wide(const cuda_model *m) {
     const qwen3i_config *g = &m->config;
     if (m->capability != 90 || g->head_dim != WIDE_DIM || g->n_head / g->n_head_kv > WIDE_M) return false;
@@ -1332,12 +1389,14 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
         matrix *const all[4] = {&l->qkv, &l->wo, &l->gate_up, &l->w_down}, &w = l->gate_up;
         for (int k = 0; k < 4; k++) {
             TRY(make_map(&all[k]->map, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, WIDE_N / 2, err));
-            TRY(make_map(&all[k]->map_more, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, WIDE_N_MORE / 2, err));
+            TRY(make_map(&all[k]->map_more, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, WIDE_N_MORE / 2,
+                         err));
         }
         CUDA_TRY(cudaMemsetAsync(w.bounds, 0, 2 * sizeof(float), u->stream));
         for (int k = 0; k < 2; k++)
-            CUDA_TRY(launch(u->stream, dim3((unsigned)ceil_div(n_ff, 8)), 256, 0, row_norms_kernel, w.bounds + k,
-                            (const half_t *)w.data + (size_t)k * n_ff * w.ld, n_ff, w.cols, w.ld, w.scale));
+            CUDA_TRY(launch(u->stream, dim3((unsigned)ceil_div(n_ff, 8)), 256, 0, row_norms_kernel,
+                            w.bounds + k, (const half_t *)w.data + (size_t)k * n_ff * w.ld, n_ff, w.cols,
+                            w.ld, w.scale));
     }
     matrix &head = m->head.data ? m->head : m->embed;
     TRY(make_map(&head.map, head.data, (u64)head.ld, (u64)head.rows, WIDE_N / 2, err));
@@ -1369,13 +1428,15 @@ static qwen3_result open_device(cuda_model *m, int device, const qwen3i_err *err
     cudaFuncAttributes code;
     if (e != cudaSuccess) cudaGetLastError();
     if (e == cudaErrorInsufficientDriver)
-        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: there is no NVIDIA driver, or it is older than CUDA %d.%d needs",
-                    CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE,
+                           "CUDA: there is no NVIDIA driver, or it is older than CUDA %d.%d needs",
+                           CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
     if (e != cudaSuccess || n == 0)
         return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: no usable GPU: %s",
                     e == cudaSuccess ? "none found" : cudaGetErrorString(e));
     if (device < 0 || device >= n)
-        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: there is no device %d; 0 to %d exist", device, n - 1);
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: there is no device %d; 0 to %d exist", device,
+                           n - 1);
     device_guard guard(device);
     CUDA_TRY(guard.status);
     CUDA_TRY(cudaGetDeviceProperties(&prop, device));
@@ -1387,24 +1448,40 @@ static qwen3_result open_device(cuda_model *m, int device, const qwen3i_err *err
     m->capability = prop.major * 10 + prop.minor;
     snprintf(m->name, sizeof m->name, "%s", prop.name);
     if (m->capability < 75)
-        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: %s has compute capability %d.%d; 7.5 is the least", m->name,
-                    prop.major, prop.minor);
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: %s has compute capability %d.%d; 7.5 is the least",
+                           m->name, prop.major, prop.minor);
     e = cudaFuncGetAttributes(&code, top_bits_kernel);
     if (e != cudaSuccess) {
         cudaGetLastError();
-        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: this build has no code for %s (sm_%d): %s", m->name, m->capability,
-                    cudaGetErrorString(e));
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: this build has no code for %s (sm_%d): %s", m->name,
+                           m->capability, cudaGetErrorString(e));
     }
     return QWEN3_OK;
 }
 
 static qwen3_result check_shapes(const qwen3i_config *c, const qwen3i_err *err) {
     if (c->head_dim % 8 != 0 || c->head_dim > MAX_HEAD_DIM)
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: head_dim is %d; multiples of 8 up to %d can be run", c->head_dim,
-                    MAX_HEAD_DIM);
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                           "CUDA: head_dim is %d; multiples of 8 up to %d can be run", c->head_dim,
+                           MAX_HEAD_DIM);
     if (c->n_ff > 1024 * 4 * VECTORS)
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: the MLP is %d wide; up to %d can be run", c->n_ff,
-                    1024 * 4 * VECTORS);
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: the MLP is %d wide; up to %d can be run",
+                           c->n_ff, 1024 * 4 * VECTORS);
+    return QWEN3_OK;
+}
+
+/* The formats that are unpacked block by block stay on the CPU. */
+static qwen3_result check_types(cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
+    weight_group g;
+    for (int i = 0; model_group(m, w, i, &g); i++)
+        for (int k = 0; k < g.n; k++) {
+            const qwen3i_type t = g.from[k]->type;
+            if (t != QWEN3I_F32 && t != QWEN3I_F16 && t != QWEN3I_BF16)
+                return qwen3i_fail(
+                    err, QWEN3_ERR_UNSUPPORTED,
+                    "CUDA: weights are F32, F16 or BF16; those of this model (format %d) run on the CPU",
+                    (int)t);
+        }
     return QWEN3_OK;
 }
 
@@ -1422,7 +1499,7 @@ static void free_model(void *model_state) {
 
 static qwen3_result fill_model(cuda_model *m, const qwen3i_model_view *view, const qwen3_load_desc *desc,
                                const qwen3i_err *err) {
-    arena a = {NULL, 0};
+    arena measured(NULL);
     unsigned *tops = NULL;
     uploader u = uploader();
     TRY(check_shapes(&m->config, err));
@@ -1431,12 +1508,11 @@ static qwen3_result fill_model(cuda_model *m, const qwen3i_model_view *view, con
     if (!m->layers) return no_host_memory(err, (size_t)m->config.n_layer * sizeof *m->layers);
     device_guard guard(m->device);
     CUDA_TRY(guard.status);
-    lay_out_model(m, view->weights, &a, &tops);
-    TRY(device_alloc(&m->memory, a.used, "the model", err));
-    m->size = a.used;
-    a.base = m->memory;
-    a.used = 0;
-    lay_out_model(m, view->weights, &a, &tops);
+    TRY(check_types(m, view->weights, err));
+    lay_out_model(m, view->weights, &measured, &tops);
+    TRY(device_alloc(&m->memory, measured.size(), "the model", err));
+    arena taken(m->memory);
+    lay_out_model(m, view->weights, &taken, &tops);
     u.desc = desc;
     u.allocator = &m->allocator;
     u.room = SLOTS;
@@ -1445,8 +1521,8 @@ static qwen3_result fill_model(cuda_model *m, const qwen3i_model_view *view, con
     return r;
 }
 
-static qwen3_result create_model_from(void **model_state, const qwen3i_model_view *view, const qwen3_load_desc *desc,
-                                      const qwen3i_err *err) {
+static qwen3_result create_model_from(void **model_state, const qwen3i_model_view *view,
+                                      const qwen3_load_desc *desc, const qwen3i_err *err) {
     cuda_model *m = (cuda_model *)host_alloc(view->allocator, sizeof *m);
     *model_state = NULL;
     if (!m) return no_host_memory(err, sizeof *m);
@@ -1469,11 +1545,11 @@ static const char *device_name(const void *model_state) { return ((const cuda_mo
 /* ================================================================================================
    ROWS: embedding, rotation, those that are wanted
    ================================================================================================ */
-
 /* embed: x[row, :] = E[token, :] * scale, as float32. Exact.
    One block a row. Equal to the CPU's row copy (qwen3i_embed). */
 template <class W>
-static __global__ void embed_kernel(float *x, const W *table, float scale, const row_info *rows, int width, int ld) {
+static __global__ void embed_kernel(float *x, const W *table, float scale, const row_info *rows, int width,
+                                    int ld) {
     wait_for_previous();
     let_next_start();
     const W *from = table + (size_t)rows[blockIdx.x].token * ld;
@@ -1503,47 +1579,45 @@ static __global__ void rope_table_kernel(float2 *table, const float *freqs, int 
     }
 }
 
-template <int N, class T> static __device__ __forceinline__ void load_n(float (&v)[N], const T *p) {
+template <int N, class T> DEVICE void load_n(float (&v)[N], const T *p) {
     if (N == 4 && sizeof(T) == 4) {
         const float4 f = *(const float4 *)(const void *)p;
         v[0] = f.x; v[N > 1 ? 1 : 0] = f.y; v[N > 2 ? 2 : 0] = f.z; v[N > 3 ? 3 : 0] = f.w;
     } else if (N == 4) {
         union { uint2 raw; T t[8 / sizeof(T)]; } u;
         u.raw = *(const uint2 *)(const void *)p;
-#pragma unroll
-        for (int i = 0; i < N; i++) v[i] = to_float(u.t[i % (8 / (int)sizeof(T))]);
+        UNROLL for (int i = 0; i < N; i++) v[i] = to_float(u.t[i % (8 / (int)sizeof(T))]);
     } else {
-#pragma unroll
-        for (int i = 0; i < N; i++) v[i] = to_float(p[i]);
+        UNROLL for (int i = 0; i < N; i++) v[i] = to_float(p[i]);
     }
 }
-template <int N> static __device__ __forceinline__ void store_n(float *p, const float (&v)[N]) {
-    if (N == 4) *(float4 *)(void *)p = make_float4(v[0], v[N > 1 ? 1 : 0], v[N > 2 ? 2 : 0], v[N > 3 ? 3 : 0]);
+template <int N> DEVICE void store_n(float *p, const float (&v)[N]) {
+    if (N == 4)
+        *(float4 *)(void *)p = make_float4(v[0], v[N > 1 ? 1 : 0], v[N > 2 ? 2 : 0], v[N > 3 ? 3 : 0]);
     else p[0] = v[0];
 }
-static __device__ __forceinline__ void store_n(half_t *p, float (&v)[4]) {
+DEVICE void store_n(half_t *p, float (&v)[4]) {
     *(uint2 *)(void *)p = make_uint2(pack(v[0], v[1], half_t()), pack(v[2], v[3], half_t()));
 }
 
-/* Four columns of n rows: row i of `to` is row out_row of `from`, several on their way at a time. out_row rises and is
-   never less than i, so it may be done in place. */
-template <class O, class T> static __device__ __forceinline__ void gather_columns(O *to, const T *from, int ld,
-                                                                                  const row_info *outs, int n) {
+/* Four columns of n rows: row i of `to` is row out_row of `from`, several on their way at a time. out_row
+   rises and is never less than i, so it may be done in place. */
+template <class O, class T>
+DEVICE void gather_columns(O *to, const T *from, int ld, const row_info *outs, int n) {
     const int U = 8;
     for (int first = 0; first < n; first += U) {
         float v[U][4];
-#pragma unroll
-        for (int u = 0; u < U; u++)
+        UNROLL for (int u = 0; u < U; u++)
             if (first + u < n) load_n<4>(v[u], from + (size_t)outs[first + u].out_row * ld);
-#pragma unroll
-        for (int u = 0; u < U; u++) if (first + u < n) store_n(to + (size_t)(first + u) * ld, v[u]);
+        UNROLL for (int u = 0; u < U; u++) if (first + u < n) store_n(to + (size_t)(first + u) * ld, v[u]);
     }
 }
 
-/* keep_wanted: the n rows of x [rows, ldx] and of what attention gives [rows, lda] that outs name, to their beginning;
-   `to` may be `from`. A thread for each four columns of both. Exact. Equals qwen3i_keep_wanted. */
-template <class O, class T> static __global__ void keep_wanted_kernel(float *x, int ldx, O *to, const T *from, int lda,
-                                                                      const row_info *outs, int n) {
+/* keep_wanted: the n rows of x [rows, ldx] and of what attention gives [rows, lda] that outs name, to their
+   beginning; `to` may be `from`. A thread for each four columns of both. Exact. Equals qwen3i_keep_wanted. */
+template <class O, class T>
+static __global__ void keep_wanted_kernel(float *x, int ldx, O *to, const T *from, int lda,
+                                          const row_info *outs, int n) {
     const int col = 4 * (block_x() * n_threads() + tid());
     wait_for_previous();
     let_next_start();
@@ -1554,134 +1628,139 @@ template <class O, class T> static __global__ void keep_wanted_kernel(float *x, 
 template <class O, class T> static cudaError_t launch_keep_wanted(const pass *p, O *to, const T *from) {
     cuda_ctx *c = p->c;
     return launch_early(p->early, p->s, grid1(ceil_div((c->embd_ld + c->q_dim) / 4, 64)), 64, 0,
-                        keep_wanted_kernel<O, T>, c->x, c->embd_ld, to, from, c->q_dim, (const row_info *)c->rows,
-                        p->n_outs);
+                        keep_wanted_kernel<O, T>, c->x, c->embd_ld, to, from, c->q_dim,
+                        (const row_info *)c->rows, p->n_outs);
 }
 
 /* ================================================================================================
    NORM
    ================================================================================================ */
-
 template <class T> struct vector_of { enum { N = 16 / (int)sizeof(T) }; };       /* elements in 16 bytes */
 
-/* Sum of v over rows of `lanes` threads (8, 16 or whole warps), the same bits in each of them: by exchange within the
-   warps, then once more over the warps. shared [32]. */
-template <class S> static __device__ __forceinline__ S row_sum(S v, int lanes, S *shared) {
+/* Sum of v over rows of `lanes` threads (8, 16 or whole warps), the same bits in each of them: by exchange
+   within the warps, then once more over the warps. shared [32]. */
+template <class S> DEVICE S row_sum(S v, int lanes, S *shared) {
     const int warps = lanes / 32;
     for (int o = lanes < 32 ? lanes / 2 : 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
     if (warps <= 1) return v;
     if (lane_id() == 0) shared[warp_id()] = v;
     __syncthreads();
     v = lane_id() < warps ? shared[warp_id() / warps * warps + lane_id()] : 0;
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+    UNROLL for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
     return v;
 }
 
 /* What each of the `lanes` threads of a row has of it: K times the 16 bytes that lie lanes * 16 apart. */
 template <class T, int K, int V = vector_of<T>::N>
-static __device__ __forceinline__ void load_row(float (&v)[K][V], const T *row, int at, int step, int width) {
-#pragma unroll
-    for (int k = 0; k < K; k++)
+DEVICE void load_row(float (&v)[K][V], const T *row, int at, int step, int width) {
+    UNROLL for (int k = 0; k < K; k++)
         unpack(v[k], at + k * step < width ? *(const uint4 *)(const void *)(row + at + k * step)
                                            : make_uint4(0, 0, 0, 0), T());
 }
-template <int V> static __device__ __forceinline__ void load_gains(float (&g)[V], const float *gain) {
-#pragma unroll
-    for (int i = 0; i < V; i += 4) {
+template <int V> DEVICE void load_gains(float (&g)[V], const float *gain) {
+    UNROLL for (int i = 0; i < V; i += 4) {
         const float4 f = *(const float4 *)(const void *)(gain + i);
         g[i] = f.x; g[i + 1] = f.y; g[i + 2] = f.z; g[i + 3] = f.w;
     }
 }
-/* The gains of as many elements: before the row, where they fit into registers beside it, as they are there already. */
+/* The gains of as many elements: before the row, where they fit into registers beside it, as they are there
+   already. */
 template <int K, int V>
-static __device__ __forceinline__ void load_all_gains(float (&g)[K][V], const float *gain, int at, int step, int width) {
-#pragma unroll
-    for (int k = 0; k < K; k++) if (at + k * step < width) load_gains(g[k], gain + at + k * step);
+DEVICE void load_all_gains(float (&g)[K][V], const float *gain, int at, int step, int width) {
+    UNROLL for (int k = 0; k < K; k++) if (at + k * step < width) load_gains(g[k], gain + at + k * step);
 }
 template <int K, int V> static constexpr __device__ bool gains_first() { return K * V <= 16; }
-/* The sum of squares in pairs: where one element is far above the others, few additions round what it has made large. */
-template <int N> static __device__ __forceinline__ float pair_sum(const float *v) {
+/* The sum of squares in pairs: where one element is far above the others, few additions round what it has
+   made large. */
+template <int N> DEVICE float pair_sum(const float *v) {
     if constexpr (N == 1) return v[0] * v[0];
     else return pair_sum<N / 2>(v) + pair_sum<N / 2>(v + N / 2);
 }
-template <int K, int V> static __device__ __forceinline__ float sum_of_squares(const float (&v)[K][V]) {
+template <int K, int V> DEVICE float sum_of_squares(const float (&v)[K][V]) {
     float sums[K];
-#pragma unroll
-    for (int k = 0; k < K; k++) sums[k] = pair_sum<V>(v[k]);
-#pragma unroll
-    for (int k = 1; k < K; k++) sums[0] += sums[k];
+    UNROLL for (int k = 0; k < K; k++) sums[k] = pair_sum<V>(v[k]);
+    UNROLL for (int k = 1; k < K; k++) sums[0] += sums[k];
     return sums[0];
 }
-template <int V, class O> static __device__ __forceinline__ void store_vector(O *p, float (&v)[V]) {
+template <int V, class O> DEVICE void store_vector(O *p, float (&v)[V]) {
     if constexpr (sizeof(O) == 4) {
-#pragma unroll
-        for (int i = 0; i < V; i += 4) *(float4 *)(void *)(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
-    } else *(uint4 *)(void *)p = make_uint4(pack(v[0], v[1], O()), pack(v[2], v[3], O()), pack(v[4], v[5], O()),
-                                            pack(v[6], v[7], O()));
+        UNROLL for (int i = 0; i < V; i += 4)
+            *(float4 *)(void *)(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+    } else
+        *(uint4 *)(void *)p = make_uint4(pack(v[0], v[1], O()), pack(v[2], v[3], O()), pack(v[4], v[5], O()),
+                                         pack(v[6], v[7], O()));
 }
 
-/* What threads add up for a row of results of this type: float32 alone shows what rounding the sums would do. */
+/* What threads add up for a row of results of this type: float32 alone shows what rounding the sums would
+   do. */
 template <class O> struct norm_sum { typedef float type; };
 template <> struct norm_sum<float> { typedef double type; };
 
-/* 1 / sqrt(sum / width + eps) as the sum of two floats: a square root, and a step of Newton's on what it leaves over. */
-template <class S> static __device__ __forceinline__ float2 inverse_rms(S sum, float width, float eps) {
-    const float high = (float)sum, all = fmaf(eps, width, high), lost = fmaf(eps, width, high - all) + (float)(sum - (S)high);
-    const float r = 1.0f / sqrtf(all / width), square = r * r;
+/* 1 / sqrt(sum / width + eps), as every norm has it; and as the sum of two floats: a step of Newton's on what
+   that leaves over. */
+DEVICE float rms_scale(float sum, float width, float eps) {
+    return 1.0f / sqrtf(fmaf(eps, width, sum) / width);
+}
+template <class S> DEVICE float2 inverse_rms(S sum, float width, float eps) {
+    const float high = (float)sum, all = fmaf(eps, width, high),
+                lost = fmaf(eps, width, high - all) + (float)(sum - (S)high);
+    const float r = rms_scale(high, width, eps), square = r * r;
     const float left = fmaf(-square, all, width) - fmaf(r, r, -square) * all - square * lost;
     return make_float2(r, fabsf(left) < width ? r * left / (2 * width) : 0.0f);
 }
 /* x * r * gain, rounded once if y is float32, before it is rounded to y's type otherwise. */
-static __device__ __forceinline__ float normed(float x, float2 r, float gain, const float *) {
+DEVICE float normed(float x, float2 r, float gain, const float *) {
     const float y = x * r.x;
     return fmaf(y, gain, fmaf(x, r.y, fmaf(x, r.x, -y)) * gain);
 }
-template <class O> static __device__ __forceinline__ float normed(float x, float2 r, float gain, const O *) {
+template <class O> DEVICE float normed(float x, float2 r, float gain, const O *) {
     return x * r.x * gain;
 }
 
-/* rmsnorm: y[row, group, :] = x[row, group, :] * gain / sqrt(mean square + eps), float32 throughout, one rounding
-   to y. x, y: rows ldx and ldy apart, each of gridDim.y groups of `width`; y may be x; gain [width]; with pad,
-   y[row, width .. pad) = 0. outs: NULL, or row i is made from row out_row of x. `lanes` threads work on a row, which
-   they hold in registers (K vectors each), a block on as many rows as it has threads for. All 16-byte aligned.
-   Equals qwen3i_rmsnorm; with groups = heads its per-head form. */
-template <class O, class T, int K> static __global__ void __launch_bounds__(norm_threads(K))
-    rmsnorm_kernel(O *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int rows, int width,
-                   int pad, float eps, int lanes) {
+/* rmsnorm: y[row, group, :] = x[row, group, :] * gain / sqrt(mean square + eps), float32 throughout, one
+   rounding to y. x, y: rows ldx and ldy apart, each of gridDim.y groups of `width`; y may be x; gain [width];
+   with pad, y[row, width .. pad) = 0. outs: NULL, or row i is made from row out_row of x. `lanes` threads
+   work on a row, which they hold in registers (K vectors each), a block on as many rows as it has threads
+   for. All 16-byte aligned. Equals qwen3i_rmsnorm; with groups = heads its per-head form. */
+template <class O, class T, int K>
+static __global__ void __launch_bounds__(norm_threads(K))
+    rmsnorm_kernel(O *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int rows,
+                   int width, int pad, float eps, int lanes) {
     const int V = vector_of<T>::N;
     typedef typename norm_sum<O>::type S;
     __shared__ S shared[32];
-    const int at = tid() % lanes * V, step = lanes * V, slot = block_x() * (n_threads() / lanes) + tid() / lanes;
+    const int at = tid() % lanes * V, step = lanes * V,
+              slot = block_x() * (n_threads() / lanes) + tid() / lanes;
     const bool mine = slot < rows;
     float v[K][V], g[K][V];
     if (gains_first<K, V>()) load_all_gains<K>(g, gain, at, step, width);
     wait_for_previous();
     let_next_start();
-    const size_t row = outs && mine ? (size_t)outs[slot].out_row : (size_t)slot, group = (size_t)blockIdx.y * width;
+    const size_t row = outs && mine ? (size_t)outs[slot].out_row : (size_t)slot,
+                 group = (size_t)blockIdx.y * width;
     load_row<T, K>(v, x + (mine ? row * ldx + group : 0), at, step, width);
     const float2 r = inverse_rms(row_sum((S)sum_of_squares(v), lanes, shared), (float)width, eps);
     if (!mine) return;
     O *out = y + (size_t)slot * ldy + group;
-#pragma unroll
-    for (int k = 0; k < K; k++) {
+    UNROLL for (int k = 0; k < K; k++) {
         if (at + k * step >= width) break;
         if (!gains_first<K, V>()) load_gains(g[k], gain + at + k * step);
-#pragma unroll
-        for (int i = 0; i < V; i++) v[k][i] = normed(v[k][i], r, g[k][i], y);
+        UNROLL for (int i = 0; i < V; i++) v[k][i] = normed(v[k][i], r, g[k][i], y);
         store_vector(out + at + k * step, v[k]);
     }
     for (int i = width + tid() % lanes; i < pad; i += lanes) store(out + i, 0.0f);
 }
 
 /* The same for any width and alignment, one element at a time. Grid (rows, groups). */
-template <class O, class T> static __global__ void __launch_bounds__(1024)
-    rmsnorm_any_kernel(O *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int width, int pad,
-                       float eps) {
+template <class O, class T>
+static __global__ void __launch_bounds__(1024)
+    rmsnorm_any_kernel(O *y, int ldy, const T *x, int ldx, const row_info *outs, const float *gain, int width,
+                       int pad, float eps) {
     __shared__ float shared[32];
     wait_for_previous();
     let_next_start();
-    const size_t row = outs ? (size_t)outs[blockIdx.x].out_row : blockIdx.x, group = (size_t)blockIdx.y * width;
+    const size_t row = outs ? (size_t)outs[blockIdx.x].out_row : blockIdx.x,
+                 group = (size_t)blockIdx.y * width;
     const T *in = x + row * ldx + group;
     O *out = y + (size_t)blockIdx.x * ldy + group;
     float sum = 0;
@@ -1691,9 +1770,9 @@ template <class O, class T> static __global__ void __launch_bounds__(1024)
     for (int i = width + tid(); i < pad; i += n_threads()) store(out + i, 0.0f);
 }
 
-/* How rows of so many vectors of 16 bytes are normed: `lanes` threads a row with k vectors each, `together` rows a block;
-   k 0: one element at a time. Few rows want one short pass, many want several loads in flight and full blocks; what suits
-   the widths of the models was found by tools/sweep_rmsnorm.py. */
+/* How rows of so many vectors of 16 bytes are normed: `lanes` threads a row with k vectors each, `together`
+   rows a block; k 0: one element at a time. Few rows want one short pass, many want several loads in flight
+   and full blocks; what suits the widths of the models was found by tools/sweep_rmsnorm.py. */
 struct norm_shape { int k, lanes, together; };
 
 static norm_shape rmsnorm_shape(int vectors, bool halves, long long rows) {
@@ -1709,43 +1788,47 @@ static norm_shape rmsnorm_shape(int vectors, bool halves, long long rows) {
 }
 
 template <class O, class T, int K>
-static cudaError_t launch_rmsnorm_shape(bool early, cudaStream_t s, norm_shape shape, O *y, int ldy, const T *x,
-                                        int ldx, const row_info *outs, const float *gain, int rows, int groups,
-                                        int width, int pad, float eps) {
-    return launch_early(early, s, grid2(ceil_div(rows, shape.together), groups), shape.lanes * shape.together, 0,
-                        rmsnorm_kernel<O, T, K>, y, ldy, x, ldx, outs, gain, rows, width, pad, eps, shape.lanes);
+static cudaError_t launch_rmsnorm_shape(bool early, cudaStream_t s, norm_shape shape, O *y, int ldy,
+                                        const T *x, int ldx, const row_info *outs, const float *gain,
+                                        int rows, int groups, int width, int pad, float eps) {
+    return launch_early(early, s, grid2(ceil_div(rows, shape.together), groups), shape.lanes * shape.together,
+                        0, rmsnorm_kernel<O, T, K>, y, ldy, x, ldx, outs, gain, rows, width, pad, eps,
+                        shape.lanes);
 }
 
-template <class O, class T> static cudaError_t launch_rmsnorm(bool early, cudaStream_t s, O *y, int ldy, const T *x,
-                                                              int ldx, const row_info *outs, const float *gain,
-                                                              int rows, int groups, int width, int pad, float eps) {
+template <class O, class T>
+static cudaError_t launch_rmsnorm(bool early, cudaStream_t s, O *y, int ldy, const T *x, int ldx,
+                                  const row_info *outs, const float *gain, int rows, int groups, int width,
+                                  int pad, float eps) {
     const int v = vector_of<T>::N;
-    const bool aligned = width % v == 0 && ldx % v == 0 && ldy % v == 0 && (size_t)x % 16 == 0 && (size_t)y % 16 == 0 &&
-                         (size_t)gain % 16 == 0;
+    const bool aligned = width % v == 0 && ldx % v == 0 && ldy % v == 0 && (size_t)x % 16 == 0 &&
+                         (size_t)y % 16 == 0 && (size_t)gain % 16 == 0;
     const norm_shape shape = rmsnorm_shape(ceil_div(width, v), sizeof(T) == 2, (long long)rows * groups);
-#define QWEN3_SHAPE(K) case K: return launch_rmsnorm_shape<O, T, K>(early, s, shape, y, ldy, x, ldx, outs, gain, rows, \
-                                                                    groups, width, pad, eps)
+#define QWEN3_SHAPE(K) \
+    case K: return launch_rmsnorm_shape<O, T, K>(early, s, shape, y, ldy, x, ldx, outs, gain, rows, groups, \
+                                                 width, pad, eps)
     switch (aligned ? shape.k : 0) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
 #undef QWEN3_SHAPE
-    return launch_early(early, s, grid2(rows, groups), row_threads(width, 1, rows), 0, rmsnorm_any_kernel<O, T>, y, ldy,
-                        x, ldx, outs, gain, width, pad, eps);
+    return launch_early(early, s, grid2(rows, groups), row_threads(width, 1, rows), 0,
+                        rmsnorm_any_kernel<O, T>, y, ldy, x, ldx, outs, gain, width, pad, eps);
 }
 
 /* ---- the input of a product with many rows ---- */
 /* The input of a matrix product with many rows: float32, or F16 with row r standing for data * scale[r]. With
    rest not 0 what the rounding lost goes that many elements further: the sum of both has 22 bits. */
-static __device__ __forceinline__ void store_input(float *p, float v, float, size_t) { *p = v; }
-static __device__ __forceinline__ void store_input(half_t *p, float v, float up, size_t rest) {
+DEVICE void store_input(float *p, float v, float, size_t) { *p = v; }
+DEVICE void store_input(half_t *p, float v, float up, size_t rest) {
     const float scaled = v * up;
     const half_t high = __float2half_rn(scaled);
     *p = high;
     if (rest) p[rest] = __float2half_rn(scaled - __half2float(high));
 }
 
-/* round_rows: the input of a product from float32 rows. in [rows, ld_in], out [rows, ld], zero from width on; out_scale
-   NULL: F16 as it is. One block a row. */
-template <class O> static __global__ void round_rows_kernel(O *out, float *out_scale, const float *in, int ld_in,
-                                                            int width, int ld, size_t rest) {
+/* round_rows: the input of a product from float32 rows. in [rows, ld_in], out [rows, ld], zero from width on;
+   out_scale NULL: F16 as it is. One block a row. */
+template <class O>
+static __global__ void round_rows_kernel(O *out, float *out_scale, const float *in, int ld_in, int width,
+                                         int ld, size_t rest) {
     __shared__ float shared[32];
     const float *from = in + (size_t)blockIdx.x * ld_in;
     float top = 0, up = 1;
@@ -1772,11 +1855,13 @@ static qwen3_result round_rows(const pass *p, const matrix &w, const float *in, 
 #undef CALL
 }
 
-static const float *act_scale(const pass *p, const matrix &w) { return w.type == QWEN3I_F32 ? NULL : p->c->act_scale; }
+static const float *act_scale(const pass *p, const matrix &w) {
+    return w.type == QWEN3I_F32 ? NULL : p->c->act_scale;
+}
 
 /* ---- on Hopper: normed and rounded in one kernel ---- */
 /* What ff_scale is for the norm of a row of h. */
-static __device__ __forceinline__ float ff_scale_of(float norm, const float *bounds) {
+DEVICE float ff_scale_of(float norm, const float *bounds) {
     return 1.0f / half_scale(norm * bounds[0] * (norm * bounds[1]));
 }
 
@@ -1785,14 +1870,12 @@ struct row_sums { float x, gained; float top; };
 
 /* This thread's part of it, and its elements times their gains, which are in g if they were loaded FIRST. */
 template <bool FIRST, int K>
-static __device__ __forceinline__ row_sums times_gains(float (&v)[K][4], float (&g)[K][4], const float *gain, int at,
-                                                       int step, int width) {
+DEVICE row_sums times_gains(float (&v)[K][4], float (&g)[K][4], const float *gain, int at, int step,
+                            int width) {
     row_sums s = {sum_of_squares(v), 0, 0};
-#pragma unroll
-    for (int k = 0; k < K; k++) {
+    UNROLL for (int k = 0; k < K; k++) {
         if (!FIRST && at + k * step < width) load_gains(g[k], gain + at + k * step);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
+        UNROLL for (int i = 0; i < 4; i++) {
             v[k][i] = at + k * step < width ? v[k][i] * g[k][i] : 0.0f;
             s.top = fmaxf(s.top, fabsf(v[k][i]));
         }
@@ -1800,7 +1883,7 @@ static __device__ __forceinline__ row_sums times_gains(float (&v)[K][4], float (
     s.gained = sum_of_squares(v);
     return s;
 }
-static __device__ __forceinline__ row_sums warp_sums(const row_sums &s) {
+DEVICE row_sums warp_sums(const row_sums &s) {
     const row_sums all = {warp_sum(s.x), warp_sum(s.gained), warp_max(s.top)};
     return all;
 }
@@ -1808,32 +1891,35 @@ static __device__ __forceinline__ row_sums warp_sums(const row_sums &s) {
 /* How a row of inputs of a product is kept: h = x * gain * times, and times up, a power of two, in F16. */
 struct row_scale { float times, up, ff; };
 
-static __device__ __forceinline__ row_scale scale_row(const row_sums &s, int width, float eps, const float *bounds) {
-    const float r = inverse_rms(s.x, (float)width, eps).x;
-    const row_scale scale = {r, half_scale(s.top * r), bounds ? ff_scale_of(sqrtf(s.gained) * r, bounds) : 1.0f};
+DEVICE row_scale scale_row(const row_sums &s, int width, float eps, const float *bounds) {
+    const float r = rms_scale(s.x, (float)width, eps);
+    const row_scale scale = {r, half_scale(s.top * r),
+                             bounds ? ff_scale_of(sqrtf(s.gained) * r, bounds) : 1.0f};
     return scale;
 }
-static __device__ __forceinline__ void store_row(half_t *to, const float (&v)[4], const row_scale &s) {
+DEVICE void store_row(half_t *to, const float (&v)[4], const row_scale &s) {
     float h[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) h[i] = v[i] * s.times * s.up;
+    UNROLL for (int i = 0; i < 4; i++) h[i] = v[i] * s.times * s.up;
     store_n(to, h);
 }
 
 /* What a norm reads, and the row scales that its product leaves to the one after it. */
 struct norm_args { const float *x; int ldx; const float *gain, *bounds; float eps; float *ff_scale; };
 
-/* wide_norm: out[row, :] = rmsnorm(x[row, :]) / scale[row], rounded once to F16; scale is a power of two. With
-   bounds, the largest norms of a row of W gate and of W up, also a power of two, ff_scale[row], with which the
-   products silu(gate) * up fit F16: |gate| <= |row of W gate| |h|. `lanes` threads (whole warps) work on a row, which
-   they hold in registers (K vectors of four each), a block on as many rows as it has threads for; width a multiple of 4.
-   Order as rmsnorm. Equals qwen3i_rmsnorm, and one rounding. */
-template <int K> static __global__ void __launch_bounds__(norm_threads(K))
+/* wide_norm: out[row, :] = rmsnorm(x[row, :]) / scale[row], rounded once to F16; scale is a power of two.
+   With bounds, the largest norms of a row of W gate and of W up, also a power of two, ff_scale[row], with
+   which the products silu(gate) * up fit F16: |gate| <= |row of W gate| |h|. `lanes` threads (whole warps)
+   work on a row, which they hold in registers (K vectors of four each), a block on as many rows as it has
+   threads for; width a multiple of 4. Order as rmsnorm. Equals qwen3i_rmsnorm, and one rounding. */
+template <int K>
+static __global__ void __launch_bounds__(norm_threads(K))
     wide_norm_kernel(half_t *out, float *scale, norm_args a, int rows, int width, int lanes) {
     __shared__ row_sums sums[32];
-    const int at = 4 * (tid() % lanes), step = 4 * lanes, row = block_x() * (n_threads() / lanes) + tid() / lanes;
+    const int at = 4 * (tid() % lanes), step = 4 * lanes,
+              row = block_x() * (n_threads() / lanes) + tid() / lanes;
     float v[K][4], g[K][4];
-    let_next_start();                   /* the next one's weights come while the one before this still works */
+    /* the next one's weights come while the one before this still works */
+    let_next_start();
     if (gains_first<K, 4>()) load_all_gains<K>(g, a.gain, at, step, width);
     wait_for_previous();
     load_row<float, K>(v, a.x + (size_t)(row < rows ? row : 0) * a.ldx, at, step, width);
@@ -1852,8 +1938,8 @@ template <int K> static __global__ void __launch_bounds__(norm_threads(K))
         scale[row] = 1.0f / h.up;
         if (a.bounds) a.ff_scale[row] = h.ff;
     }
-#pragma unroll
-    for (int k = 0; k < K; k++) if (at + k * step < width) store_row(out + (size_t)row * width + at + k * step, v[k], h);
+    UNROLL for (int k = 0; k < K; k++)
+        if (at + k * step < width) store_row(out + (size_t)row * width + at + k * step, v[k], h);
 }
 
 static norm_args norm_arguments(const pass *p, const float *gain, const matrix &w) {
@@ -1867,8 +1953,10 @@ static cudaError_t launch_wide_norm(const pass *p, const norm_args &a) {
     norm_shape s = rmsnorm_shape(width / 4, false, p->n);
     s.lanes = round_up(s.lanes, 32);
     s.together = p->n > 512 && s.lanes == 32 ? 8 : 1;
-#define QWEN3_SHAPE(K) case K: return launch_early(p->early, p->s, grid1(ceil_div(p->n, s.together)), s.lanes * s.together, \
-                                                   0, wide_norm_kernel<K>, c->wide_act, c->act_scale, a, p->n, width, s.lanes)
+#define QWEN3_SHAPE(K) \
+    case K: \
+        return launch_early(p->early, p->s, grid1(ceil_div(p->n, s.together)), s.lanes * s.together, 0, \
+                            wide_norm_kernel<K>, c->wide_act, c->act_scale, a, p->n, width, s.lanes)
     switch (s.k) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
 #undef QWEN3_SHAPE
     return cudaErrorInvalidValue;       /* no model that is wide has such rows */
@@ -1877,14 +1965,14 @@ static cudaError_t launch_wide_norm(const pass *p, const norm_args &a) {
 /* ================================================================================================
    PRODUCT: y = W x and x = x + W y
    ================================================================================================ */
-
 /* ---- by cuBLASLt: a plan for each shape, made once ---- */
 static qwen3_result describe_plan(plan *p, const qwen3i_err *err) {
     const cudaDataType_t in = p->type == QWEN3I_F32 ? CUDA_R_32F : CUDA_R_16F;
     const cublasOperation_t transposed = CUBLAS_OP_T;
-    LT_TRY(cublasLtMatmulDescCreate(&p->op, p->type == QWEN3I_F32 ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F,
-                                    CUDA_R_32F));
-    LT_TRY(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed));
+    LT_TRY(cublasLtMatmulDescCreate(
+        &p->op, p->type == QWEN3I_F32 ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    LT_TRY(
+        cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed));
     LT_TRY(cublasLtMatrixLayoutCreate(&p->w, in, (uint64_t)p->k, (uint64_t)p->n, p->k));
     LT_TRY(cublasLtMatrixLayoutCreate(&p->x, in, (uint64_t)p->k, (uint64_t)p->rows, p->k));
     LT_TRY(cublasLtMatrixLayoutCreate(&p->y, CUDA_R_32F, (uint64_t)p->n, (uint64_t)p->rows, p->ldy));
@@ -1896,7 +1984,8 @@ static qwen3_result choose_algorithm(const cuda_ctx *c, plan *p, const qwen3i_er
     cublasLtMatmulPreference_t wish = NULL;
     cublasLtMatmulHeuristicResult_t found[1];
     const uint64_t workspace = c->workspace_size;
-    const uint32_t align_in = 16, align_out = p->aligned ? 16 : 4, reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+    const uint32_t align_in = 16, align_out = p->aligned ? 16 : 4,
+                   reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     int n = 0;
     LT_TRY(cublasLtMatmulPreferenceCreate(&wish));
     cublasStatus_t s = CUBLAS_STATUS_SUCCESS;
@@ -1913,8 +2002,9 @@ static qwen3_result choose_algorithm(const cuda_ctx *c, plan *p, const qwen3i_er
         s = cublasLtMatmulAlgoGetHeuristic(c->lt, p->op, p->w, p->x, p->y, p->y, wish, 1, found, &n);
     cublasLtMatmulPreferenceDestroy(wish);
     if (s != CUBLAS_STATUS_SUCCESS || n == 0)
-        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "cuBLASLt has no algorithm for [%d, %d] times [%d, %d] (status %d)", p->rows,
-                    p->k, p->k, p->n, (int)s);
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE,
+                           "cuBLASLt has no algorithm for [%d, %d] times [%d, %d] (status %d)", p->rows, p->k,
+                           p->k, p->n, (int)s);
     p->algo = found[0].algo;
     return QWEN3_OK;
 }
@@ -1976,8 +2066,8 @@ static __global__ void scale_rows_kernel(float *x, const float *scale, int width
 static qwen3_result product_add(const pass *p, const matrix &w) {
     cuda_ctx *c = p->c;
     TRY(act_product(p, c->tmp, c->embd_ld, w, 0, w.rows));
-    RUN(grid1(p->n), row_threads(c->embd_ld, 4, p->n), 0, add_rows_kernel, c->x, (const float *)c->tmp, act_scale(p, w),
-        c->m->config.n_embd, c->embd_ld);
+    RUN(grid1(p->n), row_threads(c->embd_ld, 4, p->n), 0, add_rows_kernel, c->x, (const float *)c->tmp,
+        act_scale(p, w), c->m->config.n_embd, c->embd_ld);
     return QWEN3_OK;
 }
 
@@ -1990,11 +2080,11 @@ struct matvec_in {
     int          rows, ldx;
     const float *gain;                  /* [k]: x is to be normalised first (one row only); NULL: it is */
     float        eps;
-    bool         near;                  /* W fits well into the second-level cache */
+    bool         fits_cache;            /* W, and well, into that of the second level */
 };
 
 /* k .. k + 3 of n floats, zero past the end */
-static __device__ __forceinline__ float4 load_up_to_4(const float *p, int k, int n) {
+DEVICE float4 load_up_to_4(const float *p, int k, int n) {
     float4 v = make_float4(0, 0, 0, 0);
     if (k + 4 <= n) return *(const float4 *)(const void *)(p + k);
     if (k < n) v.x = p[k];
@@ -2003,44 +2093,40 @@ static __device__ __forceinline__ float4 load_up_to_4(const float *p, int k, int
     return v;
 }
 
-/* x for k in [k0, k0 + n) to shared memory, zero past in.k and past the rows. Groups of V are kept as V / 4 planes
-   of float4, so that the lanes of a warp read neighbouring 16 bytes. */
-template <int V, int R, int TILE>
-static __device__ __forceinline__ void stage_x(float4 *xs, const matvec_in &in, int k0, int n) {
+/* x for k in [k0, k0 + n) to shared memory, zero past in.k and past the rows. Groups of V are kept as V / 4
+   planes of float4, so that the lanes of a warp read neighbouring 16 bytes. */
+template <int V, int R, int TILE> DEVICE void stage_x(float4 *xs, const matvec_in &in, int k0, int n) {
     for (int r = 0; r < R; r++)
         for (int q = tid(); q < n / 4; q += n_threads())
             xs[r * (TILE / 4) + q % (V / 4) * (TILE / V) + q / (V / 4)] =
-                r < in.rows ? load_up_to_4(in.x + (size_t)r * in.ldx, k0 + 4 * q, in.k) : make_float4(0, 0, 0, 0);
+                r < in.rows ? load_up_to_4(in.x + (size_t)r * in.ldx, k0 + 4 * q, in.k) :
+                              make_float4(0, 0, 0, 0);
 }
 
-/* acc[j][r] = sum over k of W[rows[j]][k] x[r][k], in every lane of the warp; nothing for a row of -1. The first
-   weights are asked for before anything of x is read. Order: lane l takes elements V l .. V l + V - 1 of each 32 V,
-   lanes are added by exchange: it depends on k alone. */
-template <class W, int R, int NR> static __device__ __forceinline__ void dot_rows(float (&acc)[NR][R],
-                                                                                  const int (&rows)[NR],
-                                                                                  const matvec_in &in, float4 *xs) {
+/* acc[j][r] = sum over k of W[rows[j]][k] x[r][k], in every lane of the warp; nothing for a row of -1. The
+   first weights are asked for before anything of x is read. Order: lane l takes elements V l .. V l + V - 1
+   of each 32 V, lanes are added by exchange: it depends on k alone. */
+template <class W, int R, int NR>
+DEVICE void dot_rows(float (&acc)[NR][R], const int (&rows)[NR], const matvec_in &in, float4 *xs) {
     const int V = 16 / (int)sizeof(W), U = NR > 4 ? 1 : 8 / NR, BATCH = U * 32 * V, TILE = MATVEC_TILE / R;
     static_assert(TILE % BATCH == 0, "a batch of loads stays within a tile of x");
     const int lane = lane_id();
     const W *w = (const W *)in.w;
     uint4 next[U][NR], now[U][NR];
-#define QWEN3_LOAD(k0)                                                                                                 \
-    do {                                                                                                               \
-        _Pragma("unroll") for (int u = 0; u < U; u++) _Pragma("unroll") for (int j = 0; j < NR; j++) {                 \
-            const int at = (k0) + (u * 32 + lane) * V;                                                                 \
-            next[u][j] =                                                                                               \
-                at < in.ldw && rows[j] >= 0 ? load_stream(w + (size_t)rows[j] * in.ldw + at) : make_uint4(0, 0, 0, 0); \
-        }                                                                                                              \
+#define QWEN3_LOAD(k0) \
+    do { \
+        UNROLL for (int u = 0; u < U; u++) UNROLL for (int j = 0; j < NR; j++) { \
+            const int at = (k0) + (u * 32 + lane) * V; \
+            next[u][j] = at < in.ldw && rows[j] >= 0 ? load_stream(w + (size_t)rows[j] * in.ldw + at) \
+                                                     : make_uint4(0, 0, 0, 0); \
+        } \
     } while (0)
-#pragma unroll
-    for (int j = 0; j < NR; j++)
-#pragma unroll
-        for (int r = 0; r < R; r++) acc[j][r] = 0;
+    UNROLL for (int j = 0; j < NR; j++)
+        UNROLL for (int r = 0; r < R; r++) acc[j][r] = 0;
     QWEN3_LOAD(0);
-    if (in.near)      /* ... and the rest brought as near as possible */
+    if (in.fits_cache)          /* ... and the rest brought to the second-level cache */
         for (int k = BATCH + lane * (128 / (int)sizeof(W)); k < in.ldw; k += 32 * (128 / (int)sizeof(W)))
-#pragma unroll
-            for (int j = 0; j < NR; j++) if (rows[j] >= 0) prefetch(w + (size_t)rows[j] * in.ldw + k);
+            UNROLL for (int j = 0; j < NR; j++) if (rows[j] >= 0) prefetch(w + (size_t)rows[j] * in.ldw + k);
     wait_for_previous();
     for (int tile = 0; tile < in.k; tile += TILE) {
         const int left = in.k - tile, n = left < TILE ? round_up(left, BATCH) : TILE;
@@ -2049,24 +2135,17 @@ template <class W, int R, int NR> static __device__ __forceinline__ void dot_row
         __syncthreads();
         const int end = left < TILE ? in.k : tile + TILE;
         for (int k = tile; k < end; k += BATCH) {
-#pragma unroll
-            for (int u = 0; u < U; u++)
-#pragma unroll
-                for (int j = 0; j < NR; j++) now[u][j] = next[u][j];
+            UNROLL for (int u = 0; u < U; u++)
+                UNROLL for (int j = 0; j < NR; j++) now[u][j] = next[u][j];
             if (k + BATCH < in.k) QWEN3_LOAD(k + BATCH);
-#pragma unroll
-            for (int u = 0; u < U; u++) {
+            UNROLL for (int u = 0; u < U; u++) {
                 const int at = (k - tile) / V + u * 32 + lane;
                 float f[NR][V];
-#pragma unroll
-                for (int j = 0; j < NR; j++) unpack(f[j], now[u][j], W());
-#pragma unroll
-                for (int r = 0; r < R; r++)
-#pragma unroll
-                    for (int p = 0; p < V / 4; p++) {
+                UNROLL for (int j = 0; j < NR; j++) unpack(f[j], now[u][j], W());
+                UNROLL for (int r = 0; r < R; r++)
+                    UNROLL for (int p = 0; p < V / 4; p++) {
                         const float4 x = xs[r * (TILE / 4) + p * (TILE / V) + at];
-#pragma unroll
-                        for (int j = 0; j < NR; j++) {
+                        UNROLL for (int j = 0; j < NR; j++) {
                             acc[j][r] += f[j][4 * p] * x.x;
                             acc[j][r] += f[j][4 * p + 1] * x.y;
                             acc[j][r] += f[j][4 * p + 2] * x.z;
@@ -2078,28 +2157,27 @@ template <class W, int R, int NR> static __device__ __forceinline__ void dot_row
     }
 #undef QWEN3_LOAD
     let_next_start();
-#pragma unroll
-    for (int j = 0; j < NR; j++)
-#pragma unroll
-        for (int r = 0; r < R; r++) acc[j][r] = warp_sum(acc[j][r]) * in.scale;
+    UNROLL for (int j = 0; j < NR; j++)
+        UNROLL for (int r = 0; r < R; r++) acc[j][r] = warp_sum(acc[j][r]) * in.scale;
 }
 
 /* n rows of W are shared evenly by the warps of the grid: where the share of a warp begins. */
-static __device__ __forceinline__ int share_begin(int warp, int n) {
+DEVICE int share_begin(int warp, int n) {
     return (int)((long long)warp * n / ((int)gridDim.x * MATVEC_WARPS));
 }
 
 /* This warp's rows, at most NR; -1 for those that it has not. */
-template <int NR> static __device__ __forceinline__ void matvec_rows(int (&rows)[NR], int n) {
-    const int warp = block_x() * MATVEC_WARPS + warp_id(), first = share_begin(warp, n), end = share_begin(warp + 1, n);
-#pragma unroll
-    for (int j = 0; j < NR; j++) rows[j] = first + j < end ? first + j : -1;
+template <int NR> DEVICE void matvec_rows(int (&rows)[NR], int n) {
+    const int warp = block_x() * MATVEC_WARPS + warp_id(), first = share_begin(warp, n),
+              end = share_begin(warp + 1, n);
+    UNROLL for (int j = 0; j < NR; j++) rows[j] = first + j < end ? first + j : -1;
 }
 
 /* matvec: y[slot(r), i] = (W x[r])_i, or += with ADD. x [rows, ldx] float32, rows <= R; y [.., ldy] float32;
    slot(r) = outs ? its out_slot : r; none if that is -1. A warp has at most NR rows of W; 8 warps a block.
    Equals qwen3i_matmul; with ADD the residual is added in float32. */
-template <class W, int R, int NR, bool ADD> static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
+template <class W, int R, int NR, bool ADD>
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
     matvec_kernel(matvec_in in, float *y, int ldy, const row_info *outs) {
     __shared__ float4 xs[MATVEC_TILE / 4];
     int rows[NR];
@@ -2107,13 +2185,11 @@ template <class W, int R, int NR, bool ADD> static __global__ void __launch_boun
     matvec_rows<NR>(rows, in.n);
     dot_rows<W, R, NR>(acc, rows, in, xs);
     if (threadIdx.x % 32 != 0) return;
-#pragma unroll
-    for (int r = 0; r < R; r++) {
+    UNROLL for (int r = 0; r < R; r++) {
         if (r >= in.rows) break;
         const int slot = outs ? outs[r].out_slot : r;
         if (slot < 0) continue;
-#pragma unroll
-        for (int j = 0; j < NR; j++) {
+        UNROLL for (int j = 0; j < NR; j++) {
             if (rows[j] < 0) continue;
             float &out = y[(size_t)slot * ldy + rows[j]];
             out = ADD ? out + acc[j][r] : acc[j][r];
@@ -2126,48 +2202,41 @@ static matvec_in vector_input(const pass *p, const matrix &w, const input &h, in
     in.w = w.data; in.scale = w.scale; in.n = w.rows; in.k = w.cols; in.ldw = w.ld;
     in.x = h.x; in.rows = rows; in.ldx = h.ldx;
     in.gain = h.gain; in.eps = p->c->m->config.rms_eps;
-    in.near = (size_t)w.rows * w.ld * qwen3i_type_size(w.type) <= p->c->m->cache_bytes / 4;
+    in.fits_cache = (size_t)w.rows * w.ld * qwen3i_type_size(w.type) <= p->c->m->cache_bytes / 4;
     return in;
 }
 
-struct share { int blocks, rows; };     /* rows: the most that a warp gets */
-
-/* n rows of W for warps that take at most most_rows: blocks that fill the chip once, or a whole number of times. */
-static share matvec_share(const pass *p, int n, int most_rows) {
-    const int fill = p->c->m->n_sm, times = ceil_div(ceil_div(n, fill * MATVEC_WARPS), most_rows);
-    share s;
-    s.blocks = least(fill * times, ceil_div(n, MATVEC_WARPS));
-    s.rows = ceil_div(n, s.blocks * MATVEC_WARPS);
-    return s;
+/* Blocks for n rows of W whose warps take at most `each`: they fill the chip once, or a whole number of
+   times. */
+static int matvec_blocks(const pass *p, int n, int each) {
+    const int fill = p->c->m->n_sm, times = ceil_div(ceil_div(n, fill * MATVEC_WARPS), each);
+    return least(fill * times, ceil_div(n, MATVEC_WARPS));
 }
 
-template <class W, int R, int NR, bool ADD>
-static cudaError_t launch_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
-    const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
-    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, matvec_kernel<W, R, NR, ADD>, in, y, ldy,
-                        outs);
+template <class W, int R, bool ADD>
+static cudaError_t launch_matvec(const pass *p, const matvec_in &in, float *y, int ldy,
+                                 const row_info *outs) {
+    return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n, 2)), 32 * MATVEC_WARPS, 0,
+                        matvec_kernel<W, R, 2, ADD>, in, y, ldy, outs);
 }
 template <class W, bool ADD>
-static cudaError_t matvec_rows_of(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
-    if (in.rows > 4) return launch_matvec<W, 8, 2, ADD>(p, in, y, ldy, outs);
-    if (in.rows > 2) return launch_matvec<W, 4, 2, ADD>(p, in, y, ldy, outs);
-    if (in.rows > 1) return launch_matvec<W, 2, 2, ADD>(p, in, y, ldy, outs);
-    switch (matvec_share(p, in.n, 4).rows) {
-        case 1:  return launch_matvec<W, 1, 1, ADD>(p, in, y, ldy, outs);
-        case 2:  return launch_matvec<W, 1, 2, ADD>(p, in, y, ldy, outs);
-        case 3:  return launch_matvec<W, 1, 3, ADD>(p, in, y, ldy, outs);
-        default: return launch_matvec<W, 1, 4, ADD>(p, in, y, ldy, outs);
-    }
+static cudaError_t matvec_rows_of(const pass *p, const matvec_in &in, float *y, int ldy,
+                                  const row_info *outs) {
+    return in.rows > 4 ? launch_matvec<W, 8, ADD>(p, in, y, ldy, outs) :
+           in.rows > 1 ? launch_matvec<W, 4, ADD>(p, in, y, ldy, outs) :
+                         launch_matvec<W, 1, ADD>(p, in, y, ldy, outs);
 }
 
 /* ---- one row: its weights are on their way to shared memory before it exists ---- */
-/* Each lane copies for itself what it will multiply, `depth` stages of NR rows times U vectors of 16 bytes ahead, so
-   there is nothing to wait for together; `RING` vectors a lane in all. The copies begin before wait_for_previous():
-   with one block a multiprocessor, and two kernels' blocks side by side, a matrix of a small model is there as a whole
-   when its input comes, and for a large one the stream of weights hardly stops between kernels. */
+/* Each lane copies for itself what it will multiply, `depth` stages of NR rows times U vectors of 16 bytes
+   ahead, so there is nothing to wait for together; `RING` vectors a lane in all. The copies begin before
+   wait_for_previous(): with one block a multiprocessor, and two kernels' blocks side by side, a matrix of a
+   small model is there as a whole when its input comes, and for a large one the stream of weights hardly
+   stops between kernels. */
 const int STREAM_RING  = 24, STREAM_RING_SHORT = 16;    /* the short one where x itself takes much */
 const int STREAM_HEADS = 32 * MATVEC_WARPS;     /* finished at a time */
-const int STREAM_NORM  = 8;             /* vectors of 4 that a thread holds of a row that is to be normalised */
+/* vectors of 4 that a thread holds of a row that is to be normalised */
+const int STREAM_NORM  = 8;
 
 /* What else is to see each vector of x that is multiplied, or each tile of it: nothing. */
 struct see_nothing {
@@ -2175,11 +2244,19 @@ struct see_nothing {
     __device__ void operator()(const unsigned char *) const {}
 };
 
-template <int NR, int RING> struct stream_shape { enum { U = NR < 4 ? 4 / NR : 1, DEPTH = RING / (NR * U) }; };
+template <int NR, int RING> struct stream_shape {
+    enum { U = NR < 4 ? 4 / NR : 1, DEPTH = RING / (NR * U) };
+};
 
-/* Rows [first, end) of W, NR at a time; PAIRS: row i and row n / 2 + i one after the other, NR / 2 of both. */
+/* Rows [first, end) of W, NR at a time; PAIRS: row i and row n / 2 + i one after the other, NR / 2 of
+   both. */
 template <int NR, bool PAIRS, int RING> struct weight_stream {
-    enum { V = 8, U = stream_shape<NR, RING>::U, DEPTH = stream_shape<NR, RING>::DEPTH, STEP = PAIRS ? NR / 2 : NR };
+    enum {
+        V = 8,
+        U = stream_shape<NR, RING>::U,
+        DEPTH = stream_shape<NR, RING>::DEPTH,
+        STEP = PAIRS ? NR / 2 : NR
+    };
     const half_t *w;                    /* this lane's first vector */
     uint4        *ring;
     size_t        half;                 /* elements from a pair's first row to its second */
@@ -2195,12 +2272,10 @@ template <int NR, bool PAIRS, int RING> struct weight_stream {
     __device__ __forceinline__ void fetch() {
         uint4 *to = ring + put * (NR * U * 32);
         if (row < end)
-#pragma unroll
-            for (int j = 0; j < NR; j++) {
+            UNROLL for (int j = 0; j < NR; j++) {
                 const int i = PAIRS ? j / 2 : j;
                 const half_t *from = w + (size_t)(row + i) * ldw + (PAIRS && j % 2 ? half : 0) + column;
-#pragma unroll
-                for (int u = 0; u < U; u++)
+                UNROLL for (int u = 0; u < U; u++)
                     copy_once(to + (j * U + u) * 32, from + u * 32 * V,
                               row + i < end && column + (u * 32 + lane_id()) * V < ldw);
             }
@@ -2210,35 +2285,29 @@ template <int NR, bool PAIRS, int RING> struct weight_stream {
         if (column >= ldw) { column = 0; row += STEP; }
     }
     __device__ __forceinline__ void begin() {
-#pragma unroll 1
-        for (int i = 0; i < DEPTH - 1; i++) fetch();
+        NO_UNROLL for (int i = 0; i < DEPTH - 1; i++) fetch();
     }
-    /* acc[j] = the sum of row j of the next NR, in every lane: the vectors u, u + U, u + 2 U ... of each lane one after
-       the other, then u = 0 .. U - 1, then the lanes by exchange. */
-    template <class X> __device__ __forceinline__ void sum(float (&acc)[NR], const float4 *xs, float scale, X see) {
+    /* acc[j] = the sum of row j of the next NR, in every lane: the vectors u, u + U, u + 2 U ... of each lane
+       one after the other, then u = 0 .. U - 1, then the lanes by exchange. */
+    template <class X>
+    __device__ __forceinline__ void sum(float (&acc)[NR], const float4 *xs, float scale, X see) {
         const int plane = round_up(ldw, 32 * V) / V;
         float sums[NR][U];
-#pragma unroll
-        for (int j = 0; j < NR; j++)
-#pragma unroll
-            for (int u = 0; u < U; u++) sums[j][u] = 0;
-#pragma unroll 1
-        for (int k = 0; k < ldw; k += U * 32 * V) {
+        UNROLL for (int j = 0; j < NR; j++)
+            UNROLL for (int u = 0; u < U; u++) sums[j][u] = 0;
+        NO_UNROLL for (int k = 0; k < ldw; k += U * 32 * V) {
             const uint4 *from = ring + take * (NR * U * 32);
             copy_wait<DEPTH - 2>();
             uint4 now[NR * U];
-#pragma unroll
-            for (int i = 0; i < NR * U; i++) now[i] = from[i * 32];
+            UNROLL for (int i = 0; i < NR * U; i++) now[i] = from[i * 32];
             fetch();                    /* where the stage before was, which has been multiplied */
             take = take + 1 < DEPTH ? take + 1 : 0;
-#pragma unroll
-            for (int u = 0; u < U; u++) {
+            UNROLL for (int u = 0; u < U; u++) {
                 const int at = k / V + u * 32 + lane_id();
                 if (U > 1 && k + u * 32 * V >= ldw) break;
                 const float4 lo = xs[at], hi = xs[plane + at];
                 see(lo, hi);
-#pragma unroll
-                for (int j = 0; j < NR; j++) {
+                UNROLL for (int j = 0; j < NR; j++) {
                     float f[8];
                     unpack(f, now[j * U + u], half_t());
                     float &sum = sums[j][u];
@@ -2247,54 +2316,49 @@ template <int NR, bool PAIRS, int RING> struct weight_stream {
                 }
             }
         }
-#pragma unroll
-        for (int j = 0; j < NR; j++) {
+        UNROLL for (int j = 0; j < NR; j++) {
             acc[j] = sums[j][0];
-#pragma unroll
-            for (int u = 1; u < U; u++) acc[j] += sums[j][u];
+            UNROLL for (int u = 1; u < U; u++) acc[j] += sums[j][u];
             acc[j] = warp_sum(acc[j]) * scale;
         }
     }
 };
 
 /* Vectors of 4 of a row of k, a multiple of 4: `first` and each `step` further; zeros past its end. */
-template <int C> static __device__ __forceinline__ void load_vectors(float4 (&v)[C], const float *x, int first, int step,
-                                                                     int k) {
-#pragma unroll
-    for (int u = 0; u < C; u++)
-        v[u] = first + u * step < k / 4 ? ((const float4 *)(const void *)x)[first + u * step] : make_float4(0, 0, 0, 0);
+template <int C> DEVICE void load_vectors(float4 (&v)[C], const float *x, int first, int step, int k) {
+    UNROLL for (int u = 0; u < C; u++)
+        v[u] = first + u * step < k / 4 ? ((const float4 *)(const void *)x)[first + u * step] :
+                                          make_float4(0, 0, 0, 0);
 }
 /* The same to two planes, of float4s 0, 2, 4 ... and 1, 3, 5 ..., each of n / 2. */
-template <int C> static __device__ __forceinline__ void store_vectors(float4 *xs, const float4 (&v)[C], int first, int step,
-                                                                      int n) {
-#pragma unroll
-    for (int u = 0; u < C; u++) {
+template <int C> DEVICE void store_vectors(float4 *xs, const float4 (&v)[C], int first, int step, int n) {
+    UNROLL for (int u = 0; u < C; u++) {
         const int q = first + u * step;
         if (q < n) xs[q % 2 * (n / 2) + q / 2] = v[u];
     }
 }
 
 /* The RMSNorm of the input to shared memory, C vectors a thread, float32 throughout. */
-template <int C> static __device__ __forceinline__ void stage_normed(float4 *xs, const matvec_in &in, float *shared, int n) {
+template <int C> DEVICE void stage_normed(float4 *xs, const matvec_in &in, float *shared, int n) {
     float4 g[C], v[C];
     float sum = 0;
     load_vectors<C>(g, in.gain, tid(), n_threads(), in.k);
     wait_for_previous();
     load_vectors<C>(v, in.x, tid(), n_threads(), in.k);
-#pragma unroll
-    for (int u = 0; u < C; u++) sum += v[u].x * v[u].x + v[u].y * v[u].y + v[u].z * v[u].z + v[u].w * v[u].w;
-    const float r = 1.0f / sqrtf(block_sum(sum, shared) / (float)in.k + in.eps);
-#pragma unroll
-    for (int u = 0; u < C; u++)
-        v[u] = make_float4(v[u].x * r * g[u].x, v[u].y * r * g[u].y, v[u].z * r * g[u].z, v[u].w * r * g[u].w);
+    UNROLL for (int u = 0; u < C; u++)
+        sum += v[u].x * v[u].x + v[u].y * v[u].y + v[u].z * v[u].z + v[u].w * v[u].w;
+    const float r = rms_scale(block_sum(sum, shared), (float)in.k, in.eps);
+    UNROLL for (int u = 0; u < C; u++)
+        v[u] =
+            make_float4(v[u].x * r * g[u].x, v[u].y * r * g[u].y, v[u].z * r * g[u].z, v[u].w * r * g[u].w);
     store_vectors<C>(xs, v, tid(), n_threads(), n);
 }
 
-/* The input to shared memory, in two planes, zero past k. With a gain its RMSNorm, which each block does for itself: what
-   is multiplied is the normalised vector; the gain comes before the kernel before has ended; k is then a multiple of 4 and
-   at most 4 * STREAM_NORM * 256. All blocks wait while this runs, so only what a width needs is run.
-   Equals qwen3i_rmsnorm. */
-static __device__ __forceinline__ void stage_vector(float4 *xs, const matvec_in &in, float *shared) {
+/* The input to shared memory, in two planes, zero past k. With a gain its RMSNorm, which each block does for
+   itself: what is multiplied is the normalised vector; the gain comes before the kernel before has ended; k
+   is then a multiple of 4 and at most 4 * STREAM_NORM * 256. All blocks wait while this runs, so only what a
+   width needs is run. Equals qwen3i_rmsnorm. */
+DEVICE void stage_vector(float4 *xs, const matvec_in &in, float *shared) {
     const int n = round_up(in.ldw, 256) / 4, step = n_threads();
     if (in.gain) {
         if (in.k <= 4 * step) stage_normed<1>(xs, in, shared, n);
@@ -2303,12 +2367,11 @@ static __device__ __forceinline__ void stage_vector(float4 *xs, const matvec_in 
         else stage_normed<STREAM_NORM>(xs, in, shared, n);
     } else {
         wait_for_previous();
-        if (in.k % 4)
-#pragma unroll 1
-            for (int q = tid(); q < n; q += step) xs[q % 2 * (n / 2) + q / 2] = load_up_to_4(in.x, 4 * q, in.k);
+        if (in.k % 4) NO_UNROLL
+            for (int q = tid(); q < n; q += step)
+                xs[q % 2 * (n / 2) + q / 2] = load_up_to_4(in.x, 4 * q, in.k);
         else
-#pragma unroll 1
-            for (int base = tid(); base < n; base += 4 * step) {
+            NO_UNROLL for (int base = tid(); base < n; base += 4 * step) {
                 float4 v[4];
                 load_vectors<4>(v, in.x, base, step, in.k);
                 store_vectors<4>(xs, v, base, step, n);
@@ -2318,10 +2381,9 @@ static __device__ __forceinline__ void stage_vector(float4 *xs, const matvec_in 
 }
 
 /* This lane's of NR values that all lanes have. */
-template <int NR> static __device__ __forceinline__ float pick(const float (&acc)[NR], int j) {
+template <int NR> DEVICE float pick(const float (&acc)[NR], int j) {
     float v = acc[0];
-#pragma unroll
-    for (int i = 1; i < NR; i++) v = j == i ? acc[i] : v;
+    UNROLL for (int i = 1; i < NR; i++) v = j == i ? acc[i] : v;
     return v;
 }
 
@@ -2329,7 +2391,7 @@ template <int NR> static __device__ __forceinline__ float pick(const float (&acc
 struct row_range { int first, end; };
 
 /* This warp's of `units`. */
-static __device__ __forceinline__ row_range warp_share(int units) {
+DEVICE row_range warp_share(int units) {
     const int warp = block_x() * MATVEC_WARPS + warp_id();
     const row_range r = {share_begin(warp, units), share_begin(warp + 1, units)};
     return r;
@@ -2337,46 +2399,53 @@ static __device__ __forceinline__ row_range warp_share(int units) {
 
 /* Bytes of shared memory: x, the ring, and a value a warp. */
 static __host__ __device__ inline size_t stream_bytes(int ldw, int ring) {
-    return (size_t)round_up(ldw, 256) * sizeof(float) + (size_t)ring * 512 * MATVEC_WARPS + 32 * sizeof(float);
+    return (size_t)round_up(ldw, 256) * sizeof(float) + (size_t)ring * 512 * MATVEC_WARPS +
+           32 * sizeof(float);
 }
 
-/* What the kernels below share: the stream of this warp's rows begins, x comes, ready() is called, and the rows are
-   handed to done(first of NR or of as many pairs, acc), NR / 2 or NR of them at a time, after soon(first of them). */
+/* What the kernels below share: the stream of this warp's rows begins, x comes, ready() is called, and the
+   rows are handed to done(first of NR or of as many pairs, acc), NR / 2 or NR of them at a time, after
+   before(first of them). */
 template <int NR, bool PAIRS, int RING, class R, class S, class F, class X = see_nothing>
-static __device__ __forceinline__ void stream_rows(const matvec_in &in, row_range rows, unsigned char *memory, R ready,
-                                                   S soon, F done, X see = X()) {
+DEVICE void stream_rows(const matvec_in &in, row_range rows, unsigned char *memory, R ready, S before, F done,
+                        X see = X()) {
     float4 *xs = (float4 *)(void *)memory;
     float *shared = (float *)(void *)(memory + stream_bytes(in.ldw, RING)) - 32;
     const int step = PAIRS ? NR / 2 : NR, end = rows.end;
-    weight_stream<NR, PAIRS, RING> w(in, (uint4 *)(void *)memory + round_up(in.ldw, 256) / 4, rows.first, end);
+    weight_stream<NR, PAIRS, RING> w(in, (uint4 *)(void *)memory + round_up(in.ldw, 256) / 4, rows.first,
+                                     end);
     w.begin();
     let_next_start();
     stage_vector(xs, in, shared);
     ready();
     for (int row = rows.first; row < end; row += step) {
         float acc[NR];
-        const float old = soon(row, end - row);
+        const float old = before(row, end - row);
         w.sum(acc, xs, in.scale, see);
         done(row, end - row, acc, old);
     }
 }
 
 /* stream_matvec: y = W x, or += with ADD; as matvec_kernel for one row of x. */
-template <int NR, int RING, bool ADD> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+template <int NR, int RING, bool ADD>
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     stream_matvec_kernel(matvec_in in, float *y, const row_info *outs, int ldy) {
     QWEN3_DYNAMIC_SHARED(memory);
     const int lane = lane_id();
     stream_rows<NR, false, RING>(
-        in, warp_share(in.n), memory, [] {}, [&](int row, int left) { return ADD && lane < NR && lane < left ? y[row + lane] : 0.0f; },
+        in, warp_share(in.n), memory, [] {},
+        [&](int row, int left) { return ADD && lane < NR && lane < left ? y[row + lane] : 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float old) {
             const int slot = outs ? outs[0].out_slot : 0;
-            if (lane < NR && lane < left && slot >= 0) y[(size_t)slot * ldy + row + lane] = old + pick(acc, lane);
+            if (lane < NR && lane < left && slot >= 0)
+                y[(size_t)slot * ldy + row + lane] = old + pick(acc, lane);
         });
 }
 
 static size_t stream_shared(const matvec_in &in, int ring) { return stream_bytes(in.ldw, ring); }
 
-/* The ring that lets two kernels' blocks be on a multiprocessor; where x is long, the short one; 0: neither fits. */
+/* The ring that lets two kernels' blocks be on a multiprocessor; where x is long, the short one; 0: neither
+   fits. */
 static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
     const cuda_model *m = p->c->m;
     if (in.rows != 1 || w.type == QWEN3I_F32 || m->capability < 80) return 0;
@@ -2385,10 +2454,10 @@ static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
 }
 
 template <class... P, class... A>
-static cudaError_t launch_stream(const pass *p, const matvec_in &in, int ring, int units, void (*kernel)(P...),
-                                 A... args) {
-    return launch_shared(p->early, 1, p->s, grid1(least(p->c->m->n_sm, ceil_div(units, MATVEC_WARPS))), 32 * MATVEC_WARPS,
-                         stream_shared(in, ring), kernel, args...);
+static cudaError_t launch_stream(const pass *p, const matvec_in &in, int ring, int units,
+                                 void (*kernel)(P...), A... args) {
+    return launch_shared(p->early, 1, p->s, grid1(least(p->c->m->n_sm, ceil_div(units, MATVEC_WARPS))),
+                         32 * MATVEC_WARPS, stream_shared(in, ring), kernel, args...);
 }
 
 /* Rows that a warp takes at a time of the `each` that it has: few turns, few of them idle. */
@@ -2398,7 +2467,8 @@ static int stream_rows_at_once(int each) {
 static int stream_each(const pass *p, int units) { return ceil_div(units, p->c->m->n_sm * MATVEC_WARPS); }
 
 template <int RING, bool ADD>
-static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs) {
+static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, int ldy,
+                                 const row_info *outs) {
 #define CALL(NR) launch_stream(p, in, RING, in.n, stream_matvec_kernel<NR, RING, ADD>, in, y, outs, ldy)
     switch (stream_rows_at_once(stream_each(p, in.n))) {
         case 1:  return CALL(1);
@@ -2411,8 +2481,9 @@ static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, i
 #define BY_RING(ring, CALL) ((ring) == STREAM_RING ? CALL(STREAM_RING) : CALL(STREAM_RING_SHORT))
 
 /* y (+)= W x */
-template <bool ADD> static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
-                                               const float *x, int ldx, int rows) {
+template <bool ADD>
+static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
+                           const float *x, int ldx, int rows) {
     const input h = {x, ldx, NULL, NULL};
     const matvec_in in = vector_input(p, w, h, rows);
     const int ring = stream_ring(p, in, w);
@@ -2436,6 +2507,7 @@ struct qkv_args {
     float        *qkv;                  /* [rows, ld]: projections in, rotated q out; ld = q_dim + 2 kv_dim */
     int           ld, n_head, n_head_kv, head_dim;
     float         eps;
+    int           kv_type;              /* QWEN3_KV_* */
     const float  *q_norm, *k_norm;      /* [head_dim] */
     const float2 *rope;                 /* [max_ctx, head_dim / 2] cosine, sine */
     const row_info *rows;
@@ -2445,7 +2517,8 @@ struct qkv_args {
 struct wide_args {
     int          rows, k, n_tiles;      /* of W: parts of tiles, of 128 rows */
     int          whole;                 /* tiles of two parts, before those of one; wide_product only */
-    int          step, half;            /* rows of W from a tile to the next, and from its first half to its second */
+    /* rows of W from a tile to the next, and from its first half to its second */
+    int          step, half;
     float        w_scale;               /* W = w * w_scale; x[row] = in[row] * in_scale[row] (NULL: 1) */
     const float *in_scale;
     float       *x;  int ldx;           /* ADD: x[row, i] += (W in)_i */
@@ -2462,12 +2535,13 @@ struct wide_args {
 
 /* ---- Hopper: more than 64 rows ---- */
 #ifdef QWEN3_WGMMA
-/* What a thread needs to finish one of its rows of a tile: asked for before the sums, so that nobody waits for it. */
+/* What a thread needs to finish one of its rows of a tile: asked for before the sums, so that nobody waits
+   for it. */
 struct wide_row { int at; float in, out; int seq, position; };
 
-static __device__ __forceinline__ void ask_row(const product_end &, wide_row &, const wide_args &, int) {}
+DEVICE void ask_row(const product_end &, wide_row &, const wide_args &, int) {}
 
-template <class END> static __device__ __forceinline__ wide_row wide_ask(const wide_args &g, int row) {
+template <class END> DEVICE wide_row wide_ask(const wide_args &g, int row) {
     const int i = row < g.rows ? row : g.rows - 1;
     wide_row w = {row, 1, 1, 0, 0};
     if (g.in_scale) w.in = g.in_scale[i];
@@ -2476,19 +2550,18 @@ template <class END> static __device__ __forceinline__ wide_row wide_ask(const w
 }
 
 /* This thread's two columns of each 8 of a row of part n. */
-template <int M> static __device__ __forceinline__ void wide_add(const wide_args &g, const float (&acc)[M], int row, int r,
-                                                                 int n, float scale) {
+template <int M>
+DEVICE void wide_add(const wide_args &g, const float (&acc)[M], int row, int r, int n, float scale) {
     float *x = g.x + (size_t)row * g.ldx + n * 2 * M + 2 * (lane_id() % 4);
     if (row >= g.rows) return;
-#pragma unroll
-    for (int j = 0; j < M / 4; j++) add_2_there(x + 8 * j, acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
+    UNROLL for (int j = 0; j < M / 4; j++)
+        add_2_there(x + 8 * j, acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
 }
 
 template <int ROWS, int PARTS, int M>
-static __device__ __forceinline__ void finish_tile(const to_residual<ROWS> &, const wide_args &g, const float (&acc)[PARTS][M],
-                                                   const wide_row &row, int r, int n, float scale) {
-#pragma unroll
-    for (int p = 0; p < PARTS; p++) wide_add(g, acc[p], row.at, r, n + p, scale);
+DEVICE void finish_tile(const to_residual<ROWS> &, const wide_args &g, const float (&acc)[PARTS][M],
+                        const wide_row &row, int r, int n, float scale) {
+    UNROLL for (int p = 0; p < PARTS; p++) wide_add(g, acc[p], row.at, r, n + p, scale);
 }
 
 struct wide_stage { mbarrier full, empty; };    /* empty: both blocks' eight warps that multiply */
@@ -2496,26 +2569,28 @@ struct wide_stage { mbarrier full, empty; };    /* empty: both blocks' eight war
 /* Which rows of x, in units of a block's, and which part of W a tile begins with, and its parts. */
 struct wide_place { int rows, first, parts; };
 
-template <int P> static __device__ __forceinline__ wide_place wide_place_of(const wide_args &g, int tile, int rank) {
+template <int P> DEVICE wide_place wide_place_of(const wide_args &g, int tile, int rank) {
     const int pairs = ceil_div(g.rows, 2 * WIDE_M), column = tile / pairs;
     const bool single = P == 1 || column >= g.whole;
-    const wide_place at = {tile % pairs * 2 + rank, single ? column + (P - 1) * g.whole : P * column, single ? 1 : P};
+    const wide_place at = {tile % pairs * 2 + rank, single ? column + (P - 1) * g.whole : P * column,
+                           single ? 1 : P};
     return at;
 }
-static __device__ __forceinline__ int wide_tiles(const wide_args &g) {
+DEVICE int wide_tiles(const wide_args &g) {
     return ceil_div(g.rows, 2 * WIDE_M) * (g.n_tiles - g.whole);
 }
 
-/* Halves of each part of a tile of W to both blocks of a cluster, of which the other loads the other halves. */
+/* Halves of each part of a tile of W to both blocks of a cluster, of which the other loads the other
+   halves. */
 template <int N, int P>
-static __device__ __forceinline__ void wide_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int k,
-                                                   const wide_place &at, int rank, wide_stage *s) {
+DEVICE void wide_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int k,
+                        const wide_place &at, int rank, wide_stage *s) {
     barrier_expect(&s->full, (unsigned)WIDE_HALF + (unsigned)(at.parts * wide_tile<N, P>::W_BYTES));
-#pragma unroll
-    for (int p = 0; p < P; p++)
+    UNROLL for (int p = 0; p < P; p++)
         if (p < at.parts)
-            load_tile_twice(to + WIDE_HALF + wide_tile<N, P>::W_BYTES * p + wide_tile<N, P>::W_BYTES / 2 * rank, map, k,
-                            (at.first + p) * g.step + rank * g.half, &s->full);
+            load_tile_twice(to + WIDE_HALF + wide_tile<N, P>::W_BYTES * p +
+                                wide_tile<N, P>::W_BYTES / 2 * rank,
+                            map, k, (at.first + p) * g.step + rank * g.half, &s->full);
 }
 
 /* Tiles of x, each block its own, and of W. The first weights are asked for before x exists. */
@@ -2523,11 +2598,12 @@ template <int N, int P>
 static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                  unsigned char *memory, wide_stage *stages, int rank) {
     const int clusters = (int)gridDim.x / 2, first = block_x() / 2, n = wide_tiles(g);
-    const unsigned places = wide_tile<N, P>::STAGES, steps = (unsigned)(g.k / WIDE_K), early = steps < places ? steps : places;
+    const unsigned places = wide_tile<N, P>::STAGES, steps = (unsigned)(g.k / WIDE_K),
+                   early = steps < places ? steps : places;
     unsigned turn = 0;
     for (unsigned i = 0; i < early; i++)
-        wide_load_w<N, P>(memory + wide_tile<N, P>::BYTES * i, w_map, g, (int)i * WIDE_K, wide_place_of<P>(g, first, rank),
-                          rank, &stages[i]);
+        wide_load_w<N, P>(memory + wide_tile<N, P>::BYTES * i, w_map, g, (int)i * WIDE_K,
+                          wide_place_of<P>(g, first, rank), rank, &stages[i]);
     wait_for_previous();
     for (int t = first; t < n; t += clusters) {
         const wide_place at = wide_place_of<P>(g, t, rank);
@@ -2543,75 +2619,69 @@ static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_
     }
 }
 
-static __device__ __forceinline__ void wide_release(wide_stage *s) {
+DEVICE void wide_release(wide_stage *s) {
     if (lane_id() < 2) barrier_arrive_at(&s->empty, (unsigned)lane_id());
 }
 
-/* How the sums of a row are scaled; the benchmark's fused kernel has another way. It sees each tile of x while it is
-   multiplied. */
+/* How the sums of a row are scaled; the benchmark's fused kernel has another way. It sees each tile of x
+   while it is multiplied. */
 struct input_scales {
-    static __device__ __forceinline__ void begin() {}
-    static __device__ __forceinline__ void see(const unsigned char *) {}
-    static __device__ __forceinline__ void end() {}
-    static __device__ __forceinline__ float of(const wide_args &g, float in, int) { return g.w_scale * in; }
+    DEVICE void begin() {}
+    DEVICE void see(const unsigned char *) {}
+    DEVICE void end() {}
+    DEVICE float of(const wide_args &g, float in, int) { return g.w_scale * in; }
 };
 
 /* acc = rows of x times the first PARTS of a tile's P parts of W, k elements. */
 template <int N, int P, int PARTS, class S>
-static __device__ __forceinline__ void wide_sum(float (&acc)[PARTS][N / 2], float (&part)[N / 2], const unsigned char *memory,
-                                                wide_stage *stages, unsigned &turn, int k, int group, S &scales) {
+DEVICE void wide_sum(float (&acc)[PARTS][N / 2], float (&part)[N / 2], const unsigned char *memory,
+                     wide_stage *stages, unsigned &turn, int k, int group, S &scales) {
     const int BYTES = wide_tile<N, P>::BYTES, STAGES = wide_tile<N, P>::STAGES;
-#pragma unroll
-    for (int i = 0; i < PARTS * N / 2; i++) acc[i / (N / 2)][i % (N / 2)] = 0;
+    UNROLL for (int i = 0; i < PARTS * N / 2; i++) acc[i / (N / 2)][i % (N / 2)] = 0;
     for (int done = 0; done < k; done += WIDE_CHUNK * WIDE_K, turn += WIDE_CHUNK) {
-#pragma unroll
-        for (int p = 0; p < PARTS; p++) {
-#pragma unroll
-            for (unsigned i = 0; i < WIDE_CHUNK; i++) {
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            UNROLL for (unsigned i = 0; i < WIDE_CHUNK; i++) {
                 const unsigned s = (turn + i) % STAGES;
                 const unsigned char *x = memory + BYTES * s + WIDE_HALF / 2 * (size_t)group,
                                     *w = memory + BYTES * s + WIDE_HALF + wide_tile<N, P>::W_BYTES * p;
                 if (p == 0) barrier_wait(&stages[s].full, (turn + i) / STAGES & 1);
                 if (p == 0 || i == 0) products_begin();
-#pragma unroll
-                for (int j = 0; j < WIDE_K / 16; j++)
-                    wide_multiply(part, operand(x) + 2 * (unsigned)j, operand(w) + 2 * (unsigned)j, (int)i + j > 0);
+                UNROLL for (int j = 0; j < WIDE_K / 16; j++)
+                    wide_multiply(part, operand(x) + 2 * (unsigned)j, operand(w) + 2 * (unsigned)j,
+                                  (int)i + j > 0);
             }
             products_commit();
-#pragma unroll
-            for (unsigned i = 0; p == 0 && i < WIDE_CHUNK; i++) scales.see(memory + BYTES * ((turn + i) % STAGES));
+            UNROLL for (unsigned i = 0; p == 0 && i < WIDE_CHUNK; i++)
+                scales.see(memory + BYTES * ((turn + i) % STAGES));
             products_wait<0>();
             products_done(part);
-#pragma unroll
-            for (unsigned i = 0; p == PARTS - 1 && i < WIDE_CHUNK; i++) wide_release(&stages[(turn + i) % STAGES]);
-#pragma unroll
-            for (int i = 0; i < N / 2; i++) acc[p][i] += part[i];
+            UNROLL for (unsigned i = 0; p == PARTS - 1 && i < WIDE_CHUNK; i++)
+                wide_release(&stages[(turn + i) % STAGES]);
+            UNROLL for (int i = 0; i < N / 2; i++) acc[p][i] += part[i];
         }
     }
 }
 
 /* A tile's rows from row0 and row0 + 8 on, of PARTS parts from n on. */
 template <class END, int N, int P, int PARTS, class S>
-static __device__ __forceinline__ void wide_multiply_tile(const wide_args &g, float (&part)[N / 2], unsigned char *memory,
-                                                          wide_stage *stages, unsigned &turn, int group, int row0, int n,
-                                                          S &scales) {
+DEVICE void wide_multiply_tile(const wide_args &g, float (&part)[N / 2], unsigned char *memory,
+                               wide_stage *stages, unsigned &turn, int group, int row0, int n, S &scales) {
     const wide_row rows[2] = {wide_ask<END>(g, row0), wide_ask<END>(g, row0 + 8)};
     float acc[PARTS][N / 2];
     scales.begin();
     wide_sum<N, P, PARTS>(acc, part, memory, stages, turn, g.k, group, scales);
     scales.end();
-#pragma unroll
-    for (int r = 0; r < 2; r++) finish_tile(END(), g, acc, rows[r], r, n, scales.of(g, rows[r].in, r));
+    UNROLL for (int r = 0; r < 2; r++) finish_tile(END(), g, acc, rows[r], r, n, scales.of(g, rows[r].in, r));
 }
 
 template <class END, int N, int P, class S>
-static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages, int rank,
-                                           int group, S &scales) {
-    const int clusters = (int)gridDim.x / 2, n = wide_tiles(g), first = 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
+static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages,
+                                           int rank, int group, S &scales) {
+    const int clusters = (int)gridDim.x / 2, n = wide_tiles(g),
+              first = 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
     float part[N / 2];
     unsigned turn = 0;
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) part[i] = 0;
+    UNROLL for (int i = 0; i < N / 2; i++) part[i] = 0;
     for (int t = block_x() / 2; t < n; t += clusters) {
         const wide_place at = wide_place_of<P>(g, t, rank);
         const int row0 = at.rows * WIDE_M + first;
@@ -2622,8 +2692,8 @@ static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *me
 }
 
 template <class END, int N, int P, class S>
-static __device__ __forceinline__ void wide_multiply_rows(const CUtensorMap *x_map, const CUtensorMap *w_map,
-                                                          const wide_args &g, S scales) {
+DEVICE void wide_multiply_rows(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
+                               S scales) {
     QWEN3_DYNAMIC_SHARED(raw);
     unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
     wide_stage *stages = (wide_stage *)(void *)(memory + wide_tile<N, P>::STAGES * wide_tile<N, P>::BYTES);
@@ -2644,20 +2714,22 @@ static __device__ __forceinline__ void wide_multiply_rows(const CUtensorMap *x_m
     } else {
         more_registers<232>();
         wait_for_previous();
-        wide_multiply_tiles<END, N, P>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0), scales);
+        wide_multiply_tiles<END, N, P>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0),
+                                       scales);
     }
     cluster_sync();                     /* the other block may still write here */
 }
 #endif
 
-/* wide_product: y = W x for many rows, and what follows it. x [rows, k] F16, W [n, k] F16, k a multiple of 128.
-   ADD: the residual, in float32; equals qwen3i_matmul_add. SWIGLU: silu(gate) * up of rows of W n_ff apart, rounded
-   once; equals qwen3i_swiglu. QKV: each head's RMSNorm and rotation in float32, q rounded once, k and v to the cache
-   with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope; head_dim 128; T is the cache's type.
-   Clusters of two blocks take turns of tiles of [256, P N], and then of [256, N]; N is 128, for ADD also 160, which changes
-   no sum. Two parts read shared memory and the second-level cache less than two tiles, which both limit a product. Order:
-   the tensor core adds up 128 elements, which start from zero, and float32 the chunks: the former cuts its sums off, and
-   over a whole row that would show; the residual is added to the whole sum. */
+/* wide_product: y = W x for many rows, and what follows it. x [rows, k] F16, W [n, k] F16, k a multiple of
+   128. ADD: the residual, in float32; equals qwen3i_matmul_add. SWIGLU: silu(gate) * up of rows of W n_ff
+   apart, rounded once; equals qwen3i_swiglu. QKV: each head's RMSNorm and rotation in float32, q rounded
+   once, k and v to the cache with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope;
+   head_dim 128; T is the cache's type. Clusters of two blocks take turns of tiles of [256, P N], and then of
+   [256, N]; N is 128, for ADD also 160, which changes no sum. Two parts read shared memory and the
+   second-level cache less than two tiles, which both limit a product. Order: the tensor core adds up 128
+   elements, which start from zero, and float32 the chunks: the former cuts its sums off, and over a whole row
+   that would show; the residual is added to the whole sum. */
 template <class END, int N, int P>
 static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
     wide_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
@@ -2707,21 +2779,20 @@ template <int M, int R> static size_t few_product_shared(int stages) {
 struct few_ring { wide_stage *stages; int n; };
 
 template <int M, int R>
-static __device__ __forceinline__ void few_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int tile,
-                                                  int k, wide_stage *s) {
+DEVICE void few_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int tile, int k,
+                       wide_stage *s) {
     barrier_expect(&s->full, g.norm.gain ? few_tile<M, R>::W_BYTES : few_tile<M, R>::BYTES);
     load_tile(to, map, k, tile * g.step, &s->full);
     if (M == WIDE_M) load_tile(to + WIDE_HALF / 2, map, k, tile * g.step + g.half, &s->full);
 }
 template <int M, int R>
-static __device__ __forceinline__ void few_load_x(unsigned char *to, const CUtensorMap *map, int k, wide_stage *s) {
-#pragma unroll
-    for (int row = 0; row < R; row += FEW_X_TILE)
+DEVICE void few_load_x(unsigned char *to, const CUtensorMap *map, int k, wide_stage *s) {
+    UNROLL for (int row = 0; row < R; row += FEW_X_TILE)
         load_tile(to + few_tile<M, R>::W_BYTES + row * WIDE_K * 2, map, k, row, &s->full);
 }
 
-/* Steps of 64 elements, from k0 on, of a tile of W and, unless the block makes it itself, of x. The first weights are asked
-   for before x exists. */
+/* Steps of 64 elements, from k0 on, of a tile of W and, unless the block makes it itself, of x. The first
+   weights are asked for before x exists. */
 template <int M, int R>
 static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                 unsigned char *memory, few_ring ring, int tile, int k0, int steps) {
@@ -2730,13 +2801,12 @@ static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_m
     unsigned phase = 1;
     prefetch_map(w_map);
     prefetch_map(x_map);
-#pragma unroll 1
-    for (int i = 0; i < early; i++)
-        few_load_w<M, R>(memory + few_tile<M, R>::BYTES * i, w_map, g, tile, k0 + i * WIDE_K, &ring.stages[i]);
+    NO_UNROLL for (int i = 0; i < early; i++)
+        few_load_w<M, R>(memory + few_tile<M, R>::BYTES * i, w_map, g, tile, k0 + i * WIDE_K,
+                         &ring.stages[i]);
     if (g.norm.gain) return;            /* and there is a stage for each step */
     wait_for_previous();
-#pragma unroll 1
-    for (int i = 0; i < steps; i++) {
+    NO_UNROLL for (int i = 0; i < steps; i++) {
         const int k = k0 + i * WIDE_K;
         unsigned char *to = memory + few_tile<M, R>::BYTES * s;
         if (i >= early) {
@@ -2748,10 +2818,11 @@ static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_m
     }
 }
 
-/* x of all steps is RMSNorm(norm.x) in float32, as wide_norm, rounded once to F16; a warp has a row. scales: how. */
+/* x of all steps is RMSNorm(norm.x) in float32, as wide_norm, rounded once to F16; a warp has a row. scales:
+   how. */
 template <int M, int R>
-static __device__ __forceinline__ void few_norm(const wide_args &g, unsigned char *memory, int k0, int steps, int warp,
-                                                row_scale *scales, float (&gains)[FEW_VECTORS][4]) {
+DEVICE void few_norm(const wide_args &g, unsigned char *memory, int k0, int steps, int warp,
+                     row_scale *scales, float (&gains)[FEW_VECTORS][4]) {
     const int at = 4 * lane_id(), row = warp;
     float v[FEW_VECTORS][4];
     if (row < g.rows) {
@@ -2762,25 +2833,26 @@ static __device__ __forceinline__ void few_norm(const wide_args &g, unsigned cha
             scales[row] = h;
             if (g.norm.bounds && block_x() == 0) g.norm.ff_scale[row] = h.ff;
         }
-#pragma unroll
-        for (int k = 0; k < FEW_VECTORS; k++) {
+        UNROLL for (int k = 0; k < FEW_VECTORS; k++) {
             const int col = at + 128 * k - k0, step = col / WIDE_K, chunk = col % WIDE_K / 8;
             if (col < 0 || step >= steps) continue;
-            store_row((half_t *)(void *)(memory + few_tile<M, R>::BYTES * step + few_tile<M, R>::W_BYTES + 128 * row +
-                                         16 * (chunk ^ (row & 7))) + col % 8, v[k], h);
+            store_row((half_t *)(void *)(memory + few_tile<M, R>::BYTES * step + few_tile<M, R>::W_BYTES +
+                                         128 * row + 16 * (chunk ^ (row & 7))) +
+                          col % 8,
+                      v[k], h);
         }
     }
     stores_ready();
     group_sync(1, 256);
 }
 
-static __device__ __forceinline__ void few_release(wide_stage *s) {
+DEVICE void few_release(wide_stage *s) {
     if (lane_id() == 0) barrier_arrive(&s->empty);
 }
 
-/* 64 rows of W times rows of x, over the block's part of k, to sums [R, FEW_LD] over the stages. Of a tile of 128 rows of W
-   each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows of x. see() is called with each
-   tile of x while it is multiplied. */
+/* 64 rows of W times rows of x, over the block's part of k, to sums [R, FEW_LD] over the stages. Of a tile of
+   128 rows of W each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows of
+   x. see() is called with each tile of x while it is multiplied. */
 template <int M, int R, class X = see_nothing>
 static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, int group, X see = X()) {
     const int N = M == WIDE_M ? R : R / 2;
@@ -2789,40 +2861,33 @@ static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, 
     float acc[N / 2], part[N / 2];
     int s = 0, read = 0;                /* the next stage, and the first that is not released */
     unsigned phase = 0;
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) acc[i] = part[i] = 0;
-#pragma unroll 1
-    for (int done = 0; done < steps; done += FEW_CHUNK) {
+    UNROLL for (int i = 0; i < N / 2; i++) acc[i] = part[i] = 0;
+    NO_UNROLL for (int done = 0; done < steps; done += FEW_CHUNK) {
         const int n = steps - done < FEW_CHUNK ? steps - done : FEW_CHUNK;
-#pragma unroll 1
-        for (int i = 0; i < n; i++) {
+        NO_UNROLL for (int i = 0; i < n; i++) {
             const unsigned char *at = memory + few_tile<M, R>::BYTES * s;
             barrier_wait(&ring.stages[s].full, phase);
             products_begin();
-#pragma unroll
-            for (int j = 0; j < WIDE_K / 16; j++)
-                wide_multiply(part, operand(at + w_at) + 2 * (unsigned)j, operand(at + x_at) + 2 * (unsigned)j, i + j > 0);
+            UNROLL for (int j = 0; j < WIDE_K / 16; j++)
+                wide_multiply(part, operand(at + w_at) + 2 * (unsigned)j,
+                              operand(at + x_at) + 2 * (unsigned)j, i + j > 0);
             products_commit();
             see(at + few_tile<M, R>::W_BYTES);
             if (++s == ring.n) { s = 0; phase ^= 1; }
         }
         products_wait<0>();
         products_done(part);
-#pragma unroll 1
-        for (int i = 0; i < n; i++) {
+        NO_UNROLL for (int i = 0; i < n; i++) {
             few_release(&ring.stages[read]);
             if (++read == ring.n) read = 0;
         }
-#pragma unroll
-        for (int j = 0; j < N / 2; j++) acc[j] += part[j];
+        UNROLL for (int j = 0; j < N / 2; j++) acc[j] += part[j];
     }
     group_sync(1, 256);                 /* nobody reads the stages any more */
     float *to = (float *)(void *)memory + (lane_id() % 4 * 2 + (M == WIDE_M ? 0 : N * group)) * FEW_LD +
                 (M == WIDE_M ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
-#pragma unroll
-    for (int j = 0; j < N / 8; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
+    UNROLL for (int j = 0; j < N / 8; j++)
+        UNROLL for (int e = 0; e < 2; e++) {
             to[(8 * j + e) * FEW_LD] = acc[4 * j + e];
             to[(8 * j + e) * FEW_LD + 8] = acc[4 * j + 2 + e];
         }
@@ -2831,46 +2896,45 @@ static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, 
 /* What a lane needs to finish a row, beside its sums. lo, hi: of ADD the residual, of QKV the gains. */
 struct few_row { float scale, down; float2 lo, hi; int slot; row_info at; float4 turn; };
 
-/* What the end of a row needs that is weights, or was written long before, asked for before the kernel before has ended;
-   and the rest, asked for before the sums are there. */
-static __device__ __forceinline__ void ask_early(const product_end &, few_row &, const wide_args &, int, int) {}
-static __device__ __forceinline__ void ask_late(const product_end &, few_row &, const wide_args &, int, int) {}
+/* What the end of a row needs that is weights, or was written long before, asked for before the kernel before
+   has ended; and the rest, asked for before the sums are there. */
+DEVICE void ask_early(const product_end &, few_row &, const wide_args &, int, int) {}
+DEVICE void ask_late(const product_end &, few_row &, const wide_args &, int, int) {}
 
-template <int ROWS> static __device__ __forceinline__ void ask_late(const to_residual<ROWS> &, few_row &r, const wide_args &g,
-                                                                    int i, int tile) {
+template <int ROWS>
+DEVICE void ask_late(const to_residual<ROWS> &, few_row &r, const wide_args &g, int i, int tile) {
     const float2 *x = (const float2 *)(const void *)(g.x + (size_t)i * g.ldx + tile * ROWS + 2 * lane_id());
     r.lo = x[0];
     if (ROWS == WIDE_M) r.hi = x[32];
 }
-template <int ROWS> static __device__ __forceinline__ void finish_row(const to_residual<ROWS> &, const wide_args &g, float2 lo,
-                                                                      float2 hi, const few_row &r, int row, int tile) {
+template <int ROWS>
+DEVICE void finish_row(const to_residual<ROWS> &, const wide_args &g, float2 lo, float2 hi, const few_row &r,
+                       int row, int tile) {
     float2 *x = (float2 *)(void *)(g.x + (size_t)row * g.ldx + tile * ROWS + 2 * lane_id());
     x[0] = make_float2(r.lo.x + lo.x, r.lo.y + lo.y);
     if (ROWS == WIDE_M) x[32] = make_float2(r.hi.x + hi.x, r.hi.y + hi.y);
 }
 
-template <class END> static __device__ __forceinline__ void few_ask_early(few_row &r, const wide_args &g, int row, int tile) {
+template <class END> DEVICE void few_ask_early(few_row &r, const wide_args &g, int row, int tile) {
     ask_early(END(), r, g, row < g.rows ? row : g.rows - 1, tile);
 }
-template <class END> static __device__ __forceinline__ void few_ask(few_row &r, const wide_args &g, int row, int tile) {
+template <class END> DEVICE void few_ask(few_row &r, const wide_args &g, int row, int tile) {
     const int i = row < g.rows ? row : g.rows - 1;
     r.scale = g.w_scale * (g.in_scale ? g.in_scale[i] : 1.0f);
     ask_late(END(), r, g, i, tile);
 }
 
 /* Joins the parts of a row in the order of the blocks; all are on their way at a time. */
-template <int M> static __device__ __forceinline__ void few_join(float2 &lo, float2 &hi, const float *sums, int parts) {
+template <int M> DEVICE void few_join(float2 &lo, float2 &hi, const float *sums, int parts) {
     float2 v[FEW_PARTS], w[FEW_PARTS];
-#pragma unroll
-    for (int i = 0; i < FEW_PARTS; i++) {
+    UNROLL for (int i = 0; i < FEW_PARTS; i++) {
         if (i >= parts) continue;
         if (M == WIDE_M) load_from_block(v[i], w[i], sums, (unsigned)i);
         else load_from_block(v[i], sums, (unsigned)i);
     }
     lo = v[0];
     if (M == WIDE_M) hi = w[0];
-#pragma unroll
-    for (int i = 1; i < FEW_PARTS; i++) {
+    UNROLL for (int i = 1; i < FEW_PARTS; i++) {
         if (i >= parts) continue;
         lo.x += v[i].x; lo.y += v[i].y;
         if (M == WIDE_M) { hi.x += w[i].x; hi.y += w[i].y; }
@@ -2878,19 +2942,18 @@ template <int M> static __device__ __forceinline__ void few_join(float2 &lo, flo
 }
 
 /* What a row needs, as long as it is one of the block's. */
-template <class END>
-static __device__ __forceinline__ void few_ask_all(few_row &r, const wide_args &g, int row, int end, int tile) {
+template <class END> DEVICE void few_ask_all(few_row &r, const wide_args &g, int row, int end, int tile) {
     if (row >= end) return;
     few_ask_early<END>(r, g, row, tile);
     few_ask<END>(r, g, row, tile);
 }
 
-/* Every eighth row from this warp's first one on. look(r, i) sees what is known of the i-th before it is finished. */
+/* Every eighth row from this warp's first one on. look(r, i) sees what is known of the i-th before it is
+   finished. */
 template <class END, class F>
-static __device__ __forceinline__ void few_finish_rows(const wide_args &g, const float *sums, int row, int end, int tile,
-                                                       few_row r, few_row next, F look) {
-#pragma unroll 1
-    for (int i = 0; row < end; row += 8, i++) {
+DEVICE void few_finish_rows(const wide_args &g, const float *sums, int row, int end, int tile, few_row r,
+                            few_row next, F look) {
+    NO_UNROLL for (int i = 0; row < end; row += 8, i++) {
         float2 lo, hi = make_float2(0, 0);
         few_row later = next;
         few_ask_all<END>(later, g, row + 16, end, tile);
@@ -2903,10 +2966,11 @@ static __device__ __forceinline__ void few_finish_rows(const wide_args &g, const
     }
 }
 
-/* The warps that multiply. They are short-lived, so what they do once must not be much code: it comes from afar, too. */
+/* The warps that multiply. They are short-lived, so what they do once must not be much code: it comes from
+   afar, too. */
 template <class END, int R>
-static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned char *memory, few_ring ring, int rank,
-                                                    int tile, int steps, int warp) {
+DEVICE void few_multiply(const wide_args &g, unsigned char *memory, few_ring ring, int rank, int tile,
+                         int steps, int warp) {
     constexpr bool norms = R == 32 && END::NORMS;
     constexpr int M = END::M;
     __shared__ row_scale scales[FEW_NORM];
@@ -2932,14 +2996,17 @@ static __device__ __forceinline__ void few_multiply(const wide_args &g, unsigned
 }
 #endif
 
-/* few_product: as wide_product for 2 to 64 rows, where the weights' bytes are what counts; also STORE: logits. R: 32 or
-   64, at least the rows. A cluster of g.parts blocks (1, 2, 4 or 8) shares a tile of M rows of W, 128 or, for ADD, 64: each
-   of its blocks sums over a part of k, 128 elements by the tensor core at a time, and finishes some of the rows from all
-   parts, in order. With norm.gain the input is RMSNorm(norm.x), at most FEW_NORM rows of FEW_WIDTH elements, rounded as by
-   wide_norm: each block does that for itself, and there are as many stages as steps. Grid: tiles times parts; k is 64 times
-   a multiple of parts; shared memory for g.stages. */
-template <class END, int R> static __global__ void __launch_bounds__(FEW_THREADS, 2)
-    few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g) {
+/* few_product: as wide_product for 2 to 64 rows, where the weights' bytes are what counts; also STORE:
+   logits. R: 32 or 64, at least the rows. A cluster of g.parts blocks (1, 2, 4 or 8) shares a tile of M rows
+   of W, 128 or, for ADD, 64: each of its blocks sums over a part of k, 128 elements by the tensor core at a
+   time, and finishes some of the rows from all parts, in order. With norm.gain the input is RMSNorm(norm.x),
+   at most FEW_NORM rows of FEW_WIDTH elements, rounded as by wide_norm: each block does that for itself, and
+   there are as many stages as steps. Grid: tiles times parts; k is 64 times a multiple of parts; shared
+   memory for g.stages. */
+template <class END, int R>
+static __global__ void __launch_bounds__(FEW_THREADS, 2)
+    few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+                       wide_args g) {
 #ifdef QWEN3_WGMMA
     constexpr int M = END::M;
     QWEN3_DYNAMIC_SHARED(raw);
@@ -2948,8 +3015,7 @@ template <class END, int R> static __global__ void __launch_bounds__(FEW_THREADS
     const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
     const int warp = __shfl_sync(ALL, warp_id(), 0);
     if (tid() == 0) {
-#pragma unroll 1
-        for (int i = 0; i < ring.n; i++) {
+        NO_UNROLL for (int i = 0; i < ring.n; i++) {
             barrier_init(&ring.stages[i].full, 1);
             barrier_init(&ring.stages[i].empty, 8);
         }
@@ -2958,7 +3024,8 @@ template <class END, int R> static __global__ void __launch_bounds__(FEW_THREADS
     __syncthreads();
     let_next_start();
     if (warp == 8) {
-        if (lane_id() == 0) few_load<M, R>(&x_map, &w_map, g, memory, ring, tile, rank * steps * WIDE_K, steps);
+        if (lane_id() == 0)
+            few_load<M, R>(&x_map, &w_map, g, memory, ring, tile, rank * steps * WIDE_K, steps);
         __syncwarp();
         cluster_meet();
     } else few_multiply<END, R>(g, memory, ring, rank, tile, steps, warp);
@@ -2972,8 +3039,11 @@ template <class END, int R> static __global__ void __launch_bounds__(FEW_THREADS
 /* n float32 rows as F16, for a product with w. */
 static qwen3_result hopper_round(const pass *p, const matrix &w, const float *from, int ld, int n) {
     cuda_ctx *c = p->c;
-    return launched(p, launch_early(p->early, p->s, grid1(n), row_threads(w.ld, 4, n), 0, round_rows_kernel<half_t>,
-                                    c->wide_act, c->act_scale, from, ld, w.cols, w.ld, (size_t)0), "round_rows");
+    return launched(p,
+                    launch_early(p->early, p->s, grid1(n), row_threads(w.ld, 4, n), 0,
+                                 round_rows_kernel<half_t>, c->wide_act, c->act_scale, from, ld, w.cols, w.ld,
+                                 (size_t)0),
+                    "round_rows");
 }
 
 static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_scale) {
@@ -2989,11 +3059,13 @@ static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_
     return a;
 }
 
-/* About how many microseconds so many blocks, all at once, need for so many steps each: the busiest multiprocessor takes in
-   45 KB of W and x in one, memory gives 22.5 KB of W for each, and the rest of a kernel takes 3. */
+/* About how many microseconds so many blocks, all at once, need for so many steps each: the busiest
+   multiprocessor takes in 45 KB of W and x in one, memory gives 22.5 KB of W for each, and the rest of a
+   kernel takes 3. */
 static float few_time(const pass *p, int blocks, int steps, int m, int r) {
     const float w = (float)(m * WIDE_K * 2), x = (float)(r * WIDE_K * 2), n_sm = (float)p->c->m->n_sm;
-    const float in = (float)ceil_div(blocks, p->c->m->n_sm) * (w + x) / 45e3f, from = (float)blocks * w / n_sm / 22.5e3f;
+    const float in = (float)ceil_div(blocks, p->c->m->n_sm) * (w + x) / 45e3f,
+                from = (float)blocks * w / n_sm / 22.5e3f;
     return 3 + (float)steps * (in > from ? in : from);
 }
 
@@ -3019,22 +3091,27 @@ static bool few_norms_itself(const pass *p, const matrix &w) {
 }
 
 template <class END, int R>
-static qwen3_result launch_few_product(const pass *p, const stored_map &in, const matrix &w, wide_args a, few_plan plan) {
+static qwen3_result launch_few_product(const pass *p, const stored_map &in, const matrix &w, wide_args a,
+                                       few_plan plan) {
     a.parts = plan.parts;
     a.stages = few_stages<END::M, R>(plan.steps);
-    return launched(p, launch_clusters(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), FEW_THREADS,
-                                       few_product_shared<END::M, R>(a.stages), few_product_kernel<END, R>, get_map(in),
-                                       get_map(w.map), a), "few_product");
+    return launched(p,
+                    launch_clusters(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), FEW_THREADS,
+                                    few_product_shared<END::M, R>(a.stages), few_product_kernel<END, R>,
+                                    get_map(in), get_map(w.map), a),
+                    "few_product");
 }
 
-template <class END> static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
+template <class END>
+static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
     const few_plan none = {0, 0, 0, 0};
     return a.rows <= 32 ? launch_few_product<END, 32>(p, in, w, a, few_better(p, a, WIDE_M, 32, none))
                         : launch_few_product<END, 64>(p, in, w, a, few_better(p, a, WIDE_M, 64, none));
 }
 
 /* x += W in, by tiles of 128 or of 64 rows of W */
-template <int R> static qwen3_result few_add_of(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+template <int R>
+static qwen3_result few_add_of(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
     const few_plan none = {0, 0, 0, 0};
     const few_plan plan = few_better(p, a, WIDE_M / 2, R, few_better(p, a, WIDE_M, R, none));
     if (plan.m == WIDE_M) return launch_few_product<to_residual<WIDE_M>, R>(p, in, w, a, plan);
@@ -3051,34 +3128,41 @@ static qwen3_result few_add(const pass *p, const stored_map &in, const matrix &w
 static int wide_pairs(const pass *p) { return ceil_div(p->n, 2 * WIDE_M); }
 
 template <class END, int N, int P>
-static qwen3_result launch_wide_product(const pass *p, const stored_map &in, const stored_map &w, const wide_args &a) {
+static qwen3_result launch_wide_product(const pass *p, const stored_map &in, const stored_map &w,
+                                        const wide_args &a) {
     const int clusters = least(wide_pairs(p) * (a.n_tiles - a.whole), p->c->m->n_sm / 2);
-    return launched(p, launch_clusters(p->early, WIDE_CLUSTER, p->s, grid1(2 * clusters), WIDE_THREADS,
-                                       wide_product_shared<N, P>(), wide_product_kernel<END, N, P>, get_map(in),
-                                       get_map(w), a), "wide_product");
+    return launched(p,
+                    launch_clusters(p->early, WIDE_CLUSTER, p->s, grid1(2 * clusters), WIDE_THREADS,
+                                    wide_product_shared<N, P>(), wide_product_kernel<END, N, P>, get_map(in),
+                                    get_map(w), a),
+                    "wide_product");
 }
 
-/* How long the busiest cluster works on so many columns of parts, of which the first go in `whole` tiles of two: in the time
-   of one part. Two take 1.8 (measured). */
+/* How long the busiest cluster works on so many columns of parts, of which the first go in `whole` tiles of
+   two: in the time of one part. Two take 1.8 (measured). */
 static float wide_time(const pass *p, int columns, int whole) {
     const int clusters = p->c->m->n_sm / 2, pairs = wide_pairs(p);
-    return (float)ceil_div(pairs * (columns - whole), clusters) + 0.8f * (float)ceil_div(pairs * whole, clusters);
+    return (float)ceil_div(pairs * (columns - whole), clusters) +
+           0.8f * (float)ceil_div(pairs * whole, clusters);
 }
 
 /* The fastest number of tiles of two: none, all, or as many as keep all clusters busy. */
 static int wide_whole(const pass *p, int columns) {
-    const int all = columns / 2, fill = p->c->m->n_sm / 2, turns = wide_pairs(p) * all / fill * fill / wide_pairs(p);
+    const int all = columns / 2, fill = p->c->m->n_sm / 2,
+              turns = wide_pairs(p) * all / fill * fill / wide_pairs(p);
     const int best = wide_time(p, columns, turns) < wide_time(p, columns, all) ? turns : all;
     return wide_time(p, columns, best) < wide_time(p, columns, 0) ? best : 0;
 }
 
-template <class END> static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+template <class END>
+static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
     a.whole = wide_whole(p, a.n_tiles);
     return a.whole > 0 ? launch_wide_product<END, WIDE_N, 2>(p, in, w.map, a)
                        : launch_wide_product<END, WIDE_N, 1>(p, in, w.map, a);
 }
 
-/* x += W in, in the tiles that are done first: 2,560 columns of 2,048 rows are 2.4 turns of 128, but 1.9 of 160. */
+/* x += W in, in the tiles that are done first: 2,560 columns of 2,048 rows are 2.4 turns of 128, but 1.9 of
+   160. */
 static qwen3_result wide_add(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
     const float more = (float)WIDE_N_MORE / WIDE_N * wide_time(p, w.rows / WIDE_N_MORE, 0);
     a.x = p->c->x;
@@ -3101,18 +3185,17 @@ static void set_norm(const pass *p, const input &h, const matrix &w, wide_args *
 /* ================================================================================================
    Q, K AND V = RoPE(RMSNorm of each head(W h)); K and V into the cache
    ================================================================================================ */
-
-/* Where a row stands, and cosines and sines there of the pairs 2 lane + 64 j and the next, which are this lane's. */
+/* Where a row stands, and cosines and sines there of the pairs 2 lane + 64 j and the next, which are this
+   lane's. */
 const int TURNS = MAX_HEAD_DIM / 128;
 struct row_turn { int seq, position; float4 turn[TURNS]; };
 
-static __device__ __forceinline__ row_turn load_turn(const qkv_args &a, int row) {
+DEVICE row_turn load_turn(const qkv_args &a, int row) {
     const int half = a.head_dim / 2;
     row_turn t;
     t.seq = a.rows[row].seq;
     t.position = a.rows[row].position;
-#pragma unroll
-    for (int j = 0; j < TURNS; j++) {
+    UNROLL for (int j = 0; j < TURNS; j++) {
         const int i = 2 * lane_id() + 64 * j;
         t.turn[j] = i < half ? *(const float4 *)(const void *)(a.rope + (size_t)t.position * half + i)
                              : make_float4(0, 0, 0, 0);
@@ -3120,85 +3203,98 @@ static __device__ __forceinline__ row_turn load_turn(const qkv_args &a, int row)
     return t;
 }
 
-static __device__ __forceinline__ void store_2(float *p, float x, float y) { *(float2 *)(void *)p = make_float2(x, y); }
-template <class T> static __device__ __forceinline__ void store_2(T *p, float x, float y) {
+DEVICE void store_2(float *p, float x, float y) { *(float2 *)(void *)p = make_float2(x, y); }
+template <class T> DEVICE void store_2(T *p, float x, float y) {
     store(p, x);
     store(p + 1, y);
 }
 
-/* This lane's elements of a head, 2 lane + 64 j and the next in lo, those half a head further in hi; 0 past its end. */
+/* f(a pointer to element `at` of k or v, as its type is) */
+template <class F> DEVICE void in_cache(const qkv_args &a, void *cache, size_t at, F f) {
+    if (a.kv_type == QWEN3_KV_F32) f((float *)cache + at);
+    else if (a.kv_type == QWEN3_KV_BF16) f((bf16_t *)cache + at);
+    else f((half_t *)cache + at);
+}
+
+/* This lane's elements of a head, 2 lane + 64 j and the next in lo, those half a head further in hi; 0 past
+   its end. */
 struct head_pairs { float2 lo[TURNS], hi[TURNS]; };
 
-template <class L> static __device__ __forceinline__ head_pairs load_head(const float *v, int half, L load) {
+template <class L> DEVICE head_pairs load_head(const float *v, int half, L load) {
     head_pairs p;
-#pragma unroll
-    for (int j = 0; j < TURNS; j++) {
+    UNROLL for (int j = 0; j < TURNS; j++) {
         const int i = 2 * lane_id() + 64 * j;
         p.lo[j] = i < half ? load((const float2 *)(const void *)(v + i)) : make_float2(0, 0);
         p.hi[j] = i < half ? load((const float2 *)(const void *)(v + i + half)) : make_float2(0, 0);
     }
     return p;
 }
-static __device__ __forceinline__ head_pairs load_head(const float *v, int half) {
+DEVICE head_pairs load_head(const float *v, int half) {
     return load_head(v, half, [](const float2 *p) { return *p; });
 }
 
-static __device__ __forceinline__ const float *head_gain(const qkv_args &a, int head) {
+DEVICE const float *head_gain(const qkv_args &a, int head) {
     return head < a.n_head ? a.q_norm : a.k_norm;
 }
 
+/* Two elements of a head, lo, and the two half a head further, hi: times r and the gains, and rotated. */
+DEVICE void norm_rotate(float2 &lo, float2 &hi, float r, float2 gain_lo, float2 gain_hi, float4 turn) {
+    const float x0 = lo.x * r * gain_lo.x, y0 = hi.x * r * gain_hi.x;
+    const float x1 = lo.y * r * gain_lo.y, y1 = hi.y * r * gain_hi.y;
+    lo = make_float2(x0 * turn.x - y0 * turn.y, x1 * turn.z - y1 * turn.w);  /* cosine, sine, cosine, sine */
+    hi = make_float2(y0 * turn.x + x0 * turn.y, y1 * turn.z + x1 * turn.w);
+}
+
 /* RMSNorm and rotate-half of one head, times scale, by one warp. */
-static __device__ __forceinline__ void norm_rope(head_pairs &p, const head_pairs &gain, const row_turn &t, int head_dim,
-                                                 float eps, float scale) {
+DEVICE void norm_rope(head_pairs &p, const head_pairs &gain, const row_turn &t, int head_dim, float eps,
+                      float scale) {
     float sum = 0;
-#pragma unroll
-    for (int j = 0; j < TURNS; j++) {
+    UNROLL for (int j = 0; j < TURNS; j++) {
         p.lo[j].x *= scale; p.lo[j].y *= scale; p.hi[j].x *= scale; p.hi[j].y *= scale;
         sum += p.lo[j].x * p.lo[j].x + p.lo[j].y * p.lo[j].y + p.hi[j].x * p.hi[j].x + p.hi[j].y * p.hi[j].y;
     }
-    const float r = 1.0f / sqrtf(warp_sum(sum) / (float)head_dim + eps);
-#pragma unroll
-    for (int j = 0; j < TURNS; j++) {
-        const float x0 = p.lo[j].x * r * gain.lo[j].x, y0 = p.hi[j].x * r * gain.hi[j].x;
-        const float x1 = p.lo[j].y * r * gain.lo[j].y, y1 = p.hi[j].y * r * gain.hi[j].y;
-        const float4 c = t.turn[j];     /* cosine, sine, cosine, sine */
-        p.lo[j] = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
-        p.hi[j] = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
+    const float r = rms_scale(warp_sum(sum), (float)head_dim, eps);
+    UNROLL for (int j = 0; j < TURNS; j++)
+        norm_rotate(p.lo[j], p.hi[j], r, gain.lo[j], gain.hi[j], t.turn[j]);
+}
+
+/* Of a rotated head what this lane has, to where the head begins. */
+template <class T> DEVICE void store_pairs(T *to, int half, const head_pairs &p) {
+    UNROLL for (int j = 0; j < TURNS; j++) {
+        const int i = 2 * lane_id() + 64 * j;
+        if (i >= half) break;
+        store_2(to + i, p.lo[j].x, p.lo[j].y);
+        store_2(to + i + half, p.hi[j].x, p.hi[j].y);
     }
 }
 
 /* A rotated head of one row to its place: q in float32, k in the cache with one rounding. */
-template <class T> static __device__ __forceinline__ void store_head(const qkv_args &a, int row, int head,
-                                                                     const head_pairs &p, const row_turn &t) {
+DEVICE void store_head(const qkv_args &a, int row, int head, const head_pairs &p, const row_turn &t) {
     const int half = a.head_dim / 2;
-    float *q = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
-    T *k = (T *)a.kv.k + kv_at(a.kv, t.seq, t.position) + (size_t)(head - a.n_head) * a.head_dim;
-#pragma unroll
-    for (int j = 0; j < TURNS; j++) {
-        const int i = 2 * lane_id() + 64 * j;
-        if (i >= half) break;
-        if (head < a.n_head) { store_2(q + i, p.lo[j].x, p.lo[j].y); store_2(q + i + half, p.hi[j].x, p.hi[j].y); }
-        else { store_2(k + i, p.lo[j].x, p.lo[j].y); store_2(k + i + half, p.hi[j].x, p.hi[j].y); }
-    }
+    const size_t at = kv_at(a.kv, t.seq, t.position) + (size_t)(head - a.n_head) * a.head_dim;
+    if (head < a.n_head) store_pairs(a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim, half, p);
+    else in_cache(a, a.kv.k, at, [&](auto *to) { store_pairs(to, half, p); });
 }
 
-/* One head of one row, by one warp, whose projection is in a.qkv, maybe just written by another block: RMSNorm over its
-   head_dim values, rotate-half, and to its place. */
-template <class T>
-static __device__ __forceinline__ void norm_rope_head(const qkv_args &a, int row, int head, float scale,
-                                                      const row_turn &t) {
+/* Element i of v of a row, with one rounding. */
+DEVICE void store_value(const qkv_args &a, const row_turn &t, int i, float v) {
+    in_cache(a, a.kv.v, kv_at(a.kv, t.seq, t.position) + (size_t)i, [&](auto *to) { store(to, v); });
+}
+
+/* One head of one row, by one warp, whose projection is in a.qkv, maybe just written by another block:
+   RMSNorm over its head_dim values, rotate-half, and to its place. */
+DEVICE void norm_rope_head(const qkv_args &a, int row, int head, float scale, const row_turn &t) {
     const int half = a.head_dim / 2;
     head_pairs p = load_head(a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim, half,
                              [](const float2 *from) { return __ldcg(from); });
     norm_rope(p, load_head(head_gain(a, head), half), t, a.head_dim, a.eps, scale);
-    store_head<T>(a, row, head, p, t);
+    store_head(a, row, head, p, t);
 }
 
-/* Adds what this block has summed up of each head to its ticket; the block that completes a head norms and rotates it.
-   All threads of the block; finished [most]: shared, a flag a head; turn: of this warp's row. */
-template <class T> static __device__ __forceinline__ void finish_heads(const matvec_in &in, const qkv_args &a,
-                                                                       unsigned *tickets, int *finished,
-                                                                       int most, const row_turn &turn) {
+/* Adds what this block has summed up of each head to its ticket; the block that completes a head norms and
+   rotates it. All threads of the block; finished [most]: shared, a flag a head; turn: of this warp's row. */
+DEVICE void finish_heads(const matvec_in &in, const qkv_args &a, unsigned *tickets, int *finished, int most,
+                         const row_turn &turn) {
     const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     const int from = share_begin(block_x() * MATVEC_WARPS, in.n),
               next = share_begin((block_x() + 1) * MATVEC_WARPS, in.n);
@@ -3218,15 +3314,16 @@ template <class T> static __device__ __forceinline__ void finish_heads(const mat
         __syncthreads();
         __threadfence();
         for (int h = 0; h < n_heads; h++)
-            if (finished[h] && warp_id() < in.rows) norm_rope_head<T>(a, warp_id(), head0 + h, 1.0f, turn);
+            if (finished[h] && warp_id() < in.rows) norm_rope_head(a, warp_id(), head0 + h, 1.0f, turn);
     }
 }
 
-/* qkv_rope: q, k and v of 1 to 8 rows from their *normalised* hidden states, in one pass over x and W.
-   in: W [q_dim + 2 kv_dim, n_embd], x [rows, n_embd] float32. The block that finishes a head last norms and
-   rotates it; v goes straight from the sum into the cache. tickets [n_head + n_head_kv], zero before and after.
+/* qkv_rope: q, k and v of 1 to 8 rows from their *normalised* hidden states, in one pass over x and W. in: W
+   [q_dim + 2 kv_dim, n_embd], x [rows, n_embd] float32. The block that finishes a head last norms and rotates
+   it; v goes straight from the sum into the cache. tickets [n_head + n_head_kv], zero before and after.
    Equals qwen3i_matmul of wq, wk, wv, then qwen3i_rmsnorm a head, qwen3i_rope, one rounding of k and v. */
-template <class W, class T, int R, int NR> static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
+template <class W, int R, int NR>
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
     qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
     __shared__ float4 xs[MATVEC_TILE / 4];
     __shared__ int finished[MATVEC_WARPS * NR];
@@ -3234,21 +3331,23 @@ template <class W, class T, int R, int NR> static __global__ void __launch_bound
     float acc[NR][R];
     const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     matvec_rows<NR>(rows, in.n);
-    /* of the row that this warp will finish; written several kernels before, so there is nothing to wait for */
+    /* of the row that this warp will finish; written several kernels before, so there is nothing to wait
+       for */
     const row_turn turn = load_turn(a, warp_id() < in.rows ? warp_id() : 0);
     dot_rows<W, R, NR>(acc, rows, in, xs);
     if (threadIdx.x % 32 == 0) {
-#pragma unroll
-        for (int r = 0; r < R; r++)
-#pragma unroll
-            for (int j = 0; j < NR; j++) {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < NR; j++) {
                 const int i = rows[j];
                 if (r >= in.rows || i < 0) continue;
                 if (i < rotated) a.qkv[(size_t)r * a.ld + i] = acc[j][r];
-                else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), acc[j][r]);
+                else
+                    in_cache(a, a.kv.v,
+                             kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (size_t)(i - rotated),
+                             [&](auto *to) { store(to, acc[j][r]); });
             }
     }
-    finish_heads<T>(in, a, tickets, finished, MATVEC_WARPS * NR, turn);
+    finish_heads(in, a, tickets, finished, MATVEC_WARPS * NR, turn);
 }
 
 static qkv_args qkv_arguments(const pass *p, int layer) {
@@ -3264,32 +3363,35 @@ static qkv_args qkv_arguments(const pass *p, int layer) {
     a.kv.v = c->v + (size_t)layer * c->kv_layer_bytes;
     a.kv.max_ctx = c->desc.max_ctx;
     a.kv.kv_dim = c->kv_dim;
+    a.kv_type = c->desc.kv_type;
     return a;
 }
 
 /* stream_qkv_rope: as qkv_rope_kernel for one row of x. */
-template <class T, int NR, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+template <int NR, int RING>
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     stream_qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
     QWEN3_DYNAMIC_SHARED(memory);
     __shared__ int finished[STREAM_HEADS];
     const int lane = lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     const row_turn turn = load_turn(a, 0);
-    T *v = (T *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated;
     stream_rows<NR, false, RING>(
         in, warp_share(in.n), memory, [] {}, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
             if (lane >= NR || lane >= left) return;
             if (i < rotated) a.qkv[i] = pick(acc, lane);
-            else store(v + i, pick(acc, lane));
+            else store_value(a, turn, i - rotated, pick(acc, lane));
         });
-    finish_heads<T>(in, a, tickets, finished, STREAM_HEADS, turn);
+    finish_heads(in, a, tickets, finished, STREAM_HEADS, turn);
 }
 
-/* stream_qkv_heads: the same on Hopper, where a cluster of `parts` blocks has a head: each sums up some of its rows, the
-   first gets the sums through its shared memory, norms and rotates them. No block waits for what others have stored in
-   global memory, which takes 2 us of the 7 at 0.6B. Grid: parts times heads of q, k and v. */
-template <class T, int NR, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+/* stream_qkv_heads: the same on Hopper, where a cluster of `parts` blocks has a head: each sums up some of
+   its rows, the first gets the sums through its shared memory, norms and rotates them. No block waits for
+   what others have stored in global memory, which takes 2 us of the 7 at 0.6B. Grid: parts times heads of q,
+   k and v. */
+template <int NR, int RING>
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     stream_qkv_heads_kernel(matvec_in in, qkv_args a, int parts) {
     QWEN3_DYNAMIC_SHARED(memory);
     mbarrier *arrived = (mbarrier *)(void *)(memory + stream_bytes(in.ldw, RING));
@@ -3301,7 +3403,6 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
     const bool finishes = head < rotated && rank == 0 && warp_id() == 0;
     const row_turn turn = load_turn(a, 0);
     const head_pairs gain = load_head(head_gain(a, head), finishes ? dim / 2 : 0);
-    T *v = (T *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated * dim;
     if (rank == 0 && tid() == 0) {
         barrier_init(arrived, 1);
         barriers_ready();
@@ -3315,17 +3416,17 @@ template <class T, int NR, int RING> static __global__ void __launch_bounds__(32
             const int i = row + lane;
             if (lane >= NR || lane >= left) return;
             if (head < rotated) send_to_block(values + (i - row0), 0, pick(acc, lane), arrived);
-            else store(v + i, pick(acc, lane));
+            else store_value(a, turn, i - rotated * dim, pick(acc, lane));
         });
     if (!finishes) return;
     barrier_wait(arrived, 0);
     head_pairs p = load_head(values, dim / 2);
     norm_rope(p, gain, turn, dim, a.eps, 1.0f);
-    store_head<T>(a, 0, head, p, turn);
+    store_head(a, 0, head, p, turn);
 }
 
-/* Blocks that share a head of q, k or v as a cluster; 0: where that would leave much of the chip idle, as 48 heads do
-   with 132 multiprocessors, all blocks share all rows. */
+/* Blocks that share a head of q, k or v as a cluster; 0: where that would leave much of the chip idle, as 48
+   heads do with 132 multiprocessors, all blocks share all rows. */
 static int head_parts(const pass *p, const qkv_args &a) {
     const int heads = a.n_head + 2 * a.n_head_kv, n_sm = p->c->m->n_sm;
     int parts = 8;
@@ -3333,174 +3434,146 @@ static int head_parts(const pass *p, const qkv_args &a) {
     while (parts > 1 && (heads * parts > n_sm || a.head_dim < parts * MATVEC_WARPS)) parts /= 2;
     return heads * parts <= n_sm && 8 * heads * parts >= 7 * n_sm ? parts : 0;
 }
-template <class T, int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
+template <int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
     const int parts = head_parts(p, a), blocks = parts * (a.n_head + 2 * a.n_head_kv);
     const size_t shared = stream_shared(in, RING) + 2 * sizeof(mbarrier) + (size_t)a.head_dim * sizeof(float);
-#define CALL(NR) launch_shared(p->early, parts, p->s, grid1(blocks), 32 * MATVEC_WARPS, shared, stream_qkv_heads_kernel<T, NR, RING>, in, \
-                               a, parts)
+#define CALL(NR) launch_shared(p->early, parts, p->s, grid1(blocks), 32 * MATVEC_WARPS, shared, \
+                               stream_qkv_heads_kernel<NR, RING>, in, a, parts)
     if (parts > 0) return a.head_dim <= 2 * parts * MATVEC_WARPS ? CALL(2) : CALL(4);
 #undef CALL
-#define CALL(NR) launch_stream(p, in, RING, in.n, stream_qkv_rope_kernel<T, NR, RING>, in, a, p->c->qkv_tickets)
+#define CALL(NR) launch_stream(p, in, RING, in.n, stream_qkv_rope_kernel<NR, RING>, in, a, p->c->qkv_tickets)
     return stream_rows_at_once(stream_each(p, in.n)) == 3 ? CALL(3) : CALL(4);
 #undef CALL
 }
 
-template <class W, class T, int R, int NR>
+template <class W, int R>
 static cudaError_t launch_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
-    const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
-    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, qkv_rope_kernel<W, T, R, NR>, in, a,
-                        p->c->qkv_tickets);
+    return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n, 2)), 32 * MATVEC_WARPS, 0,
+                        qkv_rope_kernel<W, R, 2>, in, a, p->c->qkv_tickets);
 }
-template <class W, class T> static cudaError_t qkv_rows_of(const pass *p, const matvec_in &in, const qkv_args &a) {
-    if (in.rows > 4) return launch_qkv<W, T, 8, 2>(p, in, a);
-    if (in.rows > 2) return launch_qkv<W, T, 4, 2>(p, in, a);
-    if (in.rows > 1) return launch_qkv<W, T, 2, 2>(p, in, a);
-    switch (matvec_share(p, in.n, 4).rows) {
-        case 1:  return launch_qkv<W, T, 1, 1>(p, in, a);
-        case 2:  return launch_qkv<W, T, 1, 2>(p, in, a);
-        case 3:  return launch_qkv<W, T, 1, 3>(p, in, a);
-        default: return launch_qkv<W, T, 1, 4>(p, in, a);
-    }
-}
-template <class T>
-static cudaError_t fused_qkv(const pass *p, const matrix &w, const matvec_in &in, const qkv_args &a) {
-    const int ring = stream_ring(p, in, w);
-#define CALL(RING) stream_qkv<T, RING>(p, in, a)
-    if (ring) return BY_RING(ring, CALL);
-#undef CALL
-    return w.type == QWEN3I_F32 ? qkv_rows_of<float, T>(p, in, a) : qkv_rows_of<half_t, T>(p, in, a);
+template <class W> static cudaError_t qkv_rows_of(const pass *p, const matvec_in &in, const qkv_args &a) {
+    return in.rows > 4 ? launch_qkv<W, 8>(p, in, a) :
+           in.rows > 1 ? launch_qkv<W, 4>(p, in, a) :
+                         launch_qkv<W, 1>(p, in, a);
 }
 
 static qwen3_result vector_qkv(const pass *p, int layer, const input &h) {
     const matrix &w = p->c->m->layers[layer].qkv;
     const matvec_in in = vector_input(p, w, h, p->n);
     const qkv_args a = qkv_arguments(p, layer);
-#define CALL(T) fused_qkv<T>(p, w, in, a)
-    return launched(p, BY_KV_TYPE(p->c, CALL), "qkv_rope");
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_qkv<RING>(p, in, a)
+    if (ring) return launched(p, BY_RING(ring, CALL), "stream_qkv");
+#undef CALL
+#define CALL(T) qkv_rows_of<T>(p, in, a)
+    return launched(p, BY_WEIGHT_TYPE(w, CALL), "qkv_rope");
 #undef CALL
 }
 
 /* ---- after a product by cuBLASLt ---- */
-/* norm_rope_store: the same after a cuBLASLt product, for any number of rows: qkv [rows, ld] times scale[row].
-   One block a row; its warps take turns of the heads of q, k and v. */
-template <class T>
+/* norm_rope_store: the same after a cuBLASLt product, for any number of rows: qkv [rows, ld] times
+   scale[row]. One block a row; its warps take turns of the heads of q, k and v. */
 static __global__ void __launch_bounds__(256) norm_rope_store_kernel(qkv_args a, const float *scale) {
     const int row = block_x(), rotated = a.n_head + a.n_head_kv;
     const float s = scale ? scale[row] : 1.0f;
     const row_turn t = load_turn(a, row);
-    for (int head = warp_id(); head < rotated; head += n_threads() / 32) norm_rope_head<T>(a, row, head, s, t);
+    for (int head = warp_id(); head < rotated; head += n_threads() / 32) norm_rope_head(a, row, head, s, t);
     const float *v = a.qkv + (size_t)row * a.ld + (size_t)rotated * a.head_dim;
-    T *to = (T *)a.kv.v + kv_at(a.kv, t.seq, t.position);
-    for (int i = 2 * tid(); i < a.kv.kv_dim; i += 2 * n_threads()) {
-        const float2 x = *(const float2 *)(const void *)(v + i);
-        store_2(to + i, x.x * s, x.y * s);
-    }
-}
-
-template <class T> static cudaError_t norm_rope_store(const pass *p, const qkv_args &a, const float *scale) {
-    return launch(p->s, grid1(p->n), 256, 0, norm_rope_store_kernel<T>, a, scale);
+    in_cache(a, a.kv.v, kv_at(a.kv, t.seq, t.position), [&](auto *to) {
+        for (int i = 2 * tid(); i < a.kv.kv_dim; i += 2 * n_threads()) {
+            const float2 x = *(const float2 *)(const void *)(v + i);
+            store_2(to + i, x.x * s, x.y * s);
+        }
+    });
 }
 
 static qwen3_result gemm_qkv(const pass *p, int layer, const input &h) {
     const matrix &w = p->c->m->layers[layer].qkv;
     const qkv_args a = qkv_arguments(p, layer);
     TRY(act_product(p, a.qkv, a.ld, w, 0, w.rows));
-#define CALL(T) norm_rope_store<T>(p, a, h.scale)
-    return launched(p, BY_KV_TYPE(p->c, CALL), "norm_rope_store");
-#undef CALL
+    RUN(grid1(p->n), 256, 0, norm_rope_store_kernel, a, h.scale);
+    return QWEN3_OK;
 }
 
 /* ---- Hopper: how its products end ---- */
 #ifdef QWEN3_WGMMA
-/* The same as 32-bit elements. */
-static __device__ __forceinline__ void store_columns(float *to, const float (&v)[16][2]) {
-#pragma unroll
-    for (int j = 0; j < 16; j++)
-        if (to) *(float2 *)(void *)(to + 8 * j + 2 * (threadIdx.x & 3)) = make_float2(v[j][0], v[j][1]);
+/* This lane's two of each 8 columns of a row, to `to`, if it is not NULL. By all lanes. */
+DEVICE void store_columns(float *to, const float2 (&v)[16]) {
+    UNROLL for (int j = 0; j < 16; j++)
+        if (to) *(float2 *)(void *)(to + 8 * j + 2 * (threadIdx.x & 3)) = v[j];
 }
-static __device__ __forceinline__ void store_columns(half_t *to, const float (&v)[16][2]) {
+DEVICE void store_columns(half_t *to, const float2 (&v)[16]) {
     unsigned w[16];
-#pragma unroll
-    for (int j = 0; j < 16; j++) w[j] = pack_halves(v[j][0], v[j][1]);
+    UNROLL for (int j = 0; j < 16; j++) w[j] = pack_halves(v[j].x, v[j].y);
     store_words<16>(to, w);
 }
-static __device__ __forceinline__ void store_columns(bf16_t *to, const float (&v)[16][2]) {
+DEVICE void store_columns(bf16_t *to, const float2 (&v)[16]) {
     unsigned w[16];
-#pragma unroll
-    for (int j = 0; j < 16; j++) {
-        float x = v[j][0], y = v[j][1];
+    UNROLL for (int j = 0; j < 16; j++) {
+        float x = v[j].x, y = v[j].y;
         w[j] = pack(x, y, bf16_t());
     }
     store_words<16>(to, w);
 }
 
-/* A lane's cosines and sines of a row: of elements 8 j + c, two of them, and of those 64 further; c = 2 (lane % 4). */
+/* A lane's cosines and sines of a row: of elements 8 j + c, two of them, and of those 64 further; c = 2 (lane
+   % 4). */
 struct wide_rope { float4 of[8]; };
 
-static __device__ __forceinline__ void load_rope(wide_rope &t, const qkv_args &a, int position) {
+DEVICE void load_rope(wide_rope &t, const qkv_args &a, int position) {
     const float2 *from = a.rope + (size_t)position * (WIDE_DIM / 2) + 2 * (lane_id() % 4);
-#pragma unroll
-    for (int j = 0; j < 8; j++) t.of[j] = *(const float4 *)(const void *)(from + 8 * j);
+    UNROLL for (int j = 0; j < 8; j++) t.of[j] = *(const float4 *)(const void *)(from + 8 * j);
 }
 
-/* One head of one row: as norm_rope_head, 32 values in each lane of a quad. q is kept as F16 for the attention that
-   reads an F16 cache, and as float32 for others. */
-template <class T> static __device__ __forceinline__ void wide_head(const wide_args &g, const float (&acc)[64],
-                                                                   const wide_row &row, int r, int head, float scale,
-                                                                   const wide_rope &rope) {
+/* One head of one row: as norm_rope_head, 32 values in each lane of a quad. q is kept as F16 for the
+   attention that reads an F16 cache, and as float32 for others. */
+template <class T>
+DEVICE void wide_head(const wide_args &g, const float (&acc)[64], const wide_row &row, int r, int head,
+                      float scale, const wide_rope &rope) {
     const qkv_args &a = g.qkv;
     const bool valid = row.at < g.rows;
     const int rotated = a.n_head + a.n_head_kv, kv_head = head < rotated ? head - a.n_head : head - rotated;
-    float v[16][2], sum = 0, s = scale;
-#pragma unroll
-    for (int j = 0; j < 16; j++)
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            v[j][i] = acc[4 * j + 2 * r + i];
-            sum += v[j][i] * v[j][i];
-        }
+    float2 v[16];
+    float sum = 0, s = scale;
+    UNROLL for (int j = 0; j < 16; j++) {
+        v[j] = make_float2(acc[4 * j + 2 * r], acc[4 * j + 2 * r + 1]);
+        sum += v[j].x * v[j].x;
+        sum += v[j].y * v[j].y;
+    }
     if (head < rotated) {
         const float *gain = (head < a.n_head ? a.q_norm : a.k_norm) + 2 * (lane_id() % 4);
         sum += __shfl_xor_sync(ALL, sum, 1);
         sum += __shfl_xor_sync(ALL, sum, 2);
-        s = scale / sqrtf(sum * scale * scale / (float)WIDE_DIM + a.eps);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const float2 g0 = *(const float2 *)(const void *)(gain + 8 * j),
-                         g1 = *(const float2 *)(const void *)(gain + 8 * j + 64);
-            const float4 c = rope.of[j];        /* cosine, sine, cosine, sine */
-            const float x0 = v[j][0] * s * g0.x, x1 = v[j][1] * s * g0.y;
-            const float y0 = v[j + 8][0] * s * g1.x, y1 = v[j + 8][1] * s * g1.y;
-            v[j][0] = x0 * c.x - y0 * c.y;
-            v[j][1] = x1 * c.z - y1 * c.w;
-            v[j + 8][0] = y0 * c.x + x0 * c.y;
-            v[j + 8][1] = y1 * c.z + x1 * c.w;
+        s = scale * rms_scale(sum * scale * scale, (float)WIDE_DIM, a.eps);
+        UNROLL for (int j = 0; j < 8; j++) {
+            const float2 *g = (const float2 *)(const void *)(gain + 8 * j);
+            norm_rotate(v[j], v[j + 8], s, g[0], g[32], rope.of[j]);
         }
     } else
-#pragma unroll
-        for (int j = 0; j < 32; j++) v[j / 2][j % 2] *= s;
+        UNROLL for (int j = 0; j < 16; j++) v[j] = make_float2(v[j].x * s, v[j].y * s);
     if (head >= a.n_head) {
         T *cache = (T *)(head < rotated ? a.kv.k : a.kv.v);
-        store_columns(valid ? cache + kv_at(a.kv, row.seq, row.position) + (size_t)kv_head * WIDE_DIM : NULL, v);
-    } else if (g.out) store_columns(valid ? g.out + (size_t)row.at * g.ldo + (size_t)head * WIDE_DIM : NULL, v);
+        store_columns(valid ? cache + kv_at(a.kv, row.seq, row.position) + (size_t)kv_head * WIDE_DIM : NULL,
+                      v);
+    } else if (g.out)
+        store_columns(valid ? g.out + (size_t)row.at * g.ldo + (size_t)head * WIDE_DIM : NULL, v);
     else store_columns(valid ? a.qkv + (size_t)row.at * a.ld + (size_t)head * WIDE_DIM : NULL, v);
 }
 
-template <class T> static __device__ __forceinline__ void ask_row(const to_heads<T> &, wide_row &w, const wide_args &g, int i) {
+template <class T> DEVICE void ask_row(const to_heads<T> &, wide_row &w, const wide_args &g, int i) {
     w.seq = g.qkv.rows[i].seq;
     w.position = g.qkv.rows[i].position;
 }
 template <class T, int PARTS, int M>
-static __device__ __forceinline__ void finish_tile(const to_heads<T> &, const wide_args &g, const float (&acc)[PARTS][M],
-                                                   const wide_row &row, int r, int n, float scale) {
+DEVICE void finish_tile(const to_heads<T> &, const wide_args &g, const float (&acc)[PARTS][M],
+                        const wide_row &row, int r, int n, float scale) {
     wide_rope rope;
     load_rope(rope, g.qkv, row.position);
-#pragma unroll
-    for (int p = 0; p < PARTS; p++) wide_head<T>(g, acc[p], row, r, n + p, scale, rope);
+    UNROLL for (int p = 0; p < PARTS; p++) wide_head<T>(g, acc[p], row, r, n + p, scale, rope);
 }
 
-template <class T> static __device__ __forceinline__ void ask_early(const to_heads<T> &, few_row &r, const wide_args &g, int i,
-                                                                    int tile) {
+template <class T>
+DEVICE void ask_early(const to_heads<T> &, few_row &r, const wide_args &g, int i, int tile) {
     const qkv_args &a = g.qkv;
     const int col = 2 * lane_id();
     r.at = a.rows[i];
@@ -3512,31 +3585,29 @@ template <class T> static __device__ __forceinline__ void ask_early(const to_hea
 }
 
 /* store_2 to an even place. */
-static __device__ __forceinline__ void store_pair(float *p, float x, float y) { store_2(p, x, y); }
-static __device__ __forceinline__ void store_pair(half_t *p, float x, float y) { *(unsigned *)(void *)p = pack_halves(x, y); }
-static __device__ __forceinline__ void store_pair(bf16_t *p, float x, float y) {
+DEVICE void store_pair(float *p, float x, float y) { store_2(p, x, y); }
+DEVICE void store_pair(half_t *p, float x, float y) { *(unsigned *)(void *)p = pack_halves(x, y); }
+DEVICE void store_pair(bf16_t *p, float x, float y) {
     *(unsigned *)(void *)p = pack(x, y, bf16_t());
 }
 
-template <class T> static __device__ __forceinline__ void finish_row(const to_heads<T> &, const wide_args &g, float2 lo, float2 hi,
-                                                                     const few_row &r, int row, int tile) {
+template <class T>
+DEVICE void finish_row(const to_heads<T> &, const wide_args &g, float2 lo, float2 hi, const few_row &r,
+                       int row, int tile) {
     const qkv_args &a = g.qkv;
     const int rotated = a.n_head + a.n_head_kv, kv_head = tile < rotated ? tile - a.n_head : tile - rotated;
     const int col = 2 * lane_id();
     if (tile < rotated) {
         const float sum = warp_sum(lo.x * lo.x + lo.y * lo.y + hi.x * hi.x + hi.y * hi.y);
-        const float s = 1.0f / sqrtf(sum / (float)WIDE_DIM + a.eps);
-        const float x0 = lo.x * s * r.lo.x, x1 = lo.y * s * r.lo.y, y0 = hi.x * s * r.hi.x, y1 = hi.y * s * r.hi.y;
-        const float4 c = r.turn;        /* cosine, sine, cosine, sine */
-        lo = make_float2(x0 * c.x - y0 * c.y, x1 * c.z - y1 * c.w);
-        hi = make_float2(y0 * c.x + x0 * c.y, y1 * c.z + x1 * c.w);
+        norm_rotate(lo, hi, rms_scale(sum, (float)WIDE_DIM, a.eps), r.lo, r.hi, r.turn);
     }
     if (tile < a.n_head) {
         float *q = a.qkv + (size_t)row * a.ld + tile * WIDE_DIM + col;
         store_2(q, lo.x, lo.y);
         store_2(q + 64, hi.x, hi.y);
     } else {
-        T *to = (T *)(tile < rotated ? a.kv.k : a.kv.v) + kv_at(a.kv, r.at.seq, r.at.position) + kv_head * WIDE_DIM + col;
+        T *to = (T *)(tile < rotated ? a.kv.k : a.kv.v) + kv_at(a.kv, r.at.seq, r.at.position) +
+                kv_head * WIDE_DIM + col;
         store_pair(to, lo.x, lo.y);
         store_pair(to + 64, hi.x, hi.y);
     }
@@ -3570,7 +3641,6 @@ static qwen3_result many_qkv(const pass *p, int layer, const input &h) {
 /* ================================================================================================
    ATTENTION: a = softmax(q k / sqrt(d)) v
    ================================================================================================ */
-
 struct attention_args {
     const float *q; int ldq;            /* [rows, n_head, head_dim] */
     float       *out; int ldo;          /* [rows, n_head, head_dim] */
@@ -3579,12 +3649,13 @@ struct attention_args {
     const row_info *rows;
     kv_layer     kv;
     int          ranks;                 /* attention_decode: blocks of a cluster */
-    float       *parts;                 /* [rows, n_head, splits, head_dim + 2], or as attention_decode has it */
+    /* [rows, n_head, splits, head_dim + 2], or as attention_decode has it */
+    float       *parts;
     unsigned    *tickets;               /* [rows, gridDim.y], zero before and after */
     half_t      *halves;                /* not NULL: rows of F16, instead of out */
 };
 
-static __device__ __forceinline__ void store_attention(const attention_args &a, int row, int col, float v) {
+DEVICE void store_attention(const attention_args &a, int row, int col, float v) {
     const size_t at = (size_t)row * a.ldo + (size_t)col;
     if (a.halves) store(a.halves + at, v);
     else a.out[at] = v;
@@ -3620,94 +3691,83 @@ static attention_args attention_arguments(const pass *p, int layer) {
 /* ---- row by row, whatever the cache and the heads are ---- */
 template <class T> struct kv_vector { uint4 raw[sizeof(T) / 2]; };      /* 8 elements */
 
-template <class T> static __device__ __forceinline__ kv_vector<T> kv_load(const T *p, bool valid) {
+template <class T> DEVICE kv_vector<T> kv_load(const T *p, bool valid) {
     kv_vector<T> v;
-#pragma unroll
-    for (int i = 0; i < (int)(sizeof(T) / 2); i++)
+    UNROLL for (int i = 0; i < (int)(sizeof(T) / 2); i++)
         v.raw[i] = valid ? ((const uint4 *)(const void *)p)[i] : make_uint4(0, 0, 0, 0);
     return v;
 }
-template <class T> static __device__ __forceinline__ void kv_unpack(float (&f)[8], const kv_vector<T> &v) {
+template <class T> DEVICE void kv_unpack(float (&f)[8], const kv_vector<T> &v) {
     unpack(f, v.raw[0], T());
 }
 template <> __device__ __forceinline__ void kv_unpack<float>(float (&f)[8], const kv_vector<float> &v) {
     float lo[4], hi[4];
     unpack(lo, v.raw[0], 0.0f);
     unpack(hi, v.raw[1], 0.0f);
-#pragma unroll
-    for (int i = 0; i < 4; i++) { f[i] = lo[i]; f[4 + i] = hi[i]; }
+    UNROLL for (int i = 0; i < 4; i++) { f[i] = lo[i]; f[4 + i] = hi[i]; }
 }
 
-/* Softmax over one warp's share of the positions, for G heads at once: top, sum and weighted v of each.
-   A lane holds 8 of the head_dim values; `lanes` of them make a position, so a warp reads 32 / lanes at a time. */
+/* Softmax over one warp's share of the positions, for G heads at once: top, sum and weighted v of each. A
+   lane holds 8 of the head_dim values; `lanes` of them make a position, so a warp reads 32 / lanes at a
+   time. */
 template <class T, int G>
 struct split_state { float q[G][8], o[G][8], top[G], sum[G]; };
 
 /* No position yet; q of this head, if there is one, times what makes scores powers of two. */
-template <class T, int G> static __device__ __forceinline__ void split_begin(split_state<T, G> &s, int g,
-                                                                             const attention_args &a, int row, int head,
-                                                                             int at, bool valid) {
+template <class T, int G>
+DEVICE void split_begin(split_state<T, G> &s, int g, const attention_args &a, int row, int head, int at,
+                        bool valid) {
     const float *q = a.q + (size_t)row * a.ldq + (size_t)head * a.head_dim + at;
     const float4 zero = make_float4(0, 0, 0, 0);
-    const float4 lo = valid ? *(const float4 *)(const void *)q : zero, hi = valid ? *(const float4 *)(const void *)(q + 4) : zero;
+    const float4 lo = valid ? *(const float4 *)(const void *)q : zero,
+                 hi = valid ? *(const float4 *)(const void *)(q + 4) : zero;
     const float scale = a.scale * LOG2E, all[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
     s.top[g] = LOWEST;
     s.sum[g] = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) { s.o[g][i] = 0; s.q[g][i] = all[i] * scale; }
+    UNROLL for (int i = 0; i < 8; i++) { s.o[g][i] = 0; s.q[g][i] = all[i] * scale; }
 }
 
-/* Adds U turns of positions, `stride` apart, whose k and v this lane has; `left` of them are from this lane's on. */
+/* Adds U turns of positions, `stride` apart, whose k and v this lane has; `left` of them are from this lane's
+   on. */
 template <class T, int G, int U>
-static __device__ __forceinline__ void split_scores(split_state<T, G> &s, const kv_vector<T> (&kr)[U],
-                                                    const kv_vector<T> (&vr)[U], int left, int stride, int lanes) {
+DEVICE void split_scores(split_state<T, G> &s, const kv_vector<T> (&kr)[U], const kv_vector<T> (&vr)[U],
+                         int left, int stride, int lanes) {
     float score[U][G], f[8];
-#pragma unroll
-    for (int u = 0; u < U; u++) {
+    UNROLL for (int u = 0; u < U; u++) {
         kv_unpack<T>(f, kr[u]);
-#pragma unroll
-        for (int g = 0; g < G; g++) {
+        UNROLL for (int g = 0; g < G; g++) {
             float d = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) d += s.q[g][i] * f[i];
+            UNROLL for (int i = 0; i < 8; i++) d += s.q[g][i] * f[i];
             for (int o = lanes / 2; o > 0; o >>= 1) d += __shfl_xor_sync(ALL, d, o);
             score[u][g] = u * stride < left ? d : LOWEST;
         }
     }
-#pragma unroll
-    for (int g = 0; g < G; g++) {
+    UNROLL for (int g = 0; g < G; g++) {
         float top = s.top[g];
-#pragma unroll
-        for (int u = 0; u < U; u++) top = fmaxf(top, score[u][g]);
+        UNROLL for (int u = 0; u < U; u++) top = fmaxf(top, score[u][g]);
         for (int o = 16; o >= lanes; o >>= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
         const float keep = exp2f(s.top[g] - top);
         s.top[g] = top;
         s.sum[g] *= keep;
-#pragma unroll
-        for (int i = 0; i < 8; i++) s.o[g][i] *= keep;
-#pragma unroll
-        for (int u = 0; u < U; u++) {
+        UNROLL for (int i = 0; i < 8; i++) s.o[g][i] *= keep;
+        UNROLL for (int u = 0; u < U; u++) {
             score[u][g] = u * stride < left ? exp2f(score[u][g] - top) : 0.0f;
             s.sum[g] += score[u][g];
         }
     }
-#pragma unroll
-    for (int u = 0; u < U; u++) {
+    UNROLL for (int u = 0; u < U; u++) {
         kv_unpack<T>(f, vr[u]);
-#pragma unroll
-        for (int g = 0; g < G; g++)
-#pragma unroll
-            for (int i = 0; i < 8; i++) s.o[g][i] += score[u][g] * f[i];
+        UNROLL for (int g = 0; g < G; g++)
+            UNROLL for (int i = 0; i < 8; i++) s.o[g][i] += score[u][g] * f[i];
     }
 }
 
-template <class T, int G, int U> static __device__ __forceinline__ void split_step(split_state<T, G> &s, const T *k,
-                                                                                   const T *v, int stride, int left,
-                                                                                   int lanes, bool owner) {
+template <class T, int G, int U>
+DEVICE void split_step(split_state<T, G> &s, const T *k, const T *v, int stride, int left, int lanes,
+                       bool owner) {
     const int sub = lane_id() / lanes, each = 32 / lanes;
     kv_vector<T> kr[U], vr[U];
-#pragma unroll
-    for (int u = 0; u < U; u++) {
+    UNROLL for (int u = 0; u < U; u++) {
         const int p = u * each + sub;
         kr[u] = kv_load<T>(k + (size_t)p * stride, owner && p < left);
         vr[u] = kv_load<T>(v + (size_t)p * stride, owner && p < left);
@@ -3716,18 +3776,16 @@ template <class T, int G, int U> static __device__ __forceinline__ void split_st
 }
 
 /* Adds up what the lanes of the warp have of head g, which read positions side by side. */
-template <class T, int G> static __device__ __forceinline__ void split_fold(split_state<T, G> &s, int g, int lanes) {
+template <class T, int G> DEVICE void split_fold(split_state<T, G> &s, int g, int lanes) {
     for (int o = 16; o >= lanes; o >>= 1) {
         s.sum[g] += __shfl_xor_sync(ALL, s.sum[g], o);
-#pragma unroll
-        for (int i = 0; i < 8; i++) s.o[g][i] += __shfl_xor_sync(ALL, s.o[g][i], o);
+        UNROLL for (int i = 0; i < 8; i++) s.o[g][i] += __shfl_xor_sync(ALL, s.o[g][i], o);
     }
 }
 
-/* Brings k and v of the first 64 positions from begin to end, of what lies `at` elements into the cache, towards this
-   multiprocessor: a line (128 bytes) a thread. */
-template <class T> static __device__ __forceinline__ void prefetch_cache(const kv_layer &kv, size_t at, int dim,
-                                                                         int begin, int end) {
+/* Brings k and v of the first 64 positions from begin to end, of what lies `at` elements into the cache,
+   towards this multiprocessor: a line (128 bytes) a thread. */
+template <class T> DEVICE void prefetch_cache(const kv_layer &kv, size_t at, int dim, int begin, int end) {
     const int each = 128 / (int)sizeof(T), lines = ceil_div(dim, each), n = least(end - begin, 64);
     for (int i = tid(); i < 2 * n * lines; i += n_threads()) {
         const size_t to = at + (size_t)(begin + i / 2 / lines) * kv.kv_dim + (size_t)(i / 2 % lines) * each;
@@ -3735,134 +3793,146 @@ template <class T> static __device__ __forceinline__ void prefetch_cache(const k
     }
 }
 
-/* attention, any rows: out[row, head, :] = softmax(q k^T * scale) v over positions 0 .. position of the
-   row's sequence, all float32; with a.halves, rounded once to F16. Grid (rows, n_head_kv * ceil(group / G), splits),
-   4 warps: a block takes one part of the positions for up to G heads of one group, which share its reads of k and v;
-   its warps take turns of positions. The block of a row that finishes last joins the parts, in order. How the
-   positions are split depends on the row's own length and on gridDim.z. Equals qwen3i_attention. */
-template <class T, int G, int LANES>
-static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kernel(attention_args a) {
-    __shared__ float part[SPLIT_WARPS][G][MAX_HEAD_DIM], part_top[SPLIT_WARPS][G], part_sum[SPLIT_WARPS][G];
-    __shared__ float weight[G][MAX_SPLITS];
-    __shared__ int last;
-    const int U = G >= 8 ? 2 : 4;
-    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G);
-    const int row = block_x(), kv_head = block_y() / chunks, g0 = block_y() % chunks * G;
-    const int n_g = group - g0 < G ? group - g0 : G, head0 = kv_head * group + g0, dim = a.head_dim;
-    const int warp = warp_id(), lane = lane_id();
-    /* the rows were written several kernels before, the cache up to this position by earlier steps */
-    const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z), active = ceil_div(n, length);
-    const int begin = (int)blockIdx.z * length, end = begin + length < n ? begin + length : n;
-    prefetch_cache<T>(a.kv, kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim, dim, begin, end);
-    wait_for_previous();
-    let_next_start();
-    if (begin >= n) return;
+template <class T, int G> struct split_shared {
+    float part[SPLIT_WARPS][G][MAX_HEAD_DIM], top[SPLIT_WARPS][G], sum[SPLIT_WARPS][G], weight[G][MAX_SPLITS];
+    int   last;
+};
 
-    int lanes = LANES;
-    if (LANES == 0) for (lanes = 1; lanes * 8 < dim; lanes *= 2) {}
-    const int at = lane % lanes * 8, turn = U * (32 / lanes);
-    const bool owner = at < dim;
-    const T *k = (const T *)a.kv.k + kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim + at;
-    const T *v = (const T *)a.kv.v + kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim + at;
-    split_state<T, G> s;
-#pragma unroll
-    for (int g = 0; g < G; g++)
-        split_begin<T, G>(s, g, a, row, head0 + g, at, owner && g < n_g);
-    for (int p = begin + warp * turn; p < end; p += SPLIT_WARPS * turn)
-        split_step<T, G, U>(s, k + (size_t)p * a.kv.kv_dim, v + (size_t)p * a.kv.kv_dim, a.kv.kv_dim, end - p, lanes,
-                            owner);
-
-#pragma unroll
-    for (int g = 0; g < G; g++) {       /* the positions that this warp read side by side */
+/* What this warp has of each head, to shared memory. */
+template <class T, int G>
+DEVICE void split_store(split_shared<T, G> &m, split_state<T, G> &s, int lanes, int at, bool owner) {
+    UNROLL for (int g = 0; g < G; g++) {
         split_fold<T, G>(s, g, lanes);
-        if (lane < lanes && owner)
-#pragma unroll
-            for (int i = 0; i < 8; i++) part[warp][g][at + i] = s.o[g][i];
-        if (lane == 0) { part_top[warp][g] = s.top[g]; part_sum[warp][g] = s.sum[g]; }
+        if (lane_id() < lanes && owner)
+            UNROLL for (int i = 0; i < 8; i++) m.part[warp_id()][g][at + i] = s.o[g][i];
+        if (lane_id() == 0) { m.top[warp_id()][g] = s.top[g]; m.sum[warp_id()][g] = s.sum[g]; }
     }
     __syncthreads();
+}
+
+/* The block's part, from its warps', to where the parts of a row are joined; or done, if it is the only
+   one. */
+template <class T, int G>
+DEVICE void split_publish(const attention_args &a, const split_shared<T, G> &m, int row, int head0, int n_g,
+                          bool only) {
+    const int dim = a.head_dim;
     for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
         const int g = i / dim, d = i % dim;
         float top = LOWEST, sum = 0, o = 0;
-        for (int w = 0; w < SPLIT_WARPS; w++) top = fmaxf(top, part_top[w][g]);
+        for (int w = 0; w < SPLIT_WARPS; w++) top = fmaxf(top, m.top[w][g]);
         for (int w = 0; w < SPLIT_WARPS; w++) {
-            const float keep = exp2f(part_top[w][g] - top);
-            sum += part_sum[w][g] * keep;
-            if (part_sum[w][g] > 0) o += part[w][g][d] * keep;
+            const float keep = exp2f(m.top[w][g] - top);
+            sum += m.sum[w][g] * keep;
+            if (m.sum[w][g] > 0) o += m.part[w][g][d] * keep;
         }
-        if (active == 1) store_attention(a, row, (head0 + g) * dim + d, o / sum);
+        if (only) store_attention(a, row, (head0 + g) * dim + d, o / sum);
         else {
-            float *to = a.parts + (((size_t)row * a.n_head + (size_t)(head0 + g)) * gridDim.z + blockIdx.z) * (dim + 2);
+            float *to = a.parts +
+                        (((size_t)row * a.n_head + (size_t)(head0 + g)) * gridDim.z + blockIdx.z) * (dim + 2);
             to[d] = o;
             if (d == 0) { to[dim] = top; to[dim + 1] = sum; }
         }
     }
-    if (active == 1) return;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        unsigned *ticket = &a.tickets[(size_t)row * gridDim.y + blockIdx.y];
-        last = atomicAdd(ticket, 1u) == (unsigned)active - 1;
-        if (last) *ticket = 0;
-    }
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
+}
+
+/* Joins a row's parts, in order, in the block that is the last of `active` to come. */
+template <class T, int G>
+DEVICE void split_join(const attention_args &a, split_shared<T, G> &m, int row, int head0, int n_g,
+                       int active) {
+    const int dim = a.head_dim;
     const size_t stride = (size_t)(dim + 2);
     const float *parts = a.parts + ((size_t)row * a.n_head + head0) * gridDim.z * stride;
-    for (int g = warp; g < n_g; g += SPLIT_WARPS) {     /* how much each part counts: a lane for each */
+    __threadfence();
+    __syncthreads();
+    if (tid() == 0) {
+        unsigned *ticket = &a.tickets[(size_t)row * gridDim.y + blockIdx.y];
+        m.last = atomicAdd(ticket, 1u) == (unsigned)active - 1;
+        if (m.last) *ticket = 0;
+    }
+    __syncthreads();
+    if (!m.last) return;
+    __threadfence();
+    /* how much each part counts: a lane for each */
+    for (int g = warp_id(); g < n_g; g += SPLIT_WARPS) {
+        const int lane = lane_id();
         const float *one = parts + ((size_t)g * gridDim.z + (lane < active ? lane : 0)) * stride + dim;
         const float top = lane < active ? __ldcg(one) : LOWEST, sum = lane < active ? __ldcg(one + 1) : 0.0f;
-        const float highest = warp_max(top), keep = exp2f(top - highest);
-        weight[g][lane] = keep / warp_sum(sum * keep);
+        const float keep = exp2f(top - warp_max(top));
+        m.weight[g][lane] = keep / warp_sum(sum * keep);
     }
     __syncthreads();
     for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
         const int g = i / dim, d = i % dim;
-        const float *from = parts + (size_t)g * gridDim.z * stride + d;
         float o = 0;
-        for (int p = 0; p < active; p += 8) {           /* eight reads on their way at a time */
-            float v[8];
-#pragma unroll
-            for (int u = 0; u < 8; u++) v[u] = p + u < active ? __ldcg(from + (size_t)(p + u) * stride) : 0.0f;
-#pragma unroll
-            for (int u = 0; u < 8; u++) if (p + u < active) o += v[u] * weight[g][p + u];
-        }
+        for (int p = 0; p < active; p++)
+            o += __ldcg(parts + ((size_t)g * gridDim.z + p) * stride + d) * m.weight[g][p];
         store_attention(a, row, (head0 + g) * dim + d, o);
     }
 }
 
-template <class T, int G> static cudaError_t launch_split(const pass *p, const attention_args &a) {
-    const int group = a.n_head / a.n_head_kv, splits = attention_splits(p->c, p->n);
-    const dim3 grid((unsigned)p->n, (unsigned)(a.n_head_kv * ceil_div(group, G)), (unsigned)splits);
-    if (a.head_dim == 128)
-        return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 16>, a);
-    return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G, 0>, a);
+/* attention, any rows: out[row, head, :] = softmax(q k^T * scale) v over positions 0 .. position of the row's
+   sequence, all float32; with a.halves, rounded once to F16. Grid (rows, n_head_kv * ceil(group / G),
+   splits), 4 warps: a block takes one part of the positions for up to G heads of one group, which share its
+   reads of k and v; its warps take turns of positions. The block of a row that finishes last joins the parts,
+   in order. How the positions are split depends on the row's own length and on gridDim.z. Equals
+   qwen3i_attention. */
+template <class T, int G>
+static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kernel(attention_args a) {
+    __shared__ split_shared<T, G> shared;
+    const int U = 4, group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G);
+    const int row = block_x(), kv_head = block_y() / chunks, g0 = block_y() % chunks * G;
+    const int n_g = least(group - g0, G), head0 = kv_head * group + g0, dim = a.head_dim;
+    /* the rows were written several kernels before, the cache up to this position by earlier steps */
+    const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z),
+              active = ceil_div(n, length);
+    const int begin = (int)blockIdx.z * length, end = least(begin + length, n);
+    const size_t first = kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim;
+    prefetch_cache<T>(a.kv, first, dim, begin, end);
+    wait_for_previous();
+    let_next_start();
+    if (begin >= n) return;
+    int lanes = 1;
+    while (lanes * 8 < dim) lanes *= 2;
+    const int at = lane_id() % lanes * 8, turn = U * (32 / lanes);
+    const bool owner = at < dim;
+    const T *k = (const T *)a.kv.k + first + at, *v = (const T *)a.kv.v + first + at;
+    split_state<T, G> s;
+    UNROLL for (int g = 0; g < G; g++) split_begin<T, G>(s, g, a, row, head0 + g, at, owner && g < n_g);
+    for (int p = begin + warp_id() * turn; p < end; p += SPLIT_WARPS * turn)
+        split_step<T, G, U>(s, k + (size_t)p * a.kv.kv_dim, v + (size_t)p * a.kv.kv_dim, a.kv.kv_dim, end - p,
+                            lanes, owner);
+    split_store<T, G>(shared, s, lanes, at, owner);
+    split_publish<T, G>(a, shared, row, head0, n_g, active == 1);
+    if (active > 1) split_join<T, G>(a, shared, row, head0, n_g, active);
 }
 
+template <class T, int G> static cudaError_t launch_split(const pass *p, const attention_args &a) {
+    const int chunks = ceil_div(a.n_head / a.n_head_kv, G), splits = attention_splits(p->c, p->n);
+    const dim3 grid((unsigned)p->n, (unsigned)(a.n_head_kv * chunks), (unsigned)splits);
+    return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G>, a);
+}
 template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
-    const int group = a.n_head / a.n_head_kv;
-    return group == 1 ? launch_split<T, 1>(p, a) : group == 2 ? launch_split<T, 2>(p, a) :
-           group <= 4 ? launch_split<T, 4>(p, a) : launch_split<T, 8>(p, a);
+    return a.n_head / a.n_head_kv <= 2 ? launch_split<T, 2>(p, a) : launch_split<T, 4>(p, a);
 }
 
 /* ---- row by row, by tensor cores ---- */
-/* Where element (row, 8 * chunk) of a [rows, D] tile lies in shared memory: chunks are mixed so that eight rows
-   of one column of chunks fall into different banks. */
-template <int D> static __device__ __forceinline__ int tile_at(int row, int chunk) {
+/* Where element (row, 8 * chunk) of a [rows, D] tile lies in shared memory: chunks are mixed so that eight
+   rows of one column of chunks fall into different banks. */
+template <int D> DEVICE int tile_at(int row, int chunk) {
     return row * D + ((chunk ^ (row & 7)) * 8);
 }
 
-/* attention, decode: the same for rows of which each is the newest of its sequence or nearly so, by tensor cores. A block
-   has up to 8 heads of one group as columns of a product, and a part of the positions, of which each of its 8 warps takes 16
-   in turn. What was in the cache before this step is on its way to shared memory before the kernel before has ended:
-   each warp has three pieces under way, k and v of 16 positions in turn. q and the weights p go in as TERMS 16-bit terms
-   each (2 of F16, 3 of BF16), so what is lost is float32's rounding, not theirs; each turn's sums start from zero and are
-   added in float32. The blocks of a cluster (`ranks`, sm_90 on) join their parts in each other's shared memory: each
-   finishes a slice of the outputs. A further cluster helps with every DECODE_LEAST positions; then the block that finishes
-   a slice last joins those of all clusters, in order. Grid (clusters * ranks, n_head_kv * ceil(group / 8), rows).
-   Order of the sums: a warp's turns, warps, blocks, clusters; it depends on the row's own length and the grid's shape.
-   Equals qwen3i_attention. Needs head_dim 128 and a 16-bit cache. */
+/* attention, decode: the same for rows of which each is the newest of its sequence or nearly so, by tensor
+   cores. A block has up to 8 heads of one group as columns of a product, and a part of the positions, of
+   which each of its 8 warps takes 16 in turn. What was in the cache before this step is on its way to shared
+   memory before the kernel before has ended: each warp has three pieces under way, k and v of 16 positions in
+   turn. q and the weights p go in as TERMS 16-bit terms each (2 of F16, 3 of BF16), so what is lost is
+   float32's rounding, not theirs; each turn's sums start from zero and are added in float32. The blocks of a
+   cluster (`ranks`, sm_90 on) join their parts in each other's shared memory: each finishes a slice of the
+   outputs. A further cluster helps with every DECODE_LEAST positions; then the block that finishes a slice
+   last joins those of all clusters, in order. Grid (clusters * ranks, n_head_kv * ceil(group / 8), rows).
+   Order of the sums: a warp's turns, warps, blocks, clusters; it depends on the row's own length and the
+   grid's shape. Equals qwen3i_attention. Needs head_dim 128 and a 16-bit cache. */
 const int DECODE_RANKS  = 8;            /* at most */
 const int DECODE_WARPS  = 8;
 const int DECODE_HEADS  = 8;
@@ -3870,27 +3940,32 @@ const int DECODE_DIM    = 128;
 const int DECODE_POS    = 16;
 const int DECODE_ROUND  = DECODE_WARPS * DECODE_POS;
 const int DECODE_PIECES = 3;
-const int DECODE_PITCH  = DECODE_DIM + 4;       /* of rows in shared memory: different banks for different heads */
+/* of rows in shared memory: different banks for different heads */
+const int DECODE_PITCH  = DECODE_DIM + 4;
 const int DECODE_LEAST  = 4096;
 const int DECODE_CLUSTERS = 16;         /* at most */
 
 struct decode_shared {
-    half_t   ring[DECODE_WARPS][DECODE_PIECES][DECODE_POS * DECODE_DIM];   /* then each warp's part: float [HEADS][PITCH] */
+    /* then each warp's part: float [HEADS][PITCH] */
+    half_t   ring[DECODE_WARPS][DECODE_PIECES][DECODE_POS * DECODE_DIM];
     float    top[DECODE_WARPS][DECODE_HEADS], sum[DECODE_WARPS][DECODE_HEADS];
-    float    in[DECODE_HEADS * DECODE_DIM];             /* [ranks][slice]: from every block, what this one finishes, ... */
-    float    in_top[DECODE_RANKS][DECODE_HEADS], in_sum[DECODE_RANKS][DECODE_HEADS];    /* ... and of every head */
+    /* [ranks][slice]: from every block, what this one finishes, ... */
+    float    in[DECODE_HEADS * DECODE_DIM];
+    /* ... and of every head */
+    float    in_top[DECODE_RANKS][DECODE_HEADS], in_sum[DECODE_RANKS][DECODE_HEADS];
     mbarrier arrived;
     unsigned last;
 };
 
-/* What this block has of a row: heads head0 .. head0 + n_g, positions begin .. end of n; of these, those from `fresh` on
-   may be of this very batch. It finishes `slice` outputs. */
+/* What this block has of a row: heads head0 .. head0 + n_g, positions begin .. end of n; of these, those from
+   `fresh` on may be of this very batch. It finishes `slice` outputs. */
 struct decode_share {
     int row, seq, kv_head, head0, n_g, rank, ranks, cluster, clusters, active, begin, end, fresh, slice;
 };
 
-static __device__ __forceinline__ decode_share share_of_block(const attention_args &a) {
-    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, DECODE_HEADS), g0 = block_y() % chunks * DECODE_HEADS;
+DEVICE decode_share share_of_block(const attention_args &a) {
+    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, DECODE_HEADS),
+              g0 = block_y() % chunks * DECODE_HEADS;
     const row_info info = a.rows[blockIdx.z];
     const int n = info.position + 1;
     decode_share w;
@@ -3912,15 +3987,16 @@ static __device__ __forceinline__ decode_share share_of_block(const attention_ar
     return w;
 }
 
-/* This warp's pieces: k, then v, of 16 positions from `first`, first + ROUND, ... on, up to `end`. A lane copies 16 bytes
-   of every other position. */
+/* This warp's pieces: k, then v, of 16 positions from `first`, first + ROUND, ... on, up to `end`. A lane
+   copies 16 bytes of every other position. */
 template <class T> struct decode_stream {
     const T *k, *v;                     /* this lane's, of position 0 */
     T       *ring;
     size_t   stride;
     int      first, end, fresh, piece, put, take;
 
-    __device__ __forceinline__ decode_stream(const attention_args &a, const decode_share &w, half_t *memory, int begin) {
+    __device__ __forceinline__ decode_stream(const attention_args &a, const decode_share &w, half_t *memory,
+                                             int begin) {
         const int half = lane_id() / 16, chunk = lane_id() % 16;
         const size_t from = kv_at(a.kv, w.seq, half) + (size_t)w.kv_head * DECODE_DIM + (size_t)(chunk * 8);
         k = (const T *)a.kv.k + from; v = (const T *)a.kv.v + from;
@@ -3935,19 +4011,18 @@ template <class T> struct decode_stream {
         T *target = ring + place * (DECODE_POS * DECODE_DIM) + tile_at<DECODE_DIM>(half, lane_id() % 16);
         if (p0 >= to || p0 + DECODE_POS <= from) return;
         if (p0 >= from && p0 + DECODE_POS <= to) {
-#pragma unroll
-            for (int j = 0; j < DECODE_POS / 2; j++) copy_once(place_of(target, j), source + (size_t)(2 * j) * stride, true);
+            UNROLL for (int j = 0; j < DECODE_POS / 2; j++)
+                copy_once(place_of(target, j), source + (size_t)(2 * j) * stride, true);
             return;
         }
-#pragma unroll 1
-        for (int j = 0; j < DECODE_POS / 2; j++) {
+        NO_UNROLL for (int j = 0; j < DECODE_POS / 2; j++) {
             const int p = p0 + 2 * j + half;
             if (p >= end ? p0 < from : p < from || p >= to) continue;   /* nothing is written twice */
             copy_once(place_of(target, j), p < end ? source + (size_t)(2 * j) * stride : k, p < end);
         }
     }
     /* This lane's 16 bytes 2 j positions further: see tile_at. */
-    static __device__ __forceinline__ T *place_of(T *target, int j) {
+    DEVICE T *place_of(T *target, int j) {
         const int chunk = lane_id() % 16 ^ lane_id() / 16;
         return target + 2 * j * DECODE_DIM + ((chunk ^ (2 * j & 7)) - chunk) * 8;
     }
@@ -3958,14 +4033,12 @@ template <class T> struct decode_stream {
     }
     /* Before the kernel before has ended: all but what it may write; ... */
     __device__ __forceinline__ void begin() {
-#pragma unroll 1
-        for (int i = 0; i < DECODE_PIECES; i++) fetch(fresh);
+        NO_UNROLL for (int i = 0; i < DECODE_PIECES; i++) fetch(fresh);
     }
     /* ... and that, once it has. */
     __device__ __forceinline__ void complete() {
         if (fresh >= end || first + (DECODE_PIECES - 1) / 2 * DECODE_ROUND + DECODE_POS <= fresh) return;
-#pragma unroll 1
-        for (int i = 0; i < DECODE_PIECES; i++) copy(i, i, fresh, end);
+        NO_UNROLL for (int i = 0; i < DECODE_PIECES; i++) copy(i, i, fresh, end);
         copy_commit();
         copy_wait<0>();
     }
@@ -3981,8 +4054,9 @@ template <class T> struct decode_stream {
     }
 };
 
-/* Up to 8 heads: q as right operands (of head quad = lane / 4); and of heads pair = lane % 4 * 2 and pair + 1 the largest
-   score, the sum of the weights, and the outputs so far: o[i]: dim 16 i + quad of both, then dim 16 i + quad + 8. */
+/* Up to 8 heads: q as right operands (of head quad = lane / 4); and of heads pair = lane % 4 * 2 and pair + 1
+   the largest score, the sum of the weights, and the outputs so far: o[i]: dim 16 i + quad of both, then dim
+   16 i + quad + 8. */
 template <class T, int TERMS> struct decode_state {
     unsigned q[TERMS][DECODE_DIM / 16][2];
     float    scale[2], top[2], sum[2], o[DECODE_DIM / 16][4];
@@ -3992,55 +4066,44 @@ template <class T, int TERMS> struct decode_state {
         const float *from = a.q + (size_t)w.row * a.ldq + (size_t)(w.head0 + quad) * DECODE_DIM + pair;
         float2 v[DECODE_DIM / 8];
         float most = 0;
-#pragma unroll
-        for (int i = 0; i < DECODE_DIM / 8; i++) {
+        UNROLL for (int i = 0; i < DECODE_DIM / 8; i++) {
             v[i] = quad < w.n_g ? *(const float2 *)(const void *)(from + 8 * i) : make_float2(0, 0);
             most = fmaxf(most, fmaxf(fabsf(v[i].x), fabsf(v[i].y)));
         }
         most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
         most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
         const float up = half_scale(most), to_powers = a.scale * LOG2E * (1.0f / up);
-#pragma unroll
-        for (int i = 0; i < DECODE_DIM / 8; i++) { v[i].x *= up; v[i].y *= up; }
-#pragma unroll
-        for (int t = 0; t < TERMS; t++)
-#pragma unroll
-            for (int i = 0; i < DECODE_DIM / 8; i++) q[t][i / 2][i % 2] = pack(v[i].x, v[i].y, T());
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
+        UNROLL for (int i = 0; i < DECODE_DIM / 8; i++) { v[i].x *= up; v[i].y *= up; }
+        UNROLL for (int t = 0; t < TERMS; t++)
+            UNROLL for (int i = 0; i < DECODE_DIM / 8; i++) q[t][i / 2][i % 2] = pack(v[i].x, v[i].y, T());
+        UNROLL for (int h = 0; h < 2; h++) {
             scale[h] = __shfl_sync(ALL, to_powers, (pair + h) * 4);
             top[h] = LOWEST;
             sum[h] = 0;
         }
-#pragma unroll
-        for (int i = 0; i < DECODE_DIM / 16; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) o[i][e] = 0;
+        UNROLL for (int i = 0; i < DECODE_DIM / 16; i++)
+            UNROLL for (int e = 0; e < 4; e++) o[i][e] = 0;
     }
     /* k q: positions quad and quad + 8 of both heads */
     __device__ __forceinline__ void scores(float (&s)[4], const T *k) const {
         const int lane = lane_id();
-#pragma unroll
-        for (int e = 0; e < 4; e++) s[e] = 0;
-#pragma unroll
-        for (int d = 0; d < DECODE_DIM / 16; d++) {
+        UNROLL for (int e = 0; e < 4; e++) s[e] = 0;
+        UNROLL for (int d = 0; d < DECODE_DIM / 16; d++) {
             unsigned f[4];
             load_matrices(f, k + tile_at<DECODE_DIM>(lane % 16, 2 * d + lane / 16));
-#pragma unroll
-            for (int t = TERMS - 1; t >= 0; t--) multiply(s, f, q[t][d][0], q[t][d][1], T());
+            UNROLL for (int t = TERMS - 1; t >= 0; t--) multiply(s, f, q[t][d][0], q[t][d][1], T());
         }
     }
-    /* Scores to weights, of the first `left` positions; keep: what the sums so far are to be multiplied by. */
+    /* Scores to weights, of the first `left` positions; keep: what the sums so far are to be multiplied
+       by. */
     __device__ __forceinline__ void weigh(float (&s)[4], float (&keep)[2], int left) {
         const int quad = lane_id() / 4;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
+        UNROLL for (int h = 0; h < 2; h++) {
             float &x = s[h], &y = s[2 + h];
             x = quad < left ? x * scale[h] : LOWEST;
             y = quad + 8 < left ? y * scale[h] : LOWEST;
             float high = fmaxf(top[h], fmaxf(x, y));
-#pragma unroll
-            for (int i = 4; i < 32; i *= 2) high = fmaxf(high, __shfl_xor_sync(ALL, high, i));
+            UNROLL for (int i = 4; i < 32; i *= 2) high = fmaxf(high, __shfl_xor_sync(ALL, high, i));
             keep[h] = exp2f(top[h] - high);
             top[h] = high;
             x = exp2f(x - high + 14.0f);                /* times 2^14: F16 then has the small ones, too */
@@ -4050,32 +4113,26 @@ template <class T, int TERMS> struct decode_state {
     }
     __device__ __forceinline__ void add_values(float (&s)[4], const float (&keep)[2], const T *v) {
         const int lane = lane_id();
-        unsigned p[TERMS][2];           /* the weights as right operands: 8 positions by 8 heads, transposed */
-#pragma unroll
-        for (int t = 0; t < TERMS; t++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) p[t][j] = transpose_matrix(pack(s[2 * j], s[2 * j + 1], T()));
-#pragma unroll
-        for (int d = 0; d < DECODE_DIM / 16; d++) {
+        /* the weights as right operands: 8 positions by 8 heads, transposed */
+        unsigned p[TERMS][2];
+        UNROLL for (int t = 0; t < TERMS; t++)
+            UNROLL for (int j = 0; j < 2; j++) p[t][j] = transpose_matrix(pack(s[2 * j], s[2 * j + 1], T()));
+        UNROLL for (int d = 0; d < DECODE_DIM / 16; d++) {
             float sums[4] = {0, 0, 0, 0};
             unsigned f[4];
-            load_matrices_transposed(f, v + tile_at<DECODE_DIM>(lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
-#pragma unroll
-            for (int t = TERMS - 1; t >= 0; t--) multiply(sums, f, p[t][0], p[t][1], T());
-#pragma unroll
-            for (int e = 0; e < 4; e++) o[d][e] = o[d][e] * keep[e % 2] + sums[e];
+            load_matrices_transposed(f,
+                                     v + tile_at<DECODE_DIM>(lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
+            UNROLL for (int t = TERMS - 1; t >= 0; t--) multiply(sums, f, p[t][0], p[t][1], T());
+            UNROLL for (int e = 0; e < 4; e++) o[d][e] = o[d][e] * keep[e % 2] + sums[e];
         }
     }
     /* To shared memory: part [HEADS][PITCH], top, sum [HEADS]. */
     __device__ __forceinline__ void store(float *part, float *tops, float *sums) {
         const int quad = lane_id() / 4, pair = lane_id() % 4 * 2;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-#pragma unroll
-            for (int i = 4; i < 32; i *= 2) sum[h] += __shfl_xor_sync(ALL, sum[h], i);
+        UNROLL for (int h = 0; h < 2; h++) {
+            UNROLL for (int i = 4; i < 32; i *= 2) sum[h] += __shfl_xor_sync(ALL, sum[h], i);
             if (quad == 0) { tops[pair + h] = top[h]; sums[pair + h] = sum[h]; }
-#pragma unroll
-            for (int i = 0; i < DECODE_DIM / 16; i++) {
+            UNROLL for (int i = 0; i < DECODE_DIM / 16; i++) {
                 part[(pair + h) * DECODE_PITCH + 16 * i + quad] = o[i][h];
                 part[(pair + h) * DECODE_PITCH + 16 * i + quad + 8] = o[i][2 + h];
             }
@@ -4084,7 +4141,7 @@ template <class T, int TERMS> struct decode_state {
 };
 
 /* This block's part of every head, from its warps', to the blocks that finish them. */
-static __device__ __forceinline__ void send_parts(decode_shared &m, const decode_share &w) {
+DEVICE void send_parts(decode_shared &m, const decode_share &w) {
     const int warps = w.end > w.begin ? least(ceil_div(w.end - w.begin, DECODE_POS), DECODE_WARPS) : 0;
     for (int i = tid(); i < w.n_g * DECODE_DIM; i += 32 * DECODE_WARPS) {
         const int g = i / DECODE_DIM, d = i % DECODE_DIM;
@@ -4108,7 +4165,7 @@ static __device__ __forceinline__ void send_parts(decode_shared &m, const decode
 
 /* Adds one more part of an output to those so far. */
 struct joined { float top, sum, o; };
-static __device__ __forceinline__ void join(joined &j, float top, float sum, float o) {
+DEVICE void join(joined &j, float top, float sum, float o) {
     const float high = fmaxf(j.top, top), keep = exp2f(j.top - high), more = exp2f(top - high);
     j.top = high;
     j.sum = j.sum * keep + sum * more;
@@ -4116,8 +4173,8 @@ static __device__ __forceinline__ void join(joined &j, float top, float sum, flo
 }
 
 /* The outputs that this block finishes: from all blocks of its cluster to `part` of this cluster, or done. */
-static __device__ __forceinline__ void finish_cluster(const attention_args &a, const decode_shared &m,
-                                                      const decode_share &w, float *part) {
+DEVICE void finish_cluster(const attention_args &a, const decode_shared &m, const decode_share &w,
+                           float *part) {
     for (int i = tid(); i < w.slice; i += 32 * DECODE_WARPS) {
         const int at = w.rank * w.slice + i, g = at / DECODE_DIM;
         joined j = {LOWEST, 0, 0};
@@ -4128,8 +4185,8 @@ static __device__ __forceinline__ void finish_cluster(const attention_args &a, c
 }
 
 /* The same from all clusters, by the block that is the last to come. */
-static __device__ __forceinline__ void finish_all(const attention_args &a, decode_shared &m, const decode_share &w,
-                                                  unsigned *ticket, const float *parts) {
+DEVICE void finish_all(const attention_args &a, decode_shared &m, const decode_share &w, unsigned *ticket,
+                       const float *parts) {
     __threadfence();
     __syncthreads();
     if (tid() == 0) {
@@ -4149,11 +4206,13 @@ static __device__ __forceinline__ void finish_all(const attention_args &a, decod
     }
 }
 
-template <class T, int TERMS> static __global__ void __launch_bounds__(32 * DECODE_WARPS, TERMS == 2 ? 2 : 1)
+template <class T, int TERMS>
+static __global__ void __launch_bounds__(32 * DECODE_WARPS, TERMS == 2 ? 2 : 1)
     attention_decode_kernel(attention_args a) {
     QWEN3_DYNAMIC_SHARED(memory);
     decode_shared &m = *(decode_shared *)(void *)memory;
-    /* the rows were written several kernels before, the cache but for this batch's positions by earlier steps */
+    /* the rows were written several kernels before, the cache but for this batch's positions by earlier
+       steps */
     const decode_share w = share_of_block(a);
     if (w.cluster >= w.active) return;
     const int warp = warp_id(), first = w.begin + warp * DECODE_POS;
@@ -4202,7 +4261,8 @@ static decode_shape shape_decode(const pass *p, const attention_args &a) {
     const cuda_model *m = p->c->m;
     const bool halves = p->c->desc.kv_type != QWEN3_KV_F32, clusters = m->capability >= 90;
     decode_shape s = {0, 1, a.n_head_kv * ceil_div(a.n_head / a.n_head_kv, DECODE_HEADS)};
-    if (!halves || a.head_dim != DECODE_DIM || m->capability < 80 || sizeof(decode_shared) > m->block_shared) return s;
+    if (!halves || a.head_dim != DECODE_DIM || m->capability < 80 || sizeof(decode_shared) > m->block_shared)
+        return s;
     s.ranks = 1;
     while (clusters && s.ranks < DECODE_RANKS && 2 * s.ranks * s.n_groups * p->n <= 2 * m->n_sm) s.ranks *= 2;
     s.clusters = least(most(m->n_sm / (s.ranks * s.n_groups * p->n), 1), DECODE_CLUSTERS);
@@ -4212,13 +4272,14 @@ template <class T, int TERMS>
 static cudaError_t launch_decode(const pass *p, attention_args a, const decode_shape &s) {
     const dim3 grid((unsigned)(s.clusters * s.ranks), (unsigned)s.n_groups, (unsigned)p->n);
     a.ranks = s.ranks;
-    return launch_shared(p->early, s.ranks, p->s, grid, 32 * DECODE_WARPS, sizeof(decode_shared), attention_decode_kernel<T, TERMS>, a);
+    return launch_shared(p->early, s.ranks, p->s, grid, 32 * DECODE_WARPS, sizeof(decode_shared),
+                         attention_decode_kernel<T, TERMS>, a);
 }
 
 /* ---- many rows of a sequence, by tensor cores ---- */
 /* 32 positions of k and v to shared memory; zeros past n. */
 template <class T, int D>
-static __device__ __forceinline__ void load_kv_tile(T *ks, T *vs, const T *k, const T *v, int stride, int p0, int n) {
+DEVICE void load_kv_tile(T *ks, T *vs, const T *k, const T *v, int stride, int p0, int n) {
     for (int i = tid(); i < TILE_POS * D / 8; i += 128) {
         const int p = i / (D / 8), chunk = i % (D / 8);
         const bool valid = p0 + p < n;
@@ -4230,22 +4291,17 @@ static __device__ __forceinline__ void load_kv_tile(T *ks, T *vs, const T *k, co
 }
 
 /* One row of q as TERMS 16-bit rows that add up to q * 2^k; returns 2^-k. By one warp. */
-template <class T, int D, int TERMS>
-static __device__ __forceinline__ float split_q_row(T *qs, int row, const float *q) {
+template <class T, int D, int TERMS> DEVICE float split_q_row(T *qs, int row, const float *q) {
     const int lane = lane_id();
     float v[D / 32], top = 0;
-#pragma unroll
-    for (int i = 0; i < D / 32; i++) {
+    UNROLL for (int i = 0; i < D / 32; i++) {
         v[i] = q ? q[lane * (D / 32) + i] : 0.0f;
         top = fmaxf(top, fabsf(v[i]));
     }
     const float up = half_scale(warp_max(top));
-#pragma unroll
-    for (int i = 0; i < D / 32; i++) v[i] *= up;
-#pragma unroll
-    for (int t = 0; t < TERMS; t++)
-#pragma unroll
-        for (int i = 0; i < D / 32; i += 2) {
+    UNROLL for (int i = 0; i < D / 32; i++) v[i] *= up;
+    UNROLL for (int t = 0; t < TERMS; t++)
+        UNROLL for (int i = 0; i < D / 32; i += 2) {
             const int d = lane * (D / 32) + i;
             *(unsigned *)(void *)(qs + (size_t)t * TILE_ROWS * D + tile_at<D>(row, d / 8) + d % 8) =
                 pack(v[i], v[i + 1], T());
@@ -4253,145 +4309,155 @@ static __device__ __forceinline__ float split_q_row(T *qs, int row, const float 
     return 1.0f / up;
 }
 
-/* attention, many rows of a sequence: the same result by tensor cores. A tile is up to 64 (token, head) rows of
-   one group of heads, token-major; grid (tiles, n_head_kv), 4 warps of 16 rows; positions in steps of 32, two
-   stages in shared memory. q and the weights p go in as TERMS 16-bit terms each (2 of F16, 3 of BF16), so what
-   is lost is float32's rounding, not theirs; each step's sums start from zero and are added in float32.
+/* What is known of this thread's two rows, quad and quad + 8 of its warp's 16: what makes scores powers of
+   two, the last position that it sees, the largest score, the sum of the weights. */
+struct tile_rows { float scale[2]; int last[2]; float top[2], sum[2]; };
+
+/* The tile's rows of q to shared memory, by the warps that need them. */
+template <class T, int D, int TERMS>
+DEVICE void tile_begin(tile_rows &rows, T *qs, const attention_args &a, const attention_tile &tile,
+                       int kv_head) {
+    const int group = a.n_head / a.n_head_kv, warp = warp_id(), quad = lane_id() / 4;
+    for (int i = 0; i < 16; i++) {
+        const int row = warp * 16 + i, token = row / group;
+        const float *q = token < tile.n_tokens ? a.q + (size_t)(tile.row0 + token) * a.ldq +
+                                                     (size_t)(kv_head * group + row % group) * D :
+                                                 NULL;
+        const float s = split_q_row<T, D, TERMS>(qs, row, q) * a.scale * LOG2E;
+        if (i == quad) rows.scale[0] = s;
+        if (i == quad + 8) rows.scale[1] = s;
+    }
+    UNROLL for (int i = 0; i < 2; i++) {
+        const int token = (warp * 16 + quad + 8 * i) / group;
+        rows.last[i] = tile.pos0 + (token < tile.n_tokens ? token : tile.n_tokens - 1);
+        rows.top[i] = LOWEST;
+        rows.sum[i] = 0;
+    }
+}
+
+/* q k: of rows quad, quad + 8; positions 8 i + pair, + 1 */
+template <class T, int D, int TERMS>
+DEVICE void tile_scores(float (&s)[TILE_POS / 8][4], const T *qs, const T *kt) {
+    const int lane = lane_id();
+    UNROLL for (int i = 0; i < TILE_POS / 8; i++)
+        UNROLL for (int j = 0; j < 4; j++) s[i][j] = 0;
+    UNROLL for (int d = 0; d < D / 8; d += 2) {
+        unsigned b[TILE_POS / 16][4], f[4];
+        UNROLL for (int i = 0; i < TILE_POS / 16; i++)
+            load_matrices(b[i], kt + tile_at<D>(i * 16 + lane % 8 + lane / 16 * 8, d + lane / 8 % 2));
+        UNROLL for (int t = TERMS - 1; t >= 0; t--) {
+            load_matrices(f, qs + t * TILE_ROWS * D + tile_at<D>(warp_id() * 16 + lane % 16, d + lane / 16));
+            UNROLL for (int i = 0; i < TILE_POS / 16; i++) {
+                multiply(s[2 * i], f, b[i][0], b[i][1], T());
+                multiply(s[2 * i + 1], f, b[i][2], b[i][3], T());
+            }
+        }
+    }
+}
+
+/* Scores of positions from p0 on to weights; keep: what the sums so far are to be multiplied by. */
+DEVICE void tile_weigh(float (&s)[TILE_POS / 8][4], float (&keep)[2], tile_rows &rows, int p0) {
+    const int pair = lane_id() % 4 * 2;
+    UNROLL for (int r = 0; r < 2; r++) {
+        float high = rows.top[r], part = 0;
+        UNROLL for (int i = 0; i < TILE_POS / 8; i++)
+            UNROLL for (int j = 0; j < 2; j++) {
+                float &x = s[i][2 * r + j];
+                x = p0 + i * 8 + pair + j <= rows.last[r] ? x * rows.scale[r] : LOWEST;
+                high = fmaxf(high, x);
+            }
+        high = fmaxf(high, __shfl_xor_sync(ALL, high, 1));
+        high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
+        keep[r] = exp2f(rows.top[r] - high);
+        rows.top[r] = high;
+        UNROLL for (int i = 0; i < TILE_POS / 8; i++)
+            UNROLL for (int j = 0; j < 2; j++) {
+                float &x = s[i][2 * r + j];
+                x = exp2f(x - high + 14.0f);            /* times 2^14: F16 then has the small ones, too */
+                part += x;
+            }
+        rows.sum[r] = rows.sum[r] * keep[r] + part;
+    }
+}
+
+/* o = o keep + weights v */
+template <class T, int D, int TERMS>
+DEVICE void tile_values(float (&o)[D / 8][4], float (&s)[TILE_POS / 8][4], const float (&keep)[2],
+                        const T *vt) {
+    const int lane = lane_id();
+    unsigned p[TERMS][TILE_POS / 16][4];                /* the weights, as left operands */
+    UNROLL for (int t = 0; t < TERMS; t++)
+        UNROLL for (int i = 0; i < TILE_POS / 16; i++)
+            UNROLL for (int j = 0; j < 4; j++)
+                p[t][i][j] = pack(s[2 * i + j / 2][j % 2 * 2], s[2 * i + j / 2][j % 2 * 2 + 1], T());
+    UNROLL for (int d = 0; d < D / 8; d += 2) {
+        float sums[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
+        unsigned b[4];
+        UNROLL for (int i = 0; i < TILE_POS / 16; i++) {
+            load_matrices_transposed(b, vt + tile_at<D>(i * 16 + lane % 16, d + lane / 16));
+            UNROLL for (int t = TERMS - 1; t >= 0; t--) {
+                multiply(sums[0], p[t][i], b[0], b[1], T());
+                multiply(sums[1], p[t][i], b[2], b[3], T());
+            }
+        }
+        UNROLL for (int j = 0; j < 4; j++) {
+            o[d][j] = o[d][j] * keep[j / 2] + sums[0][j];
+            o[d + 1][j] = o[d + 1][j] * keep[j / 2] + sums[1][j];
+        }
+    }
+}
+
+template <int D>
+DEVICE void tile_store(const attention_args &a, const attention_tile &tile, const float (&o)[D / 8][4],
+                       tile_rows &rows, int kv_head) {
+    const int group = a.n_head / a.n_head_kv;
+    UNROLL for (int r = 0; r < 2; r++) {
+        const int row = warp_id() * 16 + lane_id() / 4 + 8 * r, token = row / group;
+        rows.sum[r] += __shfl_xor_sync(ALL, rows.sum[r], 1);
+        rows.sum[r] += __shfl_xor_sync(ALL, rows.sum[r], 2);
+        if (token >= tile.n_tokens) continue;
+        const float scale = 1.0f / rows.sum[r];
+        float *to = a.out + (size_t)(tile.row0 + token) * a.ldo +
+                    (size_t)(kv_head * group + row % group) * D + lane_id() % 4 * 2;
+        UNROLL for (int i = 0; i < D / 8; i++)
+            *(float2 *)(void *)(to + i * 8) = make_float2(o[i][2 * r] * scale, o[i][2 * r + 1] * scale);
+    }
+}
+
+/* attention, many rows of a sequence: the same result by tensor cores. A tile is up to 64 (token, head) rows
+   of one group of heads, token-major; grid (tiles, n_head_kv), 4 warps of 16 rows; positions in steps of 32,
+   two stages in shared memory. q and the weights p go in as TERMS 16-bit terms each (2 of F16, 3 of BF16), so
+   what is lost is float32's rounding, not theirs; each step's sums start from zero and are added in float32.
    Equals qwen3i_attention. Needs head_dim D, group <= 64 and a 16-bit cache; BF16 needs sm_80. */
-template <class T, int D, int TERMS> static __global__ void __launch_bounds__(128, 1)
+template <class T, int D, int TERMS>
+static __global__ void __launch_bounds__(128, 1)
     attention_tile_kernel(attention_args a, const attention_tile *tiles) {
     QWEN3_DYNAMIC_SHARED(memory);
     T *qs = (T *)(void *)memory, *ks = qs + TERMS * TILE_ROWS * D, *vs = ks + 2 * TILE_POS * D;
     const attention_tile tile = tiles[gridDim.x - 1 - blockIdx.x];      /* the longest first */
-    const int group = a.n_head / a.n_head_kv, kv_head = block_y();
-    const int warp = warp_id(), lane = lane_id(), quad = lane / 4, pair = lane % 4 * 2;
-    const int n = tile.pos0 + tile.n_tokens, stride = a.kv.kv_dim;
+    const int kv_head = block_y(), n = tile.pos0 + tile.n_tokens, stride = a.kv.kv_dim;
     const T *k = (const T *)a.kv.k + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * D;
     const T *v = (const T *)a.kv.v + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * D;
+    tile_rows rows;
+    float o[D / 8][4];
+    UNROLL for (int i = 0; i < D / 8; i++)
+        UNROLL for (int j = 0; j < 4; j++) o[i][j] = 0;
     load_kv_tile<T, D>(ks, vs, k, v, stride, 0, n);
-
-    float scale[2] = {0, 0};            /* of this thread's two rows: to scores in powers of two */
-    for (int i = 0; i < 16; i++) {
-        const int row = warp * 16 + i, token = row / group;
-        const float *q = token < tile.n_tokens
-                             ? a.q + (size_t)(tile.row0 + token) * a.ldq + (size_t)(kv_head * group + row % group) * D
-                             : NULL;
-        const float s = split_q_row<T, D, TERMS>(qs, row, q) * a.scale * LOG2E;
-        if (i == quad) scale[0] = s;
-        if (i == quad + 8) scale[1] = s;
-    }
-    int last[2];                        /* the last position that each of them sees */
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int token = (warp * 16 + quad + 8 * i) / group;
-        last[i] = tile.pos0 + (token < tile.n_tokens ? token : tile.n_tokens - 1);
-    }
-    float o[D / 8][4], top[2] = {LOWEST, LOWEST}, sum[2] = {0, 0};
-#pragma unroll
-    for (int i = 0; i < D / 8; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) o[i][j] = 0;
-
+    tile_begin<T, D, TERMS>(rows, qs, a, tile, kv_head);
     for (int p0 = 0, stage = 0; p0 < n; p0 += TILE_POS, stage ^= 1) {
+        const int next = (stage ^ 1) * TILE_POS * D;
+        float s[TILE_POS / 8][4], keep[2];
         if (p0 + TILE_POS < n) {
-            load_kv_tile<T, D>(ks + (stage ^ 1) * TILE_POS * D, vs + (stage ^ 1) * TILE_POS * D, k, v, stride,
-                               p0 + TILE_POS, n);
+            load_kv_tile<T, D>(ks + next, vs + next, k, v, stride, p0 + TILE_POS, n);
             copy_wait<1>();
         } else copy_wait<0>();
         __syncthreads();
-        const T *kt = ks + stage * TILE_POS * D, *vt = vs + stage * TILE_POS * D;
-
-        float s[TILE_POS / 8][4];       /* scores: rows quad, quad + 8; positions 8 i + pair, + 1 */
-#pragma unroll
-        for (int i = 0; i < TILE_POS / 8; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) s[i][j] = 0;
-#pragma unroll
-        for (int d = 0; d < D / 8; d += 2) {
-            unsigned b[TILE_POS / 16][4], f[4];
-#pragma unroll
-            for (int i = 0; i < TILE_POS / 16; i++)
-                load_matrices(b[i], kt + tile_at<D>(i * 16 + lane % 8 + lane / 16 * 8, d + lane / 8 % 2));
-#pragma unroll
-            for (int t = TERMS - 1; t >= 0; t--) {
-                load_matrices(f, qs + t * TILE_ROWS * D + tile_at<D>(warp * 16 + lane % 16, d + lane / 16));
-#pragma unroll
-                for (int i = 0; i < TILE_POS / 16; i++) {
-                    multiply(s[2 * i], f, b[i][0], b[i][1], T());
-                    multiply(s[2 * i + 1], f, b[i][2], b[i][3], T());
-                }
-            }
-        }
-
-        float keep[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            float high = top[r], part = 0;
-#pragma unroll
-            for (int i = 0; i < TILE_POS / 8; i++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float &x = s[i][2 * r + j];
-                    x = p0 + i * 8 + pair + j <= last[r] ? x * scale[r] : LOWEST;
-                    high = fmaxf(high, x);
-                }
-            high = fmaxf(high, __shfl_xor_sync(ALL, high, 1));
-            high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
-            keep[r] = exp2f(top[r] - high);
-            top[r] = high;
-#pragma unroll
-            for (int i = 0; i < TILE_POS / 8; i++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    float &x = s[i][2 * r + j];
-                    x = exp2f(x - high + 14.0f);        /* times 2^14: F16 then has the small ones, too */
-                    part += x;
-                }
-            sum[r] = sum[r] * keep[r] + part;
-        }
-
-        unsigned p[TERMS][TILE_POS / 16][4];            /* the weights, as left operands */
-#pragma unroll
-        for (int t = 0; t < TERMS; t++)
-#pragma unroll
-            for (int i = 0; i < TILE_POS / 16; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    p[t][i][j] = pack(s[2 * i + j / 2][j % 2 * 2], s[2 * i + j / 2][j % 2 * 2 + 1], T());
-#pragma unroll
-        for (int d = 0; d < D / 8; d += 2) {
-            float sums[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
-            unsigned b[4];
-#pragma unroll
-            for (int i = 0; i < TILE_POS / 16; i++) {
-                load_matrices_transposed(b, vt + tile_at<D>(i * 16 + lane % 16, d + lane / 16));
-#pragma unroll
-                for (int t = TERMS - 1; t >= 0; t--) {
-                    multiply(sums[0], p[t][i], b[0], b[1], T());
-                    multiply(sums[1], p[t][i], b[2], b[3], T());
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                o[d][j] = o[d][j] * keep[j / 2] + sums[0][j];
-                o[d + 1][j] = o[d + 1][j] * keep[j / 2] + sums[1][j];
-            }
-        }
+        tile_scores<T, D, TERMS>(s, qs, ks + stage * TILE_POS * D);
+        tile_weigh(s, keep, rows, p0);
+        tile_values<T, D, TERMS>(o, s, keep, vs + stage * TILE_POS * D);
         __syncthreads();                /* before the next step overwrites this stage */
     }
-
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int row = warp * 16 + quad + 8 * r, token = row / group;
-        sum[r] += __shfl_xor_sync(ALL, sum[r], 1);
-        sum[r] += __shfl_xor_sync(ALL, sum[r], 2);
-        if (token >= tile.n_tokens) continue;
-        const float scale_out = 1.0f / sum[r];
-        float *to = a.out + (size_t)(tile.row0 + token) * a.ldo + (size_t)(kv_head * group + row % group) * D + pair;
-#pragma unroll
-        for (int i = 0; i < D / 8; i++)
-            *(float2 *)(void *)(to + i * 8) = make_float2(o[i][2 * r] * scale_out, o[i][2 * r + 1] * scale_out);
-    }
+    tile_store<D>(a, tile, o, rows, kv_head);
 }
 
 template <class T, int D, int TERMS> static size_t attention_tile_shared() {
@@ -4428,8 +4494,10 @@ static qwen3_result rows_attention(const pass *p, int layer) {
     }
     const decode_shape s = shape_decode(p, a);
 #define CALL(T) attention_split<T>(p, a)
-    return launched(p, s.ranks == 0 ? BY_KV_TYPE(p->c, CALL) :
-                       p->c->desc.kv_type == QWEN3_KV_BF16 ? launch_decode<bf16_t, 3>(p, a, s) : launch_decode<half_t, 2>(p, a, s),
+    return launched(p,
+                    s.ranks == 0                        ? BY_KV_TYPE(p->c, CALL) :
+                    p->c->desc.kv_type == QWEN3_KV_BF16 ? launch_decode<bf16_t, 3>(p, a, s) :
+                                                          launch_decode<half_t, 2>(p, a, s),
                     "attention");
 #undef CALL
 }
@@ -4442,42 +4510,43 @@ struct wide_attention_args {
 };
 
 #ifdef QWEN3_WGMMA
-struct attention_stage { mbarrier k_full, k_empty, v_full, v_empty; };  /* empty: the eight warps that multiply */
+/* empty: the eight warps that multiply */
+struct attention_stage { mbarrier k_full, k_empty, v_full, v_empty; };
 
 const int ATTENTION_STAGES = 2;
 
-static __device__ __forceinline__ void load_positions(unsigned char *to, const CUtensorMap *map, int head, int pos,
-                                                      int z, mbarrier *full, mbarrier *empty, unsigned turn) {
+DEVICE void load_positions(unsigned char *to, const CUtensorMap *map, int head, int pos, int z,
+                           mbarrier *full, mbarrier *empty, unsigned turn) {
     barrier_wait(empty, (turn / ATTENTION_STAGES & 1) ^ 1);
     barrier_expect(full, 2 * (unsigned)WIDE_HALF);
     load_tile(to, map, head * WIDE_DIM, pos, z, full);
     load_tile(to + WIDE_HALF, map, head * WIDE_DIM + WIDE_K, pos, z, full);
 }
 
-/* The tile's rows of q, (token, head) after (token, head). Those of tokens that it has not are never stored. */
-static __device__ __forceinline__ void load_wide_q(unsigned char *to, const CUtensorMap *map, const attention_tile &tile,
-                                                   int kv_head, int group, mbarrier *full) {
+/* The tile's rows of q, (token, head) after (token, head). Those of tokens that it has not are never
+   stored. */
+DEVICE void load_wide_q(unsigned char *to, const CUtensorMap *map, const attention_tile &tile, int kv_head,
+                        int group, mbarrier *full) {
     barrier_expect(full, (unsigned)(WIDE_M / group * group * WIDE_DIM) * 2);
     load_tile(to, map, 0, kv_head * group, tile.row0, full);
     load_tile(to + WIDE_HALF, map, WIDE_K, kv_head * group, tile.row0, full);
 }
 
 /* s = q k^T for 128 positions */
-static __device__ __forceinline__ void wide_scores(float (&s)[64], const unsigned char *q, const unsigned char *k) {
+DEVICE void wide_scores(float (&s)[64], const unsigned char *q, const unsigned char *k) {
     products_begin();
-#pragma unroll
-    for (int j = 0; j < WIDE_DIM / 16; j++) {
+    UNROLL for (int j = 0; j < WIDE_DIM / 16; j++) {
         const size_t at = WIDE_HALF * (size_t)(j / 4);
-        wide_multiply(s, operand(q + at) + 2 * (unsigned)(j % 4), operand(k + at) + 2 * (unsigned)(j % 4), j > 0);
+        wide_multiply(s, operand(q + at) + 2 * (unsigned)(j % 4), operand(k + at) + 2 * (unsigned)(j % 4),
+                      j > 0);
     }
     products_commit();
 }
 
 /* o += p v for 128 positions */
-static __device__ __forceinline__ void wide_values(float (&o)[64], const unsigned (&p)[8][4], const unsigned char *v) {
+DEVICE void wide_values(float (&o)[64], const unsigned (&p)[8][4], const unsigned char *v) {
     products_begin();
-#pragma unroll
-    for (int j = 0; j < WIDE_POS / 16; j++)
+    UNROLL for (int j = 0; j < WIDE_POS / 16; j++)
         wide_multiply(o, p[j], operand(v, (unsigned)WIDE_HALF) + 128 * (unsigned)j, 1);
     products_commit();
 }
@@ -4485,29 +4554,22 @@ static __device__ __forceinline__ void wide_values(float (&o)[64], const unsigne
 struct softmax_rows { float top[2], sum[2], keep[2]; int last[2]; };    /* of this thread's two rows */
 
 /* Scores to weights times 2^14 (F16 then has the small ones, too), with what is known of the rows so far. */
-static __device__ __forceinline__ void wide_softmax(float (&s)[64], softmax_rows &rows, int pos, bool mask,
-                                                    float scale) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
+DEVICE void wide_softmax(float (&s)[64], softmax_rows &rows, int pos, bool mask, float scale) {
+    UNROLL for (int r = 0; r < 2; r++) {
         float high = rows.top[r], part = 0;
         if (mask) {
             const int left = rows.last[r] - pos - 2 * (lane_id() % 4);
-#pragma unroll
-            for (int i = 0; i < 16; i++)
-#pragma unroll
-                for (int j = 0; j < 2; j++) if (8 * i + j > left) s[4 * i + 2 * r + j] = LOWEST;
+            UNROLL for (int i = 0; i < 16; i++)
+                UNROLL for (int j = 0; j < 2; j++) if (8 * i + j > left) s[4 * i + 2 * r + j] = LOWEST;
         }
-#pragma unroll
-        for (int i = 0; i < 16; i++) high = fmaxf(high, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
+        UNROLL for (int i = 0; i < 16; i++) high = fmaxf(high, fmaxf(s[4 * i + 2 * r], s[4 * i + 2 * r + 1]));
         high = fmaxf(high, __shfl_xor_sync(ALL, high, 1));
         high = fmaxf(high, __shfl_xor_sync(ALL, high, 2));
         rows.keep[r] = exp2_fast((rows.top[r] - high) * scale);
         rows.top[r] = high;
         const float offset = high * scale - 14.0f;
-#pragma unroll
-        for (int i = 0; i < 16; i++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
+        UNROLL for (int i = 0; i < 16; i++)
+            UNROLL for (int j = 0; j < 2; j++) {
                 float &x = s[4 * i + 2 * r + j];
                 x = exp2_fast(x * scale - offset);
                 part += x;
@@ -4516,15 +4578,14 @@ static __device__ __forceinline__ void wide_softmax(float (&s)[64], softmax_rows
     }
 }
 
-static __device__ __forceinline__ void weights_to_halves(unsigned (&p)[8][4], const float (&s)[64]) {
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) p[i][j] = round_halves(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
+DEVICE void weights_to_halves(unsigned (&p)[8][4], const float (&s)[64]) {
+    UNROLL for (int i = 0; i < 8; i++)
+        UNROLL for (int j = 0; j < 4; j++) p[i][j] = round_halves(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
 }
 
-static __device__ void wide_attend(const wide_attention_args &a, const attention_tile &tile, unsigned char *memory,
-                                   mbarrier *q_full, attention_stage *stages, int kv_head, int group) {
+static __device__ void wide_attend(const wide_attention_args &a, const attention_tile &tile,
+                                   unsigned char *memory, mbarrier *q_full, attention_stage *stages,
+                                   int kv_head, int group) {
     unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
     const unsigned char *q = memory + WIDE_HALF / 2 * (size_t)group;
     const int first = 64 * group, row0 = first + warp_id() % 4 * 16 + lane_id() / 4;
@@ -4533,15 +4594,13 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
     float s[64], o[64];
     unsigned p[8][4];
     softmax_rows rows;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
+    UNROLL for (int r = 0; r < 2; r++) {
         const int token = (row0 + 8 * r) / a.group;
         rows.last[r] = tile.pos0 + (token < tile.n_tokens ? token : tile.n_tokens - 1);
         rows.top[r] = LOWEST;
         rows.sum[r] = 0;
     }
-#pragma unroll
-    for (int i = 0; i < 64; i++) s[i] = o[i] = 0;
+    UNROLL for (int i = 0; i < 64; i++) s[i] = o[i] = 0;
     barrier_wait(q_full, 0);
     barrier_wait(&stages[0].k_full, 0);
     wide_scores(s, q, ks);
@@ -4567,8 +4626,7 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
         products_wait<0>();
         products_done(o);
         if (lane_id() == 0) barrier_arrive(&stages[before].v_empty);
-#pragma unroll
-        for (int i = 0; i < 64; i++) o[i] *= rows.keep[i / 2 % 2];
+        UNROLL for (int i = 0; i < 64; i++) o[i] *= rows.keep[i / 2 % 2];
         weights_to_halves(p, s);
     }
     const int at = (steps - 1) % ATTENTION_STAGES;
@@ -4578,27 +4636,26 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
     wide_values(o, p, vs + 2 * WIDE_HALF * (size_t)at);
     products_wait<0>();
     products_done(o);
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
+    UNROLL for (int r = 0; r < 2; r++) {
         const int row = row0 + 8 * r, token = row / a.group;
         rows.sum[r] += __shfl_xor_sync(ALL, rows.sum[r], 1);
         rows.sum[r] += __shfl_xor_sync(ALL, rows.sum[r], 2);
         const float over = 1.0f / rows.sum[r];
         unsigned w[16];
-#pragma unroll
-        for (int j = 0; j < 16; j++) w[j] = pack_halves(o[4 * j + 2 * r] * over, o[4 * j + 2 * r + 1] * over);
-        store_words<16>(token < tile.n_tokens
-                             ? a.out + ((size_t)(tile.row0 + token) * a.n_head + (size_t)(kv_head * a.group + row % a.group)) *
-                                           WIDE_DIM
-                             : NULL, w);
+        UNROLL for (int j = 0; j < 16; j++)
+            w[j] = pack_halves(o[4 * j + 2 * r] * over, o[4 * j + 2 * r + 1] * over);
+        store_words<16>(token < tile.n_tokens ? a.out + ((size_t)(tile.row0 + token) * a.n_head +
+                                                         (size_t)(kv_head * a.group + row % a.group)) *
+                                                            WIDE_DIM :
+                                                NULL,
+                        w);
     }
 }
 
 /* The tile's positions, from the last to the first. */
-static __device__ __forceinline__ void wide_attention_load(const CUtensorMap *k_map, const CUtensorMap *v_map,
-                                                           const wide_attention_args &a, const attention_tile &tile,
-                                                           unsigned char *ks, unsigned char *vs, attention_stage *stages,
-                                                           int kv_head) {
+DEVICE void wide_attention_load(const CUtensorMap *k_map, const CUtensorMap *v_map,
+                                const wide_attention_args &a, const attention_tile &tile, unsigned char *ks,
+                                unsigned char *vs, attention_stage *stages, int kv_head) {
     const int steps = ceil_div(tile.pos0 + tile.n_tokens, WIDE_POS), z = a.layer * a.max_seqs + tile.seq;
     for (int step = 0; step <= steps; step++) {
         const int i = step % ATTENTION_STAGES, before = (step + ATTENTION_STAGES - 1) % ATTENTION_STAGES;
@@ -4612,12 +4669,15 @@ static __device__ __forceinline__ void wide_attention_load(const CUtensorMap *k_
 }
 #endif
 
-/* wide_attention: as attention_tile, head_dim 128 and an F16 cache. A tile is up to 128 (token, head) rows; grid
-   (n_head_kv, tiles). q, the weights and the result are rounded once each to F16; scores, softmax and sums are
-   float32. Positions go in steps of 128, backwards: only the first steps need the mask. Equals qwen3i_attention. */
+/* wide_attention: as attention_tile, head_dim 128 and an F16 cache. A tile is up to 128 (token, head) rows;
+   grid (n_head_kv, tiles). q, the weights and the result are rounded once each to F16; scores, softmax and
+   sums are float32. Positions go in steps of 128, backwards: only the first steps need the mask. Equals
+   qwen3i_attention. */
 static __global__ void __launch_bounds__(WIDE_THREADS, 1)
-    wide_attention_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
-                          const __grid_constant__ CUtensorMap v_map, wide_attention_args a, const attention_tile *tiles) {
+    wide_attention_kernel(const __grid_constant__ CUtensorMap q_map,
+                          const __grid_constant__ CUtensorMap k_map,
+                          const __grid_constant__ CUtensorMap v_map, wide_attention_args a,
+                          const attention_tile *tiles) {
 #ifdef QWEN3_WGMMA
     QWEN3_DYNAMIC_SHARED(raw);
     unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
@@ -4664,15 +4724,17 @@ static qwen3_result many_attention(const pass *p, int layer) {
     a.layer = layer;
     a.max_seqs = c->desc.max_seqs;
     a.scale = from.scale;
-    return launched(p, launch_early(p->early, p->s, grid2(from.n_head_kv, p->n_tiles), WIDE_THREADS,
-                                    WIDE_ATTENTION_SHARED, wide_attention_kernel, get_map(c->q_map), get_map(c->k_map),
-                                    get_map(c->v_map), a, (const attention_tile *)c->tile_list), "wide_attention");
+    return launched(p,
+                    launch_early(p->early, p->s, grid2(from.n_head_kv, p->n_tiles), WIDE_THREADS,
+                                 WIDE_ATTENTION_SHARED, wide_attention_kernel, get_map(c->q_map),
+                                 get_map(c->k_map), get_map(c->v_map), a,
+                                 (const attention_tile *)c->tile_list),
+                    "wide_attention");
 }
 
 /* ================================================================================================
    OUTPUT: x = x + Wo a
    ================================================================================================ */
-
 static qwen3_result vector_o_proj(const pass *p, int layer) {
     cuda_ctx *c = p->c;
     return matvec<true>(p, c->x, c->embd_ld, NULL, c->m->layers[layer].wo, c->attn, c->q_dim, p->n);
@@ -4708,11 +4770,10 @@ static qwen3_result many_o_proj(const pass *p, int layer) {
 /* ================================================================================================
    MLP: m = silu(Wgate h) * (Wup h); x = x + Wdown m
    ================================================================================================ */
+DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
 
-static __device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
-
-/* mlp: y[r, i] = silu(gate_i) * up_i in float32, where gate = W[0 .. n_ff) x[r] and up = W[n_ff .. 2 n_ff) x[r].
-   A warp has at most P pairs of rows. Equals qwen3i_swiglu of the two products. */
+/* mlp: y[r, i] = silu(gate_i) * up_i in float32, where gate = W[0 .. n_ff) x[r] and up = W[n_ff .. 2 n_ff)
+   x[r]. A warp has at most P pairs of rows. Equals qwen3i_swiglu of the two products. */
 template <class W, int R, int P>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS) mlp_kernel(matvec_in in, float *y, int ldy) {
     __shared__ float4 xs[MATVEC_TILE / 4];
@@ -4720,40 +4781,32 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS) mlp_kernel(matvec_in
     int pair[P], rows[2 * P];
     float acc[2 * P][R];
     matvec_rows<P>(pair, n_ff);
-#pragma unroll
-    for (int j = 0; j < P; j++) { rows[2 * j] = pair[j]; rows[2 * j + 1] = pair[j] < 0 ? -1 : n_ff + pair[j]; }
+    UNROLL for (int j = 0; j < P; j++) {
+        rows[2 * j] = pair[j];
+        rows[2 * j + 1] = pair[j] < 0 ? -1 : n_ff + pair[j];
+    }
     dot_rows<W, R, 2 * P>(acc, rows, in, xs);
     if (threadIdx.x % 32 != 0) return;
-#pragma unroll
-    for (int r = 0; r < R; r++)
-#pragma unroll
-        for (int j = 0; j < P; j++)
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < P; j++)
             if (r < in.rows && pair[j] >= 0)
                 y[(size_t)r * ldy + pair[j]] = silu(acc[2 * j][r]) * acc[2 * j + 1][r];
 }
 
-/* Pairs that a warp takes of n: three if that does all of them at once; otherwise two, with more of each on the way. */
-static int pairs_a_warp(const pass *p, int n) { return ceil_div(n, p->c->m->n_sm * MATVEC_WARPS) <= 3 ? 3 : 2; }
-
-template <class W, int R, int P>
+template <class W, int R>
 static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int ldy) {
-    const share s = matvec_share(p, in.n / 2, R == 1 ? pairs_a_warp(p, in.n / 2) : P);
-    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, mlp_kernel<W, R, P>, in, y, ldy);
+    const int PAIRS = R == 1 ? 2 : 1;
+    return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n / 2, PAIRS)), 32 * MATVEC_WARPS, 0,
+                        mlp_kernel<W, R, PAIRS>, in, y, ldy);
 }
 template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in &in, float *y, int ldy) {
-    if (in.rows > 4) return launch_mlp<W, 8, 1>(p, in, y, ldy);
-    if (in.rows > 2) return launch_mlp<W, 4, 1>(p, in, y, ldy);
-    if (in.rows > 1) return launch_mlp<W, 2, 1>(p, in, y, ldy);
-    switch (matvec_share(p, in.n / 2, pairs_a_warp(p, in.n / 2)).rows) {
-        case 1:  return launch_mlp<W, 1, 1>(p, in, y, ldy);
-        case 2:  return launch_mlp<W, 1, 2>(p, in, y, ldy);
-        default: return launch_mlp<W, 1, 3>(p, in, y, ldy);
-    }
+    return in.rows > 4 ? launch_mlp<W, 8>(p, in, y, ldy) : in.rows > 1 ? launch_mlp<W, 4>(p, in, y, ldy) :
+                                                                         launch_mlp<W, 1>(p, in, y, ldy);
 }
 
 /* stream_mlp: as mlp_kernel for one row of x. */
-template <int P, int RING> static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
-    stream_mlp_kernel(matvec_in in, float *y) {
+template <int P, int RING>
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2) stream_mlp_kernel(matvec_in in, float *y) {
     QWEN3_DYNAMIC_SHARED(memory);
     const int lane = lane_id();
     stream_rows<2 * P, true, RING>(
@@ -4790,24 +4843,23 @@ static qwen3_result vector_down(const pass *p, int layer) {
 
 /* ---- after a product by cuBLASLt ---- */
 /* swiglu: m = silu(gate) * up for gate_up [rows, 2 n_ff], times scale[row] before, as the input of the down
-   projection [rows, ld], zero from n_ff on. The product is float32; only the scaled result is rounded.
-   One block a row; a thread keeps up to 4 VECTORS values, N at a time. Equals qwen3i_swiglu, and one rounding. */
-template <class O, int N> static __global__ void __launch_bounds__(1024)
-    swiglu_kernel(O *out, float *out_scale, const float *gate_up, const float *scale, int n_ff, int ld_in, int ld,
-                  size_t rest) {
+   projection [rows, ld], zero from n_ff on. The product is float32; only the scaled result is rounded. One
+   block a row; a thread keeps up to 4 VECTORS values, N at a time. Equals qwen3i_swiglu, and one rounding. */
+template <class O, int N>
+static __global__ void __launch_bounds__(1024)
+    swiglu_kernel(O *out, float *out_scale, const float *gate_up, const float *scale, int n_ff, int ld_in,
+                  int ld, size_t rest) {
     __shared__ float shared[32];
     const float *gate = gate_up + (size_t)blockIdx.x * ld_in, *up_in = gate + n_ff;
     const float s = scale ? scale[blockIdx.x] : 1.0f;
     const int step = n_threads() * N;
     float m[VECTORS * 4 / N][N], u[N], top = 0, up = 1;
-#pragma unroll
-    for (int j = 0; j < VECTORS * 4 / N; j++) {
+    UNROLL for (int j = 0; j < VECTORS * 4 / N; j++) {
         const int i = tid() * N + j * step;
         if (i >= n_ff) break;
         load_n<N>(m[j], gate + i);
         load_n<N>(u, up_in + i);
-#pragma unroll
-        for (int k = 0; k < N; k++) {
+        UNROLL for (int k = 0; k < N; k++) {
             m[j][k] = silu(m[j][k] * s) * (u[k] * s);
             top = fmaxf(top, fabsf(m[j][k]));
         }
@@ -4817,12 +4869,10 @@ template <class O, int N> static __global__ void __launch_bounds__(1024)
         if (tid() == 0) out_scale[blockIdx.x] = 1.0f / up;
     }
     O *to = out + (size_t)blockIdx.x * ld;
-#pragma unroll
-    for (int j = 0; j < VECTORS * 4 / N; j++) {
+    UNROLL for (int j = 0; j < VECTORS * 4 / N; j++) {
         const int i = tid() * N + j * step;
         if (i >= n_ff) break;
-#pragma unroll
-        for (int k = 0; k < N; k++) store_input(to + i + k, m[j][k], up, rest);
+        UNROLL for (int k = 0; k < N; k++) store_input(to + i + k, m[j][k], up, rest);
     }
     for (int i = n_ff + tid(); i < ld; i += n_threads()) store_input(to + i, 0.0f, up, rest);
 }
@@ -4830,13 +4880,14 @@ template <class O, int N> static __global__ void __launch_bounds__(1024)
 template <class O>
 static cudaError_t launch_swiglu(const pass *p, O *out, const matrix &gate_up, size_t rest) {
     cuda_ctx *c = p->c;
-    const int n_ff = c->m->config.n_ff, want = round_up(ceil_div(n_ff, 16), 32), threads = want > 1024 ? 1024 : want;
+    const int n_ff = c->m->config.n_ff, want = round_up(ceil_div(n_ff, 16), 32),
+              threads = want > 1024 ? 1024 : want;
     const float *in = c->gate_up, *scale = act_scale(p, gate_up);
     if (n_ff % 4 == 0)
         return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O, 4>, out, c->act_scale, in, scale, n_ff,
                       2 * c->ff_ld, c->ff_ld, rest);
-    return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O, 1>, out, c->act_scale, in, scale, n_ff, 2 * c->ff_ld,
-                  c->ff_ld, rest);
+    return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O, 1>, out, c->act_scale, in, scale, n_ff,
+                  2 * c->ff_ld, c->ff_ld, rest);
 }
 
 static qwen3_result gemm_mlp(const pass *p, int layer, const input &) {
@@ -4848,15 +4899,16 @@ static qwen3_result gemm_mlp(const pass *p, int layer, const input &) {
 #undef CALL
 }
 
-static qwen3_result gemm_down(const pass *p, int layer) { return product_add(p, p->c->m->layers[layer].w_down); }
+static qwen3_result gemm_down(const pass *p, int layer) {
+    return product_add(p, p->c->m->layers[layer].w_down);
+}
 
 /* ---- Hopper: how its products end ---- */
 #ifdef QWEN3_WGMMA
-static __device__ __forceinline__ void wide_swiglu(const wide_args &g, const float (&acc)[64], int row, int r, int n,
-                                                   float scale, float down) {
+DEVICE void wide_swiglu(const wide_args &g, const float (&acc)[64], int row, int r, int n, float scale,
+                        float down) {
     unsigned w[8];
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
+    UNROLL for (int j = 0; j < 8; j++) {
         const int gate = 4 * j + 2 * r, up = gate + 32;
         w[j] = pack_halves(silu_fast(acc[gate] * scale) * (acc[up] * scale) * down,
                            silu_fast(acc[gate + 1] * scale) * (acc[up + 1] * scale) * down);
@@ -4864,20 +4916,19 @@ static __device__ __forceinline__ void wide_swiglu(const wide_args &g, const flo
     store_words<8>(row < g.rows ? g.out + (size_t)row * g.ldo + n * (WIDE_N / 2) : NULL, w);
 }
 
-static __device__ __forceinline__ void ask_row(const to_mlp &, wide_row &w, const wide_args &g, int i) { w.out = g.out_scale[i]; }
+DEVICE void ask_row(const to_mlp &, wide_row &w, const wide_args &g, int i) { w.out = g.out_scale[i]; }
 template <int PARTS, int M>
-static __device__ __forceinline__ void finish_tile(const to_mlp &, const wide_args &g, const float (&acc)[PARTS][M],
-                                                   const wide_row &row, int r, int n, float scale) {
+DEVICE void finish_tile(const to_mlp &, const wide_args &g, const float (&acc)[PARTS][M], const wide_row &row,
+                        int r, int n, float scale) {
     const float down = 1.0f / row.out;
-#pragma unroll
-    for (int p = 0; p < PARTS; p++) wide_swiglu(g, acc[p], row.at, r, n + p, scale, down);
+    UNROLL for (int p = 0; p < PARTS; p++) wide_swiglu(g, acc[p], row.at, r, n + p, scale, down);
 }
 
-static __device__ __forceinline__ void ask_late(const to_mlp &, few_row &r, const wide_args &g, int i, int) {
+DEVICE void ask_late(const to_mlp &, few_row &r, const wide_args &g, int i, int) {
     r.down = g.out_scale ? 1.0f / g.out_scale[i] : 1.0f;
 }
-static __device__ __forceinline__ void finish_row(const to_mlp &, const wide_args &g, float2 lo, float2 hi, const few_row &r,
-                                                  int row, int tile) {
+DEVICE void finish_row(const to_mlp &, const wide_args &g, float2 lo, float2 hi, const few_row &r, int row,
+                       int tile) {
     *(unsigned *)(void *)(g.out + (size_t)row * g.ldo + tile * (WIDE_M / 2) + 2 * lane_id()) =
         pack_halves(silu_fast(lo.x) * hi.x * r.down, silu_fast(lo.y) * hi.y * r.down);
 }
@@ -4898,10 +4949,12 @@ static wide_args mlp_arguments(const pass *p, int layer, const input &h) {
 }
 
 static qwen3_result few_mlp(const pass *p, int layer, const input &h) {
-    return few_product<to_mlp>(p, p->c->few_h_map, p->c->m->layers[layer].gate_up, mlp_arguments(p, layer, h));
+    return few_product<to_mlp>(p, p->c->few_h_map, p->c->m->layers[layer].gate_up,
+                               mlp_arguments(p, layer, h));
 }
 static qwen3_result many_mlp(const pass *p, int layer, const input &h) {
-    return wide_product<to_mlp>(p, p->c->wide_h_map, p->c->m->layers[layer].gate_up, mlp_arguments(p, layer, h));
+    return wide_product<to_mlp>(p, p->c->wide_h_map, p->c->m->layers[layer].gate_up,
+                                mlp_arguments(p, layer, h));
 }
 
 static qwen3_result few_down(const pass *p, int layer) {
@@ -4916,10 +4969,10 @@ static qwen3_result many_down(const pass *p, int layer) {
 /* ================================================================================================
    LOGITS
    ================================================================================================ */
-
-/* keep_logits: kept[out_slot, :] = logits[row, :] * scale[row] (NULL: 1); slot -1: not kept. Grid (blocks, rows). */
-static __global__ void keep_logits_kernel(float *kept, const float *logits, const float *scale, const row_info *outs,
-                                          int n) {
+/* keep_logits: kept[out_slot, :] = logits[row, :] * scale[row] (NULL: 1); slot -1: not kept. Grid (blocks,
+   rows). */
+static __global__ void keep_logits_kernel(float *kept, const float *logits, const float *scale,
+                                          const row_info *outs, int n) {
     const int slot = outs[blockIdx.y].out_slot;
     const float s = scale ? scale[blockIdx.y] : 1.0f;
     if (slot < 0) return;
@@ -4927,7 +4980,8 @@ static __global__ void keep_logits_kernel(float *kept, const float *logits, cons
         kept[(size_t)slot * n + i] = logits[(size_t)blockIdx.y * n + i] * s;
 }
 
-/* logprob: ln P(out_target) under logits [row, :]; 0 for target -1. One block a row. Equals qwen3i_log_prob. */
+/* logprob: ln P(out_target) under logits [row, :]; 0 for target -1. One block a row. Equals
+   qwen3i_log_prob. */
 static __global__ void logprob_kernel(float *out, const float *logits, const row_info *outs, int n) {
     __shared__ float shared[32];
     const float *l = logits + (size_t)blockIdx.x * n;
@@ -4946,8 +5000,8 @@ static qwen3_result head_norm(const pass *p, int first, int n) {
     const qwen3i_config *g = &c->m->config;
     const float *x = c->x + (p->only_wanted ? (size_t)first * c->embd_ld : 0);
     const row_info *outs = p->only_wanted ? NULL : c->rows + first;
-    const cudaError_t e = launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, x, c->embd_ld, outs, c->m->final_norm, n, 1,
-                                         g->n_embd, c->embd_ld, g->rms_eps);
+    const cudaError_t e = launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, x, c->embd_ld, outs,
+                                         c->m->final_norm, n, 1, g->n_embd, c->embd_ld, g->rms_eps);
     return launched(p, e, "rmsnorm");
 }
 
@@ -4980,11 +5034,11 @@ static qwen3_result gemm_head(const pass *p, int first, int n, bool keep_only) {
 
 /* ---- Hopper: how its products end ---- */
 #ifdef QWEN3_WGMMA
-static __device__ __forceinline__ void ask_early(const to_logits &, few_row &r, const wide_args &g, int i, int) {
+DEVICE void ask_early(const to_logits &, few_row &r, const wide_args &g, int i, int) {
     r.slot = g.outs ? g.outs[i].out_slot : i;
 }
-static __device__ __forceinline__ void finish_row(const to_logits &, const wide_args &g, float2 lo, float2 hi, const few_row &r,
-                                                  int, int tile) {
+DEVICE void finish_row(const to_logits &, const wide_args &g, float2 lo, float2 hi, const few_row &r, int,
+                       int tile) {
     const int at = tile * WIDE_M + 2 * lane_id();
     float *y = g.y + (size_t)r.slot * g.ldy + at;
     if (r.slot < 0) return;
@@ -5033,21 +5087,21 @@ const int WEIGHT_BINS = 16 * QWEN3I_OCTAVES;    /* sixteenths of an octave below
 const int CHOOSE_THREADS = 1024;
 
 /* Larger for what ranks before: higher logit, then lower id. 0: may not be chosen. */
-static __device__ __forceinline__ u64 rank_key(float logit, int id) {
+DEVICE u64 rank_key(float logit, int id) {
     const unsigned u = __float_as_uint(logit + 0.0f);
     if (!qwen3i_allowed(logit)) return 0;
     return (u64)(u & 0x80000000u ? ~u : u | 0x80000000u) << 32 | (0xFFFFFFFFu - (unsigned)id);
 }
-static __device__ __forceinline__ int key_id(u64 key) { return (int)(0xFFFFFFFFu - (unsigned)(key & 0xFFFFFFFFu)); }
-static __device__ __forceinline__ float key_logit(u64 key) {
+DEVICE int key_id(u64 key) { return (int)(0xFFFFFFFFu - (unsigned)(key & 0xFFFFFFFFu)); }
+DEVICE float key_logit(u64 key) {
     const unsigned u = (unsigned)(key >> 32);
     return __uint_as_float(u & 0x80000000u ? u & 0x7FFFFFFFu : ~u);
 }
 
-/* adjust: bias and penalties on a copy of the row's logits. copy [rows, n] (made before); one block a row; a bit
-   for each token in shared memory. Equals qwen3i_adjust without the filter. */
-static __global__ void adjust_kernel(float *copy, const choice *choices, const listed *lists, const int *chosen,
-                                     int n) {
+/* adjust: bias and penalties on a copy of the row's logits. copy [rows, n] (made before); one block a row; a
+   bit for each token in shared memory. Equals qwen3i_adjust without the filter. */
+static __global__ void adjust_kernel(float *copy, const choice *choices, const listed *lists,
+                                     const int *chosen, int n) {
     QWEN3_DYNAMIC_SHARED(memory);
     unsigned *seen = (unsigned *)(void *)memory;
     const choice c = choices[blockIdx.x];
@@ -5077,8 +5131,7 @@ static __global__ void copy_logits_kernel(float *copy, const float *kept, const 
         copy[(size_t)blockIdx.y * n + i] = kept[(size_t)c->slot * n + i];
 }
 
-static __device__ __forceinline__ const float *choice_logits(const choice &c, const float *kept, const float *copy,
-                                                             int row, int n) {
+DEVICE const float *choice_logits(const choice &c, const float *kept, const float *copy, int row, int n) {
     return c.adjust ? copy + (size_t)row * n : kept + (size_t)c.slot * n;
 }
 
@@ -5087,15 +5140,17 @@ struct candidates {                     /* a count above CHUNK_KEYS: too many */
     unsigned counts[CHUNKS];
 };
 
-/* first stage of the choice: best[row] = the largest key of ids below n_choose; best [rows], zero before. With a
-   top_k up to LIST_TOP also each block's candidates: the keys from its limit on, the k-th largest of what is the
-   largest of two threads each, so its k largest are among them (limit 0: all). Grid (CHUNKS, rows). */
+/* first stage of the choice: best[row] = the largest key of ids below n_choose; best [rows], zero before.
+   With a top_k up to LIST_TOP also each block's candidates: the keys from its limit on, the k-th largest of
+   what is the largest of two threads each, so its k largest are among them (limit 0: all). Grid (CHUNKS,
+   rows). */
 static __global__ void __launch_bounds__(CHUNK_THREADS)
-    best_kernel(u64 *best, candidates *listed_keys, const float *kept, const float *copy, const choice *choices, int n,
-                int n_choose) {
+    best_kernel(u64 *best, candidates *listed_keys, const float *kept, const float *copy,
+                const choice *choices, int n, int n_choose) {
     __shared__ u64 tops[CHUNK_THREADS / 2], limit;
     __shared__ unsigned count;
-    const choice c = choices[blockIdx.y];           /* it may be far away, but it is there before this starts */
+    /* it may be far away, but it is there before this starts */
+    const choice c = choices[blockIdx.y];
     let_next_start();
     wait_for_previous();
     const float *l = choice_logits(c, kept, copy, block_y(), n);
@@ -5103,16 +5158,14 @@ static __global__ void __launch_bounds__(CHUNK_THREADS)
     const int end = begin + run < n_choose ? begin + run : n_choose;
     u64 keys[CHUNK_EACH], top = 0;
     for (int base = begin + tid(); base < end || base == begin + tid(); base += CHUNK_EACH * CHUNK_THREADS) {
-#pragma unroll
-        for (int u = 0; u < CHUNK_EACH; u++) {
+        UNROLL for (int u = 0; u < CHUNK_EACH; u++) {
             const int i = base + u * CHUNK_THREADS;
             keys[u] = i < end ? rank_key(l[i], i) : 0;
             top = keys[u] > top ? keys[u] : top;
         }
     }
     u64 first = top;
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) {
+    UNROLL for (int o = 1; o < 32; o <<= 1) {
         const u64 other = __shfl_xor_sync(ALL, first, o);
         first = other > first ? other : first;
         if (o == 1) top = first;        /* of two threads */
@@ -5123,7 +5176,8 @@ static __global__ void __launch_bounds__(CHUNK_THREADS)
 
     candidates *to = &listed_keys[blockIdx.y];
     int rank = 0;
-    if (tid() == 0) count = run > CHUNK_EACH * CHUNK_THREADS ? CHUNK_KEYS + 1 : 0;      /* not all are in registers */
+    /* not all are in registers */
+    if (tid() == 0) count = run > CHUNK_EACH * CHUNK_THREADS ? CHUNK_KEYS + 1 : 0;
     __syncthreads();
     if (tid() < CHUNK_THREADS / 2) {
         top = tops[tid()];
@@ -5135,8 +5189,7 @@ static __global__ void __launch_bounds__(CHUNK_THREADS)
         if (rank == 0) to->tops[blockIdx.x] = top;
     }
     __syncthreads();
-#pragma unroll
-    for (int u = 0; u < CHUNK_EACH; u++) {
+    UNROLL for (int u = 0; u < CHUNK_EACH; u++) {
         if (keys[u] < limit) continue;
         const unsigned at = atomicAdd(&count, 1u);
         if (at < (unsigned)CHUNK_KEYS) to->keys[blockIdx.x][at] = keys[u];
@@ -5157,17 +5210,16 @@ struct choose_shared {
 struct row_logits { const float *l; int n; float top, temperature; };
 
 /* f(id, logit) for all ids, each by some thread; eight loads at a time. */
-template <class F> static __device__ __forceinline__ void each_logit(const row_logits &r, F f) {
+template <class F> DEVICE void each_logit(const row_logits &r, F f) {
     for (int base = tid(); base < r.n; base += 8 * n_threads()) {
         float v[8];
-#pragma unroll
-        for (int u = 0; u < 8; u++) v[u] = base + u * n_threads() < r.n ? r.l[base + u * n_threads()] : 0.0f;
-#pragma unroll
-        for (int u = 0; u < 8; u++) if (base + u * n_threads() < r.n) f(base + u * n_threads(), v[u]);
+        UNROLL for (int u = 0; u < 8; u++)
+            v[u] = base + u * n_threads() < r.n ? r.l[base + u * n_threads()] : 0.0f;
+        UNROLL for (int u = 0; u < 8; u++) if (base + u * n_threads() < r.n) f(base + u * n_threads(), v[u]);
     }
 }
 
-static __device__ __forceinline__ int weight_bin(float octaves) {
+DEVICE int weight_bin(float octaves) {
     return octaves < (float)QWEN3I_OCTAVES ? (int)(octaves * 16.0f) : WEIGHT_BINS;
 }
 
@@ -5189,8 +5241,8 @@ static __device__ void sort_keys(u64 *keys, int n) {
     __syncthreads();
 }
 
-/* The same for few keys that differ, at most one for each thread: each finds its place by counting, with two barriers
-   instead of one for each exchange. */
+/* The same for few keys that differ, at most one for each thread: each finds its place by counting, with two
+   barriers instead of one for each exchange. */
 static __device__ void rank_keys(u64 *keys, int n) {
     const u64 mine = tid() < n ? keys[tid()] : 0;
     int rank = 0;
@@ -5205,8 +5257,7 @@ static __device__ void rank_keys(u64 *keys, int n) {
 /* Sum over the block, in every thread. */
 static __device__ u64 block_sum_u64(choose_shared &s, u64 v) {
     u64 sum = 0;
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
+    UNROLL for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
     __syncthreads();
     if (threadIdx.x % 32 == 0) s.sums[threadIdx.x / 32] = v;
     __syncthreads();
@@ -5225,12 +5276,13 @@ static __device__ void fill_bins(choose_shared &s, const row_logits &r, u64 leas
         const int bin = weight_bin(octaves);
         const u64 w = weights ? qwen3i_weight(octaves) : 1ull;
         const unsigned low = (unsigned)(w & 0xFFFFFFFFu), old = atomicAdd(&s.low[bin], low);
-        const unsigned high = (unsigned)(w >> 32) + (old > 0xFFFFFFFFu - low);          /* and what is carried */
+        /* and what is carried */
+        const unsigned high = (unsigned)(w >> 32) + (old > 0xFFFFFFFFu - low);
         if (high) atomicAdd(&s.high[bin], high);
     });
     __syncthreads();
 }
-static __device__ __forceinline__ u64 bin_value(const choose_shared &s, int b) {
+DEVICE u64 bin_value(const choose_shared &s, int b) {
     return (u64)s.high[b] << 32 | s.low[b];
 }
 
@@ -5243,8 +5295,7 @@ static __device__ int find_bin(choose_shared &s, u64 need, float share) {
         u64 sum = 0, upto;
         for (int b = begin; b < end; b++) sum += bin_value(s, b);
         upto = sum;
-#pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
+        UNROLL for (int o = 1; o < 32; o *= 2) {
             const u64 v = __shfl_up_sync(ALL, upto, (unsigned)o);
             if (tid() >= o) upto += v;
         }
@@ -5327,8 +5378,8 @@ static __device__ u64 cut_top_p(choose_shared &s, const row_logits &r, u64 least
     return s.value;
 }
 
-/* Walks the kept tokens in order of id until a random share of their total weight is reached. Each thread takes
-   a run of ids. Equals qwen3i_draw. */
+/* Walks the kept tokens in order of id until a random share of their total weight is reached. Each thread
+   takes a run of ids. Equals qwen3i_draw. */
 static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key, float min_p, u64 random) {
     const int run = ceil_div(r.n, n_threads()), begin = tid() * run, lane = lane_id();
     const int end = begin + run < r.n ? begin + run : r.n;
@@ -5336,18 +5387,16 @@ static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key,
     u64 mine = 0, before, total = 0;
     for (int base = begin; base < end; base += 8) {
         float v[8];
-#pragma unroll
-        for (int u = 0; u < 8; u++) v[u] = base + u < end ? r.l[base + u] : LOWEST;
-#pragma unroll
-        for (int u = 0; u < 8; u++) {
+        UNROLL for (int u = 0; u < 8; u++) v[u] = base + u < end ? r.l[base + u] : LOWEST;
+        UNROLL for (int u = 0; u < 8; u++) {
             if (rank_key(v[u], base + u) < least_key) continue;
             const u64 w = qwen3i_weight(qwen3i_octaves_below(v[u], r.top, r.temperature));
             if (w >= least) mine += w;
         }
     }
-    before = mine;                      /* sums of the threads before this one: warp scan, then warps in order */
-#pragma unroll
-    for (int o = 1; o < 32; o *= 2) {
+    /* sums of the threads before this one: warp scan, then warps in order */
+    before = mine;
+    UNROLL for (int o = 1; o < 32; o *= 2) {
         const u64 v = __shfl_up_sync(ALL, before, (unsigned)o);
         if (lane >= o) before += v;
     }
@@ -5374,15 +5423,14 @@ static __device__ int draw(choose_shared &s, const row_logits &r, u64 least_key,
     return (int)s.bin;
 }
 
-/* The choice among the candidates of the first stage, for top_k up to LIST_TOP; -1 if they were too many to list.
-   The kept ones are few: one warp weighs them, two to a lane, in order of rank; where a share of the weight ends
-   in order of id is found by adding up, for each, all with lower ids. */
+/* The choice among the candidates of the first stage, for top_k up to LIST_TOP; -1 if they were too many to
+   list. The kept ones are few: one warp weighs them, two to a lane, in order of rank; where a share of the
+   weight ends in order of id is found by adding up, for each, all with lower ids. */
 static __device__ int choose_listed(choose_shared &s, const candidates *from, const choice &c, float top) {
     const int lane = lane_id(), EACH = CHUNKS * CHUNK_KEYS / CHOOSE_THREADS;
     u64 keys[EACH], floor = 0;
     unsigned counts[EACH];
-#pragma unroll
-    for (int j = 0; j < EACH; j++) {    /* all on their way before any is looked at */
+    UNROLL for (int j = 0; j < EACH; j++) {    /* all on their way before any is looked at */
         const int i = tid() + j * CHOOSE_THREADS;
         counts[j] = from->counts[i / CHUNK_KEYS];
         keys[j] = from->keys[i / CHUNK_KEYS][i % CHUNK_KEYS];
@@ -5390,8 +5438,10 @@ static __device__ int choose_listed(choose_shared &s, const candidates *from, co
     if (tid() == 0) { s.n_keys = 0; s.value = 0; }
     if (tid() < CHUNKS) { s.weights[tid()] = from->tops[tid()]; floor = from->limits[tid()]; }
     __syncthreads();
-    if (tid() < CHUNKS) {               /* what k keys are no less than is as low as a kept one can be: a block's limit, */
-        int rank = 0;                   /* and the k-th of the blocks' largest                                          */
+    /* what k keys are no less than is as low as a kept one can be: a block's limit, */
+    if (tid() < CHUNKS) {
+        /* and the k-th of the blocks' largest                                          */
+        int rank = 0;
         const u64 top = s.weights[tid()];
         for (int i = 0; i < CHUNKS; i++) rank += s.weights[i] > top;
         if (rank == c.top_k - 1 && top > floor) floor = top;
@@ -5399,8 +5449,7 @@ static __device__ int choose_listed(choose_shared &s, const candidates *from, co
     }
     __syncthreads();
     floor = s.value;
-#pragma unroll
-    for (int j = 0; j < EACH; j++) {
+    UNROLL for (int j = 0; j < EACH; j++) {
         const unsigned at = (unsigned)((tid() + j * CHOOSE_THREADS) % CHUNK_KEYS);
         if (counts[j] > (unsigned)CHUNK_KEYS) atomicAdd(&s.n_keys, (unsigned)LIST_KEYS + 1);
         else if (at < counts[j] && keys[j] >= floor) {
@@ -5415,12 +5464,11 @@ static __device__ int choose_listed(choose_shared &s, const candidates *from, co
     if (warp_id() == 0) {
         const int kept = c.top_k < (int)s.n_keys ? c.top_k : (int)s.n_keys;
         u64 w[2], upto[2], total = 0;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {   /* upto: of this rank and those before */
+        UNROLL for (int h = 0; h < 2; h++) {   /* upto: of this rank and those before */
             const int i = lane + 32 * h;
-            w[h] = upto[h] = i < kept ? qwen3i_weight(qwen3i_octaves_below(key_logit(s.keys[i]), top, c.temperature)) : 0;
-#pragma unroll
-            for (int o = 1; o < 32; o *= 2) {
+            w[h] = upto[h] =
+                i < kept ? qwen3i_weight(qwen3i_octaves_below(key_logit(s.keys[i]), top, c.temperature)) : 0;
+            UNROLL for (int o = 1; o < 32; o *= 2) {
                 const u64 v = __shfl_up_sync(ALL, upto[h], (unsigned)o);
                 if (lane >= o) upto[h] += v;
             }
@@ -5430,19 +5478,16 @@ static __device__ int choose_listed(choose_shared &s, const candidates *from, co
         const u64 need = c.top_p > 0 && c.top_p < 1 ? qwen3i_share_of(total, c.top_p) : total,
                   least = qwen3i_share_of(QWEN3I_WEIGHT_ONE, c.min_p);
         u64 sum = 0;
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
+        UNROLL for (int h = 0; h < 2; h++) {
             const int i = lane + 32 * h;
             if ((i > 0 && upto[h] - w[h] >= need) || w[h] < least) w[h] = 0;
             s.weights[i] = w[h];
             sum += w[h];
         }
-#pragma unroll
-        for (int o = 16; o > 0; o >>= 1) sum += __shfl_xor_sync(ALL, sum, o);
+        UNROLL for (int o = 16; o > 0; o >>= 1) sum += __shfl_xor_sync(ALL, sum, o);
         const u64 target = qwen3i_mul_high(c.random, sum);
         __syncwarp();
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
+        UNROLL for (int h = 0; h < 2; h++) {
             const int i = lane + 32 * h, id = key_id(s.keys[i]);
             u64 before = 0;
             if (i >= kept) continue;
@@ -5462,13 +5507,13 @@ static __device__ int choose_from_all(choose_shared &s, const row_logits &r, con
     return draw(s, r, least, c.min_p, c.random);
 }
 
-/* choose: second stage: row i of the step = steps[i] with the token chosen for it; chosen[i] and report[i] (host
-   memory) = the choice, -1 if everything is banned. steps and choices may lie in host memory. One block of 1024 a row;
-   best [rows] is zero again afterwards. Equals qwen3i_choose. */
+/* choose: second stage: row i of the step = steps[i] with the token chosen for it; chosen[i] and report[i]
+   (host memory) = the choice, -1 if everything is banned. steps and choices may lie in host memory. One block
+   of 1024 a row; best [rows] is zero again afterwards. Equals qwen3i_choose. */
 static __global__ void __launch_bounds__(CHOOSE_THREADS)
     choose_kernel(row_info *rows, const row_info *steps, int *chosen, int *report, u64 *best,
-                  const candidates *listed_keys, const float *kept, const float *copy, const choice *choices, int n,
-                  int n_choose) {
+                  const candidates *listed_keys, const float *kept, const float *copy, const choice *choices,
+                  int n, int n_choose) {
     QWEN3_DYNAMIC_SHARED(memory);
     choose_shared &s = *(choose_shared *)(void *)memory;
     const choice c = choices[blockIdx.x];
@@ -5498,14 +5543,15 @@ static __global__ void __launch_bounds__(CHOOSE_THREADS)
 /* ================================================================================================
    PATHS: the ways through the layers
    ================================================================================================ */
-
 /* h = RMSNorm(x): float32 rows, and for cuBLASLt the product's input made of them */
 static qwen3_result vector_norm(const pass *p, const float *gain, const matrix &, input *h) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
     *h = {c->h, c->embd_ld, NULL, NULL};
-    return launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain, p->n, 1, g->n_embd,
-                                      c->embd_ld, g->rms_eps), "rmsnorm");
+    return launched(p,
+                    launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain, p->n, 1,
+                                   g->n_embd, c->embd_ld, g->rms_eps),
+                    "rmsnorm");
 }
 static qwen3_result gemm_norm(const pass *p, const float *gain, const matrix &w, input *h) {
     TRY(vector_norm(p, gain, w, h));
@@ -5520,15 +5566,24 @@ static qwen3_result hopper_norm(const pass *p, const float *gain, const matrix &
 /* Each of its blocks holds all of the input: */
 static bool vector_norms_itself(const pass *p, const matrix &w) {
     const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
-    return w.cols % 4 == 0 && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS && stream_ring(p, vector_input(p, w, h, p->n), w) > 0;
+    return w.cols % 4 == 0 && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS &&
+           stream_ring(p, vector_input(p, w, h, p->n), w) > 0;
 }
 
-const path VECTORS_WAY = {vector_norm, vector_norms_itself, vector_qkv, rows_attention, vector_o_proj, vector_mlp, vector_down,
-                          vector_head, false, false};
-const path GEMM_WAY    = {gemm_norm, NULL, gemm_qkv, rows_attention, gemm_o_proj, gemm_mlp, gemm_down, gemm_head, false, false};
-const path FEW_WAY     = {hopper_norm, few_norms_itself, few_qkv, rows_attention, few_o_proj, few_mlp, few_down, few_head, false,
-                          true};
-const path MANY_WAY    = {hopper_norm, NULL, many_qkv, many_attention, many_o_proj, many_mlp, many_down, few_head, true, true};
+const path VECTORS_WAY = {
+    vector_norm, vector_norms_itself, vector_qkv, rows_attention, vector_o_proj, vector_mlp, vector_down,
+    vector_head, false, false
+};
+const path GEMM_WAY = {
+    gemm_norm, NULL, gemm_qkv, rows_attention, gemm_o_proj, gemm_mlp, gemm_down, gemm_head, false, false
+};
+const path FEW_WAY = {
+    hopper_norm, few_norms_itself, few_qkv, rows_attention, few_o_proj, few_mlp, few_down, few_head, false,
+    true
+};
+const path MANY_WAY = {
+    hopper_norm, NULL, many_qkv, many_attention, many_o_proj, many_mlp, many_down, few_head, true, true
+};
 
 static void gemm_memory(cuda_ctx *c, arena *a);
 static void hopper_memory(cuda_ctx *c, arena *a);
@@ -5536,7 +5591,9 @@ static qwen3_result prepare_nothing(cuda_ctx *, const qwen3i_err *) { return QWE
 static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err);
 
 const path_set PORTABLE = {{{MATVEC_ROWS, &VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, gemm_memory, prepare_nothing};
-const path_set HOPPER   = {{{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper};
+const path_set HOPPER = {
+    {{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper
+};
 
 static qwen3_result norm(const pass *p, const float *gain, const matrix &w, input *h) {
     *h = {p->c->x, p->c->embd_ld, NULL, gain};
@@ -5553,9 +5610,11 @@ static qwen3_result keep_wanted(pass *p) {
     pass kept = make_pass(c, p->s, p->n_outs, p->n_tiles, p->err);
     if (p->n_outs == p->n) return QWEN3_OK;
     kept.only_wanted = true;
-    TRY(launched(p, !p->halves   ? launch_keep_wanted(p, c->attn, (const float *)c->attn)
-                    : kept.halves  ? launch_keep_wanted(p, c->wide_act, (const half_t *)c->wide_act)
-                                          : launch_keep_wanted(p, c->attn, (const half_t *)c->wide_act), "keep_wanted"));
+    TRY(launched(p,
+                 !p->halves  ? launch_keep_wanted(p, c->attn, (const float *)c->attn) :
+                 kept.halves ? launch_keep_wanted(p, c->wide_act, (const half_t *)c->wide_act) :
+                               launch_keep_wanted(p, c->attn, (const half_t *)c->wide_act),
+                 "keep_wanted"));
     *p = kept;
     return QWEN3_OK;
 }
@@ -5590,7 +5649,6 @@ static qwen3_result all_layers(pass *p, bool may_cancel) {
 /* ================================================================================================
    CREATING A CONTEXT: everything one user of a model needs, taken at once
    ================================================================================================ */
-
 static float *take_result(cuda_ctx *c, arena *a, int i, size_t n) {
     c->results[i].n = n;
     return c->results[i].at = a->take<float>(n);
@@ -5621,9 +5679,11 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
     const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
     const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);
-    c->kv_layer_bytes = seqs * ctx * c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
-    c->k = a->take<char>((size_t)g->n_layer * c->kv_layer_bytes);
-    c->v = a->take<char>((size_t)g->n_layer * c->kv_layer_bytes);
+    const u64 kv_layer =
+        qwen3i_size_mul(seqs * ctx, (u64)c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type));
+    c->kv_layer_bytes = (size_t)kv_layer;
+    c->k = a->take<char>(kv_layer, (u64)g->n_layer);
+    c->v = a->take<char>(kv_layer, (u64)g->n_layer);
     c->kept = a->take<float>(seqs * KEPT * vocab);
     c->rope = a->take<float2>(ctx * half);
     c->freqs = a->take<float>(half);
@@ -5698,15 +5758,15 @@ static const path_set *paths_of(const cuda_model *m) { return m->wide ? &HOPPER 
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
     qwen3_memory bytes;
-    arena device = {NULL, 0}, pinned = {NULL, 0}, host = {NULL, 0};
+    arena device(NULL), pinned(NULL), host(NULL);
     cuda_ctx c;
     const cuda_model *m = (const cuda_model *)model_state;
     shape_ctx(&c, m, desc, paths_of(m));
     lay_out_device(&c, &device);
     lay_out_pinned(&c, &pinned);
     lay_out_host(&c, &host);
-    bytes.device_bytes = device.used;
-    bytes.host_bytes = pinned.used + host.used + sizeof c;
+    bytes.device_bytes = device.size();
+    bytes.host_bytes = qwen3i_size_add(qwen3i_size_add(pinned.size(), host.size()), sizeof c);
     return bytes;
 }
 
@@ -5718,7 +5778,8 @@ static void free_ctx(void *ctx_state) {
         device_guard guard(c->m->device);
         if (c->stream) cudaStreamSynchronize(c->stream);
         for (int i = 0; c->plans && i < N_PLANS; i++) destroy_plan(&c->plans[i]);
-        for (int i = 0; c->graphs && i <= c->desc.max_seqs; i++) if (c->graphs[i]) cudaGraphExecDestroy(c->graphs[i]);
+        for (int i = 0; c->graphs && i <= c->desc.max_seqs; i++)
+            if (c->graphs[i]) cudaGraphExecDestroy(c->graphs[i]);
         for (int i = 0; i < RING; i++) {
             if (c->uploaded[i]) cudaEventDestroy(c->uploaded[i]);
             if (c->reported[i]) cudaEventDestroy(c->reported[i]);
@@ -5734,31 +5795,26 @@ static void free_ctx(void *ctx_state) {
 }
 
 static qwen3_result take_memory(cuda_ctx *c, const qwen3i_err *err) {
-    arena device = {NULL, 0}, pinned = {NULL, 0}, host = {NULL, 0};
+    arena device(NULL), pinned(NULL), host(NULL);
     lay_out_device(c, &device);
     lay_out_pinned(c, &pinned);
     lay_out_host(c, &host);
-    c->memory_size = device.used;
-    c->pinned_size = pinned.used;
-    c->host_size = host.used;
-    c->plans = NULL;
-    c->graphs = NULL;
+    if (!qwen3i_size_fits(host.size()) || !qwen3i_size_fits(pinned.size()))
+        return no_host_memory(err, qwen3i_size_add(host.size(), pinned.size()));
+    c->host_size = (size_t)host.size();
     c->host = (char *)host_alloc(&c->desc.allocator, c->host_size);
-    if (!c->host) return no_host_memory(err, c->host_size);
-    host.base = c->host;
-    host.used = 0;
-    lay_out_host(c, &host);
-    if (cudaHostAlloc((void **)&c->pinned, c->pinned_size, cudaHostAllocMapped) != cudaSuccess) {
+    if (!c->host) return no_host_memory(err, host.size());
+    arena host_taken(c->host);
+    lay_out_host(c, &host_taken);
+    TRY(device_alloc(&c->memory, device.size(), "the context", err));
+    arena device_taken(c->memory);
+    lay_out_device(c, &device_taken);
+    if (cudaHostAlloc((void **)&c->pinned, (size_t)pinned.size(), cudaHostAllocMapped) != cudaSuccess) {
         cudaGetLastError();
-        return no_host_memory(err, c->pinned_size);
+        return no_host_memory(err, pinned.size());
     }
-    pinned.base = c->pinned;
-    pinned.used = 0;
-    lay_out_pinned(c, &pinned);
-    TRY(device_alloc(&c->memory, c->memory_size, "the context", err));
-    device.base = c->memory;
-    device.used = 0;
-    lay_out_device(c, &device);
+    arena pinned_taken(c->pinned);
+    lay_out_pinned(c, &pinned_taken);
     return QWEN3_OK;
 }
 
@@ -5773,7 +5829,8 @@ template <int R> static qwen3_result allow_few_shared(const qwen3i_err *err) {
     return allow_shared(few_product_kernel<to_logits, R>, bytes, err);
 }
 
-/* A cluster lies within one of the chip's groups of multiprocessors: of 264 places for blocks, 30 clusters of 8 find one. */
+/* A cluster lies within one of the chip's groups of multiprocessors: of 264 places for blocks, 30 clusters of
+   8 find one. */
 static qwen3_result find_few_room(cuda_ctx *c, const qwen3i_err *err) {
     for (int i = 0; i < 4; i++) {
         cudaLaunchConfig_t config = cudaLaunchConfig_t();
@@ -5804,7 +5861,8 @@ template <int P> static qwen3_result allow_wide_shared(const qwen3i_err *err) {
 
 static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     const qwen3i_config *g = &c->m->config;
-    const u64 rows = (u64)c->max_rows, ctx = (u64)c->desc.max_ctx, sets = (u64)c->desc.max_seqs * (u64)g->n_layer;
+    const u64 rows = (u64)c->max_rows, ctx = (u64)c->desc.max_ctx,
+              sets = (u64)c->desc.max_seqs * (u64)g->n_layer;
     TRY(make_map(&c->wide_h_map, c->wide_act, (u64)g->n_embd, rows, WIDE_M, err));
     TRY(make_map(&c->wide_a_map, c->wide_act, (u64)c->q_dim, rows, WIDE_M, err));
     TRY(make_map(&c->wide_m_map, c->wide_m, (u64)g->n_ff, rows, WIDE_M, err));
@@ -5816,7 +5874,8 @@ static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     TRY(find_few_room(c, err));
     TRY(allow_wide_shared<1>(err));
     TRY(allow_wide_shared<2>(err));
-    TRY(allow_shared(wide_product_kernel<to_residual<>, WIDE_N_MORE, 1>, wide_product_shared<WIDE_N_MORE, 1>(), err));
+    TRY(allow_shared(wide_product_kernel<to_residual<>, WIDE_N_MORE, 1>,
+                     wide_product_shared<WIDE_N_MORE, 1>(), err));
     if (!c->wide_kv) return QWEN3_OK;
     TRY(make_map(&c->q_map, c->wide_q, WIDE_DIM, (u64)g->n_head, rows, c->group, WIDE_M / c->group, err));
     TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
@@ -5843,39 +5902,47 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     LT_TRY(cublasLtCreate(&c->lt));
     TRY(allow_tile_shared(c, err));
     TRY(c->paths->prepare(c, err));
-    CUDA_TRY(
-        cudaFuncSetAttribute(choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(choose_shared)));
+    CUDA_TRY(cudaFuncSetAttribute(choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  (int)sizeof(choose_shared)));
     scale = qwen3_backend_rotation(freqs, g, (double)c->desc.yarn_factor);
-    CUDA_TRY(
-        cudaMemcpyAsync(c->freqs, freqs, (size_t)g->head_dim / 2 * sizeof(float), cudaMemcpyHostToDevice, c->stream));
+    CUDA_TRY(cudaMemcpyAsync(c->freqs, freqs, (size_t)g->head_dim / 2 * sizeof(float), cudaMemcpyHostToDevice,
+                             c->stream));
     CUDA_TRY(launch(c->stream, dim3((unsigned)c->desc.max_ctx), 64, 0, rope_table_kernel, c->rope,
                     (const float *)c->freqs, g->head_dim / 2, scale));
     CUDA_TRY(cudaMemsetAsync(c->k, 0, (size_t)g->n_layer * c->kv_layer_bytes, c->stream));
     CUDA_TRY(cudaMemsetAsync(c->v, 0, (size_t)g->n_layer * c->kv_layer_bytes, c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->kept, 0, (size_t)c->desc.max_seqs * KEPT * g->n_vocab * sizeof(float), c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->qkv_tickets, 0, (size_t)(g->n_head + g->n_head_kv) * sizeof(unsigned), c->stream));
+    CUDA_TRY(
+        cudaMemsetAsync(c->kept, 0, (size_t)c->desc.max_seqs * KEPT * g->n_vocab * sizeof(float), c->stream));
+    CUDA_TRY(
+        cudaMemsetAsync(c->qkv_tickets, 0, (size_t)(g->n_head + g->n_head_kv) * sizeof(unsigned), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->attn_tickets, 0, attention_tickets(c) * sizeof(unsigned), c->stream));
-    if (c->wide) {                      /* tiles are read whole, whatever is in the rows that a batch has not */
-        CUDA_TRY(cudaMemsetAsync(c->wide_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2, c->stream));
+    /* tiles are read whole, whatever is in the rows that a batch has not */
+    if (c->wide) {
+        CUDA_TRY(
+            cudaMemsetAsync(c->wide_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2, c->stream));
         CUDA_TRY(cudaMemsetAsync(c->wide_m, 0, (size_t)c->max_rows * g->n_ff * 2, c->stream));
     }
-    for (const auto &r : c->results)    /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
+    /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
+    for (const auto &r : c->results)
         if (r.n > 0) CUDA_TRY(cudaMemsetAsync(r.at, 0, r.n * sizeof(float), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->best, 0, (size_t)c->desc.max_seqs * sizeof(u64), c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)choice_rows(c) * sizeof(candidates), c->stream)); /* read whole */
+    /* read whole */
+    CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)choice_rows(c) * sizeof(candidates), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
     CUDA_TRY(cudaStreamSynchronize(c->stream));
     return QWEN3_OK;
 }
 
-static qwen3_result create_ctx_for(const path_set *paths, void **ctx_state, void *model_state, const qwen3_model *model,
-                                   const qwen3_ctx_desc *desc, const qwen3i_err *err) {
+static qwen3_result create_ctx_for(const path_set *paths, void **ctx_state, void *model_state,
+                                   const qwen3_model *model, const qwen3_ctx_desc *desc,
+                                   const qwen3i_err *err) {
     const cuda_model *m = (const cuda_model *)model_state;
     cuda_ctx *c = (cuda_ctx *)host_alloc(&desc->allocator, sizeof *c);
     *ctx_state = NULL;
     if (!c) return no_host_memory(err, sizeof *c);
     shape_ctx(c, m, desc, paths);
-    const qwen3i_model_view view = qwen3_backend_view(model);      /* the tokenizer may have come after the weights */
+    /* the tokenizer may have come after the weights */
+    const qwen3i_model_view view = qwen3_backend_view(model);
     c->eos = view.eos;
     c->n_eos = view.n_eos;
     c->n_choose = least(view.n_tokens, m->config.n_vocab);
@@ -5889,7 +5956,8 @@ static qwen3_result create_ctx_for(const path_set *paths, void **ctx_state, void
 
 static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
                                const qwen3_ctx_desc *desc, const qwen3i_err *err) {
-    return create_ctx_for(paths_of((const cuda_model *)model_state), ctx_state, model_state, model, desc, err);
+    return create_ctx_for(paths_of((const cuda_model *)model_state), ctx_state, model_state, model, desc,
+                          err);
 }
 
 /* ================================================================================================
@@ -5904,12 +5972,14 @@ static qwen3_result begin_upload(cuda_ctx *c, int *slot, const qwen3i_err *err) 
 }
 
 template <class T> static cudaError_t send(cuda_ctx *c, T *to, const T *from, int n) {
-    return n > 0 ? cudaMemcpyAsync(to, from, (size_t)n * sizeof(T), cudaMemcpyHostToDevice, c->stream) : cudaSuccess;
+    return n > 0 ? cudaMemcpyAsync(to, from, (size_t)n * sizeof(T), cudaMemcpyHostToDevice, c->stream) :
+                   cudaSuccess;
 }
 
 /* The tiles of attention: consecutive tokens of one sequence. Returns how many. */
 static int make_tiles(const cuda_ctx *c, const qwen3i_batch *b, attention_tile *tiles) {
-    const int most_tokens = (c->wide_kv && way_for(c, b->n_rows)->tiles_of_halves ? WIDE_POS : TILE_ROWS) / c->group;
+    const int most_tokens =
+        (c->wide_kv && way_for(c, b->n_rows)->tiles_of_halves ? WIDE_POS : TILE_ROWS) / c->group;
     int n = 0;
     for (int i = 0; i < b->n_rows; i += tiles[n++].n_tokens) {
         attention_tile *t = &tiles[n];
@@ -5917,8 +5987,9 @@ static int make_tiles(const cuda_ctx *c, const qwen3i_batch *b, attention_tile *
         t->seq = b->seqs[i];
         t->pos0 = b->positions[i];
         t->n_tokens = 1;
-        while (i + t->n_tokens < b->n_rows && t->n_tokens < most_tokens && b->seqs[i + t->n_tokens] == t->seq &&
-               b->positions[i + t->n_tokens] == t->pos0 + t->n_tokens) t->n_tokens++;
+        while (i + t->n_tokens < b->n_rows && t->n_tokens < most_tokens &&
+               b->seqs[i + t->n_tokens] == t->seq && b->positions[i + t->n_tokens] == t->pos0 + t->n_tokens)
+            t->n_tokens++;
     }
     return n;
 }
@@ -5929,7 +6000,9 @@ static bool one_row_each(const qwen3i_batch *b) {
 }
 
 /* Where in c->kept a sequence's logits are, and will be `ahead` steps later. */
-static int kept_slot(const cuda_ctx *c, int seq, int ahead) { return KEPT * seq + (c->current[seq] + ahead) % KEPT; }
+static int kept_slot(const cuda_ctx *c, int seq, int ahead) {
+    return KEPT * seq + (c->current[seq] + ahead) % KEPT;
+}
 static void kept_advance(cuda_ctx *c, int seq) { c->current[seq] = (c->current[seq] + 1) % KEPT; }
 
 /* Rows and outs to the device. n_tiles: 0 if attention is to go row by row. */
@@ -5968,7 +6041,8 @@ static qwen3_result enqueue_step(cuda_ctx *c, cudaStream_t s, int n, const qwen3
 }
 
 /* A graph of what enqueue() puts on c->capture. */
-template <class F> static qwen3_result capture(cuda_ctx *c, cudaGraphExec_t *out, F enqueue, const qwen3i_err *err) {
+template <class F>
+static qwen3_result capture(cuda_ctx *c, cudaGraphExec_t *out, F enqueue, const qwen3i_err *err) {
     cudaGraph_t graph = NULL;
     CUDA_TRY(cudaStreamBeginCapture(c->capture, cudaStreamCaptureModeThreadLocal));
     const qwen3_result r = enqueue();
@@ -5984,7 +6058,8 @@ template <class F> static qwen3_result capture(cuda_ctx *c, cudaGraphExec_t *out
 /* The same by its graph: plainly the first time, which loads all code and makes all plans. */
 static qwen3_result run_step(cuda_ctx *c, int n, const qwen3i_err *err) {
     if (c->runs[n] == 0) { c->runs[n] = 1; return enqueue_step(c, c->stream, n, err); }
-    if (!c->graphs[n]) TRY(capture(c, &c->graphs[n], [&] { return enqueue_step(c, c->capture, n, err); }, err));
+    if (!c->graphs[n])
+        TRY(capture(c, &c->graphs[n], [&] { return enqueue_step(c, c->capture, n, err); }, err));
     CUDA_TRY(cudaGraphLaunch(c->graphs[n], c->stream));
     return QWEN3_OK;
 }
@@ -6021,23 +6096,27 @@ static qwen3_result deliver(const pass *p, const qwen3i_out *outs, int first, in
             CUDA_TRY(cudaMemcpyAsync(outs[first + i].logits, c->logits + i * vocab, vocab * sizeof(float),
                                      cudaMemcpyDeviceToHost, p->s));
     if (!probs) return QWEN3_OK;
-    RUN(grid1(n), 1024, 0, logprob_kernel, c->logprobs, (const float *)c->logits, (const row_info *)c->rows + first,
-        (int)vocab);
+    RUN(grid1(n), 1024, 0, logprob_kernel, c->logprobs, (const float *)c->logits,
+        (const row_info *)c->rows + first, (int)vocab);
     for (int i = 0; i < n; i++)
         if (outs[first + i].logprob)
-            CUDA_TRY(
-                cudaMemcpyAsync(outs[first + i].logprob, c->logprobs + i, sizeof(float), cudaMemcpyDeviceToHost, p->s));
+            CUDA_TRY(cudaMemcpyAsync(outs[first + i].logprob, c->logprobs + i, sizeof(float),
+                                     cudaMemcpyDeviceToHost, p->s));
     return QWEN3_OK;
 }
 
 /* Wait for all that was enqueued, asking the cancel hook meanwhile. */
 static qwen3_result wait(cuda_ctx *c, const qwen3i_err *err) {
-    cudaEvent_t done = c->uploaded[(c->turn + RING - 1) % RING]; /* of the upload before, which is over by then */
+    /* of the upload before, which is over by then */
+    cudaEvent_t done = c->uploaded[(c->turn + RING - 1) % RING];
     cudaError_t e;
     CUDA_TRY(cudaEventRecord(done, c->stream));
     while (c->desc.cancel && (e = cudaEventQuery(done)) != cudaSuccess) {
         if (e != cudaErrorNotReady) return cuda_fail(err, e, "evaluating");
-        if (cancelled(c)) { CUDA_TRY(cudaEventSynchronize(done)); return qwen3i_fail(err, QWEN3_STOPPED, "cancelled"); }
+        if (cancelled(c)) {
+            CUDA_TRY(cudaEventSynchronize(done));
+            return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
+        }
     }
     CUDA_TRY(cudaEventSynchronize(done));
     return QWEN3_OK;
@@ -6063,7 +6142,8 @@ static qwen3_result forward(void *ctx_state, const qwen3i_batch *b, const qwen3i
     c->ahead.n = 0;
     qwen3_result r = upload_batch(c, b, &n_tiles, err);
     if (r == QWEN3_OK) r = is_step(c, b) ? run_step(c, b->n_rows, err) : run_batch(c, b, n_tiles, err);
-    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }     /* no copy to the caller is under way any more */
+    /* no copy to the caller is under way any more */
+    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }
     for (int i = 0; i < b->n_outs; i++) if (b->outs[i].keep_seq >= 0) kept_advance(c, b->outs[i].keep_seq);
     return QWEN3_OK;
 }
@@ -6127,8 +6207,10 @@ static int make_choice(const cuda_ctx *c, const qwen3i_next *item, int ahead, up
     return 1;
 }
 
-/* Enqueue the choice of a token for n sequences. What a slot holds of it is read where it is, in host memory. */
-static qwen3_result enqueue_choices(cuda_ctx *c, int n, bool adjust, const upload_slot *slot, const qwen3i_err *err) {
+/* Enqueue the choice of a token for n sequences. What a slot holds of it is read where it is, in host
+   memory. */
+static qwen3_result enqueue_choices(cuda_ctx *c, int n, bool adjust, const upload_slot *slot,
+                                    const qwen3i_err *err) {
     const int vocab = c->m->config.n_vocab, group = choice_rows(c);
     const size_t seen = (size_t)ceil_div(vocab, 32) * 4;
     const bool early = c->m->capability >= 90;
@@ -6138,22 +6220,22 @@ static qwen3_result enqueue_choices(cuda_ctx *c, int n, bool adjust, const uploa
         const row_info *steps = slot->rows + i;
         const float *kept = c->kept, *copy = c->logits;
         if (adjust) {
-            CUDA_TRY(
-                launch(c->stream, grid2(CHUNKS, count), 256, 0, copy_logits_kernel, c->logits, kept, choices, vocab));
+            CUDA_TRY(launch(c->stream, grid2(CHUNKS, count), 256, 0, copy_logits_kernel, c->logits, kept,
+                            choices, vocab));
             CUDA_TRY(launch(c->stream, grid1(count), 1024, seen, adjust_kernel, c->logits, choices,
                             (const listed *)c->lists, (const int *)c->chosen + i, vocab));
         }
-        CUDA_TRY(launch_early(early, c->stream, grid2(CHUNKS, count), CHUNK_THREADS, 0, best_kernel, c->best + i,
-                              c->listed_keys, kept, copy, choices, vocab, c->n_choose));
-        CUDA_TRY(launch_early(early, c->stream, grid1(count), CHOOSE_THREADS, sizeof(choose_shared), choose_kernel,
-                              c->rows + i, steps, c->chosen + i, slot->report + i, c->best + i,
+        CUDA_TRY(launch_early(early, c->stream, grid2(CHUNKS, count), CHUNK_THREADS, 0, best_kernel,
+                              c->best + i, c->listed_keys, kept, copy, choices, vocab, c->n_choose));
+        CUDA_TRY(launch_early(early, c->stream, grid1(count), CHOOSE_THREADS, sizeof(choose_shared),
+                              choose_kernel, c->rows + i, steps, c->chosen + i, slot->report + i, c->best + i,
                               (const candidates *)c->listed_keys, kept, copy, choices, vocab, c->n_choose));
     }
     return QWEN3_OK;
 }
 
-/* Enqueue a step of n sequences: choose from the logits kept after what they hold (and, ahead, the token chosen
-   before), report, evaluate, keep the new logits. UNSUPPORTED: nothing was done. */
+/* Enqueue a step of n sequences: choose from the logits kept after what they hold (and, ahead, the token
+   chosen before), report, evaluate, keep the new logits. UNSUPPORTED: nothing was done. */
 static qwen3_result begin_step(cuda_ctx *c, const qwen3i_next *items, int n, int ahead, int *slot_at,
                                const qwen3i_err *err) {
     int n_lists = 0;
@@ -6162,7 +6244,8 @@ static qwen3_result begin_step(cuda_ctx *c, const qwen3i_next *items, int n, int
     upload_slot *slot = &c->slots[*slot_at];
     for (int i = 0; i < n; i++) {
         row_info *r = &slot->rows[i];
-        if (!make_choice(c, &items[i], ahead, slot, &slot->choices[i], &n_lists)) return QWEN3_ERR_UNSUPPORTED;
+        if (!make_choice(c, &items[i], ahead, slot, &slot->choices[i], &n_lists))
+            return QWEN3_ERR_UNSUPPORTED;
         adjust = adjust || slot->choices[i].adjust;
         r->token = 0;
         r->seq = items[i].seq;
@@ -6216,11 +6299,13 @@ static int ends_turn(const cuda_ctx *c, qwen3_token t) {
 }
 
 /* Hand out what the device chose. */
-static qwen3_result take_choices(cuda_ctx *c, qwen3i_next *items, int n, const int *report, const qwen3i_err *err) {
+static qwen3_result take_choices(cuda_ctx *c, qwen3i_next *items, int n, const int *report,
+                                 const qwen3i_err *err) {
     for (int i = 0; i < n; i++) {
         if (report[i] >= 0) continue;
         c->ahead.n = 0;
-        return qwen3i_fail(err, QWEN3_ERR_ARG, "every token is banned by bias, or the logits are not numbers");
+        return qwen3i_fail(err, QWEN3_ERR_ARG,
+                           "every token is banned by bias, or the logits are not numbers");
     }
     for (int i = 0; i < n; i++) {
         items[i].out = report[i];
@@ -6245,7 +6330,8 @@ static qwen3_result next(void *ctx_state, qwen3i_next *items, int n, const qwen3
         r = begin_step(c, items, n, 0, &slot, err);
     }
     if (r == QWEN3_OK) r = begin_ahead(c, items, n, err);
-    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }     /* what the slot holds is read no more */
+    /* what the slot holds is read no more */
+    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }
     CUDA_TRY(cudaEventSynchronize(c->reported[slot]));
     return take_choices(c, items, n, c->slots[slot].report, err);
 }
@@ -6269,9 +6355,11 @@ static qwen3_result logits(void *ctx_state, int seq, const float **out, const qw
     device_guard guard(c->m->device);
     CUDA_TRY(guard.status);
     *out = c->host_logits;
-    return finish_copies(c, cudaMemcpyAsync(c->host_logits, kept_logits(c, seq),
-                                            (size_t)c->m->config.n_vocab * sizeof(float), cudaMemcpyDeviceToHost,
-                                            c->stream), err);
+    return finish_copies(c,
+                         cudaMemcpyAsync(c->host_logits, kept_logits(c, seq),
+                                         (size_t)c->m->config.n_vocab * sizeof(float), cudaMemcpyDeviceToHost,
+                                         c->stream),
+                         err);
 }
 
 static qwen3_result set_logits(void *ctx_state, int seq, const float *from, const qwen3i_err *err) {
@@ -6279,11 +6367,16 @@ static qwen3_result set_logits(void *ctx_state, int seq, const float *from, cons
     device_guard guard(c->m->device);
     CUDA_TRY(guard.status);
     c->ahead.n = 0;
-    return finish_copies(c, cudaMemcpyAsync(kept_logits(c, seq), from, (size_t)c->m->config.n_vocab * sizeof(float),
-                                            cudaMemcpyHostToDevice, c->stream), err);
+    return finish_copies(c,
+                         cudaMemcpyAsync(kept_logits(c, seq), from,
+                                         (size_t)c->m->config.n_vocab * sizeof(float), cudaMemcpyHostToDevice,
+                                         c->stream),
+                         err);
 }
 
-static size_t kv_row_bytes(const cuda_ctx *c) { return (size_t)c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type); }
+static size_t kv_row_bytes(const cuda_ctx *c) {
+    return (size_t)c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
+}
 
 /* The byte in c->k or c->v where a sequence's positions begin. */
 static size_t kv_begin(const cuda_ctx *c, int seq, int layer) {
@@ -6299,17 +6392,19 @@ static qwen3_result seq_copy(void *ctx_state, int dst, int src, int n_pos, const
     if (dst == src) return QWEN3_OK;
     c->ahead.n = 0;
     if (bytes > 0) {
-        CUDA_TRY(cudaMemcpy2DAsync(c->k + kv_begin(c, dst, 0), pitch, c->k + kv_begin(c, src, 0), pitch, bytes, layers,
-                                   cudaMemcpyDeviceToDevice, c->stream));
-        CUDA_TRY(cudaMemcpy2DAsync(c->v + kv_begin(c, dst, 0), pitch, c->v + kv_begin(c, src, 0), pitch, bytes, layers,
-                                   cudaMemcpyDeviceToDevice, c->stream));
+        CUDA_TRY(cudaMemcpy2DAsync(c->k + kv_begin(c, dst, 0), pitch, c->k + kv_begin(c, src, 0), pitch,
+                                   bytes, layers, cudaMemcpyDeviceToDevice, c->stream));
+        CUDA_TRY(cudaMemcpy2DAsync(c->v + kv_begin(c, dst, 0), pitch, c->v + kv_begin(c, src, 0), pitch,
+                                   bytes, layers, cudaMemcpyDeviceToDevice, c->stream));
     }
-    CUDA_TRY(cudaMemcpyAsync(kept_logits(c, dst), kept_logits(c, src), (size_t)c->m->config.n_vocab * sizeof(float),
-                             cudaMemcpyDeviceToDevice, c->stream));
+    CUDA_TRY(cudaMemcpyAsync(kept_logits(c, dst), kept_logits(c, src),
+                             (size_t)c->m->config.n_vocab * sizeof(float), cudaMemcpyDeviceToDevice,
+                             c->stream));
     return QWEN3_OK;
 }
 
-static qwen3_result kv_read(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v, const qwen3i_err *err) {
+static qwen3_result kv_read(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v,
+                            const qwen3i_err *err) {
     cuda_ctx *c = (cuda_ctx *)ctx_state;
     device_guard guard(c->m->device);
     const size_t bytes = (size_t)n_pos * kv_row_bytes(c), at = kv_begin(c, seq, layer);

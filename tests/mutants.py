@@ -4,12 +4,14 @@
     python tests/mutants.py              all of them: some minutes
     python tests/mutants.py -k rope      those whose name contains "rope"
 
-A test that passes when the mistake is in is not a test. Each mutant is a text in qwen3.h that must
-occur exactly once, and what to put there instead. The last line says how many were caught.
+A test that passes when the mistake is in is not a test. Each mutant is a text in qwen3.h, or in qwen3_cuda.cu, that
+must occur exactly once, and what to put there instead. The CUDA backend's kernels run on the CPU (tests/cuda_on_cpu).
+The last line says how many were caught.
 """
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -62,6 +64,23 @@ MUTANTS = [
     ("fault", "a leak when embedding", "    qwen3i_free(&c->desc.allocator, joined, size);\n    if (n < 0) return qwen3i_fail(&err", "    if (n < 0) return qwen3i_fail(&err"),
 ]
 
+# the same for qwen3_cuda.cu
+CUDA_MUTANTS = [
+    ("cuda_draws", "device: penalties without presence", "l[t] = qwen3i_penalised(l[t], c.repeat, c.presence);", "l[t] = qwen3i_penalised(l[t], c.repeat, 0);"),
+    ("cuda_draws", "device: ties towards the higher id", "<< 32 | (0xFFFFFFFFu - (unsigned)id);", "<< 32 | (unsigned)id;"),
+    ("cuda_draws", "device: min_p of all, not of the best", "            if (w >= least) mine += w;", "            mine += w;"),
+    ("cuda_draws", "device: the last token is not penalised", "for (int i = from; i < item->n; i++) slot->lists", "for (int i = from; i + 1 < item->n; i++) slot->lists"),
+    ("cuda_kernels_one", "device: a cluster's head is finished early", "barrier_expect(arrived, (unsigned)dim * 4);", "barrier_expect(arrived, (unsigned)dim * 2);"),
+    ("cuda_kernels_clusters", "device: decode reads its own batch too early", "w.fresh = n - 1 - w.row;", "w.fresh = n;"),
+    ("cuda_kernels_hopper", "device: parts of a product forgotten", "        lo.x += v[i].x; lo.y += v[i].y;", "        lo.x += v[i].x;"),
+    ("cuda_kernels_batched", "device: tokens of a tile see the future", "rows.last[i] = tile.pos0 + (token < tile.n_tokens ? token : tile.n_tokens - 1);\n        rows.top", "rows.last[i] = tile.pos0 + tile.n_tokens - 1;\n        rows.top"),
+    ("cuda_kernels_batched", "device: rows of q, k, v not scaled back", "const float s = scale ? scale[row] : 1.0f;", "const float s = 1.0f; (void)scale;"),
+    ("cuda_models_f16", "device: scales of matrices forgotten", "g.to->scale = 1.0f / half_scale(qwen3i_float_from_bits(host[i % room]));", "g.to->scale = 1.0f;"),
+    ("cuda_models_f16", "device: scales of the first piece for all", "qwen3i_float_from_bits(host[i % room])", "qwen3i_float_from_bits(host[0])"),
+    ("cuda_cancel", "device: copies to the caller under way", "any more */\n    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }", "any more */\n    if (r != QWEN3_OK) return r;"),
+    ("cuda_refuses", "device: formats not looked at", "if (t != QWEN3I_F32 && t != QWEN3I_F16 && t != QWEN3I_BF16)", "if (0 && t != QWEN3I_F32)"),
+]
+
 
 def broken(source, text, replacement):
     if source.count(text) != 1:
@@ -69,20 +88,59 @@ def broken(source, text, replacement):
     return source.replace(text, replacement)
 
 
-def build_and_run(folder, cc, tests):
+def failed(command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    return "does not compile: " + done.stderr.split("\n")[0] if done.returncode else None
+
+
+def build(folder, cc, exe):
+    return failed([cc, "-O1", "-w", "-DQWEN3_NO_SIMD", "-I", folder, os.path.join(folder, "test.c"), "-o", exe, "-lm", "-lpthread"])
+
+
+def build_cuda(folder, cc, exe):
+    here = ["-w", "-I", os.path.join(folder, "tests/cuda_on_cpu"), "-I", folder]
+    return failed(["c++", "-std=c++17", "-O1", "-x", "c++", *here, "-c", os.path.join(folder, "tests/cuda_lab.cu"), "-o", exe + ".o"]) or \
+        failed([cc, "-O1", *here, "-DQWEN3_WITH_CUDA", "-DQWEN3_TEST_CUDA_ON_CPU", os.path.join(folder, "test.c"), exe + ".o",
+                "-o", exe, "-lm", "-lpthread", "-lstdc++"])
+
+
+def build_and_run(build, folder, cc, tests):
     exe = os.path.join(folder, "test")
-    build = [cc, "-O1", "-w", "-DQWEN3_NO_SIMD", "-I", folder, "-I", ROOT, os.path.join(folder, "test.c"), "-o", exe, "-lm", "-lpthread"]
-    done = subprocess.run(build, capture_output=True, text=True)
-    if done.returncode:
-        return "does not compile: " + done.stderr.split("\n")[0]
+    problem = build(folder, cc, exe)
+    if problem:
+        return problem
     try:
         done = subprocess.run([exe, "-q", "-k", tests], cwd=ROOT, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:
         return "caught: hangs"
-    failed = re.findall(r"^FAIL  (\S+)", done.stdout, re.M)
-    if failed:
-        return f"caught by {len(failed)} tests, first {failed[0]}"
+    names = re.findall(r"^FAIL  (\S+)", done.stdout, re.M)
+    if names:
+        return f"caught by {len(names)} tests, first {names[0]}"
     return "caught: crashes" if done.returncode < 0 else "NOT CAUGHT"
+
+
+def run_all(o, name_of_file, mutants, build):
+    path = os.path.join(ROOT, name_of_file)
+    source = open(path, encoding="utf-8").read()
+    caught = missed = 0
+    with tempfile.TemporaryDirectory() as folder:       # copies: each file includes what lies beside it
+        for file in ("test.c", "qwen3.h", "qwen3_cuda.cu"):
+            shutil.copy(os.path.join(ROOT, file), folder)
+        shutil.copytree(os.path.join(ROOT, "tests"), os.path.join(folder, "tests"))
+        for tests, name, text, replacement in mutants:
+            if o.k not in name:
+                continue
+            changed = broken(source, text, replacement)
+            if changed is None:
+                verdict = f"does not apply: its text occurs {source.count(text)} times in {name_of_file}"
+            else:
+                with open(os.path.join(folder, name_of_file), "w", encoding="utf-8") as f:
+                    f.write(changed)
+                verdict = build_and_run(build, folder, o.cc, tests)
+            ok = verdict.startswith("caught")
+            caught, missed = caught + ok, missed + (not ok)
+            print(f"{'ok  ' if ok else 'FAIL'}  {name}: {verdict}", flush=True)
+    return caught, missed
 
 
 def main():
@@ -90,27 +148,9 @@ def main():
     p.add_argument("-k", default="", help="part of a name")
     p.add_argument("--cc", default=os.environ.get("CC", "cc"))
     o = p.parse_args()
-    source = open(os.path.join(ROOT, "qwen3.h"), encoding="utf-8").read()
-    caught = missed = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for file in ("test.c", "tests"):
-            os.symlink(os.path.join(ROOT, file), os.path.join(folder, file))
-        os.remove(os.path.join(folder, "test.c"))       # a copy: it includes the qwen3.h beside it
-        with open(os.path.join(folder, "test.c"), "w") as f:
-            f.write(open(os.path.join(ROOT, "test.c")).read())
-        for tests, name, text, replacement in MUTANTS:
-            if o.k not in name:
-                continue
-            changed = broken(source, text, replacement)
-            if changed is None:
-                verdict = f"does not apply: its text occurs {source.count(text)} times in qwen3.h"
-            else:
-                with open(os.path.join(folder, "qwen3.h"), "w", encoding="utf-8") as f:
-                    f.write(changed)
-                verdict = build_and_run(folder, o.cc, tests)
-            ok = verdict.startswith("caught")
-            caught, missed = caught + ok, missed + (not ok)
-            print(f"{'ok  ' if ok else 'FAIL'}  {name}: {verdict}", flush=True)
+    caught, missed = run_all(o, "qwen3.h", MUTANTS, build)
+    more, worse = run_all(o, "qwen3_cuda.cu", CUDA_MUTANTS, build_cuda)
+    caught, missed = caught + more, missed + worse
     print(f"{caught} passed, {missed} failed")
     return missed != 0
 

@@ -344,6 +344,20 @@ static float *lab_cached(lab *l, const lab_rows *r, int layer, int value) {
     return out;
 }
 
+/* Norm and product as a step does them, where the product may norm its input itself, beside the CPU's. */
+static void lab_check_normed_mlp(lab *l, int n) {
+    const qwen3i_config *c = &l->model.config;
+    const size_t size = (size_t)n * (size_t)c->n_embd;
+    float *x = lab_values(l, size, 3), *h = floats(size), *want = floats((size_t)n * (size_t)c->n_ff);
+    qwen3i_rmsnorm(&l->exec, h, x, l->layer.mlp_norm, n, c->n_embd, c->rms_eps);
+    qwen3i_swiglu(&l->exec, want, &l->layer.w_gate, &l->layer.w_up, h, n);
+    lab_put(l, LAB_X, x);
+    lab_run(l, LAB_NORM_MLP);
+    lab_check(l, "norm, mlp", LAB_M, want, n, c->n_ff, lab_rounds(l, n) ? CUDA_ROUNDED : 2 * lab_exact(l, n));
+    free(x);
+    free(h);
+}
+
 static void lab_check_qkv(lab *l, const lab_rows *r) {
     const qwen3i_config *c = &l->model.config;
     const qwen3i_type kv = (qwen3i_type)l->desc.kv_type;
@@ -500,6 +514,7 @@ static void lab_check_rows(lab *l, int kv_type, int kernels, int n, int n_seqs, 
         lab_check_norm(l, n, 1);
         lab_check_norm(l, n, 20000);
         lab_check_norm(l, n, 1e-4f);
+        lab_check_normed_mlp(l, n);
         lab_check_qkv(l, r);
         lab_check_attention(l, r, 1);
         lab_check_attention(l, r, 8);
@@ -1401,6 +1416,26 @@ static void test_cuda_memory(void) {
     fixture_close(&f);
 }
 
+/* Sizes that 64 bits do not hold, and a format that only the CPU unpacks, are refused. */
+static void test_cuda_refuses(void) {
+    qwen3_ctx_desc desc = ctx_desc(1 << 30, 1 << 30, 1 << 20, QWEN3_KV_F32);
+    lab *l = (lab *)malloc(sizeof *l);
+    if (lab_load(l, &lab_small, QWEN3I_F32)) {
+        const qwen3_backend *b = qwen3_cuda_backend();
+        const qwen3_memory bytes = b->ctx_memory(l->state, &l->model, &desc);
+        qwen3_load_desc load;
+        void *state = NULL;
+        CHECK(bytes.device_bytes == UINT64_MAX);
+        CHECK(b->ctx_create(&l->ctx, l->state, &l->model, &desc, &l->err) < 0 && !l->ctx && strstr(l->text, "out of"));
+        memset(&load, 0, sizeof load);
+        l->layers[0].wo.type = QWEN3I_Q8_0;
+        CHECK(b->model_create(&state, &l->model, &load, &l->err) == QWEN3_ERR_UNSUPPORTED && !state);
+        CHECK_MSG(strstr(l->text, "CPU") != NULL, "%s", l->text);
+    }
+    lab_close(l);
+    free(l);
+}
+
 #ifdef QWEN3_TEST_CUDA_ON_CPU
 extern void cuda_on_cpu_fail(long n);
 extern long cuda_on_cpu_calls(void);
@@ -1543,5 +1578,6 @@ static void suite_cuda(void) {
     RUN(test_cuda_cancel);
     RUN(test_cuda_cancel_load);
     RUN(test_cuda_memory);
+    RUN(test_cuda_refuses);
 }
 #endif

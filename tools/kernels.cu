@@ -239,7 +239,7 @@ template <class W, class T, int R, int NR> __global__ void __launch_bounds__(32 
                 else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), y);
             }
     }
-    finish_heads<T>(in, a, tickets, finished, MATVEC_WARPS * NR, turn);
+    finish_heads(in, a, tickets, finished, MATVEC_WARPS * NR, turn);
 }
 
 /* norm_rope_store_kernel that finds 1 / rms of its row of x [rows, ld] (16-bit, times scale[row]) by itself */
@@ -255,7 +255,7 @@ template <class T> __global__ void __launch_bounds__(256)
     }
     const float up = scale[row], s = up / sqrtf(block_sum(sum, shared) * up * up / (float)width + eps);
     const row_turn t = load_turn(a, row);
-    for (int head = warp_id(); head < rotated; head += n_threads() / 32) norm_rope_head<T>(a, row, head, s, t);
+    for (int head = warp_id(); head < rotated; head += n_threads() / 32) norm_rope_head(a, row, head, s, t);
     const float *v = a.qkv + (size_t)row * a.ld + (size_t)rotated * a.head_dim;
     T *to = (T *)a.kv.v + kv_at(a.kv, t.seq, t.position);
     for (int i = 2 * tid(); i < a.kv.kv_dim; i += 2 * n_threads()) {
@@ -308,7 +308,7 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
     barrier_wait(arrived, 0);
     head_pairs p = load_head(values, dim / 2);
     norm_rope(p, gain, turn, dim, a.eps, 1.0f);
-    store_head<float>(a, 0, head, p, turn);
+    store_head(a, 0, head, p, turn);
 }
 
 template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
@@ -328,7 +328,7 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
             else store(v + i, pick(acc, lane) * r);
         },
         [&](float4 lo, float4 hi) { add_squares(squares, lo, hi); });
-    finish_heads<float>(in, a, tickets, finished, STREAM_HEADS, turn);
+    finish_heads(in, a, tickets, finished, STREAM_HEADS, turn);
 }
 
 #ifdef QWEN3_WGMMA
@@ -486,8 +486,7 @@ cudaError_t fused_product(const pass *p, const matrix &w, const qkv_args &qkv) {
 
 template <int R, int NR> cudaError_t launch_fused(const pass *p, const matvec_in &in, const qkv_args &a,
                                                   const float *scales) {
-    const share s = matvec_share(p, in.n, R == 1 ? 4 : NR);
-    return launch_early(p->early, p->s, grid1(s.blocks), 32 * MATVEC_WARPS, 0, fused_qkv_kernel<half_t, float, R, NR>,
+    return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n, NR)), 32 * MATVEC_WARPS, 0, fused_qkv_kernel<half_t, float, R, NR>,
                         in, a, p->c->qkv_tickets, scales);
 }
 
@@ -512,15 +511,8 @@ qwen3_result fused_qkv(const pass *p, int layer, const float *scales) {
 #define CALL(RING) fused_stream<RING>(p, in, a, scales)
     if (ring) e = BY_RING(ring, CALL);
 #undef CALL
-    else if (p->n > 4) e = launch_fused<8, 2>(p, in, a, scales);
-    else if (p->n > 2) e = launch_fused<4, 2>(p, in, a, scales);
-    else if (p->n > 1) e = launch_fused<2, 2>(p, in, a, scales);
-    else switch (matvec_share(p, in.n, 4).rows) {
-        case 1:  e = launch_fused<1, 1>(p, in, a, scales); break;
-        case 2:  e = launch_fused<1, 2>(p, in, a, scales); break;
-        case 3:  e = launch_fused<1, 3>(p, in, a, scales); break;
-        default: e = launch_fused<1, 4>(p, in, a, scales);
-    }
+    else e = p->n > 4 ? launch_fused<8, 2>(p, in, a, scales) : p->n > 1 ? launch_fused<4, 2>(p, in, a, scales) :
+                                                                           launch_fused<1, 2>(p, in, a, scales);
     return launched(p, e, "fused_qkv");
 }
 

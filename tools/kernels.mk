@@ -1,6 +1,6 @@
 # For comparisons only: see tools/kernels.cu, tools/kernels_cpu.c, tools/compare_torch.py
 build/kernels.o: tools/kernels.cu tests/cuda_lab.cu tests/cuda_lab.h qwen3_cuda.cu $(DEPS) | build
-	$(NVCC) $(NVCCFLAGS) -Xcompiler -fPIC -c tools/kernels.cu -o $@
+	$(NVCC) $(NVCCFLAGS) $(CUDA_ARCH) -Xcompiler -fPIC -c tools/kernels.cu -o $@
 
 build/libqwen3_kernels.so: build/kernels.o build/qwen3.o
 	$(CC) -shared $^ -o $@ $(LDLIBS)
