@@ -6,7 +6,7 @@
        #include "qwen3.h"
 
    Every other file just includes "qwen3.h". Nothing to link but the C library, its maths
-   library and threads:  cc -O2 app.c -lm -lpthread
+   library and threads:  cc -O2 app.c -lm -lpthread      (for an i486, -latomic, too)
 
    HELLO WORLD (complete; `cc -O2 hello.c -lm -lpthread && ./a.out path/to/Qwen3-0.6B`)
 
@@ -1031,6 +1031,12 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
   #endif
   #ifndef NOMINMAX
     #define NOMINMAX
+  #endif
+  #ifndef NOGDI         /* Rectangle, CloseWindow and the like are names of graphics libraries, too: */
+    #define NOGDI       /* who wants those of Windows in this file includes windows.h first */
+  #endif
+  #ifndef NOUSER
+    #define NOUSER
   #endif
   #include <windows.h>
 #else
