@@ -7,6 +7,8 @@ CFLAGS   ?= -O3
 WARN      = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion
 MODEL    ?= demo
 PREFIX   ?= /usr/local
+VERSION   = 1.0.0
+SOVERSION = 1.0
 NVCC     ?= $(shell command -v nvcc 2>/dev/null)
 CUDA     ?= $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1))
 CUDA_ARCH ?= $(shell tools/cuda_arch.sh "$(NVCC)")
@@ -58,8 +60,18 @@ build/cuda_lab.o: tests/cuda_lab.cu tests/cuda_lab.h qwen3_cuda.cu $(DEPS) | bui
 build/qwen3.o: $(DEPS) | build
 	$(CC) -std=c99 $(CFLAGS) $(WARN) -fPIC -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o $@
 
-build/libqwen3.a: build/qwen3.o $(CUDA_OBJ) build/with_cuda
-	rm -f $@ && $(AR) rcs $@ build/qwen3.o $(CUDA_OBJ)
+build/libqwen3.a: build/qwen3.o
+	rm -f $@ && $(AR) rcs $@ $^
+
+build/libqwen3_cuda.a: build/qwen3_cuda.o
+	rm -f $@ && $(AR) rcs $@ $^
+
+# only what the header declares is seen from outside; minor versions may add fields, so they have a soname each
+build/libqwen3.so.$(VERSION): build/qwen3.o build/libqwen3.map
+	$(CC) -shared -Wl,-soname,libqwen3.so.$(SOVERSION) -Wl,--version-script=build/libqwen3.map build/qwen3.o -o $@ -lm -lpthread
+
+build/libqwen3.map: Makefile | build
+	echo '{ global: qwen3_*; local: *; };' > $@
 
 # holds what CUDA is, and changes with it alone: what is built otherwise is built again
 build/with_cuda: always | build
@@ -70,7 +82,7 @@ include tools/kernels.mk
 build:
 	mkdir -p build
 
-lib: build/libqwen3.a
+lib: build/libqwen3.a build/libqwen3.so.$(VERSION) $(if $(CUDA),build/libqwen3_cuda.a)
 
 run: example
 	@tools/welcome.sh "$(MODEL)"
@@ -84,9 +96,14 @@ download:
 	tools/download.sh $(MODEL)
 
 install: lib
-	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib
+	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/lib/cmake/qwen3
 	install -m 644 qwen3.h qwen3_cuda.cu $(DESTDIR)$(PREFIX)/include
-	install -m 644 build/libqwen3.a $(DESTDIR)$(PREFIX)/lib
+	install -m 644 build/libqwen3.a $(if $(CUDA),build/libqwen3_cuda.a) $(DESTDIR)$(PREFIX)/lib
+	install -m 755 build/libqwen3.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib
+	ln -sf libqwen3.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libqwen3.so.$(SOVERSION)
+	ln -sf libqwen3.so.$(SOVERSION) $(DESTDIR)$(PREFIX)/lib/libqwen3.so
+	sed 's,@prefix@,$(PREFIX),; s,@version@,$(VERSION),' packaging/qwen3.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/qwen3.pc
+	install -m 644 packaging/qwen3-config.cmake packaging/qwen3-config-version.cmake $(DESTDIR)$(PREFIX)/lib/cmake/qwen3
 
 web:                                    # the demo in a browser; needs Emscripten
 	web/build.sh
@@ -98,7 +115,7 @@ clean:
 	rm -rf build example bench
 
 help:
-	@echo "all       example, bench, build/check and build/libqwen3.a, $(if $(CUDA),with CUDA,for the CPU)"
+	@echo "all       example, bench, build/check and the libraries, $(if $(CUDA),with CUDA,for the CPU)"
 	@echo "cuda      the same with CUDA (nvcc: $(or $(NVCC),none found)); otherwise it is built where a GPU is found"
 	@echo "          CUDA=1, CUDA=0: with and without for any target; a first build with CUDA takes minutes"
 	@echo "run       chat with MODEL (default: the demo); ARGS=... are passed on"
@@ -106,7 +123,7 @@ help:
 	@echo "build/check   is a model's cache precise enough? build/check MODEL"
 	@echo "bench     build the benchmark; ./bench --help"
 	@echo "download  fetch MODEL=Qwen/Qwen3-0.6B (or another) into models/"
-	@echo "install   header, CUDA source and static library under PREFIX ($(PREFIX))"
+	@echo "install   header, CUDA source, static and shared library, qwen3.pc and a CMake package under PREFIX ($(PREFIX))"
 	@echo "web       the demo as a web page in build/web (Emscripten); python3 web/serve.py shows it"
 	@echo "test-web  test that page in headless Chromium"
 	@echo "clean     remove what was built"

@@ -375,6 +375,14 @@ QWEN3_API const char  *qwen3_result_string(qwen3_result r);
    tokenizer files the model loads for token-level use. Blocking; safe from any thread.             */
 QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc, char *err, size_t err_size);
 
+/* What files that only declare the library call instead: it first compares the QWEN3_VERSION that they
+   were compiled with. MISMATCH if that is of another major or minor version than the library. */
+QWEN3_API qwen3_result qwen3_load_for(int version, qwen3_model **out, const qwen3_load_desc *desc,
+                                      char *err, size_t err_size);
+#ifndef QWEN3_IMPLEMENTATION
+  #define qwen3_load(out, desc, err, err_size) qwen3_load_for(QWEN3_VERSION, out, desc, err, err_size)
+#endif
+
 /* Release a model. NULL is fine. All of its contexts must have been freed before. */
 QWEN3_API void         qwen3_free(qwen3_model *model);
 
@@ -1010,6 +1018,7 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
 #ifdef QWEN3_IMPLEMENTATION
 #ifndef QWEN3I_IMPLEMENTED
 #define QWEN3I_IMPLEMENTED
+#undef qwen3_load       /* declared before without the implementation */
 /* ================================================================================================
    PLATFORM, MEMORY AND ERRORS
    ================================================================================================ */
@@ -6340,6 +6349,17 @@ QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc
                (unsigned long long)m->info.weight_bytes, m->info.backend_name, m->info.device_name, m->tokenizer ? "" : "; no tokenizer files");
     *out = m;
     return QWEN3_OK;
+}
+
+QWEN3_API qwen3_result qwen3_load_for(int version, qwen3_model **out, const qwen3_load_desc *desc,
+                                      char *err_text, size_t err_size) {
+    qwen3i_err err;
+    err.text = err_text;
+    err.cap = err_size;
+    if (version / 10 == QWEN3_VERSION / 10) return qwen3_load(out, desc, err_text, err_size);
+    if (out) *out = NULL;
+    return qwen3i_fail(&err, QWEN3_ERR_MISMATCH, "the program was compiled for version %d.%d, the library is version %d.%d",
+                       version / 100, version / 10 % 10, QWEN3_VERSION / 100, QWEN3_VERSION / 10 % 10);
 }
 
 QWEN3_API void qwen3_free(qwen3_model *m) {

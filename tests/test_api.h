@@ -15,6 +15,16 @@ static void test_api_version(void) {
     CHECK(strcmp(qwen3_result_string(QWEN3_ERR_MEMORY), qwen3_result_string(QWEN3_ERR_IO)) != 0);
 }
 
+static void test_api_other_version(void) {
+    static qwen3_load_desc d;
+    qwen3_model *m = NULL;
+    char err[128];
+    CHECK(qwen3_load_for(QWEN3_VERSION + 10, &m, &d, err, sizeof err) == QWEN3_ERR_MISMATCH && !m);
+    CHECK(strcmp(err, "the program was compiled for version 1.1, the library is version 1.0") == 0);
+    CHECK(qwen3_load_for(QWEN3_VERSION + 100, NULL, NULL, NULL, 0) == QWEN3_ERR_MISMATCH);
+    CHECK(qwen3_load_for(QWEN3_VERSION + 1, &m, &d, err, sizeof err) == QWEN3_ERR_ARG);     /* nothing to load */
+}
+
 static void test_api_info(void) {
     fixture f;
     qwen3_info i;
@@ -1227,6 +1237,7 @@ static void test_api_no_leaks(void) {
 
 static void suite_api(void) {
     RUN(test_api_version);
+    RUN(test_api_other_version);
     RUN(test_api_info);
     RUN(test_api_fingerprints);
     RUN(test_api_fingerprint_of_config);

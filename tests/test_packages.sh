@@ -1,0 +1,79 @@
+#!/bin/sh
+# The library as a package: installed by make and by CMake, found by pkg-config, CMake and Conan, as a subdirectory.
+# usage: sh tests/test_packages.sh   (from the repository's root)
+set -eu
+root=$(pwd)
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+consumer=packaging/conan/test_package
+runs() { "$@" "$root/demo" >"$dir/said" || { cat "$dir/said"; exit 1; }; grep -q 'loaded$' "$dir/said"; echo "ok    $name"; }
+
+make -s install PREFIX="$dir/made" CUDA=0
+PKG_CONFIG_PATH=$dir/made/lib/pkgconfig; export PKG_CONFIG_PATH
+lib=$dir/made/lib/libqwen3.so
+
+name='make install, pkg-config, shared'
+cc $consumer/consumer.c -o "$dir/shared" $(pkg-config --cflags --libs qwen3)
+runs env LD_LIBRARY_PATH="$dir/made/lib" "$dir/shared"
+
+name='make install, pkg-config, static'
+cc $consumer/consumer.c -o "$dir/static" $(pkg-config --static --cflags --libs qwen3 | sed 's/-lqwen3/-l:libqwen3.a/')
+runs "$dir/static"
+
+name='soname and exported names'
+objdump -p "$lib" | grep -q 'SONAME *libqwen3.so.1.0$'
+nm -D --defined-only "$lib" | awk '{ print $3 }' >"$dir/names"
+[ "$(wc -l <"$dir/names")" -gt 30 ] && ! grep -v '^qwen3_' "$dir/names"
+echo "ok    $name: $(wc -l <"$dir/names")"
+
+name='a library of another version is refused'
+sed 's/#define QWEN3_VERSION 100/#define QWEN3_VERSION 110/' qwen3.h >"$dir/qwen3.h"
+cc -I"$dir" $consumer/consumer.c -o "$dir/newer" -L"$dir/made/lib" -lqwen3
+! LD_LIBRARY_PATH=$dir/made/lib "$dir/newer" "$root/demo" >"$dir/said"
+grep -q 'compiled for version 1.1, the library is version 1.0' "$dir/said"
+echo "ok    $name"
+
+for shared in OFF ON; do
+    name="make install, find_package, shared $shared"
+    cmake -S $consumer -B "$dir/found$shared" -DCMAKE_PREFIX_PATH="$dir/made" -DBUILD_SHARED_LIBS=$shared >"$dir/log"
+    cmake --build "$dir/found$shared" >>"$dir/log"
+    runs "$dir/found$shared/consumer"
+
+    name="cmake --install, find_package, shared $shared"
+    cmake -S . -B "$dir/build$shared" -DBUILD_SHARED_LIBS=$shared -DCMAKE_INSTALL_LIBDIR=lib -DCMAKE_C_FLAGS_RELEASE=-O1 >"$dir/log"
+    cmake --build "$dir/build$shared" >>"$dir/log"
+    cmake --install "$dir/build$shared" --prefix "$dir/installed$shared" >>"$dir/log"
+    cmake -S $consumer -B "$dir/again$shared" -DCMAKE_PREFIX_PATH="$dir/installed$shared" >>"$dir/log"
+    cmake --build "$dir/again$shared" >>"$dir/log"
+    runs "$dir/again$shared/consumer"
+done
+nm -D --defined-only "$dir/installedON/lib/libqwen3.so" | awk '{ print $3 }' | cmp - "$dir/names"
+! cmake -S $consumer -B "$dir/none" -DCMAKE_PREFIX_PATH="$dir/made" -Dqwen3_FIND_REQUIRED_cuda=1 >"$dir/log" 2>&1
+
+name='add_subdirectory'
+mkdir "$dir/parent"
+cp $consumer/consumer.c "$dir/parent"
+cat >"$dir/parent/CMakeLists.txt" <<END
+cmake_minimum_required(VERSION 3.18)
+project(parent LANGUAGES C)
+add_subdirectory("$root" qwen3)
+add_executable(consumer consumer.c)
+target_link_libraries(consumer PRIVATE qwen3::qwen3)
+END
+cmake -S "$dir/parent" -B "$dir/sub" -DCMAKE_C_FLAGS_RELEASE=-O1 >"$dir/log" && cmake --build "$dir/sub" >>"$dir/log"
+runs "$dir/sub/consumer"
+
+name='Conan'
+if command -v conan >/dev/null; then
+    CONAN_HOME=$dir/conan; export CONAN_HOME
+    conan profile detect >/dev/null 2>&1
+    mkdir "$dir/tree"
+    cp -r packaging CMakeLists.txt qwen3.h qwen3_cuda.cu LICENSE "$dir/tree"
+    conan create "$dir/tree/packaging/conan" --no-remote >"$dir/log" 2>&1 || { tail -30 "$dir/log"; exit 1; }
+    grep -q 'compiled for 100: .*no/such/model' "$dir/log"
+    echo "ok    $name"
+else echo "skip  $name: not installed"; fi
+
+name='vcpkg'
+python3 -c 'import json; assert json.load(open("packaging/vcpkg/vcpkg.json"))["version"] == "1.0.0"'
+echo "ok    $name: its manifest is JSON; vcpkg itself is not run here"
