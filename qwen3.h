@@ -1677,6 +1677,8 @@ struct qwen3_model {
     qwen3i_shard        *shards;        /* [n_shards] weight files */
     int                  n_shards;
     qwen3i_block        *blocks;        /* everything else that was allocated */
+    int                  no_causal;     /* the configuration names Qwen3Model and not Qwen3ForCausalLM */
+    int                  no_head;
     char                 no_embedding[160];     /* why embeddings are not what the files ask for; empty: they are */
 };
 
@@ -5508,8 +5510,11 @@ static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, c
     } else if (qwen3i_json_is(key, "hidden_act")) {
         if (qwen3i_json_string(j, &s)) raw->act_ok = qwen3i_json_is(s, "silu") || qwen3i_json_is(s, "swish");
     } else if (qwen3i_json_is(key, "architectures")) {
+        qwen3i_json again = *j;
         qwen3i_config_list(j, "Qwen3ForCausalLM", "Qwen3Model", &n, &hits);
         raw->class_ok = hits > 0;
+        qwen3i_config_list(&again, "Qwen3ForCausalLM", "Qwen3ForCausalLM", &n, &hits);
+        c->m->no_causal = hits == 0;
     } else if (qwen3i_json_is(key, "layer_types")) {
         qwen3i_config_list(j, "full_attention", "full_attention", &n, &hits);
         raw->slides = n == 0 ? -1 : hits < n;
@@ -5750,8 +5755,66 @@ static void qwen3i_weight_name(char *dst, const qwen3i_source *s, int layer, int
 typedef struct qwen3i_binder {
     qwen3i_loader        *l;
     const qwen3i_tensors *tensors;
+    qwen3i_str            prefix;       /* what the names have in place of "model."; some wrappers put more before it */
+    qwen3i_str            head;         /* the name of lm_head.weight; n 0: it is as it should be */
     uint64_t              n_params, n_bytes, fingerprint;
 } qwen3i_binder;
+
+/* The one tensor whose name is this, or ends in it behind a dot; several: NULL, too */
+static const qwen3i_tensor *qwen3i_find_suffix(const qwen3i_tensors *t, const char *suffix) {
+    const qwen3i_tensor *found = qwen3i_find_tensor(t, qwen3i_str_of(suffix));
+    const size_t n = strlen(suffix);
+    size_t i, hits = 0;
+    if (found) return found;
+    for (i = 0; i < t->n; i++) {
+        const qwen3i_str name = t->list[i].name;
+        if (name.n <= n || name.p[name.n - n - 1] != '.' || !qwen3i_str_ends(name, suffix)) continue;
+        found = &t->list[i];
+        hits++;
+    }
+    return hits == 1 ? found : NULL;
+}
+
+/* The names of Hugging Face's layout begin with "model."; those of a model without a head with nothing, and those of
+   one that is wrapped with more. Where the embedding tells which, that is taken. */
+static void qwen3i_find_prefix(qwen3i_binder *b) {
+    static const char embed[] = "embed_tokens.weight";
+    const qwen3i_tensor *t;
+    b->prefix = qwen3i_str_of("model.");
+    if (qwen3i_find_tensor(b->tensors, qwen3i_str_of("model.embed_tokens.weight"))) return;
+    t = qwen3i_find_suffix(b->tensors, embed);
+    if (!t || t->name.n > QWEN3I_NAME / 2) return;
+    b->prefix = t->name;
+    b->prefix.n -= sizeof embed - 1;
+    t = qwen3i_find_suffix(b->tensors, "lm_head.weight");
+    if (t) b->head = t->name;
+}
+
+static const qwen3i_tensor *qwen3i_find_weight(const qwen3i_binder *b, const char *name) {
+    char actual[2 * QWEN3I_NAME];
+    qwen3i_str key = qwen3i_str_of(name);
+    if (b->head.n && strcmp(name, "lm_head.weight") == 0) key = b->head;
+    else if (strncmp(name, "model.", 6) == 0) {
+        snprintf(actual, sizeof actual, "%.*s%s", (int)b->prefix.n, b->prefix.p, name + 6);
+        key = qwen3i_str_of(actual);
+    }
+    return qwen3i_find_tensor(b->tensors, key);
+}
+
+/* A tensor is missing: of those that are there, the one whose name is most like it stands in the message. */
+static qwen3_result qwen3i_missing_tensor(const qwen3i_binder *b, const char *name) {
+    const char *file = b->l->model->shards[0].name;
+    const qwen3i_tensor *t = b->tensors->list, *best = t;
+    size_t i, k, most = 0, n = strlen(name);
+    for (i = 0; i < b->tensors->n; i++) {
+        const qwen3i_str has = t[i].name;
+        for (k = 0; k < n && k < has.n && has.p[k] == name[k]; k++) { }
+        if (k > most) { most = k; best = &t[i]; }
+    }
+    if (!b->tensors->n) return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing", file, name);
+    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing; there is '%.*s', for example", file, name,
+                       QWEN3I_STR(best->name));
+}
 
 static void qwen3i_shape_string(char *dst, size_t cap, const uint64_t *shape, int rank) {
     size_t at = 1;
@@ -5817,17 +5880,18 @@ static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tenso
 static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
     const qwen3i_err *err = b->l->err;
     const qwen3i_tensor *t;
-    qwen3i_str key;
     uint64_t want[2], n = (uint64_t)(rows ? rows : 1) * (uint64_t)cols;
     int rank = rows ? 2 : 1, same;
     char has[128], needs[64];
     qwen3_result r;
-    key.p = name;
-    key.n = strlen(name);
-    t = qwen3i_find_tensor(b->tensors, key);
+    t = qwen3i_find_weight(b, name);
     want[0] = (uint64_t)(rows ? rows : cols);
     want[1] = (uint64_t)cols;
-    if (!t) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing", b->l->model->shards[0].name, name);
+    if (!t) return qwen3i_missing_tensor(b, name);
+    out->type = qwen3i_type_of(t->dtype);
+    out->rows = rows ? rows : 1;
+    out->cols = cols;
+    if (!out->type) return qwen3i_check_type(b, t, name, out);      /* before the shape, which packing changes */
     same = t->rank == rank && memcmp(t->shape, want, (size_t)rank * sizeof want[0]) == 0;
     if (!same) {
         qwen3i_shape_string(has, sizeof has, t->shape, t->rank);
@@ -5835,9 +5899,6 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s; %s asks for %s", t->file, name, has,
                            qwen3i_config_file(b->l), needs);
     }
-    out->type = qwen3i_type_of(t->dtype);
-    out->rows = rows ? rows : 1;
-    out->cols = cols;
     r = qwen3i_check_type(b, t, name, out);
     if (r != QWEN3_OK) return r;
     out->data = qwen3i_align_tensor(b->l->model, t, qwen3i_is_block(out->type) ? 1 : qwen3i_type_size(out->type));
@@ -5939,7 +6000,26 @@ static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer 
     return r == QWEN3_OK ? qwen3i_bind_qkv(b, index, w) : r;
 }
 
-/* The weights outside the layers. A tied head is the embedding, and one in the file a copy that is not used. */
+/* The head: the embedding if it is tied, unless the files hold another one, which then counts as in transformers. A
+   model that was saved without its head makes embeddings. */
+static qwen3_result qwen3i_bind_head(qwen3i_binder *b, const char *name) {
+    qwen3_model *m = b->l->model;
+    qwen3i_config *c = &m->config;
+    const qwen3i_tensor *head = qwen3i_find_weight(b, name), *embed;
+    char embed_name[QWEN3I_NAME];
+    m->weights.head = m->weights.embed;
+    qwen3i_weight_name(embed_name, b->l->source, -1, QWEN3I_W_EMBED);
+    embed = qwen3i_find_weight(b, embed_name);
+    if (!head && !c->tied && (m->no_causal || b->prefix.n == 0)) { m->no_head = 1; return QWEN3_OK; }
+    if (c->tied && (!head || !embed || (head->end - head->begin == embed->end - embed->begin &&
+        memcmp(head->data, embed->data, (size_t)(head->end - head->begin)) == 0))) return QWEN3_OK;
+    if (c->tied) qwen3i_log(&m->logger, QWEN3_LOG_WARN, "%s: tie_word_embeddings is set, but %s differs from the embedding: "
+                            "it is used", qwen3i_config_file(b->l), name);
+    c->tied = 0;
+    return qwen3i_bind(b, name, c->n_vocab, c->n_embd, &m->weights.head);
+}
+
+/* The weights outside the layers */
 static qwen3_result qwen3i_bind_ends(qwen3i_binder *b) {
     qwen3_model *m = b->l->model;
     const qwen3i_config *c = &m->config;
@@ -5951,9 +6031,8 @@ static qwen3_result qwen3i_bind_ends(qwen3i_binder *b) {
     r = qwen3i_bind(b, name, c->n_vocab, c->n_embd, &w->embed);
     qwen3i_weight_name(name, s, -1, QWEN3I_W_FINAL_NORM);
     if (r == QWEN3_OK) r = qwen3i_bind_floats(b, name, 0, c->n_embd, &w->final_norm);
-    w->head = w->embed;
     qwen3i_weight_name(name, s, -1, QWEN3I_W_HEAD);
-    if (r == QWEN3_OK && !c->tied) r = qwen3i_bind(b, name, c->n_vocab, c->n_embd, &w->head);
+    if (r == QWEN3_OK) r = qwen3i_bind_head(b, name);
     if (r != QWEN3_OK || !s->names[QWEN3I_W_RANK]) return r;
     qwen3i_weight_name(name, s, -1, QWEN3I_W_RANK);
     return qwen3i_find_tensor(b->tensors, qwen3i_str_of(name)) ? qwen3i_bind_floats(b, name, 2, c->n_embd, &m->rank) : QWEN3_OK;
@@ -6131,7 +6210,7 @@ static void qwen3i_fill_info(qwen3_model *m) {
     f->end_of_text = qwen3i_added_id(m->tokenizer, "<|endoftext|>");
     f->think_begin = qwen3i_added_id(m->tokenizer, "<think>");
     f->think_end = qwen3i_added_id(m->tokenizer, "</think>");
-    f->has_head = m->weights.head.data != NULL || !m->weights.layers;
+    f->has_head = !m->no_head;
     f->backend_name = m->backend->name;
     f->device_name = m->weights.layers ? m->backend->device_name(m->backend_state) : "none";
     qwen3i_add_eos(m, f->im_end);       /* both end a turn, whatever the files list */
@@ -6161,6 +6240,7 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     r = l->source->list(l, &tensors);
     l->done = 0.4f;
     l->step = 0.1f;
+    if (r == QWEN3_OK) qwen3i_find_prefix(&b);
     if (r == QWEN3_OK) r = qwen3i_bind_model(&b);
     qwen3i_free(&m->allocator, tensors.list, tensors.cap * sizeof *tensors.list);
     m->info.n_params = b.n_params;

@@ -303,6 +303,131 @@ static void test_checkpoints_pooling(void) {
     tiny_free(&t);
 }
 
+/* The tiny model with its tensors named otherwise, and with a head: 0 none, 1 a copy of the embedding, 2 another one. */
+static void checkpoints_make(tiny_model *m, const char *prefix, int head, const char *config_from, const char *config_to) {
+    tiny_text header = {NULL, 0}, renamed = {NULL, 0};
+    size_t n = tiny_header(&header, 0, TINY_TENSORS), size = 2 * 264 * 4, at;
+    const char *p, *hit;
+    tiny_make(m, 0, 0);
+    for (p = header.p; (hit = strstr(p, "\"model.")) != NULL; p = hit + 7) {
+        tiny_append(&renamed, p, (size_t)(hit - p));
+        tiny_printf(&renamed, "\"%s", prefix);
+    }
+    tiny_append(&renamed, p, strlen(p));
+    if (head) {
+        renamed.p[--renamed.n] = '\0';
+        tiny_printf(&renamed, ",\"lm_head.weight\":{\"dtype\":\"BF16\",\"shape\":[264,4],\"data_offsets\":[%lu,%lu]}}",
+                    (unsigned long)n, (unsigned long)(n + size));
+    }
+    tiny_remove(m, TINY_WEIGHTS);
+    m->file[TINY_WEIGHTS] = tiny_safetensors(renamed.p, renamed.n, n + (head ? size : 0));
+    at = 8 + renamed.n + n;
+    if (head) memcpy(m->file[TINY_WEIGHTS].p + at, m->file[TINY_WEIGHTS].p + at - size, size);
+    if (head == 2) m->file[TINY_WEIGHTS].p[at + 8 * 7] ^= 1;       /* one number in 264 rows */
+    if (config_from) malformed_edit(m, TINY_CONFIG, config_from, config_to);
+    free(header.p);
+    free(renamed.p);
+}
+
+static int checkpoints_warned;
+static void checkpoints_on_log(qwen3_log_level level, const char *text, void *user) {
+    (void)user;
+    if (level == QWEN3_LOG_WARN && strstr(text, "lm_head.weight differs")) checkpoints_warned = 1;
+}
+
+/* Load, evaluate and compare with the plain tiny model: 1 the same logits, 0 others, -1 UNSUPPORTED, -2 no model. */
+static int checkpoints_compare(const tiny_model *t, char err[512]) {
+    static const qwen3_token tokens[3] = {1, 7, 200};
+    float logits[2][264], hidden[4];
+    const float *out;
+    tiny_model plain;
+    int i, result = -2;
+    tiny_make(&plain, 0, 0);
+    for (i = 0; i < 2; i++) {
+        qwen3_file files[TINY_FILES];
+        qwen3_load_desc d;
+        qwen3_ctx_desc cd;
+        qwen3_model *m = NULL;
+        qwen3_ctx *ctx = NULL;
+        qwen3_item item;
+        memset(&d, 0, sizeof d);
+        memset(&cd, 0, sizeof cd);
+        memset(&item, 0, sizeof item);
+        d.n_files = tiny_list(i ? t : &plain, files);
+        d.files = files;
+        d.logger.log = checkpoints_on_log;
+        checkpoints_warned = 0;
+        cd.max_ctx = 16;
+        cd.threads = 1;
+        item.tokens = tokens;
+        item.n = 3;
+        item.hidden = hidden;
+        if (qwen3_load(&m, &d, err, 512) != QWEN3_OK) break;
+        CHECK(qwen3_ctx_create(&ctx, m, &cd, NULL, 0) == QWEN3_OK && qwen3_eval(ctx, &item, 1) == QWEN3_OK);
+        out = qwen3_logits(ctx, 0);
+        CHECK((out != NULL) == qwen3_get_info(m).has_head);
+        if (out) memcpy(logits[i], out, sizeof logits[i]);
+        else {
+            qwen3_token next;
+            CHECK(qwen3_next(ctx, 0, NULL, &next) == QWEN3_ERR_UNSUPPORTED && strstr(qwen3_ctx_error(ctx), "lm_head"));
+            item.all_logits = logits[0];
+            CHECK(qwen3_eval(ctx, &item, 1) == QWEN3_ERR_UNSUPPORTED);
+        }
+        if (i) result = !out ? -1 : memcmp(logits[0], logits[1], sizeof logits[0]) == 0;
+        qwen3_ctx_free(ctx);
+        qwen3_free(m);
+    }
+    tiny_free(&plain);
+    return result;
+}
+
+/* Tensors as wrappers and models without a head name them; a head that is not the embedding in spite of the configuration */
+static void test_checkpoints_names(void) {
+    static const char tied[] = "\"tie_word_embeddings\":true", untied[] = "\"tie_word_embeddings\":false";
+    static const char both[] = "\"Qwen3ForCausalLM\"]", base[] = "\"Qwen3Model\"]";
+    static const struct { const char *prefix; int head; const char *from, *to; int result, warned; } cases[] = {
+        {"", 0, NULL, NULL, 1, 0}, {"_orig_mod.model.", 0, NULL, NULL, 1, 0}, {"base_model.model.model.", 1, NULL, NULL, 1, 0},
+        {"model.language_model.", 1, tied, untied, 1, 0}, {"", 0, tied, untied, -1, 0}, {"model.", 0, both, base, 1, 0},
+        {"model.", 0, tied, untied, -2, 0}, {"model.", 1, NULL, NULL, 1, 0}, {"model.", 2, NULL, NULL, 0, 1},
+        {"model.", 2, tied, untied, 0, 0}, {"x.y.", 2, NULL, NULL, 0, 1}
+    };
+    char err[512] = "";
+    tiny_model m;
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int result;
+        checkpoints_make(&m, cases[i].prefix, cases[i].head, cases[i].from, cases[i].to);
+        result = checkpoints_compare(&m, err);
+        CHECK_MSG(result == cases[i].result && (result < 0 || checkpoints_warned == cases[i].warned), "case %lu: %d: %s",
+                  (unsigned long)i, result, err);
+        tiny_free(&m);
+    }
+    checkpoints_make(&m, "model.", 0, tied, untied);
+    malformed_edit(&m, TINY_CONFIG, both, base);
+    CHECK_MSG(checkpoints_compare(&m, err) == -1, "%s", err);
+    tiny_free(&m);
+    checkpoints_make(&m, "encoder.model.", 0, "\"num_hidden_layers\":1", "\"num_hidden_layers\":2");
+    CHECK_MSG(checkpoints_compare(&m, err) == -2 && strstr(err, "there is '"), "%s", err);
+    tiny_free(&m);
+}
+
+/* Packed weights: their type is what is wrong with them, and not the shape. */
+static void test_checkpoints_packed(void) {
+    tiny_text header = {NULL, 0}, packed;
+    tiny_model m;
+    char err[512];
+    size_t n = tiny_header(&header, 0, TINY_TENSORS);
+    tiny_make(&m, 0, 0);
+    packed = malformed_replace(header.p, header.n, "q_proj.weight\":{\"dtype\":\"BF16\",\"shape\":[4,4]",
+                               "q_proj.weight\":{\"dtype\":\"U32\",\"shape\":[4,2]");
+    tiny_remove(&m, TINY_WEIGHTS);
+    m.file[TINY_WEIGHTS] = tiny_safetensors(packed.p, packed.n, n);
+    CHECK_MSG(malformed_load(&m, err) == QWEN3_ERR_UNSUPPORTED && malformed_says(err, "q_proj.weight|U32"), "%s", err);
+    tiny_free(&m);
+    free(header.p);
+    free(packed.p);
+}
+
 /* What git leaves of a large file that was not fetched */
 static void test_checkpoints_lfs_pointer(void) {
     static const malformed_case cases[] = {
@@ -326,6 +451,8 @@ static void suite_checkpoints(void) {
     RUN(test_checkpoints_added_malformed);
     RUN(test_checkpoints_merges_twice);
     RUN(test_checkpoints_weights_settings);
+    RUN(test_checkpoints_names);
+    RUN(test_checkpoints_packed);
     RUN(test_checkpoints_pooling);
     RUN(test_checkpoints_lfs_pointer);
 }
