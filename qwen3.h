@@ -193,6 +193,9 @@
      Any number of threads may use one model at once (all functions that take a const qwen3_model).
      A context belongs to one thread at a time. Callbacks run on the calling thread, inside the call,
      and must not call functions on the same context. There are no globals.
+     A context's own threads start with all signals blocked. After fork() the child can go on with a
+     context, or free it: the CPU backend then works on the caller's thread alone. The calling thread
+     needs 64 KB of stack. Whatever its floating-point mode is, evaluation and choice use C's default.
 
    MEMORY
      Weights are mapped from the file and used in place. A context takes all its memory when it is
@@ -484,7 +487,8 @@ typedef struct qwen3_ctx_desc {
     int   max_seqs;         /* sequences; 0: 1                                                       */
     int   prefill_chunk;    /* tokens evaluated in one step; 0: the backend's choice                 */
     int   kv_type;          /* QWEN3_KV_*; default F16 (values beyond its range are clamped)          */
-    int   threads;          /* CPU threads, the caller's included; 0: one a core                     */
+    int   threads;          /* CPU threads, the caller's included; 0: as many as can run at once: affinity  */
+                            /* and control groups are respected, slow cores of hybrid chips left out     */
     void *stream;           /* CUDA: a cudaStream_t of the caller's to work on; NULL: one of our own  */
     float yarn_factor;      /* 0: as config.json says; else YaRN scaling, e.g. 4 for 131,072 positions */
     int (*cancel)(void *user);  /* polled often while evaluating; nonzero: the call returns STOPPED. */
@@ -661,7 +665,8 @@ QWEN3_API qwen3_result qwen3_stream_feed(qwen3_stream *stream, qwen3_token token
 /* ---- embeddings and reranking ------------------------------------------------------------------ */
 /* Embedding of a text with a Qwen3-Embedding model: the last-token state, L2-normalised, [n_embd]
    floats to out. With task not NULL the text is a query: "Instruct: {task}\nQuery:{text}". Uses, and
-   afterwards empties, sequence seq. With a model made for chat it warns (logger). */
+   afterwards empties, sequence seq. With a model made for chat it warns (logger). ERR_FORMAT where the
+   model computes what is not a number, here and in qwen3_rerank and qwen3_top_probs. */
 QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *ctx, int seq, const char *task, const char *text, float *out);
 
 /* Relevance 0..1 of a document to a query with a Qwen3-Reranker model: P("yes") against P("no").
@@ -1023,6 +1028,7 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
    PLATFORM, MEMORY AND ERRORS
    ================================================================================================ */
 #include <errno.h>
+#include <fenv.h>
 #include <float.h>
 #include <limits.h>
 #include <stdlib.h>
@@ -1058,6 +1064,13 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
   #endif
   #ifndef QWEN3_NO_THREADS
     #include <pthread.h>
+    #include <signal.h>
+  #endif
+  #ifdef __linux__
+    #include <sched.h>
+  #endif
+  #ifdef __APPLE__
+    #include <sys/sysctl.h>
   #endif
 #endif
 
@@ -1112,6 +1125,15 @@ static double qwen3i_now_ms(void) {
     return 1e3 * (double)t.tv_sec + 1e-3 * (double)t.tv_usec;
 #endif
 }
+
+/* ---- floating-point mode: C's default while the library computes, whatever the caller's is ---------- */
+static fenv_t qwen3i_float_enter(void) {
+    fenv_t callers;
+    fegetenv(&callers);
+    fesetenv(FE_DFL_ENV);
+    return callers;
+}
+static void qwen3i_float_leave(fenv_t callers) { fesetenv(&callers); }
 
 /* ---- memory: the allocator in effect has both functions, or neither for the default ---------- */
 /* NULL also for what a caller's allocator gives with less than the alignment that it has to keep. */
@@ -1754,12 +1776,27 @@ static qwen3_result qwen3i_read_all(const qwen3i_loader *l, const char *name, ui
 #if defined(_WIN32)
 typedef HANDLE qwen3i_handle;
 
+/* A path as Windows wants it; the caller frees *bytes. NULL: no memory, or it is not UTF-8. */
+static WCHAR *qwen3i_wide_path(const qwen3_allocator *a, const char *path, size_t *bytes) {
+    const int n = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, NULL, 0);
+    WCHAR *wide;
+    *bytes = (size_t)n * sizeof *wide;
+    wide = n > 0 ? (WCHAR *)qwen3i_alloc(a, *bytes) : NULL;
+    if (wide) MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, n);
+    return wide;
+}
+
 /* 1; 0: there is no such file; -1: it cannot be opened; -2: it is no regular file */
-static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size) {
-    WCHAR wide[32768];
+static int qwen3i_handle_open(const qwen3_allocator *a, qwen3i_handle *h, const char *path, uint64_t *size) {
+    size_t bytes;
+    WCHAR *wide = qwen3i_wide_path(a, path, &bytes);
     LARGE_INTEGER n;
-    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, QWEN3I_COUNT(wide))) return 0;
+    DWORD reason;
+    if (!wide) return -1;
     *h = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
+    reason = GetLastError();
+    qwen3i_free(a, wide, bytes);
+    SetLastError(reason);
     if (*h == INVALID_HANDLE_VALUE) return GetLastError() == ERROR_FILE_NOT_FOUND ? 0 : -1;
     if (GetFileType(*h) == FILE_TYPE_DISK && GetFileSizeEx(*h, &n)) { *size = (uint64_t)n.QuadPart; return 1; }
     CloseHandle(*h);
@@ -1774,12 +1811,14 @@ static const char *qwen3i_open_reason(int found) {
 static void qwen3i_handle_close(qwen3i_handle h) { CloseHandle(h); }
 
 /* Write all of a file. 0, or -1. */
-static int qwen3i_write_all(const char *path, const char *p, size_t n) {
-    WCHAR wide[32768];
+static int qwen3i_write_all(const qwen3_allocator *a, const char *path, const char *p, size_t n) {
+    size_t bytes;
+    WCHAR *wide = qwen3i_wide_path(a, path, &bytes);
     HANDLE h;
     DWORD got = 1;
-    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, QWEN3I_COUNT(wide))) return -1;
+    if (!wide) return -1;
     h = CreateFileW(wide, GENERIC_WRITE, 0, NULL, CREATE_ALWAYS, FILE_ATTRIBUTE_NORMAL, NULL);
+    qwen3i_free(a, wide, bytes);
     if (h == INVALID_HANDLE_VALUE) return -1;
     for (; n > 0 && got > 0; p += got, n -= got)
         if (!WriteFile(h, p, (DWORD)qwen3i_min_size(n, (size_t)1 << 26), &got, NULL)) break;
@@ -1787,11 +1826,13 @@ static int qwen3i_write_all(const char *path, const char *p, size_t n) {
 }
 
 /* Put one file in the place of another. 0, or -1. */
-static int qwen3i_replace_file(const char *from, const char *to) {
-    WCHAR a[32768], b[32768];
-    if (!MultiByteToWideChar(CP_UTF8, 0, from, -1, a, QWEN3I_COUNT(a))) return -1;
-    if (!MultiByteToWideChar(CP_UTF8, 0, to, -1, b, QWEN3I_COUNT(b))) return -1;
-    return MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH) ? 0 : -1;
+static int qwen3i_replace_file(const qwen3_allocator *a, const char *from, const char *to) {
+    size_t from_bytes, to_bytes;
+    WCHAR *from_wide = qwen3i_wide_path(a, from, &from_bytes), *to_wide = qwen3i_wide_path(a, to, &to_bytes);
+    const int done = from_wide && to_wide && MoveFileExW(from_wide, to_wide, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+    qwen3i_free(a, from_wide, from_bytes);
+    qwen3i_free(a, to_wide, to_bytes);
+    return done ? 0 : -1;
 }
 
 static int qwen3i_handle_read(void *handle, uint64_t offset, void *dst, size_t n) {
@@ -1800,12 +1841,13 @@ static int qwen3i_handle_read(void *handle, uint64_t offset, void *dst, size_t n
     return !ReadFile(*(qwen3i_handle *)handle, dst, (DWORD)n, &got, NULL) || got != n;
 }
 
-static int qwen3i_is_directory(const char *path) {
-    WCHAR wide[32768];
-    DWORD a;
-    if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, QWEN3I_COUNT(wide))) return 0;
-    a = GetFileAttributesW(wide);
-    return a != INVALID_FILE_ATTRIBUTES && (a & FILE_ATTRIBUTE_DIRECTORY) != 0;
+static int qwen3i_is_directory(const qwen3_allocator *a, const char *path) {
+    size_t bytes;
+    WCHAR *wide = qwen3i_wide_path(a, path, &bytes);
+    DWORD attributes = INVALID_FILE_ATTRIBUTES;
+    if (wide) attributes = GetFileAttributesW(wide);
+    qwen3i_free(a, wide, bytes);
+    return attributes != INVALID_FILE_ATTRIBUTES && (attributes & FILE_ATTRIBUTE_DIRECTORY) != 0;
 }
 
 #ifndef QWEN3_NO_MMAP
@@ -1835,8 +1877,9 @@ typedef int qwen3i_handle;
 #define QWEN3I_OPEN_FLAGS (O_RDONLY | O_NONBLOCK | O_NOCTTY | QWEN3I_CLOEXEC)
 
 /* 1; 0: there is no such file; -1: it cannot be opened; -2: it is no regular file */
-static int qwen3i_handle_open(qwen3i_handle *h, const char *path, uint64_t *size) {
+static int qwen3i_handle_open(const qwen3_allocator *a, qwen3i_handle *h, const char *path, uint64_t *size) {
     struct stat st;
+    (void)a;
     do *h = open(path, QWEN3I_OPEN_FLAGS); while (*h < 0 && errno == EINTR);
     if (*h < 0) return errno == ENOENT ? 0 : -1;
     if (fstat(*h, &st) == 0 && S_ISREG(st.st_mode) && st.st_size >= 0) { *size = (uint64_t)st.st_size; return 1; }
@@ -1847,9 +1890,10 @@ static const char *qwen3i_open_reason(int found) { return found == -2 ? "it is n
 static void qwen3i_handle_close(qwen3i_handle h) { close(h); }
 
 /* Write all of a file. 0, or -1. */
-static int qwen3i_write_all(const char *path, const char *p, size_t n) {
-    const int h = creat(path, 0666);
+static int qwen3i_write_all(const qwen3_allocator *a, const char *path, const char *p, size_t n) {
+    const int h = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOCTTY | QWEN3I_CLOEXEC, 0666);
     int failed;
+    (void)a;
     if (h < 0) return -1;
     while (n > 0) {
         const ssize_t put = write(h, p, qwen3i_min_size(n, (size_t)1 << 26));
@@ -1863,7 +1907,7 @@ static int qwen3i_write_all(const char *path, const char *p, size_t n) {
 }
 
 /* Put one file in the place of another. 0, or -1. */
-static int qwen3i_replace_file(const char *from, const char *to) { return rename(from, to); }
+static int qwen3i_replace_file(const qwen3_allocator *a, const char *from, const char *to) { (void)a; return rename(from, to); }
 
 static int qwen3i_handle_read(void *handle, uint64_t offset, void *dst, size_t n) {
     char *p = (char *)dst;
@@ -1878,8 +1922,9 @@ static int qwen3i_handle_read(void *handle, uint64_t offset, void *dst, size_t n
     return 0;
 }
 
-static int qwen3i_is_directory(const char *path) {
+static int qwen3i_is_directory(const qwen3_allocator *a, const char *path) {
     struct stat st;
+    (void)a;
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
 
@@ -1904,7 +1949,7 @@ static qwen3_result qwen3i_write_file(const qwen3_allocator *a, const char *path
     int failed, reason;
     if (!part) return qwen3i_no_memory(err, "a path", n);
     snprintf(part, n, "%s.part", path);
-    failed = qwen3i_write_all(part, data, size) != 0 || qwen3i_replace_file(part, path) != 0;
+    failed = qwen3i_write_all(a, part, data, size) != 0 || qwen3i_replace_file(a, part, path) != 0;
     reason = errno;
     if (failed) remove(part);
     qwen3i_free(a, part, n);
@@ -1916,7 +1961,7 @@ static qwen3_result qwen3i_read_file(const qwen3_allocator *a, const char *path,
                                      const qwen3i_err *err) {
     qwen3i_handle h;
     uint64_t at, n;
-    const int found = qwen3i_handle_open(&h, path, size);
+    const int found = qwen3i_handle_open(a, &h, path, size);
     if (found <= 0) return qwen3i_fail(err, QWEN3_ERR_IO, "%s: %s", path,
                                        found ? qwen3i_open_reason(found) : "there is no such file");
     *data = *size < (size_t)-1 ? (char *)qwen3i_alloc(a, (size_t)*size) : NULL;
@@ -1943,7 +1988,7 @@ static qwen3_result qwen3i_open_path(const qwen3i_loader *l, const char *name, i
     if (!path) return qwen3i_no_memory(l->err, "a path", n);
     memcpy(path, l->desc->path, l->folder);
     snprintf(path + l->folder, n - l->folder, "%s%s", l->gguf_name ? "" : "/", name);
-    found = qwen3i_handle_open(&h, path, &size);
+    found = qwen3i_handle_open(a, &h, path, &size);
     if (found < 0) r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot be opened: %s", name, qwen3i_open_reason(found));
     qwen3i_free(a, path, n);
     if (found <= 0) return r;
@@ -6312,7 +6357,7 @@ static void qwen3i_choose_source(qwen3i_loader *l) {
         else if (qwen3i_is_given(d, "model.gguf")) l->gguf_name = "model.gguf";
     }
 #ifndef QWEN3_NO_STDIO
-    else if (!qwen3i_is_directory(d->path)) {
+    else if (!qwen3i_is_directory(&d->allocator, d->path)) {
         while (l->folder > 0 && !strchr("/\\", d->path[l->folder - 1])) l->folder--;
         l->gguf_name = d->path + l->folder;
     }
@@ -6348,7 +6393,7 @@ static qwen3_result qwen3i_check_allocator(const qwen3_allocator *a, const qwen3
 
 #ifndef QWEN3_NO_STDIO
 /* A file has to be a GGUF file; of what else it may be, say what it is. */
-static qwen3_result qwen3i_check_file(const char *path, const qwen3i_err *err) {
+static qwen3_result qwen3i_check_file(const qwen3_allocator *a, const char *path, const qwen3i_err *err) {
     static const struct { size_t at; const char *bytes, *kind; } kinds[] = {
         {8, "{\"", "a safetensors file"}, {0, "PK\3\4", "a zip archive or PyTorch checkpoint"},
         {0, "\x1F\x8B", "a gzip archive"}, {0, "{", "a JSON file"}, {0, "version https://git-lfs", "a Git LFS pointer"}
@@ -6357,7 +6402,7 @@ static qwen3_result qwen3i_check_file(const char *path, const qwen3i_err *err) {
     uint64_t size = 0;
     qwen3i_handle h;
     int i;
-    const int found = qwen3i_handle_open(&h, path, &size);
+    const int found = qwen3i_handle_open(a, &h, path, &size);
     if (found == 0) return qwen3i_fail(err, QWEN3_ERR_IO, "'%s': there is no such directory or file", path);
     if (found > 0) {
         if (qwen3i_handle_read(&h, 0, head, (size_t)(size < 31 ? size : 31)) != 0) head[0] = '\0';
@@ -6384,16 +6429,17 @@ static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err
     if (d->backend && d->backend->version != QWEN3_VERSION)
         return qwen3i_fail(err, QWEN3_ERR_ARG, "the backend was compiled with version %d of qwen3.h, this is %d", d->backend->version, QWEN3_VERSION);
     if (!qwen3i_little_endian()) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "big-endian machines are not supported");
+    if (qwen3i_check_allocator(&d->allocator, err) != QWEN3_OK) return QWEN3_ERR_ARG;
 #ifdef QWEN3_NO_STDIO
     if (!d->files && !d->io.read)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "compiled with QWEN3_NO_STDIO: load from files or io instead of a path");
 #else
-    if (!d->files && !d->io.read && !qwen3i_is_directory(d->path)) {
-        qwen3_result r = qwen3i_check_file(d->path, err);
+    if (!d->files && !d->io.read && !qwen3i_is_directory(&d->allocator, d->path)) {
+        qwen3_result r = qwen3i_check_file(&d->allocator, d->path, err);
         if (r != QWEN3_OK) return r;
     }
 #endif
-    return qwen3i_check_allocator(&d->allocator, err);
+    return QWEN3_OK;
 }
 
 QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc, char *err_text, size_t err_size) {
@@ -7035,6 +7081,7 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
 #ifndef QWEN3_NO_SIMD
   #if defined(__x86_64__) && defined(__GNUC__) && (!defined(__MINGW32__) || defined(__clang__))
     #define QWEN3I_X86      /* not MinGW's gcc: it does not align the stack for AVX registers */
+    #include <cpuid.h>
     #include <immintrin.h>
   #elif defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__)
     #define QWEN3I_NEON
@@ -7091,7 +7138,7 @@ typedef struct qwen3i_simd {
                                    six rows of x then stay in the first-level cache */
 #define QWEN3I_AHEAD   4096     /* bytes by which memory is fetched ahead */
 #define QWEN3I_FEW_ROWS 12      /* rows of x for which w is read once, tile by tile */
-#define QWEN3I_MIX_ROWS 64      /* rows of v that become float32 at a time */
+#define QWEN3I_MIX_ROWS 48      /* rows of v that become float32 at a time: at most 12 KB on the stack */
 #define QWEN3I_EXP_LOW  (-87.3f)
 #define QWEN3I_EXP_HIGH 88.3f
 
@@ -7703,7 +7750,8 @@ QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, 2)
   #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 /* ---- AVX2 lanes: two registers ------------------------------------------------------------------- */
-#define QWEN3I_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define QWEN3I_AVX2_SETS "avx2,fma,f16c"
+#define QWEN3I_AVX2 __attribute__((target(QWEN3I_AVX2_SETS)))
 #define qwen3i_avx2_load_once qwen3i_avx2_load
 #define qwen3i_avx2_name "AVX2"
 typedef struct qwen3i_avx2_v { __m256 lo, hi; } qwen3i_avx2_v;
@@ -7897,7 +7945,8 @@ QWEN3I_DEFINE_BLOCKS(qwen3i_avx2, QWEN3I_AVX2)
 QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
 
 /* ---- AVX-512 lanes: one register ------------------------------------------------------------------ */
-#define QWEN3I_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define QWEN3I_AVX512_SETS "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#define QWEN3I_AVX512 __attribute__((target(QWEN3I_AVX512_SETS)))
 #define qwen3i_avx512_name "AVX-512"
 typedef __m512 qwen3i_avx512_v;
 
@@ -8334,15 +8383,37 @@ QWEN3I_INLINE void qwen3i_wasm_sum(float *sums, const qwen3i_wasm_v *rows) {
 QWEN3I_DEFINE_KERNELS(qwen3i_wasm, , 1, 2)
 #endif /* QWEN3I_WASM */
 
+#ifdef QWEN3I_X86
+/* Does this machine have all of these sets? The string is the one that the kernels are compiled with. */
+static int qwen3i_cpu_has(const char *sets) {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    size_t n;
+    int i;
+    __builtin_cpu_init();
+    __get_cpuid(1, &a, &b, &c, &d);
+    for (; *sets; sets += n + (sets[n] == ',')) {
+        const struct { const char *name; int has; } known[] = {
+            {"avx2", __builtin_cpu_supports("avx2")}, {"fma", __builtin_cpu_supports("fma")},
+            {"f16c", (c & bit_F16C) != 0},      /* no name of old compilers' */
+            {"avx512f", __builtin_cpu_supports("avx512f")}, {"avx512bw", __builtin_cpu_supports("avx512bw")},
+            {"avx512vl", __builtin_cpu_supports("avx512vl")}, {"avx512dq", __builtin_cpu_supports("avx512dq")}
+        };
+        n = strcspn(sets, ",");
+        for (i = 0; i < QWEN3I_COUNT(known); i++)
+            if (strlen(known[i].name) == n && memcmp(known[i].name, sets, n) == 0 && known[i].has) break;
+        if (i == QWEN3I_COUNT(known)) return 0;
+    }
+    return 1;
+}
+#endif
+
 /* The instruction sets that this machine runs, best first; level 0 is what contexts use. NULL: no more. */
 static const qwen3i_simd *qwen3i_simd_level(int level) {
     const qwen3i_simd *found[4];
     int n = 0;
 #ifdef QWEN3I_X86
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")
-        && __builtin_cpu_supports("avx512dq")) found[n++] = &qwen3i_avx512_kernels;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found[n++] = &qwen3i_avx2_kernels;
+    if (qwen3i_cpu_has(QWEN3I_AVX512_SETS)) found[n++] = &qwen3i_avx512_kernels;
+    if (qwen3i_cpu_has(QWEN3I_AVX2_SETS)) found[n++] = &qwen3i_avx2_kernels;
 #endif
 #ifdef QWEN3I_NEON
     found[n++] = &qwen3i_neon_kernels;
@@ -8358,7 +8429,8 @@ static const qwen3i_simd *qwen3i_simd_level(int level) {
    THREAD POOL
    One parallel loop at a time, cut into chunks that the lanes grab. Lane 0 is the caller; the others
    are threads of the pool, or whatever the host's job system provides. A worker that wakes up late
-   finds nothing left to grab and is not waited for.
+   finds nothing left to grab and is not waited for. In a process that was forked off there are no such
+   threads: the caller does it all.
    ================================================================================================ */
 #if defined(_MSC_VER) && !defined(__clang__)
 typedef volatile LONG64 qwen3i_atomic;
@@ -8406,6 +8478,7 @@ typedef struct qwen3i_worker { struct qwen3i_pool *pool; int lane; } qwen3i_work
 typedef struct qwen3i_pool {
     int               n_lanes;
     qwen3_jobs        jobs;             /* used instead of threads if it has a function */
+    long              process;          /* that has the threads: after fork() another one has none */
     qwen3i_atomic     ticket, n_chunks, done, stop, n_asleep;
     qwen3i_loop_fn    fn;
     void             *arg;
@@ -8425,23 +8498,170 @@ typedef struct qwen3i_pool {
 #endif
 } qwen3i_pool;
 
-static int qwen3i_cpu_cores(void) {
-#if defined(_WIN32)
-    SYSTEM_INFO info;
-    GetSystemInfo(&info);
-    return qwen3i_max(1, (int)info.dwNumberOfProcessors);
+/* ---- how many threads: as many as this process can run at once ----------------------------------------- */
+#if defined(__linux__)
+#ifdef CPU_SETSIZE
+typedef cpu_set_t qwen3i_cpu_set;
+#else                                   /* <sched.h> shows these only to _GNU_SOURCE */
+typedef struct qwen3i_cpu_set { unsigned long bits[1024 / (8 * sizeof(long))]; } qwen3i_cpu_set;
+  #ifdef __cplusplus
+extern "C"
+  #endif
+int sched_getaffinity(pid_t pid, size_t size, qwen3i_cpu_set *set);
+#endif
+
+static int qwen3i_cpu_in(const qwen3i_cpu_set *set, int cpu) {
+    unsigned long word;
+    memcpy(&word, (const char *)set + (size_t)cpu / (8 * sizeof word) * sizeof word, sizeof word);
+    return (int)(word >> (size_t)cpu % (8 * sizeof word) & 1);
+}
+
+/* A small file of the system's as text; 0: there is none. root is "" but for tests. */
+static int qwen3i_system_text(const char *root, const char *name, char *text, size_t cap) {
+#ifdef QWEN3_NO_STDIO
+    (void)root; (void)name; (void)text; (void)cap;
+    return 0;
 #else
-    return qwen3i_max(1, (int)sysconf(_SC_NPROCESSORS_ONLN));
+    char path[1024];
+    int file;
+    ssize_t n;
+    if (snprintf(path, sizeof path, "%s%s", root, name) >= (int)sizeof path) return 0;
+    file = open(path, QWEN3I_OPEN_FLAGS);
+    if (file < 0) return 0;
+    n = read(file, text, cap - 1);
+    close(file);
+    text[n > 0 ? n : 0] = '\0';
+    return n > 0;
 #endif
 }
 
+/* Processors whose time a control group may use, rounded up; 0: no limit is set here. Version 2 of control groups
+   says "quota period" in one file, version 1 in two. */
+static int qwen3i_group_quota(const char *root, const char *group, int version) {
+    char name[800], text[64];
+    long quota = 0, period = 0;
+    snprintf(name, sizeof name, version == 2 ? "/sys/fs/cgroup%s/cpu.max" : "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group);
+    if (!qwen3i_system_text(root, name, text, sizeof text)) return 0;
+    if (sscanf(text, "%ld %ld", &quota, &period) < 1) return 0;         /* "max" */
+    if (version == 1) {
+        snprintf(name, sizeof name, "/sys/fs/cgroup/cpu%s/cpu.cfs_period_us", group);
+        if (!qwen3i_system_text(root, name, text, sizeof text) || sscanf(text, "%ld", &period) != 1) return 0;
+    }
+    if (quota <= 0 || period <= 0) return 0;
+    return (int)(quota / period + (quota % period > 0) > INT_MAX ? INT_MAX : quota / period + (quota % period > 0));
+}
+
+/* The smallest quota of the groups from this one up to the root. */
+static int qwen3i_groups_quota(const char *root, char *group, int version) {
+    int least = 0;
+    for (;;) {
+        char *slash = strrchr(group, '/');
+        const int quota = qwen3i_group_quota(root, group, version);
+        if (quota > 0 && (least == 0 || quota < least)) least = quota;
+        if (!slash) return least;
+        *slash = '\0';
+    }
+}
+
+/* Lines of /proc/self/cgroup: "0::/group" of version 2, "4:cpu,cpuacct:/group" of version 1. 0: no quota. */
+static int qwen3i_cpu_quota(const char *root) {
+    char text[4096], *line, *next;
+    int least = 0;
+    if (!qwen3i_system_text(root, "/proc/self/cgroup", text, sizeof text)) return 0;
+    for (line = text; line; line = next) {
+        char *kinds = strchr(line, ':'), *group = kinds ? strchr(kinds + 1, ':') : NULL;
+        int quota = 0;
+        next = strchr(line, '\n');
+        if (next) *next++ = '\0';
+        if (!group || strlen(group) > 700) continue;
+        *kinds = *group = ',';          /* ",cpu,cpuacct,/group" */
+        if (group == kinds + 1) quota = qwen3i_groups_quota(root, group + 1, 2);
+        else if (strstr(kinds, ",cpu,")) quota = qwen3i_groups_quota(root, group + 1, 1);
+        if (quota > 0 && (least == 0 || quota < least)) least = quota;
+    }
+    return least;
+}
+
+/* Is a processor in a list like "0-7,16"? */
+static int qwen3i_cpu_listed(const char *list, int cpu) {
+    int first, last, used;
+    for (; sscanf(list, "%d%n", &first, &used) == 1; list += *list == ',') {
+        list += used;
+        last = first;
+        if (*list == '-' && sscanf(list + 1, "%d%n", &last, &used) == 1) list += 1 + used;
+        if (cpu >= first && cpu <= last) return 1;
+    }
+    return 0;
+}
+
+/* How fast a processor is beside the fastest, which has 1024; 1024 where the system does not say. Arm and RISC-V have
+   a file for each, hybrid chips of Intel's one list of those that are fast. */
+static int qwen3i_cpu_capacity(const char *root, const char *fast, int cpu) {
+    char name[80], text[32];
+    int capacity;
+    if (*fast) return qwen3i_cpu_listed(fast, cpu) ? 1024 : 0;
+    snprintf(name, sizeof name, "/sys/devices/system/cpu/cpu%d/cpu_capacity", cpu);
+    return qwen3i_system_text(root, name, text, sizeof text) && sscanf(text, "%d", &capacity) == 1 ? capacity : 1024;
+}
+
+/* Of the processors in the set the fast ones: a slow one would be waited for at the end of each loop. */
+static int qwen3i_cpus_fast(const char *root, const qwen3i_cpu_set *set) {
+    char fast[256] = "";
+    int cpu, all = 0, n = 0;
+    qwen3i_system_text(root, "/sys/devices/cpu_core/cpus", fast, sizeof fast);
+    for (cpu = 0; cpu < (int)(8 * sizeof *set); cpu++) {
+        if (!qwen3i_cpu_in(set, cpu)) continue;
+        all++;
+        n += qwen3i_cpu_capacity(root, fast, cpu) > 512;
+    }
+    return n > 0 ? n : all;
+}
+
+static int qwen3i_cpu_threads(const char *root) {
+    const int online = (int)sysconf(_SC_NPROCESSORS_ONLN), quota = qwen3i_cpu_quota(root);
+    qwen3i_cpu_set set;
+    int n = online;
+    memset(&set, 0, sizeof set);
+    if (sched_getaffinity(0, sizeof set, &set) == 0) n = qwen3i_cpus_fast(root, &set);
+    return qwen3i_max(1, quota > 0 ? qwen3i_min(quota, n) : n);
+}
+static int qwen3i_default_threads(void) { return qwen3i_cpu_threads(""); }
+
+#elif defined(_WIN32)
+static int qwen3i_default_threads(void) {
+    DWORD_PTR mine = 0, all = 0;
+    int n = 0;
+    if (GetProcessAffinityMask(GetCurrentProcess(), &mine, &all)) for (; mine; mine &= mine - 1) n++;
+    return qwen3i_max(1, n);            /* of one group of at most 64 processors, which a process starts in */
+}
+
+#else
+static int qwen3i_default_threads(void) {
+    int n = (int)sysconf(_SC_NPROCESSORS_ONLN);
+  #ifdef __APPLE__                      /* the fast ones; absent where all are alike */
+    int fast = 0;
+    size_t size = sizeof fast;
+    if (sysctlbyname("hw.perflevel0.logicalcpu", &fast, &size, NULL, 0) == 0 && fast > 0) n = fast;
+  #endif
+    return qwen3i_max(1, n);
+}
+#endif
+
 /* How many lanes a context with this descriptor has. */
 static int qwen3i_pool_lanes(const qwen3_ctx_desc *desc) {
-    int n = desc->threads > 0 ? desc->threads : qwen3i_cpu_cores();
+    int n = desc->threads > 0 ? desc->threads : qwen3i_default_threads();
 #ifdef QWEN3_NO_THREADS
     if (!desc->jobs.parallel_for) n = 1;
 #endif
     return qwen3i_min(n, QWEN3I_MAX_LANES);
+}
+
+static long qwen3i_process(void) {
+#if defined(_WIN32)
+    return 0;                           /* which cannot fork */
+#else
+    return (long)getpid();
+#endif
 }
 
 /* Grab chunks of the current loop until none is left. Returns 1 if it did the last one of the loop. */
@@ -8507,6 +8727,7 @@ static void qwen3i_pool_wait(qwen3i_pool *p, int (*ready)(qwen3i_pool *p, uint64
 static void qwen3i_pool_thread(qwen3i_worker *w) {
     qwen3i_pool *p = w->pool;
     uint64_t seen = 0;
+    fesetenv(FE_DFL_ENV);               /* not what the thread that started this one has */
     for (;;) {
         qwen3i_pool_wait(p, qwen3i_pool_has_work, seen);
         if (qwen3i_atomic_get(&p->stop)) return;
@@ -8533,8 +8754,30 @@ static int  qwen3i_pool_locks_create(qwen3i_pool *p) {
 static void qwen3i_pool_locks_destroy(qwen3i_pool *p) { (void)p; }
 #else
 static void *qwen3i_pool_main(void *worker) { qwen3i_pool_thread((qwen3i_worker *)worker); return NULL; }
+
+#ifdef SIG_SETMASK
+typedef sigset_t qwen3i_signals;
+#else                                   /* glibc and musl under -std=c99 hide these */
+typedef struct qwen3i_signals { unsigned long bits[1024 / (8 * sizeof(long))]; } qwen3i_signals;
+  #define SIG_SETMASK (SIGBUS == 10 ? 3 : 2)    /* MIPS, whose SIGBUS is 10, and the others */
+int sigfillset(qwen3i_signals *set);
+int pthread_sigmask(int how, const qwen3i_signals *set, qwen3i_signals *old);
+#endif
+
+/* All signals off, for threads that are started meanwhile: the host's handlers run on the host's threads. */
+static qwen3i_signals qwen3i_signals_block(void) {
+    qwen3i_signals all, callers;
+    sigfillset(&all);
+    memset(&callers, 0, sizeof callers);
+    pthread_sigmask(SIG_SETMASK, &all, &callers);
+    return callers;
+}
+static void qwen3i_signals_restore(qwen3i_signals callers) { pthread_sigmask(SIG_SETMASK, &callers, NULL); }
 static int  qwen3i_pool_start(qwen3i_pool *p, int i) {
-    return pthread_create(&p->threads[i], NULL, qwen3i_pool_main, &p->workers[i]) == 0;
+    const qwen3i_signals callers = qwen3i_signals_block();
+    const int started = pthread_create(&p->threads[i], NULL, qwen3i_pool_main, &p->workers[i]) == 0;
+    qwen3i_signals_restore(callers);
+    return started;
 }
 static void qwen3i_pool_join(qwen3i_pool *p, int i) { pthread_join(p->threads[i], NULL); }
 static int  qwen3i_pool_locks_create(qwen3i_pool *p) {
@@ -8575,6 +8818,7 @@ static qwen3_result qwen3i_pool_threads_start(qwen3i_pool *p, const qwen3i_err *
 static qwen3_result qwen3i_pool_create(qwen3i_pool *p, const qwen3_ctx_desc *desc, const qwen3i_err *err) {
     memset(p, 0, sizeof *p);
     p->jobs = desc->jobs;
+    p->process = qwen3i_process();
     p->n_lanes = qwen3i_pool_lanes(desc);
 #ifndef QWEN3_NO_THREADS
     if (!p->jobs.parallel_for && p->n_lanes > 1) return qwen3i_pool_threads_start(p, err);
@@ -8585,12 +8829,16 @@ static qwen3_result qwen3i_pool_create(qwen3i_pool *p, const qwen3_ctx_desc *des
 
 static void qwen3i_pool_destroy(qwen3i_pool *p) {
 #ifndef QWEN3_NO_THREADS
-    if (!p->jobs.parallel_for && p->n_lanes > 1) qwen3i_pool_threads_stop(p);
+    if (!p->jobs.parallel_for && p->n_lanes > 1 && p->process == qwen3i_process()) qwen3i_pool_threads_stop(p);
 #endif
     (void)p;
 }
 
-static void qwen3i_pool_job(void *pool, int lane) { qwen3i_pool_work((qwen3i_pool *)pool, lane); }
+static void qwen3i_pool_job(void *pool, int lane) {
+    const fenv_t callers = qwen3i_float_enter();
+    qwen3i_pool_work((qwen3i_pool *)pool, lane);
+    qwen3i_float_leave(callers);
+}
 
 /* fn(arg, begin, end, lane) over [0, n_items) in chunks of `grain`. Which lane gets which chunk is
    left to chance: results must not depend on it. Returns when all is done. */
@@ -8598,7 +8846,7 @@ static void qwen3i_parallel(qwen3i_pool *p, int n_items, int grain, qwen3i_loop_
     uint64_t loop;
     int i;
     grain = qwen3i_max(1, grain);
-    if (n_items <= grain || p->n_lanes == 1) {
+    if (n_items <= grain || p->n_lanes == 1 || p->process != qwen3i_process()) {
         for (i = 0; i < n_items; i += grain) fn(arg, i, qwen3i_min(i + grain, n_items), 0);
         return;
     }
@@ -8730,7 +8978,7 @@ static void qwen3i_rope(float *x, const float *cosines, const float *sines, int 
 /* ---- matrix products --------------------------------------------------------------------------------- */
 #define QWEN3I_PIECE_ROWS 128           /* most rows of a matrix that are one piece of work */
 #define QWEN3I_GLU_ROWS    64           /* the same where two matrices meet, whose results are held for */
-#define QWEN3I_GLU_TOKENS 128           /* so many rows of x */
+#define QWEN3I_GLU_TOKENS  60           /* so many rows of x: 15 KB on the stack */
 #define QWEN3I_PANEL_ROWS  64           /* rows of a matrix in blocks, of QWEN3I_K_BLOCK columns, that become float32 at a time */
 #define QWEN3I_PANEL_LD (QWEN3I_K_BLOCK + 16)   /* floats between them: powers of two collide in caches */
 
@@ -9001,12 +9249,15 @@ static void qwen3i_cpu_free(void *ctx_state) {
 
 static qwen3_result qwen3i_cpu_fill(qwen3i_cpu *c, const qwen3i_err *err) {
     uint64_t size = qwen3i_cpu_layout(c, c->config, &c->desc, NULL);
+    fenv_t callers;
     if (qwen3i_size_fits(size)) c->memory = qwen3i_alloc(&c->desc.allocator, (size_t)size);
     if (!c->memory) return qwen3i_no_memory(err, "the context", size);
     c->memory_size = size;
     qwen3i_cpu_layout(c, c->config, &c->desc, c->memory);
+    callers = qwen3i_float_enter();
     memset(c->kept, 0, (size_t)c->desc.max_seqs * (size_t)c->config->n_vocab * 4);
     c->rope_scale = qwen3i_rope_freqs(c->freqs, c->config, (double)c->desc.yarn_factor);
+    qwen3i_float_leave(callers);
     return QWEN3_OK;
 }
 
@@ -9189,10 +9440,8 @@ static void qwen3i_head(qwen3i_cpu *c, const qwen3i_batch *batch, int first, int
 
 static int qwen3i_cpu_cancelled(const qwen3i_cpu *c) { return c->desc.cancel && c->desc.cancel(c->desc.cancel_user); }
 
-static qwen3_result qwen3i_cpu_forward(void *ctx_state, const qwen3i_batch *batch, const qwen3i_err *err) {
-    qwen3i_cpu *c = (qwen3i_cpu *)ctx_state;
+static qwen3_result qwen3i_decoder(qwen3i_cpu *c, const qwen3i_batch *batch) {
     int i, tile = qwen3i_min(QWEN3I_HEAD_ROWS, qwen3i_cpu_rows(&c->desc));
-    (void)err;
     qwen3i_embed(&c->exec, c->x, &c->weights->embed, batch->tokens, batch->n_rows);
     qwen3i_rope_angles(c->cosines, c->sines, batch->positions, batch->n_rows,
                        c->freqs, c->config->head_dim / 2, c->rope_scale);
@@ -9205,6 +9454,14 @@ static qwen3_result qwen3i_cpu_forward(void *ctx_state, const qwen3i_batch *batc
         qwen3i_head(c, batch, i, qwen3i_min(tile, batch->n_outs - i));
     }
     return QWEN3_OK;
+}
+
+static qwen3_result qwen3i_cpu_forward(void *ctx_state, const qwen3i_batch *batch, const qwen3i_err *err) {
+    const fenv_t callers = qwen3i_float_enter();
+    const qwen3_result r = qwen3i_decoder((qwen3i_cpu *)ctx_state, batch);
+    (void)err;
+    qwen3i_float_leave(callers);
+    return r;
 }
 
 /* ---- the rest of the interface -------------------------------------------------------------------------- */
@@ -9486,14 +9743,21 @@ static qwen3_result qwen3i_check_sampler(const qwen3_sampler *s, const qwen3i_er
     return QWEN3_OK;
 }
 
+static qwen3_result qwen3i_not_numbers(const qwen3i_err *err) {
+    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the model computes what is not a number; QWEN3_LOAD_CHECK looks for that in its weights");
+}
+
 /* ln sum exp(logits), in double. */
 static double qwen3i_log_sum_exp(const float *logits, int n) {
+    const fenv_t callers = qwen3i_float_enter();
     double sum = 0;
     float top = logits[0];
     int i;
     for (i = 1; i < n; i++) if (logits[i] > top) top = logits[i];
     for (i = 0; i < n; i++) sum += exp((double)(logits[i] - top));
-    return (double)top + log(sum);
+    sum = (double)top + log(sum);
+    qwen3i_float_leave(callers);
+    return sum;
 }
 /* ================================================================================================
    SERVICES FOR BACKENDS: see the backend interface
@@ -9614,6 +9878,7 @@ static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_des
     if (d->kv_type == QWEN3_KV_DEFAULT) d->kv_type = QWEN3_KV_F16;
     if (d->kv_type < QWEN3_KV_F32 || d->kv_type > QWEN3_KV_BF16) return qwen3i_fail(err, QWEN3_ERR_ARG, "kv_type %d is unknown", d->kv_type);
     if (d->threads < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "threads is negative");
+    if (d->threads == 0) d->threads = qwen3i_default_threads();         /* once: the layout must not change */
     if (d->probe.show && m->backend != qwen3i_cpu_backend())
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "a probe needs the CPU backend");
     if (!d->allocator.alloc && !d->allocator.free) d->allocator = m->allocator;
@@ -10018,11 +10283,15 @@ static int qwen3i_n_choose(const qwen3_model *m) { return m->info.n_tokens ? m->
 
 static qwen3_result qwen3i_sample(qwen3_ctx *c, int seq, qwen3_sampler *s, qwen3_token *out, const qwen3i_err *err) {
     const float *logits;
+    fenv_t callers;
     qwen3_result r = qwen3i_get_logits(c, seq, &logits, err);
     if (r == QWEN3_OK) r = qwen3i_check_sampler(s, err);
     if (r != QWEN3_OK) return r;
-    return qwen3i_choose(logits, c->model->config.n_vocab, qwen3i_n_choose(c->model), c->seqs[seq].tokens, c->seqs[seq].len,
-                         s, &c->scratch, out, err);
+    callers = qwen3i_float_enter();
+    r = qwen3i_choose(logits, c->model->config.n_vocab, qwen3i_n_choose(c->model), c->seqs[seq].tokens, c->seqs[seq].len,
+                      s, &c->scratch, out, err);
+    qwen3i_float_leave(callers);
+    return r;
 }
 
 QWEN3_API qwen3_result qwen3_sample(qwen3_ctx *c, int seq, qwen3_sampler *sampler, qwen3_token *out) {
@@ -10045,6 +10314,7 @@ QWEN3_API int qwen3_top_probs(qwen3_ctx *c, int seq, qwen3_prob *out, int k) {
     if (r != QWEN3_OK || k == 0) return r;
     n = qwen3i_select_top(logits, c->model->config.n_vocab, qwen3i_min(k, c->model->config.n_vocab), c->scratch.candidates);
     lse = qwen3i_log_sum_exp(logits, c->model->config.n_vocab);
+    if (!qwen3i_is_number((float)lse)) return qwen3i_not_numbers(&err);
     for (i = 0; i < n; i++) {
         out[i].token = c->scratch.candidates[i].id;
         out[i].logprob = (float)((double)c->scratch.candidates[i].logit - lse);
@@ -10596,12 +10866,19 @@ static char *qwen3i_join(const qwen3_allocator *a, const char *const *parts, int
     return text;
 }
 
-static void qwen3i_normalise(float *x, int n) {
+/* To length 1. 0: something in it is not a number. */
+static int qwen3i_normalise(float *x, int n) {
+    const fenv_t callers = qwen3i_float_enter();
     double sum = 0, scale;
-    int i;
-    for (i = 0; i < n; i++) sum += (double)x[i] * (double)x[i];
+    int i, numbers = 1;
+    for (i = 0; i < n; i++) {
+        numbers &= qwen3i_is_number(x[i]);
+        sum += (double)x[i] * (double)x[i];
+    }
     scale = sum > 0 ? 1.0 / sqrt(sum) : 0.0;
     for (i = 0; i < n; i++) x[i] = (float)((double)x[i] * scale);
+    qwen3i_float_leave(callers);
+    return numbers;
 }
 
 QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, const char *text, float *out) {
@@ -10633,7 +10910,7 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
     qwen3i_truncate(&c->seqs[seq], 0);
     r = qwen3i_eval(c, &item, 1, &err);
     qwen3i_truncate(&c->seqs[seq], 0);
-    if (r == QWEN3_OK) qwen3i_normalise(out, c->model->config.n_embd);
+    if (r == QWEN3_OK && !qwen3i_normalise(out, c->model->config.n_embd)) return qwen3i_not_numbers(&err);
     return r;
 }
 
@@ -10674,8 +10951,10 @@ static qwen3_result qwen3i_yes_or_no(qwen3_ctx *c, int seq, float *score, const 
     if (qwen3i_encode(c->model, "yes", 3, 0, &yes, 1, err) != 1 || qwen3i_encode(c->model, "no", 2, 0, &no, 1, err) != 1)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no tokens \"yes\" and \"no\": not a reranker");
     r = qwen3i_get_logits(c, seq, &logits, err);
-    if (r == QWEN3_OK) *score = qwen3i_relevance((double)logits[yes], (double)logits[no]);
-    return r;
+    if (r != QWEN3_OK) return r;
+    if (!qwen3i_is_number(logits[yes]) || !qwen3i_is_number(logits[no])) return qwen3i_not_numbers(err);
+    *score = qwen3i_relevance((double)logits[yes], (double)logits[no]);
+    return QWEN3_OK;
 }
 
 QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, const char *query, const char *document, float *score) {

@@ -34,9 +34,9 @@ static ssize_t system_read(int file, void *to, size_t n) {
     return read(file, to, n);
 }
 
-static int system_open(const char *path, int flags) {
+static int system_open(const char *path, int flags, ...) {
     test_system.flags = flags;
-    return open(path, flags);
+    return open(path, flags, 0600);
 }
 #define mmap   system_mmap
 #define munmap system_munmap

@@ -349,6 +349,128 @@ static void test_api_ctx_rejects(void) {
     fixture_close(&f);
 }
 
+/* ---- sizes, beside exact arithmetic ----------------------------------------------------------------- */
+typedef struct big { uint32_t digit[8]; } big;  /* a number of 256 bits, lowest digit first */
+
+/* sum += a * b * c, rounded up to 64 */
+static void big_add_product(big *sum, uint64_t a, uint64_t b, uint64_t c) {
+    const uint32_t factor[6] = {(uint32_t)a, (uint32_t)(a >> 32), (uint32_t)b, (uint32_t)(b >> 32), (uint32_t)c, (uint32_t)(c >> 32)};
+    big p = {{1}}, q;
+    uint64_t carry;
+    int f, half, i;
+    for (f = 0; f < 6; f += 2) {
+        memset(&q, 0, sizeof q);
+        for (half = 0; half < 2; half++)
+            for (carry = 0, i = 0; i + half < 8; i++) {
+                carry += (uint64_t)p.digit[i] * factor[f + half] + q.digit[i + half];
+                q.digit[i + half] = (uint32_t)carry;
+                carry >>= 32;
+            }
+        p = q;
+    }
+    for (carry = 63, i = 0; i < 8; i++) {
+        carry += p.digit[i];
+        p.digit[i] = (uint32_t)carry;
+        carry >>= 32;
+    }
+    p.digit[0] &= ~(uint32_t)63;
+    for (carry = 0, i = 0; i < 8; i++) {
+        carry += (uint64_t)sum->digit[i] + p.digit[i];
+        sum->digit[i] = (uint32_t)carry;
+        carry >>= 32;
+    }
+}
+
+static uint64_t big_value(const big *b) {
+    int i;
+    for (i = 2; i < 8; i++) if (b->digit[i]) return UINT64_MAX;
+    return (uint64_t)b->digit[1] << 32 | b->digit[0];
+}
+
+/* The arrays of a context, as the comments at qwen3i_cpu and qwen3_ctx say, and the two structs. */
+static uint64_t exact_context_bytes(const qwen3i_config *g, const qwen3_ctx_desc *d) {
+    const uint64_t seqs = (uint64_t)d->max_seqs, rows = (uint64_t)qwen3i_max(d->prefill_chunk, d->max_seqs), ctx = (uint64_t)d->max_ctx;
+    const uint64_t q_dim = (uint64_t)g->n_head * (uint64_t)g->head_dim, kv_dim = (uint64_t)g->n_head_kv * (uint64_t)g->head_dim;
+    const uint64_t half = (uint64_t)g->head_dim / 2, vocab = (uint64_t)g->n_vocab, scores = (ctx + 15) / 16 * 16 + 16;
+    big sum = {{0}};
+    int i;
+    for (i = 0; i < 2; i++) {
+        big_add_product(&sum, (uint64_t)g->n_layer * seqs, ctx, kv_dim * (d->kv_type == QWEN3_KV_F32 ? 4 : 2));
+        big_add_product(&sum, rows, (uint64_t)g->n_embd, 4);            /* x, h */
+        big_add_product(&sum, rows, q_dim, 4);                          /* q, a */
+        big_add_product(&sum, rows, kv_dim, 4);                         /* key, value */
+        big_add_product(&sum, rows, half, 4);                           /* cosines, sines */
+        big_add_product(&sum, 64, 1, 1);                                /* for two blocks to start at 64 */
+    }
+    big_add_product(&sum, seqs, vocab, 4);
+    big_add_product(&sum, rows, (uint64_t)g->n_ff, 4);
+    big_add_product(&sum, half, 1, 4);
+    big_add_product(&sum, rows < 16 ? rows : 16, vocab, 4);
+    big_add_product(&sum, (uint64_t)qwen3i_pool_lanes(d), 24 * (scores + 2 * (uint64_t)g->head_dim), 4);
+    big_add_product(&sum, (uint64_t)qwen3i_pool_lanes(d), 64 * (1024 + 16), 4);        /* panels */
+    big_add_product(&sum, seqs, 1, sizeof(qwen3i_seq));
+    big_add_product(&sum, seqs, ctx, sizeof(qwen3_token));
+    big_add_product(&sum, ctx, 1, sizeof(qwen3_token));
+    for (i = 0; i < 3; i++) big_add_product(&sum, rows, 1, 4);          /* tokens, sequences, positions */
+    big_add_product(&sum, rows, 1, sizeof(qwen3i_out));
+    big_add_product(&sum, seqs, 1, sizeof(qwen3i_next));
+    big_add_product(&sum, seqs, 1, sizeof(qwen3_item));
+    big_add_product(&sum, seqs, 1, 8);
+    big_add_product(&sum, vocab, 1, 4);
+    big_add_product(&sum, vocab, 1, sizeof(qwen3i_candidate));
+    return big_value(&sum);
+}
+
+/* A number from 1 to most; small and large ones are equally likely. */
+static int random_size(uint64_t *seed, int most) {
+    const int bits = (int)(test_random(seed) % 32);
+    return 1 + (int)(test_random(seed) % ((uint64_t)1 << bits)) % most;
+}
+
+/* qwen3_ctx_memory is exact whatever the sizes are, on hosts of 32 bits, too. What cannot be allocated is refused. */
+static void test_api_sizes(void) {
+    qwen3_model m;
+    qwen3i_layer layer;
+    uint64_t seed = 11;
+    int i, refused = 0, saturated = 0;
+    memset(&m, 0, sizeof m);
+    memset(&layer, 0, sizeof layer);
+    m.backend = qwen3i_cpu_backend();
+    m.weights.layers = &layer;
+    for (i = 0; i < 10000; i++) {
+        qwen3i_config *g = &m.config;
+        qwen3_ctx_desc d, full;
+        qwen3_memory said;
+        uint64_t want, core;
+        memset(&d, 0, sizeof d);
+        g->n_layer = random_size(&seed, 1 << 24); g->n_embd = random_size(&seed, 1 << 24); g->n_ff = random_size(&seed, 1 << 24);
+        g->n_vocab = random_size(&seed, 1 << 24); g->head_dim = 2 * random_size(&seed, 1 << 10);
+        g->n_head = random_size(&seed, (1 << 24) / g->head_dim); g->n_head_kv = random_size(&seed, g->n_head);
+        g->max_ctx = random_size(&seed, 1 << 24); g->yarn_original_ctx = g->max_ctx;
+        d.yarn_factor = (float)random_size(&seed, 1024);
+        d.max_ctx = random_size(&seed, INT_MAX - 1); d.max_seqs = random_size(&seed, 4096);
+        d.prefill_chunk = random_size(&seed, 65536); d.threads = random_size(&seed, 64);
+        d.kv_type = QWEN3_KV_F32 + (int)(test_random(&seed) % 3);
+        said = qwen3_ctx_memory(&m, &d);
+        if (qwen3i_resolve_ctx(&m, &d, &full, NULL) != QWEN3_OK) {
+            CHECK(said.host_bytes == 0);
+            refused++;
+            continue;
+        }
+        want = exact_context_bytes(g, &full);
+        if (want < UINT64_MAX - sizeof(qwen3_ctx) - sizeof(qwen3i_cpu)) want += sizeof(qwen3_ctx) + sizeof(qwen3i_cpu);
+        else { want = UINT64_MAX; saturated++; }
+        CHECK_MSG(said.host_bytes == want, "case %d: %llu bytes, exactly %llu", i, (unsigned long long)said.host_bytes,
+                  (unsigned long long)want);
+        core = qwen3i_ctx_bytes(&m, &full);     /* which is allocated first, and filled by the tests' heap */
+        if (want > (size_t)-1 / 2 && (core < 1 << 20 || core > (size_t)-1 / 2)) {
+            qwen3_ctx *ctx = (qwen3_ctx *)&m;
+            CHECK(qwen3_ctx_create(&ctx, &m, &d, NULL, 0) == QWEN3_ERR_MEMORY && !ctx);
+        }
+    }
+    CHECK_MSG(refused < 8000 && saturated > 20, "%d refused, %d beyond 64 bits", refused, saturated);
+}
+
 /* What qwen3_ctx_memory says is what a context takes, and it takes nothing later. */
 static void test_api_memory(void) {
     fixture f;
@@ -1249,6 +1371,7 @@ static void suite_api(void) {
     RUN(test_api_load_check);
     RUN(test_api_ctx_rejects);
     RUN(test_api_memory);
+    RUN(test_api_sizes);
     RUN(test_api_rejects);
     RUN(test_api_null);
     RUN(test_api_no_tokenizer);

@@ -510,6 +510,39 @@ static void test_parity_rerank(void) {
     fixture_close(&f);
 }
 
+/* A model that computes what is not a number says so, wherever one number would be the answer. */
+static void test_parity_not_a_number(void) {
+    model_files files;
+    qwen3_load_desc d;
+    qwen3_model *m = NULL;
+    qwen3_ctx *ctx;
+    qwen3_prob best[3];
+    char err[256] = "";
+    float *vector, score = 0;
+    int i;
+    if (!model_files_read(&files, "chat")) return;
+    memset(&d, 0, sizeof d);
+    d.files = files.file;
+    d.n_files = files.n;
+    for (i = 0; i < files.n; i++) if (strcmp(files.file[i].name, "model.safetensors") == 0) {
+        unsigned char *end = (unsigned char *)files.owned[i] + files.file[i].size;
+        end[-2] = 0xC0;                 /* of the last element in the file, whether BF16 or F32 */
+        end[-1] = 0x7F;
+    }
+    CHECK_MSG(qwen3_load(&m, &d, err, sizeof err) == QWEN3_OK, "%s", err);
+    ctx = ctx_open(m, 512, 2, 0, QWEN3_KV_F16);
+    if (ctx) {
+        vector = floats((size_t)qwen3_get_info(m).n_embd);
+        CHECK(qwen3_embed(ctx, 0, NULL, "yes", vector) == QWEN3_ERR_FORMAT && strstr(qwen3_ctx_error(ctx), "not a number"));
+        CHECK(qwen3_rerank(ctx, 0, NULL, "yes", "no", &score) == QWEN3_ERR_FORMAT);
+        CHECK(qwen3_top_probs(ctx, 0, best, 3) == QWEN3_ERR_FORMAT);
+        free(vector);
+    }
+    qwen3_ctx_free(ctx);
+    qwen3_free(m);
+    model_files_free(&files);
+}
+
 static void suite_parity(void) {
     RUN(test_parity_float32);
     RUN(test_parity_half_kv);
@@ -527,5 +560,6 @@ static void suite_parity(void) {
     RUN(test_identical_sources);
     RUN(test_parity_embed);
     RUN(test_parity_rerank);
+    RUN(test_parity_not_a_number);
 }
 #endif
