@@ -6038,7 +6038,7 @@ static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer 
     list[n++] = qwen3i_binding_of(QWEN3I_W_UP,        c->n_ff,   c->n_embd,   &w->w_up, NULL);
     list[n++] = qwen3i_binding_of(QWEN3I_W_DOWN,      c->n_embd, c->n_ff,     &w->w_down, NULL);
     for (i = 0; i < n && r == QWEN3_OK; i++) {
-        qwen3i_weight_name(name, b->l->source, index, list[i].weight);
+        qwen3i_weight_name(name, b->l->source, index, (int)list[i].weight);
         r = list[i].rows ? qwen3i_bind(b, name, list[i].rows, list[i].cols, list[i].matrix)
                          : qwen3i_bind_floats(b, name, 0, list[i].cols, list[i].gains);
     }
@@ -10914,9 +10914,12 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
     return r;
 }
 
-/* P(yes) against P(no) after a prompt that is in the sequence. */
 /* P(yes) against P(no) */
-static float qwen3i_relevance(double yes, double no) { return (float)(1 / (1 + exp(no - yes))); }
+static qwen3_result qwen3i_relevance(double yes, double no, float *score, const qwen3i_err *err) {
+    if (!qwen3i_is_number((float)yes) || !qwen3i_is_number((float)no)) return qwen3i_not_numbers(err);
+    *score = (float)(1 / (1 + exp(no - yes)));
+    return QWEN3_OK;
+}
 
 /* By a reranker's own two rows: they need the last token's state, which it is evaluated again for. */
 static qwen3_result qwen3i_rank_by_rows(qwen3_ctx *c, int seq, float *score, const qwen3i_err *err) {
@@ -10939,10 +10942,10 @@ static qwen3_result qwen3i_rank_by_rows(qwen3_ctx *c, int seq, float *score, con
         no += (double)rows[n + i] * (double)state[i];
     }
     qwen3i_free(&c->desc.allocator, state, (size_t)n * sizeof *state);
-    if (r == QWEN3_OK) *score = qwen3i_relevance(yes, no);
-    return r;
+    return r == QWEN3_OK ? qwen3i_relevance(yes, no, score, err) : r;
 }
 
+/* The same after a prompt that is in the sequence. */
 static qwen3_result qwen3i_yes_or_no(qwen3_ctx *c, int seq, float *score, const qwen3i_err *err) {
     qwen3_token yes, no;
     const float *logits;
@@ -10951,10 +10954,7 @@ static qwen3_result qwen3i_yes_or_no(qwen3_ctx *c, int seq, float *score, const 
     if (qwen3i_encode(c->model, "yes", 3, 0, &yes, 1, err) != 1 || qwen3i_encode(c->model, "no", 2, 0, &no, 1, err) != 1)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no tokens \"yes\" and \"no\": not a reranker");
     r = qwen3i_get_logits(c, seq, &logits, err);
-    if (r != QWEN3_OK) return r;
-    if (!qwen3i_is_number(logits[yes]) || !qwen3i_is_number(logits[no])) return qwen3i_not_numbers(err);
-    *score = qwen3i_relevance((double)logits[yes], (double)logits[no]);
-    return QWEN3_OK;
+    return r == QWEN3_OK ? qwen3i_relevance((double)logits[yes], (double)logits[no], score, err) : r;
 }
 
 QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, const char *query, const char *document, float *score) {
