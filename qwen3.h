@@ -6419,6 +6419,7 @@ static qwen3_result qwen3i_check_file(const qwen3_allocator *a, const char *path
 
 static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err *err) {
     int sources = (d->path != NULL) + (d->files != NULL) + (d->io.read != NULL), i;
+    qwen3_result r;
     if (sources == 2 && !(d->files && d->io.read) && qwen3i_is_gguf_name(d->path)) sources = 1;   /* path names one of them */
     if (sources != 1) return qwen3i_fail(err, QWEN3_ERR_ARG, "set exactly one of path, files and io; %d are set", sources);
     if (d->io.read && !d->io.size) return qwen3i_fail(err, QWEN3_ERR_ARG, "io: size is not set");
@@ -6429,15 +6430,14 @@ static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err
     if (d->backend && d->backend->version != QWEN3_VERSION)
         return qwen3i_fail(err, QWEN3_ERR_ARG, "the backend was compiled with version %d of qwen3.h, this is %d", d->backend->version, QWEN3_VERSION);
     if (!qwen3i_little_endian()) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "big-endian machines are not supported");
-    if (qwen3i_check_allocator(&d->allocator, err) != QWEN3_OK) return QWEN3_ERR_ARG;
+    r = qwen3i_check_allocator(&d->allocator, err);
+    if (r != QWEN3_OK) return r;
 #ifdef QWEN3_NO_STDIO
     if (!d->files && !d->io.read)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "compiled with QWEN3_NO_STDIO: load from files or io instead of a path");
 #else
-    if (!d->files && !d->io.read && !qwen3i_is_directory(&d->allocator, d->path)) {
-        qwen3_result r = qwen3i_check_file(&d->allocator, d->path, err);
-        if (r != QWEN3_OK) return r;
-    }
+    if (!d->files && !d->io.read && !qwen3i_is_directory(&d->allocator, d->path))
+        return qwen3i_check_file(&d->allocator, d->path, err);
 #endif
     return QWEN3_OK;
 }
