@@ -698,7 +698,8 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *ctx, int seq, const char *task, c
     X(Q5_0, q5_0, 6, 32, 22)       X(Q5_1, q5_1, 7, 32, 24)       X(Q2_K, q2_k, 10, 256, 84) \
     X(Q3_K, q3_k, 11, 256, 110)    X(Q4_K, q4_k, 12, 256, 144)    X(Q5_K, q5_k, 13, 256, 176) \
     X(Q6_K, q6_k, 14, 256, 210)    X(IQ4_NL, iq4_nl, 20, 32, 18)  X(IQ4_XS, iq4_xs, 23, 256, 136) \
-    X(MXFP4, mxfp4, 39, 32, 17)    X(NVFP4, nvfp4, 40, 64, 36)
+    X(MXFP4, mxfp4, 39, 32, 17)    X(NVFP4, nvfp4, 40, 64, 36)    X(FP8, fp8, -1, 128, 132) \
+    X(INT4, int4, -1, 128, 68)     X(INT4S, int4s, -1, 32, 20)    X(INT8, int8, -1, 128, 132)
 #define QWEN3I_TYPES(X) X(F32, f32, 0, 1, 4) X(F16, f16, 1, 1, 2) X(BF16, bf16, 30, 1, 2) QWEN3I_BLOCK_TYPES(X)
 
 #define QWEN3I_TYPE_ENUM(name, function, gguf, elements, bytes) QWEN3I_##name,
@@ -1684,11 +1685,22 @@ typedef struct qwen3i_block {           /* memory that lives as long as the mode
 
 #define QWEN3I_MAX_EOS 8
 
+typedef enum qwen3i_packing { QWEN3I_NOT_PACKED, QWEN3I_FLOAT8, QWEN3I_AWQ, QWEN3I_GPTQ, QWEN3I_PACKED } qwen3i_packing;
+
+typedef struct qwen3i_quantization {    /* of a directory: quantization_config */
+    char           method[32], format[32];
+    qwen3i_packing packing;
+    int            bits, group;         /* group 0: all inputs */
+    int            block[2];            /* of FP8 */
+    int            v2, per_tensor;      /* GPTQ: zeros are stored as they are; FP8: one scale */
+} qwen3i_quantization;
+
 struct qwen3_model {
     qwen3_allocator      allocator;
     qwen3_logger         logger;
     qwen3_info           info;
     qwen3i_config        config;
+    qwen3i_quantization  quantization;
     qwen3i_weights       weights;
     const float         *rank;          /* [2, n_embd] of a reranker without a head: rows of yes and no; or NULL */
     qwen3i_tokenizer    *tokenizer;     /* NULL: the directory has none */
@@ -2180,6 +2192,54 @@ static void qwen3i_unpack_nvfp4(qwen3i_unpacked *u, const uint8_t *b) {
     qwen3i_unpack_values(u->q, 64, qwen3i_fp4_values);
 }
 
+/* ---- blocks that this library makes of the tensors of quantised directories ------------------------------- */
+/* Scale and zero in one word: a scale that was F16 or BF16 leaves the last 8 bits of its float32 free. */
+static float qwen3i_packed_scale(const uint8_t *b, float *offset, int middle) {
+    uint32_t word;
+    memcpy(&word, b, 4);
+    float scale = qwen3i_float_from_bits(word & ~(uint32_t)255);
+    *offset = -scale * (float)((int)(word & 255) - middle);
+    return scale;
+}
+
+static void qwen3i_unpack_scale128(qwen3i_unpacked *u, float d, float m) { for (int i = 0; i < 8; i++) qwen3i_unpack_scale(u, i, d, m); }
+
+static void qwen3i_unpack_int4(qwen3i_unpacked *u, const uint8_t *b) {
+    float m, d = qwen3i_packed_scale(b, &m, 0);
+    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(u->q + 32 * k, b + 4 + 16 * k, 16);
+    qwen3i_unpack_scale128(u, d, m);
+}
+
+static void qwen3i_unpack_int4s(qwen3i_unpacked *u, const uint8_t *b) {
+    float m, d = qwen3i_packed_scale(b, &m, 0);
+    qwen3i_unpack_nibbles(u->q, b + 4, 16);
+    qwen3i_unpack_scale32(u, 0, d, m);
+}
+
+static void qwen3i_unpack_int8(qwen3i_unpacked *u, const uint8_t *b) {
+    float m, d = qwen3i_packed_scale(b, &m, 128);
+    memcpy(u->q, b + 4, 128);
+    qwen3i_unpack_scale128(u, d, m);
+}
+
+static float qwen3i_f32_at(const uint8_t *b) {
+    float f;
+    memcpy(&f, b, 4);
+    return f;
+}
+
+/* Here q are numbers in E4M3, whose products are rounded. */
+static void qwen3i_unpack_fp8(qwen3i_unpacked *u, const uint8_t *b) {
+    memcpy(u->q, b + 4, 128);
+    qwen3i_unpack_scale128(u, qwen3i_f32_at(b), QWEN3I_NO_OFFSET);
+}
+
+static float qwen3i_e4m3_to_f32(unsigned x) {
+    unsigned exponent = x >> 3 & 15, fraction = x & 7;
+    float size = exponent == 0 ? (float)fraction / 512 : qwen3i_float_from_bits((exponent + 120) << 23 | fraction << 20);
+    return x & 0x80 ? -size : size;
+}
+
 /* ---- blocks of 256 ----------------------------------------------------------------------------------- */
 static void qwen3i_unpack_q2_k(qwen3i_unpacked *u, const uint8_t *b) {
     float d = qwen3i_half_at(b + 80), m = qwen3i_half_at(b + 82);
@@ -2255,7 +2315,7 @@ static int qwen3i_is_block(qwen3i_type type) { return type > QWEN3I_BF16; }
 /* By its name in a safetensors file or as ggml calls it; QWEN3I_NO_TYPE for what is not supported. */
 static qwen3i_type qwen3i_type_of(qwen3i_str name) {
     int i;
-    for (i = QWEN3I_F32; i < QWEN3I_N_TYPES; i++)
+    for (i = QWEN3I_F32; i < QWEN3I_FP8; i++)       /* the rest is made here */
         if (qwen3i_json_is(name, qwen3i_format_of((qwen3i_type)i)->name)) return (qwen3i_type)i;
     return QWEN3I_NO_TYPE;
 }
@@ -2275,7 +2335,7 @@ static void qwen3i_decode(float *y, const void *row, qwen3i_type type, int n) {
         int e = i % f->elements;
         if (!f->unpack) { y[i] = qwen3i_value(row, type, i); continue; }
         if (e == 0) { f->unpack(&u, b); b += f->bytes; }
-        y[i] = u.d[e / 16] * (float)u.q[e] + u.m[e / 16];
+        y[i] = u.d[e / 16] * (type == QWEN3I_FP8 ? qwen3i_e4m3_to_f32((uint8_t)u.q[e]) : (float)u.q[e]) + u.m[e / 16];
     }
 }
 
@@ -5544,6 +5604,46 @@ static void qwen3i_config_list(qwen3i_json *j, const char *a, const char *b, int
         *hits += qwen3i_json_is(s, a) || qwen3i_json_is(s, b);
 }
 
+/* quantization_config: what the tensors of quantised matrices are. Keys of any depth are taken together, except those
+   about activations. */
+static void qwen3i_quantization_read(qwen3i_json *j, qwen3i_quantization *q, int depth) {
+    qwen3i_json_iter it, list;
+    qwen3i_str key, s;
+    int64_t n;
+    int i = 0;
+    if (!qwen3i_json_open(j, '{', &it)) return;
+    while (qwen3i_json_next(j, &it, &key)) {
+        if (qwen3i_json_word(j, "null")) continue;
+        if (qwen3i_json_is(key, "bits") || qwen3i_json_is(key, "w_bit") || qwen3i_json_is(key, "num_bits")) {
+            if (qwen3i_json_int(j, &n)) q->bits = n > 0 && n < 64 ? (int)n : 0;
+        } else if (qwen3i_json_is(key, "group_size") || qwen3i_json_is(key, "q_group_size")) {
+            if (qwen3i_json_int(j, &n)) q->group = n > 0 && n < INT32_MAX ? (int)n : 0;
+        } else if (qwen3i_json_is(key, "weight_block_size")) {
+            if (qwen3i_json_open(j, '[', &list))
+                while (qwen3i_json_next(j, &list, NULL) && qwen3i_json_int(j, &n)) if (i < 2) q->block[i++] = n > 0 && n < INT32_MAX ? (int)n : 128;
+        } else if (qwen3i_json_is(key, "quant_method")) { if (qwen3i_json_string(j, &s)) snprintf(q->method, sizeof q->method, "%.*s", QWEN3I_STR(s)); }
+        else if (qwen3i_json_is(key, "format") || qwen3i_json_is(key, "version")) {
+            if (qwen3i_json_string(j, &s)) snprintf(q->format, sizeof q->format, "%.*s", QWEN3I_STR(s));
+        } else if (qwen3i_json_is(key, "checkpoint_format")) { if (qwen3i_json_string(j, &s)) q->v2 = qwen3i_json_is(s, "gptq_v2"); }
+        else if (qwen3i_json_is(key, "strategy")) { if (qwen3i_json_string(j, &s)) q->per_tensor = qwen3i_json_is(s, "tensor"); }
+        else if (qwen3i_json_peek(j) == '{' && depth < 4 && !qwen3i_json_is(key, "input_activations") && !qwen3i_json_is(key, "output_activations"))
+            qwen3i_quantization_read(j, q, depth + 1);
+        else qwen3i_json_skip(j);
+    }
+}
+
+static qwen3_result qwen3i_quantization_check(qwen3i_quantization *q, const char *file, const qwen3i_err *err) {
+    static const struct { const char *method, *format; qwen3i_packing packing; } known[] = {
+        {"fp8", "", QWEN3I_FLOAT8}, {"awq", "", QWEN3I_AWQ}, {"awq", "gemm", QWEN3I_AWQ}, {"awq", "GEMM", QWEN3I_AWQ}, {"gptq", NULL, QWEN3I_GPTQ},
+        {"compressed-tensors", "float-quantized", QWEN3I_FLOAT8}, {"compressed-tensors", "pack-quantized", QWEN3I_PACKED}
+    };
+    for (int i = 0; i < QWEN3I_COUNT(known); i++)
+        if (!strcmp(q->method, known[i].method) && (!known[i].format || !strcmp(q->format, known[i].format))) q->packing = known[i].packing;
+    if (q->packing) return QWEN3_OK;
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key 'quantization_config': method '%s'%s%s is not supported; fp8, awq (gemm), gptq and "
+                       "compressed-tensors (pack-quantized, float-quantized) are", file, q->method, *q->format ? ", format " : "", q->format);
+}
+
 static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, const qwen3i_err *err) {
     qwen3i_raw_config *raw = &c->raw;
     qwen3i_json *j = &c->j;
@@ -5563,10 +5663,17 @@ static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, c
     } else if (qwen3i_json_is(key, "layer_types")) {
         qwen3i_config_list(j, "full_attention", "full_attention", &n, &hits);
         raw->slides = n == 0 ? -1 : hits < n;
-    } else if (qwen3i_json_is(key, "quantization_config") || qwen3i_json_is(key, "quantization")) {
+    } else if (qwen3i_json_is(key, "quantization_config")) {
+        qwen3i_quantization *q = &c->m->quantization;
+        memset(q, 0, sizeof *q);
+        q->block[0] = q->block[1] = 128;
+        if (qwen3i_json_word(j, "null")) return QWEN3_OK;
+        qwen3i_quantization_read(j, q, 0);
+        return j->error ? QWEN3_OK : qwen3i_quantization_check(q, raw->file, err);
+    } else if (qwen3i_json_is(key, "quantization")) {
         if (!qwen3i_json_word(j, "null"))
-            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key '%.*s': quantised checkpoints are not supported; "
-                               "use the BF16 one", raw->file, QWEN3I_STR(key));
+            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key '%.*s': this kind of quantised checkpoint is not supported",
+                               raw->file, QWEN3I_STR(key));
     } else if (qwen3i_json_is(key, "rope_parameters")) qwen3i_config_rope(j, &c->rope[0]);
     else if (qwen3i_json_is(key, "rope_scaling")) qwen3i_config_rope(j, &c->rope[1]);
     else if (qwen3i_json_is(key, "eos_token_id")) qwen3i_read_eos(j, c->m);
@@ -5921,6 +6028,220 @@ static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tenso
                        (unsigned long long)bytes, (unsigned long long)(t->end - t->begin));
 }
 
+/* ---- quantised matrices of directories: several tensors become one matrix in blocks ------------------------
+   FP8 in blocks as Qwen's own, AWQ (gemm), GPTQ, and compressed-tensors as vLLM and transformers read them. Here the
+   fields of four or eight bits lie in words, along the input or the output; each group of inputs has a scale and a
+   zero: w = scale * (field - zero). */
+typedef struct qwen3i_packed {          /* [rows, cols] as a file has it; tensors by their data */
+    int                  rows, cols, bits, group, n_groups;
+    qwen3i_packing       packing;
+    const unsigned char *words, *zeros, *scales;    /* zeros NULL: the middle of what a field holds */
+    qwen3i_type          scale_type;
+    int                  zero_offset;   /* what a stored zero lacks */
+} qwen3i_packed;
+
+static uint32_t qwen3i_word_at(const unsigned char *words, uint64_t i) { return (uint32_t)qwen3i_little(words + 4 * i, 4); }
+
+/* Field `at` of those that are packed along a line of words, the first of them in the lowest bits */
+static unsigned qwen3i_field(const unsigned char *words, uint64_t line, int bits, int at) {
+    const int per_word = 32 / bits;
+    return qwen3i_word_at(words, line + (uint64_t)(at / per_word)) >> bits * (at % per_word) & ((1u << bits) - 1);
+}
+
+/* AWQ: the columns of a word lie in the order 0 2 4 6 1 3 5 7. */
+static unsigned qwen3i_field_awq(const unsigned char *words, uint64_t line, int at) {
+    static const int nibble[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+    return qwen3i_word_at(words, line + (uint64_t)(at / 8)) >> 4 * nibble[at % 8] & 15;
+}
+
+static unsigned qwen3i_packed_field(const qwen3i_packed *p, int row, int col) {
+    const int per_word = 32 / p->bits;
+    if (p->packing == QWEN3I_AWQ) return qwen3i_field_awq(p->words, (uint64_t)col * (uint64_t)(p->rows / 8), row);
+    if (p->packing == QWEN3I_GPTQ)      /* along the input, in the columns of a matrix [cols / per_word, rows] */
+        return qwen3i_word_at(p->words, (uint64_t)(col / per_word) * (uint64_t)p->rows + (uint64_t)row) >> p->bits * (col % per_word)
+               & ((1u << p->bits) - 1);
+    return qwen3i_field(p->words, (uint64_t)row * (uint64_t)((p->cols + per_word - 1) / per_word), p->bits, col);
+}
+
+static int qwen3i_group_zero(const qwen3i_packed *p, int row, int group) {
+    const int per_word = 32 / p->bits;
+    if (!p->zeros) return 1 << (p->bits - 1);
+    if (p->packing == QWEN3I_AWQ) return (int)qwen3i_field_awq(p->zeros, (uint64_t)group * (uint64_t)(p->rows / 8), row);
+    if (p->packing == QWEN3I_GPTQ)
+        return (int)((qwen3i_field(p->zeros, (uint64_t)group * (uint64_t)(p->rows / per_word), p->bits, row) + (unsigned)p->zero_offset)
+                     & ((1u << p->bits) - 1));
+    return (int)(qwen3i_word_at(p->zeros, (uint64_t)(row / per_word) * (uint64_t)p->n_groups + (uint64_t)group)
+                 >> p->bits * (row % per_word) & ((1u << p->bits) - 1));
+}
+
+static float qwen3i_group_scale(const qwen3i_packed *p, int row, int group) {
+    uint64_t at = p->packing == QWEN3I_PACKED ? (uint64_t)row * (uint64_t)p->n_groups + (uint64_t)group
+                                              : (uint64_t)group * (uint64_t)p->rows + (uint64_t)row;
+    uint16_t h = (uint16_t)qwen3i_little(p->scales + 2 * at, 2);
+    return p->scale_type == QWEN3I_F16 ? qwen3i_f16_to_f32(h) : qwen3i_bf16_to_f32(h);
+}
+
+/* Elements from, from + 1, ... of a row, all of one group, into a block; what a row lacks is never used. */
+static void qwen3i_pack_block(uint8_t *b, const qwen3i_packed *p, const qwen3i_format *f, int row, int from) {
+    const int group = from / p->group;
+    const uint32_t word = qwen3i_bits_from_float(qwen3i_group_scale(p, row, group)) | (uint32_t)qwen3i_group_zero(p, row, group);
+    memcpy(b, &word, 4);
+    memset(b + 4, 0, (size_t)f->bytes - 4);
+    for (int e = 0; e < f->elements && from + e < p->cols; e++) {
+        unsigned q = qwen3i_packed_field(p, row, from + e);
+        if (p->bits == 8) b[4 + e] = (uint8_t)(q ^ 128);
+        else b[4 + e / 32 * 16 + e % 16] = (uint8_t)(b[4 + e / 32 * 16 + e % 16] | q << e % 32 / 16 * 4);
+    }
+}
+
+/* Room for a matrix in blocks, whose type, rows and columns are set. */
+static uint8_t *qwen3i_repacked(qwen3i_binder *b, const char *name, qwen3i_matrix *out, qwen3_result *r) {
+    uint64_t bytes = qwen3i_size_mul((uint64_t)out->rows, qwen3i_row_bytes(out->type, out->cols));
+    uint8_t *data = qwen3i_size_fits(bytes) ? (uint8_t *)qwen3i_model_alloc(b->l->model, (size_t)bytes, 1) : NULL;
+    if (!data) *r = qwen3i_no_memory(b->l->err, name, bytes);
+    out->data = data;
+    b->n_bytes += data ? bytes : 0;
+    return data;
+}
+
+/* 16 rows at a time, because words that lie along the output hold several. */
+static qwen3_result qwen3i_repack(qwen3i_binder *b, const char *name, const qwen3i_packed *p, qwen3i_matrix *out) {
+    qwen3_result r = QWEN3_OK;
+    out->type = p->bits == 8 ? QWEN3I_INT8 : p->group % 128 == 0 || p->group >= p->cols ? QWEN3I_INT4 : QWEN3I_INT4S;
+    uint8_t *data = qwen3i_repacked(b, name, out, &r);
+    const qwen3i_format *f = qwen3i_format_of(out->type);
+    const size_t row_bytes = (size_t)qwen3i_row_bytes(out->type, p->cols);
+    for (int first = 0; data && first < p->rows; first += 16)
+        for (int c = 0; c < p->cols; c += f->elements)
+            for (int row = first; row < p->rows && row < first + 16; row++)
+                qwen3i_pack_block(data + (size_t)row * row_bytes + (size_t)(c / f->elements) * (size_t)f->bytes, p, f, row, c);
+    return r;
+}
+
+/* A tensor that belongs to a matrix, of the dtypes that are listed ("I32", "F16 BF16") and of shape [d0, d1], or [d0] if d1 is -1.
+   NULL: it is missing, and *r the failure unless it is optional; or it is not as it should be. */
+static const qwen3i_tensor *qwen3i_part(qwen3i_binder *b, const char *name, const char *part, const char *dtypes, int64_t d0, int64_t d1,
+                                        int optional, qwen3_result *r) {
+    const uint64_t want[2] = {(uint64_t)d0, (uint64_t)d1};
+    const int rank = d1 < 0 ? 1 : 2;
+    char full[QWEN3I_NAME + 32], has[128], needs[64], dtype[16];
+    if (*r != QWEN3_OK) return NULL;
+    snprintf(full, sizeof full, "%.*s%s", (int)(strlen(name) - strlen("weight")), name, part);
+    const qwen3i_tensor *t = qwen3i_find_tensor(b->tensors, qwen3i_str_of(full));
+    if (!t && optional) return NULL;
+    if (!t) { *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing", b->l->model->shards[0].name, full); return NULL; }
+    snprintf(dtype, sizeof dtype, "%.*s", QWEN3I_STR(t->dtype));
+    if (!strstr(dtypes, dtype) || !qwen3i_dtype_size(t->dtype))
+        *r = qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has dtype %s; supported: %s", t->file, full, dtype, dtypes);
+    else if (t->rank != rank || memcmp(t->shape, want, (size_t)rank * sizeof *want) != 0) {
+        qwen3i_shape_string(has, sizeof has, t->shape, t->rank);
+        qwen3i_shape_string(needs, sizeof needs, want, rank);
+        *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s, not %s", t->file, full, has, needs);
+    }
+    if (*r != QWEN3_OK) return NULL;
+    b->fingerprint = qwen3i_hash(b->fingerprint, t->data + (t->end - t->begin) / 2, qwen3i_min_size(64, (size_t)((t->end - t->begin + 1) / 2)));
+    return t;
+}
+
+/* Inputs in another order than their groups would need the activations in that order, too. */
+static qwen3_result qwen3i_check_order(qwen3i_binder *b, const char *name, const char *part, const qwen3i_packed *p) {
+    qwen3_result r = QWEN3_OK;
+    const qwen3i_tensor *t = qwen3i_part(b, name, part, "I32", p->cols, -1, 1, &r);
+    for (int i = 0; t && i < p->cols; i++)
+        if (qwen3i_word_at(t->data, (uint64_t)i) != (uint32_t)(i / p->group))
+            return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: '%s': the inputs are in order of activation (%s), which is not supported",
+                               t->file, name, part);
+    return r;
+}
+
+/* Groups and fields must fit the matrix, and a block into a group. */
+static qwen3_result qwen3i_check_groups(qwen3i_binder *b, const char *name, qwen3i_packed *p, int group) {
+    p->group = group > 0 && group < p->cols ? group : p->cols;
+    p->n_groups = (p->cols + p->group - 1) / p->group;
+    if ((p->bits != 4 && p->bits != 8) || (p->packing == QWEN3I_AWQ && p->bits != 4))
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "config.json: quantization_config: weights of %d bits are not supported", p->bits);
+    if (p->n_groups > 1 && p->group % (p->bits == 8 ? 128 : 32) != 0)
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "config.json: quantization_config: groups of %d inputs of %d bits are not "
+                           "supported", p->group, p->bits);
+    if (p->cols % p->group == 0 && p->cols % (32 / p->bits) == 0 && p->rows % (32 / p->bits) == 0) return QWEN3_OK;
+    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "'%s': [%d, %d] does not consist of whole groups of %d and whole words", name, p->rows, p->cols, p->group);
+}
+
+static qwen3_result qwen3i_bind_packed(qwen3i_binder *b, const char *name, qwen3i_matrix *out) {
+    const qwen3i_quantization *q = &b->l->model->quantization;
+    const int ct = q->packing == QWEN3I_PACKED;
+    qwen3i_packed p;
+    memset(&p, 0, sizeof p);
+    p.rows = out->rows; p.cols = out->cols; p.packing = q->packing; p.bits = q->bits;
+    p.zero_offset = q->packing == QWEN3I_GPTQ && !q->v2;
+    qwen3_result r = qwen3i_check_groups(b, name, &p, q->group);
+    if (r != QWEN3_OK) return r;
+    const int per_word = 32 / p.bits, n = p.n_groups;
+    const qwen3i_tensor *words = ct ? qwen3i_part(b, name, "weight_packed", "I32", p.rows, p.cols / per_word, 0, &r) :
+        q->packing == QWEN3I_AWQ ? qwen3i_part(b, name, "qweight", "I32", p.cols, p.rows / 8, 0, &r) :
+                                   qwen3i_part(b, name, "qweight", "I32", p.cols / per_word, p.rows, 0, &r);
+    const qwen3i_tensor *zeros = ct ? qwen3i_part(b, name, "weight_zero_point", "I32", p.rows / per_word, n, 1, &r) :
+                                      qwen3i_part(b, name, "qzeros", "I32", n, p.rows / per_word, 0, &r);
+    const qwen3i_tensor *scales = qwen3i_part(b, name, ct ? "weight_scale" : "scales", "F16 BF16", ct ? p.rows : n, ct ? n : p.rows, 0, &r);
+    if (r == QWEN3_OK) r = qwen3i_check_order(b, name, ct ? "weight_g_idx" : "g_idx", &p);
+    if (r != QWEN3_OK) return r;
+    p.words = words->data;
+    p.zeros = zeros ? zeros->data : NULL;
+    p.scales = scales->data;
+    p.scale_type = qwen3i_type_of(scales->dtype);
+    return qwen3i_repack(b, name, &p, out);
+}
+
+/* FP8: scales of blocks (multiplied, whatever the name says), of rows, or of the whole */
+static qwen3_result qwen3i_bind_fp8(qwen3i_binder *b, const char *name, const qwen3i_tensor *t, qwen3i_matrix *out) {
+    const qwen3i_quantization *q = &b->l->model->quantization;
+    qwen3_result r = QWEN3_OK;
+    int rows = q->block[0], cols = q->block[1];
+    const qwen3i_tensor *s = qwen3i_part(b, name, "weight_scale_inv", "F32 F16 BF16", (out->rows + rows - 1) / rows, (out->cols + cols - 1) / cols, 1, &r);
+    if (r == QWEN3_OK && !s) {          /* compressed-tensors */
+        cols = out->cols;
+        rows = q->per_tensor ? out->rows : 1;
+        s = q->per_tensor ? qwen3i_part(b, name, "weight_scale", "F32 F16 BF16", 1, -1, 0, &r)
+                          : qwen3i_part(b, name, "weight_scale", "F32 F16 BF16", out->rows, 1, 0, &r);
+    }
+    if (r != QWEN3_OK) return r;
+    if (cols < out->cols && cols % 128 != 0)
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "config.json: quantization_config: blocks of %d inputs are not supported", cols);
+    out->type = QWEN3I_FP8;
+    uint8_t *to = qwen3i_repacked(b, name, out, &r);
+    const size_t element = qwen3i_dtype_size(s->dtype);
+    const int across = (out->cols + cols - 1) / cols;
+    for (int row = 0; to && row < out->rows; row++)
+        for (int c = 0; c < out->cols; c += 128, to += 132) {
+            const int n = qwen3i_min(128, out->cols - c);
+            const unsigned char *from = t->data + (size_t)row * (size_t)out->cols + (size_t)c;
+            unsigned char number[4];
+            memcpy(number, s->data + element * (size_t)((size_t)(row / rows) * (size_t)across + (size_t)(c / cols)), element);
+            const float scale = element == 4 ? qwen3i_float_from_bits((uint32_t)qwen3i_little(number, 4)) :
+                                qwen3i_type_of(s->dtype) == QWEN3I_F16 ? qwen3i_half_at(number) : qwen3i_bf16_to_f32((uint16_t)qwen3i_little(number, 2));
+            memcpy(to, &scale, 4);
+            memset(to + 4, 0, 128);
+            memcpy(to + 4, from, (size_t)n);
+            for (int i = 0; i < n; i++)
+                if ((from[i] & 0x7F) == 0x7F) return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' contains NaN", t->file, name);
+        }
+    return r;
+}
+
+/* 1: the matrix is quantised, and *r says how binding it went. */
+static int qwen3i_bind_quantised(qwen3i_binder *b, const char *name, const qwen3i_tensor *t, qwen3i_matrix *out, qwen3_result *r) {
+    const qwen3i_packing packing = b->l->model->quantization.packing;
+    const int fp8 = t && qwen3i_json_is(t->dtype, "F8_E4M3") && packing == QWEN3I_FLOAT8;
+    if (fp8 ? t->rank != 2 || t->shape[0] != (uint64_t)out->rows || t->shape[1] != (uint64_t)out->cols : t || packing < QWEN3I_AWQ) return 0;
+    if (!b->l->model->backend->block_types)
+        *r = qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "'%s' is quantised; the %s backend supports F32, F16 and BF16", name, b->l->model->backend->name);
+    else *r = fp8 ? qwen3i_bind_fp8(b, name, t, out) : qwen3i_bind_packed(b, name, out);
+    if (*r == QWEN3_OK && (b->l->desc->flags & QWEN3_LOAD_CHECK) && !qwen3i_all_finite(out))
+        *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "'%s' contains NaN or Inf", name);
+    b->n_params += (uint64_t)out->rows * (uint64_t)out->cols;
+    return 1;
+}
+
 /* Find a tensor of shape [rows, cols], or [cols] if rows is 0. */
 static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
     const qwen3i_err *err = b->l->err;
@@ -5932,10 +6253,11 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
     t = qwen3i_find_weight(b, name);
     want[0] = (uint64_t)(rows ? rows : cols);
     want[1] = (uint64_t)cols;
-    if (!t) return qwen3i_missing_tensor(b, name);
-    out->type = qwen3i_type_of(t->dtype);
     out->rows = rows ? rows : 1;
     out->cols = cols;
+    if (rows && b->l->model->quantization.packing && qwen3i_bind_quantised(b, name, t, out, &r)) return r;
+    if (!t) return qwen3i_missing_tensor(b, name);
+    out->type = qwen3i_type_of(t->dtype);
     if (!out->type) return qwen3i_check_type(b, t, name, out);      /* before the shape, which packing changes */
     same = t->rank == rank && memcmp(t->shape, want, (size_t)rank * sizeof want[0]) == 0;
     if (!same) {
@@ -7144,10 +7466,10 @@ typedef struct qwen3i_simd {
 
 /* What blocks hold, written once for the instruction sets, to the bits that WEIGHT FORMATS gives. A part is a block of 32
    or 64 elements, or a quarter of one of 256, whose scales V_scales finds first: V_NAME(w, b, s, g) makes part g. V_i are 16 whole numbers: V_u8(p) loads bytes, shr, shl, and, or, float are
-   what they are called; bits(b, value) has value in the lanes whose bit is set; on(line, v) is d * (v & 15) + m for
+   what they are called; as_float takes their bits; bits(b, value) has value in the lanes whose bit is set; on(line, v) is d * (v & 15) + m for
    line = line_of(d, m); pick(table, v) is table[v & 15]; halves(a, b) is a in 8 lanes and b in 8; half(p) a scale. */
-static const float qwen3i_iq4_floats[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-static const float qwen3i_fp4_floats[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+QWEN3I_UNUSED static const float qwen3i_iq4_floats[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+QWEN3I_UNUSED static const float qwen3i_fp4_floats[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 #define QWEN3I_DEFINE_BLOCKS(V, TARGET) \
 TARGET QWEN3I_INLINE V##_v V##_affine(V##_i q, float d, float m) { return V##_fma(V##_float(q), V##_set1(d), V##_set1(m)); } \
@@ -7187,6 +7509,26 @@ TARGET QWEN3I_INLINE void V##_nvfp4(V##_v *w, const uint8_t *b) { \
         both[0] = low; \
         both[1] = low >> 4; \
         w[j] = V##_scaled(V##_pick(qwen3i_fp4_floats, V##_u8((const uint8_t *)both)), qwen3i_ue4m3_to_f32(b[j]) / 2); \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_int4s(V##_v *w, const uint8_t *b) { \
+    float m, d = qwen3i_packed_scale(b, &m, 0); \
+    V##_line32(w, b + 4, d, m); \
+} \
+TARGET QWEN3I_INLINE void V##_int4(V##_v *w, const uint8_t *b, const float *s, int g) { \
+    V##_line32(w, b + 4 + 32 * g, s[0], s[1]); \
+    V##_line32(w + 2, b + 20 + 32 * g, s[0], s[1]); \
+} \
+TARGET QWEN3I_INLINE void V##_int8(V##_v *w, const uint8_t *b, const float *s, int g) { \
+    QWEN3I_UNROLL for (int j = 0; j < 4; j++) \
+        w[j] = V##_fma(V##_load_i8((const int8_t *)b + 4 + 64 * g + 16 * j), V##_set1(s[0]), V##_set1(s[1])); \
+} \
+/* E4M3's exponent and fraction in those of a float are the number times 2^-120. */ \
+TARGET QWEN3I_INLINE void V##_fp8(V##_v *w, const uint8_t *b, const float *s, int g) { \
+    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+        V##_i v = V##_u8(b + 4 + 64 * g + 16 * j); \
+        V##_i bits = V##_or(V##_shl(V##_and(v, 0x7F), 20), V##_shl(V##_shr(v, 7), 31)); \
+        w[j] = V##_scaled(V##_scaled(V##_as_float(bits), qwen3i_float_from_bits(247u << 23)), s[0]); \
     } \
 } \
 /* Q4_K, Q5_K: s has 8 scales of 32 elements each, then 8 offsets */ \
@@ -7275,6 +7617,9 @@ TARGET QWEN3I_INLINE void V##_scales(float *s, const uint8_t *b, qwen3i_type typ
         case QWEN3I_Q4_K: case QWEN3I_Q5_K: V##_scales_k(s, b); break; \
         case QWEN3I_Q6_K: V##_scales_q6_k(s, b); break; \
         case QWEN3I_IQ4_XS: V##_scales_iq4_xs(s, b); break; \
+        case QWEN3I_FP8: s[0] = qwen3i_f32_at(b); break; \
+        case QWEN3I_INT4: s[0] = qwen3i_packed_scale(b, &s[1], 0); break; \
+        case QWEN3I_INT8: s[0] = qwen3i_packed_scale(b, &s[1], 128); break; \
         default: break;                 /* smaller blocks */ \
     } \
 } \
@@ -7293,7 +7638,11 @@ TARGET QWEN3I_INLINE void V##_unpack(V##_v *w, const uint8_t *b, const float *s,
         case QWEN3I_IQ4_NL: V##_iq4_nl(w, b); break; \
         case QWEN3I_IQ4_XS: V##_iq4_xs(w, b, s, g); break; \
         case QWEN3I_MXFP4: V##_mxfp4(w, b); break; \
-        default: V##_nvfp4(w, b); break; \
+        case QWEN3I_NVFP4: V##_nvfp4(w, b); break; \
+        case QWEN3I_FP8: V##_fp8(w, b, s, g); break; \
+        case QWEN3I_INT4: V##_int4(w, b, s, g); break; \
+        case QWEN3I_INT4S: V##_int4s(w, b); break; \
+        default: V##_int8(w, b, s, g); break; \
     } \
 }
 
@@ -7861,6 +8210,10 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_float(qwen3i_avx2_i v) {
     return qwen3i_avx2_pair(_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi));
 }
 
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_as_float(qwen3i_avx2_i v) {
+    return qwen3i_avx2_pair(_mm256_castsi256_ps(v.lo), _mm256_castsi256_ps(v.hi));
+}
+
 QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_halves(float low, float high) {
     return qwen3i_avx2_pair(_mm256_set1_ps(low), _mm256_set1_ps(high));
 }
@@ -7993,6 +8346,7 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shl(__m512i v, int n) { return
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_and(__m512i v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi32(mask)); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_or(__m512i v, __m512i w) { return _mm512_or_si512(v, w); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_float(__m512i v) { return _mm512_cvtepi32_ps(v); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_as_float(__m512i v) { return _mm512_castsi512_ps(v); }
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_u8(const uint8_t *p) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
@@ -8174,6 +8528,13 @@ QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_float(qwen3i_neon_i v) {
     qwen3i_neon_v y;
     int i;
     QWEN3I_QUADS y.val[i] = vcvtq_f32_u32(v.val[i]);
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_as_float(qwen3i_neon_i v) {
+    qwen3i_neon_v y;
+    int i;
+    QWEN3I_QUADS y.val[i] = vreinterpretq_f32_u32(v.val[i]);
     return y;
 }
 
