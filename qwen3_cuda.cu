@@ -497,8 +497,6 @@ const int WIDE_N       = 128;
 const int WIDE_N_MORE  = 160;           /* ... or these in a single part, where they divide the work better */
 /* elements of a row that are loaded at once: 128 bytes, as they are swizzled */
 const int WIDE_K       = 64;
-/* of these the tensor core adds up before float32 does: see wide_product */
-const int WIDE_CHUNK   = 2;
 const int WIDE_THREADS = 384;           /* a warpgroup that loads, two that multiply */
 const int WIDE_POS     = 128;           /* positions of a tile of attention, and its rows */
 const int WIDE_DIM     = 128;           /* head_dim */
@@ -2240,8 +2238,7 @@ const int STREAM_NORM  = 8;
 
 /* What else is to see each vector of x that is multiplied, or each tile of it: nothing. */
 struct see_nothing {
-    __device__ void operator()(float4, float4) const {}
-    __device__ void operator()(const unsigned char *) const {}
+    template <class... A> __device__ void operator()(A...) const {}
 };
 
 template <int NR, int RING> struct stream_shape {
@@ -2535,6 +2532,8 @@ struct wide_args {
 
 /* ---- Hopper: more than 64 rows ---- */
 #ifdef QWEN3_WGMMA
+const int SUM_STEPS = 2;                /* of WIDE_K: what the tensor core adds up before float32 does */
+
 /* What a thread needs to finish one of its rows of a tile: asked for before the sums, so that nobody waits
    for it. */
 struct wide_row { int at; float in, out; int seq, position; };
@@ -2638,9 +2637,9 @@ DEVICE void wide_sum(float (&acc)[PARTS][N / 2], float (&part)[N / 2], const uns
                      wide_stage *stages, unsigned &turn, int k, int group, S &scales) {
     const int BYTES = wide_tile<N, P>::BYTES, STAGES = wide_tile<N, P>::STAGES;
     UNROLL for (int i = 0; i < PARTS * N / 2; i++) acc[i / (N / 2)][i % (N / 2)] = 0;
-    for (int done = 0; done < k; done += WIDE_CHUNK * WIDE_K, turn += WIDE_CHUNK) {
+    for (int done = 0; done < k; done += SUM_STEPS * WIDE_K, turn += SUM_STEPS) {
         UNROLL for (int p = 0; p < PARTS; p++) {
-            UNROLL for (unsigned i = 0; i < WIDE_CHUNK; i++) {
+            UNROLL for (unsigned i = 0; i < SUM_STEPS; i++) {
                 const unsigned s = (turn + i) % STAGES;
                 const unsigned char *x = memory + BYTES * s + WIDE_HALF / 2 * (size_t)group,
                                     *w = memory + BYTES * s + WIDE_HALF + wide_tile<N, P>::W_BYTES * p;
@@ -2651,11 +2650,11 @@ DEVICE void wide_sum(float (&acc)[PARTS][N / 2], float (&part)[N / 2], const uns
                                   (int)i + j > 0);
             }
             products_commit();
-            UNROLL for (unsigned i = 0; p == 0 && i < WIDE_CHUNK; i++)
+            UNROLL for (unsigned i = 0; p == 0 && i < SUM_STEPS; i++)
                 scales.see(memory + BYTES * ((turn + i) % STAGES));
             products_wait<0>();
             products_done(part);
-            UNROLL for (unsigned i = 0; p == PARTS - 1 && i < WIDE_CHUNK; i++)
+            UNROLL for (unsigned i = 0; p == PARTS - 1 && i < SUM_STEPS; i++)
                 wide_release(&stages[(turn + i) % STAGES]);
             UNROLL for (int i = 0; i < N / 2; i++) acc[p][i] += part[i];
         }
@@ -2748,7 +2747,6 @@ template <int N, int P> static size_t wide_product_shared() {
 /* ---- Hopper: 2 to 64 rows ---- */
 const int FEW_LEAST   = 2;              /* rows, from ... */
 const int FEW_MOST    = 64;             /* ... to */
-const int FEW_CHUNK   = 2;              /* steps that the tensor core adds up before float32 does */
 const int FEW_X_TILE  = 32;             /* rows of x that are loaded at once */
 const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
 const int FEW_LD      = WIDE_M + 4;     /* floats from a row of sums to the next: no bank twice */
@@ -2862,8 +2860,8 @@ static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, 
     int s = 0, read = 0;                /* the next stage, and the first that is not released */
     unsigned phase = 0;
     UNROLL for (int i = 0; i < N / 2; i++) acc[i] = part[i] = 0;
-    NO_UNROLL for (int done = 0; done < steps; done += FEW_CHUNK) {
-        const int n = steps - done < FEW_CHUNK ? steps - done : FEW_CHUNK;
+    NO_UNROLL for (int done = 0; done < steps; done += SUM_STEPS) {
+        const int n = steps - done < SUM_STEPS ? steps - done : SUM_STEPS;
         NO_UNROLL for (int i = 0; i < n; i++) {
             const unsigned char *at = memory + few_tile<M, R>::BYTES * s;
             barrier_wait(&ring.stages[s].full, phase);
