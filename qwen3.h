@@ -860,11 +860,70 @@ QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config
   #define QWEN3I_PRINTF(fmt, args)
 #endif
 
-/* Names and texts from files stand in messages, and messages on terminals: no control characters. */
-static inline void qwen3i_printable(char *text) {
-    unsigned char *p = (unsigned char *)text;
-    for (; *p; p++)
-        if (*p < 0x20 || *p == 0x7F || (*p == 0xC2 && p[1] >= 0x80 && p[1] < 0xA0)) *p = '?';
+#define QWEN3I_REPLACEMENT 0xFFFDu      /* what stands for bytes that are no character */
+
+/* The character at p, which is before end; returns its bytes. Invalid UTF-8 is U+FFFD once for each
+   maximal subpart, which is what Unicode recommends and Python does. *truncated: it is cut off by end. */
+static inline int qwen3i_utf8_scan(const char *p, const char *end, uint32_t *c, int *truncated) {
+    unsigned lead = (unsigned char)*p, low = 0x80, high = 0xBF, byte;
+    int i, n = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    uint32_t value = lead & (0x7Fu >> n);
+    *truncated = 0;
+    *c = lead;
+    if (lead < 0x80) return 1;
+    *c = QWEN3I_REPLACEMENT;
+    if (lead < 0xC2 || lead > 0xF4) return 1;
+    if (lead == 0xE0) low = 0xA0;       /* no overlong forms, surrogates, or values past 10FFFF */
+    if (lead == 0xED) high = 0x9F;
+    if (lead == 0xF0) low = 0x90;
+    if (lead == 0xF4) high = 0x8F;
+    for (i = 1; i < n; i++) {
+        if (p + i == end) { *truncated = 1; return i; }
+        byte = (unsigned char)p[i];
+        if (byte < low || byte > high) return i;
+        value = value << 6 | (byte & 63);
+        low = 0x80; high = 0xBF;
+    }
+    *c = value;
+    return n;
+}
+
+/* Characters that a terminal obeys instead of showing them: controls, line separators, and those that turn the
+   direction of text around, so that it reads otherwise than it is. */
+static inline int qwen3i_is_control(uint32_t c) {
+    return c < 0x20 || (c >= 0x7F && c < 0xA0) || c == 0x061C || c == 0x200E || c == 0x200F || (c >= 0x2028 && c <= 0x202E) ||
+           (c >= 0x2066 && c <= 0x2069);
+}
+
+/* Names and texts from files stand in messages, and messages on terminals: '?' for every byte that is not valid UTF-8,
+   and for control characters. cut: the end of the text did not fit; a character that lost bytes there goes. */
+static inline void qwen3i_printable(char *text, int cut) {
+    const char *p = text, *end = text + strlen(text);
+    char *to = text;
+    while (p < end) {
+        uint32_t c;
+        int truncated, n = qwen3i_utf8_scan(p, end, &c, &truncated), i;
+        const int valid = c != QWEN3I_REPLACEMENT || (n == 3 && memcmp(p, "\xEF\xBF\xBD", 3) == 0);
+        if (truncated && cut) break;
+        if (valid && qwen3i_is_control(c)) *to++ = '?';
+        else for (i = 0; i < n; i++) *to++ = valid ? p[i] : '?';
+        p += n;
+    }
+    *to = '\0';
+}
+
+/* Format a message into room for cap bytes. */
+static inline void qwen3i_message(char *text, size_t cap, const char *format, va_list args) {
+    const int n = vsnprintf(text, cap, format, args);
+    qwen3i_printable(text, n < 0 || (size_t)n >= cap);
+}
+
+/* How many of n bytes stand in a message: at most so many, and whole characters. */
+static inline int qwen3i_shown(const char *p, size_t n, size_t most) {
+    int back;
+    if (n <= most) return (int)n;
+    for (back = 0; back < 3 && ((unsigned char)p[most] & 0xC0) == 0x80; back++) most--;
+    return (int)most;
 }
 
 static qwen3i_err qwen3i_err_begin(char *text, size_t cap) {
@@ -881,9 +940,8 @@ static inline qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, c
     va_list args;
     if (!e || !e->text || e->cap == 0) return code;
     va_start(args, format);
-    vsnprintf(e->text, e->cap, format, args);
+    qwen3i_message(e->text, e->cap, format, args);
     va_end(args);
-    qwen3i_printable(e->text);
     return code;
 }
 
@@ -1179,9 +1237,8 @@ static void qwen3i_log(const qwen3_logger *logger, qwen3_log_level level, const 
     va_list args;
     if (!logger->log) return;
     va_start(args, format);
-    vsnprintf(line, sizeof line, format, args);
+    qwen3i_message(line, sizeof line, format, args);
     va_end(args);
-    qwen3i_printable(line);
     logger->log(level, line, logger->user);
 }
 
@@ -1213,7 +1270,7 @@ QWEN3_API int qwen3_version(void) { return QWEN3_VERSION; }
 typedef struct qwen3i_str { const char *p; size_t n; } qwen3i_str;   /* n bytes, borrowed; JSON's are still escaped */
 
 /* printf arguments for "%.*s" */
-#define QWEN3I_STR(s) (int)qwen3i_min_size((s).n, 120), (s).p
+#define QWEN3I_STR(s) qwen3i_shown((s).p, (s).n, 120), (s).p
 
 static qwen3i_str qwen3i_str_of(const char *text) {
     qwen3i_str s;
@@ -1353,8 +1410,6 @@ static uint64_t qwen3i_hash(uint64_t seed, const void *data, size_t n) {
 }
 
 /* ---- UTF-8 of any bytes ---------------------------------------------------------------------------- */
-#define QWEN3I_REPLACEMENT 0xFFFDu
-
 /* Append a code point as UTF-8; returns the bytes written (1..4). */
 static int qwen3i_utf8_put(char *dst, uint32_t c) {
     if (c < 0x80) { dst[0] = (char)c; return 1; }
@@ -1366,32 +1421,6 @@ static int qwen3i_utf8_put(char *dst, uint32_t c) {
     dst[0] = (char)(0xF0 | (c >> 18)); dst[1] = (char)(0x80 | ((c >> 12) & 63));
     dst[2] = (char)(0x80 | ((c >> 6) & 63)); dst[3] = (char)(0x80 | (c & 63));
     return 4;
-}
-
-/* The character at p, which is before end; returns its bytes. Invalid UTF-8 is U+FFFD once for each
-   maximal subpart, which is what Unicode recommends and Python does. *truncated: it is cut off by end. */
-static int qwen3i_utf8_scan(const char *p, const char *end, uint32_t *c, int *truncated) {
-    unsigned lead = (unsigned char)*p, low = 0x80, high = 0xBF, byte;
-    int i, n = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-    uint32_t value = lead & (0x7Fu >> n);
-    *truncated = 0;
-    *c = lead;
-    if (lead < 0x80) return 1;
-    *c = QWEN3I_REPLACEMENT;
-    if (lead < 0xC2 || lead > 0xF4) return 1;
-    if (lead == 0xE0) low = 0xA0;       /* no overlong forms, surrogates, or values past 10FFFF */
-    if (lead == 0xED) high = 0x9F;
-    if (lead == 0xF0) low = 0x90;
-    if (lead == 0xF4) high = 0x8F;
-    for (i = 1; i < n; i++) {
-        if (p + i == end) { *truncated = 1; return i; }
-        byte = (unsigned char)p[i];
-        if (byte < low || byte > high) return i;
-        value = value << 6 | (byte & 63);
-        low = 0x80; high = 0xBF;
-    }
-    *c = value;
-    return n;
 }
 
 static int qwen3i_utf8_get(const char *p, const char *end, uint32_t *c) {
@@ -4267,7 +4296,7 @@ typedef struct qwen3i_vocab {
 } qwen3i_vocab;
 
 /* Bytes from the files that stand in messages: this many of them. */
-#define QWEN3I_SHOW(n) ((int)qwen3i_min_size(n, 60))
+#define QWEN3I_SHOW(p, n) qwen3i_shown(p, n, 60), p
 
 static qwen3_result qwen3i_vocab_memory(const qwen3i_vocab *v) {
     return qwen3i_fail(v->err, QWEN3_ERR_MEMORY, "%s: the tokenizer does not fit", v->file);
@@ -4329,11 +4358,11 @@ static qwen3_result qwen3i_vocab_text(qwen3i_vocab *v, int64_t id) {
     const qwen3i_buf *text = &v->text;
     if (id < 0 || id >= (int64_t)QWEN3I_MAX_ID || (uint64_t)id > v->max_id)
         return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld, which is out of range",
-                           v->file, QWEN3I_SHOW(text->n), text->p, (long long)id);
+                           v->file, QWEN3I_SHOW(text->p, text->n), (long long)id);
     if (text->n == 0) return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token %lld is empty", v->file, (long long)id);
     if (id < t->n_tokens && t->texts[id].length)
         return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld of another token",
-                           v->file, QWEN3I_SHOW(text->n), text->p, (long long)id);
+                           v->file, QWEN3I_SHOW(text->p, text->n), (long long)id);
     if (t->bytes.n + text->n > INT_MAX) return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: too large", v->file);
     if (!qwen3i_texts_grow(t, (int)id) || !qwen3i_buf_reserve(&t->bytes, text->n)) return qwen3i_vocab_memory(v);
     t->texts[id].start = (uint32_t)t->bytes.n;
@@ -4392,7 +4421,7 @@ static qwen3_result qwen3i_vocab_token(qwen3i_vocab *v, qwen3i_str text, int64_t
     slot = qwen3i_word_slot(t, v->text.p, v->text.n, hash);
     if (!slot) return qwen3i_vocab_slow(v);
     if (*slot != QWEN3I_NONE) return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" is there twice", v->file,
-                                                 QWEN3I_SHOW(text.n), text.p);
+                                                 QWEN3I_SHOW(text.p, text.n));
     qwen3i_table_put(&t->words, slot, hash, (uint32_t)id);
     if (v->text.n == 1) t->byte_id[(unsigned char)v->text.p[0]] = (uint32_t)id;
     return QWEN3_OK;
@@ -4421,7 +4450,7 @@ static qwen3_result qwen3i_vocab_merge(qwen3i_vocab *v, qwen3i_str left, qwen3i_
     pair.id = qwen3i_vocab_find(t, both, 0);
     if (pair.left == QWEN3I_NONE || pair.right == QWEN3I_NONE || pair.id == QWEN3I_NONE)
         return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: merge %u (\"%.*s\" \"%.*s\") names a token that is not there",
-                           v->file, (unsigned)t->n_pairs, QWEN3I_SHOW(left.n), left.p, QWEN3I_SHOW(right.n), right.p);
+                           v->file, (unsigned)t->n_pairs, QWEN3I_SHOW(left.p, left.n), QWEN3I_SHOW(right.p, right.n));
     if (t->n_pairs == QWEN3I_MAX_ID) return qwen3i_vocab_slow(v);
     if (!qwen3i_pairs_grow(t, 1) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(v);
     hash = qwen3i_pair_hash(pair.left, pair.right);
@@ -4466,7 +4495,7 @@ static qwen3_result qwen3i_vocab_added(qwen3i_vocab *v, qwen3i_str text, int64_t
     if (!qwen3i_buf_add(&v->text, text.p, text.n)) return qwen3i_vocab_memory(v);
     if (text.n > QWEN3I_MAX_ADDED)
         return qwen3i_fail(v->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" is too long", v->file,
-                           QWEN3I_SHOW(text.n), text.p);
+                           QWEN3I_SHOW(text.p, text.n));
     item.p = NULL;
     item.length = (uint32_t)text.n;
     item.id = (int)id;
@@ -4488,7 +4517,7 @@ static qwen3_result qwen3i_added_normal(const qwen3i_vocab *v, const qwen3i_adde
     if (!p) return qwen3i_vocab_memory(v);
     if (same) return QWEN3_OK;
     return qwen3i_fail(v->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" changes when it is normalised", v->file,
-                       QWEN3I_SHOW(item->length), item->p);
+                       QWEN3I_SHOW(item->p, item->length));
 }
 
 static int qwen3i_added_compare(const void *x, const void *y) {
@@ -4529,7 +4558,7 @@ static qwen3_result qwen3i_added_finish(qwen3i_vocab *v) {
     for (i = 1; i < t->n_added; i++)
         if (qwen3i_added_compare(&t->added[i - 1], &t->added[i]) == 0)
             return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: added token \"%.*s\" is there twice", v->file,
-                               QWEN3I_SHOW(t->added[i].length), t->added[i].p);
+                               QWEN3I_SHOW(t->added[i].p, t->added[i].length));
     return QWEN3_OK;
 }
 
@@ -4736,7 +4765,7 @@ static qwen3_result qwen3i_added_token(qwen3i_vocab_reader *l, qwen3i_added_fiel
     if (!qwen3i_unescaped(&l->left, &f->content)) return qwen3i_vocab_memory(&l->v);
     if (f->unusual)
         return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" has lstrip, rstrip or single_word set",
-                           l->v.file, QWEN3I_SHOW(f->content.n), f->content.p);
+                           l->v.file, QWEN3I_SHOW(f->content.p, f->content.n));
     if (l->n_known >= 0 && qwen3i_added_known(l, f)) return QWEN3_OK;
     return qwen3i_vocab_added(&l->v, f->content, f->id, kinds);
 }
@@ -4806,7 +4835,7 @@ static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *na
         value.n = (size_t)(l->json.p - value.p);
         if (list[i].key && list[i].allowed && !qwen3i_one_of(value, list[i].allowed))
             return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED, "%s: %s: %s is %.*s, supported is %s", l->v.file, name,
-                               list[i].key, QWEN3I_SHOW(value.n), value.p, list[i].allowed);
+                               list[i].key, QWEN3I_SHOW(value.p, value.n), list[i].allowed);
     }
     return l->json.error ? qwen3i_vocab_json(l) : QWEN3_OK;
 }

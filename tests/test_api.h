@@ -349,6 +349,49 @@ static void test_api_ctx_rejects(void) {
     fixture_close(&f);
 }
 
+/* ---- messages ---------------------------------------------------------------------------------------- */
+static void message_is(size_t cap, const char *want, const char *format, const char *text, size_t n) {
+    char room[64];
+    qwen3i_err err;
+    memset(room, 'x', sizeof room);
+    err.text = room;
+    err.cap = cap;
+    qwen3i_fail(&err, QWEN3_ERR_FORMAT, format, (int)n, text);
+    CHECK_MSG(strcmp(room, want) == 0 && (cap == sizeof room || room[cap] == 'x'), "'%s', not '%s'", room, want);
+}
+
+/* Whatever a file holds, a message is whole characters that a terminal shows. */
+static void test_api_messages(void) {
+    static const struct { const char *text, *want; } cases[] = {
+        {"caf\xC3\xA9 \xE6\x97\xA5 \xF0\x9F\x98\x80", "caf\xC3\xA9 \xE6\x97\xA5 \xF0\x9F\x98\x80"}, {"a\x1B[2Jb\n\t\x7F", "a?[2Jb???"},
+        {"\xC2\x9B" "31m", "?31m"}, {"a\xFF\xFE" "b\x80", "a??b?"}, {"\xED\xA0\x80", "???"}, {"\xC0\xAF", "??"},
+        {"\xF0\x9F\x98 x", "??? x"}, {"\xEF\xBF\xBD", "\xEF\xBF\xBD"}, {"exe.\xE2\x80\xAE" "txt", "exe.?txt"},
+        {"\xE2\x81\xA6\xE2\x81\xA9\xE2\x80\xA8\xD8\x9C\xE2\x80\x8F", "?????"}, {"\xC3", "?"}
+    };
+    uint64_t seed = 12;
+    size_t i, k;
+    for (i = 0; i < sizeof cases / sizeof *cases; i++) message_is(64, cases[i].want, "%.*s", cases[i].text, strlen(cases[i].text));
+    message_is(3, "a", "%.*s", "a\xC3\xA9", 3);                        /* cut within a character */
+    message_is(4, "a\xC3\xA9", "%.*s", "a\xC3\xA9z", 4);
+    message_is(5, "ab", "%.*s", "ab\xF0\x9F\x98\x80", 6);
+    CHECK(qwen3i_shown("a\xC3\xA9z", 4, 2) == 1 && qwen3i_shown("a\xC3\xA9z", 4, 3) == 3 && qwen3i_shown("ab", 2, 60) == 2);
+    for (i = 0; i < 20000; i++) {       /* any bytes */
+        char text[33], room[24];
+        qwen3i_err err;
+        for (k = 0; k < 32; k++) text[k] = (char)(test_random(&seed) % 8 ? test_random(&seed) | 0x80u : test_random(&seed));
+        text[32] = '\0';
+        err.text = room;
+        err.cap = 1 + test_random(&seed) % sizeof room;
+        qwen3i_fail(&err, QWEN3_ERR_FORMAT, "%s", text);
+        for (k = 0; room[k];) {
+            uint32_t c;
+            int n = qwen3i_utf8_get(room + k, room + strlen(room), &c);
+            if (!CHECK(!qwen3i_is_control(c) && (c != QWEN3I_REPLACEMENT || n == 3))) return;
+            k += (size_t)n;
+        }
+    }
+}
+
 /* ---- sizes, beside exact arithmetic ----------------------------------------------------------------- */
 typedef struct big { uint32_t digit[8]; } big;  /* a number of 256 bits, lowest digit first */
 
@@ -1372,6 +1415,7 @@ static void suite_api(void) {
     RUN(test_api_ctx_rejects);
     RUN(test_api_memory);
     RUN(test_api_sizes);
+    RUN(test_api_messages);
     RUN(test_api_rejects);
     RUN(test_api_null);
     RUN(test_api_no_tokenizer);
