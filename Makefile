@@ -42,6 +42,9 @@ example: example.c $(DEPS) $(CUDA_OBJ) build/with_cuda
 bench: bench.c tests/cuda_lab.h $(DEPS) $(CUDA_LAB) build/with_cuda
 	$(CC) -std=c99 $(CFLAGS) $(WARN) $(CUDA_DEF) bench.c $(CUDA_LAB) -o $@ $(LDLIBS)
 
+build/quantize: tools/quantize.c $(DEPS) | build
+	$(CC) -std=c99 $(CFLAGS) $(WARN) -I. tools/quantize.c -o $@ -lm -lpthread
+
 build/check: tools/check.c $(DEPS) | build
 	$(CC) -std=c99 $(CFLAGS) $(WARN) tools/check.c -o $@ -lm -lpthread
 

@@ -299,6 +299,11 @@ enum {
     QWEN3_LOAD_CHECK      = 4           /* also look for NaN and Inf in every weight (reads it all) */
 };
 
+enum {                                  /* how weights of 16 or 32 bits are kept; the mix of types is llama.cpp's */
+    QWEN3_Q8_0   = 1,                   /* 8.5 bits a weight */
+    QWEN3_Q4_K_M = 2                    /* 4.9 bits a weight or so: Q4_K, the more delicate ones in Q6_K */
+};
+
 typedef struct qwen3_load_desc {
     const char       *path;             /* exactly one of: a model directory or GGUF file (UTF-8) ... */
     const qwen3_file *files; int n_files;  /* ... its files in memory ...                           */
@@ -308,6 +313,9 @@ typedef struct qwen3_load_desc {
     const qwen3_backend *backend;       /* NULL: CPU; or qwen3_cuda_backend()                       */
     int               device;           /* index of the CUDA device                                 */
     int               flags;            /* QWEN3_LOAD_*                                             */
+    int               quantize;         /* 0: weights as they are; QWEN3_Q8_0 or QWEN3_Q4_K_M: smaller. */
+                                        /* Takes a fraction of a microsecond a weight; tools/quantize.c */
+                                        /* does it once for all                                     */
     int             (*progress)(float done, void *user);  /* done 0..1; nonzero return cancels      */
     void             *progress_user;
     qwen3_allocator   allocator;
@@ -2365,6 +2373,292 @@ static void qwen3i_decode(float *y, const void *row, qwen3i_type type, int n) {
         if (!f->unpack) { y[i] = qwen3i_value(row, type, i); continue; }
         if (e == 0) { f->unpack(&u, b); b += f->bytes; }
         y[i] = u.d[e / 16] * (type == QWEN3I_FP8 ? qwen3i_e4m3_to_f32((uint8_t)u.q[e]) : (float)u.q[e]) + u.m[e / 16];
+    }
+}
+
+/* ================================================================================================
+   QUANTISER: numbers to blocks. The scale and offset of a group of elements are those of least squares
+   for the whole numbers that they give, found by turns, from several starts; then what the groups of
+   a block share is fitted to all of them.
+   ================================================================================================ */
+typedef struct qwen3i_range { int low, high, offset; } qwen3i_range;    /* of q; offset: x = scale q - offset, >= 0 */
+typedef struct qwen3i_fit { float scale, offset, error; } qwen3i_fit;
+
+/* What an element's squared error counts: large ones more, as more of the output hangs on them. */
+static void qwen3i_importance(float *w, const float *x, int n) {
+    float mean = 0;
+    for (int i = 0; i < n; i++) mean += x[i] * x[i];
+    mean = sqrtf(mean / (float)n);
+    for (int i = 0; i < n; i++) w[i] = mean + fabsf(x[i]);
+}
+
+/* Sums go in 16 lanes, n being 16 or 32: so compilers make vectors of them. */
+static float qwen3i_fit_sum(const float *lanes) {
+    float s[4];
+    for (int k = 0; k < 4; k++) s[k] = (lanes[k] + lanes[4 + k]) + (lanes[8 + k] + lanes[12 + k]);
+    return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+/* The nearest q for a scale and offset, and the error that is left. What is no number becomes the lowest. */
+static float qwen3i_fit_round(float *q, const float *x, const float *w, int n, const qwen3i_range *r, float scale, float offset) {
+    const float inverse = scale != 0 ? 1 / scale : 0, low = (float)r->low, span = (float)(r->high - r->low);
+    float error[16] = {0};
+    for (int i = 0; i < n; i += 16) for (int k = 0; k < 16; k++) {
+        float v = (x[i + k] + offset) * inverse - low;
+        v = v > 0 ? v : 0;
+        v = v < span ? v : span;
+        const float whole = (float)(int)(v + 0.5f) + low, e = x[i + k] - (scale * whole - offset);
+        q[i + k] = whole;
+        error[k] += w[i + k] * e * e;
+    }
+    return qwen3i_fit_sum(error);
+}
+
+/* The scale and offset of least squares for these q */
+static void qwen3i_fit_solve(qwen3i_fit *f, const float *q, const float *x, const float *w, int n, const qwen3i_range *r) {
+    float lanes[5][16] = {{0}};
+    for (int i = 0; i < n; i += 16) for (int k = 0; k < 16; k++) {
+        const float wk = w[i + k], wx = wk * x[i + k], wq = wk * q[i + k];
+        lanes[0][k] += wk; lanes[1][k] += wq; lanes[2][k] += wq * q[i + k]; lanes[3][k] += wx; lanes[4][k] += wx * q[i + k];
+    }
+    const float sw = qwen3i_fit_sum(lanes[0]), sq = qwen3i_fit_sum(lanes[1]), sqq = qwen3i_fit_sum(lanes[2]);
+    const float sx = qwen3i_fit_sum(lanes[3]), sxq = qwen3i_fit_sum(lanes[4]);
+    const float det = sw * sqq - sq * sq;
+    f->offset = 0;
+    if (r->offset && det > 0) {
+        f->scale = (sw * sxq - sx * sq) / det;
+        f->offset = (sqq * -sx + sq * sxq) / det;
+        if (f->offset >= 0) return;
+        f->offset = 0;
+    }
+    if (sqq > 0) f->scale = sxq / sqq;
+}
+
+/* From one start by turns; *best is replaced if this is better. */
+static void qwen3i_fit_from(qwen3i_fit *best, const float *x, const float *w, int n, const qwen3i_range *r, float scale, float offset) {
+    float q[32];
+    qwen3i_fit f;
+    f.scale = scale;
+    f.offset = offset;
+    for (int turn = 0; turn < 3; turn++) {
+        f.error = qwen3i_fit_round(q, x, w, n, r, f.scale, f.offset);
+        if (f.error < best->error) *best = f;
+        qwen3i_fit_solve(&f, q, x, w, n, r);
+    }
+}
+
+/* Of a group: starts are scales that give the extremes about the last q. */
+static qwen3i_fit qwen3i_fit_group(const float *x, const float *w, int n, const qwen3i_range *r) {
+    qwen3i_fit best;
+    float low = 0, high = 0;
+    for (int i = 0; i < n; i++) { low = x[i] < low ? x[i] : low; high = x[i] > high ? x[i] : high; }
+    best.scale = best.offset = 0;
+    best.error = FLT_MAX;
+    if (!(high - low > 0 && high - low < FLT_MAX)) return best;
+    for (int k = 0; k < 8 && r->offset; k++)
+        qwen3i_fit_from(&best, x, w, n, r, (high - low) / ((float)r->high - 1.2f + 0.3f * (float)k), -low);
+    for (int k = 0; k < 6 && !r->offset; k++) {
+        const float extreme = high > -low ? high : low, steps = (float)k * 0.3f - 0.8f;
+        qwen3i_fit_from(&best, x, w, n, r, extreme / ((float)r->low - steps), 0);
+        if (k % 3 == 1) qwen3i_fit_from(&best, x, w, n, r, extreme / ((float)r->high + steps), 0);
+    }
+    return best;
+}
+
+static void qwen3i_put_half(uint8_t *b, float v) {
+    const uint16_t h = qwen3i_f32_to_f16(v);
+    b[0] = (uint8_t)h;
+    b[1] = (uint8_t)(h >> 8);
+}
+
+static float qwen3i_as_half(float v) { return qwen3i_f16_to_f32(qwen3i_f32_to_f16(v)); }
+
+/* ---- blocks of one group ----------------------------------------------------------------------------- */
+/* q of 32 elements; the scale is a half already. */
+static float qwen3i_pack_group(int8_t *q, const float *x, const qwen3i_range *r) {
+    float w[32], whole[32];
+    qwen3i_importance(w, x, 32);
+    const qwen3i_fit f = qwen3i_fit_group(x, w, 32, r);
+    const float scale = qwen3i_as_half(f.scale);
+    qwen3i_fit_round(whole, x, w, 32, r, scale, 0);
+    for (int i = 0; i < 32; i++) q[i] = (int8_t)whole[i];
+    return scale;
+}
+
+static void qwen3i_pack_q8_0(uint8_t *b, const float *x) {
+    static const qwen3i_range range = {-127, 127, 0};
+    int8_t q[32];
+    qwen3i_put_half(b, qwen3i_pack_group(q, x, &range));
+    memcpy(b + 2, q, 32);
+}
+
+static void qwen3i_pack_q4_0(uint8_t *b, const float *x) {
+    static const qwen3i_range range = {-8, 7, 0};
+    int8_t q[32];
+    qwen3i_put_half(b, qwen3i_pack_group(q, x, &range));
+    for (int i = 0; i < 16; i++) b[2 + i] = (uint8_t)((q[i] + 8) | (q[16 + i] + 8) << 4);
+}
+
+/* ---- blocks of 256 ------------------------------------------------------------------------------------- */
+/* Groups with whole-number scales and offsets, times d and m that they share: x = d scale[g] q - m offset[g] */
+typedef struct qwen3i_shared {
+    qwen3i_range range;
+    int   size, scale_low, scale_high;  /* elements of a group; the limits of the whole-number scales */
+    float d, m, error;
+    int   scale[16], offset[16];
+    int8_t q[256];
+} qwen3i_shared;
+
+static int qwen3i_nearest(float v, int low, int high) {
+    v = v > (float)low ? v : (float)low;
+    v = v < (float)high ? v : (float)high;
+    return (int)floorf(v + 0.5f);
+}
+
+/* The best whole scale and offset of group g about these; adds to the error. */
+static void qwen3i_shared_group(qwen3i_shared *s, int g, const float *x, const float *w, float scale, float offset) {
+    const int near = s->d != 0 ? qwen3i_nearest(scale / s->d, s->scale_low, s->scale_high) : 0;
+    const int near_offset = s->m > 0 ? qwen3i_nearest(offset / s->m, 0, 63) : 0;
+    float best = FLT_MAX, q[32];
+    for (int i = -1; i <= 1; i++) for (int k = -1; k <= 1; k++) {
+        const int a = near + i, o = near_offset + k;
+        if (a < s->scale_low || a > s->scale_high || o < 0 || o > 63 || (k && s->m == 0)) continue;
+        const float error = qwen3i_fit_round(q, x, w, s->size, &s->range, s->d * (float)a, s->m * (float)o);
+        if (!(error < best) && best < FLT_MAX) continue;
+        best = error;
+        s->scale[g] = a;
+        s->offset[g] = o;
+        for (int e = 0; e < s->size; e++) s->q[g * s->size + e] = (int8_t)q[e];
+    }
+    s->error += best;
+}
+
+/* d and m of least squares for these scales, offsets and q */
+static void qwen3i_shared_solve(qwen3i_shared *s, const float *x, const float *w) {
+    double a = 0, b = 0, c = 0, p = 0, r = 0;
+    for (int i = 0; i < 256; i++) {
+        const double u = s->scale[i / s->size] * s->q[i], v = s->offset[i / s->size], wx = (double)w[i] * (double)x[i];
+        a += (double)w[i] * u * u; b += (double)w[i] * u * v; c += (double)w[i] * v * v;
+        p += wx * u; r += wx * v;
+    }
+    const double det = a * c - b * b;
+    double d = a > 0 ? p / a : (double)s->d, m = 0;
+    if (det > 1e-9 * a * c && (p * b - r * a) / det > 0) { d = (p * c - r * b) / det; m = (p * b - r * a) / det; }
+    s->d = qwen3i_as_half((float)d);
+    s->m = qwen3i_as_half((float)m);
+}
+
+/* Fit 256 elements; *s comes with what its format fixes. */
+static void qwen3i_shared_fit(qwen3i_shared *s, const float *x) {
+    const int groups = 256 / s->size;
+    qwen3i_shared now;
+    qwen3i_fit fits[16];
+    float w[256], scale = 0, offset = 0;
+    for (int g = 0; g < groups; g++) {
+        const int at = g * s->size;
+        qwen3i_importance(w + at, x + at, s->size);
+        fits[g] = qwen3i_fit_group(x + at, w + at, s->size, &s->range);
+        if (fabsf(fits[g].scale) > fabsf(scale)) scale = fits[g].scale;
+        if (fits[g].offset > offset) offset = fits[g].offset;
+    }
+    now = *s;
+    now.d = qwen3i_as_half(s->scale_low < 0 ? fabsf(scale) / (float)s->scale_high : scale / (float)s->scale_high);
+    now.m = qwen3i_as_half(offset / 63);
+    s->error = FLT_MAX;
+    for (int turn = 0; turn < 3; turn++) {
+        now.error = 0;
+        for (int g = 0; g < groups; g++)
+            qwen3i_shared_group(&now, g, x + g * s->size, w + g * s->size, fits[g].scale, fits[g].offset);
+        if (turn == 0 || now.error < s->error) *s = now;
+        qwen3i_shared_solve(&now, x, w);
+    }
+}
+
+/* Q4_K and Q5_K begin alike: d, m and the six-bit scales and offsets in 12 bytes. */
+static void qwen3i_pack_scales_k(uint8_t *b, const qwen3i_shared *s) {
+    qwen3i_put_half(b, s->d);
+    qwen3i_put_half(b + 2, s->m);
+    for (int j = 0; j < 4; j++) {
+        b[4 + j]  = (uint8_t)(s->scale[j] | (s->scale[j + 4] >> 4) << 6);
+        b[8 + j]  = (uint8_t)(s->offset[j] | (s->offset[j + 4] >> 4) << 6);
+        b[12 + j] = (uint8_t)((s->scale[j + 4] & 15) | (s->offset[j + 4] & 15) << 4);
+    }
+}
+
+static void qwen3i_pack_fit_k(qwen3i_shared *s, uint8_t *b, const float *x, int high) {
+    memset(s, 0, sizeof *s);
+    s->range.high = high;
+    s->range.offset = 1;
+    s->size = 32;
+    s->scale_high = 63;
+    qwen3i_shared_fit(s, x);
+    qwen3i_pack_scales_k(b, s);
+}
+
+static void qwen3i_pack_q4_k(uint8_t *b, const float *x) {
+    qwen3i_shared s;
+    qwen3i_pack_fit_k(&s, b, x, 15);
+    for (int i = 0; i < 128; i++) {
+        const int at = i / 32 * 64 + i % 32;
+        b[16 + i] = (uint8_t)(s.q[at] | s.q[at + 32] << 4);
+    }
+}
+
+static void qwen3i_pack_q5_k(uint8_t *b, const float *x) {
+    qwen3i_shared s;
+    qwen3i_pack_fit_k(&s, b, x, 31);
+    memset(b + 16, 0, 32);
+    for (int i = 0; i < 256; i++) b[16 + i % 32] = (uint8_t)(b[16 + i % 32] | (s.q[i] >> 4) << i / 32);
+    for (int i = 0; i < 128; i++) {
+        const int at = i / 32 * 64 + i % 32;
+        b[48 + i] = (uint8_t)((s.q[at] & 15) | (s.q[at + 32] & 15) << 4);
+    }
+}
+
+static void qwen3i_pack_q6_k(uint8_t *b, const float *x) {
+    qwen3i_shared s;
+    memset(&s, 0, sizeof s);
+    s.range.low = -32;
+    s.range.high = 31;
+    s.size = 16;
+    s.scale_low = -128;
+    s.scale_high = 127;
+    qwen3i_shared_fit(&s, x);
+    qwen3i_put_half(b + 208, s.d);
+    for (int g = 0; g < 16; g++) b[192 + g] = (uint8_t)s.scale[g];
+    for (int h = 0; h < 2; h++) for (int l = 0; l < 32; l++) {
+        int q[4];
+        for (int k = 0; k < 4; k++) q[k] = s.q[128 * h + 32 * k + l] + 32;
+        b[64 * h + l]       = (uint8_t)((q[0] & 15) | (q[2] & 15) << 4);
+        b[64 * h + 32 + l]  = (uint8_t)((q[1] & 15) | (q[3] & 15) << 4);
+        b[128 + 32 * h + l] = (uint8_t)(q[0] >> 4 | (q[1] >> 4) << 2 | (q[2] >> 4) << 4 | (q[3] >> 4) << 6);
+    }
+}
+
+/* ---- rows and mixes -------------------------------------------------------------------------------------- */
+typedef void (*qwen3i_pack)(uint8_t *b, const float *x);
+
+/* NULL: this type is read and not written. */
+static qwen3i_pack qwen3i_pack_of(qwen3i_type type) {
+    switch (type) {
+        case QWEN3I_Q8_0: return qwen3i_pack_q8_0;
+        case QWEN3I_Q4_0: return qwen3i_pack_q4_0;
+        case QWEN3I_Q4_K: return qwen3i_pack_q4_k;
+        case QWEN3I_Q5_K: return qwen3i_pack_q5_k;
+        case QWEN3I_Q6_K: return qwen3i_pack_q6_k;
+        default: return NULL;
+    }
+}
+
+/* n elements of a row of any type to blocks of another: whole blocks */
+static void qwen3i_quantize(uint8_t *to, qwen3i_type to_type, const void *row, qwen3i_type type, int n) {
+    const qwen3i_format *f = qwen3i_format_of(to_type);
+    const qwen3i_pack pack = qwen3i_pack_of(to_type);
+    const char *from = (const char *)row;
+    float x[QWEN3I_MAX_BLOCK];
+    for (int i = 0; i < n; i += f->elements, to += f->bytes) {
+        qwen3i_decode(x, from + (size_t)qwen3i_row_bytes(type, i), type, f->elements);
+        pack(to, x);
     }
 }
 
@@ -5380,6 +5674,35 @@ static qwen3_result qwen3i_take_template_of_config(qwen3_model *m, const qwen3i_
    ================================================================================================ */
 static const qwen3_backend *qwen3i_cpu_backend(void);
 
+/* ---- which weights, and in which types a quantised model keeps them -----------------------------------------
+   The mixes are those that go by these names for GGUF files (src/llama-quant.cpp of ggml-org/llama.cpp). */
+typedef enum qwen3i_mix { QWEN3I_MIX_NONE, QWEN3I_MIX_Q8_0, QWEN3I_MIX_Q4_K_M, QWEN3I_MIX_Q5_K_M, QWEN3I_MIX_Q6_K, QWEN3I_MIX_Q4_0 } qwen3i_mix;
+
+typedef enum qwen3i_tensor_id {          /* first those of the model, then those of each layer */
+    QWEN3I_W_EMBED, QWEN3I_W_FINAL_NORM, QWEN3I_W_HEAD, QWEN3I_W_RANK,
+    QWEN3I_W_ATTN_NORM, QWEN3I_W_Q, QWEN3I_W_K, QWEN3I_W_V, QWEN3I_W_QKV, QWEN3I_W_Q_NORM, QWEN3I_W_K_NORM, QWEN3I_W_O,
+    QWEN3I_W_MLP_NORM, QWEN3I_W_GATE, QWEN3I_W_UP, QWEN3I_W_DOWN,
+    QWEN3I_WEIGHTS
+} qwen3i_tensor_id;
+
+/* Layers whose values and down projections get more bits: the first and last eighth, and every third between */
+static int qwen3i_mix_more(int layer, int n_layer) {
+    return layer < n_layer / 8 || layer >= 7 * n_layer / 8 || (layer - n_layer / 8) % 3 == 2;
+}
+
+/* The type for rows of cols elements. Where the rows are not whole blocks of it, Q8_0 takes its place; where they are not
+   even blocks of that, the weight stays as it is: NO_TYPE. */
+static qwen3i_type qwen3i_mix_type(qwen3i_mix mix, int weight, int layer, const qwen3i_config *c, int cols) {
+    static const qwen3i_type types[] = {QWEN3I_NO_TYPE, QWEN3I_Q8_0, QWEN3I_Q4_K, QWEN3I_Q5_K, QWEN3I_Q6_K, QWEN3I_Q4_0};
+    const int is_head = weight == QWEN3I_W_HEAD || (weight == QWEN3I_W_EMBED && c->tied);
+    const int medium = mix == QWEN3I_MIX_Q4_K_M || mix == QWEN3I_MIX_Q5_K_M;
+    qwen3i_type type = types[mix];
+    if (is_head && mix > QWEN3I_MIX_Q8_0) type = QWEN3I_Q6_K;
+    if (medium && (weight == QWEN3I_W_V || weight == QWEN3I_W_DOWN) && qwen3i_mix_more(layer, c->n_layer)) type = QWEN3I_Q6_K;
+    if (type && cols % qwen3i_format_of(type)->elements) type = QWEN3I_Q8_0;
+    return cols % 32 ? QWEN3I_NO_TYPE : type;
+}
+
 /* ---- configuration: what the files say, and then what it means --------------------------------------
    The reader of a format fills a qwen3i_raw_config with qwen3i_config_set and judges nothing.
    qwen3i_config_check, which is the same for all formats, makes the model's configuration of it; messages
@@ -5905,13 +6228,6 @@ static qwen3_result qwen3i_gguf_configuration(qwen3i_loader *l) {
 }
 
 /* ---- weights: tensors, found by name and held against the shapes of the configuration ---------------- */
-typedef enum qwen3i_tensor_id {          /* first those of the model, then those of each layer */
-    QWEN3I_W_EMBED, QWEN3I_W_FINAL_NORM, QWEN3I_W_HEAD, QWEN3I_W_RANK,
-    QWEN3I_W_ATTN_NORM, QWEN3I_W_Q, QWEN3I_W_K, QWEN3I_W_V, QWEN3I_W_QKV, QWEN3I_W_Q_NORM, QWEN3I_W_K_NORM, QWEN3I_W_O,
-    QWEN3I_W_MLP_NORM, QWEN3I_W_GATE, QWEN3I_W_UP, QWEN3I_W_DOWN,
-    QWEN3I_WEIGHTS
-} qwen3i_tensor_id;
-
 struct qwen3i_source {                  /* a layout of a model's files */
     const char *layers;                 /* what the names of a layer's weights start with, before its number */
     const char *names[QWEN3I_WEIGHTS];  /* in the order of qwen3i_tensor_id; NULL: there is no such weight */
@@ -5928,6 +6244,7 @@ static const char *qwen3i_config_file(const qwen3i_loader *l) {
 
 #define QWEN3I_NAME 128                 /* bytes that hold any weight's name */
 
+/* layer -1: of none */
 static void qwen3i_weight_name(char *dst, const qwen3i_source *s, int layer, int weight) {
     if (weight < QWEN3I_W_ATTN_NORM) snprintf(dst, QWEN3I_NAME, "%s.weight", s->names[weight]);
     else snprintf(dst, QWEN3I_NAME, "%s%d.%s.weight", s->layers, layer, s->names[weight]);
@@ -5939,6 +6256,7 @@ typedef struct qwen3i_binder {
     qwen3i_str            prefix;       /* what the names have in place of "model."; some wrappers put more before it */
     qwen3i_str            head;         /* the name of lm_head.weight; n 0: it is as it should be */
     uint64_t              n_params, n_bytes, fingerprint;
+    int                   in_place;     /* matrices that stay where the file is */
 } qwen3i_binder;
 
 /* The one tensor whose name is this, or ends in it behind a dot; several: NULL, too */
@@ -6272,7 +6590,7 @@ static int qwen3i_bind_quantised(qwen3i_binder *b, const char *name, const qwen3
 }
 
 /* Find a tensor of shape [rows, cols], or [cols] if rows is 0. */
-static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
+static qwen3_result qwen3i_bind_tensor(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
     const qwen3i_err *err = b->l->err;
     const qwen3i_tensor *t;
     uint64_t want[2], n = (uint64_t)(rows ? rows : 1) * (uint64_t)cols;
@@ -6308,13 +6626,49 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, const char *name, int rows, in
     return QWEN3_OK;
 }
 
+/* Numbers to blocks of this type, in memory of the model's own */
+static qwen3_result qwen3i_shrink(qwen3i_binder *b, const char *name, int layer, qwen3i_type type, qwen3i_matrix *w) {
+    const uint64_t from_row = qwen3i_row_bytes(w->type, w->cols), to_row = qwen3i_row_bytes(type, w->cols);
+    const double at = layer < 0 ? 0 : (double)layer / b->l->model->config.n_layer;
+    const char *from = (const char *)w->data;
+    uint8_t *to = (uint8_t *)qwen3i_model_alloc(b->l->model, (size_t)w->rows, (size_t)to_row);
+    qwen3_result r = QWEN3_OK;
+    if (!to) return qwen3i_no_memory(b->l->err, name, (uint64_t)w->rows * to_row);
+    for (int i = 0; i < w->rows && r == QWEN3_OK; i++) {
+        qwen3i_quantize(to + (size_t)i * (size_t)to_row, type, from + (size_t)i * (size_t)from_row, w->type, w->cols);
+        if (i % 256 == 0) r = qwen3i_progress(b->l, at);
+    }
+    w->data = to;
+    w->type = type;
+    b->n_bytes -= (uint64_t)w->rows * (from_row - to_row);
+    b->fingerprint = qwen3i_hash(b->fingerprint + (uint64_t)type, to, (size_t)to_row);
+    return r;
+}
+
+/* A matrix, in blocks if the caller wants them; layer -1: of none. */
+static qwen3_result qwen3i_bind(qwen3i_binder *b, int layer, int weight, int rows, int cols, qwen3i_matrix *out) {
+    char name[QWEN3I_NAME];
+    qwen3i_type type;
+    qwen3_result r;
+    qwen3i_weight_name(name, b->l->source, layer, weight);
+    r = qwen3i_bind_tensor(b, name, rows, cols, out);
+    if (r != QWEN3_OK) return r;
+    type = qwen3i_mix_type((qwen3i_mix)b->l->desc->quantize, weight, layer, &b->l->model->config, cols);
+    if (type && !qwen3i_is_block(out->type)) return qwen3i_shrink(b, name, layer, type, out);
+    b->in_place++;
+    return QWEN3_OK;
+}
+
 /* A small tensor as float32: then every kernel reads one type. rows 0: of one dimension */
-static qwen3_result qwen3i_bind_floats(qwen3i_binder *b, const char *name, int rows, int cols, const float **out) {
+static qwen3_result qwen3i_bind_floats(qwen3i_binder *b, int layer, int weight, int rows, int cols, const float **out) {
     const int n = (rows ? rows : 1) * cols;
     qwen3i_matrix t;
     float *values;
     int i;
-    qwen3_result r = qwen3i_bind(b, name, rows, cols, &t);
+    char name[QWEN3I_NAME];
+    qwen3_result r;
+    qwen3i_weight_name(name, b->l->source, layer, weight);
+    r = qwen3i_bind_tensor(b, name, rows, cols, &t);
     if (r != QWEN3_OK) return r;
     values = (float *)qwen3i_model_alloc(b->l->model, (size_t)n, sizeof *values);
     if (!values) return qwen3i_no_memory(b->l->err, name, (uint64_t)n * sizeof *values);
@@ -6345,16 +6699,14 @@ static qwen3_result qwen3i_bind_qkv(qwen3i_binder *b, int index, qwen3i_layer *w
     if (s->names[QWEN3I_W_QKV]) {
         qwen3i_weight_name(name, s, index, QWEN3I_W_QKV);
         if (qwen3i_find_tensor(b->tensors, qwen3i_str_of(name))) {
-            r = qwen3i_bind(b, name, q_dim + 2 * kv_dim, c->n_embd, &whole);
+            r = qwen3i_bind(b, index, QWEN3I_W_QKV, q_dim + 2 * kv_dim, c->n_embd, &whole);
             if (r != QWEN3_OK) return r;
             for (i = 0; i < 3; i++) *parts[i] = qwen3i_rows_of(&whole, i ? q_dim + (i - 1) * kv_dim : 0, i ? kv_dim : q_dim);
             return QWEN3_OK;
         }
     }
-    for (i = 0; i < 3 && r == QWEN3_OK; i++) {
-        qwen3i_weight_name(name, s, index, QWEN3I_W_Q + i);
-        r = qwen3i_bind(b, name, i ? kv_dim : q_dim, c->n_embd, parts[i]);
-    }
+    for (i = 0; i < 3 && r == QWEN3_OK; i++)
+        r = qwen3i_bind(b, index, QWEN3I_W_Q + i, i ? kv_dim : q_dim, c->n_embd, parts[i]);
     return r;
 }
 
@@ -6377,7 +6729,6 @@ static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer 
     const qwen3i_config *c = &b->l->model->config;
     const int q_dim = c->n_head * c->head_dim;
     qwen3i_binding list[8];
-    char name[QWEN3I_NAME];
     qwen3_result r = QWEN3_OK;
     int i, n = 0;
     list[n++] = qwen3i_binding_of(QWEN3I_W_ATTN_NORM, 0,         c->n_embd,   NULL, &w->attn_norm);
@@ -6388,31 +6739,31 @@ static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer 
     list[n++] = qwen3i_binding_of(QWEN3I_W_GATE,      c->n_ff,   c->n_embd,   &w->w_gate, NULL);
     list[n++] = qwen3i_binding_of(QWEN3I_W_UP,        c->n_ff,   c->n_embd,   &w->w_up, NULL);
     list[n++] = qwen3i_binding_of(QWEN3I_W_DOWN,      c->n_embd, c->n_ff,     &w->w_down, NULL);
-    for (i = 0; i < n && r == QWEN3_OK; i++) {
-        qwen3i_weight_name(name, b->l->source, index, (int)list[i].weight);
-        r = list[i].rows ? qwen3i_bind(b, name, list[i].rows, list[i].cols, list[i].matrix)
-                         : qwen3i_bind_floats(b, name, 0, list[i].cols, list[i].gains);
-    }
+    for (i = 0; i < n && r == QWEN3_OK; i++)
+        r = list[i].rows ? qwen3i_bind(b, index, list[i].weight, list[i].rows, list[i].cols, list[i].matrix)
+                         : qwen3i_bind_floats(b, index, list[i].weight, 0, list[i].cols, list[i].gains);
     return r == QWEN3_OK ? qwen3i_bind_qkv(b, index, w) : r;
 }
 
 /* The head: the embedding if it is tied, unless the files hold another one, which then counts as in transformers. A
    model that was saved without its head makes embeddings. */
-static qwen3_result qwen3i_bind_head(qwen3i_binder *b, const char *name) {
+static qwen3_result qwen3i_bind_head(qwen3i_binder *b) {
     qwen3_model *m = b->l->model;
     qwen3i_config *c = &m->config;
-    const qwen3i_tensor *head = qwen3i_find_weight(b, name), *embed;
-    char embed_name[QWEN3I_NAME];
+    const qwen3i_tensor *head, *embed;
+    char name[QWEN3I_NAME];
     m->weights.head = m->weights.embed;
-    qwen3i_weight_name(embed_name, b->l->source, -1, QWEN3I_W_EMBED);
-    embed = qwen3i_find_weight(b, embed_name);
+    qwen3i_weight_name(name, b->l->source, -1, QWEN3I_W_EMBED);
+    embed = qwen3i_find_weight(b, name);
+    qwen3i_weight_name(name, b->l->source, -1, QWEN3I_W_HEAD);
+    head = qwen3i_find_weight(b, name);
     if (!head && !c->tied && (m->no_causal || b->prefix.n == 0)) { m->no_head = 1; return QWEN3_OK; }
     if (c->tied && (!head || !embed || (head->end - head->begin == embed->end - embed->begin &&
         memcmp(head->data, embed->data, (size_t)(head->end - head->begin)) == 0))) return QWEN3_OK;
     if (c->tied) qwen3i_log(&m->logger, QWEN3_LOG_WARN, "%s: tie_word_embeddings is set, but %s differs from the embedding: "
                             "it is used", qwen3i_config_file(b->l), name);
     c->tied = 0;
-    return qwen3i_bind(b, name, c->n_vocab, c->n_embd, &m->weights.head);
+    return qwen3i_bind(b, -1, QWEN3I_W_HEAD, c->n_vocab, c->n_embd, &m->weights.head);
 }
 
 /* The weights outside the layers */
@@ -6422,16 +6773,13 @@ static qwen3_result qwen3i_bind_ends(qwen3i_binder *b) {
     const qwen3i_source *s = b->l->source;
     qwen3i_weights *w = &m->weights;
     char name[QWEN3I_NAME];
-    qwen3_result r;
-    qwen3i_weight_name(name, s, -1, QWEN3I_W_EMBED);
-    r = qwen3i_bind(b, name, c->n_vocab, c->n_embd, &w->embed);
-    qwen3i_weight_name(name, s, -1, QWEN3I_W_FINAL_NORM);
-    if (r == QWEN3_OK) r = qwen3i_bind_floats(b, name, 0, c->n_embd, &w->final_norm);
-    qwen3i_weight_name(name, s, -1, QWEN3I_W_HEAD);
-    if (r == QWEN3_OK) r = qwen3i_bind_head(b, name);
+    qwen3_result r = qwen3i_bind(b, -1, QWEN3I_W_EMBED, c->n_vocab, c->n_embd, &w->embed);
+    if (r == QWEN3_OK) r = qwen3i_bind_floats(b, -1, QWEN3I_W_FINAL_NORM, 0, c->n_embd, &w->final_norm);
+    if (r == QWEN3_OK) r = qwen3i_bind_head(b);
     if (r != QWEN3_OK || !s->names[QWEN3I_W_RANK]) return r;
     qwen3i_weight_name(name, s, -1, QWEN3I_W_RANK);
-    return qwen3i_find_tensor(b->tensors, qwen3i_str_of(name)) ? qwen3i_bind_floats(b, name, 2, c->n_embd, &m->rank) : QWEN3_OK;
+    if (!qwen3i_find_tensor(b->tensors, qwen3i_str_of(name))) return QWEN3_OK;
+    return qwen3i_bind_floats(b, -1, QWEN3I_W_RANK, 2, c->n_embd, &m->rank);
 }
 
 static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
@@ -6626,6 +6974,7 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     qwen3i_tensors tensors;
     qwen3i_binder b;
     qwen3_result r;
+    int i;
     memset(&tensors, 0, sizeof tensors);
     memset(&b, 0, sizeof b);
     b.l = l;
@@ -6639,6 +6988,7 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     if (r == QWEN3_OK) qwen3i_find_prefix(&b);
     if (r == QWEN3_OK) r = qwen3i_bind_model(&b);
     qwen3i_free(&m->allocator, tensors.list, tensors.cap * sizeof *tensors.list);
+    for (i = 0; i < m->n_shards && r == QWEN3_OK && b.in_place == 0; i++) qwen3i_close(&m->allocator, &m->shards[i].blob);
     m->info.n_params = b.n_params;
     m->info.weight_bytes = b.n_bytes;
     m->info.fingerprint = b.fingerprint;
@@ -6780,6 +7130,9 @@ static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err
     if (d->flags & ~(QWEN3_LOAD_VOCAB_ONLY | QWEN3_LOAD_NO_MMAP | QWEN3_LOAD_CHECK)) return qwen3i_fail(err, QWEN3_ERR_ARG, "unknown load flags 0x%x", (unsigned)d->flags);
     if (d->backend && d->backend->version != QWEN3_VERSION)
         return qwen3i_fail(err, QWEN3_ERR_ARG, "the backend was compiled with version %d of qwen3.h, this is %d", d->backend->version, QWEN3_VERSION);
+    if (d->quantize < 0 || d->quantize > QWEN3_Q4_K_M) return qwen3i_fail(err, QWEN3_ERR_ARG, "quantize is %d", d->quantize);
+    if (d->quantize && d->backend && !d->backend->block_types)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "quantize: the %s backend supports F32, F16 and BF16", d->backend->name);
     if (!qwen3i_little_endian()) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "big-endian machines are not supported");
     r = qwen3i_check_allocator(&d->allocator, err);
     if (r != QWEN3_OK) return r;

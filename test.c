@@ -29,6 +29,7 @@ static void  test_free(void *p);
 #include "tests/test_malformed.h"
 #include "tests/test_checkpoints.h"
 #include "tests/test_gguf.h"
+#include "tests/test_quantize.h"
 #include "tests/test_threads.h"
 #if defined(QWEN3_WITH_CUDA) && !defined(QWEN3_TEST_CUDA)
   #define QWEN3_TEST_CUDA
@@ -76,6 +77,7 @@ int main(int argc, char **argv) {
     suite_malformed();
     suite_checkpoints();
     suite_gguf();
+    suite_quantize();
     suite_threads();
     suite_stability();
 #ifdef QWEN3_TEST_CUDA
