@@ -2047,7 +2047,7 @@ static qwen3_result act_product(const pass *p, float *y, int ldy, const matrix &
     return product(p->c, p->s, y, ldy, w, first, n, p->c->act, p->n, p->err);
 }
 
-/* add_rows: x[row, :] += add[row, :] * scale[row] (scale NULL: 1). One block a row. Equals qwen3i_add. */
+/* add_rows: x[row, :] += add[row, :] * scale[row] (scale NULL: 1). One block a row: the sum of qwen3i_matmul_add. */
 static __global__ void add_rows_kernel(float *x, const float *add, const float *scale, int width, int ld) {
     const size_t base = (size_t)blockIdx.x * ld;
     const float s = scale ? scale[blockIdx.x] : 1.0f;
