@@ -9121,8 +9121,89 @@ QWEN3I_INLINE void qwen3i_wasm_sum(float *sums, const qwen3i_wasm_v *rows) {
     sums[0] = wasm_f32x4_extract_lane(two, 0) + wasm_f32x4_extract_lane(two, 1);
 }
 
-#define qwen3i_wasm_case(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_wasm_load_blocks(y, (const uint8_t *)x, n, qwen3i_unpack_##function, elements, bytes); break;
+/* ---- whole numbers, of which blocks are made ---- */
+typedef struct qwen3i_wasm_i { v128_t q[4]; } qwen3i_wasm_i;
+typedef struct qwen3i_wasm_line { float d, m; } qwen3i_wasm_line;
+
+QWEN3I_INLINE float qwen3i_wasm_half(const uint8_t *p) { return qwen3i_half_at(p); }
+
+QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_u8(const uint8_t *p) {
+    v128_t low = wasm_u16x8_load8x8(p), high = wasm_u16x8_load8x8(p + 8);
+    qwen3i_wasm_i v;
+    v.q[0] = wasm_u32x4_extend_low_u16x8(low);
+    v.q[1] = wasm_u32x4_extend_high_u16x8(low);
+    v.q[2] = wasm_u32x4_extend_low_u16x8(high);
+    v.q[3] = wasm_u32x4_extend_high_u16x8(high);
+    return v;
+}
+
+#define QWEN3I_WASM_WHOLE(name, argument, operation) \
+QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_##name(qwen3i_wasm_i v, argument) { \
+    int i; \
+    QWEN3I_WASM_QUADS v.q[i] = operation; \
+    return v; \
+}
+QWEN3I_WASM_WHOLE(shr, int by, wasm_u32x4_shr(v.q[i], by))
+QWEN3I_WASM_WHOLE(shl, int by, wasm_i32x4_shl(v.q[i], by))
+QWEN3I_WASM_WHOLE(and, int mask, wasm_v128_and(v.q[i], wasm_i32x4_splat(mask)))
+QWEN3I_WASM_WHOLE(or, qwen3i_wasm_i a, wasm_v128_or(v.q[i], a.q[i]))
+
+QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_bits(unsigned bits, int value) {
+    qwen3i_wasm_i v;
+    int i;
+    QWEN3I_WASM_QUADS {
+        v128_t lane = wasm_i32x4_shl(wasm_i32x4_make(1, 2, 4, 8), 4 * i);
+        v.q[i] = wasm_i32x4_eq(wasm_v128_and(wasm_i32x4_splat((int)bits), lane), lane);
+    }
+    return qwen3i_wasm_and(v, value);
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_float(qwen3i_wasm_i v) {
+    qwen3i_wasm_v y;
+    int i;
+    QWEN3I_WASM_QUADS y.q[i] = wasm_f32x4_convert_i32x4(v.q[i]);
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_as_float(qwen3i_wasm_i v) {
+    qwen3i_wasm_v y;
+    int i;
+    QWEN3I_WASM_QUADS y.q[i] = v.q[i];
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_halves(float low, float high) {
+    qwen3i_wasm_v y;
+    int i;
+    QWEN3I_WASM_QUADS y.q[i] = wasm_f32x4_splat(i < 2 ? low : high);
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_wasm_line qwen3i_wasm_line_of(float d, float m) {
+    qwen3i_wasm_line y;
+    y.d = d;
+    y.m = m;
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_on(qwen3i_wasm_line l, qwen3i_wasm_i v) {
+    return qwen3i_wasm_fma(qwen3i_wasm_float(qwen3i_wasm_and(v, 15)), qwen3i_wasm_set1(l.d), qwen3i_wasm_set1(l.m));
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_pick(const float *table, qwen3i_wasm_i v) {
+    uint32_t at[16];
+    float y[16];
+    int i;
+    QWEN3I_WASM_QUADS wasm_v128_store(at + 4 * i, v.q[i]);
+    QWEN3I_LANES y[i] = table[at[i] & 15];
+    return qwen3i_wasm_load(y);
+}
+
+QWEN3I_DEFINE_BLOCKS(qwen3i_wasm, )
+#define qwen3i_wasm_LOAD(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_wasm_load_blocks(y, (const uint8_t *)x, n, QWEN3I_##name, elements, bytes); break;
+#define qwen3i_wasm_DOT(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: qwen3i_wasm_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_wasm, , 1, 2)
 #endif /* QWEN3I_WASM */
 

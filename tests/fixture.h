@@ -18,7 +18,7 @@ typedef struct test_heap {
 } test_heap;
 static test_heap heap_default;  /* what the library's default allocator uses */
 
-typedef struct heap_block { size_t size, check; } heap_block;   /* in front of each block: 16 bytes */
+typedef struct heap_block { void *base; size_t size, check; } heap_block;   /* in front of each block, at a multiple of 16 */
 #define HEAP_CHECK ((size_t)0x5AFE5AFE)
 #define HEAP_MOST  ((size_t)1 << 30)                            /* nothing here needs a gigabyte */
 
@@ -31,9 +31,14 @@ typedef struct heap_block { size_t size, check; } heap_block;   /* in front of e
 static void *heap_alloc(size_t size, void *user) {
     test_heap *h = (test_heap *)user;
     heap_block *b;
+    char *base, *block;
     if (HEAP_ADD(h->calls, 1) == h->fail_at) { HEAP_ADD(h->failed, 1); return NULL; }
-    b = size < HEAP_MOST ? (heap_block *)malloc(sizeof *b + size) : NULL;
-    if (!b) return NULL;
+    base = size < HEAP_MOST ? (char *)malloc(sizeof *b + 15 + size) : NULL;
+    if (!base) return NULL;
+    block = base + sizeof *b;           /* not every malloc aligns to 16 bytes */
+    block += (16 - (uintptr_t)block % 16) % 16;
+    b = (heap_block *)(void *)block - 1;
+    b->base = base;
     b->size = size;
     b->check = HEAP_CHECK ^ size;
     memset(b + 1, 0xA5, size);  /* nobody may count on zeros */
@@ -47,12 +52,14 @@ __attribute__((noinline))
 #endif
 static void heap_release(void *p, size_t size, int size_known, test_heap *h) {
     heap_block *b = (heap_block *)p - 1;
+    void *base;
     if (!p) return;
     if (b->check != (HEAP_CHECK ^ b->size) || (size_known && b->size != size)) { HEAP_ADD(h->bad, 1); return; }
     HEAP_ADD(h->live, -1);
     HEAP_ADD(h->bytes, -(long)b->size);
+    base = b->base;
     memset(b, 0xDD, sizeof *b + b->size);
-    free(b);
+    free(base);
 }
 static void heap_free(void *p, size_t size, void *user) { heap_release(p, size, 1, (test_heap *)user); }
 

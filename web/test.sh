@@ -11,7 +11,7 @@ fi
 export NODE_PATH="${NODE_PATH:-/usr/share/nodejs}"
 for simd in -msimd128 -DQWEN3_NO_SIMD; do       # of one file, so that node need not find the other
     emcc -O2 $simd -sSINGLE_FILE -sNODERAWFS -sALLOW_MEMORY_GROWTH -sTOTAL_STACK=2MB -sEXIT_RUNTIME test.c -o build/web/test.js -lm
-    for name in cpu parity sampler tokenizer; do node --stack-size=4000 build/web/test.js -q -k $name; done
+    for name in cpu parity format gguf sampler; do node --stack-size=4000 build/web/test.js -q -k $name; done
 done
 rm build/web/test.js
 exec /usr/bin/python3 tests/test_web.py "$@"
