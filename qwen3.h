@@ -236,6 +236,7 @@ extern "C" {
 typedef int32_t qwen3_token;
 typedef struct qwen3_model   qwen3_model;    /* weights + tokenizer; immutable after load */
 typedef struct qwen3_ctx     qwen3_ctx;      /* KV cache + scratch; one thread at a time  */
+typedef struct qwen3_grammar qwen3_grammar;  /* what a text must be; immutable; shared by sequences and threads */
 typedef struct qwen3_backend qwen3_backend;  /* NULL means the CPU reference backend      */
 
 /* ---- results ------------------------------------------------------------------------------- */
@@ -351,7 +352,8 @@ typedef struct qwen3_sampler {
     uint64_t rng;                       /* seed in, state out: keep it to replay                   */
     const qwen3_bias *bias; int n_bias; /* logit bias, e.g. -1e30f bans a token; borrowed           */
     void   (*filter)(float *logits, int n_vocab, const qwen3_token *seq, int n, void *user);
-    void    *filter_user;               /* grammar, bans: set logits to -1e30f (or -INFINITY) or so */
+    void    *filter_user;               /* bans and the like: set logits to -1e30f (or -INFINITY) or so */
+    const qwen3_grammar *grammar;       /* NULL, or what the answer must be: see qwen3_grammar_create; borrowed */
 } qwen3_sampler;
 
 typedef enum qwen3_preset {             /* Qwen's published recommendations */
@@ -594,6 +596,42 @@ QWEN3_API qwen3_result  qwen3_sample(qwen3_ctx *ctx, int seq, qwen3_sampler *sam
    distribution (temperature 1, nothing cut). Returns how many were written, or a negative result. */
 QWEN3_API int           qwen3_top_probs(qwen3_ctx *ctx, int seq, qwen3_prob *out, int k);
 
+/* ---- grammars: output that always parses ------------------------------------------------------- */
+typedef enum qwen3_grammar_kind {
+    QWEN3_GRAMMAR_JSON_SCHEMA = 0,      /* drafts 4 to 2020-12                                     */
+    QWEN3_GRAMMAR_REGEX       = 1,      /* ECMAScript's, as schemas use it; matches the whole text */
+    QWEN3_GRAMMAR_GBNF        = 2       /* llama.cpp's notation, from the rule "root" on            */
+} qwen3_grammar_kind;
+
+enum {
+    QWEN3_GRAMMAR_COMPACT       = 1,    /* JSON without white space; default: where the model likes    */
+    QWEN3_GRAMMAR_MAY_BREAK_OFF = 2     /* do not lead the text to its shortest end where room gets short */
+};
+
+typedef struct qwen3_grammar_desc {
+    qwen3_grammar_kind kind;
+    const char *text; size_t n_bytes;   /* the schema, expression or grammar                        */
+    int         flags;                  /* QWEN3_GRAMMAR_*                                          */
+} qwen3_grammar_desc;
+
+/* E.g. what a character does next, as one of a few words:
+       desc.text = "{\"type\":\"object\",\"properties\":{\"action\":{\"enum\":[\"wait\",\"follow\",\"flee\"]}},"
+                   "\"required\":[\"action\"],\"additionalProperties\":false}";
+       desc.n_bytes = strlen(desc.text);
+       qwen3_grammar_create(&grammar, model, &desc, err, sizeof err);
+       gen.grammar = grammar;           // {"action": "follow"}, whatever the model would like to say
+   A grammar holds for the answer: while the model thinks, everything may come. A reply ends only where its grammar
+   may end. Near max_tokens or the end of the context it is led to its shortest end in time. Names of an object come
+   in any order, none twice. What a sequence holds of an answer already, such as a beginning that was put there,
+   is part of the grammar if it fits, else the grammar begins behind it.                                            */
+
+/* Compile a grammar for a model's vocabulary; the model must outlive it. A keyword that would not be
+   enforced is an error (UNSUPPORTED) that names its place, as is a grammar that is too complex; one
+   that is wrong, or that nothing satisfies, is FORMAT. Safe from any thread. */
+QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_model *model,
+                                            const qwen3_grammar_desc *desc, char *err, size_t err_size);
+QWEN3_API void         qwen3_grammar_free(qwen3_grammar *grammar);      /* NULL is fine; no sequence may use it */
+
 /* ---- generation ------------------------------------------------------------------------------ */
 enum {                                  /* what a piece of text is: bits */
     QWEN3_TEXT_ANSWER   = 0,
@@ -604,6 +642,7 @@ enum {                                  /* what a piece of text is: bits */
 
 typedef struct qwen3_gen_desc {
     qwen3_sampler     *sampler;         /* NULL: greedy                                             */
+    const qwen3_grammar *grammar;       /* NULL: the sampler's, if it has one                       */
     int                max_tokens;      /* thinking included; 0: until the turn ends or the context */
                                         /* is full                                                  */
     int                think_budget;    /* tokens of thinking, then </think> is forced; 0: no limit */
@@ -767,6 +806,8 @@ typedef struct qwen3i_next {            /* one sequence's part of a decode step 
     const qwen3_token *tokens;          /* [n] what it holds; tokens[n-1]'s logits are kept */
     int                n;
     qwen3_sampler     *sampler;         /* NULL: greedy. rng is advanced by the backend */
+    const qwen3_grammar *grammar;       /* NULL: the sampler's */
+    int                room;            /* tokens that may still come, this one included; 0: as the context has positions */
     qwen3_token        out;             /* the choice */
     int                ended;           /* set if out ends the turn: it was not evaluated */
 } qwen3i_next;
@@ -1751,6 +1792,7 @@ struct qwen3_model {
     int                  no_causal;     /* the configuration names Qwen3Model and not Qwen3ForCausalLM */
     int                  no_head;
     char                 no_embedding[160];     /* why embeddings are not what the files ask for; empty: they are */
+    void                *vocab;         /* an atomic word: the index of the vocabulary that grammars share, or 0 */
 };
 
 typedef struct qwen3i_loader {          /* what the functions of one qwen3_load share */
@@ -7172,7 +7214,9 @@ QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc
     memset(&gguf, 0, sizeof gguf);
     l.gguf = &gguf;
     qwen3i_choose_source(&l);
-    r = qwen3i_load_all(&l);
+    m->vocab = qwen3i_model_alloc(m, 1, sizeof(uint64_t));
+    if (m->vocab) memset(m->vocab, 0, sizeof(uint64_t));
+    r = m->vocab ? qwen3i_load_all(&l) : qwen3i_no_memory(&err, "the model", sizeof(uint64_t));
     qwen3i_gguf_free(&m->allocator, &gguf);
     if (r != QWEN3_OK) { qwen3_free(m); return r; }
     qwen3i_log(&m->logger, QWEN3_LOG_INFO, "loaded %llu parameters, %llu bytes, on %s (%s)%s", (unsigned long long)m->info.n_params,
@@ -7192,6 +7236,8 @@ QWEN3_API qwen3_result qwen3_load_for(int version, qwen3_model **out, const qwen
                        version / 100, version / 10 % 10, QWEN3_VERSION / 100, QWEN3_VERSION / 10 % 10);
 }
 
+static void qwen3i_index_drop(void *cell);
+
 QWEN3_API void qwen3_free(qwen3_model *m) {
     qwen3_allocator a;
     qwen3i_block *b, *next;
@@ -7199,6 +7245,7 @@ QWEN3_API void qwen3_free(qwen3_model *m) {
     if (!m) return;
     a = m->allocator;
     if (m->backend_state) m->backend->model_free(m->backend_state);
+    if (m->vocab) qwen3i_index_drop(m->vocab);
     qwen3i_tokenizer_free(m->tokenizer);
     for (i = 0; i < m->n_shards; i++) qwen3i_close(&a, &m->shards[i].blob);
     for (b = m->blocks; b; b = next) { next = b->next; qwen3i_free(&a, b, b->size); }
@@ -10384,6 +10431,7 @@ typedef struct qwen3i_candidate { float logit; int32_t id; } qwen3i_candidate;
 typedef struct qwen3i_sampler_scratch { /* both [n_vocab]; owned by the context */
     float            *logits;
     qwen3i_candidate *candidates;
+    const uint32_t   *mask;             /* NULL, or a bit for each token: may it come? */
 } qwen3i_sampler_scratch;
 
 QWEN3_API qwen3_sampler qwen3_sampler_preset(qwen3_preset preset, uint64_t seed) {
@@ -10433,22 +10481,24 @@ static void qwen3i_heapify(qwen3i_candidate *h, int n, int least) {
     for (i = n / 2 - 1; i >= 0; i--) qwen3i_sift(h, n, i, least);
 }
 
+static int qwen3i_in_mask(const uint32_t *mask, int token) { return !mask || (mask[token >> 5] >> (token & 31) & 1u); }
+
 /* All tokens that may be sampled, in order of id. Returns how many. */
-static int qwen3i_all_candidates(const float *logits, int n, qwen3i_candidate *out) {
+static int qwen3i_all_candidates(const float *logits, int n, const uint32_t *mask, qwen3i_candidate *out) {
     int i, count = 0;
     for (i = 0; i < n; i++)
-        if (qwen3i_allowed(logits[i])) { out[count].logit = logits[i]; out[count++].id = i; }
+        if (qwen3i_in_mask(mask, i) && qwen3i_allowed(logits[i])) { out[count].logit = logits[i]; out[count++].id = i; }
     return count;
 }
 
 /* The k that rank first, in order of rank. O(n log k) at worst, O(n) in practice. Returns how many. */
-static int qwen3i_select_top(const float *logits, int n, int k, qwen3i_candidate *out) {
+static int qwen3i_select_top(const float *logits, int n, int k, const uint32_t *mask, qwen3i_candidate *out) {
     qwen3i_candidate c;
     int count = 0;
     for (c.id = 0; c.id < n; c.id++) {
         c.logit = logits[c.id];
         if (count == k && !(c.logit > out[0].logit)) continue;      /* ids ascend: a tie ranks after */
-        if (!qwen3i_allowed(c.logit)) continue;
+        if (!qwen3i_allowed(c.logit) || !qwen3i_in_mask(mask, c.id)) continue;
         if (count < k) {
             out[count++] = c;
             if (count == k) qwen3i_heapify(out, k, 1);
@@ -10542,9 +10592,9 @@ static qwen3_result qwen3i_choose(const float *logits, int n_vocab, int n_choose
     float top;
     if (s) logits = qwen3i_adjust(logits, n_vocab, seq, n, s, scratch);
     greedy = !s || !(s->temperature > 0);
-    if (greedy || s->top_k > 0) count = qwen3i_select_top(logits, n_choose, greedy ? 1 : qwen3i_min(s->top_k, n_choose), c);
-    else count = qwen3i_all_candidates(logits, n_choose, c);
-    if (count == 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "every token is banned by bias or filter, or the logits are not numbers");
+    if (greedy || s->top_k > 0) count = qwen3i_select_top(logits, n_choose, greedy ? 1 : qwen3i_min(s->top_k, n_choose), scratch->mask, c);
+    else count = qwen3i_all_candidates(logits, n_choose, scratch->mask, c);
+    if (count == 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "every token is banned by bias, filter or grammar, or the logits are not numbers");
     *out = c[0].id;
     if (greedy) return QWEN3_OK;
     top = c[0].logit;
@@ -10584,6 +10634,4327 @@ static double qwen3i_log_sum_exp(const float *logits, int n) {
     return sum;
 }
 /* ================================================================================================
+   GRAMMARS: output that always parses
+   A grammar becomes a nondeterministic pushdown machine over bytes. Its lexemes (strings, numbers,
+   literals, regular expressions) are deterministic automata that are built when it is compiled; an
+   object remembers which of its properties were seen, a list counts. What may follow is a set of
+   threads; the tokens allowed are found by walking the vocabulary, sorted as a tree of bytes, with them.
+   ================================================================================================ */
+#define QWEN3I_FAR        (1 << 28)     /* a distance: there is no way */
+#define QWEN3I_RAW_STATES 65000         /* most states of one automaton */
+#define QWEN3I_MAX_WORK   40000000      /* steps that compiling may take: a fraction of a second */
+
+#define QWEN3I_ARRAY(T, buf) ((T *)(void *)(buf).p)
+#define QWEN3I_LEN(T, buf)   ((int)((buf).n / sizeof(T)))
+
+/* Lists of numbers, each stored once and known by its index. */
+typedef struct qwen3i_interner { qwen3i_buf data, spans, table; } qwen3i_interner;
+typedef struct qwen3i_span { int first, n; } qwen3i_span;
+
+typedef struct qwen3i_edge { unsigned char low, high; uint16_t to; } qwen3i_edge;   /* bytes low..high */
+typedef struct qwen3i_state {           /* of a deterministic automaton; state numbers are its own */
+    int      edges, row;                /* its edges; or its row [256] of states + 1, -1: none */
+    uint16_t n_edges;
+    unsigned char final, boundary;      /* boundary: between two characters of a string */
+    unsigned char anything;             /* there, any character may follow */
+    int      label;                     /* of a final one: which key of an object this is */
+    int      distance, chars;           /* bytes to the nearest final one, whole characters likewise */
+    int      low, high, open;           /* labels within reach: names low..high - 1; bytes to that of any other key */
+} qwen3i_state;
+typedef struct qwen3i_dfa { int first, n_states; } qwen3i_dfa;
+
+enum { QWEN3I_NFA_DEAD, QWEN3I_NFA_RANGE, QWEN3I_NFA_SPLIT, QWEN3I_NFA_FINAL,
+       QWEN3I_NFA_START_ONLY,           /* ^ */
+       QWEN3I_NFA_END_ONLY,             /* $ */
+       QWEN3I_NFA_LAST,                 /* the end of an expression: goes on to out, or ends with out1 */
+       QWEN3I_NFA_ANYTHING };           /* no way on: marks where any characters may follow */
+enum { QWEN3I_NFA_INSIDE = 0, QWEN3I_NFA_BOUNDARY = 1, QWEN3I_NFA_OPENS = 2 };
+typedef struct qwen3i_nfa {
+    unsigned char kind, low, high, place;   /* place: a range at a boundary, or the quote that opens a string */
+    int out, out1;                      /* FINAL: out is its mark */
+} qwen3i_nfa;
+
+struct qwen3_grammar {                  /* immutable once compiled */
+    qwen3_allocator allocator;
+    const qwen3_model *model;
+    const struct qwen3i_index *vocab;
+    uint64_t    serial;                 /* hash of its text: tells cached masks apart */
+    int         flags, kind, max_depth;
+    qwen3i_buf  dfas, states, edges, rows;
+    qwen3i_buf  lexemes, nodes, lists, objects, members, arrays;
+    int         root, plain;            /* node; the automaton of any string */
+};
+
+typedef struct qwen3i_compiler {
+    qwen3_grammar     *g;
+    const qwen3i_err  *err;
+    qwen3_result       result;          /* after a failure nothing more is done */
+    int64_t            work;
+    const char        *where;           /* what is being compiled, for messages */
+    int                json;            /* characters are written as in JSON strings */
+    qwen3i_buf         nfa, marks, stack, set, seeds;
+    uint32_t           stamp;
+    struct { unsigned char low, high, place; int out, state; } tails[8];
+    int                n_tails;
+    qwen3i_interner    subsets;
+    qwen3i_buf         ast, ranges, bnf;
+    int                keeps_ast;
+    /* JSON Schema */
+    qwen3i_buf         dom, text, shapes, rules, terms;
+    qwen3i_interner    values;          /* sets of terms: one value node each */
+    qwen3i_buf         value_nodes, empties, pending, patterns;
+    int                depth, levels;
+    int                number_dfas[2], words[8], any_string[2];
+} qwen3i_compiler;
+
+QWEN3I_PRINTF(3, 4)
+static int qwen3i_reject(qwen3i_compiler *c, qwen3_result code, const char *format, ...) {
+    va_list args;
+    char text[400];
+    if (c->result != QWEN3_OK) return 0;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    c->result = qwen3i_fail(c->err, code, "%s", text);
+    return 0;
+}
+
+/* Count work; 0 when it is too much, or after another failure. */
+static int qwen3i_spend(qwen3i_compiler *c, int64_t steps) {
+    c->work += steps;
+    if (c->work > QWEN3I_MAX_WORK) qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too complex", c->where ? c->where : "the grammar");
+    return c->result == QWEN3_OK;
+}
+
+/* Append an element; its index. After a failure 0: every array has an element 0. */
+static int qwen3i_push(qwen3i_compiler *c, qwen3i_buf *b, const void *item, size_t size) {
+    if (c->result != QWEN3_OK) return 0;
+    if (!qwen3i_buf_add(b, (const char *)item, size)) return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    return (int)(b->n / size) - 1;
+}
+
+static int qwen3i_push_int(qwen3i_compiler *c, qwen3i_buf *b, int value) { return qwen3i_push(c, b, &value, sizeof value); }
+
+/* ---- lists of numbers, each stored once ---------------------------------------------------------------- */
+static void qwen3i_intern_reset(qwen3i_interner *in) {
+    in->data.n = in->spans.n = 0;
+    if (in->table.n) memset(in->table.p, 0, in->table.n);
+}
+
+static void qwen3i_intern_put(qwen3i_interner *in, uint32_t mask, uint64_t hash, int id) {
+    int *table = QWEN3I_ARRAY(int, in->table);
+    uint32_t at = (uint32_t)hash & mask;
+    while (table[at]) at = (at + 1) & mask;
+    table[at] = id + 1;
+}
+
+static int qwen3i_intern_grow(qwen3i_compiler *c, qwen3i_interner *in) {
+    const qwen3i_span *spans = QWEN3I_ARRAY(qwen3i_span, in->spans);
+    const int *data = QWEN3I_ARRAY(int, in->data);
+    int i, n = QWEN3I_LEN(qwen3i_span, in->spans);
+    size_t size = in->table.n ? in->table.n : 128 * sizeof(int);
+    if ((size_t)n * 2 * sizeof(int) < in->table.n) return 1;
+    in->table.n = 0;
+    if (!qwen3i_buf_reserve(&in->table, 2 * size)) return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    in->table.n = 2 * size;
+    memset(in->table.p, 0, in->table.n);
+    for (i = 0; i < n; i++)
+        qwen3i_intern_put(in, (uint32_t)(in->table.n / sizeof(int)) - 1,
+                          spans[i].n > 0 ? qwen3i_hash(0, data + spans[i].first, (size_t)spans[i].n * sizeof *data) : 0, i);
+    return 1;
+}
+
+/* The index of a list; *fresh: it is new. */
+static int qwen3i_intern(qwen3i_compiler *c, qwen3i_interner *in, const int *list, int n, int *fresh) {
+    const uint64_t hash = n > 0 ? qwen3i_hash(0, list, (size_t)n * sizeof *list) : 0;
+    qwen3i_span span;
+    uint32_t mask, at;
+    *fresh = 0;
+    if (c->result != QWEN3_OK || !qwen3i_intern_grow(c, in)) return 0;
+    mask = (uint32_t)(in->table.n / sizeof(int)) - 1;
+    for (at = (uint32_t)hash & mask; QWEN3I_ARRAY(int, in->table)[at]; at = (at + 1) & mask) {
+        const int id = QWEN3I_ARRAY(int, in->table)[at] - 1;
+        span = QWEN3I_ARRAY(qwen3i_span, in->spans)[id];
+        if (span.n == n && (n == 0 || memcmp(QWEN3I_ARRAY(int, in->data) + span.first, list, (size_t)n * sizeof *list) == 0)) return id;
+    }
+    span.first = QWEN3I_LEN(int, in->data);
+    span.n = n;
+    if (!qwen3i_buf_add(&in->data, (const char *)list, (size_t)n * sizeof *list)) return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    *fresh = 1;
+    qwen3i_push(c, &in->spans, &span, sizeof span);
+    if (c->result != QWEN3_OK) return 0;
+    qwen3i_intern_put(in, mask, hash, QWEN3I_LEN(qwen3i_span, in->spans) - 1);
+    return QWEN3I_LEN(qwen3i_span, in->spans) - 1;
+}
+
+/* ---- nondeterministic automata, built from the end ------------------------------------------------------ */
+static int qwen3i_ast_add(qwen3i_compiler *c, int kind, int child);
+
+static void qwen3i_nfa_reset(qwen3i_compiler *c) {
+    qwen3i_nfa dead;
+    memset(&dead, 0, sizeof dead);
+    c->nfa.n = 0;
+    c->n_tails = 0;
+    qwen3i_push(c, &c->nfa, &dead, sizeof dead);
+    if (c->keeps_ast) return;           /* rules are made one after another */
+    c->ast.n = c->ranges.n = 0;
+    qwen3i_ast_add(c, 0, 0);
+}
+
+static int qwen3i_nfa_add(qwen3i_compiler *c, int kind, int out, int out1) {
+    qwen3i_nfa s;
+    memset(&s, 0, sizeof s);
+    s.kind = (unsigned char)kind;
+    s.out = out;
+    s.out1 = out1;
+    return qwen3i_spend(c, 1) ? qwen3i_push(c, &c->nfa, &s, sizeof s) : 0;
+}
+
+static int qwen3i_nfa_split(qwen3i_compiler *c, int a, int b) {
+    return !a ? b : !b ? a : qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, a, b);
+}
+
+/* One byte of low..high, then out. The last few are remembered: characters share their last bytes. */
+static int qwen3i_nfa_range(qwen3i_compiler *c, int low, int high, int place, int out) {
+    qwen3i_nfa *s;
+    int i, at;
+    if (!out) return 0;
+    for (i = 0; i < 8 && i < c->n_tails; i++)
+        if (c->tails[i].low == low && c->tails[i].high == high && c->tails[i].place == place && c->tails[i].out == out)
+            return c->tails[i].state;
+    at = qwen3i_nfa_add(c, QWEN3I_NFA_RANGE, out, 0);
+    if (!at) return 0;
+    s = &QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[at];
+    s->low = (unsigned char)low; s->high = (unsigned char)high; s->place = (unsigned char)place;
+    i = c->n_tails++ % 8;
+    c->tails[i].low = s->low; c->tails[i].high = s->high; c->tails[i].place = s->place;
+    c->tails[i].out = out; c->tails[i].state = at;
+    return at;
+}
+
+static int qwen3i_nfa_byte(qwen3i_compiler *c, int byte, int place, int out) { return qwen3i_nfa_range(c, byte, byte, place, out); }
+
+static int qwen3i_nfa_text(qwen3i_compiler *c, const char *p, size_t n, int out) {
+    while (n > 0) out = qwen3i_nfa_byte(c, (unsigned char)p[--n], QWEN3I_NFA_INSIDE, out);
+    return out;
+}
+
+/* The characters low..high as UTF-8. */
+static int qwen3i_nfa_utf8(qwen3i_compiler *c, uint32_t low, uint32_t high, int out) {
+    static const uint32_t last[3] = {0x7F, 0x7FF, 0xFFFF};
+    char a[4], b[4];
+    int i, n;
+    uint32_t m;
+    for (i = 0; i < 3; i++)
+        if (low <= last[i] && high > last[i])
+            return qwen3i_nfa_split(c, qwen3i_nfa_utf8(c, low, last[i], out), qwen3i_nfa_utf8(c, last[i] + 1, high, out));
+    for (i = 1; i < 4 && high >= 0x80; i++) {
+        m = (1u << 6 * i) - 1;
+        if ((low & ~m) == (high & ~m)) continue;
+        if (low & m) return qwen3i_nfa_split(c, qwen3i_nfa_utf8(c, low, low | m, out), qwen3i_nfa_utf8(c, (low | m) + 1, high, out));
+        if ((high & m) != m)
+            return qwen3i_nfa_split(c, qwen3i_nfa_utf8(c, low, (high & ~m) - 1, out), qwen3i_nfa_utf8(c, high & ~m, high, out));
+    }
+    n = qwen3i_utf8_put(a, low);
+    qwen3i_utf8_put(b, high);
+    for (i = n - 1; i > 0; i--) out = qwen3i_nfa_range(c, (unsigned char)a[i], (unsigned char)b[i], QWEN3I_NFA_INSIDE, out);
+    return qwen3i_nfa_range(c, (unsigned char)a[0], (unsigned char)b[0], QWEN3I_NFA_BOUNDARY, out);
+}
+
+/* Hexadecimal digits of value a..b; upper: capitals, too. */
+static int qwen3i_nfa_hex_digit(qwen3i_compiler *c, uint32_t a, uint32_t b, int upper, int out) {
+    int s = 0;
+    if (a < 10) s = qwen3i_nfa_range(c, '0' + (int)a, '0' + (int)(b < 10 ? b : 9), QWEN3I_NFA_INSIDE, out);
+    if (b < 10) return s;
+    a = a < 10 ? 0 : a - 10;
+    b -= 10;
+    s = qwen3i_nfa_split(c, s, qwen3i_nfa_range(c, 'a' + (int)a, 'a' + (int)b, QWEN3I_NFA_INSIDE, out));
+    return upper ? qwen3i_nfa_split(c, s, qwen3i_nfa_range(c, 'A' + (int)a, 'A' + (int)b, QWEN3I_NFA_INSIDE, out)) : s;
+}
+
+/* The numbers low..high with this many hexadecimal digits. */
+static int qwen3i_nfa_hex(qwen3i_compiler *c, uint32_t low, uint32_t high, int digits, int upper, int out) {
+    const int shift = 4 * (digits - 1);
+    uint32_t m;
+    if (digits == 0) return out;
+    m = (1u << shift) - 1;
+    if (low >> shift == high >> shift)
+        return qwen3i_nfa_hex_digit(c, low >> shift, high >> shift, upper, qwen3i_nfa_hex(c, low & m, high & m, digits - 1, upper, out));
+    if (low & m)
+        return qwen3i_nfa_split(c, qwen3i_nfa_hex(c, low, low | m, digits, upper, out), qwen3i_nfa_hex(c, (low | m) + 1, high, digits, upper, out));
+    if ((high & m) != m)
+        return qwen3i_nfa_split(c, qwen3i_nfa_hex(c, low, (high & ~m) - 1, digits, upper, out),
+                                qwen3i_nfa_hex(c, high & ~m, high, digits, upper, out));
+    return qwen3i_nfa_hex_digit(c, low >> shift, high >> shift, upper, qwen3i_nfa_hex(c, 0, m, digits - 1, upper, out));
+}
+
+typedef struct qwen3i_chars { uint32_t low, high; } qwen3i_chars;    /* a range of characters */
+
+/* What a class contains of low..high, as UTF-8. */
+static int qwen3i_nfa_part(qwen3i_compiler *c, qwen3i_chars r, uint32_t low, uint32_t high, int out) {
+    if (r.low > low) low = r.low;
+    if (r.high < high) high = r.high;
+    return low <= high ? qwen3i_nfa_utf8(c, low, high, out) : 0;
+}
+
+/* The escapes, after their backslash, of what must be escaped in a JSON string; each character in one way. */
+static int qwen3i_nfa_escapes(qwen3i_compiler *c, qwen3i_chars r, int out) {
+    static const char from[] = "\b\t\n\f\r\"\\", to[] = "btnfr\"\\";
+    int i, s = 0, u = 0;
+    uint32_t x;
+    for (i = 0; i < 7; i++)
+        if ((uint32_t)from[i] >= r.low && (uint32_t)from[i] <= r.high)
+            s = qwen3i_nfa_split(c, s, qwen3i_nfa_byte(c, to[i], QWEN3I_NFA_INSIDE, out));
+    for (x = r.low; x < 0x20 && x <= r.high; x++)
+        if (!x || !strchr(from, (int)x)) u = qwen3i_nfa_split(c, u, qwen3i_nfa_hex(c, x, x, 2, 0, out));
+    return u ? qwen3i_nfa_split(c, s, qwen3i_nfa_text(c, "u00", 3, u)) : s;
+}
+
+/* One character of a class. */
+static int qwen3i_nfa_class(qwen3i_compiler *c, qwen3i_span set, int out) {
+    int i, s = 0, escapes = 0;
+    for (i = 0; i < set.n && c->result == QWEN3_OK; i++) {
+        const qwen3i_chars r = QWEN3I_ARRAY(qwen3i_chars, c->ranges)[set.first + i];
+        if (c->json) {
+            s = qwen3i_nfa_split(c, s, qwen3i_nfa_part(c, r, 0x20, 0x21, out));
+            s = qwen3i_nfa_split(c, s, qwen3i_nfa_part(c, r, 0x23, 0x5B, out));
+            s = qwen3i_nfa_split(c, s, qwen3i_nfa_part(c, r, 0x5D, 0xD7FF, out));
+            if (r.low <= 0x5C) escapes = qwen3i_nfa_split(c, escapes, qwen3i_nfa_escapes(c, r, out));
+        } else s = qwen3i_nfa_split(c, s, qwen3i_nfa_part(c, r, 0, 0xD7FF, out));
+        s = qwen3i_nfa_split(c, s, qwen3i_nfa_part(c, r, 0xE000, 0x10FFFF, out));
+    }
+    return escapes ? qwen3i_nfa_split(c, s, qwen3i_nfa_byte(c, '\\', QWEN3I_NFA_BOUNDARY, escapes)) : s;
+}
+
+/* ---- deterministic automata ------------------------------------------------------------------------------ */
+/* Does the expression end here without another character? Then what follows its end, else 0. */
+static int qwen3i_nfa_ends(qwen3i_compiler *c, int s) {
+    const qwen3i_nfa *nfa = QWEN3I_ARRAY(qwen3i_nfa, c->nfa);
+    int steps;
+    int stack[64], n = 1;
+    stack[0] = s;
+    for (steps = 0; n > 0 && steps < 4096; steps++) {
+        const qwen3i_nfa *a = &nfa[stack[--n]];
+        if (a->kind == QWEN3I_NFA_LAST) return a->out1;
+        if (a->kind == QWEN3I_NFA_END_ONLY) stack[n++] = a->out;
+        if (a->kind == QWEN3I_NFA_SPLIT && n < 62) { stack[n++] = a->out; stack[n++] = a->out1; }
+    }
+    return 0;
+}
+
+/* Put into c->set, in order, what can be reached from the seeds without a byte. */
+static int qwen3i_compare_int(const void *a, const void *b) {
+    const int x = *(const int *)a, y = *(const int *)b;
+    return (x > y) - (x < y);
+}
+
+static void qwen3i_closure(qwen3i_compiler *c, int at_start) {
+    const qwen3i_nfa *nfa = QWEN3I_ARRAY(qwen3i_nfa, c->nfa);
+    uint32_t *stamps = QWEN3I_ARRAY(uint32_t, c->marks);
+    int64_t steps = 0;
+    c->stamp++;
+    c->set.n = 0;
+    while (c->seeds.n > 0 && c->result == QWEN3_OK) {
+        int s = QWEN3I_ARRAY(int, c->seeds)[c->seeds.n / sizeof(int) - 1];
+        const qwen3i_nfa *a = &nfa[s];
+        c->seeds.n -= sizeof(int);
+        steps++;
+        if (stamps[s] == c->stamp || a->kind == QWEN3I_NFA_DEAD) continue;
+        stamps[s] = c->stamp;
+        if (a->kind == QWEN3I_NFA_RANGE || a->kind == QWEN3I_NFA_FINAL || a->kind == QWEN3I_NFA_ANYTHING) qwen3i_push_int(c, &c->set, s);
+        if (a->kind == QWEN3I_NFA_SPLIT || a->kind == QWEN3I_NFA_LAST) {
+            qwen3i_push_int(c, &c->seeds, a->out);
+            qwen3i_push_int(c, &c->seeds, a->out1);
+        }
+        if (a->kind == QWEN3I_NFA_START_ONLY && at_start) qwen3i_push_int(c, &c->seeds, a->out);
+        if (a->kind == QWEN3I_NFA_END_ONLY) qwen3i_push_int(c, &c->seeds, qwen3i_nfa_ends(c, a->out));
+    }
+    qwen3i_spend(c, steps + (int64_t)(c->set.n / sizeof(int)) * 4);
+    qwen3i_sort(c->set.p, c->set.n / sizeof(int), sizeof(int), qwen3i_compare_int);
+}
+
+static int qwen3i_dfa_begin(qwen3i_compiler *c) {
+    qwen3i_dfa d;
+    d.first = QWEN3I_LEN(qwen3i_state, c->g->states);
+    d.n_states = 0;
+    qwen3i_intern_reset(&c->subsets);
+    return qwen3i_push(c, &c->g->dfas, &d, sizeof d);
+}
+
+static qwen3i_state qwen3i_state_make(void) {
+    qwen3i_state s;
+    memset(&s, 0, sizeof s);
+    s.row = -1;
+    return s;
+}
+
+/* Add the edges of one state from its row [256] of states + 1. */
+static void qwen3i_dfa_edges(qwen3i_compiler *c, qwen3i_state *s, const int *row) {
+    int b = 0;
+    s->edges = QWEN3I_LEN(qwen3i_edge, c->g->edges);
+    while (b < 256) {
+        qwen3i_edge e;
+        int first = b;
+        while (b < 256 && row[b] == row[first]) b++;
+        if (!row[first]) continue;
+        e.low = (unsigned char)first;
+        e.high = (unsigned char)(b - 1);
+        e.to = (uint16_t)(row[first] - 1);
+        qwen3i_push(c, &c->g->edges, &e, sizeof e);
+        s->n_edges++;
+    }
+}
+
+static int qwen3i_near(int a, int b) { return a + b < QWEN3I_FAR ? a + b : QWEN3I_FAR; }
+
+/* What a state can reach, from what its edges lead to. Returns whether anything changed. */
+static int qwen3i_state_update(const qwen3_grammar *g, qwen3i_state *all, qwen3i_state *s) {
+    qwen3i_state old = *s;
+    int i;
+    for (i = 0; i < s->n_edges; i++) {
+        const qwen3i_state *to = &all[QWEN3I_ARRAY(qwen3i_edge, g->edges)[s->edges + i].to];
+        if (to->distance >= QWEN3I_FAR) continue;
+        s->distance = qwen3i_min(s->distance, to->distance + 1);
+        s->chars = qwen3i_min(s->chars, to->chars + (to->boundary && !to->final));
+        s->open = qwen3i_min(s->open, qwen3i_near(to->open, 1));
+        if (to->low < to->high) {
+            s->low = s->low < s->high ? qwen3i_min(s->low, to->low) : to->low;
+            s->high = qwen3i_max(s->high, to->high);
+        }
+    }
+    return s->distance != old.distance || s->chars != old.chars || s->open != old.open || s->low != old.low || s->high != old.high;
+}
+
+static void qwen3i_dfa_row(qwen3i_compiler *c, qwen3i_state *s) {
+    uint16_t row[256];
+    int i, b;
+    if (s->n_edges <= 8) return;
+    memset(row, 0, sizeof row);
+    for (i = 0; i < s->n_edges; i++) {
+        const qwen3i_edge e = QWEN3I_ARRAY(qwen3i_edge, c->g->edges)[s->edges + i];
+        for (b = e.low; b <= e.high; b++) row[b] = (uint16_t)(e.to + 1);
+    }
+    s->row = (int)(c->g->rows.n / sizeof row);
+    qwen3i_push(c, &c->g->rows, row, sizeof row);
+}
+
+/* Find the distances and take out what leads nowhere. n_names: labels below are names. Returns whether anything is left. */
+static int qwen3i_dfa_end(qwen3i_compiler *c, int dfa, int n_names) {
+    const qwen3i_dfa d = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa];
+    qwen3i_state *all = QWEN3I_ARRAY(qwen3i_state, c->g->states) + d.first;
+    qwen3i_edge *edges = QWEN3I_ARRAY(qwen3i_edge, c->g->edges);
+    int i, k, changed;
+    if (c->result != QWEN3_OK) return 0;
+    for (i = 0; i < d.n_states; i++) {
+        qwen3i_state *s = &all[i];
+        s->distance = s->chars = s->final ? 0 : QWEN3I_FAR;
+        s->low = s->final && s->label < n_names ? s->label : 0;
+        s->high = s->final && s->label < n_names ? s->label + 1 : 0;
+        s->open = s->final && s->label >= n_names ? 0 : QWEN3I_FAR;
+    }
+    do for (changed = 0, i = d.n_states - 1; i >= 0; i--) changed |= qwen3i_state_update(c->g, all, &all[i]);
+    while (changed && qwen3i_spend(c, d.n_states));
+    for (i = 0; i < d.n_states; i++) {
+        int kept = 0;
+        for (k = 0; k < all[i].n_edges; k++)
+            if (all[edges[all[i].edges + k].to].distance < QWEN3I_FAR) edges[all[i].edges + kept++] = edges[all[i].edges + k];
+        all[i].n_edges = (uint16_t)kept;
+    }
+    return all[0].distance < QWEN3I_FAR;
+}
+
+/* A state for the list of numbers in c->set, or the one that it has already: its index + 1. */
+static int qwen3i_dfa_state(qwen3i_compiler *c, int dfa) {
+    qwen3i_dfa *d;
+    qwen3i_state s = qwen3i_state_make();
+    int fresh, id = qwen3i_intern(c, &c->subsets, QWEN3I_ARRAY(int, c->set), QWEN3I_LEN(int, c->set), &fresh);
+    if (fresh) {
+        d = &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa];
+        if (d->n_states >= QWEN3I_RAW_STATES)
+            return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too complex", c->where ? c->where : "the grammar");
+        d->n_states++;
+        qwen3i_push(c, &c->g->states, &s, sizeof s);
+    }
+    return c->result == QWEN3_OK ? id + 1 : 0;
+}
+
+/* The row of a set of nondeterministic states. */
+static void qwen3i_subset_row(qwen3i_compiler *c, int dfa, qwen3i_span span, int *row) {
+    unsigned char cut[257];
+    int i, b = 0, opens = 0;
+    memset(cut, 0, sizeof cut);
+    memset(row, 0, 256 * sizeof *row);
+    for (i = 0; i < span.n; i++) {
+        const qwen3i_nfa *a = &QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[QWEN3I_ARRAY(int, c->subsets.data)[span.first + i]];
+        if (a->kind != QWEN3I_NFA_RANGE) continue;
+        cut[a->low] = cut[a->high + 1] = 1;
+        opens |= a->place == QWEN3I_NFA_OPENS;
+    }
+    while (b < 256 && c->result == QWEN3_OK) {
+        int first = b++, to;
+        while (b < 256 && !cut[b]) b++;
+        c->seeds.n = 0;
+        for (i = 0; i < span.n; i++) {
+            const qwen3i_nfa *a = &QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[QWEN3I_ARRAY(int, c->subsets.data)[span.first + i]];
+            if (a->kind == QWEN3I_NFA_RANGE && a->low <= first && first <= a->high) qwen3i_push_int(c, &c->seeds, a->out);
+        }
+        qwen3i_spend(c, span.n);
+        if (c->seeds.n == 0) continue;
+        qwen3i_closure(c, opens);
+        if (c->set.n == 0) continue;
+        to = qwen3i_dfa_state(c, dfa);
+        for (; first < b; first++) row[first] = to;
+    }
+}
+
+/* Marks of a final state to its label; below 0: it is not final after all. */
+typedef int (*qwen3i_label_fn)(qwen3i_compiler *c, const int *marks, int n, void *user);
+
+static void qwen3i_subset_kind(qwen3i_compiler *c, qwen3i_span span, qwen3i_state *s, qwen3i_label_fn label, void *user) {
+    int i;
+    c->seeds.n = 0;
+    for (i = 0; i < span.n; i++) {
+        const qwen3i_nfa *a = &QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[QWEN3I_ARRAY(int, c->subsets.data)[span.first + i]];
+        if (a->kind == QWEN3I_NFA_ANYTHING) s->anything = 1;
+        if (a->kind == QWEN3I_NFA_FINAL) { s->final = 1; qwen3i_push_int(c, &c->seeds, a->out); }
+        else if (a->place == QWEN3I_NFA_BOUNDARY) s->boundary = 1;
+    }
+    if (!s->final || !label) return;
+    s->label = label(c, QWEN3I_ARRAY(int, c->seeds), QWEN3I_LEN(int, c->seeds), user);
+    if (s->label < 0) s->final = 0;
+}
+
+/* The deterministic automaton of a nondeterministic one. Call qwen3i_dfa_end on it. */
+static int qwen3i_determinise(qwen3i_compiler *c, int start, qwen3i_label_fn label, void *user) {
+    int i, row[256], dfa = qwen3i_dfa_begin(c);
+    size_t bytes = c->nfa.n / sizeof(qwen3i_nfa) * sizeof(uint32_t);
+    c->marks.n = 0;
+    if (!qwen3i_buf_reserve(&c->marks, bytes)) return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    c->marks.n = bytes;
+    memset(c->marks.p, 0, bytes);
+    c->stamp = 0;
+    c->seeds.n = 0;
+    qwen3i_push_int(c, &c->seeds, start);
+    qwen3i_closure(c, 1);
+    qwen3i_dfa_state(c, dfa);
+    for (i = 0; c->result == QWEN3_OK && i < QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa].n_states; i++) {
+        const int at = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa].first + i;
+        qwen3i_state s = qwen3i_state_make();
+        qwen3i_subset_row(c, dfa, QWEN3I_ARRAY(qwen3i_span, c->subsets.spans)[i], row);
+        if (c->result != QWEN3_OK) return 0;
+        qwen3i_subset_kind(c, QWEN3I_ARRAY(qwen3i_span, c->subsets.spans)[i], &s, label, user);
+        qwen3i_dfa_edges(c, &s, row);
+        if (c->result == QWEN3_OK) QWEN3I_ARRAY(qwen3i_state, c->g->states)[at] = s;
+    }
+    return dfa;
+}
+
+/* The state after a byte, -1: none. */
+QWEN3I_INLINE int qwen3i_dfa_step(const qwen3_grammar *g, const qwen3i_dfa *d, int state, unsigned char byte) {
+    const qwen3i_state *s = &QWEN3I_ARRAY(qwen3i_state, g->states)[d->first + state];
+    const qwen3i_edge *e = QWEN3I_ARRAY(qwen3i_edge, g->edges) + s->edges, *end = e + s->n_edges;
+    if (s->row >= 0) return QWEN3I_ARRAY(uint16_t, g->rows)[(size_t)s->row * 256 + byte] - 1;
+    for (; e < end; e++) if (byte >= e->low && byte <= e->high) return e->to;
+    return -1;
+}
+
+enum { QWEN3I_AND, QWEN3I_AND_NOT, QWEN3I_OR };
+
+static int qwen3i_pair_state(qwen3i_compiler *c, int dfa, int a, int b) {
+    c->set.n = 0;
+    qwen3i_push_int(c, &c->set, a);
+    qwen3i_push_int(c, &c->set, b);
+    return qwen3i_dfa_state(c, dfa);
+}
+
+static const qwen3i_state *qwen3i_state_at(const qwen3_grammar *g, int dfa, int state) {
+    return &QWEN3I_ARRAY(qwen3i_state, g->states)[QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[dfa].first + state];
+}
+
+/* Two automata as one: words of a and b, of a but not b, of a or b. 0 if there are none. Labels are a's. */
+static int qwen3i_product(qwen3i_compiler *c, int a, int b, int mode) {
+    int i, k, row[256], dfa = qwen3i_dfa_begin(c);
+    qwen3i_pair_state(c, dfa, 0, 0);
+    for (i = 0; c->result == QWEN3_OK && i < QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa].n_states; i++) {
+        const qwen3i_dfa *dfas = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas);
+        const int *pair = QWEN3I_ARRAY(int, c->subsets.data) + 2 * i, p = pair[0], q = pair[1];
+        const qwen3i_state *sp = p >= 0 ? qwen3i_state_at(c->g, a, p) : NULL, *sq = q >= 0 ? qwen3i_state_at(c->g, b, q) : NULL;
+        const int fp = sp && sp->final, fq = sq && sq->final, at = dfas[dfa].first + i;
+        qwen3i_state s = qwen3i_state_make();
+        s.final = (unsigned char)(mode == QWEN3I_AND ? fp && fq : mode == QWEN3I_OR ? fp || fq : fp && !fq);
+        s.boundary = sp ? sp->boundary : sq ? sq->boundary : 0;
+        s.label = sp ? sp->label : 0;
+        s.anything = sp && sq && sp->anything && sq->anything;
+        for (k = 0; k < 256; k++) {
+            int x = p >= 0 ? qwen3i_dfa_step(c->g, &dfas[a], p, (unsigned char)k) : -1;
+            int y = q >= 0 ? qwen3i_dfa_step(c->g, &dfas[b], q, (unsigned char)k) : -1, alive;
+            alive = mode == QWEN3I_AND ? x >= 0 && y >= 0 : mode == QWEN3I_OR ? x >= 0 || y >= 0 : x >= 0;
+            row[k] = !alive ? 0 : qwen3i_pair_state(c, dfa, x, y);
+            dfas = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas);
+        }
+        qwen3i_spend(c, 256);
+        qwen3i_dfa_edges(c, &s, row);
+        if (c->result == QWEN3_OK) QWEN3I_ARRAY(qwen3i_state, c->g->states)[at] = s;
+    }
+    return qwen3i_dfa_end(c, dfa, 0) ? dfa : 0;
+}
+
+/* The strings of a with at least this many characters. 0 if there are none. */
+static int qwen3i_at_least(qwen3i_compiler *c, int a, int n) {
+    int i, k, row[256], dfa = qwen3i_dfa_begin(c);
+    qwen3i_pair_state(c, dfa, 0, -1);
+    for (i = 0; c->result == QWEN3_OK && i < QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa].n_states; i++) {
+        const int *pair = QWEN3I_ARRAY(int, c->subsets.data) + 2 * i, p = pair[0], count = pair[1];
+        const int at = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa].first + i;
+        qwen3i_state s = qwen3i_state_make();
+        s.final = qwen3i_state_at(c->g, a, p)->final;
+        s.boundary = qwen3i_state_at(c->g, a, p)->boundary;
+        for (k = 0; k < 256; k++) {
+            int x = qwen3i_dfa_step(c->g, &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[a], p, (unsigned char)k);
+            const qwen3i_state *to = x >= 0 ? qwen3i_state_at(c->g, a, x) : NULL;
+            row[k] = !to || (to->final && count < n) ? 0 : qwen3i_pair_state(c, dfa, x, qwen3i_min(n, count + (to->boundary && !to->final)));
+        }
+        qwen3i_spend(c, 256);
+        qwen3i_dfa_edges(c, &s, row);
+        if (c->result == QWEN3_OK) QWEN3I_ARRAY(qwen3i_state, c->g->states)[at] = s;
+    }
+    return qwen3i_dfa_end(c, dfa, 0) ? dfa : 0;
+}
+
+/* ---- regular expressions: the part of ECMAScript's that schemas use ---------------------------------------- */
+#define QWEN3I_MAX_NESTING 128
+#define QWEN3I_NO_LIMIT    (-1)
+
+enum { QWEN3I_AST_EMPTY, QWEN3I_AST_CLASS, QWEN3I_AST_CAT, QWEN3I_AST_ALT, QWEN3I_AST_REPEAT, QWEN3I_AST_START, QWEN3I_AST_END,
+       QWEN3I_AST_RULE };
+typedef struct qwen3i_ast {
+    int kind, child, next;              /* CAT, ALT, REPEAT: the first child; the next child of the parent; 0: none */
+    int min, max;                       /* REPEAT; max QWEN3I_NO_LIMIT. RULE: min is its number */
+    qwen3i_span set;                    /* CLASS: ranges of characters */
+} qwen3i_ast;
+
+typedef struct qwen3i_regex { qwen3i_compiler *c; const char *p, *end, *start; int depth; } qwen3i_regex;
+
+static int qwen3i_ast_add(qwen3i_compiler *c, int kind, int child) {
+    qwen3i_ast a;
+    memset(&a, 0, sizeof a);
+    a.kind = kind;
+    a.child = child;
+    return qwen3i_spend(c, 1) ? qwen3i_push(c, &c->ast, &a, sizeof a) : 0;
+}
+
+static qwen3i_ast *qwen3i_ast_at(qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_ast, c->ast)[i]; }
+
+static int qwen3i_regex_bad(qwen3i_regex *r, qwen3_result code, const char *what) {
+    return qwen3i_reject(r->c, code, "%s: %s at byte %d of the expression", r->c->where ? r->c->where : "regular expression", what, (int)(r->p - r->start));
+}
+
+static void qwen3i_set_add(qwen3i_compiler *c, uint32_t low, uint32_t high) {
+    qwen3i_chars r;
+    r.low = low;
+    r.high = high;
+    qwen3i_push(c, &c->ranges, &r, sizeof r);
+}
+
+static int qwen3i_compare_chars(const void *a, const void *b) {
+    const uint32_t x = ((const qwen3i_chars *)a)->low, y = ((const qwen3i_chars *)b)->low;
+    return (x > y) - (x < y);
+}
+
+/* The ranges added since first: in order, joined, and what they leave out if negated. */
+static qwen3i_span qwen3i_set_end(qwen3i_compiler *c, int first, int negated) {
+    qwen3i_span set;
+    qwen3i_chars *r = QWEN3I_ARRAY(qwen3i_chars, c->ranges) + first;
+    int i, n = QWEN3I_LEN(qwen3i_chars, c->ranges) - first, kept = 0;
+    uint32_t next = 0;
+    set.first = first;
+    set.n = 0;
+    if (c->result != QWEN3_OK) return set;
+    qwen3i_sort(r, (size_t)n, sizeof *r, qwen3i_compare_chars);
+    for (i = 0; i < n; i++) {
+        if (kept > 0 && r[i].low <= r[kept - 1].high + 1) { if (r[i].high > r[kept - 1].high) r[kept - 1].high = r[i].high; }
+        else r[kept++] = r[i];
+    }
+    c->ranges.n = (size_t)(first + kept) * sizeof *r;
+    set.n = kept;
+    if (!negated) return set;
+    for (i = 0; i < kept; i++) {
+        const qwen3i_chars hole = QWEN3I_ARRAY(qwen3i_chars, c->ranges)[first + i];
+        if (hole.low > next) qwen3i_set_add(c, next, hole.low - 1);
+        next = hole.high + 1;
+    }
+    if (next <= 0x10FFFF) qwen3i_set_add(c, next, 0x10FFFF);
+    set.first = first + kept;
+    set.n = QWEN3I_LEN(qwen3i_chars, c->ranges) - set.first;
+    return set;
+}
+
+/* \d \w \s and their complements; 0: not one of them. */
+static int qwen3i_set_named(qwen3i_compiler *c, char name) {
+    static const uint32_t digit[] = {'0', '9'}, word[] = {'0', '9', 'A', 'Z', '_', '_', 'a', 'z'},
+        space[] = {9, 13, 32, 32, 0xA0, 0xA0, 0x1680, 0x1680, 0x2000, 0x200A, 0x2028, 0x2029, 0x202F, 0x202F,
+                   0x205F, 0x205F, 0x3000, 0x3000, 0xFEFF, 0xFEFF};
+    const char lower = (char)(name | 0x20);
+    const uint32_t *list = lower == 'd' ? digit : lower == 'w' ? word : lower == 's' ? space : NULL;
+    int i, n = lower == 'd' ? 2 : lower == 'w' ? 8 : 20;
+    uint32_t next = 0;
+    if (!list) return 0;
+    for (i = 0; i < n; i += 2) {
+        if (name == lower) qwen3i_set_add(c, list[i], list[i + 1]);
+        else if (list[i] > next) qwen3i_set_add(c, next, list[i] - 1);
+        next = list[i + 1] + 1;
+    }
+    if (name != lower) qwen3i_set_add(c, next, 0x10FFFF);
+    return 1;
+}
+
+static int qwen3i_regex_hex(qwen3i_regex *r, int digits, uint32_t *out) {
+    *out = 0;
+    for (; digits > 0; digits--, r->p++) {
+        int h = r->p < r->end ? qwen3i_hex(*r->p) : -1;
+        if (h < 0) return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "hexadecimal digits are missing");
+        *out = *out * 16 + (uint32_t)h;
+    }
+    return 1;
+}
+
+/* The character after a backslash, which is at p. */
+static uint32_t qwen3i_regex_escape(qwen3i_regex *r, int in_class) {
+    static const char from[] = "tnrfv0", to[] = "\t\n\r\f\v";
+    const char *hit;
+    uint32_t c = 0, low;
+    if (r->p >= r->end) { qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "it ends with a backslash"); return 0; }
+    if (*r->p == 'x') { r->p++; qwen3i_regex_hex(r, 2, &c); return c; }
+    if (*r->p == 'u' && r->end - r->p > 1 && r->p[1] == '{') {
+        for (r->p += 2; r->p < r->end && qwen3i_hex(*r->p) >= 0 && c <= 0x10FFFF; r->p++) c = c * 16 + (uint32_t)qwen3i_hex(*r->p);
+        if (r->p >= r->end || *r->p++ != '}' || c > 0x10FFFF) qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "bad \\u{} escape");
+        return c;
+    }
+    if (*r->p == 'u') {
+        r->p++;
+        if (!qwen3i_regex_hex(r, 4, &c)) return 0;
+        if (c < 0xD800 || c > 0xDBFF || r->end - r->p < 6 || r->p[0] != '\\' || r->p[1] != 'u') return c;
+        r->p += 2;
+        return qwen3i_regex_hex(r, 4, &low) ? 0x10000u + ((c - 0xD800u) << 10) + (low - 0xDC00u) : 0;
+    }
+    if (*r->p == 'c' && r->end - r->p > 1) { r->p += 2; return (uint32_t)r->p[-1] & 31; }
+    if (in_class && *r->p == 'b') { r->p++; return 8; }
+    hit = strchr(from, *r->p);
+    if (hit && *r->p) { r->p++; return (uint32_t)to[hit - from]; }
+    if ((*r->p >= '1' && *r->p <= '9') || *r->p == 'k') qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "back references are not supported");
+    if (*r->p == 'p' || *r->p == 'P') qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "\\p is not supported");
+    if (*r->p == 'b' || *r->p == 'B') qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "\\b is not supported");
+    r->p += qwen3i_utf8_get(r->p, r->end, &c);
+    return c;
+}
+
+/* One character of a [class], or all of a \d: then *is_set. */
+static uint32_t qwen3i_regex_member(qwen3i_regex *r, int *is_set) {
+    uint32_t c;
+    *is_set = 0;
+    if (*r->p != '\\') { r->p += qwen3i_utf8_get(r->p, r->end, &c); return c; }
+    r->p++;
+    if (r->p < r->end && qwen3i_set_named(r->c, *r->p)) { r->p++; *is_set = 1; return 0; }
+    return qwen3i_regex_escape(r, 1);
+}
+
+/* [...], after its bracket. */
+static qwen3i_span qwen3i_regex_set(qwen3i_regex *r) {
+    int first = QWEN3I_LEN(qwen3i_chars, r->c->ranges), negated = r->p < r->end && *r->p == '^', is_set, other_set;
+    r->p += negated;
+    while (r->p < r->end && *r->p != ']' && r->c->result == QWEN3_OK) {
+        uint32_t low = qwen3i_regex_member(r, &is_set), high = low;
+        if (r->end - r->p > 1 && *r->p == '-' && r->p[1] != ']' && !is_set) {
+            r->p++;
+            high = qwen3i_regex_member(r, &other_set);
+            if (other_set) { qwen3i_set_add(r->c, '-', '-'); high = low; }
+            if (high < low) qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a range is out of order");
+        }
+        if (!is_set) qwen3i_set_add(r->c, low, high);
+    }
+    if (r->p >= r->end) qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a [ is not closed");
+    r->p++;
+    return qwen3i_set_end(r->c, first, negated);
+}
+
+static int qwen3i_ast_class(qwen3i_compiler *c, qwen3i_span set) {
+    int a = qwen3i_ast_add(c, QWEN3I_AST_CLASS, 0);
+    if (c->result == QWEN3_OK) qwen3i_ast_at(c, a)->set = set;
+    return a;
+}
+
+static int qwen3i_ast_char(qwen3i_compiler *c, uint32_t code) {
+    int first = QWEN3I_LEN(qwen3i_chars, c->ranges);
+    qwen3i_set_add(c, code, code);
+    return qwen3i_ast_class(c, qwen3i_set_end(c, first, 0));
+}
+
+static int qwen3i_regex_alternatives(qwen3i_regex *r);
+
+/* (...), after its parenthesis. */
+static int qwen3i_regex_group(qwen3i_regex *r) {
+    int a;
+    if (r->end - r->p > 1 && *r->p == '?') {
+        r->p++;
+        if (*r->p == ':') r->p++;
+        else if (*r->p == '<' && r->end - r->p > 1 && r->p[1] != '=' && r->p[1] != '!') { while (r->p < r->end && *r->p++ != '>') {} }
+        else return qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "lookahead and lookbehind are not supported");
+    }
+    a = qwen3i_regex_alternatives(r);
+    if (r->p >= r->end || *r->p != ')') return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a ( is not closed");
+    r->p++;
+    return a;
+}
+
+static int qwen3i_regex_atom(qwen3i_regex *r) {
+    qwen3i_compiler *c = r->c;
+    int first = QWEN3I_LEN(qwen3i_chars, c->ranges);
+    uint32_t code;
+    switch (*r->p) {
+        case '(': r->p++; return qwen3i_regex_group(r);
+        case '[': r->p++; return qwen3i_ast_class(c, qwen3i_regex_set(r));
+        case '^': r->p++; return qwen3i_ast_add(c, QWEN3I_AST_START, 0);
+        case '$': r->p++; return qwen3i_ast_add(c, QWEN3I_AST_END, 0);
+        case '*': case '+': case '?': return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "there is nothing to repeat");
+        case '.':
+            r->p++;
+            qwen3i_set_add(c, '\n', '\n'); qwen3i_set_add(c, '\r', '\r'); qwen3i_set_add(c, 0x2028, 0x2029);
+            return qwen3i_ast_class(c, qwen3i_set_end(c, first, 1));
+        case '\\':
+            r->p++;
+            if (r->p < r->end && qwen3i_set_named(c, *r->p)) { r->p++; return qwen3i_ast_class(c, qwen3i_set_end(c, first, 0)); }
+            return qwen3i_ast_char(c, qwen3i_regex_escape(r, 0));
+        default: r->p += qwen3i_utf8_get(r->p, r->end, &code); return qwen3i_ast_char(c, code);
+    }
+}
+
+static int qwen3i_regex_count(qwen3i_regex *r, const char **p) {
+    int n = 0;
+    const char *from = *p;
+    for (; *p < r->end && **p >= '0' && **p <= '9'; ++*p) if (n < 100000000) n = n * 10 + (**p - '0');
+    return *p > from ? n : -1;
+}
+
+/* * + ? {m} {m,} {m,n} at p: 0 if there is none. */
+static int qwen3i_regex_quantifier(qwen3i_regex *r, int *min, int *max) {
+    const char *p = r->p;
+    if (p >= r->end || (*p != '*' && *p != '+' && *p != '?' && *p != '{')) return 0;
+    *min = *p == '+';
+    *max = *p == '?' ? 1 : QWEN3I_NO_LIMIT;
+    if (*p++ == '{') {
+        *min = *max = qwen3i_regex_count(r, &p);
+        if (*min < 0) return 0;         /* a brace by itself */
+        if (p < r->end && *p == ',') { p++; *max = qwen3i_regex_count(r, &p); }
+        if (p >= r->end || *p++ != '}') return 0;
+        if (*max >= 0 && *max < *min) return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a repetition's limits are out of order");
+    }
+    r->p = p;
+    return 1;
+}
+
+static int qwen3i_ast_repeat(qwen3i_compiler *c, int child, int min, int max) {
+    int a = qwen3i_ast_add(c, QWEN3I_AST_REPEAT, child);
+    if (c->result != QWEN3_OK) return 0;
+    qwen3i_ast_at(c, a)->min = min;
+    qwen3i_ast_at(c, a)->max = max;
+    return a;
+}
+
+static int qwen3i_regex_sequence(qwen3i_regex *r) {
+    int first = 0, last = 0, a, min, max;
+    while (r->p < r->end && *r->p != '|' && *r->p != ')' && r->c->result == QWEN3_OK) {
+        a = qwen3i_regex_atom(r);
+        while (r->c->result == QWEN3_OK && qwen3i_regex_quantifier(r, &min, &max)) {
+            a = qwen3i_ast_repeat(r->c, a, min, max);
+            if (r->p < r->end && (*r->p == '?' || *r->p == '+')) r->p++;    /* lazy, possessive: the same words */
+        }
+        if (r->c->result != QWEN3_OK) return 0;
+        if (last) qwen3i_ast_at(r->c, last)->next = a; else first = a;
+        last = a;
+    }
+    return first == last ? first ? first : qwen3i_ast_add(r->c, QWEN3I_AST_EMPTY, 0) : qwen3i_ast_add(r->c, QWEN3I_AST_CAT, first);
+}
+
+static int qwen3i_regex_alternatives(qwen3i_regex *r) {
+    int first, last, a, many = 0;
+    if (++r->depth > QWEN3I_MAX_NESTING) return qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "nested too deeply");
+    first = last = qwen3i_regex_sequence(r);
+    for (; r->p < r->end && *r->p == '|' && r->c->result == QWEN3_OK; last = a) {
+        r->p++;
+        many = 1;
+        a = qwen3i_regex_sequence(r);
+        if (r->c->result == QWEN3_OK) qwen3i_ast_at(r->c, last)->next = a;
+    }
+    r->depth--;
+    return many ? qwen3i_ast_add(r->c, QWEN3I_AST_ALT, first) : first;
+}
+
+static int qwen3i_regex_parse(qwen3i_compiler *c, const char *text, size_t n) {
+    qwen3i_regex r;
+    int a;
+    r.c = c;
+    r.p = r.start = text;
+    r.end = text + n;
+    r.depth = 0;
+    a = qwen3i_regex_alternatives(&r);
+    if (c->result == QWEN3_OK && r.p < r.end) qwen3i_regex_bad(&r, QWEN3_ERR_FORMAT, "a ) is too many");
+    return a;
+}
+
+/* Does every way through begin with ^? */
+static int qwen3i_ast_anchored(qwen3i_compiler *c, int i, int depth) {
+    const qwen3i_ast *a = qwen3i_ast_at(c, i);
+    int k;
+    if (a->kind == QWEN3I_AST_START) return 1;
+    if (a->kind == QWEN3I_AST_CAT) return depth < QWEN3I_MAX_NESTING && qwen3i_ast_anchored(c, a->child, depth + 1);
+    if (a->kind != QWEN3I_AST_ALT) return 0;
+    for (k = a->child; k; k = qwen3i_ast_at(c, k)->next) if (!qwen3i_ast_anchored(c, k, depth + 1)) return 0;
+    return 1;
+}
+
+static int qwen3i_ast_nfa(qwen3i_compiler *c, int i, int out);
+
+static int qwen3i_ast_cat(qwen3i_compiler *c, int child, int out) {
+    int first = QWEN3I_LEN(int, c->stack), k;
+    for (k = child; k; k = qwen3i_ast_at(c, k)->next) qwen3i_push_int(c, &c->stack, k);
+    while (c->result == QWEN3_OK && QWEN3I_LEN(int, c->stack) > first) {
+        c->stack.n -= sizeof(int);
+        out = qwen3i_ast_nfa(c, QWEN3I_ARRAY(int, c->stack)[c->stack.n / sizeof(int)], out);
+    }
+    return out;
+}
+
+static int qwen3i_ast_nfa_repeat(qwen3i_compiler *c, const qwen3i_ast a, int out) {
+    int k, s = out;
+    if (a.max == QWEN3I_NO_LIMIT) {
+        s = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, out);
+        k = qwen3i_ast_nfa(c, a.child, s);
+        if (c->result != QWEN3_OK) return 0;
+        QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[s].out = k;
+    } else for (k = a.min; k < a.max && qwen3i_spend(c, 1); k++) s = qwen3i_nfa_split(c, qwen3i_ast_nfa(c, a.child, s), out);
+    for (k = 0; k < a.min && qwen3i_spend(c, 1); k++) s = qwen3i_ast_nfa(c, a.child, s);
+    return s;
+}
+
+static int qwen3i_ast_nfa_rule(qwen3i_compiler *c, int rule, int out);     /* of GBNF */
+
+/* The nondeterministic automaton of an expression, followed by out. */
+static int qwen3i_ast_nfa(qwen3i_compiler *c, int i, int out) {
+    const qwen3i_ast a = *qwen3i_ast_at(c, i);
+    int k, s = 0;
+    if (c->result != QWEN3_OK) return 0;
+    switch (a.kind) {
+        case QWEN3I_AST_CLASS:  return qwen3i_nfa_class(c, a.set, out);
+        case QWEN3I_AST_CAT:    return qwen3i_ast_cat(c, a.child, out);
+        case QWEN3I_AST_REPEAT: return qwen3i_ast_nfa_repeat(c, a, out);
+        case QWEN3I_AST_START:  return qwen3i_nfa_add(c, QWEN3I_NFA_START_ONLY, out, 0);
+        case QWEN3I_AST_END:    return qwen3i_nfa_add(c, QWEN3I_NFA_END_ONLY, out, 0);
+        case QWEN3I_AST_ALT:
+            for (k = a.child; k; k = qwen3i_ast_at(c, k)->next) s = qwen3i_nfa_split(c, s, qwen3i_ast_nfa(c, k, out));
+            return s;
+        case QWEN3I_AST_RULE:   return qwen3i_ast_nfa_rule(c, a.min, out);
+        default: return out;
+    }
+}
+
+/* ---- strings as JSON has them: from quote to quote ------------------------------------------------------------ */
+static int qwen3i_nfa_open(qwen3i_compiler *c, int out) { return qwen3i_nfa_byte(c, '"', QWEN3I_NFA_OPENS, out); }
+
+static int qwen3i_nfa_close(qwen3i_compiler *c, int mark) {
+    return qwen3i_nfa_byte(c, '"', QWEN3I_NFA_BOUNDARY, qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, mark, 0));
+}
+
+static qwen3i_span qwen3i_set_of(qwen3i_compiler *c, uint32_t low, uint32_t high) {
+    int first = QWEN3I_LEN(qwen3i_chars, c->ranges);
+    qwen3i_set_add(c, low, high);
+    return qwen3i_set_end(c, first, 0);
+}
+
+/* Any characters, then out. */
+static int qwen3i_nfa_any(qwen3i_compiler *c, int out) {
+    const int mark = qwen3i_nfa_add(c, QWEN3I_NFA_ANYTHING, 0, 0), rest = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, mark, out);
+    int loop = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, rest), s = qwen3i_nfa_class(c, qwen3i_set_of(c, 0, 0x10FFFF), loop);
+    if (c->result != QWEN3_OK) return 0;
+    QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[loop].out = s;
+    return loop;
+}
+
+/* The characters of a text, then out. */
+static int qwen3i_nfa_literal(qwen3i_compiler *c, qwen3i_str s, int out) {
+    const char *p = s.p, *end = s.p + s.n;
+    int first = QWEN3I_LEN(int, c->stack);
+    uint32_t code;
+    for (; p < end; p += qwen3i_utf8_get(p, end, &code)) qwen3i_push_int(c, &c->stack, (int)(p - s.p));
+    while (c->result == QWEN3_OK && QWEN3I_LEN(int, c->stack) > first) {
+        c->stack.n -= sizeof(int);
+        p = s.p + QWEN3I_ARRAY(int, c->stack)[c->stack.n / sizeof(int)];
+        qwen3i_utf8_get(p, end, &code);
+        out = qwen3i_nfa_class(c, qwen3i_set_of(c, code, code), out);
+        c->ranges.n -= sizeof(qwen3i_chars);
+    }
+    return out;
+}
+
+/* Strings that contain a match of the expression, closing with this mark. */
+static int qwen3i_nfa_pattern(qwen3i_compiler *c, int ast, int mark) {
+    int close = qwen3i_nfa_close(c, mark), last, s;
+    last = qwen3i_nfa_add(c, QWEN3I_NFA_LAST, qwen3i_nfa_any(c, close), close);
+    s = qwen3i_ast_nfa(c, ast, last);
+    if (c->result != QWEN3_OK || qwen3i_ast_anchored(c, ast, 0)) return s;
+    return qwen3i_nfa_any(c, s);
+}
+
+/* Any string, with all of JSON's escapes. */
+static int qwen3i_nfa_any_string(qwen3i_compiler *c) {
+    static const char escapes[] = "\"\\/bfnrt";
+    int close = qwen3i_nfa_close(c, 0), loop = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, close), i, s, low, e = 0;
+    qwen3i_chars all;
+    all.low = 0;
+    all.high = 0x10FFFF;
+    for (i = 0; escapes[i]; i++) e = qwen3i_nfa_split(c, e, qwen3i_nfa_byte(c, escapes[i], QWEN3I_NFA_INSIDE, loop));
+    low = qwen3i_nfa_text(c, "\\u", 2, qwen3i_nfa_hex(c, 0xDC00, 0xDFFF, 4, 1, loop));
+    s = qwen3i_nfa_split(c, qwen3i_nfa_hex(c, 0, 0xD7FF, 4, 1, loop), qwen3i_nfa_hex(c, 0xE000, 0xFFFF, 4, 1, loop));
+    s = qwen3i_nfa_split(c, s, qwen3i_nfa_hex(c, 0xD800, 0xDBFF, 4, 1, low));
+    e = qwen3i_nfa_byte(c, '\\', QWEN3I_NFA_BOUNDARY, qwen3i_nfa_split(c, e, qwen3i_nfa_byte(c, 'u', QWEN3I_NFA_INSIDE, s)));
+    e = qwen3i_nfa_split(c, e, qwen3i_nfa_part(c, all, 0x20, 0x21, loop));
+    e = qwen3i_nfa_split(c, e, qwen3i_nfa_part(c, all, 0x23, 0x5B, loop));
+    e = qwen3i_nfa_split(c, e, qwen3i_nfa_part(c, all, 0x5D, 0xD7FF, loop));
+    e = qwen3i_nfa_split(c, e, qwen3i_nfa_part(c, all, 0xE000, 0x10FFFF, loop));
+    if (c->result == QWEN3_OK) QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[loop].out = e;
+    return qwen3i_nfa_open(c, loop);
+}
+
+/* ---- formats of strings, as expressions ------------------------------------------------------------------------ */
+#define QWEN3I_RE_YEAR "(?:[1-9]\\d{3}|0[1-9]\\d\\d|00[1-9]\\d|000[1-9])"
+#define QWEN3I_RE_LEAP "(?:\\d\\d(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+#define QWEN3I_RE_DATE "(?:" QWEN3I_RE_YEAR "-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\\d|3[01])|" \
+                       "(?:0[469]|11)-(?:0[1-9]|[12]\\d|30)|02-(?:0[1-9]|1\\d|2[0-8]))|" QWEN3I_RE_LEAP "-02-29)"
+#define QWEN3I_RE_TIME "(?:[01]\\d|2[0-3]):[0-5]\\d:[0-5]\\d(?:\\.\\d+)?(?:[Zz]|[+-](?:[01]\\d|2[0-3]):[0-5]\\d)"
+#define QWEN3I_RE_LABEL "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+#define QWEN3I_RE_HOST QWEN3I_RE_LABEL "(?:\\." QWEN3I_RE_LABEL ")*"
+#define QWEN3I_RE_ATOM "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+#define QWEN3I_RE_BYTE "(?:25[0-5]|2[0-4]\\d|1\\d\\d|[1-9]?\\d)"
+#define QWEN3I_RE_IPV4 QWEN3I_RE_BYTE "(?:\\." QWEN3I_RE_BYTE "){3}"
+#define QWEN3I_RE_H16  "[0-9A-Fa-f]{1,4}"
+#define QWEN3I_RE_LS32 "(?:" QWEN3I_RE_H16 ":" QWEN3I_RE_H16 "|" QWEN3I_RE_IPV4 ")"
+#define QWEN3I_RE_IPV6 "(?:" QWEN3I_RE_H16 ":){6}" QWEN3I_RE_LS32 "|::(?:" QWEN3I_RE_H16 ":){5}" QWEN3I_RE_LS32 \
+    "|(?:" QWEN3I_RE_H16 ")?::(?:" QWEN3I_RE_H16 ":){4}" QWEN3I_RE_LS32 \
+    "|(?:(?:" QWEN3I_RE_H16 ":){0,1}" QWEN3I_RE_H16 ")?::(?:" QWEN3I_RE_H16 ":){3}" QWEN3I_RE_LS32 \
+    "|(?:(?:" QWEN3I_RE_H16 ":){0,2}" QWEN3I_RE_H16 ")?::(?:" QWEN3I_RE_H16 ":){2}" QWEN3I_RE_LS32 \
+    "|(?:(?:" QWEN3I_RE_H16 ":){0,3}" QWEN3I_RE_H16 ")?::" QWEN3I_RE_H16 ":" QWEN3I_RE_LS32 \
+    "|(?:(?:" QWEN3I_RE_H16 ":){0,4}" QWEN3I_RE_H16 ")?::" QWEN3I_RE_LS32 \
+    "|(?:(?:" QWEN3I_RE_H16 ":){0,5}" QWEN3I_RE_H16 ")?::" QWEN3I_RE_H16 \
+    "|(?:(?:" QWEN3I_RE_H16 ":){0,6}" QWEN3I_RE_H16 ")?::"
+#define QWEN3I_RE_PCHAR(more, colon) "(?:[A-Za-z0-9._~!$&'()*+,;=" colon more "-]|%[0-9A-Fa-f]{2})"
+#define QWEN3I_RE_AUTHORITY(more) "//(?:" QWEN3I_RE_PCHAR(more, ":") "*@)?" QWEN3I_RE_PCHAR(more, "") "*(?::\\d*)?"
+#define QWEN3I_RE_SEGMENTS(more) "(?:/" QWEN3I_RE_PCHAR(more, ":@") "*)*"
+#define QWEN3I_RE_TAIL(more) "(?:\\?(?:" QWEN3I_RE_PCHAR(more, ":@/?") ")*)?(?:#(?:" QWEN3I_RE_PCHAR(more, ":@/?") ")*)?"
+#define QWEN3I_RE_ROOTED(more) QWEN3I_RE_AUTHORITY(more) QWEN3I_RE_SEGMENTS(more) "|/(?:" QWEN3I_RE_PCHAR(more, ":@") "+" QWEN3I_RE_SEGMENTS(more) ")?"
+#define QWEN3I_RE_URI(more) "[A-Za-z][A-Za-z0-9+.-]*:(?:" QWEN3I_RE_ROOTED(more) "|" QWEN3I_RE_PCHAR(more, ":@") "+" QWEN3I_RE_SEGMENTS(more) ")?" \
+    QWEN3I_RE_TAIL(more)
+#define QWEN3I_RE_RELATIVE(more) "(?:" QWEN3I_RE_ROOTED(more) "|" QWEN3I_RE_PCHAR(more, "@") "+" QWEN3I_RE_SEGMENTS(more) ")?" QWEN3I_RE_TAIL(more)
+#define QWEN3I_RE_UCS "\\u00A0-\\uD7FF\\uF900-\\uFDCF\\uFDF0-\\uFFEF"
+#define QWEN3I_RE_POINTER "(?:/(?:[^~/]|~[01])*)*"
+#define QWEN3I_RE_CLOCK "T(?:\\d+H(?:\\d+M(?:\\d+S)?)?|\\d+M(?:\\d+S)?|\\d+S)"
+
+typedef struct qwen3i_text_format { const char *name, *expression; } qwen3i_text_format;
+
+/* RFC 3339, 5321, 1123, 4122, 3986, 3987, 6901; ISO 8601 as in RFC 3339's appendix. NULL: known, but not supported. */
+static const qwen3i_text_format *qwen3i_text_format_find(qwen3i_str name) {
+    static const qwen3i_text_format formats[] = {
+        {"date", QWEN3I_RE_DATE}, {"time", QWEN3I_RE_TIME}, {"date-time", QWEN3I_RE_DATE "[Tt]" QWEN3I_RE_TIME},
+        {"email", QWEN3I_RE_ATOM "(?:\\." QWEN3I_RE_ATOM ")*@" QWEN3I_RE_HOST}, {"hostname", QWEN3I_RE_HOST},
+        {"uuid", "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"},
+        {"ipv4", QWEN3I_RE_IPV4}, {"ipv6", QWEN3I_RE_IPV6}, {"uri", QWEN3I_RE_URI("")}, {"iri", QWEN3I_RE_URI(QWEN3I_RE_UCS)},
+        {"uri-reference", QWEN3I_RE_URI("") "|" QWEN3I_RE_RELATIVE("")}, {"json-pointer", QWEN3I_RE_POINTER},
+        {"iri-reference", QWEN3I_RE_URI(QWEN3I_RE_UCS) "|" QWEN3I_RE_RELATIVE(QWEN3I_RE_UCS)},
+        {"relative-json-pointer", "(?:0|[1-9]\\d*)(?:#|" QWEN3I_RE_POINTER ")"},
+        {"duration", "P(?:\\d+W|(?:\\d+Y(?:\\d+M(?:\\d+D)?)?|\\d+M(?:\\d+D)?|\\d+D)(?:" QWEN3I_RE_CLOCK ")?|" QWEN3I_RE_CLOCK ")"},
+        {"regex", NULL}, {"idn-email", NULL}, {"idn-hostname", NULL}, {"uri-template", NULL}};
+    int i;
+    for (i = 0; i < QWEN3I_COUNT(formats); i++)
+        if (strlen(formats[i].name) == name.n && memcmp(formats[i].name, name.p, name.n) == 0) return &formats[i];
+    return NULL;                        /* a name that the standard does not know says nothing about a text */
+}
+
+/* ---- numbers as JSON has them --------------------------------------------------------------------------------- */
+#define QWEN3I_MAX_DIGITS 330
+
+typedef struct qwen3i_bound {           /* a decimal number: whole.fraction, without needless zeros */
+    int  negative, n_whole, n_fraction;
+    char whole[QWEN3I_MAX_DIGITS], fraction[QWEN3I_MAX_DIGITS];
+} qwen3i_bound;
+
+/* Read the text of a JSON number; 0: it has too many digits. */
+static int qwen3i_bound_read(qwen3i_str s, qwen3i_bound *b) {
+    char digits[QWEN3I_MAX_DIGITS];
+    const char *p = s.p, *end = s.p + s.n;
+    int n = 0, point = 0, seen_point = 0, exponent = 0, negative, i;
+    memset(b, 0, sizeof *b);
+    b->negative = *p == '-';
+    for (p += b->negative; p < end && *p != 'e' && *p != 'E'; p++) {
+        if (*p == '.') { seen_point = 1; continue; }
+        if (n == 0 && *p == '0') { point -= seen_point; continue; }
+        if (n == QWEN3I_MAX_DIGITS) return 0;
+        digits[n++] = *p;
+        point += !seen_point;
+    }
+    if (p < end) {
+        negative = *++p == '-';
+        for (p += *p == '-' || *p == '+'; p < end; p++) if (exponent < 10000) exponent = exponent * 10 + (*p - '0');
+        point += negative ? -exponent : exponent;
+    }
+    while (n > 0 && digits[n - 1] == '0') n--;
+    if (n == 0) { b->negative = 0; b->whole[0] = '0'; b->n_whole = 1; return 1; }
+    if (point >= QWEN3I_MAX_DIGITS || n - point >= QWEN3I_MAX_DIGITS) return 0;
+    for (i = 0; i < point; i++) b->whole[b->n_whole++] = i < n ? digits[i] : '0';
+    if (b->n_whole == 0) b->whole[b->n_whole++] = '0';
+    for (i = point; i < n; i++) b->fraction[b->n_fraction++] = i < 0 ? '0' : digits[i];
+    return 1;
+}
+
+static int qwen3i_nfa_digit(qwen3i_compiler *c, int low, int high, int out) {
+    return low <= high ? qwen3i_nfa_range(c, low, high, QWEN3I_NFA_INSIDE, out) : 0;
+}
+
+/* Any number of digits low..high, then out. */
+static int qwen3i_nfa_digits(qwen3i_compiler *c, int low, int high, int out) {
+    int loop = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, out), s = qwen3i_nfa_digit(c, low, high, loop);
+    if (c->result == QWEN3_OK) QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[loop].out = s;
+    return loop;
+}
+
+static int qwen3i_nfa_point(qwen3i_compiler *c, int out) { return qwen3i_nfa_byte(c, '.', QWEN3I_NFA_INSIDE, out); }
+
+/* Perhaps a fraction, then out. */
+static int qwen3i_nfa_fraction(qwen3i_compiler *c, int out) {
+    return qwen3i_nfa_split(c, out, qwen3i_nfa_point(c, qwen3i_nfa_digit(c, '0', '9', qwen3i_nfa_digits(c, '0', '9', out))));
+}
+
+/* A whole number without sign: 0, or no zero first. */
+static int qwen3i_nfa_whole(qwen3i_compiler *c, int out) {
+    return qwen3i_nfa_split(c, qwen3i_nfa_digit(c, '0', '0', out), qwen3i_nfa_digit(c, '1', '9', qwen3i_nfa_digits(c, '0', '9', out)));
+}
+
+/* A fraction that is not zero, after what is known of it. */
+static int qwen3i_nfa_more(qwen3i_compiler *c, int out) {
+    return qwen3i_nfa_digits(c, '0', '0', qwen3i_nfa_digit(c, '1', '9', qwen3i_nfa_digits(c, '0', '9', out)));
+}
+
+/* The fractions (with their point) above that of b, or equal to it if inclusive. */
+static int qwen3i_nfa_fraction_above(qwen3i_compiler *c, const qwen3i_bound *b, int inclusive, int out) {
+    int i, any = qwen3i_nfa_digits(c, '0', '9', out), s = inclusive ? any : qwen3i_nfa_more(c, out);
+    if (b->n_fraction == 0) return inclusive ? qwen3i_nfa_fraction(c, out) : qwen3i_nfa_point(c, s);
+    for (i = b->n_fraction - 1; i >= 0; i--)
+        s = qwen3i_nfa_split(c, qwen3i_nfa_digit(c, b->fraction[i] + 1, '9', any), qwen3i_nfa_digit(c, b->fraction[i], b->fraction[i], s));
+    return qwen3i_nfa_point(c, s);
+}
+
+static int qwen3i_nfa_fraction_below(qwen3i_compiler *c, const qwen3i_bound *b, int inclusive, int out) {
+    int i, any = qwen3i_nfa_digits(c, '0', '9', out), zeros = qwen3i_nfa_digits(c, '0', '0', out), s = inclusive ? zeros : 0;
+    if (b->n_fraction == 0) return inclusive ? qwen3i_nfa_split(c, out, qwen3i_nfa_point(c, qwen3i_nfa_digit(c, '0', '0', zeros))) : 0;
+    for (i = b->n_fraction - 1; i >= 0; i--) {
+        s = qwen3i_nfa_split(c, qwen3i_nfa_digit(c, '0', b->fraction[i] - 1, any), qwen3i_nfa_digit(c, b->fraction[i], b->fraction[i], s));
+        if (i > 0) s = qwen3i_nfa_split(c, s, out);
+    }
+    return qwen3i_nfa_split(c, out, qwen3i_nfa_point(c, s));
+}
+
+/* Numbers without sign at least b (above = 1) or at most b. */
+static int qwen3i_nfa_beyond(qwen3i_compiler *c, const qwen3i_bound *b, int above, int inclusive, int out) {
+    int fraction = qwen3i_nfa_fraction(c, out), rest = fraction, shorter = 0, i;    /* rest: n - 1 - i digits and a fraction */
+    int s = above ? qwen3i_nfa_fraction_above(c, b, inclusive, out) : qwen3i_nfa_fraction_below(c, b, inclusive, out);
+    for (i = b->n_whole - 1; i >= 0; i--) {
+        const int d = b->whole[i], least = i == 0 && b->n_whole > 1 ? '1' : '0';
+        int other = above ? qwen3i_nfa_digit(c, d + 1, '9', rest) : qwen3i_nfa_digit(c, least, d - 1, rest);
+        s = qwen3i_nfa_split(c, other, qwen3i_nfa_digit(c, d, d, s));
+        if (!above && i > 0) shorter = qwen3i_nfa_split(c, shorter, qwen3i_nfa_digit(c, rest == fraction ? '0' : '1', '9', rest));
+        rest = qwen3i_nfa_digit(c, '0', '9', rest);
+    }
+    if (!above) return qwen3i_nfa_split(c, s, shorter);
+    for (i = 0, rest = qwen3i_nfa_digits(c, '0', '9', fraction); i < b->n_whole; i++) rest = qwen3i_nfa_digit(c, '0', '9', rest);
+    return qwen3i_nfa_split(c, s, qwen3i_nfa_digit(c, '1', '9', rest));
+}
+
+static int qwen3i_nfa_minus(qwen3i_compiler *c, int out) { return qwen3i_nfa_byte(c, '-', QWEN3I_NFA_INSIDE, out); }
+
+/* Numbers, without exponent, on one side of b. */
+static int qwen3i_nfa_limit(qwen3i_compiler *c, const qwen3i_bound *b, int above, int inclusive, int out) {
+    int same = qwen3i_nfa_beyond(c, b, above != b->negative, inclusive, out), all;
+    if (b->negative) same = qwen3i_nfa_minus(c, same);
+    if (above != b->negative) return same;
+    all = qwen3i_nfa_whole(c, qwen3i_nfa_fraction(c, out));
+    if (b->n_whole == 1 && b->whole[0] == '0' && b->n_fraction == 0 && !inclusive)      /* -0 is not below 0 */
+        all = qwen3i_nfa_beyond(c, b, 1, 0, out);
+    return qwen3i_nfa_split(c, same, b->negative ? all : qwen3i_nfa_minus(c, all));
+}
+
+/* All numbers: whole ones; or with a fraction of at most `places` digits (0: any number, and an exponent). */
+static int qwen3i_nfa_number(qwen3i_compiler *c, int whole, int places, int out) {
+    int i, s = out, e;
+    if (!whole && places == 0) {
+        e = qwen3i_nfa_digit(c, '0', '9', qwen3i_nfa_split(c, out, qwen3i_nfa_digit(c, '0', '9', out)));
+        e = qwen3i_nfa_split(c, e, qwen3i_nfa_digit(c, '1', '2', qwen3i_nfa_digit(c, '0', '9', qwen3i_nfa_digit(c, '0', '9', out))));
+        e = qwen3i_nfa_split(c, e, qwen3i_nfa_split(c, qwen3i_nfa_byte(c, '+', QWEN3I_NFA_INSIDE, e), qwen3i_nfa_minus(c, e)));
+        e = qwen3i_nfa_split(c, qwen3i_nfa_byte(c, 'e', QWEN3I_NFA_INSIDE, e), qwen3i_nfa_byte(c, 'E', QWEN3I_NFA_INSIDE, e));
+        s = qwen3i_nfa_fraction(c, qwen3i_nfa_split(c, out, e));
+    } else if (!whole) {
+        for (i = 0; i < places; i++) s = qwen3i_nfa_split(c, out, qwen3i_nfa_digit(c, '0', '9', s));
+        s = qwen3i_nfa_split(c, out, qwen3i_nfa_point(c, qwen3i_nfa_digit(c, '0', '9', s)));
+    }
+    s = qwen3i_nfa_whole(c, s);
+    return qwen3i_nfa_split(c, s, qwen3i_nfa_minus(c, s));
+}
+
+/* Whole numbers that m divides. */
+static int qwen3i_nfa_multiple(qwen3i_compiler *c, int m, int out) {
+    int first = 0, r, d, s = 0, k;
+    for (r = 0; r < m && c->result == QWEN3_OK; r++) {      /* after digits that leave r: */
+        for (d = 0; d < 10; d++) k = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, 0), first = r == 0 && d == 0 ? k : first;
+    }
+    for (r = 0; r < m && c->result == QWEN3_OK; r++)
+        for (d = 0; d < 10; d++) {
+            int to = first + (r * 10 + d) % m * 10, digit = qwen3i_nfa_digit(c, '0' + d, '0' + d, to);
+            qwen3i_nfa *a = &QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[first + r * 10 + d];
+            if (c->result != QWEN3_OK) return 0;
+            a->out = digit;
+            a->out1 = d < 9 ? first + r * 10 + d + 1 : r == 0 ? out : 0;
+        }
+    for (d = 1; d < 10; d++) s = qwen3i_nfa_split(c, s, qwen3i_nfa_digit(c, '0' + d, '0' + d, first + d % m * 10));
+    s = qwen3i_nfa_split(c, s, qwen3i_nfa_digit(c, '0', '0', out));
+    return qwen3i_nfa_split(c, s, qwen3i_nfa_minus(c, s));
+}
+
+/* All ways to write a number without exponent. */
+static int qwen3i_nfa_equal(qwen3i_compiler *c, const qwen3i_bound *b, int out) {
+    int zeros = qwen3i_nfa_digits(c, '0', '0', out), s;
+    if (b->n_fraction) s = qwen3i_nfa_point(c, qwen3i_nfa_text(c, b->fraction, (size_t)b->n_fraction, zeros));
+    else s = qwen3i_nfa_split(c, out, qwen3i_nfa_point(c, qwen3i_nfa_digit(c, '0', '0', zeros)));
+    s = qwen3i_nfa_text(c, b->whole, (size_t)b->n_whole, s);
+    if (b->negative) return qwen3i_nfa_minus(c, s);
+    return b->n_whole == 1 && b->whole[0] == '0' && !b->n_fraction ? qwen3i_nfa_split(c, s, qwen3i_nfa_minus(c, s)) : s;
+}
+
+/* ---- JSON Schema: the document --------------------------------------------------------------------------------- */
+typedef struct qwen3i_dom {             /* a value of the schema's text; 0 is none */
+    int  parent, first, last, next;     /* of an object or array: its members */
+    int  key, n_key, text, n_text;      /* in c->text: the key; a string, or a number as it is written */
+    char type;                          /* { [ " 0 t f n */
+} qwen3i_dom;
+
+#define QWEN3I_SCHEMA_DEPTH 256
+
+static qwen3i_dom *qwen3i_dom_at(const qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_dom, c->dom)[i]; }
+
+static qwen3i_str qwen3i_slice(const qwen3i_compiler *c, int at, int n) {
+    qwen3i_str s;
+    s.p = c->text.p ? c->text.p + at : "";
+    s.n = (size_t)n;
+    return s;
+}
+static qwen3i_str qwen3i_dom_key(const qwen3i_compiler *c, int i) { return qwen3i_slice(c, qwen3i_dom_at(c, i)->key, qwen3i_dom_at(c, i)->n_key); }
+static qwen3i_str qwen3i_dom_text(const qwen3i_compiler *c, int i) { return qwen3i_slice(c, qwen3i_dom_at(c, i)->text, qwen3i_dom_at(c, i)->n_text); }
+
+static int qwen3i_same(qwen3i_str a, qwen3i_str b) { return a.n == b.n && memcmp(a.p, b.p, a.n) == 0; }
+static int qwen3i_is(qwen3i_str a, const char *text) { return a.n == strlen(text) && memcmp(a.p, text, a.n) == 0; }
+
+/* Keep text; escaped: of a JSON string. Returns where, *n: its length. */
+static int qwen3i_keep(qwen3i_compiler *c, qwen3i_str s, int escaped, int *n) {
+    int at = (int)c->text.n;
+    *n = 0;
+    if (c->result != QWEN3_OK) return 0;
+    if (!qwen3i_buf_reserve(&c->text, s.n + 1)) return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    if (escaped) *n = (int)qwen3i_json_unescape(s, c->text.p + at);
+    else { memcpy(c->text.p + at, s.p, s.n); *n = (int)s.n; }
+    c->text.n += (size_t)*n;
+    return at;
+}
+
+static int qwen3i_dom_add(qwen3i_compiler *c, int parent, qwen3i_str key, char type) {
+    qwen3i_dom d, *p;
+    int at;
+    memset(&d, 0, sizeof d);
+    d.parent = parent;
+    d.type = type;
+    d.key = qwen3i_keep(c, key, 1, &d.n_key);
+    at = qwen3i_push(c, &c->dom, &d, sizeof d);
+    if (c->result != QWEN3_OK || !parent) return at;
+    p = qwen3i_dom_at(c, parent);
+    if (p->last) qwen3i_dom_at(c, p->last)->next = at; else p->first = at;
+    p->last = at;
+    return at;
+}
+
+static void qwen3i_dom_scalar(qwen3i_compiler *c, qwen3i_json *j, int node) {
+    qwen3i_str s;
+    int at, n;
+    const char *start;
+    char type = qwen3i_json_peek(j);
+    start = j->p;
+    if (type == '"') { if (!qwen3i_json_string(j, &s)) return; }
+    else {
+        if (!qwen3i_json_scalar(j)) return;
+        s.p = start;
+        s.n = (size_t)(j->p - start);
+    }
+    at = qwen3i_keep(c, s, type == '"', &n);
+    if (c->result != QWEN3_OK) return;
+    qwen3i_dom_at(c, node)->text = at;
+    qwen3i_dom_at(c, node)->n_text = n;
+    qwen3i_dom_at(c, node)->type = (char)(type == '-' || (type >= '0' && type <= '9') ? '0' : type);
+}
+
+/* Read a document; its root's index. */
+static int qwen3i_dom_read(qwen3i_compiler *c, const char *text, size_t n) {
+    qwen3i_json j = qwen3i_json_begin(text, n);
+    qwen3i_json_iter stack[QWEN3I_SCHEMA_DEPTH];
+    qwen3i_str key;
+    int depth = 0, node, root = 0, parent = 0;
+    key.p = "";
+    key.n = 0;
+    do {
+        char type = qwen3i_json_peek(&j);
+        node = qwen3i_dom_add(c, parent, key, type);
+        if (!root) root = node;
+        if (type == '{' || type == '[') {
+            if (depth == QWEN3I_SCHEMA_DEPTH) { qwen3i_json_bad(&j, "nested too deeply"); break; }
+            qwen3i_json_open(&j, type, &stack[depth++]);
+            parent = node;
+        } else qwen3i_dom_scalar(c, &j, node);
+        key.n = 0;
+        while (depth > 0 && c->result == QWEN3_OK && !qwen3i_json_next(&j, &stack[depth - 1], &key) && !j.error) {
+            depth--;
+            parent = qwen3i_dom_at(c, parent)->parent;
+            key.n = 0;
+        }
+    } while (depth > 0 && !j.error && c->result == QWEN3_OK);
+    if (c->result == QWEN3_OK && !qwen3i_json_end(&j))
+        qwen3i_reject(c, QWEN3_ERR_FORMAT, "the schema is not JSON: %s at byte %d", j.error, (int)qwen3i_json_offset(&j));
+    return root;
+}
+
+/* The member with this key, 0: none. The last counts, as in most readers. */
+static int qwen3i_dom_get(const qwen3i_compiler *c, int object, const char *key) {
+    int i, hit = 0;
+    if (qwen3i_dom_at(c, object)->type != '{') return 0;
+    for (i = qwen3i_dom_at(c, object)->first; i; i = qwen3i_dom_at(c, i)->next) if (qwen3i_is(qwen3i_dom_key(c, i), key)) hit = i;
+    return hit;
+}
+
+static int qwen3i_dom_find(const qwen3i_compiler *c, int object, qwen3i_str key) {
+    int i, hit = 0;
+    for (i = qwen3i_dom_at(c, object)->first; i; i = qwen3i_dom_at(c, i)->next) if (qwen3i_same(qwen3i_dom_key(c, i), key)) hit = i;
+    return hit;
+}
+
+static int qwen3i_dom_count(const qwen3i_compiler *c, int node) {
+    int i, n = 0;
+    for (i = qwen3i_dom_at(c, node)->first; i; i = qwen3i_dom_at(c, i)->next) n++;
+    return n;
+}
+
+/* The JSON pointer to a value, in at most `size` bytes. */
+static const char *qwen3i_dom_path(const qwen3i_compiler *c, int node, char *path, size_t size) {
+    int chain[QWEN3I_SCHEMA_DEPTH + 2], n = 0, i, k;
+    size_t at = 0;
+    for (; qwen3i_dom_at(c, node)->parent; node = qwen3i_dom_at(c, node)->parent) chain[n++] = node;
+    path[0] = '\0';
+    if (n == 0) snprintf(path, size, "/");
+    while (n > 0 && at < size - 1) {
+        const int parent = qwen3i_dom_at(c, chain[--n])->parent;
+        qwen3i_str key = qwen3i_dom_key(c, chain[n]);
+        if (qwen3i_dom_at(c, parent)->type == '{') snprintf(path + at, size - at, "/%.*s", (int)qwen3i_min_size(key.n, 200), key.p);
+        else {
+            for (i = 0, k = qwen3i_dom_at(c, parent)->first; k != chain[n]; k = qwen3i_dom_at(c, k)->next) i++;
+            snprintf(path + at, size - at, "/%d", i);
+        }
+        at += strlen(path + at);
+    }
+    return path;
+}
+
+QWEN3I_PRINTF(4, 5)
+static int qwen3i_schema_bad(qwen3i_compiler *c, int node, qwen3_result code, const char *format, ...) {
+    char path[200], what[160];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(what, sizeof what, format, args);
+    va_end(args);
+    return qwen3i_reject(c, code, "%s: %s", qwen3i_dom_path(c, node, path, sizeof path), what);
+}
+
+/* ---- JSON Schema: what a set of schemas allows, as alternatives ------------------------------------------------- */
+enum { QWEN3I_T_NULL = 1, QWEN3I_T_FALSE = 2, QWEN3I_T_TRUE = 4, QWEN3I_T_NUMBER = 8, QWEN3I_T_STRING = 16, QWEN3I_T_LIST = 32, QWEN3I_T_OBJECT = 64,
+       QWEN3I_T_ALL_TYPES = 127 };
+
+/* A term is a value of the document with a meaning: a schema that holds, or not; a value that is equal, or not. */
+enum { QWEN3I_HOLDS, QWEN3I_FAILS, QWEN3I_EQUALS, QWEN3I_DIFFERS };
+#define QWEN3I_TERM(node, kind) ((node) * 4 + (kind))
+#define QWEN3I_NEVER (-1)               /* the term that nothing satisfies */
+
+enum { QWEN3I_R_WHOLE, QWEN3I_R_NOT_WHOLE, QWEN3I_R_MIN, QWEN3I_R_MAX, QWEN3I_R_MULTIPLE, QWEN3I_R_ONE_OF, QWEN3I_R_NONE_OF,
+       QWEN3I_R_PATTERN, QWEN3I_R_NOT_PATTERN, QWEN3I_R_FORMAT, QWEN3I_R_NOT_FORMAT, QWEN3I_R_MIN_COUNT, QWEN3I_R_MAX_COUNT,
+       QWEN3I_R_GROUP, QWEN3I_R_EQUAL, QWEN3I_R_ITEM, QWEN3I_R_PROPERTY, QWEN3I_R_REQUIRED, QWEN3I_R_FORBIDDEN, QWEN3I_R_NAMES };
+typedef struct qwen3i_rule { int kind, a, b, next; } qwen3i_rule;   /* a list of them, that grows at its head */
+
+typedef struct qwen3i_shape { int types, number, string, list, object; } qwen3i_shape;  /* and the rules for each type */
+
+static qwen3i_shape *qwen3i_shape_at(qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_shape, c->shapes)[i]; }
+static qwen3i_rule *qwen3i_rule_at(qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_rule, c->rules)[i]; }
+
+#define QWEN3I_MAX_SHAPES 2048
+
+static qwen3i_span qwen3i_shapes_begin(qwen3i_compiler *c) {
+    qwen3i_span s;
+    s.first = QWEN3I_LEN(qwen3i_shape, c->shapes);
+    s.n = 0;
+    return s;
+}
+
+static void qwen3i_shapes_add(qwen3i_compiler *c, qwen3i_span *list, qwen3i_shape s) {
+    if (s.types == 0) return;
+    if (list->n >= QWEN3I_MAX_SHAPES) { qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too many alternatives", c->where ? c->where : "the schema"); return; }
+    if (!qwen3i_spend(c, 8)) return;
+    qwen3i_push(c, &c->shapes, &s, sizeof s);
+    list->n++;
+}
+
+static qwen3i_span qwen3i_shapes_join(qwen3i_compiler *c, qwen3i_span a, qwen3i_span b) {
+    qwen3i_span out = qwen3i_shapes_begin(c);
+    int i;
+    if (b.n == 0) return a;
+    if (a.n == 0) return b;
+    for (i = 0; i < a.n && c->result == QWEN3_OK; i++) qwen3i_shapes_add(c, &out, *qwen3i_shape_at(c, a.first + i));
+    for (i = 0; i < b.n && c->result == QWEN3_OK; i++) qwen3i_shapes_add(c, &out, *qwen3i_shape_at(c, b.first + i));
+    return out;
+}
+
+/* Keep only these types, and add a rule for one of them (0: none). */
+static qwen3i_span qwen3i_restrict(qwen3i_compiler *c, qwen3i_span in, int types, int type, int kind, int a, int b) {
+    qwen3i_span out = qwen3i_shapes_begin(c);
+    int i;
+    for (i = 0; i < in.n && c->result == QWEN3_OK; i++) {
+        qwen3i_shape s = *qwen3i_shape_at(c, in.first + i);
+        int *list = type == QWEN3I_T_NUMBER ? &s.number : type == QWEN3I_T_STRING ? &s.string : type == QWEN3I_T_LIST ? &s.list : &s.object;
+        s.types &= types;
+        if (type && (s.types & type)) {
+            qwen3i_rule r;
+            r.kind = kind; r.a = a; r.b = b; r.next = *list;
+            *list = qwen3i_push(c, &c->rules, &r, sizeof r);
+        }
+        qwen3i_shapes_add(c, &out, s);
+    }
+    return out;
+}
+
+static qwen3i_span qwen3i_apply(qwen3i_compiler *c, qwen3i_span in, int term);
+
+static int qwen3i_scalar_type(const qwen3i_compiler *c, int node) {
+    switch (qwen3i_dom_at(c, node)->type) {
+        case 'n': return QWEN3I_T_NULL;
+        case 't': return QWEN3I_T_TRUE;
+        case 'f': return QWEN3I_T_FALSE;
+        case '0': return QWEN3I_T_NUMBER;
+        case '"': return QWEN3I_T_STRING;
+        default:  return 0;
+    }
+}
+
+/* A value that is equal to an object or array of the schema, or not. */
+static qwen3i_span qwen3i_apply_composite(qwen3i_compiler *c, qwen3i_span in, int value, int equal) {
+    const int is_object = qwen3i_dom_at(c, value)->type == '{', type = is_object ? QWEN3I_T_OBJECT : QWEN3I_T_LIST, n = qwen3i_dom_count(c, value);
+    qwen3i_span out, part;
+    int k, i = 0;
+    if (equal) return qwen3i_restrict(c, in, type, type, QWEN3I_R_EQUAL, value, 0);
+    out = qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES & ~type, 0, 0, 0, 0);
+    out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, in, type, type, QWEN3I_R_MIN_COUNT, n + 1, 0));
+    if (n > 0) out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, in, type, type, QWEN3I_R_MAX_COUNT, n - 1, 0));
+    for (k = qwen3i_dom_at(c, value)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next, i++) {
+        part = is_object ? qwen3i_restrict(c, in, type, type, QWEN3I_R_PROPERTY, k, QWEN3I_TERM(k, QWEN3I_DIFFERS))
+                         : qwen3i_restrict(c, in, type, type, QWEN3I_R_ITEM, i, QWEN3I_TERM(k, QWEN3I_DIFFERS));
+        part = is_object ? qwen3i_restrict(c, part, type, type, QWEN3I_R_REQUIRED, k, 1)
+                         : qwen3i_restrict(c, part, type, type, QWEN3I_R_MIN_COUNT, i + 1, 0);
+        out = qwen3i_shapes_join(c, out, part);
+    }
+    return out;
+}
+
+/* One of the values (children of a node, or the node alone), or none of them. */
+static qwen3i_span qwen3i_apply_values(qwen3i_compiler *c, qwen3i_span in, int node, int alone, int equal) {
+    int k, types = 0, first = alone ? node : qwen3i_dom_at(c, node)->first;
+    qwen3i_span out;
+    for (k = first; k; k = alone ? 0 : qwen3i_dom_at(c, k)->next) types |= qwen3i_scalar_type(c, k);
+    if (!equal) types = QWEN3I_T_ALL_TYPES & ~(types & (QWEN3I_T_NULL | QWEN3I_T_TRUE | QWEN3I_T_FALSE));
+    out = qwen3i_restrict(c, in, types, QWEN3I_T_NUMBER, equal ? QWEN3I_R_ONE_OF : QWEN3I_R_NONE_OF, node, alone);
+    out = qwen3i_restrict(c, out, types, QWEN3I_T_STRING, equal ? QWEN3I_R_ONE_OF : QWEN3I_R_NONE_OF, node, alone);
+    for (k = first; k && c->result == QWEN3_OK; k = alone ? 0 : qwen3i_dom_at(c, k)->next) {
+        if (qwen3i_scalar_type(c, k)) continue;
+        if (equal) out = qwen3i_shapes_join(c, out, qwen3i_apply_composite(c, in, k, 1));
+        else out = qwen3i_apply_composite(c, out, k, 0);
+    }
+    return out;
+}
+
+enum { QWEN3I_K_NONE, QWEN3I_K_TYPE, QWEN3I_K_ENUM, QWEN3I_K_CONST, QWEN3I_K_REF, QWEN3I_K_ALL_OF, QWEN3I_K_ANY_OF, QWEN3I_K_ONE_OF, QWEN3I_K_NOT,
+       QWEN3I_K_IF, QWEN3I_K_MINIMUM, QWEN3I_K_MAXIMUM, QWEN3I_K_EXCLUSIVE_MINIMUM, QWEN3I_K_EXCLUSIVE_MAXIMUM, QWEN3I_K_MULTIPLE_OF,
+       QWEN3I_K_MIN_LENGTH, QWEN3I_K_MAX_LENGTH, QWEN3I_K_PATTERN, QWEN3I_K_FORMAT, QWEN3I_K_ITEM_GROUP, QWEN3I_K_MIN_ITEMS, QWEN3I_K_MAX_ITEMS,
+       QWEN3I_K_UNIQUE, QWEN3I_K_PROPERTY_GROUP, QWEN3I_K_REQUIRED, QWEN3I_K_MIN_PROPERTIES, QWEN3I_K_MAX_PROPERTIES,
+       QWEN3I_K_PROPERTY_NAMES, QWEN3I_K_DEPENDENCIES, QWEN3I_K_REFUSED };
+
+static int qwen3i_keyword(qwen3i_str key) {
+    static const struct { const char *name; int id; } words[] = {
+        {"type", QWEN3I_K_TYPE}, {"enum", QWEN3I_K_ENUM}, {"const", QWEN3I_K_CONST}, {"$ref", QWEN3I_K_REF},
+        {"allOf", QWEN3I_K_ALL_OF}, {"anyOf", QWEN3I_K_ANY_OF}, {"oneOf", QWEN3I_K_ONE_OF}, {"not", QWEN3I_K_NOT}, {"if", QWEN3I_K_IF},
+        {"minimum", QWEN3I_K_MINIMUM}, {"maximum", QWEN3I_K_MAXIMUM}, {"exclusiveMinimum", QWEN3I_K_EXCLUSIVE_MINIMUM},
+        {"exclusiveMaximum", QWEN3I_K_EXCLUSIVE_MAXIMUM}, {"multipleOf", QWEN3I_K_MULTIPLE_OF}, {"minLength", QWEN3I_K_MIN_LENGTH},
+        {"maxLength", QWEN3I_K_MAX_LENGTH}, {"pattern", QWEN3I_K_PATTERN}, {"format", QWEN3I_K_FORMAT}, {"items", QWEN3I_K_ITEM_GROUP},
+        {"prefixItems", QWEN3I_K_ITEM_GROUP}, {"additionalItems", QWEN3I_K_ITEM_GROUP}, {"minItems", QWEN3I_K_MIN_ITEMS},
+        {"maxItems", QWEN3I_K_MAX_ITEMS}, {"uniqueItems", QWEN3I_K_UNIQUE}, {"properties", QWEN3I_K_PROPERTY_GROUP},
+        {"patternProperties", QWEN3I_K_PROPERTY_GROUP}, {"additionalProperties", QWEN3I_K_PROPERTY_GROUP}, {"required", QWEN3I_K_REQUIRED},
+        {"minProperties", QWEN3I_K_MIN_PROPERTIES}, {"maxProperties", QWEN3I_K_MAX_PROPERTIES}, {"propertyNames", QWEN3I_K_PROPERTY_NAMES},
+        {"dependencies", QWEN3I_K_DEPENDENCIES}, {"dependentRequired", QWEN3I_K_DEPENDENCIES}, {"dependentSchemas", QWEN3I_K_DEPENDENCIES},
+        {"contains", QWEN3I_K_REFUSED}, {"unevaluatedProperties", QWEN3I_K_REFUSED}, {"unevaluatedItems", QWEN3I_K_REFUSED},
+        {"$dynamicRef", QWEN3I_K_REFUSED}, {"$recursiveRef", QWEN3I_K_REFUSED}};
+    int i;
+    for (i = 0; i < QWEN3I_COUNT(words); i++) if (qwen3i_is(key, words[i].name)) return words[i].id;
+    return QWEN3I_K_NONE;
+}
+
+static int qwen3i_type_name(qwen3i_compiler *c, int node, int *whole) {
+    static const struct { const char *name; int types; } names[] = {{"null", QWEN3I_T_NULL}, {"boolean", QWEN3I_T_TRUE | QWEN3I_T_FALSE},
+        {"number", QWEN3I_T_NUMBER}, {"integer", 0}, {"string", QWEN3I_T_STRING}, {"array", QWEN3I_T_LIST}, {"object", QWEN3I_T_OBJECT}};
+    int i;
+    for (i = 0; i < QWEN3I_COUNT(names) && qwen3i_dom_at(c, node)->type == '"'; i++)
+        if (qwen3i_is(qwen3i_dom_text(c, node), names[i].name)) { *whole |= i == 3; return names[i].types; }
+    return qwen3i_schema_bad(c, node, QWEN3_ERR_FORMAT, "unknown type");
+}
+
+static qwen3i_span qwen3i_apply_type(qwen3i_compiler *c, qwen3i_span in, int node, int negated) {
+    int k, types = 0, whole = 0;
+    if (qwen3i_dom_at(c, node)->type != '[') types = qwen3i_type_name(c, node, &whole);
+    else for (k = qwen3i_dom_at(c, node)->first; k; k = qwen3i_dom_at(c, k)->next) types |= qwen3i_type_name(c, k, &whole);
+    whole = whole && !(types & QWEN3I_T_NUMBER);
+    if (negated) types = QWEN3I_T_ALL_TYPES & ~types;
+    else if (whole) types |= QWEN3I_T_NUMBER;
+    return qwen3i_restrict(c, in, types, whole ? QWEN3I_T_NUMBER : 0, negated ? QWEN3I_R_NOT_WHOLE : QWEN3I_R_WHOLE, 0, 0);
+}
+
+/* A count: a whole number from 0 on. */
+static int qwen3i_dom_int(qwen3i_compiler *c, int node) {
+    qwen3i_str s = qwen3i_dom_text(c, node);
+    qwen3i_json j = qwen3i_json_begin(s.p, s.n);
+    int64_t v;
+    if (qwen3i_dom_at(c, node)->type != '0' || !qwen3i_json_int(&j, &v) || v < 0)
+        return qwen3i_schema_bad(c, node, QWEN3_ERR_FORMAT, "a whole number from 0 on was expected");
+    return v > 1 << 30 ? 1 << 30 : (int)v;
+}
+
+static int qwen3i_want_type(qwen3i_compiler *c, int node, char type, const char *what) {
+    return qwen3i_dom_at(c, node)->type == type ? 1 : qwen3i_schema_bad(c, node, QWEN3_ERR_FORMAT, "%s was expected", what);
+}
+
+/* A bound. draft: a boolean "exclusiveMinimum" beside "minimum", as in draft 4. */
+static qwen3i_span qwen3i_apply_bound(qwen3i_compiler *c, qwen3i_span in, int schema, int node, int low, int exclusive, int negated) {
+    int other = exclusive ? 0 : qwen3i_dom_get(c, schema, low ? "exclusiveMinimum" : "exclusiveMaximum");
+    if (exclusive && qwen3i_dom_at(c, node)->type != '0') return in;    /* draft 4: says something about its neighbour */
+    if (!qwen3i_want_type(c, node, '0', "a number")) return in;
+    if (other && qwen3i_dom_at(c, other)->type == 't') exclusive = 1;
+    if (!negated) return qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_NUMBER, low ? QWEN3I_R_MIN : QWEN3I_R_MAX, node, exclusive);
+    return qwen3i_restrict(c, in, QWEN3I_T_NUMBER, QWEN3I_T_NUMBER, low ? QWEN3I_R_MAX : QWEN3I_R_MIN, node, !exclusive);
+}
+
+static qwen3i_span qwen3i_apply_count(qwen3i_compiler *c, qwen3i_span in, int node, int type, int low, int negated) {
+    int n = qwen3i_dom_int(c, node);
+    if (!negated) return qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, type, low ? QWEN3I_R_MIN_COUNT : QWEN3I_R_MAX_COUNT, n, 0);
+    if (low && n == 0) { in.n = 0; return in; }
+    return qwen3i_restrict(c, in, type, type, low ? QWEN3I_R_MAX_COUNT : QWEN3I_R_MIN_COUNT, low ? n - 1 : n + 1, 0);
+}
+
+static qwen3i_span qwen3i_apply_string(qwen3i_compiler *c, qwen3i_span in, int node, int kind, int negated) {
+    if (!qwen3i_want_type(c, node, '"', "a string")) return in;
+    if (kind == QWEN3I_R_FORMAT) {
+        const qwen3i_text_format *f = qwen3i_text_format_find(qwen3i_dom_text(c, node));
+        if (f && !f->expression) qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "format \"%s\" is not supported", f->name);
+        if (!f && negated) in.n = 0;
+        if (!f) return in;
+    }
+    return qwen3i_restrict(c, in, negated ? QWEN3I_T_STRING : QWEN3I_T_ALL_TYPES, QWEN3I_T_STRING, kind + negated, node, 0);
+}
+
+static qwen3i_span qwen3i_apply_each(qwen3i_compiler *c, qwen3i_span in, int node, int kind, int join) {
+    qwen3i_span out = in;
+    int k;
+    if (!qwen3i_want_type(c, node, '[', "a list of schemas")) return in;
+    if (join) out.n = 0;
+    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+        if (join) out = qwen3i_shapes_join(c, out, qwen3i_apply(c, in, QWEN3I_TERM(k, kind)));
+        else out = qwen3i_apply(c, out, QWEN3I_TERM(k, kind));
+    }
+    return out;
+}
+
+static qwen3i_span qwen3i_possible(qwen3i_compiler *c, qwen3i_span in);
+
+/* Exactly one: each alternative without those of the others that it has something in common with. */
+static qwen3i_span qwen3i_apply_one_of(qwen3i_compiler *c, qwen3i_span in, int node) {
+    qwen3i_span out, part, both;
+    int k, other;
+    out = in;
+    out.n = 0;
+    if (!qwen3i_want_type(c, node, '[', "a list of schemas")) return in;
+    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+        part = qwen3i_possible(c, qwen3i_apply(c, in, QWEN3I_TERM(k, QWEN3I_HOLDS)));
+        for (other = qwen3i_dom_at(c, node)->first; other && part.n > 0 && c->result == QWEN3_OK; other = qwen3i_dom_at(c, other)->next) {
+            if (other == k) continue;
+            both = qwen3i_possible(c, qwen3i_apply(c, part, QWEN3I_TERM(other, QWEN3I_HOLDS)));
+            if (both.n > 0) part = qwen3i_possible(c, qwen3i_apply(c, part, QWEN3I_TERM(other, QWEN3I_FAILS)));
+        }
+        out = qwen3i_shapes_join(c, out, part);
+    }
+    return out;
+}
+
+static qwen3i_span qwen3i_apply_if(qwen3i_compiler *c, qwen3i_span in, int schema, int node, int negated) {
+    const int then = qwen3i_dom_get(c, schema, "then"), other = qwen3i_dom_get(c, schema, "else"), kind = negated ? QWEN3I_FAILS : QWEN3I_HOLDS;
+    qwen3i_span yes, no;
+    if (!then && !other) { if (negated) in.n = 0; return in; }
+    yes = qwen3i_apply(c, in, QWEN3I_TERM(node, QWEN3I_HOLDS));
+    no = qwen3i_apply(c, in, QWEN3I_TERM(node, QWEN3I_FAILS));
+    if (then) yes = qwen3i_apply(c, yes, QWEN3I_TERM(then, kind)); else if (negated) yes.n = 0;
+    if (other) no = qwen3i_apply(c, no, QWEN3I_TERM(other, kind)); else if (negated) no.n = 0;
+    return qwen3i_shapes_join(c, yes, no);
+}
+
+static qwen3i_span qwen3i_apply_required(qwen3i_compiler *c, qwen3i_span in, int node, int negated) {
+    qwen3i_span out = in;
+    int k;
+    if (!qwen3i_want_type(c, node, '[', "a list of names")) return in;
+    if (negated) out.n = 0;
+    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+        if (!qwen3i_want_type(c, k, '"', "a name")) return in;
+        if (!negated) out = qwen3i_restrict(c, out, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, k, 0);
+        else out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_FORBIDDEN, k, 0));
+    }
+    return out;
+}
+
+static qwen3i_span qwen3i_apply_dependencies(qwen3i_compiler *c, qwen3i_span in, int node, int negated) {
+    qwen3i_span out = in, with, without;
+    int k;
+    if (!qwen3i_want_type(c, node, '{', "an object")) return in;
+    if (negated) out.n = 0;
+    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+        const int is_list = qwen3i_dom_at(c, k)->type == '[';
+        with = qwen3i_restrict(c, negated ? in : out, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, k, 1);
+        with = is_list ? qwen3i_apply_required(c, with, k, negated) : qwen3i_apply(c, with, QWEN3I_TERM(k, negated ? QWEN3I_FAILS : QWEN3I_HOLDS));
+        without = qwen3i_restrict(c, out, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT, QWEN3I_R_FORBIDDEN, k, 1);
+        out = negated ? qwen3i_shapes_join(c, out, with) : qwen3i_shapes_join(c, without, with);
+    }
+    return out;
+}
+
+/* properties, patternProperties and additionalProperties say together what they say: one rule, at the first of them. */
+static qwen3i_span qwen3i_apply_properties(qwen3i_compiler *c, qwen3i_span in, int schema, int node, int negated) {
+    static const char *const keys[] = {"properties", "patternProperties", "additionalProperties"};
+    int i, k;
+    qwen3i_span out = in;
+    if (!negated) {
+        for (i = 0; i < 3; i++) {
+            k = qwen3i_dom_get(c, schema, keys[i]);
+            if (k && k < node) return in;
+            if (k && i < 2 && !qwen3i_want_type(c, k, '{', "an object")) return in;
+        }
+        return qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT, QWEN3I_R_GROUP, schema, 0);
+    }
+    out.n = 0;
+    if (!qwen3i_is(qwen3i_dom_key(c, node), "properties")) return out;
+    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+        qwen3i_span part = qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_PROPERTY, k, QWEN3I_TERM(k, QWEN3I_FAILS));
+        out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, part, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, k, 1));
+    }
+    return out;
+}
+
+static qwen3i_span qwen3i_apply_items(qwen3i_compiler *c, qwen3i_span in, int schema, int node, int negated) {
+    static const char *const keys[] = {"items", "prefixItems", "additionalItems"};
+    int i, k;
+    if (negated) { in.n = 0; return in; }
+    for (i = 0; i < 3; i++) {
+        k = qwen3i_dom_get(c, schema, keys[i]);
+        if (k && k < node) return in;
+    }
+    return qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_LIST, QWEN3I_R_GROUP, schema, 0);
+}
+
+/* The target of a local reference. */
+static int qwen3i_resolve(qwen3i_compiler *c, int node);
+
+static qwen3i_span qwen3i_apply_keyword(qwen3i_compiler *c, qwen3i_span in, int schema, int node, int negated) {
+    const qwen3i_str key = qwen3i_dom_key(c, node);
+    const int kind = negated ? QWEN3I_FAILS : QWEN3I_HOLDS;
+    qwen3i_span none = in;
+    none.n = 0;
+    switch (qwen3i_keyword(key)) {
+        case QWEN3I_K_TYPE:     return qwen3i_apply_type(c, in, node, negated);
+        case QWEN3I_K_ENUM:     return qwen3i_want_type(c, node, '[', "a list of values") ? qwen3i_apply_values(c, in, node, 0, !negated) : in;
+        case QWEN3I_K_CONST:    return qwen3i_apply_values(c, in, node, 1, !negated);
+        case QWEN3I_K_REF:      return qwen3i_apply(c, in, QWEN3I_TERM(qwen3i_resolve(c, node), kind));
+        case QWEN3I_K_ALL_OF:   return qwen3i_apply_each(c, in, node, kind, negated);
+        case QWEN3I_K_ANY_OF:   return qwen3i_apply_each(c, in, node, kind, !negated);
+        case QWEN3I_K_ONE_OF:
+            if (!negated) return qwen3i_apply_one_of(c, in, node);
+            return qwen3i_apply_each(c, in, node, QWEN3I_FAILS, 0);     /* none of them; that more than one holds is left out */
+        case QWEN3I_K_NOT:      return qwen3i_apply(c, in, QWEN3I_TERM(node, negated ? QWEN3I_HOLDS : QWEN3I_FAILS));
+        case QWEN3I_K_IF:       return qwen3i_apply_if(c, in, schema, node, negated);
+        case QWEN3I_K_MINIMUM:  return qwen3i_apply_bound(c, in, schema, node, 1, 0, negated);
+        case QWEN3I_K_MAXIMUM:  return qwen3i_apply_bound(c, in, schema, node, 0, 0, negated);
+        case QWEN3I_K_EXCLUSIVE_MINIMUM: return qwen3i_apply_bound(c, in, schema, node, 1, 1, negated);
+        case QWEN3I_K_EXCLUSIVE_MAXIMUM: return qwen3i_apply_bound(c, in, schema, node, 0, 1, negated);
+        case QWEN3I_K_MULTIPLE_OF:
+            return negated ? none : qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_NUMBER, QWEN3I_R_MULTIPLE, node, 0);
+        case QWEN3I_K_MIN_LENGTH: return qwen3i_apply_count(c, in, node, QWEN3I_T_STRING, 1, negated);
+        case QWEN3I_K_MAX_LENGTH: return qwen3i_apply_count(c, in, node, QWEN3I_T_STRING, 0, negated);
+        case QWEN3I_K_PATTERN:  return qwen3i_apply_string(c, in, node, QWEN3I_R_PATTERN, negated);
+        case QWEN3I_K_FORMAT:   return qwen3i_apply_string(c, in, node, QWEN3I_R_FORMAT, negated);
+        case QWEN3I_K_ITEM_GROUP: return qwen3i_apply_items(c, in, schema, node, negated);
+        case QWEN3I_K_MIN_ITEMS: return qwen3i_apply_count(c, in, node, QWEN3I_T_LIST, 1, negated);
+        case QWEN3I_K_MAX_ITEMS: return qwen3i_apply_count(c, in, node, QWEN3I_T_LIST, 0, negated);
+        case QWEN3I_K_UNIQUE:
+            if (qwen3i_dom_at(c, node)->type != 't') return negated ? none : in;
+            if (!negated) qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "uniqueItems is not supported");
+            return none;
+        case QWEN3I_K_PROPERTY_GROUP: return qwen3i_apply_properties(c, in, schema, node, negated);
+        case QWEN3I_K_REQUIRED: return qwen3i_apply_required(c, in, node, negated);
+        case QWEN3I_K_MIN_PROPERTIES: return qwen3i_apply_count(c, in, node, QWEN3I_T_OBJECT, 1, negated);
+        case QWEN3I_K_MAX_PROPERTIES: return qwen3i_apply_count(c, in, node, QWEN3I_T_OBJECT, 0, negated);
+        case QWEN3I_K_PROPERTY_NAMES:
+            return negated ? none : qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT, QWEN3I_R_NAMES, node, 0);
+        case QWEN3I_K_DEPENDENCIES: return qwen3i_apply_dependencies(c, in, node, negated);
+        case QWEN3I_K_REFUSED:
+            qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "%.*s is not supported", (int)key.n, key.p);
+            return none;
+        default: return negated ? none : in;
+    }
+}
+
+/* Schemas with a draft before 2019-09: what stands beside $ref does not count. */
+static int qwen3i_old_draft(qwen3i_compiler *c) {
+    int node = qwen3i_dom_get(c, 1, "$schema");
+    qwen3i_str s = qwen3i_dom_text(c, node);
+    return node && qwen3i_str_find(s, "/draft-0", 0) < s.n;
+}
+
+static qwen3i_span qwen3i_apply_schema(qwen3i_compiler *c, qwen3i_span in, int schema, int negated) {
+    char path[200];
+    const char *outer = c->where;
+    qwen3i_span out = in;
+    int k, type = qwen3i_dom_at(c, schema)->type, ref;
+    out.n = 0;
+    if (type == (negated ? 'f' : 't')) return in;
+    if (type == 't' || type == 'f') return out;
+    if (type != '{') { qwen3i_schema_bad(c, schema, QWEN3_ERR_FORMAT, "a schema is an object or a boolean"); return in; }
+    ref = qwen3i_dom_get(c, schema, "$ref");
+    if (ref && qwen3i_dom_at(c, ref)->type == '"' && qwen3i_old_draft(c)) return qwen3i_apply_keyword(c, in, schema, ref, negated);
+    c->where = qwen3i_dom_path(c, schema, path, sizeof path);
+    if (!negated) out = in;
+    for (k = qwen3i_dom_at(c, schema)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+        if (negated) out = qwen3i_shapes_join(c, out, qwen3i_apply_keyword(c, in, schema, k, 1));
+        else out = qwen3i_apply_keyword(c, out, schema, k, 0);
+    }
+    c->where = outer;
+    return out;
+}
+
+static qwen3i_span qwen3i_apply(qwen3i_compiler *c, qwen3i_span in, int term) {
+    const int node = term >> 2, kind = term & 3;
+    if (in.n == 0 || c->result != QWEN3_OK) return in;
+    if (term == QWEN3I_NEVER) { in.n = 0; return in; }
+    if (c->depth > QWEN3I_MAX_NESTING) { qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "a schema refers to itself without end"); return in; }
+    c->depth++;
+    if (kind == QWEN3I_EQUALS || kind == QWEN3I_DIFFERS) in = qwen3i_apply_values(c, in, node, 1, kind == QWEN3I_EQUALS);
+    else in = qwen3i_apply_schema(c, in, node, kind == QWEN3I_FAILS);
+    c->depth--;
+    return in;
+}
+
+/* ---- JSON Schema: references ------------------------------------------------------------------------------------ */
+/* One step of a JSON pointer, decoded in place of the text; *rest: what follows it. */
+static int qwen3i_pointer_step(qwen3i_compiler *c, int node, qwen3i_str *rest) {
+    char name[512];
+    size_t n = 0;
+    int k, index = 0;
+    const char *p = rest->p + 1, *end = rest->p + rest->n;
+    for (; p < end && *p != '/' && n < sizeof name; p++) {
+        char x = *p;
+        if (x == '%' && end - p > 2 && qwen3i_hex(p[1]) >= 0 && qwen3i_hex(p[2]) >= 0) { x = (char)(qwen3i_hex(p[1]) * 16 + qwen3i_hex(p[2])); p += 2; }
+        if (x == '~' && end - p > 1) { x = p[1] == '0' ? '~' : '/'; p++; }
+        name[n++] = x;
+    }
+    rest->n = (size_t)(end - p);
+    rest->p = p;
+    if (qwen3i_dom_at(c, node)->type == '{') {
+        qwen3i_str key;
+        key.p = name;
+        key.n = n;
+        return qwen3i_dom_find(c, node, key);
+    }
+    if (qwen3i_dom_at(c, node)->type != '[' || n == 0 || n > 8) return 0;
+    for (k = 0; k < (int)n; k++) index = name[k] >= '0' && name[k] <= '9' ? index * 10 + (name[k] - '0') : 1 << 24;
+    for (k = qwen3i_dom_at(c, node)->first; k && index > 0; k = qwen3i_dom_at(c, k)->next) index--;
+    return k;
+}
+
+/* The schema with this identifier; a fragment: by its anchor. */
+static int qwen3i_find_id(qwen3i_compiler *c, qwen3i_str id, int anchor) {
+    int i, k, n = QWEN3I_LEN(qwen3i_dom, c->dom);
+    for (i = 1; i < n; i++) {
+        qwen3i_str text;
+        if (qwen3i_dom_at(c, i)->type != '{') continue;
+        k = qwen3i_dom_get(c, i, anchor ? "$anchor" : "$id");
+        if (!k) k = qwen3i_dom_get(c, i, "id");
+        if (!k || qwen3i_dom_at(c, k)->type != '"') continue;
+        text = qwen3i_dom_text(c, k);
+        if (text.n > 0 && text.p[0] == '#' && anchor) text = qwen3i_str_from(text, 1);
+        if (!anchor && text.n > 0 && text.p[text.n - 1] == '#') text.n--;
+        if (qwen3i_same(text, id)) return i;
+    }
+    return 0;
+}
+
+static int qwen3i_resolve(qwen3i_compiler *c, int node) {
+    qwen3i_str ref, base;
+    int at = 1;
+    size_t hash;
+    if (!qwen3i_want_type(c, node, '"', "a reference")) return 1;
+    ref = base = qwen3i_dom_text(c, node);
+    hash = qwen3i_str_find(ref, "#", 0);
+    base.n = hash;
+    if (base.n > 0) at = qwen3i_find_id(c, base, 0);
+    ref = qwen3i_str_from(ref, hash < ref.n ? hash + 1 : ref.n);
+    if (at && ref.n > 0 && ref.p[0] != '/') at = qwen3i_find_id(c, ref, 1);
+    else while (at && ref.n > 0) at = qwen3i_pointer_step(c, at, &ref);
+    if (at) return at;
+    ref = qwen3i_dom_text(c, node);
+    qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "there is no \"%.*s\" in this document", (int)qwen3i_min_size(ref.n, 80), ref.p);
+    return 1;
+}
+
+/* ---- JSON Schema: what can be at all ------------------------------------------------------------------------------ */
+static int qwen3i_compare_bounds(const qwen3i_bound *a, const qwen3i_bound *b) {
+    int order, n = qwen3i_min(a->n_fraction, b->n_fraction);
+    if (a->negative != b->negative) return a->negative ? -1 : 1;
+    order = a->n_whole != b->n_whole ? a->n_whole - b->n_whole : memcmp(a->whole, b->whole, (size_t)a->n_whole);
+    if (order == 0) order = memcmp(a->fraction, b->fraction, (size_t)n);
+    if (order == 0) order = a->n_fraction - b->n_fraction;
+    return a->negative ? -order : order;
+}
+
+static int qwen3i_dom_bound(qwen3i_compiler *c, int node, qwen3i_bound *b) {
+    if (qwen3i_bound_read(qwen3i_dom_text(c, node), b)) return 1;
+    return qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "a number with more than %d digits", QWEN3I_MAX_DIGITS);
+}
+
+static int qwen3i_same_scalar(qwen3i_compiler *c, int a, int b) {
+    qwen3i_bound x, y;
+    if (qwen3i_dom_at(c, a)->type != qwen3i_dom_at(c, b)->type) return 0;
+    if (qwen3i_dom_at(c, a)->type != '0') return qwen3i_same(qwen3i_dom_text(c, a), qwen3i_dom_text(c, b));
+    return qwen3i_dom_bound(c, a, &x) && qwen3i_dom_bound(c, b, &y) && qwen3i_compare_bounds(&x, &y) == 0;
+}
+
+/* The values of a ONE_OF or NONE_OF rule, one after another. */
+static int qwen3i_rule_first(qwen3i_compiler *c, const qwen3i_rule *r) { return r->b ? r->a : qwen3i_dom_at(c, r->a)->first; }
+static int qwen3i_rule_next(qwen3i_compiler *c, const qwen3i_rule *r, int k) { return r->b ? 0 : qwen3i_dom_at(c, k)->next; }
+
+static int qwen3i_rule_has(qwen3i_compiler *c, const qwen3i_rule *r, int value) {
+    int k;
+    for (k = qwen3i_rule_first(c, r); k; k = qwen3i_rule_next(c, r, k)) if (qwen3i_same_scalar(c, k, value)) return 1;
+    return 0;
+}
+
+/* Does a number of the schema keep these rules? */
+static int qwen3i_number_keeps(qwen3i_compiler *c, int rules, int value) {
+    qwen3i_bound v, limit;
+    int i, order;
+    if (!qwen3i_dom_bound(c, value, &v)) return 0;
+    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_ONE_OF && !qwen3i_rule_has(c, &r, value)) return 0;
+        if (r.kind == QWEN3I_R_NONE_OF && qwen3i_rule_has(c, &r, value)) return 0;
+        if (r.kind == QWEN3I_R_WHOLE && v.n_fraction > 0) return 0;
+        if (r.kind == QWEN3I_R_NOT_WHOLE && v.n_fraction == 0) return 0;
+        if (r.kind != QWEN3I_R_MIN && r.kind != QWEN3I_R_MAX) continue;
+        if (!qwen3i_dom_bound(c, r.a, &limit)) return 0;
+        order = qwen3i_compare_bounds(&v, &limit);
+        if (r.kind == QWEN3I_R_MAX) order = -order;
+        if (order < 0 || (order == 0 && r.b)) return 0;
+    }
+    return 1;
+}
+
+static int qwen3i_pattern_dfa(qwen3i_compiler *c, int node, int format);
+
+/* Is the text, written as a JSON string, a word of the automaton? -1: the state where it ends, if that is final. */
+static int qwen3i_dfa_match(qwen3i_compiler *c, int dfa, qwen3i_str text) {
+    static const char from[] = "\b\t\n\f\r\"\\", to[] = "btnfr\"\\", digits[] = "0123456789abcdef";
+    const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa];
+    int state;
+    size_t i;
+    if (!dfa) return -1;
+    state = qwen3i_dfa_step(c->g, d, 0, '"');
+    for (i = 0; i < text.n && state >= 0; i++) {
+        unsigned char x = (unsigned char)text.p[i];
+        const char *hit = x ? strchr(from, x) : NULL;
+        if (hit || x < 0x20) state = qwen3i_dfa_step(c->g, d, state, '\\');
+        if (hit) x = (unsigned char)to[hit - from];
+        else if (x < 0x20) {
+            const char *u = "u00";
+            for (; *u && state >= 0; u++) state = qwen3i_dfa_step(c->g, d, state, (unsigned char)*u);
+            if (state >= 0) state = qwen3i_dfa_step(c->g, d, state, (unsigned char)digits[x >> 4]);
+            x = (unsigned char)digits[x & 15];
+        }
+        if (state >= 0) state = qwen3i_dfa_step(c->g, d, state, x);
+    }
+    if (state >= 0) state = qwen3i_dfa_step(c->g, d, state, '"');
+    return state >= 0 && qwen3i_state_at(c->g, dfa, state)->final ? state : -1;
+}
+
+static int qwen3i_count_chars(qwen3i_str s) {
+    int n = 0;
+    size_t i;
+    for (i = 0; i < s.n; i++) n += ((unsigned char)s.p[i] & 0xC0) != 0x80;
+    return n;
+}
+
+static int qwen3i_string_keeps(qwen3i_compiler *c, int rules, int value) {
+    const qwen3i_str text = qwen3i_dom_text(c, value);
+    const int n = qwen3i_count_chars(text);
+    int i;
+    for (i = rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        const int wanted = r.kind == QWEN3I_R_PATTERN || r.kind == QWEN3I_R_FORMAT;
+        if (r.kind == QWEN3I_R_ONE_OF && !qwen3i_rule_has(c, &r, value)) return 0;
+        if (r.kind == QWEN3I_R_NONE_OF && qwen3i_rule_has(c, &r, value)) return 0;
+        if ((r.kind == QWEN3I_R_MIN_COUNT && n < r.a) || (r.kind == QWEN3I_R_MAX_COUNT && n > r.a)) return 0;
+        if (!wanted && r.kind != QWEN3I_R_NOT_PATTERN && r.kind != QWEN3I_R_NOT_FORMAT) continue;
+        if ((qwen3i_dfa_match(c, qwen3i_pattern_dfa(c, r.a, r.kind >= QWEN3I_R_FORMAT), text) >= 0) != wanted) return 0;
+    }
+    return 1;
+}
+
+/* Numbers and strings: does at least one of the values that are named keep all rules? Without such: yes. */
+static int qwen3i_scalar_possible(qwen3i_compiler *c, int rules, char type) {
+    int i, k, min = 0, max = INT_MAX, whole = 0;
+    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_MIN_COUNT) min = qwen3i_max(min, r.a);
+        if (r.kind == QWEN3I_R_MAX_COUNT) max = qwen3i_min(max, r.a);
+        if (r.kind == QWEN3I_R_WHOLE) whole |= 1;
+        if (r.kind == QWEN3I_R_NOT_WHOLE) whole |= 2;
+    }
+    if (min > max || whole == 3) return 0;
+    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind != QWEN3I_R_ONE_OF) continue;
+        for (k = qwen3i_rule_first(c, &r); k; k = qwen3i_rule_next(c, &r, k)) {
+            if (qwen3i_dom_at(c, k)->type != type) continue;
+            if (type == '0' ? qwen3i_number_keeps(c, rules, k) : qwen3i_string_keeps(c, rules, k)) return 1;
+        }
+        return 0;
+    }
+    return 1;
+}
+
+/* ---- JSON Schema: sets of terms ------------------------------------------------------------------------------------ */
+/* Follow references, and drop what says nothing: 0. */
+static int qwen3i_term_simple(qwen3i_compiler *c, int term) {
+    int steps;
+    for (steps = 0; steps < 64 && term > 0 && (term & 3) == QWEN3I_HOLDS; steps++) {
+        const qwen3i_dom *d = qwen3i_dom_at(c, term >> 2);
+        int ref;
+        if (d->type == 't' || (d->type == '{' && !d->first)) return 0;
+        if (d->type == 'f') return QWEN3I_NEVER;
+        ref = d->type == '{' ? qwen3i_dom_get(c, term >> 2, "$ref") : 0;
+        if (!ref || qwen3i_dom_at(c, ref)->type != '"' || (d->first != d->last && !qwen3i_old_draft(c))) break;
+        term = QWEN3I_TERM(qwen3i_resolve(c, ref), QWEN3I_HOLDS);
+        if (c->result != QWEN3_OK) return 0;
+    }
+    return term;
+}
+
+/* Push a term on c->terms. */
+static void qwen3i_push_term(qwen3i_compiler *c, int term) {
+    term = qwen3i_term_simple(c, term);
+    if (term) qwen3i_push_int(c, &c->terms, term);
+}
+
+/* The index of the set of terms pushed since first, which are taken off; -1: nothing satisfies it. */
+static int qwen3i_pop_terms(qwen3i_compiler *c, int first) {
+    int *t = QWEN3I_ARRAY(int, c->terms) + first, n = QWEN3I_LEN(int, c->terms) - first, i, kept = 0, fresh, id, zero = 0;
+    c->terms.n = (size_t)first * sizeof(int);
+    if (c->result != QWEN3_OK) return -1;
+    qwen3i_sort(t, (size_t)n, sizeof *t, qwen3i_compare_int);
+    for (i = 0; i < n; i++) {
+        if (t[i] == QWEN3I_NEVER) return -1;
+        if (kept == 0 || t[i] != t[kept - 1]) t[kept++] = t[i];
+    }
+    id = qwen3i_intern(c, &c->values, t ? t : &zero, kept, &fresh);
+    if (fresh) {
+        qwen3i_push_int(c, &c->value_nodes, 0);
+        qwen3i_push(c, &c->empties, "", 1);
+    }
+    return c->result == QWEN3_OK ? id : -1;
+}
+
+static qwen3i_str qwen3i_rule_name(qwen3i_compiler *c, const qwen3i_rule *r) {
+    return r->kind == QWEN3I_R_PROPERTY || r->b ? qwen3i_dom_key(c, r->a) : qwen3i_dom_text(c, r->a);
+}
+
+/* What the value of a property must satisfy, by one group of properties, patternProperties, additionalProperties. */
+static void qwen3i_group_terms(qwen3i_compiler *c, int schema, qwen3i_str name) {
+    const int named = qwen3i_dom_get(c, schema, "properties"), patterns = qwen3i_dom_get(c, schema, "patternProperties"),
+        others = qwen3i_dom_get(c, schema, "additionalProperties");
+    int k, any = 0;
+    if (named && (k = qwen3i_dom_find(c, named, name)) != 0) { any = 1; qwen3i_push_term(c, QWEN3I_TERM(k, QWEN3I_HOLDS)); }
+    for (k = patterns ? qwen3i_dom_at(c, patterns)->first : 0; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next)
+        if (qwen3i_dfa_match(c, qwen3i_pattern_dfa(c, k, 2), name) >= 0) { any = 1; qwen3i_push_term(c, QWEN3I_TERM(k, QWEN3I_HOLDS)); }
+    if (!any && others) qwen3i_push_term(c, QWEN3I_TERM(others, QWEN3I_HOLDS));
+}
+
+static int qwen3i_property_value(qwen3i_compiler *c, int rules, qwen3i_str name) {
+    int i, k, first = QWEN3I_LEN(int, c->terms);
+    for (i = rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_GROUP) qwen3i_group_terms(c, r.a, name);
+        if (r.kind == QWEN3I_R_EQUAL) {
+            k = qwen3i_dom_find(c, r.a, name);
+            qwen3i_push_term(c, k ? QWEN3I_TERM(k, QWEN3I_EQUALS) : QWEN3I_NEVER);
+        }
+        if (r.kind == QWEN3I_R_PROPERTY && qwen3i_same(qwen3i_rule_name(c, &r), name)) qwen3i_push_term(c, r.b);
+        if (r.kind == QWEN3I_R_FORBIDDEN && qwen3i_same(qwen3i_rule_name(c, &r), name)) qwen3i_push_term(c, QWEN3I_NEVER);
+    }
+    return qwen3i_pop_terms(c, first);
+}
+
+/* The schemas of a list's first items, and of the rest: children of *tuple, and *rest (0: anything). */
+static void qwen3i_items_of(qwen3i_compiler *c, int schema, int *tuple, int *rest) {
+    const int items = qwen3i_dom_get(c, schema, "items"), prefix = qwen3i_dom_get(c, schema, "prefixItems");
+    const int is_tuple = items && qwen3i_dom_at(c, items)->type == '[';
+    *tuple = prefix ? prefix : is_tuple ? items : 0;
+    *rest = is_tuple && !prefix ? qwen3i_dom_get(c, schema, "additionalItems") : is_tuple ? 0 : items;
+}
+
+static int qwen3i_item_value(qwen3i_compiler *c, int rules, int index) {
+    int i, k, at, tuple, rest, first = QWEN3I_LEN(int, c->terms);
+    for (i = rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_ITEM && r.a == index) qwen3i_push_term(c, r.b);
+        if (r.kind != QWEN3I_R_GROUP && r.kind != QWEN3I_R_EQUAL) continue;
+        if (r.kind == QWEN3I_R_GROUP) qwen3i_items_of(c, r.a, &tuple, &rest); else { tuple = r.a; rest = QWEN3I_NEVER; }
+        for (at = 0, k = tuple ? qwen3i_dom_at(c, tuple)->first : 0; k && at < index; k = qwen3i_dom_at(c, k)->next) at++;
+        if (k) qwen3i_push_term(c, QWEN3I_TERM(k, r.kind == QWEN3I_R_GROUP ? QWEN3I_HOLDS : QWEN3I_EQUALS));
+        else if (rest == QWEN3I_NEVER) qwen3i_push_term(c, QWEN3I_NEVER);
+        else if (rest) qwen3i_push_term(c, QWEN3I_TERM(rest, QWEN3I_HOLDS));
+    }
+    return qwen3i_pop_terms(c, first);
+}
+
+/* The alternatives of a set of terms. */
+static qwen3i_span qwen3i_expand(qwen3i_compiler *c, int value) {
+    qwen3i_span list = qwen3i_shapes_begin(c);
+    qwen3i_shape all;
+    int i, n = QWEN3I_ARRAY(qwen3i_span, c->values.spans)[value].n;
+    memset(&all, 0, sizeof all);
+    all.types = QWEN3I_T_ALL_TYPES;
+    qwen3i_shapes_add(c, &list, all);
+    for (i = 0; i < n && c->result == QWEN3_OK; i++)
+        list = qwen3i_apply(c, list, QWEN3I_ARRAY(int, c->values.data)[QWEN3I_ARRAY(qwen3i_span, c->values.spans)[value].first + i]);
+    return qwen3i_possible(c, list);
+}
+
+enum { QWEN3I_UNKNOWN, QWEN3I_ASKED, QWEN3I_SOME, QWEN3I_EMPTY };
+
+/* Is it certain that nothing satisfies these terms? Looks a few levels deep. */
+static int qwen3i_is_empty(qwen3i_compiler *c, int value) {
+    size_t shapes = c->shapes.n;
+    qwen3i_span list;
+    if (value < 0) return 1;
+    if (c->empties.p[value] != QWEN3I_UNKNOWN) return c->empties.p[value] == QWEN3I_EMPTY;
+    if (c->levels >= 6) return 0;
+    c->levels++;
+    c->empties.p[value] = QWEN3I_ASKED;
+    list = qwen3i_expand(c, value);
+    c->empties.p[value] = list.n > 0 ? QWEN3I_SOME : QWEN3I_EMPTY;
+    c->shapes.n = shapes;
+    c->levels--;
+    return list.n == 0;
+}
+
+static int qwen3i_list_possible(qwen3i_compiler *c, int rules) {
+    int i, min = 0, max = INT_MAX;
+    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_MIN_COUNT) min = qwen3i_max(min, r.a);
+        if (r.kind == QWEN3I_R_MAX_COUNT) max = qwen3i_min(max, r.a);
+        if (r.kind == QWEN3I_R_EQUAL) { min = qwen3i_max(min, qwen3i_dom_count(c, r.a)); max = qwen3i_min(max, qwen3i_dom_count(c, r.a)); }
+    }
+    if (min > max) return 0;
+    for (i = 0; i < min && i < 8; i++) if (qwen3i_is_empty(c, qwen3i_item_value(c, rules, i))) return 0;
+    return 1;
+}
+
+static int qwen3i_object_possible(qwen3i_compiler *c, int rules) {
+    int i, k;
+    for (i = rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_REQUIRED && qwen3i_is_empty(c, qwen3i_property_value(c, rules, qwen3i_rule_name(c, &r)))) return 0;
+        if (r.kind != QWEN3I_R_EQUAL) continue;
+        for (k = qwen3i_dom_at(c, r.a)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next)
+            if (qwen3i_is_empty(c, qwen3i_property_value(c, rules, qwen3i_dom_key(c, k)))) return 0;
+    }
+    return 1;
+}
+
+/* Leave out what is certain to be impossible. */
+static qwen3i_span qwen3i_possible(qwen3i_compiler *c, qwen3i_span in) {
+    int i;
+    qwen3i_span out = qwen3i_shapes_begin(c);
+    for (i = 0; i < in.n && c->result == QWEN3_OK; i++) {
+        qwen3i_shape s = *qwen3i_shape_at(c, in.first + i);
+        if ((s.types & QWEN3I_T_NUMBER) && !qwen3i_scalar_possible(c, s.number, '0')) s.types &= ~QWEN3I_T_NUMBER;
+        if ((s.types & QWEN3I_T_STRING) && !qwen3i_scalar_possible(c, s.string, '"')) s.types &= ~QWEN3I_T_STRING;
+        if ((s.types & QWEN3I_T_LIST) && !qwen3i_list_possible(c, s.list)) s.types &= ~QWEN3I_T_LIST;
+        if ((s.types & QWEN3I_T_OBJECT) && !qwen3i_object_possible(c, s.object)) s.types &= ~QWEN3I_T_OBJECT;
+        qwen3i_shapes_add(c, &out, s);
+    }
+    return out;
+}
+
+/* ---- the machine's parts -------------------------------------------------------------------------------------------- */
+enum { QWEN3I_END, QWEN3I_RETURN, QWEN3I_LEXEME, QWEN3I_CALL, QWEN3I_CHOICE, QWEN3I_VALUE, QWEN3I_MEMBERS, QWEN3I_ITEMS, QWEN3I_MARK };
+typedef struct qwen3i_node {
+    int kind, a, b;                     /* LEXEME: which; CALL: where; CHOICE, VALUE: a list of b nodes at a; MEMBERS, ITEMS: which */
+    int next;                           /* LEXEME, CALL, MARK: what follows */
+    int cost;                           /* bytes of the shortest text from here to the return */
+} qwen3i_node;
+
+typedef struct qwen3i_lexeme { int dfa, min, max, loop, quoted; } qwen3i_lexeme;    /* characters of a string; max -1: any; bytes of one */
+typedef struct qwen3i_property { int value, required, key; } qwen3i_property;   /* node; bytes of the key with its quotes */
+typedef struct qwen3i_object {
+    int dfa, members, n_names, n_labels, min, max, n_words, all_open;
+    int filler;                         /* bytes of a member that is there only to make up the number */
+} qwen3i_object;
+typedef struct qwen3i_items { int first, n, rest, min, max; } qwen3i_items; /* nodes of the first items at first; of the others */
+
+#define QWEN3I_NODE(g, i) (&QWEN3I_ARRAY(qwen3i_node, (g)->nodes)[i])
+
+static int qwen3i_node_add(qwen3i_compiler *c, int kind, int a, int b, int next) {
+    qwen3i_node n;
+    n.kind = kind; n.a = a; n.b = b; n.next = next;
+    n.cost = kind == QWEN3I_END || kind == QWEN3I_RETURN ? 0 : QWEN3I_FAR;
+    return qwen3i_push(c, &c->g->nodes, &n, sizeof n);
+}
+
+/* The lexeme with these parts. */
+static int qwen3i_lexeme_add(qwen3i_compiler *c, int dfa, int min, int max) {
+    qwen3i_lexeme x, *all = QWEN3I_ARRAY(qwen3i_lexeme, c->g->lexemes);
+    int i, n = QWEN3I_LEN(qwen3i_lexeme, c->g->lexemes);
+    for (i = 1; i < n; i++) if (all[i].dfa == dfa && all[i].min == min && all[i].max == max) return i;
+    x.dfa = dfa; x.min = min; x.max = max; x.loop = 1;
+    x.quoted = dfa && qwen3i_dfa_step(c->g, &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa], 0, '"') >= 0 && c->json &&
+               qwen3i_state_at(c->g, dfa, 0)->chars < QWEN3I_FAR;
+    return qwen3i_push(c, &c->g->lexemes, &x, sizeof x);
+}
+
+static int qwen3i_lexeme_node(qwen3i_compiler *c, int lexeme, int next) { return qwen3i_node_add(c, QWEN3I_LEXEME, lexeme, 0, next); }
+
+/* A finished automaton: 0 if it has no words. */
+static int qwen3i_dfa_make(qwen3i_compiler *c, int start) {
+    int dfa = start ? qwen3i_determinise(c, start, NULL, NULL) : 0;
+    return dfa && qwen3i_dfa_end(c, dfa, 0) ? dfa : 0;
+}
+
+/* ---- JSON Schema: strings and numbers --------------------------------------------------------------------------------- */
+typedef struct qwen3i_pattern { int kind, text, n_text, dfa; } qwen3i_pattern;      /* of the expressions that were met */
+
+/* Strings that match: a "pattern" (0), a "format" (1), the key of a patternProperties (2). Each is made once. */
+static int qwen3i_pattern_dfa(qwen3i_compiler *c, int node, int format) {
+    const qwen3i_str text = format == 2 ? qwen3i_dom_key(c, node) : qwen3i_dom_text(c, node);
+    qwen3i_pattern p, *all = QWEN3I_ARRAY(qwen3i_pattern, c->patterns);
+    char path[200], expression[4096];
+    const char *outer = c->where;
+    int i, ast;
+    for (i = 0; i < QWEN3I_LEN(qwen3i_pattern, c->patterns); i++)
+        if (all[i].kind == (format == 1) && qwen3i_same(qwen3i_slice(c, all[i].text, all[i].n_text), text)) return all[i].dfa;
+    p.kind = format == 1;
+    p.text = (int)(text.p - c->text.p);
+    p.n_text = (int)text.n;
+    c->where = qwen3i_dom_path(c, node, path, sizeof path);
+    qwen3i_nfa_reset(c);
+    if (format == 1) {
+        snprintf(expression, sizeof expression, "^(?:%s)$", qwen3i_text_format_find(text)->expression);
+        ast = qwen3i_regex_parse(c, expression, strlen(expression));
+    } else ast = qwen3i_regex_parse(c, text.p, text.n);
+    p.dfa = qwen3i_dfa_make(c, qwen3i_nfa_open(c, qwen3i_nfa_pattern(c, ast, 0)));
+    c->where = outer;
+    qwen3i_push(c, &c->patterns, &p, sizeof p);
+    return p.dfa;
+}
+
+/* The strings of a ONE_OF or NONE_OF rule. */
+static int qwen3i_enum_dfa(qwen3i_compiler *c, const qwen3i_rule *r) {
+    int k, s = 0, close;
+    qwen3i_nfa_reset(c);
+    close = qwen3i_nfa_close(c, 0);
+    for (k = qwen3i_rule_first(c, r); k && c->result == QWEN3_OK; k = qwen3i_rule_next(c, r, k))
+        if (qwen3i_dom_at(c, k)->type == '"') s = qwen3i_nfa_split(c, s, qwen3i_nfa_literal(c, qwen3i_dom_text(c, k), close));
+    return qwen3i_dfa_make(c, qwen3i_nfa_open(c, s));
+}
+
+/* Any string: with all escapes, or only with those that must be. */
+static int qwen3i_any_dfa(qwen3i_compiler *c, int canonical) {
+    if (c->any_string[canonical]) return c->any_string[canonical];
+    qwen3i_nfa_reset(c);
+    c->any_string[canonical] = qwen3i_dfa_make(c, canonical ? qwen3i_nfa_open(c, qwen3i_nfa_any(c, qwen3i_nfa_close(c, 0))) : qwen3i_nfa_any_string(c));
+    return c->any_string[canonical];
+}
+
+/* An expression that is ^ one class, repeated, $: then its characters are just counted. */
+static int qwen3i_simple_pattern(qwen3i_compiler *c, int node, int *min, int *max) {
+    const qwen3i_str text = qwen3i_dom_text(c, node);
+    qwen3i_pattern p;
+    qwen3i_ast a, part[3];
+    int k, n = 0, loop, close, i;
+    char path[200];
+    const char *outer = c->where;
+    c->where = qwen3i_dom_path(c, node, path, sizeof path);
+    qwen3i_nfa_reset(c);
+    a = *qwen3i_ast_at(c, qwen3i_regex_parse(c, text.p, text.n));
+    c->where = outer;
+    if (a.kind != QWEN3I_AST_CAT || c->result != QWEN3_OK) return 0;
+    for (k = a.child; k && n < 3; k = qwen3i_ast_at(c, k)->next) part[n++] = *qwen3i_ast_at(c, k);
+    if (k || n < 3 || part[0].kind != QWEN3I_AST_START || part[2].kind != QWEN3I_AST_END || part[1].kind != QWEN3I_AST_REPEAT ||
+        qwen3i_ast_at(c, part[1].child)->kind != QWEN3I_AST_CLASS || (part[1].min < 2 && part[1].max < 2 && part[1].max >= 0)) return 0;
+    *min = part[1].min;
+    *max = part[1].max;
+    for (i = 0; i < QWEN3I_LEN(qwen3i_pattern, c->patterns); i++) {
+        p = QWEN3I_ARRAY(qwen3i_pattern, c->patterns)[i];
+        if (p.kind == 2 && qwen3i_same(qwen3i_slice(c, p.text, p.n_text), text)) return p.dfa;
+    }
+    close = qwen3i_nfa_close(c, 0);
+    loop = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, close);
+    k = qwen3i_nfa_class(c, qwen3i_ast_at(c, part[1].child)->set, loop);
+    if (c->result != QWEN3_OK) return 0;
+    QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[loop].out = k;
+    p.dfa = qwen3i_dfa_make(c, qwen3i_nfa_open(c, loop));
+    p.kind = 2;
+    p.text = (int)(text.p - c->text.p);
+    p.n_text = (int)text.n;
+    qwen3i_push(c, &c->patterns, &p, sizeof p);
+    return p.dfa;
+}
+
+/* The strings that keep these rules, as a lexeme; 0: none. */
+static int qwen3i_string_lexeme(qwen3i_compiler *c, int rules) {
+    int i, min = 0, max = QWEN3I_NO_LIMIT, dfa = 0, n = 0, pattern = 0, low, high, loop = 1;
+    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_MIN_COUNT) min = qwen3i_max(min, r.a);
+        else if (r.kind == QWEN3I_R_MAX_COUNT) max = max < 0 ? r.a : qwen3i_min(max, r.a);
+        else { n++; pattern = r.kind == QWEN3I_R_PATTERN ? r.a : 0; }
+    }
+    if (n == 0) dfa = qwen3i_any_dfa(c, 0);
+    else if (n == 1 && pattern && (dfa = qwen3i_simple_pattern(c, pattern, &low, &high)) != 0) {
+        min = qwen3i_max(min, low);
+        if (high >= 0) max = max < 0 ? high : qwen3i_min(max, high);
+    } else {
+        loop = 0;
+        dfa = qwen3i_any_dfa(c, 1);
+        for (i = rules; i && dfa && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+            const qwen3i_rule r = *qwen3i_rule_at(c, i);
+            const int negated = r.kind == QWEN3I_R_NONE_OF || r.kind == QWEN3I_R_NOT_PATTERN || r.kind == QWEN3I_R_NOT_FORMAT;
+            int other;
+            if (r.kind == QWEN3I_R_MIN_COUNT || r.kind == QWEN3I_R_MAX_COUNT) continue;
+            if (r.kind == QWEN3I_R_ONE_OF || r.kind == QWEN3I_R_NONE_OF) other = qwen3i_enum_dfa(c, &r);
+            else other = qwen3i_pattern_dfa(c, r.a, r.kind >= QWEN3I_R_FORMAT);
+            if (!other && negated) continue;
+            if (!other) return 0;
+            dfa = dfa == c->any_string[1] && !negated ? other : qwen3i_product(c, dfa, other, negated ? QWEN3I_AND_NOT : QWEN3I_AND);
+        }
+    }
+    if (max >= 0 && min > max) return 0;
+    if (dfa && !loop && min > 0) { dfa = qwen3i_at_least(c, dfa, min); min = 0; }
+    if (!dfa || (max >= 0 && qwen3i_state_at(c->g, dfa, 0)->chars - 1 > max)) return 0;
+    return qwen3i_lexeme_add(c, dfa, min, max);
+}
+
+/* Numbers of the schema as they are written there; canonical: all their ways of writing. */
+static int qwen3i_number_enum(qwen3i_compiler *c, const qwen3i_rule *r, int all_ways) {
+    qwen3i_bound b;
+    int k, s = 0, end;
+    qwen3i_nfa_reset(c);
+    end = qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0);
+    for (k = qwen3i_rule_first(c, r); k && c->result == QWEN3_OK; k = qwen3i_rule_next(c, r, k)) {
+        const qwen3i_str text = qwen3i_dom_text(c, k);
+        if (qwen3i_dom_at(c, k)->type != '0' || !qwen3i_dom_bound(c, k, &b)) continue;
+        s = qwen3i_nfa_split(c, s, all_ways ? qwen3i_nfa_equal(c, &b, end) : qwen3i_nfa_text(c, text.p, text.n, end));
+        if (!all_ways && b.n_fraction == 0) {
+            int whole = qwen3i_nfa_text(c, b.whole, (size_t)b.n_whole, end);
+            s = qwen3i_nfa_split(c, s, b.negative ? qwen3i_nfa_minus(c, whole) : whole);
+        }
+    }
+    return qwen3i_dfa_make(c, s);
+}
+
+static int qwen3i_limit_dfa(qwen3i_compiler *c, const qwen3i_rule *r) {
+    qwen3i_bound b;
+    if (!qwen3i_dom_bound(c, r->a, &b)) return 0;
+    qwen3i_nfa_reset(c);
+    return qwen3i_dfa_make(c, qwen3i_nfa_limit(c, &b, r->kind == QWEN3I_R_MIN, !r->b, qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0)));
+}
+
+static int qwen3i_multiple_dfa(qwen3i_compiler *c, int node) {
+    qwen3i_bound b;
+    int i, m = 0;
+    if (!qwen3i_want_type(c, node, '0', "a number") || !qwen3i_dom_bound(c, node, &b)) return 0;
+    if (b.negative || (b.n_whole == 1 && b.whole[0] == '0' && b.n_fraction == 0))
+        return qwen3i_schema_bad(c, node, QWEN3_ERR_FORMAT, "multipleOf is not above 0");
+    for (i = 0; i < b.n_whole && m < 100000; i++) m = m * 10 + (b.whole[i] - '0');
+    if (b.n_fraction > 0 || m > 4000)
+        return qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "multipleOf is supported for whole numbers up to 4000");
+    qwen3i_nfa_reset(c);
+    return qwen3i_dfa_make(c, qwen3i_nfa_multiple(c, m, qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0)));
+}
+
+/* All numbers. places: see qwen3i_nfa_number. */
+static int qwen3i_base_number(qwen3i_compiler *c, int whole, int places) {
+    int dfa;
+    if (places == 0 && c->number_dfas[whole]) return c->number_dfas[whole];
+    qwen3i_nfa_reset(c);
+    dfa = qwen3i_dfa_make(c, qwen3i_nfa_number(c, whole, places, qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0)));
+    if (places == 0) c->number_dfas[whole] = dfa;
+    return dfa;
+}
+
+/* The numbers that keep these rules; 0: none. */
+static int qwen3i_number_dfa(qwen3i_compiler *c, int rules) {
+    int i, whole = 0, exact = 0, dfa, other;
+    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+        const int kind = qwen3i_rule_at(c, i)->kind;
+        whole |= kind == QWEN3I_R_WHOLE || kind == QWEN3I_R_MULTIPLE;
+        exact |= kind != QWEN3I_R_WHOLE && kind != QWEN3I_R_MULTIPLE && kind != QWEN3I_R_ONE_OF;
+    }
+    dfa = qwen3i_base_number(c, whole, exact && !whole ? 12 : 0);   /* few enough digits that a double tells them apart */
+    for (i = rules; i && dfa && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        int mode = QWEN3I_AND;
+        if (r.kind == QWEN3I_R_WHOLE) continue;
+        if (r.kind == QWEN3I_R_MIN || r.kind == QWEN3I_R_MAX) other = qwen3i_limit_dfa(c, &r);
+        else if (r.kind == QWEN3I_R_MULTIPLE) other = qwen3i_multiple_dfa(c, r.a);
+        else if (r.kind == QWEN3I_R_NOT_WHOLE) {
+            qwen3i_bound zero;
+            memset(&zero, 0, sizeof zero);
+            qwen3i_nfa_reset(c);
+            other = qwen3i_nfa_fraction_above(c, &zero, 0, qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0));
+            other = qwen3i_nfa_whole(c, other);
+            other = qwen3i_dfa_make(c, qwen3i_nfa_split(c, other, qwen3i_nfa_minus(c, other)));
+        } else {
+            other = qwen3i_number_enum(c, &r, r.kind == QWEN3I_R_NONE_OF);
+            if (r.kind == QWEN3I_R_NONE_OF) mode = QWEN3I_AND_NOT;
+        }
+        if (!other && mode == QWEN3I_AND_NOT) continue;
+        dfa = other ? qwen3i_product(c, dfa, other, mode) : 0;
+    }
+    return dfa;
+}
+
+/* ---- JSON Schema: objects and lists ------------------------------------------------------------------------------------ */
+/* The node of a set of terms; its alternatives follow later. */
+static int qwen3i_value_node(qwen3i_compiler *c, int value) {
+    int *node;
+    if (value < 0 || c->result != QWEN3_OK) return 0;
+    node = &QWEN3I_ARRAY(int, c->value_nodes)[value];
+    if (*node) return *node;
+    *node = qwen3i_node_add(c, QWEN3I_VALUE, 0, 0, QWEN3I_RETURN);
+    qwen3i_push_int(c, &c->pending, value);
+    return c->result == QWEN3_OK ? QWEN3I_ARRAY(int, c->value_nodes)[value] : 0;
+}
+
+typedef struct qwen3i_keys {            /* of one object, while its automaton is made */
+    qwen3i_buf names;                   /* qwen3i_str, in order */
+    qwen3i_buf members;                 /* qwen3i_property: the names', then one for each kind of other key */
+    qwen3i_buf patterns;                /* the nodes of patternProperties, by mark */
+    int rules, n_names;
+} qwen3i_keys;
+
+static void qwen3i_keys_add(qwen3i_compiler *c, qwen3i_keys *k, qwen3i_str name) {
+    qwen3i_push(c, &k->names, &name, sizeof name);
+}
+
+static void qwen3i_keys_of(qwen3i_compiler *c, qwen3i_keys *k, int object, int patterns) {
+    int i;
+    for (i = object ? qwen3i_dom_at(c, object)->first : 0; i; i = qwen3i_dom_at(c, i)->next) {
+        if (patterns) qwen3i_push_int(c, &k->patterns, i);
+        else qwen3i_keys_add(c, k, qwen3i_dom_key(c, i));
+    }
+}
+
+/* As JSON writes them: what is escaped comes with the backslash. */
+static int qwen3i_key_byte(unsigned char x) { return x < 0x20 || x == '"' || x == '\\' ? '\\' * 256 + x : x * 256; }
+
+static int qwen3i_compare_keys(const void *a, const void *b) {
+    const qwen3i_str x = *(const qwen3i_str *)a, y = *(const qwen3i_str *)b;
+    size_t i;
+    for (i = 0; i < x.n && i < y.n; i++)
+        if (x.p[i] != y.p[i]) return qwen3i_key_byte((unsigned char)x.p[i]) - qwen3i_key_byte((unsigned char)y.p[i]);
+    return (x.n > y.n) - (x.n < y.n);
+}
+
+/* All names that an object's rules mention, and its patterns. */
+static void qwen3i_keys_collect(qwen3i_compiler *c, qwen3i_keys *k) {
+    qwen3i_str *names;
+    int i, n, kept = 0;
+    for (i = k->rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_GROUP) {
+            qwen3i_keys_of(c, k, qwen3i_dom_get(c, r.a, "properties"), 0);
+            qwen3i_keys_of(c, k, qwen3i_dom_get(c, r.a, "patternProperties"), 1);
+        }
+        if (r.kind == QWEN3I_R_EQUAL) qwen3i_keys_of(c, k, r.a, 0);
+        if (r.kind == QWEN3I_R_PROPERTY || r.kind == QWEN3I_R_REQUIRED || r.kind == QWEN3I_R_FORBIDDEN) qwen3i_keys_add(c, k, qwen3i_rule_name(c, &r));
+    }
+    names = QWEN3I_ARRAY(qwen3i_str, k->names);
+    n = QWEN3I_LEN(qwen3i_str, k->names);
+    qwen3i_sort(names, (size_t)n, sizeof *names, qwen3i_compare_keys);
+    for (i = 0; i < n; i++) if (kept == 0 || !qwen3i_same(names[i], names[kept - 1])) names[kept++] = names[i];
+    k->n_names = kept;
+}
+
+static int qwen3i_key_required(qwen3i_compiler *c, int rules, qwen3i_str name) {
+    int i;
+    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_REQUIRED && qwen3i_same(qwen3i_rule_name(c, &r), name)) return 1;
+        if (r.kind == QWEN3I_R_EQUAL && qwen3i_dom_find(c, r.a, name)) return 1;
+    }
+    return 0;
+}
+
+static int qwen3i_key_cost(qwen3i_str s) {
+    int n = 2;
+    size_t i;
+    for (i = 0; i < s.n; i++) n += (unsigned char)s.p[i] < 0x20 ? 6 : s.p[i] == '"' || s.p[i] == '\\' ? 2 : 1;
+    return n;
+}
+
+/* What a key that has no name must have as its value, by the patterns (marks) that it matches. */
+static int qwen3i_other_value(qwen3i_compiler *c, const qwen3i_keys *k, const int *marks, int n) {
+    int i, m, matched, first = QWEN3I_LEN(int, c->terms);
+    for (i = k->rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        int others, patterns;
+        if (r.kind == QWEN3I_R_EQUAL) qwen3i_push_term(c, QWEN3I_NEVER);
+        if (r.kind != QWEN3I_R_GROUP) continue;
+        patterns = qwen3i_dom_get(c, r.a, "patternProperties");
+        for (matched = m = 0; m < n; m++) {
+            const int at = marks[m] - k->n_names, node = at >= 0 && at < QWEN3I_LEN(int, k->patterns) ? QWEN3I_ARRAY(int, k->patterns)[at] : 0;
+            if (!node || qwen3i_dom_at(c, node)->parent != patterns) continue;
+            matched = 1;
+            qwen3i_push_term(c, QWEN3I_TERM(node, QWEN3I_HOLDS));
+        }
+        others = qwen3i_dom_get(c, r.a, "additionalProperties");
+        if (!matched && others) qwen3i_push_term(c, QWEN3I_TERM(others, QWEN3I_HOLDS));
+    }
+    return qwen3i_pop_terms(c, first);
+}
+
+static int qwen3i_key_label(qwen3i_compiler *c, const int *marks, int n, void *user) {
+    qwen3i_keys *k = (qwen3i_keys *)user;
+    qwen3i_property m;
+    int i;
+    for (i = 0; i < n; i++)
+        if (marks[i] < k->n_names) return QWEN3I_ARRAY(qwen3i_property, k->members)[marks[i]].value ? marks[i] : -1;
+    memset(&m, 0, sizeof m);
+    m.value = qwen3i_value_node(c, qwen3i_other_value(c, k, marks, n));
+    if (!m.value) return -1;
+    for (i = k->n_names; i < QWEN3I_LEN(qwen3i_property, k->members); i++)
+        if (QWEN3I_ARRAY(qwen3i_property, k->members)[i].value == m.value) return i;
+    return qwen3i_push(c, &k->members, &m, sizeof m);
+}
+
+/* The automaton of an object's keys, with their quotes. */
+static int qwen3i_keys_dfa(qwen3i_compiler *c, qwen3i_keys *k) {
+    int i, s = 0, n_patterns = QWEN3I_LEN(int, k->patterns), zero = 0;
+    const int any = qwen3i_other_value(c, k, &zero, 0);
+    qwen3i_nfa_reset(c);
+    for (i = 0; i < k->n_names && c->result == QWEN3_OK; i++)
+        s = qwen3i_nfa_split(c, s, qwen3i_nfa_literal(c, QWEN3I_ARRAY(qwen3i_str, k->names)[i], qwen3i_nfa_close(c, i)));
+    for (i = 0; i < n_patterns && c->result == QWEN3_OK; i++) {
+        const int node = QWEN3I_ARRAY(int, k->patterns)[i];
+        const qwen3i_str text = qwen3i_dom_key(c, node);
+        char path[200];
+        c->where = qwen3i_dom_path(c, node, path, sizeof path);
+        s = qwen3i_nfa_split(c, s, qwen3i_nfa_pattern(c, qwen3i_regex_parse(c, text.p, text.n), k->n_names + i));
+        c->where = NULL;
+    }
+    if (any >= 0) s = qwen3i_nfa_split(c, s, qwen3i_nfa_any(c, qwen3i_nfa_close(c, k->n_names + n_patterns)));
+    s = qwen3i_nfa_open(c, s);
+    return s && c->result == QWEN3_OK ? qwen3i_determinise(c, s, qwen3i_key_label, k) : 0;
+}
+
+/* The strings that a schema allows, as one automaton; 0: none. */
+static int qwen3i_value_strings(qwen3i_compiler *c, int node) {
+    int first = QWEN3I_LEN(int, c->terms), value, i, dfa = 0;
+    qwen3i_span list;
+    qwen3i_push_term(c, QWEN3I_TERM(node, QWEN3I_HOLDS));
+    value = qwen3i_pop_terms(c, first);
+    if (value < 0) return 0;
+    list = qwen3i_expand(c, value);
+    for (i = 0; i < list.n && c->result == QWEN3_OK; i++) {
+        const qwen3i_shape s = *qwen3i_shape_at(c, list.first + i);
+        qwen3i_lexeme x;
+        int lexeme = s.types & QWEN3I_T_STRING ? qwen3i_string_lexeme(c, s.string) : 0;
+        if (!lexeme) continue;
+        x = QWEN3I_ARRAY(qwen3i_lexeme, c->g->lexemes)[lexeme];
+        if (x.max >= 0 && x.max < 1 << 20) return qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "maxLength of names is not supported");
+        if (x.min > 0) x.dfa = qwen3i_at_least(c, x.dfa, x.min);
+        dfa = dfa ? qwen3i_product(c, dfa, x.dfa, QWEN3I_OR) : x.dfa;
+    }
+    return dfa;
+}
+
+/* Make the keys of an object what propertyNames says, too. */
+static int qwen3i_keys_named(qwen3i_compiler *c, int rules, int dfa) {
+    int i, other;
+    for (i = rules; i && dfa && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind != QWEN3I_R_NAMES) continue;
+        other = qwen3i_value_strings(c, r.a);
+        if (!other) return 0;
+        qwen3i_dfa_end(c, dfa, 0);
+        dfa = qwen3i_product(c, dfa, other, QWEN3I_AND);
+    }
+    return dfa;
+}
+
+static int qwen3i_object_node(qwen3i_compiler *c, int rules) {
+    qwen3i_object o;
+    qwen3i_keys k;
+    qwen3i_property m;
+    int i, node = 0;
+    memset(&o, 0, sizeof o);
+    memset(&k, 0, sizeof k);
+    k.names = k.members = k.patterns = qwen3i_buf_make(&c->g->allocator);
+    k.rules = rules;
+    o.max = QWEN3I_NO_LIMIT;
+    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_MIN_COUNT) o.min = qwen3i_max(o.min, r.a);
+        if (r.kind == QWEN3I_R_MAX_COUNT) o.max = o.max < 0 ? r.a : qwen3i_min(o.max, r.a);
+    }
+    qwen3i_keys_collect(c, &k);
+    for (i = 0; i < k.n_names && c->result == QWEN3_OK; i++) {
+        const qwen3i_str name = QWEN3I_ARRAY(qwen3i_str, k.names)[i];
+        m.value = qwen3i_value_node(c, qwen3i_property_value(c, rules, name));
+        m.required = qwen3i_key_required(c, rules, name);
+        m.key = qwen3i_key_cost(name);
+        qwen3i_push(c, &k.members, &m, sizeof m);
+    }
+    o.dfa = qwen3i_keys_named(c, rules, qwen3i_keys_dfa(c, &k));
+    if (o.dfa) qwen3i_dfa_end(c, o.dfa, k.n_names);
+    o.n_names = k.n_names;
+    o.n_labels = QWEN3I_LEN(qwen3i_property, k.members);
+    o.n_words = (k.n_names + 1 + 31) / 32;          /* one more: was there any other key */
+    o.members = QWEN3I_LEN(qwen3i_property, c->g->members);
+    for (i = 0; i < o.n_names && c->result == QWEN3_OK; i++) {      /* names that propertyNames forbids are not there */
+        qwen3i_property *p = &QWEN3I_ARRAY(qwen3i_property, k.members)[i];
+        if (qwen3i_dfa_match(c, o.dfa, QWEN3I_ARRAY(qwen3i_str, k.names)[i]) < 0) p->value = 0;
+    }
+    if (c->result == QWEN3_OK && !qwen3i_buf_add(&c->g->members, k.members.p, k.members.n))
+        qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    node = qwen3i_node_add(c, QWEN3I_MEMBERS, qwen3i_push(c, &c->g->objects, &o, sizeof o), 0, QWEN3I_RETURN);
+    qwen3i_buf_free(&k.names);
+    qwen3i_buf_free(&k.members);
+    qwen3i_buf_free(&k.patterns);
+    return node;
+}
+
+#define QWEN3I_MAX_TUPLE 4096
+
+static int qwen3i_list_node(qwen3i_compiler *c, int rules) {
+    qwen3i_items items;
+    int i, tuple, rest, n = 0;
+    items.first = 0; items.min = 0; items.max = QWEN3I_NO_LIMIT;
+    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+        const qwen3i_rule r = *qwen3i_rule_at(c, i);
+        if (r.kind == QWEN3I_R_MIN_COUNT) items.min = qwen3i_max(items.min, r.a);
+        if (r.kind == QWEN3I_R_MAX_COUNT) items.max = items.max < 0 ? r.a : qwen3i_min(items.max, r.a);
+        if (r.kind == QWEN3I_R_ITEM) n = qwen3i_max(n, r.a + 1);
+        if (r.kind == QWEN3I_R_GROUP) qwen3i_items_of(c, r.a, &tuple, &rest);
+        else if (r.kind == QWEN3I_R_EQUAL) { tuple = r.a; items.min = qwen3i_max(items.min, qwen3i_dom_count(c, r.a)); }
+        else continue;
+        if (tuple) n = qwen3i_max(n, qwen3i_dom_count(c, tuple));
+    }
+    if (n > QWEN3I_MAX_TUPLE) return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: a list with more than %d places", c->where ? c->where : "/", QWEN3I_MAX_TUPLE);
+    items.n = n;
+    items.rest = qwen3i_value_node(c, qwen3i_item_value(c, rules, n));
+    for (i = 0; i < n && c->result == QWEN3_OK; i++) {
+        int at, node = qwen3i_value_node(c, qwen3i_item_value(c, rules, i));
+        at = qwen3i_push_int(c, &c->g->lists, node);
+        if (i == 0) items.first = at;
+    }
+    return qwen3i_node_add(c, QWEN3I_ITEMS, qwen3i_push(c, &c->g->arrays, &items, sizeof items), 0, QWEN3I_RETURN);
+}
+
+/* ---- JSON Schema: values ------------------------------------------------------------------------------------------------ */
+/* null, false and true, as far as they are among the types. */
+static int qwen3i_word_lexeme(qwen3i_compiler *c, int types) {
+    static const struct { int type; const char *text; } words[] = {{QWEN3I_T_NULL, "null"}, {QWEN3I_T_FALSE, "false"}, {QWEN3I_T_TRUE, "true"}};
+    int i, s = 0, end;
+    if (!c->words[types]) {
+        qwen3i_nfa_reset(c);
+        end = qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0);
+        for (i = 0; i < 3; i++)
+            if (types & words[i].type) s = qwen3i_nfa_split(c, s, qwen3i_nfa_text(c, words[i].text, strlen(words[i].text), end));
+        c->words[types] = qwen3i_lexeme_add(c, qwen3i_dfa_make(c, s), 0, QWEN3I_NO_LIMIT);
+    }
+    return c->words[types];
+}
+
+/* The lexemes of the strings of all alternatives: those without counters become one. */
+static void qwen3i_value_lexemes(qwen3i_compiler *c, qwen3i_span list, qwen3i_buf *nodes) {
+    int i, dfa = 0, numbers = 0, any = 0, first = QWEN3I_LEN(int, *nodes);
+    for (i = 0; i < list.n && c->result == QWEN3_OK; i++) {
+        const qwen3i_shape s = *qwen3i_shape_at(c, list.first + i);
+        qwen3i_lexeme x;
+        int lexeme;
+        if (s.types & QWEN3I_T_NUMBER) {
+            int other = numbers && numbers == c->number_dfas[0] ? 0 : qwen3i_number_dfa(c, s.number);
+            numbers = !other || other == numbers ? numbers : !numbers || other == c->number_dfas[0] ? other : qwen3i_product(c, numbers, other, QWEN3I_OR);
+        }
+        lexeme = (s.types & QWEN3I_T_STRING) && !any ? qwen3i_string_lexeme(c, s.string) : 0;
+        if (!lexeme) continue;
+        x = QWEN3I_ARRAY(qwen3i_lexeme, c->g->lexemes)[lexeme];
+        any |= x.dfa == c->any_string[0] && x.min == 0 && x.max < 0;
+        if (any) { dfa = x.dfa; nodes->n = (size_t)first * sizeof(int); }
+        else if (x.min > 0 || x.max >= 0) qwen3i_push_int(c, nodes, qwen3i_lexeme_node(c, lexeme, QWEN3I_RETURN));
+        else dfa = dfa && dfa != x.dfa ? qwen3i_product(c, dfa, x.dfa, QWEN3I_OR) : x.dfa;
+    }
+    if (dfa) qwen3i_push_int(c, nodes, qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, dfa, 0, QWEN3I_NO_LIMIT), QWEN3I_RETURN));
+    if (numbers) qwen3i_push_int(c, nodes, qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, numbers, 0, QWEN3I_NO_LIMIT), QWEN3I_RETURN));
+}
+
+static void qwen3i_value_build(qwen3i_compiler *c, int value) {
+    qwen3i_buf nodes = qwen3i_buf_make(&c->g->allocator);
+    qwen3i_span list;
+    qwen3i_node *node;
+    int i, types = 0, first;
+    c->shapes.n = 0;
+    list = qwen3i_expand(c, value);
+    for (i = 0; i < list.n; i++) types |= qwen3i_shape_at(c, list.first + i)->types & 7;
+    if (types && c->result == QWEN3_OK) qwen3i_push_int(c, &nodes, qwen3i_lexeme_node(c, qwen3i_word_lexeme(c, types), QWEN3I_RETURN));
+    qwen3i_value_lexemes(c, list, &nodes);
+    for (i = 0; i < list.n && c->result == QWEN3_OK; i++) {
+        const qwen3i_shape s = *qwen3i_shape_at(c, list.first + i);
+        int k, again = 0;
+        for (k = 0; k < i; k++) {
+            const qwen3i_shape o = *qwen3i_shape_at(c, list.first + k);
+            if ((o.types & QWEN3I_T_OBJECT) && o.object == s.object) again |= QWEN3I_T_OBJECT;
+            if ((o.types & QWEN3I_T_LIST) && o.list == s.list) again |= QWEN3I_T_LIST;
+        }
+        if (s.types & ~again & QWEN3I_T_OBJECT) qwen3i_push_int(c, &nodes, qwen3i_object_node(c, s.object));
+        if (s.types & ~again & QWEN3I_T_LIST) qwen3i_push_int(c, &nodes, qwen3i_list_node(c, s.list));
+    }
+    first = QWEN3I_LEN(int, c->g->lists);
+    if (c->result == QWEN3_OK && !qwen3i_buf_add(&c->g->lists, nodes.p, nodes.n)) qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    if (c->result == QWEN3_OK) {
+        node = QWEN3I_NODE(c->g, QWEN3I_ARRAY(int, c->value_nodes)[value]);
+        node->a = first;
+        node->b = QWEN3I_LEN(int, nodes);
+    }
+    qwen3i_buf_free(&nodes);
+}
+
+/* ---- costs: the fewest bytes to an end ----------------------------------------------------------------------------------- */
+static int qwen3i_object_cost(const qwen3_grammar *g, qwen3i_object *o) {
+    const qwen3i_property *m = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
+    const int open = o->dfa ? qwen3i_state_at(g, o->dfa, 0)->open : QWEN3I_FAR;
+    int i, cost = 2, n = 0, available = 0, other = 0;
+    o->filler = 0;
+    for (i = 0; i < o->n_labels; i++) {
+        const int value = m[i].value ? QWEN3I_NODE(g, m[i].value)->cost : QWEN3I_FAR;
+        const int all = qwen3i_near(i < o->n_names ? m[i].key : open, qwen3i_near(value, 1));
+        if (m[i].required) { n++; cost = qwen3i_near(cost, all + (n > 1)); }
+        else if (all < QWEN3I_FAR) { if (i < o->n_names) available++; else other = 1; o->filler = qwen3i_max(o->filler, all + 1); }
+    }
+    if (o->max >= 0 && n > o->max) return QWEN3I_FAR;
+    if (o->min > n && available + other < o->min - n) return QWEN3I_FAR;
+    return o->min > n ? qwen3i_near(cost, (o->min - n) * o->filler - (n == 0)) : cost;
+}
+
+static int qwen3i_list_cost(const qwen3_grammar *g, qwen3i_items *a) {
+    int i, cost = 2;
+    if (a->max >= 0 && a->min > a->max) return QWEN3I_FAR;
+    for (i = 0; i < a->n && i < a->min; i++)
+        cost = qwen3i_near(cost, QWEN3I_NODE(g, QWEN3I_ARRAY(int, g->lists)[a->first + i])->cost + (i > 0));
+    if (a->min > a->n) {
+        const int64_t rest = a->rest ? QWEN3I_NODE(g, a->rest)->cost : QWEN3I_FAR, more = (rest + 1) * (a->min - a->n);
+        cost = more >= QWEN3I_FAR ? QWEN3I_FAR : qwen3i_near(cost, (int)more - (a->n == 0));
+    }
+    return cost;
+}
+
+static int qwen3i_lexeme_cost(const qwen3_grammar *g, const qwen3i_lexeme *x) {
+    return x->dfa ? qwen3i_near(qwen3i_state_at(g, x->dfa, 0)->distance, qwen3i_min(x->min, QWEN3I_FAR / 4) * x->loop) : QWEN3I_FAR;
+}
+
+static int qwen3i_node_cost(const qwen3_grammar *g, const qwen3i_node *n) {
+    int i, cost = QWEN3I_FAR;
+    switch (n->kind) {
+        case QWEN3I_LEXEME:
+            return qwen3i_near(qwen3i_lexeme_cost(g, &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a]), QWEN3I_NODE(g, n->next)->cost);
+        case QWEN3I_CALL:   return qwen3i_near(QWEN3I_NODE(g, n->a)->cost, QWEN3I_NODE(g, n->next)->cost);
+        case QWEN3I_CHOICE: case QWEN3I_VALUE:
+            for (i = 0; i < n->b; i++) cost = qwen3i_min(cost, QWEN3I_NODE(g, QWEN3I_ARRAY(int, g->lists)[n->a + i])->cost);
+            return cost;
+        case QWEN3I_MEMBERS: return qwen3i_object_cost(g, &QWEN3I_ARRAY(qwen3i_object, g->objects)[n->a]);
+        case QWEN3I_ITEMS:  return qwen3i_list_cost(g, &QWEN3I_ARRAY(qwen3i_items, g->arrays)[n->a]);
+        default:            return n->cost;
+    }
+}
+
+static void qwen3i_costs(qwen3i_compiler *c) {
+    const qwen3_grammar *g = c->g;
+    int i, changed, n = QWEN3I_LEN(qwen3i_node, g->nodes);
+    do for (changed = 0, i = n - 1; i >= 0 && qwen3i_spend(c, 4); i--) {
+        const int cost = qwen3i_node_cost(g, QWEN3I_NODE(g, i));
+        changed |= cost < QWEN3I_NODE(g, i)->cost;
+        QWEN3I_NODE(g, i)->cost = qwen3i_min(cost, QWEN3I_NODE(g, i)->cost);
+    } while (changed && c->result == QWEN3_OK);
+}
+
+/* Take out what can never end: members whose values cannot, places of lists. */
+static void qwen3i_prune_object(qwen3i_compiler *c, qwen3i_object *o) {
+    qwen3i_property *m = QWEN3I_ARRAY(qwen3i_property, c->g->members) + o->members;
+    const qwen3i_dfa d = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[o->dfa];
+    int i;
+    for (i = 0; i < o->n_labels; i++) if (m[i].value && QWEN3I_NODE(c->g, m[i].value)->cost >= QWEN3I_FAR) m[i].value = 0;
+    for (i = 0; i < d.n_states; i++) {
+        qwen3i_state *s = &QWEN3I_ARRAY(qwen3i_state, c->g->states)[d.first + i];
+        if (s->final && !m[s->label].value) s->final = 0;
+    }
+    if (o->dfa && !qwen3i_dfa_end(c, o->dfa, o->n_names)) o->dfa = 0;
+    for (i = 0, o->all_open = o->dfa != 0; i < d.n_states && o->dfa; i++) {
+        const qwen3i_state *s = qwen3i_state_at(c->g, o->dfa, i);
+        if (s->distance < QWEN3I_FAR && !s->final && s->open >= QWEN3I_FAR) o->all_open = 0;
+    }
+}
+
+static void qwen3i_prune_list(const qwen3_grammar *g, qwen3i_items *a) {
+    int i;
+    if (a->rest && QWEN3I_NODE(g, a->rest)->cost >= QWEN3I_FAR) a->rest = 0;
+    if (!a->rest) a->max = a->max < 0 ? a->n : qwen3i_min(a->max, a->n);
+    for (i = 0; i < a->n; i++) {
+        const int item = QWEN3I_ARRAY(int, g->lists)[a->first + i];
+        if (item && QWEN3I_NODE(g, item)->cost < QWEN3I_FAR) continue;
+        a->max = a->max < 0 ? i : qwen3i_min(a->max, i);
+        return;
+    }
+}
+
+static void qwen3i_prune_choice(const qwen3_grammar *g, qwen3i_node *n) {
+    int i, kept = 0, *list = QWEN3I_ARRAY(int, g->lists) + n->a;
+    for (i = 0; i < n->b; i++) if (QWEN3I_NODE(g, list[i])->cost < QWEN3I_FAR) list[kept++] = list[i];
+    n->b = kept;
+}
+
+static void qwen3i_fast_rows(qwen3i_compiler *c, int dfa) {
+    const qwen3i_dfa d = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa];
+    int i;
+    for (i = 0; i < d.n_states && c->result == QWEN3_OK; i++) {
+        qwen3i_state *s = &QWEN3I_ARRAY(qwen3i_state, c->g->states)[d.first + i];
+        if (s->row < 0) qwen3i_dfa_row(c, s);
+    }
+}
+
+/* Costs, pruning, and quick rows for the automata that remain. */
+static void qwen3i_finish(qwen3i_compiler *c) {
+    qwen3_grammar *g = c->g;
+    int i;
+    qwen3i_costs(c);
+    for (i = 1; i < QWEN3I_LEN(qwen3i_object, g->objects) && c->result == QWEN3_OK; i++) {
+        qwen3i_prune_object(c, &QWEN3I_ARRAY(qwen3i_object, g->objects)[i]);
+        qwen3i_fast_rows(c, QWEN3I_ARRAY(qwen3i_object, g->objects)[i].dfa);
+    }
+    for (i = 1; i < QWEN3I_LEN(qwen3i_items, g->arrays) && c->result == QWEN3_OK; i++) qwen3i_prune_list(g, &QWEN3I_ARRAY(qwen3i_items, g->arrays)[i]);
+    for (i = 0; i < QWEN3I_LEN(qwen3i_node, g->nodes) && c->result == QWEN3_OK; i++)
+        if (QWEN3I_NODE(g, i)->kind == QWEN3I_VALUE || QWEN3I_NODE(g, i)->kind == QWEN3I_CHOICE) qwen3i_prune_choice(g, QWEN3I_NODE(g, i));
+    for (i = 1; i < QWEN3I_LEN(qwen3i_lexeme, g->lexemes) && c->result == QWEN3_OK; i++) qwen3i_fast_rows(c, QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[i].dfa);
+}
+
+static int qwen3i_compile_schema(qwen3i_compiler *c, const char *text, size_t n) {
+    int root, first;
+    c->json = 1;
+    qwen3i_dom_read(c, text, n);
+    if (c->result != QWEN3_OK) return 0;
+    first = QWEN3I_LEN(int, c->terms);
+    qwen3i_push_term(c, QWEN3I_TERM(1, QWEN3I_HOLDS));
+    root = qwen3i_pop_terms(c, first);
+    if (c->result == QWEN3_OK && root < 0) qwen3i_reject(c, QWEN3_ERR_FORMAT, "/: nothing satisfies this schema");
+    root = qwen3i_value_node(c, root);
+    for (first = 0; c->result == QWEN3_OK && first < QWEN3I_LEN(int, c->pending); first++) {
+        if (!qwen3i_spend(c, 1)) break;
+        qwen3i_value_build(c, QWEN3I_ARRAY(int, c->pending)[first]);
+    }
+    return root;
+}
+
+/* ---- GBNF: llama.cpp's notation ------------------------------------------------------------------------------------------------ */
+typedef struct qwen3i_rule_of { qwen3i_str name; int ast, node, state; } qwen3i_rule_of;    /* of a GBNF grammar */
+enum { QWEN3I_NOT_SEEN, QWEN3I_SEEING, QWEN3I_REGULAR, QWEN3I_RECURSIVE };
+
+static qwen3i_rule_of *qwen3i_bnf_rule(const qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_rule_of, c->bnf)[i]; }
+
+static int qwen3i_bnf_bad(qwen3i_regex *r, const char *what) {
+    int line = 1;
+    const char *p;
+    for (p = r->start; p < r->p; p++) line += *p == '\n';
+    return qwen3i_reject(r->c, QWEN3_ERR_FORMAT, "line %d: %s", line, what);
+}
+
+/* White space and comments; over the ends of lines only where a rule cannot end. */
+static void qwen3i_bnf_space(qwen3i_regex *r, int lines) {
+    for (; r->p < r->end; r->p++) {
+        if (*r->p == '#') while (r->p + 1 < r->end && r->p[1] != '\n') r->p++;
+        else if (*r->p != ' ' && *r->p != '\t' && !(lines && (*r->p == '\n' || *r->p == '\r'))) return;
+    }
+}
+
+static int qwen3i_bnf_letter(char x) {
+    return (x >= 'a' && x <= 'z') || (x >= 'A' && x <= 'Z') || (x >= '0' && x <= '9') || x == '-' || x == '_';
+}
+
+static qwen3i_str qwen3i_bnf_name(qwen3i_regex *r) {
+    qwen3i_str s;
+    s.p = r->p;
+    while (r->p < r->end && qwen3i_bnf_letter(*r->p)) r->p++;
+    s.n = (size_t)(r->p - s.p);
+    return s;
+}
+
+/* The number of a rule, which may be defined later. */
+static int qwen3i_bnf_find(qwen3i_compiler *c, qwen3i_str name) {
+    qwen3i_rule_of rule;
+    int i, n = QWEN3I_LEN(qwen3i_rule_of, c->bnf);
+    for (i = 0; i < n; i++) if (qwen3i_same(qwen3i_bnf_rule(c, i)->name, name)) return i;
+    memset(&rule, 0, sizeof rule);
+    rule.name = name;
+    qwen3i_spend(c, n);
+    return qwen3i_push(c, &c->bnf, &rule, sizeof rule);
+}
+
+static int qwen3i_bnf_literal(qwen3i_regex *r) {
+    int first = 0, last = 0, a;
+    uint32_t code;
+    for (r->p++; r->p < r->end && *r->p != '"' && r->c->result == QWEN3_OK; last = a) {
+        if (*r->p == '\\') { r->p++; code = qwen3i_regex_escape(r, 1); }
+        else r->p += qwen3i_utf8_get(r->p, r->end, &code);
+        a = qwen3i_ast_char(r->c, code);
+        if (r->c->result != QWEN3_OK) return 0;
+        if (last) qwen3i_ast_at(r->c, last)->next = a; else first = a;
+    }
+    if (r->p++ >= r->end) return qwen3i_bnf_bad(r, "a text is not closed");
+    return qwen3i_ast_add(r->c, first ? QWEN3I_AST_CAT : QWEN3I_AST_EMPTY, first);
+}
+
+static int qwen3i_bnf_alternatives(qwen3i_regex *r, int nested);
+
+static int qwen3i_bnf_item(qwen3i_regex *r) {
+    int a;
+    if (*r->p == '"') return qwen3i_bnf_literal(r);
+    if (*r->p == '[') { r->p++; return qwen3i_ast_class(r->c, qwen3i_regex_set(r)); }
+    if (*r->p == '.') { r->p++; return qwen3i_ast_class(r->c, qwen3i_set_of(r->c, 0, 0x10FFFF)); }
+    if (*r->p == '(') {
+        r->p++;
+        a = qwen3i_bnf_alternatives(r, 1);
+        if (r->p >= r->end || *r->p != ')') return qwen3i_bnf_bad(r, "a ( is not closed");
+        r->p++;
+        return a;
+    }
+    if (!qwen3i_bnf_letter(*r->p)) return qwen3i_bnf_bad(r, "a text, a class, a name or ( was expected");
+    a = qwen3i_ast_add(r->c, QWEN3I_AST_RULE, 0);
+    if (r->c->result == QWEN3_OK) qwen3i_ast_at(r->c, a)->min = qwen3i_bnf_find(r->c, qwen3i_bnf_name(r));
+    return a;
+}
+
+static int qwen3i_bnf_sequence(qwen3i_regex *r, int nested) {
+    int first = 0, last = 0, a, min, max;
+    for (qwen3i_bnf_space(r, nested); r->p < r->end && !strchr("|)\r\n", *r->p) && r->c->result == QWEN3_OK; last = a) {
+        a = qwen3i_bnf_item(r);
+        while (r->c->result == QWEN3_OK && qwen3i_regex_quantifier(r, &min, &max)) a = qwen3i_ast_repeat(r->c, a, min, max);
+        if (r->c->result != QWEN3_OK) return 0;
+        if (last) qwen3i_ast_at(r->c, last)->next = a; else first = a;
+        qwen3i_bnf_space(r, nested);
+    }
+    return qwen3i_ast_add(r->c, first ? QWEN3I_AST_CAT : QWEN3I_AST_EMPTY, first);
+}
+
+static int qwen3i_bnf_alternatives(qwen3i_regex *r, int nested) {
+    int first, last, a;
+    if (++r->depth > QWEN3I_MAX_NESTING) return qwen3i_bnf_bad(r, "nested too deeply");
+    first = last = qwen3i_bnf_sequence(r, nested);
+    for (; r->p < r->end && *r->p == '|' && r->c->result == QWEN3_OK; last = a) {
+        r->p++;
+        qwen3i_bnf_space(r, 1);
+        a = qwen3i_bnf_sequence(r, nested);
+        if (r->c->result == QWEN3_OK) qwen3i_ast_at(r->c, last)->next = a;
+    }
+    r->depth--;
+    return qwen3i_ast_add(r->c, QWEN3I_AST_ALT, first);
+}
+
+static void qwen3i_bnf_parse(qwen3i_compiler *c, const char *text, size_t n) {
+    qwen3i_regex r;
+    int rule, a;
+    r.c = c;
+    r.p = r.start = text;
+    r.end = text + n;
+    r.depth = 0;
+    for (qwen3i_bnf_space(&r, 1); r.p < r.end && c->result == QWEN3_OK; qwen3i_bnf_space(&r, 1)) {
+        const qwen3i_str name = qwen3i_bnf_name(&r);
+        if (name.n == 0) { qwen3i_bnf_bad(&r, "a rule's name was expected"); return; }
+        rule = qwen3i_bnf_find(c, name);
+        qwen3i_bnf_space(&r, 0);
+        if (r.end - r.p < 3 || memcmp(r.p, "::=", 3) != 0) { qwen3i_bnf_bad(&r, "::= was expected"); return; }
+        r.p += 3;
+        qwen3i_bnf_space(&r, 1);
+        a = qwen3i_bnf_alternatives(&r, 0);
+        if (c->result != QWEN3_OK) return;
+        if (qwen3i_bnf_rule(c, rule)->ast) { qwen3i_bnf_bad(&r, "a rule is defined twice"); return; }
+        qwen3i_bnf_rule(c, rule)->ast = a;
+        if (r.p < r.end && *r.p == ')') { qwen3i_bnf_bad(&r, "a ) is too many"); return; }
+    }
+}
+
+/* Is what an expression describes regular: does no rule in it come back to itself? Such are made one automaton. */
+static int qwen3i_bnf_regular(qwen3i_compiler *c, int ast, int depth) {
+    const qwen3i_ast a = *qwen3i_ast_at(c, ast);
+    qwen3i_rule_of *rule;
+    int k, regular = 1;
+    if (depth > 1500) return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "rules are nested too deeply");
+    if (!qwen3i_spend(c, 1)) return 0;
+    if (a.kind != QWEN3I_AST_RULE) {
+        for (k = a.child; k; k = a.kind == QWEN3I_AST_REPEAT ? 0 : qwen3i_ast_at(c, k)->next) regular &= qwen3i_bnf_regular(c, k, depth + 1);
+        return regular;
+    }
+    rule = qwen3i_bnf_rule(c, a.min);
+    if (!rule->ast) return qwen3i_reject(c, QWEN3_ERR_FORMAT, "rule \"%.*s\" is not defined", (int)qwen3i_min_size(rule->name.n, 80), rule->name.p);
+    if (rule->state == QWEN3I_NOT_SEEN) {
+        rule->state = QWEN3I_SEEING;
+        regular = qwen3i_bnf_regular(c, rule->ast, depth + 1);
+        rule->state = regular ? QWEN3I_REGULAR : QWEN3I_RECURSIVE;
+    }
+    return rule->state == QWEN3I_REGULAR;
+}
+
+static int qwen3i_ast_nfa_rule(qwen3i_compiler *c, int rule, int out) { return qwen3i_ast_nfa(c, qwen3i_bnf_rule(c, rule)->ast, out); }
+
+static int qwen3i_bnf_node(qwen3i_compiler *c, int ast, int next);
+
+/* A lexeme for a sequence of regular expressions: n of them from `child` on. */
+static int qwen3i_bnf_lexeme(qwen3i_compiler *c, int child, int n, int next) {
+    int i, s;
+    qwen3i_nfa_reset(c);
+    s = qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0);
+    for (i = 0; i < n; i++, child = qwen3i_ast_at(c, child)->next) qwen3i_push_int(c, &c->stack, child);
+    for (i = 0; i < n && c->result == QWEN3_OK; i++) {
+        c->stack.n -= sizeof(int);
+        s = qwen3i_ast_nfa(c, QWEN3I_ARRAY(int, c->stack)[c->stack.n / sizeof(int)], s);
+    }
+    return qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, qwen3i_dfa_make(c, s), 0, QWEN3I_NO_LIMIT), next);
+}
+
+/* The parts of a sequence from `child` on: as long as they are regular, one lexeme. */
+static int qwen3i_bnf_parts(qwen3i_compiler *c, int child, int next) {
+    int k, n = 0, rest;
+    if (!child || c->result != QWEN3_OK) return next;
+    for (k = child; k && qwen3i_bnf_regular(c, k, 0); k = qwen3i_ast_at(c, k)->next) n++;
+    if (n > 0) return qwen3i_bnf_lexeme(c, child, n, k ? qwen3i_bnf_parts(c, k, next) : next);
+    rest = qwen3i_bnf_parts(c, qwen3i_ast_at(c, child)->next, next);
+    return qwen3i_bnf_node(c, child, rest);
+}
+
+static int qwen3i_bnf_choice(qwen3i_compiler *c, const int *list, int n) {
+    int i, first = QWEN3I_LEN(int, c->g->lists);
+    for (i = 0; i < n; i++) qwen3i_push_int(c, &c->g->lists, list[i]);
+    return qwen3i_node_add(c, QWEN3I_CHOICE, first, n, 0);
+}
+
+static int qwen3i_bnf_repeat(qwen3i_compiler *c, const qwen3i_ast a, int next) {
+    int k, s = next, pair[2] = {0, 0};
+    if (a.max == QWEN3I_NO_LIMIT) {
+        pair[1] = next;
+        s = qwen3i_bnf_choice(c, pair, 2);
+        k = qwen3i_bnf_node(c, a.child, s);
+        if (c->result == QWEN3_OK) QWEN3I_ARRAY(int, c->g->lists)[QWEN3I_NODE(c->g, s)->a] = k;
+    } else for (k = a.min; k < a.max && qwen3i_spend(c, 64); k++) {
+        pair[0] = qwen3i_bnf_node(c, a.child, s);
+        pair[1] = next;
+        s = qwen3i_bnf_choice(c, pair, 2);
+    }
+    for (k = 0; k < a.min && qwen3i_spend(c, 64); k++) s = qwen3i_bnf_node(c, a.child, s);
+    return s;
+}
+
+/* The machine's part for an expression that is followed by `next`. */
+static int qwen3i_bnf_node(qwen3i_compiler *c, int ast, int next) {
+    const qwen3i_ast a = *qwen3i_ast_at(c, ast);
+    int k, n = 0, first, node;
+    if (!qwen3i_spend(c, 64)) return 0;
+    if (qwen3i_bnf_regular(c, ast, 0)) return qwen3i_bnf_lexeme(c, ast, 1, next);
+    if (a.kind == QWEN3I_AST_CAT) return qwen3i_bnf_parts(c, a.child, next);
+    if (a.kind == QWEN3I_AST_REPEAT) return qwen3i_bnf_repeat(c, a, next);
+    if (a.kind == QWEN3I_AST_RULE) return qwen3i_node_add(c, QWEN3I_CALL, qwen3i_bnf_rule(c, a.min)->node, 0, next);
+    for (k = a.child; k; k = qwen3i_ast_at(c, k)->next) n++;
+    for (first = QWEN3I_LEN(int, c->g->lists), k = 0; k < n; k++) qwen3i_push_int(c, &c->g->lists, 0);
+    for (n = 0, k = a.child; k && c->result == QWEN3_OK; k = qwen3i_ast_at(c, k)->next, n++) {
+        node = qwen3i_bnf_node(c, k, next);
+        if (c->result == QWEN3_OK) QWEN3I_ARRAY(int, c->g->lists)[first + n] = node;
+    }
+    return qwen3i_node_add(c, QWEN3I_CHOICE, first, n, 0);
+}
+
+static int qwen3i_compile_bnf(qwen3i_compiler *c, const char *text, size_t n) {
+    qwen3i_str root;
+    int i, start, n_rules;
+    root.p = "root";
+    root.n = 4;
+    c->keeps_ast = 1;
+    qwen3i_nfa_reset(c);
+    qwen3i_ast_add(c, 0, 0);
+    start = qwen3i_bnf_find(c, root);
+    qwen3i_bnf_parse(c, text, n);
+    n_rules = QWEN3I_LEN(qwen3i_rule_of, c->bnf);
+    if (c->result == QWEN3_OK && !qwen3i_bnf_rule(c, start)->ast) qwen3i_reject(c, QWEN3_ERR_FORMAT, "there is no rule \"root\"");
+    for (i = 0; i < n_rules && c->result == QWEN3_OK; i++) {
+        qwen3i_push_int(c, &c->g->lists, 0);
+        qwen3i_bnf_rule(c, i)->node = qwen3i_node_add(c, QWEN3I_CHOICE, QWEN3I_LEN(int, c->g->lists) - 1, 1, i);
+        if (!qwen3i_bnf_rule(c, i)->ast)
+            qwen3i_reject(c, QWEN3_ERR_FORMAT, "rule \"%.*s\" is not defined", (int)qwen3i_min_size(qwen3i_bnf_rule(c, i)->name.n, 80), qwen3i_bnf_rule(c, i)->name.p);
+    }
+    for (i = 0; i < n_rules && c->result == QWEN3_OK; i++) {
+        qwen3i_rule_of *rule = qwen3i_bnf_rule(c, i);
+        int node;
+        if (qwen3i_bnf_regular(c, rule->ast, 0) && i != start) continue;   /* they are part of lexemes */
+        node = qwen3i_bnf_node(c, rule->ast, QWEN3I_RETURN);
+        if (c->result == QWEN3_OK) QWEN3I_ARRAY(int, c->g->lists)[QWEN3I_NODE(c->g, qwen3i_bnf_rule(c, i)->node)->a] = node;
+    }
+    return c->result == QWEN3_OK ? qwen3i_bnf_rule(c, start)->node : 0;
+}
+
+/* Does a way without bytes lead from a node back to it? Then the machine would not end: a left recursion. */
+static int qwen3i_bnf_loops(qwen3i_compiler *c, int node, unsigned char *seen, int depth) {
+    const qwen3_grammar *g = c->g;
+    const qwen3i_node *n = QWEN3I_NODE(g, node);
+    int i, loops = 0;
+    if (seen[node] == QWEN3I_SEEING || depth > 3000) return 1;
+    if (seen[node]) return 0;
+    seen[node] = QWEN3I_SEEING;
+    if (n->kind == QWEN3I_CHOICE)
+        for (i = 0; i < n->b && !loops; i++) loops = qwen3i_bnf_loops(c, QWEN3I_ARRAY(int, g->lists)[n->a + i], seen, depth + 1);
+    if (n->kind == QWEN3I_CALL) {
+        loops = qwen3i_bnf_loops(c, n->a, seen, depth + 1);
+        if (!loops && QWEN3I_NODE(g, n->a)->cost == 0) loops = qwen3i_bnf_loops(c, n->next, seen, depth + 1);
+    }
+    if (n->kind == QWEN3I_LEXEME && qwen3i_lexeme_cost(g, &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a]) == 0)
+        loops = qwen3i_bnf_loops(c, n->next, seen, depth + 1);
+    seen[node] = QWEN3I_REGULAR;
+    return loops;
+}
+
+static void qwen3i_bnf_check(qwen3i_compiler *c) {
+    const qwen3_grammar *g = c->g;
+    const size_t n = g->nodes.n / sizeof(qwen3i_node);
+    unsigned char *seen = c->result == QWEN3_OK ? (unsigned char *)qwen3i_alloc_zero(&g->allocator, n, 1) : NULL;
+    int i;
+    if (c->result == QWEN3_OK && !seen) qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    for (i = 0; i < QWEN3I_LEN(qwen3i_rule_of, c->bnf) && c->result == QWEN3_OK; i++) {
+        const qwen3i_rule_of *rule = qwen3i_bnf_rule(c, i);
+        if (qwen3i_bnf_loops(c, rule->node, seen, 0))
+            qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "rule \"%.*s\": left recursion, or a repetition of nothing", (int)qwen3i_min_size(rule->name.n, 80), rule->name.p);
+    }
+    qwen3i_free(&g->allocator, seen, n);
+}
+
+#define QWEN3I_MAX_WAYS 8192
+
+/* ---- running the machine --------------------------------------------------------------------------------------------- */
+enum { QWEN3I_FIRST, QWEN3I_KEY, QWEN3I_IN_KEY, QWEN3I_COLON, QWEN3I_NEXT };    /* where in an object or list */
+enum { QWEN3I_UP, QWEN3I_AT, QWEN3I_COUNT_OF, QWEN3I_COST, QWEN3I_SEEN };       /* the parts of a frame; then its bits */
+
+typedef struct qwen3i_thread {
+    int node, phase;
+    int state;                          /* of the automaton; VALUE: 1: no white space before it; COLON: the value's node */
+    int count;                          /* characters of the string, bytes of the key */
+    int frame;                          /* what it returns to; -1: the end */
+} qwen3i_thread;
+
+typedef struct qwen3i_machine {         /* a set of threads is a slice of the pool */
+    const qwen3_grammar *g;
+    int           *frames;              /* records; each names an earlier one or -1 */
+    int            n_frames, cap_frames;
+    qwen3i_thread *pool;
+    int            n_pool, cap_pool, base;  /* base: of the set that is being made */
+    int            ways;                /* followed without a byte, in this step: bounds hostile grammars */
+} qwen3i_machine;
+
+static const qwen3i_object *qwen3i_object_of(const qwen3_grammar *g, int node) {
+    return &QWEN3I_ARRAY(qwen3i_object, g->objects)[QWEN3I_NODE(g, node)->a];
+}
+static const qwen3i_items *qwen3i_items_at(const qwen3_grammar *g, int node) {
+    return &QWEN3I_ARRAY(qwen3i_items, g->arrays)[QWEN3I_NODE(g, node)->a];
+}
+static int qwen3i_frame_size(const qwen3_grammar *g, int node) {
+    return QWEN3I_SEEN + (QWEN3I_NODE(g, node)->kind == QWEN3I_MEMBERS ? qwen3i_object_of(g, node)->n_words : 0);
+}
+static int qwen3i_after(const qwen3i_machine *m, int frame) { return frame < 0 ? 0 : m->frames[frame + QWEN3I_COST]; }
+
+/* Are two frames, and all that they return to, the same? */
+static int qwen3i_frame_same(const qwen3i_machine *m, int a, int b) {
+    while (a != b) {
+        const int *x = m->frames + a, *y = m->frames + b;
+        if (a < 0 || b < 0 || x[QWEN3I_AT] != y[QWEN3I_AT]) return 0;
+        if (memcmp(x + QWEN3I_COUNT_OF, y + QWEN3I_COUNT_OF, ((size_t)qwen3i_frame_size(m->g, x[QWEN3I_AT]) - QWEN3I_COUNT_OF) * sizeof *x) != 0) return 0;
+        a = x[QWEN3I_UP];
+        b = y[QWEN3I_UP];
+    }
+    return 1;
+}
+
+/* Add a thread to the set being made, unless it is there. What does not fit is left out: less is allowed, never more. */
+static void qwen3i_thread_add(qwen3i_machine *m, int node, int phase, int state, int count, int frame) {
+    qwen3i_thread *t;
+    int i;
+    for (i = m->base; i < m->n_pool; i++) {
+        t = &m->pool[i];
+        if (t->node == node && t->phase == phase && t->state == state && t->count == count && qwen3i_frame_same(m, t->frame, frame)) return;
+    }
+    if (m->n_pool == m->cap_pool || m->n_pool - m->base >= 256) return;
+    t = &m->pool[m->n_pool++];
+    t->node = node; t->phase = phase; t->state = state; t->count = count; t->frame = frame;
+}
+
+/* A new frame, a copy of another one if from >= 0; -1: there is no room. */
+static int qwen3i_frame_new(qwen3i_machine *m, int up, int node, int from) {
+    const int size = qwen3i_frame_size(m->g, node), at = m->n_frames;
+    if (size > m->cap_frames - at) return -1;
+    m->n_frames += size;
+    if (from >= 0) memcpy(m->frames + at, m->frames + from, (size_t)size * sizeof(int));
+    else memset(m->frames + at, 0, (size_t)size * sizeof(int));
+    m->frames[at + QWEN3I_UP] = up;
+    m->frames[at + QWEN3I_AT] = node;
+    return at;
+}
+
+/* ---- objects: which keys may still come ----------------------------------------------------------------------------------- */
+static int qwen3i_seen(const int *frame, int i) { return (int)((unsigned)frame[QWEN3I_SEEN + i / 32] >> (i % 32) & 1u); }
+
+/* Members that must still come: required ones, and enough to make up the number. *distinct: keys that differ for sure. */
+static int qwen3i_needed(const qwen3_grammar *g, const int *frame, int *distinct) {
+    const qwen3i_object *o = qwen3i_object_of(g, frame[QWEN3I_AT]);
+    const qwen3i_property *m = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
+    int i, required = 0;
+    *distinct = qwen3i_seen(frame, o->n_names);
+    for (i = 0; i < o->n_names; i++) {
+        if (qwen3i_seen(frame, i)) ++*distinct;
+        else required += m[i].required;
+    }
+    return qwen3i_max(required, o->min - *distinct);
+}
+
+/* May a key with this label come now? */
+static int qwen3i_key_allowed(const qwen3_grammar *g, const int *frame, int label) {
+    const qwen3i_object *o = qwen3i_object_of(g, frame[QWEN3I_AT]);
+    const qwen3i_property *m = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
+    int distinct, needed, is_new = 1;
+    if (!m[label].value || (label < o->n_names && qwen3i_seen(frame, label))) return 0;
+    if (o->max < 0) return 1;
+    needed = qwen3i_needed(g, frame, &distinct);
+    if (label >= o->n_names) is_new = !qwen3i_seen(frame, o->n_names);
+    if (m[label].required || (is_new && o->min - distinct == needed && needed > 0)) {
+        int i, required = 0;
+        for (i = 0; i < o->n_names; i++) required += m[i].required && !qwen3i_seen(frame, i);
+        needed = qwen3i_max(required - m[label].required, o->min - distinct - is_new);
+    }
+    return qwen3i_max(needed, 0) <= o->max - frame[QWEN3I_COUNT_OF] - 1;
+}
+
+/* May any of the keys come that are within reach of this state? */
+static int qwen3i_key_alive(const qwen3_grammar *g, const int *frame, const qwen3i_object *o, const qwen3i_state *s) {
+    int i;
+    if (s->open < QWEN3I_FAR) {
+        if (o->max < 0) return 1;
+        for (i = o->n_names; i < o->n_labels; i++) if (qwen3i_key_allowed(g, frame, i)) return 1;
+    }
+    for (i = s->low; i < s->high; i++) if (qwen3i_key_allowed(g, frame, i)) return 1;
+    return 0;
+}
+
+static int qwen3i_member_cost(const qwen3_grammar *g, const qwen3i_property *m, int key) {
+    return qwen3i_near(key + 1, m->value ? QWEN3I_NODE(g, m->value)->cost : QWEN3I_FAR);
+}
+
+/* Bytes from after a value in this frame to the end. */
+static void qwen3i_frame_cost(qwen3i_machine *m, int at) {
+    const qwen3_grammar *g = m->g;
+    int *f = m->frames + at, cost = qwen3i_after(m, f[QWEN3I_UP]), i, distinct, needed;
+    const qwen3i_node *n = QWEN3I_NODE(g, f[QWEN3I_AT]);
+    if (n->kind == QWEN3I_MEMBERS) {
+        const qwen3i_object *o = qwen3i_object_of(g, f[QWEN3I_AT]);
+        const qwen3i_property *all = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
+        needed = qwen3i_needed(g, f, &distinct);
+        for (i = 0; i < o->n_names; i++)
+            if (all[i].required && !qwen3i_seen(f, i)) { needed--; cost = qwen3i_near(cost, 1 + qwen3i_member_cost(g, &all[i], all[i].key)); }
+        cost = qwen3i_near(cost, 1 + qwen3i_max(needed, 0) * o->filler);
+    } else if (n->kind == QWEN3I_ITEMS) {
+        const qwen3i_items *a = qwen3i_items_at(g, f[QWEN3I_AT]);
+        int64_t more;
+        for (i = f[QWEN3I_COUNT_OF]; i < a->n && i < a->min; i++)
+            cost = qwen3i_near(cost, 1 + QWEN3I_NODE(g, QWEN3I_ARRAY(int, g->lists)[a->first + i])->cost);
+        more = i < a->min && a->rest ? (int64_t)(a->min - i) * (1 + QWEN3I_NODE(g, a->rest)->cost) : 0;
+        cost = more >= QWEN3I_FAR ? QWEN3I_FAR : qwen3i_near(cost, 1 + (int)more);
+    } else cost = qwen3i_near(cost, QWEN3I_NODE(g, n->next)->cost);
+    f[QWEN3I_COST] = cost;
+}
+
+/* ---- steps ------------------------------------------------------------------------------------------------------------------ */
+/* A value has ended; go on in what it is part of. */
+static void qwen3i_proceed(qwen3i_machine *m, int node, int frame, int depth);
+
+static void qwen3i_resume(qwen3i_machine *m, int frame, int depth) {
+    int node, at;
+    if (frame < 0) { qwen3i_thread_add(m, 0, 0, 0, 0, -1); return; }
+    node = m->frames[frame + QWEN3I_AT];
+    if (QWEN3I_NODE(m->g, node)->kind == QWEN3I_CALL) { qwen3i_proceed(m, QWEN3I_NODE(m->g, node)->next, m->frames[frame + QWEN3I_UP], depth + 1); return; }
+    if (QWEN3I_NODE(m->g, node)->kind == QWEN3I_ITEMS) {
+        const qwen3i_items *a = qwen3i_items_at(m->g, node);
+        const int most = qwen3i_max(qwen3i_max(a->n, a->min), a->max);      /* beyond, the number does not matter */
+        at = m->frames[frame + QWEN3I_COUNT_OF] < most ? qwen3i_frame_new(m, m->frames[frame + QWEN3I_UP], node, frame) : frame;
+        if (at < 0) return;
+        if (at != frame) { m->frames[at + QWEN3I_COUNT_OF]++; qwen3i_frame_cost(m, at); }
+        frame = at;
+    }
+    qwen3i_thread_add(m, node, QWEN3I_NEXT, 0, 0, frame);
+}
+
+/* Go to a node, on to where bytes are wanted. */
+static void qwen3i_proceed(qwen3i_machine *m, int node, int frame, int depth) {
+    const qwen3i_node *n = QWEN3I_NODE(m->g, node);
+    int i, at;
+    if (depth > 256 || ++m->ways > QWEN3I_MAX_WAYS) return;
+    switch (n->kind) {
+        case QWEN3I_RETURN: qwen3i_resume(m, frame, depth + 1); return;
+        case QWEN3I_CHOICE:
+            for (i = 0; i < n->b; i++) qwen3i_proceed(m, QWEN3I_ARRAY(int, m->g->lists)[n->a + i], frame, depth + 1);
+            return;
+        case QWEN3I_CALL:
+            if (QWEN3I_NODE(m->g, n->next)->kind == QWEN3I_RETURN) { qwen3i_proceed(m, n->a, frame, depth + 1); return; }
+            at = qwen3i_frame_new(m, frame, node, -1);
+            if (at < 0) return;
+            qwen3i_frame_cost(m, at);
+            qwen3i_proceed(m, n->a, at, depth + 1);
+            return;
+        case QWEN3I_LEXEME: {
+            const int dfa = QWEN3I_ARRAY(qwen3i_lexeme, m->g->lexemes)[n->a].dfa;
+            const qwen3i_state *s = qwen3i_state_at(m->g, dfa, 0);
+            if (s->n_edges) qwen3i_thread_add(m, node, 0, 0, -1, frame);
+            if (s->final) qwen3i_proceed(m, n->next, frame, depth + 1);
+            return;
+        }
+        default: qwen3i_thread_add(m, node, 0, 0, 0, frame);
+    }
+}
+
+/* One byte within a lexeme. Returns its new state and count in t, or 0. */
+static int qwen3i_lexeme_step(const qwen3_grammar *g, const qwen3i_lexeme *x, unsigned char byte, int *state, int *count, const qwen3i_state **out) {
+    const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[x->dfa];
+    const qwen3i_state *s;
+    *state = qwen3i_dfa_step(g, d, *state, byte);
+    if (*state < 0) return 0;
+    *out = s = &QWEN3I_ARRAY(qwen3i_state, g->states)[d->first + *state];
+    if (x->max < 0 && x->min == 0) return 1;
+    if (s->final) return *count >= x->min;
+    *count += s->boundary;
+    return x->max < 0 || *count + s->chars <= x->max;
+}
+
+static void qwen3i_step_lexeme(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
+    const qwen3i_node *n = QWEN3I_NODE(m->g, t.node);
+    const qwen3i_state *s;
+    int state = t.state, count = t.count;
+    if (!qwen3i_lexeme_step(m->g, &QWEN3I_ARRAY(qwen3i_lexeme, m->g->lexemes)[n->a], byte, &state, &count, &s)) return;
+    if (s->n_edges) qwen3i_thread_add(m, t.node, 0, state, count, t.frame);
+    if (s->final) qwen3i_proceed(m, n->next, t.frame, 0);
+}
+
+#define QWEN3I_MAX_BLANKS 120           /* in a run of white space, and one newline: models can get lost in more */
+#define QWEN3I_NEWLINE    1000
+
+/* White space between the parts of JSON: does the thread stay where it is? Its count is that of the run. */
+static int qwen3i_step_space(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
+    int count = t.count;
+    if (byte != ' ' && byte != '\n' && byte != '\r' && byte != '\t') return 0;
+    if (m->g->flags & QWEN3_GRAMMAR_COMPACT) return 1;
+    if (byte == '\n') count = count < QWEN3I_NEWLINE ? QWEN3I_NEWLINE : -1;
+    else if (byte != '\r') count = count % QWEN3I_NEWLINE < QWEN3I_MAX_BLANKS ? count + 1 : -1;
+    if (count >= 0) qwen3i_thread_add(m, t.node, t.phase, t.state, count, t.frame);
+    return 1;
+}
+
+/* The key has ended: remember it, and want its colon. */
+static void qwen3i_key_end(qwen3i_machine *m, const qwen3i_thread t, int label) {
+    const qwen3i_object *o = qwen3i_object_of(m->g, t.node);
+    const qwen3i_property *member = &QWEN3I_ARRAY(qwen3i_property, m->g->members)[o->members + label];
+    const int bit = qwen3i_min(label, o->n_names);
+    int at;
+    if (!qwen3i_key_allowed(m->g, m->frames + t.frame, label)) return;
+    at = qwen3i_frame_new(m, m->frames[t.frame + QWEN3I_UP], t.node, t.frame);
+    if (at < 0) return;
+    if (o->max >= 0) m->frames[at + QWEN3I_COUNT_OF]++;
+    m->frames[at + QWEN3I_SEEN + bit / 32] = (int)((unsigned)m->frames[at + QWEN3I_SEEN + bit / 32] | 1u << (bit % 32));
+    qwen3i_frame_cost(m, at);
+    qwen3i_thread_add(m, t.node, QWEN3I_COLON, member->value, 0, at);
+}
+
+static void qwen3i_step_key(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
+    const qwen3i_object *o = qwen3i_object_of(m->g, t.node);
+    int state = o->dfa ? qwen3i_dfa_step(m->g, &QWEN3I_ARRAY(qwen3i_dfa, m->g->dfas)[o->dfa], t.state, byte) : -1;
+    const qwen3i_state *s;
+    if (state < 0) return;
+    s = qwen3i_state_at(m->g, o->dfa, state);
+    if (s->final) qwen3i_key_end(m, t, s->label);
+    else if (qwen3i_key_alive(m->g, m->frames + t.frame, o, s)) qwen3i_thread_add(m, t.node, QWEN3I_IN_KEY, state, t.count + 1, t.frame);
+}
+
+static void qwen3i_step_object(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
+    const qwen3i_object *o = qwen3i_object_of(m->g, t.node);
+    const int *frame = m->frames + t.frame;
+    int distinct;
+    if (t.phase != QWEN3I_IN_KEY && qwen3i_step_space(m, t, byte)) return;
+    if (t.phase == QWEN3I_COLON) { if (byte == ':') qwen3i_thread_add(m, t.state, 0, 0, 0, t.frame); return; }
+    if (t.phase == QWEN3I_NEXT && byte == ',' && o->dfa && (o->max < 0 || frame[QWEN3I_COUNT_OF] < o->max) &&
+        qwen3i_key_alive(m->g, frame, o, qwen3i_state_at(m->g, o->dfa, 0)))
+        qwen3i_thread_add(m, t.node, QWEN3I_KEY, 0, 0, t.frame);
+    if ((t.phase == QWEN3I_NEXT || t.phase == QWEN3I_FIRST) && byte == '}' && qwen3i_needed(m->g, frame, &distinct) <= 0)
+        qwen3i_resume(m, frame[QWEN3I_UP], 0);
+    if (t.phase == QWEN3I_IN_KEY) qwen3i_step_key(m, t, byte);
+    else if (byte == '"' && t.phase != QWEN3I_NEXT) {
+        qwen3i_thread opened = t;
+        opened.state = opened.count = 0;
+        qwen3i_step_key(m, opened, byte);
+    }
+}
+
+/* The node of a list's next item; 0: none may follow. */
+static int qwen3i_next_item(const qwen3_grammar *g, const qwen3i_items *a, int count) {
+    if (a->max >= 0 && count >= a->max) return 0;
+    return count < a->n ? QWEN3I_ARRAY(int, g->lists)[a->first + count] : a->rest;
+}
+
+static void qwen3i_step_list(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
+    const qwen3i_items *a = qwen3i_items_at(m->g, t.node);
+    const int *frame = m->frames + t.frame;
+    if (qwen3i_step_space(m, t, byte)) return;
+    if (byte == ']' && frame[QWEN3I_COUNT_OF] >= a->min) qwen3i_resume(m, frame[QWEN3I_UP], 0);
+    if (byte == ',' && t.phase == QWEN3I_NEXT) {
+        const int item = qwen3i_next_item(m->g, a, frame[QWEN3I_COUNT_OF]);
+        if (item) qwen3i_thread_add(m, item, 0, 0, 0, t.frame);
+    }
+}
+
+/* The first byte of a value. */
+static void qwen3i_step_value(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
+    const qwen3i_node *n = QWEN3I_NODE(m->g, t.node);
+    int i, at, item;
+    if (t.state == 0 && qwen3i_step_space(m, t, byte)) return;
+    for (i = 0; i < n->b; i++) {
+        qwen3i_thread entry;
+        const int node = QWEN3I_ARRAY(int, m->g->lists)[n->a + i], kind = QWEN3I_NODE(m->g, node)->kind;
+        entry.node = node; entry.phase = 0; entry.state = 0; entry.count = -1; entry.frame = t.frame;
+        if (kind == QWEN3I_LEXEME) qwen3i_step_lexeme(m, entry, byte);
+        if (byte != (kind == QWEN3I_MEMBERS ? '{' : '[') || kind == QWEN3I_LEXEME) continue;
+        at = qwen3i_frame_new(m, t.frame, node, -1);
+        if (at < 0) continue;
+        qwen3i_frame_cost(m, at);
+        if (kind == QWEN3I_MEMBERS || qwen3i_items_at(m->g, node)->min == 0) qwen3i_thread_add(m, node, QWEN3I_FIRST, 0, 0, at);
+        item = kind == QWEN3I_ITEMS ? qwen3i_next_item(m->g, qwen3i_items_at(m->g, node), 0) : 0;
+        if (item) qwen3i_thread_add(m, item, 0, 0, 0, at);
+    }
+}
+
+static void qwen3i_step_thread(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
+    switch (QWEN3I_NODE(m->g, t.node)->kind) {
+        case QWEN3I_LEXEME:  qwen3i_step_lexeme(m, t, byte); break;
+        case QWEN3I_VALUE:   qwen3i_step_value(m, t, byte); break;
+        case QWEN3I_MEMBERS: qwen3i_step_object(m, t, byte); break;
+        case QWEN3I_ITEMS:   qwen3i_step_list(m, t, byte); break;
+        default: break;
+    }
+}
+
+/* The set after a byte, on top of the pool: how many threads. */
+static int qwen3i_advance(qwen3i_machine *m, qwen3i_span set, unsigned char byte) {
+    int i;
+    m->base = m->n_pool;
+    m->ways = 0;
+    for (i = 0; i < set.n; i++) qwen3i_step_thread(m, m->pool[set.first + i], byte);
+    return m->n_pool - m->base;
+}
+
+/* ---- the shortest way to the end ---------------------------------------------------------------------------------------------- */
+static int qwen3i_key_cost_from(const qwen3i_machine *m, const qwen3i_thread t) {
+    const qwen3_grammar *g = m->g;
+    const qwen3i_object *o = qwen3i_object_of(g, t.node);
+    const qwen3i_property *all = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
+    const qwen3i_state *s = qwen3i_state_at(g, o->dfa, t.state);
+    const int *frame = m->frames + t.frame;
+    int i, best = QWEN3I_FAR;
+    for (i = s->low; i < s->high; i++)
+        if (qwen3i_key_allowed(g, frame, i))
+            best = qwen3i_min(best, qwen3i_member_cost(g, &all[i], all[i].key) - t.count -
+                                    (all[i].required ? 1 + qwen3i_member_cost(g, &all[i], all[i].key) : 0));
+    for (i = o->n_names; i < o->n_labels && s->open < QWEN3I_FAR; i++)
+        if (qwen3i_key_allowed(g, frame, i)) best = qwen3i_min(best, qwen3i_member_cost(g, &all[i], s->open));
+    return qwen3i_near(best, frame[QWEN3I_COST]);
+}
+
+static int qwen3i_thread_cost(const qwen3i_machine *m, const qwen3i_thread t) {
+    const qwen3_grammar *g = m->g;
+    const qwen3i_node *n = QWEN3I_NODE(g, t.node);
+    int cost, missing, distinct;
+    if (n->kind == QWEN3I_END) return 0;
+    if (n->kind == QWEN3I_LEXEME) {
+        const qwen3i_lexeme *x = &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a];
+        missing = x->min > 0 ? qwen3i_max(0, x->min - qwen3i_max(t.count, 0)) : 0;
+        cost = qwen3i_near(qwen3i_state_at(g, x->dfa, t.state)->distance, missing * x->loop);
+        return qwen3i_near(cost, qwen3i_near(QWEN3I_NODE(g, n->next)->cost, qwen3i_after(m, t.frame)));
+    }
+    cost = qwen3i_after(m, t.frame);
+    if (n->kind == QWEN3I_VALUE) return qwen3i_near(n->cost, cost);
+    if (n->kind == QWEN3I_ITEMS || t.phase == QWEN3I_NEXT) return cost;
+    if (t.phase == QWEN3I_COLON) return qwen3i_near(cost, 1 + QWEN3I_NODE(g, t.state)->cost);
+    if (t.phase == QWEN3I_IN_KEY) return qwen3i_key_cost_from(m, t);
+    missing = qwen3i_needed(g, m->frames + t.frame, &distinct) > 0;
+    if (t.phase == QWEN3I_FIRST) return cost - missing;
+    return missing ? cost - 1 : qwen3i_near(cost, qwen3i_object_of(g, t.node)->filler);
+}
+
+static int qwen3i_set_cost(const qwen3i_machine *m, qwen3i_span set) {
+    int i, best = QWEN3I_FAR;
+    for (i = 0; i < set.n; i++) best = qwen3i_min(best, qwen3i_thread_cost(m, m->pool[set.first + i]));
+    return best;
+}
+
+static int qwen3i_set_may_end(const qwen3i_machine *m, qwen3i_span set) {
+    int i;
+    for (i = 0; i < set.n; i++) if (QWEN3I_NODE(m->g, m->pool[set.first + i].node)->kind == QWEN3I_END) return 1;
+    return 0;
+}
+
+/* ---- the vocabulary as a tree of bytes ------------------------------------------------------------------------------------------ */
+typedef struct qwen3i_branch {          /* in order: a node's first child follows it, its next sibling is at skip */
+    uint32_t skip;
+    int32_t  token;                     /* that ends here, -1: none */
+    uint16_t depth;                     /* bytes up to and with this one, from 1 */
+    unsigned char byte;
+} qwen3i_branch;
+typedef struct qwen3i_tree { qwen3i_branch *nodes; uint32_t n; } qwen3i_tree;
+
+typedef struct qwen3i_tail { int32_t token; int32_t suffix; uint16_t chars; } qwen3i_tail;   /* of a token, after a quote in it */
+typedef struct qwen3i_crossing { uint32_t first, n; int state; } qwen3i_crossing;            /* tails after a string's final state */
+
+typedef struct qwen3i_index {           /* built once a model */
+    qwen3_allocator allocator;
+    int             n_words;            /* of a mask: 32 tokens each */
+    int             depth;              /* bytes of the longest token */
+    qwen3i_tree     tree, suffixes;
+    uint32_t       *quotes;             /* [n_quotes + 1] nodes of the tree that are a quote, */
+    uint32_t       *quote_tails;        /* [n_quotes + 1] and where their tails begin */
+    uint32_t        n_quotes;
+    qwen3i_tree     quoted;             /* the beginnings of tokens up to a quote, which are its token numbers */
+    uint32_t       *any_mask;           /* what a string that needs no escapes may go on with */
+    qwen3i_tail    *tails;
+    uint32_t        n_tails;
+    unsigned char  *chars;              /* [n_vocab] characters that a token makes a string longer */
+    int32_t        *by_chars;           /* [n_text] tokens in order of that */
+    int             n_text;
+    const struct qwen3_grammar *plain;  /* any string, and what it allows between two characters: */
+    uint32_t       *plain_mask;
+    qwen3i_crossing *plain_crossings;
+    int             n_plain_crossings, plain_state, max_chars;
+} qwen3i_index;
+
+typedef struct qwen3i_word { uint64_t head; const char *p; uint32_t n; int32_t id; } qwen3i_word;
+
+static int qwen3i_compare_words(const void *a, const void *b) {
+    const qwen3i_word *x = (const qwen3i_word *)a, *y = (const qwen3i_word *)b;
+    int order;
+    if (x->head != y->head) return x->head < y->head ? -1 : 1;
+    order = memcmp(x->p, y->p, qwen3i_min_size(x->n, y->n));
+    return order ? order : x->n != y->n ? x->n < y->n ? -1 : 1 : (x->id > y->id) - (x->id < y->id);
+}
+
+static qwen3i_word qwen3i_word_make(const char *p, uint32_t n, int32_t id) {
+    qwen3i_word w;
+    uint32_t i;
+    w.head = 0;
+    for (i = 0; i < 8; i++) w.head = w.head << 8 | (i < n ? (unsigned char)p[i] : 0u);
+    w.p = p;
+    w.n = n;
+    w.id = id;
+    return w;
+}
+
+/* Sort words with room for as many more: by their first eight bytes, from the last of these to the first, then
+   those that have them in common. */
+static void qwen3i_words_sort(qwen3i_word *w, qwen3i_word *room, int n) {
+    int i, shift, first;
+    for (shift = 0; shift < 64; shift += 8) {
+        int at[257];
+        qwen3i_word *swap = w;
+        memset(at, 0, sizeof at);
+        for (i = 0; i < n; i++) at[(w[i].head >> shift & 255) + 1]++;
+        for (i = 1; i < 257; i++) at[i] += at[i - 1];
+        for (i = 0; i < n; i++) room[at[w[i].head >> shift & 255]++] = w[i];
+        w = room;
+        room = swap;
+    }
+    for (first = 0, i = 1; i <= n; i++) {
+        if (i < n && w[i].head == w[first].head) continue;
+        qwen3i_sort(w + first, (size_t)(i - first), sizeof *w, qwen3i_compare_words);
+        first = i;
+    }
+}
+
+static uint32_t qwen3i_common(const qwen3i_word *a, const qwen3i_word *b) {
+    uint32_t i = 0;
+    while (i < a->n && i < b->n && a->p[i] == b->p[i]) i++;
+    return i;
+}
+
+/* A tree of words in order; equal words share a node, which has the first one's id. 0: no memory. */
+static int qwen3i_tree_build(const qwen3_allocator *a, qwen3i_tree *t, const qwen3i_word *w, int n, uint32_t *path) {
+    uint32_t total = 0, k, depth = 0;
+    int i;
+    for (i = 0; i < n; i++) total += w[i].n - (i ? qwen3i_common(&w[i - 1], &w[i]) : 0);
+    t->nodes = (qwen3i_branch *)qwen3i_alloc_array(a, total, sizeof *t->nodes);
+    t->n = total;
+    if (!t->nodes) return 0;
+    for (total = 0, i = 0; i < n; i++) {
+        uint32_t common = i ? qwen3i_common(&w[i - 1], &w[i]) : 0;
+        for (k = depth; k > common; k--) t->nodes[path[k]].skip = total;
+        for (k = common; k < w[i].n; k++) {
+            qwen3i_branch *b = &t->nodes[total];
+            b->byte = (unsigned char)w[i].p[k];
+            b->depth = (uint16_t)(k + 1);
+            b->token = k + 1 == w[i].n ? w[i].id : -1;
+            path[k + 1] = total++;
+        }
+        depth = w[i].n;
+    }
+    for (k = depth; k > 0; k--) t->nodes[path[k]].skip = total;
+    return 1;
+}
+
+/* ---- masks: which tokens may come ------------------------------------------------------------------------------------------------- */
+#define QWEN3I_MAX_CROSSINGS 4096
+
+typedef struct qwen3i_cached {          /* what a state inside a string allows: does not depend on what is around it */
+    uint64_t serial, used;              /* 0: nothing is here */
+    int      dfa, state, n;
+    uint32_t *mask;
+    const uint32_t *inside;             /* that mask, or the vocabulary's */
+    qwen3i_crossing *crossings;         /* [n] by state */
+} qwen3i_cached;
+
+typedef struct qwen3i_level { qwen3i_span set; int frames, state, count; } qwen3i_level;     /* of a walk through the tree */
+
+#define QWEN3I_CACHED 24
+typedef struct qwen3i_masker {          /* scratch of a context, made when a grammar is first used in it */
+    qwen3i_machine m;
+    qwen3i_cached  cached[QWEN3I_CACHED];
+    uint64_t       clock;
+    qwen3i_level  *levels;              /* [depth + 1] */
+    unsigned char *suffix_ok;           /* [suffixes] */
+    uint32_t      *mask;                /* the result, */
+    const struct qwen3i_guide *guide;   /* of this place; NULL: of none */
+    uint64_t       version;
+    void          *memory;
+    size_t         memory_size;
+    const qwen3i_index *v;
+} qwen3i_masker;
+
+static void qwen3i_allow(uint32_t *mask, int32_t token) { mask[token >> 5] |= 1u << (token & 31); }
+
+/* Walk the part [begin, end) of a tree, below a node of this depth where the machine is in `set`. Tokens go
+   to the mask; with suffixes, they go to k->suffix_ok. */
+static void qwen3i_walk(qwen3i_masker *k, const qwen3i_tree *t, qwen3i_span set, uint32_t begin, uint32_t end, int depth);
+
+static void qwen3i_found(qwen3i_masker *k, const qwen3i_tree *t, int32_t token) {
+    if (t == &k->v->tree) qwen3i_allow(k->mask, token);
+    else k->suffix_ok[token] = 1;
+}
+
+/* The bytes with which a set can go on. */
+static void qwen3i_first_bytes(qwen3i_masker *k, qwen3i_span set, unsigned char *ok) {
+    const int pool = k->m.n_pool, frames = k->m.n_frames;
+    int b;
+    for (b = 0; b < 256; b++) {
+        ok[b] = set.n > 0 && qwen3i_advance(&k->m, set, (unsigned char)b) > 0;
+        k->m.n_pool = pool;
+        k->m.n_frames = frames;
+    }
+}
+
+/* The same where the machine is in one lexeme: its automaton alone until it may end. */
+static void qwen3i_walk_lexeme(qwen3i_masker *k, const qwen3i_tree *t, const qwen3i_thread thread, uint32_t begin, uint32_t end, int depth) {
+    const qwen3_grammar *g = k->m.g;
+    const qwen3i_node *n = QWEN3I_NODE(g, thread.node);
+    const qwen3i_lexeme *x = &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a];
+    const int pool = k->m.n_pool, frames = k->m.n_frames;
+    unsigned char first[256];
+    int known = 0, top_frames;
+    uint32_t i;
+    qwen3i_span rest, after;
+    const qwen3i_state *s;
+    k->levels[depth].state = thread.state;
+    k->levels[depth].count = thread.count;
+    rest.first = pool;
+    rest.n = 0;
+    top_frames = frames;
+    for (i = begin; i < end;) {
+        const qwen3i_branch *b = &t->nodes[i];
+        int state = k->levels[b->depth - 1].state, count = k->levels[b->depth - 1].count, deep = 0;
+        if (qwen3i_state_at(g, x->dfa, state)->final && b->depth - 1 > depth) {     /* what follows the lexeme may begin here */
+            if (known && first[b->byte]) {
+                after.first = k->m.n_pool;
+                after.n = qwen3i_advance(&k->m, rest, b->byte);
+                if (after.n && b->token >= 0) qwen3i_found(k, t, b->token);
+                if (after.n) qwen3i_walk(k, t, after, i + 1, b->skip, b->depth);
+                k->m.n_pool = pool + rest.n;
+                k->m.n_frames = top_frames;
+            }
+        }
+        if (!qwen3i_lexeme_step(g, x, b->byte, &state, &count, &s)) { i = b->skip; continue; }
+        if (b->token >= 0) qwen3i_found(k, t, b->token);
+        if (s->final && !known) {
+            known = 1;
+            k->m.base = k->m.n_pool;
+            k->m.ways = 0;
+            qwen3i_proceed(&k->m, n->next, thread.frame, 0);
+            rest.n = k->m.n_pool - pool;
+            top_frames = k->m.n_frames;
+            qwen3i_first_bytes(k, rest, first);
+        }
+        deep = s->n_edges > 0 || s->final;
+        k->levels[b->depth].state = state;
+        k->levels[b->depth].count = count;
+        i = deep ? i + 1 : b->skip;
+    }
+    k->m.n_pool = pool;
+    k->m.n_frames = frames;
+}
+
+static void qwen3i_walk(qwen3i_masker *k, const qwen3i_tree *t, qwen3i_span set, uint32_t begin, uint32_t end, int depth) {
+    const int pool = k->m.n_pool, frames = k->m.n_frames;
+    uint32_t i;
+    k->levels[depth].set = set;
+    k->levels[depth].frames = frames;
+    for (i = begin; i < end;) {
+        const qwen3i_branch *b = &t->nodes[i];
+        const qwen3i_level up = k->levels[b->depth - 1];
+        qwen3i_span next;
+        k->m.n_pool = b->depth - 1 == depth ? pool : up.set.first + up.set.n;
+        k->m.n_frames = up.frames;
+        next.first = k->m.n_pool;
+        next.n = qwen3i_advance(&k->m, up.set, b->byte);
+        if (next.n == 0) { i = b->skip; continue; }
+        if (b->token >= 0) qwen3i_found(k, t, b->token);
+        if (next.n == 1 && QWEN3I_NODE(k->m.g, k->m.pool[next.first].node)->kind == QWEN3I_LEXEME) {
+            qwen3i_walk_lexeme(k, t, k->m.pool[next.first], i + 1, b->skip, b->depth);
+            i = b->skip;
+            continue;
+        }
+        k->levels[b->depth].set = next;
+        k->levels[b->depth].frames = k->m.n_frames;
+        i++;
+    }
+    k->m.n_pool = pool;
+    k->m.n_frames = frames;
+}
+
+/* Walk with an automaton of strings alone: the tokens that stay inside. */
+static void qwen3i_walk_inside(const qwen3_grammar *g, const qwen3i_index *v, int dfa, int state, qwen3i_level *levels, uint32_t *mask) {
+    const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[dfa];
+    const qwen3i_branch *t = v->tree.nodes;
+    uint32_t i;
+    memset(mask, 0, (size_t)v->n_words * sizeof *mask);
+    levels[0].state = state;
+    for (i = 0; i < v->tree.n;) {
+        const qwen3i_branch b = t[i];
+        const int next = qwen3i_dfa_step(g, d, levels[b.depth - 1].state, b.byte);
+        if (next < 0 || qwen3i_state_at(g, dfa, next)->final) { i = b.skip; continue; }
+        if (b.token >= 0) qwen3i_allow(mask, b.token);
+        levels[b.depth].state = next;
+        i++;
+    }
+}
+
+/* The same: where tokens reach the string's end. Returns how many such places there are, -1: too many. */
+static int qwen3i_walk_quotes(const qwen3_grammar *g, const qwen3i_index *v, int dfa, int state, qwen3i_level *levels, qwen3i_crossing *out) {
+    const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[dfa];
+    const qwen3i_branch *t = v->quoted.nodes;
+    int n = 0;
+    uint32_t i;
+    levels[0].state = state;
+    for (i = 0; i < v->quoted.n;) {
+        const qwen3i_branch b = t[i];
+        const int next = qwen3i_dfa_step(g, d, levels[b.depth - 1].state, b.byte);
+        if (next >= 0 && b.token >= 0 && qwen3i_state_at(g, dfa, next)->final) {
+            if (n == QWEN3I_MAX_CROSSINGS) return -1;
+            out[n].first = v->quote_tails[b.token];
+            out[n].n = v->quote_tails[b.token + 1] - v->quote_tails[b.token];
+            out[n++].state = next;
+        }
+        if (next < 0 || qwen3i_state_at(g, dfa, next)->final) { i = b.skip; continue; }
+        levels[b.depth].state = next;
+        i++;
+    }
+    return n;
+}
+
+static int qwen3i_compare_crossings(const void *a, const void *b) {
+    const qwen3i_crossing *x = (const qwen3i_crossing *)a, *y = (const qwen3i_crossing *)b;
+    return x->state != y->state ? (x->state > y->state) - (x->state < y->state) : (x->first > y->first) - (x->first < y->first);
+}
+
+/* What a string's state allows, from the cache. NULL: it cannot be kept. */
+static qwen3i_cached *qwen3i_lookup(qwen3i_masker *k, int dfa, int state) {
+    const qwen3i_index *v = k->v;
+    const qwen3i_state *s = qwen3i_state_at(k->m.g, dfa, state);
+    qwen3i_cached *oldest = &k->cached[0];
+    int i, n;
+    for (i = 0; i < QWEN3I_CACHED; i++) {
+        qwen3i_cached *e = &k->cached[i];
+        if (e->serial == k->m.g->serial && e->dfa == dfa && e->state == state && e->used) { e->used = ++k->clock; return e; }
+        if (e->used < oldest->used) oldest = e;
+    }
+    oldest->used = 0;
+    n = qwen3i_walk_quotes(k->m.g, v, dfa, state, k->levels, oldest->crossings);
+    if (n < 0) return NULL;
+    oldest->inside = oldest->mask;
+    if (s->anything && s->boundary) oldest->inside = v->any_mask;
+    else qwen3i_walk_inside(k->m.g, v, dfa, state, k->levels, oldest->mask);
+    qwen3i_sort(oldest->crossings, (size_t)n, sizeof *oldest->crossings, qwen3i_compare_crossings);
+    oldest->serial = k->m.g->serial;
+    oldest->dfa = dfa;
+    oldest->state = state;
+    oldest->n = n;
+    oldest->used = ++k->clock;
+    return oldest;
+}
+
+/* Tokens that end the string: those whose part behind the quote may follow. low, high: characters allowed before it. */
+static void qwen3i_cross(qwen3i_masker *k, const qwen3i_thread t, const qwen3i_crossing *x, int n, int low, int high) {
+    const qwen3_grammar *g = k->m.g;
+    const int pool = k->m.n_pool, frames = k->m.n_frames, is_key = QWEN3I_NODE(g, t.node)->kind == QWEN3I_MEMBERS;
+    int i, done = -1;
+    uint32_t j;
+    for (i = 0; i < n; i++) {
+        if (x[i].state != done) {
+            qwen3i_span set;
+            done = x[i].state;
+            memset(k->suffix_ok, 0, k->v->suffixes.n + 1);
+            k->m.base = set.first = k->m.n_pool = pool;
+            k->m.n_frames = frames;
+            k->m.ways = 0;
+            if (is_key) qwen3i_key_end(&k->m, t, qwen3i_state_at(g, qwen3i_object_of(g, t.node)->dfa, done)->label);
+            else qwen3i_proceed(&k->m, QWEN3I_NODE(g, t.node)->next, t.frame, 0);
+            set.n = k->m.n_pool - pool;
+            k->suffix_ok[0] = set.n > 0;        /* nothing behind the quote */
+            if (set.n > 0) qwen3i_walk(k, &k->v->suffixes, set, 0, k->v->suffixes.n, 0);
+        }
+        for (j = x[i].first; j < x[i].first + x[i].n; j++) {
+            const qwen3i_tail *tail = &k->v->tails[j];
+            if (k->suffix_ok[tail->suffix] && tail->chars >= low && tail->chars <= high) qwen3i_allow(k->mask, tail->token);
+        }
+    }
+    k->m.n_pool = pool;
+    k->m.n_frames = frames;
+}
+
+/* Tokens that stay inside a string, of which at most `room` more characters may come. */
+static void qwen3i_mask_inside(qwen3i_masker *k, const uint32_t *inside, int room) {
+    const qwen3i_index *v = k->v;
+    int i;
+    if (room >= v->max_chars) { for (i = 0; i < v->n_words; i++) k->mask[i] |= inside[i]; return; }
+    for (i = 0; i < v->n_text && v->chars[v->by_chars[i]] <= room; i++) {
+        const int32_t token = v->by_chars[i];
+        if (inside[token >> 5] >> (token & 31) & 1u) qwen3i_allow(k->mask, token);
+    }
+}
+
+/* A thread inside a string or an object's key, by the cache. 0: it must be walked. */
+static int qwen3i_mask_string(qwen3i_masker *k, const qwen3i_thread t) {
+    const qwen3_grammar *g = k->m.g;
+    const qwen3i_index *v = k->v;
+    const qwen3i_node *n = QWEN3I_NODE(g, t.node);
+    const qwen3i_lexeme *x = n->kind == QWEN3I_LEXEME ? &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a] : NULL;
+    const int counted = x && (x->min > 0 || x->max >= 0), dfa = x ? x->dfa : qwen3i_object_of(g, t.node)->dfa;
+    const qwen3i_state *s = qwen3i_state_at(g, dfa, t.state);
+    int low = 0, high = INT_MAX;
+    qwen3i_cached *e;
+    if (x && (t.state == 0 || !x->quoted)) return 0;
+    if (!x && (t.phase != QWEN3I_IN_KEY || !qwen3i_object_of(g, t.node)->all_open)) return 0;
+    if (!x && !qwen3i_key_alive(g, k->m.frames + t.frame, qwen3i_object_of(g, t.node), s)) return 0;
+    if (counted && !s->boundary) return 0;
+    if (counted) { low = x->min - t.count; high = x->max < 0 ? INT_MAX : x->max - t.count; }
+    if (dfa == g->plain && t.state == v->plain_state) {
+        qwen3i_mask_inside(k, v->plain_mask, high);
+        qwen3i_cross(k, t, v->plain_crossings, v->n_plain_crossings, low, high);
+        return 1;
+    }
+    e = qwen3i_lookup(k, dfa, t.state);
+    if (!e) return 0;
+    qwen3i_mask_inside(k, e->inside, high);
+    qwen3i_cross(k, t, e->crossings, e->n, low, high);
+    return 1;
+}
+
+/* The mask of a set at the bottom of the pool: tokens whose bytes may come next. */
+static void qwen3i_mask_make(qwen3i_masker *k, int n_threads) {
+    qwen3i_span rest;
+    int i;
+    k->m.n_pool = n_threads;
+    memset(k->mask, 0, (size_t)k->v->n_words * sizeof *k->mask);
+    rest.first = k->m.n_pool;
+    for (i = 0; i < n_threads; i++) {
+        const qwen3i_thread t = k->m.pool[i];
+        const int kind = QWEN3I_NODE(k->m.g, t.node)->kind;
+        if ((kind == QWEN3I_LEXEME || kind == QWEN3I_MEMBERS) && qwen3i_mask_string(k, t)) continue;
+        if (kind == QWEN3I_LEXEME) qwen3i_walk_lexeme(k, &k->v->tree, t, 0, k->v->tree.n, 0);
+        else if (k->m.n_pool < k->m.cap_pool) k->m.pool[k->m.n_pool++] = t;
+    }
+    rest.n = k->m.n_pool - rest.first;
+    if (rest.n > 0) qwen3i_walk(k, &k->v->tree, rest, 0, k->v->tree.n, 0);
+    k->m.n_pool = n_threads;
+}
+
+/* ---- the vocabulary's index --------------------------------------------------------------------------------------------------------- */
+static void qwen3i_grammar_free(qwen3_grammar *g);
+
+static void qwen3i_index_free(qwen3i_index *v) {
+    qwen3_allocator a;
+    if (!v) return;
+    a = v->allocator;
+    qwen3i_free(&a, v->tree.nodes, v->tree.n * sizeof *v->tree.nodes);
+    qwen3i_free(&a, v->suffixes.nodes, v->suffixes.n * sizeof *v->suffixes.nodes);
+    qwen3i_free(&a, v->quoted.nodes, v->quoted.n * sizeof *v->quoted.nodes);
+    qwen3i_free(&a, v->any_mask, (size_t)v->n_words * sizeof *v->any_mask);
+    qwen3i_free(&a, v->quotes, 2 * ((size_t)v->n_quotes + 1) * sizeof *v->quotes);
+    qwen3i_free(&a, v->tails, v->n_tails * sizeof *v->tails);
+    qwen3i_free(&a, v->chars, (size_t)v->n_words * 32);
+    qwen3i_free(&a, v->by_chars, (size_t)v->n_words * 32 * sizeof *v->by_chars);
+    qwen3i_free(&a, v->plain_mask, (size_t)v->n_words * sizeof *v->plain_mask);
+    qwen3i_free(&a, v->plain_crossings, QWEN3I_MAX_CROSSINGS * sizeof *v->plain_crossings);
+    qwen3i_grammar_free((qwen3_grammar *)(void *)v->plain);
+    qwen3i_free(&a, v, sizeof *v);
+}
+
+/* All tokens with a text, but not added ones: those are never part of what a grammar describes. */
+static int qwen3i_index_words(const qwen3_model *model, qwen3i_word *w) {
+    const qwen3i_tokenizer *t = model->tokenizer;
+    int i, n = 0, length;
+    for (i = 0; i < t->n_tokens && i < model->config.n_vocab; i++) {
+        const char *p = qwen3_token_bytes(model, i, &length);
+        int k, added = 0;
+        for (k = 0; k < t->n_added; k++) added |= t->added[k].id == i;
+        if (p && length > 0 && length <= QWEN3I_MAX_ADDED && !added) w[n++] = qwen3i_word_make(p, (uint32_t)length, i);
+    }
+    return n;
+}
+
+/* A token at or below a node. */
+static uint32_t qwen3i_some_token(const qwen3i_tree *t, uint32_t i) {
+    while (t->nodes[i].token < 0) i++;
+    return i;
+}
+
+/* The quotes in the tree, and what stands behind each in the tokens below it. */
+static int qwen3i_index_tails(qwen3i_index *v, const qwen3_model *model, uint32_t *path) {
+    const qwen3i_branch *t = v->tree.nodes;
+    qwen3i_word *w, *begin;
+    uint32_t i, j, q = 0, n = 0;
+    int k, length, distinct = 0;
+    for (i = 0; i < v->tree.n; i++) {
+        if (t[i].byte != '"') continue;
+        v->n_quotes++;
+        for (j = i; j < t[i].skip; j++) v->n_tails += t[j].token >= 0;
+    }
+    v->quotes = (uint32_t *)qwen3i_alloc_array(&v->allocator, 2 * ((size_t)v->n_quotes + 1), sizeof *v->quotes);
+    v->tails = (qwen3i_tail *)qwen3i_alloc_array(&v->allocator, v->n_tails, sizeof *v->tails);
+    w = (qwen3i_word *)qwen3i_alloc_array(&v->allocator, v->n_tails, sizeof *w);
+    begin = (qwen3i_word *)qwen3i_alloc_array(&v->allocator, v->n_quotes, sizeof *begin);
+    if (!v->quotes || !v->tails || !w || !begin) {
+        qwen3i_free(&v->allocator, begin, v->n_quotes * sizeof *begin); qwen3i_free(&v->allocator, w, v->n_tails * sizeof *w); return 0; }
+    v->quote_tails = v->quotes + v->n_quotes + 1;
+    for (i = 0; i < v->tree.n; i++) {
+        if (t[i].byte != '"') continue;
+        begin[q] = qwen3i_word_make(qwen3_token_bytes(model, v->tree.nodes[qwen3i_some_token(&v->tree, i)].token, &length), t[i].depth, (int32_t)q);
+        v->quotes[q] = i;
+        v->quote_tails[q++] = n;
+        for (j = i; j < t[i].skip; j++) {
+            const char *p;
+            if (t[j].token < 0) continue;
+            p = qwen3_token_bytes(model, t[j].token, &length);
+            v->tails[n].token = t[j].token;
+            w[n] = qwen3i_word_make(p + t[i].depth, (uint32_t)length - t[i].depth, (int32_t)n);
+            n++;
+        }
+    }
+    v->quotes[q] = v->tree.n;
+    v->quote_tails[q] = n;
+    qwen3i_sort(w, n, sizeof *w, qwen3i_compare_words);
+    for (k = 0, i = 0; i < n; i++) {    /* suffix 0 is none; the others from 1, each once */
+        qwen3i_tail *tail = &v->tails[w[i].id];
+        const int is_new = w[i].n > 0 && (k == 0 || w[k - 1].n != w[i].n || qwen3i_common(&w[k - 1], &w[i]) != w[i].n);
+        if (is_new) { w[k] = w[i]; w[k++].id = ++distinct; }
+        tail->suffix = w[i].n > 0 ? distinct : 0;
+    }
+    k = qwen3i_tree_build(&v->allocator, &v->suffixes, w, k, path) && qwen3i_tree_build(&v->allocator, &v->quoted, begin, (int)v->n_quotes, path);
+    qwen3i_free(&v->allocator, begin, v->n_quotes * sizeof *begin);
+    qwen3i_free(&v->allocator, w, v->n_tails * sizeof *w);
+    return k;
+}
+
+/* Chars of tokens, and what any string allows: by its automaton, once. */
+static void qwen3i_index_count(qwen3i_index *v, qwen3i_level *levels) {
+    const qwen3_grammar *g = v->plain;
+    const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[g->plain];
+    const qwen3i_branch *t = v->tree.nodes;
+    uint32_t i, j, q = 0;
+    levels[0].state = v->plain_state;
+    levels[0].count = 0;
+    for (i = 0; i < v->tree.n;) {
+        const qwen3i_level up = levels[t[i].depth - 1];
+        const int next = qwen3i_dfa_step(g, d, up.state, t[i].byte);
+        const qwen3i_state *s = next < 0 ? NULL : qwen3i_state_at(g, g->plain, next);
+        if (s && s->final) {
+            while (v->quotes[q] < i) q++;
+            for (j = v->quote_tails[q]; j < v->quote_tails[q + 1]; j++) v->tails[j].chars = (uint16_t)up.count;
+        }
+        if (!s || s->final) { i = t[i].skip; continue; }
+        levels[t[i].depth].state = next;
+        levels[t[i].depth].count = up.count + s->boundary;
+        if (t[i].token >= 0) v->chars[t[i].token] = (unsigned char)qwen3i_min(255, up.count + s->boundary + s->chars);
+        i++;
+    }
+}
+
+static void qwen3i_index_order(qwen3i_index *v) {
+    int count[257], i, n = v->n_words * 32;
+    memset(count, 0, sizeof count);
+    for (i = 0; i < n; i++) if (v->chars[i]) { count[v->chars[i] + 1]++; v->max_chars = qwen3i_max(v->max_chars, v->chars[i]); }
+    for (i = 1; i < 257; i++) count[i] += count[i - 1];
+    for (i = 0; i < n; i++) if (v->chars[i]) v->by_chars[count[v->chars[i]]++] = i;
+    v->n_text = count[256];
+}
+
+static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar_desc *desc, const qwen3i_err *err);
+
+static qwen3_result qwen3i_index_fill(qwen3i_index *v, const qwen3_model *model, qwen3i_word *words, uint32_t *path, qwen3i_level *levels) {
+    static const char any[] = "{\"type\":[\"string\",\"object\"]}";      /* keys of objects: strings without escapes */
+    qwen3_grammar_desc desc;
+    qwen3_grammar *g;
+    qwen3_result r;
+    int i, keys, n = qwen3i_index_words(model, words);
+    qwen3i_words_sort(words, words + n, n);
+    if (!qwen3i_tree_build(&v->allocator, &v->tree, words, n, path)) return QWEN3_ERR_MEMORY;
+    for (i = 0; i < n; i++) v->depth = qwen3i_max(v->depth, (int)words[i].n);
+    if (!qwen3i_index_tails(v, model, path)) return QWEN3_ERR_MEMORY;
+    v->chars = (unsigned char *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words, 32);
+    v->by_chars = (int32_t *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words * 32, sizeof *v->by_chars);
+    v->plain_mask = (uint32_t *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words, sizeof *v->plain_mask);
+    v->any_mask = (uint32_t *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words, sizeof *v->any_mask);
+    v->plain_crossings = (qwen3i_crossing *)qwen3i_alloc_array(&v->allocator, QWEN3I_MAX_CROSSINGS, sizeof *v->plain_crossings);
+    g = (qwen3_grammar *)qwen3i_alloc_zero(&v->allocator, 1, sizeof *g);
+    v->plain = g;
+    if (!v->chars || !v->by_chars || !v->plain_mask || !v->any_mask || !v->plain_crossings || !g) return QWEN3_ERR_MEMORY;
+    memset(&desc, 0, sizeof desc);
+    desc.kind = QWEN3_GRAMMAR_JSON_SCHEMA;
+    desc.text = any;
+    desc.n_bytes = sizeof any - 1;
+    g->allocator = v->allocator;
+    r = qwen3i_grammar_compile(g, &desc, NULL);
+    if (r != QWEN3_OK) return r;
+    v->plain_state = qwen3i_dfa_step(g, &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[g->plain], 0, '"');
+    v->n_plain_crossings = qwen3i_walk_quotes(g, v, g->plain, v->plain_state, levels, v->plain_crossings);
+    qwen3i_walk_inside(g, v, g->plain, v->plain_state, levels, v->plain_mask);
+    keys = QWEN3I_ARRAY(qwen3i_object, g->objects)[1].dfa;
+    qwen3i_walk_inside(g, v, keys, qwen3i_dfa_step(g, &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[keys], 0, '"'), levels, v->any_mask);
+    if (v->n_plain_crossings < 0) return QWEN3_ERR_UNSUPPORTED;
+    qwen3i_index_count(v, levels);
+    qwen3i_index_order(v);
+    return QWEN3_OK;
+}
+
+static void qwen3i_index_drop(void *cell) { qwen3i_index_free((qwen3i_index *)(uintptr_t)qwen3i_atomic_get((qwen3i_atomic *)cell)); }
+
+/* The index of a model's vocabulary: made by the first who asks. */
+static qwen3_result qwen3i_index_get(const qwen3_model *model, const qwen3i_index **out) {
+    qwen3i_index *v = (qwen3i_index *)(uintptr_t)qwen3i_atomic_get((qwen3i_atomic *)model->vocab);
+    const qwen3_allocator *a = &model->allocator;
+    const size_t n_words = (size_t)model->config.n_vocab, n_depth = QWEN3I_MAX_ADDED + 2;
+    qwen3i_word *words;
+    uint32_t *path;
+    qwen3i_level *levels;
+    qwen3_result r = QWEN3_ERR_MEMORY;
+    *out = v;
+    if (v) return QWEN3_OK;
+    v = (qwen3i_index *)qwen3i_alloc_zero(a, 1, sizeof *v);
+    words = (qwen3i_word *)qwen3i_alloc_array(a, 2 * n_words, sizeof *words);
+    path = (uint32_t *)qwen3i_alloc_array(a, n_depth, sizeof *path);
+    levels = (qwen3i_level *)qwen3i_alloc_array(a, n_depth, sizeof *levels);
+    if (v) { v->allocator = *a; v->n_words = (model->config.n_vocab + 31) / 32; }
+    if (v && words && path && levels) r = qwen3i_index_fill(v, model, words, path, levels);
+    qwen3i_free(a, words, 2 * n_words * sizeof *words);
+    qwen3i_free(a, path, n_depth * sizeof *path);
+    qwen3i_free(a, levels, n_depth * sizeof *levels);
+    if (r != QWEN3_OK) { qwen3i_index_free(v); return r; }
+    if (!qwen3i_atomic_swap((qwen3i_atomic *)model->vocab, 0, (uint64_t)(uintptr_t)v)) {     /* another thread was first */
+        qwen3i_index_free(v);
+        v = (qwen3i_index *)(uintptr_t)qwen3i_atomic_get((qwen3i_atomic *)model->vocab);
+    }
+    *out = v;
+    return QWEN3_OK;
+}
+
+/* ---- creating ---------------------------------------------------------------------------------------------------------------------- */
+static void qwen3i_grammar_free(qwen3_grammar *g) {
+    qwen3_allocator a;
+    qwen3i_buf *all[10];
+    int i;
+    if (!g) return;
+    a = g->allocator;
+    all[0] = &g->dfas; all[1] = &g->states; all[2] = &g->edges; all[3] = &g->rows; all[4] = &g->lexemes;
+    all[5] = &g->nodes; all[6] = &g->lists; all[7] = &g->objects; all[8] = &g->members; all[9] = &g->arrays;
+    for (i = 0; i < 10; i++) qwen3i_free(&a, all[i]->p, all[i]->cap);
+    qwen3i_free(&a, g, sizeof *g);
+}
+
+QWEN3_API void qwen3_grammar_free(qwen3_grammar *grammar) { qwen3i_grammar_free(grammar); }
+
+static void qwen3i_compiler_bufs(qwen3i_compiler *c, qwen3i_buf **all) {
+    qwen3i_buf *list[20];
+    list[0] = &c->nfa; list[1] = &c->marks; list[2] = &c->stack; list[3] = &c->set; list[4] = &c->seeds;
+    list[5] = &c->subsets.data; list[6] = &c->subsets.spans; list[7] = &c->subsets.table; list[8] = &c->ast; list[9] = &c->ranges;
+    list[10] = &c->dom; list[11] = &c->text; list[12] = &c->shapes; list[13] = &c->rules; list[14] = &c->terms;
+    list[15] = &c->values.data; list[16] = &c->values.spans; list[17] = &c->values.table; list[18] = &c->value_nodes; list[19] = &c->empties;
+    memcpy(all, list, sizeof list);
+    all[20] = &c->pending;
+    all[21] = &c->patterns;
+    all[22] = &c->bnf;
+}
+#define QWEN3I_COMPILER_BUFS 23
+
+/* Every array gets an element 0 that means none. */
+static void qwen3i_compiler_begin(qwen3i_compiler *c) {
+    qwen3_grammar *g = c->g;
+    qwen3i_dfa d;
+    qwen3i_state s = qwen3i_state_make();
+    qwen3i_dom dom;
+    qwen3i_rule rule;
+    qwen3i_lexeme lexeme;
+    qwen3i_object object;
+    qwen3i_items items;
+    memset(&d, 0, sizeof d);
+    memset(&dom, 0, sizeof dom);
+    memset(&rule, 0, sizeof rule);
+    memset(&lexeme, 0, sizeof lexeme);
+    memset(&object, 0, sizeof object);
+    memset(&items, 0, sizeof items);
+    d.n_states = 1;
+    s.distance = s.open = s.chars = QWEN3I_FAR;
+    qwen3i_push(c, &g->dfas, &d, sizeof d);
+    qwen3i_push(c, &g->states, &s, sizeof s);
+    qwen3i_push(c, &g->lexemes, &lexeme, sizeof lexeme);
+    qwen3i_push(c, &g->objects, &object, sizeof object);
+    qwen3i_push(c, &g->arrays, &items, sizeof items);
+    qwen3i_push_int(c, &g->lists, 0);
+    qwen3i_push(c, &c->dom, &dom, sizeof dom);
+    qwen3i_push(c, &c->rules, &rule, sizeof rule);
+    qwen3i_node_add(c, QWEN3I_END, 0, 0, 0);
+    qwen3i_node_add(c, QWEN3I_RETURN, 0, 0, 0);
+}
+
+static int qwen3i_compile_regex(qwen3i_compiler *c, const char *text, size_t n) {
+    int end, dfa;
+    qwen3i_nfa_reset(c);
+    end = qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0);
+    end = qwen3i_nfa_add(c, QWEN3I_NFA_LAST, 0, end);
+    dfa = qwen3i_dfa_make(c, qwen3i_ast_nfa(c, qwen3i_regex_parse(c, text, n), end));
+    return qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, dfa, 0, QWEN3I_NO_LIMIT), QWEN3I_RETURN);
+}
+
+static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar_desc *desc, const qwen3i_err *err) {
+    qwen3i_compiler c;
+    qwen3i_buf *all[QWEN3I_COMPILER_BUFS];
+    int i;
+    memset(&c, 0, sizeof c);
+    c.g = g;
+    c.err = err;
+    g->dfas = g->states = g->edges = g->rows = g->lexemes = g->nodes = g->lists = g->objects = g->members = g->arrays =
+        qwen3i_buf_make(&g->allocator);
+    qwen3i_compiler_bufs(&c, all);
+    for (i = 0; i < QWEN3I_COMPILER_BUFS; i++) *all[i] = qwen3i_buf_make(&g->allocator);
+    qwen3i_compiler_begin(&c);
+    g->flags = desc->flags;
+    g->serial = qwen3i_hash((uint64_t)desc->kind + 1, desc->text, desc->n_bytes) | 1;
+    if (c.result == QWEN3_OK) {
+        if (desc->kind == QWEN3_GRAMMAR_JSON_SCHEMA) g->root = qwen3i_compile_schema(&c, desc->text, desc->n_bytes);
+        else if (desc->kind == QWEN3_GRAMMAR_REGEX) g->root = qwen3i_compile_regex(&c, desc->text, desc->n_bytes);
+        else g->root = qwen3i_compile_bnf(&c, desc->text, desc->n_bytes);
+    }
+    if (c.result == QWEN3_OK) qwen3i_finish(&c);
+    if (desc->kind == QWEN3_GRAMMAR_GBNF) qwen3i_bnf_check(&c);
+    g->plain = c.any_string[0];
+    if (c.result == QWEN3_OK && QWEN3I_NODE(g, g->root)->cost >= QWEN3I_FAR)
+        qwen3i_reject(&c, QWEN3_ERR_FORMAT, "nothing finite satisfies this grammar");
+    for (i = 0; i < QWEN3I_COMPILER_BUFS; i++) qwen3i_buf_free(all[i]);
+    return c.result;
+}
+
+QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_model *model, const qwen3_grammar_desc *desc, char *err_text, size_t err_size) {
+    qwen3i_err err;
+    qwen3_grammar *g;
+    qwen3_result r;
+    int kind;
+    err.text = err_text;
+    err.cap = err_size;
+    if (err_text && err_size) err_text[0] = '\0';
+    if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
+    *out = NULL;
+    if (!model || !desc || !desc->text) return qwen3i_fail(&err, QWEN3_ERR_ARG, "model, desc or its text is NULL");
+    if (!model->tokenizer) return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
+    kind = (int)desc->kind;
+    if (kind < QWEN3_GRAMMAR_JSON_SCHEMA || kind > QWEN3_GRAMMAR_GBNF || (desc->flags & ~(QWEN3_GRAMMAR_COMPACT | QWEN3_GRAMMAR_MAY_BREAK_OFF)))
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "the grammar's kind or flags are unknown");
+    if (desc->n_bytes > 1 << 26) return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "a grammar of more than 64 MiB");
+    g = (qwen3_grammar *)qwen3i_alloc_zero(&model->allocator, 1, sizeof *g);
+    if (!g) return qwen3i_no_memory(&err, "a grammar", sizeof *g);
+    g->allocator = model->allocator;
+    g->model = model;
+    r = qwen3i_index_get(model, &g->vocab);
+    if (r != QWEN3_OK) qwen3i_fail(&err, r, "the vocabulary cannot be indexed: %s", qwen3_result_string(r));
+    else r = qwen3i_grammar_compile(g, desc, &err);
+    if (r != QWEN3_OK) { qwen3i_grammar_free(g); return r; }
+    *out = g;
+    return QWEN3_OK;
+}
+
+
+/* ---- a sequence's place in its grammar ------------------------------------------------------------------------------------------------- */
+#define QWEN3I_GUIDE_THREADS 256
+#define QWEN3I_GUIDE_FRAMES  16384      /* numbers: about 2,000 levels */
+#define QWEN3I_POOL_THREADS  32768
+#define QWEN3I_POOL_FRAMES   (1 << 18)
+
+typedef struct qwen3i_guide {
+    const qwen3_grammar *g;             /* NULL: none */
+    uint64_t      serial, version;      /* of the grammar; counts its changes */
+    int           start, pos;           /* tokens from start are the grammar's; those before pos were followed; -1: none */
+    int           n_threads, n_frames;
+    qwen3i_thread threads[QWEN3I_GUIDE_THREADS];
+    int           frames[QWEN3I_GUIDE_FRAMES];
+} qwen3i_guide;
+
+/* Put the machine where the guide is: its threads at the bottom of the pool. */
+static qwen3i_span qwen3i_guide_load(qwen3i_masker *k, const qwen3i_guide *s) {
+    qwen3i_span set;
+    k->m.g = s->g;
+    memcpy(k->m.pool, s->threads, (size_t)s->n_threads * sizeof *s->threads);
+    memcpy(k->m.frames, s->frames, (size_t)s->n_frames * sizeof *s->frames);
+    k->m.n_pool = set.n = s->n_threads;
+    k->m.n_frames = s->n_frames;
+    set.first = 0;
+    return set;
+}
+
+/* Copy a frame and all it returns to, each once; its place in the guide, or -2: there is no room. */
+static int qwen3i_guide_frame(qwen3i_masker *k, qwen3i_guide *s, int frame) {
+    int *f = k->m.frames, *path = f + k->m.n_frames, n = 0, up, size;
+    for (up = frame; up >= 0 && f[up + QWEN3I_AT] >= 0; up = f[up + QWEN3I_UP]) {
+        if (k->m.n_frames + n >= k->m.cap_frames) return -2;
+        path[n++] = up;
+    }
+    up = up < 0 ? -1 : -1 - f[up + QWEN3I_AT];      /* where it went already */
+    while (n > 0) {
+        const int at = path[--n];
+        size = qwen3i_frame_size(k->m.g, f[at + QWEN3I_AT]);
+        if (size > QWEN3I_GUIDE_FRAMES - s->n_frames) return -2;
+        memcpy(s->frames + s->n_frames, f + at, (size_t)size * sizeof *f);
+        s->frames[s->n_frames + QWEN3I_UP] = up;
+        f[at + QWEN3I_AT] = -1 - s->n_frames;
+        up = s->n_frames;
+        s->n_frames += size;
+    }
+    return up;
+}
+
+/* Take over a set of the machine, with the frames that it needs. The machine is used up. Returns how many threads it has. */
+static int qwen3i_guide_store(qwen3i_masker *k, qwen3i_guide *s, qwen3i_span set) {
+    int i;
+    s->n_threads = s->n_frames = 0;
+    s->version++;
+    for (i = 0; i < set.n && s->n_threads < QWEN3I_GUIDE_THREADS; i++) {
+        qwen3i_thread t = k->m.pool[set.first + i];
+        t.frame = qwen3i_guide_frame(k, s, t.frame);
+        if (t.frame > -2) s->threads[s->n_threads++] = t;
+    }
+    return s->n_threads;
+}
+
+static void qwen3i_guide_begin(qwen3i_masker *k, qwen3i_guide *s, const qwen3_grammar *g) {
+    qwen3i_span set;
+    int i;
+    s->g = k->m.g = g;
+    s->serial = g->serial;
+    k->m.n_pool = k->m.base = k->m.n_frames = k->m.ways = set.first = 0;
+    qwen3i_proceed(&k->m, g->root, -1, 0);
+    for (i = 0; i < k->m.n_pool; i++) if (QWEN3I_NODE(g, k->m.pool[i].node)->kind == QWEN3I_VALUE) k->m.pool[i].state = 1;
+    set.n = k->m.n_pool;
+    qwen3i_guide_store(k, s, set);
+}
+
+/* The place after these bytes. 0: they are not part of the grammar, and the guide is as it was. */
+static int qwen3i_guide_bytes(qwen3i_masker *k, qwen3i_guide *s, const char *p, int n) {
+    qwen3i_span set = qwen3i_guide_load(k, s);
+    int i;
+    for (i = 0; i < n && set.n > 0; i++) {
+        const int count = qwen3i_advance(&k->m, set, (unsigned char)p[i]);
+        set.first = k->m.base;
+        set.n = count;
+    }
+    return set.n > 0 && qwen3i_guide_store(k, s, set);
+}
+
+/* The mask of the tokens that may come next, in k->mask. Returns whether the text may end here. */
+static int qwen3i_guide_mask(qwen3i_masker *k, const qwen3i_guide *s) {
+    qwen3i_span set = qwen3i_guide_load(k, s);
+    qwen3i_mask_make(k, set.n);
+    return qwen3i_set_may_end(&k->m, set);
+}
+
+/* Bytes of the shortest way to the end after a text; FAR: it does not fit. */
+static int qwen3i_guide_cost(qwen3i_masker *k, const qwen3i_guide *s, const char *p, int n) {
+    qwen3i_span set = qwen3i_guide_load(k, s);
+    int i;
+    for (i = 0; i < n && set.n > 0; i++) {
+        const int count = qwen3i_advance(&k->m, set, (unsigned char)p[i]);
+        set.first = k->m.base;
+        set.n = count;
+    }
+    return qwen3i_set_cost(&k->m, set);
+}
+
+/* The longest token on the shortest way to the end; -1: this is the end. */
+static qwen3_token qwen3i_guide_shortest(qwen3i_masker *k, const qwen3i_guide *s) {
+    const qwen3i_branch *t = k->v->tree.nodes;
+    qwen3i_span set = qwen3i_guide_load(k, s), best_set, next;
+    uint32_t i, begin = 0, end = k->v->tree.n, best;
+    int cost = qwen3i_set_cost(&k->m, set), token = -1;
+    while (cost > 0 && begin < end) {
+        const int pool = k->m.n_pool, frames = k->m.n_frames;
+        int lowest = cost;
+        best = end;
+        for (i = begin; i < end; i = t[i].skip) {
+            int value;
+            next.first = k->m.n_pool = pool;
+            k->m.n_frames = frames;
+            next.n = qwen3i_advance(&k->m, set, t[i].byte);
+            value = qwen3i_set_cost(&k->m, next);
+            if (next.n > 0 && (value < lowest || (best == end && token < 0 && value <= lowest))) { lowest = value; best = i; }
+        }
+        if (best == end) break;
+        best_set.first = k->m.n_pool = pool;
+        k->m.n_frames = frames;
+        best_set.n = qwen3i_advance(&k->m, set, t[best].byte);
+        set = best_set;
+        cost = lowest;
+        if (t[best].token >= 0) token = t[best].token;
+        begin = best + 1;
+        end = t[best].skip;
+    }
+    return token;
+}
+
+/* The only token in the mask; -1: there are none, or several. */
+static qwen3_token qwen3i_mask_single(const qwen3i_masker *k) {
+    qwen3_token token = -1;
+    int i, b;
+    for (i = 0; i < k->v->n_words; i++) {
+        const uint32_t w = k->mask[i];
+        if (w == 0) continue;
+        if (token >= 0 || (w & (w - 1))) return -1;
+        for (b = 0; !(w >> b & 1u); b++) {}
+        token = 32 * i + b;
+    }
+    return token;
+}
+
+/* ---- scratch memory of a context -------------------------------------------------------------------------------------------------------- */
+static void qwen3i_masker_free(const qwen3_allocator *a, qwen3i_masker *k) {
+    if (!k) return;
+    qwen3i_free(a, k->memory, k->memory_size);
+    qwen3i_free(a, k, sizeof *k);
+}
+
+/* A part of a block, or only its size. */
+static void *qwen3i_masker_part(char *base, size_t *used, size_t n, size_t size) {
+    const size_t at = (*used + 63) / 64 * 64;
+    *used = at + n * size;
+    return base ? base + at : NULL;
+}
+
+static void qwen3i_masker_carve(qwen3i_masker *k, char *base, size_t *used) {
+    const size_t words = (size_t)k->v->n_words;
+    int i;
+    k->m.pool = (qwen3i_thread *)qwen3i_masker_part(base, used, QWEN3I_POOL_THREADS, sizeof *k->m.pool);
+    k->m.frames = (int *)qwen3i_masker_part(base, used, QWEN3I_POOL_FRAMES, sizeof *k->m.frames);
+    k->levels = (qwen3i_level *)qwen3i_masker_part(base, used, (size_t)k->v->depth + 2, sizeof *k->levels);
+    k->suffix_ok = (unsigned char *)qwen3i_masker_part(base, used, (size_t)k->v->suffixes.n + 1, 1);
+    k->mask = (uint32_t *)qwen3i_masker_part(base, used, words, sizeof *k->mask);
+    for (i = 0; i < QWEN3I_CACHED; i++) {
+        k->cached[i].mask = (uint32_t *)qwen3i_masker_part(base, used, words, sizeof *k->mask);
+        k->cached[i].crossings = (qwen3i_crossing *)qwen3i_masker_part(base, used, QWEN3I_MAX_CROSSINGS, sizeof(qwen3i_crossing));
+    }
+}
+
+static qwen3i_masker *qwen3i_masker_make(const qwen3_allocator *a, const qwen3i_index *v) {
+    qwen3i_masker *k = (qwen3i_masker *)qwen3i_alloc_zero(a, 1, sizeof *k);
+    size_t used = 0;
+    if (!k) return NULL;
+    k->v = v;
+    k->m.cap_pool = QWEN3I_POOL_THREADS;
+    k->m.cap_frames = QWEN3I_POOL_FRAMES;
+    qwen3i_masker_carve(k, NULL, &used);
+    k->memory_size = used;
+    k->memory = qwen3i_alloc(a, used);
+    if (!k->memory) { qwen3i_masker_free(a, k); return NULL; }
+    used = 0;
+    qwen3i_masker_carve(k, (char *)k->memory, &used);
+    return k;
+}
+/* ================================================================================================
    SERVICES FOR BACKENDS: see the backend interface
    ================================================================================================ */
 QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *m) {
@@ -10609,6 +14980,8 @@ typedef struct qwen3i_seq {
     int          fresh;                 /* the kept logits are those of the last token */
     int          planned;               /* tokens of a prompt that is being brought in: those from len on are still
                                            to be evaluated. 0: there is none */
+    int          grammar_start;         /* position from which a grammar applies; -1: not known */
+    qwen3i_guide *guide;                /* its place in that grammar; NULL until it has one */
 } qwen3i_seq;
 
 typedef struct qwen3i_pace {            /* how much to evaluate at once */
@@ -10636,6 +15009,7 @@ struct qwen3_ctx {
     qwen3_item        *items;           /* [max_seqs] */
     uint64_t          *rngs;            /* [max_seqs] */
     qwen3i_sampler_scratch scratch;
+    qwen3i_masker     *masker;          /* NULL until a grammar is used */
     qwen3_stats        stats;
     qwen3i_pace        pace;
     char               error[256];
@@ -10731,6 +15105,8 @@ static uint64_t qwen3i_ctx_layout(qwen3_ctx *c, const qwen3i_config *cfg, const 
     for (i = 0; block && i < d->max_seqs; i++) {
         c->seqs[i].tokens = tokens + (size_t)i * (size_t)d->max_ctx;
         c->seqs[i].len = 0;
+        c->seqs[i].grammar_start = -1;
+        c->seqs[i].guide = NULL;
         c->seqs[i].fresh = 0;
         c->seqs[i].planned = 0;
     }
@@ -10789,9 +15165,12 @@ QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *m, c
 
 QWEN3_API void qwen3_ctx_free(qwen3_ctx *c) {
     qwen3_allocator a;
+    int i;
     if (!c) return;
     a = c->desc.allocator;
     if (c->state) c->model->backend->ctx_free(c->state);
+    for (i = 0; c->memory && i < c->desc.max_seqs; i++) qwen3i_free(&a, c->seqs[i].guide, sizeof *c->seqs[i].guide);
+    qwen3i_masker_free(&a, c->masker);
     qwen3i_free(&a, c->memory, c->memory_size);
     qwen3i_free(&a, c, sizeof *c);
 }
@@ -10824,6 +15203,8 @@ QWEN3_API const qwen3_token *qwen3_seq_tokens(const qwen3_ctx *c, int seq, int *
 
 static void qwen3i_truncate(qwen3i_seq *s, int len) {
     if (len < s->len) s->fresh = 0;
+    if (s->guide && len < s->guide->pos) s->guide->pos = -1;   /* it is found again from the tokens */
+    if (len < s->grammar_start) s->grammar_start = -1;
     s->len = len;
     s->planned = 0;
 }
@@ -10853,6 +15234,8 @@ QWEN3_API qwen3_result qwen3_seq_copy(qwen3_ctx *c, int dst, int src) {
     to->len = from->len;
     to->fresh = from->fresh;
     to->planned = 0;
+    to->grammar_start = from->grammar_start;
+    if (to->guide) to->guide->pos = -1;
     return QWEN3_OK;
 }
 
@@ -11105,25 +15488,144 @@ static int qwen3i_is_eos(const qwen3_model *m, qwen3_token t) {
 /* Ids from which a token may be chosen: the embedding's padding rows have no text. */
 static int qwen3i_n_choose(const qwen3_model *m) { return m->info.n_tokens ? m->info.n_tokens : m->config.n_vocab; }
 
-static qwen3_result qwen3i_sample(qwen3_ctx *c, int seq, qwen3_sampler *s, qwen3_token *out, const qwen3i_err *err) {
+/* ---- grammars: where one applies, and the tokens that it allows --------------------------------------------- */
+enum { QWEN3I_NO_TURN = -1, QWEN3I_THINKS = -2, QWEN3I_HAS_THOUGHT = -3 };
+
+/* Where the answer of the turn that is open begins, or one of the above. *may_think: it could begin with <think>. */
+static int qwen3i_answer_start(const qwen3_model *m, const qwen3i_seq *s, int *may_think) {
+    int i, bytes;
+    const char *p;
+    *may_think = 0;
+    for (i = s->len - 1; i >= 0; i--) {
+        const qwen3_token t = s->tokens[i];
+        if (t >= 0 && t == m->info.think_end) break;
+        if (t >= 0 && t == m->info.think_begin) return QWEN3I_THINKS;
+        if (t >= 0 && t == m->info.im_start) break;
+        if (qwen3i_is_eos(m, t)) return QWEN3I_NO_TURN;
+    }
+    if (i < 0) return QWEN3I_NO_TURN;
+    if (s->tokens[i] == m->info.think_end) {            /* a newline or two belong to the tag */
+        if (++i == s->len) return QWEN3I_HAS_THOUGHT;
+        p = qwen3i_token_bytes(m, s->tokens[i], &bytes);
+        return i + (p && bytes > 0 && p[0] == '\n' && p[bytes - 1] == '\n');
+    }
+    p = i + 2 < s->len ? qwen3i_token_bytes(m, s->tokens[i + 1], &bytes) : NULL;
+    if (!p || bytes != 9 || memcmp(p, "assistant", 9) != 0) return QWEN3I_NO_TURN;
+    *may_think = m->info.chat_style == QWEN3_STYLE_HYBRID && m->info.think_begin >= 0;
+    return i + 3;
+}
+
+/* Memory for grammars, when the first one is used. */
+static qwen3_result qwen3i_guide_ready(qwen3_ctx *c, qwen3i_seq *s, const qwen3_grammar *g, const qwen3i_err *err) {
+    if (g->model != c->model) return qwen3i_fail(err, QWEN3_ERR_ARG, "the grammar was compiled for another model");
+    if (!c->masker) c->masker = qwen3i_masker_make(&c->desc.allocator, g->vocab);
+    if (c->masker && !s->guide) s->guide = (qwen3i_guide *)qwen3i_alloc_zero(&c->desc.allocator, 1, sizeof *s->guide);
+    return c->masker && s->guide ? QWEN3_OK : qwen3i_no_memory(err, "a sequence's place in a grammar", sizeof *s->guide);
+}
+
+/* Bring the guide up to the sequence's end, from where it is or from the start. Returns whether the tokens fit. */
+static int qwen3i_guide_follow(qwen3_ctx *c, qwen3i_seq *s, const qwen3_grammar *g, int start) {
+    qwen3i_guide *guide = s->guide;
+    const char *p;
+    int n;
+    if (guide->g != g || guide->serial != g->serial || guide->start != start || guide->pos < start || guide->pos > s->len) {
+        qwen3i_guide_begin(c->masker, guide, g);
+        guide->start = guide->pos = start;
+    }
+    for (; guide->pos < s->len; guide->pos++) {
+        p = qwen3i_added_of(c->model->tokenizer, s->tokens[guide->pos]) ? NULL : qwen3i_token_bytes(c->model, s->tokens[guide->pos], &n);
+        if (!p || !qwen3i_guide_bytes(c->masker, guide, p, n)) return 0;
+    }
+    return 1;
+}
+
+/* The mask with one token. */
+static const uint32_t *qwen3i_mask_only(qwen3i_masker *k, qwen3_token t) {
+    memset(k->mask, 0, (size_t)k->v->n_words * sizeof *k->mask);
+    qwen3i_allow(k->mask, t);
+    k->guide = NULL;
+    return k->mask;
+}
+
+/* The tokens that may come next; NULL: all, as while the model thinks. A text before the answer's end that the
+   grammar cannot follow, as after a prompt, is not part of it: then it begins here. */
+static qwen3_result qwen3i_grammar_mask(qwen3_ctx *c, int seq, const qwen3_grammar *g, int room, const uint32_t **mask, const qwen3i_err *err) {
+    const qwen3_model *m = c->model;
+    qwen3i_seq *s = &c->seqs[seq];
+    const int lead = (int)qwen3i_word_id(m->tokenizer, "\n\n", 2);
+    int may_think, i, start = qwen3i_answer_start(m, s, &may_think);
+    qwen3_result r = qwen3i_guide_ready(c, s, g, err);
+    *mask = NULL;
+    if (r != QWEN3_OK) return r;
+    if (start == QWEN3I_THINKS) {       /* in time for the shortest answer */
+        if (room <= QWEN3I_NODE(g, g->root)->cost + 3 && !(g->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF)) *mask = qwen3i_mask_only(c->masker, m->info.think_end);
+        return QWEN3_OK;
+    }
+    if (start == QWEN3I_HAS_THOUGHT && lead >= 0) { *mask = qwen3i_mask_only(c->masker, lead); return QWEN3_OK; }
+    if (start < s->grammar_start && s->grammar_start <= s->len) start = s->grammar_start;
+    if (start < 0) start = s->len;
+    if (!qwen3i_guide_follow(c, s, g, start)) {
+        start = s->len;
+        s->guide->pos = -1;
+        qwen3i_guide_follow(c, s, g, start);
+    }
+    s->grammar_start = start;
+    if (c->masker->guide != s->guide || c->masker->version != s->guide->version) {
+        if (qwen3i_guide_mask(c->masker, s->guide)) for (i = 0; i < m->n_eos; i++) qwen3i_allow(c->masker->mask, m->eos[i]);
+        c->masker->guide = s->guide;
+        c->masker->version = s->guide->version;
+    }
+    if (may_think && start == s->len) qwen3i_allow(c->masker->mask, m->info.think_begin);
+    *mask = c->masker->mask;
+    return QWEN3_OK;
+}
+
+/* Where a grammar applies: is there room to end the text after this token? If not, *t becomes the first token of
+   the shortest way to the end. */
+static void qwen3i_lead_to_end(qwen3_ctx *c, const qwen3i_next *next, qwen3_token *t) {
+    const qwen3i_seq *s = &c->seqs[next->seq];
+    int n, cost;
+    const char *p = qwen3i_token_bytes(c->model, *t, &n);
+    if (!c->masker->guide || (next->grammar->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF)) return;
+    if (qwen3i_is_eos(c->model, *t) || *t == c->model->info.think_begin) return;
+    cost = qwen3i_guide_cost(c->masker, s->guide, p, n);
+    if (cost <= next->room - 1) return;
+    *t = qwen3i_guide_shortest(c->masker, s->guide);
+    if (*t < 0) *t = c->model->eos[0];
+}
+
+static qwen3_result qwen3i_sample(qwen3_ctx *c, qwen3i_next *next, const qwen3i_err *err) {
+    const qwen3i_seq *s = &c->seqs[next->seq];
+    const int left = c->desc.max_ctx - s->len;
     const float *logits;
     fenv_t callers;
-    qwen3_result r = qwen3i_get_logits(c, seq, &logits, err);
-    if (r == QWEN3_OK) r = qwen3i_check_sampler(s, err);
+    qwen3_result r = qwen3i_get_logits(c, next->seq, &logits, err);
+    if (r == QWEN3_OK) r = qwen3i_check_sampler(next->sampler, err);
+    if (r != QWEN3_OK) return r;
+    if (!next->grammar && next->sampler) next->grammar = next->sampler->grammar;
+    next->room = next->room > 0 ? qwen3i_min(next->room, left) : left;
+    c->scratch.mask = NULL;
+    if (next->grammar) r = qwen3i_grammar_mask(c, next->seq, next->grammar, next->room, &c->scratch.mask, err);
     if (r != QWEN3_OK) return r;
     callers = qwen3i_float_enter();
-    r = qwen3i_choose(logits, c->model->config.n_vocab, qwen3i_n_choose(c->model), c->seqs[seq].tokens, c->seqs[seq].len,
-                      s, &c->scratch, out, err);
+    r = qwen3i_choose(logits, c->model->config.n_vocab, qwen3i_n_choose(c->model), s->tokens, s->len, next->sampler, &c->scratch, &next->out, err);
     qwen3i_float_leave(callers);
+    if (r == QWEN3_OK && c->scratch.mask) qwen3i_lead_to_end(c, next, &next->out);
     return r;
 }
 
 QWEN3_API qwen3_result qwen3_sample(qwen3_ctx *c, int seq, qwen3_sampler *sampler, qwen3_token *out) {
     qwen3i_err err;
+    qwen3i_next next;
     qwen3_result r = qwen3i_enter_seq(c, seq, &err);
     if (r != QWEN3_OK) return r;
     if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
-    return qwen3i_sample(c, seq, sampler, out, &err);
+    memset(&next, 0, sizeof next);
+    next.seq = seq;
+    next.sampler = sampler;
+    r = qwen3i_sample(c, &next, &err);
+    if (r == QWEN3_OK) *out = next.out;
+    return r;
 }
 
 QWEN3_API int qwen3_top_probs(qwen3_ctx *c, int seq, qwen3_prob *out, int k) {
@@ -11136,7 +15638,7 @@ QWEN3_API int qwen3_top_probs(qwen3_ctx *c, int seq, qwen3_prob *out, int k) {
     if (k < 0 || (k > 0 && !out)) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL or k negative");
     r = qwen3i_get_logits(c, seq, &logits, &err);
     if (r != QWEN3_OK || k == 0) return r;
-    n = qwen3i_select_top(logits, c->model->config.n_vocab, qwen3i_min(k, c->model->config.n_vocab), c->scratch.candidates);
+    n = qwen3i_select_top(logits, c->model->config.n_vocab, qwen3i_min(k, c->model->config.n_vocab), NULL, c->scratch.candidates);
     lse = qwen3i_log_sum_exp(logits, c->model->config.n_vocab);
     if (!qwen3i_is_number((float)lse)) return qwen3i_not_numbers(&err);
     for (i = 0; i < n; i++) {
@@ -11152,7 +15654,7 @@ static qwen3_result qwen3i_next_on_host(qwen3_ctx *c, qwen3i_next *next, int n, 
     qwen3_result r = QWEN3_OK;
     int i, n_items = 0;
     for (i = 0; i < n && r == QWEN3_OK; i++) {
-        r = qwen3i_sample(c, next[i].seq, next[i].sampler, &next[i].out, err);
+        r = qwen3i_sample(c, &next[i], err);
         next[i].ended = r == QWEN3_OK && qwen3i_is_eos(c->model, next[i].out);
         if (r != QWEN3_OK || next[i].ended) continue;
         memset(&c->items[n_items], 0, sizeof *c->items);
@@ -11195,7 +15697,8 @@ static qwen3_result qwen3i_next_step(qwen3_ctx *c, qwen3i_next *next, int n, con
     qwen3_result r;
     for (i = 0; i < n; i++) {
         c->rngs[i] = next[i].sampler ? next[i].sampler->rng : 0;
-        host |= next[i].sampler && next[i].sampler->filter;
+        if (!next[i].grammar && next[i].sampler) next[i].grammar = next[i].sampler->grammar;
+        host |= next[i].grammar || (next[i].sampler && next[i].sampler->filter);
     }
     r = host ? QWEN3_ERR_UNSUPPORTED : qwen3i_next_on_backend(c, next, n, err);
     if (r == QWEN3_ERR_UNSUPPORTED) r = qwen3i_next_on_host(c, next, n, err);
@@ -11572,6 +16075,41 @@ static qwen3_result qwen3i_without_choice(qwen3_ctx *c, qwen3_stream *s, const q
     return r;
 }
 
+#define QWEN3I_MAX_FORCED 32
+
+/* Tokens to which the grammar leaves no alternative: chosen without logits, and evaluated together. */
+static qwen3_result qwen3i_say_forced(qwen3_ctx *c, qwen3_stream *s, const qwen3i_err *err) {
+    const qwen3_sampler *sampler = s->gen.sampler;
+    const qwen3_grammar *g = s->gen.grammar ? s->gen.grammar : sampler ? sampler->grammar : NULL;
+    qwen3_token tokens[QWEN3I_MAX_FORCED];
+    qwen3i_seq *seq = &c->seqs[s->seq];
+    const uint32_t *mask;
+    const int len = seq->len, left = s->gen.max_tokens > 0 ? s->gen.max_tokens - s->n_tokens : QWEN3I_MAX_FORCED;
+    int i, n = 0, most = qwen3i_min(qwen3i_min(left, c->desc.max_ctx - len), QWEN3I_MAX_FORCED);
+    qwen3_item item;
+    qwen3_result r = QWEN3_OK;
+    if (!g || s->forced >= 0 || (sampler && (sampler->n_bias > 0 || sampler->filter))) return QWEN3_OK;
+    for (; n < most; n++) {
+        r = qwen3i_grammar_mask(c, s->seq, g, INT_MAX, &mask, err);
+        if (r != QWEN3_OK) return r;
+        tokens[n] = mask ? qwen3i_mask_single(c->masker) : -1;
+        if (tokens[n] < 0 || qwen3i_is_eos(c->model, tokens[n])) break;
+        seq->tokens[seq->len++] = tokens[n];    /* to find what follows it; evaluated below */
+    }
+    seq->len = len;
+    if (n < 2) return QWEN3_OK;         /* one is not worth it: the next step says it */
+    memset(&item, 0, sizeof item);
+    item.seq = s->seq;
+    item.tokens = tokens;
+    item.n = n;
+    r = qwen3i_eval(c, &item, 1, err);
+    if (r != QWEN3_OK) return r;
+    if (sampler && sampler->temperature > 0) s->gen.sampler->rng += (uint64_t)n * QWEN3I_RNG_STEP;
+    for (i = 0; i < n && qwen3i_answers(s); i++) qwen3i_feed(s, tokens[i]);
+    qwen3i_truncate(seq, len + i);      /* a stop string may have come before the end of them */
+    return QWEN3_OK;
+}
+
 /* A token each for all replies whose prompts are in. */
 static qwen3_result qwen3i_answer(qwen3_ctx *c, qwen3_stream *const *streams, int n, const qwen3i_err *err) {
     const double start = qwen3i_now_ms();
@@ -11583,11 +16121,14 @@ static qwen3_result qwen3i_answer(qwen3_ctx *c, qwen3_stream *const *streams, in
         if (!qwen3i_answers(s)) continue;
         memset(&c->next[active], 0, sizeof *c->next);
         c->next[active].seq = s->seq;
+        c->next[active].grammar = s->gen.grammar;
+        c->next[active].room = s->gen.max_tokens > 0 ? s->gen.max_tokens - s->n_tokens : 0;
         c->next[active++].sampler = s->gen.sampler;
     }
     if (r == QWEN3_OK && active > 0) r = qwen3i_next_step(c, c->next, active, err);
     for (i = k = 0; i < n && k < active && r == QWEN3_OK; i++)
         if (streams[i]->seq == c->next[k].seq) qwen3i_feed(streams[i], c->next[k++].out);
+    for (i = 0; i < n && r == QWEN3_OK; i++) if (qwen3i_answers(streams[i])) r = qwen3i_say_forced(c, streams[i], err);
     c->pace.decode_ms = qwen3i_now_ms() - start;
     return r;
 }
@@ -11817,11 +16358,12 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, con
    ================================================================================================ */
 #define QWEN3I_STATE_MAGIC   0x324553334E455751u    /* "QWEN3SE2" */
 
-typedef struct qwen3i_state_header {    /* 72 bytes, no padding */
+typedef struct qwen3i_state_header {    /* 80 bytes, no padding */
     uint64_t magic, fingerprint, total; /* total: bytes in all */
     uint64_t checksum;                  /* of everything after this field */
     uint64_t user_size;
     uint32_t kv_type, n_layer, kv_dim, n_vocab, n_tokens, has_logits, yarn_bits, has_sampler;
+    uint32_t grammar_from, reserved;    /* position where a grammar began, from 1; 0: none */
 } qwen3i_state_header;
 
 typedef struct qwen3i_state_sampler {   /* 40 bytes, no padding: a sampler's numbers */
@@ -11935,6 +16477,7 @@ QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *c, int seq, qwen3_state *st) {
     if (!st || (st->path && st->data) || (!st->user && st->user_size))
         return qwen3i_fail(&err, QWEN3_ERR_ARG, "state or its user is NULL, or it has both path and data");
     h = qwen3i_state_of(c, (uint32_t)c->seqs[seq].len, c->seqs[seq].fresh, st->sampler != NULL, st->user_size);
+    h.grammar_from = (uint32_t)(c->seqs[seq].grammar_start + 1);
     if (st->path) r = qwen3i_save_file(c, seq, st, &h, &err);
     else if (st->data && st->size < h.total)
         r = qwen3i_fail(&err, QWEN3_ERR_ARG, "the state has %llu bytes, the buffer %llu", (unsigned long long)h.total,
@@ -11954,7 +16497,7 @@ static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint
     if (h->total != size) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state has %llu bytes, of %llu", (unsigned long long)size, (unsigned long long)h->total);
     if (h->checksum != qwen3i_hash(h->fingerprint, (const char *)src + QWEN3I_CHECKSUM_FROM, (size_t)size - QWEN3I_CHECKSUM_FROM))
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged: its checksum is wrong");
-    if (h->has_logits > 1 || h->has_sampler > 1 || h->user_size > size)
+    if (h->has_logits > 1 || h->has_sampler > 1 || h->user_size > size || h->grammar_from > (uint64_t)h->n_tokens + 1 || h->reserved)
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
     want = qwen3i_state_of(c, h->n_tokens, (int)h->has_logits, (int)h->has_sampler, h->user_size);
     if (h->fingerprint != want.fingerprint || h->n_layer != want.n_layer || h->kv_dim != want.kv_dim || h->n_vocab != want.n_vocab)
@@ -12033,6 +16576,7 @@ static qwen3_result qwen3i_load(qwen3_ctx *c, int seq, const void *src, uint64_t
     if (r != QWEN3_OK) return r;
     if (h.n_tokens) memcpy(s->tokens, body, h.n_tokens * sizeof(qwen3_token));
     s->len = (int)h.n_tokens;
+    s->grammar_start = (int)h.grammar_from - 1;
     s->fresh = h.n_tokens > 0 && h.has_logits;
     return QWEN3_OK;
 }

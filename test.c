@@ -25,6 +25,7 @@ static void  test_free(void *p);
 #include "tests/test_sampler.h"
 #include "tests/test_api.h"
 #include "tests/test_stream.h"
+#include "tests/test_grammar.h"
 #include "tests/test_faults.h"
 #include "tests/test_malformed.h"
 #include "tests/test_checkpoints.h"
@@ -73,6 +74,7 @@ int main(int argc, char **argv) {
     suite_sampler();
     suite_api();
     suite_stream();
+    suite_grammar();
     suite_faults();
     suite_malformed();
     suite_checkpoints();

@@ -748,7 +748,8 @@ static void test_malformed_state(void) {
         {56, 0xFFFFFFFFu, FULL, "4294967295 tokens"}, {60, 0, F, "damaged"}, {60, 2, F, "damaged"},
         {60, 0xFFFFFFFFu, F, "damaged"},
         {64, 0x40800000, X, "yarn_factor"}, {64, 0x7FC00000, X, "yarn_factor"}, {68, 1, F, "damaged"}, {68, 2, F, "damaged"},
-        {72, 0xFFFFFFFFu, F, "token 0 is -1"}, {76, 264, F, "token 1 is 264"}, {80, 0x7FFFFFFF, F, "token 2"}
+        {72, 7, F, "damaged"}, {72, 0xFFFFFFFFu, F, "damaged"}, {76, 1, F, "damaged"},
+        {80, 0xFFFFFFFFu, F, "token 0 is -1"}, {84, 264, F, "token 1 is 264"}, {88, 0x7FFFFFFF, F, "token 2"}
     };
     const qwen3_token tokens[5] = {10, 20, 30, 40, 50};
     char err[512];
@@ -795,7 +796,7 @@ static void test_malformed_state(void) {
     }
     CHECK(state_load(ctx, 0, NULL, 100) == QWEN3_ERR_ARG && same_logits(ctx, 0, before, 264));
     memcpy(copy, state, size);
-    for (i = 72 + 5 * 4; i < size; i++) copy[i] = 0xFF; /* well formed, but all logits, keys and values are NaN */
+    for (i = 80 + 5 * 4; i < size; i++) copy[i] = 0xFF; /* well formed, but all logits, keys and values are NaN */
     malformed_state_seal(copy, size);
     CHECK_OK(ctx, state_load(ctx, 0, copy, size));
     CHECK(qwen3_next(ctx, 0, NULL, (qwen3_token *)(void *)copy) == QWEN3_ERR_ARG &&
