@@ -2,9 +2,12 @@
 # The library as a package: installed by make and by CMake, found by pkg-config, CMake and Conan, as a subdirectory.
 # usage: sh tests/test_packages.sh   (from the repository's root)
 set -eu
-root=$(pwd)
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
+root=$dir/tree                          # of its own, as other checks build in this one
+mkdir "$root"
+cp -r Makefile CMakeLists.txt qwen3.h qwen3_cuda.cu LICENSE packaging tools demo "$root"
+cd "$root"
 consumer=packaging/conan/test_package
 runs() { "$@" "$root/demo" >"$dir/said" || { cat "$dir/said"; exit 1; }; grep -q 'loaded$' "$dir/said"; echo "ok    $name"; }
 
@@ -67,9 +70,7 @@ name='Conan'
 if command -v conan >/dev/null; then
     CONAN_HOME=$dir/conan; export CONAN_HOME
     conan profile detect >/dev/null 2>&1
-    mkdir "$dir/tree"
-    cp -r packaging CMakeLists.txt qwen3.h qwen3_cuda.cu LICENSE "$dir/tree"
-    conan create "$dir/tree/packaging/conan" --no-remote >"$dir/log" 2>&1 || { tail -30 "$dir/log"; exit 1; }
+    conan create packaging/conan --no-remote >"$dir/log" 2>&1 || { tail -30 "$dir/log"; exit 1; }
     grep -q 'compiled for 100: .*no/such/model' "$dir/log"
     echo "ok    $name"
 else echo "skip  $name: not installed"; fi
