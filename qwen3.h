@@ -1194,9 +1194,12 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
   #define QWEN3_ASSERT(x) assert(x)
 #endif
 
-#if defined(__GNUC__)
+#if defined(__GNUC__) || defined(__clang__)
   #define QWEN3I_UNUSED __attribute__((unused))
   #define QWEN3I_INLINE static inline __attribute__((always_inline, unused))
+#elif defined(_MSC_VER)
+  #define QWEN3I_UNUSED
+  #define QWEN3I_INLINE static __forceinline
 #else
   #define QWEN3I_UNUSED
   #define QWEN3I_INLINE static inline
@@ -1888,7 +1891,8 @@ static int qwen3i_handle_open(const qwen3_allocator *a, qwen3i_handle *h, const 
     reason = GetLastError();
     qwen3i_free(a, wide, bytes);
     SetLastError(reason);
-    if (*h == INVALID_HANDLE_VALUE) return GetLastError() == ERROR_FILE_NOT_FOUND ? 0 : -1;
+    if (*h == INVALID_HANDLE_VALUE)
+        return GetLastError() == ERROR_FILE_NOT_FOUND || GetLastError() == ERROR_PATH_NOT_FOUND ? 0 : -1;
     if (GetFileType(*h) == FILE_TYPE_DISK && GetFileSizeEx(*h, &n)) { *size = (uint64_t)n.QuadPart; return 1; }
     CloseHandle(*h);
     return -2;
@@ -1897,7 +1901,7 @@ static const char *qwen3i_open_reason(int found) {
     const DWORD code = GetLastError();
     if (found == -2) return "it is no regular file";
     return code == ERROR_ACCESS_DENIED ? "access is denied" : code == ERROR_SHARING_VIOLATION ? "another program uses it" :
-           code == ERROR_PATH_NOT_FOUND ? "there is no such path" : "the system refuses";
+           "the system refuses";
 }
 static void qwen3i_handle_close(qwen3i_handle h) { CloseHandle(h); }
 
@@ -2559,11 +2563,11 @@ static int qwen3i_nearest(float v, int low, int high) {
 
 /* The best whole scale and offset of group g about these; adds to the error. */
 static void qwen3i_shared_group(qwen3i_shared *s, int g, const float *x, const float *w, float scale, float offset) {
-    const int near = s->d != 0 ? qwen3i_nearest(scale / s->d, s->scale_low, s->scale_high) : 0;
-    const int near_offset = s->m > 0 ? qwen3i_nearest(offset / s->m, 0, 63) : 0;
+    const int first = s->d != 0 ? qwen3i_nearest(scale / s->d, s->scale_low, s->scale_high) : 0;
+    const int first_offset = s->m > 0 ? qwen3i_nearest(offset / s->m, 0, 63) : 0;
     float best = FLT_MAX, q[32];
     for (int i = -1; i <= 1; i++) for (int k = -1; k <= 1; k++) {
-        const int a = near + i, o = near_offset + k;
+        const int a = first + i, o = first_offset + k;
         if (a < s->scale_low || a > s->scale_high || o < 0 || o > 63 || (k && s->m == 0)) continue;
         const float error = qwen3i_fit_round(q, x, w, s->size, &s->range, s->d * (float)a, s->m * (float)o);
         if (!(error < best) && best < FLT_MAX) continue;
@@ -7830,8 +7834,26 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
    them only in that they have no fused multiply-add.
    ================================================================================================ */
 #ifndef QWEN3_NO_SIMD
-  #if defined(__x86_64__) && defined(__GNUC__) && (!defined(__MINGW32__) || defined(__clang__))
-    #define QWEN3I_X86      /* not MinGW's gcc: it does not align the stack for AVX registers */
+  #if defined(_M_X64) && defined(_MSC_VER)
+    #define QWEN3I_X86
+    #include <immintrin.h>
+    #include <intrin.h>
+    #if defined(__clang__)  /* in this mode it leaves out what the command line does not ask for */
+      #include <smmintrin.h>
+      #include <xsaveintrin.h>
+      #include <avxintrin.h>
+      #include <avx2intrin.h>
+      #include <f16cintrin.h>
+      #include <fmaintrin.h>
+      #include <avx512fintrin.h>
+      #include <avx512vlintrin.h>
+      #include <avx512bwintrin.h>
+      #include <avx512dqintrin.h>
+      #include <avx512vlbwintrin.h>
+      #include <avx512vldqintrin.h>
+    #endif
+  #elif defined(__x86_64__) && defined(__GNUC__) && (!defined(__MINGW32__) || defined(__clang__) || defined(QWEN3_UNALIGNED_MOVES))
+    #define QWEN3I_X86      /* MinGW's gcc does not align the stack for AVX registers: only where asked for */
     #include <cpuid.h>
     #include <immintrin.h>
   #elif defined(__aarch64__) && defined(__ARM_NEON) && defined(__GNUC__)
@@ -8522,14 +8544,19 @@ QWEN3I_INLINE void qwen3i_plain_unpack(qwen3i_plain_v *w, const uint8_t *b, cons
 QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, 2)
 
 #ifdef QWEN3I_X86
-#if !defined(__clang__)
+#if defined(__GNUC__) || defined(__clang__)
+  #define QWEN3I_TARGET(features) __attribute__((target(features)))
+#else
+  #define QWEN3I_TARGET(features)       /* Visual C++ compiles any intrinsic anywhere */
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
   #pragma GCC diagnostic push
   #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"    /* the undefined operands of gcc's own intrinsics */
   #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 /* ---- AVX2 lanes: two registers ------------------------------------------------------------------- */
 #define QWEN3I_AVX2_SETS "avx2,fma,f16c"
-#define QWEN3I_AVX2 __attribute__((target(QWEN3I_AVX2_SETS)))
+#define QWEN3I_AVX2 QWEN3I_TARGET(QWEN3I_AVX2_SETS)
 #define qwen3i_avx2_load_once qwen3i_avx2_load
 #define qwen3i_avx2_name "AVX2"
 typedef struct qwen3i_avx2_v { __m256 lo, hi; } qwen3i_avx2_v;
@@ -8728,7 +8755,7 @@ QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
 
 /* ---- AVX-512 lanes: one register ------------------------------------------------------------------ */
 #define QWEN3I_AVX512_SETS "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
-#define QWEN3I_AVX512 __attribute__((target(QWEN3I_AVX512_SETS)))
+#define QWEN3I_AVX512 QWEN3I_TARGET(QWEN3I_AVX512_SETS)
 #define qwen3i_avx512_name "AVX-512"
 typedef __m512 qwen3i_avx512_v;
 
@@ -8737,7 +8764,9 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_set1(float a) { return _mm512_s
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load(const float *p) { return _mm512_loadu_ps(p); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_once(const float *p) {
     __m512 v = _mm512_loadu_ps(p);
+#if defined(__GNUC__)
     __asm__("" : "+v"(v));              /* or gcc gives each use a load of its own, and loads become the limit */
+#endif
     return v;
 }
 QWEN3I_AVX512 QWEN3I_INLINE void   qwen3i_avx512_store(float *p, __m512 v) { _mm512_storeu_ps(p, v); }
@@ -8839,7 +8868,7 @@ QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, QWEN3I_AVX512)
 #define qwen3i_avx512_DOT(name, function, gguf, elements, bytes) \
     case QWEN3I_##name: qwen3i_avx512_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
-#if !defined(__clang__)
+#if defined(__GNUC__) && !defined(__clang__)
   #pragma GCC diagnostic pop
 #endif
 #endif /* QWEN3I_X86 */
@@ -9255,24 +9284,48 @@ QWEN3I_DEFINE_KERNELS(qwen3i_wasm, , 1, 2)
 #endif /* QWEN3I_WASM */
 
 #ifdef QWEN3I_X86
+/* registers a, b, c, d of cpuid, zero if the processor does not know the leaf */
+static void qwen3i_cpuid(unsigned leaf, unsigned *r) {
+#if defined(_MSC_VER)
+    int known[4], at[4];
+    __cpuid(known, 0);
+    __cpuidex(at, (int)leaf, 0);
+    for (int i = 0; i < 4; i++) r[i] = (unsigned)known[0] >= leaf ? (unsigned)at[i] : 0;
+#else
+    memset(r, 0, 4 * sizeof *r);
+    __get_cpuid_count(leaf, 0, &r[0], &r[1], &r[2], &r[3]);
+#endif
+}
+
+/* Which registers the system saves: bit 2 for those of AVX, bits 5 to 7 for those of AVX-512 */
+QWEN3I_TARGET("xsave") static unsigned qwen3i_saved_registers(void) {
+    unsigned r[4];
+    qwen3i_cpuid(1, r);
+    if (!(r[2] >> 27 & 1)) return 0;    /* it does not say */
+#if defined(_MSC_VER)
+    return (unsigned)_xgetbv(0);
+#else
+    __asm__("xgetbv" : "=a"(r[0]), "=d"(r[3]) : "c"(0));
+    return r[0];
+#endif
+}
+
 /* Does this machine have all of these sets? The string is the one that the kernels are compiled with. */
 static int qwen3i_cpu_has(const char *sets) {
-    unsigned a = 0, b = 0, c = 0, d = 0;
+    static const struct { const char *name; unsigned leaf, reg, bit, saved; } known[] = {
+        {"fma", 1, 2, 12, 0x06}, {"f16c", 1, 2, 29, 0x06}, {"avx2", 7, 1, 5, 0x06}, {"avx512f", 7, 1, 16, 0xE6},
+        {"avx512dq", 7, 1, 17, 0xE6}, {"avx512bw", 7, 1, 30, 0xE6}, {"avx512vl", 7, 1, 31, 0xE6}};
+    const unsigned saved = qwen3i_saved_registers();
+    unsigned r[4];
     size_t n;
     int i;
-    __builtin_cpu_init();
-    __get_cpuid(1, &a, &b, &c, &d);
     for (; *sets; sets += n + (sets[n] == ',')) {
-        const struct { const char *name; int has; } known[] = {
-            {"avx2", __builtin_cpu_supports("avx2")}, {"fma", __builtin_cpu_supports("fma")},
-            {"f16c", (c & bit_F16C) != 0},      /* no name of old compilers' */
-            {"avx512f", __builtin_cpu_supports("avx512f")}, {"avx512bw", __builtin_cpu_supports("avx512bw")},
-            {"avx512vl", __builtin_cpu_supports("avx512vl")}, {"avx512dq", __builtin_cpu_supports("avx512dq")}
-        };
         n = strcspn(sets, ",");
         for (i = 0; i < QWEN3I_COUNT(known); i++)
-            if (strlen(known[i].name) == n && memcmp(known[i].name, sets, n) == 0 && known[i].has) break;
+            if (strlen(known[i].name) == n && memcmp(known[i].name, sets, n) == 0) break;
         if (i == QWEN3I_COUNT(known)) return 0;
+        qwen3i_cpuid(known[i].leaf, r);
+        if (!(r[known[i].reg] >> known[i].bit & 1) || (saved & known[i].saved) != known[i].saved) return 0;
     }
     return 1;
 }
@@ -9303,7 +9356,7 @@ static const qwen3i_simd *qwen3i_simd_level(int level) {
    finds nothing left to grab and is not waited for. In a process that was forked off there are no such
    threads: the caller does it all.
    ================================================================================================ */
-#if defined(_MSC_VER) && !defined(__clang__)
+#if defined(_MSC_VER)
 typedef volatile LONG64 qwen3i_atomic;
 static uint64_t qwen3i_atomic_get(qwen3i_atomic *p) { return (uint64_t)InterlockedOr64(p, 0); }
 static void     qwen3i_atomic_set(qwen3i_atomic *p, uint64_t v) { InterlockedExchange64(p, (LONG64)v); }
