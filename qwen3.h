@@ -6520,7 +6520,7 @@ static const qwen3i_tensor *qwen3i_part(qwen3i_binder *b, const char *name, cons
     char full[QWEN3I_NAME + 32], has[128], needs[64], dtype[16];
     if (*r != QWEN3_OK) return NULL;
     snprintf(full, sizeof full, "%.*s%s", (int)(strlen(name) - strlen("weight")), name, part);
-    const qwen3i_tensor *t = qwen3i_find_tensor(b->tensors, qwen3i_str_of(full));
+    const qwen3i_tensor *t = qwen3i_find_weight(b, full);
     if (!t && optional) return NULL;
     if (!t) { *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing", b->l->model->shards[0].name, full); return NULL; }
     snprintf(dtype, sizeof dtype, "%.*s", QWEN3I_STR(t->dtype));
@@ -8160,6 +8160,7 @@ TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n
 /* R rows in blocks at a time against one row of x: the sums of V_dot, without a panel. The type is a constant here. */ \
 TARGET QWEN3I_INLINE void V##_dot_blocks_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, int elements, \
                                             int bytes, int n_w, const float *x, int n_cols, int add) { \
+    const size_t ahead = R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
     for (int r0 = 0; r0 < n_w; r0 += R) { \
         const uint8_t *at[R]; \
         QWEN3I_UNROLL for (int r = 0; r < R; r++) at[r] = w + (size_t)qwen3i_min(r0 + r, n_w - 1) * row_bytes; \
@@ -8179,7 +8180,7 @@ TARGET QWEN3I_INLINE void V##_dot_blocks_of(float *y, const uint8_t *w, size_t r
                     } \
                 } \
                 QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
-                    QWEN3I_PREFETCH(at[r] + QWEN3I_AHEAD / 4); \
+                    QWEN3I_UNROLL for (int i = 0; i < (bytes + 63) / 64; i++) QWEN3I_PREFETCH(at[r] + ahead + 64 * i); \
                     at[r] += bytes; \
                 } \
             } \
