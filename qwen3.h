@@ -8160,7 +8160,7 @@ TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n
 /* R rows in blocks at a time against one row of x: the sums of V_dot, without a panel. The type is a constant here. */ \
 TARGET QWEN3I_INLINE void V##_dot_blocks_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, int elements, \
                                             int bytes, int n_w, const float *x, int n_cols, int add) { \
-    const size_t ahead = R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
+    const size_t ahead = 2 * (R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD); \
     for (int r0 = 0; r0 < n_w; r0 += R) { \
         const uint8_t *at[R]; \
         QWEN3I_UNROLL for (int r = 0; r < R; r++) at[r] = w + (size_t)qwen3i_min(r0 + r, n_w - 1) * row_bytes; \
