@@ -96,7 +96,7 @@ test: build/test
 
 download: MODEL = Qwen/Qwen3-0.6B
 download:
-	tools/download.sh $(MODEL)
+	tools/download.sh $(if $(FILE),-f $(FILE)) $(MODEL)
 
 install: lib
 	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/lib/cmake/qwen3
@@ -125,7 +125,7 @@ help:
 	@echo "test      build and run the tests"
 	@echo "build/check   is a model's cache precise enough? build/check MODEL"
 	@echo "bench     build the benchmark; ./bench --help"
-	@echo "download  fetch MODEL=Qwen/Qwen3-0.6B (or another) into models/"
+	@echo "download  fetch MODEL=Qwen/Qwen3-0.6B (or another) into models/; of a model of GGUF files the one that FILE names"
 	@echo "install   header, CUDA source, static and shared library, qwen3.pc and a CMake package under PREFIX ($(PREFIX))"
 	@echo "web       the demo as a web page in build/web (Emscripten); python3 web/serve.py shows it"
 	@echo "test-web  test that page in headless Chromium"

@@ -20,7 +20,7 @@ extern const char *lab_fused_baseline(const char *size);         /* tools/kernel
 #endif
 
 static const char usage[] =
-    "usage: bench [MODEL_DIR | --random SIZE] [options]\n"
+    "usage: bench [MODEL | --random SIZE] [options]\n"
     "  --random SIZE   0.6B 1.7B 4B 8B 14B 32B: random weights made in memory (default: 0.6B)\n"
     "  --type T        of random weights: bf16 f16 f32 q8_0 q4_0 q4_k_m or another format of GGUF files (default bf16)\n"
     "  --tests LIST    ppN[@CTX] prefill of N tokens, tgN[@CTX] decode of N, after CTX tokens\n"
@@ -565,8 +565,8 @@ int main(int argc, char **argv) {
     if (!strcmp(b.info.backend_name, "cpu")) b.stream = cpu_stream(b.opt.threads);
     pause = qwen3i_now_ms() - loaded;                           /* is no part of the first token's time */
     if (!b.opt.json)
-        printf("%s: %.2f billion parameters, %.2f GB read a step; %s (%s)%s%.1f%s\n", b.opt.path ? b.opt.path : b.opt.random, (double)b.info.n_params * 1e-9,
-               (double)b.step_bytes * 1e-9, b.info.backend_name, b.info.device_name, b.stream > 0 ? "; memory stream " : "; ", b.stream * 1e-9, b.stream > 0 ? " GB/s" : "");
+        printf("%s: %.2f billion parameters, %s, %.2f GB read a step; %s (%s)%s%.1f%s\n", b.opt.path ? b.opt.path : b.opt.random, (double)b.info.n_params * 1e-9,
+               b.info.weight_type, (double)b.step_bytes * 1e-9, b.info.backend_name, b.info.device_name, b.stream > 0 ? "; memory stream " : "; ", b.stream * 1e-9, b.stream > 0 ? " GB/s" : "");
     if (b.opt.first) first_token(&b, start + pause, loaded + pause);
     all_kernels(&b);
     snprintf(list, sizeof list, "%s", b.opt.tests);

@@ -279,8 +279,9 @@ static int talk(chat *c) {
     string line = {NULL, 0, 0};
     int ok = 1, go_on = 1;
     const qwen3_info f = qwen3_get_info(c->model);
-    if (c->terminal) fprintf(stderr, "%.0f million parameters on %s (%s). %s", (double)f.n_params * 1e-6,
-                             f.backend_name, f.device_name, commands);
+    if (c->terminal) fprintf(stderr, "%.0f million parameters, %s, %.0f MB (%.1f bits each) on %s (%s). %s",
+                             (double)f.n_params * 1e-6, f.weight_type, (double)f.weight_bytes * 1e-6,
+                             8 * (double)f.weight_bytes / (double)f.n_params, f.backend_name, f.device_name, commands);
     while (go_on && (c->terminal || !interrupted)) {
         if (c->terminal) { fputs("\n> ", stdout); fflush(stdout); }
         if (!read_until(&line, stdin, '\n')) break;

@@ -370,6 +370,7 @@ typedef struct qwen3_info {
     qwen3_chat_style chat_style;
     qwen3_sampler sampler;              /* what generation_config.json or a GGUF's keys advise; rng 0 */
     uint64_t n_params, weight_bytes;
+    const char *weight_type;            /* of most weights: "BF16", "Q4_K", ...; NULL: none are loaded     */
     uint64_t fingerprint;               /* of configuration and weights; ties saved states to them */
     int has_head;                       /* 0: it makes embeddings only; logits are UNSUPPORTED      */
     const char *backend_name;           /* "cpu", "cuda"                                           */
@@ -6303,6 +6304,7 @@ typedef struct qwen3i_binder {
     qwen3i_str            head;         /* the name of lm_head.weight; n 0: it is as it should be */
     uint64_t              n_params, n_bytes, fingerprint;
     int                   in_place;     /* matrices that stay where the file is */
+    uint64_t              of_type[QWEN3I_N_TYPES];  /* elements of matrices */
 } qwen3i_binder;
 
 /* The one tensor whose name is this, or ends in it behind a dot; several: NULL, too */
@@ -6700,9 +6702,10 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, int layer, int weight, int row
     r = qwen3i_bind_tensor(b, name, rows, cols, out);
     if (r != QWEN3_OK) return r;
     type = qwen3i_mix_type((qwen3i_mix)b->l->desc->quantize, weight, layer, &b->l->model->config, cols);
-    if (type && !qwen3i_is_block(out->type)) return qwen3i_shrink(b, name, layer, type, out);
-    b->in_place++;
-    return QWEN3_OK;
+    if (!type || qwen3i_is_block(out->type)) b->in_place++;
+    else r = qwen3i_shrink(b, name, layer, type, out);
+    b->of_type[out->type] += (uint64_t)rows * (uint64_t)cols;
+    return r;
 }
 
 /* A small tensor as float32: then every kernel reads one type. rows 0: of one dimension */
@@ -7015,6 +7018,13 @@ static uint64_t qwen3i_hash_numbers(uint64_t seed, const qwen3i_config *c) {
     return qwen3i_hash(seed, v, sizeof v);
 }
 
+/* The type of most weights, by name */
+static const char *qwen3i_main_type(const uint64_t *of_type) {
+    int i, most = QWEN3I_NO_TYPE;
+    for (i = QWEN3I_F32; i < QWEN3I_N_TYPES; i++) if (of_type[i] > of_type[most]) most = i;
+    return qwen3i_format_of((qwen3i_type)most)->name;
+}
+
 static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     qwen3_model *m = l->model;
     qwen3i_tensors tensors;
@@ -7036,6 +7046,7 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     qwen3i_free(&m->allocator, tensors.list, tensors.cap * sizeof *tensors.list);
     for (i = 0; i < m->n_shards && r == QWEN3_OK && b.in_place == 0; i++) qwen3i_close(&m->allocator, &m->shards[i].blob);
     m->info.n_params = b.n_params;
+    m->info.weight_type = qwen3i_main_type(b.of_type);
     m->info.weight_bytes = b.n_bytes;
     m->info.fingerprint = b.fingerprint;
     l->done = 0.5f;

@@ -310,6 +310,30 @@ class DownloadTest(unittest.TestCase):
         self.assertDownloads()
         self.assertEqual(self.present(), self.NEEDED - {WEIGHTS} | names)
 
+    def test_one_file(self):
+        name = "Qwen3-Tiny-Q8_0.gguf"
+        for other in (name, "Qwen3-Tiny-Q4_K_M.gguf"):
+            self.hub.files[other] = noise(5000, other)
+        self.assertDownloads("-f", name, MODEL)
+        self.assertEqual(self.present(), {name})
+        self.assertTrue(self.out.endswith(f"Next: make run MODEL=models/Qwen3-Tiny/{name}\n"), self.out)
+
+    def test_one_file_in_parts(self):
+        names = [f"Tiny-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+        for name in names:
+            self.hub.files[name] = noise(5000, name)
+        self.assertDownloads("-f", names[0], MODEL)
+        self.assertEqual(self.present(), set(names))
+        del self.hub.files[names[2]]
+        self.assertFails(f"the hub has no {names[2]}", arguments=("-f", names[0], MODEL))
+        self.hub.files[names[2]] = noise(5000, names[2])
+
+    def test_file_that_is_none(self):
+        self.assertFails("the hub has no x.gguf", arguments=("-f", "x.gguf", MODEL))
+        for name in ("../x.gguf", "x.bin", "-x.gguf", "a/x.gguf", ""):
+            self.assertFails("is not the name of a .gguf file", arguments=("-f", name, MODEL))
+        self.assertEqual(self.hub.fetched(), [])
+
     def test_missing_shard(self):
         del self.hub.files[WEIGHTS]
         for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):

@@ -1,10 +1,12 @@
 #!/bin/sh
 # download.sh - fetch a model from the Hugging Face hub, checked file by file.
 #
-#   tools/download.sh MODEL [DEST]
+#   tools/download.sh [-f FILE.gguf] MODEL [DEST]
 #
 #   MODEL   owner/name on the hub, for example Qwen/Qwen3-0.6B
 #   DEST    target directory (default: models/<name>)
+#   -f      this file of the model, and not the directory: with its other parts if it is
+#           the first of several (NAME-00001-of-00003.gguf)
 #
 # A file gets its final name only after its size and hash have matched what the
 # hub lists, so whatever is in DEST under a final name is whole.  Until then it
@@ -222,7 +224,7 @@ flatten_json() {
 # failure the output is the error message.  Names come from the server: none but
 # plain ones are looked at, and of these only the ones known here are taken.
 select_files() {
-    awk -F '\t' '
+    awk -F '\t' -v wanted="$file" '
         function fail(message) { print message; failed = 1; exit 1 }
         function take(name) {
             if (!(name in size)) return 0
@@ -261,6 +263,14 @@ select_files() {
             if (failed) exit 1
             for (i = 0; i < entries; i++) if (field[i, "type"] == "file") keep(i)
 
+            if (wanted != "") {
+                need(wanted)
+                parts = wanted ~ /-00001-of-[0-9]+\.gguf$/ ? substr(wanted, length(wanted) - 9, 5) + 0 : 1
+                stem = substr(wanted, 1, length(wanted) - length("-00001-of-00001.gguf"))
+                for (i = 2; i <= parts; i++) need(sprintf("%s-%05d-of-%05d.gguf", stem, i, parts))
+                printf "%s", rows
+                exit
+            }
             need("config.json")
             take("generation_config.json")
             if (!take("tokenizer.json")) { need("vocab.json"); need("merges.txt") }
@@ -404,8 +414,19 @@ lock_dest() {
 # --- settings -----------------------------------------------------------------
 
 read_arguments() {
+    file=
+    if [ "${1:-}" = -f ]; then
+        file=${2:-}
+        case $file in
+            *[!A-Za-z0-9._-]*|[!A-Za-z0-9]*|*..*) file= ;;
+            *.gguf) ;;
+            *) file= ;;
+        esac
+        [ -n "$file" ] || die "'${2:-}' is not the name of a .gguf file"
+        shift 2
+    fi
     if [ $# -lt 1 ] || [ $# -gt 2 ]; then
-        die "usage: tools/download.sh MODEL [DEST], for example: tools/download.sh Qwen/Qwen3-0.6B"
+        die "usage: tools/download.sh [-f FILE.gguf] MODEL [DEST], for example: tools/download.sh Qwen/Qwen3-0.6B"
     fi
     model=$1
     case $model in
@@ -474,7 +495,7 @@ main() {
     done <<END
 $plan
 END
-    say "All files are there. Next: make run MODEL=$dest"
+    say "All files are there. Next: make run MODEL=$dest${file:+/$file}"
 }
 
 main "$@"
