@@ -10,7 +10,7 @@
 #include <stddef.h>
 #define QWEN3_IMPLEMENTATION
 #include "../../qwen3.h"
-#include "../tiny.h"
+#include "../tiny_gguf.h"
 #include "../short.h"
 #include <sys/types.h>
 
@@ -65,14 +65,13 @@ static void use(const qwen3_model *m) {
 }
 
 /* Load the files; whatever happens must be in order. */
-static void load(const tiny_model *t, int flags) {
-    qwen3_file files[TINY_FILES];
+static void load_files(const qwen3_file *files, int n, size_t size, int flags) {
     qwen3_load_desc d;
     qwen3_model *m = NULL;
     qwen3_result r;
     char err[300] = "";
     memset(&d, 0, sizeof d);
-    d.n_files = tiny_list(t, files);
+    d.n_files = n;
     d.files = files;
     d.flags = flags;
 #ifdef FUZZ_CUDA
@@ -82,14 +81,19 @@ static void load(const tiny_model *t, int flags) {
     d.allocator.free = heap_free;
     memory.now = memory.peak = 0;
     r = qwen3_load(&m, &d, err, sizeof err);
-    MUST(memory.peak <= 8 * tiny_size(t) + 24 * 1024 + sizeof(qwen3i_tokenizer));
+    MUST(memory.peak <= 8 * size + 24 * 1024 + sizeof(qwen3i_tokenizer));
     MUST(r == QWEN3_OK || r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_UNSUPPORTED || r == QWEN3_ERR_IO);
     MUST((r == QWEN3_OK) == (m != NULL) && (r == QWEN3_OK) == !err[0]);
     MUST(r == QWEN3_OK || strstr(err, ".json") || strstr(err, ".safetensors") || strstr(err, "merges.txt") ||
-         strstr(err, "the tokenizer has ids") || strstr(err, "the index names it") || strstr(err, "CUDA: "));
+         strstr(err, "the tokenizer has ids") || strstr(err, "the index names it") || strstr(err, ".gguf") || strstr(err, "CUDA: "));
     if (m) use(m);
     qwen3_free(m);
     MUST(memory.now == 0);
+}
+
+static void load(const tiny_model *t, int flags) {
+    qwen3_file files[TINY_FILES];
+    load_files(files, tiny_list(t, files), tiny_size(t), flags);
 }
 
 /* The tiny model with one file replaced. */
@@ -110,6 +114,17 @@ static void fuzz_generation(const uint8_t *data, size_t n)  { load_with(TINY_GEN
 static void fuzz_safetensors(const uint8_t *data, size_t n) { load_with(TINY_WEIGHTS, data, n, 0, 0); }
 static void fuzz_index(const uint8_t *data, size_t n)       { load_with(TINY_INDEX, data, n, 1, 0); }
 static void fuzz_tokenizer(const uint8_t *data, size_t n)   { load_with(TINY_TOKENIZER, data, n, 0, 0); }
+
+static void fuzz_gguf(const uint8_t *data, size_t n) {
+    char *copy = (char *)malloc(n ? n : 1);             /* exactly: reading on is seen */
+    qwen3_file file;
+    if (n) memcpy(copy, data, n);
+    file.name = "m.gguf";
+    file.data = copy;
+    file.size = n;
+    load_files(&file, 1, n, 0);
+    free(copy);
+}
 
 /* The first byte says which of the files it is, and which vocabulary it lies beside. */
 static void fuzz_vocab(const uint8_t *data, size_t n) {
@@ -374,7 +389,7 @@ typedef struct target { const char *name; void (*run)(const uint8_t *data, size_
 static const target targets[] = {
     {"json", fuzz_json}, {"config", fuzz_config}, {"generation", fuzz_generation}, {"safetensors", fuzz_safetensors},
     {"index", fuzz_index}, {"tokenizer", fuzz_tokenizer}, {"vocab", fuzz_vocab}, {"encode", fuzz_encode},
-    {"chat", fuzz_chat}, {"state", fuzz_state}, {"model", fuzz_model}
+    {"chat", fuzz_chat}, {"state", fuzz_state}, {"model", fuzz_model}, {"gguf", fuzz_gguf}
 };
 
 static const target *chosen(void) {
@@ -423,6 +438,8 @@ static void write_seeds(const char *dir) {
     unsigned char *state, whole[4096] = {0};
     size_t size;
     tiny_model t;
+    gg_file gguf;
+    tiny_text file;
     int form, i;
     for (form = 0; form < 2; form++) {
         static const char *const of[TINY_FILES] = {
@@ -441,6 +458,13 @@ static void write_seeds(const char *dir) {
         }
         tiny_free(&t);
     }
+    tiny_make(&t, 0, 0);
+    gg_make(&gguf, &t);
+    file = gg_write(&gguf);
+    write_seed(dir, "tiny", "gguf", file.p, file.n);
+    free(file.p);
+    gg_free(&gguf);
+    tiny_free(&t);
     shared_ctx(&state, &size);
     memcpy(whole + 1, state, size);
     write_seed(dir, "whole", "state", whole, size + 1);
