@@ -5,7 +5,14 @@
 
    MODEL is a directory or a GGUF file with weights in BF16, F16 or F32; TYPE one of Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0; or AS_IS,
    which makes one GGUF file of a directory.
-   The result holds the tokenizer and the chat template, too: qwen3.h and llama.cpp load it. */
+   The result holds the tokenizer and the chat template, too: qwen3.h and llama.cpp load it.
+
+   Measured on the demo model and held-out dialogues of it: mean KL divergence from the 16-bit model (llama-perplexity),
+   of files from here and from llama-quantize without importance matrix.
+
+               Q8_0     Q6_K     Q5_K_M   Q4_K_M   Q4_0
+       here    0.00100  0.00540  0.01380  0.0589   0.0745
+       there   0.00112  0.00575  0.01386  0.0624   0.0860 */
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
 #include <stdio.h>
@@ -408,7 +415,7 @@ static int quantize(job *j, const char *out) {
     const qwen3_info info = qwen3_get_info(j->model);
     j->keys = qwen3i_buf_make(&heap);
     int bad = list_tensors(j);
-    if (!bad && !qwen3i_is_directory(j->path)) bad = put_gguf_keys(j);
+    if (!bad && !qwen3i_is_directory(&heap, j->path)) bad = put_gguf_keys(j);
     else if (!bad) {
         put_config_keys(j);
         put_tokenizer_keys(j);
