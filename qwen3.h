@@ -3459,13 +3459,17 @@ static qwen3_result qwen3i_gguf_list_parts(qwen3i_loader *l, qwen3i_tensors *t) 
     return r;
 }
 
-/* Tensors that this library would leave out of the computation. */
+/* Tensors that this library would leave out of the computation: biases, and factors of whole tensors but 1. */
 static qwen3_result qwen3i_gguf_check_names(const qwen3i_tensors *t, const qwen3i_err *err) {
+    static const unsigned char one[4] = {0, 0, 0x80, 0x3F};     /* 1 as float32 */
     size_t i;
     for (i = 0; i < t->n; i++) {
-        const qwen3i_str name = t->list[i].name;
-        if (name.n > 5 && memcmp(name.p + name.n - 5, ".bias", 5) == 0)
-            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%.*s': biases are not supported", t->list[i].file, QWEN3I_STR(name));
+        const qwen3i_tensor *w = &t->list[i];
+        const int is_scale = qwen3i_str_ends(w->name, ".scale");
+        if (is_scale && w->end - w->begin == 4 && memcmp(w->data, one, 4) == 0) continue;
+        if (is_scale || qwen3i_str_ends(w->name, ".bias"))
+            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%.*s': %s are not supported", w->file, QWEN3I_STR(w->name),
+                               is_scale ? "factors of whole tensors" : "biases");
     }
     return QWEN3_OK;
 }

@@ -522,6 +522,10 @@ static void test_gguf_bad_tensors(void) {
     w->name[0] = 0; gg_check(&f, BAD, "name of 0 bytes"); *w = was;
     snprintf(w->name, sizeof w->name, "blk.0.attn_p.weight"); gg_check(&f, BAD, "blk.0.attn_q.weight|missing"); *w = was;
     gg_add(&f, "blk.0.attn_q.bias", 0, 1, 0, "\0\0\0", 4); gg_check(&f, NOT, "attn_q.bias|biases");
+    free(f.tensors[--f.n_tensors].data.p);
+    gg_add(&f, "blk.0.attn_q.scale", 0, 1, 0, "\0\0\x80\x3F", 4); gg_check(&f, GOOD, "");
+    free(f.tensors[--f.n_tensors].data.p);
+    gg_add(&f, "blk.0.attn_q.scale", 0, 1, 0, "\0\0\0\x40", 4); gg_check(&f, NOT, "attn_q.scale|factors");
     gg_free(&f);
     tiny_free(&t);
 }
