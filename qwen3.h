@@ -6408,6 +6408,13 @@ static const void *qwen3i_align_tensor(qwen3_model *m, const qwen3i_tensor *t, s
     return copy;
 }
 
+/* NVFP4 in GGUF files may have a number that multiplies the whole matrix, which blocks have no room for. */
+static int qwen3i_has_scale(const qwen3i_binder *b, const char *name) {
+    char scale[QWEN3I_NAME];
+    snprintf(scale, sizeof scale, "%.*sscale", (int)(strlen(name) - strlen("weight")), name);
+    return qwen3i_find_tensor(b->tensors, qwen3i_str_of(scale)) != NULL;
+}
+
 /* The matrix has a format that the backend multiplies by, and its bytes are as many as that format asks for. */
 static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tensor *t, const char *name, const qwen3i_matrix *w) {
     const qwen3_backend *backend = b->l->model->backend;
@@ -6418,6 +6425,9 @@ static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tenso
     if (qwen3i_is_block(w->type) && !backend->block_types)
         return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has type %.*s; the %s backend supports "
                            "F32, F16 and BF16", t->file, name, QWEN3I_STR(t->dtype), backend->name);
+    if (w->type == QWEN3I_NVFP4 && qwen3i_has_scale(b, name))
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has type NVFP4 and a scale of its own, which is not "
+                           "supported", t->file, name);
     if (w->cols % qwen3i_format_of(w->type)->elements != 0)
         return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has type %.*s, but rows of %d elements, no multiple of %d",
                            t->file, name, QWEN3I_STR(t->dtype), w->cols, qwen3i_format_of(w->type)->elements);
