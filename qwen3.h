@@ -141,7 +141,8 @@
 
     // Recipe: words put into the model's mouth
     qwen3_msg msg = {QWEN3_USER, "Do you have a lamp?"}; qwen3_chat_desc chat = {&msg, 1};
-    qwen3_token tokens[512]; qwen3_gen_desc gen = {NULL, 60}; gen.on_text = put;
+    qwen3_token tokens[512]; qwen3_gen_desc gen = {NULL};
+    gen.max_tokens = 60; gen.on_text = put;
     n = qwen3_chat_render(model, &chat, tokens, 500, err, sizeof err);
     if (n > 0 && n <= 500) n += qwen3_encode(model, "Aye, ", 5, 0, tokens + n, 512 - n, err, sizeof err);
     r = n < 0 ? (qwen3_result)n : (qwen3_result)qwen3_sync(ctx, 0, tokens, n, 0);

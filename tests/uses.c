@@ -49,6 +49,26 @@ static int replies(const qwen3_model *model, qwen3_ctx *ctx) {
     return qwen3_stream_feed(&stream, 0) == stream.result ? 0 : -13;
 }
 
+static int grammars(const qwen3_model *model, qwen3_ctx *ctx) {
+    qwen3_grammar *grammar = NULL;
+    qwen3_grammar_desc desc;
+    qwen3_gen_desc gen;
+    int r = -30;
+    memset(&desc, 0, sizeof desc);
+    memset(&gen, 0, sizeof gen);
+    desc.kind = QWEN3_GRAMMAR_REGEX;
+    desc.text = "yes|no";
+    desc.n_bytes = 6;
+    gen.max_tokens = 8;
+    if (qwen3_grammar_create(&grammar, model, &desc, NULL, 0) == QWEN3_OK) {
+        gen.grammar = grammar;
+        r = qwen3_generate(ctx, 0, &gen) == QWEN3_END ? 0 : -31;
+        qwen3_seq_truncate(ctx, 0, 0);
+    }
+    qwen3_grammar_free(grammar);
+    return r;
+}
+
 static int scores(const qwen3_model *model, qwen3_ctx *ctx) {
     float *vector = (float *)malloc((size_t)qwen3_get_info(model).n_embd * sizeof *vector), score;
     int r = vector ? (int)qwen3_embed(ctx, 0, NULL, "the fox", vector) : -20;
@@ -75,6 +95,7 @@ int main(int argc, char **argv) {
         n = text(model, tokens, 16);
         r = n > 1 ? sequences(ctx, tokens, n) : n;
         if (r == 0) r = replies(model, ctx);
+        if (r == 0) r = grammars(model, ctx);
         if (r == 0) r = scores(model, ctx);
         if (r == 0) r = qwen3_ctx_stats(ctx).n_prefill == 0;
         if (r) fprintf(stderr, "%d: %s\n", r, qwen3_ctx_error(ctx));
