@@ -977,7 +977,7 @@ static inline int qwen3i_shown(const char *p, size_t n, size_t most) {
     return (int)most;
 }
 
-static qwen3i_err qwen3i_err_begin(char *text, size_t cap) {
+static inline qwen3i_err qwen3i_err_begin(char *text, size_t cap) {
     qwen3i_err e;
     e.text = text;
     e.cap = cap;
