@@ -358,14 +358,17 @@ static void lab_check_normed_mlp(lab *l, int n) {
     free(h);
 }
 
-static void lab_check_qkv(lab *l, const lab_rows *r) {
+/* From h; or, normed, from x as a step does it. */
+static void lab_check_qkv(lab *l, const lab_rows *r, int normed) {
     const qwen3i_config *c = &l->model.config;
     const qwen3i_type kv = (qwen3i_type)l->desc.kv_type;
     int n = r->batch.n_rows, q_dim = c->n_head * c->head_dim, kv_dim = c->n_head_kv * c->head_dim,
         half = c->head_dim / 2, i;
     float *h = lab_values(l, (size_t)n * (size_t)c->n_embd, 1), *q = floats((size_t)n * (size_t)q_dim), *got;
+    float *x = lab_values(l, (size_t)n * (size_t)c->n_embd, 3);
     float *k = floats((size_t)n * (size_t)kv_dim), *v = floats((size_t)n * (size_t)kv_dim);
     float *cosines = floats((size_t)n * (size_t)half), *sines = floats((size_t)n * (size_t)half), freqs[128], scale;
+    if (normed) qwen3i_rmsnorm(&l->exec, h, x, l->layer.attn_norm, n, c->n_embd, c->rms_eps);
     qwen3i_matmul_qkv(&l->exec, q, k, v, &l->layer, h, n);
     scale = qwen3i_rope_freqs(freqs, c, 0);
     qwen3i_rope_angles(cosines, sines, r->positions, n, freqs, half, scale);
@@ -377,9 +380,13 @@ static void lab_check_qkv(lab *l, const lab_rows *r) {
         qwen3i_rope(ki, cosines + (size_t)i * (size_t)half, sines + (size_t)i * (size_t)half, c->n_head_kv,
                     c->head_dim);
     }
-    lab_put(l, LAB_H, h);
-    lab_run(l, LAB_QKV_ROPE);
-    lab_check(l, "q", LAB_Q, q, n, q_dim, lab_halves(l, n) ? CUDA_ROUNDED : lab_exact(l, n));
+    lab_put(l, normed ? LAB_X : LAB_H, normed ? x : h);
+    lab_run(l, normed ? LAB_NORM_QKV : LAB_QKV_ROPE);
+    lab_check(l, normed ? "norm, q" : "q", LAB_Q, q, n, q_dim,
+              normed && lab_rounds(l, n) ? 2 * CUDA_ROUNDED :
+              lab_halves(l, n)           ? CUDA_ROUNDED : (1 + 3 * normed) * lab_exact(l, n));
+    free(x);
+    if (normed) { free(h); free(k); free(v); free(cosines); free(sines); return; }
     got = lab_cached(l, r, 0, 0);
     CHECK_MSG(cuda_one_rounding(got, k, (size_t)n * (size_t)kv_dim, kv), "k, %d rows: more than one rounding to %s", n,
               cuda_type_name(kv));
@@ -515,7 +522,8 @@ static void lab_check_rows(lab *l, int kv_type, int kernels, int n, int n_seqs, 
         lab_check_norm(l, n, 20000);
         lab_check_norm(l, n, 1e-4f);
         lab_check_normed_mlp(l, n);
-        lab_check_qkv(l, r);
+        lab_check_qkv(l, r, 1);
+        lab_check_qkv(l, r, 0);
         lab_check_attention(l, r, 1);
         lab_check_attention(l, r, 8);
         lab_check_add(l, "o_proj", LAB_O_PROJ, LAB_A, &l->layer.wo, n, 1);
