@@ -170,7 +170,8 @@
      Dense Qwen3 in Hugging Face layout (0.6B to 32B, base, chat, Thinking-2507, Instruct-2507,
      Embedding, Reranker): config.json, model.safetensors or shards with an index, tokenizer.json or
      vocab.json + merges.txt; weights in BF16, F16 or F32. The same models as a GGUF file, or the
-     parts of a split one (load.path names the first). Not mixture-of-experts models.
+     parts of a split one (load.path names the first). Mixtures of experts on the CPU,
+     from safetensors.
      The CPU backend below is the reference. qwen3_cuda.cu beside this file adds NVIDIA GPUs:
      compile it with nvcc, link it, and set load.backend = qwen3_cuda_backend().
 
@@ -373,6 +374,7 @@ typedef struct qwen3_info {
     uint64_t n_params, weight_bytes;
     const char *weight_type;            /* of most weights: "BF16", "Q4_K", ...; NULL: none are loaded     */
     uint64_t fingerprint;               /* of configuration and weights; ties saved states to them */
+    int n_expert, n_expert_used;        /* of layers that are mixtures of experts; 0: all are dense */
     int has_head;                       /* 0: it makes embeddings only; logits are UNSUPPORTED      */
     const char *backend_name;           /* "cpu", "cuda"                                           */
     const char *device_name;            /* of the GPU, or the CPU's instruction set in use          */
@@ -760,12 +762,19 @@ typedef struct qwen3i_matrix {          /* y[rows] = W x[cols]; row-major: see q
     qwen3i_type type;
 } qwen3i_matrix;
 
+typedef struct qwen3i_experts {         /* of a layer whose MLP is a mixture */
+    qwen3i_matrix        router;        /* [n_expert, n_embd] */
+    const qwen3i_matrix *gate, *up;     /* n_expert of them: [n_ff_expert, n_embd] */
+    const qwen3i_matrix *down;          /* n_expert of them: [n_embd, n_ff_expert] */
+} qwen3i_experts;
+
 typedef struct qwen3i_layer {           /* norm gains are float32 copies: [n_embd] or [head_dim] */
     const float  *attn_norm, *q_norm, *k_norm, *mlp_norm;
     qwen3i_matrix wq, wk, wv;           /* [n_head * head_dim | n_head_kv * head_dim, n_embd] */
     qwen3i_matrix wo;                   /* [n_embd, n_head * head_dim] */
     qwen3i_matrix w_gate, w_up;         /* [n_ff, n_embd] */
     qwen3i_matrix w_down;               /* [n_embd, n_ff] */
+    const qwen3i_experts *experts;      /* NULL: dense, by the three matrices above */
 } qwen3i_layer;
 
 typedef struct qwen3i_config {
@@ -776,6 +785,10 @@ typedef struct qwen3i_config {
     double yarn_factor;                 /* 0: plain RoPE */
     double yarn_beta_fast, yarn_beta_slow, yarn_attn_factor;
     int    yarn_original_ctx, yarn_untruncated;
+    int    n_expert, n_expert_used, n_ff_expert;    /* of layers with experts; 0: all are dense */
+    int    norm_topk;                   /* the weights of the experts that are used add up to 1 */
+    int    sparse_step;                 /* layers sparse_step - 1, 2 * sparse_step - 1, ... have experts, ... */
+    int    n_dense, dense[64];          /* ... but for these */
 } qwen3i_config;
 
 typedef struct qwen3i_weights {
@@ -844,6 +857,7 @@ struct qwen3_backend {
     qwen3_result (*kv_write)(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v, const qwen3i_err *err);
     qwen3_result (*set_logits)(void *ctx_state, int seq, const float *logits, const qwen3i_err *err);
     int         block_types;            /* does it multiply by matrices of any format? 0: only F32, F16 and BF16 */
+    int         experts;                /* does it run layers whose MLP is a mixture of experts? */
 };
 
 /* ---- sizes: 64-bit arithmetic in which UINT64_MAX stands for all that does not fit ---- */
@@ -5762,8 +5776,10 @@ static qwen3i_type qwen3i_mix_type(qwen3i_mix mix, int weight, int layer, const 
 typedef enum qwen3i_key {
     QWEN3I_KEY_LAYERS, QWEN3I_KEY_EMBD, QWEN3I_KEY_HEADS, QWEN3I_KEY_KV_HEADS, QWEN3I_KEY_HEAD_DIM,
     QWEN3I_KEY_FF, QWEN3I_KEY_VOCAB, QWEN3I_KEY_CTX,        /* whole numbers, 1 to QWEN3I_MAX_DIM */
+    QWEN3I_KEY_EXPERTS, QWEN3I_KEY_EXPERTS_USED, QWEN3I_KEY_EXPERT_FF, QWEN3I_KEY_SPARSE_STEP,  /* of a mixture */
     QWEN3I_KEY_WINDOW_LAYERS,                               /* any whole number: layers before the first that slides */
-    QWEN3I_KEY_TIED, QWEN3I_KEY_BIAS, QWEN3I_KEY_CAUSAL, QWEN3I_KEY_SLIDING,    /* 0 or 1 */
+    QWEN3I_KEY_TIED, QWEN3I_KEY_BIAS, QWEN3I_KEY_CAUSAL, QWEN3I_KEY_NORM_TOPK,
+    QWEN3I_KEY_SLIDING,                                     /* 0 or 1 */
     QWEN3I_KEY_WINDOW, QWEN3I_KEY_EPS,
     QWEN3I_KEY_THETA, QWEN3I_KEY_PARTIAL, QWEN3I_KEY_ORIGINAL_CTX,  /* of the rotation, as all below */
     QWEN3I_KEY_FACTOR, QWEN3I_KEY_BETA_FAST, QWEN3I_KEY_BETA_SLOW, QWEN3I_KEY_ATTN_FACTOR,
@@ -5780,11 +5796,12 @@ typedef struct qwen3i_raw_config {
     const char        *file;            /* in messages */
     const char *const *keys;            /* [QWEN3I_KEYS] as the format spells them; NULL: it has no such key */
     double             values[QWEN3I_KEYS];
-    uint32_t           seen;            /* bit k: values[k] was set; else it is 0 */
+    uint64_t           seen;            /* bit k: values[k] was set; else it is 0 */
     char               family[64];      /* the kind of model, "qwen3"; empty: not said */
     int                class_ok;        /* the format names no class, or one of ours is among them */
     int                act_ok;          /* the activation is SiLU */
     int                slides;          /* of the layers: 1 some, 0 none; -1: not said */
+    int                n_dense, dense[64];  /* layers of a mixture that are dense; n_dense may be more than there is room */
 } qwen3i_raw_config;
 
 static void qwen3i_config_begin(qwen3i_raw_config *c, const char *file, const char *const *keys) {
@@ -5797,7 +5814,7 @@ static void qwen3i_config_begin(qwen3i_raw_config *c, const char *file, const ch
 
 static void qwen3i_config_set(qwen3i_raw_config *c, int key, double value) {
     c->values[key] = value;
-    c->seen |= 1u << key;
+    c->seen |= (uint64_t)1 << key;
 }
 
 static int qwen3i_config_has(const qwen3i_raw_config *c, int key) { return (int)(c->seen >> key & 1); }
@@ -5812,13 +5829,52 @@ static qwen3_result qwen3i_config_missing(const qwen3i_raw_config *c, int key, c
     return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%s' is missing%s", c->file, c->keys[key], or_what);
 }
 
+static int qwen3i_config_is_mixture(const qwen3i_raw_config *c) {
+    return strcmp(c->family, "qwen3_moe") == 0 || strcmp(c->family, "qwen3moe") == 0;
+}
+
 static qwen3_result qwen3i_config_family(const qwen3i_raw_config *c, const qwen3i_err *err) {
-    int known = strcmp(c->family, "qwen3") == 0;
+    int known = strcmp(c->family, "qwen3") == 0 || qwen3i_config_is_mixture(c);
     if (!c->family[0]) return qwen3i_config_missing(c, QWEN3I_KEY_FAMILY, "", err);
     if (known && c->class_ok) return QWEN3_OK;
-    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: %s is '%s'%s; this library runs 'qwen3' (Qwen3ForCausalLM)",
-                       c->file, c->keys[QWEN3I_KEY_FAMILY], c->family,
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: %s is '%s'%s; this library runs 'qwen3' (Qwen3ForCausalLM) and "
+                       "'qwen3_moe' (Qwen3MoeForCausalLM)", c->file, c->keys[QWEN3I_KEY_FAMILY], c->family,
                        known ? " but architectures does not name Qwen3ForCausalLM" : "");
+}
+
+/* The keys of a mixture of experts; others do not look at them. */
+static qwen3_result qwen3i_config_experts(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
+    int *const sizes[] = {&k->n_expert, &k->n_expert_used, &k->n_ff_expert, &k->sparse_step};
+    int i;
+    if (!qwen3i_config_is_mixture(c)) return QWEN3_OK;
+    for (i = 0; i < 4; i++) {
+        const int key = QWEN3I_KEY_EXPERTS + i;
+        if (!qwen3i_config_has(c, key) && key != QWEN3I_KEY_SPARSE_STEP) return qwen3i_config_missing(c, key, "", err);
+        *sizes[i] = 1;                  /* a step that is not said */
+        if (!qwen3i_config_has(c, key)) continue;
+        if (!(c->values[key] >= 1 && c->values[key] <= (i == 2 ? QWEN3I_MAX_DIM : 4096)))
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%s' is %.17g; 1 to %d is possible", c->file, c->keys[key],
+                               c->values[key], i == 2 ? QWEN3I_MAX_DIM : 4096);
+        *sizes[i] = (int)c->values[key];
+    }
+    if (k->n_expert_used > k->n_expert)
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: %d of %d experts cannot be used", c->file, k->n_expert_used, k->n_expert);
+    if (!qwen3i_config_has(c, QWEN3I_KEY_NORM_TOPK)) return qwen3i_config_missing(c, QWEN3I_KEY_NORM_TOPK, "", err);
+    if (c->n_dense > QWEN3I_COUNT(k->dense))
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: more than %d layers of a mixture are dense", c->file,
+                           QWEN3I_COUNT(k->dense));
+    k->norm_topk = c->values[QWEN3I_KEY_NORM_TOPK] != 0;
+    k->n_dense = c->n_dense;
+    memcpy(k->dense, c->dense, sizeof k->dense);
+    return QWEN3_OK;
+}
+
+/* Does this layer have experts? */
+static int qwen3i_has_experts(const qwen3i_config *k, int layer) {
+    int i;
+    if (k->n_expert == 0 || (layer + 1) % k->sparse_step != 0) return 0;
+    for (i = 0; i < k->n_dense; i++) if (k->dense[i] == layer) return 0;
+    return 1;
 }
 
 /* Does a layer attend to a window only? The list of layers says so; without it, those from the given one on do. */
@@ -5908,6 +5964,7 @@ static qwen3_result qwen3i_config_check(qwen3i_config *k, const qwen3i_raw_confi
     qwen3_result r = qwen3i_config_family(c, err);
     if (r == QWEN3_OK) r = qwen3i_config_switches(c, err);
     if (r == QWEN3_OK) r = qwen3i_config_sizes(k, c, err);
+    if (r == QWEN3_OK) r = qwen3i_config_experts(k, c, err);
     if (r != QWEN3_OK) return r;
     if (!(eps > 0 && eps < 1)) return qwen3i_config_missing(c, QWEN3I_KEY_EPS, " or not between 0 and 1", err);
     if (!(theta >= 1 && theta < 1e30)) return qwen3i_config_missing(c, QWEN3I_KEY_THETA, " or out of range", err);
@@ -5922,8 +5979,9 @@ static qwen3_result qwen3i_config_check(qwen3i_config *k, const qwen3i_raw_confi
 /* ---- config.json ------------------------------------------------------------------------------------ */
 static const char *const qwen3i_json_keys[QWEN3I_KEYS] = {
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "intermediate_size", "vocab_size", "max_position_embeddings", "max_window_layers", "tie_word_embeddings",
-    "attention_bias", "is_causal", "use_sliding_window", "sliding_window", "rms_norm_eps", "rope_theta",
+    "intermediate_size", "vocab_size", "max_position_embeddings", "num_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "decoder_sparse_step", "max_window_layers", "tie_word_embeddings",
+    "attention_bias", "is_causal", "norm_topk_prob", "use_sliding_window", "sliding_window", "rms_norm_eps", "rope_theta",
     "partial_rotary_factor", "original_max_position_embeddings", "factor", "beta_fast", "beta_slow",
     "attention_factor", "mscale", "mscale_all_dim", "truncate", "rope_type", "model_type", "hidden_act", "layer_types"
 };
@@ -6048,6 +6106,19 @@ static qwen3_result qwen3i_quantization_check(qwen3i_quantization *q, const char
                        "compressed-tensors (pack-quantized, float-quantized) are", file, q->method, *q->format ? ", format " : "", q->format);
 }
 
+/* A list of layers, or null */
+static void qwen3i_config_dense(qwen3i_json *j, qwen3i_raw_config *raw) {
+    qwen3i_json_iter it;
+    int64_t layer;
+    raw->n_dense = 0;
+    if (qwen3i_json_word(j, "null") || !qwen3i_json_open(j, '[', &it)) return;
+    while (qwen3i_json_next(j, &it, NULL) && qwen3i_json_int(j, &layer)) {
+        if (layer < 0 || layer > QWEN3I_MAX_DIM) { qwen3i_json_bad(j, "a layer's number was expected"); return; }
+        if (raw->n_dense < QWEN3I_COUNT(raw->dense)) raw->dense[raw->n_dense] = (int)layer;
+        if (raw->n_dense <= QWEN3I_COUNT(raw->dense)) raw->n_dense++;
+    }
+}
+
 static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, const qwen3i_err *err) {
     qwen3i_raw_config *raw = &c->raw;
     qwen3i_json *j = &c->j;
@@ -6060,13 +6131,16 @@ static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, c
         if (qwen3i_json_string(j, &s)) raw->act_ok = qwen3i_json_is(s, "silu") || qwen3i_json_is(s, "swish");
     } else if (qwen3i_json_is(key, "architectures")) {
         qwen3i_json again = *j;
-        qwen3i_config_list(j, "Qwen3ForCausalLM", "Qwen3Model", &n, &hits);
-        raw->class_ok = hits > 0;
-        qwen3i_config_list(&again, "Qwen3ForCausalLM", "Qwen3ForCausalLM", &n, &hits);
+        qwen3i_config_list(&again, "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", &n, &hits);
         c->m->no_causal = hits == 0;
+        raw->class_ok = hits > 0;
+        qwen3i_config_list(j, "Qwen3Model", "Qwen3MoeModel", &n, &hits);
+        raw->class_ok |= hits > 0;
     } else if (qwen3i_json_is(key, "layer_types")) {
         qwen3i_config_list(j, "full_attention", "full_attention", &n, &hits);
         raw->slides = n == 0 ? -1 : hits < n;
+    } else if (qwen3i_json_is(key, "mlp_only_layers")) {
+        qwen3i_config_dense(j, raw);
     } else if (qwen3i_json_is(key, "quantization_config")) {
         qwen3i_quantization *q = &c->m->quantization;
         memset(q, 0, sizeof *q);
@@ -6652,18 +6726,18 @@ static int qwen3i_bind_quantised(qwen3i_binder *b, const char *name, const qwen3
     return 1;
 }
 
-/* Find a tensor of shape [rows, cols], or [cols] if rows is 0. */
-static qwen3_result qwen3i_bind_tensor(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
+/* Find a tensor of shape [stack, rows, cols], as a matrix of stack * rows rows; stack 0: [rows, cols]; rows 0, too: [cols] */
+static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int stack, int rows, int cols, qwen3i_matrix *out) {
     const qwen3i_err *err = b->l->err;
-    const qwen3i_tensor *t;
-    uint64_t want[2], n = (uint64_t)(rows ? rows : 1) * (uint64_t)cols;
-    int rank = rows ? 2 : 1, same;
+    const qwen3i_tensor *t = qwen3i_find_weight(b, name);
+    const int dims[3] = {stack, rows, cols};
+    uint64_t want[3], n = 1;
+    int rank = 0, same, i;
     char has[128], needs[64];
     qwen3_result r;
-    t = qwen3i_find_weight(b, name);
-    want[0] = (uint64_t)(rows ? rows : cols);
-    want[1] = (uint64_t)cols;
-    out->rows = rows ? rows : 1;
+    for (i = 0; i < 3; i++) if (dims[i]) { want[rank++] = (uint64_t)dims[i]; n *= (uint64_t)dims[i]; }
+    if (n / (uint64_t)cols > INT_MAX) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "tensor '%s' is too large", name);
+    out->rows = (int)(n / (uint64_t)cols);
     out->cols = cols;
     if (rows && b->l->model->quantization.packing && qwen3i_bind_quantised(b, name, t, out, &r)) return r;
     if (!t) return qwen3i_missing_tensor(b, name);
@@ -6687,6 +6761,11 @@ static qwen3_result qwen3i_bind_tensor(qwen3i_binder *b, const char *name, int r
     /* 64 bytes from the middle of each tensor tell checkpoints of one shape apart */
     b->fingerprint = qwen3i_hash(b->fingerprint + (uint64_t)out->type, t->data + (t->end - t->begin) / 2, qwen3i_min_size(64, (size_t)((t->end - t->begin + 1) / 2)));
     return QWEN3_OK;
+}
+
+/* Find a tensor of shape [rows, cols], or [cols] if rows is 0. */
+static qwen3_result qwen3i_bind_tensor(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
+    return qwen3i_bind_stack(b, name, 0, rows, cols, out);
 }
 
 /* Numbers to blocks of this type, in memory of the model's own */
@@ -6787,6 +6866,66 @@ static qwen3i_binding qwen3i_binding_of(qwen3i_tensor_id weight, int rows, int c
     return b;
 }
 
+/* Experts in three tensors each, "mlp.experts.7.gate_proj.weight", or all in two as transformers 5 writes them. */
+static qwen3_result qwen3i_bind_each_expert(qwen3i_binder *b, int layer, qwen3i_matrix *list) {
+    static const char *const parts[3] = {"gate", "up", "down"};
+    const qwen3i_config *c = &b->l->model->config;
+    char name[QWEN3I_NAME];
+    qwen3_result r = QWEN3_OK;
+    int i, k;
+    for (i = 0; i < c->n_expert && r == QWEN3_OK; i++)
+        for (k = 0; k < 3 && r == QWEN3_OK; k++) {
+            snprintf(name, sizeof name, "model.layers.%d.mlp.experts.%d.%s_proj.weight", layer, i, parts[k]);
+            r = qwen3i_bind_tensor(b, name, k < 2 ? c->n_ff_expert : c->n_embd, k < 2 ? c->n_embd : c->n_ff_expert,
+                            &list[k * c->n_expert + i]);
+        }
+    return r;
+}
+
+static qwen3_result qwen3i_bind_fused_experts(qwen3i_binder *b, int layer, qwen3i_matrix *gate_up, qwen3i_matrix *down) {
+    const qwen3i_config *c = &b->l->model->config;
+    char name[QWEN3I_NAME];
+    qwen3_result r;
+    snprintf(name, sizeof name, "model.layers.%d.mlp.experts.gate_up_proj", layer);
+    r = qwen3i_bind_stack(b, name, c->n_expert, 2 * c->n_ff_expert, c->n_embd, gate_up);
+    snprintf(name, sizeof name, "model.layers.%d.mlp.experts.down_proj", layer);
+    return r == QWEN3_OK ? qwen3i_bind_stack(b, name, c->n_expert, c->n_embd, c->n_ff_expert, down) : r;
+}
+
+static qwen3_result qwen3i_bind_experts(qwen3i_binder *b, int layer, qwen3i_layer *w) {
+    const qwen3i_config *c = &b->l->model->config;
+    const int n = c->n_expert, ff = c->n_ff_expert;
+    qwen3i_experts *e;
+    qwen3i_matrix *list, gate_up, down, router;
+    char name[QWEN3I_NAME];
+    qwen3_result r;
+    int i, fused;
+    snprintf(name, sizeof name, "model.layers.%d.mlp.experts.gate_up_proj", layer);
+    fused = qwen3i_find_weight(b, name) != NULL;
+    snprintf(name, sizeof name, "model.layers.%d.mlp.gate.weight", layer);
+    r = qwen3i_bind_tensor(b, name, n, c->n_embd, &router);
+    if (r == QWEN3_OK && fused) r = qwen3i_bind_fused_experts(b, layer, &gate_up, &down);
+    if (r == QWEN3_OK && !fused && (size_t)n > b->tensors->n / 3)    /* before memory is taken for them */
+        r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: num_experts is %d, but the files hold only %lu tensors",
+                        qwen3i_config_file(b->l), n, (unsigned long)b->tensors->n);
+    if (r != QWEN3_OK) return r;
+    e = (qwen3i_experts *)qwen3i_model_alloc(b->l->model, 1, sizeof *e);
+    list = (qwen3i_matrix *)qwen3i_model_alloc(b->l->model, 3 * (size_t)n, sizeof *list);
+    if (!e || !list) return qwen3i_no_memory(b->l->err, "the experts", 3 * (uint64_t)n * sizeof *list);
+    e->router = router;
+    e->gate = list;
+    e->up = list + n;
+    e->down = list + 2 * n;
+    w->experts = e;
+    if (!fused) return qwen3i_bind_each_expert(b, layer, list);
+    for (i = 0; i < n; i++) {
+        list[i] = qwen3i_rows_of(&gate_up, 2 * i * ff, ff);
+        list[n + i] = qwen3i_rows_of(&gate_up, (2 * i + 1) * ff, ff);
+        list[2 * n + i] = qwen3i_rows_of(&down, i * c->n_embd, c->n_embd);
+    }
+    return QWEN3_OK;
+}
+
 #define QWEN3I_LAYER_TENSORS 9          /* the fewest that a layer has */
 
 static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer *w) {
@@ -6800,13 +6939,16 @@ static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer 
     list[n++] = qwen3i_binding_of(QWEN3I_W_K_NORM,    0,         c->head_dim, NULL, &w->k_norm);
     list[n++] = qwen3i_binding_of(QWEN3I_W_O,         c->n_embd, q_dim,       &w->wo, NULL);
     list[n++] = qwen3i_binding_of(QWEN3I_W_MLP_NORM,  0,         c->n_embd,   NULL, &w->mlp_norm);
-    list[n++] = qwen3i_binding_of(QWEN3I_W_GATE,      c->n_ff,   c->n_embd,   &w->w_gate, NULL);
-    list[n++] = qwen3i_binding_of(QWEN3I_W_UP,        c->n_ff,   c->n_embd,   &w->w_up, NULL);
-    list[n++] = qwen3i_binding_of(QWEN3I_W_DOWN,      c->n_embd, c->n_ff,     &w->w_down, NULL);
+    if (!qwen3i_has_experts(c, index)) {
+        list[n++] = qwen3i_binding_of(QWEN3I_W_GATE, c->n_ff,   c->n_embd, &w->w_gate, NULL);
+        list[n++] = qwen3i_binding_of(QWEN3I_W_UP,   c->n_ff,   c->n_embd, &w->w_up, NULL);
+        list[n++] = qwen3i_binding_of(QWEN3I_W_DOWN, c->n_embd, c->n_ff,   &w->w_down, NULL);
+    }
     for (i = 0; i < n && r == QWEN3_OK; i++)
         r = list[i].rows ? qwen3i_bind(b, index, list[i].weight, list[i].rows, list[i].cols, list[i].matrix)
                          : qwen3i_bind_floats(b, index, list[i].weight, 0, list[i].cols, list[i].gains);
-    return r == QWEN3_OK ? qwen3i_bind_qkv(b, index, w) : r;
+    if (r == QWEN3_OK) r = qwen3i_bind_qkv(b, index, w);
+    return r == QWEN3_OK && qwen3i_has_experts(c, index) ? qwen3i_bind_experts(b, index, w) : r;
 }
 
 /* The head: the embedding if it is tied, unless the files hold another one, which then counts as in transformers. A
@@ -7018,6 +7160,7 @@ static void qwen3i_fill_info(qwen3_model *m) {
     f->end_of_text = qwen3i_added_id(m->tokenizer, "<|endoftext|>");
     f->think_begin = qwen3i_added_id(m->tokenizer, "<think>");
     f->think_end = qwen3i_added_id(m->tokenizer, "</think>");
+    f->n_expert = c->n_expert; f->n_expert_used = c->n_expert_used;
     f->has_head = !m->no_head;
     f->backend_name = m->backend->name;
     f->device_name = m->weights.layers ? m->backend->device_name(m->backend_state) : "none";
@@ -7052,6 +7195,12 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     b.tensors = &tensors;
     b.fingerprint = qwen3i_hash(QWEN3_VERSION / 100, &m->config.n_layer, 8 * sizeof(int));
     b.fingerprint = qwen3i_hash_numbers(b.fingerprint, &m->config);
+    if (m->config.n_expert) {
+        if (!m->backend->experts)
+            return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: the %s backend does not run mixtures of experts; the CPU does",
+                               qwen3i_config_file(l), m->backend->name);
+        b.fingerprint = qwen3i_hash(b.fingerprint, &m->config.n_expert, 5 * sizeof(int));
+    }
     l->step = 0.4f;
     r = l->source->list(l, &tensors);
     l->done = 0.4f;
@@ -10147,11 +10296,19 @@ typedef struct qwen3i_cpu {
     float *q, *a;                       /* [rows, n_head * head_dim]: queries, attention's result */
     float *key, *value;                 /* [rows, n_head_kv * head_dim]: on their way to the cache */
     float *ff;                          /* [rows, n_ff] */
+    float *route;                       /* [rows, n_expert, and on to a multiple of 16] the router's probabilities */
+    int32_t *picked;                    /* [rows, n_expert_used] experts, in order */
+    float *share;                       /* [rows, n_expert_used] their weights */
+    int32_t *members;                   /* [rows] of an expert; [rows] its place among what each has picked */
+    float *gathered, *mixed;            /* [rows, n_embd] the inputs, then results, of an expert; all experts' sum */
     float *freqs, *cosines, *sines;     /* [head_dim / 2], [rows, head_dim / 2] */
     float  rope_scale;
     float *logits;                      /* [QWEN3I_HEAD_ROWS or rows, n_vocab] */
     float *attention;                   /* [lanes, qwen3i_attention_scratch()] */
 } qwen3i_cpu;
+
+/* Floats of a row of c->route: softmax writes whole vectors. */
+static int qwen3i_route_stride(const qwen3i_config *g) { return (g->n_expert + 15) / 16 * 16; }
 
 static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) { return qwen3i_max(desc->prefill_chunk, desc->max_seqs); }
 
@@ -10172,7 +10329,15 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     c->a         = (float *)qwen3i_arena_take(&m, rows, q_dim, 4);
     c->key       = (float *)qwen3i_arena_take(&m, rows, kv_dim, 4);
     c->value     = (float *)qwen3i_arena_take(&m, rows, kv_dim, 4);
-    c->ff        = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_ff, 4);
+    c->ff        = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_max(g->n_ff, g->n_ff_expert), 4);
+    if (g->n_expert) {
+        c->route    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_route_stride(g), 4);
+        c->picked   = (int32_t *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_expert_used, 4);
+        c->share    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_expert_used, 4);
+        c->members  = (int32_t *)qwen3i_arena_take(&m, rows, 2, 4);
+        c->gathered = (float *)qwen3i_arena_take(&m, rows, 2 * (uint64_t)g->n_embd, 4);
+        c->mixed    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_embd, 4);
+    }
     c->freqs     = (float *)qwen3i_arena_take(&m, 1, half, 4);
     c->cosines   = (float *)qwen3i_arena_take(&m, rows, half, 4);
     c->sines     = (float *)qwen3i_arena_take(&m, rows, half, 4);
@@ -10299,7 +10464,7 @@ static void qwen3i_show(const qwen3i_step *s) {
     p->show(s->layer, QWEN3_VALUE_V, c->value, n, kv_dim, p->user);
     p->show(s->layer, QWEN3_VALUE_ATTENTION, c->a, n, q_dim, p->user);
     p->show(s->layer, QWEN3_VALUE_MLP_INPUT, c->h, n, g->n_embd, p->user);
-    p->show(s->layer, QWEN3_VALUE_PRODUCT, c->ff, n, g->n_ff, p->user);
+    if (!c->weights->layers[s->layer].experts) p->show(s->layer, QWEN3_VALUE_PRODUCT, c->ff, n, g->n_ff, p->user);
     p->show(s->layer, QWEN3_VALUE_RESIDUAL, c->x, n, g->n_embd, p->user);
 }
 
@@ -10315,6 +10480,80 @@ static int qwen3i_keep_wanted(const qwen3i_cpu *c, const qwen3i_batch *batch) {
         memmove(c->a + i * q_dim, c->a + row * q_dim, q_dim * 4);
     }
     return batch->n_outs;
+}
+
+/* ---- mixture of experts ------------------------------------------------------------------------------------ */
+/* The n_used most probable of p [n], ties to the lower index, in order of index; their weights in share */
+static void qwen3i_pick_experts(const float *p, int n, int n_used, int norm, int32_t *picked, float *share) {
+    float sum = 0;
+    int i, k, at;
+    for (k = 0; k < n_used; k++) {
+        int best = -1, before;
+        for (i = 0; i < n; i++) {
+            for (before = 0; before < k && picked[before] != i; before++) { }
+            if (before == k && (best < 0 || p[i] > p[best])) best = i;
+        }
+        for (at = k; at > 0 && picked[at - 1] > best; at--) picked[at] = picked[at - 1];
+        picked[at] = best;
+    }
+    for (k = 0; k < n_used; k++) sum += p[picked[k]];
+    for (k = 0; k < n_used; k++) share[k] = norm ? p[picked[k]] / sum : p[picked[k]];
+}
+
+static void qwen3i_route_rows(void *args, int begin, int end, int lane) {
+    qwen3i_cpu *c = (qwen3i_cpu *)args;
+    const qwen3i_config *g = c->config;
+    int i;
+    (void)lane;
+    for (i = begin; i < end; i++) {
+        float *p = c->route + (size_t)i * (size_t)qwen3i_route_stride(g);
+        size_t at = (size_t)i * (size_t)g->n_expert_used;
+        c->exec.simd->softmax(p, g->n_expert, 1.0f);
+        qwen3i_pick_experts(p, g->n_expert, g->n_expert_used, g->norm_topk, c->picked + at, c->share + at);
+    }
+}
+
+/* Rows that have picked this expert: into c->members, and their inputs side by side. How many there are */
+static int qwen3i_gather_members(qwen3i_cpu *c, int expert, int n) {
+    const int used = c->config->n_expert_used;
+    const size_t n_embd = (size_t)c->config->n_embd;
+    int i, k, m = 0;
+    for (i = 0; i < n; i++)
+        for (k = 0; k < used; k++) {
+            if (c->picked[i * used + k] != expert) continue;
+            memcpy(c->gathered + (size_t)m * n_embd, c->h + (size_t)i * n_embd, n_embd * 4);
+            c->members[2 * m] = i;
+            c->members[2 * m++ + 1] = i * used + k;
+        }
+    return m;
+}
+
+/* x += the sum over the experts that a row has picked of weight * Wdown(silu(Wgate h) * (Wup h)), in order of index. Rows
+   are taken together by expert, so that each expert's weights are read once; a row's sums do not depend on the others. */
+static void qwen3i_experts_mlp(qwen3i_cpu *c, const qwen3i_experts *w, int n) {
+    const qwen3i_config *g = c->config;
+    const qwen3i_exec *e = &c->exec;
+    const size_t n_embd = (size_t)g->n_embd;
+    float *results = c->gathered + (size_t)qwen3i_cpu_rows(&c->desc) * n_embd;
+    int i, expert, m;
+    size_t j;
+    qwen3i_matmul(e, c->route, &w->router, c->h, n);
+    for (i = n - 1; i > 0; i--)         /* rows apart, as softmax needs them */
+        memmove(c->route + (size_t)i * (size_t)qwen3i_route_stride(g), c->route + (size_t)i * (size_t)g->n_expert,
+                (size_t)g->n_expert * 4);
+    qwen3i_parallel(e->pool, n, 4, qwen3i_route_rows, c);
+    memset(c->mixed, 0, (size_t)n * n_embd * 4);
+    for (expert = 0; expert < g->n_expert; expert++) {
+        m = qwen3i_gather_members(c, expert, n);
+        if (m == 0) continue;
+        qwen3i_swiglu(e, c->ff, &w->gate[expert], &w->up[expert], c->gathered, m);
+        qwen3i_matmul(e, results, &w->down[expert], c->ff, m);
+        for (i = 0; i < m; i++) {
+            float *y = c->mixed + (size_t)c->members[2 * i] * n_embd, share = c->share[c->members[2 * i + 1]];
+            for (j = 0; j < n_embd; j++) y[j] += share * results[(size_t)i * n_embd + j];
+        }
+    }
+    for (j = 0; j < (size_t)n * n_embd; j++) c->x[j] += c->mixed[j];
 }
 
 /* One decoder layer: x [n_rows, n_embd] in place; the last one: x [n_outs, n_embd], see above */
@@ -10333,8 +10572,11 @@ static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int l
     if (layer == c->config->n_layer - 1 && qwen3i_only_wanted(c)) n = qwen3i_keep_wanted(c, batch);
     qwen3i_matmul_add(e, c->x, &w->wo, c->a, n);                        /* x = x + Wo a                       */
     qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, eps);         /* h = RMSNorm(x)                     */
-    qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, c->h, n);             /* f = silu(Wgate h) * (Wup h)        */
-    qwen3i_matmul_add(e, c->x, &w->w_down, c->ff, n);                   /* x = x + Wdown f                    */
+    if (w->experts) qwen3i_experts_mlp(c, w->experts, n);               /* x = x + a sum of experts           */
+    else {
+        qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, c->h, n);         /* f = silu(Wgate h) * (Wup h)        */
+        qwen3i_matmul_add(e, c->x, &w->w_down, c->ff, n);               /* x = x + Wdown f                    */
+    }
     qwen3i_show(&step);
 }
 
@@ -10498,7 +10740,7 @@ static const qwen3_backend *qwen3i_cpu_backend(void) {
         qwen3i_cpu_memory, qwen3i_cpu_create, qwen3i_cpu_free, qwen3i_cpu_forward, qwen3i_cpu_logits,
         NULL,                           /* next: sampling is the core's */
         qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits,
-        1                               /* block_types */
+        1, 1                            /* block_types, experts */
     };
     return &backend;
 }

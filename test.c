@@ -29,6 +29,7 @@ static void  test_free(void *p);
 #include "tests/test_faults.h"
 #include "tests/test_malformed.h"
 #include "tests/test_checkpoints.h"
+#include "tests/test_experts.h"
 #include "tests/test_gguf.h"
 #include "tests/test_quantize.h"
 #include "tests/test_threads.h"
@@ -78,6 +79,7 @@ int main(int argc, char **argv) {
     suite_faults();
     suite_malformed();
     suite_checkpoints();
+    suite_experts();
     suite_gguf();
     suite_quantize();
     suite_threads();

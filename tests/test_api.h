@@ -267,7 +267,7 @@ static void test_api_config_rejects(void) {
         {"\"head_dim\": 16,", "", "head_dim"}, {"\"num_key_value_heads\": 2,", "", "num_key_value_heads"},
         {"\"tie_word_embeddings\": true,", "", "tie_word_embeddings"}, {"\"vocab_size\": 256", "\"vocab_size\": 300", "embed_tokens"},
         {"\"attention_bias\": false", "\"attention_bias\": true", "attention_bias"}, {"\"silu\"", "\"gelu\"", "hidden_act"},
-        {"\"model_type\": \"qwen3\"", "\"model_type\": \"qwen3_moe\"", "qwen3_moe"}, {"\"head_dim\": 16", "\"head_dim\": 15", "head_dim"},
+        {"\"model_type\": \"qwen3\"", "\"model_type\": \"qwen3_moe\"", "num_experts"}, {"\"head_dim\": 16", "\"head_dim\": 15", "head_dim"},
         {"\"num_hidden_layers\": 3", "\"num_hidden_layers\": 4", "model.layers.3"}, {"\"hidden_size\": 64", "\"hidden_size\": 65", "embed_tokens"},
         {"\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "heads"}, {"\"num_hidden_layers\": 3", "\"num_hidden_layers\": 8000000", "num_hidden_layers"},
         {"\"intermediate_size\": 96", "\"intermediate_size\": -96", "intermediate_size"}, {"\"rope_scaling\": null", "\"rope_scaling\": {\"type\": \"linear\", \"factor\": 2}", "rope"},

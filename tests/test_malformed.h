@@ -207,7 +207,7 @@ static void test_malformed_config(void) {
         {"\"qwen3\"", "\"\x1B[2J\"", BAD, "control character"}, {"\"qwen3\"", "\"qwen3", BAD, "','"},
         {"\"qwen3\"", "\"\x7F\"", NOT, "model_type is '?'"},
         {"\"qwen3\"", "\"qwen\\u33\"", BAD, "'model_type'|\\u escape"},
-        {"\"Qwen3ForCausalLM\"", "\"Qwen3MoeForCausalLM\"", NOT, "Qwen3ForCausalLM"},
+        {"\"Qwen3ForCausalLM\"", "\"LlamaForCausalLM\"", NOT, "Qwen3ForCausalLM"},
         {"[\"Qwen3ForCausalLM\"]", "\"Qwen3ForCausalLM\"", BAD, "'architectures'|array"},
         {"[\"Qwen3ForCausalLM\"]", "[[\"Qwen3ForCausalLM\"]]", BAD, "'architectures'|string"},
         {"[\"Qwen3ForCausalLM\"]", "{}", BAD, "'architectures'|array"},

@@ -72,6 +72,12 @@ MODELS = {
     "yarn":     shape(16, 2, 48, 64, 4, 2, 64, 200, [1, 100], dtype=F16, yarn=4.0, original=4096),
     "theta":    shape(17, 2, 32, 56, 4, 1, 128, 208, [1, 200], tied=False, theta=5e6, new_config=True),
     "controls": shape(18, 2, 32, 48, 4, 2, 16, 200, [24], dtype=F32, tied=False, small_rows=True),
+    # mixtures of experts: how many, how many are used, the size of one, whether weights are made to add up to 1
+    "experts8":   shape(31, 2, 24, 32, 4, 2, 16, 96, [1, 40], dtype=F32, experts=(8, 2, 12, True)),
+    "experts128": shape(32, 2, 16, 24, 2, 1, 16, 80, [1, 33], tied=False, experts=(128, 8, 4, True), dense=[0]),
+    "experts64":  shape(33, 2, 20, 28, 2, 2, 16, 88, [1, 37], dtype=F16, experts=(64, 4, 5, False)),
+    "fused":      shape(34, 3, 21, 35, 4, 1, 16, 90, [1, 29], dtype=F32, tied=False, experts=(8, 3, 9, False), fused=True, step=2),
+    "fused128":   shape(35, 1, 16, 24, 2, 1, 16, 80, [1, 31], experts=(128, 8, 4, True), fused=True),
     "chat":     shape(19, 2, 48, 96, 4, 2, 32, 344, [1, 17], tied=False, tokenizer=True),
 }
 MAX_POSITIONS = 512
@@ -97,6 +103,11 @@ def config_of(s):
         c["rope_theta"] = int(theta)
         c["rope_scaling"] = None
         c["torch_dtype"] = "bfloat16"
+    if "experts" in x:
+        n, used, size, norm = x["experts"]
+        c.update(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_experts=n, num_experts_per_tok=used,
+                 moe_intermediate_size=size, norm_topk_prob=norm, mlp_only_layers=x.get("dense", []),
+                 decoder_sparse_step=x.get("step", 1), router_aux_loss_coef=0.001, output_router_logits=False)
     if "yarn" in x:
         c["rope_scaling"] = dict(rope_type="yarn", factor=x["yarn"], original_max_position_embeddings=x["original"])
     return c
@@ -126,6 +137,21 @@ def weights_of(s):
             a[(n * 3) // 4 + 1] = top           # a slow rotation, as in the trained models
         w[name] = round_to(a, F32 if mixed else s["dtype"])
 
+    def experts(p):
+        n, _, size, _ = x["experts"]
+        matrix(p + "gate.weight", n, hidden, 2.0)
+        for e in range(n):
+            q = f"{p}experts.{e}."
+            matrix(q + "gate_proj.weight", size, hidden, 1.5)
+            matrix(q + "up_proj.weight", size, hidden, 1.5)
+            matrix(q + "down_proj.weight", hidden, size, 2.0)
+        if not x.get("fused"):
+            return
+        take = lambda part: [w.pop(f"{p}experts.{e}.{part}_proj.weight") for e in range(n)]
+        gate, up, down = take("gate"), take("up"), take("down")
+        w[p + "experts.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in zip(gate, up)])
+        w[p + "experts.down_proj"] = torch.stack(down)
+
     matrix("model.embed_tokens.weight", vocab, hidden, 2.0)
     if x.get("small_rows"):                     # rows whose mean square is near eps: a wrong eps shows
         a = w["model.embed_tokens.weight"]
@@ -141,6 +167,9 @@ def weights_of(s):
         gain(p + "self_attn.q_norm.weight", s["head_dim"], 1.3, 0.4)
         gain(p + "self_attn.k_norm.weight", s["head_dim"], 1.3, 0.4, hot[l] if l < len(hot) else None)
         gain(p + "post_attention_layernorm.weight", hidden)
+        if "experts" in x and l not in x.get("dense", []) and (l + 1) % x.get("step", 1) == 0:
+            experts(p + "mlp.")
+            continue
         matrix(p + "mlp.gate_proj.weight", ffn, hidden, 1.5)
         matrix(p + "mlp.up_proj.weight", ffn, hidden, 1.5)
         matrix(p + "mlp.down_proj.weight", hidden, ffn)
@@ -219,7 +248,7 @@ def write_tokenizer(folder):
 # Reference computation
 
 def load_model(folder, dtype=F32):
-    m = transformers.Qwen3ForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    m = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager")
     return m.eval()
 
 
