@@ -184,6 +184,8 @@
      QWEN3_NO_MMAP          read files into memory instead of mapping them
      QWEN3_NO_THREADS       no thread pool; qwen3_ctx_desc.jobs still works
      QWEN3_NO_SIMD          plain C dot products only
+     QWEN3_UNALIGNED_MOVES  MinGW's gcc: vector kernels, too; compile with -Wa,-muse-unaligned-vector-move,
+                            as this compiler does not align the stack for them
 
    CONCEPTS
      A *model* is weights and tokenizer: immutable once loaded. A *context* holds the KV cache and
@@ -6945,8 +6947,8 @@ static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer 
         list[n++] = qwen3i_binding_of(QWEN3I_W_DOWN, c->n_embd, c->n_ff,   &w->w_down, NULL);
     }
     for (i = 0; i < n && r == QWEN3_OK; i++)
-        r = list[i].rows ? qwen3i_bind(b, index, list[i].weight, list[i].rows, list[i].cols, list[i].matrix)
-                         : qwen3i_bind_floats(b, index, list[i].weight, 0, list[i].cols, list[i].gains);
+        r = list[i].rows ? qwen3i_bind(b, index, (int)list[i].weight, list[i].rows, list[i].cols, list[i].matrix)
+                         : qwen3i_bind_floats(b, index, (int)list[i].weight, 0, list[i].cols, list[i].gains);
     if (r == QWEN3_OK) r = qwen3i_bind_qkv(b, index, w);
     return r == QWEN3_OK && qwen3i_has_experts(c, index) ? qwen3i_bind_experts(b, index, w) : r;
 }
