@@ -14155,18 +14155,10 @@ static void qwen3i_frame_cost(qwen3i_machine *m, int at) {
 static void qwen3i_proceed(qwen3i_machine *m, int node, int frame, int depth);
 
 static void qwen3i_resume(qwen3i_machine *m, int frame, int depth) {
-    int node, at;
+    int node;
     if (frame < 0) { qwen3i_thread_add(m, 0, 0, 0, 0, -1); return; }
     node = m->frames[frame + QWEN3I_AT];
     if (QWEN3I_NODE(m->g, node)->kind == QWEN3I_CALL) { qwen3i_proceed(m, QWEN3I_NODE(m->g, node)->next, m->frames[frame + QWEN3I_UP], depth + 1); return; }
-    if (QWEN3I_NODE(m->g, node)->kind == QWEN3I_ITEMS) {
-        const qwen3i_items *a = qwen3i_items_at(m->g, node);
-        const int most = qwen3i_max(qwen3i_max(a->n, a->min), a->max);      /* beyond, the number does not matter */
-        at = m->frames[frame + QWEN3I_COUNT_OF] < most ? qwen3i_frame_new(m, m->frames[frame + QWEN3I_UP], node, frame) : frame;
-        if (at < 0) return;
-        if (at != frame) { m->frames[at + QWEN3I_COUNT_OF]++; qwen3i_frame_cost(m, at); }
-        frame = at;
-    }
     qwen3i_thread_add(m, node, QWEN3I_NEXT, 0, 0, frame);
 }
 
@@ -14284,21 +14276,31 @@ static int qwen3i_next_item(const qwen3_grammar *g, const qwen3i_items *a, int c
     return count < a->n ? QWEN3I_ARRAY(int, g->lists)[a->first + count] : a->rest;
 }
 
+/* Begin the next item of a list, if one may follow: the frame counts those that have begun. */
+static void qwen3i_begin_item(qwen3i_machine *m, int node, int frame) {
+    const qwen3i_items *a = qwen3i_items_at(m->g, node);
+    const int count = m->frames[frame + QWEN3I_COUNT_OF], item = qwen3i_next_item(m->g, a, count);
+    const int most = qwen3i_max(qwen3i_max(a->n, a->min), a->max);      /* beyond, the number does not matter */
+    int at = frame;
+    if (!item) return;
+    if (count < most) at = qwen3i_frame_new(m, m->frames[frame + QWEN3I_UP], node, frame);
+    if (at < 0) return;
+    if (at != frame) { m->frames[at + QWEN3I_COUNT_OF]++; qwen3i_frame_cost(m, at); }
+    qwen3i_thread_add(m, item, 0, 0, 0, at);
+}
+
 static void qwen3i_step_list(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
     const qwen3i_items *a = qwen3i_items_at(m->g, t.node);
     const int *frame = m->frames + t.frame;
     if (qwen3i_step_space(m, t, byte)) return;
     if (byte == ']' && frame[QWEN3I_COUNT_OF] >= a->min) qwen3i_resume(m, frame[QWEN3I_UP], 0);
-    if (byte == ',' && t.phase == QWEN3I_NEXT) {
-        const int item = qwen3i_next_item(m->g, a, frame[QWEN3I_COUNT_OF]);
-        if (item) qwen3i_thread_add(m, item, 0, 0, 0, t.frame);
-    }
+    if (byte == ',' && t.phase == QWEN3I_NEXT) qwen3i_begin_item(m, t.node, t.frame);
 }
 
 /* The first byte of a value. */
 static void qwen3i_step_value(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
     const qwen3i_node *n = QWEN3I_NODE(m->g, t.node);
-    int i, at, item;
+    int i, at;
     if (t.state == 0 && qwen3i_step_space(m, t, byte)) return;
     for (i = 0; i < n->b; i++) {
         qwen3i_thread entry;
@@ -14310,8 +14312,7 @@ static void qwen3i_step_value(qwen3i_machine *m, const qwen3i_thread t, unsigned
         if (at < 0) continue;
         qwen3i_frame_cost(m, at);
         if (kind == QWEN3I_MEMBERS || qwen3i_items_at(m->g, node)->min == 0) qwen3i_thread_add(m, node, QWEN3I_FIRST, 0, 0, at);
-        item = kind == QWEN3I_ITEMS ? qwen3i_next_item(m->g, qwen3i_items_at(m->g, node), 0) : 0;
-        if (item) qwen3i_thread_add(m, item, 0, 0, 0, at);
+        if (kind == QWEN3I_ITEMS) qwen3i_begin_item(m, node, at);
     }
 }
 

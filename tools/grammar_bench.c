@@ -1,6 +1,7 @@
-/* Times grammars and checks what they accept: reads schemas with texts, as tools/grammar_bench.py writes them.
-   Usage: grammar_bench MODEL < cases > results
-   Cases: lines "S bytes", the schema; then "T valid bytes", a text; each followed by its bytes and a newline. */
+/* Times grammars and checks what they accept: reads schemas with texts.
+   Usage: grammar_bench MODEL [TEXTS] < cases > results
+   TEXTS: so many random texts of each grammar, "G ended room bytes" and the text, instead of following the cases'.
+   Cases (tools/grammar_cases.py): lines "S bytes", the schema; then "T valid bytes", a text; each followed by its bytes and a newline. */
 #define QWEN3_IMPLEMENTATION
 #include "../qwen3.h"
 
@@ -43,13 +44,51 @@ static void follow(const qwen3_model *model, const qwen3_grammar *g, qwen3i_mask
     printf("\nR %d %d\n", ok, at);
 }
 
+static uint64_t seed = 1;
+
+/* A token of the mask by chance; -1: the end, where that may be. */
+static qwen3_token any_token(const qwen3i_masker *k, int ends) {
+    static int32_t list[1 << 20];
+    int n = 0, i, b;
+    for (i = 0; i < k->v->n_words; i++)
+        for (b = 0; k->mask[i] && b < 32; b++) if (k->mask[i] >> b & 1u) list[n++] = 32 * i + b;
+    if (ends && qwen3i_random(&seed) % 8 == 0) return -1;
+    return n > 0 ? list[qwen3i_random(&seed) % (uint64_t)n] : -1;
+}
+
+/* A text of random tokens, led to its end where only so many more than the shortest one has bytes are left. */
+static void random_text(const qwen3_model *model, const qwen3_grammar *g, qwen3i_masker *k, int room) {
+    int n = 0, length, ends = 0;
+    qwen3i_guide_begin(k, &guide, g);
+    for (room += qwen3i_guide_cost(k, &guide, NULL, 0); room > 0; room--) {
+        qwen3_token t;
+        const char *p;
+        ends = qwen3i_guide_mask(k, &guide);
+        t = any_token(k, ends);
+        if (t >= 0) {
+            p = qwen3_token_bytes(model, t, &length);
+            if (qwen3i_guide_cost(k, &guide, p, length) > room - 1) t = qwen3i_guide_shortest(k, &guide);
+        }
+        if (t < 0) break;
+        p = qwen3_token_bytes(model, t, &length);
+        if (!qwen3i_guide_bytes(k, &guide, p, length)) { printf("X dead end\n"); break; }
+        memcpy(text + n, p, (size_t)length);
+        n += length;
+    }
+    printf("G %d %d %d\n", qwen3i_guide_mask(k, &guide), room, n);
+    fwrite(text, 1, (size_t)n, stdout);
+    printf("\n");
+}
+
 int main(int argc, char **argv) {
     static qwen3_load_desc load;
     qwen3_grammar *g = NULL;
     qwen3i_masker *k = NULL;
     qwen3_model *model;
     qwen3_allocator a;
+    const int texts = argc > 2 ? atoi(argv[2]) : 0;
     char kind, err[512];
+    int i;
     unsigned long bytes;
     int valid;
     double start;
@@ -64,7 +103,7 @@ int main(int argc, char **argv) {
             if (scanf("%d %lu", &valid, &bytes) != 2) return 1;
             getchar();
             read_bytes(bytes);
-            if (g) follow(model, g, k, bytes);
+            if (g && !texts) follow(model, g, k, bytes);
             continue;
         }
         if (scanf("%lu", &bytes) != 1) return 1;
@@ -76,6 +115,7 @@ int main(int argc, char **argv) {
         if (qwen3_grammar_create(&g, model, &desc, err, sizeof err) != QWEN3_OK) { printf("E %.1f %s\n", now_us() - start, err); g = NULL; continue; }
         printf("C %.1f\n", now_us() - start);
         if (!k) k = qwen3i_masker_make(&a, g->vocab);
+        for (i = 0; i < texts; i++) random_text(model, g, k, 10 * i);
     }
     qwen3_grammar_free(g);
     qwen3i_masker_free(&a, k);
