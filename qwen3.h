@@ -14342,13 +14342,15 @@ static int qwen3i_key_cost_from(const qwen3i_machine *m, const qwen3i_thread t) 
     const qwen3i_property *all = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
     const qwen3i_state *s = qwen3i_state_at(g, o->dfa, t.state);
     const int *frame = m->frames + t.frame;
-    int i, best = QWEN3I_FAR;
+    int i, best = QWEN3I_FAR, distinct, required = 0, filler;
+    for (i = 0; i < o->n_names; i++) required += all[i].required && !qwen3i_seen(frame, i);
+    filler = qwen3i_needed(g, frame, &distinct) > required ? o->filler : 0;     /* that this member makes up for */
     for (i = s->low; i < s->high; i++)
         if (qwen3i_key_allowed(g, frame, i))
             best = qwen3i_min(best, qwen3i_member_cost(g, &all[i], all[i].key) - t.count -
-                                    (all[i].required ? 1 + qwen3i_member_cost(g, &all[i], all[i].key) : 0));
+                                    (all[i].required ? 1 + qwen3i_member_cost(g, &all[i], all[i].key) : filler));
     for (i = o->n_names; i < o->n_labels && s->open < QWEN3I_FAR; i++)
-        if (qwen3i_key_allowed(g, frame, i)) best = qwen3i_min(best, qwen3i_member_cost(g, &all[i], s->open));
+        if (qwen3i_key_allowed(g, frame, i)) best = qwen3i_min(best, qwen3i_member_cost(g, &all[i], s->open) - (qwen3i_seen(frame, o->n_names) ? 0 : filler));
     return qwen3i_near(best, frame[QWEN3I_COST]);
 }
 
