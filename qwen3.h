@@ -193,6 +193,18 @@
      list of tokens that have been evaluated. Hand qwen3_chat the whole conversation each time: what
      the sequence already holds is found and not evaluated again.
 
+   WORDS, as the comments use them
+     row       the vector of one token in a batch; or a row of a weight matrix, one of its outputs
+     batch     the rows that are evaluated in one step, of one sequence or of several
+     chunk     the tokens of a long text that one step takes (prefill_chunk)
+     step      one pass of a batch through all layers
+     tile      rows of weights and rows of a batch that are multiplied together, in registers
+     block     quantised weights that share a scale, 16 to 256 of them
+     lane      a worker of a context: lane 0 is the caller's thread; of a vector register: one number
+     group     the query heads that share a key/value head
+     gain      the factors that a norm multiplies its result by
+     kept      the logits after a sequence's last token, which the backend holds for the next choice
+
    THREADS
      Any number of threads may use one model at once (all functions that take a const qwen3_model).
      A context belongs to one thread at a time. Callbacks run on the calling thread, inside the call,
@@ -744,8 +756,9 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *ctx, int seq, const char *task, c
    qwen3_cuda.cu reads this section alone, with QWEN3_BACKEND_INTERFACE defined.
    ================================================================================================ */
 
-/* The formats of weights: X(name, function, number in GGUF files, elements of a block, its bytes). The first three are
-   numbers that stand by themselves, and the formats of a KV cache too; the others are unpacked by a function. */
+/* The formats of weights: X(name, function, number in GGUF files, elements of a block, its bytes). The first
+   three are numbers that stand by themselves, and the formats of a KV cache too; the others are unpacked by a
+   function. */
 #define QWEN3I_BLOCK_TYPES(X) \
     X(Q8_0, q8_0, 8, 32, 34)       X(Q4_0, q4_0, 2, 32, 18)       X(Q4_1, q4_1, 3, 32, 20) \
     X(Q5_0, q5_0, 6, 32, 22)       X(Q5_1, q5_1, 7, 32, 24)       X(Q2_K, q2_k, 10, 256, 84) \
@@ -758,7 +771,8 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *ctx, int seq, const char *task, c
 #define QWEN3I_TYPE_ENUM(name, function, gguf, elements, bytes) QWEN3I_##name,
 typedef enum qwen3i_type { QWEN3I_NO_TYPE, QWEN3I_TYPES(QWEN3I_TYPE_ENUM) QWEN3I_N_TYPES } qwen3i_type; 
 
-typedef struct qwen3i_matrix {          /* y[rows] = W x[cols]; row-major: see qwen3i_row_bytes; numbers are aligned */
+/* y[rows] = W x[cols]; row-major: see qwen3i_row_bytes; numbers are aligned */
+typedef struct qwen3i_matrix {
     const void *data;
     int         rows, cols;
     qwen3i_type type;
@@ -799,7 +813,8 @@ typedef struct qwen3i_weights {
     const qwen3i_layer *layers;         /* [n_layer] */
 } qwen3i_weights;
 
-typedef struct qwen3i_err { char *text; size_t cap; } qwen3i_err;  /* where a message goes; text may be NULL */
+/* where a message goes; text may be NULL */
+typedef struct qwen3i_err { char *text; size_t cap; } qwen3i_err;
 
 typedef struct qwen3i_out {             /* what is wanted of one row of a batch; NULL: not wanted */
     int    row;
@@ -824,7 +839,8 @@ typedef struct qwen3i_next {            /* one sequence's part of a decode step 
     int                n;
     qwen3_sampler     *sampler;         /* NULL: greedy. rng is advanced by the backend */
     const qwen3_grammar *grammar;       /* NULL: the sampler's */
-    int                room;            /* tokens that may still come, this one included; 0: as the context has positions */
+    /* tokens that may still come, this one included; 0: as the context has positions */
+    int                room;
     qwen3_token        out;             /* the choice */
     int                ended;           /* set if out ends the turn: it was not evaluated */
 } qwen3i_next;
@@ -835,12 +851,14 @@ struct qwen3_backend {
     int         version;                /* QWEN3_VERSION it was compiled with: checked by qwen3_load */
     const char *name;
     int         default_chunk;
-    qwen3_result (*model_create)(void **model_state, const qwen3_model *model, const qwen3_load_desc *desc, const qwen3i_err *err);
+    qwen3_result (*model_create)(void **model_state, const qwen3_model *model, const qwen3_load_desc *desc,
+                                 const qwen3i_err *err);
     void         (*model_free)(void *model_state);
     const char  *(*device_name)(const void *model_state);
     qwen3_memory (*ctx_memory)(const void *model_state, const qwen3_model *model, const qwen3_ctx_desc *desc);
     qwen3_result (*ctx_create)(void **ctx_state, void *model_state, const qwen3_model *model,
-                               const qwen3_ctx_desc *desc, const qwen3i_err *err);   /* desc: defaults filled in */
+                               /* desc: defaults filled in */
+                               const qwen3_ctx_desc *desc, const qwen3i_err *err);
     void         (*ctx_free)(void *ctx_state);
     /* Evaluate rows: write their K and V, and deliver outs. May return before the device is done,
        unless outs asks for host memory. */
@@ -871,8 +889,8 @@ static inline uint64_t qwen3i_size_mul(uint64_t a, uint64_t b) {
 /* Can a block of so many bytes exist on this host? */
 static inline int qwen3i_size_fits(uint64_t n) { return n <= (size_t)-1 / 2; }
 
-/* A block of memory that is handed out in pieces. With no base it only counts: one function measures a layout,
-   and then, on a block of that size, lays it out. */
+/* A block of memory that is handed out in pieces. With no base it only counts: one function measures a
+   layout, and then, on a block of that size, lays it out. */
 typedef struct qwen3i_arena {
     char    *base;                      /* NULL: count; else at a multiple of align */
     uint64_t used, align;               /* bytes so far; each piece starts at a multiple of align */
@@ -886,7 +904,8 @@ static inline qwen3i_arena qwen3i_arena_at(void *block, uint64_t align) {
     return m;
 }
 
-/* [n, rows, size] bytes; NULL while it counts. Its own caller has seen to it that the block is large enough. */
+/* [n, rows, size] bytes; NULL while it counts. Its own caller has seen to it that the block is large
+   enough. */
 static inline void *qwen3i_arena_take(qwen3i_arena *m, uint64_t n, uint64_t rows, uint64_t size) {
     void *piece = m->base ? m->base + m->used : NULL;
     uint64_t end = qwen3i_size_add(m->used, qwen3i_size_mul(qwen3i_size_mul(n, rows), size));
@@ -904,7 +923,8 @@ extern "C" {
 typedef struct qwen3i_model_view { const qwen3i_config *config; const qwen3i_weights *weights; const qwen3_allocator *allocator;
                                    const qwen3_token *eos; int n_eos; int n_tokens; } qwen3i_model_view;
 QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *model);
-/* freqs [head_dim / 2]: radians a position; yarn_factor 0: as the configuration says. Returns the factor for cosines and sines. */
+/* freqs [head_dim / 2]: radians a position; yarn_factor 0: as the configuration says. Returns the factor for
+   cosines and sines. */
 QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config, double yarn_factor);
 #ifdef __cplusplus
 }
@@ -955,15 +975,17 @@ static inline int qwen3i_utf8_scan(const char *p, const char *end, uint32_t *c, 
     return n;
 }
 
-/* Characters that a terminal obeys instead of showing them: controls, line separators, and those that turn the
-   direction of text around, so that it reads otherwise than it is. */
+/* Characters that a terminal obeys instead of showing them: controls, line separators, and those that turn
+   the direction of text around, so that it reads otherwise than it is. */
 static inline int qwen3i_is_control(uint32_t c) {
-    return c < 0x20 || (c >= 0x7F && c < 0xA0) || c == 0x061C || c == 0x200E || c == 0x200F || (c >= 0x2028 && c <= 0x202E) ||
+    return c < 0x20 || (c >= 0x7F && c < 0xA0) || c == 0x061C || c == 0x200E || c == 0x200F ||
+           (c >= 0x2028 && c <= 0x202E) ||
            (c >= 0x2066 && c <= 0x2069);
 }
 
-/* Names and texts from files stand in messages, and messages on terminals: '?' for every byte that is not valid UTF-8,
-   and for control characters. cut: the end of the text did not fit; a character that lost bytes there goes. */
+/* Names and texts from files stand in messages, and messages on terminals: '?' for every byte that is not
+   valid UTF-8, and for control characters. cut: the end of the text did not fit; a character that lost bytes
+   there goes. */
 static inline void qwen3i_printable(char *text, int cut) {
     const char *p = text, *end = text + strlen(text);
     char *to = text;
@@ -1013,7 +1035,8 @@ static inline qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, c
 }
 
 /* ---- number formats: bfloat16 and half precision to and from float32 ---- */
-QWEN3I_SHARED size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }    /* of a number */
+/* of a number */
+QWEN3I_SHARED size_t qwen3i_type_size(qwen3i_type type) { return type == QWEN3I_F32 ? 4 : 2; }
 
 QWEN3I_SHARED float qwen3i_float_from_bits(uint32_t bits) {
     float f;
@@ -1053,7 +1076,8 @@ QWEN3I_SHARED uint16_t qwen3i_f32_to_f16(float f) {
     if (size > 0x7F800000u) return (uint16_t)(sign | 0x7E00u);
     if (size >= 0x477FE000u) return (uint16_t)(sign | 0x7BFFu);
     if (size < 0x33000000u) return (uint16_t)sign;              /* below half the smallest subnormal */
-    shift = size >= 0x38800000u ? 13u : 126u - (size >> 23);    /* subnormals lose bits; 24 of them are exact */
+    /* subnormals lose bits; 24 of them are exact */
+    shift = size >= 0x38800000u ? 13u : 126u - (size >> 23);
     half = size >= 0x38800000u ? size - 0x38000000u : (size & 0x7FFFFFu) | 0x800000u;
     rest = half & ((1u << shift) - 1u);
     half >>= shift;
@@ -1073,7 +1097,8 @@ QWEN3I_SHARED float qwen3i_value(const void *data, qwen3i_type type, int i) {
 #define QWEN3I_OCTAVES    39            /* below the largest logit weights end */
 #define QWEN3I_WEIGHT_ONE ((uint64_t)1 << QWEN3I_OCTAVES)       /* the weight of the largest logit */
 
-/* splitmix64 (Steele, Lea, Flood 2014): one step a choice, so a state can be moved ahead by n steps at once. */
+/* splitmix64 (Steele, Lea, Flood 2014): one step a choice, so a state can be moved ahead by n steps at
+   once. */
 #define QWEN3I_RNG_STEP 0x9E3779B97F4A7C15u
 
 /* The random number that is drawn when the state has been moved ahead by so many steps. */
@@ -1084,7 +1109,9 @@ QWEN3I_SHARED uint64_t qwen3i_random_at(uint64_t state, int steps) {
     return z ^ (z >> 31);
 }
 
-static inline uint64_t qwen3i_random(uint64_t *state) { return qwen3i_random_at(*state += QWEN3I_RNG_STEP, 0); }
+static inline uint64_t qwen3i_random(uint64_t *state) {
+    return qwen3i_random_at(*state += QWEN3I_RNG_STEP, 0);
+}
 
 /* floor(a * b / 2^64) */
 QWEN3I_SHARED uint64_t qwen3i_mul_high(uint64_t a, uint64_t b) {
@@ -1120,13 +1147,15 @@ QWEN3I_SHARED uint64_t qwen3i_weight(float octaves) {
 }
 
 /* Neither NaN nor Inf, by its bits: this must hold under -ffast-math, too. */
-QWEN3I_SHARED int qwen3i_is_number(float x) { return (qwen3i_bits_from_float(x) & 0x7F800000u) != 0x7F800000u; }
+QWEN3I_SHARED int qwen3i_is_number(float x) {
+    return (qwen3i_bits_from_float(x) & 0x7F800000u) != 0x7F800000u;
+}
 
 /* May a token with this logit be sampled? */
 QWEN3I_SHARED int qwen3i_allowed(float logit) { return qwen3i_is_number(logit) && logit > QWEN3I_BANNED; }
 
-/* The logit of a token that was there already. What is banned stays so. One rounding of the product, as no compiler's
-   contraction could change that. */
+/* The logit of a token that was there already. What is banned stays so. One rounding of the product, as no
+   compiler's contraction could change that. */
 QWEN3I_SHARED float qwen3i_penalised(float logit, float repeat, float presence) {
     const float by = repeat > 0 ? repeat : 1.0f;
     if (!qwen3i_allowed(logit)) return logit;
@@ -1255,7 +1284,7 @@ static double qwen3i_now_ms(void) {
 #endif
 }
 
-/* ---- floating-point mode: C's default while the library computes, whatever the caller's is ---------- */
+/* ---- floating-point mode: C's default while the library computes, whatever the caller's is ---- */
 static fenv_t qwen3i_float_enter(void) {
     fenv_t callers;
     fegetenv(&callers);
@@ -1337,7 +1366,8 @@ QWEN3_API int qwen3_version(void) { return QWEN3_VERSION; }
    BASICS: slices, lists and buffers that grow, sorting and searching, hashing, UTF-8
    ================================================================================================ */
 /* ---- slices -------------------------------------------------------------------------------------- */
-typedef struct qwen3i_str { const char *p; size_t n; } qwen3i_str;   /* n bytes, borrowed; JSON's are still escaped */
+/* n bytes, borrowed; JSON's are still escaped */
+typedef struct qwen3i_str { const char *p; size_t n; } qwen3i_str;
 
 /* printf arguments for "%.*s" */
 #define QWEN3I_STR(s) qwen3i_shown((s).p, (s).n, 120), (s).p
@@ -1379,9 +1409,11 @@ static int qwen3i_contains(const char *text, size_t n, const char *wanted) {
 }
 
 /* ---- lists that grow --------------------------------------------------------------------------- */
-/* Room for `need` elements of this size in a list that holds n and has room for *cap: the list, moved if need be.
-   NULL: no memory, and nothing has changed. Growth by half keeps what is held meanwhile to 2.5 times the list. */
-static void *qwen3i_grow(const qwen3_allocator *a, void *list, size_t n, size_t *cap, size_t need, size_t size) {
+/* Room for `need` elements of this size in a list that holds n and has room for *cap: the list, moved if need
+   be. NULL: no memory, and nothing has changed. Growth by half keeps what is held meanwhile to 2.5 times the
+   list. */
+static void *qwen3i_grow(const qwen3_allocator *a, void *list, size_t n, size_t *cap, size_t need,
+                         size_t size) {
     const size_t half_more = *cap + *cap / 2, least = size < 256 ? 256 / size : 1;
     size_t room = need < half_more ? half_more : need;
     void *grown;
@@ -1429,7 +1461,7 @@ static int qwen3i_buf_add(qwen3i_buf *b, const char *p, size_t n) {
     return 1;
 }
 
-/* ---- sorting and searching ------------------------------------------------------------------------ */
+/* ---- sorting and searching ------------------------------------------------------------------- */
 /* Heapsort: in place, no recursion, no worst case. swap space: the elements are at most 192 bytes. */
 static void qwen3i_sort(void *base, size_t n, size_t size, int (*compare)(const void *, const void *)) {
     char *a = (char *)base, tmp[192];
@@ -1454,7 +1486,8 @@ static void qwen3i_sort(void *base, size_t n, size_t size, int (*compare)(const 
 }
 
 /* The first of n sorted elements that does not come before key; n if all do. */
-static size_t qwen3i_search(const void *base, size_t n, size_t size, const void *key, int (*compare)(const void *, const void *)) {
+static size_t qwen3i_search(const void *base, size_t n, size_t size, const void *key,
+                            int (*compare)(const void *, const void *)) {
     size_t low = 0, high = n;
     while (low < high) {
         const size_t middle = low + (high - low) / 2;
@@ -1479,13 +1512,14 @@ static uint64_t qwen3i_hash(uint64_t seed, const void *data, size_t n) {
     return h ^ (h >> 29);
 }
 
-/* ---- UTF-8 of any bytes ---------------------------------------------------------------------------- */
+/* ---- UTF-8 of any bytes ---------------------------------------------------------------------- */
 /* Append a code point as UTF-8; returns the bytes written (1..4). */
 static int qwen3i_utf8_put(char *dst, uint32_t c) {
     if (c < 0x80) { dst[0] = (char)c; return 1; }
     if (c < 0x800) { dst[0] = (char)(0xC0 | (c >> 6)); dst[1] = (char)(0x80 | (c & 63)); return 2; }
     if (c < 0x10000) {
-        dst[0] = (char)(0xE0 | (c >> 12)); dst[1] = (char)(0x80 | ((c >> 6) & 63)); dst[2] = (char)(0x80 | (c & 63));
+        dst[0] = (char)(0xE0 | (c >> 12)); dst[1] = (char)(0x80 | ((c >> 6) & 63));
+        dst[2] = (char)(0x80 | (c & 63));
         return 3;
     }
     dst[0] = (char)(0xF0 | (c >> 18)); dst[1] = (char)(0x80 | ((c >> 12) & 63));
@@ -1498,7 +1532,8 @@ static int qwen3i_utf8_get(const char *p, const char *end, uint32_t *c) {
     return qwen3i_utf8_scan(p, end, c, &truncated);
 }
 
-/* How many of the n bytes form whole characters: the rest, at most 3 bytes, is the start of one still to come. */
+/* How many of the n bytes form whole characters: the rest, at most 3 bytes, is the start of one still to
+   come. */
 static int qwen3i_utf8_complete(const char *bytes, int n) {
     int back, truncated;
     uint32_t c;
@@ -1523,7 +1558,8 @@ static qwen3i_json qwen3i_json_begin(const void *data, size_t n) {
     qwen3i_json j;
     j.start = j.p = data ? (const char *)data : "";      /* NULL + 0 is undefined in C */
     j.end = j.p + n;
-    j.error = n >= 3 && memcmp(j.p, "\xEF\xBB\xBF", 3) == 0 ? "a byte order mark stands before the text" : NULL;
+    j.error = n >= 3 && memcmp(j.p, "\xEF\xBB\xBF", 3) == 0 ? "a byte order mark stands before the text" :
+              NULL;
     return j;
 }
 
@@ -1577,7 +1613,8 @@ static int qwen3i_json_string(qwen3i_json *j, qwen3i_str *out) {
         if (*j->p == 'u') {
             if (qwen3i_json_hex4(j->p + 1, j->end) < 0) return qwen3i_json_bad(j, "bad \\u escape");
             j->p += 4;
-        } else if (!strchr("\"\\/bfnrt", *j->p) || !*j->p) return qwen3i_json_bad(j, "bad escape in a string");
+        } else if (!strchr("\"\\/bfnrt", *j->p) || !*j->p)
+            return qwen3i_json_bad(j, "bad escape in a string");
     }
     if (j->p >= j->end) return qwen3i_json_bad(j, "a string does not end");
     out->n = (size_t)(j->p++ - out->p);
@@ -1638,7 +1675,8 @@ static int qwen3i_json_open(qwen3i_json *j, char open, qwen3i_json_iter *it) {
     return qwen3i_json_expect(j, open, open == '{' ? "an object was expected" : "an array was expected");
 }
 
-/* 1: another element follows (for objects, *key is set). 0: closed, or an error. key may be NULL for arrays. */
+/* 1: another element follows (for objects, *key is set). 0: closed, or an error. key may be NULL for
+   arrays. */
 static int qwen3i_json_next(qwen3i_json *j, qwen3i_json_iter *it, qwen3i_str *key) {
     char c = qwen3i_json_peek(j);
     if (j->error) return 0;
@@ -1673,7 +1711,8 @@ static int qwen3i_json_number(qwen3i_json *j, double *out) {
         p++;
         if (p < j->end && (*p == '+' || *p == '-')) exponent_negative = *p++ == '-';
         digits = p;
-        for (; p < j->end && *p >= '0' && *p <= '9'; p++) if (exponent < 10000) exponent = exponent * 10 + (*p - '0');
+        for (; p < j->end && *p >= '0' && *p <= '9'; p++)
+            if (exponent < 10000) exponent = exponent * 10 + (*p - '0');
         if (p == digits) return qwen3i_json_bad(j, "digits are missing in an exponent");
     }
     e += exponent_negative ? -exponent : exponent;
@@ -1784,7 +1823,8 @@ typedef struct qwen3i_block {           /* memory that lives as long as the mode
 
 #define QWEN3I_MAX_EOS 8
 
-typedef enum qwen3i_packing { QWEN3I_NOT_PACKED, QWEN3I_FLOAT8, QWEN3I_AWQ, QWEN3I_GPTQ, QWEN3I_PACKED } qwen3i_packing;
+typedef enum qwen3i_packing { QWEN3I_NOT_PACKED, QWEN3I_FLOAT8, QWEN3I_AWQ, QWEN3I_GPTQ,
+                              QWEN3I_PACKED } qwen3i_packing;
 
 typedef struct qwen3i_quantization {    /* of a directory: quantization_config */
     char           method[32], format[32];
@@ -1801,7 +1841,8 @@ struct qwen3_model {
     qwen3i_config        config;
     qwen3i_quantization  quantization;
     qwen3i_weights       weights;
-    const float         *rank;          /* [2, n_embd] of a reranker without a head: rows of yes and no; or NULL */
+    /* [2, n_embd] of a reranker without a head: rows of yes and no; or NULL */
+    const float         *rank;
     qwen3i_tokenizer    *tokenizer;     /* NULL: the directory has none */
     qwen3_token          eos[QWEN3I_MAX_EOS];
     int                  n_eos;
@@ -1812,8 +1853,10 @@ struct qwen3_model {
     qwen3i_block        *blocks;        /* everything else that was allocated */
     int                  no_causal;     /* the configuration names Qwen3Model and not Qwen3ForCausalLM */
     int                  no_head;
-    char                 no_embedding[160];     /* why embeddings are not what the files ask for; empty: they are */
-    void                *vocab;         /* an atomic word: the index of the vocabulary that grammars share, or 0 */
+    /* why embeddings are not what the files ask for; empty: they are */
+    char                 no_embedding[160];
+    /* an atomic word: the index of the vocabulary that grammars share, or 0 */
+    void                *vocab;
 };
 
 typedef struct qwen3i_loader {          /* what the functions of one qwen3_load share */
@@ -1858,7 +1901,8 @@ typedef struct qwen3i_blob {
 
 struct qwen3i_shard { const char *name; qwen3i_blob blob; };
 
-/* Read n bytes in slices, so that a load can be cancelled: read_slice(handle, offset, dst, n) gives 0 on success. */
+/* Read n bytes in slices, so that a load can be cancelled: read_slice(handle, offset, dst, n) gives 0 on
+   success. */
 typedef int (*qwen3i_read_slice)(void *handle, uint64_t offset, void *dst, size_t n);
 
 static qwen3_result qwen3i_read_all(const qwen3i_loader *l, const char *name, uint64_t size,
@@ -1873,7 +1917,8 @@ static qwen3_result qwen3i_read_all(const qwen3i_loader *l, const char *name, ui
     for (at = 0; at < size && r == QWEN3_OK; at += n) {
         n = qwen3i_min_size(slice, (size_t)size - at);
         if (read_slice(handle, at, data + at, n) != 0)
-            r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot read %lu bytes at offset %lu (the file has %llu)",
+            r = qwen3i_fail(l->err, QWEN3_ERR_IO,
+                            "%s: cannot read %lu bytes at offset %lu (the file has %llu)",
                             name, (unsigned long)n, (unsigned long)at, (unsigned long long)size);
         else if (size > slice) r = qwen3i_progress(l, (double)(at + n) / (double)size);
     }
@@ -1911,14 +1956,18 @@ static int qwen3i_handle_open(const qwen3_allocator *a, qwen3i_handle *h, const 
     SetLastError(reason);
     if (*h == INVALID_HANDLE_VALUE)
         return GetLastError() == ERROR_FILE_NOT_FOUND || GetLastError() == ERROR_PATH_NOT_FOUND ? 0 : -1;
-    if (GetFileType(*h) == FILE_TYPE_DISK && GetFileSizeEx(*h, &n)) { *size = (uint64_t)n.QuadPart; return 1; }
+    if (GetFileType(*h) == FILE_TYPE_DISK && GetFileSizeEx(*h, &n)) {
+        *size = (uint64_t)n.QuadPart;
+        return 1;
+    }
     CloseHandle(*h);
     return -2;
 }
 static const char *qwen3i_open_reason(int found) {
     const DWORD code = GetLastError();
     if (found == -2) return "it is no regular file";
-    return code == ERROR_ACCESS_DENIED ? "access is denied" : code == ERROR_SHARING_VIOLATION ? "another program uses it" :
+    return code == ERROR_ACCESS_DENIED ? "access is denied" :
+           code == ERROR_SHARING_VIOLATION ? "another program uses it" :
            "the system refuses";
 }
 static void qwen3i_handle_close(qwen3i_handle h) { CloseHandle(h); }
@@ -1942,7 +1991,8 @@ static int qwen3i_write_all(const qwen3_allocator *a, const char *path, const ch
 static int qwen3i_replace_file(const qwen3_allocator *a, const char *from, const char *to) {
     size_t from_bytes, to_bytes;
     WCHAR *from_wide = qwen3i_wide_path(a, from, &from_bytes), *to_wide = qwen3i_wide_path(a, to, &to_bytes);
-    const int done = from_wide && to_wide && MoveFileExW(from_wide, to_wide, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
+    const int done = from_wide && to_wide && MoveFileExW(from_wide, to_wide,
+                                                         MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH);
     qwen3i_free(a, from_wide, from_bytes);
     qwen3i_free(a, to_wide, to_bytes);
     return done ? 0 : -1;
@@ -1995,11 +2045,16 @@ static int qwen3i_handle_open(const qwen3_allocator *a, qwen3i_handle *h, const 
     (void)a;
     do *h = open(path, QWEN3I_OPEN_FLAGS); while (*h < 0 && errno == EINTR);
     if (*h < 0) return errno == ENOENT ? 0 : -1;
-    if (fstat(*h, &st) == 0 && S_ISREG(st.st_mode) && st.st_size >= 0) { *size = (uint64_t)st.st_size; return 1; }
+    if (fstat(*h, &st) == 0 && S_ISREG(st.st_mode) && st.st_size >= 0) {
+        *size = (uint64_t)st.st_size;
+        return 1;
+    }
     close(*h);
     return -2;
 }
-static const char *qwen3i_open_reason(int found) { return found == -2 ? "it is no regular file" : strerror(errno); }
+static const char *qwen3i_open_reason(int found) {
+    return found == -2 ? "it is no regular file" : strerror(errno);
+}
 static void qwen3i_handle_close(qwen3i_handle h) { close(h); }
 
 /* Write all of a file. 0, or -1. */
@@ -2020,7 +2075,10 @@ static int qwen3i_write_all(const qwen3_allocator *a, const char *path, const ch
 }
 
 /* Put one file in the place of another. 0, or -1. */
-static int qwen3i_replace_file(const qwen3_allocator *a, const char *from, const char *to) { (void)a; return rename(from, to); }
+static int qwen3i_replace_file(const qwen3_allocator *a, const char *from, const char *to) {
+    (void)a;
+    return rename(from, to);
+}
 
 static int qwen3i_handle_read(void *handle, uint64_t offset, void *dst, size_t n) {
     char *p = (char *)dst;
@@ -2055,8 +2113,8 @@ static void qwen3i_unmap(const void *p, size_t size) {
 #endif
 
 /* Write a file beside the one that it then replaces: a crash leaves one of them whole. */
-static qwen3_result qwen3i_write_file(const qwen3_allocator *a, const char *path, const char *data, size_t size,
-                                      const qwen3i_err *err) {
+static qwen3_result qwen3i_write_file(const qwen3_allocator *a, const char *path, const char *data,
+                                      size_t size, const qwen3i_err *err) {
     const size_t n = strlen(path) + 6;
     char *part = (char *)qwen3i_alloc(a, n);
     int failed, reason;
@@ -2066,7 +2124,8 @@ static qwen3_result qwen3i_write_file(const qwen3_allocator *a, const char *path
     reason = errno;
     if (failed) remove(part);
     qwen3i_free(a, part, n);
-    return failed ? qwen3i_fail(err, QWEN3_ERR_IO, "%s: cannot be written: %s", path, strerror(reason)) : QWEN3_OK;
+    return failed ? qwen3i_fail(err, QWEN3_ERR_IO, "%s: cannot be written: %s", path, strerror(reason)) :
+           QWEN3_OK;
 }
 
 /* The bytes of a file, for qwen3i_free. */
@@ -2102,7 +2161,8 @@ static qwen3_result qwen3i_open_path(const qwen3i_loader *l, const char *name, i
     memcpy(path, l->desc->path, l->folder);
     snprintf(path + l->folder, n - l->folder, "%s%s", l->gguf_name ? "" : "/", name);
     found = qwen3i_handle_open(a, &h, path, &size);
-    if (found < 0) r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot be opened: %s", name, qwen3i_open_reason(found));
+    if (found < 0)
+        r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot be opened: %s", name, qwen3i_open_reason(found));
     qwen3i_free(a, path, n);
     if (found <= 0) return r;
 #ifndef QWEN3_NO_MMAP
@@ -2117,8 +2177,8 @@ static qwen3_result qwen3i_open_path(const qwen3i_loader *l, const char *name, i
     return r;
 }
 #else
-static qwen3_result qwen3i_write_file(const qwen3_allocator *a, const char *path, const char *data, size_t size,
-                                      const qwen3i_err *err) {
+static qwen3_result qwen3i_write_file(const qwen3_allocator *a, const char *path, const char *data,
+                                      size_t size, const qwen3i_err *err) {
     (void)a; (void)data; (void)size;
     return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: the library was compiled with QWEN3_NO_STDIO", path);
 }
@@ -2175,9 +2235,11 @@ static void qwen3i_close(const qwen3_allocator *a, qwen3i_blob *b) {
 static qwen3_result qwen3i_open(const qwen3i_loader *l, const char *name, int map, qwen3i_blob *out) {
     static const char pointer[] = "version https://git-lfs";
     qwen3_result r = qwen3i_open_any(l, name, map, out);
-    if (r != QWEN3_OK || !out->data || out->size < sizeof pointer || memcmp(out->data, pointer, sizeof pointer - 1) != 0) return r;
+    if (r != QWEN3_OK || !out->data || out->size < sizeof pointer ||
+        memcmp(out->data, pointer, sizeof pointer - 1) != 0) return r;
     qwen3i_close(&l->model->allocator, out);
-    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: a Git LFS pointer, not the file itself: fetch it with git lfs pull", name);
+    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: a Git LFS pointer, not the file itself: fetch it with "
+                                                 "git lfs pull", name);
 }
 
 /* ================================================================================================
@@ -2186,13 +2248,16 @@ static qwen3_result qwen3i_open(const qwen3i_loader *l, const char *name, int ma
    ================================================================================================ */
 #define QWEN3I_MAX_BLOCK 256            /* elements */
 
-/* A block: element e is d[e / 16] * q[e] + m[e / 16], in which only the sum is rounded: the product is exact in float32.
-   No offset is -0, so that zeros keep their signs. */
+/* A block: element e is d[e / 16] * q[e] + m[e / 16], in which only the sum is rounded: the product is exact
+   in float32. No offset is -0, so that zeros keep their signs. */
 #define QWEN3I_NO_OFFSET (-0.0f)
-typedef struct qwen3i_unpacked { int8_t q[QWEN3I_MAX_BLOCK]; float d[QWEN3I_MAX_BLOCK / 16], m[QWEN3I_MAX_BLOCK / 16]; } qwen3i_unpacked;
+typedef struct qwen3i_unpacked {
+    int8_t q[QWEN3I_MAX_BLOCK];
+    float d[QWEN3I_MAX_BLOCK / 16], m[QWEN3I_MAX_BLOCK / 16];
+} qwen3i_unpacked;
 typedef void (*qwen3i_unpack)(qwen3i_unpacked *u, const uint8_t *b);
 
-/* ---- what blocks are made of ------------------------------------------------------------------------- */
+/* ---- what blocks are made of ----------------------------------------------------------------- */
 static float qwen3i_half_at(const uint8_t *b) { return qwen3i_f16_to_f32((uint16_t)(b[0] | b[1] << 8)); }
 
 /* Elements 16 i .. 16 i + 15 have this scale and offset. */
@@ -2218,25 +2283,32 @@ static void qwen3i_unpack_pairs(int8_t *q, const uint8_t *b) {
 static void qwen3i_unpack_scales_k(qwen3i_unpacked *u, const uint8_t *b) {
     const uint8_t *s = b + 4;
     float d = qwen3i_half_at(b), m = qwen3i_half_at(b + 2);
-    for (int j = 0; j < 4; j++) qwen3i_unpack_scale32(u, j, d * (float)(s[j] & 63), -m * (float)(s[j + 4] & 63));
+    for (int j = 0; j < 4; j++)
+        qwen3i_unpack_scale32(u, j, d * (float)(s[j] & 63), -m * (float)(s[j + 4] & 63));
     for (int j = 4; j < 8; j++)
-        qwen3i_unpack_scale32(u, j, d * (float)((s[j + 4] & 15) | (s[j - 4] >> 6) << 4), -m * (float)((s[j + 4] >> 4) | (s[j] >> 6) << 4));
+        qwen3i_unpack_scale32(u, j, d * (float)((s[j + 4] & 15) | (s[j - 4] >> 6) << 4),
+                              -m * (float)((s[j + 4] >> 4) | (s[j] >> 6) << 4));
 }
 
 /* A value out of 16 for four bits */
-static const int8_t qwen3i_iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-static const int8_t qwen3i_fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};   /* twice E2M1's */
+static const int8_t qwen3i_iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69,
+                                             89, 113};
+/* twice E2M1's */
+static const int8_t qwen3i_fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-static void qwen3i_unpack_values(int8_t *q, int n, const int8_t *values) { for (int i = 0; i < n; i++) q[i] = values[q[i]]; }
+static void qwen3i_unpack_values(int8_t *q, int n, const int8_t *values) {
+    for (int i = 0; i < n; i++) q[i] = values[q[i]];
+}
 
 /* E4M3 without a sign, of which 0x7F is 0 */
 static float qwen3i_ue4m3_to_f32(unsigned x) {
     unsigned exponent = x >> 3 & 15, fraction = x & 7;
     if ((x & 0x7F) == 0x7F) return 0;
-    return exponent == 0 ? (float)fraction / 512 : qwen3i_float_from_bits((exponent + 120) << 23 | fraction << 20);
+    return exponent == 0 ? (float)fraction / 512 :
+           qwen3i_float_from_bits((exponent + 120) << 23 | fraction << 20);
 }
 
-/* ---- blocks of 32 and 64 ---------------------------------------------------------------------------- */
+/* ---- blocks of 32 and 64 --------------------------------------------------------------------- */
 static void qwen3i_unpack_q8_0(qwen3i_unpacked *u, const uint8_t *b) {
     memcpy(u->q, b + 2, 32);
     qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), QWEN3I_NO_OFFSET);
@@ -2277,7 +2349,9 @@ static void qwen3i_unpack_iq4_nl(qwen3i_unpacked *u, const uint8_t *b) {
 }
 
 /* Half of the number of E8M0: 2^(x - 128), below 2^-126 a subnormal number */
-static float qwen3i_e8m0_half(unsigned x) { return qwen3i_float_from_bits(x < 2 ? (uint32_t)0x200000 << x : (uint32_t)(x - 1) << 23); }
+static float qwen3i_e8m0_half(unsigned x) {
+    return qwen3i_float_from_bits(x < 2 ? (uint32_t)0x200000 << x : (uint32_t)(x - 1) << 23);
+}
 
 static void qwen3i_unpack_mxfp4(qwen3i_unpacked *u, const uint8_t *b) {
     qwen3i_unpack_nibbles(u->q, b + 1, 16);
@@ -2293,7 +2367,7 @@ static void qwen3i_unpack_nvfp4(qwen3i_unpacked *u, const uint8_t *b) {
     qwen3i_unpack_values(u->q, 64, qwen3i_fp4_values);
 }
 
-/* ---- blocks that this library makes of the tensors of quantised directories ------------------------------- */
+/* ---- blocks that this library makes of the tensors of quantised directories ------------------ */
 /* Scale and zero in one word: a scale that was F16 or BF16 leaves the last 8 bits of its float32 free. */
 static float qwen3i_packed_scale(const uint8_t *b, float *offset, int middle) {
     uint32_t word;
@@ -2303,7 +2377,9 @@ static float qwen3i_packed_scale(const uint8_t *b, float *offset, int middle) {
     return scale;
 }
 
-static void qwen3i_unpack_scale128(qwen3i_unpacked *u, float d, float m) { for (int i = 0; i < 8; i++) qwen3i_unpack_scale(u, i, d, m); }
+static void qwen3i_unpack_scale128(qwen3i_unpacked *u, float d, float m) {
+    for (int i = 0; i < 8; i++) qwen3i_unpack_scale(u, i, d, m);
+}
 
 static void qwen3i_unpack_int4(qwen3i_unpacked *u, const uint8_t *b) {
     float m, d = qwen3i_packed_scale(b, &m, 0);
@@ -2337,11 +2413,12 @@ static void qwen3i_unpack_fp8(qwen3i_unpacked *u, const uint8_t *b) {
 
 static float qwen3i_e4m3_to_f32(unsigned x) {
     unsigned exponent = x >> 3 & 15, fraction = x & 7;
-    float size = exponent == 0 ? (float)fraction / 512 : qwen3i_float_from_bits((exponent + 120) << 23 | fraction << 20);
+    float size = exponent == 0 ? (float)fraction / 512 :
+                 qwen3i_float_from_bits((exponent + 120) << 23 | fraction << 20);
     return x & 0x80 ? -size : size;
 }
 
-/* ---- blocks of 256 ----------------------------------------------------------------------------------- */
+/* ---- blocks of 256 --------------------------------------------------------------------------- */
 static void qwen3i_unpack_q2_k(qwen3i_unpacked *u, const uint8_t *b) {
     float d = qwen3i_half_at(b + 80), m = qwen3i_half_at(b + 82);
     for (int i = 0; i < 2; i++) qwen3i_unpack_pairs(u->q + 128 * i, b + 16 + 32 * i);
@@ -2368,7 +2445,8 @@ static void qwen3i_unpack_q4_k(qwen3i_unpacked *u, const uint8_t *b) {
 static void qwen3i_unpack_q5_k(qwen3i_unpacked *u, const uint8_t *b) {
     for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(u->q + 64 * k, b + 48 + 32 * k, 32);
     for (int k = 0; k < 8; k++)
-        for (int i = 0; i < 32; i++) u->q[32 * k + i] = (int8_t)(u->q[32 * k + i] | (b[16 + i] >> k & 1) << 4);
+        for (int i = 0; i < 32; i++)
+            u->q[32 * k + i] = (int8_t)(u->q[32 * k + i] | (b[16 + i] >> k & 1) << 4);
     qwen3i_unpack_scales_k(u, b);
 }
 
@@ -2379,7 +2457,8 @@ static void qwen3i_unpack_q6_k(qwen3i_unpacked *u, const uint8_t *b) {
         const uint8_t *high = b + 128 + 32 * h;
         qwen3i_unpack_nibbles(q, b + 64 * h, 64);
         for (int k = 0; k < 4; k++)
-            for (int i = 0; i < 32; i++) q[32 * k + i] = (int8_t)(q[32 * k + i] | (high[i] >> 2 * k & 3) << 4);
+            for (int i = 0; i < 32; i++)
+                q[32 * k + i] = (int8_t)(q[32 * k + i] | (high[i] >> 2 * k & 3) << 4);
     }
     for (int i = 0; i < 16; i++) {
         float scale = d * (float)(int8_t)b[192 + i];
@@ -2397,8 +2476,12 @@ static void qwen3i_unpack_iq4_xs(qwen3i_unpacked *u, const uint8_t *b) {
     qwen3i_unpack_values(u->q, 256, qwen3i_iq4_values);
 }
 
-/* ---- the table --------------------------------------------------------------------------------------- */
-typedef struct qwen3i_format { const char *name; int gguf, elements, bytes; qwen3i_unpack unpack; } qwen3i_format;
+/* ---- the table ------------------------------------------------------------------------------- */
+typedef struct qwen3i_format {
+    const char *name;
+    int gguf, elements, bytes;
+    qwen3i_unpack unpack;
+} qwen3i_format;
 
 /* Of a valid type. unpack is NULL for numbers. */
 static const qwen3i_format *qwen3i_format_of(qwen3i_type type) {
@@ -2436,7 +2519,8 @@ static void qwen3i_decode(float *y, const void *row, qwen3i_type type, int n) {
         int e = i % f->elements;
         if (!f->unpack) { y[i] = qwen3i_value(row, type, i); continue; }
         if (e == 0) { f->unpack(&u, b); b += f->bytes; }
-        y[i] = u.d[e / 16] * (type == QWEN3I_FP8 ? qwen3i_e4m3_to_f32((uint8_t)u.q[e]) : (float)u.q[e]) + u.m[e / 16];
+        y[i] = u.d[e / 16] * (type == QWEN3I_FP8 ? qwen3i_e4m3_to_f32((uint8_t)u.q[e]) : (float)u.q[e]) +
+               u.m[e / 16];
     }
 }
 
@@ -2445,7 +2529,8 @@ static void qwen3i_decode(float *y, const void *row, qwen3i_type type, int n) {
    for the whole numbers that they give, found by turns, from several starts; then what the groups of
    a block share is fitted to all of them.
    ================================================================================================ */
-typedef struct qwen3i_range { int low, high, offset; } qwen3i_range;    /* of q; offset: x = scale q - offset, >= 0 */
+/* of q; offset: x = scale q - offset, >= 0 */
+typedef struct qwen3i_range { int low, high, offset; } qwen3i_range;
 typedef struct qwen3i_fit { float scale, offset, error; } qwen3i_fit;
 
 /* What an element's squared error counts: large ones more, as more of the output hangs on them. */
@@ -2464,7 +2549,8 @@ static float qwen3i_fit_sum(const float *lanes) {
 }
 
 /* The nearest q for a scale and offset, and the error that is left. What is no number becomes the lowest. */
-static float qwen3i_fit_round(float *q, const float *x, const float *w, int n, const qwen3i_range *r, float scale, float offset) {
+static float qwen3i_fit_round(float *q, const float *x, const float *w, int n, const qwen3i_range *r,
+                              float scale, float offset) {
     const float inverse = scale != 0 ? 1 / scale : 0, low = (float)r->low, span = (float)(r->high - r->low);
     float error[16] = {0};
     for (int i = 0; i < n; i += 16) for (int k = 0; k < 16; k++) {
@@ -2479,11 +2565,13 @@ static float qwen3i_fit_round(float *q, const float *x, const float *w, int n, c
 }
 
 /* The scale and offset of least squares for these q */
-static void qwen3i_fit_solve(qwen3i_fit *f, const float *q, const float *x, const float *w, int n, const qwen3i_range *r) {
+static void qwen3i_fit_solve(qwen3i_fit *f, const float *q, const float *x, const float *w, int n,
+                             const qwen3i_range *r) {
     float lanes[5][16] = {{0}};
     for (int i = 0; i < n; i += 16) for (int k = 0; k < 16; k++) {
         const float wk = w[i + k], wx = wk * x[i + k], wq = wk * q[i + k];
-        lanes[0][k] += wk; lanes[1][k] += wq; lanes[2][k] += wq * q[i + k]; lanes[3][k] += wx; lanes[4][k] += wx * q[i + k];
+        lanes[0][k] += wk; lanes[1][k] += wq; lanes[2][k] += wq * q[i + k]; lanes[3][k] += wx;
+        lanes[4][k] += wx * q[i + k];
     }
     const float sw = qwen3i_fit_sum(lanes[0]), sq = qwen3i_fit_sum(lanes[1]), sqq = qwen3i_fit_sum(lanes[2]);
     const float sx = qwen3i_fit_sum(lanes[3]), sxq = qwen3i_fit_sum(lanes[4]);
@@ -2499,7 +2587,8 @@ static void qwen3i_fit_solve(qwen3i_fit *f, const float *q, const float *x, cons
 }
 
 /* From one start by turns; *best is replaced if this is better. */
-static void qwen3i_fit_from(qwen3i_fit *best, const float *x, const float *w, int n, const qwen3i_range *r, float scale, float offset) {
+static void qwen3i_fit_from(qwen3i_fit *best, const float *x, const float *w, int n, const qwen3i_range *r,
+                            float scale, float offset) {
     float q[32];
     qwen3i_fit f;
     f.scale = scale;
@@ -2537,7 +2626,7 @@ static void qwen3i_put_half(uint8_t *b, float v) {
 
 static float qwen3i_as_half(float v) { return qwen3i_f16_to_f32(qwen3i_f32_to_f16(v)); }
 
-/* ---- blocks of one group ----------------------------------------------------------------------------- */
+/* ---- blocks of one group --------------------------------------------------------------------- */
 /* q of 32 elements; the scale is a half already. */
 static float qwen3i_pack_group(int8_t *q, const float *x, const qwen3i_range *r) {
     float w[32], whole[32];
@@ -2563,8 +2652,9 @@ static void qwen3i_pack_q4_0(uint8_t *b, const float *x) {
     for (int i = 0; i < 16; i++) b[2 + i] = (uint8_t)((q[i] + 8) | (q[16 + i] + 8) << 4);
 }
 
-/* ---- blocks of 256 ------------------------------------------------------------------------------------- */
-/* Groups with whole-number scales and offsets, times d and m that they share: x = d scale[g] q - m offset[g] */
+/* ---- blocks of 256 --------------------------------------------------------------------------- */
+/* Groups with whole-number scales and offsets, times d and m that they share: x = d scale[g] q - m
+   offset[g] */
 typedef struct qwen3i_shared {
     qwen3i_range range;
     int   size, scale_low, scale_high;  /* elements of a group; the limits of the whole-number scales */
@@ -2580,7 +2670,8 @@ static int qwen3i_nearest(float v, int low, int high) {
 }
 
 /* The best whole scale and offset of group g about these; adds to the error. */
-static void qwen3i_shared_group(qwen3i_shared *s, int g, const float *x, const float *w, float scale, float offset) {
+static void qwen3i_shared_group(qwen3i_shared *s, int g, const float *x, const float *w, float scale,
+                                float offset) {
     const int first = s->d != 0 ? qwen3i_nearest(scale / s->d, s->scale_low, s->scale_high) : 0;
     const int first_offset = s->m > 0 ? qwen3i_nearest(offset / s->m, 0, 63) : 0;
     float best = FLT_MAX, q[32];
@@ -2601,13 +2692,17 @@ static void qwen3i_shared_group(qwen3i_shared *s, int g, const float *x, const f
 static void qwen3i_shared_solve(qwen3i_shared *s, const float *x, const float *w) {
     double a = 0, b = 0, c = 0, p = 0, r = 0;
     for (int i = 0; i < 256; i++) {
-        const double u = s->scale[i / s->size] * s->q[i], v = s->offset[i / s->size], wx = (double)w[i] * (double)x[i];
+        const double u = s->scale[i / s->size] * s->q[i], v = s->offset[i / s->size],
+                     wx = (double)w[i] * (double)x[i];
         a += (double)w[i] * u * u; b += (double)w[i] * u * v; c += (double)w[i] * v * v;
         p += wx * u; r += wx * v;
     }
     const double det = a * c - b * b;
     double d = a > 0 ? p / a : (double)s->d, m = 0;
-    if (det > 1e-9 * a * c && (p * b - r * a) / det > 0) { d = (p * c - r * b) / det; m = (p * b - r * a) / det; }
+    if (det > 1e-9 * a * c && (p * b - r * a) / det > 0) {
+        d = (p * c - r * b) / det;
+        m = (p * b - r * a) / det;
+    }
     s->d = qwen3i_as_half((float)d);
     s->m = qwen3i_as_half((float)m);
 }
@@ -2626,7 +2721,8 @@ static void qwen3i_shared_fit(qwen3i_shared *s, const float *x) {
         if (fits[g].offset > offset) offset = fits[g].offset;
     }
     now = *s;
-    now.d = qwen3i_as_half(s->scale_low < 0 ? fabsf(scale) / (float)s->scale_high : scale / (float)s->scale_high);
+    now.d = qwen3i_as_half(s->scale_low < 0 ? fabsf(scale) / (float)s->scale_high :
+                           scale / (float)s->scale_high);
     now.m = qwen3i_as_half(offset / 63);
     s->error = FLT_MAX;
     for (int turn = 0; turn < 3; turn++) {
@@ -2699,7 +2795,7 @@ static void qwen3i_pack_q6_k(uint8_t *b, const float *x) {
     }
 }
 
-/* ---- rows and mixes -------------------------------------------------------------------------------------- */
+/* ---- rows and mixes -------------------------------------------------------------------------- */
 typedef void (*qwen3i_pack)(uint8_t *b, const float *x);
 
 /* NULL: this type is read and not written. */
@@ -2828,7 +2924,8 @@ static int qwen3i_header_metadata(qwen3i_header *h) {
     qwen3i_str s;
     if (h->metadata++) return qwen3i_json_bad(&h->j, "__metadata__ appears twice");
     if (qwen3i_json_word(&h->j, "null")) return 1;
-    if (qwen3i_json_open(&h->j, '{', &it)) while (qwen3i_json_next(&h->j, &it, &s) && qwen3i_json_string(&h->j, &s)) {}
+    if (qwen3i_json_open(&h->j, '{', &it)) while (qwen3i_json_next(&h->j, &it, &s) &&
+                                                  qwen3i_json_string(&h->j, &s)) {}
     return !h->j.error;
 }
 
@@ -2844,7 +2941,8 @@ static int qwen3i_header_next(qwen3i_header *h, qwen3i_tensor *t) {
 }
 
 /* How many tensors there are, and that all of them can be read. */
-static qwen3_result qwen3i_count_tensors(qwen3i_header h, const char *file, size_t *n, const qwen3i_err *err) {
+static qwen3_result qwen3i_count_tensors(qwen3i_header h, const char *file, size_t *n,
+                                         const qwen3i_err *err) {
     qwen3i_tensor t;
     for (*n = 0; qwen3i_header_next(&h, &t); ++*n) {}
     qwen3i_json_end(&h.j);
@@ -2855,7 +2953,8 @@ static qwen3_result qwen3i_count_tensors(qwen3i_header h, const char *file, size
 }
 
 /* Every tensor's bytes must be those that its shape asks for, and all tensors must tile the data exactly. */
-static qwen3_result qwen3i_check_layout(qwen3i_tensor *list, size_t n, const char *file, uint64_t data_size, const qwen3i_err *err) {
+static qwen3_result qwen3i_check_layout(qwen3i_tensor *list, size_t n, const char *file, uint64_t data_size,
+                                        const qwen3i_err *err) {
     uint64_t at = 0;
     size_t i;
     int k;
@@ -2864,28 +2963,35 @@ static qwen3_result qwen3i_check_layout(qwen3i_tensor *list, size_t n, const cha
         const qwen3i_tensor *t = &list[i];
         uint64_t bytes = qwen3i_dtype_size(t->dtype);
         if (t->end < t->begin || t->end > data_size)
-            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' lies outside the file", file, QWEN3I_STR(t->name));
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' lies outside the file", file,
+                               QWEN3I_STR(t->name));
         if (t->begin != at)
-            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' starts at byte %llu of the data, not at %llu "
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT,
+                               "%s: tensor '%.*s' starts at byte %llu of the data, not at %llu "
                                "where the one before it ends", file, QWEN3I_STR(t->name),
                                (unsigned long long)t->begin, (unsigned long long)at);
         if (bytes) {
             for (k = 0; k < t->rank; k++)
                 if (!qwen3i_mul_u64(bytes, t->shape[k], &bytes))
-                    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: the size of tensor '%.*s' overflows", file, QWEN3I_STR(t->name));
+                    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: the size of tensor '%.*s' overflows",
+                                       file, QWEN3I_STR(t->name));
             if (bytes != t->end - t->begin)
-                return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' needs %llu bytes for its shape but has %llu",
-                                   file, QWEN3I_STR(t->name), (unsigned long long)bytes, (unsigned long long)(t->end - t->begin));
+                return qwen3i_fail(err, QWEN3_ERR_FORMAT,
+                                   "%s: tensor '%.*s' needs %llu bytes for its shape but has %llu",
+                                   file, QWEN3I_STR(t->name), (unsigned long long)bytes,
+                                       (unsigned long long)(t->end - t->begin));
         }
         at = t->end;
     }
     if (at != data_size)
-        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: the tensors end at byte %llu of the data, the file at %llu",
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT,
+                           "%s: the tensors end at byte %llu of the data, the file at %llu",
                            file, (unsigned long long)at, (unsigned long long)data_size);
     return QWEN3_OK;
 }
 
-static qwen3_result qwen3i_grow_tensors(qwen3i_tensors *t, size_t more, const qwen3_allocator *a, const qwen3i_err *err) {
+static qwen3_result qwen3i_grow_tensors(qwen3i_tensors *t, size_t more, const qwen3_allocator *a,
+                                        const qwen3i_err *err) {
     qwen3i_tensor *list;
     if (t->n + more == 0) return QWEN3_OK;
     list = (qwen3i_tensor *)qwen3i_grow(a, t->list, t->n, &t->cap, t->n + more, sizeof *list);
@@ -2895,7 +3001,8 @@ static qwen3_result qwen3i_grow_tensors(qwen3i_tensors *t, size_t more, const qw
 }
 
 /* Add the tensors of one safetensors file to the list. */
-static qwen3_result qwen3i_parse_safetensors(const qwen3i_shard *s, qwen3i_tensors *t, const qwen3_allocator *a, const qwen3i_err *err) {
+static qwen3_result qwen3i_parse_safetensors(const qwen3i_shard *s, qwen3i_tensors *t,
+                                             const qwen3_allocator *a, const qwen3i_err *err) {
     const unsigned char *file = s->blob.data;
     uint64_t header = 0, data_size;
     qwen3i_header h;
@@ -2905,7 +3012,9 @@ static qwen3_result qwen3i_parse_safetensors(const qwen3i_shard *s, qwen3i_tenso
     int i;
     for (i = 7; i >= 0 && s->blob.size >= 8; i--) header = header << 8 | file[i];
     if (s->blob.size < 8 || header > QWEN3I_MAX_HEADER || header > s->blob.size - 8)
-        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: not a safetensors file, or truncated: the header is said to have %llu bytes, the file has %llu",
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT,
+                           "%s: not a safetensors file, or truncated: the header is said to have %llu "
+                           "bytes, the file has %llu",
                            s->name, (unsigned long long)header, (unsigned long long)s->blob.size);
     h = qwen3i_header_begin(file, header);
     r = qwen3i_count_tensors(h, s->name, &n, err);
@@ -2929,7 +3038,8 @@ static qwen3_result qwen3i_index_tensors(qwen3i_tensors *t, const qwen3i_err *er
     qwen3i_sort(t->list, t->n, sizeof *t->list, qwen3i_compare_names);
     for (i = 1; i < t->n; i++)
         if (qwen3i_compare_names(&t->list[i - 1], &t->list[i]) == 0)
-            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' appears twice", t->list[i].file, QWEN3I_STR(t->list[i].name));
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' appears twice", t->list[i].file,
+                               QWEN3I_STR(t->list[i].name));
     return QWEN3_OK;
 }
 
@@ -2947,11 +3057,15 @@ static qwen3_result qwen3i_add_shard(qwen3i_loader *l, qwen3i_str name) {
     char *copy;
     int i;
     for (i = m->n_shards - 1; i >= 0; i--)
-        if (strlen(m->shards[i].name) == name.n && memcmp(m->shards[i].name, name.p, name.n) == 0) return QWEN3_OK;
-    if (m->n_shards == QWEN3I_MAX_SHARDS) return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "more than %d weight files", QWEN3I_MAX_SHARDS);
+        if (strlen(m->shards[i].name) == name.n && memcmp(m->shards[i].name, name.p, name.n) == 0)
+            return QWEN3_OK;
+    if (m->n_shards == QWEN3I_MAX_SHARDS)
+        return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "more than %d weight files", QWEN3I_MAX_SHARDS);
     if (!m->shards) {
         m->shards = (qwen3i_shard *)qwen3i_model_alloc(m, QWEN3I_MAX_SHARDS, sizeof *m->shards);
-        if (!m->shards) return qwen3i_no_memory(l->err, "the list of weight files", QWEN3I_MAX_SHARDS * sizeof *m->shards);
+        if (!m->shards)
+            return qwen3i_no_memory(l->err, "the list of weight files",
+                                    QWEN3I_MAX_SHARDS * sizeof *m->shards);
     }
     copy = (char *)qwen3i_model_alloc(m, name.n + 1, 1);
     if (!copy) return qwen3i_no_memory(l->err, "a file name", name.n + 1);
@@ -2966,7 +3080,8 @@ static qwen3_result qwen3i_add_shard(qwen3i_loader *l, qwen3i_str name) {
 /* Step through the index's weight_map: {"tensor": "file", ...}. visit gets each pair. */
 typedef qwen3_result (*qwen3i_visit_weight)(qwen3i_loader *l, qwen3i_str tensor, qwen3i_str file, void *arg);
 
-static qwen3_result qwen3i_walk_index(qwen3i_loader *l, const char *name, const qwen3i_blob *index, qwen3i_visit_weight visit, void *arg) {
+static qwen3_result qwen3i_walk_index(qwen3i_loader *l, const char *name, const qwen3i_blob *index,
+                                      qwen3i_visit_weight visit, void *arg) {
     qwen3i_json j = qwen3i_json_begin(index->data, index->size);
     qwen3i_json_iter object, map;
     qwen3i_str key, file;
@@ -2980,7 +3095,9 @@ static qwen3_result qwen3i_walk_index(qwen3i_loader *l, const char *name, const 
             while (qwen3i_json_next(&j, &map, &key)) {
                 if (!qwen3i_json_string(&j, &file)) break;
                 if (!qwen3i_shard_name_ok(file))
-                    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' is said to be in '%.*s', which is not a plain file name",
+                    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT,
+                                       "%s: tensor '%.*s' is said to be in '%.*s', which is not a plain "
+                                       "file name",
                                        name, QWEN3I_STR(key), QWEN3I_STR(file));
                 r = visit(l, key, file, arg);
                 if (r != QWEN3_OK) return r;
@@ -3008,7 +3125,8 @@ static qwen3_result qwen3i_visit_check(qwen3i_loader *l, qwen3i_str tensor, qwen
     const qwen3i_tensor *hit = qwen3i_find_tensor(t, tensor);
     if (!hit && l->model->config.tied && qwen3i_str_ends(tensor, "lm_head.weight")) return QWEN3_OK;
     if (hit && strlen(hit->file) == file.n && memcmp(hit->file, file.p, file.n) == 0) return QWEN3_OK;
-    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%.*s: tensor '%.*s' is missing from it, though the index names it",
+    return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%.*s: tensor '%.*s' is missing from it, though the index "
+                                                 "names it",
                        QWEN3I_STR(file), QWEN3I_STR(tensor));
 }
 
@@ -3021,7 +3139,8 @@ static qwen3_result qwen3i_open_shards(qwen3i_loader *l, qwen3i_tensors *t) {
         l->step = share;
         r = qwen3i_open(l, m->shards[i].name, 1, &m->shards[i].blob);
         if (r == QWEN3_OK && !m->shards[i].blob.data)
-            r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: cannot open this weight file, though the index names it", m->shards[i].name);
+            r = qwen3i_fail(l->err, QWEN3_ERR_IO,
+                            "%s: cannot open this weight file, though the index names it", m->shards[i].name);
         if (r == QWEN3_OK) r = qwen3i_parse_safetensors(&m->shards[i], t, &m->allocator, l->err);
         if (r == QWEN3_OK) r = qwen3i_progress(l, 1);
         l->done += share;
@@ -3029,7 +3148,8 @@ static qwen3_result qwen3i_open_shards(qwen3i_loader *l, qwen3i_tensors *t) {
     return r == QWEN3_OK ? qwen3i_index_tensors(t, l->err) : r;
 }
 
-static qwen3_result qwen3i_open_sharded(qwen3i_loader *l, const char *index_name, const qwen3i_blob *index, qwen3i_tensors *t) {
+static qwen3_result qwen3i_open_sharded(qwen3i_loader *l, const char *index_name, const qwen3i_blob *index,
+                                        qwen3i_tensors *t) {
     qwen3_result r = qwen3i_walk_index(l, index_name, index, qwen3i_visit_shard, NULL);
     if (r != QWEN3_OK) return r;
     if (l->model->n_shards == 0) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: weight_map names no file", index_name);
@@ -3116,7 +3236,7 @@ static void qwen3i_gguf_free(const qwen3_allocator *a, qwen3i_gguf *g) {
     g->values = NULL;
 }
 
-/* ---- bytes ------------------------------------------------------------------------------------------- */
+/* ---- bytes ----------------------------------------------------------------------------------- */
 static unsigned long qwen3i_gguf_at(const qwen3i_gguf *g) { return (unsigned long)(g->p - g->start); }
 
 static uint64_t qwen3i_gguf_left(const qwen3i_gguf *g) { return (uint64_t)(g->end - g->p); }
@@ -3153,14 +3273,17 @@ static qwen3i_str qwen3i_gguf_string(qwen3i_gguf *g) {
 }
 
 static qwen3_result qwen3i_gguf_ends(const qwen3i_gguf *g, const char *in, qwen3i_str name) {
-    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: the file ends in %s%.*s%s, or a length there is damaged (byte %lu of %lu)",
-                       g->file, in, QWEN3I_STR(name), name.n ? "'" : "", qwen3i_gguf_at(g), (unsigned long)(g->end - g->start));
+    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: the file ends in %s%.*s%s, or a length there is "
+                                                 "damaged (byte %lu of %lu)",
+                       g->file, in, QWEN3I_STR(name), name.n ? "'" : "", qwen3i_gguf_at(g),
+                           (unsigned long)(g->end - g->start));
 }
 
-/* ---- keys and values ----------------------------------------------------------------------------------- */
+/* ---- keys and values ------------------------------------------------------------------------- */
 static const char *qwen3i_gguf_kind_name(uint32_t kind) {
     static const char *const names[QWEN3I_GGUF_KINDS] = {
-        "uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array", "uint64", "int64", "float64"
+        "uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array",
+            "uint64", "int64", "float64"
     };
     return kind < QWEN3I_GGUF_KINDS ? names[kind] : "unknown";
 }
@@ -3175,7 +3298,8 @@ static qwen3_result qwen3i_gguf_read_value(qwen3i_gguf *g, qwen3i_gguf_value *v)
     v->key = qwen3i_gguf_string(g);
     if (g->cut) return qwen3i_gguf_ends(g, "the list of keys", v->key);
     if (v->key.n == 0 || v->key.n > QWEN3I_GGUF_KEY)
-        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: byte %lu: a key of %lu bytes", g->file, qwen3i_gguf_at(g), (unsigned long)v->key.n);
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: byte %lu: a key of %lu bytes", g->file,
+                           qwen3i_gguf_at(g), (unsigned long)v->key.n);
     v->kind = v->item = (uint32_t)qwen3i_gguf_number(g, 4);
     v->n = 1;
     if (v->kind == QWEN3I_GGUF_ARRAY) {
@@ -3183,8 +3307,10 @@ static qwen3_result qwen3i_gguf_read_value(qwen3i_gguf *g, qwen3i_gguf_value *v)
         v->n = qwen3i_gguf_number(g, 8);
     }
     if (v->item >= QWEN3I_GGUF_KINDS || v->item == QWEN3I_GGUF_ARRAY)
-        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%.*s' has a value of type %lu%s", g->file, QWEN3I_STR(v->key),
-                           (unsigned long)v->item, v->item == QWEN3I_GGUF_ARRAY ? ", an array of arrays" : ", which is unknown");
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%.*s' has a value of type %lu%s", g->file,
+                           QWEN3I_STR(v->key),
+                           (unsigned long)v->item, v->item == QWEN3I_GGUF_ARRAY ? ", an array of arrays" :
+                               ", which is unknown");
     v->p = g->p;
     g->cut |= v->n > qwen3i_gguf_left(g) / (uint64_t)qwen3i_gguf_kind_size(v->item);
     if (v->item == QWEN3I_GGUF_STRING) for (i = 0; i < v->n && !g->cut; i++) (void)qwen3i_gguf_string(g);
@@ -3204,9 +3330,12 @@ static const qwen3i_gguf_value *qwen3i_gguf_find(const qwen3i_gguf *g, const cha
     return i < g->n_values && qwen3i_gguf_compare(&g->values[i], &wanted) == 0 ? &g->values[i] : NULL;
 }
 
-static qwen3_result qwen3i_gguf_wrong(const qwen3i_gguf *g, const qwen3i_gguf_value *v, const char *expected) {
-    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%.*s' has a value of type %s%s; %s was expected", g->file, QWEN3I_STR(v->key),
-                       v->kind == QWEN3I_GGUF_ARRAY ? "array of " : "", qwen3i_gguf_kind_name(v->item), expected);
+static qwen3_result qwen3i_gguf_wrong(const qwen3i_gguf *g, const qwen3i_gguf_value *v,
+                                      const char *expected) {
+    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%.*s' has a value of type %s%s; %s was expected",
+                       g->file, QWEN3I_STR(v->key),
+                       v->kind == QWEN3I_GGUF_ARRAY ? "array of " : "", qwen3i_gguf_kind_name(v->item),
+                           expected);
 }
 
 /* Element i of a value of numbers or truth values. */
@@ -3230,7 +3359,8 @@ static qwen3_result qwen3i_gguf_get_number(const qwen3i_gguf *g, const char *key
     const qwen3i_gguf_value *v = qwen3i_gguf_find(g, key);
     *found = v != NULL;
     if (!v) return QWEN3_OK;
-    if (v->kind == QWEN3I_GGUF_STRING || v->kind == QWEN3I_GGUF_ARRAY) return qwen3i_gguf_wrong(g, v, "a number");
+    if (v->kind == QWEN3I_GGUF_STRING || v->kind == QWEN3I_GGUF_ARRAY)
+        return qwen3i_gguf_wrong(g, v, "a number");
     *out = qwen3i_gguf_element(v, 0);
     return QWEN3_OK;
 }
@@ -3246,7 +3376,8 @@ static qwen3_result qwen3i_gguf_get_string(const qwen3i_gguf *g, const char *key
 }
 
 /* The array of such elements that a key has; *out is NULL if it is not there. */
-static qwen3_result qwen3i_gguf_get_array(const qwen3i_gguf *g, const char *key, uint32_t item, const qwen3i_gguf_value **out) {
+static qwen3_result qwen3i_gguf_get_array(const qwen3i_gguf *g, const char *key, uint32_t item,
+                                          const qwen3i_gguf_value **out) {
     const qwen3i_gguf_value *v = qwen3i_gguf_find(g, key);
     char expected[32];
     *out = v;
@@ -3270,7 +3401,8 @@ static qwen3_result qwen3i_gguf_read_values(qwen3i_gguf *g, const qwen3_allocato
     uint64_t i;
     g->n_values = 0;
     if (n > qwen3i_gguf_left(g) / 13)   /* the least that a key takes */
-        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: %llu keys cannot be in %llu bytes", g->file, (unsigned long long)n,
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: %llu keys cannot be in %llu bytes", g->file,
+                           (unsigned long long)n,
                            (unsigned long long)qwen3i_gguf_left(g));
     g->values = (qwen3i_gguf_value *)qwen3i_alloc_array(a, (size_t)n, sizeof *g->values);
     if (!g->values) return qwen3i_no_memory(g->err, "the list of keys", n * sizeof *g->values);
@@ -3280,35 +3412,42 @@ static qwen3_result qwen3i_gguf_read_values(qwen3i_gguf *g, const qwen3_allocato
     qwen3i_sort(g->values, (size_t)n, sizeof *g->values, qwen3i_gguf_compare);
     for (i = 1; i < n; i++)
         if (qwen3i_gguf_compare(&g->values[i - 1], &g->values[i]) == 0)
-            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%.*s' is there twice", g->file, QWEN3I_STR(g->values[i].key));
+            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%.*s' is there twice", g->file,
+                               QWEN3I_STR(g->values[i].key));
     return QWEN3_OK;
 }
 
-/* ---- tensors ------------------------------------------------------------------------------------------- */
+/* ---- tensors --------------------------------------------------------------------------------- */
 /* Up to the alignment; beyond 2^64 - alignment: no such number. */
 static uint64_t qwen3i_gguf_padded(const qwen3i_gguf *g, uint64_t n) {
     return n > UINT64_MAX - g->alignment ? UINT64_MAX : (n + g->alignment - 1) & ~(g->alignment - 1);
 }
 
 /* The bytes that a tensor takes by its type and shape. */
-static qwen3_result qwen3i_gguf_tensor_size(const qwen3i_gguf *g, const qwen3i_tensor *t, const qwen3i_gguf_type *type, uint64_t *bytes) {
+static qwen3_result qwen3i_gguf_tensor_size(const qwen3i_gguf *g, const qwen3i_tensor *t,
+                                            const qwen3i_gguf_type *type, uint64_t *bytes) {
     const uint64_t row = t->rank ? t->shape[t->rank - 1] : 1, block = (uint64_t)type->elements;
     int i, ok = 1;
     if (row % block)
-        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' has rows of %llu elements, which are not whole blocks of %s (%d)",
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT,
+                           "%s: tensor '%.*s' has rows of %llu elements, which are not whole blocks of %s "
+                           "(%d)",
                            g->file, QWEN3I_STR(t->name), (unsigned long long)row, type->name, type->elements);
     *bytes = (uint64_t)type->bytes;
     for (i = 0; i < t->rank && ok; i++) {
         if (t->shape[i] == 0 || t->shape[i] > INT64_MAX)
-            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' has a dimension of %lld", g->file, QWEN3I_STR(t->name),
+            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' has a dimension of %lld",
+                               g->file, QWEN3I_STR(t->name),
                                (long long)t->shape[i]);
         ok = qwen3i_mul_u64(*bytes, i == t->rank - 1 ? row / block : t->shape[i], bytes);
     }
     if (ok) return QWEN3_OK;
-    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: the size of tensor '%.*s' overflows", g->file, QWEN3I_STR(t->name));
+    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: the size of tensor '%.*s' overflows", g->file,
+                       QWEN3I_STR(t->name));
 }
 
-/* What stands in the list about the next tensor, which is to start at *at; then *at is where the one after it does. */
+/* What stands in the list about the next tensor, which is to start at *at; then *at is where the one after it
+   does. */
 static qwen3_result qwen3i_gguf_read_tensor(qwen3i_gguf *g, qwen3i_tensor *t, uint64_t *at) {
     const qwen3i_gguf_type *type;
     uint64_t rank, number, bytes = 0, i;
@@ -3316,16 +3455,23 @@ static qwen3_result qwen3i_gguf_read_tensor(qwen3i_gguf *g, qwen3i_tensor *t, ui
     t->name = qwen3i_gguf_string(g);
     rank = qwen3i_gguf_number(g, 4);
     if (!g->cut && (t->name.n == 0 || t->name.n > QWEN3I_GGUF_NAME || rank > QWEN3I_GGUF_RANK))
-        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' has a name of %lu bytes and %lu dimensions; 1 to %u and at most %u are possible",
-                           g->file, QWEN3I_STR(t->name), (unsigned long)t->name.n, (unsigned long)rank, QWEN3I_GGUF_NAME, QWEN3I_GGUF_RANK);
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT,
+                           "%s: tensor '%.*s' has a name of %lu bytes and %lu dimensions; 1 to %u and at "
+                           "most %u are possible",
+                           g->file, QWEN3I_STR(t->name), (unsigned long)t->name.n, (unsigned long)rank,
+                               QWEN3I_GGUF_NAME, QWEN3I_GGUF_RANK);
     t->rank = (int)rank;
-    for (i = rank; i > 0 && !g->cut; i--) t->shape[i - 1] = qwen3i_gguf_number(g, 8);     /* the file has the row's length first */
+    /* the file has the row's length first */
+    for (i = rank; i > 0 && !g->cut; i--) t->shape[i - 1] = qwen3i_gguf_number(g, 8);
     number = qwen3i_gguf_number(g, 4);
     t->begin = qwen3i_gguf_number(g, 8);
-    if (g->cut) return qwen3i_gguf_ends(g, t->name.n ? "the description of tensor '" : "the list of tensors", t->name);
+    if (g->cut)
+        return qwen3i_gguf_ends(g, t->name.n ? "the description of tensor '" : "the list of tensors",
+                                t->name);
     type = qwen3i_gguf_type_of((uint32_t)number);
     if (!type)
-        return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%.*s' has the type %llu, which is unknown", g->file,
+        return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED,
+                           "%s: tensor '%.*s' has the type %llu, which is unknown", g->file,
                            QWEN3I_STR(t->name), (unsigned long long)number);
     t->dtype.p = type->name;
     t->dtype.n = strlen(type->name);
@@ -3333,11 +3479,15 @@ static qwen3_result qwen3i_gguf_read_tensor(qwen3i_gguf *g, qwen3i_tensor *t, ui
     r = qwen3i_gguf_tensor_size(g, t, type, &bytes);
     if (r != QWEN3_OK) return r;
     if (t->begin != *at)
-        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' starts at byte %llu of the data, not at %llu where the one before it ends",
-                           g->file, QWEN3I_STR(t->name), (unsigned long long)t->begin, (unsigned long long)*at);
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT,
+                           "%s: tensor '%.*s' starts at byte %llu of the data, not at %llu where the one "
+                           "before it ends",
+                           g->file, QWEN3I_STR(t->name), (unsigned long long)t->begin,
+                               (unsigned long long)*at);
     t->end = t->begin + bytes;
     if (bytes > UINT64_MAX - t->begin || t->end > (uint64_t)(g->end - g->start))
-        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' of %llu bytes lies outside the file", g->file, QWEN3I_STR(t->name),
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' of %llu bytes lies outside the file",
+                           g->file, QWEN3I_STR(t->name),
                            (unsigned long long)bytes);
     *at = qwen3i_gguf_padded(g, t->end);
     return QWEN3_OK;
@@ -3351,7 +3501,8 @@ static qwen3_result qwen3i_gguf_read_tensors(qwen3i_gguf *g, qwen3i_tensors *t, 
     qwen3_result r;
     if (g->n_tensors == 0) return QWEN3_OK;
     if (g->n_tensors > qwen3i_gguf_left(g) / 25)    /* the least that one takes */
-        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: %llu tensors cannot be in %llu bytes", g->file, (unsigned long long)g->n_tensors,
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: %llu tensors cannot be in %llu bytes", g->file,
+                           (unsigned long long)g->n_tensors,
                            (unsigned long long)qwen3i_gguf_left(g));
     r = qwen3i_grow_tensors(t, (size_t)g->n_tensors, a, g->err);
     if (r != QWEN3_OK) return r;
@@ -3361,7 +3512,9 @@ static qwen3_result qwen3i_gguf_read_tensors(qwen3i_gguf *g, qwen3i_tensors *t, 
     data = qwen3i_gguf_padded(g, (uint64_t)qwen3i_gguf_at(g));
     for (i = 0; i < g->n_tensors; i++) {
         if (data > size || first[i].end > size - data)
-            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' ends at byte %llu, the file at %llu", g->file, QWEN3I_STR(first[i].name),
+            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT,
+                               "%s: tensor '%.*s' ends at byte %llu, the file at %llu", g->file,
+                                   QWEN3I_STR(first[i].name),
                                (unsigned long long)(data + first[i].end), (unsigned long long)size);
         first[i].data = g->start + (size_t)(data + first[i].begin);
     }
@@ -3369,20 +3522,25 @@ static qwen3_result qwen3i_gguf_read_tensors(qwen3i_gguf *g, qwen3i_tensors *t, 
     return QWEN3_OK;
 }
 
-/* ---- a part ---------------------------------------------------------------------------------------------- */
+/* ---- a part ---------------------------------------------------------------------------------- */
 /* The header's fixed start. */
 static qwen3_result qwen3i_gguf_read_start(qwen3i_gguf *g) {
     const unsigned char *magic = qwen3i_gguf_take(g, 4);
     uint32_t version;
     if (!magic || memcmp(magic, "GGUF", 4) != 0)
-        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: not a GGUF file: it does not start with these letters", g->file);
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT,
+                           "%s: not a GGUF file: it does not start with these letters", g->file);
     version = (uint32_t)qwen3i_gguf_number(g, 4);
     g->n_tensors = qwen3i_gguf_number(g, 8);
     g->n_values = qwen3i_gguf_number(g, 8);
-    if (g->cut) { g->n_values = 0; return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: the file ends in its header", g->file); }
+    if (g->cut) {
+        g->n_values = 0;
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: the file ends in its header", g->file);
+    }
     if (version == 2 || version == 3) return QWEN3_OK;
     g->n_values = 0;
-    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: GGUF version %lu%s; 2 and 3 are supported", g->file, (unsigned long)version,
+    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: GGUF version %lu%s; 2 and 3 are supported",
+                       g->file, (unsigned long)version,
                        version && (version & 0xFFFFu) == 0 ? ": the file is of a big-endian machine" : "");
 }
 
@@ -3393,12 +3551,14 @@ static qwen3_result qwen3i_gguf_read_alignment(qwen3i_gguf *g) {
     if (v->kind != QWEN3I_GGUF_U32) return qwen3i_gguf_wrong(g, v, "uint32");
     g->alignment = qwen3i_little(v->p, 4);
     if (g->alignment >= 8 && (g->alignment & (g->alignment - 1)) == 0) return QWEN3_OK;
-    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'general.alignment' is %lu; a power of two from 8 on is possible", g->file,
+    return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'general.alignment' is %lu; a power of two from 8 "
+                                                 "on is possible", g->file,
                        (unsigned long)g->alignment);
 }
 
 /* Read everything before the list of tensors. Free g afterwards, whatever the result. */
-static qwen3_result qwen3i_gguf_begin(qwen3i_gguf *g, const qwen3i_shard *s, const qwen3_allocator *a, const qwen3i_err *err) {
+static qwen3_result qwen3i_gguf_begin(qwen3i_gguf *g, const qwen3i_shard *s, const qwen3_allocator *a,
+                                      const qwen3i_err *err) {
     qwen3_result r;
     memset(g, 0, sizeof *g);
     g->file = s->name;
@@ -3410,7 +3570,7 @@ static qwen3_result qwen3i_gguf_begin(qwen3i_gguf *g, const qwen3i_shard *s, con
     return r == QWEN3_OK ? qwen3i_gguf_read_alignment(g) : r;
 }
 
-/* ---- the parts of a model -------------------------------------------------------------------------------- */
+/* ---- the parts of a model -------------------------------------------------------------------- */
 /* Open the next part and read its keys. *g is the caller's to free. */
 static qwen3_result qwen3i_gguf_open_part(qwen3i_loader *l, qwen3i_str name, qwen3i_gguf *g) {
     qwen3_model *m = l->model;
@@ -3421,13 +3581,17 @@ static qwen3_result qwen3i_gguf_open_part(qwen3i_loader *l, qwen3i_str name, qwe
     s = &m->shards[m->n_shards - 1];
     first = m->n_shards == 1;
     r = qwen3i_open(l, s->name, 1, &s->blob);
-    if (r == QWEN3_OK && !s->blob.data) r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: there is no such file%s", first && l->desc->path ? l->desc->path : s->name,
-                                                            first ? ": a model is a directory or a .gguf file" : "");
+    if (r == QWEN3_OK && !s->blob.data)
+        r = qwen3i_fail(l->err, QWEN3_ERR_IO, "%s: there is no such file%s", first &&
+                        l->desc->path ? l->desc->path : s->name,
+                                                            first ? ": a model is a directory or a .gguf "
+                                                                    "file" : "");
     if (r == QWEN3_OK) r = qwen3i_progress(l, 1);
     return r == QWEN3_OK ? qwen3i_gguf_begin(g, s, &m->allocator, l->err) : r;
 }
 
-/* A part says which of how many it is, and is the only one if it says nothing. n_parts: as the first one says */
+/* A part says which of how many it is, and is the only one if it says nothing. n_parts: as the first one
+   says */
 static qwen3_result qwen3i_gguf_check_part(qwen3i_gguf *g, int number, int n_parts) {
     double no = 0, n = 1;
     int found;
@@ -3435,9 +3599,12 @@ static qwen3_result qwen3i_gguf_check_part(qwen3i_gguf *g, int number, int n_par
     if (r == QWEN3_OK) r = qwen3i_gguf_get_number(g, "split.no", &no, &found);
     if (r != QWEN3_OK) return r;
     if (!(n >= 1 && n <= QWEN3I_MAX_SHARDS && n == floor(n)))
-        return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key 'split.count' is %.17g; 1 to %d are supported", g->file, n, QWEN3I_MAX_SHARDS);
+        return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED,
+                           "%s: key 'split.count' is %.17g; 1 to %d are supported", g->file, n,
+                               QWEN3I_MAX_SHARDS);
     if (no != number || (number > 0 && n != n_parts))
-        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: this is part %.17g of %.17g (split.no, split.count), not part %d%s", g->file,
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT,
+                           "%s: this is part %.17g of %.17g (split.no, split.count), not part %d%s", g->file,
                            no + 1, n, number + 1, number == 0 ? ", which a model is loaded by" : "");
     g->n_parts = (int)n;
     return QWEN3_OK;
@@ -3462,7 +3629,9 @@ static qwen3_result qwen3i_gguf_list_parts(qwen3i_loader *l, qwen3i_tensors *t) 
     int i;
     snprintf(number, sizeof number, "-%05d-of-%05d.gguf", 1, count);
     if (n < tail || n >= sizeof name || strcmp(l->gguf_name + n - tail, number) != 0)
-        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: key 'split.count' is %d, but the name does not end in %s", l->gguf_name, count, number);
+        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT,
+                           "%s: key 'split.count' is %d, but the name does not end in %s", l->gguf_name,
+                               count, number);
     for (i = 1; i < count && r == QWEN3_OK; i++) {
         snprintf(number, sizeof number, "-%05d-of-%05d.gguf", i + 1, count);
         snprintf(name, sizeof name, "%.*s%s", (int)(n - tail), l->gguf_name, number);
@@ -3476,7 +3645,8 @@ static qwen3_result qwen3i_gguf_list_parts(qwen3i_loader *l, qwen3i_tensors *t) 
     return r;
 }
 
-/* Tensors that this library would leave out of the computation: biases, and factors of whole tensors but 1. */
+/* Tensors that this library would leave out of the computation: biases, and factors of whole tensors but
+   1. */
 static qwen3_result qwen3i_gguf_check_names(const qwen3i_tensors *t, const qwen3i_err *err) {
     static const unsigned char one[4] = {0, 0, 0x80, 0x3F};     /* 1 as float32 */
     size_t i;
@@ -3485,7 +3655,8 @@ static qwen3_result qwen3i_gguf_check_names(const qwen3i_tensors *t, const qwen3
         const int is_scale = qwen3i_str_ends(w->name, ".scale");
         if (is_scale && w->end - w->begin == 4 && memcmp(w->data, one, 4) == 0) continue;
         if (is_scale || qwen3i_str_ends(w->name, ".bias"))
-            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%.*s': %s are not supported", w->file, QWEN3I_STR(w->name),
+            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%.*s': %s are not supported",
+                               w->file, QWEN3I_STR(w->name),
                                is_scale ? "factors of whole tensors" : "biases");
     }
     return QWEN3_OK;
@@ -3501,7 +3672,9 @@ static qwen3_result qwen3i_gguf_list(qwen3i_loader *l, qwen3i_tensors *t) {
     if (r == QWEN3_OK && g->n_parts > 1) r = qwen3i_gguf_list_parts(l, t);
     if (r == QWEN3_OK) r = qwen3i_gguf_get_number(g, "split.tensors.count", &total, &found);
     if (r == QWEN3_OK && found && total != (double)t->n)
-        r = qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: key 'split.tensors.count' is %.17g, but the parts hold %lu tensors", g->file, total, (unsigned long)t->n);
+        r = qwen3i_fail(l->err, QWEN3_ERR_FORMAT,
+                        "%s: key 'split.tensors.count' is %.17g, but the parts hold %lu tensors", g->file,
+                            total, (unsigned long)t->n);
     if (r == QWEN3_OK) r = qwen3i_index_tensors(t, l->err);
     if (r == QWEN3_OK) r = qwen3i_gguf_check_names(t, l->err);
     l->model->config.tied = !qwen3i_find_tensor(t, qwen3i_str_of("output.weight"));
@@ -3517,465 +3690,518 @@ enum { QWEN3I_LETTER = 1, QWEN3I_NUMBER = 2, QWEN3I_SPACE = 3, QWEN3I_CLASS = 3,
 #define QWEN3I_CLASSES_LOW 0x20000u     /* characters below are looked up, the others searched */
 
 /* generated by tools/gen_unicode.py: begin */
-/* Properties of characters, from each code at which they change: code << 11 | combining class << 3 | flags. */
+/* Properties of characters, from each code at which they change: code << 11 | combining class << 3 |
+   flags. */
 static const uint32_t qwen3i_uc_props[2142] = {
-    0, 18435, 28672, 65539, 67584, 98306, 118784, 133121, 186368, 198657, 251904, 272387, 274432, 327683, 329728,
-    348161, 350208, 364546, 368640, 370689, 372736, 378882, 380929, 382976, 385026, 391168, 393217, 440320, 442369,
-    505856, 507905, 1445888, 1454081, 1478656, 1507329, 1517568, 1531905, 1533952, 1536001, 1538048, 1574708, 1617732,
-    1619684, 1627972, 1629892, 1631972, 1642068, 1646308, 1654356, 1658596, 1679372, 1691364, 1699636, 1716100, 1718068,
-    1720036, 1726260, 1732324, 1734656, 1738548, 1744612, 1752884, 1754948, 1756900, 1761076, 1763148, 1765204, 1769292,
-    1771348, 1775436, 1777460, 1802241, 1810437, 1812480, 1814529, 1818624, 1822721, 1830916, 1832961, 1835008, 1847297,
-    1849348, 1851393, 1857536, 1859585, 1861632, 1863681, 1904640, 1906689, 2076672, 2078721, 2363392, 2367284, 2375680,
-    2379777, 2719744, 2721793, 2799616, 2803713, 2805760, 2818049, 2902016, 2920164, 2922292, 2930404, 2932532, 2938612,
-    2940644, 2942772, 2954980, 2967348, 2971364, 2973492, 2977524, 2979620, 2981684, 2981972, 2984028, 2986084, 2988140,
-    2990196, 2992252, 2994308, 2996364, 2998420, 3000476, 3004580, 3006636, 3008692, 3010560, 3012796, 3014656, 3016900,
-    3018956, 3020800, 3024692, 3026660, 3026944, 3029140, 3031040, 3047425, 3102720, 3110913, 3119104, 3180340, 3195124,
-    3197180, 3199236, 3201024, 3211265, 3299548, 3301604, 3303660, 3305716, 3307772, 3309828, 3311884, 3313940, 3317556,
-    3321572, 3325748, 3335908, 3338036, 3342052, 3342338, 3362816, 3371009, 3375388, 3377153, 3579904, 3581953, 3585844,
-    3598336, 3604276, 3612388, 3614516, 3614721, 3620660, 3622912, 3626724, 3628852, 3632868, 3633153, 3637250, 3657729,
-    3663872, 3667969, 3670016, 3702785, 3705124, 3706881, 3770164, 3772132, 3774260, 3778276, 3780404, 3784420, 3790644,
-    3792612, 3796788, 3798756, 3800884, 3806948, 3809076, 3811044, 3813172, 3815140, 3817268, 3819236, 3821364, 3823616,
-    3827713, 4009984, 4032513, 4034560, 4063234, 4083713, 4153140, 4167396, 4169524, 4169729, 4173824, 4182017, 4184064,
-    4194305, 4241204, 4247553, 4251444, 4268033, 4271924, 4276225, 4280116, 4288512, 4325377, 4378340, 4382720, 4390913,
-    4413440, 4423681, 4472832, 4474881, 4487168, 4521985, 4608000, 4630324, 4657152, 4660964, 4663092, 4667108, 4669236,
-    4673252, 4675380, 4681444, 4686044, 4688100, 4690156, 4693812, 4699876, 4702004, 4706020, 4710196, 4718592, 4726785,
-    4837376, 4841532, 4843521, 4845568, 4876364, 4878336, 4882433, 4886324, 4888292, 4890420, 4892672, 4898821, 4915201,
-    4919296, 4927490, 4947968, 4950017, 4982784, 4990977, 5007360, 5011457, 5015552, 5019649, 5064704, 5066753, 5081088,
-    5083137, 5085184, 5091329, 5099520, 5103676, 5105665, 5107716, 5109760, 5138508, 5140481, 5142528, 5158916, 5160960,
-    5169157, 5173248, 5175301, 5177345, 5181440, 5189634, 5210113, 5214208, 5218306, 5230592, 5234689, 5236736, 5253121,
-    5265408, 5273601, 5277696, 5281793, 5326848, 5328897, 5343232, 5345281, 5347333, 5349376, 5351425, 5353477, 5355520,
-    5357569, 5361664, 5365820, 5367808, 5400652, 5402624, 5425157, 5431297, 5433344, 5435397, 5437440, 5451778, 5472256,
-    5476353, 5482496, 5515265, 5533696, 5535745, 5541888, 5543937, 5588992, 5591041, 5605376, 5607425, 5611520, 5613569,
-    5623808, 5627964, 5629953, 5632000, 5662796, 5664768, 5668865, 5670912, 5701633, 5705728, 5713922, 5734400, 5752833,
-    5754880, 5777409, 5793792, 5797889, 5801984, 5806081, 5851136, 5853185, 5867520, 5869569, 5873664, 5875713, 5885952,
-    5890108, 5892097, 5894148, 5896192, 5924940, 5926912, 5943300, 5947392, 5955589, 5959680, 5961729, 5967872, 5976066,
-    5996544, 5998593, 6000642, 6012928, 6035457, 6037504, 6039553, 6051840, 6057985, 6064128, 6066177, 6074368, 6080513,
-    6084608, 6086657, 6088704, 6090753, 6094848, 6100993, 6105088, 6111233, 6117376, 6123521, 6148096, 6156292, 6158336,
-    6187084, 6189056, 6193153, 6195200, 6207492, 6209536, 6238210, 6264832, 6301697, 6318080, 6320129, 6326272, 6328321,
-    6375424, 6377473, 6410240, 6416385, 6418432, 6449228, 6451200, 6466212, 6468316, 6469632, 6471681, 6477824, 6481921,
-    6483968, 6488065, 6492160, 6500354, 6520832, 6537218, 6551552, 6553601, 6555648, 6563841, 6580224, 6582273, 6588416,
-    6590465, 6637568, 6639617, 6660096, 6662145, 6672384, 6676540, 6678529, 6680576, 6688772, 6690816, 6711372, 6713344,
-    6727684, 6731776, 6744065, 6748160, 6750209, 6754304, 6762498, 6782976, 6785025, 6789120, 6823937, 6842368, 6844417,
-    6850560, 6852609, 6936576, 6940673, 6942724, 6944768, 6973516, 6975489, 6977536, 6987777, 6993924, 6995970, 7010305,
-    7016448, 7024642, 7063552, 7065601, 7077888, 7088129, 7124992, 7131137, 7180288, 7182337, 7200768, 7202817, 7204864,
-    7208961, 7223296, 7229516, 7231488, 7239684, 7241728, 7272452, 7274496, 7286786, 7307264, 7342081, 7440384, 7442433,
-    7446528, 7455548, 7458892, 7460864, 7471105, 7485440, 7488348, 7495680, 7503874, 7524352, 7604225, 7608320, 7610369,
-    7612416, 7614465, 7624704, 7626753, 7675904, 7677953, 7680000, 7682049, 7702528, 7704577, 7708672, 7717812, 7720960,
-    7727105, 7729152, 7733249, 7743488, 7745537, 7747584, 7750612, 7757824, 7766018, 7786496, 7790593, 7798784, 7864321,
-    7866368, 7915236, 7917568, 7929858, 7970816, 7974628, 7974912, 7978724, 7979008, 7982788, 7983104, 7995393, 8001541,
-    8003585, 8011776, 8013825, 8022021, 8024065, 8032261, 8034305, 8042501, 8044545, 8052741, 8054785, 8079365, 8081409,
-    8087552, 8096780, 8098836, 8099844, 8102948, 8103940, 8108032, 8110084, 8112128, 8115220, 8122368, 8127508, 8128516,
-    8132404, 8134732, 8136704, 8140596, 8142849, 8153088, 8165380, 8167424, 8185860, 8187904, 8196100, 8198144, 8206340,
-    8208384, 8216580, 8218624, 8243204, 8245248, 8271588, 8271872, 8388609, 8476672, 8482820, 8484864, 8501308, 8503296,
-    8505420, 8509440, 8517633, 8519682, 8540160, 8552449, 8564736, 8572929, 8581120, 8587265, 8589312, 8595457, 8599552,
-    8613889, 8620032, 8628225, 8654848, 8679140, 8679425, 8681472, 8683522, 8704000, 8716289, 8794112, 8796161, 8798208,
-    8808449, 8810496, 8814593, 8902656, 8904705, 9111557, 9154561, 9256965, 9312257, 9586688, 9588737, 9596928, 9601025,
-    9615360, 9617409, 9619456, 9621505, 9629696, 9633793, 9717760, 9719809, 9728000, 9732097, 9799680, 9801729, 9809920,
-    9814017, 9828352, 9830401, 9832448, 9834497, 9842688, 9846785, 9877504, 9879553, 9996288, 9998337, 10006528,
-    10010625, 10147840, 10153780, 10158080, 10176514, 10217472, 10223617, 10256384, 10289153, 10465280, 10469377,
-    10481664, 10487809, 11757568, 11761665, 11796483, 11798529, 11851776, 11862017, 12015616, 12021762, 12027905,
-    12044288, 12058625, 12095488, 12099660, 12101632, 12122113, 12161024, 12165196, 12167168, 12189697, 12226560,
-    12255233, 12281856, 12283905, 12290048, 12320769, 12427264, 12488780, 12490752, 12498945, 12500992, 12509185,
-    12513076, 12513280, 12517378, 12537856, 12550146, 12570624, 12615682, 12636160, 12648449, 12830720, 12845057,
-    12855296, 12859393, 12930852, 12931073, 12933120, 12943361, 13086720, 13107201, 13170688, 13225716, 13227828,
-    13229796, 13230080, 13250562, 13271041, 13332480, 13336577, 13346816, 13369345, 13459456, 13467649, 13520896,
-    13533186, 13555712, 13631489, 13680436, 13682404, 13682688, 13697025, 13805568, 13828172, 13830144, 13872948,
-    13887488, 13893348, 13893634, 13914112, 13926402, 13946880, 13973505, 13975552, 13993780, 14003940, 14016308,
-    14020324, 14020608, 14166017, 14262332, 14264324, 14266368, 14295116, 14297089, 14313472, 14319618, 14340096,
-    14376756, 14378724, 14380852, 14393344, 14424065, 14485504, 14504012, 14508032, 14512129, 14516226, 14536705,
-    14626876, 14628864, 14651468, 14655488, 14680065, 14753792, 14792764, 14794752, 14811138, 14831616, 14837761,
-    14843906, 14864385, 14938112, 14942209, 14964736, 14974977, 15063040, 15067137, 15073280, 15107892, 15112192,
-    15114252, 15118052, 15128372, 15132388, 15140660, 15140864, 15142924, 15157249, 15167204, 15167489, 15181620,
-    15181825, 15185920, 15189812, 15192065, 15194112, 15204353, 15599412, 15603428, 15605556, 15619812, 15621940,
-    15626068, 15627956, 15630052, 15631956, 15634228, 15708160, 15720244, 15722316, 15724260, 15726388, 15728356,
-    15728641, 16297984, 16302081, 16314368, 16318465, 16396288, 16400385, 16412672, 16416769, 16433152, 16435201,
-    16437248, 16439297, 16441344, 16443393, 16445440, 16447489, 16484357, 16486401, 16488453, 16490497, 16492549,
-    16494593, 16496645, 16498689, 16500741, 16502785, 16504837, 16506881, 16508933, 16510976, 16515073, 16623616,
-    16625665, 16635909, 16637953, 16640000, 16642053, 16644096, 16650241, 16656384, 16658433, 16664581, 16666625,
-    16668677, 16670721, 16672768, 16678913, 16685061, 16687104, 16691201, 16701445, 16703488, 16711681, 16717829,
-    16719873, 16734213, 16736257, 16738304, 16740356, 16744448, 16748545, 16754688, 16756737, 16762885, 16764929,
-    16766981, 16769025, 16771076, 16773120, 16777223, 16781315, 16799744, 16859139, 16863232, 16873475, 16875520,
-    16971779, 16973824, 17006594, 17008641, 17010688, 17014786, 17027072, 17037313, 17039362, 17059840, 17072129,
-    17098752, 17205044, 17207308, 17213236, 17219596, 17227572, 17229824, 17239860, 17240064, 17246220, 17252148,
-    17254116, 17256244, 17256460, 17262308, 17270580, 17270784, 17305601, 17307648, 17315841, 17317888, 17321985,
-    17342464, 17344513, 17346560, 17352705, 17362944, 17375233, 17377280, 17379333, 17381376, 17383425, 17385472,
-    17387525, 17391617, 17395712, 17397761, 17420288, 17424385, 17432576, 17442817, 17453056, 17461249, 17463296,
-    17465346, 17569793, 17573890, 17584128, 18434052, 18438144, 19070978, 19193856, 19353602, 19398656, 20688898,
-    20750336, 22470660, 22472704, 23068673, 23537664, 23549953, 23559988, 23564289, 23568384, 23586818, 23588864,
-    23592961, 23670784, 23672833, 23674880, 23685121, 23687168, 23691265, 23805952, 23820289, 23822336, 23853132,
-    23855105, 23902208, 23920641, 23934976, 23937025, 23951360, 23953409, 23967744, 23969793, 23984128, 23986177,
-    24000512, 24002561, 24016896, 24018945, 24033280, 24035329, 24049664, 24053556, 24117248, 24213505, 24215552,
-    25165827, 25167872, 25176065, 25180162, 25182208, 25233410, 25253588, 25255716, 25257796, 25259764, 25261828,
-    25264128, 25266177, 25276416, 25280514, 25286657, 25290752, 25298945, 25475072, 25479236, 25483264, 25487361,
-    25493504, 25495553, 25679872, 25681921, 25690112, 25700353, 25788416, 25790465, 25982976, 25989122, 25997312,
-    26017793, 26083328, 26181633, 26214400, 26279938, 26300416, 26361858, 26378240, 26380290, 26411008, 26476546,
-    26497024, 26576898, 26607616, 27262977, 40763392, 40894465, 86272000, 86409217, 86503424, 86507521, 87058432,
-    87064577, 87097346, 87117825, 87121920, 87162881, 87260980, 87261184, 87271220, 87289856, 87291905, 87357236,
-    87359489, 87502850, 87525172, 87527424, 87603201, 87621632, 87625729, 87836672, 87840769, 87977984, 87982081,
-    87986176, 87988225, 87990272, 87992321, 88008704, 88051713, 88084480, 88086529, 88092748, 88094721, 88102912,
-    88104961, 88152064, 88178690, 88190976, 88211457, 88317952, 88346625, 88449024, 88481868, 88483840, 88506370,
-    88526848, 88540980, 88576001, 88588288, 88594433, 88596480, 88598529, 88602624, 88604674, 88625153, 88682496,
-    88694500, 88698880, 88702977, 88750080, 88774732, 88776704, 88801281, 88860672, 88875009, 88971324, 88973312,
-    88997964, 88999936, 89028609, 89030658, 89051136, 89063425, 89073664, 89075713, 89096194, 89116673, 89126912,
-    89128961, 89212928, 89260033, 89266176, 89268225, 89284608, 89292802, 89313280, 89325569, 89372672, 89378817,
-    89380864, 89387009, 89491252, 89491457, 89495348, 89499364, 89499649, 89505588, 89507841, 89519924, 89522177,
-    89526068, 89526273, 89528320, 89577473, 89583616, 89587713, 89610240, 89624577, 89630720, 89632844, 89634816,
-    89655297, 89667584, 89671681, 89683968, 89688065, 89700352, 89718785, 89733120, 89735169, 89749504, 89751553,
-    89839616, 89841665, 89870336, 89882625, 90118144, 90138700, 90140672, 90144770, 90165248, 90177537, 113057792,
-    113082369, 113129472, 113137665, 113238016, 130547717, 131100673, 131104773, 131106817, 131108869, 131110913,
-    131115013, 131135489, 131137541, 131139585, 131141637, 131143681, 131147781, 131151873, 131158021, 131297280,
-    131301381, 131518464, 131596289, 131610624, 131635201, 131645440, 131655685, 131657940, 131659781, 131661825,
-    131680256, 131682309, 131708928, 131710981, 131721216, 131723269, 131725312, 131727365, 131731456, 131733509,
-    131737600, 131739653, 131758081, 131960832, 132028417, 132771840, 132808705, 132939776, 132943873, 133054464,
-    133136385, 133160960, 133236532, 133250788, 133265204, 133267456, 133398529, 133408768, 133410817, 133687296,
-    133726210, 133746688, 133761025, 133814272, 133826561, 133879808, 133902337, 134084608, 134090753, 134103040,
-    134107137, 134119424, 134123521, 134135808, 134139905, 134146048, 134217729, 134242304, 134244353, 134297600,
-    134299649, 134338560, 134340609, 134344704, 134346753, 134377472, 134381569, 134410240, 134479873, 134731776,
-    134756354, 134848512, 134873090, 134989824, 135024642, 135028736, 135261924, 135262208, 135528449, 135587840,
-    135593985, 135694336, 135726820, 135727106, 135782400, 135790593, 135856130, 135864320, 135882753, 135923714,
-    135925761, 135942146, 135944192, 135954433, 136034100, 136042496, 136052737, 136114176, 136118273, 136192000,
-    136200193, 136216576, 136218626, 136228864, 136314881, 136638464, 136642562, 136663040, 136675329, 136749056,
-    136757249, 136830976, 136839169, 136921088, 136937473, 137043968, 137068545, 137091072, 137093121, 137123840,
-    137125889, 137140224, 137142273, 137146368, 137148417, 137170944, 137172993, 137203712, 137205761, 137220096,
-    137222145, 137226240, 137232385, 137338880, 137363457, 138000384, 138018817, 138063872, 138084353, 138100736,
-    138149889, 138162176, 138164225, 138250240, 138252289, 138270720, 138412033, 138424320, 138428417, 138430464,
-    138432513, 138522624, 138524673, 138528768, 138534913, 138536960, 138541057, 138588160, 138592258, 138608641,
-    138655744, 138659842, 138674177, 138737664, 138754050, 138772480, 138870785, 138909696, 138911745, 138915840,
-    138926082, 138936321, 138981378, 138993664, 139001857, 139055104, 139198465, 139313152, 139321346, 139325441,
-    139329538, 139362304, 139366402, 139460609, 139462656, 139488996, 139489280, 139493172, 139493377, 139501568,
-    139503617, 139509760, 139511809, 139571200, 139577140, 139577356, 139581156, 139581440, 139589708, 139591682,
-    139610112, 139657217, 139716610, 139720704, 139722753, 139782146, 139788288, 139853825, 139870208, 139872257,
-    139931444, 139933412, 139933696, 139941890, 139952128, 139984897, 140095488, 140115969, 140161024, 140165122,
-    140181505, 140220416, 140230658, 140247041, 140283904, 140331010, 140345344, 140509185, 140658688, 140771329,
-    140875776, 140902401, 141006848, 141021186, 141033473, 141107200, 141131778, 141152256, 141164546, 141185025,
-    141242368, 141260801, 141307904, 141754370, 141817856, 141819905, 141905920, 141918209, 141922304, 141955073,
-    141961216, 142082049, 142141442, 142161921, 142163968, 142180353, 142225408, 142247938, 142256128, 142311425,
-    142348288, 142442497, 142485506, 142499840, 142540801, 142587904, 142612481, 142721024, 142749772, 142751744,
-    142774274, 142835712, 142837761, 142841856, 142845953, 142848000, 142866508, 142868480, 142874625, 142966784,
-    142985292, 142987324, 142989312, 143032321, 143083520, 143097858, 143118336, 143132468, 143136769, 143210500,
-    143212544, 143235148, 143239168, 143241218, 143261696, 143269889, 143271936, 143276033, 143278080, 143294465,
-    143366204, 143368192, 143372289, 143374336, 143398913, 143497216, 143523916, 143525889, 143534080, 143544380,
-    143546368, 143556610, 143577089, 143579136, 143581185, 143583232, 143591426, 143632384, 143654913, 143691776,
-    143693825, 143745024, 143763532, 143765564, 143767552, 143783937, 143788032, 143917057, 143931392, 143933441,
-    143935488, 143937537, 143945728, 143947777, 143978496, 143980545, 144001024, 144015361, 144111616, 144132156,
-    144134220, 144136192, 144146434, 144166912, 144189441, 144205824, 144209921, 144214016, 144218113, 144263168,
-    144265217, 144279552, 144281601, 144285696, 144287745, 144297984, 144302140, 144304129, 144306180, 144308224,
-    144336972, 144338944, 144343041, 144345088, 144357380, 144359424, 144369665, 144379904, 144389940, 144402432,
-    144410420, 144418816, 144441345, 144461824, 144463873, 144465920, 144470017, 144472064, 144474113, 144551936,
-    144553985, 144556032, 144607233, 144609280, 144611329, 144613376, 144703489, 144812032, 144838732, 144840704,
-    144846908, 144848897, 144857088, 144867330, 144887808, 144898049, 144904192, 144965633, 145063940, 145065984,
-    145084420, 145086464, 145090564, 145092608, 145100876, 145102908, 145104897, 145108992, 145111041, 145113088,
-    145129474, 145149952, 145489921, 145586180, 145588224, 145619020, 145621052, 145623040, 145670145, 145678336,
-    145752065, 145850368, 145881164, 145883136, 145891329, 145893376, 145915906, 145936384, 146014209, 146102272,
-    146124876, 146126908, 146128897, 146130944, 146145282, 146165760, 146178050, 146219008, 146276353, 146331648,
-    146364492, 146366464, 146374658, 146399232, 146407425, 146421760, 146800641, 146890752, 147128321, 147259394,
-    147298304, 147322881, 147339264, 147343361, 147345408, 147349505, 147365888, 147367937, 147372032, 147374081,
-    147423232, 147453953, 147456000, 147458049, 147460096, 147488770, 147509248, 147652609, 147668992, 147673089,
-    147752960, 147785729, 147787776, 147789825, 147791872, 147849217, 147851264, 147871745, 147953664, 147968001,
-    147970048, 148013057, 148015104, 148037633, 148131840, 148170753, 148172800, 148209665, 148359168, 148766721,
-    148834304, 148865026, 148885504, 148897793, 148916224, 148918273, 148994048, 149026892, 149028865, 149030912,
-    149061634, 149121024, 149131265, 149192704, 149422081, 149436416, 149438465, 149442560, 149444609, 149522432,
-    149565441, 149567488, 149585922, 149606400, 149618689, 149630976, 149633025, 149637120, 149639169, 149704704,
-    149733377, 149735424, 149749762, 149770240, 150405121, 150444032, 150474753, 150476800, 150478849, 150505472,
-    150507521, 150577152, 150634498, 150654976, 150831105, 150833152, 150863874, 150906880, 150994945, 152883200,
-    153092098, 153319424, 153354241, 153755648, 159154177, 159352832, 159383553, 161579008, 161613825, 161626112,
-    161677313, 169859072, 169869313, 171063296, 185073665, 185135104, 185171970, 185192448, 188743681, 189908992,
-    189923329, 189986816, 189988866, 190009344, 190021633, 190183424, 190185474, 190205952, 190218241, 190279680,
-    190283788, 190294016, 190316545, 190416692, 190429184, 190447617, 190455808, 190480386, 190500864, 190502914,
-    190517248, 190519297, 190562304, 190572545, 190611456, 191496193, 191588352, 191594498, 191614976, 192020481,
-    192151554, 192198656, 192413697, 192567296, 192577537, 192579584, 192714753, 192741376, 192872449, 192876544,
-    192878593, 192880640, 192937985, 205504512, 205520897, 208056320, 208140289, 208160768, 226459649, 226467840,
-    226469889, 226484224, 226486273, 226490368, 226492417, 227088384, 227119105, 227121152, 227180545, 227186688,
-    227190785, 227192832, 227221505, 227229696, 227246081, 228057088, 232783873, 233003008, 233013249, 233039872,
-    233046017, 233064448, 233078785, 233099264, 233107468, 233109504, 241664002, 241684480, 243986436, 244002500,
-    244004876, 244011008, 244018964, 244020932, 244029440, 244047588, 244062208, 244068148, 244078308, 244080640,
-    244143924, 244150272, 244176900, 244189184, 244455220, 244459520, 244711426, 244752384, 244776962, 244817920,
-    245039106, 245090304, 245366785, 245540864, 245542913, 245688320, 245690369, 245694464, 245698561, 245700608,
-    245704705, 245708800, 245712897, 245721088, 245723137, 245747712, 245749761, 245751808, 245753857, 245768192,
-    245770241, 245903360, 245905409, 245913600, 245917697, 245934080, 245936129, 245950464, 245952513, 246009856,
-    246011905, 246020096, 246022145, 246032384, 246034433, 246036480, 246042625, 246056960, 246059009, 246755328,
-    246759425, 246810624, 246812673, 246863872, 246865921, 246929408, 246931457, 246982656, 246984705, 247048192,
-    247050241, 247101440, 247103489, 247166976, 247169025, 247220224, 247222273, 247285760, 247287809, 247339008,
-    247341057, 247357440, 247361538, 247463936, 251133953, 251197440, 251209729, 251222016, 251660084, 251672576,
-    251676468, 251709440, 251715380, 251727872, 251731764, 251734016, 251737908, 251746304, 251756545, 251883520,
-    252182529, 252274688, 252295169, 252309504, 252313602, 252334080, 252342273, 252344320, 253001729, 253063168,
-    253100033, 253190144, 253198338, 253218816, 254181377, 254238720, 254246914, 254267392, 254705665, 254767104,
-    254771201, 254773250, 254793728, 255787009, 255801344, 255803393, 255811584, 255813633, 255817728, 255819777,
-    255850496, 255852545, 256256000, 256260098, 256280292, 256292864, 256376833, 256517940, 256528444, 256530433,
-    256532480, 256540674, 256561152, 258181122, 258301952, 258304002, 258310144, 258312194, 258320384, 258476034,
-    258568192, 258570242, 258600960, 258998273, 259006464, 259008513, 259063808, 259065857, 259069952, 259072001,
-    259074048, 259078145, 259080192, 259082241, 259102720, 259104769, 259112960, 259115009, 259117056, 259119105,
-    259121152, 259133441, 259135488, 259143681, 259145728, 259147777, 259149824, 259151873, 259153920, 259155969,
-    259162112, 259164161, 259168256, 259170305, 259172352, 259176449, 259178496, 259180545, 259182592, 259184641,
-    259186688, 259188737, 259190784, 259192833, 259194880, 259196929, 259201024, 259203073, 259205120, 259209217,
-    259217408, 259219457, 259233792, 259235841, 259244032, 259246081, 259254272, 259256321, 259258368, 259260417,
-    259280896, 259282945, 259317760, 259328001, 259334144, 259336193, 259346432, 259348481, 259383296, 260571138,
-    260597760, 266305538, 266326016, 268435457, 355926016, 355991553, 364498944, 364511233, 364965888, 364969985,
-    376770560, 376799233, 392103936, 392134657, 393408512, 398458885, 399568896, 402653185, 412768256, 412778497,
-    421363712,
+    0, 18435, 28672, 65539, 67584, 98306, 118784, 133121, 186368, 198657, 251904, 272387, 274432, 327683,
+    329728, 348161, 350208, 364546, 368640, 370689, 372736, 378882, 380929, 382976, 385026, 391168, 393217,
+    440320, 442369, 505856, 507905, 1445888, 1454081, 1478656, 1507329, 1517568, 1531905, 1533952, 1536001,
+    1538048, 1574708, 1617732, 1619684, 1627972, 1629892, 1631972, 1642068, 1646308, 1654356, 1658596,
+    1679372, 1691364, 1699636, 1716100, 1718068, 1720036, 1726260, 1732324, 1734656, 1738548, 1744612,
+    1752884, 1754948, 1756900, 1761076, 1763148, 1765204, 1769292, 1771348, 1775436, 1777460, 1802241,
+    1810437, 1812480, 1814529, 1818624, 1822721, 1830916, 1832961, 1835008, 1847297, 1849348, 1851393,
+    1857536, 1859585, 1861632, 1863681, 1904640, 1906689, 2076672, 2078721, 2363392, 2367284, 2375680,
+    2379777, 2719744, 2721793, 2799616, 2803713, 2805760, 2818049, 2902016, 2920164, 2922292, 2930404,
+    2932532, 2938612, 2940644, 2942772, 2954980, 2967348, 2971364, 2973492, 2977524, 2979620, 2981684,
+    2981972, 2984028, 2986084, 2988140, 2990196, 2992252, 2994308, 2996364, 2998420, 3000476, 3004580,
+    3006636, 3008692, 3010560, 3012796, 3014656, 3016900, 3018956, 3020800, 3024692, 3026660, 3026944,
+    3029140, 3031040, 3047425, 3102720, 3110913, 3119104, 3180340, 3195124, 3197180, 3199236, 3201024,
+    3211265, 3299548, 3301604, 3303660, 3305716, 3307772, 3309828, 3311884, 3313940, 3317556, 3321572,
+    3325748, 3335908, 3338036, 3342052, 3342338, 3362816, 3371009, 3375388, 3377153, 3579904, 3581953,
+    3585844, 3598336, 3604276, 3612388, 3614516, 3614721, 3620660, 3622912, 3626724, 3628852, 3632868,
+    3633153, 3637250, 3657729, 3663872, 3667969, 3670016, 3702785, 3705124, 3706881, 3770164, 3772132,
+    3774260, 3778276, 3780404, 3784420, 3790644, 3792612, 3796788, 3798756, 3800884, 3806948, 3809076,
+    3811044, 3813172, 3815140, 3817268, 3819236, 3821364, 3823616, 3827713, 4009984, 4032513, 4034560,
+    4063234, 4083713, 4153140, 4167396, 4169524, 4169729, 4173824, 4182017, 4184064, 4194305, 4241204,
+    4247553, 4251444, 4268033, 4271924, 4276225, 4280116, 4288512, 4325377, 4378340, 4382720, 4390913,
+    4413440, 4423681, 4472832, 4474881, 4487168, 4521985, 4608000, 4630324, 4657152, 4660964, 4663092,
+    4667108, 4669236, 4673252, 4675380, 4681444, 4686044, 4688100, 4690156, 4693812, 4699876, 4702004,
+    4706020, 4710196, 4718592, 4726785, 4837376, 4841532, 4843521, 4845568, 4876364, 4878336, 4882433,
+    4886324, 4888292, 4890420, 4892672, 4898821, 4915201, 4919296, 4927490, 4947968, 4950017, 4982784,
+    4990977, 5007360, 5011457, 5015552, 5019649, 5064704, 5066753, 5081088, 5083137, 5085184, 5091329,
+    5099520, 5103676, 5105665, 5107716, 5109760, 5138508, 5140481, 5142528, 5158916, 5160960, 5169157,
+    5173248, 5175301, 5177345, 5181440, 5189634, 5210113, 5214208, 5218306, 5230592, 5234689, 5236736,
+    5253121, 5265408, 5273601, 5277696, 5281793, 5326848, 5328897, 5343232, 5345281, 5347333, 5349376,
+    5351425, 5353477, 5355520, 5357569, 5361664, 5365820, 5367808, 5400652, 5402624, 5425157, 5431297,
+    5433344, 5435397, 5437440, 5451778, 5472256, 5476353, 5482496, 5515265, 5533696, 5535745, 5541888,
+    5543937, 5588992, 5591041, 5605376, 5607425, 5611520, 5613569, 5623808, 5627964, 5629953, 5632000,
+    5662796, 5664768, 5668865, 5670912, 5701633, 5705728, 5713922, 5734400, 5752833, 5754880, 5777409,
+    5793792, 5797889, 5801984, 5806081, 5851136, 5853185, 5867520, 5869569, 5873664, 5875713, 5885952,
+    5890108, 5892097, 5894148, 5896192, 5924940, 5926912, 5943300, 5947392, 5955589, 5959680, 5961729,
+    5967872, 5976066, 5996544, 5998593, 6000642, 6012928, 6035457, 6037504, 6039553, 6051840, 6057985,
+    6064128, 6066177, 6074368, 6080513, 6084608, 6086657, 6088704, 6090753, 6094848, 6100993, 6105088,
+    6111233, 6117376, 6123521, 6148096, 6156292, 6158336, 6187084, 6189056, 6193153, 6195200, 6207492,
+    6209536, 6238210, 6264832, 6301697, 6318080, 6320129, 6326272, 6328321, 6375424, 6377473, 6410240,
+    6416385, 6418432, 6449228, 6451200, 6466212, 6468316, 6469632, 6471681, 6477824, 6481921, 6483968,
+    6488065, 6492160, 6500354, 6520832, 6537218, 6551552, 6553601, 6555648, 6563841, 6580224, 6582273,
+    6588416, 6590465, 6637568, 6639617, 6660096, 6662145, 6672384, 6676540, 6678529, 6680576, 6688772,
+    6690816, 6711372, 6713344, 6727684, 6731776, 6744065, 6748160, 6750209, 6754304, 6762498, 6782976,
+    6785025, 6789120, 6823937, 6842368, 6844417, 6850560, 6852609, 6936576, 6940673, 6942724, 6944768,
+    6973516, 6975489, 6977536, 6987777, 6993924, 6995970, 7010305, 7016448, 7024642, 7063552, 7065601,
+    7077888, 7088129, 7124992, 7131137, 7180288, 7182337, 7200768, 7202817, 7204864, 7208961, 7223296,
+    7229516, 7231488, 7239684, 7241728, 7272452, 7274496, 7286786, 7307264, 7342081, 7440384, 7442433,
+    7446528, 7455548, 7458892, 7460864, 7471105, 7485440, 7488348, 7495680, 7503874, 7524352, 7604225,
+    7608320, 7610369, 7612416, 7614465, 7624704, 7626753, 7675904, 7677953, 7680000, 7682049, 7702528,
+    7704577, 7708672, 7717812, 7720960, 7727105, 7729152, 7733249, 7743488, 7745537, 7747584, 7750612,
+    7757824, 7766018, 7786496, 7790593, 7798784, 7864321, 7866368, 7915236, 7917568, 7929858, 7970816,
+    7974628, 7974912, 7978724, 7979008, 7982788, 7983104, 7995393, 8001541, 8003585, 8011776, 8013825,
+    8022021, 8024065, 8032261, 8034305, 8042501, 8044545, 8052741, 8054785, 8079365, 8081409, 8087552,
+    8096780, 8098836, 8099844, 8102948, 8103940, 8108032, 8110084, 8112128, 8115220, 8122368, 8127508,
+    8128516, 8132404, 8134732, 8136704, 8140596, 8142849, 8153088, 8165380, 8167424, 8185860, 8187904,
+    8196100, 8198144, 8206340, 8208384, 8216580, 8218624, 8243204, 8245248, 8271588, 8271872, 8388609,
+    8476672, 8482820, 8484864, 8501308, 8503296, 8505420, 8509440, 8517633, 8519682, 8540160, 8552449,
+    8564736, 8572929, 8581120, 8587265, 8589312, 8595457, 8599552, 8613889, 8620032, 8628225, 8654848,
+    8679140, 8679425, 8681472, 8683522, 8704000, 8716289, 8794112, 8796161, 8798208, 8808449, 8810496,
+    8814593, 8902656, 8904705, 9111557, 9154561, 9256965, 9312257, 9586688, 9588737, 9596928, 9601025,
+    9615360, 9617409, 9619456, 9621505, 9629696, 9633793, 9717760, 9719809, 9728000, 9732097, 9799680,
+    9801729, 9809920, 9814017, 9828352, 9830401, 9832448, 9834497, 9842688, 9846785, 9877504, 9879553,
+    9996288, 9998337, 10006528, 10010625, 10147840, 10153780, 10158080, 10176514, 10217472, 10223617,
+    10256384, 10289153, 10465280, 10469377, 10481664, 10487809, 11757568, 11761665, 11796483, 11798529,
+    11851776, 11862017, 12015616, 12021762, 12027905, 12044288, 12058625, 12095488, 12099660, 12101632,
+    12122113, 12161024, 12165196, 12167168, 12189697, 12226560, 12255233, 12281856, 12283905, 12290048,
+    12320769, 12427264, 12488780, 12490752, 12498945, 12500992, 12509185, 12513076, 12513280, 12517378,
+    12537856, 12550146, 12570624, 12615682, 12636160, 12648449, 12830720, 12845057, 12855296, 12859393,
+    12930852, 12931073, 12933120, 12943361, 13086720, 13107201, 13170688, 13225716, 13227828, 13229796,
+    13230080, 13250562, 13271041, 13332480, 13336577, 13346816, 13369345, 13459456, 13467649, 13520896,
+    13533186, 13555712, 13631489, 13680436, 13682404, 13682688, 13697025, 13805568, 13828172, 13830144,
+    13872948, 13887488, 13893348, 13893634, 13914112, 13926402, 13946880, 13973505, 13975552, 13993780,
+    14003940, 14016308, 14020324, 14020608, 14166017, 14262332, 14264324, 14266368, 14295116, 14297089,
+    14313472, 14319618, 14340096, 14376756, 14378724, 14380852, 14393344, 14424065, 14485504, 14504012,
+    14508032, 14512129, 14516226, 14536705, 14626876, 14628864, 14651468, 14655488, 14680065, 14753792,
+    14792764, 14794752, 14811138, 14831616, 14837761, 14843906, 14864385, 14938112, 14942209, 14964736,
+    14974977, 15063040, 15067137, 15073280, 15107892, 15112192, 15114252, 15118052, 15128372, 15132388,
+    15140660, 15140864, 15142924, 15157249, 15167204, 15167489, 15181620, 15181825, 15185920, 15189812,
+    15192065, 15194112, 15204353, 15599412, 15603428, 15605556, 15619812, 15621940, 15626068, 15627956,
+    15630052, 15631956, 15634228, 15708160, 15720244, 15722316, 15724260, 15726388, 15728356, 15728641,
+    16297984, 16302081, 16314368, 16318465, 16396288, 16400385, 16412672, 16416769, 16433152, 16435201,
+    16437248, 16439297, 16441344, 16443393, 16445440, 16447489, 16484357, 16486401, 16488453, 16490497,
+    16492549, 16494593, 16496645, 16498689, 16500741, 16502785, 16504837, 16506881, 16508933, 16510976,
+    16515073, 16623616, 16625665, 16635909, 16637953, 16640000, 16642053, 16644096, 16650241, 16656384,
+    16658433, 16664581, 16666625, 16668677, 16670721, 16672768, 16678913, 16685061, 16687104, 16691201,
+    16701445, 16703488, 16711681, 16717829, 16719873, 16734213, 16736257, 16738304, 16740356, 16744448,
+    16748545, 16754688, 16756737, 16762885, 16764929, 16766981, 16769025, 16771076, 16773120, 16777223,
+    16781315, 16799744, 16859139, 16863232, 16873475, 16875520, 16971779, 16973824, 17006594, 17008641,
+    17010688, 17014786, 17027072, 17037313, 17039362, 17059840, 17072129, 17098752, 17205044, 17207308,
+    17213236, 17219596, 17227572, 17229824, 17239860, 17240064, 17246220, 17252148, 17254116, 17256244,
+    17256460, 17262308, 17270580, 17270784, 17305601, 17307648, 17315841, 17317888, 17321985, 17342464,
+    17344513, 17346560, 17352705, 17362944, 17375233, 17377280, 17379333, 17381376, 17383425, 17385472,
+    17387525, 17391617, 17395712, 17397761, 17420288, 17424385, 17432576, 17442817, 17453056, 17461249,
+    17463296, 17465346, 17569793, 17573890, 17584128, 18434052, 18438144, 19070978, 19193856, 19353602,
+    19398656, 20688898, 20750336, 22470660, 22472704, 23068673, 23537664, 23549953, 23559988, 23564289,
+    23568384, 23586818, 23588864, 23592961, 23670784, 23672833, 23674880, 23685121, 23687168, 23691265,
+    23805952, 23820289, 23822336, 23853132, 23855105, 23902208, 23920641, 23934976, 23937025, 23951360,
+    23953409, 23967744, 23969793, 23984128, 23986177, 24000512, 24002561, 24016896, 24018945, 24033280,
+    24035329, 24049664, 24053556, 24117248, 24213505, 24215552, 25165827, 25167872, 25176065, 25180162,
+    25182208, 25233410, 25253588, 25255716, 25257796, 25259764, 25261828, 25264128, 25266177, 25276416,
+    25280514, 25286657, 25290752, 25298945, 25475072, 25479236, 25483264, 25487361, 25493504, 25495553,
+    25679872, 25681921, 25690112, 25700353, 25788416, 25790465, 25982976, 25989122, 25997312, 26017793,
+    26083328, 26181633, 26214400, 26279938, 26300416, 26361858, 26378240, 26380290, 26411008, 26476546,
+    26497024, 26576898, 26607616, 27262977, 40763392, 40894465, 86272000, 86409217, 86503424, 86507521,
+    87058432, 87064577, 87097346, 87117825, 87121920, 87162881, 87260980, 87261184, 87271220, 87289856,
+    87291905, 87357236, 87359489, 87502850, 87525172, 87527424, 87603201, 87621632, 87625729, 87836672,
+    87840769, 87977984, 87982081, 87986176, 87988225, 87990272, 87992321, 88008704, 88051713, 88084480,
+    88086529, 88092748, 88094721, 88102912, 88104961, 88152064, 88178690, 88190976, 88211457, 88317952,
+    88346625, 88449024, 88481868, 88483840, 88506370, 88526848, 88540980, 88576001, 88588288, 88594433,
+    88596480, 88598529, 88602624, 88604674, 88625153, 88682496, 88694500, 88698880, 88702977, 88750080,
+    88774732, 88776704, 88801281, 88860672, 88875009, 88971324, 88973312, 88997964, 88999936, 89028609,
+    89030658, 89051136, 89063425, 89073664, 89075713, 89096194, 89116673, 89126912, 89128961, 89212928,
+    89260033, 89266176, 89268225, 89284608, 89292802, 89313280, 89325569, 89372672, 89378817, 89380864,
+    89387009, 89491252, 89491457, 89495348, 89499364, 89499649, 89505588, 89507841, 89519924, 89522177,
+    89526068, 89526273, 89528320, 89577473, 89583616, 89587713, 89610240, 89624577, 89630720, 89632844,
+    89634816, 89655297, 89667584, 89671681, 89683968, 89688065, 89700352, 89718785, 89733120, 89735169,
+    89749504, 89751553, 89839616, 89841665, 89870336, 89882625, 90118144, 90138700, 90140672, 90144770,
+    90165248, 90177537, 113057792, 113082369, 113129472, 113137665, 113238016, 130547717, 131100673,
+    131104773, 131106817, 131108869, 131110913, 131115013, 131135489, 131137541, 131139585, 131141637,
+    131143681, 131147781, 131151873, 131158021, 131297280, 131301381, 131518464, 131596289, 131610624,
+    131635201, 131645440, 131655685, 131657940, 131659781, 131661825, 131680256, 131682309, 131708928,
+    131710981, 131721216, 131723269, 131725312, 131727365, 131731456, 131733509, 131737600, 131739653,
+    131758081, 131960832, 132028417, 132771840, 132808705, 132939776, 132943873, 133054464, 133136385,
+    133160960, 133236532, 133250788, 133265204, 133267456, 133398529, 133408768, 133410817, 133687296,
+    133726210, 133746688, 133761025, 133814272, 133826561, 133879808, 133902337, 134084608, 134090753,
+    134103040, 134107137, 134119424, 134123521, 134135808, 134139905, 134146048, 134217729, 134242304,
+    134244353, 134297600, 134299649, 134338560, 134340609, 134344704, 134346753, 134377472, 134381569,
+    134410240, 134479873, 134731776, 134756354, 134848512, 134873090, 134989824, 135024642, 135028736,
+    135261924, 135262208, 135528449, 135587840, 135593985, 135694336, 135726820, 135727106, 135782400,
+    135790593, 135856130, 135864320, 135882753, 135923714, 135925761, 135942146, 135944192, 135954433,
+    136034100, 136042496, 136052737, 136114176, 136118273, 136192000, 136200193, 136216576, 136218626,
+    136228864, 136314881, 136638464, 136642562, 136663040, 136675329, 136749056, 136757249, 136830976,
+    136839169, 136921088, 136937473, 137043968, 137068545, 137091072, 137093121, 137123840, 137125889,
+    137140224, 137142273, 137146368, 137148417, 137170944, 137172993, 137203712, 137205761, 137220096,
+    137222145, 137226240, 137232385, 137338880, 137363457, 138000384, 138018817, 138063872, 138084353,
+    138100736, 138149889, 138162176, 138164225, 138250240, 138252289, 138270720, 138412033, 138424320,
+    138428417, 138430464, 138432513, 138522624, 138524673, 138528768, 138534913, 138536960, 138541057,
+    138588160, 138592258, 138608641, 138655744, 138659842, 138674177, 138737664, 138754050, 138772480,
+    138870785, 138909696, 138911745, 138915840, 138926082, 138936321, 138981378, 138993664, 139001857,
+    139055104, 139198465, 139313152, 139321346, 139325441, 139329538, 139362304, 139366402, 139460609,
+    139462656, 139488996, 139489280, 139493172, 139493377, 139501568, 139503617, 139509760, 139511809,
+    139571200, 139577140, 139577356, 139581156, 139581440, 139589708, 139591682, 139610112, 139657217,
+    139716610, 139720704, 139722753, 139782146, 139788288, 139853825, 139870208, 139872257, 139931444,
+    139933412, 139933696, 139941890, 139952128, 139984897, 140095488, 140115969, 140161024, 140165122,
+    140181505, 140220416, 140230658, 140247041, 140283904, 140331010, 140345344, 140509185, 140658688,
+    140771329, 140875776, 140902401, 141006848, 141021186, 141033473, 141107200, 141131778, 141152256,
+    141164546, 141185025, 141242368, 141260801, 141307904, 141754370, 141817856, 141819905, 141905920,
+    141918209, 141922304, 141955073, 141961216, 142082049, 142141442, 142161921, 142163968, 142180353,
+    142225408, 142247938, 142256128, 142311425, 142348288, 142442497, 142485506, 142499840, 142540801,
+    142587904, 142612481, 142721024, 142749772, 142751744, 142774274, 142835712, 142837761, 142841856,
+    142845953, 142848000, 142866508, 142868480, 142874625, 142966784, 142985292, 142987324, 142989312,
+    143032321, 143083520, 143097858, 143118336, 143132468, 143136769, 143210500, 143212544, 143235148,
+    143239168, 143241218, 143261696, 143269889, 143271936, 143276033, 143278080, 143294465, 143366204,
+    143368192, 143372289, 143374336, 143398913, 143497216, 143523916, 143525889, 143534080, 143544380,
+    143546368, 143556610, 143577089, 143579136, 143581185, 143583232, 143591426, 143632384, 143654913,
+    143691776, 143693825, 143745024, 143763532, 143765564, 143767552, 143783937, 143788032, 143917057,
+    143931392, 143933441, 143935488, 143937537, 143945728, 143947777, 143978496, 143980545, 144001024,
+    144015361, 144111616, 144132156, 144134220, 144136192, 144146434, 144166912, 144189441, 144205824,
+    144209921, 144214016, 144218113, 144263168, 144265217, 144279552, 144281601, 144285696, 144287745,
+    144297984, 144302140, 144304129, 144306180, 144308224, 144336972, 144338944, 144343041, 144345088,
+    144357380, 144359424, 144369665, 144379904, 144389940, 144402432, 144410420, 144418816, 144441345,
+    144461824, 144463873, 144465920, 144470017, 144472064, 144474113, 144551936, 144553985, 144556032,
+    144607233, 144609280, 144611329, 144613376, 144703489, 144812032, 144838732, 144840704, 144846908,
+    144848897, 144857088, 144867330, 144887808, 144898049, 144904192, 144965633, 145063940, 145065984,
+    145084420, 145086464, 145090564, 145092608, 145100876, 145102908, 145104897, 145108992, 145111041,
+    145113088, 145129474, 145149952, 145489921, 145586180, 145588224, 145619020, 145621052, 145623040,
+    145670145, 145678336, 145752065, 145850368, 145881164, 145883136, 145891329, 145893376, 145915906,
+    145936384, 146014209, 146102272, 146124876, 146126908, 146128897, 146130944, 146145282, 146165760,
+    146178050, 146219008, 146276353, 146331648, 146364492, 146366464, 146374658, 146399232, 146407425,
+    146421760, 146800641, 146890752, 147128321, 147259394, 147298304, 147322881, 147339264, 147343361,
+    147345408, 147349505, 147365888, 147367937, 147372032, 147374081, 147423232, 147453953, 147456000,
+    147458049, 147460096, 147488770, 147509248, 147652609, 147668992, 147673089, 147752960, 147785729,
+    147787776, 147789825, 147791872, 147849217, 147851264, 147871745, 147953664, 147968001, 147970048,
+    148013057, 148015104, 148037633, 148131840, 148170753, 148172800, 148209665, 148359168, 148766721,
+    148834304, 148865026, 148885504, 148897793, 148916224, 148918273, 148994048, 149026892, 149028865,
+    149030912, 149061634, 149121024, 149131265, 149192704, 149422081, 149436416, 149438465, 149442560,
+    149444609, 149522432, 149565441, 149567488, 149585922, 149606400, 149618689, 149630976, 149633025,
+    149637120, 149639169, 149704704, 149733377, 149735424, 149749762, 149770240, 150405121, 150444032,
+    150474753, 150476800, 150478849, 150505472, 150507521, 150577152, 150634498, 150654976, 150831105,
+    150833152, 150863874, 150906880, 150994945, 152883200, 153092098, 153319424, 153354241, 153755648,
+    159154177, 159352832, 159383553, 161579008, 161613825, 161626112, 161677313, 169859072, 169869313,
+    171063296, 185073665, 185135104, 185171970, 185192448, 188743681, 189908992, 189923329, 189986816,
+    189988866, 190009344, 190021633, 190183424, 190185474, 190205952, 190218241, 190279680, 190283788,
+    190294016, 190316545, 190416692, 190429184, 190447617, 190455808, 190480386, 190500864, 190502914,
+    190517248, 190519297, 190562304, 190572545, 190611456, 191496193, 191588352, 191594498, 191614976,
+    192020481, 192151554, 192198656, 192413697, 192567296, 192577537, 192579584, 192714753, 192741376,
+    192872449, 192876544, 192878593, 192880640, 192937985, 205504512, 205520897, 208056320, 208140289,
+    208160768, 226459649, 226467840, 226469889, 226484224, 226486273, 226490368, 226492417, 227088384,
+    227119105, 227121152, 227180545, 227186688, 227190785, 227192832, 227221505, 227229696, 227246081,
+    228057088, 232783873, 233003008, 233013249, 233039872, 233046017, 233064448, 233078785, 233099264,
+    233107468, 233109504, 241664002, 241684480, 243986436, 244002500, 244004876, 244011008, 244018964,
+    244020932, 244029440, 244047588, 244062208, 244068148, 244078308, 244080640, 244143924, 244150272,
+    244176900, 244189184, 244455220, 244459520, 244711426, 244752384, 244776962, 244817920, 245039106,
+    245090304, 245366785, 245540864, 245542913, 245688320, 245690369, 245694464, 245698561, 245700608,
+    245704705, 245708800, 245712897, 245721088, 245723137, 245747712, 245749761, 245751808, 245753857,
+    245768192, 245770241, 245903360, 245905409, 245913600, 245917697, 245934080, 245936129, 245950464,
+    245952513, 246009856, 246011905, 246020096, 246022145, 246032384, 246034433, 246036480, 246042625,
+    246056960, 246059009, 246755328, 246759425, 246810624, 246812673, 246863872, 246865921, 246929408,
+    246931457, 246982656, 246984705, 247048192, 247050241, 247101440, 247103489, 247166976, 247169025,
+    247220224, 247222273, 247285760, 247287809, 247339008, 247341057, 247357440, 247361538, 247463936,
+    251133953, 251197440, 251209729, 251222016, 251660084, 251672576, 251676468, 251709440, 251715380,
+    251727872, 251731764, 251734016, 251737908, 251746304, 251756545, 251883520, 252182529, 252274688,
+    252295169, 252309504, 252313602, 252334080, 252342273, 252344320, 253001729, 253063168, 253100033,
+    253190144, 253198338, 253218816, 254181377, 254238720, 254246914, 254267392, 254705665, 254767104,
+    254771201, 254773250, 254793728, 255787009, 255801344, 255803393, 255811584, 255813633, 255817728,
+    255819777, 255850496, 255852545, 256256000, 256260098, 256280292, 256292864, 256376833, 256517940,
+    256528444, 256530433, 256532480, 256540674, 256561152, 258181122, 258301952, 258304002, 258310144,
+    258312194, 258320384, 258476034, 258568192, 258570242, 258600960, 258998273, 259006464, 259008513,
+    259063808, 259065857, 259069952, 259072001, 259074048, 259078145, 259080192, 259082241, 259102720,
+    259104769, 259112960, 259115009, 259117056, 259119105, 259121152, 259133441, 259135488, 259143681,
+    259145728, 259147777, 259149824, 259151873, 259153920, 259155969, 259162112, 259164161, 259168256,
+    259170305, 259172352, 259176449, 259178496, 259180545, 259182592, 259184641, 259186688, 259188737,
+    259190784, 259192833, 259194880, 259196929, 259201024, 259203073, 259205120, 259209217, 259217408,
+    259219457, 259233792, 259235841, 259244032, 259246081, 259254272, 259256321, 259258368, 259260417,
+    259280896, 259282945, 259317760, 259328001, 259334144, 259336193, 259346432, 259348481, 259383296,
+    260571138, 260597760, 266305538, 266326016, 268435457, 355926016, 355991553, 364498944, 364511233,
+    364965888, 364969985, 376770560, 376799233, 392103936, 392134657, 393408512, 398458885, 399568896,
+    402653185, 412768256, 412778497, 421363712,
 };
-/* Canonical decompositions: runs of consecutive codes as (first code, index), then [index] -> first, second
-   (0: none); and the indices of those that NFC composes, ordered by (first, second). */
+/* Canonical decompositions: runs of consecutive codes as (first code, index), then [index] -> first,
+   second (0: none); and the indices of those that NFC composes, ordered by (first, second). */
 static const uint32_t qwen3i_uc_runs[462] = {
-    192, 0, 199, 6, 209, 15, 217, 21, 224, 26, 231, 32, 241, 41, 249, 47, 255, 52, 274, 69, 296, 89, 308, 98, 313, 102,
-    323, 108, 332, 114, 340, 120, 360, 138, 416, 161, 431, 163, 461, 165, 478, 181, 486, 187, 500, 198, 504, 200, 542,
-    236, 550, 238, 832, 252, 835, 254, 884, 256, 894, 257, 901, 258, 908, 264, 910, 265, 938, 268, 970, 275, 979, 280,
-    1024, 282, 1027, 284, 1031, 285, 1036, 286, 1049, 289, 1081, 290, 1104, 291, 1107, 293, 1111, 294, 1116, 295, 1142,
-    298, 1217, 300, 1232, 302, 1238, 306, 1242, 308, 1250, 314, 1258, 320, 1272, 332, 1570, 334, 1728, 339, 1730, 340,
-    1747, 341, 2345, 342, 2353, 343, 2356, 344, 2392, 345, 2507, 353, 2524, 355, 2527, 357, 2611, 358, 2614, 359, 2649,
-    360, 2654, 363, 2888, 364, 2891, 365, 2908, 367, 2964, 369, 3018, 370, 3144, 373, 3264, 374, 3271, 375, 3274, 377,
-    3402, 379, 3546, 382, 3548, 383, 3907, 386, 3917, 387, 3922, 388, 3927, 389, 3932, 390, 3945, 391, 3955, 392, 3957,
-    393, 3960, 395, 3969, 396, 3987, 397, 3997, 398, 4002, 399, 4007, 400, 4012, 401, 4025, 402, 4134, 403, 6918, 404,
-    6920, 405, 6922, 406, 6924, 407, 6926, 408, 6930, 409, 6971, 410, 6973, 411, 6976, 412, 6979, 414, 7680, 415, 7835,
-    569, 7840, 570, 7936, 660, 7960, 682, 7968, 688, 8008, 726, 8016, 732, 8025, 740, 8027, 741, 8029, 742, 8031, 743,
-    8064, 774, 8118, 827, 8126, 834, 8129, 835, 8134, 839, 8150, 853, 8157, 859, 8178, 878, 8182, 881, 8192, 889, 8486,
-    891, 8490, 892, 8602, 894, 8622, 896, 8653, 897, 8708, 900, 8713, 901, 8716, 902, 8740, 903, 8742, 904, 8769, 905,
-    8772, 906, 8775, 907, 8777, 908, 8800, 909, 8802, 910, 8813, 911, 8820, 916, 8824, 918, 8832, 920, 8836, 922, 8840,
-    924, 8876, 926, 8928, 930, 8938, 934, 9001, 938, 10972, 940, 12364, 941, 12366, 942, 12368, 943, 12370, 944, 12372,
-    945, 12374, 946, 12376, 947, 12378, 948, 12380, 949, 12382, 950, 12384, 951, 12386, 952, 12389, 953, 12391, 954,
-    12393, 955, 12400, 956, 12403, 958, 12406, 960, 12409, 962, 12412, 964, 12436, 966, 12446, 967, 12460, 968, 12462,
-    969, 12464, 970, 12466, 971, 12468, 972, 12470, 973, 12472, 974, 12474, 975, 12476, 976, 12478, 977, 12480, 978,
-    12482, 979, 12485, 980, 12487, 981, 12489, 982, 12496, 983, 12499, 985, 12502, 987, 12505, 989, 12508, 991, 12532,
-    993, 12535, 994, 12542, 998, 63744, 999, 64016, 1269, 64018, 1270, 64021, 1271, 64032, 1281, 64034, 1282, 64037,
-    1283, 64042, 1285, 64112, 1353, 64285, 1459, 64287, 1460, 64298, 1461, 64312, 1474, 64318, 1479, 64320, 1480, 64323,
-    1482, 64326, 1484, 69786, 1493, 69788, 1494, 69803, 1495, 69934, 1496, 70475, 1498, 70843, 1500, 70846, 1502, 71098,
-    1503, 119134, 1505, 119227, 1512, 194560, 1518, 1114112, 2060,
+    192, 0, 199, 6, 209, 15, 217, 21, 224, 26, 231, 32, 241, 41, 249, 47, 255, 52, 274, 69, 296, 89, 308,
+    98, 313, 102, 323, 108, 332, 114, 340, 120, 360, 138, 416, 161, 431, 163, 461, 165, 478, 181, 486, 187,
+    500, 198, 504, 200, 542, 236, 550, 238, 832, 252, 835, 254, 884, 256, 894, 257, 901, 258, 908, 264, 910,
+    265, 938, 268, 970, 275, 979, 280, 1024, 282, 1027, 284, 1031, 285, 1036, 286, 1049, 289, 1081, 290,
+    1104, 291, 1107, 293, 1111, 294, 1116, 295, 1142, 298, 1217, 300, 1232, 302, 1238, 306, 1242, 308, 1250,
+    314, 1258, 320, 1272, 332, 1570, 334, 1728, 339, 1730, 340, 1747, 341, 2345, 342, 2353, 343, 2356, 344,
+    2392, 345, 2507, 353, 2524, 355, 2527, 357, 2611, 358, 2614, 359, 2649, 360, 2654, 363, 2888, 364, 2891,
+    365, 2908, 367, 2964, 369, 3018, 370, 3144, 373, 3264, 374, 3271, 375, 3274, 377, 3402, 379, 3546, 382,
+    3548, 383, 3907, 386, 3917, 387, 3922, 388, 3927, 389, 3932, 390, 3945, 391, 3955, 392, 3957, 393, 3960,
+    395, 3969, 396, 3987, 397, 3997, 398, 4002, 399, 4007, 400, 4012, 401, 4025, 402, 4134, 403, 6918, 404,
+    6920, 405, 6922, 406, 6924, 407, 6926, 408, 6930, 409, 6971, 410, 6973, 411, 6976, 412, 6979, 414, 7680,
+    415, 7835, 569, 7840, 570, 7936, 660, 7960, 682, 7968, 688, 8008, 726, 8016, 732, 8025, 740, 8027, 741,
+    8029, 742, 8031, 743, 8064, 774, 8118, 827, 8126, 834, 8129, 835, 8134, 839, 8150, 853, 8157, 859, 8178,
+    878, 8182, 881, 8192, 889, 8486, 891, 8490, 892, 8602, 894, 8622, 896, 8653, 897, 8708, 900, 8713, 901,
+    8716, 902, 8740, 903, 8742, 904, 8769, 905, 8772, 906, 8775, 907, 8777, 908, 8800, 909, 8802, 910, 8813,
+    911, 8820, 916, 8824, 918, 8832, 920, 8836, 922, 8840, 924, 8876, 926, 8928, 930, 8938, 934, 9001, 938,
+    10972, 940, 12364, 941, 12366, 942, 12368, 943, 12370, 944, 12372, 945, 12374, 946, 12376, 947, 12378,
+    948, 12380, 949, 12382, 950, 12384, 951, 12386, 952, 12389, 953, 12391, 954, 12393, 955, 12400, 956,
+    12403, 958, 12406, 960, 12409, 962, 12412, 964, 12436, 966, 12446, 967, 12460, 968, 12462, 969, 12464,
+    970, 12466, 971, 12468, 972, 12470, 973, 12472, 974, 12474, 975, 12476, 976, 12478, 977, 12480, 978,
+    12482, 979, 12485, 980, 12487, 981, 12489, 982, 12496, 983, 12499, 985, 12502, 987, 12505, 989, 12508,
+    991, 12532, 993, 12535, 994, 12542, 998, 63744, 999, 64016, 1269, 64018, 1270, 64021, 1271, 64032, 1281,
+    64034, 1282, 64037, 1283, 64042, 1285, 64112, 1353, 64285, 1459, 64287, 1460, 64298, 1461, 64312, 1474,
+    64318, 1479, 64320, 1480, 64323, 1482, 64326, 1484, 69786, 1493, 69788, 1494, 69803, 1495, 69934, 1496,
+    70475, 1498, 70843, 1500, 70846, 1502, 71098, 1503, 119134, 1505, 119227, 1512, 194560, 1518, 1114112,
+    2060,
 };
 static const uint32_t qwen3i_uc_first[2060] = {
-    65, 65, 65, 65, 65, 65, 67, 69, 69, 69, 69, 73, 73, 73, 73, 78, 79, 79, 79, 79, 79, 85, 85, 85, 85, 89, 97, 97, 97,
-    97, 97, 97, 99, 101, 101, 101, 101, 105, 105, 105, 105, 110, 111, 111, 111, 111, 111, 117, 117, 117, 117, 121, 121,
-    65, 97, 65, 97, 65, 97, 67, 99, 67, 99, 67, 99, 67, 99, 68, 100, 69, 101, 69, 101, 69, 101, 69, 101, 69, 101, 71,
-    103, 71, 103, 71, 103, 71, 103, 72, 104, 73, 105, 73, 105, 73, 105, 73, 105, 73, 74, 106, 75, 107, 76, 108, 76, 108,
-    76, 108, 78, 110, 78, 110, 78, 110, 79, 111, 79, 111, 79, 111, 82, 114, 82, 114, 82, 114, 83, 115, 83, 115, 83, 115,
-    83, 115, 84, 116, 84, 116, 85, 117, 85, 117, 85, 117, 85, 117, 85, 117, 85, 117, 87, 119, 89, 121, 89, 90, 122, 90,
-    122, 90, 122, 79, 111, 85, 117, 65, 97, 73, 105, 79, 111, 85, 117, 220, 252, 220, 252, 220, 252, 220, 252, 196, 228,
-    550, 551, 198, 230, 71, 103, 75, 107, 79, 111, 490, 491, 439, 658, 106, 71, 103, 78, 110, 197, 229, 198, 230, 216,
-    248, 65, 97, 65, 97, 69, 101, 69, 101, 73, 105, 73, 105, 79, 111, 79, 111, 82, 114, 82, 114, 85, 117, 85, 117, 83,
-    115, 84, 116, 72, 104, 65, 97, 69, 101, 214, 246, 213, 245, 79, 111, 558, 559, 89, 121, 768, 769, 787, 776, 697, 59,
-    168, 913, 183, 917, 919, 921, 927, 933, 937, 970, 921, 933, 945, 949, 951, 953, 971, 953, 965, 959, 965, 969, 978,
-    978, 1045, 1045, 1043, 1030, 1050, 1048, 1059, 1048, 1080, 1077, 1077, 1075, 1110, 1082, 1080, 1091, 1140, 1141,
-    1046, 1078, 1040, 1072, 1040, 1072, 1045, 1077, 1240, 1241, 1046, 1078, 1047, 1079, 1048, 1080, 1048, 1080, 1054,
-    1086, 1256, 1257, 1069, 1101, 1059, 1091, 1059, 1091, 1059, 1091, 1063, 1095, 1067, 1099, 1575, 1575, 1608, 1575,
-    1610, 1749, 1729, 1746, 2344, 2352, 2355, 2325, 2326, 2327, 2332, 2337, 2338, 2347, 2351, 2503, 2503, 2465, 2466,
-    2479, 2610, 2616, 2582, 2583, 2588, 2603, 2887, 2887, 2887, 2849, 2850, 2962, 3014, 3015, 3014, 3142, 3263, 3270,
-    3270, 3270, 3274, 3398, 3399, 3398, 3545, 3545, 3548, 3545, 3906, 3916, 3921, 3926, 3931, 3904, 3953, 3953, 4018,
-    4019, 3953, 3986, 3996, 4001, 4006, 4011, 3984, 4133, 6917, 6919, 6921, 6923, 6925, 6929, 6970, 6972, 6974, 6975,
-    6978, 65, 97, 66, 98, 66, 98, 66, 98, 199, 231, 68, 100, 68, 100, 68, 100, 68, 100, 68, 100, 274, 275, 274, 275, 69,
-    101, 69, 101, 552, 553, 70, 102, 71, 103, 72, 104, 72, 104, 72, 104, 72, 104, 72, 104, 73, 105, 207, 239, 75, 107,
-    75, 107, 75, 107, 76, 108, 7734, 7735, 76, 108, 76, 108, 77, 109, 77, 109, 77, 109, 78, 110, 78, 110, 78, 110, 78,
-    110, 213, 245, 213, 245, 332, 333, 332, 333, 80, 112, 80, 112, 82, 114, 82, 114, 7770, 7771, 82, 114, 83, 115, 83,
-    115, 346, 347, 352, 353, 7778, 7779, 84, 116, 84, 116, 84, 116, 84, 116, 85, 117, 85, 117, 85, 117, 360, 361, 362,
-    363, 86, 118, 86, 118, 87, 119, 87, 119, 87, 119, 87, 119, 87, 119, 88, 120, 88, 120, 89, 121, 90, 122, 90, 122, 90,
-    122, 104, 116, 119, 121, 383, 65, 97, 65, 97, 194, 226, 194, 226, 194, 226, 194, 226, 7840, 7841, 258, 259, 258,
-    259, 258, 259, 258, 259, 7840, 7841, 69, 101, 69, 101, 69, 101, 202, 234, 202, 234, 202, 234, 202, 234, 7864, 7865,
-    73, 105, 73, 105, 79, 111, 79, 111, 212, 244, 212, 244, 212, 244, 212, 244, 7884, 7885, 416, 417, 416, 417, 416,
-    417, 416, 417, 416, 417, 85, 117, 85, 117, 431, 432, 431, 432, 431, 432, 431, 432, 431, 432, 89, 121, 89, 121, 89,
-    121, 89, 121, 945, 945, 7936, 7937, 7936, 7937, 7936, 7937, 913, 913, 7944, 7945, 7944, 7945, 7944, 7945, 949, 949,
-    7952, 7953, 7952, 7953, 917, 917, 7960, 7961, 7960, 7961, 951, 951, 7968, 7969, 7968, 7969, 7968, 7969, 919, 919,
-    7976, 7977, 7976, 7977, 7976, 7977, 953, 953, 7984, 7985, 7984, 7985, 7984, 7985, 921, 921, 7992, 7993, 7992, 7993,
-    7992, 7993, 959, 959, 8000, 8001, 8000, 8001, 927, 927, 8008, 8009, 8008, 8009, 965, 965, 8016, 8017, 8016, 8017,
-    8016, 8017, 933, 8025, 8025, 8025, 969, 969, 8032, 8033, 8032, 8033, 8032, 8033, 937, 937, 8040, 8041, 8040, 8041,
-    8040, 8041, 945, 940, 949, 941, 951, 942, 953, 943, 959, 972, 965, 973, 969, 974, 7936, 7937, 7938, 7939, 7940,
-    7941, 7942, 7943, 7944, 7945, 7946, 7947, 7948, 7949, 7950, 7951, 7968, 7969, 7970, 7971, 7972, 7973, 7974, 7975,
-    7976, 7977, 7978, 7979, 7980, 7981, 7982, 7983, 8032, 8033, 8034, 8035, 8036, 8037, 8038, 8039, 8040, 8041, 8042,
-    8043, 8044, 8045, 8046, 8047, 945, 945, 8048, 945, 940, 945, 8118, 913, 913, 913, 902, 913, 953, 168, 8052, 951,
-    942, 951, 8134, 917, 904, 919, 905, 919, 8127, 8127, 8127, 953, 953, 970, 912, 953, 970, 921, 921, 921, 906, 8190,
-    8190, 8190, 965, 965, 971, 944, 961, 961, 965, 971, 933, 933, 933, 910, 929, 168, 901, 96, 8060, 969, 974, 969,
-    8182, 927, 908, 937, 911, 937, 180, 8194, 8195, 937, 75, 197, 8592, 8594, 8596, 8656, 8660, 8658, 8707, 8712, 8715,
-    8739, 8741, 8764, 8771, 8773, 8776, 61, 8801, 8781, 60, 62, 8804, 8805, 8818, 8819, 8822, 8823, 8826, 8827, 8834,
-    8835, 8838, 8839, 8866, 8872, 8873, 8875, 8828, 8829, 8849, 8850, 8882, 8883, 8884, 8885, 12296, 12297, 10973,
-    12363, 12365, 12367, 12369, 12371, 12373, 12375, 12377, 12379, 12381, 12383, 12385, 12388, 12390, 12392, 12399,
-    12399, 12402, 12402, 12405, 12405, 12408, 12408, 12411, 12411, 12358, 12445, 12459, 12461, 12463, 12465, 12467,
-    12469, 12471, 12473, 12475, 12477, 12479, 12481, 12484, 12486, 12488, 12495, 12495, 12498, 12498, 12501, 12501,
-    12504, 12504, 12507, 12507, 12454, 12527, 12528, 12529, 12530, 12541, 35912, 26356, 36554, 36040, 28369, 20018,
-    21477, 40860, 40860, 22865, 37329, 21895, 22856, 25078, 30313, 32645, 34367, 34746, 35064, 37007, 27138, 27931,
-    28889, 29662, 33853, 37226, 39409, 20098, 21365, 27396, 29211, 34349, 40478, 23888, 28651, 34253, 35172, 25289,
-    33240, 34847, 24266, 26391, 28010, 29436, 37070, 20358, 20919, 21214, 25796, 27347, 29200, 30439, 32769, 34310,
-    34396, 36335, 38706, 39791, 40442, 30860, 31103, 32160, 33737, 37636, 40575, 35542, 22751, 24324, 31840, 32894,
-    29282, 30922, 36034, 38647, 22744, 23650, 27155, 28122, 28431, 32047, 32311, 38475, 21202, 32907, 20956, 20940,
-    31260, 32190, 33777, 38517, 35712, 25295, 27138, 35582, 20025, 23527, 24594, 29575, 30064, 21271, 30971, 20415,
-    24489, 19981, 27852, 25976, 32034, 21443, 22622, 30465, 33865, 35498, 27578, 36784, 27784, 25342, 33509, 25504,
-    30053, 20142, 20841, 20937, 26753, 31975, 33391, 35538, 37327, 21237, 21570, 22899, 24300, 26053, 28670, 31018,
-    38317, 39530, 40599, 40654, 21147, 26310, 27511, 36706, 24180, 24976, 25088, 25754, 28451, 29001, 29833, 31178,
-    32244, 32879, 36646, 34030, 36899, 37706, 21015, 21155, 21693, 28872, 35010, 35498, 24265, 24565, 25467, 27566,
-    31806, 29557, 20196, 22265, 23527, 23994, 24604, 29618, 29801, 32666, 32838, 37428, 38646, 38728, 38936, 20363,
-    31150, 37300, 38584, 24801, 20102, 20698, 23534, 23615, 26009, 27138, 29134, 30274, 34044, 36988, 40845, 26248,
-    38446, 21129, 26491, 26611, 27969, 28316, 29705, 30041, 30827, 32016, 39006, 20845, 25134, 38520, 20523, 23833,
-    28138, 36650, 24459, 24900, 26647, 29575, 38534, 21033, 21519, 23653, 26131, 26446, 26792, 27877, 29702, 30178,
-    32633, 35023, 35041, 37324, 38626, 21311, 28346, 21533, 29136, 29848, 34298, 38563, 40023, 40607, 26519, 28107,
-    33256, 31435, 31520, 31890, 29376, 28825, 35672, 20160, 33590, 21050, 20999, 24230, 25299, 31958, 23429, 27934,
-    26292, 36667, 34892, 38477, 35211, 24275, 20800, 21952, 22618, 26228, 20958, 29482, 30410, 31036, 31070, 31077,
-    31119, 38742, 31934, 32701, 34322, 35576, 36920, 37117, 39151, 39164, 39208, 40372, 37086, 38583, 20398, 20711,
-    20813, 21193, 21220, 21329, 21917, 22022, 22120, 22592, 22696, 23652, 23662, 24724, 24936, 24974, 25074, 25935,
-    26082, 26257, 26757, 28023, 28186, 28450, 29038, 29227, 29730, 30865, 31038, 31049, 31048, 31056, 31062, 31069,
-    31117, 31118, 31296, 31361, 31680, 32244, 32265, 32321, 32626, 32773, 33261, 33401, 33401, 33879, 35088, 35222,
-    35585, 35641, 36051, 36104, 36790, 36920, 38627, 38911, 38971, 24693, 148206, 33304, 20006, 20917, 20840, 20352,
-    20805, 20864, 21191, 21242, 21917, 21845, 21913, 21986, 22618, 22707, 22852, 22868, 23138, 23336, 24274, 24281,
-    24425, 24493, 24792, 24910, 24840, 24974, 24928, 25074, 25140, 25540, 25628, 25682, 25942, 26228, 26391, 26395,
-    26454, 27513, 27578, 27969, 28379, 28363, 28450, 28702, 29038, 30631, 29237, 29359, 29482, 29809, 29958, 30011,
-    30237, 30239, 30410, 30427, 30452, 30538, 30528, 30924, 31409, 31680, 31867, 32091, 32244, 32574, 32773, 33618,
-    33775, 34681, 35137, 35206, 35222, 35519, 35576, 35531, 35585, 35582, 35565, 35641, 35722, 36104, 36664, 36978,
-    37273, 37494, 38524, 38627, 38742, 38875, 38911, 38923, 38971, 39698, 40860, 141386, 141380, 144341, 15261, 16408,
-    16441, 152137, 154832, 163539, 40771, 40846, 1497, 1522, 1513, 1513, 64329, 64329, 1488, 1488, 1488, 1489, 1490,
-    1491, 1492, 1493, 1494, 1496, 1497, 1498, 1499, 1500, 1502, 1504, 1505, 1507, 1508, 1510, 1511, 1512, 1513, 1514,
-    1493, 1489, 1499, 1508, 69785, 69787, 69797, 69937, 69938, 70471, 70471, 70841, 70841, 70841, 71096, 71097, 119127,
-    119128, 119135, 119135, 119135, 119135, 119135, 119225, 119226, 119227, 119228, 119227, 119228, 20029, 20024, 20033,
-    131362, 20320, 20398, 20411, 20482, 20602, 20633, 20711, 20687, 13470, 132666, 20813, 20820, 20836, 20855, 132380,
-    13497, 20839, 20877, 132427, 20887, 20900, 20172, 20908, 20917, 168415, 20981, 20995, 13535, 21051, 21062, 21106,
-    21111, 13589, 21191, 21193, 21220, 21242, 21253, 21254, 21271, 21321, 21329, 21338, 21363, 21373, 21375, 21375,
-    21375, 133676, 28784, 21450, 21471, 133987, 21483, 21489, 21510, 21662, 21560, 21576, 21608, 21666, 21750, 21776,
-    21843, 21859, 21892, 21892, 21913, 21931, 21939, 21954, 22294, 22022, 22295, 22097, 22132, 20999, 22766, 22478,
-    22516, 22541, 22411, 22578, 22577, 22700, 136420, 22770, 22775, 22790, 22810, 22818, 22882, 136872, 136938, 23020,
-    23067, 23079, 23000, 23142, 14062, 14076, 23304, 23358, 23358, 137672, 23491, 23512, 23527, 23539, 138008, 23551,
-    23558, 24403, 23586, 14209, 23648, 23662, 23744, 23693, 138724, 23875, 138726, 23918, 23915, 23932, 24033, 24034,
-    14383, 24061, 24104, 24125, 24169, 14434, 139651, 14460, 24240, 24243, 24246, 24266, 172946, 24318, 140081, 140081,
-    33281, 24354, 24354, 14535, 144056, 156122, 24418, 24427, 14563, 24474, 24525, 24535, 24569, 24705, 14650, 14620,
-    24724, 141012, 24775, 24904, 24908, 24910, 24908, 24954, 24974, 25010, 24996, 25007, 25054, 25074, 25078, 25104,
-    25115, 25181, 25265, 25300, 25424, 142092, 25405, 25340, 25448, 25475, 25572, 142321, 25634, 25541, 25513, 14894,
-    25705, 25726, 25757, 25719, 14956, 25935, 25964, 143370, 26083, 26360, 26185, 15129, 26257, 15112, 15076, 20882,
-    20885, 26368, 26268, 32941, 17369, 26391, 26395, 26401, 26462, 26451, 144323, 15177, 26618, 26501, 26706, 26757,
-    144493, 26766, 26655, 26900, 15261, 26946, 27043, 27114, 27304, 145059, 27355, 15384, 27425, 145575, 27476, 15438,
-    27506, 27551, 27578, 27579, 146061, 138507, 146170, 27726, 146620, 27839, 27853, 27751, 27926, 27966, 28023, 27969,
-    28009, 28024, 28037, 146718, 27956, 28207, 28270, 15667, 28363, 28359, 147153, 28153, 28526, 147294, 147342, 28614,
-    28729, 28702, 28699, 15766, 28746, 28797, 28791, 28845, 132389, 28997, 148067, 29084, 148395, 29224, 29237, 29264,
-    149000, 29312, 29333, 149301, 149524, 29562, 29579, 16044, 29605, 16056, 16056, 29767, 29788, 29809, 29829, 29898,
-    16155, 29988, 150582, 30014, 150674, 30064, 139679, 30224, 151457, 151480, 151620, 16380, 16392, 30452, 151795,
-    151794, 151833, 151859, 30494, 30495, 30495, 30538, 16441, 30603, 16454, 16534, 152605, 30798, 30860, 30924, 16611,
-    153126, 31062, 153242, 153285, 31119, 31211, 16687, 31296, 31306, 31311, 153980, 154279, 154279, 31470, 16898,
-    154539, 31686, 31689, 16935, 154752, 31954, 17056, 31976, 31971, 32000, 155526, 32099, 17153, 32199, 32258, 32325,
-    17204, 156200, 156231, 17241, 156377, 32634, 156478, 32661, 32762, 32773, 156890, 156963, 32864, 157096, 32880,
-    144223, 17365, 32946, 33027, 17419, 33086, 23221, 157607, 157621, 144275, 144284, 33281, 33284, 36766, 17515, 33425,
-    33419, 33437, 21171, 33457, 33459, 33469, 33510, 158524, 33509, 33565, 33635, 33709, 33571, 33725, 33767, 33879,
-    33619, 33738, 33740, 33756, 158774, 159083, 158933, 17707, 34033, 34035, 34070, 160714, 34148, 159532, 17757, 17761,
-    159665, 159954, 17771, 34384, 34396, 34407, 34409, 34473, 34440, 34574, 34530, 34681, 34600, 34667, 34694, 17879,
-    34785, 34817, 17913, 34912, 34915, 161383, 35031, 35038, 17973, 35066, 13499, 161966, 162150, 18110, 18119, 35488,
-    35565, 35722, 35925, 162984, 36011, 36033, 36123, 36215, 163631, 133124, 36299, 36284, 36336, 133342, 36564, 36664,
-    165330, 165357, 37012, 37105, 37137, 165678, 37147, 37432, 37591, 37592, 37500, 37881, 37909, 166906, 38283, 18837,
-    38327, 167287, 18918, 38595, 23986, 38691, 168261, 168474, 19054, 19062, 38880, 168970, 19122, 169110, 38923, 38923,
-    38953, 169398, 39138, 19251, 39209, 39335, 39362, 39422, 19406, 170800, 39698, 40000, 40189, 19662, 19693, 40295,
-    172238, 19704, 172293, 172558, 172689, 40635, 19798, 40697, 40702, 40709, 40719, 40726, 40763, 173568,
+    65, 65, 65, 65, 65, 65, 67, 69, 69, 69, 69, 73, 73, 73, 73, 78, 79, 79, 79, 79, 79, 85, 85, 85, 85, 89,
+    97, 97, 97, 97, 97, 97, 99, 101, 101, 101, 101, 105, 105, 105, 105, 110, 111, 111, 111, 111, 111, 117,
+    117, 117, 117, 121, 121, 65, 97, 65, 97, 65, 97, 67, 99, 67, 99, 67, 99, 67, 99, 68, 100, 69, 101, 69,
+    101, 69, 101, 69, 101, 69, 101, 71, 103, 71, 103, 71, 103, 71, 103, 72, 104, 73, 105, 73, 105, 73, 105,
+    73, 105, 73, 74, 106, 75, 107, 76, 108, 76, 108, 76, 108, 78, 110, 78, 110, 78, 110, 79, 111, 79, 111,
+    79, 111, 82, 114, 82, 114, 82, 114, 83, 115, 83, 115, 83, 115, 83, 115, 84, 116, 84, 116, 85, 117, 85,
+    117, 85, 117, 85, 117, 85, 117, 85, 117, 87, 119, 89, 121, 89, 90, 122, 90, 122, 90, 122, 79, 111, 85,
+    117, 65, 97, 73, 105, 79, 111, 85, 117, 220, 252, 220, 252, 220, 252, 220, 252, 196, 228, 550, 551, 198,
+    230, 71, 103, 75, 107, 79, 111, 490, 491, 439, 658, 106, 71, 103, 78, 110, 197, 229, 198, 230, 216, 248,
+    65, 97, 65, 97, 69, 101, 69, 101, 73, 105, 73, 105, 79, 111, 79, 111, 82, 114, 82, 114, 85, 117, 85,
+    117, 83, 115, 84, 116, 72, 104, 65, 97, 69, 101, 214, 246, 213, 245, 79, 111, 558, 559, 89, 121, 768,
+    769, 787, 776, 697, 59, 168, 913, 183, 917, 919, 921, 927, 933, 937, 970, 921, 933, 945, 949, 951, 953,
+    971, 953, 965, 959, 965, 969, 978, 978, 1045, 1045, 1043, 1030, 1050, 1048, 1059, 1048, 1080, 1077,
+    1077, 1075, 1110, 1082, 1080, 1091, 1140, 1141, 1046, 1078, 1040, 1072, 1040, 1072, 1045, 1077, 1240,
+    1241, 1046, 1078, 1047, 1079, 1048, 1080, 1048, 1080, 1054, 1086, 1256, 1257, 1069, 1101, 1059, 1091,
+    1059, 1091, 1059, 1091, 1063, 1095, 1067, 1099, 1575, 1575, 1608, 1575, 1610, 1749, 1729, 1746, 2344,
+    2352, 2355, 2325, 2326, 2327, 2332, 2337, 2338, 2347, 2351, 2503, 2503, 2465, 2466, 2479, 2610, 2616,
+    2582, 2583, 2588, 2603, 2887, 2887, 2887, 2849, 2850, 2962, 3014, 3015, 3014, 3142, 3263, 3270, 3270,
+    3270, 3274, 3398, 3399, 3398, 3545, 3545, 3548, 3545, 3906, 3916, 3921, 3926, 3931, 3904, 3953, 3953,
+    4018, 4019, 3953, 3986, 3996, 4001, 4006, 4011, 3984, 4133, 6917, 6919, 6921, 6923, 6925, 6929, 6970,
+    6972, 6974, 6975, 6978, 65, 97, 66, 98, 66, 98, 66, 98, 199, 231, 68, 100, 68, 100, 68, 100, 68, 100,
+    68, 100, 274, 275, 274, 275, 69, 101, 69, 101, 552, 553, 70, 102, 71, 103, 72, 104, 72, 104, 72, 104,
+    72, 104, 72, 104, 73, 105, 207, 239, 75, 107, 75, 107, 75, 107, 76, 108, 7734, 7735, 76, 108, 76, 108,
+    77, 109, 77, 109, 77, 109, 78, 110, 78, 110, 78, 110, 78, 110, 213, 245, 213, 245, 332, 333, 332, 333,
+    80, 112, 80, 112, 82, 114, 82, 114, 7770, 7771, 82, 114, 83, 115, 83, 115, 346, 347, 352, 353, 7778,
+    7779, 84, 116, 84, 116, 84, 116, 84, 116, 85, 117, 85, 117, 85, 117, 360, 361, 362, 363, 86, 118, 86,
+    118, 87, 119, 87, 119, 87, 119, 87, 119, 87, 119, 88, 120, 88, 120, 89, 121, 90, 122, 90, 122, 90, 122,
+    104, 116, 119, 121, 383, 65, 97, 65, 97, 194, 226, 194, 226, 194, 226, 194, 226, 7840, 7841, 258, 259,
+    258, 259, 258, 259, 258, 259, 7840, 7841, 69, 101, 69, 101, 69, 101, 202, 234, 202, 234, 202, 234, 202,
+    234, 7864, 7865, 73, 105, 73, 105, 79, 111, 79, 111, 212, 244, 212, 244, 212, 244, 212, 244, 7884, 7885,
+    416, 417, 416, 417, 416, 417, 416, 417, 416, 417, 85, 117, 85, 117, 431, 432, 431, 432, 431, 432, 431,
+    432, 431, 432, 89, 121, 89, 121, 89, 121, 89, 121, 945, 945, 7936, 7937, 7936, 7937, 7936, 7937, 913,
+    913, 7944, 7945, 7944, 7945, 7944, 7945, 949, 949, 7952, 7953, 7952, 7953, 917, 917, 7960, 7961, 7960,
+    7961, 951, 951, 7968, 7969, 7968, 7969, 7968, 7969, 919, 919, 7976, 7977, 7976, 7977, 7976, 7977, 953,
+    953, 7984, 7985, 7984, 7985, 7984, 7985, 921, 921, 7992, 7993, 7992, 7993, 7992, 7993, 959, 959, 8000,
+    8001, 8000, 8001, 927, 927, 8008, 8009, 8008, 8009, 965, 965, 8016, 8017, 8016, 8017, 8016, 8017, 933,
+    8025, 8025, 8025, 969, 969, 8032, 8033, 8032, 8033, 8032, 8033, 937, 937, 8040, 8041, 8040, 8041, 8040,
+    8041, 945, 940, 949, 941, 951, 942, 953, 943, 959, 972, 965, 973, 969, 974, 7936, 7937, 7938, 7939,
+    7940, 7941, 7942, 7943, 7944, 7945, 7946, 7947, 7948, 7949, 7950, 7951, 7968, 7969, 7970, 7971, 7972,
+    7973, 7974, 7975, 7976, 7977, 7978, 7979, 7980, 7981, 7982, 7983, 8032, 8033, 8034, 8035, 8036, 8037,
+    8038, 8039, 8040, 8041, 8042, 8043, 8044, 8045, 8046, 8047, 945, 945, 8048, 945, 940, 945, 8118, 913,
+    913, 913, 902, 913, 953, 168, 8052, 951, 942, 951, 8134, 917, 904, 919, 905, 919, 8127, 8127, 8127, 953,
+    953, 970, 912, 953, 970, 921, 921, 921, 906, 8190, 8190, 8190, 965, 965, 971, 944, 961, 961, 965, 971,
+    933, 933, 933, 910, 929, 168, 901, 96, 8060, 969, 974, 969, 8182, 927, 908, 937, 911, 937, 180, 8194,
+    8195, 937, 75, 197, 8592, 8594, 8596, 8656, 8660, 8658, 8707, 8712, 8715, 8739, 8741, 8764, 8771, 8773,
+    8776, 61, 8801, 8781, 60, 62, 8804, 8805, 8818, 8819, 8822, 8823, 8826, 8827, 8834, 8835, 8838, 8839,
+    8866, 8872, 8873, 8875, 8828, 8829, 8849, 8850, 8882, 8883, 8884, 8885, 12296, 12297, 10973, 12363,
+    12365, 12367, 12369, 12371, 12373, 12375, 12377, 12379, 12381, 12383, 12385, 12388, 12390, 12392, 12399,
+    12399, 12402, 12402, 12405, 12405, 12408, 12408, 12411, 12411, 12358, 12445, 12459, 12461, 12463, 12465,
+    12467, 12469, 12471, 12473, 12475, 12477, 12479, 12481, 12484, 12486, 12488, 12495, 12495, 12498, 12498,
+    12501, 12501, 12504, 12504, 12507, 12507, 12454, 12527, 12528, 12529, 12530, 12541, 35912, 26356, 36554,
+    36040, 28369, 20018, 21477, 40860, 40860, 22865, 37329, 21895, 22856, 25078, 30313, 32645, 34367, 34746,
+    35064, 37007, 27138, 27931, 28889, 29662, 33853, 37226, 39409, 20098, 21365, 27396, 29211, 34349, 40478,
+    23888, 28651, 34253, 35172, 25289, 33240, 34847, 24266, 26391, 28010, 29436, 37070, 20358, 20919, 21214,
+    25796, 27347, 29200, 30439, 32769, 34310, 34396, 36335, 38706, 39791, 40442, 30860, 31103, 32160, 33737,
+    37636, 40575, 35542, 22751, 24324, 31840, 32894, 29282, 30922, 36034, 38647, 22744, 23650, 27155, 28122,
+    28431, 32047, 32311, 38475, 21202, 32907, 20956, 20940, 31260, 32190, 33777, 38517, 35712, 25295, 27138,
+    35582, 20025, 23527, 24594, 29575, 30064, 21271, 30971, 20415, 24489, 19981, 27852, 25976, 32034, 21443,
+    22622, 30465, 33865, 35498, 27578, 36784, 27784, 25342, 33509, 25504, 30053, 20142, 20841, 20937, 26753,
+    31975, 33391, 35538, 37327, 21237, 21570, 22899, 24300, 26053, 28670, 31018, 38317, 39530, 40599, 40654,
+    21147, 26310, 27511, 36706, 24180, 24976, 25088, 25754, 28451, 29001, 29833, 31178, 32244, 32879, 36646,
+    34030, 36899, 37706, 21015, 21155, 21693, 28872, 35010, 35498, 24265, 24565, 25467, 27566, 31806, 29557,
+    20196, 22265, 23527, 23994, 24604, 29618, 29801, 32666, 32838, 37428, 38646, 38728, 38936, 20363, 31150,
+    37300, 38584, 24801, 20102, 20698, 23534, 23615, 26009, 27138, 29134, 30274, 34044, 36988, 40845, 26248,
+    38446, 21129, 26491, 26611, 27969, 28316, 29705, 30041, 30827, 32016, 39006, 20845, 25134, 38520, 20523,
+    23833, 28138, 36650, 24459, 24900, 26647, 29575, 38534, 21033, 21519, 23653, 26131, 26446, 26792, 27877,
+    29702, 30178, 32633, 35023, 35041, 37324, 38626, 21311, 28346, 21533, 29136, 29848, 34298, 38563, 40023,
+    40607, 26519, 28107, 33256, 31435, 31520, 31890, 29376, 28825, 35672, 20160, 33590, 21050, 20999, 24230,
+    25299, 31958, 23429, 27934, 26292, 36667, 34892, 38477, 35211, 24275, 20800, 21952, 22618, 26228, 20958,
+    29482, 30410, 31036, 31070, 31077, 31119, 38742, 31934, 32701, 34322, 35576, 36920, 37117, 39151, 39164,
+    39208, 40372, 37086, 38583, 20398, 20711, 20813, 21193, 21220, 21329, 21917, 22022, 22120, 22592, 22696,
+    23652, 23662, 24724, 24936, 24974, 25074, 25935, 26082, 26257, 26757, 28023, 28186, 28450, 29038, 29227,
+    29730, 30865, 31038, 31049, 31048, 31056, 31062, 31069, 31117, 31118, 31296, 31361, 31680, 32244, 32265,
+    32321, 32626, 32773, 33261, 33401, 33401, 33879, 35088, 35222, 35585, 35641, 36051, 36104, 36790, 36920,
+    38627, 38911, 38971, 24693, 148206, 33304, 20006, 20917, 20840, 20352, 20805, 20864, 21191, 21242,
+    21917, 21845, 21913, 21986, 22618, 22707, 22852, 22868, 23138, 23336, 24274, 24281, 24425, 24493, 24792,
+    24910, 24840, 24974, 24928, 25074, 25140, 25540, 25628, 25682, 25942, 26228, 26391, 26395, 26454, 27513,
+    27578, 27969, 28379, 28363, 28450, 28702, 29038, 30631, 29237, 29359, 29482, 29809, 29958, 30011, 30237,
+    30239, 30410, 30427, 30452, 30538, 30528, 30924, 31409, 31680, 31867, 32091, 32244, 32574, 32773, 33618,
+    33775, 34681, 35137, 35206, 35222, 35519, 35576, 35531, 35585, 35582, 35565, 35641, 35722, 36104, 36664,
+    36978, 37273, 37494, 38524, 38627, 38742, 38875, 38911, 38923, 38971, 39698, 40860, 141386, 141380,
+    144341, 15261, 16408, 16441, 152137, 154832, 163539, 40771, 40846, 1497, 1522, 1513, 1513, 64329, 64329,
+    1488, 1488, 1488, 1489, 1490, 1491, 1492, 1493, 1494, 1496, 1497, 1498, 1499, 1500, 1502, 1504, 1505,
+    1507, 1508, 1510, 1511, 1512, 1513, 1514, 1493, 1489, 1499, 1508, 69785, 69787, 69797, 69937, 69938,
+    70471, 70471, 70841, 70841, 70841, 71096, 71097, 119127, 119128, 119135, 119135, 119135, 119135, 119135,
+    119225, 119226, 119227, 119228, 119227, 119228, 20029, 20024, 20033, 131362, 20320, 20398, 20411, 20482,
+    20602, 20633, 20711, 20687, 13470, 132666, 20813, 20820, 20836, 20855, 132380, 13497, 20839, 20877,
+    132427, 20887, 20900, 20172, 20908, 20917, 168415, 20981, 20995, 13535, 21051, 21062, 21106, 21111,
+    13589, 21191, 21193, 21220, 21242, 21253, 21254, 21271, 21321, 21329, 21338, 21363, 21373, 21375, 21375,
+    21375, 133676, 28784, 21450, 21471, 133987, 21483, 21489, 21510, 21662, 21560, 21576, 21608, 21666,
+    21750, 21776, 21843, 21859, 21892, 21892, 21913, 21931, 21939, 21954, 22294, 22022, 22295, 22097, 22132,
+    20999, 22766, 22478, 22516, 22541, 22411, 22578, 22577, 22700, 136420, 22770, 22775, 22790, 22810,
+    22818, 22882, 136872, 136938, 23020, 23067, 23079, 23000, 23142, 14062, 14076, 23304, 23358, 23358,
+    137672, 23491, 23512, 23527, 23539, 138008, 23551, 23558, 24403, 23586, 14209, 23648, 23662, 23744,
+    23693, 138724, 23875, 138726, 23918, 23915, 23932, 24033, 24034, 14383, 24061, 24104, 24125, 24169,
+    14434, 139651, 14460, 24240, 24243, 24246, 24266, 172946, 24318, 140081, 140081, 33281, 24354, 24354,
+    14535, 144056, 156122, 24418, 24427, 14563, 24474, 24525, 24535, 24569, 24705, 14650, 14620, 24724,
+    141012, 24775, 24904, 24908, 24910, 24908, 24954, 24974, 25010, 24996, 25007, 25054, 25074, 25078,
+    25104, 25115, 25181, 25265, 25300, 25424, 142092, 25405, 25340, 25448, 25475, 25572, 142321, 25634,
+    25541, 25513, 14894, 25705, 25726, 25757, 25719, 14956, 25935, 25964, 143370, 26083, 26360, 26185,
+    15129, 26257, 15112, 15076, 20882, 20885, 26368, 26268, 32941, 17369, 26391, 26395, 26401, 26462, 26451,
+    144323, 15177, 26618, 26501, 26706, 26757, 144493, 26766, 26655, 26900, 15261, 26946, 27043, 27114,
+    27304, 145059, 27355, 15384, 27425, 145575, 27476, 15438, 27506, 27551, 27578, 27579, 146061, 138507,
+    146170, 27726, 146620, 27839, 27853, 27751, 27926, 27966, 28023, 27969, 28009, 28024, 28037, 146718,
+    27956, 28207, 28270, 15667, 28363, 28359, 147153, 28153, 28526, 147294, 147342, 28614, 28729, 28702,
+    28699, 15766, 28746, 28797, 28791, 28845, 132389, 28997, 148067, 29084, 148395, 29224, 29237, 29264,
+    149000, 29312, 29333, 149301, 149524, 29562, 29579, 16044, 29605, 16056, 16056, 29767, 29788, 29809,
+    29829, 29898, 16155, 29988, 150582, 30014, 150674, 30064, 139679, 30224, 151457, 151480, 151620, 16380,
+    16392, 30452, 151795, 151794, 151833, 151859, 30494, 30495, 30495, 30538, 16441, 30603, 16454, 16534,
+    152605, 30798, 30860, 30924, 16611, 153126, 31062, 153242, 153285, 31119, 31211, 16687, 31296, 31306,
+    31311, 153980, 154279, 154279, 31470, 16898, 154539, 31686, 31689, 16935, 154752, 31954, 17056, 31976,
+    31971, 32000, 155526, 32099, 17153, 32199, 32258, 32325, 17204, 156200, 156231, 17241, 156377, 32634,
+    156478, 32661, 32762, 32773, 156890, 156963, 32864, 157096, 32880, 144223, 17365, 32946, 33027, 17419,
+    33086, 23221, 157607, 157621, 144275, 144284, 33281, 33284, 36766, 17515, 33425, 33419, 33437, 21171,
+    33457, 33459, 33469, 33510, 158524, 33509, 33565, 33635, 33709, 33571, 33725, 33767, 33879, 33619,
+    33738, 33740, 33756, 158774, 159083, 158933, 17707, 34033, 34035, 34070, 160714, 34148, 159532, 17757,
+    17761, 159665, 159954, 17771, 34384, 34396, 34407, 34409, 34473, 34440, 34574, 34530, 34681, 34600,
+    34667, 34694, 17879, 34785, 34817, 17913, 34912, 34915, 161383, 35031, 35038, 17973, 35066, 13499,
+    161966, 162150, 18110, 18119, 35488, 35565, 35722, 35925, 162984, 36011, 36033, 36123, 36215, 163631,
+    133124, 36299, 36284, 36336, 133342, 36564, 36664, 165330, 165357, 37012, 37105, 37137, 165678, 37147,
+    37432, 37591, 37592, 37500, 37881, 37909, 166906, 38283, 18837, 38327, 167287, 18918, 38595, 23986,
+    38691, 168261, 168474, 19054, 19062, 38880, 168970, 19122, 169110, 38923, 38923, 38953, 169398, 39138,
+    19251, 39209, 39335, 39362, 39422, 19406, 170800, 39698, 40000, 40189, 19662, 19693, 40295, 172238,
+    19704, 172293, 172558, 172689, 40635, 19798, 40697, 40702, 40709, 40719, 40726, 40763, 173568,
 };
 static const uint32_t qwen3i_uc_second[2060] = {
-    768, 769, 770, 771, 776, 778, 807, 768, 769, 770, 776, 768, 769, 770, 776, 771, 768, 769, 770, 771, 776, 768, 769,
-    770, 776, 769, 768, 769, 770, 771, 776, 778, 807, 768, 769, 770, 776, 768, 769, 770, 776, 771, 768, 769, 770, 771,
-    776, 768, 769, 770, 776, 769, 776, 772, 772, 774, 774, 808, 808, 769, 769, 770, 770, 775, 775, 780, 780, 780, 780,
-    772, 772, 774, 774, 775, 775, 808, 808, 780, 780, 770, 770, 774, 774, 775, 775, 807, 807, 770, 770, 771, 771, 772,
-    772, 774, 774, 808, 808, 775, 770, 770, 807, 807, 769, 769, 807, 807, 780, 780, 769, 769, 807, 807, 780, 780, 772,
-    772, 774, 774, 779, 779, 769, 769, 807, 807, 780, 780, 769, 769, 770, 770, 807, 807, 780, 780, 807, 807, 780, 780,
-    771, 771, 772, 772, 774, 774, 778, 778, 779, 779, 808, 808, 770, 770, 770, 770, 776, 769, 769, 775, 775, 780, 780,
-    795, 795, 795, 795, 780, 780, 780, 780, 780, 780, 780, 780, 772, 772, 769, 769, 780, 780, 768, 768, 772, 772, 772,
-    772, 772, 772, 780, 780, 780, 780, 808, 808, 772, 772, 780, 780, 780, 769, 769, 768, 768, 769, 769, 769, 769, 769,
-    769, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783,
-    785, 785, 806, 806, 806, 806, 780, 780, 775, 775, 807, 807, 772, 772, 772, 772, 775, 775, 772, 772, 772, 772, 0, 0,
-    0, 769, 0, 0, 769, 769, 0, 769, 769, 769, 769, 769, 769, 769, 776, 776, 769, 769, 769, 769, 769, 776, 776, 769, 769,
-    769, 769, 776, 768, 776, 769, 776, 769, 768, 774, 774, 774, 768, 776, 769, 776, 769, 768, 774, 783, 783, 774, 774,
-    774, 774, 776, 776, 774, 774, 776, 776, 776, 776, 776, 776, 772, 772, 776, 776, 776, 776, 776, 776, 776, 776, 772,
-    772, 776, 776, 779, 779, 776, 776, 776, 776, 1619, 1620, 1620, 1621, 1620, 1620, 1620, 1620, 2364, 2364, 2364, 2364,
-    2364, 2364, 2364, 2364, 2364, 2364, 2364, 2494, 2519, 2492, 2492, 2492, 2620, 2620, 2620, 2620, 2620, 2620, 2902,
-    2878, 2903, 2876, 2876, 3031, 3006, 3006, 3031, 3158, 3285, 3285, 3286, 3266, 3285, 3390, 3390, 3415, 3530, 3535,
-    3530, 3551, 4023, 4023, 4023, 4023, 4023, 4021, 3954, 3956, 3968, 3968, 3968, 4023, 4023, 4023, 4023, 4023, 4021,
-    4142, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 805, 805, 775, 775, 803, 803, 817, 817, 769,
-    769, 775, 775, 803, 803, 817, 817, 807, 807, 813, 813, 768, 768, 769, 769, 813, 813, 816, 816, 774, 774, 775, 775,
-    772, 772, 775, 775, 803, 803, 776, 776, 807, 807, 814, 814, 816, 816, 769, 769, 769, 769, 803, 803, 817, 817, 803,
-    803, 772, 772, 817, 817, 813, 813, 769, 769, 775, 775, 803, 803, 775, 775, 803, 803, 817, 817, 813, 813, 769, 769,
-    776, 776, 768, 768, 769, 769, 769, 769, 775, 775, 775, 775, 803, 803, 772, 772, 817, 817, 775, 775, 803, 803, 775,
-    775, 775, 775, 775, 775, 775, 775, 803, 803, 817, 817, 813, 813, 804, 804, 816, 816, 813, 813, 769, 769, 776, 776,
-    771, 771, 803, 803, 768, 768, 769, 769, 776, 776, 775, 775, 803, 803, 775, 775, 776, 776, 775, 775, 770, 770, 803,
-    803, 817, 817, 817, 776, 778, 778, 775, 803, 803, 777, 777, 769, 769, 768, 768, 777, 777, 771, 771, 770, 770, 769,
-    769, 768, 768, 777, 777, 771, 771, 774, 774, 803, 803, 777, 777, 771, 771, 769, 769, 768, 768, 777, 777, 771, 771,
-    770, 770, 777, 777, 803, 803, 803, 803, 777, 777, 769, 769, 768, 768, 777, 777, 771, 771, 770, 770, 769, 769, 768,
-    768, 777, 777, 771, 771, 803, 803, 803, 803, 777, 777, 769, 769, 768, 768, 777, 777, 771, 771, 803, 803, 768, 768,
-    803, 803, 777, 777, 771, 771, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834, 787,
-    788, 768, 768, 769, 769, 787, 788, 768, 768, 769, 769, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768, 768,
-    769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768,
-    768, 769, 769, 787, 788, 768, 768, 769, 769, 787, 788, 768, 768, 769, 769, 834, 834, 788, 768, 769, 834, 787, 788,
-    768, 768, 769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834, 768, 0, 768, 0, 768, 0, 768, 0, 768, 0, 768,
-    0, 768, 0, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837,
-    837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837,
-    837, 837, 837, 837, 774, 772, 837, 837, 837, 834, 837, 774, 772, 768, 0, 837, 0, 834, 837, 837, 837, 834, 837, 768,
-    0, 768, 0, 837, 768, 769, 834, 774, 772, 768, 0, 834, 834, 774, 772, 768, 0, 768, 769, 834, 774, 772, 768, 0, 787,
-    788, 834, 834, 774, 772, 768, 0, 788, 768, 0, 0, 837, 837, 837, 834, 837, 768, 0, 768, 0, 837, 0, 0, 0, 0, 0, 0,
-    824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824,
-    824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 0, 0, 824,
-    12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441,
-    12442, 12441, 12442, 12441, 12442, 12441, 12442, 12441, 12442, 12441, 12441, 12441, 12441, 12441, 12441, 12441,
-    12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12442, 12441, 12442, 12441, 12442,
-    12441, 12442, 12441, 12442, 12441, 12441, 12441, 12441, 12441, 12441, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1460, 1463, 1473, 1474, 1473, 1474, 1463, 1464, 1468, 1468, 1468,
-    1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468,
-    1465, 1471, 1471, 1471, 69818, 69818, 69818, 69927, 69927, 70462, 70487, 70842, 70832, 70845, 71087, 71087, 119141,
-    119141, 119150, 119151, 119152, 119153, 119154, 119141, 119141, 119150, 119150, 119151, 119151, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
-    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    768, 769, 770, 771, 776, 778, 807, 768, 769, 770, 776, 768, 769, 770, 776, 771, 768, 769, 770, 771, 776,
+    768, 769, 770, 776, 769, 768, 769, 770, 771, 776, 778, 807, 768, 769, 770, 776, 768, 769, 770, 776, 771,
+    768, 769, 770, 771, 776, 768, 769, 770, 776, 769, 776, 772, 772, 774, 774, 808, 808, 769, 769, 770, 770,
+    775, 775, 780, 780, 780, 780, 772, 772, 774, 774, 775, 775, 808, 808, 780, 780, 770, 770, 774, 774, 775,
+    775, 807, 807, 770, 770, 771, 771, 772, 772, 774, 774, 808, 808, 775, 770, 770, 807, 807, 769, 769, 807,
+    807, 780, 780, 769, 769, 807, 807, 780, 780, 772, 772, 774, 774, 779, 779, 769, 769, 807, 807, 780, 780,
+    769, 769, 770, 770, 807, 807, 780, 780, 807, 807, 780, 780, 771, 771, 772, 772, 774, 774, 778, 778, 779,
+    779, 808, 808, 770, 770, 770, 770, 776, 769, 769, 775, 775, 780, 780, 795, 795, 795, 795, 780, 780, 780,
+    780, 780, 780, 780, 780, 772, 772, 769, 769, 780, 780, 768, 768, 772, 772, 772, 772, 772, 772, 780, 780,
+    780, 780, 808, 808, 772, 772, 780, 780, 780, 769, 769, 768, 768, 769, 769, 769, 769, 769, 769, 783, 783,
+    785, 785, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783, 785, 785, 783, 783, 785,
+    785, 806, 806, 806, 806, 780, 780, 775, 775, 807, 807, 772, 772, 772, 772, 775, 775, 772, 772, 772, 772,
+    0, 0, 0, 769, 0, 0, 769, 769, 0, 769, 769, 769, 769, 769, 769, 769, 776, 776, 769, 769, 769, 769, 769,
+    776, 776, 769, 769, 769, 769, 776, 768, 776, 769, 776, 769, 768, 774, 774, 774, 768, 776, 769, 776, 769,
+    768, 774, 783, 783, 774, 774, 774, 774, 776, 776, 774, 774, 776, 776, 776, 776, 776, 776, 772, 772, 776,
+    776, 776, 776, 776, 776, 776, 776, 772, 772, 776, 776, 779, 779, 776, 776, 776, 776, 1619, 1620, 1620,
+    1621, 1620, 1620, 1620, 1620, 2364, 2364, 2364, 2364, 2364, 2364, 2364, 2364, 2364, 2364, 2364, 2494,
+    2519, 2492, 2492, 2492, 2620, 2620, 2620, 2620, 2620, 2620, 2902, 2878, 2903, 2876, 2876, 3031, 3006,
+    3006, 3031, 3158, 3285, 3285, 3286, 3266, 3285, 3390, 3390, 3415, 3530, 3535, 3530, 3551, 4023, 4023,
+    4023, 4023, 4023, 4021, 3954, 3956, 3968, 3968, 3968, 4023, 4023, 4023, 4023, 4023, 4021, 4142, 6965,
+    6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 6965, 805, 805, 775, 775, 803, 803, 817, 817, 769,
+    769, 775, 775, 803, 803, 817, 817, 807, 807, 813, 813, 768, 768, 769, 769, 813, 813, 816, 816, 774, 774,
+    775, 775, 772, 772, 775, 775, 803, 803, 776, 776, 807, 807, 814, 814, 816, 816, 769, 769, 769, 769, 803,
+    803, 817, 817, 803, 803, 772, 772, 817, 817, 813, 813, 769, 769, 775, 775, 803, 803, 775, 775, 803, 803,
+    817, 817, 813, 813, 769, 769, 776, 776, 768, 768, 769, 769, 769, 769, 775, 775, 775, 775, 803, 803, 772,
+    772, 817, 817, 775, 775, 803, 803, 775, 775, 775, 775, 775, 775, 775, 775, 803, 803, 817, 817, 813, 813,
+    804, 804, 816, 816, 813, 813, 769, 769, 776, 776, 771, 771, 803, 803, 768, 768, 769, 769, 776, 776, 775,
+    775, 803, 803, 775, 775, 776, 776, 775, 775, 770, 770, 803, 803, 817, 817, 817, 776, 778, 778, 775, 803,
+    803, 777, 777, 769, 769, 768, 768, 777, 777, 771, 771, 770, 770, 769, 769, 768, 768, 777, 777, 771, 771,
+    774, 774, 803, 803, 777, 777, 771, 771, 769, 769, 768, 768, 777, 777, 771, 771, 770, 770, 777, 777, 803,
+    803, 803, 803, 777, 777, 769, 769, 768, 768, 777, 777, 771, 771, 770, 770, 769, 769, 768, 768, 777, 777,
+    771, 771, 803, 803, 803, 803, 777, 777, 769, 769, 768, 768, 777, 777, 771, 771, 803, 803, 768, 768, 803,
+    803, 777, 777, 771, 771, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834,
+    787, 788, 768, 768, 769, 769, 787, 788, 768, 768, 769, 769, 787, 788, 768, 768, 769, 769, 834, 834, 787,
+    788, 768, 768, 769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768, 768, 769, 769,
+    834, 834, 787, 788, 768, 768, 769, 769, 787, 788, 768, 768, 769, 769, 787, 788, 768, 768, 769, 769, 834,
+    834, 788, 768, 769, 834, 787, 788, 768, 768, 769, 769, 834, 834, 787, 788, 768, 768, 769, 769, 834, 834,
+    768, 0, 768, 0, 768, 0, 768, 0, 768, 0, 768, 0, 768, 0, 837, 837, 837, 837, 837, 837, 837, 837, 837,
+    837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837,
+    837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 837, 774, 772, 837,
+    837, 837, 834, 837, 774, 772, 768, 0, 837, 0, 834, 837, 837, 837, 834, 837, 768, 0, 768, 0, 837, 768,
+    769, 834, 774, 772, 768, 0, 834, 834, 774, 772, 768, 0, 768, 769, 834, 774, 772, 768, 0, 787, 788, 834,
+    834, 774, 772, 768, 0, 788, 768, 0, 0, 837, 837, 837, 834, 837, 768, 0, 768, 0, 837, 0, 0, 0, 0, 0, 0,
+    824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824,
+    824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824, 824,
+    824, 824, 0, 0, 824, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441,
+    12441, 12441, 12441, 12441, 12442, 12441, 12442, 12441, 12442, 12441, 12442, 12441, 12442, 12441, 12441,
+    12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441, 12441,
+    12441, 12442, 12441, 12442, 12441, 12442, 12441, 12442, 12441, 12442, 12441, 12441, 12441, 12441, 12441,
+    12441, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 1460, 1463, 1473, 1474, 1473, 1474, 1463, 1464, 1468, 1468, 1468, 1468, 1468,
+    1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468, 1468,
+    1465, 1471, 1471, 1471, 69818, 69818, 69818, 69927, 69927, 70462, 70487, 70842, 70832, 70845, 71087,
+    71087, 119141, 119141, 119150, 119151, 119152, 119153, 119154, 119141, 119141, 119150, 119150, 119151,
+    119151, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
 };
 static const uint16_t qwen3i_uc_compose[940] = {
-    912, 909, 913, 0, 1, 2, 3, 53, 55, 238, 4, 572, 5, 165, 208, 210, 570, 415, 57, 417, 419, 421, 59, 61, 63, 65, 6,
-    425, 67, 427, 431, 433, 429, 7, 8, 9, 598, 69, 71, 73, 10, 596, 77, 212, 214, 594, 240, 75, 439, 441, 445, 198, 79,
-    447, 81, 83, 187, 85, 87, 449, 453, 236, 451, 455, 457, 11, 12, 13, 89, 91, 93, 97, 14, 610, 167, 216, 218, 612, 95,
-    459, 98, 463, 189, 465, 100, 467, 102, 106, 469, 104, 475, 473, 477, 479, 481, 200, 108, 15, 483, 112, 485, 110,
-    489, 487, 16, 17, 18, 19, 114, 116, 246, 20, 616, 118, 169, 220, 222, 161, 614, 191, 499, 501, 120, 503, 124, 224,
-    226, 505, 122, 509, 126, 128, 511, 132, 513, 232, 130, 521, 136, 523, 234, 134, 527, 525, 21, 22, 23, 138, 140, 142,
-    24, 640, 144, 146, 171, 228, 230, 163, 638, 529, 148, 533, 531, 539, 541, 543, 545, 150, 549, 547, 551, 553, 555,
-    652, 25, 152, 658, 250, 557, 154, 656, 654, 155, 559, 157, 159, 561, 563, 26, 27, 28, 29, 54, 56, 239, 30, 573, 31,
-    166, 209, 211, 571, 416, 58, 418, 420, 422, 60, 62, 64, 66, 32, 426, 68, 428, 432, 434, 430, 33, 34, 35, 599, 70,
-    72, 74, 36, 597, 78, 213, 215, 595, 241, 76, 440, 442, 446, 199, 80, 448, 82, 84, 188, 86, 88, 450, 454, 237, 452,
-    456, 458, 565, 37, 38, 39, 90, 92, 94, 40, 611, 168, 217, 219, 613, 96, 460, 99, 197, 464, 190, 466, 101, 468, 103,
-    107, 470, 105, 476, 474, 478, 480, 482, 201, 109, 41, 484, 113, 486, 111, 490, 488, 42, 43, 44, 45, 115, 117, 247,
-    46, 617, 119, 170, 221, 223, 162, 615, 192, 500, 502, 121, 504, 125, 225, 227, 506, 123, 510, 127, 129, 512, 133,
-    514, 233, 131, 522, 566, 137, 524, 235, 135, 528, 526, 47, 48, 49, 139, 141, 143, 50, 641, 145, 147, 172, 229, 231,
-    164, 639, 530, 149, 534, 532, 540, 542, 544, 546, 151, 550, 548, 567, 552, 554, 556, 653, 51, 153, 659, 251, 558,
-    52, 657, 568, 655, 156, 560, 158, 160, 562, 564, 875, 258, 835, 576, 574, 580, 578, 181, 202, 204, 185, 423, 602,
-    600, 606, 604, 461, 620, 618, 624, 622, 491, 244, 493, 242, 206, 179, 175, 173, 177, 577, 575, 581, 579, 182, 203,
-    205, 186, 424, 603, 601, 607, 605, 462, 621, 619, 625, 623, 492, 245, 494, 243, 207, 180, 176, 174, 178, 586, 584,
-    590, 588, 587, 585, 591, 589, 435, 437, 436, 438, 495, 497, 496, 498, 515, 516, 517, 518, 535, 536, 537, 538, 569,
-    630, 628, 634, 632, 636, 631, 629, 635, 633, 637, 644, 642, 648, 646, 650, 645, 643, 649, 647, 651, 195, 193, 194,
-    183, 184, 443, 444, 248, 249, 196, 831, 259, 830, 829, 668, 669, 833, 841, 261, 682, 683, 843, 262, 696, 697, 845,
-    857, 263, 856, 855, 268, 712, 713, 883, 264, 726, 727, 874, 872, 265, 871, 870, 269, 740, 885, 266, 752, 753, 887,
-    826, 838, 760, 270, 823, 822, 660, 661, 827, 825, 762, 271, 676, 677, 764, 272, 688, 689, 839, 837, 766, 273, 850,
-    849, 275, 704, 705, 853, 768, 277, 720, 721, 866, 867, 770, 278, 863, 862, 276, 732, 733, 868, 772, 279, 744, 745,
-    881, 879, 851, 267, 854, 864, 274, 869, 880, 280, 281, 285, 302, 304, 284, 282, 306, 283, 300, 310, 312, 287, 314,
-    289, 316, 286, 318, 324, 288, 326, 328, 330, 332, 322, 303, 305, 293, 291, 307, 292, 301, 311, 313, 296, 315, 290,
-    317, 295, 319, 325, 297, 327, 329, 331, 333, 323, 294, 298, 299, 308, 309, 320, 321, 334, 335, 337, 336, 338, 340,
-    341, 339, 342, 343, 344, 353, 354, 365, 364, 366, 369, 370, 372, 371, 373, 374, 377, 375, 376, 378, 379, 381, 380,
-    382, 383, 385, 384, 403, 404, 405, 406, 407, 408, 409, 410, 411, 412, 413, 414, 471, 472, 507, 508, 519, 520, 582,
-    592, 583, 593, 608, 609, 626, 627, 662, 664, 666, 774, 663, 665, 667, 775, 776, 777, 778, 779, 780, 781, 670, 672,
-    674, 782, 671, 673, 675, 783, 784, 785, 786, 787, 788, 789, 678, 680, 679, 681, 684, 686, 685, 687, 690, 692, 694,
-    790, 691, 693, 695, 791, 792, 793, 794, 795, 796, 797, 698, 700, 702, 798, 699, 701, 703, 799, 800, 801, 802, 803,
-    804, 805, 706, 708, 710, 707, 709, 711, 714, 716, 718, 715, 717, 719, 722, 724, 723, 725, 728, 730, 729, 731, 734,
-    736, 738, 735, 737, 739, 741, 742, 743, 746, 748, 750, 806, 747, 749, 751, 807, 808, 809, 810, 811, 812, 813, 754,
-    756, 758, 814, 755, 757, 759, 815, 816, 817, 818, 819, 820, 821, 824, 836, 878, 828, 846, 847, 848, 840, 882, 859,
-    860, 861, 894, 895, 896, 897, 899, 898, 900, 901, 902, 903, 904, 905, 906, 907, 908, 911, 910, 914, 915, 916, 917,
-    918, 919, 920, 921, 930, 931, 922, 923, 924, 925, 932, 933, 926, 927, 928, 929, 934, 935, 936, 937, 966, 941, 942,
-    943, 944, 945, 946, 947, 948, 949, 950, 951, 952, 953, 954, 955, 956, 957, 958, 959, 960, 961, 962, 963, 964, 965,
-    967, 993, 968, 969, 970, 971, 972, 973, 974, 975, 976, 977, 978, 979, 980, 981, 982, 983, 984, 985, 986, 987, 988,
-    989, 990, 991, 992, 994, 995, 996, 997, 998, 1493, 1494, 1495, 1496, 1497, 1498, 1499, 1501, 1500, 1502, 1503, 1504,
+    912, 909, 913, 0, 1, 2, 3, 53, 55, 238, 4, 572, 5, 165, 208, 210, 570, 415, 57, 417, 419, 421, 59, 61,
+    63, 65, 6, 425, 67, 427, 431, 433, 429, 7, 8, 9, 598, 69, 71, 73, 10, 596, 77, 212, 214, 594, 240, 75,
+    439, 441, 445, 198, 79, 447, 81, 83, 187, 85, 87, 449, 453, 236, 451, 455, 457, 11, 12, 13, 89, 91, 93,
+    97, 14, 610, 167, 216, 218, 612, 95, 459, 98, 463, 189, 465, 100, 467, 102, 106, 469, 104, 475, 473,
+    477, 479, 481, 200, 108, 15, 483, 112, 485, 110, 489, 487, 16, 17, 18, 19, 114, 116, 246, 20, 616, 118,
+    169, 220, 222, 161, 614, 191, 499, 501, 120, 503, 124, 224, 226, 505, 122, 509, 126, 128, 511, 132, 513,
+    232, 130, 521, 136, 523, 234, 134, 527, 525, 21, 22, 23, 138, 140, 142, 24, 640, 144, 146, 171, 228,
+    230, 163, 638, 529, 148, 533, 531, 539, 541, 543, 545, 150, 549, 547, 551, 553, 555, 652, 25, 152, 658,
+    250, 557, 154, 656, 654, 155, 559, 157, 159, 561, 563, 26, 27, 28, 29, 54, 56, 239, 30, 573, 31, 166,
+    209, 211, 571, 416, 58, 418, 420, 422, 60, 62, 64, 66, 32, 426, 68, 428, 432, 434, 430, 33, 34, 35, 599,
+    70, 72, 74, 36, 597, 78, 213, 215, 595, 241, 76, 440, 442, 446, 199, 80, 448, 82, 84, 188, 86, 88, 450,
+    454, 237, 452, 456, 458, 565, 37, 38, 39, 90, 92, 94, 40, 611, 168, 217, 219, 613, 96, 460, 99, 197,
+    464, 190, 466, 101, 468, 103, 107, 470, 105, 476, 474, 478, 480, 482, 201, 109, 41, 484, 113, 486, 111,
+    490, 488, 42, 43, 44, 45, 115, 117, 247, 46, 617, 119, 170, 221, 223, 162, 615, 192, 500, 502, 121, 504,
+    125, 225, 227, 506, 123, 510, 127, 129, 512, 133, 514, 233, 131, 522, 566, 137, 524, 235, 135, 528, 526,
+    47, 48, 49, 139, 141, 143, 50, 641, 145, 147, 172, 229, 231, 164, 639, 530, 149, 534, 532, 540, 542,
+    544, 546, 151, 550, 548, 567, 552, 554, 556, 653, 51, 153, 659, 251, 558, 52, 657, 568, 655, 156, 560,
+    158, 160, 562, 564, 875, 258, 835, 576, 574, 580, 578, 181, 202, 204, 185, 423, 602, 600, 606, 604, 461,
+    620, 618, 624, 622, 491, 244, 493, 242, 206, 179, 175, 173, 177, 577, 575, 581, 579, 182, 203, 205, 186,
+    424, 603, 601, 607, 605, 462, 621, 619, 625, 623, 492, 245, 494, 243, 207, 180, 176, 174, 178, 586, 584,
+    590, 588, 587, 585, 591, 589, 435, 437, 436, 438, 495, 497, 496, 498, 515, 516, 517, 518, 535, 536, 537,
+    538, 569, 630, 628, 634, 632, 636, 631, 629, 635, 633, 637, 644, 642, 648, 646, 650, 645, 643, 649, 647,
+    651, 195, 193, 194, 183, 184, 443, 444, 248, 249, 196, 831, 259, 830, 829, 668, 669, 833, 841, 261, 682,
+    683, 843, 262, 696, 697, 845, 857, 263, 856, 855, 268, 712, 713, 883, 264, 726, 727, 874, 872, 265, 871,
+    870, 269, 740, 885, 266, 752, 753, 887, 826, 838, 760, 270, 823, 822, 660, 661, 827, 825, 762, 271, 676,
+    677, 764, 272, 688, 689, 839, 837, 766, 273, 850, 849, 275, 704, 705, 853, 768, 277, 720, 721, 866, 867,
+    770, 278, 863, 862, 276, 732, 733, 868, 772, 279, 744, 745, 881, 879, 851, 267, 854, 864, 274, 869, 880,
+    280, 281, 285, 302, 304, 284, 282, 306, 283, 300, 310, 312, 287, 314, 289, 316, 286, 318, 324, 288, 326,
+    328, 330, 332, 322, 303, 305, 293, 291, 307, 292, 301, 311, 313, 296, 315, 290, 317, 295, 319, 325, 297,
+    327, 329, 331, 333, 323, 294, 298, 299, 308, 309, 320, 321, 334, 335, 337, 336, 338, 340, 341, 339, 342,
+    343, 344, 353, 354, 365, 364, 366, 369, 370, 372, 371, 373, 374, 377, 375, 376, 378, 379, 381, 380, 382,
+    383, 385, 384, 403, 404, 405, 406, 407, 408, 409, 410, 411, 412, 413, 414, 471, 472, 507, 508, 519, 520,
+    582, 592, 583, 593, 608, 609, 626, 627, 662, 664, 666, 774, 663, 665, 667, 775, 776, 777, 778, 779, 780,
+    781, 670, 672, 674, 782, 671, 673, 675, 783, 784, 785, 786, 787, 788, 789, 678, 680, 679, 681, 684, 686,
+    685, 687, 690, 692, 694, 790, 691, 693, 695, 791, 792, 793, 794, 795, 796, 797, 698, 700, 702, 798, 699,
+    701, 703, 799, 800, 801, 802, 803, 804, 805, 706, 708, 710, 707, 709, 711, 714, 716, 718, 715, 717, 719,
+    722, 724, 723, 725, 728, 730, 729, 731, 734, 736, 738, 735, 737, 739, 741, 742, 743, 746, 748, 750, 806,
+    747, 749, 751, 807, 808, 809, 810, 811, 812, 813, 754, 756, 758, 814, 755, 757, 759, 815, 816, 817, 818,
+    819, 820, 821, 824, 836, 878, 828, 846, 847, 848, 840, 882, 859, 860, 861, 894, 895, 896, 897, 899, 898,
+    900, 901, 902, 903, 904, 905, 906, 907, 908, 911, 910, 914, 915, 916, 917, 918, 919, 920, 921, 930, 931,
+    922, 923, 924, 925, 932, 933, 926, 927, 928, 929, 934, 935, 936, 937, 966, 941, 942, 943, 944, 945, 946,
+    947, 948, 949, 950, 951, 952, 953, 954, 955, 956, 957, 958, 959, 960, 961, 962, 963, 964, 965, 967, 993,
+    968, 969, 970, 971, 972, 973, 974, 975, 976, 977, 978, 979, 980, 981, 982, 983, 984, 985, 986, 987, 988,
+    989, 990, 991, 992, 994, 995, 996, 997, 998, 1493, 1494, 1495, 1496, 1497, 1498, 1499, 1501, 1500, 1502,
+    1503, 1504,
 };
 /* generated by tools/gen_unicode.py: end */
 
-/* ---- properties -------------------------------------------------------------------------------------- */
+/* ---- properties ------------------------------------------------------------------------------ */
 /* Index of the last of n ascending keys that is not above key; keys[0] is. */
 static int qwen3i_uc_search(const uint32_t *keys, int n, int stride, uint32_t key) {
     int low = 0, high = n;              /* keys[low] <= key < keys[high] */
@@ -4005,7 +4231,7 @@ static int qwen3i_class(const unsigned char *classes, uint32_t c) {
     return c < QWEN3I_CLASSES_LOW ? classes[c] : qwen3i_uc_property(c) & 7;
 }
 
-/* ---- normal form C ----------------------------------------------------------------------------------- */
+/* ---- normal form C --------------------------------------------------------------------------- */
 enum { QWEN3I_S = 0xAC00, QWEN3I_L = 0x1100, QWEN3I_V = 0x1161, QWEN3I_T = 0x11A7,    /* Hangul is arithmetic */
        QWEN3I_LS = 19, QWEN3I_VS = 21, QWEN3I_TS = 28, QWEN3I_SS = 11172 };
 
@@ -4152,7 +4378,8 @@ static const char *qwen3i_skip_ascii(const char *p, const char *end) {
    is then in w->text; NULL: no memory. Only the regions around characters that can change are touched. */
 static const char *qwen3i_normalize(qwen3i_nfc *w, const unsigned char *classes, int nfc,
                                     const char *text, size_t n, size_t *out_n) {
-    const char *p = text, *end = text + n, *copied = text, *before = text;  /* before: the last safe character */
+    /* before: the last safe character */
+    const char *p = text, *end = text + n, *copied = text, *before = text;
     w->text.n = 0;
     while (p < end) {
         uint32_t c;
@@ -4168,11 +4395,13 @@ static const char *qwen3i_normalize(qwen3i_nfc *w, const unsigned char *classes,
         if (unsafe) {
             if (!qwen3i_buf_add(&w->text, copied, (size_t)(before - copied))) return NULL;
             do p += length;
-            while (p < end && (length = qwen3i_utf8_get(p, end, &c), qwen3i_class(classes, c) & QWEN3I_UNSAFE));
+            while (p < end && (length = qwen3i_utf8_get(p, end, &c),
+                               qwen3i_class(classes, c) & QWEN3I_UNSAFE));
             if (!qwen3i_nfc_region(w, before, p)) return NULL;
             copied = before = p;
         } else if (!valid) {
-            if (!qwen3i_buf_add(&w->text, copied, (size_t)(p - copied)) || !qwen3i_buf_add(&w->text, "\xEF\xBF\xBD", 3))
+            if (!qwen3i_buf_add(&w->text, copied, (size_t)(p - copied)) ||
+                !qwen3i_buf_add(&w->text, "\xEF\xBF\xBD", 3))
                 return NULL;
             copied = before = p += length;
         } else { before = p; p += length; }
@@ -4197,9 +4426,12 @@ static const char *qwen3i_normalize(qwen3i_nfc *w, const unsigned char *classes,
 #define QWEN3I_WORD_EXPRESSION "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}|" \
                                " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 
-typedef struct qwen3i_text { uint32_t start, length; } qwen3i_text;     /* in bytes; length 0: there is no such token */
-typedef struct qwen3i_pair { uint32_t left, right, id; } qwen3i_pair;   /* two tokens and what they merge to */
-typedef struct qwen3i_table { uint32_t *slots, mask, used; } qwen3i_table;  /* slot: tag << 24 | index, or NONE */
+/* in bytes; length 0: there is no such token */
+typedef struct qwen3i_text { uint32_t start, length; } qwen3i_text;
+/* two tokens and what they merge to */
+typedef struct qwen3i_pair { uint32_t left, right, id; } qwen3i_pair;
+/* slot: tag << 24 | index, or NONE */
+typedef struct qwen3i_table { uint32_t *slots, mask, used; } qwen3i_table;
 
 enum { QWEN3I_ADDED_SPECIAL = 1, QWEN3I_ADDED_PLAIN = 2, QWEN3I_ADDED_RAW = 4, QWEN3I_ADDED_NORMALIZED = 8,
        QWEN3I_ADDED_UNSPOKEN = 16, QWEN3I_ADDED_ALL = 31 };
@@ -4245,7 +4477,7 @@ static void qwen3i_tokenizer_free(qwen3i_tokenizer *t) {
     qwen3i_free(&a, t, sizeof *t);
 }
 
-/* ---- lookup ------------------------------------------------------------------------------------------ */
+/* ---- lookup ---------------------------------------------------------------------------------- */
 static uint32_t qwen3i_word_hash(const char *p, size_t n) {
     uint64_t h = qwen3i_hash(0, p, n);
     return (uint32_t)(h ^ (h >> 32));
@@ -4297,11 +4529,13 @@ static uint32_t qwen3i_rank(const qwen3i_tokenizer *t, uint32_t left, uint32_t r
 }
 
 /* The longest added token of these kinds that starts at p; NULL: none does. */
-static const qwen3i_added *qwen3i_added_at(const qwen3i_tokenizer *t, const char *p, const char *end, int kinds) {
+static const qwen3i_added *qwen3i_added_at(const qwen3i_tokenizer *t, const char *p, const char *end,
+                                           int kinds) {
     int low = 0, high = t->n_added, middle, stop;
     uint32_t depth;
     const qwen3i_added *best = NULL, *shortest;
-    for (depth = 0; low < high && p < end; depth++, p++) {  /* [low, high): those that start with the bytes so far */
+    /* [low, high): those that start with the bytes so far */
+    for (depth = 0; low < high && p < end; depth++, p++) {
         unsigned char c = (unsigned char)*p;
         if (t->added[low].length == depth) low++;
         for (stop = high; low < stop;) {
@@ -4319,8 +4553,8 @@ static const qwen3i_added *qwen3i_added_at(const qwen3i_tokenizer *t, const char
 }
 
 /* The first added token of these kinds from p on: *at is where it starts, or end if there is none. */
-static const qwen3i_added *qwen3i_added_next(const qwen3i_tokenizer *t, const char *p, const char *end, int kinds,
-                                             const char **at) {
+static const qwen3i_added *qwen3i_added_next(const qwen3i_tokenizer *t, const char *p, const char *end,
+                                             int kinds, const char **at) {
     for (; p < end; p++) {
         const qwen3i_added *hit;
         if (!t->added_first[(unsigned char)*p]) continue;
@@ -4351,7 +4585,7 @@ static int qwen3i_is_special(const qwen3i_tokenizer *t, qwen3_token id) {
     return a && (a->kinds & QWEN3I_ADDED_SPECIAL);
 }
 
-/* ---- words ------------------------------------------------------------------------------------------- */
+/* ---- words ----------------------------------------------------------------------------------- */
 static int qwen3i_class_at(const qwen3i_tokenizer *t, const char *p, const char *end, int *length) {
     uint32_t c;
     *length = 1;
@@ -4402,7 +4636,7 @@ static const char *qwen3i_word_end(const qwen3i_tokenizer *t, const char *p, con
     return q;
 }
 
-/* ---- merging ----------------------------------------------------------------------------------------- */
+/* ---- merging --------------------------------------------------------------------------------- */
 /* BPE of a word of at most QWEN3I_SHORT_WORD bytes into ids; returns how many. */
 static int qwen3i_merge_short(const qwen3i_tokenizer *t, const char *p, int n, uint32_t *ids) {
     uint32_t rank[QWEN3I_SHORT_WORD];   /* [i]: of the merge of ids[i] and ids[i+1] */
@@ -4422,7 +4656,8 @@ static int qwen3i_merge_short(const qwen3i_tokenizer *t, const char *p, int n, u
 }
 
 /* Long words: a list of symbols and a heap of possible merges, by rank and then from the left. */
-typedef struct qwen3i_symbol { uint32_t id, previous, next, rank; } qwen3i_symbol;  /* rank: of the merge with next */
+/* rank: of the merge with next */
+typedef struct qwen3i_symbol { uint32_t id, previous, next, rank; } qwen3i_symbol;
 typedef struct qwen3i_merger {
     const qwen3i_tokenizer *t;
     qwen3i_symbol *symbols;
@@ -4492,7 +4727,7 @@ static int qwen3i_merge_long(qwen3i_merger *m, qwen3i_buf *work, const char *p, 
     return 1;
 }
 
-/* ---- encoding ---------------------------------------------------------------------------------------- */
+/* ---- encoding -------------------------------------------------------------------------------- */
 typedef struct qwen3i_encoder {
     const qwen3i_tokenizer *t;
     qwen3_token *out;                   /* [cap] */
@@ -4575,7 +4810,8 @@ static qwen3_result qwen3i_encode_special(qwen3i_encoder *e, const char *p, size
     const char *end = p + n, *at;
     qwen3_result r = QWEN3_OK;
     for (; p < end && r == QWEN3_OK; p = at) {
-        const qwen3i_added *hit = qwen3i_added_next(e->t, p, end, QWEN3I_ADDED_ALL & ~QWEN3I_ADDED_NORMALIZED, &at);
+        const qwen3i_added *hit = qwen3i_added_next(e->t, p, end,
+                                                    QWEN3I_ADDED_ALL & ~QWEN3I_ADDED_NORMALIZED, &at);
         r = qwen3i_encode_text(e, p, (size_t)(at - p), QWEN3I_ADDED_ALL);
         if (hit && r == QWEN3_OK) { qwen3i_put(e, (uint32_t)hit->id); at += hit->length; }
     }
@@ -4583,11 +4819,12 @@ static qwen3_result qwen3i_encode_special(qwen3i_encoder *e, const char *p, size
 }
 
 /* A count, or a negative result that err explains. */
-static int qwen3i_encode(const qwen3_model *m, const char *text, size_t n_bytes, int flags, qwen3_token *out, int cap,
-                         const qwen3i_err *err) {
+static int qwen3i_encode(const qwen3_model *m, const char *text, size_t n_bytes, int flags, qwen3_token *out,
+                         int cap, const qwen3i_err *err) {
     qwen3i_encoder e;
     int n;
-    if (!m->tokenizer) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
+    if (!m->tokenizer)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
     if (n_bytes == 0) return 0;
     e = qwen3i_encoder_make(m->tokenizer, out, cap);
     n = qwen3i_encoder_end(&e, flags & QWEN3_PARSE_SPECIAL ? qwen3i_encode_special(&e, text, n_bytes)
@@ -4601,7 +4838,8 @@ QWEN3_API int qwen3_encode(const qwen3_model *m, const char *text, size_t n_byte
     const qwen3i_err err = qwen3i_err_begin(err_text, err_size);
     if (!m || (!text && n_bytes) || cap < 0 || (!out && cap))
         return qwen3i_fail(&err, QWEN3_ERR_ARG, "model, text or out is NULL, or cap (%d) negative", cap);
-    if (flags & ~QWEN3_PARSE_SPECIAL) return qwen3i_fail(&err, QWEN3_ERR_ARG, "flags has unknown bits: %d", flags);
+    if (flags & ~QWEN3_PARSE_SPECIAL)
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "flags has unknown bits: %d", flags);
     return qwen3i_encode(m, text, n_bytes, flags, out, cap, &err);
 }
 
@@ -4626,14 +4864,16 @@ static int qwen3i_append_text(char *out, int cap, int n, const char *bytes, int 
     return n_bytes > INT_MAX - 1 - n ? INT_MAX - 1 : n + n_bytes;
 }
 
-QWEN3_API int qwen3_detokenize(const qwen3_model *m, const qwen3_token *tokens, int n, int flags, char *out, int cap) {
+QWEN3_API int qwen3_detokenize(const qwen3_model *m, const qwen3_token *tokens, int n, int flags, char *out,
+                               int cap) {
     int i, total = 0, n_bytes;
     if (!m || n < 0 || (n > 0 && !tokens) || cap < 0 || (cap > 0 && !out) || (flags & ~QWEN3_SHOW_SPECIAL))
         return QWEN3_ERR_ARG;
     if (!m->tokenizer) return QWEN3_ERR_UNSUPPORTED;
     for (i = 0; i < n; i++) {
         const char *bytes = qwen3i_token_bytes(m, tokens[i], &n_bytes);
-        if (n_bytes == 0 || (!(flags & QWEN3_SHOW_SPECIAL) && qwen3i_is_special(m->tokenizer, tokens[i]))) continue;
+        if (n_bytes == 0 || (!(flags & QWEN3_SHOW_SPECIAL) && qwen3i_is_special(m->tokenizer, tokens[i])))
+            continue;
         total = qwen3i_append_text(out, cap, total, bytes, n_bytes);
     }
     if (cap > 0) out[qwen3i_min(total, cap - 1)] = '\0';
@@ -4643,11 +4883,10 @@ QWEN3_API int qwen3_detokenize(const qwen3_model *m, const qwen3_token *tokens, 
 /* ================================================================================================
    TOKENIZER LOADING: the vocabulary builder, and the readers of tokenizer.json, vocab.json and merges.txt
    ================================================================================================ */
-/* The vocabulary builder.
-   A reader of any format calls begin once, token for each token of the vocabulary, then merge for each merge in
-   order of rank, added for each added token (before or after those), and end, which also releases what failed.
-   Texts are written as vocabularies write bytes: in the alphabet of qwen3i_alphabet; those of added tokens are
-   plain. They are copied. */
+/* The vocabulary builder. A reader of any format calls begin once, token for each token of the vocabulary,
+   then merge for each merge in order of rank, added for each added token (before or after those), and end,
+   which also releases what failed. Texts are written as vocabularies write bytes: in the alphabet of
+   qwen3i_alphabet; those of added tokens are plain. They are copied. */
 typedef struct qwen3i_vocab {
     qwen3i_tokenizer *t;
     const char       *file;             /* in messages: the reader sets it */
@@ -4698,7 +4937,8 @@ static void qwen3i_table_put(qwen3i_table *table, uint32_t *slot, uint32_t hash,
 
 /* Room for n more pairs. */
 static int qwen3i_pairs_grow(qwen3i_tokenizer *t, size_t n) {
-    qwen3i_pair *p = (qwen3i_pair *)qwen3i_grow(&t->allocator, t->pairs, t->n_pairs, &t->cap_pairs, t->n_pairs + n,
+    qwen3i_pair *p = (qwen3i_pair *)qwen3i_grow(&t->allocator, t->pairs, t->n_pairs, &t->cap_pairs,
+                                                t->n_pairs + n,
                                                 sizeof *p);
     if (p) t->pairs = p;
     return p != NULL;
@@ -4707,7 +4947,8 @@ static int qwen3i_pairs_grow(qwen3i_tokenizer *t, size_t n) {
 /* Room for id in texts. */
 static int qwen3i_texts_grow(qwen3i_tokenizer *t, int id) {
     const size_t old = t->cap_texts;
-    qwen3i_text *p = (qwen3i_text *)qwen3i_grow(&t->allocator, t->texts, old, &t->cap_texts, (size_t)id + 1, sizeof *p);
+    qwen3i_text *p = (qwen3i_text *)qwen3i_grow(&t->allocator, t->texts, old, &t->cap_texts, (size_t)id + 1,
+                                                sizeof *p);
     if (!p) return 0;
     memset(p + old, 0, (t->cap_texts - old) * sizeof *p);
     t->texts = p;
@@ -4719,14 +4960,18 @@ static qwen3_result qwen3i_vocab_text(qwen3i_vocab *v, int64_t id) {
     qwen3i_tokenizer *t = v->t;
     const qwen3i_buf *text = &v->text;
     if (id < 0 || id >= (int64_t)QWEN3I_MAX_ID || (uint64_t)id > v->max_id)
-        return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld, which is out of range",
+        return qwen3i_fail(v->err, QWEN3_ERR_FORMAT,
+                           "%s: token \"%.*s\" has the id %lld, which is out of range",
                            v->file, QWEN3I_SHOW(text->p, text->n), (long long)id);
-    if (text->n == 0) return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token %lld is empty", v->file, (long long)id);
+    if (text->n == 0)
+        return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token %lld is empty", v->file, (long long)id);
     if (id < t->n_tokens && t->texts[id].length)
         return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" has the id %lld of another token",
                            v->file, QWEN3I_SHOW(text->p, text->n), (long long)id);
-    if (t->bytes.n + text->n > INT_MAX) return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: too large", v->file);
-    if (!qwen3i_texts_grow(t, (int)id) || !qwen3i_buf_reserve(&t->bytes, text->n)) return qwen3i_vocab_memory(v);
+    if (t->bytes.n + text->n > INT_MAX)
+        return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: too large", v->file);
+    if (!qwen3i_texts_grow(t, (int)id) || !qwen3i_buf_reserve(&t->bytes, text->n))
+        return qwen3i_vocab_memory(v);
     t->texts[id].start = (uint32_t)t->bytes.n;
     t->texts[id].length = (uint32_t)text->n;
     qwen3i_buf_add(&t->bytes, text->p, text->n);
@@ -4782,7 +5027,8 @@ static qwen3_result qwen3i_vocab_token(qwen3i_vocab *v, qwen3i_str text, int64_t
     hash = qwen3i_word_hash(v->text.p, v->text.n);
     slot = qwen3i_word_slot(t, v->text.p, v->text.n, hash);
     if (!slot) return qwen3i_vocab_slow(v);
-    if (*slot != QWEN3I_NONE) return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" is there twice", v->file,
+    if (*slot != QWEN3I_NONE)
+        return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: token \"%.*s\" is there twice", v->file,
                                                  QWEN3I_SHOW(text.p, text.n));
     qwen3i_table_put(&t->words, slot, hash, (uint32_t)id);
     if (v->text.n == 1) t->byte_id[(unsigned char)v->text.p[0]] = (uint32_t)id;
@@ -4811,20 +5057,24 @@ static qwen3_result qwen3i_vocab_merge(qwen3i_vocab *v, qwen3i_str left, qwen3i_
     pair.right = qwen3i_vocab_find(t, both, n);
     pair.id = qwen3i_vocab_find(t, both, 0);
     if (pair.left == QWEN3I_NONE || pair.right == QWEN3I_NONE || pair.id == QWEN3I_NONE)
-        return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: merge %u (\"%.*s\" \"%.*s\") names a token that is not there",
-                           v->file, (unsigned)t->n_pairs, QWEN3I_SHOW(left.p, left.n), QWEN3I_SHOW(right.p, right.n));
+        return qwen3i_fail(v->err, QWEN3_ERR_FORMAT,
+                           "%s: merge %u (\"%.*s\" \"%.*s\") names a token that is not there",
+                           v->file, (unsigned)t->n_pairs, QWEN3I_SHOW(left.p, left.n),
+                               QWEN3I_SHOW(right.p, right.n));
     if (t->n_pairs == QWEN3I_MAX_ID) return qwen3i_vocab_slow(v);
     if (!qwen3i_pairs_grow(t, 1) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(v);
     hash = qwen3i_pair_hash(pair.left, pair.right);
     slot = qwen3i_pair_slot(t, pair.left, pair.right, hash);
     if (!slot) return qwen3i_vocab_slow(v);
     t->pairs[t->n_pairs] = pair;
-    qwen3i_table_put(&t->merges, slot, hash, t->n_pairs++);     /* of a merge that is there twice the last one counts */
+    /* of a merge that is there twice the last one counts */
+    qwen3i_table_put(&t->merges, slot, hash, t->n_pairs++);
     return QWEN3_OK;
 }
 
 static qwen3_result qwen3i_vocab_unsplit(const qwen3i_vocab *v) {
-    return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: merge %u does not have two parts", v->file, (unsigned)v->t->n_pairs);
+    return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: merge %u does not have two parts", v->file,
+                       (unsigned)v->t->n_pairs);
 }
 
 /* The same from "left right" */
@@ -4843,13 +5093,14 @@ static qwen3_result qwen3i_vocab_merge_line(qwen3i_vocab *v, qwen3i_str line) {
 /* Room for n more added tokens. */
 static int qwen3i_added_grow(qwen3i_tokenizer *t, size_t n) {
     const size_t have = (size_t)t->n_added;
-    qwen3i_added *p = (qwen3i_added *)qwen3i_grow(&t->allocator, t->added, have, &t->cap_added, have + n, sizeof *p);
+    qwen3i_added *p = (qwen3i_added *)qwen3i_grow(&t->allocator, t->added, have, &t->cap_added, have + n,
+                                                  sizeof *p);
     if (p) t->added = p;
     return p != NULL || have + n == 0;
 }
 
-/* text: its bytes as they are, up to QWEN3I_MAX_ADDED of them. kinds: QWEN3I_ADDED_SPECIAL or _PLAIN, with _NORMALIZED
-   or _RAW */
+/* text: its bytes as they are, up to QWEN3I_MAX_ADDED of them. kinds: QWEN3I_ADDED_SPECIAL or _PLAIN, with
+   _NORMALIZED or _RAW */
 static qwen3_result qwen3i_vocab_added(qwen3i_vocab *v, qwen3i_str text, int64_t id, int kinds) {
     qwen3i_added item;
     qwen3_result r = QWEN3_OK;
@@ -4878,7 +5129,8 @@ static qwen3_result qwen3i_added_normal(const qwen3i_vocab *v, const qwen3i_adde
     qwen3i_nfc_free(&w);
     if (!p) return qwen3i_vocab_memory(v);
     if (same) return QWEN3_OK;
-    return qwen3i_fail(v->err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" changes when it is normalised", v->file,
+    return qwen3i_fail(v->err, QWEN3_ERR_UNSUPPORTED,
+                       "%s: added token \"%.*s\" changes when it is normalised", v->file,
                        QWEN3I_SHOW(item->p, item->length));
 }
 
@@ -4924,10 +5176,10 @@ static qwen3_result qwen3i_added_finish(qwen3i_vocab *v) {
     return QWEN3_OK;
 }
 
-/* max_id: no id is larger. Afterwards the reader sets t->nfc where text is to be in normal form C (Qwen3's is), and
-   whole where the files say so. */
-static qwen3_result qwen3i_vocab_begin(qwen3i_vocab *v, const qwen3_allocator *a, const char *file, size_t max_id,
-                                       const qwen3i_err *err) {
+/* max_id: no id is larger. Afterwards the reader sets t->nfc where text is to be in normal form C (Qwen3's
+   is), and whole where the files say so. */
+static qwen3_result qwen3i_vocab_begin(qwen3i_vocab *v, const qwen3_allocator *a, const char *file,
+                                       size_t max_id, const qwen3i_err *err) {
     qwen3i_tokenizer *t = (qwen3i_tokenizer *)qwen3i_alloc_zero(a, 1, sizeof *t);
     memset(v, 0, sizeof *v);
     v->err = err;
@@ -4940,7 +5192,8 @@ static qwen3_result qwen3i_vocab_begin(qwen3i_vocab *v, const qwen3_allocator *a
     t->bytes = qwen3i_buf_make(&t->allocator);
     memset(t->byte_id, 0xFF, sizeof t->byte_id);
     qwen3i_classes_fill(t->classes);
-    if (!qwen3i_table_grow(t, &t->words, 1) || !qwen3i_table_grow(t, &t->merges, 0)) return qwen3i_vocab_memory(v);
+    if (!qwen3i_table_grow(t, &t->words, 1) || !qwen3i_table_grow(t, &t->merges, 0))
+        return qwen3i_vocab_memory(v);
     return QWEN3_OK;
 }
 
@@ -4952,7 +5205,8 @@ static void qwen3i_vocab_mark_whole(qwen3i_vocab *v) {
     for (id = 0; id < t->n_tokens; id++) {
         qwen3i_text *text = &t->texts[id];
         if (v->whole || (text->length > 0 && text->length <= QWEN3I_SHORT_WORD &&
-            qwen3i_merge_short(t, t->bytes.p + text->start, (int)text->length, ids) == 1 && ids[0] == (uint32_t)id))
+            qwen3i_merge_short(t, t->bytes.p + text->start, (int)text->length, ids) == 1 &&
+                ids[0] == (uint32_t)id))
             text->length |= QWEN3I_WHOLE;
     }
 }
@@ -4963,7 +5217,8 @@ static qwen3_result qwen3i_vocab_end(qwen3i_vocab *v, qwen3_result r, qwen3i_tok
     if (r == QWEN3_OK) r = qwen3i_added_finish(v);
     for (i = 0; i < 256 && r == QWEN3_OK; i++)
         if (v->t->byte_id[i] == QWEN3I_NONE)
-            r = qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: there is no token for the byte 0x%02X", v->file, i);
+            r = qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: there is no token for the byte 0x%02X", v->file,
+                            i);
     if (r == QWEN3_OK) qwen3i_vocab_mark_whole(v);
     qwen3i_buf_free(&v->text);
     qwen3i_buf_free(&v->joined);
@@ -4972,12 +5227,13 @@ static qwen3_result qwen3i_vocab_end(qwen3i_vocab *v, qwen3_result r, qwen3i_tok
     return r;
 }
 
-/* ---- tokenizer.json, vocab.json and merges.txt -------------------------------------------------------- */
+/* ---- tokenizer.json, vocab.json and merges.txt ----------------------------------------------- */
 typedef struct qwen3i_vocab_reader {
     qwen3i_vocab v;
     qwen3i_json  json;
     qwen3i_buf   left, right;           /* what was unescaped */
-    int          n_known;               /* added tokens of tokenizer.json, in order, before those of other files; -1 */
+    /* added tokens of tokenizer.json, in order, before those of other files; -1 */
+    int          n_known;
 } qwen3i_vocab_reader;
 
 typedef struct qwen3i_vocab_files {     /* data NULL: there is no such file */
@@ -4986,12 +5242,13 @@ typedef struct qwen3i_vocab_files {     /* data NULL: there is no such file */
     qwen3i_blob config, added;          /* tokenizer_config.json and added_tokens.json */
 } qwen3i_vocab_files;
 
-static qwen3_result qwen3i_reader_begin(qwen3i_vocab_reader *l, const qwen3_allocator *a, const char *file, size_t size,
-                                        const qwen3i_err *err) {
+static qwen3_result qwen3i_reader_begin(qwen3i_vocab_reader *l, const qwen3_allocator *a, const char *file,
+                                        size_t size, const qwen3i_err *err) {
     memset(l, 0, sizeof *l);
     l->left = l->right = qwen3i_buf_make(a);
     l->n_known = -1;
-    return qwen3i_vocab_begin(&l->v, a, file, size / 4, err);   /* a token takes more than four bytes of the files */
+    /* a token takes more than four bytes of the files */
+    return qwen3i_vocab_begin(&l->v, a, file, size / 4, err);
 }
 
 static qwen3_result qwen3i_reader_end(qwen3i_vocab_reader *l, qwen3_result r, qwen3i_tokenizer **out) {
@@ -5025,7 +5282,8 @@ static qwen3_result qwen3i_vocab_tokens(qwen3i_vocab_reader *l) {
     if (!qwen3i_json_open(&l->json, '{', &it)) return qwen3i_vocab_json(l);
     while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key)) {
         if (!qwen3i_json_int(&l->json, &id)) return qwen3i_vocab_json(l);
-        r = qwen3i_unescaped(&l->left, &key) ? qwen3i_vocab_token(&l->v, key, id) : qwen3i_vocab_memory(&l->v);
+        r = qwen3i_unescaped(&l->left, &key) ? qwen3i_vocab_token(&l->v, key, id) :
+            qwen3i_vocab_memory(&l->v);
     }
     return r != QWEN3_OK || !l->json.error ? r : qwen3i_vocab_json(l);
 }
@@ -5038,7 +5296,8 @@ static qwen3_result qwen3i_vocab_merge_json(qwen3i_vocab_reader *l) {
     int n = 0;
     if (qwen3i_json_peek(j) == '"') {
         if (!qwen3i_json_string(j, &part[0])) return qwen3i_vocab_json(l);
-        return qwen3i_unescaped(&l->left, &part[0]) ? qwen3i_vocab_merge_line(&l->v, part[0]) : qwen3i_vocab_memory(&l->v);
+        return qwen3i_unescaped(&l->left, &part[0]) ? qwen3i_vocab_merge_line(&l->v, part[0]) :
+               qwen3i_vocab_memory(&l->v);
     }
     if (!qwen3i_json_open(j, '[', &it)) return qwen3i_vocab_json(l);
     while (qwen3i_json_next(j, &it, NULL)) {
@@ -5047,7 +5306,8 @@ static qwen3_result qwen3i_vocab_merge_json(qwen3i_vocab_reader *l) {
     }
     if (j->error) return qwen3i_vocab_json(l);
     if (n != 2) return qwen3i_vocab_unsplit(&l->v);
-    if (!qwen3i_unescaped(&l->left, &part[0]) || !qwen3i_unescaped(&l->right, &part[1])) return qwen3i_vocab_memory(&l->v);
+    if (!qwen3i_unescaped(&l->left, &part[0]) || !qwen3i_unescaped(&l->right, &part[1]))
+        return qwen3i_vocab_memory(&l->v);
     return qwen3i_vocab_merge(&l->v, part[0], part[1]);
 }
 
@@ -5065,7 +5325,8 @@ static qwen3_result qwen3i_vocab_merge_lines(qwen3i_vocab *v, const char *p, siz
     qwen3i_str line;
     qwen3_result r = QWEN3_OK;
     size_t lines = 1;                   /* at most: a merge has four bytes */
-    for (stop = p; stop < end && (stop = (const char *)memchr(stop, '\n', (size_t)(end - stop))) != NULL; stop++) lines++;
+    for (stop = p; stop < end && (stop = (const char *)memchr(stop, '\n',
+                                                              (size_t)(end - stop))) != NULL; stop++) lines++;
     if (!qwen3i_pairs_grow(v->t, qwen3i_min_size(lines, n / 4 + 1))) return qwen3i_vocab_memory(v);
     for (; p < end && r == QWEN3_OK; p = stop + 1) {
         stop = (const char *)memchr(p, '\n', (size_t)(end - p));
@@ -5096,14 +5357,16 @@ static void qwen3i_added_read(qwen3i_json *j, qwen3i_added_fields *f) {
         else if (qwen3i_json_is(key, "content")) qwen3i_json_string(j, &f->content);
         else if (qwen3i_json_is(key, "special")) qwen3i_json_bool(j, &f->special);
         else if (qwen3i_json_is(key, "normalized")) qwen3i_json_bool(j, &f->normalized);
-        else if (qwen3i_json_is(key, "single_word") || qwen3i_json_is(key, "lstrip") || qwen3i_json_is(key, "rstrip")) {
+        else if (qwen3i_json_is(key, "single_word") || qwen3i_json_is(key, "lstrip") ||
+                 qwen3i_json_is(key, "rstrip")) {
             qwen3i_json_bool(j, &flag);
             f->unusual |= flag;
         } else qwen3i_json_skip(j);
     }
 }
 
-/* tokenizer.json goes before the files beside it: is this text one of its added tokens, or the id that of another? */
+/* tokenizer.json goes before the files beside it: is this text one of its added tokens, or the id that of
+   another? */
 static int qwen3i_added_known(const qwen3i_vocab_reader *l, const qwen3i_added_fields *f) {
     const qwen3i_tokenizer *t = l->v.t;
     int low = 0, high = l->n_known, middle, order;
@@ -5118,7 +5381,8 @@ static int qwen3i_added_known(const qwen3i_vocab_reader *l, const qwen3i_added_f
         if (order < 0) low = middle + 1; else high = middle;
     }
     if (f->id < 0 || f->id >= t->n_tokens || !t->texts[f->id].length) return 0;
-    return t->texts[f->id].length != item.length || memcmp(t->bytes.p + t->texts[f->id].start, item.p, item.length) != 0;
+    return t->texts[f->id].length != item.length ||
+           memcmp(t->bytes.p + t->texts[f->id].start, item.p, item.length) != 0;
 }
 
 static qwen3_result qwen3i_added_token(qwen3i_vocab_reader *l, qwen3i_added_fields *f) {
@@ -5126,7 +5390,8 @@ static qwen3_result qwen3i_added_token(qwen3i_vocab_reader *l, qwen3i_added_fiel
                 (f->normalized ? QWEN3I_ADDED_NORMALIZED : QWEN3I_ADDED_RAW);
     if (!qwen3i_unescaped(&l->left, &f->content)) return qwen3i_vocab_memory(&l->v);
     if (f->unusual)
-        return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED, "%s: added token \"%.*s\" has lstrip, rstrip or single_word set",
+        return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED,
+                           "%s: added token \"%.*s\" has lstrip, rstrip or single_word set",
                            l->v.file, QWEN3I_SHOW(f->content.p, f->content.n));
     if (l->n_known >= 0 && qwen3i_added_known(l, f)) return QWEN3_OK;
     return qwen3i_vocab_added(&l->v, f->content, f->id, kinds);
@@ -5163,7 +5428,7 @@ static qwen3_result qwen3i_added_tokens(qwen3i_vocab_reader *l) {
     return r != QWEN3_OK || !l->json.error ? r : qwen3i_vocab_json(l);
 }
 
-/* ---- settings of tokenizer.json --------------------------------------------------------------------- */
+/* ---- settings of tokenizer.json -------------------------------------------------------------- */
 typedef struct qwen3i_setting {
     const char *key;
     const char *allowed;                /* its values, as JSON with | between them; NULL: see where it is */
@@ -5179,10 +5444,10 @@ static int qwen3i_one_of(qwen3i_str value, const char *list) {
     }
 }
 
-/* Read an object (name: in messages) and check those of its keys that are in list, which ends in a NULL; the others
-   do not matter. *seen: a bit for each that is there; at[i]: where the value of the i-th is. */
-static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *name, const qwen3i_setting *list,
-                                          int *seen, qwen3i_json *at) {
+/* Read an object (name: in messages) and check those of its keys that are in list, which ends in a NULL; the
+   others do not matter. *seen: a bit for each that is there; at[i]: where the value of the i-th is. */
+static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *name,
+                                          const qwen3i_setting *list, int *seen, qwen3i_json *at) {
     qwen3i_json_iter it;
     qwen3i_str key, value;
     int i;
@@ -5196,7 +5461,8 @@ static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *na
         if (!qwen3i_json_skip(&l->json)) break;
         value.n = (size_t)(l->json.p - value.p);
         if (list[i].key && list[i].allowed && !qwen3i_one_of(value, list[i].allowed))
-            return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED, "%s: %s: %s is %.*s, supported is %s", l->v.file, name,
+            return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED, "%s: %s: %s is %.*s, supported is %s",
+                               l->v.file, name,
                                list[i].key, QWEN3I_SHOW(value.p, value.n), list[i].allowed);
     }
     return l->json.error ? qwen3i_vocab_json(l) : QWEN3_OK;
@@ -5204,7 +5470,8 @@ static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *na
 
 /* NFC, or a sequence of it */
 static qwen3_result qwen3i_vocab_normalizer(qwen3i_vocab_reader *l) {
-    static const qwen3i_setting one[] = { { "normalizers", NULL }, { "type", "\"NFC\"|\"Sequence\"" }, { NULL, NULL } };
+    static const qwen3i_setting one[] = { { "normalizers", NULL }, { "type", "\"NFC\"|\"Sequence\"" },
+                                          { NULL, NULL } };
     static const qwen3i_setting nfc[] = { { "type", "\"NFC\"" }, { NULL, NULL } };
     qwen3i_json at[2], after;
     qwen3i_json_iter it;
@@ -5253,7 +5520,8 @@ static qwen3_result qwen3i_vocab_split(qwen3i_vocab_reader *l) {
 
 /* A sequence of Split and ByteLevel, and nothing else. */
 static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_reader *l) {
-    static const qwen3i_setting sequence[] = { { "type", "\"Sequence\"" }, { "pretokenizers", NULL }, { NULL, NULL } };
+    static const qwen3i_setting sequence[] = { { "type", "\"Sequence\"" }, { "pretokenizers", NULL },
+                                               { NULL, NULL } };
     static const qwen3i_setting bytes[] = { { "type", "\"ByteLevel\"" }, { "add_prefix_space", "false" },
                                             { "use_regex", "false" }, { NULL, NULL } };
     qwen3i_json at[3], after;
@@ -5286,7 +5554,8 @@ static qwen3_result qwen3i_vocab_model(qwen3i_vocab_reader *l) {
     qwen3_result r = qwen3i_vocab_settings(l, "model", model, &seen, at);
     if (r != QWEN3_OK) return r;
     if ((seen & 7) != 7)
-        return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: model lacks its type, vocab or merges", l->v.file);
+        return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: model lacks its type, vocab or merges",
+                           l->v.file);
     if (seen & 128) qwen3i_json_bool(&at[7], &l->v.whole);
     after = l->json;
     l->json = at[1];
@@ -5299,7 +5568,7 @@ static qwen3_result qwen3i_vocab_model(qwen3i_vocab_reader *l) {
     return r;
 }
 
-/* ---- the whole --------------------------------------------------------------------------------------- */
+/* ---- the whole ------------------------------------------------------------------------------- */
 static qwen3_result qwen3i_vocab_document(qwen3i_vocab_reader *l) {
     static const qwen3i_setting top[] = { { "pre_tokenizer", NULL }, { "model", NULL }, { "normalizer", NULL },
                                           { "added_tokens", NULL }, { NULL, NULL } };
@@ -5314,14 +5583,16 @@ static qwen3_result qwen3i_vocab_document(qwen3i_vocab_reader *l) {
     while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key)) {
         for (i = 0; top[i].key && !qwen3i_json_is(key, top[i].key); i++) {}
         if (!top[i].key) { qwen3i_json_skip(&l->json); continue; }
-        if (seen & 1 << i) return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: %s is there twice", l->v.file, top[i].key);
+        if (seen & 1 << i)
+            return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: %s is there twice", l->v.file, top[i].key);
         seen |= 1 << i;
         r = readers[i](l);
     }
     if (r != QWEN3_OK) return r;
     if (!qwen3i_json_end(&l->json)) return qwen3i_vocab_json(l);
     if ((seen & 3) == 3) return QWEN3_OK;
-    return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: there is no %s", l->v.file, seen & 1 ? "model" : "pre_tokenizer");
+    return qwen3i_fail(l->v.err, QWEN3_ERR_FORMAT, "%s: there is no %s", l->v.file, seen & 1 ? "model" :
+                       "pre_tokenizer");
 }
 
 /* added_tokens.json: {"<x>": 7, ...}, by which older files tell what tokenizer_config.json does not */
@@ -5332,7 +5603,8 @@ static qwen3_result qwen3i_added_map(qwen3i_vocab_reader *l) {
     qwen3_result r = QWEN3_OK;
     qwen3i_str key;
     size_t n = 0;
-    if (qwen3i_json_open(&count, '{', &it)) while (qwen3i_json_next(&count, &it, &key) && qwen3i_json_skip(&count)) n++;
+    if (qwen3i_json_open(&count, '{', &it))
+        while (qwen3i_json_next(&count, &it, &key) && qwen3i_json_skip(&count)) n++;
     if (!qwen3i_added_grow(l->v.t, n)) return qwen3i_vocab_memory(&l->v);
     if (!qwen3i_json_open(&l->json, '{', &it)) return qwen3i_vocab_json(l);
     while (r == QWEN3_OK && qwen3i_json_next(&l->json, &it, &key)) {
@@ -5346,7 +5618,8 @@ static qwen3_result qwen3i_added_map(qwen3i_vocab_reader *l) {
     return r != QWEN3_OK || qwen3i_json_end(&l->json) ? r : qwen3i_vocab_json(l);
 }
 
-/* Added tokens that the files beside the vocabulary tell: those of tokenizer_config.json, or else of added_tokens.json */
+/* Added tokens that the files beside the vocabulary tell: those of tokenizer_config.json, or else of
+   added_tokens.json */
 static qwen3_result qwen3i_vocab_beside(qwen3i_vocab_reader *l, const qwen3i_vocab_files *f) {
     const qwen3i_blob *from = &f->config;
     l->v.file = "tokenizer_config.json";
@@ -5373,7 +5646,8 @@ static qwen3_result qwen3i_tokenizer_read(qwen3i_tokenizer **out, const qwen3_al
     const char *file = f->json.data ? "tokenizer.json" : "vocab.json";
     qwen3i_vocab_reader l;
     qwen3_result r = qwen3i_reader_begin(&l, a, file, main->size + f->config.size + f->added.size, err);
-    if (r == QWEN3_OK && (main->size > INT_MAX || f->merges.size > INT_MAX || f->config.size > INT_MAX || f->added.size > INT_MAX))
+    if (r == QWEN3_OK && (main->size > INT_MAX || f->merges.size > INT_MAX || f->config.size > INT_MAX ||
+                          f->added.size > INT_MAX))
         r = qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: too large, or a file beside it is", file);
     l.json = qwen3i_json_begin(main->data, main->size);
     if (r == QWEN3_OK && f->json.data) r = qwen3i_vocab_document(&l);
@@ -5389,30 +5663,38 @@ static qwen3_result qwen3i_tokenizer_read(qwen3i_tokenizer **out, const qwen3_al
     return qwen3i_reader_end(&l, r, out);
 }
 
-/* ---- the tokens of a GGUF file -------------------------------------------------------------------------- */
-enum { QWEN3I_GGUF_NORMAL = 1, QWEN3I_GGUF_UNKNOWN, QWEN3I_GGUF_CONTROL, QWEN3I_GGUF_USER, QWEN3I_GGUF_UNUSED, QWEN3I_GGUF_BYTE };
+/* ---- the tokens of a GGUF file --------------------------------------------------------------- */
+enum { QWEN3I_GGUF_NORMAL = 1, QWEN3I_GGUF_UNKNOWN, QWEN3I_GGUF_CONTROL, QWEN3I_GGUF_USER,
+       QWEN3I_GGUF_UNUSED, QWEN3I_GGUF_BYTE };
 
 static qwen3_result qwen3i_gguf_token(qwen3i_vocab *v, qwen3i_str text, int64_t id, int type) {
     switch (type) {
         case QWEN3I_GGUF_NORMAL: case QWEN3I_GGUF_UNKNOWN: case QWEN3I_GGUF_BYTE: return qwen3i_vocab_token(v, text, id);
-        case QWEN3I_GGUF_CONTROL: return qwen3i_vocab_added(v, text, id, QWEN3I_ADDED_SPECIAL | QWEN3I_ADDED_RAW);
-        case QWEN3I_GGUF_USER:    return qwen3i_vocab_added(v, text, id, QWEN3I_ADDED_PLAIN | QWEN3I_ADDED_RAW);
+        case QWEN3I_GGUF_CONTROL: return qwen3i_vocab_added(v, text, id,
+                                                            QWEN3I_ADDED_SPECIAL | QWEN3I_ADDED_RAW);
+        case QWEN3I_GGUF_USER:    return qwen3i_vocab_added(v, text, id,
+                                                            QWEN3I_ADDED_PLAIN | QWEN3I_ADDED_RAW);
         case QWEN3I_GGUF_UNUSED:  return QWEN3_OK;      /* fills the embedding up */
-        default: return qwen3i_fail(v->err, QWEN3_ERR_FORMAT, "%s: key 'tokenizer.ggml.token_type': token %lld has the type %d; 1 to 6 are known",
+        default: return qwen3i_fail(v->err, QWEN3_ERR_FORMAT,
+                                    "%s: key 'tokenizer.ggml.token_type': token %lld has the type %d; 1 to "
+                                    "6 are known",
                                     v->file, (long long)id, type);
     }
 }
 
-static qwen3_result qwen3i_gguf_tokens(qwen3i_vocab *v, const qwen3i_gguf *g, const qwen3i_gguf_value *tokens) {
+static qwen3_result qwen3i_gguf_tokens(qwen3i_vocab *v, const qwen3i_gguf *g,
+                                       const qwen3i_gguf_value *tokens) {
     const qwen3i_gguf_value *types;
     const unsigned char *p = tokens->p;
     qwen3_result r = qwen3i_gguf_get_array(g, "tokenizer.ggml.token_type", QWEN3I_GGUF_I32, &types);
     uint64_t i;
     if (r == QWEN3_OK && types && types->n != tokens->n)
-        r = qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'tokenizer.ggml.token_type' has %llu elements, 'tokenizer.ggml.tokens' %llu",
+        r = qwen3i_fail(g->err, QWEN3_ERR_FORMAT,
+                        "%s: key 'tokenizer.ggml.token_type' has %llu elements, 'tokenizer.ggml.tokens' %llu",
                         g->file, (unsigned long long)types->n, (unsigned long long)tokens->n);
     for (i = 0; i < tokens->n && r == QWEN3_OK; i++)
-        r = qwen3i_gguf_token(v, qwen3i_gguf_next_string(&p), (int64_t)i, types ? (int)qwen3i_gguf_element(types, i) : QWEN3I_GGUF_NORMAL);
+        r = qwen3i_gguf_token(v, qwen3i_gguf_next_string(&p), (int64_t)i,
+                              types ? (int)qwen3i_gguf_element(types, i) : QWEN3I_GGUF_NORMAL);
     return r;
 }
 
@@ -5421,8 +5703,10 @@ static qwen3_result qwen3i_gguf_merges(qwen3i_vocab *v, const qwen3i_gguf *g) {
     qwen3_result r = qwen3i_gguf_get_array(g, "tokenizer.ggml.merges", QWEN3I_GGUF_STRING, &merges);
     const unsigned char *p = merges ? merges->p : NULL;
     uint64_t i;
-    if (r == QWEN3_OK && !merges) r = qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'tokenizer.ggml.merges' is missing", g->file);
-    for (i = 0; r == QWEN3_OK && i < merges->n; i++) r = qwen3i_vocab_merge_line(v, qwen3i_gguf_next_string(&p));
+    if (r == QWEN3_OK && !merges)
+        r = qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'tokenizer.ggml.merges' is missing", g->file);
+    for (i = 0; r == QWEN3_OK && i < merges->n; i++)
+        r = qwen3i_vocab_merge_line(v, qwen3i_gguf_next_string(&p));
     return r;
 }
 
@@ -5431,12 +5715,15 @@ static qwen3_result qwen3i_gguf_expect(const qwen3i_gguf *g, const char *key, co
     qwen3i_str text;
     qwen3_result r = qwen3i_gguf_get_string(g, key, &text);
     if (r != QWEN3_OK || qwen3i_one_of(text, list)) return r;
-    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key '%s' is '%.*s'; supported is %s", g->file, key, QWEN3I_STR(text), list);
+    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key '%s' is '%.*s'; supported is %s", g->file,
+                       key, QWEN3I_STR(text), list);
 }
 
-/* The same from the keys of a GGUF file; *out is NULL if it has no vocabulary. The names of the way to cut words
-   are those that ggml-org/llama.cpp gives to Qwen's. Normal form C is not among the keys: Qwen3's is said. */
-static qwen3_result qwen3i_tokenizer_from_gguf(qwen3i_tokenizer **out, const qwen3_allocator *a, const qwen3i_gguf *g) {
+/* The same from the keys of a GGUF file; *out is NULL if it has no vocabulary. The names of the way to cut
+   words are those that ggml-org/llama.cpp gives to Qwen's. Normal form C is not among the keys: Qwen3's is
+   said. */
+static qwen3_result qwen3i_tokenizer_from_gguf(qwen3i_tokenizer **out, const qwen3_allocator *a,
+                                               const qwen3i_gguf *g) {
     const qwen3i_gguf_value *tokens;
     qwen3i_str model;
     qwen3i_vocab v;
@@ -5463,9 +5750,11 @@ static qwen3_result qwen3i_tokenizer_from_gguf(qwen3i_tokenizer **out, const qwe
    Templates are not run. What one puts before a reply is worked out for enable_thinking undefined, true and false,
    and tells the style; that it says nothing but what the library says is looked at in its texts.
    ================================================================================================ */
-enum { QWEN3I_UNDEFINED = 1, QWEN3I_TRUE = 2, QWEN3I_FALSE = 4, QWEN3I_ANY = 7 };   /* values of enable_thinking */
+/* values of enable_thinking */
+enum { QWEN3I_UNDEFINED = 1, QWEN3I_TRUE = 2, QWEN3I_FALSE = 4, QWEN3I_ANY = 7 };
 
-typedef struct qwen3i_header_text {     /* what a template puts before a reply, for each of the three values */
+/* what a template puts before a reply, for each of the three values */
+typedef struct qwen3i_header_text {
     char text[3][96];
     int  n[3], odd;                     /* odd: something was not understood */
 } qwen3i_header_text;
@@ -5515,7 +5804,8 @@ static int qwen3i_condition(qwen3i_str s) {
     }
 }
 
-/* The next text in quotes in an expression, without its escapes, into out; how long it is, -1: there is none. */
+/* The next text in quotes in an expression, without its escapes, into out; how long it is, -1: there is
+   none. */
 static int qwen3i_quoted(qwen3i_str *s, char *out, int cap) {
     int n = 0;
     char quote;
@@ -5532,7 +5822,8 @@ static int qwen3i_quoted(qwen3i_str *s, char *out, int cap) {
     return qwen3i_min(n, cap);
 }
 
-/* {% ... %}, {{ ... }} or {# ... #} from p on: kind is its second character, inside what is between; 0: no more */
+/* {% ... %}, {{ ... }} or {# ... #} from p on: kind is its second character, inside what is between; 0: no
+   more */
 static char qwen3i_next_tag(qwen3i_str *s, qwen3i_str *inside) {
     size_t i, k;
     for (i = 0; i + 1 < s->n; i++)
@@ -5593,7 +5884,8 @@ static void qwen3i_header_add(qwen3i_header_text *h, int values, qwen3i_str expr
 /* What stands inside of the last {% if add_generation_prompt %}: s begins behind that tag. */
 static qwen3i_header_text qwen3i_header_read(qwen3i_str s, int values) {
     enum { DEPTH = 8 };
-    int outer[DEPTH], left[DEPTH], depth = 0, now = values, c;     /* left: values that no branch was for so far */
+    /* left: values that no branch was for so far */
+    int outer[DEPTH], left[DEPTH], depth = 0, now = values, c;
     qwen3i_header_text h;
     qwen3i_str tag;
     char kind;
@@ -5647,14 +5939,16 @@ static int qwen3i_chat_style_by_header(qwen3i_str text) {
     for (i = 0; i < 3; i++) kinds[i] = qwen3i_header_kind(h.text[i], h.n[i]);
     if (h.odd || kinds[0] < 0 || kinds[1] < 0 || kinds[2] < 0) return -1;
     if (kinds[0] == kinds[1] && kinds[0] == kinds[2])
-        return kinds[0] == 0 ? QWEN3_STYLE_INSTRUCT : kinds[0] == 1 ? QWEN3_STYLE_THINKING : QWEN3_STYLE_NO_THINK;
+        return kinds[0] == 0 ? QWEN3_STYLE_INSTRUCT : kinds[0] == 1 ? QWEN3_STYLE_THINKING :
+               QWEN3_STYLE_NO_THINK;
     return kinds[0] == 0 && kinds[1] == 0 && kinds[2] == 2 ? QWEN3_STYLE_HYBRID : -1;
 }
 
-/* By words, for templates that are written in another way: one that asks enable_thinking is hybrid, one whose reply
-   header opens <think> always thinks. */
+/* By words, for templates that are written in another way: one that asks enable_thinking is hybrid, one whose
+   reply header opens <think> always thinks. */
 static qwen3_chat_style qwen3i_chat_style_by_words(qwen3i_str text) {
-    static const char *const headers[] = { "<|im_start|>assistant\n<think>", "<|im_start|>assistant\\n<think>" };
+    static const char *const headers[] = { "<|im_start|>assistant\n<think>",
+                                           "<|im_start|>assistant\\n<think>" };
     static const char *const closed[] = { "<think>\n\n</think>", "<think>\\n\\n</think>" };
     int i;
     if (text.n == 0 || qwen3i_contains(text.p, text.n, "enable_thinking")) return QWEN3_STYLE_HYBRID;
@@ -5692,15 +5986,18 @@ static int qwen3i_template_foreign(qwen3i_str text, char *out, int cap) {
 /* Take the style of a template's text; "": there is none. What the built-in format does not do is logged. */
 static void qwen3i_take_template(qwen3_model *m, qwen3i_str text) {
     static const char *const names[] = {"Qwen3's, which may think", "of a model that always thinks",
-                                        "of a model that never thinks", "of a model whose thinking is closed for it"};
+                                        "of a model that never thinks",
+                                            "of a model whose thinking is closed for it"};
     char foreign[160];
     int style = qwen3i_chat_style_by_header(text);
     m->info.chat_style = style >= 0 ? (qwen3_chat_style)style : qwen3i_chat_style_by_words(text);
     if (text.n > 0 && style < 0)
-        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "the chat template begins replies in a way of its own; taken for it is "
+        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "the chat template begins replies in a way of its own; taken "
+                                               "for it is "
                    "the one %s", names[m->info.chat_style]);
     if (qwen3i_template_foreign(text, foreign, (int)sizeof foreign))
-        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "the chat template says \"%s\", which the built-in one, %s, does not",
+        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "the chat template says \"%s\", which the built-in one, %s, "
+                                               "does not",
                    foreign, names[m->info.chat_style]);
 }
 
@@ -5744,7 +6041,8 @@ static const qwen3_backend *qwen3i_cpu_backend(void);
 
 /* ---- which weights, and in which types a quantised model keeps them -----------------------------------------
    The mixes are those that go by these names for GGUF files (src/llama-quant.cpp of ggml-org/llama.cpp). */
-typedef enum qwen3i_mix { QWEN3I_MIX_NONE, QWEN3I_MIX_Q8_0, QWEN3I_MIX_Q4_K_M, QWEN3I_MIX_Q5_K_M, QWEN3I_MIX_Q6_K, QWEN3I_MIX_Q4_0 } qwen3i_mix;
+typedef enum qwen3i_mix { QWEN3I_MIX_NONE, QWEN3I_MIX_Q8_0, QWEN3I_MIX_Q4_K_M, QWEN3I_MIX_Q5_K_M,
+                          QWEN3I_MIX_Q6_K, QWEN3I_MIX_Q4_0 } qwen3i_mix;
 
 typedef enum qwen3i_tensor_id {          /* first those of the model, then those of each layer */
     QWEN3I_W_EMBED, QWEN3I_W_FINAL_NORM, QWEN3I_W_HEAD, QWEN3I_W_RANK,
@@ -5753,20 +6051,23 @@ typedef enum qwen3i_tensor_id {          /* first those of the model, then those
     QWEN3I_WEIGHTS
 } qwen3i_tensor_id;
 
-/* Layers whose values and down projections get more bits: the first and last eighth, and every third between */
+/* Layers whose values and down projections get more bits: the first and last eighth, and every third
+   between */
 static int qwen3i_mix_more(int layer, int n_layer) {
     return layer < n_layer / 8 || layer >= 7 * n_layer / 8 || (layer - n_layer / 8) % 3 == 2;
 }
 
-/* The type for rows of cols elements. Where the rows are not whole blocks of it, Q8_0 takes its place; where they are not
-   even blocks of that, the weight stays as it is: NO_TYPE. */
+/* The type for rows of cols elements. Where the rows are not whole blocks of it, Q8_0 takes its place; where
+   they are not even blocks of that, the weight stays as it is: NO_TYPE. */
 static qwen3i_type qwen3i_mix_type(qwen3i_mix mix, int weight, int layer, const qwen3i_config *c, int cols) {
-    static const qwen3i_type types[] = {QWEN3I_NO_TYPE, QWEN3I_Q8_0, QWEN3I_Q4_K, QWEN3I_Q5_K, QWEN3I_Q6_K, QWEN3I_Q4_0};
+    static const qwen3i_type types[] = {QWEN3I_NO_TYPE, QWEN3I_Q8_0, QWEN3I_Q4_K, QWEN3I_Q5_K, QWEN3I_Q6_K,
+                                        QWEN3I_Q4_0};
     const int is_head = weight == QWEN3I_W_HEAD || (weight == QWEN3I_W_EMBED && c->tied);
     const int medium = mix == QWEN3I_MIX_Q4_K_M || mix == QWEN3I_MIX_Q5_K_M;
     qwen3i_type type = types[mix];
     if (is_head && mix > QWEN3I_MIX_Q8_0) type = QWEN3I_Q6_K;
-    if (medium && (weight == QWEN3I_W_V || weight == QWEN3I_W_DOWN) && qwen3i_mix_more(layer, c->n_layer)) type = QWEN3I_Q6_K;
+    if (medium && (weight == QWEN3I_W_V || weight == QWEN3I_W_DOWN) && qwen3i_mix_more(layer, c->n_layer))
+        type = QWEN3I_Q6_K;
     if (type && cols % qwen3i_format_of(type)->elements) type = QWEN3I_Q8_0;
     return cols % 32 ? QWEN3I_NO_TYPE : type;
 }
@@ -5845,25 +6146,31 @@ static qwen3_result qwen3i_config_family(const qwen3i_raw_config *c, const qwen3
 }
 
 /* The keys of a mixture of experts; others do not look at them. */
-static qwen3_result qwen3i_config_experts(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
+static qwen3_result qwen3i_config_experts(qwen3i_config *k, const qwen3i_raw_config *c,
+                                          const qwen3i_err *err) {
     int *const sizes[] = {&k->n_expert, &k->n_expert_used, &k->n_ff_expert, &k->sparse_step};
     int i;
     if (!qwen3i_config_is_mixture(c)) return QWEN3_OK;
     for (i = 0; i < 4; i++) {
         const int key = QWEN3I_KEY_EXPERTS + i;
-        if (!qwen3i_config_has(c, key) && key != QWEN3I_KEY_SPARSE_STEP) return qwen3i_config_missing(c, key, "", err);
+        if (!qwen3i_config_has(c, key) && key != QWEN3I_KEY_SPARSE_STEP)
+            return qwen3i_config_missing(c, key, "", err);
         *sizes[i] = 1;                  /* a step that is not said */
         if (!qwen3i_config_has(c, key)) continue;
         if (!(c->values[key] >= 1 && c->values[key] <= (i == 2 ? QWEN3I_MAX_DIM : 4096)))
-            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%s' is %.17g; 1 to %d is possible", c->file, c->keys[key],
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%s' is %.17g; 1 to %d is possible", c->file,
+                               c->keys[key],
                                c->values[key], i == 2 ? QWEN3I_MAX_DIM : 4096);
         *sizes[i] = (int)c->values[key];
     }
     if (k->n_expert_used > k->n_expert)
-        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: %d of %d experts cannot be used", c->file, k->n_expert_used, k->n_expert);
-    if (!qwen3i_config_has(c, QWEN3I_KEY_NORM_TOPK)) return qwen3i_config_missing(c, QWEN3I_KEY_NORM_TOPK, "", err);
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: %d of %d experts cannot be used", c->file,
+                           k->n_expert_used, k->n_expert);
+    if (!qwen3i_config_has(c, QWEN3I_KEY_NORM_TOPK))
+        return qwen3i_config_missing(c, QWEN3I_KEY_NORM_TOPK, "", err);
     if (c->n_dense > QWEN3I_COUNT(k->dense))
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: more than %d layers of a mixture are dense", c->file,
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: more than %d layers of a mixture are dense",
+                           c->file,
                            QWEN3I_COUNT(k->dense));
     k->norm_topk = c->values[QWEN3I_KEY_NORM_TOPK] != 0;
     k->n_dense = c->n_dense;
@@ -5896,10 +6203,12 @@ static qwen3_result qwen3i_config_switches(const qwen3i_raw_config *c, const qwe
     if (qwen3i_config_has(c, QWEN3I_KEY_CAUSAL) && v[QWEN3I_KEY_CAUSAL] == 0)
         return qwen3i_config_unsupported(c, QWEN3I_KEY_CAUSAL, "only causal attention is supported", err);
     if (qwen3i_config_slides(c))
-        return qwen3i_config_unsupported(c, sliding, "sliding windows are not supported, only full_attention", err);
+        return qwen3i_config_unsupported(c, sliding,
+                                         "sliding windows are not supported, only full_attention", err);
     if (!c->act_ok) return qwen3i_config_unsupported(c, QWEN3I_KEY_ACT, "only 'silu' is supported", err);
     if (v[QWEN3I_KEY_ROPE] < 0)
-        return qwen3i_config_unsupported(c, QWEN3I_KEY_ROPE, "only the types 'default' and 'yarn' are supported", err);
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_ROPE,
+                                         "only the types 'default' and 'yarn' are supported", err);
     if (qwen3i_config_has(c, QWEN3I_KEY_PARTIAL) && v[QWEN3I_KEY_PARTIAL] != 1)
         return qwen3i_config_unsupported(c, QWEN3I_KEY_PARTIAL, "heads are rotated whole", err);
     return QWEN3_OK;
@@ -5919,25 +6228,29 @@ static qwen3_result qwen3i_config_sizes(qwen3i_config *k, const qwen3i_raw_confi
     if (k->head_dim % 2)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: head_dim %d is odd", c->file, k->head_dim);
     if (k->n_head % k->n_head_kv)
-        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: %d attention heads cannot share %d key/value heads", c->file,
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: %d attention heads cannot share %d key/value heads",
+                           c->file,
                            k->n_head, k->n_head_kv);
     if ((int64_t)k->n_head * k->head_dim > QWEN3I_MAX_DIM)
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: head_dim x heads is out of range", c->file);
     return QWEN3_OK;
 }
 
-/* YaRN's factor for cosines and sines, for positions that are factor times as many (Peng et al. 2023, section 3.4) */
+/* YaRN's factor for cosines and sines, for positions that are factor times as many (Peng et al. 2023, section
+   3.4) */
 static double qwen3i_yarn_magnitude(double factor, double mscale) {
     return factor > 1 ? 0.1 * mscale * log(factor) + 1 : 1;
 }
 
-/* YaRN's defaults are those of the paper and of transformers; mscale counts only together with mscale_all_dim. */
+/* YaRN's defaults are those of the paper and of transformers; mscale counts only together with
+   mscale_all_dim. */
 static qwen3_result qwen3i_config_yarn(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
     const double *v = c->values, original = v[QWEN3I_KEY_ORIGINAL_CTX], mscale = v[QWEN3I_KEY_MSCALE];
     double factor = v[QWEN3I_KEY_FACTOR], given = v[QWEN3I_KEY_ATTN_FACTOR], all = v[QWEN3I_KEY_MSCALE_ALL];
     k->yarn_beta_fast = 32;
     k->yarn_beta_slow = 1;
-    k->yarn_original_ctx = k->max_ctx == 40960 ? 32768 : k->max_ctx;    /* Qwen3 counts 8,192 for the reply on top */
+    /* Qwen3 counts 8,192 for the reply on top */
+    k->yarn_original_ctx = k->max_ctx == 40960 ? 32768 : k->max_ctx;
     if (v[QWEN3I_KEY_ROPE] == 0) return QWEN3_OK;
     if (original > 0) {
         if (!(original >= 1 && original <= QWEN3I_MAX_DIM))
@@ -5946,9 +6259,12 @@ static qwen3_result qwen3i_config_yarn(qwen3i_config *k, const qwen3i_raw_config
     }
     if (!(factor >= 1 && factor <= 1024))
         return qwen3i_config_unsupported(c, QWEN3I_KEY_FACTOR, "YaRN needs a factor from 1 to 1024", err);
-    if (!(given >= 0 && given < 1e6)) return qwen3i_config_unsupported(c, QWEN3I_KEY_ATTN_FACTOR, "out of range", err);
-    if (!(mscale >= 0 && mscale < 1e6)) return qwen3i_config_unsupported(c, QWEN3I_KEY_MSCALE, "out of range", err);
-    if (!(all >= 0 && all < 1e6)) return qwen3i_config_unsupported(c, QWEN3I_KEY_MSCALE_ALL, "out of range", err);
+    if (!(given >= 0 && given < 1e6))
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_ATTN_FACTOR, "out of range", err);
+    if (!(mscale >= 0 && mscale < 1e6))
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_MSCALE, "out of range", err);
+    if (!(all >= 0 && all < 1e6))
+        return qwen3i_config_unsupported(c, QWEN3I_KEY_MSCALE_ALL, "out of range", err);
     k->yarn_factor = factor;
     k->yarn_original_ctx = original > 0 ? (int)original : k->max_ctx;
     if (v[QWEN3I_KEY_BETA_FAST] > 0) k->yarn_beta_fast = v[QWEN3I_KEY_BETA_FAST];
@@ -5978,7 +6294,7 @@ static qwen3_result qwen3i_config_check(qwen3i_config *k, const qwen3i_raw_confi
     return qwen3i_config_yarn(k, c, err);
 }
 
-/* ---- config.json ------------------------------------------------------------------------------------ */
+/* ---- config.json ----------------------------------------------------------------------------- */
 static const char *const qwen3i_json_keys[QWEN3I_KEYS] = {
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "vocab_size", "max_position_embeddings", "num_experts", "num_experts_per_tok",
@@ -6005,7 +6321,10 @@ static void qwen3i_config_value(qwen3i_json *j, qwen3i_raw_config *raw, int key)
         return;
     }
     if (key <= QWEN3I_KEY_WINDOW_LAYERS) { ok = qwen3i_json_int(j, &whole); number = (double)whole; }
-    else if (key <= QWEN3I_KEY_SLIDING || key == QWEN3I_KEY_TRUNCATE) { ok = qwen3i_json_bool(j, &flag); number = flag; }
+    else if (key <= QWEN3I_KEY_SLIDING || key == QWEN3I_KEY_TRUNCATE) {
+        ok = qwen3i_json_bool(j, &flag);
+        number = flag;
+    }
     else ok = qwen3i_json_number(j, &number);
     if (ok) qwen3i_config_set(raw, key, number);
 }
@@ -6026,7 +6345,8 @@ static void qwen3i_config_rope(qwen3i_json *j, qwen3i_raw_config *raw) {
     while (qwen3i_json_next(j, &it, &key)) {
         if (qwen3i_json_is(key, "rope_type") || qwen3i_json_is(key, "type")) {
             if (!qwen3i_json_string(j, &type)) return;
-            qwen3i_config_set(raw, QWEN3I_KEY_ROPE, qwen3i_json_is(type, "yarn") ? 1 : qwen3i_json_is(type, "default") ? 0 : -1);
+            qwen3i_config_set(raw, QWEN3I_KEY_ROPE, qwen3i_json_is(type, "yarn") ? 1 :
+                              qwen3i_json_is(type, "default") ? 0 : -1);
             continue;
         }
         k = qwen3i_config_find(key, QWEN3I_KEY_THETA, QWEN3I_KEY_TRUNCATE);
@@ -6068,8 +6388,8 @@ static void qwen3i_config_list(qwen3i_json *j, const char *a, const char *b, int
         *hits += qwen3i_json_is(s, a) || qwen3i_json_is(s, b);
 }
 
-/* quantization_config: what the tensors of quantised matrices are. Keys of any depth are taken together, except those
-   about activations. */
+/* quantization_config: what the tensors of quantised matrices are. Keys of any depth are taken together,
+   except those about activations. */
 static void qwen3i_quantization_read(qwen3i_json *j, qwen3i_quantization *q, int depth) {
     qwen3i_json_iter it, list;
     qwen3i_str key, s;
@@ -6084,25 +6404,35 @@ static void qwen3i_quantization_read(qwen3i_json *j, qwen3i_quantization *q, int
             if (qwen3i_json_int(j, &n)) q->group = n > 0 && n < INT32_MAX ? (int)n : 0;
         } else if (qwen3i_json_is(key, "weight_block_size")) {
             if (qwen3i_json_open(j, '[', &list))
-                while (qwen3i_json_next(j, &list, NULL) && qwen3i_json_int(j, &n)) if (i < 2) q->block[i++] = n > 0 && n < INT32_MAX ? (int)n : 128;
-        } else if (qwen3i_json_is(key, "quant_method")) { if (qwen3i_json_string(j, &s)) snprintf(q->method, sizeof q->method, "%.*s", QWEN3I_STR(s)); }
+                while (qwen3i_json_next(j, &list, NULL) && qwen3i_json_int(j, &n))
+                    if (i < 2) q->block[i++] = n > 0 && n < INT32_MAX ? (int)n : 128;
+        } else if (qwen3i_json_is(key, "quant_method")) {
+            if (qwen3i_json_string(j, &s)) snprintf(q->method, sizeof q->method, "%.*s", QWEN3I_STR(s));
+        }
         else if (qwen3i_json_is(key, "format") || qwen3i_json_is(key, "version")) {
             if (qwen3i_json_string(j, &s)) snprintf(q->format, sizeof q->format, "%.*s", QWEN3I_STR(s));
-        } else if (qwen3i_json_is(key, "checkpoint_format")) { if (qwen3i_json_string(j, &s)) q->v2 = qwen3i_json_is(s, "gptq_v2"); }
-        else if (qwen3i_json_is(key, "strategy")) { if (qwen3i_json_string(j, &s)) q->per_tensor = qwen3i_json_is(s, "tensor"); }
-        else if (qwen3i_json_peek(j) == '{' && depth < 4 && !qwen3i_json_is(key, "input_activations") && !qwen3i_json_is(key, "output_activations"))
+        } else if (qwen3i_json_is(key, "checkpoint_format")) {
+            if (qwen3i_json_string(j, &s)) q->v2 = qwen3i_json_is(s, "gptq_v2");
+        }
+        else if (qwen3i_json_is(key, "strategy")) {
+            if (qwen3i_json_string(j, &s)) q->per_tensor = qwen3i_json_is(s, "tensor");
+        }
+        else if (qwen3i_json_peek(j) == '{' && depth < 4 && !qwen3i_json_is(key, "input_activations") &&
+                 !qwen3i_json_is(key, "output_activations"))
             qwen3i_quantization_read(j, q, depth + 1);
         else qwen3i_json_skip(j);
     }
 }
 
-static qwen3_result qwen3i_quantization_check(qwen3i_quantization *q, const char *file, const qwen3i_err *err) {
+static qwen3_result qwen3i_quantization_check(qwen3i_quantization *q, const char *file,
+                                              const qwen3i_err *err) {
     static const struct { const char *method, *format; qwen3i_packing packing; } known[] = {
         {"fp8", "", QWEN3I_FLOAT8}, {"awq", "", QWEN3I_AWQ}, {"awq", "gemm", QWEN3I_AWQ}, {"awq", "GEMM", QWEN3I_AWQ}, {"gptq", NULL, QWEN3I_GPTQ},
         {"compressed-tensors", "float-quantized", QWEN3I_FLOAT8}, {"compressed-tensors", "pack-quantized", QWEN3I_PACKED}
     };
     for (int i = 0; i < QWEN3I_COUNT(known); i++)
-        if (!strcmp(q->method, known[i].method) && (!known[i].format || !strcmp(q->format, known[i].format))) q->packing = known[i].packing;
+        if (!strcmp(q->method, known[i].method) && (!known[i].format || !strcmp(q->format, known[i].format)))
+            q->packing = known[i].packing;
     if (q->packing) return QWEN3_OK;
     return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key 'quantization_config': method '%s'%s%s is not supported; fp8, awq (gemm), gptq and "
                        "compressed-tensors (pack-quantized, float-quantized) are", file, q->method, *q->format ? ", format " : "", q->format);
@@ -6115,7 +6445,10 @@ static void qwen3i_config_dense(qwen3i_json *j, qwen3i_raw_config *raw) {
     raw->n_dense = 0;
     if (qwen3i_json_word(j, "null") || !qwen3i_json_open(j, '[', &it)) return;
     while (qwen3i_json_next(j, &it, NULL) && qwen3i_json_int(j, &layer)) {
-        if (layer < 0 || layer > QWEN3I_MAX_DIM) { qwen3i_json_bad(j, "a layer's number was expected"); return; }
+        if (layer < 0 || layer > QWEN3I_MAX_DIM) {
+            qwen3i_json_bad(j, "a layer's number was expected");
+            return;
+        }
         if (raw->n_dense < QWEN3I_COUNT(raw->dense)) raw->dense[raw->n_dense] = (int)layer;
         if (raw->n_dense <= QWEN3I_COUNT(raw->dense)) raw->n_dense++;
     }
@@ -6152,7 +6485,8 @@ static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, c
         return j->error ? QWEN3_OK : qwen3i_quantization_check(q, raw->file, err);
     } else if (qwen3i_json_is(key, "quantization")) {
         if (!qwen3i_json_word(j, "null"))
-            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key '%.*s': this kind of quantised checkpoint is not supported",
+            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                               "%s: key '%.*s': this kind of quantised checkpoint is not supported",
                                raw->file, QWEN3I_STR(key));
     } else if (qwen3i_json_is(key, "rope_parameters")) qwen3i_config_rope(j, &c->rope[0]);
     else if (qwen3i_json_is(key, "rope_scaling")) qwen3i_config_rope(j, &c->rope[1]);
@@ -6161,7 +6495,8 @@ static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, c
     return QWEN3_OK;
 }
 
-static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err) {
+static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const qwen3i_blob *b,
+                                        const qwen3i_err *err) {
     qwen3i_config_reader c;
     qwen3i_json_iter it;
     qwen3i_str key;
@@ -6175,7 +6510,8 @@ static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const 
         while (r == QWEN3_OK && qwen3i_json_next(&c.j, &it, &key)) {
             r = qwen3i_config_key(&c, key, err);
             if (c.j.error) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%.*s': byte %lu: %s", file,
-                                              QWEN3I_STR(key), (unsigned long)qwen3i_json_offset(&c.j), c.j.error);
+                                              QWEN3I_STR(key), (unsigned long)qwen3i_json_offset(&c.j),
+                                                  c.j.error);
         }
     if (r != QWEN3_OK) return r;
     qwen3i_json_end(&c.j);
@@ -6185,7 +6521,8 @@ static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const 
 }
 
 /* Advice from a file: what is out of range is off. */
-static void qwen3i_advise(qwen3_sampler *s, double temperature, double top_p, double top_k, double min_p, double repeat) {
+static void qwen3i_advise(qwen3_sampler *s, double temperature, double top_p, double top_k, double min_p,
+                          double repeat) {
     s->temperature = temperature >= 0 && temperature < 100 ? (float)temperature : 1.0f;
     s->top_p = top_p > 0 && top_p <= 1 ? (float)top_p : 0.0f;
     s->min_p = min_p > 0 && min_p <= 1 ? (float)min_p : 0.0f;
@@ -6195,7 +6532,8 @@ static void qwen3i_advise(qwen3_sampler *s, double temperature, double top_p, do
 
 /* generation_config.json: sampling defaults and the tokens that end a turn. Its values are advice, so
    what is out of range is ignored; only broken JSON is an error. */
-static qwen3_result qwen3i_parse_generation(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err) {
+static qwen3_result qwen3i_parse_generation(qwen3_model *m, const char *file, const qwen3i_blob *b,
+                                            const qwen3i_err *err) {
     qwen3i_json j = qwen3i_json_begin(b->data, b->size);
     qwen3i_json_iter it;
     qwen3i_str key;
@@ -6203,7 +6541,8 @@ static qwen3_result qwen3i_parse_generation(qwen3_model *m, const char *file, co
     int sample = 0;
     if (qwen3i_json_open(&j, '{', &it))
         while (qwen3i_json_next(&j, &it, &key)) {
-            double *number = qwen3i_json_is(key, "temperature") ? &temperature : qwen3i_json_is(key, "top_p") ? &top_p :
+            double *number = qwen3i_json_is(key, "temperature") ? &temperature :
+                             qwen3i_json_is(key, "top_p") ? &top_p :
                              qwen3i_json_is(key, "top_k") ? &top_k : qwen3i_json_is(key, "min_p") ? &min_p :
                              qwen3i_json_is(key, "repetition_penalty") ? &repeat : NULL;
             if (qwen3i_json_word(&j, "null")) continue;
@@ -6225,7 +6564,7 @@ static void qwen3i_add_eos(qwen3_model *m, qwen3_token id) {
     m->eos[m->n_eos++] = id;
 }
 
-/* ---- the keys of a GGUF file -------------------------------------------------------------------------- */
+/* ---- the keys of a GGUF file ----------------------------------------------------------------- */
 typedef struct qwen3i_gguf_key { int key; const char *name; } qwen3i_gguf_key;
 
 /* Names are those of architecture qwen3, the only one so far. */
@@ -6246,7 +6585,8 @@ static qwen3_result qwen3i_gguf_check_type(const qwen3i_gguf *g) {
     qwen3i_str type;
     qwen3_result r = qwen3i_gguf_get_string(g, "general.type", &type);
     if (r != QWEN3_OK || type.n == 0 || qwen3i_compare_str(type, qwen3i_str_of("model")) == 0) return r;
-    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key 'general.type' is '%.*s'; 'model' is supported", g->file, QWEN3I_STR(type));
+    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED,
+                       "%s: key 'general.type' is '%.*s'; 'model' is supported", g->file, QWEN3I_STR(type));
 }
 
 /* What a key that is not there defaults to. */
@@ -6256,7 +6596,8 @@ static qwen3_result qwen3i_gguf_defaults(const qwen3i_gguf *g, qwen3i_raw_config
     qwen3_result r = qwen3i_gguf_get_array(g, "tokenizer.ggml.tokens", QWEN3I_GGUF_STRING, &tokens);
     if (r != QWEN3_OK) return r;
     if (!qwen3i_config_has(raw, QWEN3I_KEY_VOCAB) && tokens) qwen3i_config_set(raw, QWEN3I_KEY_VOCAB, (double)tokens->n);
-    if (!qwen3i_config_has(raw, QWEN3I_KEY_KV_HEADS) && heads > 0) qwen3i_config_set(raw, QWEN3I_KEY_KV_HEADS, heads);
+    if (!qwen3i_config_has(raw, QWEN3I_KEY_KV_HEADS) && heads > 0)
+        qwen3i_config_set(raw, QWEN3I_KEY_KV_HEADS, heads);
     if (!qwen3i_config_has(raw, QWEN3I_KEY_HEAD_DIM) && heads > 0)
         qwen3i_config_set(raw, QWEN3I_KEY_HEAD_DIM, floor(raw->values[QWEN3I_KEY_EMBD] / heads));
     return QWEN3_OK;
@@ -6274,7 +6615,8 @@ static qwen3_result qwen3i_gguf_read_config(const qwen3i_gguf *g, qwen3i_raw_con
     }
     if (r == QWEN3_OK) r = qwen3i_gguf_get_string(g, "qwen3.rope.scaling.type", &text);
     if (text.n && qwen3i_compare_str(text, qwen3i_str_of("none")) != 0)
-        qwen3i_config_set(raw, QWEN3I_KEY_ROPE, qwen3i_compare_str(text, qwen3i_str_of("yarn")) == 0 ? 1 : -1);
+        qwen3i_config_set(raw, QWEN3I_KEY_ROPE, qwen3i_compare_str(text, qwen3i_str_of("yarn")) == 0 ? 1 :
+                          -1);
     if (raw->values[QWEN3I_KEY_ATTN_FACTOR] > 0 && raw->values[QWEN3I_KEY_FACTOR] > 1)    /* here on top of YaRN's own */
         raw->values[QWEN3I_KEY_ATTN_FACTOR] *= 0.1 * log(raw->values[QWEN3I_KEY_FACTOR]) + 1;
     return r;
@@ -6286,7 +6628,8 @@ static qwen3_result qwen3i_gguf_check_width(const qwen3i_gguf *g, const char *ke
     int found;
     qwen3_result r = qwen3i_gguf_get_number(g, key, &width, &found);
     if (r != QWEN3_OK || !found || width == head_dim) return r;
-    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key '%s' is %.17g; only 'qwen3.attention.key_length' (%d) is supported",
+    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED,
+                       "%s: key '%s' is %.17g; only 'qwen3.attention.key_length' (%d) is supported",
                        g->file, key, width, head_dim);
 }
 
@@ -6296,13 +6639,16 @@ static qwen3_result qwen3i_gguf_check_pooling(const qwen3i_gguf *g) {
     int found;
     qwen3_result r = qwen3i_gguf_get_number(g, "qwen3.pooling_type", &pooling, &found);
     if (r != QWEN3_OK || pooling == 0 || pooling == 3 || pooling == 4) return r;
-    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED, "%s: key 'qwen3.pooling_type' is %.17g; 0 (none), 3 (last token) and 4 (rank) are supported",
+    return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED,
+                       "%s: key 'qwen3.pooling_type' is %.17g; 0 (none), 3 (last token) and 4 (rank) are "
+                       "supported",
                        g->file, pooling);
 }
 
 /* The tokens that end a turn. */
 static qwen3_result qwen3i_gguf_read_eos(const qwen3i_gguf *g, qwen3_model *m) {
-    static const char *const keys[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"};
+    static const char *const keys[] = {"tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id",
+                                       "tokenizer.ggml.eom_token_id"};
     qwen3_result r = QWEN3_OK;
     double id = 0;
     int i, found;
@@ -6310,7 +6656,9 @@ static qwen3_result qwen3i_gguf_read_eos(const qwen3i_gguf *g, qwen3_model *m) {
         r = qwen3i_gguf_get_number(g, keys[i], &id, &found);
         if (r != QWEN3_OK || !found) continue;
         if (!(id >= 0 && id < m->config.n_vocab))
-            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%s' is %.17g; the vocabulary has %d tokens", g->file, keys[i], id, m->config.n_vocab);
+            return qwen3i_fail(g->err, QWEN3_ERR_FORMAT,
+                               "%s: key '%s' is %.17g; the vocabulary has %d tokens", g->file, keys[i], id,
+                                   m->config.n_vocab);
         qwen3i_add_eos(m, (qwen3_token)id);
     }
     return r;
@@ -6339,7 +6687,8 @@ static qwen3_result qwen3i_gguf_configuration(qwen3i_loader *l) {
     qwen3_result r = qwen3i_gguf_open(l);
     int i;
     for (i = 0; i < QWEN3I_KEYS; i++) keys[i] = NULL;
-    for (i = 0; i < QWEN3I_COUNT(qwen3i_gguf_keys); i++) keys[qwen3i_gguf_keys[i].key] = qwen3i_gguf_keys[i].name;
+    for (i = 0; i < QWEN3I_COUNT(qwen3i_gguf_keys); i++)
+        keys[qwen3i_gguf_keys[i].key] = qwen3i_gguf_keys[i].name;
     keys[QWEN3I_KEY_FAMILY] = "general.architecture";
     keys[QWEN3I_KEY_ROPE] = "qwen3.rope.scaling.type";
     if (r == QWEN3_OK) r = qwen3i_gguf_check_type(g);
@@ -6355,11 +6704,13 @@ static qwen3_result qwen3i_gguf_configuration(qwen3i_loader *l) {
     return r == QWEN3_OK ? qwen3i_gguf_read_sampling(g, m) : r;
 }
 
-/* ---- weights: tensors, found by name and held against the shapes of the configuration ---------------- */
+/* ---- weights: tensors, found by name and held against the shapes of the configuration -------- */
 struct qwen3i_source {                  /* a layout of a model's files */
-    const char *layers;                 /* what the names of a layer's weights start with, before its number */
+    /* what the names of a layer's weights start with, before its number */
+    const char *layers;
     const char *names[QWEN3I_WEIGHTS];  /* in the order of qwen3i_tensor_id; NULL: there is no such weight */
-    const char *config_file;            /* in messages: where the configuration is; NULL: in the first file of weights */
+    /* in messages: where the configuration is; NULL: in the first file of weights */
+    const char *config_file;
     const char *layers_key;             /* in it: how many layers there are */
     qwen3_result (*configuration)(qwen3i_loader *l);
     qwen3_result (*tokenizer)(qwen3i_loader *l);
@@ -6381,7 +6732,8 @@ static void qwen3i_weight_name(char *dst, const qwen3i_source *s, int layer, int
 typedef struct qwen3i_binder {
     qwen3i_loader        *l;
     const qwen3i_tensors *tensors;
-    qwen3i_str            prefix;       /* what the names have in place of "model."; some wrappers put more before it */
+    /* what the names have in place of "model."; some wrappers put more before it */
+    qwen3i_str            prefix;
     qwen3i_str            head;         /* the name of lm_head.weight; n 0: it is as it should be */
     uint64_t              n_params, n_bytes, fingerprint;
     int                   in_place;     /* matrices that stay where the file is */
@@ -6403,8 +6755,8 @@ static const qwen3i_tensor *qwen3i_find_suffix(const qwen3i_tensors *t, const ch
     return hits == 1 ? found : NULL;
 }
 
-/* The names of Hugging Face's layout begin with "model."; those of a model without a head with nothing, and those of
-   one that is wrapped with more. Where the embedding tells which, that is taken. */
+/* The names of Hugging Face's layout begin with "model."; those of a model without a head with nothing, and
+   those of one that is wrapped with more. Where the embedding tells which, that is taken. */
 static void qwen3i_find_prefix(qwen3i_binder *b) {
     static const char embed[] = "embed_tokens.weight";
     const qwen3i_tensor *t;
@@ -6439,8 +6791,10 @@ static qwen3_result qwen3i_missing_tensor(const qwen3i_binder *b, const char *na
         for (k = 0; k < n && k < has.n && has.p[k] == name[k]; k++) { }
         if (k > most) { most = k; best = &t[i]; }
     }
-    if (!b->tensors->n) return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing", file, name);
-    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing; there is '%.*s', for example", file, name,
+    if (!b->tensors->n)
+        return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing", file, name);
+    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
+                       "%s: tensor '%s' is missing; there is '%.*s', for example", file, name,
                        QWEN3I_STR(best->name));
 }
 
@@ -6465,7 +6819,8 @@ static int qwen3i_numbers_finite(const void *data, qwen3i_type type, uint64_t n)
 
 static int qwen3i_all_finite(const qwen3i_matrix *w) {
     const qwen3i_format *f = qwen3i_format_of(w->type);
-    const uint8_t *b = (const uint8_t *)w->data, *end = b + (size_t)w->rows * qwen3i_row_bytes(w->type, w->cols);
+    const uint8_t *b = (const uint8_t *)w->data, *end = b + (size_t)w->rows * qwen3i_row_bytes(w->type,
+            w->cols);
     float y[QWEN3I_MAX_BLOCK];
     int ok = 1;
     if (!f->unpack) return qwen3i_numbers_finite(w->data, w->type, (uint64_t)w->rows * (uint64_t)w->cols);
@@ -6503,20 +6858,23 @@ static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tenso
         return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has type %.*s; the %s backend supports "
                            "F32, F16 and BF16", t->file, name, QWEN3I_STR(t->dtype), backend->name);
     if (w->type == QWEN3I_NVFP4 && qwen3i_has_scale(b, name))
-        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has type NVFP4 and a scale of its own, which is not "
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                           "%s: tensor '%s' has type NVFP4 and a scale of its own, which is not "
                            "supported", t->file, name);
     if (w->cols % qwen3i_format_of(w->type)->elements != 0)
         return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has type %.*s, but rows of %d elements, no multiple of %d",
                            t->file, name, QWEN3I_STR(t->dtype), w->cols, qwen3i_format_of(w->type)->elements);
     bytes = qwen3i_size_mul((uint64_t)w->rows, qwen3i_row_bytes(w->type, w->cols));
     if (t->end - t->begin == bytes) return QWEN3_OK;
-    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' needs %llu bytes for its shape but has %llu", t->file, name,
+    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
+                       "%s: tensor '%s' needs %llu bytes for its shape but has %llu", t->file, name,
                        (unsigned long long)bytes, (unsigned long long)(t->end - t->begin));
 }
 
 /* ---- quantised matrices of directories: several tensors become one matrix in blocks ------------------------
    FP8 in blocks as Qwen's own, AWQ (gemm), GPTQ, and compressed-tensors as vLLM and transformers read them. Here the
-   fields of four or eight bits lie in words, along the input or the output; each group of inputs has a scale and a
+   fields of four or eight bits lie in words, along the input or the output;
+   each group of inputs has a scale and a
    zero: w = scale * (field - zero). */
 typedef struct qwen3i_packed {          /* [rows, cols] as a file has it; tensors by their data */
     int                  rows, cols, bits, group, n_groups;
@@ -6526,12 +6884,15 @@ typedef struct qwen3i_packed {          /* [rows, cols] as a file has it; tensor
     int                  zero_offset;   /* what a stored zero lacks */
 } qwen3i_packed;
 
-static uint32_t qwen3i_word_at(const unsigned char *words, uint64_t i) { return (uint32_t)qwen3i_little(words + 4 * i, 4); }
+static uint32_t qwen3i_word_at(const unsigned char *words, uint64_t i) {
+    return (uint32_t)qwen3i_little(words + 4 * i, 4);
+}
 
 /* Field `at` of those that are packed along a line of words, the first of them in the lowest bits */
 static unsigned qwen3i_field(const unsigned char *words, uint64_t line, int bits, int at) {
     const int per_word = 32 / bits;
-    return qwen3i_word_at(words, line + (uint64_t)(at / per_word)) >> bits * (at % per_word) & ((1u << bits) - 1);
+    return qwen3i_word_at(words, line + (uint64_t)(at / per_word)) >> bits * (at % per_word) &
+           ((1u << bits) - 1);
 }
 
 /* AWQ: the columns of a word lie in the order 0 2 4 6 1 3 5 7. */
@@ -6542,21 +6903,27 @@ static unsigned qwen3i_field_awq(const unsigned char *words, uint64_t line, int 
 
 static unsigned qwen3i_packed_field(const qwen3i_packed *p, int row, int col) {
     const int per_word = 32 / p->bits;
-    if (p->packing == QWEN3I_AWQ) return qwen3i_field_awq(p->words, (uint64_t)col * (uint64_t)(p->rows / 8), row);
+    if (p->packing == QWEN3I_AWQ)
+        return qwen3i_field_awq(p->words, (uint64_t)col * (uint64_t)(p->rows / 8), row);
     if (p->packing == QWEN3I_GPTQ)      /* along the input, in the columns of a matrix [cols / per_word, rows] */
-        return qwen3i_word_at(p->words, (uint64_t)(col / per_word) * (uint64_t)p->rows + (uint64_t)row) >> p->bits * (col % per_word)
+        return qwen3i_word_at(p->words, (uint64_t)(col / per_word) * (uint64_t)p->rows +
+                              (uint64_t)row) >> p->bits * (col % per_word)
                & ((1u << p->bits) - 1);
-    return qwen3i_field(p->words, (uint64_t)row * (uint64_t)((p->cols + per_word - 1) / per_word), p->bits, col);
+    return qwen3i_field(p->words, (uint64_t)row * (uint64_t)((p->cols + per_word - 1) / per_word), p->bits,
+                        col);
 }
 
 static int qwen3i_group_zero(const qwen3i_packed *p, int row, int group) {
     const int per_word = 32 / p->bits;
     if (!p->zeros) return 1 << (p->bits - 1);
-    if (p->packing == QWEN3I_AWQ) return (int)qwen3i_field_awq(p->zeros, (uint64_t)group * (uint64_t)(p->rows / 8), row);
+    if (p->packing == QWEN3I_AWQ)
+        return (int)qwen3i_field_awq(p->zeros, (uint64_t)group * (uint64_t)(p->rows / 8), row);
     if (p->packing == QWEN3I_GPTQ)
-        return (int)((qwen3i_field(p->zeros, (uint64_t)group * (uint64_t)(p->rows / per_word), p->bits, row) + (unsigned)p->zero_offset)
+        return (int)((qwen3i_field(p->zeros, (uint64_t)group * (uint64_t)(p->rows / per_word), p->bits,
+                                   row) + (unsigned)p->zero_offset)
                      & ((1u << p->bits) - 1));
-    return (int)(qwen3i_word_at(p->zeros, (uint64_t)(row / per_word) * (uint64_t)p->n_groups + (uint64_t)group)
+    return (int)(qwen3i_word_at(p->zeros, (uint64_t)(row / per_word) * (uint64_t)p->n_groups +
+                                (uint64_t)group)
                  >> p->bits * (row % per_word) & ((1u << p->bits) - 1));
 }
 
@@ -6570,7 +6937,8 @@ static float qwen3i_group_scale(const qwen3i_packed *p, int row, int group) {
 /* Elements from, from + 1, ... of a row, all of one group, into a block; what a row lacks is never used. */
 static void qwen3i_pack_block(uint8_t *b, const qwen3i_packed *p, const qwen3i_format *f, int row, int from) {
     const int group = from / p->group;
-    const uint32_t word = qwen3i_bits_from_float(qwen3i_group_scale(p, row, group)) | (uint32_t)qwen3i_group_zero(p, row, group);
+    const uint32_t word = qwen3i_bits_from_float(qwen3i_group_scale(p, row, group)) |
+                          (uint32_t)qwen3i_group_zero(p, row, group);
     memcpy(b, &word, 4);
     memset(b + 4, 0, (size_t)f->bytes - 4);
     for (int e = 0; e < f->elements && from + e < p->cols; e++) {
@@ -6583,7 +6951,8 @@ static void qwen3i_pack_block(uint8_t *b, const qwen3i_packed *p, const qwen3i_f
 /* Room for a matrix in blocks, whose type, rows and columns are set. */
 static uint8_t *qwen3i_repacked(qwen3i_binder *b, const char *name, qwen3i_matrix *out, qwen3_result *r) {
     uint64_t bytes = qwen3i_size_mul((uint64_t)out->rows, qwen3i_row_bytes(out->type, out->cols));
-    uint8_t *data = qwen3i_size_fits(bytes) ? (uint8_t *)qwen3i_model_alloc(b->l->model, (size_t)bytes, 1) : NULL;
+    uint8_t *data = qwen3i_size_fits(bytes) ? (uint8_t *)qwen3i_model_alloc(b->l->model, (size_t)bytes, 1) :
+                    NULL;
     if (!data) *r = qwen3i_no_memory(b->l->err, name, bytes);
     out->data = data;
     b->n_bytes += data ? bytes : 0;
@@ -6591,23 +6960,28 @@ static uint8_t *qwen3i_repacked(qwen3i_binder *b, const char *name, qwen3i_matri
 }
 
 /* 16 rows at a time, because words that lie along the output hold several. */
-static qwen3_result qwen3i_repack(qwen3i_binder *b, const char *name, const qwen3i_packed *p, qwen3i_matrix *out) {
+static qwen3_result qwen3i_repack(qwen3i_binder *b, const char *name, const qwen3i_packed *p,
+                                  qwen3i_matrix *out) {
     qwen3_result r = QWEN3_OK;
-    out->type = p->bits == 8 ? QWEN3I_INT8 : p->group % 128 == 0 || p->group >= p->cols ? QWEN3I_INT4 : QWEN3I_INT4S;
+    out->type = p->bits == 8 ? QWEN3I_INT8 : p->group % 128 == 0 || p->group >= p->cols ? QWEN3I_INT4 :
+                QWEN3I_INT4S;
     uint8_t *data = qwen3i_repacked(b, name, out, &r);
     const qwen3i_format *f = qwen3i_format_of(out->type);
     const size_t row_bytes = (size_t)qwen3i_row_bytes(out->type, p->cols);
     for (int first = 0; data && first < p->rows; first += 16)
         for (int c = 0; c < p->cols; c += f->elements)
             for (int row = first; row < p->rows && row < first + 16; row++)
-                qwen3i_pack_block(data + (size_t)row * row_bytes + (size_t)(c / f->elements) * (size_t)f->bytes, p, f, row, c);
+                qwen3i_pack_block(data + (size_t)row * row_bytes + (size_t)(c / f->elements) *
+                                  (size_t)f->bytes, p, f, row, c);
     return r;
 }
 
-/* A tensor that belongs to a matrix, of the dtypes that are listed ("I32", "F16 BF16") and of shape [d0, d1], or [d0] if d1 is -1.
-   NULL: it is missing, and *r the failure unless it is optional; or it is not as it should be. */
-static const qwen3i_tensor *qwen3i_part(qwen3i_binder *b, const char *name, const char *part, const char *dtypes, int64_t d0, int64_t d1,
-                                        int optional, qwen3_result *r) {
+/* A tensor that belongs to a matrix, of the dtypes that are listed ("I32", "F16 BF16") and of shape [d0, d1],
+   or [d0] if d1 is -1. NULL: it is missing, and *r the failure unless it is optional; or it is not as it
+   should be. */
+static const qwen3i_tensor *qwen3i_part(qwen3i_binder *b, const char *name, const char *part,
+                                        const char *dtypes, int64_t d0, int64_t d1, int optional,
+                                            qwen3_result *r) {
     const uint64_t want[2] = {(uint64_t)d0, (uint64_t)d1};
     const int rank = d1 < 0 ? 1 : 2;
     char full[QWEN3I_NAME + 32], has[128], needs[64], dtype[16];
@@ -6615,27 +6989,36 @@ static const qwen3i_tensor *qwen3i_part(qwen3i_binder *b, const char *name, cons
     snprintf(full, sizeof full, "%.*s%s", (int)(strlen(name) - strlen("weight")), name, part);
     const qwen3i_tensor *t = qwen3i_find_weight(b, full);
     if (!t && optional) return NULL;
-    if (!t) { *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing", b->l->model->shards[0].name, full); return NULL; }
+    if (!t) {
+        *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' is missing",
+                         b->l->model->shards[0].name, full);
+        return NULL;
+    }
     snprintf(dtype, sizeof dtype, "%.*s", QWEN3I_STR(t->dtype));
     if (!strstr(dtypes, dtype) || !qwen3i_dtype_size(t->dtype))
-        *r = qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has dtype %s; supported: %s", t->file, full, dtype, dtypes);
+        *r = qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has dtype %s; supported: %s",
+                         t->file, full, dtype, dtypes);
     else if (t->rank != rank || memcmp(t->shape, want, (size_t)rank * sizeof *want) != 0) {
         qwen3i_shape_string(has, sizeof has, t->shape, t->rank);
         qwen3i_shape_string(needs, sizeof needs, want, rank);
-        *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s, not %s", t->file, full, has, needs);
+        *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s, not %s", t->file, full,
+                         has, needs);
     }
     if (*r != QWEN3_OK) return NULL;
-    b->fingerprint = qwen3i_hash(b->fingerprint, t->data + (t->end - t->begin) / 2, qwen3i_min_size(64, (size_t)((t->end - t->begin + 1) / 2)));
+    b->fingerprint = qwen3i_hash(b->fingerprint, t->data + (t->end - t->begin) / 2,
+                                 qwen3i_min_size(64, (size_t)((t->end - t->begin + 1) / 2)));
     return t;
 }
 
 /* Inputs in another order than their groups would need the activations in that order, too. */
-static qwen3_result qwen3i_check_order(qwen3i_binder *b, const char *name, const char *part, const qwen3i_packed *p) {
+static qwen3_result qwen3i_check_order(qwen3i_binder *b, const char *name, const char *part,
+                                       const qwen3i_packed *p) {
     qwen3_result r = QWEN3_OK;
     const qwen3i_tensor *t = qwen3i_part(b, name, part, "I32", p->cols, -1, 1, &r);
     for (int i = 0; t && i < p->cols; i++)
         if (qwen3i_word_at(t->data, (uint64_t)i) != (uint32_t)(i / p->group))
-            return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: '%s': the inputs are in order of activation (%s), which is not supported",
+            return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                               "%s: '%s': the inputs are in order of activation (%s), which is not supported",
                                t->file, name, part);
     return r;
 }
@@ -6645,12 +7028,17 @@ static qwen3_result qwen3i_check_groups(qwen3i_binder *b, const char *name, qwen
     p->group = group > 0 && group < p->cols ? group : p->cols;
     p->n_groups = (p->cols + p->group - 1) / p->group;
     if ((p->bits != 4 && p->bits != 8) || (p->packing == QWEN3I_AWQ && p->bits != 4))
-        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "config.json: quantization_config: weights of %d bits are not supported", p->bits);
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                           "config.json: quantization_config: weights of %d bits are not supported", p->bits);
     if (p->n_groups > 1 && p->group % (p->bits == 8 ? 128 : 32) != 0)
-        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "config.json: quantization_config: groups of %d inputs of %d bits are not "
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                           "config.json: quantization_config: groups of %d inputs of %d bits are not "
                            "supported", p->group, p->bits);
-    if (p->cols % p->group == 0 && p->cols % (32 / p->bits) == 0 && p->rows % (32 / p->bits) == 0) return QWEN3_OK;
-    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "'%s': [%d, %d] does not consist of whole groups of %d and whole words", name, p->rows, p->cols, p->group);
+    if (p->cols % p->group == 0 && p->cols % (32 / p->bits) == 0 && p->rows % (32 / p->bits) == 0)
+        return QWEN3_OK;
+    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
+                       "'%s': [%d, %d] does not consist of whole groups of %d and whole words", name,
+                           p->rows, p->cols, p->group);
 }
 
 static qwen3_result qwen3i_bind_packed(qwen3i_binder *b, const char *name, qwen3i_matrix *out) {
@@ -6663,12 +7051,15 @@ static qwen3_result qwen3i_bind_packed(qwen3i_binder *b, const char *name, qwen3
     qwen3_result r = qwen3i_check_groups(b, name, &p, q->group);
     if (r != QWEN3_OK) return r;
     const int per_word = 32 / p.bits, n = p.n_groups;
-    const qwen3i_tensor *words = ct ? qwen3i_part(b, name, "weight_packed", "I32", p.rows, p.cols / per_word, 0, &r) :
+    const qwen3i_tensor *words = ct ? qwen3i_part(b, name, "weight_packed", "I32", p.rows, p.cols / per_word,
+                                                  0, &r) :
         q->packing == QWEN3I_AWQ ? qwen3i_part(b, name, "qweight", "I32", p.cols, p.rows / 8, 0, &r) :
                                    qwen3i_part(b, name, "qweight", "I32", p.cols / per_word, p.rows, 0, &r);
-    const qwen3i_tensor *zeros = ct ? qwen3i_part(b, name, "weight_zero_point", "I32", p.rows / per_word, n, 1, &r) :
+    const qwen3i_tensor *zeros = ct ? qwen3i_part(b, name, "weight_zero_point", "I32", p.rows / per_word, n,
+                                                  1, &r) :
                                       qwen3i_part(b, name, "qzeros", "I32", n, p.rows / per_word, 0, &r);
-    const qwen3i_tensor *scales = qwen3i_part(b, name, ct ? "weight_scale" : "scales", "F16 BF16", ct ? p.rows : n, ct ? n : p.rows, 0, &r);
+    const qwen3i_tensor *scales = qwen3i_part(b, name, ct ? "weight_scale" : "scales", "F16 BF16",
+                                              ct ? p.rows : n, ct ? n : p.rows, 0, &r);
     if (r == QWEN3_OK) r = qwen3i_check_order(b, name, ct ? "weight_g_idx" : "g_idx", &p);
     if (r != QWEN3_OK) return r;
     p.words = words->data;
@@ -6679,11 +7070,13 @@ static qwen3_result qwen3i_bind_packed(qwen3i_binder *b, const char *name, qwen3
 }
 
 /* FP8: scales of blocks (multiplied, whatever the name says), of rows, or of the whole */
-static qwen3_result qwen3i_bind_fp8(qwen3i_binder *b, const char *name, const qwen3i_tensor *t, qwen3i_matrix *out) {
+static qwen3_result qwen3i_bind_fp8(qwen3i_binder *b, const char *name, const qwen3i_tensor *t,
+                                    qwen3i_matrix *out) {
     const qwen3i_quantization *q = &b->l->model->quantization;
     qwen3_result r = QWEN3_OK;
     int rows = q->block[0], cols = q->block[1];
-    const qwen3i_tensor *s = qwen3i_part(b, name, "weight_scale_inv", "F32 F16 BF16", (out->rows + rows - 1) / rows, (out->cols + cols - 1) / cols, 1, &r);
+    const qwen3i_tensor *s = qwen3i_part(b, name, "weight_scale_inv", "F32 F16 BF16",
+                                         (out->rows + rows - 1) / rows, (out->cols + cols - 1) / cols, 1, &r);
     if (r == QWEN3_OK && !s) {          /* compressed-tensors */
         cols = out->cols;
         rows = q->per_tensor ? out->rows : 1;
@@ -6692,7 +7085,8 @@ static qwen3_result qwen3i_bind_fp8(qwen3i_binder *b, const char *name, const qw
     }
     if (r != QWEN3_OK) return r;
     if (cols < out->cols && cols % 128 != 0)
-        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "config.json: quantization_config: blocks of %d inputs are not supported", cols);
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                           "config.json: quantization_config: blocks of %d inputs are not supported", cols);
     out->type = QWEN3I_FP8;
     uint8_t *to = qwen3i_repacked(b, name, out, &r);
     const size_t element = qwen3i_dtype_size(s->dtype);
@@ -6702,25 +7096,33 @@ static qwen3_result qwen3i_bind_fp8(qwen3i_binder *b, const char *name, const qw
             const int n = qwen3i_min(128, out->cols - c);
             const unsigned char *from = t->data + (size_t)row * (size_t)out->cols + (size_t)c;
             unsigned char number[4];
-            memcpy(number, s->data + element * (size_t)((size_t)(row / rows) * (size_t)across + (size_t)(c / cols)), element);
+            memcpy(number, s->data + element * (size_t)((size_t)(row / rows) * (size_t)across +
+                                                        (size_t)(c / cols)), element);
             const float scale = element == 4 ? qwen3i_float_from_bits((uint32_t)qwen3i_little(number, 4)) :
-                                qwen3i_type_of(s->dtype) == QWEN3I_F16 ? qwen3i_half_at(number) : qwen3i_bf16_to_f32((uint16_t)qwen3i_little(number, 2));
+                                qwen3i_type_of(s->dtype) == QWEN3I_F16 ? qwen3i_half_at(number) :
+                                    qwen3i_bf16_to_f32((uint16_t)qwen3i_little(number, 2));
             memcpy(to, &scale, 4);
             memset(to + 4, 0, 128);
             memcpy(to + 4, from, (size_t)n);
             for (int i = 0; i < n; i++)
-                if ((from[i] & 0x7F) == 0x7F) return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' contains NaN", t->file, name);
+                if ((from[i] & 0x7F) == 0x7F)
+                    return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' contains NaN", t->file,
+                                       name);
         }
     return r;
 }
 
 /* 1: the matrix is quantised, and *r says how binding it went. */
-static int qwen3i_bind_quantised(qwen3i_binder *b, const char *name, const qwen3i_tensor *t, qwen3i_matrix *out, qwen3_result *r) {
+static int qwen3i_bind_quantised(qwen3i_binder *b, const char *name, const qwen3i_tensor *t,
+                                 qwen3i_matrix *out, qwen3_result *r) {
     const qwen3i_packing packing = b->l->model->quantization.packing;
     const int fp8 = t && qwen3i_json_is(t->dtype, "F8_E4M3") && packing == QWEN3I_FLOAT8;
-    if (fp8 ? t->rank != 2 || t->shape[0] != (uint64_t)out->rows || t->shape[1] != (uint64_t)out->cols : t || packing < QWEN3I_AWQ) return 0;
+    if (fp8 ? t->rank != 2 || t->shape[0] != (uint64_t)out->rows || t->shape[1] != (uint64_t)out->cols : t ||
+        packing < QWEN3I_AWQ) return 0;
     if (!b->l->model->backend->block_types)
-        *r = qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "'%s' is quantised; the %s backend supports F32, F16 and BF16", name, b->l->model->backend->name);
+        *r = qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                         "'%s' is quantised; the %s backend supports F32, F16 and BF16", name,
+                             b->l->model->backend->name);
     else *r = fp8 ? qwen3i_bind_fp8(b, name, t, out) : qwen3i_bind_packed(b, name, out);
     if (*r == QWEN3_OK && (b->l->desc->flags & QWEN3_LOAD_CHECK) && !qwen3i_all_finite(out))
         *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "'%s' contains NaN or Inf", name);
@@ -6728,7 +7130,8 @@ static int qwen3i_bind_quantised(qwen3i_binder *b, const char *name, const qwen3
     return 1;
 }
 
-/* Find a tensor of shape [stack, rows, cols], as a matrix of stack * rows rows; stack 0: [rows, cols]; rows 0, too: [cols] */
+/* Find a tensor of shape [stack, rows, cols], as a matrix of stack * rows rows; stack 0: [rows, cols]; rows
+   0, too: [cols] */
 static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int stack, int rows, int cols, qwen3i_matrix *out) {
     const qwen3i_err *err = b->l->err;
     const qwen3i_tensor *t = qwen3i_find_weight(b, name);
@@ -6738,7 +7141,8 @@ static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int st
     char has[128], needs[64];
     qwen3_result r;
     for (i = 0; i < 3; i++) if (dims[i]) { want[rank++] = (uint64_t)dims[i]; n *= (uint64_t)dims[i]; }
-    if (n / (uint64_t)cols > INT_MAX) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "tensor '%s' is too large", name);
+    if (n / (uint64_t)cols > INT_MAX)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "tensor '%s' is too large", name);
     out->rows = (int)(n / (uint64_t)cols);
     out->cols = cols;
     if (rows && b->l->model->quantization.packing && qwen3i_bind_quantised(b, name, t, out, &r)) return r;
@@ -6749,7 +7153,8 @@ static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int st
     if (!same) {
         qwen3i_shape_string(has, sizeof has, t->shape, t->rank);
         qwen3i_shape_string(needs, sizeof needs, want, rank);
-        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s; %s asks for %s", t->file, name, has,
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s; %s asks for %s", t->file,
+                           name, has,
                            qwen3i_config_file(b->l), needs);
     }
     r = qwen3i_check_type(b, t, name, out);
@@ -6779,7 +7184,8 @@ static qwen3_result qwen3i_shrink(qwen3i_binder *b, const char *name, int layer,
     qwen3_result r = QWEN3_OK;
     if (!to) return qwen3i_no_memory(b->l->err, name, (uint64_t)w->rows * to_row);
     for (int i = 0; i < w->rows && r == QWEN3_OK; i++) {
-        qwen3i_quantize(to + (size_t)i * (size_t)to_row, type, from + (size_t)i * (size_t)from_row, w->type, w->cols);
+        qwen3i_quantize(to + (size_t)i * (size_t)to_row, type, from + (size_t)i * (size_t)from_row, w->type,
+                        w->cols);
         if (i % 256 == 0) r = qwen3i_progress(b->l, at);
     }
     w->data = to;
@@ -6790,7 +7196,8 @@ static qwen3_result qwen3i_shrink(qwen3i_binder *b, const char *name, int layer,
 }
 
 /* A matrix, in blocks if the caller wants them; layer -1: of none. */
-static qwen3_result qwen3i_bind(qwen3i_binder *b, int layer, int weight, int rows, int cols, qwen3i_matrix *out) {
+static qwen3_result qwen3i_bind(qwen3i_binder *b, int layer, int weight, int rows, int cols,
+                                qwen3i_matrix *out) {
     char name[QWEN3I_NAME];
     qwen3i_type type;
     qwen3_result r;
@@ -6805,7 +7212,8 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, int layer, int weight, int row
 }
 
 /* A small tensor as float32: then every kernel reads one type. rows 0: of one dimension */
-static qwen3_result qwen3i_bind_floats(qwen3i_binder *b, int layer, int weight, int rows, int cols, const float **out) {
+static qwen3_result qwen3i_bind_floats(qwen3i_binder *b, int layer, int weight, int rows, int cols,
+                                       const float **out) {
     const int n = (rows ? rows : 1) * cols;
     qwen3i_matrix t;
     float *values;
@@ -6818,7 +7226,9 @@ static qwen3_result qwen3i_bind_floats(qwen3i_binder *b, int layer, int weight, 
     values = (float *)qwen3i_model_alloc(b->l->model, (size_t)n, sizeof *values);
     if (!values) return qwen3i_no_memory(b->l->err, name, (uint64_t)n * sizeof *values);
     for (i = 0; i < t.rows; i++)
-        qwen3i_decode(values + (size_t)i * (size_t)cols, (const char *)t.data + (size_t)i * (size_t)qwen3i_row_bytes(t.type, cols), t.type, cols);
+        qwen3i_decode(values + (size_t)i * (size_t)cols,
+                      (const char *)t.data + (size_t)i * (size_t)qwen3i_row_bytes(t.type, cols), t.type,
+                          cols);
     *out = values;
     return QWEN3_OK;
 }
@@ -6846,7 +7256,8 @@ static qwen3_result qwen3i_bind_qkv(qwen3i_binder *b, int index, qwen3i_layer *w
         if (qwen3i_find_tensor(b->tensors, qwen3i_str_of(name))) {
             r = qwen3i_bind(b, index, QWEN3I_W_QKV, q_dim + 2 * kv_dim, c->n_embd, &whole);
             if (r != QWEN3_OK) return r;
-            for (i = 0; i < 3; i++) *parts[i] = qwen3i_rows_of(&whole, i ? q_dim + (i - 1) * kv_dim : 0, i ? kv_dim : q_dim);
+            for (i = 0; i < 3; i++)
+                *parts[i] = qwen3i_rows_of(&whole, i ? q_dim + (i - 1) * kv_dim : 0, i ? kv_dim : q_dim);
             return QWEN3_OK;
         }
     }
@@ -6862,13 +7273,15 @@ typedef struct qwen3i_binding {         /* one tensor of a layer: a matrix, or g
     const float  **gains;
 } qwen3i_binding;
 
-static qwen3i_binding qwen3i_binding_of(qwen3i_tensor_id weight, int rows, int cols, qwen3i_matrix *matrix, const float **gains) {
+static qwen3i_binding qwen3i_binding_of(qwen3i_tensor_id weight, int rows, int cols, qwen3i_matrix *matrix,
+                                        const float **gains) {
     qwen3i_binding b;
     b.weight = weight; b.rows = rows; b.cols = cols; b.matrix = matrix; b.gains = gains;
     return b;
 }
 
-/* Experts in three tensors each, "mlp.experts.7.gate_proj.weight", or all in two as transformers 5 writes them. */
+/* Experts in three tensors each, "mlp.experts.7.gate_proj.weight", or all in two as transformers 5 writes
+   them. */
 static qwen3_result qwen3i_bind_each_expert(qwen3i_binder *b, int layer, qwen3i_matrix *list) {
     static const char *const parts[3] = {"gate", "up", "down"};
     const qwen3i_config *c = &b->l->model->config;
@@ -6878,7 +7291,8 @@ static qwen3_result qwen3i_bind_each_expert(qwen3i_binder *b, int layer, qwen3i_
     for (i = 0; i < c->n_expert && r == QWEN3_OK; i++)
         for (k = 0; k < 3 && r == QWEN3_OK; k++) {
             snprintf(name, sizeof name, "model.layers.%d.mlp.experts.%d.%s_proj.weight", layer, i, parts[k]);
-            r = qwen3i_bind_tensor(b, name, k < 2 ? c->n_ff_expert : c->n_embd, k < 2 ? c->n_embd : c->n_ff_expert,
+            r = qwen3i_bind_tensor(b, name, k < 2 ? c->n_ff_expert : c->n_embd, k < 2 ? c->n_embd :
+                                   c->n_ff_expert,
                             &list[k * c->n_expert + i]);
         }
     return r;
@@ -6908,7 +7322,8 @@ static qwen3_result qwen3i_bind_experts(qwen3i_binder *b, int layer, qwen3i_laye
     r = qwen3i_bind_tensor(b, name, n, c->n_embd, &router);
     if (r == QWEN3_OK && fused) r = qwen3i_bind_fused_experts(b, layer, &gate_up, &down);
     if (r == QWEN3_OK && !fused && (size_t)n > b->tensors->n / 3)    /* before memory is taken for them */
-        r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: num_experts is %d, but the files hold only %lu tensors",
+        r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
+                        "%s: num_experts is %d, but the files hold only %lu tensors",
                         qwen3i_config_file(b->l), n, (unsigned long)b->tensors->n);
     if (r != QWEN3_OK) return r;
     e = (qwen3i_experts *)qwen3i_model_alloc(b->l->model, 1, sizeof *e);
@@ -6968,7 +7383,9 @@ static qwen3_result qwen3i_bind_head(qwen3i_binder *b) {
     if (!head && !c->tied && (m->no_causal || b->prefix.n == 0)) { m->no_head = 1; return QWEN3_OK; }
     if (c->tied && (!head || !embed || (head->end - head->begin == embed->end - embed->begin &&
         memcmp(head->data, embed->data, (size_t)(head->end - head->begin)) == 0))) return QWEN3_OK;
-    if (c->tied) qwen3i_log(&m->logger, QWEN3_LOG_WARN, "%s: tie_word_embeddings is set, but %s differs from the embedding: "
+    if (c->tied)
+        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "%s: tie_word_embeddings is set, but %s differs from the "
+                                               "embedding: "
                             "it is used", qwen3i_config_file(b->l), name);
     c->tied = 0;
     return qwen3i_bind(b, -1, QWEN3I_W_HEAD, c->n_vocab, c->n_embd, &m->weights.head);
@@ -6999,7 +7416,8 @@ static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
     if (r != QWEN3_OK) return r;
     if ((size_t)c->n_layer > b->tensors->n / QWEN3I_LAYER_TENSORS + 1)    /* before memory is taken for them */
         return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: %s is %d, but the files hold only %lu tensors",
-                           qwen3i_config_file(b->l), b->l->source->layers_key, c->n_layer, (unsigned long)b->tensors->n);
+                           qwen3i_config_file(b->l), b->l->source->layers_key, c->n_layer,
+                               (unsigned long)b->tensors->n);
     layers = (qwen3i_layer *)qwen3i_model_alloc(m, (size_t)c->n_layer, sizeof *layers);
     if (!layers) return qwen3i_no_memory(b->l->err, "the layers", (uint64_t)c->n_layer * sizeof *layers);
     memset(layers, 0, (size_t)c->n_layer * sizeof *layers);
@@ -7011,7 +7429,7 @@ static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
     return r;
 }
 
-/* ---- tokenizer files -------------------------------------------------------------------------------- */
+/* ---- tokenizer files ------------------------------------------------------------------------- */
 /* The template decides how the model was taught to think; it may also lie in a file of its own. */
 static qwen3_result qwen3i_load_style(qwen3i_loader *l, const qwen3i_blob *config) {
     qwen3i_blob jinja;
@@ -7049,7 +7467,8 @@ static qwen3_result qwen3i_open_vocab(qwen3i_loader *l, qwen3i_vocab_files *f) {
 }
 
 /* What is wrong with a file that was not read to its end may be that it is cut: then say that. */
-static qwen3_result qwen3i_json_cut(const char *name, const qwen3i_blob *b, qwen3_result r, const qwen3i_err *err) {
+static qwen3_result qwen3i_json_cut(const char *name, const qwen3i_blob *b, qwen3_result r,
+                                    const qwen3i_err *err) {
     qwen3i_json j = qwen3i_json_begin(b->data, b->size);
     if (b->size == 0 || qwen3i_json_skip(&j) || j.p != j.end) return r;
     return qwen3i_fail(err, r, "%s: the file ends in the midst of its JSON, after %llu bytes", name,
@@ -7070,9 +7489,11 @@ static qwen3_result qwen3i_load_tokenizer(qwen3i_loader *l) {
     qwen3_result r;
     memset(&f, 0, sizeof f);
     r = qwen3i_open_vocab(l, &f);
-    if (r == QWEN3_OK && (f.json.data || f.vocab.data)) r = qwen3i_tokenizer_read(&m->tokenizer, &m->allocator, &f, l->err);
+    if (r == QWEN3_OK && (f.json.data || f.vocab.data))
+        r = qwen3i_tokenizer_read(&m->tokenizer, &m->allocator, &f, l->err);
     else if (r == QWEN3_OK)
-        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "no tokenizer.json, or vocab.json and merges.txt: no text, only tokens");
+        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "no tokenizer.json, or vocab.json and merges.txt: no text, "
+                                               "only tokens");
     if (r == QWEN3_ERR_FORMAT && f.json.data) r = qwen3i_json_cut("tokenizer.json", &f.json, r, l->err);
     if (r == QWEN3_OK && m->tokenizer) r = qwen3i_load_style(l, &f.config);
     qwen3i_close_vocab(&m->allocator, &f);
@@ -7096,20 +7517,23 @@ static qwen3_result qwen3i_check_tokenizer(const qwen3i_loader *l) {
                        qwen3i_tokenizer_size(m->tokenizer) - 1, m->config.n_vocab);
 }
 
-/* ---- sentence-transformers: what becomes of the hidden states ------------------------------------------- */
+/* ---- sentence-transformers: what becomes of the hidden states -------------------------------- */
 static void qwen3i_no_embedding(qwen3_model *m, const char *file, qwen3i_str what) {
-    snprintf(m->no_embedding, sizeof m->no_embedding, "%s: '%.*s' is not computed, only the last token's hidden state, "
+    snprintf(m->no_embedding, sizeof m->no_embedding,
+             "%s: '%.*s' is not computed, only the last token's hidden state, "
              "normalised", file, QWEN3I_STR(what));
 }
 
 /* modules.json: [{"type": "sentence_transformers.models.Pooling", ...}, ...] */
-static qwen3_result qwen3i_parse_modules(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err) {
+static qwen3_result qwen3i_parse_modules(qwen3_model *m, const char *file, const qwen3i_blob *b,
+                                         const qwen3i_err *err) {
     static const char *const known[] = {".Transformer", ".Pooling", ".Normalize"};
     qwen3i_json j = qwen3i_json_begin(b->data, b->size);
     qwen3i_json_iter list, it;
     qwen3i_str key, type;
     int i;
-    if (qwen3i_json_open(&j, '[', &list)) while (qwen3i_json_next(&j, &list, NULL) && qwen3i_json_open(&j, '{', &it))
+    if (qwen3i_json_open(&j, '[', &list)) while (qwen3i_json_next(&j, &list, NULL) &&
+                                                 qwen3i_json_open(&j, '{', &it))
         while (qwen3i_json_next(&j, &it, &key)) {
             if (!qwen3i_json_is(key, "type")) { qwen3i_json_skip(&j); continue; }
             if (!qwen3i_json_string(&j, &type)) break;
@@ -7120,32 +7544,38 @@ static qwen3_result qwen3i_parse_modules(qwen3_model *m, const char *file, const
 }
 
 /* 1_Pooling/config.json: {"pooling_mode_lasttoken": true, ...}, or newer {"pooling_mode": "lasttoken"} */
-static qwen3_result qwen3i_parse_pooling(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err) {
+static qwen3_result qwen3i_parse_pooling(qwen3_model *m, const char *file, const qwen3i_blob *b,
+                                         const qwen3i_err *err) {
     qwen3i_json j = qwen3i_json_begin(b->data, b->size);
     qwen3i_json_iter it;
     qwen3i_str key, mode;
     int on;
     if (qwen3i_json_open(&j, '{', &it)) while (qwen3i_json_next(&j, &it, &key)) {
         if (qwen3i_json_is(key, "pooling_mode") && qwen3i_json_peek(&j) == '"') {
-            if (qwen3i_json_string(&j, &mode) && !qwen3i_json_is(mode, "lasttoken")) qwen3i_no_embedding(m, file, mode);
+            if (qwen3i_json_string(&j, &mode) && !qwen3i_json_is(mode, "lasttoken"))
+                qwen3i_no_embedding(m, file, mode);
         } else if (key.n > 13 && memcmp(key.p, "pooling_mode_", 13) == 0) {
-            if (qwen3i_json_bool(&j, &on) && on != qwen3i_json_is(key, "pooling_mode_lasttoken")) qwen3i_no_embedding(m, file, key);
+            if (qwen3i_json_bool(&j, &on) && on != qwen3i_json_is(key, "pooling_mode_lasttoken"))
+                qwen3i_no_embedding(m, file, key);
         } else qwen3i_json_skip(&j);
     }
     return qwen3i_json_end(&j) ? QWEN3_OK : qwen3i_json_fail(err, file, &j);
 }
 
-/* ---- loading ------------------------------------------------------------------------------------------ */
-typedef qwen3_result (*qwen3i_parse_file)(qwen3_model *m, const char *file, const qwen3i_blob *b, const qwen3i_err *err);
+/* ---- loading --------------------------------------------------------------------------------- */
+typedef qwen3_result (*qwen3i_parse_file)(qwen3_model *m, const char *file, const qwen3i_blob *b,
+                                          const qwen3i_err *err);
 
-static qwen3_result qwen3i_load_json(qwen3i_loader *l, const char *name, int required, qwen3i_parse_file parse) {
+static qwen3_result qwen3i_load_json(qwen3i_loader *l, const char *name, int required,
+                                     qwen3i_parse_file parse) {
     qwen3i_blob b;
     const char *path = l->desc->path;
     qwen3_result r = qwen3i_open(l, name, 0, &b);
     if (r != QWEN3_OK) return r;
     if (b.data) r = parse(l->model, name, &b, l->err);
     else if (required)
-        r = qwen3i_fail(l->err, QWEN3_ERR_IO, "no %s %s%s: a Qwen3 model directory holds config.json, model.safetensors and tokenizer.json",
+        r = qwen3i_fail(l->err, QWEN3_ERR_IO, "no %s %s%s: a Qwen3 model directory holds config.json, "
+                                              "model.safetensors and tokenizer.json",
                         name, path ? "in " : "given", path ? path : "");
     qwen3i_close(&l->model->allocator, &b);
     return r;
@@ -7174,7 +7604,8 @@ static void qwen3i_fill_info(qwen3_model *m) {
 static uint64_t qwen3i_hash_numbers(uint64_t seed, const qwen3i_config *c) {
     double v[7];
     v[0] = c->rope_theta;     v[1] = (double)c->rms_eps;   v[2] = c->yarn_factor;  v[3] = c->yarn_beta_fast;
-    v[4] = c->yarn_beta_slow; v[5] = c->yarn_attn_factor;  v[6] = c->yarn_untruncated ? -c->yarn_original_ctx : c->yarn_original_ctx;
+    v[4] = c->yarn_beta_slow; v[5] = c->yarn_attn_factor;
+     v[6] = c->yarn_untruncated ? -c->yarn_original_ctx : c->yarn_original_ctx;
     return qwen3i_hash(seed, v, sizeof v);
 }
 
@@ -7199,7 +7630,8 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     b.fingerprint = qwen3i_hash_numbers(b.fingerprint, &m->config);
     if (m->config.n_expert) {
         if (!m->backend->experts)
-            return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED, "%s: the %s backend does not run mixtures of experts; the CPU does",
+            return qwen3i_fail(l->err, QWEN3_ERR_UNSUPPORTED,
+                               "%s: the %s backend does not run mixtures of experts; the CPU does",
                                qwen3i_config_file(l), m->backend->name);
         b.fingerprint = qwen3i_hash(b.fingerprint, &m->config.n_expert, 5 * sizeof(int));
     }
@@ -7210,7 +7642,8 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     if (r == QWEN3_OK) qwen3i_find_prefix(&b);
     if (r == QWEN3_OK) r = qwen3i_bind_model(&b);
     qwen3i_free(&m->allocator, tensors.list, tensors.cap * sizeof *tensors.list);
-    for (i = 0; i < m->n_shards && r == QWEN3_OK && b.in_place == 0; i++) qwen3i_close(&m->allocator, &m->shards[i].blob);
+    for (i = 0; i < m->n_shards && r == QWEN3_OK && b.in_place == 0; i++)
+        qwen3i_close(&m->allocator, &m->shards[i].blob);
     m->info.n_params = b.n_params;
     m->info.weight_type = qwen3i_main_type(b.of_type);
     m->info.weight_bytes = b.n_bytes;
@@ -7270,7 +7703,8 @@ static const char *qwen3i_gguf_among(const qwen3_file *files, int n) {
     return found;
 }
 
-/* Directory or GGUF: what is given decides. config.json comes first, for a directory may hold a GGUF file, too. */
+/* Directory or GGUF: what is given decides. config.json comes first, for a directory may hold a GGUF file,
+   too. */
 static void qwen3i_choose_source(qwen3i_loader *l) {
     const qwen3_load_desc *d = l->desc;
     l->folder = d->path ? strlen(d->path) : 0;
@@ -7312,7 +7746,8 @@ static qwen3_result qwen3i_check_allocator(const qwen3_allocator *a, const qwen3
     aligned = ((uintptr_t)p & 15) == 0;
     a->free(p, 24, a->user);
     if (aligned) return QWEN3_OK;
-    return qwen3i_fail(err, QWEN3_ERR_ARG, "allocator: its memory is not aligned to 16 bytes, which the library needs");
+    return qwen3i_fail(err, QWEN3_ERR_ARG, "allocator: its memory is not aligned to 16 bytes, which the "
+                                           "library needs");
 }
 
 #ifndef QWEN3_NO_STDIO
@@ -7336,32 +7771,42 @@ static qwen3_result qwen3i_check_file(const qwen3_allocator *a, const char *path
     for (i = 0; i < QWEN3I_COUNT(kinds) - 1; i++)
         if (memcmp(head + kinds[i].at, kinds[i].bytes, strlen(kinds[i].bytes)) == 0) break;
     if (memcmp(head + kinds[i].at, kinds[i].bytes, strlen(kinds[i].bytes)) != 0)
-        return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is a file: the directory of a Qwen3 model, or a GGUF file, was expected", path);
-    return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is %s: the directory of a Qwen3 model, or a GGUF file, was expected", path, kinds[i].kind);
+        return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is a file: the directory of a Qwen3 model, or a GGUF "
+                                              "file, was expected", path);
+    return qwen3i_fail(err, QWEN3_ERR_IO, "'%s' is %s: the directory of a Qwen3 model, or a GGUF file, was "
+                                          "expected", path, kinds[i].kind);
 }
 #endif
 
 static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err *err) {
     int sources = (d->path != NULL) + (d->files != NULL) + (d->io.read != NULL), i;
     qwen3_result r;
-    if (sources == 2 && !(d->files && d->io.read) && qwen3i_is_gguf_name(d->path)) sources = 1;   /* path names one of them */
-    if (sources != 1) return qwen3i_fail(err, QWEN3_ERR_ARG, "set exactly one of path, files and io; %d are set", sources);
+    /* path names one of them */
+    if (sources == 2 && !(d->files && d->io.read) && qwen3i_is_gguf_name(d->path)) sources = 1;
+    if (sources != 1)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "set exactly one of path, files and io; %d are set", sources);
     if (d->io.read && !d->io.size) return qwen3i_fail(err, QWEN3_ERR_ARG, "io: size is not set");
     if (d->files && d->n_files <= 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "n_files is %d", d->n_files);
     for (i = 0; d->files && i < d->n_files; i++)
         if (!d->files[i].name) return qwen3i_fail(err, QWEN3_ERR_ARG, "files[%d] has no name", i);
-    if (d->flags & ~(QWEN3_LOAD_VOCAB_ONLY | QWEN3_LOAD_NO_MMAP | QWEN3_LOAD_CHECK)) return qwen3i_fail(err, QWEN3_ERR_ARG, "unknown load flags 0x%x", (unsigned)d->flags);
+    if (d->flags & ~(QWEN3_LOAD_VOCAB_ONLY | QWEN3_LOAD_NO_MMAP | QWEN3_LOAD_CHECK))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "unknown load flags 0x%x", (unsigned)d->flags);
     if (d->backend && d->backend->version != QWEN3_VERSION)
-        return qwen3i_fail(err, QWEN3_ERR_ARG, "the backend was compiled with version %d of qwen3.h, this is %d", d->backend->version, QWEN3_VERSION);
-    if (d->quantize < 0 || d->quantize > QWEN3_Q4_K_M) return qwen3i_fail(err, QWEN3_ERR_ARG, "quantize is %d", d->quantize);
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "the backend was compiled with version %d of qwen3.h, this "
+                                               "is %d", d->backend->version, QWEN3_VERSION);
+    if (d->quantize < 0 || d->quantize > QWEN3_Q4_K_M)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "quantize is %d", d->quantize);
     if (d->quantize && d->backend && !d->backend->block_types)
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "quantize: the %s backend supports F32, F16 and BF16", d->backend->name);
-    if (!qwen3i_little_endian()) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "big-endian machines are not supported");
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "quantize: the %s backend supports F32, F16 and BF16",
+                           d->backend->name);
+    if (!qwen3i_little_endian())
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "big-endian machines are not supported");
     r = qwen3i_check_allocator(&d->allocator, err);
     if (r != QWEN3_OK) return r;
 #ifdef QWEN3_NO_STDIO
     if (!d->files && !d->io.read)
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "compiled with QWEN3_NO_STDIO: load from files or io instead of a path");
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                           "compiled with QWEN3_NO_STDIO: load from files or io instead of a path");
 #else
     if (!d->files && !d->io.read && !qwen3i_is_directory(&d->allocator, d->path))
         return qwen3i_check_file(&d->allocator, d->path, err);
@@ -7369,7 +7814,8 @@ static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err
     return QWEN3_OK;
 }
 
-QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc, char *err_text, size_t err_size) {
+QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc, char *err_text,
+                                  size_t err_size) {
     qwen3i_err err;
     qwen3i_loader l;
     qwen3i_gguf gguf;
@@ -7400,8 +7846,10 @@ QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc
     r = m->vocab ? qwen3i_load_all(&l) : qwen3i_no_memory(&err, "the model", sizeof(uint64_t));
     qwen3i_gguf_free(&m->allocator, &gguf);
     if (r != QWEN3_OK) { qwen3_free(m); return r; }
-    qwen3i_log(&m->logger, QWEN3_LOG_INFO, "loaded %llu parameters, %llu bytes, on %s (%s)%s", (unsigned long long)m->info.n_params,
-               (unsigned long long)m->info.weight_bytes, m->info.backend_name, m->info.device_name, m->tokenizer ? "" : "; no tokenizer files");
+    qwen3i_log(&m->logger, QWEN3_LOG_INFO, "loaded %llu parameters, %llu bytes, on %s (%s)%s",
+               (unsigned long long)m->info.n_params,
+               (unsigned long long)m->info.weight_bytes, m->info.backend_name, m->info.device_name,
+                   m->tokenizer ? "" : "; no tokenizer files");
     *out = m;
     return QWEN3_OK;
 }
@@ -7413,7 +7861,8 @@ QWEN3_API qwen3_result qwen3_load_for(int version, qwen3_model **out, const qwen
     err.cap = err_size;
     if (version / 10 == QWEN3_VERSION / 10) return qwen3_load(out, desc, err_text, err_size);
     if (out) *out = NULL;
-    return qwen3i_fail(&err, QWEN3_ERR_MISMATCH, "the program was compiled for version %d.%d, the library is version %d.%d",
+    return qwen3i_fail(&err, QWEN3_ERR_MISMATCH, "the program was compiled for version %d.%d, the library "
+                                                 "is version %d.%d",
                        version / 100, version / 10 % 10, QWEN3_VERSION / 100, QWEN3_VERSION / 10 % 10);
 }
 
@@ -7498,7 +7947,7 @@ static void qwen3i_chat_close(qwen3i_chat *c) {
     qwen3i_chat_plain(c, "\n");
 }
 
-/* ---- JSON, written as Python's json.dumps(json.loads(text), ensure_ascii=False) does ------------------ */
+/* ---- JSON, written as Python's json.dumps(json.loads(text), ensure_ascii=False) does --------- */
 static void qwen3i_chat_json_string(qwen3i_chat *c, qwen3i_str s) {
     static const char from[] = "\"\\\n\r\t\b\f", to[] = "\"\\nrtbf";
     char escape[8];
@@ -7523,8 +7972,8 @@ static void qwen3i_chat_json_string(qwen3i_chat *c, qwen3i_str s) {
 
 typedef struct qwen3i_decimal { char digits[32]; int n, point; } qwen3i_decimal;   /* 0.digits * 10^point */
 
-/* The double nearest to a number that was checked, without its sign. strtod is given no decimal point, which would
-   be the locale's. 0: no memory */
+/* The double nearest to a number that was checked, without its sign. strtod is given no decimal point, which
+   would be the locale's. 0: no memory */
 static int qwen3i_json_double(qwen3i_buf *buf, qwen3i_str s, double *v) {
     const char *p, *end = s.p + s.n;
     long exponent = 0, decimals = 0;
@@ -7573,8 +8022,9 @@ static qwen3i_decimal qwen3i_decimal_above(qwen3i_decimal d, int digits) {
     return d;
 }
 
-/* The fewest digits that mean v. Any 15 digits survive a double's 53 bits; subnormal numbers have fewer. Above a
-   power of two doubles lie further apart than below: there the nearest decimal may mean another, and the next one v. */
+/* The fewest digits that mean v. Any 15 digits survive a double's 53 bits; subnormal numbers have fewer.
+   Above a power of two doubles lie further apart than below: there the nearest decimal may mean another, and
+   the next one v. */
 static qwen3i_decimal qwen3i_decimal_shortest(double v) {
     int digits = v < 2.3e-308 ? 1 : 15;
     qwen3i_decimal d, above;
@@ -7603,7 +8053,8 @@ static void qwen3i_chat_json_number(qwen3i_chat *c, qwen3i_str s) {
         qwen3i_chat_text(c, d.digits, 1);
         if (d.n > 1) qwen3i_chat_text(c, ".", 1);
         qwen3i_chat_text(c, d.digits + 1, (size_t)d.n - 1);
-        snprintf(tail, sizeof tail, "e%c%02d", d.point < 1 ? '-' : '+', d.point < 1 ? 1 - d.point : d.point - 1);
+        snprintf(tail, sizeof tail, "e%c%02d", d.point < 1 ? '-' : '+', d.point < 1 ? 1 - d.point :
+                 d.point - 1);
         qwen3i_chat_plain(c, tail);
         return;
     }
@@ -7626,8 +8077,8 @@ static void qwen3i_chat_json_scalar(qwen3i_chat *c, qwen3i_json *j) {
     else qwen3i_chat_text(c, s.p, s.n);
 }
 
-/* A key of an object, and where its value is. Of keys that are there twice, the last value counts, in the place of
-   the first: value is then where to read, or NULL: this one is left out. */
+/* A key of an object, and where its value is. Of keys that are there twice, the last value counts, in the
+   place of the first: value is then where to read, or NULL: this one is left out. */
 typedef struct qwen3i_member { const char *key, *value; uint64_t hash; uint32_t object; } qwen3i_member;
 
 static int qwen3i_member_by_object(const void *x, const void *y) {
@@ -7675,7 +8126,8 @@ static size_t qwen3i_members_twice(qwen3i_member *list, size_t n) {
     size_t i, k, last, kept = 0;
     qwen3i_sort(list, n, sizeof *list, qwen3i_member_by_object);
     for (i = 0; i < n; i = last + 1) {
-        for (last = i; last + 1 < n && list[last + 1].object == list[i].object && list[last + 1].hash == list[i].hash;) last++;
+        for (last = i; last + 1 < n && list[last + 1].object == list[i].object &&
+             list[last + 1].hash == list[i].hash;) last++;
         if (last == i) continue;
         list[i].value = list[last].value;
         for (k = i + 1; k <= last; k++) list[k].value = NULL;
@@ -7697,12 +8149,13 @@ static const qwen3i_member *qwen3i_member_find(const qwen3i_member *list, size_t
 typedef struct qwen3i_json_level { qwen3i_json_iter it; const char *resume; int n; } qwen3i_json_level;
 
 /* Step to the next element that is written, and write what stands before its value. 0: there is none */
-static int qwen3i_chat_json_element(qwen3i_chat *c, qwen3i_json *j, qwen3i_json_level *level, const qwen3i_member *twice,
-                                    size_t n_twice) {
+static int qwen3i_chat_json_element(qwen3i_chat *c, qwen3i_json *j, qwen3i_json_level *level,
+                                    const qwen3i_member *twice, size_t n_twice) {
     const qwen3i_member *m;
     qwen3i_str key;
     for (;;) {
-        if (level->resume) { j->p = level->resume; level->resume = NULL; }  /* its value was that of a later key */
+        /* its value was that of a later key */
+        if (level->resume) { j->p = level->resume; level->resume = NULL; }
         if (!qwen3i_json_next(j, &level->it, &key)) return 0;
         m = level->it.close == '}' ? qwen3i_member_find(twice, n_twice, key.p) : NULL;
         if (!m || m->value) break;
@@ -7720,7 +8173,8 @@ static int qwen3i_chat_json_element(qwen3i_chat *c, qwen3i_json *j, qwen3i_json_
 }
 
 /* The value at j, in a single line */
-static void qwen3i_chat_json_value(qwen3i_chat *c, qwen3i_json *j, const qwen3i_member *twice, size_t n_twice) {
+static void qwen3i_chat_json_value(qwen3i_chat *c, qwen3i_json *j, const qwen3i_member *twice,
+                                   size_t n_twice) {
     qwen3i_json_level stack[QWEN3I_JSON_DEPTH];
     int depth = 0;
     do {
@@ -7745,7 +8199,8 @@ static void qwen3i_chat_json(qwen3i_chat *c, const char *text, int i) {
     if (qwen3i_json_peek(&j) != '{') qwen3i_json_bad(&j, "an object was expected");
     n = qwen3i_json_members(&j, &c->text, NULL, 0);
     if (!qwen3i_json_end(&j)) {
-        c->result = qwen3i_fail(c->err, QWEN3_ERR_ARG, "tools[%d] is not a JSON object: %s at byte %lu", i, j.error,
+        c->result = qwen3i_fail(c->err, QWEN3_ERR_ARG, "tools[%d] is not a JSON object: %s at byte %lu", i,
+                                j.error,
                                 (unsigned long)(j.p - text));
         return;
     }
@@ -7763,7 +8218,7 @@ static void qwen3i_chat_json(qwen3i_chat *c, const char *text, int i) {
     qwen3i_free(c->text.allocator, list, n * sizeof *list);
 }
 
-/* ---- the template ------------------------------------------------------------------------------------ */
+/* ---- the template ---------------------------------------------------------------------------- */
 static qwen3i_str qwen3i_str_strip(qwen3i_str s, int left, int right) {
     for (; left && s.n > 0 && s.p[0] == '\n'; s.n--) s.p++;
     while (right && s.n > 0 && s.p[s.n - 1] == '\n') s.n--;
@@ -7805,7 +8260,8 @@ static void qwen3i_chat_split(const qwen3_msg *m, qwen3i_str *content, qwen3i_st
 }
 
 /* show_thinking: 0: leave the reasoning out; 1: show it if there is any; 2: show that there is none, too. */
-static void qwen3i_chat_assistant(qwen3i_chat *c, const qwen3_msg *m, qwen3_chat_style style, int show_thinking) {
+static void qwen3i_chat_assistant(qwen3i_chat *c, const qwen3_msg *m, qwen3_chat_style style,
+                                  int show_thinking) {
     qwen3i_str content = qwen3i_str_of(m->text), reasoning = qwen3i_str_of(NULL);
     int i;
     if (style != QWEN3_STYLE_INSTRUCT) qwen3i_chat_split(m, &content, &reasoning);
@@ -7845,7 +8301,10 @@ static void qwen3i_chat_system(qwen3i_chat *c, const qwen3_chat_desc *chat) {
     if (chat->n_tools > 0) {
         if (chat->msgs[0].role == QWEN3_SYSTEM) qwen3i_chat_plain(c, "\n\n");
         qwen3i_chat_literal(c, QWEN3I_TOOLS_BEGIN);
-        for (i = 0; i < chat->n_tools; i++) { qwen3i_chat_plain(c, "\n"); qwen3i_chat_json(c, chat->tools[i], i); }
+        for (i = 0; i < chat->n_tools; i++) {
+            qwen3i_chat_plain(c, "\n");
+            qwen3i_chat_json(c, chat->tools[i], i);
+        }
         qwen3i_chat_literal(c, QWEN3I_TOOLS_END);
     }
     qwen3i_chat_close(c);
@@ -7879,7 +8338,8 @@ static void qwen3i_chat_messages(qwen3i_chat *c, const qwen3_chat_desc *chat, qw
         if (m->role == QWEN3_ASSISTANT) {
             qwen3i_chat_assistant(c, m, style, qwen3i_chat_shows(chat, i, last_query));
         } else if (m->role == QWEN3_TOOL) {
-            qwen3i_chat_tool_result(c, m, i == 0 || m[-1].role != QWEN3_TOOL, i == n - 1 || m[1].role != QWEN3_TOOL);
+            qwen3i_chat_tool_result(c, m, i == 0 || m[-1].role != QWEN3_TOOL, i == n - 1 ||
+                                    m[1].role != QWEN3_TOOL);
         } else if (m->role == QWEN3_USER || i > 0) {
             qwen3i_chat_open(c, m->role == QWEN3_USER ? "user\n" : "system\n");
             qwen3i_chat_plain(c, m->text);
@@ -7899,7 +8359,8 @@ static qwen3_result qwen3i_chat_check_msg(const qwen3_msg *m, int i, const qwen3
     if (role < QWEN3_SYSTEM || role > QWEN3_TOOL)
         return qwen3i_fail(err, QWEN3_ERR_ARG, "msgs[%d].role is %d", i, role);
     if (m->n_calls < 0 || (m->n_calls > 0 && !m->calls))
-        return qwen3i_fail(err, QWEN3_ERR_ARG, "msgs[%d].calls is NULL, or n_calls (%d) negative", i, m->n_calls);
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "msgs[%d].calls is NULL, or n_calls (%d) negative", i,
+                           m->n_calls);
     for (k = 0; k < m->n_calls; k++)
         if (!m->calls[k].name || !m->calls[k].arguments)
             return qwen3i_fail(err, QWEN3_ERR_ARG, "msgs[%d].calls[%d].%s is NULL", i, k,
@@ -7908,7 +8369,8 @@ static qwen3_result qwen3i_chat_check_msg(const qwen3_msg *m, int i, const qwen3
 }
 
 static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_err *err) {
-    const int flags = QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER | QWEN3_CHAT_KEEP_TAGS;
+    const int flags = QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER |
+                      QWEN3_CHAT_KEEP_TAGS;
     qwen3_result r = QWEN3_OK;
     int i;
     if (!chat) return qwen3i_fail(err, QWEN3_ERR_ARG, "chat is NULL");
@@ -7917,7 +8379,8 @@ static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_
     if (chat->n_tools < 0 || (chat->n_tools > 0 && !chat->tools))
         return qwen3i_fail(err, QWEN3_ERR_ARG, "tools is NULL, or n_tools (%d) negative", chat->n_tools);
     if (chat->max_prompt < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "max_prompt is negative");
-    if (chat->flags & ~flags) return qwen3i_fail(err, QWEN3_ERR_ARG, "flags has unknown bits: %d", chat->flags);
+    if (chat->flags & ~flags)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "flags has unknown bits: %d", chat->flags);
     for (i = 0; i < chat->n_tools; i++)
         if (!chat->tools[i]) return qwen3i_fail(err, QWEN3_ERR_ARG, "tools[%d] is NULL", i);
     for (i = 0; i < chat->n_msgs && r == QWEN3_OK; i++) r = qwen3i_chat_check_msg(&chat->msgs[i], i, err);
@@ -7925,8 +8388,8 @@ static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_
 }
 
 /* Render all but what is forgotten. A count, or a negative result that err explains. */
-static int qwen3i_chat_write(qwen3i_chat *c, const qwen3_model *m, const qwen3_chat_desc *chat, qwen3_token *out,
-                             int cap) {
+static int qwen3i_chat_write(qwen3i_chat *c, const qwen3_model *m, const qwen3_chat_desc *chat,
+                             qwen3_token *out, int cap) {
     int n;
     c->e = qwen3i_encoder_make(m->tokenizer, out, cap);
     c->run = c->text = qwen3i_buf_make(&m->tokenizer->allocator);
@@ -7943,9 +8406,9 @@ static int qwen3i_chat_write(qwen3i_chat *c, const qwen3_model *m, const qwen3_c
     return n;
 }
 
-/* Forget turns as if max_prompt had been kept from the first turn on, so that what is forgotten changes seldom: each
-   time that a turn did not fit, the oldest went until half of the room was free. starts[i] is where message i begins,
-   starts[n] where the last ends. */
+/* Forget turns as if max_prompt had been kept from the first turn on, so that what is forgotten changes
+   seldom: each time that a turn did not fit, the oldest went until half of the room was free. starts[i] is
+   where message i begins, starts[n] where the last ends. */
 static void qwen3i_chat_forget(qwen3i_chat *c, const qwen3_chat_desc *chat, const int64_t *starts) {
     const int n = chat->n_msgs, first = chat->msgs[0].role == QWEN3_SYSTEM;
     const int64_t head = starts[first], room = chat->max_prompt;
@@ -7983,7 +8446,8 @@ static int qwen3i_chat_render(const qwen3_model *m, const qwen3_chat_desc *chat,
     a = &m->tokenizer->allocator;
     n_starts = (size_t)chat->n_msgs + 1;
     c.starts = (int64_t *)qwen3i_alloc_array(a, n_starts, sizeof *c.starts);
-    if (!c.starts) return qwen3i_no_memory(err, "the conversation's turns", (uint64_t)n_starts * sizeof *c.starts);
+    if (!c.starts)
+        return qwen3i_no_memory(err, "the conversation's turns", (uint64_t)n_starts * sizeof *c.starts);
     n = qwen3i_chat_write(&c, m, chat, out, cap);
     c.starts[chat->n_msgs] = n;
     if (n > chat->max_prompt) qwen3i_chat_forget(&c, chat, c.starts);
@@ -8060,14 +8524,16 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
 /* ---- the kernels of one instruction set ------------------------------------------------------- */
 typedef struct qwen3i_simd {
     const char *name;
-    /* y[t * ldy + r] = w[r] . x[t], or += if add, for n_w rows of w and n_x rows of x, all [n_cols]; ld* in elements;
-       w of numbers: F32, F16 or BF16 */
+    /* y[t * ldy + r] = w[r] . x[t], or += if add, for n_w rows of w and n_x rows of x, all [n_cols]; ld* in
+       elements; w of numbers: F32, F16 or BF16 */
     void (*dot)(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
                 const float *x, size_t ldx, int n_x, int n_cols, int add);
-    /* y[r] = w[r] . x, or += if add, for n_w rows of w in blocks, all of which are full, and one row of x: the same bits
-       as dot gives when the blocks have become float32 */
-    void (*dot_blocks)(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, const float *x, int n_cols, int add);
-    /* y[t * ldy + d] += sum over r of p[t * ldp + r] * v[r * ldv + d], in order of r; n_p rows of p, d < n_cols */
+    /* y[r] = w[r] . x, or += if add, for n_w rows of w in blocks, all of which are full, and one row of x:
+       the same bits as dot gives when the blocks have become float32 */
+    void (*dot_blocks)(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, const float *x,
+                       int n_cols, int add);
+    /* y[t * ldy + d] += sum over r of p[t * ldp + r] * v[r * ldv + d], in order of r; n_p rows of p, d <
+       n_cols */
     void (*mix)(float *y, size_t ldy, const float *p, size_t ldp, int n_p,
                 const void *v, size_t ldv, qwen3i_type type, int n_v, int n_cols);
     /* s = softmax(scale * s) over [n]; s has room for n rounded up to 16, which are overwritten */
@@ -8092,15 +8558,20 @@ typedef struct qwen3i_simd {
 #define QWEN3I_EXP_LOW  (-87.3f)
 #define QWEN3I_EXP_HIGH 88.3f
 
-/* What blocks hold, written once for the instruction sets, to the bits that WEIGHT FORMATS gives. A part is a block of 32
-   or 64 elements, or a quarter of one of 256, whose scales V_scales finds first: V_NAME(w, b, s, g) makes part g. V_i are 16 whole numbers: V_u8(p) loads bytes, shr, shl, and, or, float are
-   what they are called; as_float takes their bits; bits(b, value) has value in the lanes whose bit is set; on(line, v) is d * (v & 15) + m for
-   line = line_of(d, m); pick(table, v) is table[v & 15]; halves(a, b) is a in 8 lanes and b in 8; half(p) a scale. */
-QWEN3I_UNUSED static const float qwen3i_iq4_floats[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-QWEN3I_UNUSED static const float qwen3i_fp4_floats[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+/* What blocks hold, written once for the instruction sets, to the bits that WEIGHT FORMATS gives. A part is a
+   block of 32 or 64 elements, or a quarter of one of 256, whose scales V_scales finds first: V_NAME(w, b, s,
+   g) makes part g. V_i are 16 whole numbers: V_u8(p) loads bytes, shr, shl, and, or, float are what they are
+   called; as_float takes their bits; bits(b, value) has value in the lanes whose bit is set; on(line, v) is d
+   * (v & 15) + m for line = line_of(d, m); pick(table, v) is table[v & 15]; halves(a, b) is a in 8 lanes and
+   b in 8; half(p) a scale. */
+QWEN3I_UNUSED static const float qwen3i_iq4_floats[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13,
+                                                          25, 38, 53, 69, 89, 113};
+QWEN3I_UNUSED static const float qwen3i_fp4_floats[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8,
+                                                          -12};
 
 #define QWEN3I_DEFINE_BLOCKS(V, TARGET) \
-TARGET QWEN3I_INLINE V##_v V##_affine(V##_i q, float d, float m) { return V##_fma(V##_float(q), V##_set1(d), V##_set1(m)); } \
+TARGET QWEN3I_INLINE V##_v V##_affine(V##_i q, float d, \
+                                      float m) { return V##_fma(V##_float(q), V##_set1(d), V##_set1(m)); } \
 TARGET QWEN3I_INLINE V##_v V##_scaled(V##_v q, float d) { return V##_mul(q, V##_set1(d)); } \
 /* 16 bytes hold 32 elements on a line, in a table, or with a fifth bit */ \
 TARGET QWEN3I_INLINE void V##_line32(V##_v *w, const uint8_t *b, float d, float m) { \
@@ -8124,19 +8595,26 @@ TARGET QWEN3I_INLINE void V##_q8_0(V##_v *w, const uint8_t *b) { \
     w[0] = V##_scaled(V##_load_i8((const int8_t *)b + 2), d); \
     w[1] = V##_scaled(V##_load_i8((const int8_t *)b + 18), d); \
 } \
-TARGET QWEN3I_INLINE void V##_q4_0(V##_v *w, const uint8_t *b) { V##_line32(w, b + 2, V##_half(b), -8 * V##_half(b)); } \
-TARGET QWEN3I_INLINE void V##_q4_1(V##_v *w, const uint8_t *b) { V##_line32(w, b + 4, V##_half(b), V##_half(b + 2)); } \
-TARGET QWEN3I_INLINE void V##_q5_0(V##_v *w, const uint8_t *b) { V##_five32(w, b + 2, b + 6, V##_half(b), -16 * V##_half(b)); } \
-TARGET QWEN3I_INLINE void V##_q5_1(V##_v *w, const uint8_t *b) { V##_five32(w, b + 4, b + 8, V##_half(b), V##_half(b + 2)); } \
-TARGET QWEN3I_INLINE void V##_iq4_nl(V##_v *w, const uint8_t *b) { V##_pick32(w, b + 2, qwen3i_iq4_floats, V##_half(b)); } \
-TARGET QWEN3I_INLINE void V##_mxfp4(V##_v *w, const uint8_t *b) { V##_pick32(w, b + 1, qwen3i_fp4_floats, qwen3i_e8m0_half(b[0])); } \
+TARGET QWEN3I_INLINE void V##_q4_0(V##_v *w, const uint8_t *b) { V##_line32(w, b + 2, V##_half(b), \
+        -8 * V##_half(b)); } \
+TARGET QWEN3I_INLINE void V##_q4_1(V##_v *w, const uint8_t *b) { V##_line32(w, b + 4, V##_half(b), \
+        V##_half(b + 2)); } \
+TARGET QWEN3I_INLINE void V##_q5_0(V##_v *w, const uint8_t *b) { V##_five32(w, b + 2, b + 6, V##_half(b), \
+        -16 * V##_half(b)); } \
+TARGET QWEN3I_INLINE void V##_q5_1(V##_v *w, const uint8_t *b) { V##_five32(w, b + 4, b + 8, V##_half(b), \
+        V##_half(b + 2)); } \
+TARGET QWEN3I_INLINE void V##_iq4_nl(V##_v *w, const uint8_t *b) { V##_pick32(w, b + 2, qwen3i_iq4_floats, \
+        V##_half(b)); } \
+TARGET QWEN3I_INLINE void V##_mxfp4(V##_v *w, const uint8_t *b) { V##_pick32(w, b + 1, qwen3i_fp4_floats, \
+        qwen3i_e8m0_half(b[0])); } \
 TARGET QWEN3I_INLINE void V##_nvfp4(V##_v *w, const uint8_t *b) { \
     QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
         uint64_t low, both[2]; \
         memcpy(&low, b + 4 + 8 * j, 8); \
         both[0] = low; \
         both[1] = low >> 4; \
-        w[j] = V##_scaled(V##_pick(qwen3i_fp4_floats, V##_u8((const uint8_t *)both)), qwen3i_ue4m3_to_f32(b[j]) / 2); \
+        w[j] = V##_scaled(V##_pick(qwen3i_fp4_floats, V##_u8((const uint8_t *)both)), \
+                          qwen3i_ue4m3_to_f32(b[j]) / 2); \
     } \
 } \
 TARGET QWEN3I_INLINE void V##_int4s(V##_v *w, const uint8_t *b) { \
@@ -8179,7 +8657,8 @@ TARGET QWEN3I_INLINE void V##_q4_k(V##_v *w, const uint8_t *b, const float *s, i
 } \
 TARGET QWEN3I_INLINE void V##_q5_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
     QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
-        V##_i v = V##_u8(b + 48 + 32 * g + 16 * (j % 2)), fifth = V##_and(V##_shr(V##_u8(b + 16 + 16 * (j % 2)), 2 * g + j / 2), 1); \
+        V##_i v = V##_u8(b + 48 + 32 * g + 16 * (j % 2)), \
+            fifth = V##_and(V##_shr(V##_u8(b + 16 + 16 * (j % 2)), 2 * g + j / 2), 1); \
         v = j / 2 ? V##_shr(v, 4) : V##_and(v, 15); \
         w[j] = V##_affine(V##_or(v, V##_shl(fifth, 4)), s[2 * g + j / 2], s[2 * g + j / 2 + 8]); \
     } \
@@ -8200,14 +8679,16 @@ TARGET QWEN3I_INLINE void V##_scales_q3_k(float *s, const uint8_t *b) { \
     uint32_t u[3], v[4];                /* low halves of 16 scales, their upper pairs */ \
     V##_v scales; \
     memcpy(u, b + 96, 12); \
-    for (int i = 0; i < 4; i++) v[i] = (u[i % 2] >> 4 * (i / 2) & 0x0F0F0F0Fu) | (u[2] >> 2 * i & 0x03030303u) << 4; \
+    for (int i = 0; i < 4; i++) \
+        v[i] = (u[i % 2] >> 4 * (i / 2) & 0x0F0F0F0Fu) | (u[2] >> 2 * i & 0x03030303u) << 4; \
     scales = V##_affine(V##_u8((const uint8_t *)v), V##_half(b + 108), -32 * V##_half(b + 108)); \
     V##_store(s, scales); \
     V##_store(s + 16, V##_scaled(scales, -4)); \
 } \
 TARGET QWEN3I_INLINE void V##_q3_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
     QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
-        V##_i low = V##_and(V##_shr(V##_u8(b + 32 + 32 * (g / 2) + 16 * (j % 2)), 2 * (g % 2 * 2 + j / 2)), 3); \
+        V##_i low = V##_and(V##_shr(V##_u8(b + 32 + 32 * (g / 2) + 16 * (j % 2)), 2 * (g % 2 * 2 + j / 2)), \
+                            3); \
         V##_i high = V##_and(V##_shr(V##_u8(b + 16 * (j % 2)), 2 * g + j / 2), 1); \
         w[j] = V##_affine(V##_or(low, V##_shl(high, 2)), s[4 * g + j], s[4 * g + j + 16]); \
     } \
@@ -8274,11 +8755,11 @@ TARGET QWEN3I_INLINE void V##_unpack(V##_v *w, const uint8_t *b, const float *s,
     } \
 }
 
-/* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v
-   and the functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, store,
+/* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v and the
+   functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, store,
    store_bf16, store_f16, add, mul, div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n),
-   drop_below (0 where x < low), sum (of R vectors, by the tree). A tile is R rows of w times up to C rows
-   of x. */
+   drop_below (0 where x < low), sum (of R vectors, by the tree). A tile is R rows of w times up to C rows of
+   x. */
 #define QWEN3I_DEFINE_KERNELS(V, TARGET, R, C) \
 /* n lanes, or all 16 if n is more; when loading, the others are 0 */ \
 TARGET QWEN3I_INLINE V##_v V##_load_n(const float *p, int n) { \
@@ -8315,7 +8796,8 @@ TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     return sums[0]; \
 } \
 /* Elements that lie in blocks, from the beginning of one; the type is a constant here. */ \
-TARGET QWEN3I_INLINE void V##_load_blocks(float *y, const uint8_t *b, int n, qwen3i_type type, int elements, int bytes) { \
+TARGET QWEN3I_INLINE void V##_load_blocks(float *y, const uint8_t *b, int n, qwen3i_type type, int elements, \
+                                          int bytes) { \
     const int part = elements < 64 ? elements : 64; \
     V##_v w[4]; \
     float s[32]; \
@@ -8323,7 +8805,8 @@ TARGET QWEN3I_INLINE void V##_load_blocks(float *y, const uint8_t *b, int n, qwe
         V##_scales(s, b, type); \
         for (int g = 0; g < elements / part && n > 0; g++, n -= part, y += part) { \
             V##_unpack(w, b, s, g, type); \
-            QWEN3I_UNROLL for (int j = 0; j < part / 16; j++) if (16 * j < n) V##_store_n(y + 16 * j, w[j], n - 16 * j); \
+            QWEN3I_UNROLL for (int j = 0; j < part / 16; j++) if (16 * j < n) V##_store_n(y + 16 * j, w[j], \
+                    n - 16 * j); \
         } \
     } \
 } \
@@ -8335,7 +8818,8 @@ TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n
     } \
 } \
 /* R rows in blocks at a time against one row of x: the sums of V_dot, without a panel. The type is a constant here. */ \
-TARGET QWEN3I_INLINE void V##_dot_blocks_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, int elements, \
+TARGET QWEN3I_INLINE void V##_dot_blocks_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, \
+                                            int elements, \
                                             int bytes, int n_w, const float *x, int n_cols, int add) { \
     const size_t ahead = 2 * (R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD); \
     for (int r0 = 0; r0 < n_w; r0 += R) { \
@@ -8353,7 +8837,8 @@ TARGET QWEN3I_INLINE void V##_dot_blocks_of(float *y, const uint8_t *w, size_t r
                     const float *xs = x + c + part * g; \
                     QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
                         V##_unpack(wv, at[r], s[r], g, type); \
-                        QWEN3I_UNROLL for (int j = 0; j < part / 16; j++) acc[r] = V##_fma(wv[j], V##_load(xs + 16 * j), acc[r]); \
+                        QWEN3I_UNROLL for (int j = 0; j < part / 16; j++) acc[r] = V##_fma(wv[j], \
+                                V##_load(xs + 16 * j), acc[r]); \
                     } \
                 } \
                 QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
@@ -8362,7 +8847,8 @@ TARGET QWEN3I_INLINE void V##_dot_blocks_of(float *y, const uint8_t *w, size_t r
                 } \
             } \
             V##_sum(sums, acc); \
-            for (int r = 0; r < R && r0 + r < n_w; r++) y[r0 + r] = add || k > 0 ? y[r0 + r] + sums[r] : sums[r]; \
+            for (int r = 0; r < R && r0 + r < n_w; r++) \
+                y[r0 + r] = add || k > 0 ? y[r0 + r] + sums[r] : sums[r]; \
         } \
     } \
 } \
@@ -8376,8 +8862,10 @@ TARGET static void V##_dot_blocks(float *y, const void *w, size_t row_bytes, qwe
 /* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose results \
    belong `apart` floats apart: y[t * ldy + r * apart] = (add ? y : 0) + w[r] . x[t]. What lies `ahead` bytes \
    further on is fetched meanwhile. */ \
-TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *w, size_t stride, size_t ahead, \
-                                   qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, int add) { \
+TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *w, size_t stride, \
+                                   size_t ahead, \
+                                   qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
+                                       int add) { \
     V##_v acc[C][R], wv[R], xv; \
     float sums[R]; \
     size_t w_at[R], x_at[C], step = 16 * qwen3i_type_size(type);    /* bytes: few pointers, so that none is spilled */ \
@@ -8398,23 +8886,30 @@ TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *
     } \
     QWEN3I_UNROLL for (t = 0; t < n_x; t++, y += ldy) { \
         V##_sum(sums, acc[t]); \
-        if (n_w == R && apart == 1) { QWEN3I_UNROLL for (r = 0; r < R; r++) y[r] = add ? y[r] + sums[r] : sums[r]; } \
+        if (n_w == R && apart == 1) { \
+            QWEN3I_UNROLL for (r = 0; r < R; r++) y[r] = add ? y[r] + sums[r] : sums[r]; \
+        } \
         else for (r = 0; r < n_w; r++) y[r * apart] = add ? y[r * apart] + sums[r] : sums[r]; \
     } \
 } \
 /* One tile of w against n_x rows of x. n_x becomes a constant, so that each size gets its own code; it is at most C \
    even in code that is never reached, for analysers. */ \
-TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char *w, size_t stride, size_t ahead, \
-                                     qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, int add) { \
+TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char *w, size_t stride, \
+                                     size_t ahead, \
+                                     qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
+                                         int add) { \
     if (n_x == C)               V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C, n, add); \
-    else if (n_x == 4 && C > 4) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 4 ? 4 : 1, n, add); \
-    else if (n_x == 2 && C > 2) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 2 ? 2 : 1, n, add); \
+    else if (n_x == 4 && C > 4) \
+        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 4 ? 4 : 1, n, add); \
+    else if (n_x == 2 && C > 2) \
+        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 2 ? 2 : 1, n, add); \
     else                        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, add); \
 } \
 /* Many rows of x: a tile of them stays in the first-level cache while the block of w streams past it from \
    the second. Few: w comes from memory, and each tile of it meets all of x at once. One or two: memory is the \
    limit, and it likes R streams best, each through a part of the block. */ \
-TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, \
+TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t row_bytes, \
+                                       qwen3i_type type, \
                                        int n_w, const float *x, size_t ldx, int n_x, int n_cols, int add) { \
     int tiles = (n_w + R - 1) / R, few = n_x <= QWEN3I_FEW_ROWS, step = few ? 1 : tiles, i, j, t, k, m; \
     int apart = n_x <= 2 && (size_t)tiles * row_bytes >= 2 * QWEN3I_AHEAD ? tiles : 1; \
@@ -8428,13 +8923,16 @@ TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size
                     int r = apart > 1 ? j : j * R; \
                     V##_tile_n(y + (size_t)t * ldy + r, ldy, apart, \
                                w + (size_t)r * row_bytes + (size_t)k * qwen3i_type_size(type), \
-                               (size_t)apart * row_bytes, ahead, type, qwen3i_min(R, (n_w - r + apart - 1) / apart), \
-                               x + (size_t)t * ldx + k, ldx, m, qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), k > 0 || add); \
+                               (size_t)apart * row_bytes, ahead, type, \
+                                   qwen3i_min(R, (n_w - r + apart - 1) / apart), \
+                               x + (size_t)t * ldx + k, ldx, m, qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), \
+                                   k > 0 || add); \
                 } \
             } \
 } \
 /* The last columns of a number that is not a multiple of 16 join last. */ \
-TARGET static void V##_dot_rest(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, int n_w, \
+TARGET static void V##_dot_rest(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, \
+                                int n_w, \
                                 const float *x, size_t ldx, int n_x, int done, int n_cols, int add) { \
     float sum; \
     int r, t; \
@@ -8499,7 +8997,8 @@ TARGET static void V##_mix(float *y, size_t ldy, const float *p, size_t ldp, int
     int d, r; \
     for (d = 0; d < n_cols; d += 16 * R) \
         for (r = 0; r < n_v; r += QWEN3I_MIX_ROWS) \
-            V##_mix_block(y + d, ldy, p + r, ldp, n_p, rows + ((size_t)r * ldv + (size_t)d) * size, ldv * size, \
+            V##_mix_block(y + d, ldy, p + r, ldp, n_p, rows + ((size_t)r * ldv + (size_t)d) * size, \
+                          ldv * size, \
                           type, qwen3i_min(QWEN3I_MIX_ROWS, n_v - r), qwen3i_min(16 * R, n_cols - d)); \
 } \
 /* e^x = 2^n e^r with |r| <= ln(2) / 2; e^r by a polynomial of degree 6 (error 1e-8 before rounding) */ \
@@ -8518,7 +9017,8 @@ TARGET QWEN3I_INLINE V##_v V##_exp_v(V##_v x) { \
 TARGET static void V##_exp(float *y, const float *x, float shift, int n) { \
     V##_v minus = V##_set1(-shift); \
     int i; \
-    for (i = 0; i < n; i += 16) V##_store_n(y + i, V##_exp_v(V##_add(V##_load_n(x + i, n - i), minus)), n - i); \
+    for (i = 0; i < n; i += 16) \
+        V##_store_n(y + i, V##_exp_v(V##_add(V##_load_n(x + i, n - i), minus)), n - i); \
 } \
 TARGET static void V##_softmax(float *s, int n, float scale) { \
     V##_v best = V##_set1(-FLT_MAX), sum = V##_zero(), by = V##_set1(scale), minus; \
@@ -8543,7 +9043,8 @@ TARGET static void V##_rmsnorm(float *y, const float *x, const float *gain, int 
     for (i = 0; i < n; i += 16) v = V##_load_n(x + i, n - i), sum = V##_fma(v, v, sum); \
     by = V##_set1(1.0f / sqrtf(V##_sum1(sum) / (float)n + eps)); \
     for (i = 0; i < n; i += 16) \
-        V##_store_n(y + i, V##_mul(V##_mul(V##_load_n(x + i, n - i), by), V##_load_n(gain + i, n - i)), n - i); \
+        V##_store_n(y + i, V##_mul(V##_mul(V##_load_n(x + i, n - i), by), V##_load_n(gain + i, n - i)), \
+                    n - i); \
 } \
 TARGET static void V##_silu_mul(float *y, const float *gate, const float *up, int n) { \
     V##_v one = V##_set1(1.0f), g, e; \
@@ -8564,7 +9065,8 @@ TARGET static void V##_store_row(void *y, const float *x, qwen3i_type type, int 
     } \
     for (; i < n; i++) h[i] = type == QWEN3I_F16 ? qwen3i_f32_to_f16(x[i]) : qwen3i_f32_to_bf16(x[i]); \
 } \
-static const qwen3i_simd V##_kernels = { V##_name, V##_dot, V##_dot_blocks, V##_mix, V##_softmax, V##_rmsnorm, V##_silu_mul, \
+static const qwen3i_simd V##_kernels = { V##_name, V##_dot, V##_dot_blocks, V##_mix, V##_softmax, \
+                                         V##_rmsnorm, V##_silu_mul, \
                                          V##_exp, V##_load_row, V##_store_row };
 
 /* ---- plain C lanes: gcc's and clang's vectors of four where they have no fused multiply-add, else floats ---- */
@@ -8706,13 +9208,19 @@ QWEN3I_INLINE void qwen3i_plain_sum(float *sums, qwen3i_plain_v *rows) {
 }
 
 /* Any block, as WEIGHT FORMATS has it */
-QWEN3I_INLINE void qwen3i_plain_scales(float *s, const uint8_t *b, qwen3i_type type) { (void)s; (void)b; (void)type; }
+QWEN3I_INLINE void qwen3i_plain_scales(float *s, const uint8_t *b, qwen3i_type type) {
+    (void)s;
+    (void)b;
+    (void)type;
+}
 
-QWEN3I_INLINE void qwen3i_plain_unpack(qwen3i_plain_v *w, const uint8_t *b, const float *s, int g, qwen3i_type type) {
+QWEN3I_INLINE void qwen3i_plain_unpack(qwen3i_plain_v *w, const uint8_t *b, const float *s, int g,
+                                       qwen3i_type type) {
     float y[QWEN3I_MAX_BLOCK];
     (void)s;
     qwen3i_decode(y, b, type, qwen3i_format_of(type)->elements);
-    for (int j = 0; j < qwen3i_min(4, qwen3i_format_of(type)->elements / 16); j++) w[j] = qwen3i_plain_load(y + 64 * g + 16 * j);
+    for (int j = 0; j < qwen3i_min(4, qwen3i_format_of(type)->elements / 16); j++)
+        w[j] = qwen3i_plain_load(y + 64 * g + 16 * j);
 }
 
 #define qwen3i_plain_LOAD(name, function, gguf, elements, bytes) \
@@ -8876,7 +9384,8 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_pick(const float *table, qwe
 /* as qwen3i_f32_to_bf16, except for NaN */
 QWEN3I_AVX2 QWEN3I_INLINE __m256i qwen3i_avx2_bf16_bits(__m256 v) {
     const __m256 top = _mm256_castsi256_ps(_mm256_set1_epi32(0x7F7F0000));
-    __m256i bits = _mm256_castps_si256(_mm256_max_ps(_mm256_min_ps(v, top), _mm256_sub_ps(_mm256_setzero_ps(), top)));
+    __m256i bits = _mm256_castps_si256(_mm256_max_ps(_mm256_min_ps(v, top),
+                                                     _mm256_sub_ps(_mm256_setzero_ps(), top)));
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
 }
@@ -8902,7 +9411,8 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_round(qwen3i_avx2_v v) {
 }
 
 QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_exp2i8(__m256 n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n),
+                                                                  _mm256_set1_epi32(127)), 23));
 }
 
 QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_exp2i(qwen3i_avx2_v n) {
@@ -8931,7 +9441,7 @@ QWEN3I_DEFINE_BLOCKS(qwen3i_avx2, QWEN3I_AVX2)
     case QWEN3I_##name: qwen3i_avx2_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
 
-/* ---- AVX-512 lanes: one register ------------------------------------------------------------------ */
+/* ---- AVX-512 lanes: one register ------------------------------------------------------------- */
 #define QWEN3I_AVX512_SETS "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
 #define QWEN3I_AVX512 QWEN3I_TARGET(QWEN3I_AVX512_SETS)
 #define qwen3i_avx512_name "AVX-512"
@@ -8943,7 +9453,8 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load(const float *p) { return _
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_once(const float *p) {
     __m512 v = _mm512_loadu_ps(p);
 #if defined(__GNUC__)
-    __asm__("" : "+v"(v));              /* or gcc gives each use a load of its own, and loads become the limit */
+    /* or gcc gives each use a load of its own, and loads become the limit */
+    __asm__("" : "+v"(v));
 #endif
     return v;
 }
@@ -8953,8 +9464,12 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_mul(__m512 a, __m512 b) { retur
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_div(__m512 a, __m512 b) { return _mm512_div_ps(a, b); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_max(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_min(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
-QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
-QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_round(__m512 v) { return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(v)); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_fma(__m512 a, __m512 b, __m512 c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_round(__m512 v) {
+    return _mm512_cvtepi32_ps(_mm512_cvtps_epi32(v));
+}
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_bf16(const uint16_t *p) {
     __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)p);
@@ -8977,9 +9492,15 @@ QWEN3I_AVX512 QWEN3I_INLINE float qwen3i_avx512_half(const uint8_t *p) {
 
 typedef __m512i qwen3i_avx512_i;
 typedef __m512 qwen3i_avx512_line;      /* the values for 0 to 15 */
-QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shr(__m512i v, int n) { return _mm512_srli_epi32(v, (unsigned)n); }
-QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shl(__m512i v, int n) { return _mm512_slli_epi32(v, (unsigned)n); }
-QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_and(__m512i v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi32(mask)); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shr(__m512i v, int n) {
+    return _mm512_srli_epi32(v, (unsigned)n);
+}
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shl(__m512i v, int n) {
+    return _mm512_slli_epi32(v, (unsigned)n);
+}
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_and(__m512i v, int mask) {
+    return _mm512_and_si512(v, _mm512_set1_epi32(mask));
+}
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_or(__m512i v, __m512i w) { return _mm512_or_si512(v, w); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_float(__m512i v) { return _mm512_cvtepi32_ps(v); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_as_float(__m512i v) { return _mm512_castsi512_ps(v); }
@@ -9001,7 +9522,9 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_line_of(float d, float m) {
     return _mm512_fmadd_ps(lanes, _mm512_set1_ps(d), _mm512_set1_ps(m));
 }
 
-QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_on(__m512 line, __m512i v) { return _mm512_permutexvar_ps(v, line); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_on(__m512 line, __m512i v) {
+    return _mm512_permutexvar_ps(v, line);
+}
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_pick(const float *table, __m512i v) {
     return _mm512_permutexvar_ps(v, _mm512_loadu_ps(table));
@@ -9010,7 +9533,8 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_pick(const float *table, __m512
 /* as qwen3i_f32_to_bf16, except for NaN */
 QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_store_bf16(uint16_t *p, __m512 v) {
     const __m512 top = _mm512_castsi512_ps(_mm512_set1_epi32(0x7F7F0000));
-    __m512i bits = _mm512_castps_si512(_mm512_max_ps(_mm512_min_ps(v, top), _mm512_sub_ps(_mm512_setzero_ps(), top)));
+    __m512i bits = _mm512_castps_si512(_mm512_max_ps(_mm512_min_ps(v, top),
+                                                     _mm512_sub_ps(_mm512_setzero_ps(), top)));
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
     _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16(bits));
@@ -9022,7 +9546,8 @@ QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_store_f16(uint16_t *p, __m512 v) 
 }
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_exp2i(__m512 n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n),
+                                                                  _mm512_set1_epi32(127)), 23));
 }
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_drop_below(__m512 y, __m512 x, float low) {
@@ -9052,7 +9577,7 @@ QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
 #endif /* QWEN3I_X86 */
 
 #ifdef QWEN3I_NEON
-/* ---- NEON lanes: four registers ------------------------------------------------------------------- */
+/* ---- NEON lanes: four registers -------------------------------------------------------------- */
 #define qwen3i_neon_load_once qwen3i_neon_load
 #define qwen3i_neon_name "NEON"
 #define QWEN3I_QUADS for (i = 0; i < 4; i++)
@@ -9153,7 +9678,8 @@ QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_u8(const uint8_t *p) {
 }
 
 QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_bits(unsigned bits, int value) {
-    static const uint32_t lanes[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    static const uint32_t lanes[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
+                                       32768};
     qwen3i_neon_i v;
     int i;
     QWEN3I_QUADS v.val[i] = vtstq_u32(vdupq_n_u32(bits), vld1q_u32(lanes + 4 * i));
@@ -9189,7 +9715,8 @@ QWEN3I_INLINE qwen3i_neon_line qwen3i_neon_line_of(float d, float m) {
 }
 
 QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_on(qwen3i_neon_line l, qwen3i_neon_i v) {
-    return qwen3i_neon_fma(qwen3i_neon_float(qwen3i_neon_and(v, 15)), qwen3i_neon_set1(l.d), qwen3i_neon_set1(l.m));
+    return qwen3i_neon_fma(qwen3i_neon_float(qwen3i_neon_and(v, 15)), qwen3i_neon_set1(l.d),
+                           qwen3i_neon_set1(l.m));
 }
 
 QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_pick(const float *table, qwen3i_neon_i v) {
@@ -9235,7 +9762,8 @@ QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_drop_below(qwen3i_neon_v y, qwen3i_neon_
 QWEN3I_INLINE void qwen3i_neon_sum(float *sums, const qwen3i_neon_v *rows) {
     int r;
     for (r = 0; r < 2; r++) {
-        float32x4_t even = vaddq_f32(rows[r].val[0], rows[r].val[2]), odd = vaddq_f32(rows[r].val[1], rows[r].val[3]);
+        float32x4_t even = vaddq_f32(rows[r].val[0], rows[r].val[2]),
+                           odd = vaddq_f32(rows[r].val[1], rows[r].val[3]);
         float32x4_t four = vaddq_f32(even, odd);
         float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
         sums[r] = vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
@@ -9369,7 +9897,8 @@ QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_drop_below(qwen3i_wasm_v y, qwen3i_wasm_
 }
 
 QWEN3I_INLINE void qwen3i_wasm_sum(float *sums, const qwen3i_wasm_v *rows) {
-    v128_t even = wasm_f32x4_add(rows[0].q[0], rows[0].q[2]), odd = wasm_f32x4_add(rows[0].q[1], rows[0].q[3]);
+    v128_t even = wasm_f32x4_add(rows[0].q[0], rows[0].q[2]),
+                  odd = wasm_f32x4_add(rows[0].q[1], rows[0].q[3]);
     v128_t four = wasm_f32x4_add(even, odd);
     v128_t two = wasm_f32x4_add(four, wasm_i32x4_shuffle(four, four, 2, 3, 0, 1));
     sums[0] = wasm_f32x4_extract_lane(two, 0) + wasm_f32x4_extract_lane(two, 1);
@@ -9441,7 +9970,8 @@ QWEN3I_INLINE qwen3i_wasm_line qwen3i_wasm_line_of(float d, float m) {
 }
 
 QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_on(qwen3i_wasm_line l, qwen3i_wasm_i v) {
-    return qwen3i_wasm_fma(qwen3i_wasm_float(qwen3i_wasm_and(v, 15)), qwen3i_wasm_set1(l.d), qwen3i_wasm_set1(l.m));
+    return qwen3i_wasm_fma(qwen3i_wasm_float(qwen3i_wasm_and(v, 15)), qwen3i_wasm_set1(l.d),
+                           qwen3i_wasm_set1(l.m));
 }
 
 QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_pick(const float *table, qwen3i_wasm_i v) {
@@ -9600,7 +10130,7 @@ typedef struct qwen3i_pool {
 #endif
 } qwen3i_pool;
 
-/* ---- how many threads: as many as this process can run at once ----------------------------------------- */
+/* ---- how many threads: as many as this process can run at once ------------------------------- */
 #if defined(__linux__)
 #ifdef CPU_SETSIZE
 typedef cpu_set_t qwen3i_cpu_set;
@@ -9637,12 +10167,13 @@ static int qwen3i_system_text(const char *root, const char *name, char *text, si
 #endif
 }
 
-/* Processors whose time a control group may use, rounded up; 0: no limit is set here. Version 2 of control groups
-   says "quota period" in one file, version 1 in two. */
+/* Processors whose time a control group may use, rounded up; 0: no limit is set here. Version 2 of control
+   groups says "quota period" in one file, version 1 in two. */
 static int qwen3i_group_quota(const char *root, const char *group, int version) {
     char name[800], text[64];
     long quota = 0, period = 0;
-    snprintf(name, sizeof name, version == 2 ? "/sys/fs/cgroup%s/cpu.max" : "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group);
+    snprintf(name, sizeof name, version == 2 ? "/sys/fs/cgroup%s/cpu.max" :
+             "/sys/fs/cgroup/cpu%s/cpu.cfs_quota_us", group);
     if (!qwen3i_system_text(root, name, text, sizeof text)) return 0;
     if (sscanf(text, "%ld %ld", &quota, &period) < 1) return 0;         /* "max" */
     if (version == 1) {
@@ -9650,7 +10181,8 @@ static int qwen3i_group_quota(const char *root, const char *group, int version) 
         if (!qwen3i_system_text(root, name, text, sizeof text) || sscanf(text, "%ld", &period) != 1) return 0;
     }
     if (quota <= 0 || period <= 0) return 0;
-    return (int)(quota / period + (quota % period > 0) > INT_MAX ? INT_MAX : quota / period + (quota % period > 0));
+    return (int)(quota / period + (quota % period > 0) > INT_MAX ? INT_MAX :
+                 quota / period + (quota % period > 0));
 }
 
 /* The smallest quota of the groups from this one up to the root. */
@@ -9696,14 +10228,15 @@ static int qwen3i_cpu_listed(const char *list, int cpu) {
     return 0;
 }
 
-/* How fast a processor is beside the fastest, which has 1024; 1024 where the system does not say. Arm and RISC-V have
-   a file for each, hybrid chips of Intel's one list of those that are fast. */
+/* How fast a processor is beside the fastest, which has 1024; 1024 where the system does not say. Arm and
+   RISC-V have a file for each, hybrid chips of Intel's one list of those that are fast. */
 static int qwen3i_cpu_capacity(const char *root, const char *fast, int cpu) {
     char name[80], text[32];
     int capacity;
     if (*fast) return qwen3i_cpu_listed(fast, cpu) ? 1024 : 0;
     snprintf(name, sizeof name, "/sys/devices/system/cpu/cpu%d/cpu_capacity", cpu);
-    return qwen3i_system_text(root, name, text, sizeof text) && sscanf(text, "%d", &capacity) == 1 ? capacity : 1024;
+    return qwen3i_system_text(root, name, text, sizeof text) &&
+           sscanf(text, "%d", &capacity) == 1 ? capacity : 1024;
 }
 
 /* Of the processors in the set the fast ones: a slow one would be waited for at the end of each loop. */
@@ -9785,7 +10318,8 @@ static int qwen3i_pool_work(qwen3i_pool *p, int lane) {
 #if defined(_WIN32)
 static void qwen3i_pool_lock(qwen3i_pool *p)   { AcquireSRWLockExclusive(&p->lock); }
 static void qwen3i_pool_unlock(qwen3i_pool *p) { ReleaseSRWLockExclusive(&p->lock); }
-static void qwen3i_pool_sleep(qwen3i_pool *p)  { SleepConditionVariableSRW(&p->changed, &p->lock, INFINITE, 0); }
+static void qwen3i_pool_sleep(qwen3i_pool *p)  { SleepConditionVariableSRW(&p->changed, &p->lock, INFINITE,
+        0); }
 static void qwen3i_pool_notify(qwen3i_pool *p) { WakeAllConditionVariable(&p->changed); }
 #else
 static void qwen3i_pool_lock(qwen3i_pool *p)   { pthread_mutex_lock(&p->lock); }
@@ -9812,7 +10346,8 @@ static int qwen3i_pool_finished(qwen3i_pool *p, uint64_t seen) {
     return qwen3i_atomic_get(&p->done) == qwen3i_atomic_get(&p->n_chunks);
 }
 
-/* Wait until ready(p, seen): spin for a moment, because the next loop of an evaluation is near, then sleep. */
+/* Wait until ready(p, seen): spin for a moment, because the next loop of an evaluation is near, then
+   sleep. */
 static void qwen3i_pool_wait(qwen3i_pool *p, int (*ready)(qwen3i_pool *p, uint64_t seen), uint64_t seen) {
     int i;
     for (i = 0; i < QWEN3I_SPIN; i++) {
@@ -9931,7 +10466,8 @@ static qwen3_result qwen3i_pool_create(qwen3i_pool *p, const qwen3_ctx_desc *des
 
 static void qwen3i_pool_destroy(qwen3i_pool *p) {
 #ifndef QWEN3_NO_THREADS
-    if (!p->jobs.parallel_for && p->n_lanes > 1 && p->process == qwen3i_process()) qwen3i_pool_threads_stop(p);
+    if (!p->jobs.parallel_for && p->n_lanes > 1 && p->process == qwen3i_process())
+        qwen3i_pool_threads_stop(p);
 #endif
     (void)p;
 }
@@ -9953,7 +10489,8 @@ static void qwen3i_parallel(qwen3i_pool *p, int n_items, int grain, qwen3i_loop_
         return;
     }
     loop = qwen3i_atomic_get(&p->ticket) >> 32;
-    qwen3i_atomic_set(&p->ticket, loop << 32 | QWEN3I_NO_CHUNK);    /* late workers grab nothing from here on */
+    /* late workers grab nothing from here on */
+    qwen3i_atomic_set(&p->ticket, loop << 32 | QWEN3I_NO_CHUNK);
     p->fn = fn;
     p->arg = arg;
     p->n_items = n_items;
@@ -9979,12 +10516,14 @@ static void qwen3i_parallel(qwen3i_pool *p, int n_items, int grain, qwen3i_loop_
 typedef struct qwen3i_exec {            /* who computes, and with which instructions */
     qwen3i_pool       *pool;
     const qwen3i_simd *simd;
-    float             *panels;          /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_PANEL_LD] where matrices lie in blocks */
+    /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_PANEL_LD] where matrices lie in blocks */
+    float             *panels;
 } qwen3i_exec;
 
 /* ---- embedding and norms ------------------------------------------------------------------------- */
 /* x[i] = embed[tokens[i]]: tokens [n], embed [n_vocab, n_embd], x [n, n_embd] */
-static void qwen3i_embed(const qwen3i_exec *e, float *x, const qwen3i_matrix *embed, const qwen3_token *tokens, int n) {
+static void qwen3i_embed(const qwen3i_exec *e, float *x, const qwen3i_matrix *embed,
+                         const qwen3_token *tokens, int n) {
     size_t row_bytes = (size_t)qwen3i_row_bytes(embed->type, embed->cols);
     const char *table = (const char *)embed->data;
     int i;
@@ -10023,7 +10562,7 @@ static void qwen3i_rmsnorm_heads(const qwen3i_simd *simd, float *x, const float 
     for (i = 0; i < n_head; i++, x += head_dim) simd->rmsnorm(x, x, gain, head_dim, eps);
 }
 
-/* ---- rotary position embedding --------------------------------------------------------------------- */
+/* ---- rotary position embedding --------------------------------------------------------------- */
 /* The pair of dimensions that turns `turns` times over the original context (YaRN). */
 static double qwen3i_yarn_pair(const qwen3i_config *c, double original_ctx, double turns) {
     return c->head_dim * log(original_ctx / (turns * 6.283185307179586)) / (2 * log(c->rope_theta));
@@ -10035,7 +10574,8 @@ static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *c, double yarn
     double factor = yarn_factor > 0 ? yarn_factor : c->yarn_factor, low, high;
     int i, half = c->head_dim / 2;
     for (i = 0; i < half; i++)
-        freqs[i] = 1.0f / (float)pow((double)(float)c->rope_theta, (double)((float)(2 * i) / (float)c->head_dim));
+        freqs[i] = 1.0f / (float)pow((double)(float)c->rope_theta,
+                                     (double)((float)(2 * i) / (float)c->head_dim));
     if (factor <= 0) return 1.0f;
     low  = qwen3i_yarn_pair(c, c->yarn_original_ctx, c->yarn_beta_fast);
     high = qwen3i_yarn_pair(c, c->yarn_original_ctx, c->yarn_beta_slow);
@@ -10077,7 +10617,7 @@ static void qwen3i_rope(float *x, const float *cosines, const float *sines, int 
         }
 }
 
-/* ---- matrix products --------------------------------------------------------------------------------- */
+/* ---- matrix products ------------------------------------------------------------------------- */
 #define QWEN3I_PIECE_ROWS 128           /* most rows of a matrix that are one piece of work */
 #define QWEN3I_GLU_ROWS    64           /* the same where two matrices meet, whose results are held for */
 #define QWEN3I_GLU_TOKENS  60           /* so many rows of x: 15 KB on the stack */
@@ -10092,17 +10632,19 @@ typedef struct qwen3i_matmul_args {
     const float         *x;             /* [n, cols] */
     int                  n;
     int                  add;           /* to y, instead of replacing it */
-    float               *panels;        /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_PANEL_LD]: see qwen3i_matmul_panels */
+    /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_PANEL_LD]: see qwen3i_matmul_panels */
+    float               *panels;
 } qwen3i_matmul_args;
 
-/* A matrix in blocks becomes float32 panel by panel: a part that the second-level cache holds, of one row for one
-   row of x. The sums run as for a matrix of numbers, so their bits do not depend on the panels. */
+/* A matrix in blocks becomes float32 panel by panel: a part that the second-level cache holds, of one row for
+   one row of x. The sums run as for a matrix of numbers, so their bits do not depend on the panels. */
 static void qwen3i_matmul_panels(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
                                  int begin, int end, int t, int n, float *panel) {
     size_t row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols), cols = (size_t)w->cols;
     int r, k, i, m, n_k;
     if (n == 1 && w->cols % qwen3i_format_of(w->type)->elements == 0) {
-        a->simd->dot_blocks(y, (const char *)w->data + (size_t)begin * row_bytes, row_bytes, w->type, end - begin,
+        a->simd->dot_blocks(y, (const char *)w->data + (size_t)begin * row_bytes, row_bytes, w->type,
+                            end - begin,
                             a->x + (size_t)t * cols, w->cols, a->add);
         return;
     }
@@ -10111,8 +10653,10 @@ static void qwen3i_matmul_panels(const qwen3i_matmul_args *a, const qwen3i_matri
         for (k = 0; k < w->cols; k += n_k) {
             const char *at = (const char *)w->data + (size_t)r * row_bytes + qwen3i_row_bytes(w->type, k);
             n_k = qwen3i_min(QWEN3I_K_BLOCK, w->cols - k);
-            for (i = 0; i < m; i++, at += row_bytes) a->simd->load(panel + i * QWEN3I_PANEL_LD, at, w->type, n_k);
-            a->simd->dot(y, ldy, panel, QWEN3I_PANEL_LD, QWEN3I_F32, m, a->x + (size_t)t * cols + k, cols, n, n_k, a->add || k > 0);
+            for (i = 0; i < m; i++, at += row_bytes)
+                a->simd->load(panel + i * QWEN3I_PANEL_LD, at, w->type, n_k);
+            a->simd->dot(y, ldy, panel, QWEN3I_PANEL_LD, QWEN3I_F32, m, a->x + (size_t)t * cols + k, cols, n,
+                         n_k, a->add || k > 0);
         }
     }
 }
@@ -10140,12 +10684,14 @@ static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {
     int i, first = 0;                   /* the matrices' rows are counted through */
     for (i = 0; i < a->n_w; first += a->w[i++]->rows) {
         int from = qwen3i_max(begin - first, 0), to = qwen3i_min(end - first, a->w[i]->rows);
-        if (from < to) qwen3i_matmul_block(a, a->w[i], a->y[i] + from, (size_t)a->w[i]->rows, from, to, 0, a->n, lane);
+        if (from < to)
+            qwen3i_matmul_block(a, a->w[i], a->y[i] + from, (size_t)a->w[i]->rows, from, to, 0, a->n, lane);
     }
 }
 
 /* y = W x, or y = y + W x if add, for each row of x: x [n, cols], y [n, rows] */
-static void qwen3i_matmul_to(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n, int add) {
+static void qwen3i_matmul_to(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n,
+                             int add) {
     qwen3i_matmul_args a;
     a.simd = e->simd; a.panels = e->panels; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n; a.add = add;
     qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w->rows), qwen3i_matmul_rows, &a);
@@ -10185,16 +10731,18 @@ static void qwen3i_swiglu_rows(void *args, int begin, int end, int lane) {
     }
 }
 
-/* y = silu(Wgate x) * (Wup x) for each row of x, with silu(g) = g / (1 + exp(-g)): x [n, n_embd], y [n, n_ff] */
-static void qwen3i_swiglu(const qwen3i_exec *e, float *y, const qwen3i_matrix *w_gate, const qwen3i_matrix *w_up,
-                          const float *x, int n) {
+/* y = silu(Wgate x) * (Wup x) for each row of x, with silu(g) = g / (1 + exp(-g)): x [n, n_embd], y [n,
+   n_ff] */
+static void qwen3i_swiglu(const qwen3i_exec *e, float *y, const qwen3i_matrix *w_gate,
+                          const qwen3i_matrix *w_up, const float *x, int n) {
     int grain = qwen3i_min(qwen3i_matmul_grain(e->pool, w_gate->rows), QWEN3I_GLU_ROWS);
     qwen3i_matmul_args a;
-    a.simd = e->simd; a.panels = e->panels; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x; a.n = n; a.add = 0;
+    a.simd = e->simd; a.panels = e->panels; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x;
+    a.n = n; a.add = 0;
     qwen3i_parallel(e->pool, w_gate->rows, grain, qwen3i_swiglu_rows, &a);
 }
 
-/* ---- attention ----------------------------------------------------------------------------------------- */
+/* ---- attention ------------------------------------------------------------------------------- */
 #define QWEN3I_ATTENTION_ROWS  24       /* query rows that share one pass over keys and values */
 #define QWEN3I_ATTENTION_BLOCK 64       /* positions of it at a time */
 
@@ -10210,7 +10758,8 @@ typedef struct qwen3i_attention_args {
     float             *scratch;         /* [lanes, qwen3i_attention_scratch()] */
 } qwen3i_attention_args;
 
-/* Floats between the score rows of one lane: softmax wants multiples of 16; powers of two collide in caches */
+/* Floats between the score rows of one lane: softmax wants multiples of 16; powers of two collide in
+   caches */
 static uint64_t qwen3i_attention_stride(int max_ctx) { return ((uint64_t)max_ctx + 15) / 16 * 16 + 16; }
 
 /* Floats of scratch a lane: scores, queries, results. Both factors are below 2^32, the product below 2^40. */
@@ -10220,9 +10769,12 @@ static uint64_t qwen3i_attention_scratch(int max_ctx, int head_dim) {
 
 /* Tokens t .. t + n_t - 1 (one sequence), query heads h .. h + n_h - 1 (one KV head). The rows of the
    piece are (token, head) pairs. Scores are held in full, so that sums run in order of position. */
-static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratch, int t, int n_t, int h, int n_h) {
-    size_t dim = (size_t)a->head_dim, ld = (size_t)qwen3i_attention_stride(a->max_ctx), size = qwen3i_type_size(a->type);
-    size_t q_dim = (size_t)a->n_head * dim, at = (size_t)t * q_dim + (size_t)h * dim, width = (size_t)n_h * dim;
+static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratch, int t, int n_t, int h,
+                                   int n_h) {
+    size_t dim = (size_t)a->head_dim, ld = (size_t)qwen3i_attention_stride(a->max_ctx),
+           size = qwen3i_type_size(a->type);
+    size_t q_dim = (size_t)a->n_head * dim, at = (size_t)t * q_dim + (size_t)h * dim,
+           width = (size_t)n_h * dim;
     size_t row = dim * size;
     size_t head = (size_t)a->seqs[t] * (size_t)a->n_head_kv + (size_t)(h / (a->n_head / a->n_head_kv));
     const char *k = (const char *)a->k + head * (size_t)a->max_ctx * row;           /* [max_ctx, head_dim] */
@@ -10236,7 +10788,8 @@ static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratc
         a->simd->dot(scores + p, ld, k + (size_t)p * row, dim, a->type, m, q, dim, n_t * n_h, a->head_dim, 0);
     }
     for (i = 0; i < n_t * n_h; i++)                     /* each token sees the positions up to its own */
-        a->simd->softmax(scores + (size_t)i * ld, first + i / n_h + 1, (float)(1.0 / sqrt((double)a->head_dim)));
+        a->simd->softmax(scores + (size_t)i * ld, first + i / n_h + 1,
+                         (float)(1.0 / sqrt((double)a->head_dim)));
     memset(out, 0, (size_t)n_t * width * 4);
     for (p = 0; p <= first; p += m) {                   /* out = scores . v: what all tokens see, ... */
         m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, first + 1 - p);
@@ -10251,7 +10804,8 @@ static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratc
 /* Pieces of work are (tokens, heads) tiles: [ceil(n / tokens), n_head_kv, ceil(group / heads)] */
 static void qwen3i_attention_pieces(void *args, int begin, int end, int lane) {
     const qwen3i_attention_args *a = (const qwen3i_attention_args *)args;
-    float *scratch = a->scratch + (size_t)((uint64_t)lane * qwen3i_attention_scratch(a->max_ctx, a->head_dim));
+    float *scratch = a->scratch + (size_t)((uint64_t)lane * qwen3i_attention_scratch(a->max_ctx,
+            a->head_dim));
     int group = a->n_head / a->n_head_kv, splits = (group + a->heads - 1) / a->heads, i;
     for (i = begin; i < end; i++) {
         int h = i / splits % a->n_head_kv * group + i % splits * a->heads;
@@ -10280,7 +10834,7 @@ static void qwen3i_attention(const qwen3i_exec *e, qwen3i_attention_args *a) {
     qwen3i_parallel(e->pool, qwen3i_attention_count(a), 1, qwen3i_attention_pieces, a);
 }
 
-/* ---- the context -------------------------------------------------------------------------------------- */
+/* ---- the context ----------------------------------------------------------------------------- */
 #define QWEN3I_HEAD_ROWS 16             /* rows of logits computed at a time */
 
 typedef struct qwen3i_cpu {
@@ -10317,13 +10871,16 @@ static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) { return qwen3i_max(desc-
 /* Lay the context's arrays out in a block (NULL: only count). Returns the block's size. */
 static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc, void *block) {
     qwen3i_arena m = qwen3i_arena_at(block, 64);
-    uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), seqs = (uint64_t)desc->max_seqs, lanes = (uint64_t)qwen3i_pool_lanes(desc);
+    uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), seqs = (uint64_t)desc->max_seqs,
+             lanes = (uint64_t)qwen3i_pool_lanes(desc);
     uint64_t head_rows = rows < QWEN3I_HEAD_ROWS ? rows : QWEN3I_HEAD_ROWS;
     uint64_t dim = (uint64_t)g->head_dim, half = dim / 2;
     uint64_t q_dim = (uint64_t)g->n_head * dim, kv_dim = (uint64_t)g->n_head_kv * dim;
     uint64_t kv_row = kv_dim * qwen3i_type_size((qwen3i_type)desc->kv_type);
-    c->k         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx, kv_row);
-    c->v         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx, kv_row);
+    c->k         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx,
+                                             kv_row);
+    c->v         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx,
+                                             kv_row);
     c->kept      = (float *)qwen3i_arena_take(&m, seqs, (uint64_t)g->n_vocab, 4);
     c->x         = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_embd, 4);
     c->h         = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_embd, 4);
@@ -10349,11 +10906,13 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     return qwen3i_arena_size(&m);
 }
 
-static qwen3_memory qwen3i_cpu_memory(const void *model_state, const qwen3_model *model, const qwen3_ctx_desc *desc) {
+static qwen3_memory qwen3i_cpu_memory(const void *model_state, const qwen3_model *model,
+                                      const qwen3_ctx_desc *desc) {
     qwen3_memory m = {0, 0};
     qwen3i_cpu c;
     (void)model_state;
-    m.host_bytes = qwen3i_size_add(qwen3i_cpu_layout(&c, qwen3_backend_view(model).config, desc, NULL), sizeof c);
+    m.host_bytes = qwen3i_size_add(qwen3i_cpu_layout(&c, qwen3_backend_view(model).config, desc, NULL),
+                                   sizeof c);
     return m;
 }
 
@@ -10412,7 +10971,7 @@ static size_t qwen3i_cpu_kv_at(const qwen3i_cpu *c, int layer, int seq, int head
     return (n * (size_t)c->desc.max_ctx + (size_t)pos) * qwen3i_cpu_kv_row(c);
 }
 
-/* ---- the decoder --------------------------------------------------------------------------------------- */
+/* ---- the decoder ----------------------------------------------------------------------------- */
 typedef struct qwen3i_step { qwen3i_cpu *c; const qwen3i_batch *batch; int layer; } qwen3i_step;
 
 /* For each row: norm the heads of q and k, rotate them, round k and v into the cache. */
@@ -10427,7 +10986,8 @@ static void qwen3i_place_rows(void *step, int begin, int end, int lane) {
         float *q = c->q + (size_t)i * (size_t)(g->n_head * g->head_dim);        /* [n_head, head_dim] */
         float *k = c->key + (size_t)i * (size_t)kv_dim;                         /* [n_head_kv, head_dim] */
         float *v = c->value + (size_t)i * (size_t)kv_dim;
-        const float *cosines = c->cosines + (size_t)i * (size_t)half, *sines = c->sines + (size_t)i * (size_t)half;
+        const float *cosines = c->cosines + (size_t)i * (size_t)half,
+                     *sines = c->sines + (size_t)i * (size_t)half;
         qwen3i_rmsnorm_heads(c->exec.simd, q, w->q_norm, g->n_head, g->head_dim, g->rms_eps);
         qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, g->n_head_kv, g->head_dim, g->rms_eps);
         qwen3i_rope(q, cosines, sines, g->n_head, g->head_dim);
@@ -10475,7 +11035,8 @@ static void qwen3i_show(const qwen3i_step *s) {
 static int qwen3i_only_wanted(const qwen3i_cpu *c) { return !c->desc.probe.show; }
 
 static int qwen3i_keep_wanted(const qwen3i_cpu *c, const qwen3i_batch *batch) {
-    size_t n_embd = (size_t)c->config->n_embd, q_dim = (size_t)c->config->n_head * (size_t)c->config->head_dim, i;
+    size_t n_embd = (size_t)c->config->n_embd, q_dim = (size_t)c->config->n_head *
+                    (size_t)c->config->head_dim, i;
     for (i = 0; i < (size_t)batch->n_outs; i++) {
         size_t row = (size_t)batch->outs[i].row;
         memmove(c->x + i * n_embd, c->x + row * n_embd, n_embd * 4);
@@ -10484,7 +11045,7 @@ static int qwen3i_keep_wanted(const qwen3i_cpu *c, const qwen3i_batch *batch) {
     return batch->n_outs;
 }
 
-/* ---- mixture of experts ------------------------------------------------------------------------------------ */
+/* ---- mixture of experts ---------------------------------------------------------------------- */
 /* The n_used most probable of p [n], ties to the lower index, in order of index; their weights in share */
 static void qwen3i_pick_experts(const float *p, int n, int n_used, int norm, int32_t *picked, float *share) {
     float sum = 0;
@@ -10530,8 +11091,9 @@ static int qwen3i_gather_members(qwen3i_cpu *c, int expert, int n) {
     return m;
 }
 
-/* x += the sum over the experts that a row has picked of weight * Wdown(silu(Wgate h) * (Wup h)), in order of index. Rows
-   are taken together by expert, so that each expert's weights are read once; a row's sums do not depend on the others. */
+/* x += the sum over the experts that a row has picked of weight * Wdown(silu(Wgate h) * (Wup h)), in order of
+   index. Rows are taken together by expert, so that each expert's weights are read once; a row's sums do not
+   depend on the others. */
 static void qwen3i_experts_mlp(qwen3i_cpu *c, const qwen3i_experts *w, int n) {
     const qwen3i_config *g = c->config;
     const qwen3i_exec *e = &c->exec;
@@ -10541,7 +11103,8 @@ static void qwen3i_experts_mlp(qwen3i_cpu *c, const qwen3i_experts *w, int n) {
     size_t j;
     qwen3i_matmul(e, c->route, &w->router, c->h, n);
     for (i = n - 1; i > 0; i--)         /* rows apart, as softmax needs them */
-        memmove(c->route + (size_t)i * (size_t)qwen3i_route_stride(g), c->route + (size_t)i * (size_t)g->n_expert,
+        memmove(c->route + (size_t)i * (size_t)qwen3i_route_stride(g),
+                c->route + (size_t)i * (size_t)g->n_expert,
                 (size_t)g->n_expert * 4);
     qwen3i_parallel(e->pool, n, 4, qwen3i_route_rows, c);
     memset(c->mixed, 0, (size_t)n * n_embd * 4);
@@ -10567,8 +11130,10 @@ static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int l
     qwen3i_step step;
     step.c = c; step.batch = batch; step.layer = layer;
 
-    qwen3i_rmsnorm(e, c->h, c->x, w->attn_norm, n, n_embd, eps);        /* h = RMSNorm(x)                     */
-    qwen3i_matmul_qkv(e, c->q, c->key, c->value, w, c->h, n);           /* q, k, v = Wq h, Wk h, Wv h         */
+    /* h = RMSNorm(x)                     */
+    qwen3i_rmsnorm(e, c->h, c->x, w->attn_norm, n, n_embd, eps);
+    /* q, k, v = Wq h, Wk h, Wv h         */
+    qwen3i_matmul_qkv(e, c->q, c->key, c->value, w, c->h, n);
     qwen3i_parallel(e->pool, n, 4, qwen3i_place_rows, &step);           /* q, k = RoPE(RMSNorm of each head)  */
     qwen3i_attend(&step);                                               /* a = softmax(q . k / sqrt(dim)) v   */
     if (layer == c->config->n_layer - 1 && qwen3i_only_wanted(c)) n = qwen3i_keep_wanted(c, batch);
@@ -10576,8 +11141,10 @@ static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int l
     qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, eps);         /* h = RMSNorm(x)                     */
     if (w->experts) qwen3i_experts_mlp(c, w->experts, n);               /* x = x + a sum of experts           */
     else {
-        qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, c->h, n);         /* f = silu(Wgate h) * (Wup h)        */
-        qwen3i_matmul_add(e, c->x, &w->w_down, c->ff, n);               /* x = x + Wdown f                    */
+        qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, c->h, n);
+                /* f = silu(Wgate h) * (Wup h)        */
+        /* x = x + Wdown f                    */
+        qwen3i_matmul_add(e, c->x, &w->w_down, c->ff, n);
     }
     qwen3i_show(&step);
 }
@@ -10596,7 +11163,10 @@ static float qwen3i_log_prob(const qwen3i_simd *simd, const float *logits, int n
     return (float)((double)logits[target] - (double)top - log(sum));
 }
 
-typedef struct qwen3i_head_deliver_args { const qwen3i_cpu *c; const qwen3i_out *outs; } qwen3i_head_deliver_args;
+typedef struct qwen3i_head_deliver_args {
+    const qwen3i_cpu *c;
+    const qwen3i_out *outs;
+} qwen3i_head_deliver_args;
 
 /* outs[i] gets row i of c->h and c->logits. */
 static void qwen3i_head_deliver(void *args, int begin, int end, int lane) {
@@ -10615,8 +11185,8 @@ static void qwen3i_head_deliver(void *args, int begin, int end, int lane) {
     }
 }
 
-/* Final norm and logits of n rows that are wanted from outs[first] on, at most QWEN3I_HEAD_ROWS of them (and no more
-   than there is scratch for) */
+/* Final norm and logits of n rows that are wanted from outs[first] on, at most QWEN3I_HEAD_ROWS of them (and
+   no more than there is scratch for) */
 static void qwen3i_head(qwen3i_cpu *c, const qwen3i_batch *batch, int first, int n) {
     qwen3i_head_deliver_args args;
     const qwen3i_out *outs = batch->outs + first;
@@ -10633,7 +11203,9 @@ static void qwen3i_head(qwen3i_cpu *c, const qwen3i_batch *batch, int first, int
     qwen3i_parallel(&c->pool, n, 1, qwen3i_head_deliver, &args);
 }
 
-static int qwen3i_cpu_cancelled(const qwen3i_cpu *c) { return c->desc.cancel && c->desc.cancel(c->desc.cancel_user); }
+static int qwen3i_cpu_cancelled(const qwen3i_cpu *c) {
+    return c->desc.cancel && c->desc.cancel(c->desc.cancel_user);
+}
 
 static qwen3_result qwen3i_decoder(qwen3i_cpu *c, const qwen3i_batch *batch) {
     int i, tile = qwen3i_min(QWEN3I_HEAD_ROWS, qwen3i_cpu_rows(&c->desc));
@@ -10659,7 +11231,7 @@ static qwen3_result qwen3i_cpu_forward(void *ctx_state, const qwen3i_batch *batc
     return r;
 }
 
-/* ---- the rest of the interface -------------------------------------------------------------------------- */
+/* ---- the rest of the interface --------------------------------------------------------------- */
 static qwen3_result qwen3i_cpu_model_create(void **model_state, const qwen3_model *model,
                                             const qwen3_load_desc *desc, const qwen3i_err *err) {
     (void)model; (void)desc; (void)err;
@@ -10684,19 +11256,22 @@ static qwen3_result qwen3i_cpu_logits(void *ctx_state, int seq, const float **ou
     return QWEN3_OK;
 }
 
-static qwen3_result qwen3i_cpu_set_logits(void *ctx_state, int seq, const float *logits, const qwen3i_err *err) {
+static qwen3_result qwen3i_cpu_set_logits(void *ctx_state, int seq, const float *logits,
+                                          const qwen3i_err *err) {
     const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
     (void)err;
     memmove(qwen3i_cpu_kept(c, seq), logits, (size_t)c->config->n_vocab * 4);
     return QWEN3_OK;
 }
 
-/* Copy between the cache, [n_head_kv, max_ctx, head_dim], and the interface's [n_pos, n_head_kv * head_dim]. */
+/* Copy between the cache, [n_head_kv, max_ctx, head_dim], and the interface's [n_pos, n_head_kv *
+   head_dim]. */
 static void qwen3i_cpu_kv_copy(const qwen3i_cpu *c, char *cache, char *flat, int n_pos, int to_cache) {
     size_t row = qwen3i_cpu_kv_row(c), n_head = (size_t)c->config->n_head_kv, h, p;
     for (h = 0; h < n_head; h++)
         for (p = 0; p < (size_t)n_pos; p++) {
-            char *in_cache = cache + (h * (size_t)c->desc.max_ctx + p) * row, *in_flat = flat + (p * n_head + h) * row;
+            char *in_cache = cache + (h * (size_t)c->desc.max_ctx + p) * row,
+                             *in_flat = flat + (p * n_head + h) * row;
             if (to_cache) memcpy(in_cache, in_flat, row);
             else memcpy(in_flat, in_cache, row);
         }
@@ -10712,8 +11287,8 @@ static qwen3_result qwen3i_cpu_kv_read(void *ctx_state, int seq, int layer, int 
     return QWEN3_OK;
 }
 
-static qwen3_result qwen3i_cpu_kv_write(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v,
-                                        const qwen3i_err *err) {
+static qwen3_result qwen3i_cpu_kv_write(void *ctx_state, int seq, int layer, int n_pos, const void *k,
+                                        const void *v, const qwen3i_err *err) {
     const qwen3i_cpu *c = (const qwen3i_cpu *)ctx_state;
     size_t at = qwen3i_cpu_kv_at(c, layer, seq, 0, 0);
     (void)err;
@@ -10771,7 +11346,9 @@ static uint64_t qwen3i_candidate_weight(qwen3i_candidate c, float top, float tem
     return qwen3i_weight(qwen3i_octaves_below(c.logit, top, temperature));
 }
 
-static int qwen3i_between(float x, float low, float high) { return qwen3i_is_number(x) && x >= low && x <= high; }
+static int qwen3i_between(float x, float low, float high) {
+    return qwen3i_is_number(x) && x >= low && x <= high;
+}
 
 static int qwen3i_ranks_before(qwen3i_candidate a, qwen3i_candidate b) {
     return a.logit > b.logit || (!(a.logit < b.logit) && a.id < b.id);
@@ -10805,13 +11382,18 @@ static void qwen3i_heapify(qwen3i_candidate *h, int n, int least) {
     for (i = n / 2 - 1; i >= 0; i--) qwen3i_sift(h, n, i, least);
 }
 
-static int qwen3i_in_mask(const uint32_t *mask, int token) { return !mask || (mask[token >> 5] >> (token & 31) & 1u); }
+static int qwen3i_in_mask(const uint32_t *mask, int token) {
+    return !mask || (mask[token >> 5] >> (token & 31) & 1u);
+}
 
 /* All tokens that may be sampled, in order of id. Returns how many. */
 static int qwen3i_all_candidates(const float *logits, int n, const uint32_t *mask, qwen3i_candidate *out) {
     int i, count = 0;
     for (i = 0; i < n; i++)
-        if (qwen3i_in_mask(mask, i) && qwen3i_allowed(logits[i])) { out[count].logit = logits[i]; out[count++].id = i; }
+        if (qwen3i_in_mask(mask, i) && qwen3i_allowed(logits[i])) {
+            out[count].logit = logits[i];
+            out[count++].id = i;
+        }
     return count;
 }
 
@@ -10837,7 +11419,8 @@ static int qwen3i_select_top(const float *logits, int n, int k, const uint32_t *
 
 /* Keep the fewest candidates, in order of rank, whose weights reach the share top_p of all. Sorted ones are
    walked; unsorted ones come off a heap, so that only what is kept is put in order. Returns how many. */
-static int qwen3i_cut_top_p(qwen3i_candidate *c, int n, int sorted, float top_p, float top, float temperature) {
+static int qwen3i_cut_top_p(qwen3i_candidate *c, int n, int sorted, float top_p, float top,
+                            float temperature) {
     uint64_t total = 0, sum = 0, need;
     int i, kept = 0;
     for (i = 0; i < n; i++) total += qwen3i_candidate_weight(c[i], top, temperature);
@@ -10860,7 +11443,8 @@ static int qwen3i_cut_top_p(qwen3i_candidate *c, int n, int sorted, float top_p,
 }
 
 /* Walk the candidates in order of id until a random share of their total weight is reached. */
-static qwen3_token qwen3i_draw(qwen3i_candidate *c, int n, float top, float min_p, float temperature, uint64_t *rng) {
+static qwen3_token qwen3i_draw(qwen3i_candidate *c, int n, float top, float min_p, float temperature,
+                               uint64_t *rng) {
     uint64_t total = 0, target, w, least = qwen3i_share_of(QWEN3I_WEIGHT_ONE, min_p);
     int i;
     for (i = 0; i < n; i++) {
@@ -10878,7 +11462,8 @@ static qwen3_token qwen3i_draw(qwen3i_candidate *c, int n, float top, float min_
 }
 
 /* Presence and repetition penalties, once for each distinct token among the last ones. */
-static void qwen3i_penalise(float *logits, int n_vocab, const qwen3_token *seq, int n, const qwen3_sampler *s, qwen3i_candidate *mark) {
+static void qwen3i_penalise(float *logits, int n_vocab, const qwen3_token *seq, int n,
+                            const qwen3_sampler *s, qwen3i_candidate *mark) {
     const int from = qwen3i_penalty_begin(s, n);
     int i;
     for (i = from; i < n; i++) if (seq[i] >= 0 && seq[i] < n_vocab) mark[seq[i]].id = 0;
@@ -10901,24 +11486,30 @@ static const float *qwen3i_adjust(const float *logits, int n_vocab, const qwen3_
     if (!qwen3i_changes_logits(s)) return logits;
     memcpy(scratch->logits, logits, (size_t)n_vocab * sizeof *logits);
     for (i = 0; i < s->n_bias; i++)
-        if (s->bias[i].token >= 0 && s->bias[i].token < n_vocab) scratch->logits[s->bias[i].token] += s->bias[i].bias;
+        if (s->bias[i].token >= 0 && s->bias[i].token < n_vocab)
+            scratch->logits[s->bias[i].token] += s->bias[i].bias;
     qwen3i_penalise(scratch->logits, n_vocab, seq, n, s, scratch->candidates);
     if (s->filter) s->filter(scratch->logits, n_vocab, seq, n, s->filter_user);
     return scratch->logits;
 }
 
 /* logits [n_vocab]; only ids below n_choose are ever chosen; seq [n]: the tokens so far. */
-static qwen3_result qwen3i_choose(const float *logits, int n_vocab, int n_choose, const qwen3_token *seq, int n, qwen3_sampler *s,
-                                  const qwen3i_sampler_scratch *scratch, qwen3_token *out, const qwen3i_err *err) {
+static qwen3_result qwen3i_choose(const float *logits, int n_vocab, int n_choose, const qwen3_token *seq,
+                                  int n, qwen3_sampler *s, const qwen3i_sampler_scratch *scratch,
+                                      qwen3_token *out, const qwen3i_err *err) {
     qwen3i_candidate *c = scratch->candidates;
     const int cut_p = s && s->top_p > 0 && s->top_p < 1;
     int greedy, count;
     float top;
     if (s) logits = qwen3i_adjust(logits, n_vocab, seq, n, s, scratch);
     greedy = !s || !(s->temperature > 0);
-    if (greedy || s->top_k > 0) count = qwen3i_select_top(logits, n_choose, greedy ? 1 : qwen3i_min(s->top_k, n_choose), scratch->mask, c);
+    if (greedy || s->top_k > 0)
+        count = qwen3i_select_top(logits, n_choose, greedy ? 1 : qwen3i_min(s->top_k, n_choose),
+                                  scratch->mask, c);
     else count = qwen3i_all_candidates(logits, n_choose, scratch->mask, c);
-    if (count == 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "every token is banned by bias, filter or grammar, or the logits are not numbers");
+    if (count == 0)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "every token is banned by bias, filter or grammar, or the "
+                                               "logits are not numbers");
     *out = c[0].id;
     if (greedy) return QWEN3_OK;
     top = c[0].logit;
@@ -10931,18 +11522,25 @@ static qwen3_result qwen3i_choose(const float *logits, int n_vocab, int n_choose
 
 static qwen3_result qwen3i_check_sampler(const qwen3_sampler *s, const qwen3i_err *err) {
     if (!s) return QWEN3_OK;
-    if (!qwen3i_between(s->temperature, 0, 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: temperature is not between 0 and 10000");
-    if (!qwen3i_between(s->top_p, 0, 1)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: top_p is not between 0 and 1");
-    if (!qwen3i_between(s->min_p, 0, 1)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: min_p is not between 0 and 1");
+    if (!qwen3i_between(s->temperature, 0, 1e4f))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: temperature is not between 0 and 10000");
+    if (!qwen3i_between(s->top_p, 0, 1))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: top_p is not between 0 and 1");
+    if (!qwen3i_between(s->min_p, 0, 1))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: min_p is not between 0 and 1");
     if (s->top_k < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: top_k is negative");
-    if (!qwen3i_between(s->repeat_penalty, 0, 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: repeat_penalty is not between 0 and 10000");
-    if (!qwen3i_between(s->presence_penalty, -1e4f, 1e4f)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: presence_penalty is not between -10000 and 10000");
-    if (s->n_bias < 0 || (s->n_bias > 0 && !s->bias)) return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: bias is NULL or n_bias negative");
+    if (!qwen3i_between(s->repeat_penalty, 0, 1e4f))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: repeat_penalty is not between 0 and 10000");
+    if (!qwen3i_between(s->presence_penalty, -1e4f, 1e4f))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: presence_penalty is not between -10000 and 10000");
+    if (s->n_bias < 0 || (s->n_bias > 0 && !s->bias))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "sampler: bias is NULL or n_bias negative");
     return QWEN3_OK;
 }
 
 static qwen3_result qwen3i_not_numbers(const qwen3i_err *err) {
-    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the model computes what is not a number; QWEN3_LOAD_CHECK looks for that in its weights");
+    return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the model computes what is not a number; QWEN3_LOAD_CHECK "
+                                              "looks for that in its weights");
 }
 
 /* ln sum exp(logits), in double. */
@@ -10983,7 +11581,8 @@ typedef struct qwen3i_state {           /* of a deterministic automaton; state n
     unsigned char anything;             /* there, any character may follow */
     int      label;                     /* of a final one: which key of an object this is */
     int      distance, chars;           /* bytes to the nearest final one, whole characters likewise */
-    int      low, high, open;           /* labels within reach: names low..high - 1; bytes to that of any other key */
+    /* labels within reach: names low..high - 1; bytes to that of any other key */
+    int      low, high, open;
 } qwen3i_state;
 typedef struct qwen3i_dfa { int first, n_states; } qwen3i_dfa;
 
@@ -10994,7 +11593,8 @@ enum { QWEN3I_NFA_DEAD, QWEN3I_NFA_RANGE, QWEN3I_NFA_SPLIT, QWEN3I_NFA_FINAL,
        QWEN3I_NFA_ANYTHING };           /* no way on: marks where any characters may follow */
 enum { QWEN3I_NFA_INSIDE = 0, QWEN3I_NFA_BOUNDARY = 1, QWEN3I_NFA_OPENS = 2 };
 typedef struct qwen3i_nfa {
-    unsigned char kind, low, high, place;   /* place: a range at a boundary, or the quote that opens a string */
+    /* place: a range at a boundary, or the quote that opens a string */
+    unsigned char kind, low, high, place;
     int out, out1;                      /* FINAL: out is its mark */
 } qwen3i_nfa;
 
@@ -11046,20 +11646,24 @@ static int qwen3i_reject(qwen3i_compiler *c, qwen3_result code, const char *form
 /* Count work; 0 when it is too much, or after another failure. */
 static int qwen3i_spend(qwen3i_compiler *c, int64_t steps) {
     c->work += steps;
-    if (c->work > QWEN3I_MAX_WORK) qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too complex", c->where ? c->where : "the grammar");
+    if (c->work > QWEN3I_MAX_WORK)
+        qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too complex", c->where ? c->where : "the grammar");
     return c->result == QWEN3_OK;
 }
 
 /* Append an element; its index. After a failure 0: every array has an element 0. */
 static int qwen3i_push(qwen3i_compiler *c, qwen3i_buf *b, const void *item, size_t size) {
     if (c->result != QWEN3_OK) return 0;
-    if (!qwen3i_buf_add(b, (const char *)item, size)) return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    if (!qwen3i_buf_add(b, (const char *)item, size))
+        return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
     return (int)(b->n / size) - 1;
 }
 
-static int qwen3i_push_int(qwen3i_compiler *c, qwen3i_buf *b, int value) { return qwen3i_push(c, b, &value, sizeof value); }
+static int qwen3i_push_int(qwen3i_compiler *c, qwen3i_buf *b, int value) {
+    return qwen3i_push(c, b, &value, sizeof value);
+}
 
-/* ---- lists of numbers, each stored once ---------------------------------------------------------------- */
+/* ---- lists of numbers, each stored once ------------------------------------------------------ */
 static void qwen3i_intern_reset(qwen3i_interner *in) {
     in->data.n = in->spans.n = 0;
     if (in->table.n) memset(in->table.p, 0, in->table.n);
@@ -11079,12 +11683,14 @@ static int qwen3i_intern_grow(qwen3i_compiler *c, qwen3i_interner *in) {
     size_t size = in->table.n ? in->table.n : 128 * sizeof(int);
     if ((size_t)n * 2 * sizeof(int) < in->table.n) return 1;
     in->table.n = 0;
-    if (!qwen3i_buf_reserve(&in->table, 2 * size)) return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    if (!qwen3i_buf_reserve(&in->table, 2 * size))
+        return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
     in->table.n = 2 * size;
     memset(in->table.p, 0, in->table.n);
     for (i = 0; i < n; i++)
         qwen3i_intern_put(in, (uint32_t)(in->table.n / sizeof(int)) - 1,
-                          spans[i].n > 0 ? qwen3i_hash(0, data + spans[i].first, (size_t)spans[i].n * sizeof *data) : 0, i);
+                          spans[i].n > 0 ? qwen3i_hash(0, data + spans[i].first,
+                                                       (size_t)spans[i].n * sizeof *data) : 0, i);
     return 1;
 }
 
@@ -11099,11 +11705,13 @@ static int qwen3i_intern(qwen3i_compiler *c, qwen3i_interner *in, const int *lis
     for (at = (uint32_t)hash & mask; QWEN3I_ARRAY(int, in->table)[at]; at = (at + 1) & mask) {
         const int id = QWEN3I_ARRAY(int, in->table)[at] - 1;
         span = QWEN3I_ARRAY(qwen3i_span, in->spans)[id];
-        if (span.n == n && (n == 0 || memcmp(QWEN3I_ARRAY(int, in->data) + span.first, list, (size_t)n * sizeof *list) == 0)) return id;
+        if (span.n == n && (n == 0 || memcmp(QWEN3I_ARRAY(int, in->data) + span.first, list,
+                                             (size_t)n * sizeof *list) == 0)) return id;
     }
     span.first = QWEN3I_LEN(int, in->data);
     span.n = n;
-    if (!qwen3i_buf_add(&in->data, (const char *)list, (size_t)n * sizeof *list)) return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    if (!qwen3i_buf_add(&in->data, (const char *)list, (size_t)n * sizeof *list))
+        return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
     *fresh = 1;
     qwen3i_push(c, &in->spans, &span, sizeof span);
     if (c->result != QWEN3_OK) return 0;
@@ -11111,7 +11719,7 @@ static int qwen3i_intern(qwen3i_compiler *c, qwen3i_interner *in, const int *lis
     return QWEN3I_LEN(qwen3i_span, in->spans) - 1;
 }
 
-/* ---- nondeterministic automata, built from the end ------------------------------------------------------ */
+/* ---- nondeterministic automata, built from the end ------------------------------------------- */
 static int qwen3i_ast_add(qwen3i_compiler *c, int kind, int child);
 
 static void qwen3i_nfa_reset(qwen3i_compiler *c) {
@@ -11144,7 +11752,8 @@ static int qwen3i_nfa_range(qwen3i_compiler *c, int low, int high, int place, in
     int i, at;
     if (!out) return 0;
     for (i = 0; i < 8 && i < c->n_tails; i++)
-        if (c->tails[i].low == low && c->tails[i].high == high && c->tails[i].place == place && c->tails[i].out == out)
+        if (c->tails[i].low == low && c->tails[i].high == high && c->tails[i].place == place &&
+            c->tails[i].out == out)
             return c->tails[i].state;
     at = qwen3i_nfa_add(c, QWEN3I_NFA_RANGE, out, 0);
     if (!at) return 0;
@@ -11156,7 +11765,9 @@ static int qwen3i_nfa_range(qwen3i_compiler *c, int low, int high, int place, in
     return at;
 }
 
-static int qwen3i_nfa_byte(qwen3i_compiler *c, int byte, int place, int out) { return qwen3i_nfa_range(c, byte, byte, place, out); }
+static int qwen3i_nfa_byte(qwen3i_compiler *c, int byte, int place, int out) {
+    return qwen3i_nfa_range(c, byte, byte, place, out);
+}
 
 static int qwen3i_nfa_text(qwen3i_compiler *c, const char *p, size_t n, int out) {
     while (n > 0) out = qwen3i_nfa_byte(c, (unsigned char)p[--n], QWEN3I_NFA_INSIDE, out);
@@ -11171,17 +11782,22 @@ static int qwen3i_nfa_utf8(qwen3i_compiler *c, uint32_t low, uint32_t high, int 
     uint32_t m;
     for (i = 0; i < 3; i++)
         if (low <= last[i] && high > last[i])
-            return qwen3i_nfa_split(c, qwen3i_nfa_utf8(c, low, last[i], out), qwen3i_nfa_utf8(c, last[i] + 1, high, out));
+            return qwen3i_nfa_split(c, qwen3i_nfa_utf8(c, low, last[i], out),
+                                    qwen3i_nfa_utf8(c, last[i] + 1, high, out));
     for (i = 1; i < 4 && high >= 0x80; i++) {
         m = (1u << 6 * i) - 1;
         if ((low & ~m) == (high & ~m)) continue;
-        if (low & m) return qwen3i_nfa_split(c, qwen3i_nfa_utf8(c, low, low | m, out), qwen3i_nfa_utf8(c, (low | m) + 1, high, out));
+        if (low & m)
+            return qwen3i_nfa_split(c, qwen3i_nfa_utf8(c, low, low | m, out),
+                                    qwen3i_nfa_utf8(c, (low | m) + 1, high, out));
         if ((high & m) != m)
-            return qwen3i_nfa_split(c, qwen3i_nfa_utf8(c, low, (high & ~m) - 1, out), qwen3i_nfa_utf8(c, high & ~m, high, out));
+            return qwen3i_nfa_split(c, qwen3i_nfa_utf8(c, low, (high & ~m) - 1, out),
+                                    qwen3i_nfa_utf8(c, high & ~m, high, out));
     }
     n = qwen3i_utf8_put(a, low);
     qwen3i_utf8_put(b, high);
-    for (i = n - 1; i > 0; i--) out = qwen3i_nfa_range(c, (unsigned char)a[i], (unsigned char)b[i], QWEN3I_NFA_INSIDE, out);
+    for (i = n - 1; i > 0; i--)
+        out = qwen3i_nfa_range(c, (unsigned char)a[i], (unsigned char)b[i], QWEN3I_NFA_INSIDE, out);
     return qwen3i_nfa_range(c, (unsigned char)a[0], (unsigned char)b[0], QWEN3I_NFA_BOUNDARY, out);
 }
 
@@ -11193,7 +11809,8 @@ static int qwen3i_nfa_hex_digit(qwen3i_compiler *c, uint32_t a, uint32_t b, int 
     a = a < 10 ? 0 : a - 10;
     b -= 10;
     s = qwen3i_nfa_split(c, s, qwen3i_nfa_range(c, 'a' + (int)a, 'a' + (int)b, QWEN3I_NFA_INSIDE, out));
-    return upper ? qwen3i_nfa_split(c, s, qwen3i_nfa_range(c, 'A' + (int)a, 'A' + (int)b, QWEN3I_NFA_INSIDE, out)) : s;
+    return upper ? qwen3i_nfa_split(c, s, qwen3i_nfa_range(c, 'A' + (int)a, 'A' + (int)b, QWEN3I_NFA_INSIDE,
+                                                           out)) : s;
 }
 
 /* The numbers low..high with this many hexadecimal digits. */
@@ -11203,13 +11820,16 @@ static int qwen3i_nfa_hex(qwen3i_compiler *c, uint32_t low, uint32_t high, int d
     if (digits == 0) return out;
     m = (1u << shift) - 1;
     if (low >> shift == high >> shift)
-        return qwen3i_nfa_hex_digit(c, low >> shift, high >> shift, upper, qwen3i_nfa_hex(c, low & m, high & m, digits - 1, upper, out));
+        return qwen3i_nfa_hex_digit(c, low >> shift, high >> shift, upper,
+                                    qwen3i_nfa_hex(c, low & m, high & m, digits - 1, upper, out));
     if (low & m)
-        return qwen3i_nfa_split(c, qwen3i_nfa_hex(c, low, low | m, digits, upper, out), qwen3i_nfa_hex(c, (low | m) + 1, high, digits, upper, out));
+        return qwen3i_nfa_split(c, qwen3i_nfa_hex(c, low, low | m, digits, upper, out),
+                                qwen3i_nfa_hex(c, (low | m) + 1, high, digits, upper, out));
     if ((high & m) != m)
         return qwen3i_nfa_split(c, qwen3i_nfa_hex(c, low, (high & ~m) - 1, digits, upper, out),
                                 qwen3i_nfa_hex(c, high & ~m, high, digits, upper, out));
-    return qwen3i_nfa_hex_digit(c, low >> shift, high >> shift, upper, qwen3i_nfa_hex(c, 0, m, digits - 1, upper, out));
+    return qwen3i_nfa_hex_digit(c, low >> shift, high >> shift, upper,
+                                qwen3i_nfa_hex(c, 0, m, digits - 1, upper, out));
 }
 
 typedef struct qwen3i_chars { uint32_t low, high; } qwen3i_chars;    /* a range of characters */
@@ -11250,7 +11870,7 @@ static int qwen3i_nfa_class(qwen3i_compiler *c, qwen3i_span set, int out) {
     return escapes ? qwen3i_nfa_split(c, s, qwen3i_nfa_byte(c, '\\', QWEN3I_NFA_BOUNDARY, escapes)) : s;
 }
 
-/* ---- deterministic automata ------------------------------------------------------------------------------ */
+/* ---- deterministic automata ------------------------------------------------------------------ */
 /* Does the expression end here without another character? Then what follows its end, else 0. */
 static int qwen3i_nfa_ends(qwen3i_compiler *c, int s) {
     const qwen3i_nfa *nfa = QWEN3I_ARRAY(qwen3i_nfa, c->nfa);
@@ -11285,7 +11905,8 @@ static void qwen3i_closure(qwen3i_compiler *c, int at_start) {
         steps++;
         if (stamps[s] == c->stamp || a->kind == QWEN3I_NFA_DEAD) continue;
         stamps[s] = c->stamp;
-        if (a->kind == QWEN3I_NFA_RANGE || a->kind == QWEN3I_NFA_FINAL || a->kind == QWEN3I_NFA_ANYTHING) qwen3i_push_int(c, &c->set, s);
+        if (a->kind == QWEN3I_NFA_RANGE || a->kind == QWEN3I_NFA_FINAL || a->kind == QWEN3I_NFA_ANYTHING)
+            qwen3i_push_int(c, &c->set, s);
         if (a->kind == QWEN3I_NFA_SPLIT || a->kind == QWEN3I_NFA_LAST) {
             qwen3i_push_int(c, &c->seeds, a->out);
             qwen3i_push_int(c, &c->seeds, a->out1);
@@ -11346,7 +11967,8 @@ static int qwen3i_state_update(const qwen3_grammar *g, qwen3i_state *all, qwen3i
             s->high = qwen3i_max(s->high, to->high);
         }
     }
-    return s->distance != old.distance || s->chars != old.chars || s->open != old.open || s->low != old.low || s->high != old.high;
+    return s->distance != old.distance || s->chars != old.chars || s->open != old.open ||
+           s->low != old.low || s->high != old.high;
 }
 
 static void qwen3i_dfa_row(qwen3i_compiler *c, qwen3i_state *s) {
@@ -11362,7 +11984,8 @@ static void qwen3i_dfa_row(qwen3i_compiler *c, qwen3i_state *s) {
     qwen3i_push(c, &c->g->rows, row, sizeof row);
 }
 
-/* Find the distances and take out what leads nowhere. n_names: labels below are names. Returns whether anything is left. */
+/* Find the distances and take out what leads nowhere. n_names: labels below are names. Returns whether
+   anything is left. */
 static int qwen3i_dfa_end(qwen3i_compiler *c, int dfa, int n_names) {
     const qwen3i_dfa d = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa];
     qwen3i_state *all = QWEN3I_ARRAY(qwen3i_state, c->g->states) + d.first;
@@ -11381,7 +12004,8 @@ static int qwen3i_dfa_end(qwen3i_compiler *c, int dfa, int n_names) {
     for (i = 0; i < d.n_states; i++) {
         int kept = 0;
         for (k = 0; k < all[i].n_edges; k++)
-            if (all[edges[all[i].edges + k].to].distance < QWEN3I_FAR) edges[all[i].edges + kept++] = edges[all[i].edges + k];
+            if (all[edges[all[i].edges + k].to].distance < QWEN3I_FAR)
+                edges[all[i].edges + kept++] = edges[all[i].edges + k];
         all[i].n_edges = (uint16_t)kept;
     }
     return all[0].distance < QWEN3I_FAR;
@@ -11395,7 +12019,8 @@ static int qwen3i_dfa_state(qwen3i_compiler *c, int dfa) {
     if (fresh) {
         d = &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa];
         if (d->n_states >= QWEN3I_RAW_STATES)
-            return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too complex", c->where ? c->where : "the grammar");
+            return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too complex", c->where ? c->where :
+                                 "the grammar");
         d->n_states++;
         qwen3i_push(c, &c->g->states, &s, sizeof s);
     }
@@ -11409,7 +12034,8 @@ static void qwen3i_subset_row(qwen3i_compiler *c, int dfa, qwen3i_span span, int
     memset(cut, 0, sizeof cut);
     memset(row, 0, 256 * sizeof *row);
     for (i = 0; i < span.n; i++) {
-        const qwen3i_nfa *a = &QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[QWEN3I_ARRAY(int, c->subsets.data)[span.first + i]];
+        const qwen3i_nfa *a = &QWEN3I_ARRAY(qwen3i_nfa,
+                                            c->nfa)[QWEN3I_ARRAY(int, c->subsets.data)[span.first + i]];
         if (a->kind != QWEN3I_NFA_RANGE) continue;
         cut[a->low] = cut[a->high + 1] = 1;
         opens |= a->place == QWEN3I_NFA_OPENS;
@@ -11419,8 +12045,10 @@ static void qwen3i_subset_row(qwen3i_compiler *c, int dfa, qwen3i_span span, int
         while (b < 256 && !cut[b]) b++;
         c->seeds.n = 0;
         for (i = 0; i < span.n; i++) {
-            const qwen3i_nfa *a = &QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[QWEN3I_ARRAY(int, c->subsets.data)[span.first + i]];
-            if (a->kind == QWEN3I_NFA_RANGE && a->low <= first && first <= a->high) qwen3i_push_int(c, &c->seeds, a->out);
+            const qwen3i_nfa *a = &QWEN3I_ARRAY(qwen3i_nfa,
+                                                c->nfa)[QWEN3I_ARRAY(int, c->subsets.data)[span.first + i]];
+            if (a->kind == QWEN3I_NFA_RANGE && a->low <= first && first <= a->high)
+                qwen3i_push_int(c, &c->seeds, a->out);
         }
         qwen3i_spend(c, span.n);
         if (c->seeds.n == 0) continue;
@@ -11434,11 +12062,13 @@ static void qwen3i_subset_row(qwen3i_compiler *c, int dfa, qwen3i_span span, int
 /* Marks of a final state to its label; below 0: it is not final after all. */
 typedef int (*qwen3i_label_fn)(qwen3i_compiler *c, const int *marks, int n, void *user);
 
-static void qwen3i_subset_kind(qwen3i_compiler *c, qwen3i_span span, qwen3i_state *s, qwen3i_label_fn label, void *user) {
+static void qwen3i_subset_kind(qwen3i_compiler *c, qwen3i_span span, qwen3i_state *s, qwen3i_label_fn label,
+                               void *user) {
     int i;
     c->seeds.n = 0;
     for (i = 0; i < span.n; i++) {
-        const qwen3i_nfa *a = &QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[QWEN3I_ARRAY(int, c->subsets.data)[span.first + i]];
+        const qwen3i_nfa *a = &QWEN3I_ARRAY(qwen3i_nfa,
+                                            c->nfa)[QWEN3I_ARRAY(int, c->subsets.data)[span.first + i]];
         if (a->kind == QWEN3I_NFA_ANYTHING) s->anything = 1;
         if (a->kind == QWEN3I_NFA_FINAL) { s->final = 1; qwen3i_push_int(c, &c->seeds, a->out); }
         else if (a->place == QWEN3I_NFA_BOUNDARY) s->boundary = 1;
@@ -11453,7 +12083,8 @@ static int qwen3i_determinise(qwen3i_compiler *c, int start, qwen3i_label_fn lab
     int i, row[256], dfa = qwen3i_dfa_begin(c);
     size_t bytes = c->nfa.n / sizeof(qwen3i_nfa) * sizeof(uint32_t);
     c->marks.n = 0;
-    if (!qwen3i_buf_reserve(&c->marks, bytes)) return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    if (!qwen3i_buf_reserve(&c->marks, bytes))
+        return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
     c->marks.n = bytes;
     memset(c->marks.p, 0, bytes);
     c->stamp = 0;
@@ -11474,7 +12105,8 @@ static int qwen3i_determinise(qwen3i_compiler *c, int start, qwen3i_label_fn lab
 }
 
 /* The state after a byte, -1: none. */
-QWEN3I_INLINE int qwen3i_dfa_step(const qwen3_grammar *g, const qwen3i_dfa *d, int state, unsigned char byte) {
+QWEN3I_INLINE int qwen3i_dfa_step(const qwen3_grammar *g, const qwen3i_dfa *d, int state,
+                                  unsigned char byte) {
     const qwen3i_state *s = &QWEN3I_ARRAY(qwen3i_state, g->states)[d->first + state];
     const qwen3i_edge *e = QWEN3I_ARRAY(qwen3i_edge, g->edges) + s->edges, *end = e + s->n_edges;
     if (s->row >= 0) return QWEN3I_ARRAY(uint16_t, g->rows)[(size_t)s->row * 256 + byte] - 1;
@@ -11502,7 +12134,8 @@ static int qwen3i_product(qwen3i_compiler *c, int a, int b, int mode) {
     for (i = 0; c->result == QWEN3_OK && i < QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa].n_states; i++) {
         const qwen3i_dfa *dfas = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas);
         const int *pair = QWEN3I_ARRAY(int, c->subsets.data) + 2 * i, p = pair[0], q = pair[1];
-        const qwen3i_state *sp = p >= 0 ? qwen3i_state_at(c->g, a, p) : NULL, *sq = q >= 0 ? qwen3i_state_at(c->g, b, q) : NULL;
+        const qwen3i_state *sp = p >= 0 ? qwen3i_state_at(c->g, a, p) : NULL,
+                            *sq = q >= 0 ? qwen3i_state_at(c->g, b, q) : NULL;
         const int fp = sp && sp->final, fq = sq && sq->final, at = dfas[dfa].first + i;
         qwen3i_state s = qwen3i_state_make();
         s.final = (unsigned char)(mode == QWEN3I_AND ? fp && fq : mode == QWEN3I_OR ? fp || fq : fp && !fq);
@@ -11536,7 +12169,8 @@ static int qwen3i_at_least(qwen3i_compiler *c, int a, int n) {
         for (k = 0; k < 256; k++) {
             int x = qwen3i_dfa_step(c->g, &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[a], p, (unsigned char)k);
             const qwen3i_state *to = x >= 0 ? qwen3i_state_at(c->g, a, x) : NULL;
-            row[k] = !to || (to->final && count < n) ? 0 : qwen3i_pair_state(c, dfa, x, qwen3i_min(n, count + (to->boundary && !to->final)));
+            row[k] = !to || (to->final && count < n) ? 0 :
+                     qwen3i_pair_state(c, dfa, x, qwen3i_min(n, count + (to->boundary && !to->final)));
         }
         qwen3i_spend(c, 256);
         qwen3i_dfa_edges(c, &s, row);
@@ -11545,14 +12179,15 @@ static int qwen3i_at_least(qwen3i_compiler *c, int a, int n) {
     return qwen3i_dfa_end(c, dfa, 0) ? dfa : 0;
 }
 
-/* ---- regular expressions: the part of ECMAScript's that schemas use ---------------------------------------- */
+/* ---- regular expressions: the part of ECMAScript's that schemas use -------------------------- */
 #define QWEN3I_MAX_NESTING 128
 #define QWEN3I_NO_LIMIT    (-1)
 
 enum { QWEN3I_AST_EMPTY, QWEN3I_AST_CLASS, QWEN3I_AST_CAT, QWEN3I_AST_ALT, QWEN3I_AST_REPEAT, QWEN3I_AST_START, QWEN3I_AST_END,
        QWEN3I_AST_RULE };
 typedef struct qwen3i_ast {
-    int kind, child, next;              /* CAT, ALT, REPEAT: the first child; the next child of the parent; 0: none */
+    /* CAT, ALT, REPEAT: the first child; the next child of the parent; 0: none */
+    int kind, child, next;
     int min, max;                       /* REPEAT; max QWEN3I_NO_LIMIT. RULE: min is its number */
     qwen3i_span set;                    /* CLASS: ranges of characters */
 } qwen3i_ast;
@@ -11570,7 +12205,8 @@ static int qwen3i_ast_add(qwen3i_compiler *c, int kind, int child) {
 static qwen3i_ast *qwen3i_ast_at(qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_ast, c->ast)[i]; }
 
 static int qwen3i_regex_bad(qwen3i_regex *r, qwen3_result code, const char *what) {
-    return qwen3i_reject(r->c, code, "%s: %s at byte %d of the expression", r->c->where ? r->c->where : "regular expression", what, (int)(r->p - r->start));
+    return qwen3i_reject(r->c, code, "%s: %s at byte %d of the expression", r->c->where ? r->c->where :
+                         "regular expression", what, (int)(r->p - r->start));
 }
 
 static void qwen3i_set_add(qwen3i_compiler *c, uint32_t low, uint32_t high) {
@@ -11596,7 +12232,9 @@ static qwen3i_span qwen3i_set_end(qwen3i_compiler *c, int first, int negated) {
     if (c->result != QWEN3_OK) return set;
     qwen3i_sort(r, (size_t)n, sizeof *r, qwen3i_compare_chars);
     for (i = 0; i < n; i++) {
-        if (kept > 0 && r[i].low <= r[kept - 1].high + 1) { if (r[i].high > r[kept - 1].high) r[kept - 1].high = r[i].high; }
+        if (kept > 0 && r[i].low <= r[kept - 1].high + 1) {
+            if (r[i].high > r[kept - 1].high) r[kept - 1].high = r[i].high;
+        }
         else r[kept++] = r[i];
     }
     c->ranges.n = (size_t)(first + kept) * sizeof *r;
@@ -11650,8 +12288,10 @@ static uint32_t qwen3i_regex_escape(qwen3i_regex *r, int in_class) {
     if (r->p >= r->end) { qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "it ends with a backslash"); return 0; }
     if (*r->p == 'x') { r->p++; qwen3i_regex_hex(r, 2, &c); return c; }
     if (*r->p == 'u' && r->end - r->p > 1 && r->p[1] == '{') {
-        for (r->p += 2; r->p < r->end && qwen3i_hex(*r->p) >= 0 && c <= 0x10FFFF; r->p++) c = c * 16 + (uint32_t)qwen3i_hex(*r->p);
-        if (r->p >= r->end || *r->p++ != '}' || c > 0x10FFFF) qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "bad \\u{} escape");
+        for (r->p += 2; r->p < r->end && qwen3i_hex(*r->p) >= 0 && c <= 0x10FFFF; r->p++)
+            c = c * 16 + (uint32_t)qwen3i_hex(*r->p);
+        if (r->p >= r->end || *r->p++ != '}' || c > 0x10FFFF) qwen3i_regex_bad(r, QWEN3_ERR_FORMAT,
+                "bad \\u{} escape");
         return c;
     }
     if (*r->p == 'u') {
@@ -11665,7 +12305,8 @@ static uint32_t qwen3i_regex_escape(qwen3i_regex *r, int in_class) {
     if (in_class && *r->p == 'b') { r->p++; return 8; }
     hit = strchr(from, *r->p);
     if (hit && *r->p) { r->p++; return (uint32_t)to[hit - from]; }
-    if ((*r->p >= '1' && *r->p <= '9') || *r->p == 'k') qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "back references are not supported");
+    if ((*r->p >= '1' && *r->p <= '9') || *r->p == 'k')
+        qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "back references are not supported");
     if (*r->p == 'p' || *r->p == 'P') qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "\\p is not supported");
     if (*r->p == 'b' || *r->p == 'B') qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "\\b is not supported");
     r->p += qwen3i_utf8_get(r->p, r->end, &c);
@@ -11684,7 +12325,8 @@ static uint32_t qwen3i_regex_member(qwen3i_regex *r, int *is_set) {
 
 /* [...], after its bracket. */
 static qwen3i_span qwen3i_regex_set(qwen3i_regex *r) {
-    int first = QWEN3I_LEN(qwen3i_chars, r->c->ranges), negated = r->p < r->end && *r->p == '^', is_set, other_set;
+    int first = QWEN3I_LEN(qwen3i_chars, r->c->ranges), negated = r->p < r->end && *r->p == '^', is_set,
+        other_set;
     r->p += negated;
     while (r->p < r->end && *r->p != ']' && r->c->result == QWEN3_OK) {
         uint32_t low = qwen3i_regex_member(r, &is_set), high = low;
@@ -11721,7 +12363,8 @@ static int qwen3i_regex_group(qwen3i_regex *r) {
     if (r->end - r->p > 1 && *r->p == '?') {
         r->p++;
         if (*r->p == ':') r->p++;
-        else if (*r->p == '<' && r->end - r->p > 1 && r->p[1] != '=' && r->p[1] != '!') { while (r->p < r->end && *r->p++ != '>') {} }
+        else if (*r->p == '<' && r->end - r->p > 1 && r->p[1] != '=' &&
+                 r->p[1] != '!') { while (r->p < r->end && *r->p++ != '>') {} }
         else return qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "lookahead and lookbehind are not supported");
     }
     a = qwen3i_regex_alternatives(r);
@@ -11739,14 +12382,18 @@ static int qwen3i_regex_atom(qwen3i_regex *r) {
         case '[': r->p++; return qwen3i_ast_class(c, qwen3i_regex_set(r));
         case '^': r->p++; return qwen3i_ast_add(c, QWEN3I_AST_START, 0);
         case '$': r->p++; return qwen3i_ast_add(c, QWEN3I_AST_END, 0);
-        case '*': case '+': case '?': return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "there is nothing to repeat");
+        case '*': case '+': case '?': return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT,
+                                                              "there is nothing to repeat");
         case '.':
             r->p++;
             qwen3i_set_add(c, '\n', '\n'); qwen3i_set_add(c, '\r', '\r'); qwen3i_set_add(c, 0x2028, 0x2029);
             return qwen3i_ast_class(c, qwen3i_set_end(c, first, 1));
         case '\\':
             r->p++;
-            if (r->p < r->end && qwen3i_set_named(c, *r->p)) { r->p++; return qwen3i_ast_class(c, qwen3i_set_end(c, first, 0)); }
+            if (r->p < r->end && qwen3i_set_named(c, *r->p)) {
+                r->p++;
+                return qwen3i_ast_class(c, qwen3i_set_end(c, first, 0));
+            }
             return qwen3i_ast_char(c, qwen3i_regex_escape(r, 0));
         default: r->p += qwen3i_utf8_get(r->p, r->end, &code); return qwen3i_ast_char(c, code);
     }
@@ -11770,7 +12417,8 @@ static int qwen3i_regex_quantifier(qwen3i_regex *r, int *min, int *max) {
         if (*min < 0) return 0;         /* a brace by itself */
         if (p < r->end && *p == ',') { p++; *max = qwen3i_regex_count(r, &p); }
         if (p >= r->end || *p++ != '}') return 0;
-        if (*max >= 0 && *max < *min) return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a repetition's limits are out of order");
+        if (*max >= 0 && *max < *min)
+            return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a repetition's limits are out of order");
     }
     r->p = p;
     return 1;
@@ -11790,18 +12438,21 @@ static int qwen3i_regex_sequence(qwen3i_regex *r) {
         a = qwen3i_regex_atom(r);
         while (r->c->result == QWEN3_OK && qwen3i_regex_quantifier(r, &min, &max)) {
             a = qwen3i_ast_repeat(r->c, a, min, max);
-            if (r->p < r->end && (*r->p == '?' || *r->p == '+')) r->p++;    /* lazy, possessive: the same words */
+            /* lazy, possessive: the same words */
+            if (r->p < r->end && (*r->p == '?' || *r->p == '+')) r->p++;
         }
         if (r->c->result != QWEN3_OK) return 0;
         if (last) qwen3i_ast_at(r->c, last)->next = a; else first = a;
         last = a;
     }
-    return first == last ? first ? first : qwen3i_ast_add(r->c, QWEN3I_AST_EMPTY, 0) : qwen3i_ast_add(r->c, QWEN3I_AST_CAT, first);
+    return first == last ? first ? first : qwen3i_ast_add(r->c, QWEN3I_AST_EMPTY, 0) :
+           qwen3i_ast_add(r->c, QWEN3I_AST_CAT, first);
 }
 
 static int qwen3i_regex_alternatives(qwen3i_regex *r) {
     int first, last, a, many = 0;
-    if (++r->depth > QWEN3I_MAX_NESTING) return qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "nested too deeply");
+    if (++r->depth > QWEN3I_MAX_NESTING)
+        return qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "nested too deeply");
     first = last = qwen3i_regex_sequence(r);
     for (; r->p < r->end && *r->p == '|' && r->c->result == QWEN3_OK; last = a) {
         r->p++;
@@ -11830,7 +12481,8 @@ static int qwen3i_ast_anchored(qwen3i_compiler *c, int i, int depth) {
     const qwen3i_ast *a = qwen3i_ast_at(c, i);
     int k;
     if (a->kind == QWEN3I_AST_START) return 1;
-    if (a->kind == QWEN3I_AST_CAT) return depth < QWEN3I_MAX_NESTING && qwen3i_ast_anchored(c, a->child, depth + 1);
+    if (a->kind == QWEN3I_AST_CAT)
+        return depth < QWEN3I_MAX_NESTING && qwen3i_ast_anchored(c, a->child, depth + 1);
     if (a->kind != QWEN3I_AST_ALT) return 0;
     for (k = a->child; k; k = qwen3i_ast_at(c, k)->next) if (!qwen3i_ast_anchored(c, k, depth + 1)) return 0;
     return 1;
@@ -11855,7 +12507,8 @@ static int qwen3i_ast_nfa_repeat(qwen3i_compiler *c, const qwen3i_ast a, int out
         k = qwen3i_ast_nfa(c, a.child, s);
         if (c->result != QWEN3_OK) return 0;
         QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[s].out = k;
-    } else for (k = a.min; k < a.max && qwen3i_spend(c, 1); k++) s = qwen3i_nfa_split(c, qwen3i_ast_nfa(c, a.child, s), out);
+    } else for (k = a.min; k < a.max && qwen3i_spend(c, 1); k++)
+        s = qwen3i_nfa_split(c, qwen3i_ast_nfa(c, a.child, s), out);
     for (k = 0; k < a.min && qwen3i_spend(c, 1); k++) s = qwen3i_ast_nfa(c, a.child, s);
     return s;
 }
@@ -11874,15 +12527,18 @@ static int qwen3i_ast_nfa(qwen3i_compiler *c, int i, int out) {
         case QWEN3I_AST_START:  return qwen3i_nfa_add(c, QWEN3I_NFA_START_ONLY, out, 0);
         case QWEN3I_AST_END:    return qwen3i_nfa_add(c, QWEN3I_NFA_END_ONLY, out, 0);
         case QWEN3I_AST_ALT:
-            for (k = a.child; k; k = qwen3i_ast_at(c, k)->next) s = qwen3i_nfa_split(c, s, qwen3i_ast_nfa(c, k, out));
+            for (k = a.child; k; k = qwen3i_ast_at(c, k)->next)
+                s = qwen3i_nfa_split(c, s, qwen3i_ast_nfa(c, k, out));
             return s;
         case QWEN3I_AST_RULE:   return qwen3i_ast_nfa_rule(c, a.min, out);
         default: return out;
     }
 }
 
-/* ---- strings as JSON has them: from quote to quote ------------------------------------------------------------ */
-static int qwen3i_nfa_open(qwen3i_compiler *c, int out) { return qwen3i_nfa_byte(c, '"', QWEN3I_NFA_OPENS, out); }
+/* ---- strings as JSON has them: from quote to quote ------------------------------------------- */
+static int qwen3i_nfa_open(qwen3i_compiler *c, int out) {
+    return qwen3i_nfa_byte(c, '"', QWEN3I_NFA_OPENS, out);
+}
 
 static int qwen3i_nfa_close(qwen3i_compiler *c, int mark) {
     return qwen3i_nfa_byte(c, '"', QWEN3I_NFA_BOUNDARY, qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, mark, 0));
@@ -11896,8 +12552,10 @@ static qwen3i_span qwen3i_set_of(qwen3i_compiler *c, uint32_t low, uint32_t high
 
 /* Any characters, then out. */
 static int qwen3i_nfa_any(qwen3i_compiler *c, int out) {
-    const int mark = qwen3i_nfa_add(c, QWEN3I_NFA_ANYTHING, 0, 0), rest = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, mark, out);
-    int loop = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, rest), s = qwen3i_nfa_class(c, qwen3i_set_of(c, 0, 0x10FFFF), loop);
+    const int mark = qwen3i_nfa_add(c, QWEN3I_NFA_ANYTHING, 0, 0),
+              rest = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, mark, out);
+    int loop = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, rest),
+        s = qwen3i_nfa_class(c, qwen3i_set_of(c, 0, 0x10FFFF), loop);
     if (c->result != QWEN3_OK) return 0;
     QWEN3I_ARRAY(qwen3i_nfa, c->nfa)[loop].out = s;
     return loop;
@@ -11931,15 +12589,19 @@ static int qwen3i_nfa_pattern(qwen3i_compiler *c, int ast, int mark) {
 /* Any string, with all of JSON's escapes. */
 static int qwen3i_nfa_any_string(qwen3i_compiler *c) {
     static const char escapes[] = "\"\\/bfnrt";
-    int close = qwen3i_nfa_close(c, 0), loop = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, close), i, s, low, e = 0;
+    int close = qwen3i_nfa_close(c, 0), loop = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, close), i, s, low,
+        e = 0;
     qwen3i_chars all;
     all.low = 0;
     all.high = 0x10FFFF;
-    for (i = 0; escapes[i]; i++) e = qwen3i_nfa_split(c, e, qwen3i_nfa_byte(c, escapes[i], QWEN3I_NFA_INSIDE, loop));
+    for (i = 0; escapes[i]; i++)
+        e = qwen3i_nfa_split(c, e, qwen3i_nfa_byte(c, escapes[i], QWEN3I_NFA_INSIDE, loop));
     low = qwen3i_nfa_text(c, "\\u", 2, qwen3i_nfa_hex(c, 0xDC00, 0xDFFF, 4, 1, loop));
-    s = qwen3i_nfa_split(c, qwen3i_nfa_hex(c, 0, 0xD7FF, 4, 1, loop), qwen3i_nfa_hex(c, 0xE000, 0xFFFF, 4, 1, loop));
+    s = qwen3i_nfa_split(c, qwen3i_nfa_hex(c, 0, 0xD7FF, 4, 1, loop),
+                         qwen3i_nfa_hex(c, 0xE000, 0xFFFF, 4, 1, loop));
     s = qwen3i_nfa_split(c, s, qwen3i_nfa_hex(c, 0xD800, 0xDBFF, 4, 1, low));
-    e = qwen3i_nfa_byte(c, '\\', QWEN3I_NFA_BOUNDARY, qwen3i_nfa_split(c, e, qwen3i_nfa_byte(c, 'u', QWEN3I_NFA_INSIDE, s)));
+    e = qwen3i_nfa_byte(c, '\\', QWEN3I_NFA_BOUNDARY,
+                        qwen3i_nfa_split(c, e, qwen3i_nfa_byte(c, 'u', QWEN3I_NFA_INSIDE, s)));
     e = qwen3i_nfa_split(c, e, qwen3i_nfa_part(c, all, 0x20, 0x21, loop));
     e = qwen3i_nfa_split(c, e, qwen3i_nfa_part(c, all, 0x23, 0x5B, loop));
     e = qwen3i_nfa_split(c, e, qwen3i_nfa_part(c, all, 0x5D, 0xD7FF, loop));
@@ -11948,7 +12610,7 @@ static int qwen3i_nfa_any_string(qwen3i_compiler *c) {
     return qwen3i_nfa_open(c, loop);
 }
 
-/* ---- formats of strings, as expressions ------------------------------------------------------------------------ */
+/* ---- formats of strings, as expressions ------------------------------------------------------ */
 #define QWEN3I_RE_YEAR "(?:[1-9]\\d{3}|0[1-9]\\d\\d|00[1-9]\\d|000[1-9])"
 #define QWEN3I_RE_LEAP "(?:\\d\\d(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
 #define QWEN3I_RE_DATE "(?:" QWEN3I_RE_YEAR "-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\\d|3[01])|" \
@@ -11983,7 +12645,8 @@ static int qwen3i_nfa_any_string(qwen3i_compiler *c) {
 
 typedef struct qwen3i_text_format { const char *name, *expression; } qwen3i_text_format;
 
-/* RFC 3339, 5321, 1123, 4122, 3986, 3987, 6901; ISO 8601 as in RFC 3339's appendix. NULL: known, but not supported. */
+/* RFC 3339, 5321, 1123, 4122, 3986, 3987, 6901; ISO 8601 as in RFC 3339's appendix. NULL: known, but not
+   supported. */
 static const qwen3i_text_format *qwen3i_text_format_find(qwen3i_str name) {
     static const qwen3i_text_format formats[] = {
         {"date", QWEN3I_RE_DATE}, {"time", QWEN3I_RE_TIME}, {"date-time", QWEN3I_RE_DATE "[Tt]" QWEN3I_RE_TIME},
@@ -11997,11 +12660,12 @@ static const qwen3i_text_format *qwen3i_text_format_find(qwen3i_str name) {
         {"regex", NULL}, {"idn-email", NULL}, {"idn-hostname", NULL}, {"uri-template", NULL}};
     int i;
     for (i = 0; i < QWEN3I_COUNT(formats); i++)
-        if (strlen(formats[i].name) == name.n && memcmp(formats[i].name, name.p, name.n) == 0) return &formats[i];
+        if (strlen(formats[i].name) == name.n && memcmp(formats[i].name, name.p, name.n) == 0)
+            return &formats[i];
     return NULL;                        /* a name that the standard does not know says nothing about a text */
 }
 
-/* ---- numbers as JSON has them --------------------------------------------------------------------------------- */
+/* ---- numbers as JSON has them ---------------------------------------------------------------- */
 #define QWEN3I_MAX_DIGITS 330
 
 typedef struct qwen3i_bound {           /* a decimal number: whole.fraction, without needless zeros */
@@ -12025,7 +12689,8 @@ static int qwen3i_bound_read(qwen3i_str s, qwen3i_bound *b) {
     }
     if (p < end) {
         negative = *++p == '-';
-        for (p += *p == '-' || *p == '+'; p < end; p++) if (exponent < 10000) exponent = exponent * 10 + (*p - '0');
+        for (p += *p == '-' || *p == '+'; p < end; p++)
+            if (exponent < 10000) exponent = exponent * 10 + (*p - '0');
         point += negative ? -exponent : exponent;
     }
     while (n > 0 && digits[n - 1] == '0') n--;
@@ -12048,16 +12713,21 @@ static int qwen3i_nfa_digits(qwen3i_compiler *c, int low, int high, int out) {
     return loop;
 }
 
-static int qwen3i_nfa_point(qwen3i_compiler *c, int out) { return qwen3i_nfa_byte(c, '.', QWEN3I_NFA_INSIDE, out); }
+static int qwen3i_nfa_point(qwen3i_compiler *c, int out) {
+    return qwen3i_nfa_byte(c, '.', QWEN3I_NFA_INSIDE, out);
+}
 
 /* Perhaps a fraction, then out. */
 static int qwen3i_nfa_fraction(qwen3i_compiler *c, int out) {
-    return qwen3i_nfa_split(c, out, qwen3i_nfa_point(c, qwen3i_nfa_digit(c, '0', '9', qwen3i_nfa_digits(c, '0', '9', out))));
+    return qwen3i_nfa_split(c, out, qwen3i_nfa_point(c,
+                                                     qwen3i_nfa_digit(c, '0', '9',
+                                                                      qwen3i_nfa_digits(c, '0', '9', out))));
 }
 
 /* A whole number without sign: 0, or no zero first. */
 static int qwen3i_nfa_whole(qwen3i_compiler *c, int out) {
-    return qwen3i_nfa_split(c, qwen3i_nfa_digit(c, '0', '0', out), qwen3i_nfa_digit(c, '1', '9', qwen3i_nfa_digits(c, '0', '9', out)));
+    return qwen3i_nfa_split(c, qwen3i_nfa_digit(c, '0', '0', out),
+                            qwen3i_nfa_digit(c, '1', '9', qwen3i_nfa_digits(c, '0', '9', out)));
 }
 
 /* A fraction that is not zero, after what is known of it. */
@@ -12070,15 +12740,20 @@ static int qwen3i_nfa_fraction_above(qwen3i_compiler *c, const qwen3i_bound *b, 
     int i, any = qwen3i_nfa_digits(c, '0', '9', out), s = inclusive ? any : qwen3i_nfa_more(c, out);
     if (b->n_fraction == 0) return inclusive ? qwen3i_nfa_fraction(c, out) : qwen3i_nfa_point(c, s);
     for (i = b->n_fraction - 1; i >= 0; i--)
-        s = qwen3i_nfa_split(c, qwen3i_nfa_digit(c, b->fraction[i] + 1, '9', any), qwen3i_nfa_digit(c, b->fraction[i], b->fraction[i], s));
+        s = qwen3i_nfa_split(c, qwen3i_nfa_digit(c, b->fraction[i] + 1, '9', any),
+                             qwen3i_nfa_digit(c, b->fraction[i], b->fraction[i], s));
     return qwen3i_nfa_point(c, s);
 }
 
 static int qwen3i_nfa_fraction_below(qwen3i_compiler *c, const qwen3i_bound *b, int inclusive, int out) {
-    int i, any = qwen3i_nfa_digits(c, '0', '9', out), zeros = qwen3i_nfa_digits(c, '0', '0', out), s = inclusive ? zeros : 0;
-    if (b->n_fraction == 0) return inclusive ? qwen3i_nfa_split(c, out, qwen3i_nfa_point(c, qwen3i_nfa_digit(c, '0', '0', zeros))) : 0;
+    int i, any = qwen3i_nfa_digits(c, '0', '9', out), zeros = qwen3i_nfa_digits(c, '0', '0', out),
+        s = inclusive ? zeros : 0;
+    if (b->n_fraction == 0)
+        return inclusive ? qwen3i_nfa_split(c, out,
+                                            qwen3i_nfa_point(c, qwen3i_nfa_digit(c, '0', '0', zeros))) : 0;
     for (i = b->n_fraction - 1; i >= 0; i--) {
-        s = qwen3i_nfa_split(c, qwen3i_nfa_digit(c, '0', b->fraction[i] - 1, any), qwen3i_nfa_digit(c, b->fraction[i], b->fraction[i], s));
+        s = qwen3i_nfa_split(c, qwen3i_nfa_digit(c, '0', b->fraction[i] - 1, any),
+                             qwen3i_nfa_digit(c, b->fraction[i], b->fraction[i], s));
         if (i > 0) s = qwen3i_nfa_split(c, s, out);
     }
     return qwen3i_nfa_split(c, out, qwen3i_nfa_point(c, s));
@@ -12086,21 +12761,28 @@ static int qwen3i_nfa_fraction_below(qwen3i_compiler *c, const qwen3i_bound *b, 
 
 /* Numbers without sign at least b (above = 1) or at most b. */
 static int qwen3i_nfa_beyond(qwen3i_compiler *c, const qwen3i_bound *b, int above, int inclusive, int out) {
-    int fraction = qwen3i_nfa_fraction(c, out), rest = fraction, shorter = 0, i;    /* rest: n - 1 - i digits and a fraction */
-    int s = above ? qwen3i_nfa_fraction_above(c, b, inclusive, out) : qwen3i_nfa_fraction_below(c, b, inclusive, out);
+    /* rest: n - 1 - i digits and a fraction */
+    int fraction = qwen3i_nfa_fraction(c, out), rest = fraction, shorter = 0, i;
+    int s = above ? qwen3i_nfa_fraction_above(c, b, inclusive, out) :
+            qwen3i_nfa_fraction_below(c, b, inclusive, out);
     for (i = b->n_whole - 1; i >= 0; i--) {
         const int d = b->whole[i], least = i == 0 && b->n_whole > 1 ? '1' : '0';
         int other = above ? qwen3i_nfa_digit(c, d + 1, '9', rest) : qwen3i_nfa_digit(c, least, d - 1, rest);
         s = qwen3i_nfa_split(c, other, qwen3i_nfa_digit(c, d, d, s));
-        if (!above && i > 0) shorter = qwen3i_nfa_split(c, shorter, qwen3i_nfa_digit(c, rest == fraction ? '0' : '1', '9', rest));
+        if (!above && i > 0)
+            shorter = qwen3i_nfa_split(c, shorter,
+                                       qwen3i_nfa_digit(c, rest == fraction ? '0' : '1', '9', rest));
         rest = qwen3i_nfa_digit(c, '0', '9', rest);
     }
     if (!above) return qwen3i_nfa_split(c, s, shorter);
-    for (i = 0, rest = qwen3i_nfa_digits(c, '0', '9', fraction); i < b->n_whole; i++) rest = qwen3i_nfa_digit(c, '0', '9', rest);
+    for (i = 0, rest = qwen3i_nfa_digits(c, '0', '9', fraction); i < b->n_whole; i++)
+        rest = qwen3i_nfa_digit(c, '0', '9', rest);
     return qwen3i_nfa_split(c, s, qwen3i_nfa_digit(c, '1', '9', rest));
 }
 
-static int qwen3i_nfa_minus(qwen3i_compiler *c, int out) { return qwen3i_nfa_byte(c, '-', QWEN3I_NFA_INSIDE, out); }
+static int qwen3i_nfa_minus(qwen3i_compiler *c, int out) {
+    return qwen3i_nfa_byte(c, '-', QWEN3I_NFA_INSIDE, out);
+}
 
 /* Numbers, without exponent, on one side of b. */
 static int qwen3i_nfa_limit(qwen3i_compiler *c, const qwen3i_bound *b, int above, int inclusive, int out) {
@@ -12118,9 +12800,13 @@ static int qwen3i_nfa_number(qwen3i_compiler *c, int whole, int places, int out)
     int i, s = out, e;
     if (!whole && places == 0) {
         e = qwen3i_nfa_digit(c, '0', '9', qwen3i_nfa_split(c, out, qwen3i_nfa_digit(c, '0', '9', out)));
-        e = qwen3i_nfa_split(c, e, qwen3i_nfa_digit(c, '1', '2', qwen3i_nfa_digit(c, '0', '9', qwen3i_nfa_digit(c, '0', '9', out))));
-        e = qwen3i_nfa_split(c, e, qwen3i_nfa_split(c, qwen3i_nfa_byte(c, '+', QWEN3I_NFA_INSIDE, e), qwen3i_nfa_minus(c, e)));
-        e = qwen3i_nfa_split(c, qwen3i_nfa_byte(c, 'e', QWEN3I_NFA_INSIDE, e), qwen3i_nfa_byte(c, 'E', QWEN3I_NFA_INSIDE, e));
+        e = qwen3i_nfa_split(c, e, qwen3i_nfa_digit(c, '1', '2',
+                                                    qwen3i_nfa_digit(c, '0', '9',
+                                                                     qwen3i_nfa_digit(c, '0', '9', out))));
+        e = qwen3i_nfa_split(c, e, qwen3i_nfa_split(c, qwen3i_nfa_byte(c, '+', QWEN3I_NFA_INSIDE, e),
+                                                    qwen3i_nfa_minus(c, e)));
+        e = qwen3i_nfa_split(c, qwen3i_nfa_byte(c, 'e', QWEN3I_NFA_INSIDE, e),
+                             qwen3i_nfa_byte(c, 'E', QWEN3I_NFA_INSIDE, e));
         s = qwen3i_nfa_fraction(c, qwen3i_nfa_split(c, out, e));
     } else if (!whole) {
         for (i = 0; i < places; i++) s = qwen3i_nfa_split(c, out, qwen3i_nfa_digit(c, '0', '9', s));
@@ -12134,7 +12820,8 @@ static int qwen3i_nfa_number(qwen3i_compiler *c, int whole, int places, int out)
 static int qwen3i_nfa_multiple(qwen3i_compiler *c, int m, int out) {
     int first = 0, r, d, s = 0, k;
     for (r = 0; r < m && c->result == QWEN3_OK; r++) {      /* after digits that leave r: */
-        for (d = 0; d < 10; d++) k = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, 0), first = r == 0 && d == 0 ? k : first;
+        for (d = 0; d < 10; d++)
+            k = qwen3i_nfa_add(c, QWEN3I_NFA_SPLIT, 0, 0), first = r == 0 && d == 0 ? k : first;
     }
     for (r = 0; r < m && c->result == QWEN3_OK; r++)
         for (d = 0; d < 10; d++) {
@@ -12144,7 +12831,8 @@ static int qwen3i_nfa_multiple(qwen3i_compiler *c, int m, int out) {
             a->out = digit;
             a->out1 = d < 9 ? first + r * 10 + d + 1 : r == 0 ? out : 0;
         }
-    for (d = 1; d < 10; d++) s = qwen3i_nfa_split(c, s, qwen3i_nfa_digit(c, '0' + d, '0' + d, first + d % m * 10));
+    for (d = 1; d < 10; d++)
+        s = qwen3i_nfa_split(c, s, qwen3i_nfa_digit(c, '0' + d, '0' + d, first + d % m * 10));
     s = qwen3i_nfa_split(c, s, qwen3i_nfa_digit(c, '0', '0', out));
     return qwen3i_nfa_split(c, s, qwen3i_nfa_minus(c, s));
 }
@@ -12156,10 +12844,11 @@ static int qwen3i_nfa_equal(qwen3i_compiler *c, const qwen3i_bound *b, int out) 
     else s = qwen3i_nfa_split(c, out, qwen3i_nfa_point(c, qwen3i_nfa_digit(c, '0', '0', zeros)));
     s = qwen3i_nfa_text(c, b->whole, (size_t)b->n_whole, s);
     if (b->negative) return qwen3i_nfa_minus(c, s);
-    return b->n_whole == 1 && b->whole[0] == '0' && !b->n_fraction ? qwen3i_nfa_split(c, s, qwen3i_nfa_minus(c, s)) : s;
+    return b->n_whole == 1 && b->whole[0] == '0' &&
+           !b->n_fraction ? qwen3i_nfa_split(c, s, qwen3i_nfa_minus(c, s)) : s;
 }
 
-/* ---- JSON Schema: the document --------------------------------------------------------------------------------- */
+/* ---- JSON Schema: the document --------------------------------------------------------------- */
 typedef struct qwen3i_dom {             /* a value of the schema's text; 0 is none */
     int  parent, first, last, next;     /* of an object or array: its members */
     int  key, n_key, text, n_text;      /* in c->text: the key; a string, or a number as it is written */
@@ -12168,7 +12857,9 @@ typedef struct qwen3i_dom {             /* a value of the schema's text; 0 is no
 
 #define QWEN3I_SCHEMA_DEPTH 256
 
-static qwen3i_dom *qwen3i_dom_at(const qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_dom, c->dom)[i]; }
+static qwen3i_dom *qwen3i_dom_at(const qwen3i_compiler *c, int i) {
+    return &QWEN3I_ARRAY(qwen3i_dom, c->dom)[i];
+}
 
 static qwen3i_str qwen3i_slice(const qwen3i_compiler *c, int at, int n) {
     qwen3i_str s;
@@ -12176,18 +12867,25 @@ static qwen3i_str qwen3i_slice(const qwen3i_compiler *c, int at, int n) {
     s.n = (size_t)n;
     return s;
 }
-static qwen3i_str qwen3i_dom_key(const qwen3i_compiler *c, int i) { return qwen3i_slice(c, qwen3i_dom_at(c, i)->key, qwen3i_dom_at(c, i)->n_key); }
-static qwen3i_str qwen3i_dom_text(const qwen3i_compiler *c, int i) { return qwen3i_slice(c, qwen3i_dom_at(c, i)->text, qwen3i_dom_at(c, i)->n_text); }
+static qwen3i_str qwen3i_dom_key(const qwen3i_compiler *c, int i) {
+    return qwen3i_slice(c, qwen3i_dom_at(c, i)->key, qwen3i_dom_at(c, i)->n_key);
+}
+static qwen3i_str qwen3i_dom_text(const qwen3i_compiler *c, int i) {
+    return qwen3i_slice(c, qwen3i_dom_at(c, i)->text, qwen3i_dom_at(c, i)->n_text);
+}
 
 static int qwen3i_same(qwen3i_str a, qwen3i_str b) { return a.n == b.n && memcmp(a.p, b.p, a.n) == 0; }
-static int qwen3i_is(qwen3i_str a, const char *text) { return a.n == strlen(text) && memcmp(a.p, text, a.n) == 0; }
+static int qwen3i_is(qwen3i_str a, const char *text) {
+    return a.n == strlen(text) && memcmp(a.p, text, a.n) == 0;
+}
 
 /* Keep text; escaped: of a JSON string. Returns where, *n: its length. */
 static int qwen3i_keep(qwen3i_compiler *c, qwen3i_str s, int escaped, int *n) {
     int at = (int)c->text.n;
     *n = 0;
     if (c->result != QWEN3_OK) return 0;
-    if (!qwen3i_buf_reserve(&c->text, s.n + 1)) return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    if (!qwen3i_buf_reserve(&c->text, s.n + 1))
+        return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
     if (escaped) *n = (int)qwen3i_json_unescape(s, c->text.p + at);
     else { memcpy(c->text.p + at, s.p, s.n); *n = (int)s.n; }
     c->text.n += (size_t)*n;
@@ -12246,14 +12944,16 @@ static int qwen3i_dom_read(qwen3i_compiler *c, const char *text, size_t n) {
             parent = node;
         } else qwen3i_dom_scalar(c, &j, node);
         key.n = 0;
-        while (depth > 0 && c->result == QWEN3_OK && !qwen3i_json_next(&j, &stack[depth - 1], &key) && !j.error) {
+        while (depth > 0 && c->result == QWEN3_OK && !qwen3i_json_next(&j, &stack[depth - 1], &key) &&
+               !j.error) {
             depth--;
             parent = qwen3i_dom_at(c, parent)->parent;
             key.n = 0;
         }
     } while (depth > 0 && !j.error && c->result == QWEN3_OK);
     if (c->result == QWEN3_OK && !qwen3i_json_end(&j))
-        qwen3i_reject(c, QWEN3_ERR_FORMAT, "the schema is not JSON: %s at byte %d", j.error, (int)qwen3i_json_offset(&j));
+        qwen3i_reject(c, QWEN3_ERR_FORMAT, "the schema is not JSON: %s at byte %d", j.error,
+                      (int)qwen3i_json_offset(&j));
     return root;
 }
 
@@ -12261,13 +12961,15 @@ static int qwen3i_dom_read(qwen3i_compiler *c, const char *text, size_t n) {
 static int qwen3i_dom_get(const qwen3i_compiler *c, int object, const char *key) {
     int i, hit = 0;
     if (qwen3i_dom_at(c, object)->type != '{') return 0;
-    for (i = qwen3i_dom_at(c, object)->first; i; i = qwen3i_dom_at(c, i)->next) if (qwen3i_is(qwen3i_dom_key(c, i), key)) hit = i;
+    for (i = qwen3i_dom_at(c, object)->first; i; i = qwen3i_dom_at(c, i)->next)
+        if (qwen3i_is(qwen3i_dom_key(c, i), key)) hit = i;
     return hit;
 }
 
 static int qwen3i_dom_find(const qwen3i_compiler *c, int object, qwen3i_str key) {
     int i, hit = 0;
-    for (i = qwen3i_dom_at(c, object)->first; i; i = qwen3i_dom_at(c, i)->next) if (qwen3i_same(qwen3i_dom_key(c, i), key)) hit = i;
+    for (i = qwen3i_dom_at(c, object)->first; i; i = qwen3i_dom_at(c, i)->next)
+        if (qwen3i_same(qwen3i_dom_key(c, i), key)) hit = i;
     return hit;
 }
 
@@ -12287,9 +12989,11 @@ static const char *qwen3i_dom_path(const qwen3i_compiler *c, int node, char *pat
     while (n > 0 && at < size - 1) {
         const int parent = qwen3i_dom_at(c, chain[--n])->parent;
         qwen3i_str key = qwen3i_dom_key(c, chain[n]);
-        if (qwen3i_dom_at(c, parent)->type == '{') snprintf(path + at, size - at, "/%.*s", (int)qwen3i_min_size(key.n, 200), key.p);
+        if (qwen3i_dom_at(c, parent)->type == '{')
+            snprintf(path + at, size - at, "/%.*s", (int)qwen3i_min_size(key.n, 200), key.p);
         else {
-            for (i = 0, k = qwen3i_dom_at(c, parent)->first; k != chain[n]; k = qwen3i_dom_at(c, k)->next) i++;
+            for (i = 0, k = qwen3i_dom_at(c, parent)->first; k != chain[n]; k = qwen3i_dom_at(c, k)->next)
+                i++;
             snprintf(path + at, size - at, "/%d", i);
         }
         at += strlen(path + at);
@@ -12307,24 +13011,32 @@ static int qwen3i_schema_bad(qwen3i_compiler *c, int node, qwen3_result code, co
     return qwen3i_reject(c, code, "%s: %s", qwen3i_dom_path(c, node, path, sizeof path), what);
 }
 
-/* ---- JSON Schema: what a set of schemas allows, as alternatives ------------------------------------------------- */
+/* ---- JSON Schema: what a set of schemas allows, as alternatives ------------------------------ */
 enum { QWEN3I_T_NULL = 1, QWEN3I_T_FALSE = 2, QWEN3I_T_TRUE = 4, QWEN3I_T_NUMBER = 8, QWEN3I_T_STRING = 16, QWEN3I_T_LIST = 32, QWEN3I_T_OBJECT = 64,
        QWEN3I_T_ALL_TYPES = 127 };
 
-/* A term is a value of the document with a meaning: a schema that holds, or not; a value that is equal, or not. */
+/* A term is a value of the document with a meaning: a schema that holds, or not; a value that is equal, or
+   not. */
 enum { QWEN3I_HOLDS, QWEN3I_FAILS, QWEN3I_EQUALS, QWEN3I_DIFFERS };
 #define QWEN3I_TERM(node, kind) ((node) * 4 + (kind))
 #define QWEN3I_NEVER (-1)               /* the term that nothing satisfies */
 
 enum { QWEN3I_R_WHOLE, QWEN3I_R_NOT_WHOLE, QWEN3I_R_MIN, QWEN3I_R_MAX, QWEN3I_R_MULTIPLE, QWEN3I_R_ONE_OF, QWEN3I_R_NONE_OF,
        QWEN3I_R_PATTERN, QWEN3I_R_NOT_PATTERN, QWEN3I_R_FORMAT, QWEN3I_R_NOT_FORMAT, QWEN3I_R_MIN_COUNT, QWEN3I_R_MAX_COUNT,
-       QWEN3I_R_GROUP, QWEN3I_R_EQUAL, QWEN3I_R_ITEM, QWEN3I_R_PROPERTY, QWEN3I_R_REQUIRED, QWEN3I_R_FORBIDDEN, QWEN3I_R_NAMES };
-typedef struct qwen3i_rule { int kind, a, b, next; } qwen3i_rule;   /* a list of them, that grows at its head */
+       QWEN3I_R_GROUP, QWEN3I_R_EQUAL, QWEN3I_R_ITEM, QWEN3I_R_PROPERTY, QWEN3I_R_REQUIRED,
+           QWEN3I_R_FORBIDDEN, QWEN3I_R_NAMES };
+/* a list of them, that grows at its head */
+typedef struct qwen3i_rule { int kind, a, b, next; } qwen3i_rule;
 
-typedef struct qwen3i_shape { int types, number, string, list, object; } qwen3i_shape;  /* and the rules for each type */
+/* and the rules for each type */
+typedef struct qwen3i_shape { int types, number, string, list, object; } qwen3i_shape;
 
-static qwen3i_shape *qwen3i_shape_at(qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_shape, c->shapes)[i]; }
-static qwen3i_rule *qwen3i_rule_at(qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_rule, c->rules)[i]; }
+static qwen3i_shape *qwen3i_shape_at(qwen3i_compiler *c, int i) {
+    return &QWEN3I_ARRAY(qwen3i_shape, c->shapes)[i];
+}
+static qwen3i_rule *qwen3i_rule_at(qwen3i_compiler *c, int i) {
+    return &QWEN3I_ARRAY(qwen3i_rule, c->rules)[i];
+}
 
 #define QWEN3I_MAX_SHAPES 2048
 
@@ -12337,7 +13049,11 @@ static qwen3i_span qwen3i_shapes_begin(qwen3i_compiler *c) {
 
 static void qwen3i_shapes_add(qwen3i_compiler *c, qwen3i_span *list, qwen3i_shape s) {
     if (s.types == 0) return;
-    if (list->n >= QWEN3I_MAX_SHAPES) { qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too many alternatives", c->where ? c->where : "the schema"); return; }
+    if (list->n >= QWEN3I_MAX_SHAPES) {
+        qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too many alternatives", c->where ? c->where :
+                      "the schema");
+        return;
+    }
     if (!qwen3i_spend(c, 8)) return;
     qwen3i_push(c, &c->shapes, &s, sizeof s);
     list->n++;
@@ -12348,18 +13064,22 @@ static qwen3i_span qwen3i_shapes_join(qwen3i_compiler *c, qwen3i_span a, qwen3i_
     int i;
     if (b.n == 0) return a;
     if (a.n == 0) return b;
-    for (i = 0; i < a.n && c->result == QWEN3_OK; i++) qwen3i_shapes_add(c, &out, *qwen3i_shape_at(c, a.first + i));
-    for (i = 0; i < b.n && c->result == QWEN3_OK; i++) qwen3i_shapes_add(c, &out, *qwen3i_shape_at(c, b.first + i));
+    for (i = 0; i < a.n && c->result == QWEN3_OK; i++)
+        qwen3i_shapes_add(c, &out, *qwen3i_shape_at(c, a.first + i));
+    for (i = 0; i < b.n && c->result == QWEN3_OK; i++)
+        qwen3i_shapes_add(c, &out, *qwen3i_shape_at(c, b.first + i));
     return out;
 }
 
 /* Keep only these types, and add a rule for one of them (0: none). */
-static qwen3i_span qwen3i_restrict(qwen3i_compiler *c, qwen3i_span in, int types, int type, int kind, int a, int b) {
+static qwen3i_span qwen3i_restrict(qwen3i_compiler *c, qwen3i_span in, int types, int type, int kind, int a,
+                                   int b) {
     qwen3i_span out = qwen3i_shapes_begin(c);
     int i;
     for (i = 0; i < in.n && c->result == QWEN3_OK; i++) {
         qwen3i_shape s = *qwen3i_shape_at(c, in.first + i);
-        int *list = type == QWEN3I_T_NUMBER ? &s.number : type == QWEN3I_T_STRING ? &s.string : type == QWEN3I_T_LIST ? &s.list : &s.object;
+        int *list = type == QWEN3I_T_NUMBER ? &s.number : type == QWEN3I_T_STRING ? &s.string :
+                    type == QWEN3I_T_LIST ? &s.list : &s.object;
         s.types &= types;
         if (type && (s.types & type)) {
             qwen3i_rule r;
@@ -12386,16 +13106,20 @@ static int qwen3i_scalar_type(const qwen3i_compiler *c, int node) {
 
 /* A value that is equal to an object or array of the schema, or not. */
 static qwen3i_span qwen3i_apply_composite(qwen3i_compiler *c, qwen3i_span in, int value, int equal) {
-    const int is_object = qwen3i_dom_at(c, value)->type == '{', type = is_object ? QWEN3I_T_OBJECT : QWEN3I_T_LIST, n = qwen3i_dom_count(c, value);
+    const int is_object = qwen3i_dom_at(c, value)->type == '{', type = is_object ? QWEN3I_T_OBJECT :
+                          QWEN3I_T_LIST, n = qwen3i_dom_count(c, value);
     qwen3i_span out, part;
     int k, i = 0;
     if (equal) return qwen3i_restrict(c, in, type, type, QWEN3I_R_EQUAL, value, 0);
     out = qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES & ~type, 0, 0, 0, 0);
     out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, in, type, type, QWEN3I_R_MIN_COUNT, n + 1, 0));
-    if (n > 0) out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, in, type, type, QWEN3I_R_MAX_COUNT, n - 1, 0));
+    if (n > 0)
+        out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, in, type, type, QWEN3I_R_MAX_COUNT, n - 1, 0));
     for (k = qwen3i_dom_at(c, value)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next, i++) {
-        part = is_object ? qwen3i_restrict(c, in, type, type, QWEN3I_R_PROPERTY, k, QWEN3I_TERM(k, QWEN3I_DIFFERS))
-                         : qwen3i_restrict(c, in, type, type, QWEN3I_R_ITEM, i, QWEN3I_TERM(k, QWEN3I_DIFFERS));
+        part = is_object ? qwen3i_restrict(c, in, type, type, QWEN3I_R_PROPERTY, k,
+                                           QWEN3I_TERM(k, QWEN3I_DIFFERS))
+                         : qwen3i_restrict(c, in, type, type, QWEN3I_R_ITEM, i,
+                                           QWEN3I_TERM(k, QWEN3I_DIFFERS));
         part = is_object ? qwen3i_restrict(c, part, type, type, QWEN3I_R_REQUIRED, k, 1)
                          : qwen3i_restrict(c, part, type, type, QWEN3I_R_MIN_COUNT, i + 1, 0);
         out = qwen3i_shapes_join(c, out, part);
@@ -12409,8 +13133,10 @@ static qwen3i_span qwen3i_apply_values(qwen3i_compiler *c, qwen3i_span in, int n
     qwen3i_span out;
     for (k = first; k; k = alone ? 0 : qwen3i_dom_at(c, k)->next) types |= qwen3i_scalar_type(c, k);
     if (!equal) types = QWEN3I_T_ALL_TYPES & ~(types & (QWEN3I_T_NULL | QWEN3I_T_TRUE | QWEN3I_T_FALSE));
-    out = qwen3i_restrict(c, in, types, QWEN3I_T_NUMBER, equal ? QWEN3I_R_ONE_OF : QWEN3I_R_NONE_OF, node, alone);
-    out = qwen3i_restrict(c, out, types, QWEN3I_T_STRING, equal ? QWEN3I_R_ONE_OF : QWEN3I_R_NONE_OF, node, alone);
+    out = qwen3i_restrict(c, in, types, QWEN3I_T_NUMBER, equal ? QWEN3I_R_ONE_OF : QWEN3I_R_NONE_OF, node,
+                          alone);
+    out = qwen3i_restrict(c, out, types, QWEN3I_T_STRING, equal ? QWEN3I_R_ONE_OF : QWEN3I_R_NONE_OF, node,
+                          alone);
     for (k = first; k && c->result == QWEN3_OK; k = alone ? 0 : qwen3i_dom_at(c, k)->next) {
         if (qwen3i_scalar_type(c, k)) continue;
         if (equal) out = qwen3i_shapes_join(c, out, qwen3i_apply_composite(c, in, k, 1));
@@ -12456,11 +13182,13 @@ static int qwen3i_type_name(qwen3i_compiler *c, int node, int *whole) {
 static qwen3i_span qwen3i_apply_type(qwen3i_compiler *c, qwen3i_span in, int node, int negated) {
     int k, types = 0, whole = 0;
     if (qwen3i_dom_at(c, node)->type != '[') types = qwen3i_type_name(c, node, &whole);
-    else for (k = qwen3i_dom_at(c, node)->first; k; k = qwen3i_dom_at(c, k)->next) types |= qwen3i_type_name(c, k, &whole);
+    else for (k = qwen3i_dom_at(c, node)->first; k; k = qwen3i_dom_at(c, k)->next)
+        types |= qwen3i_type_name(c, k, &whole);
     whole = whole && !(types & QWEN3I_T_NUMBER);
     if (negated) types = QWEN3I_T_ALL_TYPES & ~types;
     else if (whole) types |= QWEN3I_T_NUMBER;
-    return qwen3i_restrict(c, in, types, whole ? QWEN3I_T_NUMBER : 0, negated ? QWEN3I_R_NOT_WHOLE : QWEN3I_R_WHOLE, 0, 0);
+    return qwen3i_restrict(c, in, types, whole ? QWEN3I_T_NUMBER : 0, negated ? QWEN3I_R_NOT_WHOLE :
+                           QWEN3I_R_WHOLE, 0, 0);
 }
 
 /* A count: a whole number from 0 on. */
@@ -12474,35 +13202,47 @@ static int qwen3i_dom_int(qwen3i_compiler *c, int node) {
 }
 
 static int qwen3i_want_type(qwen3i_compiler *c, int node, char type, const char *what) {
-    return qwen3i_dom_at(c, node)->type == type ? 1 : qwen3i_schema_bad(c, node, QWEN3_ERR_FORMAT, "%s was expected", what);
+    return qwen3i_dom_at(c, node)->type == type ? 1 :
+           qwen3i_schema_bad(c, node, QWEN3_ERR_FORMAT, "%s was expected", what);
 }
 
 /* A bound. draft: a boolean "exclusiveMinimum" beside "minimum", as in draft 4. */
-static qwen3i_span qwen3i_apply_bound(qwen3i_compiler *c, qwen3i_span in, int schema, int node, int low, int exclusive, int negated) {
+static qwen3i_span qwen3i_apply_bound(qwen3i_compiler *c, qwen3i_span in, int schema, int node, int low,
+                                      int exclusive, int negated) {
     int other = exclusive ? 0 : qwen3i_dom_get(c, schema, low ? "exclusiveMinimum" : "exclusiveMaximum");
-    if (exclusive && qwen3i_dom_at(c, node)->type != '0') return in;    /* draft 4: says something about its neighbour */
+    /* draft 4: says something about its neighbour */
+    if (exclusive && qwen3i_dom_at(c, node)->type != '0') return in;
     if (!qwen3i_want_type(c, node, '0', "a number")) return in;
     if (other && qwen3i_dom_at(c, other)->type == 't') exclusive = 1;
-    if (!negated) return qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_NUMBER, low ? QWEN3I_R_MIN : QWEN3I_R_MAX, node, exclusive);
-    return qwen3i_restrict(c, in, QWEN3I_T_NUMBER, QWEN3I_T_NUMBER, low ? QWEN3I_R_MAX : QWEN3I_R_MIN, node, !exclusive);
+    if (!negated)
+        return qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_NUMBER, low ? QWEN3I_R_MIN : QWEN3I_R_MAX,
+                               node, exclusive);
+    return qwen3i_restrict(c, in, QWEN3I_T_NUMBER, QWEN3I_T_NUMBER, low ? QWEN3I_R_MAX : QWEN3I_R_MIN, node,
+                           !exclusive);
 }
 
-static qwen3i_span qwen3i_apply_count(qwen3i_compiler *c, qwen3i_span in, int node, int type, int low, int negated) {
+static qwen3i_span qwen3i_apply_count(qwen3i_compiler *c, qwen3i_span in, int node, int type, int low,
+                                      int negated) {
     int n = qwen3i_dom_int(c, node);
-    if (!negated) return qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, type, low ? QWEN3I_R_MIN_COUNT : QWEN3I_R_MAX_COUNT, n, 0);
+    if (!negated)
+        return qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, type, low ? QWEN3I_R_MIN_COUNT :
+                               QWEN3I_R_MAX_COUNT, n, 0);
     if (low && n == 0) { in.n = 0; return in; }
-    return qwen3i_restrict(c, in, type, type, low ? QWEN3I_R_MAX_COUNT : QWEN3I_R_MIN_COUNT, low ? n - 1 : n + 1, 0);
+    return qwen3i_restrict(c, in, type, type, low ? QWEN3I_R_MAX_COUNT : QWEN3I_R_MIN_COUNT, low ? n - 1 :
+                           n + 1, 0);
 }
 
 static qwen3i_span qwen3i_apply_string(qwen3i_compiler *c, qwen3i_span in, int node, int kind, int negated) {
     if (!qwen3i_want_type(c, node, '"', "a string")) return in;
     if (kind == QWEN3I_R_FORMAT) {
         const qwen3i_text_format *f = qwen3i_text_format_find(qwen3i_dom_text(c, node));
-        if (f && !f->expression) qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "format \"%s\" is not supported", f->name);
+        if (f && !f->expression)
+            qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "format \"%s\" is not supported", f->name);
         if (!f && negated) in.n = 0;
         if (!f) return in;
     }
-    return qwen3i_restrict(c, in, negated ? QWEN3I_T_STRING : QWEN3I_T_ALL_TYPES, QWEN3I_T_STRING, kind + negated, node, 0);
+    return qwen3i_restrict(c, in, negated ? QWEN3I_T_STRING : QWEN3I_T_ALL_TYPES, QWEN3I_T_STRING,
+                           kind + negated, node, 0);
 }
 
 static qwen3i_span qwen3i_apply_each(qwen3i_compiler *c, qwen3i_span in, int node, int kind, int join) {
@@ -12528,10 +13268,12 @@ static qwen3i_span qwen3i_apply_one_of(qwen3i_compiler *c, qwen3i_span in, int n
     if (!qwen3i_want_type(c, node, '[', "a list of schemas")) return in;
     for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
         part = qwen3i_possible(c, qwen3i_apply(c, in, QWEN3I_TERM(k, QWEN3I_HOLDS)));
-        for (other = qwen3i_dom_at(c, node)->first; other && part.n > 0 && c->result == QWEN3_OK; other = qwen3i_dom_at(c, other)->next) {
+        for (other = qwen3i_dom_at(c, node)->first; other && part.n > 0 &&
+             c->result == QWEN3_OK; other = qwen3i_dom_at(c, other)->next) {
             if (other == k) continue;
             both = qwen3i_possible(c, qwen3i_apply(c, part, QWEN3I_TERM(other, QWEN3I_HOLDS)));
-            if (both.n > 0) part = qwen3i_possible(c, qwen3i_apply(c, part, QWEN3I_TERM(other, QWEN3I_FAILS)));
+            if (both.n > 0)
+                part = qwen3i_possible(c, qwen3i_apply(c, part, QWEN3I_TERM(other, QWEN3I_FAILS)));
         }
         out = qwen3i_shapes_join(c, out, part);
     }
@@ -12539,7 +13281,8 @@ static qwen3i_span qwen3i_apply_one_of(qwen3i_compiler *c, qwen3i_span in, int n
 }
 
 static qwen3i_span qwen3i_apply_if(qwen3i_compiler *c, qwen3i_span in, int schema, int node, int negated) {
-    const int then = qwen3i_dom_get(c, schema, "then"), other = qwen3i_dom_get(c, schema, "else"), kind = negated ? QWEN3I_FAILS : QWEN3I_HOLDS;
+    const int then = qwen3i_dom_get(c, schema, "then"), other = qwen3i_dom_get(c, schema, "else"),
+              kind = negated ? QWEN3I_FAILS : QWEN3I_HOLDS;
     qwen3i_span yes, no;
     if (!then && !other) { if (negated) in.n = 0; return in; }
     yes = qwen3i_apply(c, in, QWEN3I_TERM(node, QWEN3I_HOLDS));
@@ -12556,8 +13299,10 @@ static qwen3i_span qwen3i_apply_required(qwen3i_compiler *c, qwen3i_span in, int
     if (negated) out.n = 0;
     for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
         if (!qwen3i_want_type(c, k, '"', "a name")) return in;
-        if (!negated) out = qwen3i_restrict(c, out, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, k, 0);
-        else out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_FORBIDDEN, k, 0));
+        if (!negated)
+            out = qwen3i_restrict(c, out, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, k, 0);
+        else out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT,
+                                                              QWEN3I_R_FORBIDDEN, k, 0));
     }
     return out;
 }
@@ -12569,16 +13314,20 @@ static qwen3i_span qwen3i_apply_dependencies(qwen3i_compiler *c, qwen3i_span in,
     if (negated) out.n = 0;
     for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
         const int is_list = qwen3i_dom_at(c, k)->type == '[';
-        with = qwen3i_restrict(c, negated ? in : out, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, k, 1);
-        with = is_list ? qwen3i_apply_required(c, with, k, negated) : qwen3i_apply(c, with, QWEN3I_TERM(k, negated ? QWEN3I_FAILS : QWEN3I_HOLDS));
+        with = qwen3i_restrict(c, negated ? in : out, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, k,
+                               1);
+        with = is_list ? qwen3i_apply_required(c, with, k, negated) :
+               qwen3i_apply(c, with, QWEN3I_TERM(k, negated ? QWEN3I_FAILS : QWEN3I_HOLDS));
         without = qwen3i_restrict(c, out, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT, QWEN3I_R_FORBIDDEN, k, 1);
         out = negated ? qwen3i_shapes_join(c, out, with) : qwen3i_shapes_join(c, without, with);
     }
     return out;
 }
 
-/* properties, patternProperties and additionalProperties say together what they say: one rule, at the first of them. */
-static qwen3i_span qwen3i_apply_properties(qwen3i_compiler *c, qwen3i_span in, int schema, int node, int negated) {
+/* properties, patternProperties and additionalProperties say together what they say: one rule, at the first
+   of them. */
+static qwen3i_span qwen3i_apply_properties(qwen3i_compiler *c, qwen3i_span in, int schema, int node,
+                                           int negated) {
     static const char *const keys[] = {"properties", "patternProperties", "additionalProperties"};
     int i, k;
     qwen3i_span out = in;
@@ -12593,8 +13342,10 @@ static qwen3i_span qwen3i_apply_properties(qwen3i_compiler *c, qwen3i_span in, i
     out.n = 0;
     if (!qwen3i_is(qwen3i_dom_key(c, node), "properties")) return out;
     for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
-        qwen3i_span part = qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_PROPERTY, k, QWEN3I_TERM(k, QWEN3I_FAILS));
-        out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, part, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, k, 1));
+        qwen3i_span part = qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_PROPERTY, k,
+                                           QWEN3I_TERM(k, QWEN3I_FAILS));
+        out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, part, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT,
+                                                         QWEN3I_R_REQUIRED, k, 1));
     }
     return out;
 }
@@ -12613,29 +13364,34 @@ static qwen3i_span qwen3i_apply_items(qwen3i_compiler *c, qwen3i_span in, int sc
 /* The target of a local reference. */
 static int qwen3i_resolve(qwen3i_compiler *c, int node);
 
-static qwen3i_span qwen3i_apply_keyword(qwen3i_compiler *c, qwen3i_span in, int schema, int node, int negated) {
+static qwen3i_span qwen3i_apply_keyword(qwen3i_compiler *c, qwen3i_span in, int schema, int node,
+                                        int negated) {
     const qwen3i_str key = qwen3i_dom_key(c, node);
     const int kind = negated ? QWEN3I_FAILS : QWEN3I_HOLDS;
     qwen3i_span none = in;
     none.n = 0;
     switch (qwen3i_keyword(key)) {
         case QWEN3I_K_TYPE:     return qwen3i_apply_type(c, in, node, negated);
-        case QWEN3I_K_ENUM:     return qwen3i_want_type(c, node, '[', "a list of values") ? qwen3i_apply_values(c, in, node, 0, !negated) : in;
+        case QWEN3I_K_ENUM:     return qwen3i_want_type(c, node, '[', "a list of values") ?
+            qwen3i_apply_values(c, in, node, 0, !negated) : in;
         case QWEN3I_K_CONST:    return qwen3i_apply_values(c, in, node, 1, !negated);
         case QWEN3I_K_REF:      return qwen3i_apply(c, in, QWEN3I_TERM(qwen3i_resolve(c, node), kind));
         case QWEN3I_K_ALL_OF:   return qwen3i_apply_each(c, in, node, kind, negated);
         case QWEN3I_K_ANY_OF:   return qwen3i_apply_each(c, in, node, kind, !negated);
         case QWEN3I_K_ONE_OF:
             if (!negated) return qwen3i_apply_one_of(c, in, node);
-            return qwen3i_apply_each(c, in, node, QWEN3I_FAILS, 0);     /* none of them; that more than one holds is left out */
-        case QWEN3I_K_NOT:      return qwen3i_apply(c, in, QWEN3I_TERM(node, negated ? QWEN3I_HOLDS : QWEN3I_FAILS));
+            /* none of them; that more than one holds is left out */
+            return qwen3i_apply_each(c, in, node, QWEN3I_FAILS, 0);
+        case QWEN3I_K_NOT:      return qwen3i_apply(c, in,
+                                                    QWEN3I_TERM(node, negated ? QWEN3I_HOLDS : QWEN3I_FAILS));
         case QWEN3I_K_IF:       return qwen3i_apply_if(c, in, schema, node, negated);
         case QWEN3I_K_MINIMUM:  return qwen3i_apply_bound(c, in, schema, node, 1, 0, negated);
         case QWEN3I_K_MAXIMUM:  return qwen3i_apply_bound(c, in, schema, node, 0, 0, negated);
         case QWEN3I_K_EXCLUSIVE_MINIMUM: return qwen3i_apply_bound(c, in, schema, node, 1, 1, negated);
         case QWEN3I_K_EXCLUSIVE_MAXIMUM: return qwen3i_apply_bound(c, in, schema, node, 0, 1, negated);
         case QWEN3I_K_MULTIPLE_OF:
-            return negated ? none : qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_NUMBER, QWEN3I_R_MULTIPLE, node, 0);
+            return negated ? none : qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_NUMBER,
+                                                    QWEN3I_R_MULTIPLE, node, 0);
         case QWEN3I_K_MIN_LENGTH: return qwen3i_apply_count(c, in, node, QWEN3I_T_STRING, 1, negated);
         case QWEN3I_K_MAX_LENGTH: return qwen3i_apply_count(c, in, node, QWEN3I_T_STRING, 0, negated);
         case QWEN3I_K_PATTERN:  return qwen3i_apply_string(c, in, node, QWEN3I_R_PATTERN, negated);
@@ -12652,7 +13408,8 @@ static qwen3i_span qwen3i_apply_keyword(qwen3i_compiler *c, qwen3i_span in, int 
         case QWEN3I_K_MIN_PROPERTIES: return qwen3i_apply_count(c, in, node, QWEN3I_T_OBJECT, 1, negated);
         case QWEN3I_K_MAX_PROPERTIES: return qwen3i_apply_count(c, in, node, QWEN3I_T_OBJECT, 0, negated);
         case QWEN3I_K_PROPERTY_NAMES:
-            return negated ? none : qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT, QWEN3I_R_NAMES, node, 0);
+            return negated ? none : qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT,
+                                                    QWEN3I_R_NAMES, node, 0);
         case QWEN3I_K_DEPENDENCIES: return qwen3i_apply_dependencies(c, in, node, negated);
         case QWEN3I_K_REFUSED:
             qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "%.*s is not supported", (int)key.n, key.p);
@@ -12676,9 +13433,13 @@ static qwen3i_span qwen3i_apply_schema(qwen3i_compiler *c, qwen3i_span in, int s
     out.n = 0;
     if (type == (negated ? 'f' : 't')) return in;
     if (type == 't' || type == 'f') return out;
-    if (type != '{') { qwen3i_schema_bad(c, schema, QWEN3_ERR_FORMAT, "a schema is an object or a boolean"); return in; }
+    if (type != '{') {
+        qwen3i_schema_bad(c, schema, QWEN3_ERR_FORMAT, "a schema is an object or a boolean");
+        return in;
+    }
     ref = qwen3i_dom_get(c, schema, "$ref");
-    if (ref && qwen3i_dom_at(c, ref)->type == '"' && qwen3i_old_draft(c)) return qwen3i_apply_keyword(c, in, schema, ref, negated);
+    if (ref && qwen3i_dom_at(c, ref)->type == '"' && qwen3i_old_draft(c))
+        return qwen3i_apply_keyword(c, in, schema, ref, negated);
     c->where = qwen3i_dom_path(c, schema, path, sizeof path);
     if (!negated) out = in;
     for (k = qwen3i_dom_at(c, schema)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
@@ -12693,15 +13454,19 @@ static qwen3i_span qwen3i_apply(qwen3i_compiler *c, qwen3i_span in, int term) {
     const int node = term >> 2, kind = term & 3;
     if (in.n == 0 || c->result != QWEN3_OK) return in;
     if (term == QWEN3I_NEVER) { in.n = 0; return in; }
-    if (c->depth > QWEN3I_MAX_NESTING) { qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "a schema refers to itself without end"); return in; }
+    if (c->depth > QWEN3I_MAX_NESTING) {
+        qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "a schema refers to itself without end");
+        return in;
+    }
     c->depth++;
-    if (kind == QWEN3I_EQUALS || kind == QWEN3I_DIFFERS) in = qwen3i_apply_values(c, in, node, 1, kind == QWEN3I_EQUALS);
+    if (kind == QWEN3I_EQUALS || kind == QWEN3I_DIFFERS)
+        in = qwen3i_apply_values(c, in, node, 1, kind == QWEN3I_EQUALS);
     else in = qwen3i_apply_schema(c, in, node, kind == QWEN3I_FAILS);
     c->depth--;
     return in;
 }
 
-/* ---- JSON Schema: references ------------------------------------------------------------------------------------ */
+/* ---- JSON Schema: references ----------------------------------------------------------------- */
 /* One step of a JSON pointer, decoded in place of the text; *rest: what follows it. */
 static int qwen3i_pointer_step(qwen3i_compiler *c, int node, qwen3i_str *rest) {
     char name[512];
@@ -12710,7 +13475,10 @@ static int qwen3i_pointer_step(qwen3i_compiler *c, int node, qwen3i_str *rest) {
     const char *p = rest->p + 1, *end = rest->p + rest->n;
     for (; p < end && *p != '/' && n < sizeof name; p++) {
         char x = *p;
-        if (x == '%' && end - p > 2 && qwen3i_hex(p[1]) >= 0 && qwen3i_hex(p[2]) >= 0) { x = (char)(qwen3i_hex(p[1]) * 16 + qwen3i_hex(p[2])); p += 2; }
+        if (x == '%' && end - p > 2 && qwen3i_hex(p[1]) >= 0 && qwen3i_hex(p[2]) >= 0) {
+            x = (char)(qwen3i_hex(p[1]) * 16 + qwen3i_hex(p[2]));
+            p += 2;
+        }
         if (x == '~' && end - p > 1) { x = p[1] == '0' ? '~' : '/'; p++; }
         name[n++] = x;
     }
@@ -12723,7 +13491,8 @@ static int qwen3i_pointer_step(qwen3i_compiler *c, int node, qwen3i_str *rest) {
         return qwen3i_dom_find(c, node, key);
     }
     if (qwen3i_dom_at(c, node)->type != '[' || n == 0 || n > 8) return 0;
-    for (k = 0; k < (int)n; k++) index = name[k] >= '0' && name[k] <= '9' ? index * 10 + (name[k] - '0') : 1 << 24;
+    for (k = 0; k < (int)n; k++)
+        index = name[k] >= '0' && name[k] <= '9' ? index * 10 + (name[k] - '0') : 1 << 24;
     for (k = qwen3i_dom_at(c, node)->first; k && index > 0; k = qwen3i_dom_at(c, k)->next) index--;
     return k;
 }
@@ -12759,15 +13528,17 @@ static int qwen3i_resolve(qwen3i_compiler *c, int node) {
     else while (at && ref.n > 0) at = qwen3i_pointer_step(c, at, &ref);
     if (at) return at;
     ref = qwen3i_dom_text(c, node);
-    qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "there is no \"%.*s\" in this document", (int)qwen3i_min_size(ref.n, 80), ref.p);
+    qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "there is no \"%.*s\" in this document",
+                      (int)qwen3i_min_size(ref.n, 80), ref.p);
     return 1;
 }
 
-/* ---- JSON Schema: what can be at all ------------------------------------------------------------------------------ */
+/* ---- JSON Schema: what can be at all --------------------------------------------------------- */
 static int qwen3i_compare_bounds(const qwen3i_bound *a, const qwen3i_bound *b) {
     int order, n = qwen3i_min(a->n_fraction, b->n_fraction);
     if (a->negative != b->negative) return a->negative ? -1 : 1;
-    order = a->n_whole != b->n_whole ? a->n_whole - b->n_whole : memcmp(a->whole, b->whole, (size_t)a->n_whole);
+    order = a->n_whole != b->n_whole ? a->n_whole - b->n_whole :
+            memcmp(a->whole, b->whole, (size_t)a->n_whole);
     if (order == 0) order = memcmp(a->fraction, b->fraction, (size_t)n);
     if (order == 0) order = a->n_fraction - b->n_fraction;
     return a->negative ? -order : order;
@@ -12775,7 +13546,8 @@ static int qwen3i_compare_bounds(const qwen3i_bound *a, const qwen3i_bound *b) {
 
 static int qwen3i_dom_bound(qwen3i_compiler *c, int node, qwen3i_bound *b) {
     if (qwen3i_bound_read(qwen3i_dom_text(c, node), b)) return 1;
-    return qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "a number with more than %d digits", QWEN3I_MAX_DIGITS);
+    return qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "a number with more than %d digits",
+                             QWEN3I_MAX_DIGITS);
 }
 
 static int qwen3i_same_scalar(qwen3i_compiler *c, int a, int b) {
@@ -12786,12 +13558,17 @@ static int qwen3i_same_scalar(qwen3i_compiler *c, int a, int b) {
 }
 
 /* The values of a ONE_OF or NONE_OF rule, one after another. */
-static int qwen3i_rule_first(qwen3i_compiler *c, const qwen3i_rule *r) { return r->b ? r->a : qwen3i_dom_at(c, r->a)->first; }
-static int qwen3i_rule_next(qwen3i_compiler *c, const qwen3i_rule *r, int k) { return r->b ? 0 : qwen3i_dom_at(c, k)->next; }
+static int qwen3i_rule_first(qwen3i_compiler *c, const qwen3i_rule *r) {
+    return r->b ? r->a : qwen3i_dom_at(c, r->a)->first;
+}
+static int qwen3i_rule_next(qwen3i_compiler *c, const qwen3i_rule *r, int k) {
+    return r->b ? 0 : qwen3i_dom_at(c, k)->next;
+}
 
 static int qwen3i_rule_has(qwen3i_compiler *c, const qwen3i_rule *r, int value) {
     int k;
-    for (k = qwen3i_rule_first(c, r); k; k = qwen3i_rule_next(c, r, k)) if (qwen3i_same_scalar(c, k, value)) return 1;
+    for (k = qwen3i_rule_first(c, r); k; k = qwen3i_rule_next(c, r, k))
+        if (qwen3i_same_scalar(c, k, value)) return 1;
     return 0;
 }
 
@@ -12817,7 +13594,8 @@ static int qwen3i_number_keeps(qwen3i_compiler *c, int rules, int value) {
 
 static int qwen3i_pattern_dfa(qwen3i_compiler *c, int node, int format);
 
-/* Is the text, written as a JSON string, a word of the automaton? -1: the state where it ends, if that is final. */
+/* Is the text, written as a JSON string, a word of the automaton? -1: the state where it ends, if that is
+   final. */
 static int qwen3i_dfa_match(qwen3i_compiler *c, int dfa, qwen3i_str text) {
     static const char from[] = "\b\t\n\f\r\"\\", to[] = "btnfr\"\\", digits[] = "0123456789abcdef";
     const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa];
@@ -12860,7 +13638,8 @@ static int qwen3i_string_keeps(qwen3i_compiler *c, int rules, int value) {
         if (r.kind == QWEN3I_R_NONE_OF && qwen3i_rule_has(c, &r, value)) return 0;
         if ((r.kind == QWEN3I_R_MIN_COUNT && n < r.a) || (r.kind == QWEN3I_R_MAX_COUNT && n > r.a)) return 0;
         if (!wanted && r.kind != QWEN3I_R_NOT_PATTERN && r.kind != QWEN3I_R_NOT_FORMAT) continue;
-        if ((qwen3i_dfa_match(c, qwen3i_pattern_dfa(c, r.a, r.kind >= QWEN3I_R_FORMAT), text) >= 0) != wanted) return 0;
+        if ((qwen3i_dfa_match(c, qwen3i_pattern_dfa(c, r.a, r.kind >= QWEN3I_R_FORMAT),
+                              text) >= 0) != wanted) return 0;
     }
     return 1;
 }
@@ -12888,7 +13667,7 @@ static int qwen3i_scalar_possible(qwen3i_compiler *c, int rules, char type) {
     return 1;
 }
 
-/* ---- JSON Schema: sets of terms ------------------------------------------------------------------------------------ */
+/* ---- JSON Schema: sets of terms -------------------------------------------------------------- */
 /* Follow references, and drop what says nothing: 0. */
 static int qwen3i_term_simple(qwen3i_compiler *c, int term) {
     int steps;
@@ -12898,7 +13677,8 @@ static int qwen3i_term_simple(qwen3i_compiler *c, int term) {
         if (d->type == 't' || (d->type == '{' && !d->first)) return 0;
         if (d->type == 'f') return QWEN3I_NEVER;
         ref = d->type == '{' ? qwen3i_dom_get(c, term >> 2, "$ref") : 0;
-        if (!ref || qwen3i_dom_at(c, ref)->type != '"' || (d->first != d->last && !qwen3i_old_draft(c))) break;
+        if (!ref || qwen3i_dom_at(c, ref)->type != '"' || (d->first != d->last && !qwen3i_old_draft(c)))
+            break;
         term = QWEN3I_TERM(qwen3i_resolve(c, ref), QWEN3I_HOLDS);
         if (c->result != QWEN3_OK) return 0;
     }
@@ -12913,7 +13693,8 @@ static void qwen3i_push_term(qwen3i_compiler *c, int term) {
 
 /* The index of the set of terms pushed since first, which are taken off; -1: nothing satisfies it. */
 static int qwen3i_pop_terms(qwen3i_compiler *c, int first) {
-    int *t = QWEN3I_ARRAY(int, c->terms) + first, n = QWEN3I_LEN(int, c->terms) - first, i, kept = 0, fresh, id, zero = 0;
+    int *t = QWEN3I_ARRAY(int, c->terms) + first, n = QWEN3I_LEN(int, c->terms) - first, i, kept = 0, fresh,
+         id, zero = 0;
     c->terms.n = (size_t)first * sizeof(int);
     if (c->result != QWEN3_OK) return -1;
     qwen3i_sort(t, (size_t)n, sizeof *t, qwen3i_compare_int);
@@ -12933,14 +13714,23 @@ static qwen3i_str qwen3i_rule_name(qwen3i_compiler *c, const qwen3i_rule *r) {
     return r->kind == QWEN3I_R_PROPERTY || r->b ? qwen3i_dom_key(c, r->a) : qwen3i_dom_text(c, r->a);
 }
 
-/* What the value of a property must satisfy, by one group of properties, patternProperties, additionalProperties. */
+/* What the value of a property must satisfy, by one group of properties, patternProperties,
+   additionalProperties. */
 static void qwen3i_group_terms(qwen3i_compiler *c, int schema, qwen3i_str name) {
-    const int named = qwen3i_dom_get(c, schema, "properties"), patterns = qwen3i_dom_get(c, schema, "patternProperties"),
+    const int named = qwen3i_dom_get(c, schema, "properties"),
+              patterns = qwen3i_dom_get(c, schema, "patternProperties"),
         others = qwen3i_dom_get(c, schema, "additionalProperties");
     int k, any = 0;
-    if (named && (k = qwen3i_dom_find(c, named, name)) != 0) { any = 1; qwen3i_push_term(c, QWEN3I_TERM(k, QWEN3I_HOLDS)); }
-    for (k = patterns ? qwen3i_dom_at(c, patterns)->first : 0; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next)
-        if (qwen3i_dfa_match(c, qwen3i_pattern_dfa(c, k, 2), name) >= 0) { any = 1; qwen3i_push_term(c, QWEN3I_TERM(k, QWEN3I_HOLDS)); }
+    if (named && (k = qwen3i_dom_find(c, named, name)) != 0) {
+        any = 1;
+        qwen3i_push_term(c, QWEN3I_TERM(k, QWEN3I_HOLDS));
+    }
+    for (k = patterns ? qwen3i_dom_at(c, patterns)->first : 0; k &&
+         c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next)
+        if (qwen3i_dfa_match(c, qwen3i_pattern_dfa(c, k, 2), name) >= 0) {
+            any = 1;
+            qwen3i_push_term(c, QWEN3I_TERM(k, QWEN3I_HOLDS));
+        }
     if (!any && others) qwen3i_push_term(c, QWEN3I_TERM(others, QWEN3I_HOLDS));
 }
 
@@ -12953,8 +13743,10 @@ static int qwen3i_property_value(qwen3i_compiler *c, int rules, qwen3i_str name)
             k = qwen3i_dom_find(c, r.a, name);
             qwen3i_push_term(c, k ? QWEN3I_TERM(k, QWEN3I_EQUALS) : QWEN3I_NEVER);
         }
-        if (r.kind == QWEN3I_R_PROPERTY && qwen3i_same(qwen3i_rule_name(c, &r), name)) qwen3i_push_term(c, r.b);
-        if (r.kind == QWEN3I_R_FORBIDDEN && qwen3i_same(qwen3i_rule_name(c, &r), name)) qwen3i_push_term(c, QWEN3I_NEVER);
+        if (r.kind == QWEN3I_R_PROPERTY && qwen3i_same(qwen3i_rule_name(c, &r), name))
+            qwen3i_push_term(c, r.b);
+        if (r.kind == QWEN3I_R_FORBIDDEN && qwen3i_same(qwen3i_rule_name(c, &r), name))
+            qwen3i_push_term(c, QWEN3I_NEVER);
     }
     return qwen3i_pop_terms(c, first);
 }
@@ -12973,8 +13765,11 @@ static int qwen3i_item_value(qwen3i_compiler *c, int rules, int index) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_ITEM && r.a == index) qwen3i_push_term(c, r.b);
         if (r.kind != QWEN3I_R_GROUP && r.kind != QWEN3I_R_EQUAL) continue;
-        if (r.kind == QWEN3I_R_GROUP) qwen3i_items_of(c, r.a, &tuple, &rest); else { tuple = r.a; rest = QWEN3I_NEVER; }
-        for (at = 0, k = tuple ? qwen3i_dom_at(c, tuple)->first : 0; k && at < index; k = qwen3i_dom_at(c, k)->next) at++;
+        if (r.kind == QWEN3I_R_GROUP)
+            qwen3i_items_of(c, r.a, &tuple, &rest);
+        else { tuple = r.a; rest = QWEN3I_NEVER; }
+        for (at = 0, k = tuple ? qwen3i_dom_at(c, tuple)->first : 0; k &&
+             at < index; k = qwen3i_dom_at(c, k)->next) at++;
         if (k) qwen3i_push_term(c, QWEN3I_TERM(k, r.kind == QWEN3I_R_GROUP ? QWEN3I_HOLDS : QWEN3I_EQUALS));
         else if (rest == QWEN3I_NEVER) qwen3i_push_term(c, QWEN3I_NEVER);
         else if (rest) qwen3i_push_term(c, QWEN3I_TERM(rest, QWEN3I_HOLDS));
@@ -12991,7 +13786,9 @@ static qwen3i_span qwen3i_expand(qwen3i_compiler *c, int value) {
     all.types = QWEN3I_T_ALL_TYPES;
     qwen3i_shapes_add(c, &list, all);
     for (i = 0; i < n && c->result == QWEN3_OK; i++)
-        list = qwen3i_apply(c, list, QWEN3I_ARRAY(int, c->values.data)[QWEN3I_ARRAY(qwen3i_span, c->values.spans)[value].first + i]);
+        list = qwen3i_apply(c, list, QWEN3I_ARRAY(int,
+                                                  c->values.data)[QWEN3I_ARRAY(qwen3i_span,
+                                                          c->values.spans)[value].first + i]);
     return qwen3i_possible(c, list);
 }
 
@@ -13019,7 +13816,10 @@ static int qwen3i_list_possible(qwen3i_compiler *c, int rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_MIN_COUNT) min = qwen3i_max(min, r.a);
         if (r.kind == QWEN3I_R_MAX_COUNT) max = qwen3i_min(max, r.a);
-        if (r.kind == QWEN3I_R_EQUAL) { min = qwen3i_max(min, qwen3i_dom_count(c, r.a)); max = qwen3i_min(max, qwen3i_dom_count(c, r.a)); }
+        if (r.kind == QWEN3I_R_EQUAL) {
+            min = qwen3i_max(min, qwen3i_dom_count(c, r.a));
+            max = qwen3i_min(max, qwen3i_dom_count(c, r.a));
+        }
     }
     if (min > max) return 0;
     for (i = 0; i < min && i < 8; i++) if (qwen3i_is_empty(c, qwen3i_item_value(c, rules, i))) return 0;
@@ -13030,7 +13830,9 @@ static int qwen3i_object_possible(qwen3i_compiler *c, int rules) {
     int i, k;
     for (i = rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
-        if (r.kind == QWEN3I_R_REQUIRED && qwen3i_is_empty(c, qwen3i_property_value(c, rules, qwen3i_rule_name(c, &r)))) return 0;
+        if (r.kind == QWEN3I_R_REQUIRED && qwen3i_is_empty(c,
+                                                           qwen3i_property_value(c, rules,
+                                                                   qwen3i_rule_name(c, &r)))) return 0;
         if (r.kind != QWEN3I_R_EQUAL) continue;
         for (k = qwen3i_dom_at(c, r.a)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next)
             if (qwen3i_is_empty(c, qwen3i_property_value(c, rules, qwen3i_dom_key(c, k)))) return 0;
@@ -13044,8 +13846,10 @@ static qwen3i_span qwen3i_possible(qwen3i_compiler *c, qwen3i_span in) {
     qwen3i_span out = qwen3i_shapes_begin(c);
     for (i = 0; i < in.n && c->result == QWEN3_OK; i++) {
         qwen3i_shape s = *qwen3i_shape_at(c, in.first + i);
-        if ((s.types & QWEN3I_T_NUMBER) && !qwen3i_scalar_possible(c, s.number, '0')) s.types &= ~QWEN3I_T_NUMBER;
-        if ((s.types & QWEN3I_T_STRING) && !qwen3i_scalar_possible(c, s.string, '"')) s.types &= ~QWEN3I_T_STRING;
+        if ((s.types & QWEN3I_T_NUMBER) && !qwen3i_scalar_possible(c, s.number, '0'))
+            s.types &= ~QWEN3I_T_NUMBER;
+        if ((s.types & QWEN3I_T_STRING) && !qwen3i_scalar_possible(c, s.string, '"'))
+            s.types &= ~QWEN3I_T_STRING;
         if ((s.types & QWEN3I_T_LIST) && !qwen3i_list_possible(c, s.list)) s.types &= ~QWEN3I_T_LIST;
         if ((s.types & QWEN3I_T_OBJECT) && !qwen3i_object_possible(c, s.object)) s.types &= ~QWEN3I_T_OBJECT;
         qwen3i_shapes_add(c, &out, s);
@@ -13053,21 +13857,26 @@ static qwen3i_span qwen3i_possible(qwen3i_compiler *c, qwen3i_span in) {
     return out;
 }
 
-/* ---- the machine's parts -------------------------------------------------------------------------------------------- */
-enum { QWEN3I_END, QWEN3I_RETURN, QWEN3I_LEXEME, QWEN3I_CALL, QWEN3I_CHOICE, QWEN3I_VALUE, QWEN3I_MEMBERS, QWEN3I_ITEMS, QWEN3I_MARK };
+/* ---- the machine's parts --------------------------------------------------------------------- */
+enum { QWEN3I_END, QWEN3I_RETURN, QWEN3I_LEXEME, QWEN3I_CALL, QWEN3I_CHOICE, QWEN3I_VALUE, QWEN3I_MEMBERS,
+       QWEN3I_ITEMS, QWEN3I_MARK };
 typedef struct qwen3i_node {
-    int kind, a, b;                     /* LEXEME: which; CALL: where; CHOICE, VALUE: a list of b nodes at a; MEMBERS, ITEMS: which */
+    /* LEXEME: which; CALL: where; CHOICE, VALUE: a list of b nodes at a; MEMBERS, ITEMS: which */
+    int kind, a, b;
     int next;                           /* LEXEME, CALL, MARK: what follows */
     int cost;                           /* bytes of the shortest text from here to the return */
 } qwen3i_node;
 
-typedef struct qwen3i_lexeme { int dfa, min, max, loop, quoted; } qwen3i_lexeme;    /* characters of a string; max -1: any; bytes of one */
-typedef struct qwen3i_property { int value, required, key; } qwen3i_property;   /* node; bytes of the key with its quotes */
+/* characters of a string; max -1: any; bytes of one */
+typedef struct qwen3i_lexeme { int dfa, min, max, loop, quoted; } qwen3i_lexeme;
+/* node; bytes of the key with its quotes */
+typedef struct qwen3i_property { int value, required, key; } qwen3i_property;
 typedef struct qwen3i_object {
     int dfa, members, n_names, n_labels, min, max, n_words, all_open;
     int filler;                         /* bytes of a member that is there only to make up the number */
 } qwen3i_object;
-typedef struct qwen3i_items { int first, n, rest, min, max; } qwen3i_items; /* nodes of the first items at first; of the others */
+/* nodes of the first items at first; of the others */
+typedef struct qwen3i_items { int first, n, rest, min, max; } qwen3i_items;
 
 #define QWEN3I_NODE(g, i) (&QWEN3I_ARRAY(qwen3i_node, (g)->nodes)[i])
 
@@ -13084,12 +13893,15 @@ static int qwen3i_lexeme_add(qwen3i_compiler *c, int dfa, int min, int max) {
     int i, n = QWEN3I_LEN(qwen3i_lexeme, c->g->lexemes);
     for (i = 1; i < n; i++) if (all[i].dfa == dfa && all[i].min == min && all[i].max == max) return i;
     x.dfa = dfa; x.min = min; x.max = max; x.loop = 1;
-    x.quoted = dfa && qwen3i_dfa_step(c->g, &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa], 0, '"') >= 0 && c->json &&
+    x.quoted = dfa && qwen3i_dfa_step(c->g, &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa], 0, '"') >= 0 &&
+               c->json &&
                qwen3i_state_at(c->g, dfa, 0)->chars < QWEN3I_FAR;
     return qwen3i_push(c, &c->g->lexemes, &x, sizeof x);
 }
 
-static int qwen3i_lexeme_node(qwen3i_compiler *c, int lexeme, int next) { return qwen3i_node_add(c, QWEN3I_LEXEME, lexeme, 0, next); }
+static int qwen3i_lexeme_node(qwen3i_compiler *c, int lexeme, int next) {
+    return qwen3i_node_add(c, QWEN3I_LEXEME, lexeme, 0, next);
+}
 
 /* A finished automaton: 0 if it has no words. */
 static int qwen3i_dfa_make(qwen3i_compiler *c, int start) {
@@ -13097,10 +13909,12 @@ static int qwen3i_dfa_make(qwen3i_compiler *c, int start) {
     return dfa && qwen3i_dfa_end(c, dfa, 0) ? dfa : 0;
 }
 
-/* ---- JSON Schema: strings and numbers --------------------------------------------------------------------------------- */
-typedef struct qwen3i_pattern { int kind, text, n_text, dfa; } qwen3i_pattern;      /* of the expressions that were met */
+/* ---- JSON Schema: strings and numbers -------------------------------------------------------- */
+/* of the expressions that were met */
+typedef struct qwen3i_pattern { int kind, text, n_text, dfa; } qwen3i_pattern;
 
-/* Strings that match: a "pattern" (0), a "format" (1), the key of a patternProperties (2). Each is made once. */
+/* Strings that match: a "pattern" (0), a "format" (1), the key of a patternProperties (2). Each is made
+   once. */
 static int qwen3i_pattern_dfa(qwen3i_compiler *c, int node, int format) {
     const qwen3i_str text = format == 2 ? qwen3i_dom_key(c, node) : qwen3i_dom_text(c, node);
     qwen3i_pattern p, *all = QWEN3I_ARRAY(qwen3i_pattern, c->patterns);
@@ -13108,7 +13922,8 @@ static int qwen3i_pattern_dfa(qwen3i_compiler *c, int node, int format) {
     const char *outer = c->where;
     int i, ast;
     for (i = 0; i < QWEN3I_LEN(qwen3i_pattern, c->patterns); i++)
-        if (all[i].kind == (format == 1) && qwen3i_same(qwen3i_slice(c, all[i].text, all[i].n_text), text)) return all[i].dfa;
+        if (all[i].kind == (format == 1) && qwen3i_same(qwen3i_slice(c, all[i].text, all[i].n_text), text))
+            return all[i].dfa;
     p.kind = format == 1;
     p.text = (int)(text.p - c->text.p);
     p.n_text = (int)text.n;
@@ -13130,7 +13945,8 @@ static int qwen3i_enum_dfa(qwen3i_compiler *c, const qwen3i_rule *r) {
     qwen3i_nfa_reset(c);
     close = qwen3i_nfa_close(c, 0);
     for (k = qwen3i_rule_first(c, r); k && c->result == QWEN3_OK; k = qwen3i_rule_next(c, r, k))
-        if (qwen3i_dom_at(c, k)->type == '"') s = qwen3i_nfa_split(c, s, qwen3i_nfa_literal(c, qwen3i_dom_text(c, k), close));
+        if (qwen3i_dom_at(c, k)->type == '"')
+            s = qwen3i_nfa_split(c, s, qwen3i_nfa_literal(c, qwen3i_dom_text(c, k), close));
     return qwen3i_dfa_make(c, qwen3i_nfa_open(c, s));
 }
 
@@ -13138,7 +13954,10 @@ static int qwen3i_enum_dfa(qwen3i_compiler *c, const qwen3i_rule *r) {
 static int qwen3i_any_dfa(qwen3i_compiler *c, int canonical) {
     if (c->any_string[canonical]) return c->any_string[canonical];
     qwen3i_nfa_reset(c);
-    c->any_string[canonical] = qwen3i_dfa_make(c, canonical ? qwen3i_nfa_open(c, qwen3i_nfa_any(c, qwen3i_nfa_close(c, 0))) : qwen3i_nfa_any_string(c));
+    c->any_string[canonical] = qwen3i_dfa_make(c,
+                                               canonical ? qwen3i_nfa_open(c,
+                                                       qwen3i_nfa_any(c, qwen3i_nfa_close(c, 0))) :
+                                                           qwen3i_nfa_any_string(c));
     return c->any_string[canonical];
 }
 
@@ -13156,8 +13975,10 @@ static int qwen3i_simple_pattern(qwen3i_compiler *c, int node, int *min, int *ma
     c->where = outer;
     if (a.kind != QWEN3I_AST_CAT || c->result != QWEN3_OK) return 0;
     for (k = a.child; k && n < 3; k = qwen3i_ast_at(c, k)->next) part[n++] = *qwen3i_ast_at(c, k);
-    if (k || n < 3 || part[0].kind != QWEN3I_AST_START || part[2].kind != QWEN3I_AST_END || part[1].kind != QWEN3I_AST_REPEAT ||
-        qwen3i_ast_at(c, part[1].child)->kind != QWEN3I_AST_CLASS || (part[1].min < 2 && part[1].max < 2 && part[1].max >= 0)) return 0;
+    if (k || n < 3 || part[0].kind != QWEN3I_AST_START || part[2].kind != QWEN3I_AST_END ||
+        part[1].kind != QWEN3I_AST_REPEAT ||
+        qwen3i_ast_at(c, part[1].child)->kind != QWEN3I_AST_CLASS ||
+            (part[1].min < 2 && part[1].max < 2 && part[1].max >= 0)) return 0;
     *min = part[1].min;
     *max = part[1].max;
     for (i = 0; i < QWEN3I_LEN(qwen3i_pattern, c->patterns); i++) {
@@ -13195,14 +14016,16 @@ static int qwen3i_string_lexeme(qwen3i_compiler *c, int rules) {
         dfa = qwen3i_any_dfa(c, 1);
         for (i = rules; i && dfa && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
             const qwen3i_rule r = *qwen3i_rule_at(c, i);
-            const int negated = r.kind == QWEN3I_R_NONE_OF || r.kind == QWEN3I_R_NOT_PATTERN || r.kind == QWEN3I_R_NOT_FORMAT;
+            const int negated = r.kind == QWEN3I_R_NONE_OF || r.kind == QWEN3I_R_NOT_PATTERN ||
+                                r.kind == QWEN3I_R_NOT_FORMAT;
             int other;
             if (r.kind == QWEN3I_R_MIN_COUNT || r.kind == QWEN3I_R_MAX_COUNT) continue;
             if (r.kind == QWEN3I_R_ONE_OF || r.kind == QWEN3I_R_NONE_OF) other = qwen3i_enum_dfa(c, &r);
             else other = qwen3i_pattern_dfa(c, r.a, r.kind >= QWEN3I_R_FORMAT);
             if (!other && negated) continue;
             if (!other) return 0;
-            dfa = dfa == c->any_string[1] && !negated ? other : qwen3i_product(c, dfa, other, negated ? QWEN3I_AND_NOT : QWEN3I_AND);
+            dfa = dfa == c->any_string[1] && !negated ? other :
+                  qwen3i_product(c, dfa, other, negated ? QWEN3I_AND_NOT : QWEN3I_AND);
         }
     }
     if (max >= 0 && min > max) return 0;
@@ -13220,7 +14043,8 @@ static int qwen3i_number_enum(qwen3i_compiler *c, const qwen3i_rule *r, int all_
     for (k = qwen3i_rule_first(c, r); k && c->result == QWEN3_OK; k = qwen3i_rule_next(c, r, k)) {
         const qwen3i_str text = qwen3i_dom_text(c, k);
         if (qwen3i_dom_at(c, k)->type != '0' || !qwen3i_dom_bound(c, k, &b)) continue;
-        s = qwen3i_nfa_split(c, s, all_ways ? qwen3i_nfa_equal(c, &b, end) : qwen3i_nfa_text(c, text.p, text.n, end));
+        s = qwen3i_nfa_split(c, s, all_ways ? qwen3i_nfa_equal(c, &b, end) :
+                             qwen3i_nfa_text(c, text.p, text.n, end));
         if (!all_ways && b.n_fraction == 0) {
             int whole = qwen3i_nfa_text(c, b.whole, (size_t)b.n_whole, end);
             s = qwen3i_nfa_split(c, s, b.negative ? qwen3i_nfa_minus(c, whole) : whole);
@@ -13233,7 +14057,8 @@ static int qwen3i_limit_dfa(qwen3i_compiler *c, const qwen3i_rule *r) {
     qwen3i_bound b;
     if (!qwen3i_dom_bound(c, r->a, &b)) return 0;
     qwen3i_nfa_reset(c);
-    return qwen3i_dfa_make(c, qwen3i_nfa_limit(c, &b, r->kind == QWEN3I_R_MIN, !r->b, qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0)));
+    return qwen3i_dfa_make(c, qwen3i_nfa_limit(c, &b, r->kind == QWEN3I_R_MIN, !r->b,
+                                               qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0)));
 }
 
 static int qwen3i_multiple_dfa(qwen3i_compiler *c, int node) {
@@ -13244,7 +14069,8 @@ static int qwen3i_multiple_dfa(qwen3i_compiler *c, int node) {
         return qwen3i_schema_bad(c, node, QWEN3_ERR_FORMAT, "multipleOf is not above 0");
     for (i = 0; i < b.n_whole && m < 100000; i++) m = m * 10 + (b.whole[i] - '0');
     if (b.n_fraction > 0 || m > 4000)
-        return qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "multipleOf is supported for whole numbers up to 4000");
+        return qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED,
+                                 "multipleOf is supported for whole numbers up to 4000");
     qwen3i_nfa_reset(c);
     return qwen3i_dfa_make(c, qwen3i_nfa_multiple(c, m, qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0)));
 }
@@ -13267,7 +14093,8 @@ static int qwen3i_number_dfa(qwen3i_compiler *c, int rules) {
         whole |= kind == QWEN3I_R_WHOLE || kind == QWEN3I_R_MULTIPLE;
         exact |= kind != QWEN3I_R_WHOLE && kind != QWEN3I_R_MULTIPLE && kind != QWEN3I_R_ONE_OF;
     }
-    dfa = qwen3i_base_number(c, whole, exact && !whole ? 12 : 0);   /* few enough digits that a double tells them apart */
+    /* few enough digits that a double tells them apart */
+    dfa = qwen3i_base_number(c, whole, exact && !whole ? 12 : 0);
     for (i = rules; i && dfa && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         int mode = QWEN3I_AND;
@@ -13291,7 +14118,7 @@ static int qwen3i_number_dfa(qwen3i_compiler *c, int rules) {
     return dfa;
 }
 
-/* ---- JSON Schema: objects and lists ------------------------------------------------------------------------------------ */
+/* ---- JSON Schema: objects and lists ---------------------------------------------------------- */
 /* The node of a set of terms; its alternatives follow later. */
 static int qwen3i_value_node(qwen3i_compiler *c, int value) {
     int *node;
@@ -13323,13 +14150,16 @@ static void qwen3i_keys_of(qwen3i_compiler *c, qwen3i_keys *k, int object, int p
 }
 
 /* As JSON writes them: what is escaped comes with the backslash. */
-static int qwen3i_key_byte(unsigned char x) { return x < 0x20 || x == '"' || x == '\\' ? '\\' * 256 + x : x * 256; }
+static int qwen3i_key_byte(unsigned char x) {
+    return x < 0x20 || x == '"' || x == '\\' ? '\\' * 256 + x : x * 256;
+}
 
 static int qwen3i_compare_keys(const void *a, const void *b) {
     const qwen3i_str x = *(const qwen3i_str *)a, y = *(const qwen3i_str *)b;
     size_t i;
     for (i = 0; i < x.n && i < y.n; i++)
-        if (x.p[i] != y.p[i]) return qwen3i_key_byte((unsigned char)x.p[i]) - qwen3i_key_byte((unsigned char)y.p[i]);
+        if (x.p[i] != y.p[i])
+            return qwen3i_key_byte((unsigned char)x.p[i]) - qwen3i_key_byte((unsigned char)y.p[i]);
     return (x.n > y.n) - (x.n < y.n);
 }
 
@@ -13344,12 +14174,14 @@ static void qwen3i_keys_collect(qwen3i_compiler *c, qwen3i_keys *k) {
             qwen3i_keys_of(c, k, qwen3i_dom_get(c, r.a, "patternProperties"), 1);
         }
         if (r.kind == QWEN3I_R_EQUAL) qwen3i_keys_of(c, k, r.a, 0);
-        if (r.kind == QWEN3I_R_PROPERTY || r.kind == QWEN3I_R_REQUIRED || r.kind == QWEN3I_R_FORBIDDEN) qwen3i_keys_add(c, k, qwen3i_rule_name(c, &r));
+        if (r.kind == QWEN3I_R_PROPERTY || r.kind == QWEN3I_R_REQUIRED || r.kind == QWEN3I_R_FORBIDDEN)
+            qwen3i_keys_add(c, k, qwen3i_rule_name(c, &r));
     }
     names = QWEN3I_ARRAY(qwen3i_str, k->names);
     n = QWEN3I_LEN(qwen3i_str, k->names);
     qwen3i_sort(names, (size_t)n, sizeof *names, qwen3i_compare_keys);
-    for (i = 0; i < n; i++) if (kept == 0 || !qwen3i_same(names[i], names[kept - 1])) names[kept++] = names[i];
+    for (i = 0; i < n; i++)
+        if (kept == 0 || !qwen3i_same(names[i], names[kept - 1])) names[kept++] = names[i];
     k->n_names = kept;
 }
 
@@ -13380,7 +14212,8 @@ static int qwen3i_other_value(qwen3i_compiler *c, const qwen3i_keys *k, const in
         if (r.kind != QWEN3I_R_GROUP) continue;
         patterns = qwen3i_dom_get(c, r.a, "patternProperties");
         for (matched = m = 0; m < n; m++) {
-            const int at = marks[m] - k->n_names, node = at >= 0 && at < QWEN3I_LEN(int, k->patterns) ? QWEN3I_ARRAY(int, k->patterns)[at] : 0;
+            const int at = marks[m] - k->n_names, node = at >= 0 &&
+                           at < QWEN3I_LEN(int, k->patterns) ? QWEN3I_ARRAY(int, k->patterns)[at] : 0;
             if (!node || qwen3i_dom_at(c, node)->parent != patterns) continue;
             matched = 1;
             qwen3i_push_term(c, QWEN3I_TERM(node, QWEN3I_HOLDS));
@@ -13396,7 +14229,8 @@ static int qwen3i_key_label(qwen3i_compiler *c, const int *marks, int n, void *u
     qwen3i_property m;
     int i;
     for (i = 0; i < n; i++)
-        if (marks[i] < k->n_names) return QWEN3I_ARRAY(qwen3i_property, k->members)[marks[i]].value ? marks[i] : -1;
+        if (marks[i] < k->n_names)
+            return QWEN3I_ARRAY(qwen3i_property, k->members)[marks[i]].value ? marks[i] : -1;
     memset(&m, 0, sizeof m);
     m.value = qwen3i_value_node(c, qwen3i_other_value(c, k, marks, n));
     if (!m.value) return -1;
@@ -13411,13 +14245,15 @@ static int qwen3i_keys_dfa(qwen3i_compiler *c, qwen3i_keys *k) {
     const int any = qwen3i_other_value(c, k, &zero, 0);
     qwen3i_nfa_reset(c);
     for (i = 0; i < k->n_names && c->result == QWEN3_OK; i++)
-        s = qwen3i_nfa_split(c, s, qwen3i_nfa_literal(c, QWEN3I_ARRAY(qwen3i_str, k->names)[i], qwen3i_nfa_close(c, i)));
+        s = qwen3i_nfa_split(c, s, qwen3i_nfa_literal(c, QWEN3I_ARRAY(qwen3i_str, k->names)[i],
+                                                      qwen3i_nfa_close(c, i)));
     for (i = 0; i < n_patterns && c->result == QWEN3_OK; i++) {
         const int node = QWEN3I_ARRAY(int, k->patterns)[i];
         const qwen3i_str text = qwen3i_dom_key(c, node);
         char path[200];
         c->where = qwen3i_dom_path(c, node, path, sizeof path);
-        s = qwen3i_nfa_split(c, s, qwen3i_nfa_pattern(c, qwen3i_regex_parse(c, text.p, text.n), k->n_names + i));
+        s = qwen3i_nfa_split(c, s, qwen3i_nfa_pattern(c, qwen3i_regex_parse(c, text.p, text.n),
+                                                      k->n_names + i));
         c->where = NULL;
     }
     if (any >= 0) s = qwen3i_nfa_split(c, s, qwen3i_nfa_any(c, qwen3i_nfa_close(c, k->n_names + n_patterns)));
@@ -13439,7 +14275,8 @@ static int qwen3i_value_strings(qwen3i_compiler *c, int node) {
         int lexeme = s.types & QWEN3I_T_STRING ? qwen3i_string_lexeme(c, s.string) : 0;
         if (!lexeme) continue;
         x = QWEN3I_ARRAY(qwen3i_lexeme, c->g->lexemes)[lexeme];
-        if (x.max >= 0 && x.max < 1 << 20) return qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "maxLength of names is not supported");
+        if (x.max >= 0 && x.max < 1 << 20)
+            return qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "maxLength of names is not supported");
         if (x.min > 0) x.dfa = qwen3i_at_least(c, x.dfa, x.min);
         dfa = dfa ? qwen3i_product(c, dfa, x.dfa, QWEN3I_OR) : x.dfa;
     }
@@ -13489,7 +14326,8 @@ static int qwen3i_object_node(qwen3i_compiler *c, int rules) {
     o.n_labels = QWEN3I_LEN(qwen3i_property, k.members);
     o.n_words = (k.n_names + 1 + 31) / 32;          /* one more: was there any other key */
     o.members = QWEN3I_LEN(qwen3i_property, c->g->members);
-    for (i = 0; i < o.n_names && c->result == QWEN3_OK; i++) {      /* names that propertyNames forbids are not there */
+    /* names that propertyNames forbids are not there */
+    for (i = 0; i < o.n_names && c->result == QWEN3_OK; i++) {
         qwen3i_property *p = &QWEN3I_ARRAY(qwen3i_property, k.members)[i];
         if (qwen3i_dfa_match(c, o.dfa, QWEN3I_ARRAY(qwen3i_str, k.names)[i]) < 0) p->value = 0;
     }
@@ -13514,11 +14352,16 @@ static int qwen3i_list_node(qwen3i_compiler *c, int rules) {
         if (r.kind == QWEN3I_R_MAX_COUNT) items.max = items.max < 0 ? r.a : qwen3i_min(items.max, r.a);
         if (r.kind == QWEN3I_R_ITEM) n = qwen3i_max(n, r.a + 1);
         if (r.kind == QWEN3I_R_GROUP) qwen3i_items_of(c, r.a, &tuple, &rest);
-        else if (r.kind == QWEN3I_R_EQUAL) { tuple = r.a; items.min = qwen3i_max(items.min, qwen3i_dom_count(c, r.a)); }
+        else if (r.kind == QWEN3I_R_EQUAL) {
+            tuple = r.a;
+            items.min = qwen3i_max(items.min, qwen3i_dom_count(c, r.a));
+        }
         else continue;
         if (tuple) n = qwen3i_max(n, qwen3i_dom_count(c, tuple));
     }
-    if (n > QWEN3I_MAX_TUPLE) return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: a list with more than %d places", c->where ? c->where : "/", QWEN3I_MAX_TUPLE);
+    if (n > QWEN3I_MAX_TUPLE)
+        return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: a list with more than %d places",
+                             c->where ? c->where : "/", QWEN3I_MAX_TUPLE);
     items.n = n;
     items.rest = qwen3i_value_node(c, qwen3i_item_value(c, rules, n));
     for (i = 0; i < n && c->result == QWEN3_OK; i++) {
@@ -13526,19 +14369,23 @@ static int qwen3i_list_node(qwen3i_compiler *c, int rules) {
         at = qwen3i_push_int(c, &c->g->lists, node);
         if (i == 0) items.first = at;
     }
-    return qwen3i_node_add(c, QWEN3I_ITEMS, qwen3i_push(c, &c->g->arrays, &items, sizeof items), 0, QWEN3I_RETURN);
+    return qwen3i_node_add(c, QWEN3I_ITEMS, qwen3i_push(c, &c->g->arrays, &items, sizeof items), 0,
+                           QWEN3I_RETURN);
 }
 
-/* ---- JSON Schema: values ------------------------------------------------------------------------------------------------ */
+/* ---- JSON Schema: values --------------------------------------------------------------------- */
 /* null, false and true, as far as they are among the types. */
 static int qwen3i_word_lexeme(qwen3i_compiler *c, int types) {
-    static const struct { int type; const char *text; } words[] = {{QWEN3I_T_NULL, "null"}, {QWEN3I_T_FALSE, "false"}, {QWEN3I_T_TRUE, "true"}};
+    static const struct { int type; const char *text; } words[] = {{QWEN3I_T_NULL, "null"},
+                                                                   {QWEN3I_T_FALSE, "false"},
+                                                                           {QWEN3I_T_TRUE, "true"}};
     int i, s = 0, end;
     if (!c->words[types]) {
         qwen3i_nfa_reset(c);
         end = qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0);
         for (i = 0; i < 3; i++)
-            if (types & words[i].type) s = qwen3i_nfa_split(c, s, qwen3i_nfa_text(c, words[i].text, strlen(words[i].text), end));
+            if (types & words[i].type)
+                s = qwen3i_nfa_split(c, s, qwen3i_nfa_text(c, words[i].text, strlen(words[i].text), end));
         c->words[types] = qwen3i_lexeme_add(c, qwen3i_dfa_make(c, s), 0, QWEN3I_NO_LIMIT);
     }
     return c->words[types];
@@ -13553,18 +14400,24 @@ static void qwen3i_value_lexemes(qwen3i_compiler *c, qwen3i_span list, qwen3i_bu
         int lexeme;
         if (s.types & QWEN3I_T_NUMBER) {
             int other = numbers && numbers == c->number_dfas[0] ? 0 : qwen3i_number_dfa(c, s.number);
-            numbers = !other || other == numbers ? numbers : !numbers || other == c->number_dfas[0] ? other : qwen3i_product(c, numbers, other, QWEN3I_OR);
+            numbers = !other || other == numbers ? numbers : !numbers || other == c->number_dfas[0] ? other :
+                      qwen3i_product(c, numbers, other, QWEN3I_OR);
         }
         lexeme = (s.types & QWEN3I_T_STRING) && !any ? qwen3i_string_lexeme(c, s.string) : 0;
         if (!lexeme) continue;
         x = QWEN3I_ARRAY(qwen3i_lexeme, c->g->lexemes)[lexeme];
         any |= x.dfa == c->any_string[0] && x.min == 0 && x.max < 0;
         if (any) { dfa = x.dfa; nodes->n = (size_t)first * sizeof(int); }
-        else if (x.min > 0 || x.max >= 0) qwen3i_push_int(c, nodes, qwen3i_lexeme_node(c, lexeme, QWEN3I_RETURN));
+        else if (x.min > 0 || x.max >= 0)
+            qwen3i_push_int(c, nodes, qwen3i_lexeme_node(c, lexeme, QWEN3I_RETURN));
         else dfa = dfa && dfa != x.dfa ? qwen3i_product(c, dfa, x.dfa, QWEN3I_OR) : x.dfa;
     }
-    if (dfa) qwen3i_push_int(c, nodes, qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, dfa, 0, QWEN3I_NO_LIMIT), QWEN3I_RETURN));
-    if (numbers) qwen3i_push_int(c, nodes, qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, numbers, 0, QWEN3I_NO_LIMIT), QWEN3I_RETURN));
+    if (dfa)
+        qwen3i_push_int(c, nodes, qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, dfa, 0, QWEN3I_NO_LIMIT),
+                                                     QWEN3I_RETURN));
+    if (numbers)
+        qwen3i_push_int(c, nodes, qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, numbers, 0, QWEN3I_NO_LIMIT),
+                                                     QWEN3I_RETURN));
 }
 
 static void qwen3i_value_build(qwen3i_compiler *c, int value) {
@@ -13575,7 +14428,8 @@ static void qwen3i_value_build(qwen3i_compiler *c, int value) {
     c->shapes.n = 0;
     list = qwen3i_expand(c, value);
     for (i = 0; i < list.n; i++) types |= qwen3i_shape_at(c, list.first + i)->types & 7;
-    if (types && c->result == QWEN3_OK) qwen3i_push_int(c, &nodes, qwen3i_lexeme_node(c, qwen3i_word_lexeme(c, types), QWEN3I_RETURN));
+    if (types && c->result == QWEN3_OK)
+        qwen3i_push_int(c, &nodes, qwen3i_lexeme_node(c, qwen3i_word_lexeme(c, types), QWEN3I_RETURN));
     qwen3i_value_lexemes(c, list, &nodes);
     for (i = 0; i < list.n && c->result == QWEN3_OK; i++) {
         const qwen3i_shape s = *qwen3i_shape_at(c, list.first + i);
@@ -13589,7 +14443,8 @@ static void qwen3i_value_build(qwen3i_compiler *c, int value) {
         if (s.types & ~again & QWEN3I_T_LIST) qwen3i_push_int(c, &nodes, qwen3i_list_node(c, s.list));
     }
     first = QWEN3I_LEN(int, c->g->lists);
-    if (c->result == QWEN3_OK && !qwen3i_buf_add(&c->g->lists, nodes.p, nodes.n)) qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    if (c->result == QWEN3_OK && !qwen3i_buf_add(&c->g->lists, nodes.p, nodes.n))
+        qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
     if (c->result == QWEN3_OK) {
         node = QWEN3I_NODE(c->g, QWEN3I_ARRAY(int, c->value_nodes)[value]);
         node->a = first;
@@ -13598,7 +14453,7 @@ static void qwen3i_value_build(qwen3i_compiler *c, int value) {
     qwen3i_buf_free(&nodes);
 }
 
-/* ---- costs: the fewest bytes to an end ----------------------------------------------------------------------------------- */
+/* ---- costs: the fewest bytes to an end ------------------------------------------------------- */
 static int qwen3i_object_cost(const qwen3_grammar *g, qwen3i_object *o) {
     const qwen3i_property *m = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
     const int open = o->dfa ? qwen3i_state_at(g, o->dfa, 0)->open : QWEN3I_FAR;
@@ -13608,7 +14463,11 @@ static int qwen3i_object_cost(const qwen3_grammar *g, qwen3i_object *o) {
         const int value = m[i].value ? QWEN3I_NODE(g, m[i].value)->cost : QWEN3I_FAR;
         const int all = qwen3i_near(i < o->n_names ? m[i].key : open, qwen3i_near(value, 1));
         if (m[i].required) { n++; cost = qwen3i_near(cost, all + (n > 1)); }
-        else if (all < QWEN3I_FAR) { if (i < o->n_names) available++; else other = 1; o->filler = qwen3i_max(o->filler, all + 1); }
+        else if (all < QWEN3I_FAR) {
+            if (i < o->n_names) available++;
+            else other = 1;
+            o->filler = qwen3i_max(o->filler, all + 1);
+        }
     }
     if (o->max >= 0 && n > o->max) return QWEN3I_FAR;
     if (o->min > n && available + other < o->min - n) return QWEN3I_FAR;
@@ -13621,24 +14480,28 @@ static int qwen3i_list_cost(const qwen3_grammar *g, qwen3i_items *a) {
     for (i = 0; i < a->n && i < a->min; i++)
         cost = qwen3i_near(cost, QWEN3I_NODE(g, QWEN3I_ARRAY(int, g->lists)[a->first + i])->cost + (i > 0));
     if (a->min > a->n) {
-        const int64_t rest = a->rest ? QWEN3I_NODE(g, a->rest)->cost : QWEN3I_FAR, more = (rest + 1) * (a->min - a->n);
+        const int64_t rest = a->rest ? QWEN3I_NODE(g, a->rest)->cost : QWEN3I_FAR,
+                      more = (rest + 1) * (a->min - a->n);
         cost = more >= QWEN3I_FAR ? QWEN3I_FAR : qwen3i_near(cost, (int)more - (a->n == 0));
     }
     return cost;
 }
 
 static int qwen3i_lexeme_cost(const qwen3_grammar *g, const qwen3i_lexeme *x) {
-    return x->dfa ? qwen3i_near(qwen3i_state_at(g, x->dfa, 0)->distance, qwen3i_min(x->min, QWEN3I_FAR / 4) * x->loop) : QWEN3I_FAR;
+    return x->dfa ? qwen3i_near(qwen3i_state_at(g, x->dfa, 0)->distance,
+                                qwen3i_min(x->min, QWEN3I_FAR / 4) * x->loop) : QWEN3I_FAR;
 }
 
 static int qwen3i_node_cost(const qwen3_grammar *g, const qwen3i_node *n) {
     int i, cost = QWEN3I_FAR;
     switch (n->kind) {
         case QWEN3I_LEXEME:
-            return qwen3i_near(qwen3i_lexeme_cost(g, &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a]), QWEN3I_NODE(g, n->next)->cost);
+            return qwen3i_near(qwen3i_lexeme_cost(g, &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a]),
+                               QWEN3I_NODE(g, n->next)->cost);
         case QWEN3I_CALL:   return qwen3i_near(QWEN3I_NODE(g, n->a)->cost, QWEN3I_NODE(g, n->next)->cost);
         case QWEN3I_CHOICE: case QWEN3I_VALUE:
-            for (i = 0; i < n->b; i++) cost = qwen3i_min(cost, QWEN3I_NODE(g, QWEN3I_ARRAY(int, g->lists)[n->a + i])->cost);
+            for (i = 0; i < n->b; i++)
+                cost = qwen3i_min(cost, QWEN3I_NODE(g, QWEN3I_ARRAY(int, g->lists)[n->a + i])->cost);
             return cost;
         case QWEN3I_MEMBERS: return qwen3i_object_cost(g, &QWEN3I_ARRAY(qwen3i_object, g->objects)[n->a]);
         case QWEN3I_ITEMS:  return qwen3i_list_cost(g, &QWEN3I_ARRAY(qwen3i_items, g->arrays)[n->a]);
@@ -13661,7 +14524,8 @@ static void qwen3i_prune_object(qwen3i_compiler *c, qwen3i_object *o) {
     qwen3i_property *m = QWEN3I_ARRAY(qwen3i_property, c->g->members) + o->members;
     const qwen3i_dfa d = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[o->dfa];
     int i;
-    for (i = 0; i < o->n_labels; i++) if (m[i].value && QWEN3I_NODE(c->g, m[i].value)->cost >= QWEN3I_FAR) m[i].value = 0;
+    for (i = 0; i < o->n_labels; i++)
+        if (m[i].value && QWEN3I_NODE(c->g, m[i].value)->cost >= QWEN3I_FAR) m[i].value = 0;
     for (i = 0; i < d.n_states; i++) {
         qwen3i_state *s = &QWEN3I_ARRAY(qwen3i_state, c->g->states)[d.first + i];
         if (s->final && !m[s->label].value) s->final = 0;
@@ -13709,10 +14573,13 @@ static void qwen3i_finish(qwen3i_compiler *c) {
         qwen3i_prune_object(c, &QWEN3I_ARRAY(qwen3i_object, g->objects)[i]);
         qwen3i_fast_rows(c, QWEN3I_ARRAY(qwen3i_object, g->objects)[i].dfa);
     }
-    for (i = 1; i < QWEN3I_LEN(qwen3i_items, g->arrays) && c->result == QWEN3_OK; i++) qwen3i_prune_list(g, &QWEN3I_ARRAY(qwen3i_items, g->arrays)[i]);
+    for (i = 1; i < QWEN3I_LEN(qwen3i_items, g->arrays) && c->result == QWEN3_OK; i++)
+        qwen3i_prune_list(g, &QWEN3I_ARRAY(qwen3i_items, g->arrays)[i]);
     for (i = 0; i < QWEN3I_LEN(qwen3i_node, g->nodes) && c->result == QWEN3_OK; i++)
-        if (QWEN3I_NODE(g, i)->kind == QWEN3I_VALUE || QWEN3I_NODE(g, i)->kind == QWEN3I_CHOICE) qwen3i_prune_choice(g, QWEN3I_NODE(g, i));
-    for (i = 1; i < QWEN3I_LEN(qwen3i_lexeme, g->lexemes) && c->result == QWEN3_OK; i++) qwen3i_fast_rows(c, QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[i].dfa);
+        if (QWEN3I_NODE(g, i)->kind == QWEN3I_VALUE || QWEN3I_NODE(g, i)->kind == QWEN3I_CHOICE)
+            qwen3i_prune_choice(g, QWEN3I_NODE(g, i));
+    for (i = 1; i < QWEN3I_LEN(qwen3i_lexeme, g->lexemes) && c->result == QWEN3_OK; i++)
+        qwen3i_fast_rows(c, QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[i].dfa);
 }
 
 static int qwen3i_compile_schema(qwen3i_compiler *c, const char *text, size_t n) {
@@ -13723,7 +14590,8 @@ static int qwen3i_compile_schema(qwen3i_compiler *c, const char *text, size_t n)
     first = QWEN3I_LEN(int, c->terms);
     qwen3i_push_term(c, QWEN3I_TERM(1, QWEN3I_HOLDS));
     root = qwen3i_pop_terms(c, first);
-    if (c->result == QWEN3_OK && root < 0) qwen3i_reject(c, QWEN3_ERR_FORMAT, "/: nothing satisfies this schema");
+    if (c->result == QWEN3_OK && root < 0)
+        qwen3i_reject(c, QWEN3_ERR_FORMAT, "/: nothing satisfies this schema");
     root = qwen3i_value_node(c, root);
     for (first = 0; c->result == QWEN3_OK && first < QWEN3I_LEN(int, c->pending); first++) {
         if (!qwen3i_spend(c, 1)) break;
@@ -13732,11 +14600,14 @@ static int qwen3i_compile_schema(qwen3i_compiler *c, const char *text, size_t n)
     return root;
 }
 
-/* ---- GBNF: llama.cpp's notation ------------------------------------------------------------------------------------------------ */
-typedef struct qwen3i_rule_of { qwen3i_str name; int ast, node, state; } qwen3i_rule_of;    /* of a GBNF grammar */
+/* ---- GBNF: llama.cpp's notation -------------------------------------------------------------- */
+/* of a GBNF grammar */
+typedef struct qwen3i_rule_of { qwen3i_str name; int ast, node, state; } qwen3i_rule_of;
 enum { QWEN3I_NOT_SEEN, QWEN3I_SEEING, QWEN3I_REGULAR, QWEN3I_RECURSIVE };
 
-static qwen3i_rule_of *qwen3i_bnf_rule(const qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_rule_of, c->bnf)[i]; }
+static qwen3i_rule_of *qwen3i_bnf_rule(const qwen3i_compiler *c, int i) {
+    return &QWEN3I_ARRAY(qwen3i_rule_of, c->bnf)[i];
+}
 
 static int qwen3i_bnf_bad(qwen3i_regex *r, const char *what) {
     int line = 1;
@@ -13812,9 +14683,11 @@ static int qwen3i_bnf_item(qwen3i_regex *r) {
 
 static int qwen3i_bnf_sequence(qwen3i_regex *r, int nested) {
     int first = 0, last = 0, a, min, max;
-    for (qwen3i_bnf_space(r, nested); r->p < r->end && !strchr("|)\r\n", *r->p) && r->c->result == QWEN3_OK; last = a) {
+    for (qwen3i_bnf_space(r, nested); r->p < r->end && !strchr("|)\r\n", *r->p) &&
+         r->c->result == QWEN3_OK; last = a) {
         a = qwen3i_bnf_item(r);
-        while (r->c->result == QWEN3_OK && qwen3i_regex_quantifier(r, &min, &max)) a = qwen3i_ast_repeat(r->c, a, min, max);
+        while (r->c->result == QWEN3_OK && qwen3i_regex_quantifier(r, &min, &max))
+            a = qwen3i_ast_repeat(r->c, a, min, max);
         if (r->c->result != QWEN3_OK) return 0;
         if (last) qwen3i_ast_at(r->c, last)->next = a; else first = a;
         qwen3i_bnf_space(r, nested);
@@ -13859,7 +14732,8 @@ static void qwen3i_bnf_parse(qwen3i_compiler *c, const char *text, size_t n) {
     }
 }
 
-/* Is what an expression describes regular: does no rule in it come back to itself? Such are made one automaton. */
+/* Is what an expression describes regular: does no rule in it come back to itself? Such are made one
+   automaton. */
 static int qwen3i_bnf_regular(qwen3i_compiler *c, int ast, int depth) {
     const qwen3i_ast a = *qwen3i_ast_at(c, ast);
     qwen3i_rule_of *rule;
@@ -13867,11 +14741,14 @@ static int qwen3i_bnf_regular(qwen3i_compiler *c, int ast, int depth) {
     if (depth > 1500) return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "rules are nested too deeply");
     if (!qwen3i_spend(c, 1)) return 0;
     if (a.kind != QWEN3I_AST_RULE) {
-        for (k = a.child; k; k = a.kind == QWEN3I_AST_REPEAT ? 0 : qwen3i_ast_at(c, k)->next) regular &= qwen3i_bnf_regular(c, k, depth + 1);
+        for (k = a.child; k; k = a.kind == QWEN3I_AST_REPEAT ? 0 : qwen3i_ast_at(c, k)->next)
+            regular &= qwen3i_bnf_regular(c, k, depth + 1);
         return regular;
     }
     rule = qwen3i_bnf_rule(c, a.min);
-    if (!rule->ast) return qwen3i_reject(c, QWEN3_ERR_FORMAT, "rule \"%.*s\" is not defined", (int)qwen3i_min_size(rule->name.n, 80), rule->name.p);
+    if (!rule->ast)
+        return qwen3i_reject(c, QWEN3_ERR_FORMAT, "rule \"%.*s\" is not defined",
+                             (int)qwen3i_min_size(rule->name.n, 80), rule->name.p);
     if (rule->state == QWEN3I_NOT_SEEN) {
         rule->state = QWEN3I_SEEING;
         regular = qwen3i_bnf_regular(c, rule->ast, depth + 1);
@@ -13880,7 +14757,9 @@ static int qwen3i_bnf_regular(qwen3i_compiler *c, int ast, int depth) {
     return rule->state == QWEN3I_REGULAR;
 }
 
-static int qwen3i_ast_nfa_rule(qwen3i_compiler *c, int rule, int out) { return qwen3i_ast_nfa(c, qwen3i_bnf_rule(c, rule)->ast, out); }
+static int qwen3i_ast_nfa_rule(qwen3i_compiler *c, int rule, int out) {
+    return qwen3i_ast_nfa(c, qwen3i_bnf_rule(c, rule)->ast, out);
+}
 
 static int qwen3i_bnf_node(qwen3i_compiler *c, int ast, int next);
 
@@ -13937,7 +14816,8 @@ static int qwen3i_bnf_node(qwen3i_compiler *c, int ast, int next) {
     if (qwen3i_bnf_regular(c, ast, 0)) return qwen3i_bnf_lexeme(c, ast, 1, next);
     if (a.kind == QWEN3I_AST_CAT) return qwen3i_bnf_parts(c, a.child, next);
     if (a.kind == QWEN3I_AST_REPEAT) return qwen3i_bnf_repeat(c, a, next);
-    if (a.kind == QWEN3I_AST_RULE) return qwen3i_node_add(c, QWEN3I_CALL, qwen3i_bnf_rule(c, a.min)->node, 0, next);
+    if (a.kind == QWEN3I_AST_RULE)
+        return qwen3i_node_add(c, QWEN3I_CALL, qwen3i_bnf_rule(c, a.min)->node, 0, next);
     for (k = a.child; k; k = qwen3i_ast_at(c, k)->next) n++;
     for (first = QWEN3I_LEN(int, c->g->lists), k = 0; k < n; k++) qwen3i_push_int(c, &c->g->lists, 0);
     for (n = 0, k = a.child; k && c->result == QWEN3_OK; k = qwen3i_ast_at(c, k)->next, n++) {
@@ -13958,19 +14838,24 @@ static int qwen3i_compile_bnf(qwen3i_compiler *c, const char *text, size_t n) {
     start = qwen3i_bnf_find(c, root);
     qwen3i_bnf_parse(c, text, n);
     n_rules = QWEN3I_LEN(qwen3i_rule_of, c->bnf);
-    if (c->result == QWEN3_OK && !qwen3i_bnf_rule(c, start)->ast) qwen3i_reject(c, QWEN3_ERR_FORMAT, "there is no rule \"root\"");
+    if (c->result == QWEN3_OK && !qwen3i_bnf_rule(c, start)->ast)
+        qwen3i_reject(c, QWEN3_ERR_FORMAT, "there is no rule \"root\"");
     for (i = 0; i < n_rules && c->result == QWEN3_OK; i++) {
         qwen3i_push_int(c, &c->g->lists, 0);
-        qwen3i_bnf_rule(c, i)->node = qwen3i_node_add(c, QWEN3I_CHOICE, QWEN3I_LEN(int, c->g->lists) - 1, 1, i);
+        qwen3i_bnf_rule(c, i)->node = qwen3i_node_add(c, QWEN3I_CHOICE, QWEN3I_LEN(int, c->g->lists) - 1, 1,
+                                                      i);
         if (!qwen3i_bnf_rule(c, i)->ast)
-            qwen3i_reject(c, QWEN3_ERR_FORMAT, "rule \"%.*s\" is not defined", (int)qwen3i_min_size(qwen3i_bnf_rule(c, i)->name.n, 80), qwen3i_bnf_rule(c, i)->name.p);
+            qwen3i_reject(c, QWEN3_ERR_FORMAT, "rule \"%.*s\" is not defined",
+                          (int)qwen3i_min_size(qwen3i_bnf_rule(c, i)->name.n, 80),
+                              qwen3i_bnf_rule(c, i)->name.p);
     }
     for (i = 0; i < n_rules && c->result == QWEN3_OK; i++) {
         qwen3i_rule_of *rule = qwen3i_bnf_rule(c, i);
         int node;
         if (qwen3i_bnf_regular(c, rule->ast, 0) && i != start) continue;   /* they are part of lexemes */
         node = qwen3i_bnf_node(c, rule->ast, QWEN3I_RETURN);
-        if (c->result == QWEN3_OK) QWEN3I_ARRAY(int, c->g->lists)[QWEN3I_NODE(c->g, qwen3i_bnf_rule(c, i)->node)->a] = node;
+        if (c->result == QWEN3_OK)
+            QWEN3I_ARRAY(int, c->g->lists)[QWEN3I_NODE(c->g, qwen3i_bnf_rule(c, i)->node)->a] = node;
     }
     return c->result == QWEN3_OK ? qwen3i_bnf_rule(c, start)->node : 0;
 }
@@ -13984,12 +14869,14 @@ static int qwen3i_bnf_loops(qwen3i_compiler *c, int node, unsigned char *seen, i
     if (seen[node]) return 0;
     seen[node] = QWEN3I_SEEING;
     if (n->kind == QWEN3I_CHOICE)
-        for (i = 0; i < n->b && !loops; i++) loops = qwen3i_bnf_loops(c, QWEN3I_ARRAY(int, g->lists)[n->a + i], seen, depth + 1);
+        for (i = 0; i < n->b && !loops; i++)
+            loops = qwen3i_bnf_loops(c, QWEN3I_ARRAY(int, g->lists)[n->a + i], seen, depth + 1);
     if (n->kind == QWEN3I_CALL) {
         loops = qwen3i_bnf_loops(c, n->a, seen, depth + 1);
         if (!loops && QWEN3I_NODE(g, n->a)->cost == 0) loops = qwen3i_bnf_loops(c, n->next, seen, depth + 1);
     }
-    if (n->kind == QWEN3I_LEXEME && qwen3i_lexeme_cost(g, &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a]) == 0)
+    if (n->kind == QWEN3I_LEXEME && qwen3i_lexeme_cost(g,
+                                                       &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a]) == 0)
         loops = qwen3i_bnf_loops(c, n->next, seen, depth + 1);
     seen[node] = QWEN3I_REGULAR;
     return loops;
@@ -13998,26 +14885,32 @@ static int qwen3i_bnf_loops(qwen3i_compiler *c, int node, unsigned char *seen, i
 static void qwen3i_bnf_check(qwen3i_compiler *c) {
     const qwen3_grammar *g = c->g;
     const size_t n = g->nodes.n / sizeof(qwen3i_node);
-    unsigned char *seen = c->result == QWEN3_OK ? (unsigned char *)qwen3i_alloc_zero(&g->allocator, n, 1) : NULL;
+    unsigned char *seen = c->result == QWEN3_OK ? (unsigned char *)qwen3i_alloc_zero(&g->allocator, n, 1) :
+                          NULL;
     int i;
     if (c->result == QWEN3_OK && !seen) qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
     for (i = 0; i < QWEN3I_LEN(qwen3i_rule_of, c->bnf) && c->result == QWEN3_OK; i++) {
         const qwen3i_rule_of *rule = qwen3i_bnf_rule(c, i);
         if (qwen3i_bnf_loops(c, rule->node, seen, 0))
-            qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "rule \"%.*s\": left recursion, or a repetition of nothing", (int)qwen3i_min_size(rule->name.n, 80), rule->name.p);
+            qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED,
+                          "rule \"%.*s\": left recursion, or a repetition of nothing",
+                              (int)qwen3i_min_size(rule->name.n, 80), rule->name.p);
     }
     qwen3i_free(&g->allocator, seen, n);
 }
 
 #define QWEN3I_MAX_WAYS 8192
 
-/* ---- running the machine --------------------------------------------------------------------------------------------- */
-enum { QWEN3I_FIRST, QWEN3I_KEY, QWEN3I_IN_KEY, QWEN3I_COLON, QWEN3I_NEXT };    /* where in an object or list */
-enum { QWEN3I_UP, QWEN3I_AT, QWEN3I_COUNT_OF, QWEN3I_COST, QWEN3I_SEEN };       /* the parts of a frame; then its bits */
+/* ---- running the machine --------------------------------------------------------------------- */
+/* where in an object or list */
+enum { QWEN3I_FIRST, QWEN3I_KEY, QWEN3I_IN_KEY, QWEN3I_COLON, QWEN3I_NEXT };
+/* the parts of a frame; then its bits */
+enum { QWEN3I_UP, QWEN3I_AT, QWEN3I_COUNT_OF, QWEN3I_COST, QWEN3I_SEEN };
 
 typedef struct qwen3i_thread {
     int node, phase;
-    int state;                          /* of the automaton; VALUE: 1: no white space before it; COLON: the value's node */
+    /* of the automaton; VALUE: 1: no white space before it; COLON: the value's node */
+    int state;
     int count;                          /* characters of the string, bytes of the key */
     int frame;                          /* what it returns to; -1: the end */
 } qwen3i_thread;
@@ -14038,29 +14931,36 @@ static const qwen3i_items *qwen3i_items_at(const qwen3_grammar *g, int node) {
     return &QWEN3I_ARRAY(qwen3i_items, g->arrays)[QWEN3I_NODE(g, node)->a];
 }
 static int qwen3i_frame_size(const qwen3_grammar *g, int node) {
-    return QWEN3I_SEEN + (QWEN3I_NODE(g, node)->kind == QWEN3I_MEMBERS ? qwen3i_object_of(g, node)->n_words : 0);
+    return QWEN3I_SEEN + (QWEN3I_NODE(g, node)->kind == QWEN3I_MEMBERS ? qwen3i_object_of(g, node)->n_words :
+                          0);
 }
-static int qwen3i_after(const qwen3i_machine *m, int frame) { return frame < 0 ? 0 : m->frames[frame + QWEN3I_COST]; }
+static int qwen3i_after(const qwen3i_machine *m, int frame) {
+    return frame < 0 ? 0 : m->frames[frame + QWEN3I_COST];
+}
 
 /* Are two frames, and all that they return to, the same? */
 static int qwen3i_frame_same(const qwen3i_machine *m, int a, int b) {
     while (a != b) {
         const int *x = m->frames + a, *y = m->frames + b;
         if (a < 0 || b < 0 || x[QWEN3I_AT] != y[QWEN3I_AT]) return 0;
-        if (memcmp(x + QWEN3I_COUNT_OF, y + QWEN3I_COUNT_OF, ((size_t)qwen3i_frame_size(m->g, x[QWEN3I_AT]) - QWEN3I_COUNT_OF) * sizeof *x) != 0) return 0;
+        if (memcmp(x + QWEN3I_COUNT_OF, y + QWEN3I_COUNT_OF,
+                   ((size_t)qwen3i_frame_size(m->g, x[QWEN3I_AT]) - QWEN3I_COUNT_OF) *
+                       sizeof *x) != 0) return 0;
         a = x[QWEN3I_UP];
         b = y[QWEN3I_UP];
     }
     return 1;
 }
 
-/* Add a thread to the set being made, unless it is there. What does not fit is left out: less is allowed, never more. */
+/* Add a thread to the set being made, unless it is there. What does not fit is left out: less is allowed,
+   never more. */
 static void qwen3i_thread_add(qwen3i_machine *m, int node, int phase, int state, int count, int frame) {
     qwen3i_thread *t;
     int i;
     for (i = m->base; i < m->n_pool; i++) {
         t = &m->pool[i];
-        if (t->node == node && t->phase == phase && t->state == state && t->count == count && qwen3i_frame_same(m, t->frame, frame)) return;
+        if (t->node == node && t->phase == phase && t->state == state && t->count == count &&
+            qwen3i_frame_same(m, t->frame, frame)) return;
     }
     if (m->n_pool == m->cap_pool || m->n_pool - m->base >= 256) return;
     t = &m->pool[m->n_pool++];
@@ -14079,10 +14979,13 @@ static int qwen3i_frame_new(qwen3i_machine *m, int up, int node, int from) {
     return at;
 }
 
-/* ---- objects: which keys may still come ----------------------------------------------------------------------------------- */
-static int qwen3i_seen(const int *frame, int i) { return (int)((unsigned)frame[QWEN3I_SEEN + i / 32] >> (i % 32) & 1u); }
+/* ---- objects: which keys may still come ------------------------------------------------------ */
+static int qwen3i_seen(const int *frame, int i) {
+    return (int)((unsigned)frame[QWEN3I_SEEN + i / 32] >> (i % 32) & 1u);
+}
 
-/* Members that must still come: required ones, and enough to make up the number. *distinct: keys that differ for sure. */
+/* Members that must still come: required ones, and enough to make up the number. *distinct: keys that differ
+   for sure. */
 static int qwen3i_needed(const qwen3_grammar *g, const int *frame, int *distinct) {
     const qwen3i_object *o = qwen3i_object_of(g, frame[QWEN3I_AT]);
     const qwen3i_property *m = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
@@ -14113,7 +15016,8 @@ static int qwen3i_key_allowed(const qwen3_grammar *g, const int *frame, int labe
 }
 
 /* May any of the keys come that are within reach of this state? */
-static int qwen3i_key_alive(const qwen3_grammar *g, const int *frame, const qwen3i_object *o, const qwen3i_state *s) {
+static int qwen3i_key_alive(const qwen3_grammar *g, const int *frame, const qwen3i_object *o,
+                            const qwen3i_state *s) {
     int i;
     if (s->open < QWEN3I_FAR) {
         if (o->max < 0) return 1;
@@ -14137,7 +15041,10 @@ static void qwen3i_frame_cost(qwen3i_machine *m, int at) {
         const qwen3i_property *all = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
         needed = qwen3i_needed(g, f, &distinct);
         for (i = 0; i < o->n_names; i++)
-            if (all[i].required && !qwen3i_seen(f, i)) { needed--; cost = qwen3i_near(cost, 1 + qwen3i_member_cost(g, &all[i], all[i].key)); }
+            if (all[i].required && !qwen3i_seen(f, i)) {
+                needed--;
+                cost = qwen3i_near(cost, 1 + qwen3i_member_cost(g, &all[i], all[i].key));
+            }
         cost = qwen3i_near(cost, 1 + qwen3i_max(needed, 0) * o->filler);
     } else if (n->kind == QWEN3I_ITEMS) {
         const qwen3i_items *a = qwen3i_items_at(g, f[QWEN3I_AT]);
@@ -14150,7 +15057,7 @@ static void qwen3i_frame_cost(qwen3i_machine *m, int at) {
     f[QWEN3I_COST] = cost;
 }
 
-/* ---- steps ------------------------------------------------------------------------------------------------------------------ */
+/* ---- steps ----------------------------------------------------------------------------------- */
 /* A value has ended; go on in what it is part of. */
 static void qwen3i_proceed(qwen3i_machine *m, int node, int frame, int depth);
 
@@ -14170,10 +15077,14 @@ static void qwen3i_proceed(qwen3i_machine *m, int node, int frame, int depth) {
     switch (n->kind) {
         case QWEN3I_RETURN: qwen3i_resume(m, frame, depth + 1); return;
         case QWEN3I_CHOICE:
-            for (i = 0; i < n->b; i++) qwen3i_proceed(m, QWEN3I_ARRAY(int, m->g->lists)[n->a + i], frame, depth + 1);
+            for (i = 0; i < n->b; i++)
+                qwen3i_proceed(m, QWEN3I_ARRAY(int, m->g->lists)[n->a + i], frame, depth + 1);
             return;
         case QWEN3I_CALL:
-            if (QWEN3I_NODE(m->g, n->next)->kind == QWEN3I_RETURN) { qwen3i_proceed(m, n->a, frame, depth + 1); return; }
+            if (QWEN3I_NODE(m->g, n->next)->kind == QWEN3I_RETURN) {
+                qwen3i_proceed(m, n->a, frame, depth + 1);
+                return;
+            }
             at = qwen3i_frame_new(m, frame, node, -1);
             if (at < 0) return;
             qwen3i_frame_cost(m, at);
@@ -14191,7 +15102,8 @@ static void qwen3i_proceed(qwen3i_machine *m, int node, int frame, int depth) {
 }
 
 /* One byte within a lexeme. Returns its new state and count in t, or 0. */
-static int qwen3i_lexeme_step(const qwen3_grammar *g, const qwen3i_lexeme *x, unsigned char byte, int *state, int *count, const qwen3i_state **out) {
+static int qwen3i_lexeme_step(const qwen3_grammar *g, const qwen3i_lexeme *x, unsigned char byte, int *state,
+                              int *count, const qwen3i_state **out) {
     const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[x->dfa];
     const qwen3i_state *s;
     *state = qwen3i_dfa_step(g, d, *state, byte);
@@ -14207,7 +15119,8 @@ static void qwen3i_step_lexeme(qwen3i_machine *m, const qwen3i_thread t, unsigne
     const qwen3i_node *n = QWEN3I_NODE(m->g, t.node);
     const qwen3i_state *s;
     int state = t.state, count = t.count;
-    if (!qwen3i_lexeme_step(m->g, &QWEN3I_ARRAY(qwen3i_lexeme, m->g->lexemes)[n->a], byte, &state, &count, &s)) return;
+    if (!qwen3i_lexeme_step(m->g, &QWEN3I_ARRAY(qwen3i_lexeme, m->g->lexemes)[n->a], byte, &state, &count,
+                            &s)) return;
     if (s->n_edges) qwen3i_thread_add(m, t.node, 0, state, count, t.frame);
     if (s->final) qwen3i_proceed(m, n->next, t.frame, 0);
 }
@@ -14236,19 +15149,22 @@ static void qwen3i_key_end(qwen3i_machine *m, const qwen3i_thread t, int label) 
     at = qwen3i_frame_new(m, m->frames[t.frame + QWEN3I_UP], t.node, t.frame);
     if (at < 0) return;
     if (o->max >= 0) m->frames[at + QWEN3I_COUNT_OF]++;
-    m->frames[at + QWEN3I_SEEN + bit / 32] = (int)((unsigned)m->frames[at + QWEN3I_SEEN + bit / 32] | 1u << (bit % 32));
+    m->frames[at + QWEN3I_SEEN + bit / 32] = (int)((unsigned)m->frames[at + QWEN3I_SEEN + bit / 32] |
+                                                   1u << (bit % 32));
     qwen3i_frame_cost(m, at);
     qwen3i_thread_add(m, t.node, QWEN3I_COLON, member->value, 0, at);
 }
 
 static void qwen3i_step_key(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
     const qwen3i_object *o = qwen3i_object_of(m->g, t.node);
-    int state = o->dfa ? qwen3i_dfa_step(m->g, &QWEN3I_ARRAY(qwen3i_dfa, m->g->dfas)[o->dfa], t.state, byte) : -1;
+    int state = o->dfa ? qwen3i_dfa_step(m->g, &QWEN3I_ARRAY(qwen3i_dfa, m->g->dfas)[o->dfa], t.state,
+                                         byte) : -1;
     const qwen3i_state *s;
     if (state < 0) return;
     s = qwen3i_state_at(m->g, o->dfa, state);
     if (s->final) qwen3i_key_end(m, t, s->label);
-    else if (qwen3i_key_alive(m->g, m->frames + t.frame, o, s)) qwen3i_thread_add(m, t.node, QWEN3I_IN_KEY, state, t.count + 1, t.frame);
+    else if (qwen3i_key_alive(m->g, m->frames + t.frame, o, s))
+        qwen3i_thread_add(m, t.node, QWEN3I_IN_KEY, state, t.count + 1, t.frame);
 }
 
 static void qwen3i_step_object(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
@@ -14260,7 +15176,8 @@ static void qwen3i_step_object(qwen3i_machine *m, const qwen3i_thread t, unsigne
     if (t.phase == QWEN3I_NEXT && byte == ',' && o->dfa && (o->max < 0 || frame[QWEN3I_COUNT_OF] < o->max) &&
         qwen3i_key_alive(m->g, frame, o, qwen3i_state_at(m->g, o->dfa, 0)))
         qwen3i_thread_add(m, t.node, QWEN3I_KEY, 0, 0, t.frame);
-    if ((t.phase == QWEN3I_NEXT || t.phase == QWEN3I_FIRST) && byte == '}' && qwen3i_needed(m->g, frame, &distinct) <= 0)
+    if ((t.phase == QWEN3I_NEXT || t.phase == QWEN3I_FIRST) && byte == '}' &&
+        qwen3i_needed(m->g, frame, &distinct) <= 0)
         qwen3i_resume(m, frame[QWEN3I_UP], 0);
     if (t.phase == QWEN3I_IN_KEY) qwen3i_step_key(m, t, byte);
     else if (byte == '"' && t.phase != QWEN3I_NEXT) {
@@ -14280,7 +15197,8 @@ static int qwen3i_next_item(const qwen3_grammar *g, const qwen3i_items *a, int c
 static void qwen3i_begin_item(qwen3i_machine *m, int node, int frame) {
     const qwen3i_items *a = qwen3i_items_at(m->g, node);
     const int count = m->frames[frame + QWEN3I_COUNT_OF], item = qwen3i_next_item(m->g, a, count);
-    const int most = qwen3i_max(qwen3i_max(a->n, a->min), a->max);      /* beyond, the number does not matter */
+    /* beyond, the number does not matter */
+    const int most = qwen3i_max(qwen3i_max(a->n, a->min), a->max);
     int at = frame;
     if (!item) return;
     if (count < most) at = qwen3i_frame_new(m, m->frames[frame + QWEN3I_UP], node, frame);
@@ -14335,7 +15253,7 @@ static int qwen3i_advance(qwen3i_machine *m, qwen3i_span set, unsigned char byte
     return m->n_pool - m->base;
 }
 
-/* ---- the shortest way to the end ---------------------------------------------------------------------------------------------- */
+/* ---- the shortest way to the end ------------------------------------------------------------- */
 static int qwen3i_key_cost_from(const qwen3i_machine *m, const qwen3i_thread t) {
     const qwen3_grammar *g = m->g;
     const qwen3i_object *o = qwen3i_object_of(g, t.node);
@@ -14383,12 +15301,14 @@ static int qwen3i_set_cost(const qwen3i_machine *m, qwen3i_span set) {
 
 static int qwen3i_set_may_end(const qwen3i_machine *m, qwen3i_span set) {
     int i;
-    for (i = 0; i < set.n; i++) if (QWEN3I_NODE(m->g, m->pool[set.first + i].node)->kind == QWEN3I_END) return 1;
+    for (i = 0; i < set.n; i++)
+        if (QWEN3I_NODE(m->g, m->pool[set.first + i].node)->kind == QWEN3I_END) return 1;
     return 0;
 }
 
-/* ---- the vocabulary as a tree of bytes ------------------------------------------------------------------------------------------ */
-typedef struct qwen3i_branch {          /* in order: a node's first child follows it, its next sibling is at skip */
+/* ---- the vocabulary as a tree of bytes ------------------------------------------------------- */
+/* in order: a node's first child follows it, its next sibling is at skip */
+typedef struct qwen3i_branch {
     uint32_t skip;
     int32_t  token;                     /* that ends here, -1: none */
     uint16_t depth;                     /* bytes up to and with this one, from 1 */
@@ -14396,8 +15316,10 @@ typedef struct qwen3i_branch {          /* in order: a node's first child follow
 } qwen3i_branch;
 typedef struct qwen3i_tree { qwen3i_branch *nodes; uint32_t n; } qwen3i_tree;
 
-typedef struct qwen3i_tail { int32_t token; int32_t suffix; uint16_t chars; } qwen3i_tail;   /* of a token, after a quote in it */
-typedef struct qwen3i_crossing { uint32_t first, n; int state; } qwen3i_crossing;            /* tails after a string's final state */
+/* of a token, after a quote in it */
+typedef struct qwen3i_tail { int32_t token; int32_t suffix; uint16_t chars; } qwen3i_tail;
+/* tails after a string's final state */
+typedef struct qwen3i_crossing { uint32_t first, n; int state; } qwen3i_crossing;
 
 typedef struct qwen3i_index {           /* built once a model */
     qwen3_allocator allocator;
@@ -14407,7 +15329,8 @@ typedef struct qwen3i_index {           /* built once a model */
     uint32_t       *quotes;             /* [n_quotes + 1] nodes of the tree that are a quote, */
     uint32_t       *quote_tails;        /* [n_quotes + 1] and where their tails begin */
     uint32_t        n_quotes;
-    qwen3i_tree     quoted;             /* the beginnings of tokens up to a quote, which are its token numbers */
+    /* the beginnings of tokens up to a quote, which are its token numbers */
+    qwen3i_tree     quoted;
     uint32_t       *any_mask;           /* what a string that needs no escapes may go on with */
     qwen3i_tail    *tails;
     uint32_t        n_tails;
@@ -14441,8 +15364,8 @@ static qwen3i_word qwen3i_word_make(const char *p, uint32_t n, int32_t id) {
     return w;
 }
 
-/* Sort words with room for as many more: by their first eight bytes, from the last of these to the first, then
-   those that have them in common. */
+/* Sort words with room for as many more: by their first eight bytes, from the last of these to the first,
+   then those that have them in common. */
 static void qwen3i_words_sort(qwen3i_word *w, qwen3i_word *room, int n) {
     int i, shift, first;
     for (shift = 0; shift < 64; shift += 8) {
@@ -14469,7 +15392,8 @@ static uint32_t qwen3i_common(const qwen3i_word *a, const qwen3i_word *b) {
 }
 
 /* A tree of words in order; equal words share a node, which has the first one's id. 0: no memory. */
-static int qwen3i_tree_build(const qwen3_allocator *a, qwen3i_tree *t, const qwen3i_word *w, int n, uint32_t *path) {
+static int qwen3i_tree_build(const qwen3_allocator *a, qwen3i_tree *t, const qwen3i_word *w, int n,
+                             uint32_t *path) {
     uint32_t total = 0, k, depth = 0;
     int i;
     for (i = 0; i < n; i++) total += w[i].n - (i ? qwen3i_common(&w[i - 1], &w[i]) : 0);
@@ -14492,10 +15416,11 @@ static int qwen3i_tree_build(const qwen3_allocator *a, qwen3i_tree *t, const qwe
     return 1;
 }
 
-/* ---- masks: which tokens may come ------------------------------------------------------------------------------------------------- */
+/* ---- masks: which tokens may come ------------------------------------------------------------ */
 #define QWEN3I_MAX_CROSSINGS 4096
 
-typedef struct qwen3i_cached {          /* what a state inside a string allows: does not depend on what is around it */
+/* what a state inside a string allows: does not depend on what is around it */
+typedef struct qwen3i_cached {
     uint64_t serial, used;              /* 0: nothing is here */
     int      dfa, state, n;
     uint32_t *mask;
@@ -14503,7 +15428,8 @@ typedef struct qwen3i_cached {          /* what a state inside a string allows: 
     qwen3i_crossing *crossings;         /* [n] by state */
 } qwen3i_cached;
 
-typedef struct qwen3i_level { qwen3i_span set; int frames, state, count; } qwen3i_level;     /* of a walk through the tree */
+/* of a walk through the tree */
+typedef struct qwen3i_level { qwen3i_span set; int frames, state, count; } qwen3i_level;
 
 #define QWEN3I_CACHED 24
 typedef struct qwen3i_masker {          /* scratch of a context, made when a grammar is first used in it */
@@ -14524,7 +15450,8 @@ static void qwen3i_allow(uint32_t *mask, int32_t token) { mask[token >> 5] |= 1u
 
 /* Walk the part [begin, end) of a tree, below a node of this depth where the machine is in `set`. Tokens go
    to the mask; with suffixes, they go to k->suffix_ok. */
-static void qwen3i_walk(qwen3i_masker *k, const qwen3i_tree *t, qwen3i_span set, uint32_t begin, uint32_t end, int depth);
+static void qwen3i_walk(qwen3i_masker *k, const qwen3i_tree *t, qwen3i_span set, uint32_t begin,
+                        uint32_t end, int depth);
 
 static void qwen3i_found(qwen3i_masker *k, const qwen3i_tree *t, int32_t token) {
     if (t == &k->v->tree) qwen3i_allow(k->mask, token);
@@ -14543,7 +15470,8 @@ static void qwen3i_first_bytes(qwen3i_masker *k, qwen3i_span set, unsigned char 
 }
 
 /* The same where the machine is in one lexeme: its automaton alone until it may end. */
-static void qwen3i_walk_lexeme(qwen3i_masker *k, const qwen3i_tree *t, const qwen3i_thread thread, uint32_t begin, uint32_t end, int depth) {
+static void qwen3i_walk_lexeme(qwen3i_masker *k, const qwen3i_tree *t, const qwen3i_thread thread,
+                               uint32_t begin, uint32_t end, int depth) {
     const qwen3_grammar *g = k->m.g;
     const qwen3i_node *n = QWEN3I_NODE(g, thread.node);
     const qwen3i_lexeme *x = &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a];
@@ -14561,7 +15489,8 @@ static void qwen3i_walk_lexeme(qwen3i_masker *k, const qwen3i_tree *t, const qwe
     for (i = begin; i < end;) {
         const qwen3i_branch *b = &t->nodes[i];
         int state = k->levels[b->depth - 1].state, count = k->levels[b->depth - 1].count, deep = 0;
-        if (qwen3i_state_at(g, x->dfa, state)->final && b->depth - 1 > depth) {     /* what follows the lexeme may begin here */
+        /* what follows the lexeme may begin here */
+        if (qwen3i_state_at(g, x->dfa, state)->final && b->depth - 1 > depth) {
             if (known && first[b->byte]) {
                 after.first = k->m.n_pool;
                 after.n = qwen3i_advance(&k->m, rest, b->byte);
@@ -14591,7 +15520,8 @@ static void qwen3i_walk_lexeme(qwen3i_masker *k, const qwen3i_tree *t, const qwe
     k->m.n_frames = frames;
 }
 
-static void qwen3i_walk(qwen3i_masker *k, const qwen3i_tree *t, qwen3i_span set, uint32_t begin, uint32_t end, int depth) {
+static void qwen3i_walk(qwen3i_masker *k, const qwen3i_tree *t, qwen3i_span set, uint32_t begin,
+                        uint32_t end, int depth) {
     const int pool = k->m.n_pool, frames = k->m.n_frames;
     uint32_t i;
     k->levels[depth].set = set;
@@ -14620,7 +15550,8 @@ static void qwen3i_walk(qwen3i_masker *k, const qwen3i_tree *t, qwen3i_span set,
 }
 
 /* Walk with an automaton of strings alone: the tokens that stay inside. */
-static void qwen3i_walk_inside(const qwen3_grammar *g, const qwen3i_index *v, int dfa, int state, qwen3i_level *levels, uint32_t *mask) {
+static void qwen3i_walk_inside(const qwen3_grammar *g, const qwen3i_index *v, int dfa, int state,
+                               qwen3i_level *levels, uint32_t *mask) {
     const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[dfa];
     const qwen3i_branch *t = v->tree.nodes;
     uint32_t i;
@@ -14637,7 +15568,8 @@ static void qwen3i_walk_inside(const qwen3_grammar *g, const qwen3i_index *v, in
 }
 
 /* The same: where tokens reach the string's end. Returns how many such places there are, -1: too many. */
-static int qwen3i_walk_quotes(const qwen3_grammar *g, const qwen3i_index *v, int dfa, int state, qwen3i_level *levels, qwen3i_crossing *out) {
+static int qwen3i_walk_quotes(const qwen3_grammar *g, const qwen3i_index *v, int dfa, int state,
+                              qwen3i_level *levels, qwen3i_crossing *out) {
     const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[dfa];
     const qwen3i_branch *t = v->quoted.nodes;
     int n = 0;
@@ -14661,7 +15593,8 @@ static int qwen3i_walk_quotes(const qwen3_grammar *g, const qwen3i_index *v, int
 
 static int qwen3i_compare_crossings(const void *a, const void *b) {
     const qwen3i_crossing *x = (const qwen3i_crossing *)a, *y = (const qwen3i_crossing *)b;
-    return x->state != y->state ? (x->state > y->state) - (x->state < y->state) : (x->first > y->first) - (x->first < y->first);
+    return x->state != y->state ? (x->state > y->state) - (x->state < y->state) :
+           (x->first > y->first) - (x->first < y->first);
 }
 
 /* What a string's state allows, from the cache. NULL: it cannot be kept. */
@@ -14672,7 +15605,10 @@ static qwen3i_cached *qwen3i_lookup(qwen3i_masker *k, int dfa, int state) {
     int i, n;
     for (i = 0; i < QWEN3I_CACHED; i++) {
         qwen3i_cached *e = &k->cached[i];
-        if (e->serial == k->m.g->serial && e->dfa == dfa && e->state == state && e->used) { e->used = ++k->clock; return e; }
+        if (e->serial == k->m.g->serial && e->dfa == dfa && e->state == state && e->used) {
+            e->used = ++k->clock;
+            return e;
+        }
         if (e->used < oldest->used) oldest = e;
     }
     oldest->used = 0;
@@ -14690,10 +15626,13 @@ static qwen3i_cached *qwen3i_lookup(qwen3i_masker *k, int dfa, int state) {
     return oldest;
 }
 
-/* Tokens that end the string: those whose part behind the quote may follow. low, high: characters allowed before it. */
-static void qwen3i_cross(qwen3i_masker *k, const qwen3i_thread t, const qwen3i_crossing *x, int n, int low, int high) {
+/* Tokens that end the string: those whose part behind the quote may follow. low, high: characters allowed
+   before it. */
+static void qwen3i_cross(qwen3i_masker *k, const qwen3i_thread t, const qwen3i_crossing *x, int n, int low,
+                         int high) {
     const qwen3_grammar *g = k->m.g;
-    const int pool = k->m.n_pool, frames = k->m.n_frames, is_key = QWEN3I_NODE(g, t.node)->kind == QWEN3I_MEMBERS;
+    const int pool = k->m.n_pool, frames = k->m.n_frames,
+              is_key = QWEN3I_NODE(g, t.node)->kind == QWEN3I_MEMBERS;
     int i, done = -1;
     uint32_t j;
     for (i = 0; i < n; i++) {
@@ -14704,7 +15643,8 @@ static void qwen3i_cross(qwen3i_masker *k, const qwen3i_thread t, const qwen3i_c
             k->m.base = set.first = k->m.n_pool = pool;
             k->m.n_frames = frames;
             k->m.ways = 0;
-            if (is_key) qwen3i_key_end(&k->m, t, qwen3i_state_at(g, qwen3i_object_of(g, t.node)->dfa, done)->label);
+            if (is_key)
+                qwen3i_key_end(&k->m, t, qwen3i_state_at(g, qwen3i_object_of(g, t.node)->dfa, done)->label);
             else qwen3i_proceed(&k->m, QWEN3I_NODE(g, t.node)->next, t.frame, 0);
             set.n = k->m.n_pool - pool;
             k->suffix_ok[0] = set.n > 0;        /* nothing behind the quote */
@@ -14712,7 +15652,8 @@ static void qwen3i_cross(qwen3i_masker *k, const qwen3i_thread t, const qwen3i_c
         }
         for (j = x[i].first; j < x[i].first + x[i].n; j++) {
             const qwen3i_tail *tail = &k->v->tails[j];
-            if (k->suffix_ok[tail->suffix] && tail->chars >= low && tail->chars <= high) qwen3i_allow(k->mask, tail->token);
+            if (k->suffix_ok[tail->suffix] && tail->chars >= low && tail->chars <= high)
+                qwen3i_allow(k->mask, tail->token);
         }
     }
     k->m.n_pool = pool;
@@ -14776,7 +15717,7 @@ static void qwen3i_mask_make(qwen3i_masker *k, int n_threads) {
     k->m.n_pool = n_threads;
 }
 
-/* ---- the vocabulary's index --------------------------------------------------------------------------------------------------------- */
+/* ---- the vocabulary's index ------------------------------------------------------------------ */
 static void qwen3i_grammar_free(qwen3_grammar *g);
 
 static void qwen3i_index_free(qwen3i_index *v) {
@@ -14805,7 +15746,8 @@ static int qwen3i_index_words(const qwen3_model *model, qwen3i_word *w) {
         const char *p = qwen3_token_bytes(model, i, &length);
         int k, added = 0;
         for (k = 0; k < t->n_added; k++) added |= t->added[k].id == i;
-        if (p && length > 0 && length <= QWEN3I_MAX_ADDED && !added) w[n++] = qwen3i_word_make(p, (uint32_t)length, i);
+        if (p && length > 0 && length <= QWEN3I_MAX_ADDED && !added)
+            w[n++] = qwen3i_word_make(p, (uint32_t)length, i);
     }
     return n;
 }
@@ -14827,16 +15769,20 @@ static int qwen3i_index_tails(qwen3i_index *v, const qwen3_model *model, uint32_
         v->n_quotes++;
         for (j = i; j < t[i].skip; j++) v->n_tails += t[j].token >= 0;
     }
-    v->quotes = (uint32_t *)qwen3i_alloc_array(&v->allocator, 2 * ((size_t)v->n_quotes + 1), sizeof *v->quotes);
+    v->quotes = (uint32_t *)qwen3i_alloc_array(&v->allocator, 2 * ((size_t)v->n_quotes + 1),
+                                               sizeof *v->quotes);
     v->tails = (qwen3i_tail *)qwen3i_alloc_array(&v->allocator, v->n_tails, sizeof *v->tails);
     w = (qwen3i_word *)qwen3i_alloc_array(&v->allocator, v->n_tails, sizeof *w);
     begin = (qwen3i_word *)qwen3i_alloc_array(&v->allocator, v->n_quotes, sizeof *begin);
     if (!v->quotes || !v->tails || !w || !begin) {
-        qwen3i_free(&v->allocator, begin, v->n_quotes * sizeof *begin); qwen3i_free(&v->allocator, w, v->n_tails * sizeof *w); return 0; }
+        qwen3i_free(&v->allocator, begin, v->n_quotes * sizeof *begin);
+        qwen3i_free(&v->allocator, w, v->n_tails * sizeof *w); return 0; }
     v->quote_tails = v->quotes + v->n_quotes + 1;
     for (i = 0; i < v->tree.n; i++) {
         if (t[i].byte != '"') continue;
-        begin[q] = qwen3i_word_make(qwen3_token_bytes(model, v->tree.nodes[qwen3i_some_token(&v->tree, i)].token, &length), t[i].depth, (int32_t)q);
+        begin[q] = qwen3i_word_make(qwen3_token_bytes(model,
+                                                      v->tree.nodes[qwen3i_some_token(&v->tree, i)].token,
+                                                          &length), t[i].depth, (int32_t)q);
         v->quotes[q] = i;
         v->quote_tails[q++] = n;
         for (j = i; j < t[i].skip; j++) {
@@ -14853,11 +15799,13 @@ static int qwen3i_index_tails(qwen3i_index *v, const qwen3_model *model, uint32_
     qwen3i_sort(w, n, sizeof *w, qwen3i_compare_words);
     for (k = 0, i = 0; i < n; i++) {    /* suffix 0 is none; the others from 1, each once */
         qwen3i_tail *tail = &v->tails[w[i].id];
-        const int is_new = w[i].n > 0 && (k == 0 || w[k - 1].n != w[i].n || qwen3i_common(&w[k - 1], &w[i]) != w[i].n);
+        const int is_new = w[i].n > 0 && (k == 0 || w[k - 1].n != w[i].n ||
+                                          qwen3i_common(&w[k - 1], &w[i]) != w[i].n);
         if (is_new) { w[k] = w[i]; w[k++].id = ++distinct; }
         tail->suffix = w[i].n > 0 ? distinct : 0;
     }
-    k = qwen3i_tree_build(&v->allocator, &v->suffixes, w, k, path) && qwen3i_tree_build(&v->allocator, &v->quoted, begin, (int)v->n_quotes, path);
+    k = qwen3i_tree_build(&v->allocator, &v->suffixes, w, k, path) &&
+        qwen3i_tree_build(&v->allocator, &v->quoted, begin, (int)v->n_quotes, path);
     qwen3i_free(&v->allocator, begin, v->n_quotes * sizeof *begin);
     qwen3i_free(&v->allocator, w, v->n_tails * sizeof *w);
     return k;
@@ -14877,12 +15825,14 @@ static void qwen3i_index_count(qwen3i_index *v, qwen3i_level *levels) {
         const qwen3i_state *s = next < 0 ? NULL : qwen3i_state_at(g, g->plain, next);
         if (s && s->final) {
             while (v->quotes[q] < i) q++;
-            for (j = v->quote_tails[q]; j < v->quote_tails[q + 1]; j++) v->tails[j].chars = (uint16_t)up.count;
+            for (j = v->quote_tails[q]; j < v->quote_tails[q + 1]; j++)
+                v->tails[j].chars = (uint16_t)up.count;
         }
         if (!s || s->final) { i = t[i].skip; continue; }
         levels[t[i].depth].state = next;
         levels[t[i].depth].count = up.count + s->boundary;
-        if (t[i].token >= 0) v->chars[t[i].token] = (unsigned char)qwen3i_min(255, up.count + s->boundary + s->chars);
+        if (t[i].token >= 0)
+            v->chars[t[i].token] = (unsigned char)qwen3i_min(255, up.count + s->boundary + s->chars);
         i++;
     }
 }
@@ -14890,16 +15840,21 @@ static void qwen3i_index_count(qwen3i_index *v, qwen3i_level *levels) {
 static void qwen3i_index_order(qwen3i_index *v) {
     int count[257], i, n = v->n_words * 32;
     memset(count, 0, sizeof count);
-    for (i = 0; i < n; i++) if (v->chars[i]) { count[v->chars[i] + 1]++; v->max_chars = qwen3i_max(v->max_chars, v->chars[i]); }
+    for (i = 0; i < n; i++) if (v->chars[i]) { count[v->chars[i] +
+                                                     1]++; v->max_chars = qwen3i_max(v->max_chars,
+                                                             v->chars[i]); }
     for (i = 1; i < 257; i++) count[i] += count[i - 1];
     for (i = 0; i < n; i++) if (v->chars[i]) v->by_chars[count[v->chars[i]]++] = i;
     v->n_text = count[256];
 }
 
-static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar_desc *desc, const qwen3i_err *err);
+static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar_desc *desc,
+                                           const qwen3i_err *err);
 
-static qwen3_result qwen3i_index_fill(qwen3i_index *v, const qwen3_model *model, qwen3i_word *words, uint32_t *path, qwen3i_level *levels) {
-    static const char any[] = "{\"type\":[\"string\",\"object\"]}";      /* keys of objects: strings without escapes */
+static qwen3_result qwen3i_index_fill(qwen3i_index *v, const qwen3_model *model, qwen3i_word *words,
+                                      uint32_t *path, qwen3i_level *levels) {
+    /* keys of objects: strings without escapes */
+    static const char any[] = "{\"type\":[\"string\",\"object\"]}";
     qwen3_grammar_desc desc;
     qwen3_grammar *g;
     qwen3_result r;
@@ -14912,10 +15867,12 @@ static qwen3_result qwen3i_index_fill(qwen3i_index *v, const qwen3_model *model,
     v->by_chars = (int32_t *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words * 32, sizeof *v->by_chars);
     v->plain_mask = (uint32_t *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words, sizeof *v->plain_mask);
     v->any_mask = (uint32_t *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words, sizeof *v->any_mask);
-    v->plain_crossings = (qwen3i_crossing *)qwen3i_alloc_array(&v->allocator, QWEN3I_MAX_CROSSINGS, sizeof *v->plain_crossings);
+    v->plain_crossings = (qwen3i_crossing *)qwen3i_alloc_array(&v->allocator, QWEN3I_MAX_CROSSINGS,
+                                                               sizeof *v->plain_crossings);
     g = (qwen3_grammar *)qwen3i_alloc_zero(&v->allocator, 1, sizeof *g);
     v->plain = g;
-    if (!v->chars || !v->by_chars || !v->plain_mask || !v->any_mask || !v->plain_crossings || !g) return QWEN3_ERR_MEMORY;
+    if (!v->chars || !v->by_chars || !v->plain_mask || !v->any_mask || !v->plain_crossings || !g)
+        return QWEN3_ERR_MEMORY;
     memset(&desc, 0, sizeof desc);
     desc.kind = QWEN3_GRAMMAR_JSON_SCHEMA;
     desc.text = any;
@@ -14927,14 +15884,17 @@ static qwen3_result qwen3i_index_fill(qwen3i_index *v, const qwen3_model *model,
     v->n_plain_crossings = qwen3i_walk_quotes(g, v, g->plain, v->plain_state, levels, v->plain_crossings);
     qwen3i_walk_inside(g, v, g->plain, v->plain_state, levels, v->plain_mask);
     keys = QWEN3I_ARRAY(qwen3i_object, g->objects)[1].dfa;
-    qwen3i_walk_inside(g, v, keys, qwen3i_dfa_step(g, &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[keys], 0, '"'), levels, v->any_mask);
+    qwen3i_walk_inside(g, v, keys, qwen3i_dfa_step(g, &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[keys], 0, '"'),
+                       levels, v->any_mask);
     if (v->n_plain_crossings < 0) return QWEN3_ERR_UNSUPPORTED;
     qwen3i_index_count(v, levels);
     qwen3i_index_order(v);
     return QWEN3_OK;
 }
 
-static void qwen3i_index_drop(void *cell) { qwen3i_index_free((qwen3i_index *)(uintptr_t)qwen3i_atomic_get((qwen3i_atomic *)cell)); }
+static void qwen3i_index_drop(void *cell) {
+    qwen3i_index_free((qwen3i_index *)(uintptr_t)qwen3i_atomic_get((qwen3i_atomic *)cell));
+}
 
 /* The index of a model's vocabulary: made by the first who asks. */
 static qwen3_result qwen3i_index_get(const qwen3_model *model, const qwen3i_index **out) {
@@ -14957,7 +15917,8 @@ static qwen3_result qwen3i_index_get(const qwen3_model *model, const qwen3i_inde
     qwen3i_free(a, path, n_depth * sizeof *path);
     qwen3i_free(a, levels, n_depth * sizeof *levels);
     if (r != QWEN3_OK) { qwen3i_index_free(v); return r; }
-    if (!qwen3i_atomic_swap((qwen3i_atomic *)model->vocab, 0, (uint64_t)(uintptr_t)v)) {     /* another thread was first */
+    /* another thread was first */
+    if (!qwen3i_atomic_swap((qwen3i_atomic *)model->vocab, 0, (uint64_t)(uintptr_t)v)) {
         qwen3i_index_free(v);
         v = (qwen3i_index *)(uintptr_t)qwen3i_atomic_get((qwen3i_atomic *)model->vocab);
     }
@@ -14965,7 +15926,7 @@ static qwen3_result qwen3i_index_get(const qwen3_model *model, const qwen3i_inde
     return QWEN3_OK;
 }
 
-/* ---- creating ---------------------------------------------------------------------------------------------------------------------- */
+/* ---- creating -------------------------------------------------------------------------------- */
 static void qwen3i_grammar_free(qwen3_grammar *g) {
     qwen3_allocator a;
     qwen3i_buf *all[10];
@@ -14983,9 +15944,12 @@ QWEN3_API void qwen3_grammar_free(qwen3_grammar *grammar) { qwen3i_grammar_free(
 static void qwen3i_compiler_bufs(qwen3i_compiler *c, qwen3i_buf **all) {
     qwen3i_buf *list[20];
     list[0] = &c->nfa; list[1] = &c->marks; list[2] = &c->stack; list[3] = &c->set; list[4] = &c->seeds;
-    list[5] = &c->subsets.data; list[6] = &c->subsets.spans; list[7] = &c->subsets.table; list[8] = &c->ast; list[9] = &c->ranges;
-    list[10] = &c->dom; list[11] = &c->text; list[12] = &c->shapes; list[13] = &c->rules; list[14] = &c->terms;
-    list[15] = &c->values.data; list[16] = &c->values.spans; list[17] = &c->values.table; list[18] = &c->value_nodes; list[19] = &c->empties;
+    list[5] = &c->subsets.data; list[6] = &c->subsets.spans; list[7] = &c->subsets.table; list[8] = &c->ast;
+    list[9] = &c->ranges;
+    list[10] = &c->dom; list[11] = &c->text; list[12] = &c->shapes; list[13] = &c->rules;
+    list[14] = &c->terms;
+    list[15] = &c->values.data; list[16] = &c->values.spans; list[17] = &c->values.table;
+    list[18] = &c->value_nodes; list[19] = &c->empties;
     memcpy(all, list, sizeof list);
     all[20] = &c->pending;
     all[21] = &c->patterns;
@@ -15032,14 +15996,16 @@ static int qwen3i_compile_regex(qwen3i_compiler *c, const char *text, size_t n) 
     return qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, dfa, 0, QWEN3I_NO_LIMIT), QWEN3I_RETURN);
 }
 
-static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar_desc *desc, const qwen3i_err *err) {
+static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar_desc *desc,
+                                           const qwen3i_err *err) {
     qwen3i_compiler c;
     qwen3i_buf *all[QWEN3I_COMPILER_BUFS];
     int i;
     memset(&c, 0, sizeof c);
     c.g = g;
     c.err = err;
-    g->dfas = g->states = g->edges = g->rows = g->lexemes = g->nodes = g->lists = g->objects = g->members = g->arrays =
+    g->dfas = g->states = g->edges = g->rows = g->lexemes = g->nodes = g->lists = g->objects = g->members =
+              g->arrays =
         qwen3i_buf_make(&g->allocator);
     qwen3i_compiler_bufs(&c, all);
     for (i = 0; i < QWEN3I_COMPILER_BUFS; i++) *all[i] = qwen3i_buf_make(&g->allocator);
@@ -15047,8 +16013,10 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
     g->flags = desc->flags;
     g->serial = qwen3i_hash((uint64_t)desc->kind + 1, desc->text, desc->n_bytes) | 1;
     if (c.result == QWEN3_OK) {
-        if (desc->kind == QWEN3_GRAMMAR_JSON_SCHEMA) g->root = qwen3i_compile_schema(&c, desc->text, desc->n_bytes);
-        else if (desc->kind == QWEN3_GRAMMAR_REGEX) g->root = qwen3i_compile_regex(&c, desc->text, desc->n_bytes);
+        if (desc->kind == QWEN3_GRAMMAR_JSON_SCHEMA)
+            g->root = qwen3i_compile_schema(&c, desc->text, desc->n_bytes);
+        else if (desc->kind == QWEN3_GRAMMAR_REGEX)
+            g->root = qwen3i_compile_regex(&c, desc->text, desc->n_bytes);
         else g->root = qwen3i_compile_bnf(&c, desc->text, desc->n_bytes);
     }
     if (c.result == QWEN3_OK) qwen3i_finish(&c);
@@ -15060,7 +16028,8 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
     return c.result;
 }
 
-QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_model *model, const qwen3_grammar_desc *desc, char *err_text, size_t err_size) {
+QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_model *model,
+                                            const qwen3_grammar_desc *desc, char *err_text, size_t err_size) {
     qwen3i_err err;
     qwen3_grammar *g;
     qwen3_result r;
@@ -15070,12 +16039,16 @@ QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_mod
     if (err_text && err_size) err_text[0] = '\0';
     if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
     *out = NULL;
-    if (!model || !desc || !desc->text) return qwen3i_fail(&err, QWEN3_ERR_ARG, "model, desc or its text is NULL");
-    if (!model->tokenizer) return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
+    if (!model || !desc || !desc->text)
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "model, desc or its text is NULL");
+    if (!model->tokenizer)
+        return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
     kind = (int)desc->kind;
-    if (kind < QWEN3_GRAMMAR_JSON_SCHEMA || kind > QWEN3_GRAMMAR_GBNF || (desc->flags & ~(QWEN3_GRAMMAR_COMPACT | QWEN3_GRAMMAR_MAY_BREAK_OFF)))
+    if (kind < QWEN3_GRAMMAR_JSON_SCHEMA || kind > QWEN3_GRAMMAR_GBNF ||
+        (desc->flags & ~(QWEN3_GRAMMAR_COMPACT | QWEN3_GRAMMAR_MAY_BREAK_OFF)))
         return qwen3i_fail(&err, QWEN3_ERR_ARG, "the grammar's kind or flags are unknown");
-    if (desc->n_bytes > 1 << 26) return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "a grammar of more than 64 MiB");
+    if (desc->n_bytes > 1 << 26)
+        return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "a grammar of more than 64 MiB");
     g = (qwen3_grammar *)qwen3i_alloc_zero(&model->allocator, 1, sizeof *g);
     if (!g) return qwen3i_no_memory(&err, "a grammar", sizeof *g);
     g->allocator = model->allocator;
@@ -15089,7 +16062,7 @@ QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_mod
 }
 
 
-/* ---- a sequence's place in its grammar ------------------------------------------------------------------------------------------------- */
+/* ---- a sequence's place in its grammar ------------------------------------------------------- */
 #define QWEN3I_GUIDE_THREADS 256
 #define QWEN3I_GUIDE_FRAMES  16384      /* numbers: about 2,000 levels */
 #define QWEN3I_POOL_THREADS  32768
@@ -15098,7 +16071,8 @@ QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_mod
 typedef struct qwen3i_guide {
     const qwen3_grammar *g;             /* NULL: none */
     uint64_t      serial, version;      /* of the grammar; counts its changes */
-    int           start, pos;           /* tokens from start are the grammar's; those before pos were followed; -1: none */
+    /* tokens from start are the grammar's; those before pos were followed; -1: none */
+    int           start, pos;
     int           n_threads, n_frames;
     qwen3i_thread threads[QWEN3I_GUIDE_THREADS];
     int           frames[QWEN3I_GUIDE_FRAMES];
@@ -15137,7 +16111,8 @@ static int qwen3i_guide_frame(qwen3i_masker *k, qwen3i_guide *s, int frame) {
     return up;
 }
 
-/* Take over a set of the machine, with the frames that it needs. The machine is used up. Returns how many threads it has. */
+/* Take over a set of the machine, with the frames that it needs. The machine is used up. Returns how many
+   threads it has. */
 static int qwen3i_guide_store(qwen3i_masker *k, qwen3i_guide *s, qwen3i_span set) {
     int i;
     s->n_threads = s->n_frames = 0;
@@ -15157,7 +16132,8 @@ static void qwen3i_guide_begin(qwen3i_masker *k, qwen3i_guide *s, const qwen3_gr
     s->serial = g->serial;
     k->m.n_pool = k->m.base = k->m.n_frames = k->m.ways = set.first = 0;
     qwen3i_proceed(&k->m, g->root, -1, 0);
-    for (i = 0; i < k->m.n_pool; i++) if (QWEN3I_NODE(g, k->m.pool[i].node)->kind == QWEN3I_VALUE) k->m.pool[i].state = 1;
+    for (i = 0; i < k->m.n_pool; i++)
+        if (QWEN3I_NODE(g, k->m.pool[i].node)->kind == QWEN3I_VALUE) k->m.pool[i].state = 1;
     set.n = k->m.n_pool;
     qwen3i_guide_store(k, s, set);
 }
@@ -15209,7 +16185,10 @@ static qwen3_token qwen3i_guide_shortest(qwen3i_masker *k, const qwen3i_guide *s
             k->m.n_frames = frames;
             next.n = qwen3i_advance(&k->m, set, t[i].byte);
             value = qwen3i_set_cost(&k->m, next);
-            if (next.n > 0 && (value < lowest || (best == end && token < 0 && value <= lowest))) { lowest = value; best = i; }
+            if (next.n > 0 && (value < lowest || (best == end && token < 0 && value <= lowest))) {
+                lowest = value;
+                best = i;
+            }
         }
         if (best == end) break;
         best_set.first = k->m.n_pool = pool;
@@ -15238,7 +16217,7 @@ static qwen3_token qwen3i_mask_single(const qwen3i_masker *k) {
     return token;
 }
 
-/* ---- scratch memory of a context -------------------------------------------------------------------------------------------------------- */
+/* ---- scratch memory of a context ------------------------------------------------------------- */
 static void qwen3i_masker_free(const qwen3_allocator *a, qwen3i_masker *k) {
     if (!k) return;
     qwen3i_free(a, k->memory, k->memory_size);
@@ -15262,7 +16241,8 @@ static void qwen3i_masker_carve(qwen3i_masker *k, char *base, size_t *used) {
     k->mask = (uint32_t *)qwen3i_masker_part(base, used, words, sizeof *k->mask);
     for (i = 0; i < QWEN3I_CACHED; i++) {
         k->cached[i].mask = (uint32_t *)qwen3i_masker_part(base, used, words, sizeof *k->mask);
-        k->cached[i].crossings = (qwen3i_crossing *)qwen3i_masker_part(base, used, QWEN3I_MAX_CROSSINGS, sizeof(qwen3i_crossing));
+        k->cached[i].crossings = (qwen3i_crossing *)qwen3i_masker_part(base, used, QWEN3I_MAX_CROSSINGS,
+                sizeof(qwen3i_crossing));
     }
 }
 
@@ -15314,10 +16294,12 @@ typedef struct qwen3i_seq {
 typedef struct qwen3i_pace {            /* how much to evaluate at once */
     int  (*cancel)(void *user);         /* the caller's hook */
     void  *cancel_user;
-    int    rows;                        /* in a step at most: prefill_chunk, or less after steps were cancelled */
+    /* in a step at most: prefill_chunk, or less after steps were cancelled */
+    int    rows;
     int    n_steps;                     /* complete in this call */
     int    insist;                      /* the first step of this call is not cancelled */
-    int    starved;                     /* even a step of one row was cancelled in this call, before it came to any */
+    /* even a step of one row was cancelled in this call, before it came to any */
+    int    starved;
     double prompt_ms, decode_ms;        /* a prompt's row, a decode step, as last measured */
     int    prompt_rows;                 /* in the step that prompt_ms is of */
     int    turn;                        /* whose turn it is where a budget is short: answers or prompts */
@@ -15375,7 +16357,7 @@ QWEN3_API qwen3_stats qwen3_ctx_stats(const qwen3_ctx *c) {
     return none;
 }
 
-/* ---- creating ---------------------------------------------------------------------------------------- */
+/* ---- creating -------------------------------------------------------------------------------- */
 /* Positions the model can tell apart, stretched by YaRN if that is on. */
 static int qwen3i_max_positions(const qwen3i_config *k, float yarn_factor) {
     double factor = yarn_factor > 0 ? (double)yarn_factor : k->yarn_factor, n = k->yarn_original_ctx * factor;
@@ -15386,22 +16368,30 @@ static int qwen3i_max_positions(const qwen3i_config *k, float yarn_factor) {
 static int qwen3i_rows(const qwen3_ctx_desc *d) { return qwen3i_max(d->prefill_chunk, d->max_seqs); }
 
 /* Check a descriptor and fill its defaults in. */
-static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_desc *in, qwen3_ctx_desc *d, const qwen3i_err *err) {
+static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_desc *in, qwen3_ctx_desc *d,
+                                       const qwen3i_err *err) {
     int limit;
     memset(d, 0, sizeof *d);
     if (in) *d = *in;
-    if (!qwen3i_between(d->yarn_factor, 0, 1024)) return qwen3i_fail(err, QWEN3_ERR_ARG, "yarn_factor is not between 0 and 1024");
+    if (!qwen3i_between(d->yarn_factor, 0, 1024))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "yarn_factor is not between 0 and 1024");
     limit = qwen3i_max_positions(&m->config, d->yarn_factor);
     if (d->max_ctx == 0) d->max_ctx = qwen3i_min(4096, limit);
     if (d->max_ctx < 0 || d->max_ctx > limit)
-        return qwen3i_fail(err, QWEN3_ERR_ARG, "max_ctx is %d; the model has 1 to %d positions (more with yarn_factor)", d->max_ctx, limit);
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "max_ctx is %d; the model has 1 to %d positions (more with "
+                                               "yarn_factor)", d->max_ctx, limit);
     if (d->max_seqs == 0) d->max_seqs = 1;
-    if (d->max_seqs < 0 || d->max_seqs > 4096) return qwen3i_fail(err, QWEN3_ERR_ARG, "max_seqs is %d; 1 to 4096 is possible", d->max_seqs);
-    if (d->prefill_chunk < 0 || d->prefill_chunk > 65536) return qwen3i_fail(err, QWEN3_ERR_ARG, "prefill_chunk is %d; 1 to 65536 is possible", d->prefill_chunk);
+    if (d->max_seqs < 0 || d->max_seqs > 4096)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "max_seqs is %d; 1 to 4096 is possible", d->max_seqs);
+    if (d->prefill_chunk < 0 || d->prefill_chunk > 65536)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "prefill_chunk is %d; 1 to 65536 is possible",
+                           d->prefill_chunk);
     if (d->prefill_chunk == 0) d->prefill_chunk = m->backend->default_chunk;
-    if ((int64_t)d->prefill_chunk > (int64_t)d->max_ctx * d->max_seqs) d->prefill_chunk = d->max_ctx * d->max_seqs;
+    if ((int64_t)d->prefill_chunk > (int64_t)d->max_ctx * d->max_seqs)
+        d->prefill_chunk = d->max_ctx * d->max_seqs;
     if (d->kv_type == QWEN3_KV_DEFAULT) d->kv_type = QWEN3_KV_F16;
-    if (d->kv_type < QWEN3_KV_F32 || d->kv_type > QWEN3_KV_BF16) return qwen3i_fail(err, QWEN3_ERR_ARG, "kv_type %d is unknown", d->kv_type);
+    if (d->kv_type < QWEN3_KV_F32 || d->kv_type > QWEN3_KV_BF16)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "kv_type %d is unknown", d->kv_type);
     if (d->threads < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "threads is negative");
     if (d->threads == 0) d->threads = qwen3i_default_threads();         /* once: the layout must not change */
     if (d->probe.show && m->backend != qwen3i_cpu_backend())
@@ -15412,9 +16402,11 @@ static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_des
 }
 
 /* Lay a context's arrays out in a block (NULL: only count). Returns the block's size. */
-static uint64_t qwen3i_ctx_layout(qwen3_ctx *c, const qwen3i_config *cfg, const qwen3_ctx_desc *d, void *block) {
+static uint64_t qwen3i_ctx_layout(qwen3_ctx *c, const qwen3i_config *cfg, const qwen3_ctx_desc *d,
+                                  void *block) {
     qwen3i_arena m = qwen3i_arena_at(block, 64);
-    const uint64_t rows = (uint64_t)qwen3i_rows(d), seqs = (uint64_t)d->max_seqs, vocab = (uint64_t)cfg->n_vocab;
+    const uint64_t rows = (uint64_t)qwen3i_rows(d), seqs = (uint64_t)d->max_seqs,
+                   vocab = (uint64_t)cfg->n_vocab;
     qwen3_token *tokens;
     int i;
     c->seqs          = (qwen3i_seq *)qwen3i_arena_take(&m, seqs, 1, sizeof *c->seqs);
@@ -15428,7 +16420,8 @@ static uint64_t qwen3i_ctx_layout(qwen3_ctx *c, const qwen3i_config *cfg, const 
     c->items         = (qwen3_item *)qwen3i_arena_take(&m, seqs, 1, sizeof *c->items);
     c->rngs          = (uint64_t *)qwen3i_arena_take(&m, seqs, 1, sizeof *c->rngs);
     c->scratch.logits     = (float *)qwen3i_arena_take(&m, vocab, 1, sizeof *c->scratch.logits);
-    c->scratch.candidates = (qwen3i_candidate *)qwen3i_arena_take(&m, vocab, 1, sizeof *c->scratch.candidates);
+    c->scratch.candidates = (qwen3i_candidate *)qwen3i_arena_take(&m, vocab, 1,
+                                                                  sizeof *c->scratch.candidates);
     for (i = 0; block && i < d->max_seqs; i++) {
         c->seqs[i].tokens = tokens + (size_t)i * (size_t)d->max_ctx;
         c->seqs[i].len = 0;
@@ -15464,7 +16457,8 @@ static qwen3_result qwen3i_build_ctx(qwen3_ctx *c, const qwen3i_err *err) {
     return m->backend->ctx_create(&c->state, m->backend_state, m, &c->desc, err);
 }
 
-QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *m, const qwen3_ctx_desc *desc, char *err_text, size_t err_size) {
+QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *m, const qwen3_ctx_desc *desc,
+                                        char *err_text, size_t err_size) {
     qwen3i_err err;
     qwen3_ctx_desc d;
     qwen3_ctx *c;
@@ -15473,7 +16467,9 @@ QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *m, c
     if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
     *out = NULL;
     if (!m) return qwen3i_fail(&err, QWEN3_ERR_ARG, "model is NULL");
-    if (!m->weights.layers) return qwen3i_fail(&err, QWEN3_ERR_ARG, "the model was loaded with QWEN3_LOAD_VOCAB_ONLY: it has no weights");
+    if (!m->weights.layers)
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "the model was loaded with QWEN3_LOAD_VOCAB_ONLY: it has no "
+                                                "weights");
     r = qwen3i_resolve_ctx(m, desc, &d, &err);
     if (r != QWEN3_OK) return r;
     c = (qwen3_ctx *)qwen3i_alloc_zero(&d.allocator, 1, sizeof *c);
@@ -15496,13 +16492,14 @@ QWEN3_API void qwen3_ctx_free(qwen3_ctx *c) {
     if (!c) return;
     a = c->desc.allocator;
     if (c->state) c->model->backend->ctx_free(c->state);
-    for (i = 0; c->memory && i < c->desc.max_seqs; i++) qwen3i_free(&a, c->seqs[i].guide, sizeof *c->seqs[i].guide);
+    for (i = 0; c->memory && i < c->desc.max_seqs; i++)
+        qwen3i_free(&a, c->seqs[i].guide, sizeof *c->seqs[i].guide);
     qwen3i_masker_free(&a, c->masker);
     qwen3i_free(&a, c->memory, c->memory_size);
     qwen3i_free(&a, c, sizeof *c);
 }
 
-/* ---- sequences ---------------------------------------------------------------------------------------- */
+/* ---- sequences ------------------------------------------------------------------------------- */
 static qwen3_result qwen3i_check_seq(qwen3_ctx *c, int seq, const qwen3i_err *err) {
     if (seq >= 0 && seq < c->desc.max_seqs) return QWEN3_OK;
     return qwen3i_fail(err, QWEN3_ERR_ARG, "there is no sequence %d; max_seqs is %d", seq, c->desc.max_seqs);
@@ -15513,12 +16510,14 @@ static qwen3_result qwen3i_enter_seq(qwen3_ctx *c, int seq, qwen3i_err *err) {
     return r == QWEN3_OK ? qwen3i_check_seq(c, seq, err) : r;
 }
 
-static qwen3_result qwen3i_check_tokens(const qwen3_ctx *c, const qwen3_token *tokens, int n, const qwen3i_err *err) {
+static qwen3_result qwen3i_check_tokens(const qwen3_ctx *c, const qwen3_token *tokens, int n,
+                                        const qwen3i_err *err) {
     int i;
     if (n < 0 || (n > 0 && !tokens)) return qwen3i_fail(err, QWEN3_ERR_ARG, "tokens is NULL or n negative");
     for (i = 0; i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= c->model->config.n_vocab)
-            return qwen3i_fail(err, QWEN3_ERR_ARG, "tokens[%d] is %d; ids are 0 to %d", i, (int)tokens[i], c->model->config.n_vocab - 1);
+            return qwen3i_fail(err, QWEN3_ERR_ARG, "tokens[%d] is %d; ids are 0 to %d", i, (int)tokens[i],
+                               c->model->config.n_vocab - 1);
     return QWEN3_OK;
 }
 
@@ -15566,7 +16565,7 @@ QWEN3_API qwen3_result qwen3_seq_copy(qwen3_ctx *c, int dst, int src) {
     return QWEN3_OK;
 }
 
-/* ---- evaluating ------------------------------------------------------------------------------------------ */
+/* ---- evaluating ------------------------------------------------------------------------------ */
 /* Describe what item wants of its k-th token's row. Returns 0 if nothing. */
 static int qwen3i_want(const qwen3_ctx *c, const qwen3_item *item, int k, int row, qwen3i_out *out) {
     const size_t vocab = (size_t)c->model->config.n_vocab, embd = (size_t)c->model->config.n_embd;
@@ -15634,7 +16633,8 @@ static qwen3_result qwen3i_eval_step(qwen3_ctx *c, const qwen3i_batch *b, int de
 typedef struct qwen3i_cursor { int item, k; } qwen3i_cursor;     /* the next token: items[item].tokens[k] */
 
 /* Fill a batch of at most so many rows. */
-static void qwen3i_fill(qwen3_ctx *c, const qwen3_item *items, int n_items, int rows, qwen3i_cursor *at, qwen3i_batch *b) {
+static void qwen3i_fill(qwen3_ctx *c, const qwen3_item *items, int n_items, int rows, qwen3i_cursor *at,
+                        qwen3i_batch *b) {
     const qwen3i_cursor first = *at;
     b->n_rows = b->n_outs = 0;
     while (at->item < n_items && b->n_rows < rows) {
@@ -15680,7 +16680,8 @@ static qwen3_result qwen3i_append(qwen3_ctx *c, int seq, qwen3_token token, cons
 
 static qwen3_result qwen3i_check_head(const qwen3_model *m, const qwen3i_err *err) {
     if (m->info.has_head) return QWEN3_OK;
-    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model has no lm_head.weight: it makes embeddings, not logits");
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                       "the model has no lm_head.weight: it makes embeddings, not logits");
 }
 
 /* Make the kept logits those of the sequence's last token, evaluating it once more if they are not. */
@@ -15712,7 +16713,9 @@ static qwen3_result qwen3i_first_logprob(qwen3_ctx *c, const qwen3_item *item, c
     item->logprobs[0] = 0;
     if (c->seqs[item->seq].len == 0) return QWEN3_OK;
     r = qwen3i_get_logits(c, item->seq, &logits, err);
-    if (r == QWEN3_OK) item->logprobs[0] = (float)((double)logits[item->tokens[0]] - qwen3i_log_sum_exp(logits, c->model->config.n_vocab));
+    if (r == QWEN3_OK)
+        item->logprobs[0] = (float)((double)logits[item->tokens[0]] - qwen3i_log_sum_exp(logits,
+                c->model->config.n_vocab));
     return r;
 }
 
@@ -15723,12 +16726,16 @@ static qwen3_result qwen3i_check_item(qwen3_ctx *c, const qwen3_item *items, int
     if (r == QWEN3_OK) r = qwen3i_check_tokens(c, item->tokens, item->n, err);
     if (r != QWEN3_OK) return r;
     for (k = 0; k < i; k++)
-        if (items[k].seq == item->seq) return qwen3i_fail(err, QWEN3_ERR_ARG, "items %d and %d are both of sequence %d", k, i, item->seq);
+        if (items[k].seq == item->seq)
+            return qwen3i_fail(err, QWEN3_ERR_ARG, "items %d and %d are both of sequence %d", k, i,
+                               item->seq);
     if (item->all_logits || item->logprobs) r = qwen3i_check_head(c->model, err);
     if (r != QWEN3_OK) return r;
     len = c->seqs[item->seq].len;
     if (item->n > c->desc.max_ctx - len)
-        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "sequence %d holds %d of %d positions: %d more do not fit", item->seq, len, c->desc.max_ctx, item->n);
+        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL,
+                           "sequence %d holds %d of %d positions: %d more do not fit", item->seq, len,
+                               c->desc.max_ctx, item->n);
     return QWEN3_OK;
 }
 
@@ -15738,7 +16745,8 @@ QWEN3_API qwen3_result qwen3_eval(qwen3_ctx *c, const qwen3_item *items, int n_i
     int i;
     if (r != QWEN3_OK) return r;
     if (n_items < 0 || n_items > c->desc.max_seqs || (n_items > 0 && !items))
-        return qwen3i_fail(&err, QWEN3_ERR_ARG, "items is NULL, or n_items (%d) not 0 to max_seqs (%d)", n_items,
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "items is NULL, or n_items (%d) not 0 to max_seqs (%d)",
+                           n_items,
                            c->desc.max_seqs);
     for (i = 0; i < n_items && r == QWEN3_OK; i++) r = qwen3i_check_item(c, items, i, &err);
     for (i = 0; i < n_items && r == QWEN3_OK; i++) r = qwen3i_first_logprob(c, &items[i], &err);
@@ -15748,17 +16756,19 @@ QWEN3_API qwen3_result qwen3_eval(qwen3_ctx *c, const qwen3_item *items, int n_i
     return r;
 }
 
-/* ---- prompts: what a sequence shall hold, brought in by pieces ---------------------------------------------- */
+/* ---- prompts: what a sequence shall hold, brought in by pieces ------------------------------- */
 static int qwen3i_to_come(const qwen3i_seq *s) { return qwen3i_max(0, s->planned - s->len); }
 
-/* Keep what the sequence and these tokens have in common, and put the others behind it, to be evaluated. What an
-   unfinished plan had evaluated, or found, is not counted as reused once more. */
-static qwen3_result qwen3i_plan(qwen3_ctx *c, int seq, const qwen3_token *tokens, int n, const qwen3i_err *err) {
+/* Keep what the sequence and these tokens have in common, and put the others behind it, to be evaluated. What
+   an unfinished plan had evaluated, or found, is not counted as reused once more. */
+static qwen3_result qwen3i_plan(qwen3_ctx *c, int seq, const qwen3_token *tokens, int n,
+                                const qwen3i_err *err) {
     qwen3i_seq *s = &c->seqs[seq];
     const int known = qwen3i_to_come(s) > 0 ? s->len : 0;
     int common = 0;
     if (n > c->desc.max_ctx)
-        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "%d tokens do not fit into %d positions", n, c->desc.max_ctx);
+        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "%d tokens do not fit into %d positions", n,
+                           c->desc.max_ctx);
     while (common < n && common < s->len && s->tokens[common] == tokens[common]) common++;
     qwen3i_truncate(s, common);
     memmove(s->tokens + common, tokens + common, (size_t)(n - common) * sizeof *tokens);
@@ -15813,12 +16823,15 @@ static int qwen3i_is_eos(const qwen3_model *m, qwen3_token t) {
 }
 
 /* Ids from which a token may be chosen: the embedding's padding rows have no text. */
-static int qwen3i_n_choose(const qwen3_model *m) { return m->info.n_tokens ? m->info.n_tokens : m->config.n_vocab; }
+static int qwen3i_n_choose(const qwen3_model *m) {
+    return m->info.n_tokens ? m->info.n_tokens : m->config.n_vocab;
+}
 
-/* ---- grammars: where one applies, and the tokens that it allows --------------------------------------------- */
+/* ---- grammars: where one applies, and the tokens that it allows ------------------------------ */
 enum { QWEN3I_NO_TURN = -1, QWEN3I_THINKS = -2, QWEN3I_HAS_THOUGHT = -3 };
 
-/* Where the answer of the turn that is open begins, or one of the above. *may_think: it could begin with <think>. */
+/* Where the answer of the turn that is open begins, or one of the above. *may_think: it could begin with
+   <think>. */
 static int qwen3i_answer_start(const qwen3_model *m, const qwen3i_seq *s, int *may_think) {
     int i, bytes;
     const char *p;
@@ -15843,24 +16856,31 @@ static int qwen3i_answer_start(const qwen3_model *m, const qwen3i_seq *s, int *m
 }
 
 /* Memory for grammars, when the first one is used. */
-static qwen3_result qwen3i_guide_ready(qwen3_ctx *c, qwen3i_seq *s, const qwen3_grammar *g, const qwen3i_err *err) {
-    if (g->model != c->model) return qwen3i_fail(err, QWEN3_ERR_ARG, "the grammar was compiled for another model");
+static qwen3_result qwen3i_guide_ready(qwen3_ctx *c, qwen3i_seq *s, const qwen3_grammar *g,
+                                       const qwen3i_err *err) {
+    if (g->model != c->model)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "the grammar was compiled for another model");
     if (!c->masker) c->masker = qwen3i_masker_make(&c->desc.allocator, g->vocab);
-    if (c->masker && !s->guide) s->guide = (qwen3i_guide *)qwen3i_alloc_zero(&c->desc.allocator, 1, sizeof *s->guide);
-    return c->masker && s->guide ? QWEN3_OK : qwen3i_no_memory(err, "a sequence's place in a grammar", sizeof *s->guide);
+    if (c->masker && !s->guide)
+        s->guide = (qwen3i_guide *)qwen3i_alloc_zero(&c->desc.allocator, 1, sizeof *s->guide);
+    return c->masker && s->guide ? QWEN3_OK : qwen3i_no_memory(err, "a sequence's place in a grammar",
+                                                               sizeof *s->guide);
 }
 
-/* Bring the guide up to the sequence's end, from where it is or from the start. Returns whether the tokens fit. */
+/* Bring the guide up to the sequence's end, from where it is or from the start. Returns whether the tokens
+   fit. */
 static int qwen3i_guide_follow(qwen3_ctx *c, qwen3i_seq *s, const qwen3_grammar *g, int start) {
     qwen3i_guide *guide = s->guide;
     const char *p;
     int n;
-    if (guide->g != g || guide->serial != g->serial || guide->start != start || guide->pos < start || guide->pos > s->len) {
+    if (guide->g != g || guide->serial != g->serial || guide->start != start || guide->pos < start ||
+        guide->pos > s->len) {
         qwen3i_guide_begin(c->masker, guide, g);
         guide->start = guide->pos = start;
     }
     for (; guide->pos < s->len; guide->pos++) {
-        p = qwen3i_added_of(c->model->tokenizer, s->tokens[guide->pos]) ? NULL : qwen3i_token_bytes(c->model, s->tokens[guide->pos], &n);
+        p = qwen3i_added_of(c->model->tokenizer, s->tokens[guide->pos]) ? NULL :
+            qwen3i_token_bytes(c->model, s->tokens[guide->pos], &n);
         if (!p || !qwen3i_guide_bytes(c->masker, guide, p, n)) return 0;
     }
     return 1;
@@ -15874,9 +16894,10 @@ static const uint32_t *qwen3i_mask_only(qwen3i_masker *k, qwen3_token t) {
     return k->mask;
 }
 
-/* The tokens that may come next; NULL: all, as while the model thinks. A text before the answer's end that the
-   grammar cannot follow, as after a prompt, is not part of it: then it begins here. */
-static qwen3_result qwen3i_grammar_mask(qwen3_ctx *c, int seq, const qwen3_grammar *g, int room, const uint32_t **mask, const qwen3i_err *err) {
+/* The tokens that may come next; NULL: all, as while the model thinks. A text before the answer's end that
+   the grammar cannot follow, as after a prompt, is not part of it: then it begins here. */
+static qwen3_result qwen3i_grammar_mask(qwen3_ctx *c, int seq, const qwen3_grammar *g, int room,
+                                        const uint32_t **mask, const qwen3i_err *err) {
     const qwen3_model *m = c->model;
     qwen3i_seq *s = &c->seqs[seq];
     const int lead = (int)qwen3i_word_id(m->tokenizer, "\n\n", 2);
@@ -15885,10 +16906,14 @@ static qwen3_result qwen3i_grammar_mask(qwen3_ctx *c, int seq, const qwen3_gramm
     *mask = NULL;
     if (r != QWEN3_OK) return r;
     if (start == QWEN3I_THINKS) {       /* in time for the shortest answer */
-        if (room <= QWEN3I_NODE(g, g->root)->cost + 3 && !(g->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF)) *mask = qwen3i_mask_only(c->masker, m->info.think_end);
+        if (room <= QWEN3I_NODE(g, g->root)->cost + 3 && !(g->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF))
+            *mask = qwen3i_mask_only(c->masker, m->info.think_end);
         return QWEN3_OK;
     }
-    if (start == QWEN3I_HAS_THOUGHT && lead >= 0) { *mask = qwen3i_mask_only(c->masker, lead); return QWEN3_OK; }
+    if (start == QWEN3I_HAS_THOUGHT && lead >= 0) {
+        *mask = qwen3i_mask_only(c->masker, lead);
+        return QWEN3_OK;
+    }
     if (start < s->grammar_start && s->grammar_start <= s->len) start = s->grammar_start;
     if (start < 0) start = s->len;
     if (!qwen3i_guide_follow(c, s, g, start)) {
@@ -15898,7 +16923,8 @@ static qwen3_result qwen3i_grammar_mask(qwen3_ctx *c, int seq, const qwen3_gramm
     }
     s->grammar_start = start;
     if (c->masker->guide != s->guide || c->masker->version != s->guide->version) {
-        if (qwen3i_guide_mask(c->masker, s->guide)) for (i = 0; i < m->n_eos; i++) qwen3i_allow(c->masker->mask, m->eos[i]);
+        if (qwen3i_guide_mask(c->masker, s->guide))
+            for (i = 0; i < m->n_eos; i++) qwen3i_allow(c->masker->mask, m->eos[i]);
         c->masker->guide = s->guide;
         c->masker->version = s->guide->version;
     }
@@ -15907,8 +16933,8 @@ static qwen3_result qwen3i_grammar_mask(qwen3_ctx *c, int seq, const qwen3_gramm
     return QWEN3_OK;
 }
 
-/* Where a grammar applies: is there room to end the text after this token? If not, *t becomes the first token of
-   the shortest way to the end. */
+/* Where a grammar applies: is there room to end the text after this token? If not, *t becomes the first token
+   of the shortest way to the end. */
 static void qwen3i_lead_to_end(qwen3_ctx *c, const qwen3i_next *next, qwen3_token *t) {
     const qwen3i_seq *s = &c->seqs[next->seq];
     int n, cost;
@@ -15935,7 +16961,8 @@ static qwen3_result qwen3i_sample(qwen3_ctx *c, qwen3i_next *next, const qwen3i_
     if (next->grammar) r = qwen3i_grammar_mask(c, next->seq, next->grammar, next->room, &c->scratch.mask, err);
     if (r != QWEN3_OK) return r;
     callers = qwen3i_float_enter();
-    r = qwen3i_choose(logits, c->model->config.n_vocab, qwen3i_n_choose(c->model), s->tokens, s->len, next->sampler, &c->scratch, &next->out, err);
+    r = qwen3i_choose(logits, c->model->config.n_vocab, qwen3i_n_choose(c->model), s->tokens, s->len,
+                      next->sampler, &c->scratch, &next->out, err);
     qwen3i_float_leave(callers);
     if (r == QWEN3_OK && c->scratch.mask) qwen3i_lead_to_end(c, next, &next->out);
     return r;
@@ -15965,7 +16992,8 @@ QWEN3_API int qwen3_top_probs(qwen3_ctx *c, int seq, qwen3_prob *out, int k) {
     if (k < 0 || (k > 0 && !out)) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL or k negative");
     r = qwen3i_get_logits(c, seq, &logits, &err);
     if (r != QWEN3_OK || k == 0) return r;
-    n = qwen3i_select_top(logits, c->model->config.n_vocab, qwen3i_min(k, c->model->config.n_vocab), NULL, c->scratch.candidates);
+    n = qwen3i_select_top(logits, c->model->config.n_vocab, qwen3i_min(k, c->model->config.n_vocab), NULL,
+                          c->scratch.candidates);
     lse = qwen3i_log_sum_exp(logits, c->model->config.n_vocab);
     if (!qwen3i_is_number((float)lse)) return qwen3i_not_numbers(&err);
     for (i = 0; i < n; i++) {
@@ -15975,7 +17003,7 @@ QWEN3_API int qwen3_top_probs(qwen3_ctx *c, int seq, qwen3_prob *out, int k) {
     return n;
 }
 
-/* ---- decode steps ------------------------------------------------------------------------------------- */
+/* ---- decode steps ---------------------------------------------------------------------------- */
 /* Choose on the host, then evaluate what was chosen. */
 static qwen3_result qwen3i_next_on_host(qwen3_ctx *c, qwen3i_next *next, int n, const qwen3i_err *err) {
     qwen3_result r = QWEN3_OK;
@@ -16065,18 +17093,21 @@ QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *c, const int *seqs, int n, qw
     int i, k;
     if (r != QWEN3_OK) return r;
     if (n < 0 || n > c->desc.max_seqs || (n > 0 && (!seqs || !out)))
-        return qwen3i_fail(&err, QWEN3_ERR_ARG, "seqs or out is NULL, or n (%d) not 0 to max_seqs (%d)", n, c->desc.max_seqs);
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "seqs or out is NULL, or n (%d) not 0 to max_seqs (%d)", n,
+                           c->desc.max_seqs);
     for (i = 0; i < n; i++) {
         r = qwen3i_check_seq(c, seqs[i], &err);
         if (r != QWEN3_OK) return r;
         for (k = 0; k < i; k++)
-            if (seqs[k] == seqs[i]) return qwen3i_fail(&err, QWEN3_ERR_ARG, "sequence %d appears twice", seqs[i]);
+            if (seqs[k] == seqs[i])
+                return qwen3i_fail(&err, QWEN3_ERR_ARG, "sequence %d appears twice", seqs[i]);
     }
     return qwen3i_next_batch(c, seqs, n, samplers, out, results, &err);
 }
 
 static qwen3_result qwen3i_full(const qwen3_ctx *c, int seq, const qwen3i_err *err) {
-    return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "sequence %d holds all of its %d positions", seq, c->desc.max_ctx);
+    return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "sequence %d holds all of its %d positions", seq,
+                       c->desc.max_ctx);
 }
 
 QWEN3_API qwen3_result qwen3_next(qwen3_ctx *c, int seq, qwen3_sampler *sampler, qwen3_token *out) {
@@ -16089,10 +17120,11 @@ QWEN3_API qwen3_result qwen3_next(qwen3_ctx *c, int seq, qwen3_sampler *sampler,
     return r == QWEN3_OK ? one : r;
 }
 
-/* ---- streams: tokens to whole characters, what kind of text they are, stop strings -------------------------- */
+/* ---- streams: tokens to whole characters, what kind of text they are, stop strings ----------- */
 #define QWEN3I_MAX_STOP 1024            /* half of the pending bytes: such a string and a character fit */
 
-typedef struct qwen3i_tag { const char *text; int tag, then; } qwen3i_tag;  /* its own kind; that of what follows */
+/* its own kind; that of what follows */
+typedef struct qwen3i_tag { const char *text; int tag, then; } qwen3i_tag;
 
 /* The tag that a token is, where text is of this kind: within thinking, calls are only talked about. */
 static const qwen3i_tag *qwen3i_tag_of(const qwen3_model *m, int kind, qwen3_token t) {
@@ -16131,7 +17163,8 @@ static void qwen3i_stream_find_kind(qwen3_stream *s, const qwen3_token *tokens, 
 
 /* The length of the UTF-8 sequence that starts with this byte, 0 if none does. */
 static int qwen3i_utf8_length(unsigned char c) {
-    return c < 0x80 ? 1 : c >= 0xC2 && c < 0xE0 ? 2 : c >= 0xE0 && c < 0xF0 ? 3 : c >= 0xF0 && c < 0xF5 ? 4 : 0;
+    return c < 0x80 ? 1 : c >= 0xC2 && c < 0xE0 ? 2 : c >= 0xE0 && c < 0xF0 ? 3 : c >= 0xF0 && c < 0xF5 ? 4 :
+           0;
 }
 
 /* How many bytes at p form one valid character; 0: the first byte is not part of one. */
@@ -16162,7 +17195,8 @@ static void qwen3i_deliver(qwen3_stream *s, const char *p, int n, int kind) {
     qwen3i_deliver_valid(s, p + start, i - start, kind);
 }
 
-/* Deliver the first n pending bytes. Newlines behind a tag are still the tag's. STOPPED if the callback said so. */
+/* Deliver the first n pending bytes. Newlines behind a tag are still the tag's. STOPPED if the callback said
+   so. */
 static qwen3_result qwen3i_flush(qwen3_stream *s, int n) {
     int lead = 0;
     while (s->tag && lead < n && s->pending[lead] == '\n') lead++;
@@ -16259,7 +17293,8 @@ static qwen3_result qwen3i_feed(qwen3_stream *s, qwen3_token t) {
     r = qwen3i_stream_text(s, t);
     s->n_tokens++;
     s->n_thinking += kind == QWEN3_TEXT_THINKING && s->kind == QWEN3_TEXT_THINKING;
-    s->forced = s->kind == QWEN3_TEXT_THINKING && s->gen.think_budget > 0 && s->n_thinking >= s->gen.think_budget
+    s->forced = s->kind == QWEN3_TEXT_THINKING && s->gen.think_budget > 0 &&
+                s->n_thinking >= s->gen.think_budget
               ? m->info.think_end : -1;
     if (r == QWEN3_MORE && s->n_tokens == s->gen.max_tokens) r = QWEN3_OK;
     return r == QWEN3_MORE ? r : qwen3i_stream_end(s, r);
@@ -16288,10 +17323,11 @@ static qwen3_result qwen3i_check_gen(const qwen3_ctx *c, const qwen3_gen_desc *g
     return QWEN3_OK;
 }
 
-/* ---- replies: prompts by pieces, then token by token, of several sequences together ------------------------- */
-/* Where the texts of two lists of tokens, which differ in their first one, come together again; 0 if they do not
-   before a control token or the end of one. *i and *k: how many tokens that takes of each. */
-static int qwen3i_same_text(const qwen3_model *m, const qwen3_token *x, int n_x, const qwen3_token *y, int n_y, int *i, int *k) {
+/* ---- replies: prompts by pieces, then token by token, of several sequences together ---------- */
+/* Where the texts of two lists of tokens, which differ in their first one, come together again; 0 if they do
+   not before a control token or the end of one. *i and *k: how many tokens that takes of each. */
+static int qwen3i_same_text(const qwen3_model *m, const qwen3_token *x, int n_x, const qwen3_token *y,
+                            int n_y, int *i, int *k) {
     const char *p = NULL, *q = NULL;
     int n_p = 0, n_q = 0, n;
     for (*i = *k = 0;;) {
@@ -16311,16 +17347,17 @@ static int qwen3i_same_text(const qwen3_model *m, const qwen3_token *x, int n_x,
     }
 }
 
-/* A model may write a text with other tokens than the tokenizer would. Where the rendered tokens have the same text as
-   those that the sequence holds, take the latter: they are what the model said, and they are evaluated. Returns how
-   many there are now. */
+/* A model may write a text with other tokens than the tokenizer would. Where the rendered tokens have the
+   same text as those that the sequence holds, take the latter: they are what the model said, and they are
+   evaluated. Returns how many there are now. */
 static int qwen3i_take_held(qwen3_ctx *c, int seq, int n) {
     const qwen3i_seq *s = &c->seqs[seq];
     qwen3_token *prompt = c->prompt;
     int at, held, rendered;
     for (at = 0; at < n && at < s->len; at++) {
         if (prompt[at] == s->tokens[at]) continue;
-        if (!qwen3i_same_text(c->model, s->tokens + at, s->len - at, prompt + at, n - at, &held, &rendered)) break;
+        if (!qwen3i_same_text(c->model, s->tokens + at, s->len - at, prompt + at, n - at, &held, &rendered))
+            break;
         if (n - rendered + held > c->desc.max_ctx) break;
         memmove(prompt + at + held, prompt + at + rendered, (size_t)(n - at - rendered) * sizeof *prompt);
         memcpy(prompt + at, s->tokens + at, (size_t)held * sizeof *prompt);
@@ -16331,16 +17368,18 @@ static int qwen3i_take_held(qwen3_ctx *c, int seq, int n) {
 }
 
 /* Render a conversation and plan to bring the sequence up to date with it. */
-static qwen3_result qwen3i_plan_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3i_err *err) {
+static qwen3_result qwen3i_plan_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat,
+                                     const qwen3i_err *err) {
     int n = qwen3i_chat_render(c->model, chat, c->prompt, c->desc.max_ctx, err);
     if (n < 0) return (qwen3_result)n;
     if (n > c->desc.max_ctx)
-        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "the conversation has %d tokens, the sequence %d positions", n, c->desc.max_ctx);
+        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL,
+                           "the conversation has %d tokens, the sequence %d positions", n, c->desc.max_ctx);
     return qwen3i_plan(c, seq, c->prompt, qwen3i_take_held(c, seq, n), err);
 }
 
-static qwen3_result qwen3i_begin(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen,
-                                 qwen3_stream *s, const qwen3i_err *err) {
+static qwen3_result qwen3i_begin(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat,
+                                 const qwen3_gen_desc *gen, qwen3_stream *s, const qwen3i_err *err) {
     qwen3_result r = qwen3i_check_gen(c, gen, err);
     if (r == QWEN3_OK && chat) r = qwen3i_plan_chat(c, seq, chat, err);
     if (r != QWEN3_OK) return r;
@@ -16370,7 +17409,8 @@ QWEN3_API qwen3_result qwen3_stream_begin(qwen3_ctx *c, int seq, const qwen3_cha
 static int qwen3i_reads(const qwen3_stream *s)   { return s->result == QWEN3_MORE && s->n_prompt > 0; }
 static int qwen3i_answers(const qwen3_stream *s) { return s->result == QWEN3_MORE && s->n_prompt == 0; }
 
-/* A piece of the prompts, of so many rows in all. wait: until it is done, where a backend works behind our back. */
+/* A piece of the prompts, of so many rows in all. wait: until it is done, where a backend works behind our
+   back. */
 static qwen3_result qwen3i_read_prompts(qwen3_ctx *c, qwen3_stream *const *streams, int n, int rows, int wait,
                                         const qwen3i_err *err) {
     const double start = qwen3i_now_ms();
@@ -16382,7 +17422,8 @@ static qwen3_result qwen3i_read_prompts(qwen3_ctx *c, qwen3_stream *const *strea
         c->items[n_items] = qwen3i_piece(c, streams[i]->seq, rows);
         rows -= c->items[n_items++].n;
     }
-    if (wait && c->model->config.n_embd <= c->model->config.n_vocab) c->items[n_items - 1].hidden = c->scratch.logits;
+    if (wait && c->model->config.n_embd <= c->model->config.n_vocab)
+        c->items[n_items - 1].hidden = c->scratch.logits;
     r = qwen3i_eval(c, c->items, n_items, err);
     for (i = 0; i < n; i++)
         if (qwen3i_reads(streams[i])) streams[i]->n_prompt = qwen3i_to_come(&c->seqs[streams[i]->seq]);
@@ -16395,7 +17436,10 @@ static qwen3_result qwen3i_read_prompts(qwen3_ctx *c, qwen3_stream *const *strea
 /* What the thinking budget forces, or no room: replies that a decode step has nothing to choose for. */
 static qwen3_result qwen3i_without_choice(qwen3_ctx *c, qwen3_stream *s, const qwen3i_err *err) {
     qwen3_result r;
-    if (c->seqs[s->seq].len >= c->desc.max_ctx) { qwen3i_stream_end(s, qwen3i_full(c, s->seq, err)); return QWEN3_OK; }
+    if (c->seqs[s->seq].len >= c->desc.max_ctx) {
+        qwen3i_stream_end(s, qwen3i_full(c, s->seq, err));
+        return QWEN3_OK;
+    }
     if (s->forced < 0) return QWEN3_OK;
     r = qwen3i_append(c, s->seq, s->forced, err);
     if (r == QWEN3_OK) qwen3i_feed(s, s->forced);
@@ -16411,7 +17455,8 @@ static qwen3_result qwen3i_say_forced(qwen3_ctx *c, qwen3_stream *s, const qwen3
     qwen3_token tokens[QWEN3I_MAX_FORCED];
     qwen3i_seq *seq = &c->seqs[s->seq];
     const uint32_t *mask;
-    const int len = seq->len, left = s->gen.max_tokens > 0 ? s->gen.max_tokens - s->n_tokens : QWEN3I_MAX_FORCED;
+    const int len = seq->len, left = s->gen.max_tokens > 0 ? s->gen.max_tokens - s->n_tokens :
+                    QWEN3I_MAX_FORCED;
     int i, n = 0, most = qwen3i_min(qwen3i_min(left, c->desc.max_ctx - len), QWEN3I_MAX_FORCED);
     qwen3_item item;
     qwen3_result r = QWEN3_OK;
@@ -16455,7 +17500,8 @@ static qwen3_result qwen3i_answer(qwen3_ctx *c, qwen3_stream *const *streams, in
     if (r == QWEN3_OK && active > 0) r = qwen3i_next_step(c, c->next, active, err);
     for (i = k = 0; i < n && k < active && r == QWEN3_OK; i++)
         if (streams[i]->seq == c->next[k].seq) qwen3i_feed(streams[i], c->next[k++].out);
-    for (i = 0; i < n && r == QWEN3_OK; i++) if (qwen3i_answers(streams[i])) r = qwen3i_say_forced(c, streams[i], err);
+    for (i = 0; i < n && r == QWEN3_OK; i++)
+        if (qwen3i_answers(streams[i])) r = qwen3i_say_forced(c, streams[i], err);
     c->pace.decode_ms = qwen3i_now_ms() - start;
     return r;
 }
@@ -16469,8 +17515,8 @@ static int qwen3i_affordable(const qwen3i_pace *p, double left_ms) {
     return rows < 1 ? 1 : rows < most ? (int)rows : most;
 }
 
-/* Work on replies until none is left (OK) or the time is over (MORE). Where both are waiting, answers and prompts
-   take turns. */
+/* Work on replies until none is left (OK) or the time is over (MORE). Where both are waiting, answers and
+   prompts take turns. */
 static qwen3_result qwen3i_run(qwen3_ctx *c, qwen3_stream *const *streams, int n, double budget_ms,
                                const qwen3i_err *err) {
     const double start = qwen3i_now_ms();
@@ -16486,38 +17532,45 @@ static qwen3_result qwen3i_run(qwen3_ctx *c, qwen3_stream *const *streams, int n
             rows = qwen3i_affordable(&c->pace, left);
             if (!first && left < (reads ? qwen3i_row_ms(&c->pace) : c->pace.decode_ms)) return QWEN3_MORE;
         }
-        r = reads ? qwen3i_read_prompts(c, streams, n, rows, budget_ms > 0, err) : qwen3i_answer(c, streams, n, err);
+        r = reads ? qwen3i_read_prompts(c, streams, n, rows, budget_ms > 0, err) :
+            qwen3i_answer(c, streams, n, err);
     }
     return r;
 }
 
-static qwen3_result qwen3i_check_streams(qwen3_ctx *c, qwen3_stream *const *streams, int n, const qwen3i_err *err) {
+static qwen3_result qwen3i_check_streams(qwen3_ctx *c, qwen3_stream *const *streams, int n,
+                                         const qwen3i_err *err) {
     int i, k;
     if (n < 0 || n > c->desc.max_seqs || (n > 0 && !streams))
-        return qwen3i_fail(err, QWEN3_ERR_ARG, "streams is NULL, or n (%d) not 0 to max_seqs (%d)", n, c->desc.max_seqs);
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "streams is NULL, or n (%d) not 0 to max_seqs (%d)", n,
+                           c->desc.max_seqs);
     for (i = 0; i < n; i++) {
         if (!streams[i] || streams[i]->ctx != c)
             return qwen3i_fail(err, QWEN3_ERR_ARG, "streams[%d] was not begun on this context", i);
         for (k = 0; k < i; k++)
             if (streams[k]->seq == streams[i]->seq)
-                return qwen3i_fail(err, QWEN3_ERR_ARG, "streams[%d] and [%d] are both of sequence %d", k, i, streams[i]->seq);
+                return qwen3i_fail(err, QWEN3_ERR_ARG, "streams[%d] and [%d] are both of sequence %d", k, i,
+                                   streams[i]->seq);
         if (streams[i]->n_prompt != qwen3i_to_come(&c->seqs[streams[i]->seq]) && qwen3i_reads(streams[i]))
-            return qwen3i_fail(err, QWEN3_ERR_ARG, "streams[%d]: sequence %d was changed before its prompt was complete",
+            return qwen3i_fail(err, QWEN3_ERR_ARG,
+                               "streams[%d]: sequence %d was changed before its prompt was complete",
                                i, streams[i]->seq);
     }
     return QWEN3_OK;
 }
 
-QWEN3_API qwen3_result qwen3_stream_step(qwen3_ctx *c, qwen3_stream *const *streams, int n, int64_t budget_us) {
+QWEN3_API qwen3_result qwen3_stream_step(qwen3_ctx *c, qwen3_stream *const *streams, int n,
+                                         int64_t budget_us) {
     qwen3i_err err;
     qwen3_result r = qwen3i_enter(c, &err);
     if (r == QWEN3_OK) r = qwen3i_check_streams(c, streams, n, &err);
-    return r == QWEN3_OK ? qwen3i_run(c, streams, n, budget_us < 0 ? 1e-3 : 1e-3 * (double)budget_us, &err) : r;
+    return r == QWEN3_OK ? qwen3i_run(c, streams, n, budget_us < 0 ? 1e-3 : 1e-3 * (double)budget_us, &err) :
+           r;
 }
 
 /* Push: all of it in one call. */
-static qwen3_result qwen3i_generate(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen,
-                                    int of_chat) {
+static qwen3_result qwen3i_generate(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat,
+                                    const qwen3_gen_desc *gen, int of_chat) {
     qwen3i_err err;
     qwen3_stream s, *list = &s;
     qwen3_result r = qwen3i_enter_seq(c, seq, &err);
@@ -16532,11 +17585,12 @@ QWEN3_API qwen3_result qwen3_generate(qwen3_ctx *c, int seq, const qwen3_gen_des
     return qwen3i_generate(c, seq, NULL, gen, 0);
 }
 
-QWEN3_API qwen3_result qwen3_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen) {
+QWEN3_API qwen3_result qwen3_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat,
+                                  const qwen3_gen_desc *gen) {
     return qwen3i_generate(c, seq, chat, gen, 1);
 }
 
-/* ---- embeddings and reranking, as their model cards define them ------------------------------------------------ */
+/* ---- embeddings and reranking, as their model cards define them ------------------------------ */
 static qwen3_result qwen3i_check_texts(const qwen3_ctx *c, const char *a, const char *b, const void *out,
                                        const qwen3i_err *err) {
     if (!a || !b || !out) return qwen3i_fail(err, QWEN3_ERR_ARG, "a text or out is NULL");
@@ -16586,16 +17640,21 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
     if (r != QWEN3_OK) return r;
     if (c->model->no_embedding[0]) return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "%s", c->model->no_embedding);
     if (c->model->info.end_of_text < 0)
-        return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no <|endoftext|>, at which embeddings are read");
+        return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED,
+                           "the tokenizer has no <|endoftext|>, at which embeddings are read");
     if (c->model->info.im_end >= 0 && qwen3i_is_eos(c->model, c->model->info.im_end))
-        qwen3i_log(&c->desc.logger, QWEN3_LOG_WARN, "embedding with a model that was made for chat: it ends turns with <|im_end|>");
+        qwen3i_log(&c->desc.logger, QWEN3_LOG_WARN,
+                   "embedding with a model that was made for chat: it ends turns with <|im_end|>");
     parts[0] = "Instruct: "; parts[1] = task; parts[2] = "\nQuery:"; parts[3] = text;
-    joined = task ? qwen3i_join(&c->desc.allocator, parts, 4, &size) : qwen3i_join(&c->desc.allocator, &parts[3], 1, &size);
+    joined = task ? qwen3i_join(&c->desc.allocator, parts, 4, &size) :
+             qwen3i_join(&c->desc.allocator, &parts[3], 1, &size);
     if (!joined) return qwen3i_no_memory(&err, "a text", size);
     n = qwen3i_encode(c->model, joined, size - 1, 0, c->prompt, c->desc.max_ctx - 1, &err);
     qwen3i_free(&c->desc.allocator, joined, size);
     if (n < 0) return (qwen3_result)n;
-    if (n >= c->desc.max_ctx) return qwen3i_fail(&err, QWEN3_ERR_CONTEXT_FULL, "the text has %d tokens, the sequence %d positions", n + 1, c->desc.max_ctx);
+    if (n >= c->desc.max_ctx)
+        return qwen3i_fail(&err, QWEN3_ERR_CONTEXT_FULL, "the text has %d tokens, the sequence %d positions",
+                           n + 1, c->desc.max_ctx);
     c->prompt[n] = c->model->info.end_of_text;
     memset(&item, 0, sizeof item);
     item.seq = seq; item.tokens = c->prompt; item.n = n + 1; item.hidden = out;
@@ -16643,13 +17702,16 @@ static qwen3_result qwen3i_yes_or_no(qwen3_ctx *c, int seq, float *score, const 
     const float *logits;
     qwen3_result r;
     if (c->model->rank) return qwen3i_rank_by_rows(c, seq, score, err);
-    if (qwen3i_encode(c->model, "yes", 3, 0, &yes, 1, err) != 1 || qwen3i_encode(c->model, "no", 2, 0, &no, 1, err) != 1)
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no tokens \"yes\" and \"no\": not a reranker");
+    if (qwen3i_encode(c->model, "yes", 3, 0, &yes, 1, err) != 1 ||
+        qwen3i_encode(c->model, "no", 2, 0, &no, 1, err) != 1)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                           "the tokenizer has no tokens \"yes\" and \"no\": not a reranker");
     r = qwen3i_get_logits(c, seq, &logits, err);
     return r == QWEN3_OK ? qwen3i_relevance((double)logits[yes], (double)logits[no], score, err) : r;
 }
 
-QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, const char *query, const char *document, float *score) {
+QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, const char *query,
+                                    const char *document, float *score) {
     const char *parts[6];
     qwen3_msg msgs[2];
     qwen3_chat_desc chat;
@@ -16667,7 +17729,8 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, con
     if (!joined) return qwen3i_no_memory(&err, "a prompt", size);
     memset(msgs, 0, sizeof msgs);
     msgs[0].role = QWEN3_SYSTEM;
-    msgs[0].text = "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
+    msgs[0].text = "Judge whether the Document meets the requirements based on the Query and the Instruct "
+                   "provided. "
                    "Note that the answer can only be \"yes\" or \"no\".";
     msgs[1].role = QWEN3_USER;
     msgs[1].text = joined;
@@ -16701,8 +17764,8 @@ typedef struct qwen3i_state_sampler {   /* 40 bytes, no padding: a sampler's num
 
 #define QWEN3I_CHECKSUM_FROM offsetof(qwen3i_state_header, user_size)
 
-static qwen3i_state_header qwen3i_state_of(const qwen3_ctx *c, uint32_t n_tokens, int has_logits, int has_sampler,
-                                           uint64_t user_size) {
+static qwen3i_state_header qwen3i_state_of(const qwen3_ctx *c, uint32_t n_tokens, int has_logits,
+                                           int has_sampler, uint64_t user_size) {
     const qwen3i_config *k = &c->model->config;
     qwen3i_state_header h;
     uint64_t per_token;
@@ -16718,7 +17781,8 @@ static qwen3i_state_header qwen3i_state_of(const qwen3_ctx *c, uint32_t n_tokens
     h.has_sampler = (uint32_t)has_sampler;
     h.user_size = user_size;
     memcpy(&h.yarn_bits, &c->desc.yarn_factor, 4);
-    per_token = 2 * (uint64_t)h.n_layer * h.kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type) + sizeof(qwen3_token);
+    per_token = 2 * (uint64_t)h.n_layer * h.kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type) +
+                sizeof(qwen3_token);
     h.total = sizeof h + n_tokens * per_token + (has_logits ? (uint64_t)h.n_vocab * sizeof(float) : 0);
     h.total += (has_sampler ? sizeof(qwen3i_state_sampler) : 0) + user_size;
     return h;
@@ -16749,7 +17813,8 @@ static void qwen3i_state_sampler_to(const qwen3i_state_sampler *n, qwen3_sampler
     s->penalty_last_n = n->penalty_last_n;
 }
 
-static qwen3_result qwen3i_save_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, char *p, const qwen3i_err *err) {
+static qwen3_result qwen3i_save_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, char *p,
+                                     const qwen3i_err *err) {
     const qwen3_backend *b = c->model->backend;
     const size_t n = h->n_tokens, half = n * h->kv_dim * qwen3i_type_size((qwen3i_type)h->kv_type);
     const float *logits;
@@ -16769,8 +17834,8 @@ static qwen3_result qwen3i_save_body(qwen3_ctx *c, int seq, const qwen3i_state_h
 }
 
 /* The state to dst, which has room for it. */
-static qwen3_result qwen3i_save(qwen3_ctx *c, int seq, const qwen3_state *st, qwen3i_state_header *h, char *dst,
-                                const qwen3i_err *err) {
+static qwen3_result qwen3i_save(qwen3_ctx *c, int seq, const qwen3_state *st, qwen3i_state_header *h,
+                                char *dst, const qwen3i_err *err) {
     qwen3_result r = qwen3i_save_body(c, seq, h, dst + sizeof *h, err);
     char *end = dst + (size_t)(h->total - h->user_size);
     if (r != QWEN3_OK) return r;
@@ -16780,7 +17845,8 @@ static qwen3_result qwen3i_save(qwen3_ctx *c, int seq, const qwen3_state *st, qw
         memcpy(end - sizeof numbers, &numbers, sizeof numbers);
     }
     memcpy(dst, h, sizeof *h);
-    h->checksum = qwen3i_hash(h->fingerprint, dst + QWEN3I_CHECKSUM_FROM, (size_t)h->total - QWEN3I_CHECKSUM_FROM);
+    h->checksum = qwen3i_hash(h->fingerprint, dst + QWEN3I_CHECKSUM_FROM,
+                              (size_t)h->total - QWEN3I_CHECKSUM_FROM);
     memcpy(dst, h, sizeof *h);
     return QWEN3_OK;
 }
@@ -16790,7 +17856,8 @@ static qwen3_result qwen3i_save_file(qwen3_ctx *c, int seq, const qwen3_state *s
     const qwen3_allocator *a = &c->desc.allocator;
     const size_t size = (size_t)h->total;
     char *bytes = h->total < (size_t)-1 ? (char *)qwen3i_alloc(a, size) : NULL;
-    qwen3_result r = bytes ? qwen3i_save(c, seq, st, h, bytes, err) : qwen3i_no_memory(err, "the saved state", h->total);
+    qwen3_result r = bytes ? qwen3i_save(c, seq, st, h, bytes, err) :
+                     qwen3i_no_memory(err, "the saved state", h->total);
     if (r == QWEN3_OK) r = qwen3i_write_file(a, st->path, bytes, size, err);
     qwen3i_free(a, bytes, size);
     return r;
@@ -16803,11 +17870,13 @@ QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *c, int seq, qwen3_state *st) {
     if (r != QWEN3_OK) return r;
     if (!st || (st->path && st->data) || (!st->user && st->user_size))
         return qwen3i_fail(&err, QWEN3_ERR_ARG, "state or its user is NULL, or it has both path and data");
-    h = qwen3i_state_of(c, (uint32_t)c->seqs[seq].len, c->seqs[seq].fresh, st->sampler != NULL, st->user_size);
+    h = qwen3i_state_of(c, (uint32_t)c->seqs[seq].len, c->seqs[seq].fresh, st->sampler != NULL,
+                        st->user_size);
     h.grammar_from = (uint32_t)(c->seqs[seq].grammar_start + 1);
     if (st->path) r = qwen3i_save_file(c, seq, st, &h, &err);
     else if (st->data && st->size < h.total)
-        r = qwen3i_fail(&err, QWEN3_ERR_ARG, "the state has %llu bytes, the buffer %llu", (unsigned long long)h.total,
+        r = qwen3i_fail(&err, QWEN3_ERR_ARG, "the state has %llu bytes, the buffer %llu",
+                        (unsigned long long)h.total,
                         (unsigned long long)st->size);
     else if (st->data) r = qwen3i_save(c, seq, st, &h, (char *)st->data, &err);
     st->size = h.total;
@@ -16815,29 +17884,41 @@ QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *c, int seq, qwen3_state *st) {
 }
 
 /* Every field is compared with what this context would have written. */
-static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint64_t size, qwen3i_state_header *h,
-                                       const qwen3i_err *err) {
+static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint64_t size,
+                                       qwen3i_state_header *h, const qwen3i_err *err) {
     qwen3i_state_header want;
-    if (size < sizeof *h) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is too short: %llu bytes", (unsigned long long)size);
+    if (size < sizeof *h)
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is too short: %llu bytes",
+                           (unsigned long long)size);
     memcpy(h, src, sizeof *h);
-    if (h->magic != QWEN3I_STATE_MAGIC) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "not a saved state, or of another version");
-    if (h->total != size) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state has %llu bytes, of %llu", (unsigned long long)size, (unsigned long long)h->total);
-    if (h->checksum != qwen3i_hash(h->fingerprint, (const char *)src + QWEN3I_CHECKSUM_FROM, (size_t)size - QWEN3I_CHECKSUM_FROM))
+    if (h->magic != QWEN3I_STATE_MAGIC)
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "not a saved state, or of another version");
+    if (h->total != size)
+        return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state has %llu bytes, of %llu",
+                           (unsigned long long)size, (unsigned long long)h->total);
+    if (h->checksum != qwen3i_hash(h->fingerprint, (const char *)src + QWEN3I_CHECKSUM_FROM,
+                                   (size_t)size - QWEN3I_CHECKSUM_FROM))
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged: its checksum is wrong");
-    if (h->has_logits > 1 || h->has_sampler > 1 || h->user_size > size || h->grammar_from > (uint64_t)h->n_tokens + 1 || h->reserved)
+    if (h->has_logits > 1 || h->has_sampler > 1 || h->user_size > size ||
+        h->grammar_from > (uint64_t)h->n_tokens + 1 || h->reserved)
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
     want = qwen3i_state_of(c, h->n_tokens, (int)h->has_logits, (int)h->has_sampler, h->user_size);
-    if (h->fingerprint != want.fingerprint || h->n_layer != want.n_layer || h->kv_dim != want.kv_dim || h->n_vocab != want.n_vocab)
+    if (h->fingerprint != want.fingerprint || h->n_layer != want.n_layer || h->kv_dim != want.kv_dim ||
+        h->n_vocab != want.n_vocab)
         return qwen3i_fail(err, QWEN3_ERR_MISMATCH, "the saved state belongs to another model");
     if (h->kv_type != want.kv_type || h->yarn_bits != want.yarn_bits)
-        return qwen3i_fail(err, QWEN3_ERR_MISMATCH, "the saved state has another KV type or yarn_factor than this context");
+        return qwen3i_fail(err, QWEN3_ERR_MISMATCH,
+                           "the saved state has another KV type or yarn_factor than this context");
     if (h->n_tokens > (uint32_t)c->desc.max_ctx)                /* first: the total of more than fits could overflow */
-        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL, "the saved state has %u tokens, the sequence %d positions", (unsigned)h->n_tokens, c->desc.max_ctx);
+        return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL,
+                           "the saved state has %u tokens, the sequence %d positions", (unsigned)h->n_tokens,
+                               c->desc.max_ctx);
     if (h->total != want.total) return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged");
     return QWEN3_OK;
 }
 
-static qwen3_result qwen3i_load_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, const char *p, const qwen3i_err *err) {
+static qwen3_result qwen3i_load_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, const char *p,
+                                     const qwen3i_err *err) {
     const qwen3_backend *b = c->model->backend;
     const size_t n = h->n_tokens, half = n * h->kv_dim * qwen3i_type_size((qwen3i_type)h->kv_type);
     qwen3_result r = QWEN3_OK;
@@ -16853,13 +17934,15 @@ static qwen3_result qwen3i_load_body(qwen3_ctx *c, int seq, const qwen3i_state_h
     return r;
 }
 
-static qwen3_result qwen3i_check_state_tokens(const qwen3_ctx *c, const char *p, uint32_t n, const qwen3i_err *err) {
+static qwen3_result qwen3i_check_state_tokens(const qwen3_ctx *c, const char *p, uint32_t n,
+                                              const qwen3i_err *err) {
     qwen3_token t;
     uint32_t i;
     for (i = 0; i < n; i++) {
         memcpy(&t, p + i * sizeof t, sizeof t);
         if (t < 0 || t >= c->model->config.n_vocab)
-            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged: token %u is %d", (unsigned)i, (int)t);
+            return qwen3i_fail(err, QWEN3_ERR_FORMAT, "the saved state is damaged: token %u is %d",
+                               (unsigned)i, (int)t);
     }
     return QWEN3_OK;
 }

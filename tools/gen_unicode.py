@@ -92,7 +92,7 @@ def array(kind, name, values):
     lines, line = [], '   '
     for v in values:
         item = ' %d,' % v
-        if len(line) + len(item) > 120: lines.append(line); line = '   '
+        if len(line) + len(item) > 108: lines.append(line); line = '   '
         line += item
     return 'static const %s %s[%d] = {\n%s\n};\n' % (kind, name, len(values), '\n'.join(lines + [line]))
 
@@ -115,10 +115,10 @@ def tables():
     index = {c: i for i, c in enumerate(order)}
     compose = [index[c] for c in sorted(primary, key=split.get)]
     return '\n'.join([
-        '/* Properties of characters, from each code at which they change: code << 11 | combining class << 3 | flags. */',
+        '/* Properties of characters, from each code at which they change: code << 11 | combining class << 3 |\n   flags. */',
         array('uint32_t', 'qwen3i_uc_props', changes) +
-        '/* Canonical decompositions: runs of consecutive codes as (first code, index), then [index] -> first, second\n'
-        '   (0: none); and the indices of those that NFC composes, ordered by (first, second). */',
+        '/* Canonical decompositions: runs of consecutive codes as (first code, index), then [index] -> first,\n'
+        '   second (0: none); and the indices of those that NFC composes, ordered by (first, second). */',
         array('uint32_t', 'qwen3i_uc_runs', runs) +
         array('uint32_t', 'qwen3i_uc_first', [split[c][0] for c in order]) +
         array('uint32_t', 'qwen3i_uc_second', [split[c][1] for c in order]) +
