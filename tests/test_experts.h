@@ -91,6 +91,7 @@ static void test_experts_tell_mistakes(void) {
             else wrong = 0;
             CHECK_MSG(wrong > 10 * PARITY, "swapped experts would pass: %.1e", wrong);
             fixture_close(&f);
+            model_files_free(&files);
             free(data);
             continue;
         }
