@@ -3348,8 +3348,11 @@ static double qwen3i_gguf_element(const qwen3i_gguf_value *v, uint64_t i) {
         case QWEN3I_GGUF_I16: return (double)(int16_t)bits;
         case QWEN3I_GGUF_I32: return (double)(int32_t)bits;
         case QWEN3I_GGUF_I64: return (double)(int64_t)bits;
-        case QWEN3I_GGUF_F32: return (double)qwen3i_float_from_bits((uint32_t)bits);
-        case QWEN3I_GGUF_F64: memcpy(&d, &bits, 8); return d;
+        case QWEN3I_GGUF_F32:           /* by their bits: this must hold under -ffast-math, too */
+            return (bits & 0x7F800000u) == 0x7F800000u ? -1 : (double)qwen3i_float_from_bits((uint32_t)bits);
+        case QWEN3I_GGUF_F64:
+            memcpy(&d, &bits, 8);
+            return (bits >> 52 & 0x7FF) == 0x7FF ? -1 : d;
         default: return (double)bits;
     }
 }

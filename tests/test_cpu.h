@@ -955,12 +955,12 @@ static void *cpu_ledger_alloc(size_t size, void *user) {
     if (l->n_left-- == 0) return NULL;
     l->bytes += size;
     if (l->bytes > l->most) l->most = l->bytes;
-    return malloc(size);
+    return test_malloc(size);
 }
 
 static void cpu_ledger_free(void *p, size_t size, void *user) {
     ((cpu_ledger *)user)->bytes -= size;
-    free(p);
+    test_free(p);
 }
 
 /* The context takes what ctx_memory says, while it is created and never again; the Nth allocation fails. */

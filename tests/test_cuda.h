@@ -1242,7 +1242,7 @@ static void test_cuda_draws(void) {
     qwen3_ctx_desc desc = ctx_desc(DRAW_TOKENS + 4, DRAW_SEQS, DRAW_SEQS, QWEN3_KV_F16);
     lab *l = (lab *)malloc(sizeof *l);
     drawing *all = (drawing *)malloc(DRAW_SEQS * sizeof *all);
-    int i, wrong = 0;
+    int i = 0, wrong = 0;
     if (lab_open(l, &shape, QWEN3I_F32, &desc))
         for (i = 0; i < n && wrong == 0; i += DRAW_SEQS) wrong = draw_batch(l, all);
     if (test_verbose) printf("    %d draws\n", i);

@@ -909,6 +909,11 @@ static void test_malformed_directory(void) {
 /* Files of 5 GB of nothing: refused for what is wrong with them, or, by a host of 32 bits, for their size. */
 static void test_malformed_large_file(void) {
     static const int which[] = {TINY_CONFIG, TINY_WEIGHTS};
+  #ifdef QWEN3_NO_MMAP
+    const int maps = 0;                 /* 5 GB are then to be read into memory: the test's has no room for them */
+  #else
+    const int maps = sizeof(void *) > 4;
+  #endif
     char dir[64], path[600], command[700], err[512] = "";
     tiny_model m;
     int i;
@@ -922,8 +927,9 @@ static void test_malformed_large_file(void) {
         snprintf(path, sizeof path, "%s/%s", dir, tiny_names[which[i]]);
         snprintf(command, sizeof command, "truncate -s 5G %s", path);
         if (system(command) != 0) continue;
-        r = sizeof(void *) > 4 && i == 0 ? QWEN3_OK : malformed_load_dir(dir, 0, err);
-        if (sizeof(void *) > 4) CHECK_MSG(i == 0 || r == QWEN3_ERR_FORMAT, "%s: %s", qwen3_result_string(r), err);
+        if (sizeof(void *) > 4 && i == 0) { unlink(path); continue; }  /* 5 GB of JSON might even fit */
+        r = malformed_load_dir(dir, 0, err);
+        if (maps) CHECK_MSG(r == QWEN3_ERR_FORMAT, "%s: %s", qwen3_result_string(r), err);
         else CHECK_MSG((r == QWEN3_ERR_IO || r == QWEN3_ERR_MEMORY) && strstr(err, tiny_names[which[i]]), "%s: %s",
                        qwen3_result_string(r), err);
         unlink(path);

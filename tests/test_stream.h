@@ -500,7 +500,7 @@ static void test_stream_detokenize(void) {
     static const char text[] = "h\xC3\xA9llo <think>\nthe fox</think>";
     fixture f;
     qwen3_token ids[64];
-    char out[64];
+    char out[64] = "";
     int n;
     if (!fixture_open(&f, "chat")) return;
     n = qwen3_encode(f.model, text, sizeof text - 1, QWEN3_PARSE_SPECIAL, ids, 60, NULL, 0);
