@@ -211,7 +211,7 @@
      and must not call functions on the same context. There are no globals.
      A context's own threads start with all signals blocked. After fork() the child can go on with a
      context, or free it: the CPU backend then works on the caller's thread alone. The calling thread
-     needs 64 KB of stack. Whatever its floating-point mode is, evaluation and choice use C's default.
+     needs 64 KB of stack, and 256 KB to compile a grammar. Whatever its floating-point mode is, evaluation and choice use C's default.
 
    MEMORY
      Weights are mapped from the file and used in place. A context takes all its memory when it is

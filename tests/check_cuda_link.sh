@@ -27,7 +27,7 @@ int main() {                            // on the GPU, or else a plain error, an
         r = qwen3_load(&model, &desc, err, sizeof err);
     }
     if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, NULL, err, sizeof err);
-    if (r == QWEN3_OK) r = qwen3_sync(ctx, 0, &t, 1, 0);
+    if (r == QWEN3_OK) r = (qwen3_result)qwen3_sync(ctx, 0, &t, 1, 0);
     if (r == QWEN3_OK) r = qwen3_next(ctx, 0, NULL, &t);
     printf("%s, token %d, on %s\n", qwen3_result_string(r), (int)t, r == QWEN3_OK ? qwen3_get_info(model).backend_name : err);
     qwen3_ctx_free(ctx);
