@@ -45,6 +45,9 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#ifndef _WIN32
+  #include <signal.h>
+#endif
 #include <type_traits>
 
 namespace {
@@ -1168,13 +1171,21 @@ static void close_uploader(uploader *u) {
     host_free(u->allocator, u->pieces, (size_t)u->n * sizeof *u->pieces);
 }
 
-/* As many threads as help; fewer if the system has no more. */
+/* As many threads as help; fewer if the system has no more. Signals stay with the caller's threads. */
 static void call_helpers(uploader *u) {
     const int cores = (int)std::thread::hardware_concurrency(),
               want = least(least(cores, MOST_HELPERS), u->n / SLOTS);
+#ifndef _WIN32
+    sigset_t all, callers;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &callers);       /* a thread begins with the mask of its maker */
+#endif
     try {
         for (int i = 0; i < want; i++) u->helpers[i] = std::thread(help_uploading, u);
     } catch (const std::exception &) { }
+#ifndef _WIN32
+    pthread_sigmask(SIG_SETMASK, &callers, NULL);
+#endif
 }
 
 static qwen3_result open_uploader(uploader *u, const qwen3i_err *err) {
