@@ -1939,7 +1939,10 @@ static WCHAR *qwen3i_wide_path(const qwen3_allocator *a, const char *path, size_
     WCHAR *wide;
     *bytes = (size_t)n * sizeof *wide;
     wide = n > 0 ? (WCHAR *)qwen3i_alloc(a, *bytes) : NULL;
-    if (wide) MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, n);
+    if (!wide) return NULL;
+    MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, n);
+    for (int i = 0; i < n; i++)         /* paths that begin with \\?\ know no other separator */
+        if (wide[i] == L'/') wide[i] = L'\\';
     return wide;
 }
 
