@@ -39,7 +39,7 @@
         return r < 0;
     }
 
-   RECIPES: each with model, ctx (max_seqs 3), err and put as above; n and r are an int and a qwen3_result
+   RECIPES: model, ctx (max_seqs 3), err and put as above; keep appends to a string; n, r: int, qwen3_result
 
     // Recipe: a reply by the frame, a token or a piece of the prompt at a time
     qwen3_msg msgs[2] = {{QWEN3_SYSTEM, "You keep a small shop."}, {QWEN3_USER, "What do you sell?"}};
@@ -74,17 +74,31 @@
     if (r == QWEN3_OK) r = qwen3_seq_load(ctx, 1, &state);          // all as it was
     if (r == QWEN3_OK) r = qwen3_next(ctx, 1, &dice, &next);        // what would have followed
 
-    // Recipe: tools; the call itself comes to on_text as QWEN3_TEXT_CALL
-    const char *tools[1] = {"{\"type\": \"function\", \"function\": {\"name\": \"price\"}}"};
-    qwen3_tool_call call = {"price", "{\"item\": \"rope\"}"};       // read from that text
+    // Recipe: tools; calls are held to the parameters, and taken out of the reply
+    const char *tools[1] = {"{\"name\": \"price\", \"parameters\": {\"required\": [\"item\"], "
+                            "\"properties\": {\"item\": {\"enum\": [\"rope\", \"lamp\"]}}}}"};
+    char said[4096] = "", memory[8192];
     qwen3_msg msgs[3] = {{QWEN3_USER, "What is a rope?"}, {QWEN3_ASSISTANT}, {QWEN3_TOOL, "3 coins"}};
-    qwen3_chat_desc chat = {msgs, 1, tools, 1};
+    qwen3_chat_desc chat = {msgs, 1, tools, 1, QWEN3_CHAT_TOOLS_REQUIRED};      // or _AUTO
     qwen3_gen_desc gen = {NULL};
-    gen.on_text = put;
+    gen.max_tokens = 200; gen.on_text = keep; gen.user = said;
     r = qwen3_chat(ctx, 0, &chat, &gen);                            // the model asks,
-    msgs[1].calls = &call; msgs[1].n_calls = 1;
-    chat.n_msgs = 3;
+    n = qwen3_reply_parse(said, strlen(said), 0, &msgs[1], memory, sizeof memory, err, sizeof err);
+    for (int i = 0; i < msgs[1].n_calls; i++)
+        printf("%s %s\n", msgs[1].calls[i].name, msgs[1].calls[i].arguments);
+    chat.n_msgs = 3; chat.flags = QWEN3_CHAT_TOOLS_NONE; gen.on_text = put;
     if (r >= 0) r = qwen3_chat(ctx, 0, &chat, &gen);                // and goes on with the result
+
+    // Recipe: an answer that is one of a few words, as JSON
+    static const char schema[] = "{\"type\": \"object\", \"properties\": {\"action\": {\"enum\": "
+        "[\"wait\", \"follow\", \"flee\"]}}, \"required\": [\"action\"], \"additionalProperties\": false}";
+    qwen3_grammar_desc desc = {QWEN3_GRAMMAR_JSON_SCHEMA, schema, sizeof schema - 1, 0};
+    qwen3_msg msg = {QWEN3_USER, "A wolf comes. What do you do?"}; qwen3_chat_desc chat = {&msg, 1};
+    qwen3_gen_desc gen = {NULL}; qwen3_grammar *grammar = NULL;
+    r = qwen3_grammar_create(&grammar, model, &desc, err, sizeof err);          // once
+    gen.grammar = grammar; gen.on_text = put;
+    if (r == QWEN3_OK) r = qwen3_chat(ctx, 0, &chat, &gen);         // {"action": "flee"}
+    qwen3_grammar_free(grammar);
 
     // Recipe: embeddings and search (a Qwen3-Embedding model)
     const char *texts[2] = {"Rope, 3 coins", "A lamp with oil"};
@@ -211,12 +225,13 @@
      and must not call functions on the same context. There are no globals.
      A context's own threads start with all signals blocked. After fork() the child can go on with a
      context, or free it: the CPU backend then works on the caller's thread alone. The calling thread
-     needs 64 KB of stack, and 256 KB to compile a grammar. Whatever its floating-point mode is, evaluation and choice use C's default.
+     needs 64 KB of stack, and 256 KB to compile a grammar (QWEN3_CHAT_TOOLS_*, too). Whatever its floating-point mode is, evaluation and choice use C's default.
 
    MEMORY
      Weights are mapped from the file and used in place. A context takes all its memory when it is
-     created; evaluating, sampling and generating allocate nothing. Encoding and chat rendering
-     allocate temporaries. Everything goes through the allocator in the descriptor.
+     created; evaluating, sampling and generating allocate nothing, but for the first use of a grammar in a
+     sequence. Encoding and chat rendering allocate temporaries; a chat whose calls are held to tools keeps
+     their grammar with the sequence. Everything goes through the allocator in the descriptor.
 
    ERRORS
      The library never prints, exits or aborts. A function that can fail returns a qwen3_result:
@@ -469,8 +484,14 @@ enum {
                                         /* The template does not: the last turn is then evaluated    */
                                         /* again without it                                          */
     QWEN3_CHAT_NO_REPLY_HEADER = 4,     /* do not open the assistant's turn at the end               */
-    QWEN3_CHAT_KEEP_TAGS       = 8      /* the same for the empty tags that NO_THINK puts before a   */
+    QWEN3_CHAT_KEEP_TAGS       = 8,     /* the same for the empty tags that NO_THINK puts before a   */
                                         /* reply: leave them there                                   */
+    /* Calls of tools, one of these at most; without any, whatever the model says. Held to: from <tool_call>
+       to </tool_call> the text is a call of one of the tools, its arguments an object of that tool's
+       "parameters" (a JSON Schema, see qwen3_grammar_create). Several calls may follow one another. */
+    QWEN3_CHAT_TOOLS_NONE      = 16,    /* no call; the model is told of the tools all the same      */
+    QWEN3_CHAT_TOOLS_AUTO      = 32,    /* calls or not; calls are held to the tools                 */
+    QWEN3_CHAT_TOOLS_REQUIRED  = 64     /* the answer is one call or several, held to the tools      */
 };
 
 typedef struct qwen3_chat_desc {
@@ -483,7 +504,8 @@ typedef struct qwen3_chat_desc {
                                             /* turn. Half of the room is freed at once, so that     */
                                             /* turns that follow find the rest evaluated            */
     int               *n_forgotten;         /* NULL, or out: messages that were left out for that   */
-} qwen3_chat_desc;
+    const char        *tool;                /* NULL, or the name of the only one that may be called */
+} qwen3_chat_desc;                          /* with TOOLS_AUTO and TOOLS_REQUIRED                   */
 
 /* A conversation to tokens, exactly as the model's chat template renders it; the text of messages
    cannot produce control tokens. Returns the count needed, as qwen3_encode does, or a negative
@@ -618,12 +640,14 @@ QWEN3_API int           qwen3_top_probs(qwen3_ctx *ctx, int seq, qwen3_prob *out
 typedef enum qwen3_grammar_kind {
     QWEN3_GRAMMAR_JSON_SCHEMA = 0,      /* drafts 4 to 2020-12                                     */
     QWEN3_GRAMMAR_REGEX       = 1,      /* ECMAScript's, as schemas use it; matches the whole text */
-    QWEN3_GRAMMAR_GBNF        = 2       /* llama.cpp's notation, from the rule "root" on            */
-} qwen3_grammar_kind;
+    QWEN3_GRAMMAR_GBNF        = 2,      /* llama.cpp's notation, from the rule "root" on            */
+    QWEN3_GRAMMAR_TOOLS       = 3       /* a JSON array of tools: what QWEN3_CHAT_TOOLS_AUTO makes of */
+} qwen3_grammar_kind;                   /* them, for callers of qwen3_next                          */
 
 enum {
     QWEN3_GRAMMAR_COMPACT       = 1,    /* JSON without white space; default: where the model likes    */
-    QWEN3_GRAMMAR_MAY_BREAK_OFF = 2     /* do not lead the text to its shortest end where room gets short */
+    QWEN3_GRAMMAR_MAY_BREAK_OFF = 2,    /* do not lead the text to its shortest end where room gets short */
+    QWEN3_GRAMMAR_CALL          = 4     /* TOOLS: as QWEN3_CHAT_TOOLS_REQUIRED                      */
 };
 
 typedef struct qwen3_grammar_desc {
@@ -632,16 +656,11 @@ typedef struct qwen3_grammar_desc {
     int         flags;                  /* QWEN3_GRAMMAR_*                                          */
 } qwen3_grammar_desc;
 
-/* E.g. what a character does next, as one of a few words:
-       desc.text = "{\"type\":\"object\",\"properties\":{\"action\":{\"enum\":[\"wait\",\"follow\",\"flee\"]}},"
-                   "\"required\":[\"action\"],\"additionalProperties\":false}";
-       desc.n_bytes = strlen(desc.text);
-       qwen3_grammar_create(&grammar, model, &desc, err, sizeof err);
-       gen.grammar = grammar;           // {"action": "follow"}, whatever the model would like to say
-   A grammar holds for the answer: while the model thinks, everything may come. A reply ends only where its grammar
-   may end. Near max_tokens or the end of the context it is led to its shortest end in time. Names of an object come
-   in any order, none twice. What a sequence holds of an answer already, such as a beginning that was put there,
-   is part of the grammar if it fits, else the grammar begins behind it.                                            */
+/* A grammar holds for the answer: while the model thinks, everything may come. A reply ends only where its
+   grammar may end. Near max_tokens or the end of the context it is led to its shortest end in time. Names of
+   an object come in any order, none twice. What a sequence holds of an answer already, such as a beginning
+   that was put there, is part of the grammar if it fits, else the grammar begins behind it. Where calls are
+   held to tools, too (QWEN3_CHAT_TOOLS_AUTO), the answer is of the grammar, or calls. */
 
 /* Compile a grammar for a model's vocabulary; the model must outlive it. A keyword that would not be
    enforced is an error (UNSUPPORTED) that names its place, as is a grammar that is too complex; one
@@ -694,6 +713,17 @@ QWEN3_API qwen3_result qwen3_generate(qwen3_ctx *ctx, int seq, const qwen3_gen_d
    it in the sequence: nothing is evaluated twice. */
 QWEN3_API qwen3_result qwen3_chat(qwen3_ctx *ctx, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen);
 
+/* Take a reply apart: text as on_text got it, tags and all (n_bytes of it, any bytes), into thinking
+   (out->reasoning), answer (out->text) and calls (out->calls: names, and arguments as JSON text), as the
+   message that goes into the conversation. kind: what the text begins with, QWEN3_TEXT_ANSWER if in doubt. A
+   call that is malformed stays in the text with its tags, and err (may be NULL) says what is wrong with the
+   first one; else err is "". A call without arguments has "{}". The strings are valid UTF-8 without
+   a NUL in it (U+FFFD stands for what is not) and lie, as the calls do, in memory, which is the caller's.
+   Returns how many bytes that takes: if more than size, out is empty. ERR_ARG: a NULL, or more than
+   256 MiB of text. */
+QWEN3_API int          qwen3_reply_parse(const char *text, size_t n_bytes, int kind, qwen3_msg *out,
+                                         void *memory, size_t size, char *err, size_t err_size);
+
 /* A reply in the making: a plain struct that the caller owns. qwen3_generate and qwen3_chat are
    begin and step without a budget; in a game, step once a frame. */
 typedef struct qwen3_stream {
@@ -707,6 +737,7 @@ typedef struct qwen3_stream {
     qwen3_gen_desc gen;
     int  seq, kind, tag;                /* what text is now; what newlines are now; 0: text         */
     int  closed;                        /* the callback wants no more                               */
+    int  tools;                         /* QWEN3_CHAT_TOOLS_*                                       */
     int  n_pending;                     /* bytes not delivered yet                                  */
     char pending[2048];
 } qwen3_stream;
@@ -839,6 +870,8 @@ typedef struct qwen3i_next {            /* one sequence's part of a decode step 
     int                n;
     qwen3_sampler     *sampler;         /* NULL: greedy. rng is advanced by the backend */
     const qwen3_grammar *grammar;       /* NULL: the sampler's */
+    const qwen3_grammar *calls;         /* NULL, or that of calls of tools */
+    int                tools;           /* QWEN3_CHAT_TOOLS_* */
     /* tokens that may still come, this one included; 0: as the context has positions */
     int                room;
     qwen3_token        out;             /* the choice */
@@ -8374,9 +8407,12 @@ static qwen3_result qwen3i_chat_check_msg(const qwen3_msg *m, int i, const qwen3
     return QWEN3_OK;
 }
 
+#define QWEN3I_CHAT_TOOLS (QWEN3_CHAT_TOOLS_NONE | QWEN3_CHAT_TOOLS_AUTO | QWEN3_CHAT_TOOLS_REQUIRED)
+
 static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_err *err) {
     const int flags = QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER |
-                      QWEN3_CHAT_KEEP_TAGS;
+                      QWEN3_CHAT_KEEP_TAGS | QWEN3I_CHAT_TOOLS;
+    const int tools = chat ? chat->flags & QWEN3I_CHAT_TOOLS : 0;
     qwen3_result r = QWEN3_OK;
     int i;
     if (!chat) return qwen3i_fail(err, QWEN3_ERR_ARG, "chat is NULL");
@@ -8387,6 +8423,9 @@ static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_
     if (chat->max_prompt < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "max_prompt is negative");
     if (chat->flags & ~flags)
         return qwen3i_fail(err, QWEN3_ERR_ARG, "flags has unknown bits: %d", chat->flags);
+    if (tools & (tools - 1)) return qwen3i_fail(err, QWEN3_ERR_ARG, "flags has several QWEN3_CHAT_TOOLS_*");
+    if ((tools & ~QWEN3_CHAT_TOOLS_NONE) && chat->n_tools == 0)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "flags wants calls held to tools, but there are no tools");
     for (i = 0; i < chat->n_tools; i++)
         if (!chat->tools[i]) return qwen3i_fail(err, QWEN3_ERR_ARG, "tools[%d] is NULL", i);
     for (i = 0; i < chat->n_msgs && r == QWEN3_OK; i++) r = qwen3i_chat_check_msg(&chat->msgs[i], i, err);
@@ -11337,6 +11376,7 @@ typedef struct qwen3i_sampler_scratch { /* both [n_vocab]; owned by the context 
     float            *logits;
     qwen3i_candidate *candidates;
     const uint32_t   *mask;             /* NULL, or a bit for each token: may it come? */
+    int               banned;           /* 0, or a token + 1 that may not come */
 } qwen3i_sampler_scratch;
 
 QWEN3_API qwen3_sampler qwen3_sampler_preset(qwen3_preset preset, uint64_t seed) {
@@ -11388,15 +11428,16 @@ static void qwen3i_heapify(qwen3i_candidate *h, int n, int least) {
     for (i = n / 2 - 1; i >= 0; i--) qwen3i_sift(h, n, i, least);
 }
 
-static int qwen3i_in_mask(const uint32_t *mask, int token) {
-    return !mask || (mask[token >> 5] >> (token & 31) & 1u);
+static int qwen3i_may_come(const qwen3i_sampler_scratch *s, int token) {
+    return !s || (token + 1 != s->banned && (!s->mask || (s->mask[token >> 5] >> (token & 31) & 1u)));
 }
 
 /* All tokens that may be sampled, in order of id. Returns how many. */
-static int qwen3i_all_candidates(const float *logits, int n, const uint32_t *mask, qwen3i_candidate *out) {
+static int qwen3i_all_candidates(const float *logits, int n, const qwen3i_sampler_scratch *s,
+                                 qwen3i_candidate *out) {
     int i, count = 0;
     for (i = 0; i < n; i++)
-        if (qwen3i_in_mask(mask, i) && qwen3i_allowed(logits[i])) {
+        if (qwen3i_may_come(s, i) && qwen3i_allowed(logits[i])) {
             out[count].logit = logits[i];
             out[count++].id = i;
         }
@@ -11404,13 +11445,14 @@ static int qwen3i_all_candidates(const float *logits, int n, const uint32_t *mas
 }
 
 /* The k that rank first, in order of rank. O(n log k) at worst, O(n) in practice. Returns how many. */
-static int qwen3i_select_top(const float *logits, int n, int k, const uint32_t *mask, qwen3i_candidate *out) {
+static int qwen3i_select_top(const float *logits, int n, int k, const qwen3i_sampler_scratch *s,
+                             qwen3i_candidate *out) {
     qwen3i_candidate c;
     int count = 0;
     for (c.id = 0; c.id < n; c.id++) {
         c.logit = logits[c.id];
         if (count == k && !(c.logit > out[0].logit)) continue;      /* ids ascend: a tie ranks after */
-        if (!qwen3i_allowed(c.logit) || !qwen3i_in_mask(mask, c.id)) continue;
+        if (!qwen3i_allowed(c.logit) || !qwen3i_may_come(s, c.id)) continue;
         if (count < k) {
             out[count++] = c;
             if (count == k) qwen3i_heapify(out, k, 1);
@@ -11510,9 +11552,8 @@ static qwen3_result qwen3i_choose(const float *logits, int n_vocab, int n_choose
     if (s) logits = qwen3i_adjust(logits, n_vocab, seq, n, s, scratch);
     greedy = !s || !(s->temperature > 0);
     if (greedy || s->top_k > 0)
-        count = qwen3i_select_top(logits, n_choose, greedy ? 1 : qwen3i_min(s->top_k, n_choose),
-                                  scratch->mask, c);
-    else count = qwen3i_all_candidates(logits, n_choose, scratch->mask, c);
+        count = qwen3i_select_top(logits, n_choose, greedy ? 1 : qwen3i_min(s->top_k, n_choose), scratch, c);
+    else count = qwen3i_all_candidates(logits, n_choose, scratch, c);
     if (count == 0)
         return qwen3i_fail(err, QWEN3_ERR_ARG, "every token is banned by bias, filter or grammar, or the "
                                                "logits are not numbers");
@@ -11613,6 +11654,7 @@ struct qwen3_grammar {                  /* immutable once compiled */
     qwen3i_buf  dfas, states, edges, rows;
     qwen3i_buf  lexemes, nodes, lists, objects, members, arrays;
     int         root, plain;            /* node; the automaton of any string */
+    qwen3_token call_begin, call_end;   /* TOOLS: the tags; -1 */
 };
 
 typedef struct qwen3i_compiler {
@@ -12859,6 +12901,7 @@ typedef struct qwen3i_dom {             /* a value of the schema's text; 0 is no
     int  parent, first, last, next;     /* of an object or array: its members */
     int  key, n_key, text, n_text;      /* in c->text: the key; a string, or a number as it is written */
     char type;                          /* { [ " 0 t f n */
+    char is_root;                       /* references within it start here */
 } qwen3i_dom;
 
 #define QWEN3I_SCHEMA_DEPTH 256
@@ -12983,6 +13026,13 @@ static int qwen3i_dom_count(const qwen3i_compiler *c, int node) {
     int i, n = 0;
     for (i = qwen3i_dom_at(c, node)->first; i; i = qwen3i_dom_at(c, i)->next) n++;
     return n;
+}
+
+/* The schema that a value is part of, as a document. */
+static int qwen3i_dom_root(const qwen3i_compiler *c, int node) {
+    while (qwen3i_dom_at(c, node)->parent && !qwen3i_dom_at(c, node)->is_root)
+        node = qwen3i_dom_at(c, node)->parent;
+    return node;
 }
 
 /* The JSON pointer to a value, in at most `size` bytes. */
@@ -13425,8 +13475,8 @@ static qwen3i_span qwen3i_apply_keyword(qwen3i_compiler *c, qwen3i_span in, int 
 }
 
 /* Schemas with a draft before 2019-09: what stands beside $ref does not count. */
-static int qwen3i_old_draft(qwen3i_compiler *c) {
-    int node = qwen3i_dom_get(c, 1, "$schema");
+static int qwen3i_old_draft(qwen3i_compiler *c, int schema) {
+    int node = qwen3i_dom_get(c, qwen3i_dom_root(c, schema), "$schema");
     qwen3i_str s = qwen3i_dom_text(c, node);
     return node && qwen3i_str_find(s, "/draft-0", 0) < s.n;
 }
@@ -13444,7 +13494,7 @@ static qwen3i_span qwen3i_apply_schema(qwen3i_compiler *c, qwen3i_span in, int s
         return in;
     }
     ref = qwen3i_dom_get(c, schema, "$ref");
-    if (ref && qwen3i_dom_at(c, ref)->type == '"' && qwen3i_old_draft(c))
+    if (ref && qwen3i_dom_at(c, ref)->type == '"' && qwen3i_old_draft(c, schema))
         return qwen3i_apply_keyword(c, in, schema, ref, negated);
     c->where = qwen3i_dom_path(c, schema, path, sizeof path);
     if (!negated) out = in;
@@ -13504,11 +13554,11 @@ static int qwen3i_pointer_step(qwen3i_compiler *c, int node, qwen3i_str *rest) {
 }
 
 /* The schema with this identifier; a fragment: by its anchor. */
-static int qwen3i_find_id(qwen3i_compiler *c, qwen3i_str id, int anchor) {
+static int qwen3i_find_id(qwen3i_compiler *c, int root, qwen3i_str id, int anchor) {
     int i, k, n = QWEN3I_LEN(qwen3i_dom, c->dom);
-    for (i = 1; i < n; i++) {
+    for (i = root; i < n; i++) {
         qwen3i_str text;
-        if (qwen3i_dom_at(c, i)->type != '{') continue;
+        if (qwen3i_dom_at(c, i)->type != '{' || qwen3i_dom_root(c, i) != root) continue;
         k = qwen3i_dom_get(c, i, anchor ? "$anchor" : "$id");
         if (!k) k = qwen3i_dom_get(c, i, "id");
         if (!k || qwen3i_dom_at(c, k)->type != '"') continue;
@@ -13522,21 +13572,22 @@ static int qwen3i_find_id(qwen3i_compiler *c, qwen3i_str id, int anchor) {
 
 static int qwen3i_resolve(qwen3i_compiler *c, int node) {
     qwen3i_str ref, base;
-    int at = 1;
+    const int root = qwen3i_dom_root(c, node);
+    int at = root;
     size_t hash;
-    if (!qwen3i_want_type(c, node, '"', "a reference")) return 1;
+    if (!qwen3i_want_type(c, node, '"', "a reference")) return root;
     ref = base = qwen3i_dom_text(c, node);
     hash = qwen3i_str_find(ref, "#", 0);
     base.n = hash;
-    if (base.n > 0) at = qwen3i_find_id(c, base, 0);
+    if (base.n > 0) at = qwen3i_find_id(c, root, base, 0);
     ref = qwen3i_str_from(ref, hash < ref.n ? hash + 1 : ref.n);
-    if (at && ref.n > 0 && ref.p[0] != '/') at = qwen3i_find_id(c, ref, 1);
+    if (at && ref.n > 0 && ref.p[0] != '/') at = qwen3i_find_id(c, root, ref, 1);
     else while (at && ref.n > 0) at = qwen3i_pointer_step(c, at, &ref);
     if (at) return at;
     ref = qwen3i_dom_text(c, node);
     qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "there is no \"%.*s\" in this document",
                       (int)qwen3i_min_size(ref.n, 80), ref.p);
-    return 1;
+    return root;
 }
 
 /* ---- JSON Schema: what can be at all --------------------------------------------------------- */
@@ -13683,7 +13734,7 @@ static int qwen3i_term_simple(qwen3i_compiler *c, int term) {
         if (d->type == 't' || (d->type == '{' && !d->first)) return 0;
         if (d->type == 'f') return QWEN3I_NEVER;
         ref = d->type == '{' ? qwen3i_dom_get(c, term >> 2, "$ref") : 0;
-        if (!ref || qwen3i_dom_at(c, ref)->type != '"' || (d->first != d->last && !qwen3i_old_draft(c)))
+        if (!ref || qwen3i_dom_at(c, ref)->type != '"' || (d->first != d->last && !qwen3i_old_draft(c, term >> 2)))
             break;
         term = QWEN3I_TERM(qwen3i_resolve(c, ref), QWEN3I_HOLDS);
         if (c->result != QWEN3_OK) return 0;
@@ -13865,11 +13916,12 @@ static qwen3i_span qwen3i_possible(qwen3i_compiler *c, qwen3i_span in) {
 
 /* ---- the machine's parts --------------------------------------------------------------------- */
 enum { QWEN3I_END, QWEN3I_RETURN, QWEN3I_LEXEME, QWEN3I_CALL, QWEN3I_CHOICE, QWEN3I_VALUE, QWEN3I_MEMBERS,
-       QWEN3I_ITEMS, QWEN3I_MARK };
+       QWEN3I_ITEMS };
 typedef struct qwen3i_node {
-    /* LEXEME: which; CALL: where; CHOICE, VALUE: a list of b nodes at a; MEMBERS, ITEMS: which */
+    /* LEXEME: which; CALL: where, b: a value with no white space before it; CHOICE, VALUE: a list of b nodes
+       at a; MEMBERS, ITEMS: which */
     int kind, a, b;
-    int next;                           /* LEXEME, CALL, MARK: what follows */
+    int next;                           /* LEXEME, CALL: what follows */
     int cost;                           /* bytes of the shortest text from here to the return */
 } qwen3i_node;
 
@@ -14588,22 +14640,85 @@ static void qwen3i_finish(qwen3i_compiler *c) {
         qwen3i_fast_rows(c, QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[i].dfa);
 }
 
+/* The node of what satisfies one or two schemas (0: none). */
+static int qwen3i_schema_node(qwen3i_compiler *c, int schema, int other) {
+    const int first = QWEN3I_LEN(int, c->terms);
+    int value;
+    if (c->result != QWEN3_OK) return 0;
+    if (schema) qwen3i_push_term(c, QWEN3I_TERM(schema, QWEN3I_HOLDS));
+    if (other) qwen3i_push_term(c, QWEN3I_TERM(other, QWEN3I_HOLDS));
+    value = qwen3i_pop_terms(c, first);
+    if (value < 0) return qwen3i_schema_bad(c, schema, QWEN3_ERR_FORMAT, "nothing satisfies this schema");
+    return qwen3i_value_node(c, value);
+}
+
+/* Make the values that nodes stand for, and those that they ask for. */
+static void qwen3i_build_pending(qwen3i_compiler *c) {
+    int i;
+    for (i = 0; c->result == QWEN3_OK && i < QWEN3I_LEN(int, c->pending) && qwen3i_spend(c, 1); i++)
+        qwen3i_value_build(c, QWEN3I_ARRAY(int, c->pending)[i]);
+}
+
 static int qwen3i_compile_schema(qwen3i_compiler *c, const char *text, size_t n) {
-    int root, first;
+    int root;
     c->json = 1;
     qwen3i_dom_read(c, text, n);
-    if (c->result != QWEN3_OK) return 0;
-    first = QWEN3I_LEN(int, c->terms);
-    qwen3i_push_term(c, QWEN3I_TERM(1, QWEN3I_HOLDS));
-    root = qwen3i_pop_terms(c, first);
-    if (c->result == QWEN3_OK && root < 0)
-        qwen3i_reject(c, QWEN3_ERR_FORMAT, "/: nothing satisfies this schema");
-    root = qwen3i_value_node(c, root);
-    for (first = 0; c->result == QWEN3_OK && first < QWEN3I_LEN(int, c->pending); first++) {
-        if (!qwen3i_spend(c, 1)) break;
-        qwen3i_value_build(c, QWEN3I_ARRAY(int, c->pending)[first]);
-    }
+    root = qwen3i_schema_node(c, 1, 0);
+    qwen3i_build_pending(c);
     return root;
+}
+
+/* ---- tools: calls as the chat template has them ---------------------------------------------- */
+#define QWEN3I_MAX_TOOLS 250            /* the machine follows as many ways */
+
+static int qwen3i_text_node(qwen3i_compiler *c, const char *before, qwen3i_str name, const char *behind,
+                            int next) {
+    int s;
+    qwen3i_nfa_reset(c);
+    s = qwen3i_nfa_text(c, behind, strlen(behind), qwen3i_nfa_add(c, QWEN3I_NFA_FINAL, 0, 0));
+    s = qwen3i_nfa_text(c, before, strlen(before), qwen3i_nfa_literal(c, name, s));
+    return qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, qwen3i_dfa_make(c, s), 0, QWEN3I_NO_LIMIT), next);
+}
+
+/* The node of calls of one tool; 0: it is another one than the one that is wanted. */
+static int qwen3i_tool_node(qwen3i_compiler *c, int tool, const char *only, int object, int tail) {
+    const int f = qwen3i_dom_get(c, tool, "function") ? qwen3i_dom_get(c, tool, "function") : tool,
+              name = qwen3i_dom_get(c, f, "name"), parameters = qwen3i_dom_get(c, f, "parameters");
+    int node;
+    if (!name || qwen3i_dom_at(c, name)->type != '"')
+        return qwen3i_schema_bad(c, f, QWEN3_ERR_FORMAT, "a tool has a \"name\"");
+    if (only && !qwen3i_is(qwen3i_dom_text(c, name), only)) return 0;
+    qwen3i_dom_at(c, parameters)->is_root = 1;
+    node = qwen3i_schema_node(c, parameters, object);
+    node = qwen3i_node_add(c, QWEN3I_CALL, node, 1, tail);
+    return qwen3i_text_node(c, "\n{\"name\": \"", qwen3i_dom_text(c, name), "\", \"arguments\": ", node);
+}
+
+/* only: NULL, or the name of the only tool that counts. */
+static int qwen3i_compile_tools(qwen3i_compiler *c, const char *text, size_t n, const char *only) {
+    static const char object[] = "{\"type\":\"object\"}";
+    int nodes[QWEN3I_MAX_TOOLS], n_nodes = 0, i, k, tail, is_object;
+    qwen3i_str none;
+    none.p = "";
+    none.n = 0;
+    c->json = 1;
+    qwen3i_dom_read(c, text, n);
+    is_object = qwen3i_dom_read(c, object, sizeof object - 1);
+    if (c->result != QWEN3_OK || !qwen3i_want_type(c, 1, '[', "a list of tools")) return 0;
+    tail = qwen3i_text_node(c, "}\n", none, "", QWEN3I_RETURN);
+    for (k = qwen3i_dom_at(c, 1)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+        const int node = qwen3i_tool_node(c, k, only, is_object, tail);
+        if (node && n_nodes == QWEN3I_MAX_TOOLS)
+            return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "more than %d tools", QWEN3I_MAX_TOOLS);
+        if (node) nodes[n_nodes++] = node;
+    }
+    if (c->result == QWEN3_OK && n_nodes == 0)
+        return qwen3i_reject(c, QWEN3_ERR_ARG, "there is no tool %s", only ? only : "at all");
+    k = QWEN3I_LEN(int, c->g->lists);
+    for (i = 0; i < n_nodes; i++) qwen3i_push_int(c, &c->g->lists, nodes[i]);
+    k = qwen3i_node_add(c, QWEN3I_CHOICE, k, n_nodes, 0);
+    qwen3i_build_pending(c);
+    return k;
 }
 
 /* ---- GBNF: llama.cpp's notation -------------------------------------------------------------- */
@@ -15094,7 +15209,8 @@ static void qwen3i_proceed(qwen3i_machine *m, int node, int frame, int depth) {
             at = qwen3i_frame_new(m, frame, node, -1);
             if (at < 0) return;
             qwen3i_frame_cost(m, at);
-            qwen3i_proceed(m, n->a, at, depth + 1);
+            if (n->b) qwen3i_thread_add(m, n->a, 0, 1, 0, at);
+            else qwen3i_proceed(m, n->a, at, depth + 1);
             return;
         case QWEN3I_LEXEME: {
             const int dfa = QWEN3I_ARRAY(qwen3i_lexeme, m->g->lexemes)[n->a].dfa;
@@ -15855,7 +15971,7 @@ static void qwen3i_index_order(qwen3i_index *v) {
 }
 
 static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar_desc *desc,
-                                           const qwen3i_err *err);
+                                           const char *only, const qwen3i_err *err);
 
 static qwen3_result qwen3i_index_fill(qwen3i_index *v, const qwen3_model *model, qwen3i_word *words,
                                       uint32_t *path, qwen3i_level *levels) {
@@ -15884,7 +16000,7 @@ static qwen3_result qwen3i_index_fill(qwen3i_index *v, const qwen3_model *model,
     desc.text = any;
     desc.n_bytes = sizeof any - 1;
     g->allocator = v->allocator;
-    r = qwen3i_grammar_compile(g, &desc, NULL);
+    r = qwen3i_grammar_compile(g, &desc, NULL, NULL);
     if (r != QWEN3_OK) return r;
     v->plain_state = qwen3i_dfa_step(g, &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[g->plain], 0, '"');
     v->n_plain_crossings = qwen3i_walk_quotes(g, v, g->plain, v->plain_state, levels, v->plain_crossings);
@@ -16002,8 +16118,14 @@ static int qwen3i_compile_regex(qwen3i_compiler *c, const char *text, size_t n) 
     return qwen3i_lexeme_node(c, qwen3i_lexeme_add(c, dfa, 0, QWEN3I_NO_LIMIT), QWEN3I_RETURN);
 }
 
+/* A number of its own for each text. */
+static uint64_t qwen3i_grammar_serial(const qwen3_grammar_desc *desc, const char *only) {
+    uint64_t h = qwen3i_hash((uint64_t)desc->kind * 8 + (uint64_t)desc->flags + 1, desc->text, desc->n_bytes);
+    return (only ? qwen3i_hash(h, only, strlen(only)) : h) | 1;
+}
+
 static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar_desc *desc,
-                                           const qwen3i_err *err) {
+                                           const char *only, const qwen3i_err *err) {
     qwen3i_compiler c;
     qwen3i_buf *all[QWEN3I_COMPILER_BUFS];
     int i;
@@ -16017,10 +16139,13 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
     for (i = 0; i < QWEN3I_COMPILER_BUFS; i++) *all[i] = qwen3i_buf_make(&g->allocator);
     qwen3i_compiler_begin(&c);
     g->flags = desc->flags;
-    g->serial = qwen3i_hash((uint64_t)desc->kind + 1, desc->text, desc->n_bytes) | 1;
+    g->kind = desc->kind;
+    g->serial = qwen3i_grammar_serial(desc, only);
     if (c.result == QWEN3_OK) {
         if (desc->kind == QWEN3_GRAMMAR_JSON_SCHEMA)
             g->root = qwen3i_compile_schema(&c, desc->text, desc->n_bytes);
+        else if (desc->kind == QWEN3_GRAMMAR_TOOLS)
+            g->root = qwen3i_compile_tools(&c, desc->text, desc->n_bytes, only);
         else if (desc->kind == QWEN3_GRAMMAR_REGEX)
             g->root = qwen3i_compile_regex(&c, desc->text, desc->n_bytes);
         else g->root = qwen3i_compile_bnf(&c, desc->text, desc->n_bytes);
@@ -16034,15 +16159,29 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
     return c.result;
 }
 
+static qwen3_result qwen3i_grammar_make(qwen3_grammar **out, const qwen3_model *model,
+                                        const qwen3_allocator *allocator, const qwen3_grammar_desc *desc,
+                                        const char *only, const qwen3i_err *err) {
+    qwen3_grammar *g = (qwen3_grammar *)qwen3i_alloc_zero(allocator, 1, sizeof *g);
+    qwen3_result r;
+    if (!g) return qwen3i_no_memory(err, "a grammar", sizeof *g);
+    g->allocator = *allocator;
+    g->model = model;
+    g->call_begin = qwen3i_added_id(model->tokenizer, "<tool_call>");
+    g->call_end = qwen3i_added_id(model->tokenizer, "</tool_call>");
+    r = qwen3i_index_get(model, &g->vocab);
+    if (r != QWEN3_OK) qwen3i_fail(err, r, "the vocabulary cannot be indexed: %s", qwen3_result_string(r));
+    else if (desc->kind == QWEN3_GRAMMAR_TOOLS && (g->call_begin < 0 || g->call_end < 0))
+        r = qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the tokenizer has no <tool_call> and </tool_call>");
+    else r = qwen3i_grammar_compile(g, desc, only, err);
+    if (r != QWEN3_OK) qwen3i_grammar_free(g); else *out = g;
+    return r;
+}
+
 QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_model *model,
                                             const qwen3_grammar_desc *desc, char *err_text, size_t err_size) {
-    qwen3i_err err;
-    qwen3_grammar *g;
-    qwen3_result r;
+    const qwen3i_err err = qwen3i_err_begin(err_text, err_size);
     int kind;
-    err.text = err_text;
-    err.cap = err_size;
-    if (err_text && err_size) err_text[0] = '\0';
     if (!out) return qwen3i_fail(&err, QWEN3_ERR_ARG, "out is NULL");
     *out = NULL;
     if (!model || !desc || !desc->text)
@@ -16050,23 +16189,12 @@ QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_mod
     if (!model->tokenizer)
         return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
     kind = (int)desc->kind;
-    if (kind < QWEN3_GRAMMAR_JSON_SCHEMA || kind > QWEN3_GRAMMAR_GBNF ||
-        (desc->flags & ~(QWEN3_GRAMMAR_COMPACT | QWEN3_GRAMMAR_MAY_BREAK_OFF)))
+    if (kind < QWEN3_GRAMMAR_JSON_SCHEMA || kind > QWEN3_GRAMMAR_TOOLS || (desc->flags & ~7))
         return qwen3i_fail(&err, QWEN3_ERR_ARG, "the grammar's kind or flags are unknown");
     if (desc->n_bytes > 1 << 26)
         return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "a grammar of more than 64 MiB");
-    g = (qwen3_grammar *)qwen3i_alloc_zero(&model->allocator, 1, sizeof *g);
-    if (!g) return qwen3i_no_memory(&err, "a grammar", sizeof *g);
-    g->allocator = model->allocator;
-    g->model = model;
-    r = qwen3i_index_get(model, &g->vocab);
-    if (r != QWEN3_OK) qwen3i_fail(&err, r, "the vocabulary cannot be indexed: %s", qwen3_result_string(r));
-    else r = qwen3i_grammar_compile(g, desc, &err);
-    if (r != QWEN3_OK) { qwen3i_grammar_free(g); return r; }
-    *out = g;
-    return QWEN3_OK;
+    return qwen3i_grammar_make(out, model, &model->allocator, desc, NULL, &err);
 }
-
 
 /* ---- a sequence's place in its grammar ------------------------------------------------------- */
 #define QWEN3I_GUIDE_THREADS 256
@@ -16295,6 +16423,7 @@ typedef struct qwen3i_seq {
                                            to be evaluated. 0: there is none */
     int          grammar_start;         /* position from which a grammar applies; -1: not known */
     qwen3i_guide *guide;                /* its place in that grammar; NULL until it has one */
+    qwen3_grammar *tools;               /* of the conversation's tools, if calls are held to them */
 } qwen3i_seq;
 
 typedef struct qwen3i_pace {            /* how much to evaluate at once */
@@ -16433,6 +16562,7 @@ static uint64_t qwen3i_ctx_layout(qwen3_ctx *c, const qwen3i_config *cfg, const 
         c->seqs[i].len = 0;
         c->seqs[i].grammar_start = -1;
         c->seqs[i].guide = NULL;
+        c->seqs[i].tools = NULL;
         c->seqs[i].fresh = 0;
         c->seqs[i].planned = 0;
     }
@@ -16498,8 +16628,10 @@ QWEN3_API void qwen3_ctx_free(qwen3_ctx *c) {
     if (!c) return;
     a = c->desc.allocator;
     if (c->state) c->model->backend->ctx_free(c->state);
-    for (i = 0; c->memory && i < c->desc.max_seqs; i++)
+    for (i = 0; c->memory && i < c->desc.max_seqs; i++) {
         qwen3i_free(&a, c->seqs[i].guide, sizeof *c->seqs[i].guide);
+        qwen3i_grammar_free(c->seqs[i].tools);
+    }
     qwen3i_masker_free(&a, c->masker);
     qwen3i_free(&a, c->memory, c->memory_size);
     qwen3i_free(&a, c, sizeof *c);
@@ -16840,7 +16972,7 @@ enum { QWEN3I_NO_TURN = -1, QWEN3I_THINKS = -2, QWEN3I_HAS_THOUGHT = -3 };
    <think>. */
 static int qwen3i_answer_start(const qwen3_model *m, const qwen3i_seq *s, int *may_think) {
     int i, bytes;
-    const char *p;
+    const char *p, *role;
     *may_think = 0;
     for (i = s->len - 1; i >= 0; i--) {
         const qwen3_token t = s->tokens[i];
@@ -16855,10 +16987,13 @@ static int qwen3i_answer_start(const qwen3_model *m, const qwen3i_seq *s, int *m
         p = qwen3i_token_bytes(m, s->tokens[i], &bytes);
         return i + (p && bytes > 0 && p[0] == '\n' && p[bytes - 1] == '\n');
     }
-    p = i + 2 < s->len ? qwen3i_token_bytes(m, s->tokens[i + 1], &bytes) : NULL;
-    if (!p || bytes != 9 || memcmp(p, "assistant", 9) != 0) return QWEN3I_NO_TURN;
+    for (role = "assistant\n"; *role && ++i < s->len; role += bytes) {
+        p = qwen3i_token_bytes(m, s->tokens[i], &bytes);
+        if (!p || bytes == 0 || strncmp(role, p, (size_t)bytes) != 0) return QWEN3I_NO_TURN;
+    }
+    if (*role) return QWEN3I_NO_TURN;
     *may_think = m->info.chat_style == QWEN3_STYLE_HYBRID && m->info.think_begin >= 0;
-    return i + 3;
+    return i + 1;
 }
 
 /* Memory for grammars, when the first one is used. */
@@ -16900,41 +17035,127 @@ static const uint32_t *qwen3i_mask_only(qwen3i_masker *k, qwen3_token t) {
     return k->mask;
 }
 
-/* The tokens that may come next; NULL: all, as while the model thinks. A text before the answer's end that
-   the grammar cannot follow, as after a prompt, is not part of it: then it begins here. */
-static qwen3_result qwen3i_grammar_mask(qwen3_ctx *c, int seq, const qwen3_grammar *g, int room,
-                                        const uint32_t **mask, const qwen3i_err *err) {
-    const qwen3_model *m = c->model;
-    qwen3i_seq *s = &c->seqs[seq];
-    const int lead = (int)qwen3i_word_id(m->tokenizer, "\n\n", 2);
-    int may_think, i, start = qwen3i_answer_start(m, s, &may_think);
-    qwen3_result r = qwen3i_guide_ready(c, s, g, err);
-    *mask = NULL;
-    if (r != QWEN3_OK) return r;
-    if (start == QWEN3I_THINKS) {       /* in time for the shortest answer */
-        if (room <= QWEN3I_NODE(g, g->root)->cost + 3 && !(g->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF))
-            *mask = qwen3i_mask_only(c->masker, m->info.think_end);
-        return QWEN3_OK;
+/* Which grammars hold: the sampler's own may be that of calls. */
+static void qwen3i_next_grammars(qwen3i_next *next) {
+    if (!next->grammar && next->sampler) next->grammar = next->sampler->grammar;
+    if (!next->grammar || next->grammar->kind != QWEN3_GRAMMAR_TOOLS) return;
+    if (!next->tools) {
+        next->calls = next->grammar;
+        next->tools = next->calls->flags & QWEN3_GRAMMAR_CALL ? QWEN3_CHAT_TOOLS_REQUIRED :
+                                                                QWEN3_CHAT_TOOLS_AUTO;
     }
-    if (start == QWEN3I_HAS_THOUGHT && lead >= 0) {
-        *mask = qwen3i_mask_only(c->masker, lead);
-        return QWEN3_OK;
-    }
-    if (start < s->grammar_start && s->grammar_start <= s->len) start = s->grammar_start;
-    if (start < 0) start = s->len;
+    next->grammar = NULL;
+}
+
+/* Make the mask of a grammar that begins at `start`. A text there that it cannot follow, as after a prompt,
+   is not part of it: then it begins at the end. Returns where it begins; a call that it cannot follow: -1. */
+static int qwen3i_answer_mask(qwen3_ctx *c, qwen3i_seq *s, const qwen3_grammar *g, int start) {
+    int i, ends;
     if (!qwen3i_guide_follow(c, s, g, start)) {
+        if (g->kind == QWEN3_GRAMMAR_TOOLS) return -1;
         start = s->len;
         s->guide->pos = -1;
         qwen3i_guide_follow(c, s, g, start);
     }
-    s->grammar_start = start;
-    if (c->masker->guide != s->guide || c->masker->version != s->guide->version) {
-        if (qwen3i_guide_mask(c->masker, s->guide))
-            for (i = 0; i < m->n_eos; i++) qwen3i_allow(c->masker->mask, m->eos[i]);
-        c->masker->guide = s->guide;
-        c->masker->version = s->guide->version;
+    if (c->masker->guide == s->guide && c->masker->version == s->guide->version) return start;
+    ends = qwen3i_guide_mask(c->masker, s->guide);
+    c->masker->guide = s->guide;
+    c->masker->version = s->guide->version;
+    if (ends && g->kind == QWEN3_GRAMMAR_TOOLS) qwen3i_allow(c->masker->mask, g->call_end);
+    else for (i = 0; ends && i < c->model->n_eos; i++) qwen3i_allow(c->masker->mask, c->model->eos[i]);
+    return start;
+}
+
+/* The tag of calls that came last in an answer, -1: none. *at: where what follows it begins. */
+static qwen3_token qwen3i_last_call(const qwen3i_seq *s, const qwen3_grammar *calls, int start, int *at) {
+    for (*at = s->len; *at > start; --*at) {
+        const qwen3_token t = s->tokens[*at - 1];
+        if (t == calls->call_begin || t == calls->call_end) return t;
     }
+    return -1;
+}
+
+/* Tokens that the shortest answer takes: its bytes at most, and the tags of a call. */
+static int qwen3i_least_room(const qwen3_grammar *g) {
+    return qwen3i_near(QWEN3I_NODE(g, g->root)->cost, g->kind == QWEN3_GRAMMAR_TOOLS ? 2 : 0);
+}
+
+/* Between calls: a newline and the next one, or the end. Text that is there already may go on. */
+static const uint32_t *qwen3i_between_calls(qwen3_ctx *c, const qwen3i_seq *s, const qwen3i_next *next,
+                                            int at) {
+    const int newline = (int)qwen3i_word_id(c->model->tokenizer, "\n", 1);
+    int i;
+    if (at + 1 == s->len && s->tokens[at] == newline)
+        return qwen3i_mask_only(c->masker, next->calls->call_begin);
+    if (at < s->len) return NULL;
+    qwen3i_mask_only(c->masker, c->model->eos[0]);
+    for (i = 1; i < c->model->n_eos; i++) qwen3i_allow(c->masker->mask, c->model->eos[i]);
+    if (newline >= 0 && next->room > qwen3i_least_room(next->calls)) qwen3i_allow(c->masker->mask, newline);
+    return c->masker->mask;
+}
+
+/* Where calls are held to tools: 1: *mask is what may come. 0: the answer's text goes on. */
+static int qwen3i_call_mask(qwen3_ctx *c, qwen3i_seq *s, const qwen3i_next *next, int start, int may_think,
+                            const uint32_t **mask) {
+    const qwen3_grammar *g = next->calls;
+    const int required = next->tools == QWEN3_CHAT_TOOLS_REQUIRED;
+    int at;
+    const qwen3_token tag = qwen3i_last_call(s, g, start, &at);
+    if (tag == g->call_begin) {
+        *mask = qwen3i_answer_mask(c, s, g, at) < 0 ? NULL : c->masker->mask;
+        return 1;
+    }
+    if (tag == g->call_end && (required || next->grammar)) {
+        *mask = qwen3i_between_calls(c, s, next, at);
+        return 1;
+    }
+    if (tag < 0 && required) {
+        qwen3i_mask_only(c->masker, g->call_begin);
+        if (may_think && start == s->len) qwen3i_allow(c->masker->mask, c->model->info.think_begin);
+        *mask = c->masker->mask;
+        return 1;
+    }
+    if (next->grammar) return 0;
+    if (next->room < qwen3i_least_room(g)) c->scratch.banned = g->call_begin + 1;
+    return 1;
+}
+
+/* The tokens that may come next; NULL: all, as while the model thinks. */
+static qwen3_result qwen3i_next_mask(qwen3_ctx *c, const qwen3i_next *next, const uint32_t **mask,
+                                     const qwen3i_err *err) {
+    const qwen3_model *m = c->model;
+    const qwen3_grammar *g = next->grammar, *calls = next->calls,
+                        *first = next->tools == QWEN3_CHAT_TOOLS_REQUIRED || !g ? calls : g;
+    qwen3i_seq *s = &c->seqs[next->seq];
+    int may_think, start = qwen3i_answer_start(m, s, &may_think);
+    qwen3_result r = QWEN3_OK;
+    *mask = NULL;
+    c->scratch.banned = next->tools == QWEN3_CHAT_TOOLS_NONE && start != QWEN3I_THINKS ?
+                        qwen3i_added_id(m->tokenizer, "<tool_call>") + 1 : 0;
+    if (!first) return QWEN3_OK;
+    r = qwen3i_guide_ready(c, s, first, err);
+    if (r == QWEN3_OK && calls && g) r = qwen3i_guide_ready(c, s, g, err);
+    if (r != QWEN3_OK) return r;
+    if (start == QWEN3I_THINKS) {       /* in time for the shortest answer */
+        if (next->room <= qwen3i_least_room(first) + 3 && !(first->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF) &&
+            (g || next->tools == QWEN3_CHAT_TOOLS_REQUIRED))
+            *mask = qwen3i_mask_only(c->masker, m->info.think_end);
+        return QWEN3_OK;
+    }
+    if (start == QWEN3I_HAS_THOUGHT && qwen3i_word_id(m->tokenizer, "\n\n", 2) != QWEN3I_NONE) {
+        if (g || next->tools == QWEN3_CHAT_TOOLS_REQUIRED)
+            *mask = qwen3i_mask_only(c->masker, (qwen3_token)qwen3i_word_id(m->tokenizer, "\n\n", 2));
+        return QWEN3_OK;
+    }
+    if (start == QWEN3I_HAS_THOUGHT) start = s->len;
+    if (start < s->grammar_start && s->grammar_start <= s->len) start = s->grammar_start;
+    if (start < 0) start = s->len;
+    s->grammar_start = start;
+    if (calls && qwen3i_call_mask(c, s, next, start, may_think, mask)) return QWEN3_OK;
+    s->grammar_start = qwen3i_answer_mask(c, s, g, start);
     if (may_think && start == s->len) qwen3i_allow(c->masker->mask, m->info.think_begin);
+    if (calls && start == s->len && next->room >= qwen3i_least_room(calls))
+        qwen3i_allow(c->masker->mask, calls->call_begin);
     *mask = c->masker->mask;
     return QWEN3_OK;
 }
@@ -16942,15 +17163,16 @@ static qwen3_result qwen3i_grammar_mask(qwen3_ctx *c, int seq, const qwen3_gramm
 /* Where a grammar applies: is there room to end the text after this token? If not, *t becomes the first token
    of the shortest way to the end. */
 static void qwen3i_lead_to_end(qwen3_ctx *c, const qwen3i_next *next, qwen3_token *t) {
-    const qwen3i_seq *s = &c->seqs[next->seq];
-    int n, cost;
+    const qwen3i_guide *guide = c->masker->guide;
+    int n, cost, is_call;
     const char *p = qwen3i_token_bytes(c->model, *t, &n);
-    if (!c->masker->guide || (next->grammar->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF)) return;
-    if (qwen3i_is_eos(c->model, *t) || *t == c->model->info.think_begin) return;
-    cost = qwen3i_guide_cost(c->masker, s->guide, p, n);
-    if (cost <= next->room - 1) return;
-    *t = qwen3i_guide_shortest(c->masker, s->guide);
-    if (*t < 0) *t = c->model->eos[0];
+    if (!guide || (guide->g->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF)) return;
+    if (qwen3i_is_eos(c->model, *t) || qwen3i_added_of(c->model->tokenizer, *t)) return;
+    is_call = guide->g->kind == QWEN3_GRAMMAR_TOOLS;
+    cost = qwen3i_guide_cost(c->masker, guide, p, n);
+    if (cost + is_call <= next->room - 1) return;
+    *t = qwen3i_guide_shortest(c->masker, guide);
+    if (*t < 0) *t = is_call ? guide->g->call_end : c->model->eos[0];
 }
 
 static qwen3_result qwen3i_sample(qwen3_ctx *c, qwen3i_next *next, const qwen3i_err *err) {
@@ -16961,10 +17183,11 @@ static qwen3_result qwen3i_sample(qwen3_ctx *c, qwen3i_next *next, const qwen3i_
     qwen3_result r = qwen3i_get_logits(c, next->seq, &logits, err);
     if (r == QWEN3_OK) r = qwen3i_check_sampler(next->sampler, err);
     if (r != QWEN3_OK) return r;
-    if (!next->grammar && next->sampler) next->grammar = next->sampler->grammar;
+    qwen3i_next_grammars(next);
     next->room = next->room > 0 ? qwen3i_min(next->room, left) : left;
     c->scratch.mask = NULL;
-    if (next->grammar) r = qwen3i_grammar_mask(c, next->seq, next->grammar, next->room, &c->scratch.mask, err);
+    c->scratch.banned = 0;
+    if (next->grammar || next->tools) r = qwen3i_next_mask(c, next, &c->scratch.mask, err);
     if (r != QWEN3_OK) return r;
     callers = qwen3i_float_enter();
     r = qwen3i_choose(logits, c->model->config.n_vocab, qwen3i_n_choose(c->model), s->tokens, s->len,
@@ -17058,8 +17281,8 @@ static qwen3_result qwen3i_next_step(qwen3_ctx *c, qwen3i_next *next, int n, con
     qwen3_result r;
     for (i = 0; i < n; i++) {
         c->rngs[i] = next[i].sampler ? next[i].sampler->rng : 0;
-        if (!next[i].grammar && next[i].sampler) next[i].grammar = next[i].sampler->grammar;
-        host |= next[i].grammar || (next[i].sampler && next[i].sampler->filter);
+        qwen3i_next_grammars(&next[i]);
+        host |= next[i].grammar || next[i].tools || (next[i].sampler && next[i].sampler->filter);
     }
     r = host ? QWEN3_ERR_UNSUPPORTED : qwen3i_next_on_backend(c, next, n, err);
     if (r == QWEN3_ERR_UNSUPPORTED) r = qwen3i_next_on_host(c, next, n, err);
@@ -17329,6 +17552,216 @@ static qwen3_result qwen3i_check_gen(const qwen3_ctx *c, const qwen3_gen_desc *g
     return QWEN3_OK;
 }
 
+/* ---- replies taken apart --------------------------------------------------------------------- */
+typedef struct qwen3i_reply {           /* what is still to be read, */
+    qwen3i_str rest;
+    int        kind;                    /* and what it begins with; ANSWER or THINKING */
+    int        behind_tag, n_calls;     /* calls begun */
+    qwen3i_str part, name;              /* the last part; of a call: arguments, and name, still escaped */
+    const char *why;                    /* it is a call that is malformed, here: */
+    size_t      where;
+} qwen3i_reply;
+
+/* JSON has no NaN and no Infinity, though the reader knows them. */
+static int qwen3i_only_json(qwen3i_str s) {
+    size_t i;
+    int quoted = 0;
+    for (i = 0; i < s.n; i++) {
+        if (quoted && s.p[i] == '\\') i++;
+        else if (s.p[i] == '"') quoted = !quoted;
+        else if (!quoted && (s.p[i] == 'N' || s.p[i] == 'I')) return 0;
+    }
+    return 1;
+}
+
+/* The fields of a call. */
+static int qwen3i_reply_fields(qwen3i_reply *r, qwen3i_json *j) {
+    qwen3i_json_iter it;
+    qwen3i_str key;
+    int named = 0;
+    r->part.p = "{}";
+    r->part.n = 2;
+    if (qwen3i_json_open(j, '{', &it)) while (qwen3i_json_next(j, &it, &key)) {
+        const char first = qwen3i_json_peek(j), *from = j->p;
+        const int is_name = qwen3i_json_is(key, "name"), is_arguments = qwen3i_json_is(key, "arguments");
+        if (is_name && first != '"') return qwen3i_json_bad(j, "the name is not a string");
+        if (is_arguments && first != '{') return qwen3i_json_bad(j, "the arguments are not an object");
+        if (is_name) named = qwen3i_json_string(j, &r->name);
+        else if (qwen3i_json_skip(j) && is_arguments) {
+            r->part.p = from;
+            r->part.n = (size_t)(j->p - from);
+            if (!qwen3i_only_json(r->part)) return qwen3i_json_bad(j, "the arguments are not JSON");
+        }
+    }
+    return j->error ? 0 : named ? 1 : qwen3i_json_bad(j, "it has no name");
+}
+
+/* A call, from its tag on. What it cannot be read as stays text, up to the tag that closes it. */
+static int qwen3i_reply_call(qwen3i_reply *r) {
+    static const char begin[] = "<tool_call>", end[] = "</tool_call>";
+    qwen3i_json j = qwen3i_json_begin(r->rest.p + sizeof begin - 1, r->rest.n - (sizeof begin - 1));
+    qwen3i_str tail = r->rest;
+    size_t close;
+    r->n_calls++;
+    if (qwen3i_reply_fields(r, &j)) {
+        qwen3i_json_peek(&j);
+        tail = qwen3i_str_from(r->rest, (size_t)(j.p - r->rest.p));
+        if (qwen3i_str_begins(tail, end)) tail = qwen3i_str_from(tail, sizeof end - 1);
+        else if (tail.n > 0 && !qwen3i_str_begins(tail, begin)) qwen3i_json_bad(&j, "text follows it");
+    }
+    if (!j.error) { r->rest = tail; return QWEN3_TEXT_CALL; }
+    r->why = j.error;
+    r->where = qwen3i_json_offset(&j);
+    close = qwen3i_str_find(r->rest, end, 0);
+    r->part = r->rest;
+    r->part.n = close < r->rest.n ? close + sizeof end - 1 : r->rest.n;
+    r->rest = qwen3i_str_from(r->rest, r->part.n);
+    return QWEN3_TEXT_ANSWER;
+}
+
+/* Text up to a tag, or to the end. The newlines behind a tag are the tag's, and one before it. */
+static void qwen3i_reply_text(qwen3i_reply *r, size_t n, int tagged) {
+    r->part = r->rest;
+    r->part.n = n;
+    r->rest = qwen3i_str_from(r->rest, n);
+    if (r->behind_tag) r->part = qwen3i_str_strip(r->part, 1, 0);
+    if (tagged && r->part.n > 0 && r->part.p[r->part.n - 1] == '\n') r->part.n--;
+}
+
+/* The kind of the next part; -1: there is none. */
+static int qwen3i_reply_next(qwen3i_reply *r) {
+    static const char begin[] = "<think>", end[] = "</think>", call[] = "<tool_call>";
+    size_t n;
+    int kind;
+    r->why = NULL;
+    if (r->kind == QWEN3_TEXT_ANSWER && qwen3i_str_begins(r->rest, begin)) {
+        r->rest = qwen3i_str_from(r->rest, sizeof begin - 1);
+        r->kind = QWEN3_TEXT_THINKING;
+        r->behind_tag = 1;
+    }
+    if (r->rest.n == 0) return -1;
+    if (r->kind == QWEN3_TEXT_THINKING) {
+        n = qwen3i_str_find(r->rest, end, 0);
+        qwen3i_reply_text(r, n, n < r->rest.n);
+        if (r->rest.n > 0) r->rest = qwen3i_str_from(r->rest, sizeof end - 1);
+        r->kind = QWEN3_TEXT_ANSWER;
+        r->behind_tag = 1;
+        return QWEN3_TEXT_THINKING;
+    }
+    if (qwen3i_str_begins(r->rest, call)) {
+        kind = qwen3i_reply_call(r);
+        r->behind_tag = 1;
+        return kind;
+    }
+    for (n = 1; n < r->rest.n; n++) {
+        const qwen3i_str from = qwen3i_str_from(r->rest, n);
+        if (*from.p == '<' && (qwen3i_str_begins(from, begin) || qwen3i_str_begins(from, call))) break;
+    }
+    qwen3i_reply_text(r, n, n < r->rest.n);
+    return QWEN3_TEXT_ANSWER;
+}
+
+typedef struct qwen3i_room { char *p; size_t size, n; } qwen3i_room;     /* what does not fit only counts */
+
+static void qwen3i_room_add(qwen3i_room *to, const char *p, size_t n) {
+    if (to->n + n <= to->size) memcpy(to->p + to->n, p, n);
+    to->n += n;
+}
+
+/* A text, or a string of JSON with its escapes, as valid UTF-8 without a NUL. */
+static void qwen3i_room_text(qwen3i_room *to, qwen3i_str s, int escaped) {
+    const char *p = s.p, *end = s.p + s.n;
+    char letter[4];
+    while (p < end) {
+        int n = qwen3i_utf8_valid(p, (int)qwen3i_min_size((size_t)(end - p), 4));
+        const char *from = p;
+        p += n ? n : 1;
+        if (escaped && *from == '\\') {
+            n = qwen3i_utf8_put(letter, qwen3i_json_escape(&p, end));
+            from = letter;
+        }
+        if (n == 0 || !*from) { from = "\xEF\xBF\xBD"; n = 3; }
+        qwen3i_room_add(to, from, (size_t)n);
+    }
+}
+
+/* All parts of a kind, a newline between them; where they begin. */
+static size_t qwen3i_reply_gather(qwen3i_reply r, int kind, qwen3i_room *to) {
+    const size_t at = to->n;
+    int k;
+    while ((k = qwen3i_reply_next(&r)) >= 0) {
+        if (k != kind || r.part.n == 0) continue;
+        if (to->n > at) qwen3i_room_add(to, "\n", 1);
+        qwen3i_room_text(to, r.part, 0);
+    }
+    qwen3i_room_add(to, "", 1);
+    return at;
+}
+
+/* The calls, to `calls` if they fit. */
+static void qwen3i_reply_calls(qwen3i_reply r, qwen3_tool_call *calls, qwen3i_room *to) {
+    int k;
+    while ((k = qwen3i_reply_next(&r)) >= 0) {
+        const size_t name = to->n;
+        size_t arguments;
+        if (k != QWEN3_TEXT_CALL) continue;
+        qwen3i_room_text(to, r.name, 1);
+        qwen3i_room_add(to, "", 1);
+        arguments = to->n;
+        qwen3i_room_text(to, r.part, 0);
+        qwen3i_room_add(to, "", 1);
+        if (to->n > to->size) continue;
+        calls->name = to->p + name;
+        calls++->arguments = to->p + arguments;
+    }
+}
+
+/* The whole text; it may begin within thinking, be it only by a </think> without a <think>. */
+static qwen3i_reply qwen3i_reply_begin(const char *text, size_t n, int kind) {
+    qwen3i_reply r;
+    memset(&r, 0, sizeof r);
+    r.rest.p = n ? text : "";
+    r.rest.n = n;
+    if (qwen3i_str_begins(r.rest, "<think>")) return r;
+    r.behind_tag = (kind & QWEN3_TEXT_THINKING) ||
+                   qwen3i_str_find(r.rest, "</think>", 0) < qwen3i_str_find(r.rest, "<think>", 0);
+    r.kind = r.behind_tag ? QWEN3_TEXT_THINKING : QWEN3_TEXT_ANSWER;
+    return r;
+}
+
+QWEN3_API int qwen3_reply_parse(const char *text, size_t n_bytes, int kind, qwen3_msg *out, void *memory,
+                                size_t size, char *err_text, size_t err_size) {
+    const qwen3i_err err = qwen3i_err_begin(err_text, err_size);
+    const size_t word = sizeof(void *), pad = (word - (size_t)((uintptr_t)memory % word)) % word;
+    qwen3i_reply all, r;
+    qwen3i_room to;
+    size_t thinking, answer;
+    int k, n_calls = 0, bad = 0;
+    if (!out || (!text && n_bytes) || (!memory && size) || n_bytes > (size_t)1 << 28)
+        return qwen3i_fail(&err, QWEN3_ERR_ARG, "text, out or memory is NULL, or there is too much text");
+    memset(out, 0, sizeof *out);
+    r = all = qwen3i_reply_begin(text, n_bytes, kind);
+    while ((k = qwen3i_reply_next(&r)) >= 0) {
+        n_calls += k == QWEN3_TEXT_CALL;
+        if (r.why && !bad++)
+            qwen3i_fail(&err, QWEN3_ERR_FORMAT, "call %d: %s at its byte %lu", r.n_calls, r.why,
+                        (unsigned long)r.where);
+    }
+    to.p = (char *)memory;
+    to.size = size;
+    to.n = word - 1 + (size_t)n_calls * sizeof *out->calls;     /* wherever memory lies */
+    thinking = qwen3i_reply_gather(all, QWEN3_TEXT_THINKING, &to);
+    answer = qwen3i_reply_gather(all, QWEN3_TEXT_ANSWER, &to);
+    qwen3i_reply_calls(all, n_calls && to.n <= size ? (qwen3_tool_call *)(void *)(to.p + pad) : NULL, &to);
+    if (to.n > size) return (int)to.n;
+    out->role = QWEN3_ASSISTANT;
+    out->reasoning = to.p + thinking;
+    out->text = to.p + answer;
+    if (n_calls) out->calls = (const qwen3_tool_call *)(const void *)(to.p + pad);
+    out->n_calls = n_calls;
+    return (int)to.n;
+}
+
 /* ---- replies: prompts by pieces, then token by token, of several sequences together ---------- */
 /* Where the texts of two lists of tokens, which differ in their first one, come together again; 0 if they do
    not before a control token or the end of one. *i and *k: how many tokens that takes of each. */
@@ -17384,10 +17817,36 @@ static qwen3_result qwen3i_plan_chat(qwen3_ctx *c, int seq, const qwen3_chat_des
     return qwen3i_plan(c, seq, c->prompt, qwen3i_take_held(c, seq, n), err);
 }
 
+/* The grammar of a conversation's tools stays with the sequence until others come. */
+static qwen3_result qwen3i_tools_ready(qwen3_ctx *c, qwen3i_seq *s, const qwen3_chat_desc *chat,
+                                       const qwen3i_err *err) {
+    qwen3i_buf text = qwen3i_buf_make(&c->desc.allocator);
+    qwen3_grammar_desc desc;
+    qwen3_grammar *g = NULL;
+    qwen3_result r = QWEN3_OK;
+    int i, ok = 1;
+    for (i = 0; i < chat->n_tools && ok; i++)
+        ok = qwen3i_buf_add(&text, i ? "," : "[", 1) &&
+             qwen3i_buf_add(&text, chat->tools[i], strlen(chat->tools[i]));
+    if (!ok || !qwen3i_buf_add(&text, "]", 1)) r = qwen3i_no_memory(err, "the tools", text.n);
+    memset(&desc, 0, sizeof desc);
+    desc.kind = QWEN3_GRAMMAR_TOOLS;
+    desc.text = text.p;
+    desc.n_bytes = text.n;
+    if (r == QWEN3_OK && (!s->tools || s->tools->serial != qwen3i_grammar_serial(&desc, chat->tool))) {
+        r = qwen3i_grammar_make(&g, c->model, &c->desc.allocator, &desc, chat->tool, err);
+        if (r == QWEN3_OK) { qwen3i_grammar_free(s->tools); s->tools = g; }
+    }
+    qwen3i_buf_free(&text);
+    return r;
+}
+
 static qwen3_result qwen3i_begin(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat,
                                  const qwen3_gen_desc *gen, qwen3_stream *s, const qwen3i_err *err) {
     qwen3_result r = qwen3i_check_gen(c, gen, err);
     if (r == QWEN3_OK && chat) r = qwen3i_plan_chat(c, seq, chat, err);
+    if (r == QWEN3_OK && chat && (chat->flags & (QWEN3_CHAT_TOOLS_AUTO | QWEN3_CHAT_TOOLS_REQUIRED)))
+        r = qwen3i_tools_ready(c, &c->seqs[seq], chat, err);
     if (r != QWEN3_OK) return r;
     s->ctx = c;
     s->seq = seq;
@@ -17396,6 +17855,7 @@ static qwen3_result qwen3i_begin(qwen3_ctx *c, int seq, const qwen3_chat_desc *c
     s->n_prompt = qwen3i_to_come(&c->seqs[seq]);
     s->n_tokens = s->n_thinking = s->closed = s->n_pending = 0;
     s->stopped_by = s->forced = -1;
+    s->tools = chat ? chat->flags & QWEN3I_CHAT_TOOLS : 0;
     qwen3i_stream_find_kind(s, c->seqs[seq].tokens, c->seqs[seq].len + s->n_prompt);
     return QWEN3_OK;
 }
@@ -17452,12 +17912,26 @@ static qwen3_result qwen3i_without_choice(qwen3_ctx *c, qwen3_stream *s, const q
     return r;
 }
 
+/* A reply's part of a decode step. */
+static qwen3i_next qwen3i_next_of(const qwen3_stream *s) {
+    qwen3i_next next;
+    memset(&next, 0, sizeof next);
+    next.seq = s->seq;
+    next.sampler = s->gen.sampler;
+    next.grammar = s->gen.grammar;
+    next.tools = s->tools;
+    if (s->tools & ~QWEN3_CHAT_TOOLS_NONE) next.calls = s->ctx->seqs[s->seq].tools;
+    next.room = s->gen.max_tokens > 0 ? s->gen.max_tokens - s->n_tokens : 0;
+    qwen3i_next_grammars(&next);
+    return next;
+}
+
 #define QWEN3I_MAX_FORCED 32
 
 /* Tokens to which the grammar leaves no alternative: chosen without logits, and evaluated together. */
 static qwen3_result qwen3i_say_forced(qwen3_ctx *c, qwen3_stream *s, const qwen3i_err *err) {
     const qwen3_sampler *sampler = s->gen.sampler;
-    const qwen3_grammar *g = s->gen.grammar ? s->gen.grammar : sampler ? sampler->grammar : NULL;
+    qwen3i_next next = qwen3i_next_of(s);
     qwen3_token tokens[QWEN3I_MAX_FORCED];
     qwen3i_seq *seq = &c->seqs[s->seq];
     const uint32_t *mask;
@@ -17466,9 +17940,10 @@ static qwen3_result qwen3i_say_forced(qwen3_ctx *c, qwen3_stream *s, const qwen3
     int i, n = 0, most = qwen3i_min(qwen3i_min(left, c->desc.max_ctx - len), QWEN3I_MAX_FORCED);
     qwen3_item item;
     qwen3_result r = QWEN3_OK;
-    if (!g || s->forced >= 0 || (sampler && (sampler->n_bias > 0 || sampler->filter))) return QWEN3_OK;
-    for (; n < most; n++) {
-        r = qwen3i_grammar_mask(c, s->seq, g, INT_MAX, &mask, err);
+    if ((!next.grammar && !next.calls) || s->forced >= 0) return QWEN3_OK;
+    if (sampler && (sampler->n_bias > 0 || sampler->filter)) return QWEN3_OK;
+    for (next.room = INT_MAX; n < most; n++) {
+        r = qwen3i_next_mask(c, &next, &mask, err);
         if (r != QWEN3_OK) return r;
         tokens[n] = mask ? qwen3i_mask_single(c->masker) : -1;
         if (tokens[n] < 0 || qwen3i_is_eos(c->model, tokens[n])) break;
@@ -17497,11 +17972,7 @@ static qwen3_result qwen3i_answer(qwen3_ctx *c, qwen3_stream *const *streams, in
         qwen3_stream *s = streams[i];
         if (qwen3i_answers(s)) r = qwen3i_without_choice(c, s, err);
         if (!qwen3i_answers(s)) continue;
-        memset(&c->next[active], 0, sizeof *c->next);
-        c->next[active].seq = s->seq;
-        c->next[active].grammar = s->gen.grammar;
-        c->next[active].room = s->gen.max_tokens > 0 ? s->gen.max_tokens - s->n_tokens : 0;
-        c->next[active++].sampler = s->gen.sampler;
+        c->next[active++] = qwen3i_next_of(s);
     }
     if (r == QWEN3_OK && active > 0) r = qwen3i_next_step(c, c->next, active, err);
     for (i = k = 0; i < n && k < active && r == QWEN3_OK; i++)

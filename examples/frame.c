@@ -22,7 +22,7 @@ int main(int argc, char **argv) {
     qwen3_stream *replies[2] = {&keepers[0].reply, &keepers[1].reply};
     qwen3_msg msgs[2] = {{QWEN3_SYSTEM, "You keep a small shop.", NULL, NULL, 0},
                          {QWEN3_USER, "Hello! What do you sell?", NULL, NULL, 0}};
-    qwen3_chat_desc chat = {msgs, 2, NULL, 0, QWEN3_CHAT_NO_THINK, 0, NULL};
+    qwen3_chat_desc chat = {msgs, 2, NULL, 0, QWEN3_CHAT_NO_THINK, 0, NULL, NULL};
     qwen3_load_desc load = {0}; qwen3_ctx_desc desc = {0}; qwen3_gen_desc gen = {0};
     qwen3_model *model = NULL; qwen3_ctx *ctx = NULL; char err[256] = "";
     const int64_t budget = argc > 2 ? atol(argv[2]) : 4000;

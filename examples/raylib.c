@@ -14,7 +14,7 @@ static int hear(const char *utf8, int n_bytes, int kind, void *user) {
 int main(int argc, char **argv) {
     char asked[256] = "", line[256] = "", err[256] = "";
     qwen3_msg msg = {QWEN3_USER, asked, NULL, NULL, 0};
-    qwen3_chat_desc chat = {&msg, 1, NULL, 0, QWEN3_CHAT_NO_THINK, 0, NULL};
+    qwen3_chat_desc chat = {&msg, 1, NULL, 0, QWEN3_CHAT_NO_THINK, 0, NULL, NULL};
     qwen3_load_desc load = {0}; qwen3_ctx_desc desc = {0}; qwen3_gen_desc gen = {0};
     qwen3_model *model = NULL; qwen3_ctx *ctx = NULL; qwen3_stream reply, *replies[1] = {&reply};
     int key, n = 0, frames = 0; qwen3_result r;

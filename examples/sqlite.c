@@ -51,7 +51,7 @@ static void sql_ask(sqlite3_context *sql, int n, sqlite3_value **v) {
     state *s = opened(sql);
     qwen3_msg msgs[2] = {{QWEN3_SYSTEM, text_of(v[0]), NULL, NULL, 0},
                          {QWEN3_USER, text_of(v[1]), NULL, NULL, 0}};
-    qwen3_chat_desc chat = {msgs, 2, NULL, 0, QWEN3_CHAT_NO_THINK, 0, NULL};
+    qwen3_chat_desc chat = {msgs, 2, NULL, 0, QWEN3_CHAT_NO_THINK, 0, NULL, NULL};
     qwen3_gen_desc gen;
     (void)n;
     if (!s) return;

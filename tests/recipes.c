@@ -12,6 +12,15 @@ static int put(const char *utf8, int n_bytes, int kind, void *user) {
     (void)kind; (void)user;
     return fwrite(utf8, 1, (size_t)n_bytes, stdout) == 0;
 }
+static int keep(const char *utf8, int n_bytes, int kind, void *user) {
+    char *said = (char *)user;
+    const size_t n = strlen(said);
+    (void)kind;
+    if (n + (size_t)n_bytes > 4095) return 1;
+    memcpy(said + n, utf8, (size_t)n_bytes);
+    said[n + (size_t)n_bytes] = '\0';
+    return 0;
+}
 static void draw_frame(void) { frames++; }
 static void *my_alloc(size_t size, void *user) { (void)user; allocations++; return malloc(size); }
 static void my_free(void *p, size_t size, void *user) { (void)size; (void)user; allocations--; free(p); }

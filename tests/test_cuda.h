@@ -1095,7 +1095,7 @@ static void lab_check_choice(lab *l, int kind, const qwen3_sampler *like) {
     float *logits = floats((size_t)vocab), *copy = floats((size_t)vocab);
     qwen3i_candidate *scratch = (qwen3i_candidate *)malloc((size_t)vocab * sizeof *scratch);
     qwen3_sampler here = *like, there = *like;
-    qwen3i_sampler_scratch room = {NULL, NULL, NULL};
+    qwen3i_sampler_scratch room = {NULL, NULL, NULL, 0};
     qwen3i_next item;
     qwen3_token want = -1, tokens[3] = {1, 2, 3};
     int i;
@@ -1199,7 +1199,7 @@ static void draw_sampler(uint64_t *seed, drawing *d, int n) {
 static void draw_one(uint64_t *seed, drawing *d, int n) {
     static float copy[DRAW_VOCAB];
     static qwen3i_candidate candidates[DRAW_VOCAB];
-    qwen3i_sampler_scratch room = {NULL, NULL, NULL};
+    qwen3i_sampler_scratch room = {NULL, NULL, NULL, 0};
     int i;
     room.logits = copy;
     room.candidates = candidates;

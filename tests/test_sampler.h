@@ -20,6 +20,7 @@ static qwen3_result choose_of(const float *logits, int n_vocab, int n_choose, co
     scratch.logits = sampler_logits;
     scratch.candidates = sampler_candidates;
     scratch.mask = NULL;
+    scratch.banned = 0;
     r = qwen3i_choose(logits, n_vocab, n_choose, seq, n, s, &scratch, out, &err);
     CHECK((r < 0) == (text[0] != '\0'));
     return r;

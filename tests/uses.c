@@ -35,7 +35,8 @@ static int sequences(qwen3_ctx *ctx, const qwen3_token *tokens, int n) {
 
 static int replies(const qwen3_model *model, qwen3_ctx *ctx) {
     qwen3_msg msg = {QWEN3_USER, "Hello!", NULL, NULL, 0};
-    qwen3_chat_desc chat = {&msg, 1, NULL, 0, QWEN3_CHAT_NO_THINK, 0, NULL};
+    qwen3_chat_desc chat = {&msg, 1, NULL, 0, QWEN3_CHAT_NO_THINK, 0, NULL, NULL};
+    char memory[256];
     qwen3_gen_desc gen;
     qwen3_stream stream, *list[1];
     memset(&gen, 0, sizeof gen);
@@ -44,6 +45,7 @@ static int replies(const qwen3_model *model, qwen3_ctx *ctx) {
     list[0] = &stream;
     if (qwen3_chat_render(model, &chat, NULL, 0, NULL, 0) <= 0) return -10;
     if (qwen3_chat(ctx, 0, &chat, &gen) < 0 || qwen3_generate(ctx, 0, &gen) < 0) return -11;
+    if (qwen3_reply_parse("Hello!", 6, QWEN3_TEXT_ANSWER, &msg, memory, sizeof memory, NULL, 0) > 256 || strcmp(msg.text, "Hello!") != 0) return -14;
     if (qwen3_stream_begin(ctx, 0, &chat, &gen, &stream) != QWEN3_OK) return -12;
     while (qwen3_stream_step(ctx, list, 1, 1000) == QWEN3_MORE) {}
     return qwen3_stream_feed(&stream, 0) == stream.result ? 0 : -13;
