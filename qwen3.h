@@ -822,6 +822,8 @@ typedef struct qwen3i_layer {           /* norm gains are float32 copies: [n_emb
     qwen3i_matrix w_gate, w_up;         /* [n_ff, n_embd] */
     qwen3i_matrix w_down;               /* [n_embd, n_ff] */
     const qwen3i_experts *experts;      /* NULL: dense, by the three matrices above */
+    /* column j of the matrices is for input order[j]; NULL: for input j */
+    const int32_t *qkv_order, *o_order, *mlp_order, *down_order;
 } qwen3i_layer;
 
 typedef struct qwen3i_config {
@@ -836,6 +838,7 @@ typedef struct qwen3i_config {
     int    norm_topk;                   /* the weights of the experts that are used add up to 1 */
     int    sparse_step;                 /* layers sparse_step - 1, 2 * sparse_step - 1, ... have experts, ... */
     int    n_dense, dense[64];          /* ... but for these */
+    int    ordered;                     /* some layer has an order of inputs */
 } qwen3i_config;
 
 typedef struct qwen3i_weights {
@@ -911,6 +914,7 @@ struct qwen3_backend {
     qwen3_result (*set_logits)(void *ctx_state, int seq, const float *logits, const qwen3i_err *err);
     int         block_types;            /* does it multiply by matrices of any format? 0: only F32, F16 and BF16 */
     int         experts;                /* does it run layers whose MLP is a mixture of experts? */
+    int         orders;                 /* does it run layers with an order of inputs? */
 };
 
 /* ---- sizes: 64-bit arithmetic in which UINT64_MAX stands for all that does not fit ---- */
@@ -6776,6 +6780,12 @@ typedef struct qwen3i_binder {
     qwen3i_str            head;         /* the name of lm_head.weight; n 0: it is as it should be */
     uint64_t              n_params, n_bytes, fingerprint;
     int                   in_place;     /* matrices that stay where the file is */
+    qwen3i_layer         *layer;        /* that is being bound */
+    /* of the matrix that was bound last, as qwen3i_layer has it; and the g_idx that the last one came from */
+    const int32_t        *order, *made_order;
+    const unsigned char  *g_idx;
+    int                   n_g_idx;
+    const char           *part_file;    /* of the last tensor that belongs to a matrix in blocks */
     uint64_t              of_type[QWEN3I_N_TYPES];  /* elements of matrices */
 } qwen3i_binder;
 
@@ -6921,6 +6931,7 @@ typedef struct qwen3i_packed {          /* [rows, cols] as a file has it; tensor
     const unsigned char *words, *zeros, *scales;    /* zeros NULL: the middle of what a field holds */
     qwen3i_type          scale_type;
     int                  zero_offset;   /* what a stored zero lacks */
+    const int32_t       *order;         /* input i of the blocks is the file's order[i]; NULL: i */
 } qwen3i_packed;
 
 static uint32_t qwen3i_word_at(const unsigned char *words, uint64_t i) {
@@ -6981,7 +6992,7 @@ static void qwen3i_pack_block(uint8_t *b, const qwen3i_packed *p, const qwen3i_f
     memcpy(b, &word, 4);
     memset(b + 4, 0, (size_t)f->bytes - 4);
     for (int e = 0; e < f->elements && from + e < p->cols; e++) {
-        unsigned q = qwen3i_packed_field(p, row, from + e);
+        const unsigned q = qwen3i_packed_field(p, row, p->order ? p->order[from + e] : from + e);
         if (p->bits == 8) b[4 + e] = (uint8_t)(q ^ 128);
         else b[4 + e / 32 * 16 + e % 16] = (uint8_t)(b[4 + e / 32 * 16 + e % 16] | q << e % 32 / 16 * 4);
     }
@@ -7044,21 +7055,47 @@ static const qwen3i_tensor *qwen3i_part(qwen3i_binder *b, const char *name, cons
                          has, needs);
     }
     if (*r != QWEN3_OK) return NULL;
+    b->part_file = t->file;
     b->fingerprint = qwen3i_hash(b->fingerprint, t->data + (t->end - t->begin) / 2,
                                  qwen3i_min_size(64, (size_t)((t->end - t->begin + 1) / 2)));
     return t;
 }
 
-/* Inputs in another order than their groups would need the activations in that order, too. */
-static qwen3_result qwen3i_check_order(qwen3i_binder *b, const char *name, const char *part,
-                                       const qwen3i_packed *p) {
+/* The order in which the inputs of each group follow each other; each group must be full. */
+static qwen3_result qwen3i_make_order(qwen3i_binder *b, const qwen3i_tensor *t, const char *name, const qwen3i_packed *p) {
+    const uint64_t n = (uint64_t)p->cols + (uint64_t)p->n_groups;
+    int32_t *order = (int32_t *)qwen3i_model_alloc(b->l->model, (size_t)n, sizeof *order), *filled;
+    if (!order) return qwen3i_no_memory(b->l->err, name, n * sizeof *order);
+    filled = order + p->cols;           /* [n_groups] */
+    memset(filled, 0, (size_t)p->n_groups * sizeof *filled);
+    for (int i = 0; i < p->cols; i++) {
+        const uint32_t group = qwen3i_word_at(t->data, (uint64_t)i);
+        if (group >= (uint32_t)p->n_groups || filled[group] == p->group)
+            return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' puts input %d into group %lu, but there are %d groups of %d",
+                               t->file, QWEN3I_STR(t->name), i, (unsigned long)group, p->n_groups, p->group);
+        order[group * (uint32_t)p->group + (uint32_t)filled[group]++] = i;
+    }
+    b->made_order = order;
+    b->g_idx = t->data;
+    b->n_g_idx = p->cols;
+    return QWEN3_OK;
+}
+
+/* Where inputs do not lie in order of their groups, the matrix' columns are put in that order, and activations
+   must follow. Matrices with the same inputs usually have the same g_idx, and then one order. */
+static qwen3_result qwen3i_find_order(qwen3i_binder *b, const char *name, const char *part, qwen3i_packed *p) {
     qwen3_result r = QWEN3_OK;
     const qwen3i_tensor *t = qwen3i_part(b, name, part, "I32", p->cols, -1, 1, &r);
-    for (int i = 0; t && i < p->cols; i++)
-        if (qwen3i_word_at(t->data, (uint64_t)i) != (uint32_t)(i / p->group))
-            return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
-                               "%s: '%s': the inputs are in order of activation (%s), which is not supported",
-                               t->file, name, part);
+    int i = 0;
+    while (t && i < p->cols && qwen3i_word_at(t->data, (uint64_t)i) == (uint32_t)(i / p->group)) i++;
+    if (!t || i == p->cols) return r;
+    if (!b->l->model->backend->orders)
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                           "%s: '%s': the inputs are in order of activation (%s), which the %s backend does not "
+                           "support", t->file, name, part, b->l->model->backend->name);
+    if (b->n_g_idx != p->cols || memcmp(b->g_idx, t->data, 4 * (size_t)p->cols) != 0)
+        r = qwen3i_make_order(b, t, name, p);
+    b->order = p->order = b->made_order;
     return r;
 }
 
@@ -7076,7 +7113,7 @@ static qwen3_result qwen3i_check_groups(qwen3i_binder *b, const char *name, qwen
     if (p->cols % p->group == 0 && p->cols % (32 / p->bits) == 0 && p->rows % (32 / p->bits) == 0)
         return QWEN3_OK;
     return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
-                       "'%s': [%d, %d] does not consist of whole groups of %d and whole words", name,
+                       "config.json: quantization_config: '%s': [%d, %d] does not consist of whole groups of %d and whole words", name,
                            p->rows, p->cols, p->group);
 }
 
@@ -7099,7 +7136,7 @@ static qwen3_result qwen3i_bind_packed(qwen3i_binder *b, const char *name, qwen3
                                       qwen3i_part(b, name, "qzeros", "I32", n, p.rows / per_word, 0, &r);
     const qwen3i_tensor *scales = qwen3i_part(b, name, ct ? "weight_scale" : "scales", "F16 BF16",
                                               ct ? p.rows : n, ct ? n : p.rows, 0, &r);
-    if (r == QWEN3_OK) r = qwen3i_check_order(b, name, ct ? "weight_g_idx" : "g_idx", &p);
+    if (r == QWEN3_OK) r = qwen3i_find_order(b, name, ct ? "weight_g_idx" : "g_idx", &p);
     if (r != QWEN3_OK) return r;
     p.words = words->data;
     p.zeros = zeros ? zeros->data : NULL;
@@ -7160,11 +7197,11 @@ static int qwen3i_bind_quantised(qwen3i_binder *b, const char *name, const qwen3
         packing < QWEN3I_AWQ) return 0;
     if (!b->l->model->backend->block_types)
         *r = qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
-                         "'%s' is quantised; the %s backend supports F32, F16 and BF16", name,
+                         "config.json: quantization_config: '%s' is quantised; the %s backend supports F32, F16 and BF16", name,
                              b->l->model->backend->name);
     else *r = fp8 ? qwen3i_bind_fp8(b, name, t, out) : qwen3i_bind_packed(b, name, out);
     if (*r == QWEN3_OK && (b->l->desc->flags & QWEN3_LOAD_CHECK) && !qwen3i_all_finite(out))
-        *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "'%s' contains NaN or Inf", name);
+        *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: '%s' contains NaN or Inf", b->part_file, name);
     b->n_params += (uint64_t)out->rows * (uint64_t)out->cols;
     return 1;
 }
@@ -7179,6 +7216,7 @@ static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int st
     int rank = 0, same, i;
     char has[128], needs[64];
     qwen3_result r;
+    b->order = NULL;
     for (i = 0; i < 3; i++) if (dims[i]) { want[rank++] = (uint64_t)dims[i]; n *= (uint64_t)dims[i]; }
     if (n / (uint64_t)cols > INT_MAX)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "tensor '%s' is too large", name);
@@ -7234,6 +7272,27 @@ static qwen3_result qwen3i_shrink(qwen3i_binder *b, const char *name, int layer,
     return r;
 }
 
+/* Where the order of this weight's inputs stands; NULL: no order is possible. */
+static const int32_t **qwen3i_order_of(qwen3i_layer *w, int weight) {
+    switch (w ? weight : QWEN3I_W_EMBED) {
+        case QWEN3I_W_Q: case QWEN3I_W_K: case QWEN3I_W_V: case QWEN3I_W_QKV: return &w->qkv_order;
+        case QWEN3I_W_O: return &w->o_order;
+        case QWEN3I_W_GATE: case QWEN3I_W_UP: return &w->mlp_order;
+        case QWEN3I_W_DOWN: return &w->down_order;
+        default: return NULL;
+    }
+}
+
+/* Matrices with the same inputs must have one order, which the first of them tells. */
+static qwen3_result qwen3i_bind_order(qwen3i_binder *b, const char *name, int weight) {
+    const int32_t **order = qwen3i_order_of(b->layer, weight);
+    if (order && weight != QWEN3I_W_K && weight != QWEN3I_W_V && weight != QWEN3I_W_UP) *order = b->order;
+    b->l->model->config.ordered |= b->order != NULL;
+    if (b->order == (order ? *order : NULL)) return QWEN3_OK;
+    return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: '%s': its inputs are in an order of activation (g_idx) of its own, "
+                       "which is not supported", b->part_file, name);
+}
+
 /* A matrix, in blocks if the caller wants them; layer -1: of none. */
 static qwen3_result qwen3i_bind(qwen3i_binder *b, int layer, int weight, int rows, int cols,
                                 qwen3i_matrix *out) {
@@ -7242,6 +7301,7 @@ static qwen3_result qwen3i_bind(qwen3i_binder *b, int layer, int weight, int row
     qwen3_result r;
     qwen3i_weight_name(name, b->l->source, layer, weight);
     r = qwen3i_bind_tensor(b, name, rows, cols, out);
+    if (r == QWEN3_OK) r = qwen3i_bind_order(b, name, weight);
     if (r != QWEN3_OK) return r;
     type = qwen3i_mix_type((qwen3i_mix)b->l->desc->quantize, weight, layer, &b->l->model->config, cols);
     if (!type || qwen3i_is_block(out->type)) b->in_place++;
@@ -7333,6 +7393,7 @@ static qwen3_result qwen3i_bind_each_expert(qwen3i_binder *b, int layer, qwen3i_
             r = qwen3i_bind_tensor(b, name, k < 2 ? c->n_ff_expert : c->n_embd, k < 2 ? c->n_embd :
                                    c->n_ff_expert,
                             &list[k * c->n_expert + i]);
+            if (r == QWEN3_OK) r = qwen3i_bind_order(b, name, QWEN3I_W_EMBED);      /* none */
         }
     return r;
 }
@@ -7359,6 +7420,7 @@ static qwen3_result qwen3i_bind_experts(qwen3i_binder *b, int layer, qwen3i_laye
     fused = qwen3i_find_weight(b, name) != NULL;
     snprintf(name, sizeof name, "model.layers.%d.mlp.gate.weight", layer);
     r = qwen3i_bind_tensor(b, name, n, c->n_embd, &router);
+    if (r == QWEN3_OK) r = qwen3i_bind_order(b, name, QWEN3I_W_EMBED);
     if (r == QWEN3_OK && fused) r = qwen3i_bind_fused_experts(b, layer, &gate_up, &down);
     if (r == QWEN3_OK && !fused && (size_t)n > b->tensors->n / 3)    /* before memory is taken for them */
         r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
@@ -7462,7 +7524,8 @@ static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
     memset(layers, 0, (size_t)c->n_layer * sizeof *layers);
     m->weights.layers = layers;
     for (i = 0; i < c->n_layer && r == QWEN3_OK; i++) {
-        r = qwen3i_bind_layer(b, i, &layers[i]);
+        b->layer = &layers[i];
+        r = qwen3i_bind_layer(b, i, b->layer);
         if (r == QWEN3_OK) r = qwen3i_progress(b->l, (i + 1.0) / c->n_layer);
     }
     return r;
@@ -10897,6 +10960,7 @@ typedef struct qwen3i_cpu {
     float *q, *a;                       /* [rows, n_head * head_dim]: queries, attention's result */
     float *key, *value;                 /* [rows, n_head_kv * head_dim]: on their way to the cache */
     float *ff;                          /* [rows, n_ff] */
+    float *ordered;                     /* [rows, the widest of h, a, ff]: in the order of a matrix' columns */
     float *route;                       /* [rows, n_expert, and on to a multiple of 16] the router's probabilities */
     int32_t *picked;                    /* [rows, n_expert_used] experts, in order */
     float *share;                       /* [rows, n_expert_used] their weights */
@@ -10934,6 +10998,8 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     c->key       = (float *)qwen3i_arena_take(&m, rows, kv_dim, 4);
     c->value     = (float *)qwen3i_arena_take(&m, rows, kv_dim, 4);
     c->ff        = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_max(g->n_ff, g->n_ff_expert), 4);
+    if (g->ordered)
+        c->ordered = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_max(g->n_head * g->head_dim, qwen3i_max(g->n_embd, g->n_ff)), 4);
     if (g->n_expert) {
         c->route    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_route_stride(g), 4);
         c->picked   = (int32_t *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_expert_used, 4);
@@ -11166,6 +11232,28 @@ static void qwen3i_experts_mlp(qwen3i_cpu *c, const qwen3i_experts *w, int n) {
     for (j = 0; j < (size_t)n * n_embd; j++) c->x[j] += c->mixed[j];
 }
 
+typedef struct qwen3i_order_args { float *y; const float *x; const int32_t *order; int width; } qwen3i_order_args;
+
+static void qwen3i_order_rows(void *args, int begin, int end, int lane) {
+    const qwen3i_order_args *a = (const qwen3i_order_args *)args;
+    int i, j;
+    (void)lane;
+    for (i = begin; i < end; i++) {
+        const float *x = a->x + (size_t)i * (size_t)a->width;
+        float *y = a->y + (size_t)i * (size_t)a->width;
+        for (j = 0; j < a->width; j++) y[j] = x[a->order[j]];
+    }
+}
+
+/* x [n, width], or it in the order of the columns that it meets */
+static const float *qwen3i_in_order(const qwen3i_cpu *c, const int32_t *order, const float *x, int n, int width) {
+    qwen3i_order_args a;
+    if (!order) return x;
+    a.y = c->ordered; a.x = x; a.order = order; a.width = width;
+    qwen3i_parallel(c->exec.pool, n, 4, qwen3i_order_rows, &a);
+    return c->ordered;
+}
+
 /* One decoder layer: x [n_rows, n_embd] in place; the last one: x [n_outs, n_embd], see above */
 static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int layer) {
     const qwen3i_layer *w = &c->weights->layers[layer];
@@ -11178,18 +11266,18 @@ static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int l
     /* h = RMSNorm(x)                     */
     qwen3i_rmsnorm(e, c->h, c->x, w->attn_norm, n, n_embd, eps);
     /* q, k, v = Wq h, Wk h, Wv h         */
-    qwen3i_matmul_qkv(e, c->q, c->key, c->value, w, c->h, n);
+    qwen3i_matmul_qkv(e, c->q, c->key, c->value, w, qwen3i_in_order(c, w->qkv_order, c->h, n, n_embd), n);
     qwen3i_parallel(e->pool, n, 4, qwen3i_place_rows, &step);           /* q, k = RoPE(RMSNorm of each head)  */
     qwen3i_attend(&step);                                               /* a = softmax(q . k / sqrt(dim)) v   */
     if (layer == c->config->n_layer - 1 && qwen3i_only_wanted(c)) n = qwen3i_keep_wanted(c, batch);
-    qwen3i_matmul_add(e, c->x, &w->wo, c->a, n);                        /* x = x + Wo a                       */
+    qwen3i_matmul_add(e, c->x, &w->wo, qwen3i_in_order(c, w->o_order, c->a, n, w->wo.cols), n);    /* x = x + Wo a */
     qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, eps);         /* h = RMSNorm(x)                     */
     if (w->experts) qwen3i_experts_mlp(c, w->experts, n);               /* x = x + a sum of experts           */
     else {
-        qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, c->h, n);
-                /* f = silu(Wgate h) * (Wup h)        */
+        /* f = silu(Wgate h) * (Wup h)        */
+        qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, qwen3i_in_order(c, w->mlp_order, c->h, n, n_embd), n);
         /* x = x + Wdown f                    */
-        qwen3i_matmul_add(e, c->x, &w->w_down, c->ff, n);
+        qwen3i_matmul_add(e, c->x, &w->w_down, qwen3i_in_order(c, w->down_order, c->ff, n, w->w_down.cols), n);
     }
     qwen3i_show(&step);
 }
@@ -11362,7 +11450,7 @@ static const qwen3_backend *qwen3i_cpu_backend(void) {
         qwen3i_cpu_memory, qwen3i_cpu_create, qwen3i_cpu_free, qwen3i_cpu_forward, qwen3i_cpu_logits,
         NULL,                           /* next: sampling is the core's */
         qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits,
-        1, 1                            /* block_types, experts */
+        1, 1, 1                         /* block_types, experts, orders */
     };
     return &backend;
 }

@@ -6444,7 +6444,7 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
         QWEN3_VERSION, "cuda", 2048,
         create_model, free_model, device_name,
         ctx_memory, create_ctx, free_ctx, forward, logits, next, seq_copy, kv_read, kv_write, set_logits,
-        0, 0                            /* matrices in blocks and experts stay on the CPU */
+        0, 0, 0                         /* matrices in blocks, experts and orders of inputs stay on the CPU */
     };
     return &backend;
 }

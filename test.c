@@ -32,6 +32,7 @@ static void  test_free(void *p);
 #include "tests/test_checkpoints.h"
 #include "tests/test_experts.h"
 #include "tests/test_gguf.h"
+#include "tests/test_packed.h"
 #include "tests/test_quantize.h"
 #include "tests/test_threads.h"
 #if defined(QWEN3_WITH_CUDA) && !defined(QWEN3_TEST_CUDA)
@@ -83,6 +84,7 @@ int main(int argc, char **argv) {
     suite_checkpoints();
     suite_experts();
     suite_gguf();
+    suite_packed();
     suite_quantize();
     suite_threads();
     suite_stability();

@@ -592,6 +592,30 @@ static void test_gguf_truncated(void) {
     tiny_free(&t);
 }
 
+/* Matrices in blocks: cut off at each byte, and a bit of each byte inverted, scales and all. */
+static void test_gguf_blocks(void) {
+    tiny_text file;
+    gg_file f;
+    char err[512];
+    size_t i, n, step = test_short ? 17 : 1;
+    int loaded = 0;
+    gg_make_blocks(&f);
+    file = gg_write(&f);
+    CHECK_MSG(gg_load_bytes(&file, err) == GOOD, "%s", err);
+    for (i = 0, n = file.n; i + 32 < n; i += step) {
+        const char was = file.p[i];
+        file.n = i;
+        CHECK_MSG(gg_load_bytes(&file, err) == BAD, "%lu bytes: %s", (unsigned long)i, err);
+        file.n = n;
+        file.p[i] = (char)(was ^ 1 << (i * 5 + i / 8) % 8);
+        loaded += gg_load_bytes(&file, err) == GOOD;
+        file.p[i] = was;
+    }
+    CHECK(loaded > 0);
+    free(file.p);
+    gg_free(&f);
+}
+
 /* A bit of each byte of the header inverted, by turns which: whatever comes of it is an error or runs. */
 static void test_gguf_bits(void) {
     tiny_model t;
@@ -700,6 +724,7 @@ static void suite_gguf(void) {
     RUN(test_gguf_bad_tensors);
     RUN(test_gguf_bad_parts);
     RUN(test_gguf_truncated);
+    RUN(test_gguf_blocks);
     RUN(test_gguf_bits);
     RUN(test_gguf_memory);
 }

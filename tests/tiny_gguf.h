@@ -198,4 +198,50 @@ static void gg_make(gg_file *f, const tiny_model *m) {
     gg_make_tokens(f);
     gg_make_tensors(f, m);
 }
+
+/* ---- a model whose matrices lie in blocks of 32: one of each such format ----------------------------------- */
+static void gg_add_blocks(gg_file *f, const char *name, int rows, uint32_t type, int bytes) {
+    unsigned char *data = (unsigned char *)calloc((size_t)rows, (size_t)bytes);
+    int i;
+    for (i = 0; i < rows * bytes; i++) data[i] = (unsigned char)(i * 151 >> 2);
+    for (i = 0; i < rows; i++) {        /* a scale of about 0.01; that of MXFP4 is a byte, and where others have an offset, it is as small */
+        data[i * bytes] = 120;
+        data[i * bytes + 1] = 0x21;
+        if (type == 3 || type == 7) data[i * bytes + 3] = 0x21;
+    }
+    gg_add(f, name, rows, 32, type, data, (size_t)(rows * bytes));
+    free(data);
+}
+
+static void gg_make_blocks(gg_file *f) {
+    static const uint64_t values[] = {1, 32, 2, 1, 16, 16, 32, 32, 8};
+    static const char *const gains[] = {"output_norm", "blk.0.attn_norm", "blk.0.ffn_norm", "blk.0.attn_q_norm", "blk.0.attn_k_norm"};
+    static const char *const names[9] = {"qwen3.block_count", "qwen3.embedding_length", "qwen3.attention.head_count",
+        "qwen3.attention.head_count_kv", "qwen3.attention.key_length", "qwen3.attention.value_length", "qwen3.feed_forward_length",
+        "qwen3.context_length", "qwen3.vocab_size"};
+    float ones[32];
+    char name[64];
+    int i;
+    memset(f, 0, sizeof *f);
+    f->version = 3;
+    f->said_keys = f->said_tensors = GG_AUTO;
+    gg_set_string(f, "general.architecture", "qwen3");
+    for (i = 0; i < 9; i++) gg_set(f, names[i], GG_U32, values[i]);
+    gg_set_float(f, "qwen3.attention.layer_norm_rms_epsilon", 1e-6);
+    gg_set_float(f, "qwen3.rope.freq_base", 10000);
+    gg_set_string(f, "tokenizer.ggml.model", "no_vocab");
+    for (i = 0; i < 32; i++) ones[i] = 1;
+    for (i = 0; i < 5; i++) {
+        snprintf(name, sizeof name, "%s.weight", gains[i]);
+        gg_add(f, name, 0, i < 3 ? 32 : 16, 0, ones, i < 3 ? 128 : 64);
+    }
+    gg_add_blocks(f, "blk.0.attn_q.weight", 32, 2, 18);
+    gg_add_blocks(f, "blk.0.attn_k.weight", 16, 3, 20);
+    gg_add_blocks(f, "blk.0.attn_v.weight", 16, 6, 22);
+    gg_add_blocks(f, "blk.0.attn_output.weight", 32, 7, 24);
+    gg_add_blocks(f, "blk.0.ffn_gate.weight", 32, 20, 18);
+    gg_add_blocks(f, "blk.0.ffn_up.weight", 32, 39, 17);
+    gg_add_blocks(f, "blk.0.ffn_down.weight", 32, 8, 34);
+    gg_add_blocks(f, "token_embd.weight", 8, 8, 34);
+}
 #endif

@@ -11,6 +11,7 @@
 #define QWEN3_IMPLEMENTATION
 #include "../../qwen3.h"
 #include "../tiny_gguf.h"
+#include "../tiny_packed.h"
 #include "../short.h"
 #include <sys/types.h>
 
@@ -384,12 +385,67 @@ static void fuzz_model(const uint8_t *data, size_t n) {
     tiny_free(&t);
 }
 
+/* ---- targets: quantised directories ------------------------------------------------------------------------ */
+/* Bytes 0 and 1: the scheme and the flags of loading. Then changes: where, two bytes of the place, what is changed. */
+static void fuzz_packed(const uint8_t *data, size_t n, packed_kind first, packed_kind last) {
+    tiny_text file[2];
+    qwen3_file files[2];
+    int schemes[PACKED_SCHEMES], count = 0, flags, i;
+    const packed_scheme *s;
+    for (i = 0; i < PACKED_SCHEMES; i++)
+        if (packed_schemes[i].kind >= first && packed_schemes[i].kind <= last) schemes[count++] = i;
+    if (n < 2) return;
+    s = &packed_schemes[schemes[data[0] % count]];
+    flags = data[1] & QWEN3_LOAD_CHECK;
+    file[0] = packed_config(&packed_least, s->config);
+    file[1] = packed_weights(s, &packed_least, 0);
+    for (data += 2, n -= 2; n >= 4; data += 4, n -= 4) {
+        const size_t header = 8 + (size_t)(unsigned char)file[1].p[0] + ((size_t)(unsigned char)file[1].p[1] << 8);
+        tiny_text *f = &file[data[0] & 1];
+        const size_t in = (data[0] & 2) && header < f->n ? header : f->n;       /* the header, or all of it */
+        f->p[((size_t)data[1] << 8 | data[2]) % in] = (char)(data[0] & 4 ? data[3] : f->p[((size_t)data[1] << 8 | data[2]) % in] ^ data[3]);
+    }
+    for (i = 0; i < 2; i++) {
+        void *copy = malloc(file[i].n);                 /* exactly: reading on is seen */
+        memcpy(copy, file[i].p, file[i].n);
+        files[i].name = i ? "model.safetensors" : "config.json";
+        files[i].data = copy;
+        files[i].size = file[i].n;
+        free(file[i].p);
+    }
+    load_files(files, 2, files[0].size + files[1].size, flags);
+    for (i = 0; i < 2; i++) free((void *)(uintptr_t)files[i].data);
+}
+
+static void fuzz_fp8(const uint8_t *data, size_t n)        { fuzz_packed(data, n, PACKED_FP8, PACKED_FP8_ONE); }
+static void fuzz_awq(const uint8_t *data, size_t n)        { fuzz_packed(data, n, PACKED_AWQ, PACKED_AWQ); }
+static void fuzz_gptq(const uint8_t *data, size_t n)       { fuzz_packed(data, n, PACKED_GPTQ, PACKED_GPTQ_ORDER); }
+static void fuzz_compressed(const uint8_t *data, size_t n) { fuzz_packed(data, n, PACKED_CT, PACKED_CT_ORDER); }
+
+/* The description of the quantisation, beside the weights that the first byte chooses */
+static void fuzz_quantization(const uint8_t *data, size_t n) {
+    char *text = (char *)malloc(n + 1);
+    qwen3_file files[2];
+    tiny_text config, weights;
+    if (n) memcpy(text, data + 1, n - 1);
+    text[n ? n - 1 : 0] = '\0';
+    config = packed_config(&packed_least, text);
+    weights = packed_weights(&packed_schemes[n ? data[0] % PACKED_SCHEMES : 0], &packed_least, 0);
+    files[0].name = "config.json"; files[0].data = config.p; files[0].size = config.n;
+    files[1].name = "model.safetensors"; files[1].data = weights.p; files[1].size = weights.n;
+    load_files(files, 2, config.n + weights.n, 0);
+    free(text);
+    free(config.p);
+    free(weights.p);
+}
+
 /* ---- choosing ------------------------------------------------------------------------------------------------ */
 typedef struct target { const char *name; void (*run)(const uint8_t *data, size_t n); } target;
 static const target targets[] = {
     {"json", fuzz_json}, {"config", fuzz_config}, {"generation", fuzz_generation}, {"safetensors", fuzz_safetensors},
     {"index", fuzz_index}, {"tokenizer", fuzz_tokenizer}, {"vocab", fuzz_vocab}, {"encode", fuzz_encode},
-    {"chat", fuzz_chat}, {"state", fuzz_state}, {"model", fuzz_model}, {"gguf", fuzz_gguf}
+    {"chat", fuzz_chat}, {"state", fuzz_state}, {"model", fuzz_model}, {"gguf", fuzz_gguf},
+    {"fp8", fuzz_fp8}, {"awq", fuzz_awq}, {"gptq", fuzz_gptq}, {"compressed", fuzz_compressed}, {"quantization", fuzz_quantization}
 };
 
 static const target *chosen(void) {
@@ -464,7 +520,23 @@ static void write_seeds(const char *dir) {
     write_seed(dir, "tiny", "gguf", file.p, file.n);
     free(file.p);
     gg_free(&gguf);
+    gg_make_blocks(&gguf);
+    file = gg_write(&gguf);
+    write_seed(dir, "blocks", "gguf", file.p, file.n);
+    free(file.p);
+    gg_free(&gguf);
     tiny_free(&t);
+    for (i = 0; i < PACKED_SCHEMES; i++) {
+        static const char *const of[] = {"fp8", "fp8", "fp8", "awq", "gptq", "gptq", "gptq", "compressed", "compressed", "compressed"};
+        char name[8];
+        snprintf(name, sizeof name, "%d", i);
+        file.p = NULL;
+        file.n = 0;
+        tiny_printf(&file, "%c%s", 'A' + (i + PACKED_SCHEMES - 'A' % PACKED_SCHEMES) % PACKED_SCHEMES, packed_schemes[i].config);
+        write_seed(dir, name, "quantization", file.p, file.n);
+        free(file.p);
+        write_seed(dir, name, of[packed_schemes[i].kind], (char[]){(char)i, 0, 1, 0, (char)(9 * i), 4}, 6);
+    }
     shared_ctx(&state, &size);
     memcpy(whole + 1, state, size);
     write_seed(dir, "whole", "state", whole, size + 1);
