@@ -557,6 +557,8 @@ typedef struct qwen3_stats {
     int64_t n_prefill, n_decode;        /* tokens evaluated: in batches, and one by one             */
     int64_t n_reused;                   /* tokens that qwen3_sync and qwen3_chat did not have to     */
     double  prefill_ms, decode_ms;      /* wall time of those                                       */
+    int64_t n_drafted, n_accepted;      /* tokens guessed and evaluated; of these right: see        */
+                                        /* qwen3_gen_desc.draft_tokens                              */
 } qwen3_stats;
 
 /* What qwen3_ctx_create would take with this descriptor: exact, also where the host could not allocate it;
@@ -690,7 +692,17 @@ typedef struct qwen3_gen_desc {
                                         /* the reply; -1: none did (END: the model ended its turn)  */
     int              (*on_text)(const char *utf8, int n_bytes, int kind, void *user);
     void              *user;            /* on_text gets whole, valid UTF-8 characters; kind is of   */
-} qwen3_gen_desc;                       /* QWEN3_TEXT_*; nonzero return stops                       */
+                                        /* QWEN3_TEXT_*; nonzero return stops                       */
+    /* Speculation: up to draft_tokens (0: none; at most 16) are guessed and evaluated together with the next
+       token, and kept as far as they are what is then chosen from their own logits. So text and sampler are
+       those of one token at a time, bit for bit on the CPU; on a GPU as far as steps of several rows round
+       alike. Guesses come from the last place where the sequence said the same, which pays where text is
+       quoted; where there is none from draft (may be NULL), a context of a smaller model of the same
+       vocabulary, whose sequence of the same number is used. How many is adapted to what they cost and
+       bring. Takes 4 * n_vocab bytes a guess for each such sequence, when it first begins. */
+    int                draft_tokens;
+    qwen3_ctx         *draft;
+} qwen3_gen_desc;
 
 /* Pull: choose the next token, append it to the sequence and evaluate it. Returns OK, or END when
    the token ends the turn (it is then not appended), or CONTEXT_FULL before anything is chosen. When
@@ -16503,6 +16515,16 @@ QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config
 /* ================================================================================================
    CONTEXT: sequences, and evaluating batches of them in chunks
    ================================================================================================ */
+#define QWEN3I_MAX_DRAFT 16
+
+typedef struct qwen3i_draft {           /* what a sequence speculates with */
+    float      *logits;                 /* [most + 1, n_vocab] of a step's rows */
+    int         most, n;                /* guesses that there is room for; those of this step, */
+    qwen3_token tokens[1 + QWEN3I_MAX_DRAFT];   /* behind the token that was chosen before them */
+    double      rate;                   /* share of the guesses that were right lately */
+    int         idle;                   /* steps since the last guess */
+} qwen3i_draft;
+
 typedef struct qwen3i_seq {
     qwen3_token *tokens;                /* [max_ctx] */
     int          len;
@@ -16511,6 +16533,7 @@ typedef struct qwen3i_seq {
                                            to be evaluated. 0: there is none */
     int          grammar_start;         /* position from which a grammar applies; -1: not known */
     qwen3i_guide *guide;                /* its place in that grammar; NULL until it has one */
+    qwen3i_draft  draft;                /* most is 0 until it speculates */
     qwen3_grammar *tools;               /* of the conversation's tools, if calls are held to them */
 } qwen3i_seq;
 
@@ -16525,6 +16548,9 @@ typedef struct qwen3i_pace {            /* how much to evaluate at once */
     int    starved;
     double prompt_ms, decode_ms;        /* a prompt's row, a decode step, as last measured */
     int    prompt_rows;                 /* in the step that prompt_ms is of */
+    /* lately: a step of one token; in such steps each row more, and each guess of a draft model */
+    double one_ms, row_cost, draft_cost;
+    int    always_guess;                /* whatever it costs: for tests */
     int    turn;                        /* whose turn it is where a budget is short: answers or prompts */
 } qwen3i_pace;
 
@@ -16650,6 +16676,7 @@ static uint64_t qwen3i_ctx_layout(qwen3_ctx *c, const qwen3i_config *cfg, const 
         c->seqs[i].len = 0;
         c->seqs[i].grammar_start = -1;
         c->seqs[i].guide = NULL;
+        c->seqs[i].draft.most = 0;
         c->seqs[i].tools = NULL;
         c->seqs[i].fresh = 0;
         c->seqs[i].planned = 0;
@@ -16710,6 +16737,15 @@ QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *m, c
     return QWEN3_OK;
 }
 
+static size_t qwen3i_draft_bytes(const qwen3_ctx *c, int most) {
+    return (size_t)(most + 1) * (size_t)c->model->config.n_vocab * sizeof(float);
+}
+
+static void qwen3i_draft_free(qwen3_ctx *c, qwen3i_draft *d) {
+    if (d->most > 0) qwen3i_free(&c->desc.allocator, d->logits, qwen3i_draft_bytes(c, d->most));
+    d->most = 0;
+}
+
 QWEN3_API void qwen3_ctx_free(qwen3_ctx *c) {
     qwen3_allocator a;
     int i;
@@ -16718,6 +16754,7 @@ QWEN3_API void qwen3_ctx_free(qwen3_ctx *c) {
     if (c->state) c->model->backend->ctx_free(c->state);
     for (i = 0; c->memory && i < c->desc.max_seqs; i++) {
         qwen3i_free(&a, c->seqs[i].guide, sizeof *c->seqs[i].guide);
+        qwen3i_draft_free(c, &c->seqs[i].draft);
         qwen3i_grammar_free(c->seqs[i].tools);
     }
     qwen3i_masker_free(&a, c->masker);
@@ -17263,13 +17300,13 @@ static void qwen3i_lead_to_end(qwen3_ctx *c, const qwen3i_next *next, qwen3_toke
     if (*t < 0) *t = is_call ? guide->g->call_end : c->model->eos[0];
 }
 
-static qwen3_result qwen3i_sample(qwen3_ctx *c, qwen3i_next *next, const qwen3i_err *err) {
+/* Choose what follows a sequence from these logits. */
+static qwen3_result qwen3i_choose_next(qwen3_ctx *c, qwen3i_next *next, const float *logits,
+                                       const qwen3i_err *err) {
     const qwen3i_seq *s = &c->seqs[next->seq];
     const int left = c->desc.max_ctx - s->len;
-    const float *logits;
     fenv_t callers;
-    qwen3_result r = qwen3i_get_logits(c, next->seq, &logits, err);
-    if (r == QWEN3_OK) r = qwen3i_check_sampler(next->sampler, err);
+    qwen3_result r = qwen3i_check_sampler(next->sampler, err);
     if (r != QWEN3_OK) return r;
     qwen3i_next_grammars(next);
     next->room = next->room > 0 ? qwen3i_min(next->room, left) : left;
@@ -17282,7 +17319,14 @@ static qwen3_result qwen3i_sample(qwen3_ctx *c, qwen3i_next *next, const qwen3i_
                       next->sampler, &c->scratch, &next->out, err);
     qwen3i_float_leave(callers);
     if (r == QWEN3_OK && c->scratch.mask) qwen3i_lead_to_end(c, next, &next->out);
+    if (r == QWEN3_OK) next->ended = qwen3i_is_eos(c->model, next->out);
     return r;
+}
+
+static qwen3_result qwen3i_sample(qwen3_ctx *c, qwen3i_next *next, const qwen3i_err *err) {
+    const float *logits;
+    qwen3_result r = qwen3i_get_logits(c, next->seq, &logits, err);
+    return r == QWEN3_OK ? qwen3i_choose_next(c, next, logits, err) : r;
 }
 
 QWEN3_API qwen3_result qwen3_sample(qwen3_ctx *c, int seq, qwen3_sampler *sampler, qwen3_token *out) {
@@ -17327,7 +17371,6 @@ static qwen3_result qwen3i_next_on_host(qwen3_ctx *c, qwen3i_next *next, int n, 
     int i, n_items = 0;
     for (i = 0; i < n && r == QWEN3_OK; i++) {
         r = qwen3i_sample(c, &next[i], err);
-        next[i].ended = r == QWEN3_OK && qwen3i_is_eos(c->model, next[i].out);
         if (r != QWEN3_OK || next[i].ended) continue;
         memset(&c->items[n_items], 0, sizeof *c->items);
         c->items[n_items].seq = next[i].seq;
@@ -17617,6 +17660,14 @@ static qwen3_result qwen3i_feed(qwen3_stream *s, qwen3_token t) {
     return r == QWEN3_MORE ? r : qwen3i_stream_end(s, r);
 }
 
+static int qwen3i_reads(const qwen3_stream *s)   { return s->result == QWEN3_MORE && s->n_prompt > 0; }
+static int qwen3i_answers(const qwen3_stream *s) { return s->result == QWEN3_MORE && s->n_prompt == 0; }
+
+/* Tokens that may still come; 0: as many as the context has positions. */
+static int qwen3i_left(const qwen3_stream *s) {
+    return s->gen.max_tokens > 0 ? s->gen.max_tokens - s->n_tokens : 0;
+}
+
 QWEN3_API qwen3_result qwen3_stream_feed(qwen3_stream *s, qwen3_token token) {
     if (!s || !s->ctx) return QWEN3_ERR_ARG;
     if (s->result == QWEN3_MORE) qwen3i_feed(s, token);
@@ -17626,8 +17677,8 @@ QWEN3_API qwen3_result qwen3_stream_feed(qwen3_stream *s, qwen3_token token) {
 static qwen3_result qwen3i_check_gen(const qwen3_ctx *c, const qwen3_gen_desc *g, const qwen3i_err *err) {
     int i;
     if (!g) return qwen3i_fail(err, QWEN3_ERR_ARG, "gen is NULL");
-    if (g->max_tokens < 0 || g->think_budget < 0)
-        return qwen3i_fail(err, QWEN3_ERR_ARG, "max_tokens or think_budget is negative");
+    if (g->max_tokens < 0 || g->think_budget < 0 || g->draft_tokens < 0)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "max_tokens, think_budget or draft_tokens is negative");
     if (g->n_stop < 0 || (g->n_stop > 0 && !g->stop))
         return qwen3i_fail(err, QWEN3_ERR_ARG, "stop is NULL or n_stop negative");
     for (i = 0; i < g->n_stop; i++)
@@ -17850,6 +17901,206 @@ QWEN3_API int qwen3_reply_parse(const char *text, size_t n_bytes, int kind, qwen
     return (int)to.n;
 }
 
+/* ---- speculation: several tokens a step, and the same text ------------------------------------ */
+static void qwen3i_smooth(double *x, double latest) { *x = *x > 0 ? *x + (latest - *x) / 4 : latest; }
+
+/* Do two models mean the same by each token? */
+static int qwen3i_same_vocabulary(const qwen3_model *a, const qwen3_model *b) {
+    int i, n, n_b;
+    if (a->config.n_vocab != b->config.n_vocab || a->info.n_tokens != b->info.n_tokens) return 0;
+    for (i = 0; i < a->info.n_tokens; i++) {
+        const char *p = qwen3i_token_bytes(a, i, &n), *q = qwen3i_token_bytes(b, i, &n_b);
+        if (n != n_b || (n > 0 && memcmp(p, q, (size_t)n) != 0)) return 0;
+    }
+    return 1;
+}
+
+static qwen3_result qwen3i_check_draft(const qwen3_ctx *c, int seq, const qwen3_ctx *draft,
+                                       const qwen3i_err *err) {
+    if (draft == c) return qwen3i_fail(err, QWEN3_ERR_ARG, "draft is the context that it is to guess for");
+    if (seq >= draft->desc.max_seqs)
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "draft has no sequence %d; its max_seqs is %d", seq,
+                           draft->desc.max_seqs);
+    if (!qwen3i_same_vocabulary(c->model, draft->model))
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "draft is of a model with another vocabulary");
+    return qwen3i_check_head(draft->model, err);
+}
+
+static qwen3_result qwen3i_draft_begin(qwen3_ctx *c, int seq, const qwen3_gen_desc *gen,
+                                       const qwen3i_err *err) {
+    qwen3i_draft *d = &c->seqs[seq].draft;
+    const int most = qwen3i_min(gen->draft_tokens, QWEN3I_MAX_DRAFT);
+    qwen3_result r = gen->draft ? qwen3i_check_draft(c, seq, gen->draft, err) : QWEN3_OK;
+    if (r == QWEN3_OK) r = qwen3i_check_head(c->model, err);
+    if (r != QWEN3_OK) return r;
+    d->n = d->idle = 0;
+    d->rate = 0.7;
+    if (most <= d->most) return QWEN3_OK;
+    qwen3i_draft_free(c, d);
+    d->logits = (float *)qwen3i_alloc(&c->desc.allocator, qwen3i_draft_bytes(c, most));
+    if (!d->logits) return qwen3i_no_memory(err, "logits of guesses", qwen3i_draft_bytes(c, most));
+    d->most = most;
+    return QWEN3_OK;
+}
+
+/* How many guesses bring the most tokens for their time; 0: none is worth it. Now and then one is tried. */
+static int qwen3i_draft_count(const qwen3i_pace *p, qwen3i_draft *d, int most, int by_model) {
+    const double each = p->row_cost + (by_model ? p->draft_cost : 0);
+    double best = 1, tokens = 1, chance = 1;
+    int n, count = 0;
+    if (p->always_guess) return most;
+    if (p->one_ms <= 0) return 0;       /* first a step to compare with */
+    for (n = 1; n <= most; n++) {
+        chance *= d->rate;
+        tokens += chance;
+        if (tokens / (1 + n * each) > best) { best = tokens / (1 + n * each); count = n; }
+    }
+    if (count == 0 && ++d->idle % 32 == 0) count = qwen3i_min(1, most);
+    return count;
+}
+
+/* Prompt lookup: what followed when the sequence's last tokens were said before. The longest match counts, of
+   two such the later. */
+static int qwen3i_draft_lookup(const qwen3_token *tokens, int n, qwen3_token *out, int most) {
+    int i, k, at = 0, longest = 1;      /* one token alone says little */
+    for (i = n - 1; i > 0 && longest < QWEN3I_MAX_DRAFT; i--) {
+        for (k = 0; k < i && k < QWEN3I_MAX_DRAFT && tokens[i - 1 - k] == tokens[n - 1 - k];) k++;
+        if (k > longest) { longest = k; at = i; }
+    }
+    most = at ? qwen3i_min(most, n - at) : 0;
+    memcpy(out, tokens + at, (size_t)most * sizeof *out);
+    return most;
+}
+
+/* What the smaller model says. Where it cannot go on, as its context is full, there are fewer guesses. */
+static qwen3_result qwen3i_draft_ask(qwen3_ctx *draft, int seq, const qwen3_token *tokens, int n,
+                                     qwen3_token *out, int most, int *count, const qwen3i_err *err) {
+    qwen3i_err own;
+    qwen3_result r = qwen3i_enter(draft, &own);
+    *count = 0;
+    if (n > draft->desc.max_ctx) return QWEN3_OK;
+    if (r == QWEN3_OK) r = qwen3i_check_tokens(draft, tokens, n, &own);
+    if (r == QWEN3_OK) r = qwen3i_plan(draft, seq, tokens, n, &own);
+    if (r == QWEN3_OK) r = qwen3i_bring_in(draft, seq, 0, &own);
+    while (r == QWEN3_OK && *count < most) {
+        qwen3_result one;
+        r = qwen3i_next_batch(draft, &seq, 1, NULL, &out[*count], &one, &own);
+        if (r != QWEN3_OK || one != QWEN3_OK) break;
+        ++*count;
+    }
+    return r < 0 ? qwen3i_fail(err, r, "draft: %s", draft->error) : QWEN3_OK;
+}
+
+/* Guess what follows the sequence and the token that was chosen. */
+static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_token chosen,
+                                 const qwen3i_err *err) {
+    qwen3i_seq *seq = &c->seqs[s->seq];
+    qwen3i_draft *d = &seq->draft;
+    const int n = seq->len + 1, by_model = s->gen.draft != NULL;
+    const double start = qwen3i_now_ms();
+    qwen3_result r = QWEN3_OK;
+    int most = qwen3i_min(qwen3i_min(s->gen.draft_tokens, d->most), c->desc.max_ctx - n);
+    if (s->gen.max_tokens > 0) most = qwen3i_min(most, s->gen.max_tokens - s->n_tokens - 1);
+    d->n = 0;
+    d->tokens[0] = chosen;
+    if (s->gen.draft_tokens == 0 || most <= 0) return QWEN3_OK;
+    seq->tokens[seq->len] = chosen;
+    d->n = qwen3i_draft_lookup(seq->tokens, n, d->tokens + 1, most);
+    if (d->n > 0) { d->n = qwen3i_draft_count(&c->pace, d, d->n, 0); return QWEN3_OK; }
+    if (!by_model) return QWEN3_OK;
+    most = qwen3i_draft_count(&c->pace, d, most, 1);
+    if (most == 0) return QWEN3_OK;
+    r = qwen3i_draft_ask(s->gen.draft, s->seq, seq->tokens, n, d->tokens + 1, most, &d->n, err);
+    if (d->n > 0) qwen3i_smooth(&c->pace.draft_cost, (qwen3i_now_ms() - start) / (d->n * c->pace.one_ms));
+    return r;
+}
+
+/* The token that was chosen, with the guesses behind it. */
+static qwen3_item qwen3i_guessed_item(const qwen3_ctx *c, int seq, int *n_guesses) {
+    const qwen3i_draft *d = &c->seqs[seq].draft;
+    qwen3_item item;
+    memset(&item, 0, sizeof item);
+    item.seq = seq;
+    item.tokens = d->tokens;
+    item.n = 1 + d->n;
+    item.all_logits = d->n > 0 ? d->logits : NULL;
+    *n_guesses += d->n;
+    return item;
+}
+
+/* The stream takes the token that was chosen, and its guesses as far as they are chosen, too. The sequence then
+   ends where it would without those that are not. */
+static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *next,
+                                  const qwen3i_err *err) {
+    qwen3i_seq *seq = &c->seqs[s->seq];
+    qwen3i_draft *d = &seq->draft;
+    const size_t vocab = (size_t)c->model->config.n_vocab;
+    const int len = next->n, evaluated = seq->len - len;
+    qwen3_result r = QWEN3_OK;
+    int k;
+    qwen3i_feed(s, next->out);
+    if (next->ended) return QWEN3_OK;
+    d->n = evaluated - 1;
+    for (k = 0; k < d->n && qwen3i_answers(s) && s->forced < 0; k++) {
+        const uint64_t rng = next->sampler ? next->sampler->rng : 0;
+        int right;
+        seq->len = len + 1 + k;
+        next->room = qwen3i_left(s);
+        r = qwen3i_choose_next(c, next, d->logits + (size_t)k * vocab, err);
+        right = r == QWEN3_OK && next->out == d->tokens[1 + k];
+        if (r == QWEN3_OK) d->rate += (right - d->rate) / 8;
+        if (!right && next->sampler) next->sampler->rng = rng;      /* it is chosen again in the next step */
+        if (!right) break;
+        qwen3i_feed(s, next->out);
+    }
+    seq->len = len + evaluated;
+    c->stats.n_drafted += d->n;
+    c->stats.n_accepted += k;
+    if (k == d->n && seq->fresh) return r;
+    qwen3i_truncate(seq, len + 1 + k);
+    if (r == QWEN3_OK) r = c->model->backend->set_logits(c->state, s->seq, d->logits + (size_t)k * vocab, err);
+    seq->fresh = r == QWEN3_OK;
+    return r;
+}
+
+/* What a step of so many rows tells of their cost. */
+static void qwen3i_learn_cost(qwen3i_pace *p, int n_guesses, double ms) {
+    if (n_guesses == 0) qwen3i_smooth(&p->one_ms, ms);
+    else if (p->one_ms > 0) qwen3i_smooth(&p->row_cost, (ms / p->one_ms - 1) / n_guesses);
+}
+
+/* A decode step of replies of which some speculate; c->next has those that are to go on, in order. */
+static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *streams, int active,
+                                         const qwen3i_err *err) {
+    qwen3i_next *next = c->next;
+    qwen3_result r = QWEN3_OK, one;
+    double start;
+    int i, k, n_items = 0, n_guesses = 0;
+    for (k = 0; k < active; k++) {
+        c->rngs[k] = next[k].sampler ? next[k].sampler->rng : 0;
+        next[k].n = c->seqs[next[k].seq].len;
+    }
+    for (i = k = 0; k < active && r == QWEN3_OK; i++) {
+        if (streams[i]->seq != next[k].seq) continue;
+        r = qwen3i_sample(c, &next[k], err);
+        if (r == QWEN3_OK && !next[k].ended) r = qwen3i_guess(c, streams[i], next[k].out, err);
+        if (r == QWEN3_OK && !next[k].ended) c->items[n_items++] = qwen3i_guessed_item(c, next[k].seq, &n_guesses);
+        k++;
+    }
+    start = qwen3i_now_ms();
+    if (r == QWEN3_OK && n_items > 0) r = qwen3i_eval(c, c->items, n_items, err);
+    if (r == QWEN3_OK && n_items == 1) qwen3i_learn_cost(&c->pace, n_guesses, qwen3i_now_ms() - start);
+    for (i = k = 0; k < active; i++) {                  /* of a step that failed, too, what is complete */
+        if (streams[i]->seq != next[k].seq) continue;
+        if (r == QWEN3_OK || c->seqs[next[k].seq].len > next[k].n) {
+            one = qwen3i_verify(c, streams[i], &next[k], err);
+            if (r == QWEN3_OK) r = one;
+        } else if (next[k].sampler) next[k].sampler->rng = c->rngs[k];
+        k++;
+    }
+    return r;
+}
+
 /* ---- replies: prompts by pieces, then token by token, of several sequences together ---------- */
 /* Where the texts of two lists of tokens, which differ in their first one, come together again; 0 if they do
    not before a control token or the end of one. *i and *k: how many tokens that takes of each. */
@@ -17945,7 +18196,7 @@ static qwen3_result qwen3i_begin(qwen3_ctx *c, int seq, const qwen3_chat_desc *c
     s->stopped_by = s->forced = -1;
     s->tools = chat ? chat->flags & QWEN3I_CHAT_TOOLS : 0;
     qwen3i_stream_find_kind(s, c->seqs[seq].tokens, c->seqs[seq].len + s->n_prompt);
-    return QWEN3_OK;
+    return gen->draft_tokens > 0 ? qwen3i_draft_begin(c, seq, gen, err) : QWEN3_OK;
 }
 
 QWEN3_API qwen3_result qwen3_stream_begin(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat,
@@ -17959,9 +18210,6 @@ QWEN3_API qwen3_result qwen3_stream_begin(qwen3_ctx *c, int seq, const qwen3_cha
     if (r == QWEN3_OK) s->result = QWEN3_MORE;
     return r;
 }
-
-static int qwen3i_reads(const qwen3_stream *s)   { return s->result == QWEN3_MORE && s->n_prompt > 0; }
-static int qwen3i_answers(const qwen3_stream *s) { return s->result == QWEN3_MORE && s->n_prompt == 0; }
 
 /* A piece of the prompts, of so many rows in all. wait: until it is done, where a backend works behind our
    back. */
@@ -18009,7 +18257,7 @@ static qwen3i_next qwen3i_next_of(const qwen3_stream *s) {
     next.grammar = s->gen.grammar;
     next.tools = s->tools;
     if (s->tools & ~QWEN3_CHAT_TOOLS_NONE) next.calls = s->ctx->seqs[s->seq].tools;
-    next.room = s->gen.max_tokens > 0 ? s->gen.max_tokens - s->n_tokens : 0;
+    next.room = qwen3i_left(s);
     qwen3i_next_grammars(&next);
     return next;
 }
@@ -18055,15 +18303,17 @@ static qwen3_result qwen3i_say_forced(qwen3_ctx *c, qwen3_stream *s, const qwen3
 static qwen3_result qwen3i_answer(qwen3_ctx *c, qwen3_stream *const *streams, int n, const qwen3i_err *err) {
     const double start = qwen3i_now_ms();
     qwen3_result r = QWEN3_OK;
-    int i, k, active = 0;
+    int i, k, active = 0, guesses = 0;
     for (i = 0; i < n && r == QWEN3_OK; i++) {
         qwen3_stream *s = streams[i];
         if (qwen3i_answers(s)) r = qwen3i_without_choice(c, s, err);
         if (!qwen3i_answers(s)) continue;
         c->next[active++] = qwen3i_next_of(s);
+        guesses |= s->gen.draft_tokens > 0;
     }
-    if (r == QWEN3_OK && active > 0) r = qwen3i_next_step(c, c->next, active, err);
-    for (i = k = 0; i < n && k < active && r == QWEN3_OK; i++)
+    if (r == QWEN3_OK && active > 0)
+        r = guesses ? qwen3i_guessing_step(c, streams, active, err) : qwen3i_next_step(c, c->next, active, err);
+    for (i = k = 0; i < n && k < active && r == QWEN3_OK && !guesses; i++)
         if (streams[i]->seq == c->next[k].seq) qwen3i_feed(streams[i], c->next[k++].out);
     for (i = 0; i < n && r == QWEN3_OK; i++)
         if (qwen3i_answers(streams[i])) r = qwen3i_say_forced(c, streams[i], err);

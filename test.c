@@ -26,6 +26,7 @@ static void  test_free(void *p);
 #include "tests/test_api.h"
 #include "tests/test_stream.h"
 #include "tests/test_grammar.h"
+#include "tests/test_speculation.h"
 #include "tests/test_tools.h"
 #include "tests/test_faults.h"
 #include "tests/test_malformed.h"
@@ -78,6 +79,7 @@ int main(int argc, char **argv) {
     suite_api();
     suite_stream();
     suite_grammar();
+    suite_speculation();
     suite_tools();
     suite_faults();
     suite_malformed();
