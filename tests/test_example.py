@@ -160,11 +160,9 @@ class ExampleTest(unittest.TestCase):
             self.assertIn(reason, self.talk(line + '\n', status=3)[1])
 
     def test_wrong_usage(self):
-        many, bad = self.path('many', (TOOL + '\n') * 65), self.path('bad', TOOL + '\nnot JSON\n')
         for arguments, reason in ((['-s', '@nofile'], 'nofile: No such file'), (['--tools', 'nofile'], 'nofile: No such file'),
-                                  (['--tools', many], 'more than 64'), (['--tools', bad], 'tools[1]'),
-                                  (['--temp', '101'], '--temp takes a number from 0 to 100, not 101'),
-                                  (['--ctx', '0'], 'from 1 to'), (['--seed', 'x'], 'not x'), (['--top-p'], 'missing'),
+                                  (['--temp', '101'], '--temp takes a number up to 100, not 101'),
+                                  (['--ctx', '-1'], 'not -1'), (['--seed', 'x'], 'not x'), (['--top-p'], 'missing'),
                                   (['--such'], '--such')):
             self.assertIn(reason, self.talk('hi\n', *arguments, status=2)[1])
 
@@ -178,7 +176,9 @@ class ExampleTest(unittest.TestCase):
         self.assertIn(b'cannot write', run.stderr)
 
     def test_tools(self):
-        tools = self.path('tools', TOOL + '\n')
+        bad = self.path('bad', TOOL + '\nnot JSON\n')
+        self.assertIn('tools[1]', self.talk('hi\n', '--tools', bad, status=3)[1])
+        tools = self.path('tools', (TOOL + '\n') * 3)
         out, _ = self.talk('two ropes, please\n', '--tools', tools, '-0', '--no-think')
         self.assertTrue(out.endswith('\0'))
 
