@@ -504,10 +504,11 @@ const int WIDE_THREADS = 384;           /* a warpgroup that loads, two that mult
 const int WIDE_POS     = 128;           /* positions of a tile of attention, and its rows */
 const int WIDE_DIM     = 128;           /* head_dim */
 const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
-/* A tile of x, and P parts of N rows of W each. */
-template <int N, int P> struct wide_tile {
-    enum { W_BYTES = N * WIDE_K * 2, BYTES = (int)WIDE_HALF + P * W_BYTES, STAGES = P == 1 ? 6 : 4 };
+/* What a product takes in at a time, in shared memory: P parts of N rows of W each, then R rows of x. */
+template <int N, int R, int P = 1> struct product_tile {
+    enum { W_BYTES = N * WIDE_K * 2, X_AT = P * W_BYTES, BYTES = X_AT + R * WIDE_K * 2 };
 };
+template <int N, int P> struct wide_tile : product_tile<N, WIDE_M, P> { enum { STAGES = P == 1 ? 6 : 4 }; };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define QWEN3_CLUSTER_OF_2 __cluster_dims__(2, 1, 1)
@@ -2541,10 +2542,92 @@ struct wide_args {
     const row_info *outs;
 };
 
-/* ---- Hopper: more than 64 rows ---- */
 #ifdef QWEN3_WGMMA
+/* A ring of n tiles in shared memory: one thread has them loaded, two warpgroups multiply them. */
+struct ring_stage { mbarrier full, empty; };
+struct ring_of_tiles { unsigned char *memory; ring_stage *stages; int n; };
+
+/* A stage of a ring, and the parity of its barrier that is waited for. */
+struct ring_place {
+    int slot; unsigned parity;
+    __device__ __forceinline__ void advance(int n) { if (++slot == n) { slot = 0; parity ^= 1; } }
+};
+
+/* A ring whose tiles take so many bytes in all; a stage is empty after so many arrivals. */
+DEVICE ring_of_tiles make_ring(unsigned char *raw, size_t bytes, int n, unsigned arrivals) {
+    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
+    const ring_of_tiles ring = {memory, (ring_stage *)(void *)(memory + bytes), n};
+    if (tid() == 0) {
+        NO_UNROLL for (int i = 0; i < n; i++) {
+            barrier_init(&ring.stages[i].full, 1);
+            barrier_init(&ring.stages[i].empty, arrivals);
+        }
+        barriers_ready();
+    }
+    return ring;
+}
+
+/* Loads `steps` tiles of so many bytes: W by load_w(i, to, barrier), and x, unless the block makes it itself,
+   by load_x(i, to, barrier). The first weights are asked for before x exists. */
+template <int BYTES, class W, class X>
+DEVICE void fill_ring(const ring_of_tiles &ring, int steps, bool with_x, W load_w, X load_x) {
+    const int early = steps < ring.n ? steps : ring.n;
+    ring_place at = {0, 1};
+    NO_UNROLL for (int i = 0; i < early; i++) load_w(i, ring.memory + BYTES * i, &ring.stages[i].full);
+    if (!with_x) return;                /* and there is a stage for each step */
+    wait_for_previous();
+    NO_UNROLL for (int i = 0; i < steps; i++, at.advance(ring.n)) {
+        unsigned char *to = ring.memory + BYTES * at.slot;
+        mbarrier *full = &ring.stages[at.slot].full;
+        if (i >= early) {
+            barrier_wait(&ring.stages[at.slot].empty, at.parity);
+            load_w(i, to, full);
+        }
+        load_x(i, to, full);
+    }
+}
+
 const int SUM_STEPS = 2;                /* of WIDE_K: what the tensor core adds up before float32 does */
 
+/* acc[p] = 64 rows of one operand, `a` bytes into a tile, times 2 N rows of part p of the other, `b` bytes
+   into it, over `steps` steps, which are EVEN or any number. The tensor core adds up SUM_STEPS of them, from
+   zero on; float32 adds those sums. part: what it works in. see() is called with each tile while it is
+   multiplied, release() with each stage afterwards. */
+template <class TILE, bool EVEN, int PARTS, int N, class S, class F>
+DEVICE void sum_tiles(float (&acc)[PARTS][N], float (&part)[N], const ring_of_tiles &ring, ring_place &at,
+                      int steps, int a, int b, S see, F release) {
+    UNROLL for (int i = 0; i < PARTS * N; i++) acc[i / N][i % N] = 0;
+    NO_UNROLL for (int done = 0; done < steps; done += SUM_STEPS) {
+        const int n = EVEN || steps - done >= SUM_STEPS ? SUM_STEPS : steps - done;
+        ring_place first = at;
+        UNROLL for (int p = 0; p < PARTS; p++) {
+            ring_place now = first;
+#pragma unroll (EVEN ? SUM_STEPS : 1)
+            for (int i = 0; i < n; i++, now.advance(ring.n)) {
+                const unsigned char *tile = ring.memory + TILE::BYTES * now.slot;
+                if (p == 0) barrier_wait(&ring.stages[now.slot].full, now.parity);
+                if (p == 0 || i == 0) products_begin();
+                UNROLL for (int j = 0; j < WIDE_K / 16; j++)
+                    wide_multiply(part, operand(tile + a) + 2 * (unsigned)j,
+                                  operand(tile + b + TILE::W_BYTES * p) + 2 * (unsigned)j, i + j > 0);
+                if (!EVEN) products_commit();
+                if (p == 0) see(tile);
+            }
+            at = now;
+            if (EVEN) products_commit();
+            products_wait<0>();
+            products_done(part);
+#pragma unroll (EVEN ? SUM_STEPS : 1)
+            for (int i = 0; p == PARTS - 1 && i < n; i++, first.advance(ring.n))
+                release(&ring.stages[first.slot]);
+            UNROLL for (int i = 0; i < N; i++) acc[p][i] += part[i];
+        }
+    }
+}
+#endif
+
+/* ---- Hopper: more than 64 rows ---- */
+#ifdef QWEN3_WGMMA
 /* What a thread needs to finish one of its rows of a tile: asked for before the sums, so that nobody waits
    for it. */
 struct wide_row { int at; float in, out; int seq, position; };
@@ -2574,8 +2657,6 @@ DEVICE void finish_tile(const to_residual<ROWS> &, const wide_args &g, const flo
     UNROLL for (int p = 0; p < PARTS; p++) wide_add(g, acc[p], row.at, r, n + p, scale);
 }
 
-struct wide_stage { mbarrier full, empty; };    /* empty: both blocks' eight warps that multiply */
-
 /* Which rows of x, in units of a block's, and which part of W a tile begins with, and its parts. */
 struct wide_place { int rows, first, parts; };
 
@@ -2590,47 +2671,28 @@ DEVICE int wide_tiles(const wide_args &g) {
     return ceil_div(g.rows, 2 * WIDE_M) * (g.n_tiles - g.whole);
 }
 
-/* Halves of each part of a tile of W to both blocks of a cluster, of which the other loads the other
-   halves. */
-template <int N, int P>
-DEVICE void wide_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int k,
-                        const wide_place &at, int rank, wide_stage *s) {
-    barrier_expect(&s->full, (unsigned)WIDE_HALF + (unsigned)(at.parts * wide_tile<N, P>::W_BYTES));
-    UNROLL for (int p = 0; p < P; p++)
-        if (p < at.parts)
-            load_tile_twice(to + WIDE_HALF + wide_tile<N, P>::W_BYTES * p +
-                                wide_tile<N, P>::W_BYTES / 2 * rank,
-                            map, k, (at.first + p) * g.step + rank * g.half, &s->full);
-}
-
-/* Tiles of x, each block its own, and of W. The first weights are asked for before x exists. */
+/* Tiles of x, each block its own, and of W: halves of each part to both blocks of the cluster, of which the
+   other loads the other halves. */
 template <int N, int P>
 static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
-                                 unsigned char *memory, wide_stage *stages, int rank) {
-    const int clusters = (int)gridDim.x / 2, first = block_x() / 2, n = wide_tiles(g);
-    const unsigned places = wide_tile<N, P>::STAGES, steps = (unsigned)(g.k / WIDE_K),
-                   early = steps < places ? steps : places;
-    unsigned turn = 0;
-    for (unsigned i = 0; i < early; i++)
-        wide_load_w<N, P>(memory + wide_tile<N, P>::BYTES * i, w_map, g, (int)i * WIDE_K,
-                          wide_place_of<P>(g, first, rank), rank, &stages[i]);
-    wait_for_previous();
-    for (int t = first; t < n; t += clusters) {
-        const wide_place at = wide_place_of<P>(g, t, rank);
-        for (int k = 0; k < g.k; k += WIDE_K, turn++) {
-            const unsigned s = turn % places;
-            unsigned char *to = memory + wide_tile<N, P>::BYTES * s;
-            if (turn >= early) {
-                barrier_wait(&stages[s].empty, (turn / places & 1) ^ 1);
-                wide_load_w<N, P>(to, w_map, g, k, at, rank, &stages[s]);
-            }
-            load_tile(to, x_map, k, at.rows * WIDE_M, &stages[s].full);
-        }
-    }
-}
-
-DEVICE void wide_release(wide_stage *s) {
-    if (lane_id() < 2) barrier_arrive_at(&s->empty, (unsigned)lane_id());
+                                 const ring_of_tiles &ring, int rank) {
+    typedef wide_tile<N, P> tile;
+    const int clusters = (int)gridDim.x / 2, first = block_x() / 2, k_steps = g.k / WIDE_K,
+              n = ceil_div(wide_tiles(g) - first, clusters);
+    const auto place = [&](int i) { return wide_place_of<P>(g, first + i / k_steps * clusters, rank); };
+    fill_ring<tile::BYTES>(
+        ring, n * k_steps, true,
+        [&](int i, unsigned char *to, mbarrier *full) {
+            const wide_place at = place(i);
+            barrier_expect(full, (unsigned)(tile::BYTES - (P - at.parts) * tile::W_BYTES));
+            UNROLL for (int p = 0; p < P; p++)
+                if (p < at.parts)
+                    load_tile_twice(to + tile::W_BYTES * p + tile::W_BYTES / 2 * rank, w_map,
+                                    i % k_steps * WIDE_K, (at.first + p) * g.step + rank * g.half, full);
+        },
+        [&](int i, unsigned char *to, mbarrier *full) {
+            load_tile(to + tile::X_AT, x_map, i % k_steps * WIDE_K, place(i).rows * WIDE_M, full);
+        });
 }
 
 /* How the sums of a row are scaled; the benchmark's fused kernel has another way. It sees each tile of x
@@ -2642,62 +2704,36 @@ struct input_scales {
     DEVICE float of(const wide_args &g, float in, int) { return g.w_scale * in; }
 };
 
-/* acc = rows of x times the first PARTS of a tile's P parts of W, k elements. */
-template <int N, int P, int PARTS, class S>
-DEVICE void wide_sum(float (&acc)[PARTS][N / 2], float (&part)[N / 2], const unsigned char *memory,
-                     wide_stage *stages, unsigned &turn, int k, int group, S &scales) {
-    const int BYTES = wide_tile<N, P>::BYTES, STAGES = wide_tile<N, P>::STAGES;
-    UNROLL for (int i = 0; i < PARTS * N / 2; i++) acc[i / (N / 2)][i % (N / 2)] = 0;
-    for (int done = 0; done < k; done += SUM_STEPS * WIDE_K, turn += SUM_STEPS) {
-        UNROLL for (int p = 0; p < PARTS; p++) {
-            UNROLL for (unsigned i = 0; i < SUM_STEPS; i++) {
-                const unsigned s = (turn + i) % STAGES;
-                const unsigned char *x = memory + BYTES * s + WIDE_HALF / 2 * (size_t)group,
-                                    *w = memory + BYTES * s + WIDE_HALF + wide_tile<N, P>::W_BYTES * p;
-                if (p == 0) barrier_wait(&stages[s].full, (turn + i) / STAGES & 1);
-                if (p == 0 || i == 0) products_begin();
-                UNROLL for (int j = 0; j < WIDE_K / 16; j++)
-                    wide_multiply(part, operand(x) + 2 * (unsigned)j, operand(w) + 2 * (unsigned)j,
-                                  (int)i + j > 0);
-            }
-            products_commit();
-            UNROLL for (unsigned i = 0; p == 0 && i < SUM_STEPS; i++)
-                scales.see(memory + BYTES * ((turn + i) % STAGES));
-            products_wait<0>();
-            products_done(part);
-            UNROLL for (unsigned i = 0; p == PARTS - 1 && i < SUM_STEPS; i++)
-                wide_release(&stages[(turn + i) % STAGES]);
-            UNROLL for (int i = 0; i < N / 2; i++) acc[p][i] += part[i];
-        }
-    }
-}
-
 /* A tile's rows from row0 and row0 + 8 on, of PARTS parts from n on. */
 template <class END, int N, int P, int PARTS, class S>
-DEVICE void wide_multiply_tile(const wide_args &g, float (&part)[N / 2], unsigned char *memory,
-                               wide_stage *stages, unsigned &turn, int group, int row0, int n, S &scales) {
+DEVICE void wide_multiply_tile(const wide_args &g, float (&part)[N / 2], const ring_of_tiles &ring,
+                               ring_place &at, int group, int row0, int n, S &scales) {
+    typedef wide_tile<N, P> tile;
     const wide_row rows[2] = {wide_ask<END>(g, row0), wide_ask<END>(g, row0 + 8)};
     float acc[PARTS][N / 2];
     scales.begin();
-    wide_sum<N, P, PARTS>(acc, part, memory, stages, turn, g.k, group, scales);
+    sum_tiles<tile, true>(
+        acc, part, ring, at, g.k / WIDE_K, tile::X_AT + (int)WIDE_HALF / 2 * group, 0,
+        [&](const unsigned char *now) { scales.see(now + tile::X_AT); },
+        [](ring_stage *s) { if (lane_id() < 2) barrier_arrive_at(&s->empty, (unsigned)lane_id()); });
     scales.end();
     UNROLL for (int r = 0; r < 2; r++) finish_tile(END(), g, acc, rows[r], r, n, scales.of(g, rows[r].in, r));
 }
 
 template <class END, int N, int P, class S>
-static __device__ void wide_multiply_tiles(const wide_args &g, unsigned char *memory, wide_stage *stages,
-                                           int rank, int group, S &scales) {
+static __device__ void wide_multiply_tiles(const wide_args &g, const ring_of_tiles &ring, int rank, int group,
+                                           S &scales) {
     const int clusters = (int)gridDim.x / 2, n = wide_tiles(g),
               first = 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
     float part[N / 2];
-    unsigned turn = 0;
+    ring_place place = {0, 0};
     UNROLL for (int i = 0; i < N / 2; i++) part[i] = 0;
     for (int t = block_x() / 2; t < n; t += clusters) {
         const wide_place at = wide_place_of<P>(g, t, rank);
         const int row0 = at.rows * WIDE_M + first;
         if (at.parts == P)
-            wide_multiply_tile<END, N, P, P>(g, part, memory, stages, turn, group, row0, at.first, scales);
-        else wide_multiply_tile<END, N, P, 1>(g, part, memory, stages, turn, group, row0, at.first, scales);
+            wide_multiply_tile<END, N, P, P>(g, part, ring, place, group, row0, at.first, scales);
+        else wide_multiply_tile<END, N, P, 1>(g, part, ring, place, group, row0, at.first, scales);
     }
 }
 
@@ -2705,27 +2741,19 @@ template <class END, int N, int P, class S>
 DEVICE void wide_multiply_rows(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                S scales) {
     QWEN3_DYNAMIC_SHARED(raw);
-    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
-    wide_stage *stages = (wide_stage *)(void *)(memory + wide_tile<N, P>::STAGES * wide_tile<N, P>::BYTES);
-    const int rank = block_x() % 2;
-    if (tid() == 0) {
-        for (int i = 0; i < wide_tile<N, P>::STAGES; i++) {
-            barrier_init(&stages[i].full, 1);
-            barrier_init(&stages[i].empty, 16);
-        }
-        barriers_ready();
-    }
+    const int rank = block_x() % 2, stages = wide_tile<N, P>::STAGES;
+    /* both blocks' eight warps that multiply empty a stage */
+    const ring_of_tiles ring = make_ring(raw, (size_t)stages * wide_tile<N, P>::BYTES, stages, 16);
     cluster_sync();
     let_next_start();
     if (warp_id() < 4) {
         fewer_registers<40>();
-        if (tid() == 0) wide_load<N, P>(x_map, w_map, g, memory, stages, rank);
+        if (tid() == 0) wide_load<N, P>(x_map, w_map, g, ring, rank);
         __syncwarp();
     } else {
         more_registers<232>();
         wait_for_previous();
-        wide_multiply_tiles<END, N, P>(g, memory, stages, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0),
-                                       scales);
+        wide_multiply_tiles<END, N, P>(g, ring, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0), scales);
     }
     cluster_sync();                     /* the other block may still write here */
 }
@@ -2767,10 +2795,8 @@ const int FEW_VECTORS = 8;              /* ... of which a lane has so many times
 const int FEW_WIDTH   = FEW_VECTORS * 4 * 32;   /* ... of at most so many */
 const int FEW_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor has room for two */
 
-/* Of a step of 64 elements for M rows of W and R rows of x; SUMS take the place of the stages. */
-template <int M, int R> struct few_tile {
-    enum { W_BYTES = M * WIDE_K * 2, BYTES = W_BYTES + R * WIDE_K * 2, SUMS = R * FEW_LD * 4 };
-};
+/* SUMS take the place of the stages. */
+template <int M, int R> struct few_tile : product_tile<M, R> { enum { SUMS = R * FEW_LD * 4 }; };
 /* As many stages as there are steps and room. */
 template <int M, int R> static int few_stages(int steps) {
     const int room = (FEW_SHARED - 1024) / (few_tile<M, R>::BYTES + 16);
@@ -2785,46 +2811,26 @@ template <int M, int R> static size_t few_product_shared(int stages) {
 }
 
 #ifdef QWEN3_WGMMA
-struct few_ring { wide_stage *stages; int n; };
-
-template <int M, int R>
-DEVICE void few_load_w(unsigned char *to, const CUtensorMap *map, const wide_args &g, int tile, int k,
-                       wide_stage *s) {
-    barrier_expect(&s->full, g.norm.gain ? few_tile<M, R>::W_BYTES : few_tile<M, R>::BYTES);
-    load_tile(to, map, k, tile * g.step, &s->full);
-    if (M == WIDE_M) load_tile(to + WIDE_HALF / 2, map, k, tile * g.step + g.half, &s->full);
-}
-template <int M, int R>
-DEVICE void few_load_x(unsigned char *to, const CUtensorMap *map, int k, wide_stage *s) {
-    UNROLL for (int row = 0; row < R; row += FEW_X_TILE)
-        load_tile(to + few_tile<M, R>::W_BYTES + row * WIDE_K * 2, map, k, row, &s->full);
-}
-
-/* Steps of 64 elements, from k0 on, of a tile of W and, unless the block makes it itself, of x. The first
-   weights are asked for before x exists. */
+/* Steps of 64 elements, from k0 on, of a tile of W and, unless the block makes it itself, of x. */
 template <int M, int R>
 static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
-                                unsigned char *memory, few_ring ring, int tile, int k0, int steps) {
-    const int early = steps < ring.n ? steps : ring.n;
-    int s = 0;
-    unsigned phase = 1;
+                                const ring_of_tiles &ring, int tile, int k0, int steps) {
+    typedef few_tile<M, R> shape;
+    const bool with_x = !g.norm.gain;
     prefetch_map(w_map);
     prefetch_map(x_map);
-    NO_UNROLL for (int i = 0; i < early; i++)
-        few_load_w<M, R>(memory + few_tile<M, R>::BYTES * i, w_map, g, tile, k0 + i * WIDE_K,
-                         &ring.stages[i]);
-    if (g.norm.gain) return;            /* and there is a stage for each step */
-    wait_for_previous();
-    NO_UNROLL for (int i = 0; i < steps; i++) {
-        const int k = k0 + i * WIDE_K;
-        unsigned char *to = memory + few_tile<M, R>::BYTES * s;
-        if (i >= early) {
-            barrier_wait(&ring.stages[s].empty, phase);
-            few_load_w<M, R>(to, w_map, g, tile, k, &ring.stages[s]);
-        }
-        few_load_x<M, R>(to, x_map, k, &ring.stages[s]);
-        if (++s == ring.n) { s = 0; phase ^= 1; }
-    }
+    fill_ring<shape::BYTES>(
+        ring, steps, with_x,
+        [&](int i, unsigned char *to, mbarrier *full) {
+            const int k = k0 + i * WIDE_K;
+            barrier_expect(full, with_x ? shape::BYTES : shape::W_BYTES);
+            load_tile(to, w_map, k, tile * g.step, full);
+            if (M == WIDE_M) load_tile(to + WIDE_HALF / 2, w_map, k, tile * g.step + g.half, full);
+        },
+        [&](int i, unsigned char *to, mbarrier *full) {
+            UNROLL for (int row = 0; row < R; row += FEW_X_TILE)
+                load_tile(to + shape::X_AT + row * WIDE_K * 2, x_map, k0 + i * WIDE_K, row, full);
+        });
 }
 
 /* x of all steps is RMSNorm(norm.x) in float32, as wide_norm, rounded once to F16; a warp has a row. scales:
@@ -2845,7 +2851,7 @@ DEVICE void few_norm(const wide_args &g, unsigned char *memory, int k0, int step
         UNROLL for (int k = 0; k < FEW_VECTORS; k++) {
             const int col = at + 128 * k - k0, step = col / WIDE_K, chunk = col % WIDE_K / 8;
             if (col < 0 || step >= steps) continue;
-            store_row((half_t *)(void *)(memory + few_tile<M, R>::BYTES * step + few_tile<M, R>::W_BYTES +
+            store_row((half_t *)(void *)(memory + few_tile<M, R>::BYTES * step + few_tile<M, R>::X_AT +
                                          128 * row + 16 * (chunk ^ (row & 7))) +
                           col % 8,
                       v[k], h);
@@ -2855,50 +2861,28 @@ DEVICE void few_norm(const wide_args &g, unsigned char *memory, int k0, int step
     group_sync(1, 256);
 }
 
-DEVICE void few_release(wide_stage *s) {
-    if (lane_id() == 0) barrier_arrive(&s->empty);
-}
-
 /* 64 rows of W times rows of x, over the block's part of k, to sums [R, FEW_LD] over the stages. Of a tile of
    128 rows of W each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows of
    x. see() is called with each tile of x while it is multiplied. */
 template <int M, int R, class X = see_nothing>
-static __device__ void few_sum(unsigned char *memory, few_ring ring, int steps, int group, X see = X()) {
+static __device__ void few_sum(const ring_of_tiles &ring, int steps, int group, X see = X()) {
+    typedef few_tile<M, R> tile;
     const int N = M == WIDE_M ? R : R / 2;
     const int w_at = M == WIDE_M ? (int)WIDE_HALF / 2 * group : 0;
-    const int x_at = few_tile<M, R>::W_BYTES + (M == WIDE_M ? 0 : N * WIDE_K * 2 * group);
-    float acc[N / 2], part[N / 2];
-    int s = 0, read = 0;                /* the next stage, and the first that is not released */
-    unsigned phase = 0;
-    UNROLL for (int i = 0; i < N / 2; i++) acc[i] = part[i] = 0;
-    NO_UNROLL for (int done = 0; done < steps; done += SUM_STEPS) {
-        const int n = steps - done < SUM_STEPS ? steps - done : SUM_STEPS;
-        NO_UNROLL for (int i = 0; i < n; i++) {
-            const unsigned char *at = memory + few_tile<M, R>::BYTES * s;
-            barrier_wait(&ring.stages[s].full, phase);
-            products_begin();
-            UNROLL for (int j = 0; j < WIDE_K / 16; j++)
-                wide_multiply(part, operand(at + w_at) + 2 * (unsigned)j,
-                              operand(at + x_at) + 2 * (unsigned)j, i + j > 0);
-            products_commit();
-            see(at + few_tile<M, R>::W_BYTES);
-            if (++s == ring.n) { s = 0; phase ^= 1; }
-        }
-        products_wait<0>();
-        products_done(part);
-        NO_UNROLL for (int i = 0; i < n; i++) {
-            few_release(&ring.stages[read]);
-            if (++read == ring.n) read = 0;
-        }
-        UNROLL for (int j = 0; j < N / 2; j++) acc[j] += part[j];
-    }
+    const int x_at = tile::X_AT + (M == WIDE_M ? 0 : N * WIDE_K * 2 * group);
+    float acc[1][N / 2], part[N / 2];
+    ring_place at = {0, 0};
+    UNROLL for (int i = 0; i < N / 2; i++) part[i] = 0;
+    sum_tiles<tile, false>(
+        acc, part, ring, at, steps, w_at, x_at, [&](const unsigned char *now) { see(now + tile::X_AT); },
+        [](ring_stage *s) { if (lane_id() == 0) barrier_arrive(&s->empty); });
     group_sync(1, 256);                 /* nobody reads the stages any more */
-    float *to = (float *)(void *)memory + (lane_id() % 4 * 2 + (M == WIDE_M ? 0 : N * group)) * FEW_LD +
+    float *to = (float *)(void *)ring.memory + (lane_id() % 4 * 2 + (M == WIDE_M ? 0 : N * group)) * FEW_LD +
                 (M == WIDE_M ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
     UNROLL for (int j = 0; j < N / 8; j++)
         UNROLL for (int e = 0; e < 2; e++) {
-            to[(8 * j + e) * FEW_LD] = acc[4 * j + e];
-            to[(8 * j + e) * FEW_LD + 8] = acc[4 * j + 2 + e];
+            to[(8 * j + e) * FEW_LD] = acc[0][4 * j + e];
+            to[(8 * j + e) * FEW_LD + 8] = acc[0][4 * j + 2 + e];
         }
 }
 
@@ -2978,28 +2962,28 @@ DEVICE void few_finish_rows(const wide_args &g, const float *sums, int row, int 
 /* The warps that multiply. They are short-lived, so what they do once must not be much code: it comes from
    afar, too. */
 template <class END, int R>
-DEVICE void few_multiply(const wide_args &g, unsigned char *memory, few_ring ring, int rank, int tile,
-                         int steps, int warp) {
+DEVICE void few_multiply(const wide_args &g, const ring_of_tiles &ring, int rank, int tile, int steps,
+                         int warp) {
     constexpr bool norms = R == 32 && END::NORMS;
     constexpr int M = END::M;
     __shared__ row_scale scales[FEW_NORM];
     float gains[FEW_VECTORS][4];
     const int n = R / g.parts, end = rank * n + n < g.rows ? rank * n + n : g.rows;
-    const float *sums = (const float *)(const void *)memory + 2 * lane_id();
+    const float *sums = (const float *)(const void *)ring.memory + 2 * lane_id();
     const int row = rank * n + warp;    /* the first of this warp's of those that the block finishes */
     few_row r, next;
     few_ask_early<END>(r, g, row, tile);
     few_ask_early<END>(next, g, row + 8, tile);
     if (norms && g.norm.gain) load_all_gains(gains, g.norm.gain, 4 * lane_id(), 128, g.k);
     wait_for_previous();
-    if (norms && g.norm.gain) few_norm<M, R>(g, memory, rank * steps * WIDE_K, steps, warp, scales, gains);
+    if (norms && g.norm.gain) few_norm<M, R>(g, ring.memory, rank * steps * WIDE_K, steps, warp, scales, gains);
     few_ask<END>(r, g, row, tile);
     few_ask<END>(next, g, row + 8 < end ? row + 8 : row, tile);
     if (norms && g.norm.gain && row < end) {
         r.scale = g.w_scale / scales[row].up;
         r.down = 1.0f / scales[row].ff;
     }
-    few_sum<M, R>(memory, ring, steps, warp / 4);
+    few_sum<M, R>(ring, steps, warp / 4);
     cluster_meet();
     few_finish_rows<END>(g, sums, row, end, tile, r, next, [](few_row &, int) {});
 }
@@ -3019,25 +3003,17 @@ static __global__ void __launch_bounds__(FEW_THREADS, 2)
 #ifdef QWEN3_WGMMA
     constexpr int M = END::M;
     QWEN3_DYNAMIC_SHARED(raw);
-    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
-    const few_ring ring = {(wide_stage *)(void *)(memory + few_memory<M, R>(g.stages)), g.stages};
+    const ring_of_tiles ring = make_ring(raw, few_memory<M, R>(g.stages), g.stages, 8);
     const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
     const int warp = __shfl_sync(ALL, warp_id(), 0);
-    if (tid() == 0) {
-        NO_UNROLL for (int i = 0; i < ring.n; i++) {
-            barrier_init(&ring.stages[i].full, 1);
-            barrier_init(&ring.stages[i].empty, 8);
-        }
-        barriers_ready();
-    }
     __syncthreads();
     let_next_start();
     if (warp == 8) {
         if (lane_id() == 0)
-            few_load<M, R>(&x_map, &w_map, g, memory, ring, tile, rank * steps * WIDE_K, steps);
+            few_load<M, R>(&x_map, &w_map, g, ring, tile, rank * steps * WIDE_K, steps);
         __syncwarp();
         cluster_meet();
-    } else few_multiply<END, R>(g, memory, ring, rank, tile, steps, warp);
+    } else few_multiply<END, R>(g, ring, rank, tile, steps, warp);
     cluster_sync();                     /* nobody leaves while its sums are read */
 #else
     (void)x_map; (void)w_map; (void)g;

@@ -361,23 +361,23 @@ __device__ __forceinline__ float fused_scale(const wide_args &g, float w_scale, 
 }
 
 /* few_sum, and the squares of the block's part of each row of x: beside the sums of the row, which are FEW_LD apart. */
-template <int R> __device__ void fused_few_sum(unsigned char *memory, few_ring ring, int steps, int group) {
+template <int R> __device__ void fused_few_sum(const ring_of_tiles &ring, int steps, int group) {
     const int mine = squares_at<4>(tid() / 4, tid() % 4);
     float squares = 0;
-    few_sum<WIDE_M, R>(memory, ring, steps, group,
+    few_sum<WIDE_M, R>(ring, steps, group,
                        [&](const unsigned char *x) { if (tid() < 4 * R) add_squares<4>(squares, x, mine); });
     squares = join_squares<4>(squares);
     if (tid() < 4 * R && tid() % 4 == 0)
-        store_2((float *)(void *)memory + tid() / 4 * FEW_LD + WIDE_M, squares, 0);
+        store_2((float *)(void *)ring.memory + tid() / 4 * FEW_LD + WIDE_M, squares, 0);
 }
 
 /* few_multiply; r.scale is only the input's until the sums are there. The squares are joined for all of the warp's rows at
    once: lanes of the same l / parts have the parts of one of them. */
-template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_args &g, unsigned char *memory, few_ring ring,
+template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_args &g, const ring_of_tiles &ring,
                                                                     int rank, int tile, int steps, int warp, float w_scale) {
     const int n = R / g.parts, end = least(rank * n + n, g.rows), row = rank * n + warp;
     const int mine = least(row + lane_id() / g.parts * 8, end - 1);
-    const float *sums = (const float *)(const void *)memory;
+    const float *sums = (const float *)(const void *)ring.memory;
     float2 squares = make_float2(0, 0);
     few_row r, next;
     few_ask_early<to_heads<float> >(r, g, row, tile);
@@ -385,7 +385,7 @@ template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_a
     wait_for_previous();
     few_ask<to_heads<float> >(r, g, row, tile);
     few_ask<to_heads<float> >(next, g, row + 8, tile);
-    fused_few_sum<R>(memory, ring, steps, warp / 4);
+    fused_few_sum<R>(ring, steps, warp / 4);
     cluster_meet();
     if (row < end) load_from_block(squares, sums + mine * FEW_LD + WIDE_M, (unsigned)(lane_id() % g.parts));
     for (int o = 1; o < g.parts; o *= 2) squares.x += __shfl_xor_sync(ALL, squares.x, o);
@@ -414,22 +414,17 @@ template <int R> __global__ void __launch_bounds__(FEW_THREADS, 2)
                      float w_scale) {
 #ifdef QWEN3_WGMMA
     QWEN3_DYNAMIC_SHARED(raw);
-    unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
-    const few_ring ring = {(wide_stage *)(void *)(memory + few_memory<WIDE_M, R>(g.stages)), g.stages};
+    const ring_of_tiles ring = make_ring(raw, few_memory<WIDE_M, R>(g.stages), g.stages, 8);
     const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
     const int warp = __shfl_sync(ALL, warp_id(), 0);
-    if (tid() == 0) {
-        for (int i = 0; i < ring.n; i++) { barrier_init(&ring.stages[i].full, 1); barrier_init(&ring.stages[i].empty, 8); }
-        barriers_ready();
-    }
     __syncthreads();
     let_next_start();
     if (warp == 8) {
         if (lane_id() == 0)
-            few_load<WIDE_M, R>(&x_map, &w_map, g, memory, ring, tile, rank * steps * WIDE_K, steps);
+            few_load<WIDE_M, R>(&x_map, &w_map, g, ring, tile, rank * steps * WIDE_K, steps);
         __syncwarp();
         cluster_meet();
-    } else fused_few_multiply<R>(g, memory, ring, rank, tile, steps, warp, w_scale);
+    } else fused_few_multiply<R>(g, ring, rank, tile, steps, warp, w_scale);
     cluster_sync();
 #else
     (void)x_map; (void)w_map; (void)g; (void)w_scale;
