@@ -31,13 +31,14 @@ static const char usage[] =
     "  --kernels LIST  with CUDA, single operations for N rows of one sequence, or, as N@CTX, one row of each of N\n"
     "                  sequences of CTX tokens: bytes, FLOP, and share of the limits (1@512,64@512,2048; \"\": none)\n"
     "  --first         time to the first token, in parts\n"
+    "  --draft LIST    decode once more with up to 8 guesses a step, of which this share is right, e.g. 0,0.6,0.8,1\n"
     "  --chunk N --threads N --kv f32|f16|bf16 --standard --cuda --cpu\n"
     "  --json          one JSON object a line\n"
     "  --fused-baseline    only: RMSNorm + QKV on the GPU beside a kernel that fuses them, for --random SIZE or all\n"
     "                  (make build/bench_fused makes a bench that has it)\n";
 
 typedef struct options {
-    const char *path, *random, *type, *tests, *batch, *kernels;
+    const char *path, *random, *type, *tests, *batch, *kernels, *draft;
     int own_tests, first, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
 } options;
 
@@ -83,6 +84,7 @@ static options parse(int argc, char **argv) {
             else if (!strcmp(a, "--tests"))   o.tests = v;
             else if (!strcmp(a, "--kernels")) o.kernels = v;
             else if (!strcmp(a, "--batch"))   o.batch = v;
+            else if (!strcmp(a, "--draft"))   o.draft = v;
             else if (!strcmp(a, "--repeat"))  o.repeat = whole(a, v);
             else if (!strcmp(a, "--chunk"))   o.chunk = whole(a, v);
             else if (!strcmp(a, "--threads")) o.threads = whole(a, v);
@@ -315,6 +317,67 @@ static double time_decode(bench *b, int n, int ctx, int batch) {
     return (qwen3i_now_ms() - start) * 1e-3;
 }
 
+/* Seconds for n tokens of one reply, by streams; guesses: at most so many a step. */
+static double time_reply(bench *b, int n, int ctx, int guesses) {
+    qwen3_sampler sampler;
+    qwen3_gen_desc gen;
+    double start;
+    fill_sequence(b, 0, ctx > 0 ? ctx : 1);
+    if (!qwen3_logits(b->ctx, 0)) must(b, QWEN3_ERR_DEVICE, "logits");
+    memset(&sampler, 0, sizeof sampler);
+    if (b->opt.sample) sampler = qwen3_sampler_preset(QWEN3_THINKING, 1);
+    memset(&gen, 0, sizeof gen);
+    gen.sampler = &sampler;
+    gen.max_tokens = n;
+    gen.draft_tokens = guesses;
+    start = qwen3i_now_ms();
+    must(b, qwen3_generate(b->ctx, 0, &gen), "generate");
+    return (qwen3i_now_ms() - start) * 1e-3;
+}
+
+/* The same reply without and with guesses of which a share is right, by turns; the fastest of each counts. */
+static void run_draft(bench *b, const char *name, int n, int ctx, double share) {
+    const int most = ctx + n + 2;
+    qwen3_token *answer = (qwen3_token *)calloc((size_t)most + 16, sizeof *answer);
+    const qwen3_token *tokens;
+    double plain = 1e30, drafted = 1e30, t;
+    uint64_t rng = 1;
+    qwen3_stats before, after;
+    int i, k, len;
+    if (!answer) die("out of memory", NULL);
+    time_reply(b, n, ctx, 0);
+    tokens = qwen3_seq_tokens(b->ctx, 0, &len);
+    for (i = 0; i < len; i++) {
+        const int wrong = (double)(qwen3i_random(&rng) % 1000) >= 1000 * share;
+        answer[i] = wrong ? (tokens[i] + 1) % b->info.n_vocab : tokens[i];
+    }
+    for (k = 0; k < b->opt.repeat; k++) {
+        t = time_reply(b, n, ctx, 0);
+        if (t < plain) plain = t;
+        b->ctx->pace.answer = answer;
+        before = qwen3_ctx_stats(b->ctx);
+        t = time_reply(b, n, ctx, 8);
+        after = qwen3_ctx_stats(b->ctx);
+        b->ctx->pace.answer = NULL;
+        if (t < drafted) drafted = t;
+    }
+    printf("%-14s guesses right %.2f: %10.1f tok/s, without %.1f: %.2f times; %d of %d accepted\n", name, share, n / drafted,
+           n / plain, plain / drafted, (int)(after.n_accepted - before.n_accepted), (int)(after.n_drafted - before.n_drafted));
+    fflush(stdout);
+    free(answer);
+}
+
+static void run_drafts(bench *b, const char *name, int n, int ctx) {
+    const char *at = b->opt.draft;
+    char *end;
+    while (at && *at) {
+        const double share = strtod(at, &end);
+        if (end == at || !(share >= 0 && share <= 1)) die("--draft is shares of 0 to 1", b->opt.draft);
+        run_draft(b, name, n, ctx, share);
+        at = *end ? end + 1 : end;
+    }
+}
+
 static void report(const bench *b, const char *name, int batch, int tokens, double *seconds, int n) {
     double median, limit = 0;
     qsort(seconds, (size_t)n, sizeof *seconds, compare_doubles);
@@ -502,6 +565,7 @@ static void run_test(bench *b, const char *name, int batch) {
     if (decode) time_decode(b, 4, ctx, batch); else time_prefill(b, n, ctx);        /* warm up */
     for (i = 0; i < b->opt.repeat; i++) seconds[i] = decode ? time_decode(b, n, ctx, batch) : time_prefill(b, n, ctx);
     report(b, name, batch, n * batch, seconds, b->opt.repeat);
+    if (decode && batch == 1) run_drafts(b, name, n, ctx);
 }
 
 static void run_batches(bench *b, const char *name) {

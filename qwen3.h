@@ -16550,7 +16550,8 @@ typedef struct qwen3i_pace {            /* how much to evaluate at once */
     int    prompt_rows;                 /* in the step that prompt_ms is of */
     /* lately: a step of one token; in such steps each row more, and each guess of a draft model */
     double one_ms, row_cost, draft_cost;
-    int    always_guess;                /* whatever it costs: for tests */
+    int    always_guess;                /* whatever it costs: for tests, */
+    const qwen3_token *answer;          /* [max_ctx] as is this: guesses instead of others; NULL: none */
     int    turn;                        /* whose turn it is where a budget is short: answers or prompts */
 } qwen3i_pace;
 
@@ -18005,7 +18006,8 @@ static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_toke
     d->tokens[0] = chosen;
     if (s->gen.draft_tokens == 0 || most <= 0) return QWEN3_OK;
     seq->tokens[seq->len] = chosen;
-    d->n = qwen3i_draft_lookup(seq->tokens, n, d->tokens + 1, most);
+    if (c->pace.answer) memcpy(d->tokens + 1, c->pace.answer + n, (size_t)(d->n = most) * sizeof *d->tokens);
+    else d->n = qwen3i_draft_lookup(seq->tokens, n, d->tokens + 1, most);
     if (d->n > 0) { d->n = qwen3i_draft_count(&c->pace, d, d->n, 0); return QWEN3_OK; }
     if (!by_model) return QWEN3_OK;
     most = qwen3i_draft_count(&c->pace, d, most, 1);
@@ -18048,7 +18050,7 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
         next->room = qwen3i_left(s);
         r = qwen3i_choose_next(c, next, d->logits + (size_t)k * vocab, err);
         right = r == QWEN3_OK && next->out == d->tokens[1 + k];
-        if (r == QWEN3_OK) d->rate += (right - d->rate) / 8;
+        if (r == QWEN3_OK) d->rate += (right - d->rate) / 6;
         if (!right && next->sampler) next->sampler->rng = rng;      /* it is chosen again in the next step */
         if (!right) break;
         qwen3i_feed(s, next->out);
