@@ -9,9 +9,12 @@
    WEIGHTS  F32 and F16 as stored. BF16 is held as F16 times a power of two, one per matrix, which is the
      same two bytes and the same value for everything within 2^32 of the matrix's largest (below that the
      error is under 2^-40 of the largest). So there is one 16-bit format, every tensor core since sm_75
-     multiplies it, and what is rounded to it loses 2^-12 instead of 2^-9.
+     multiplies it, and what is rounded to it loses 2^-12 instead of 2^-9. Quantised weights stay as they
+     are, but for where the parts of a block lie; one row is multiplied by their whole numbers, for more the
+     matrix in hand becomes F16 in a scratch.
    INPUTS   of a product with at most 8 rows (on Hopper 1) stay float32. With more rows and 16-bit weights
      each row is rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size.
+     With quantised weights few rows become whole numbers of 16 bits instead, with a scale for each 32.
      The input of q, k and v keeps 22 bits, as two such terms and two products: the gains of the norms after
      it, up to 100 in real models, blow up what is lost there before the softmax. (On Hopper it is rounded
      once, too: beside the rounding of the cache that makes no difference that matters: docs/PERFORMANCE.md.)
@@ -59,6 +62,11 @@ typedef unsigned long long u64;
 #define DEVICE    static __device__ __forceinline__
 #define UNROLL    _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
+#ifdef QWEN3_CUDA_EMULATED
+#define NO_INLINE
+#else
+#define NO_INLINE __noinline__
+#endif
 
 const int RING          = 4;            /* uploads in flight */
 const size_t WORKSPACE  = (size_t)32 << 20;
@@ -736,11 +744,17 @@ template <int N, class T> DEVICE void store_words(T *to, const unsigned (&w)[N])
 /* how TMA finds tiles; without the type's alignment */
 struct stored_map { u64 words[sizeof(CUtensorMap) / 8]; };
 
+/* Rows of a matrix in blocks, row_bytes apart, of any format: see BLOCKS. */
+struct block_part { unsigned char *data; int rows, type, units, row_bytes; };
+
 /* W [rows, cols] = data * scale; rows ld apart, zero from cols to ld */
 struct matrix {
     void       *data;
     int         rows, cols, ld;
     qwen3i_type type;                   /* F32 or F16 */
+    /* not 0: instead of data, these below each other; scale is that of their elements as F16 */
+    int         n_parts;
+    block_part  parts[3];
     int         terms;                  /* 16-bit terms of its input when there are many rows */
     float       scale;
     stored_map  map, map_more;          /* of a wide model's: for tiles of WIDE_N and of WIDE_N_MORE rows */
@@ -874,6 +888,7 @@ struct cuda_ctx {
     float  *logits, *logprobs;                  /* [head_rows, n_vocab], [head_rows] */
     float  *parts;
     unsigned *qkv_tickets, *attn_tickets;
+    half_t *scratch; size_t scratch_size;       /* rows of a matrix in blocks as F16; bytes */
     void   *workspace;                          /* of cuBLASLt */
     size_t  workspace_size;
     row_info *rows; attention_tile *tile_list; listed *lists;
@@ -981,6 +996,394 @@ static qwen3_result launched(const pass *p, cudaError_t e, const char *what) {
 }
 
 /* ================================================================================================
+   BLOCKS: quantised weights. A row is taken apart once, in place, when it has come to the device: into tiles
+   of 32 units of 32 elements, so that what the lanes of a warp read lies side by side. A tile has a plane of
+   the low bits of all codes, one of the bits that are left, and the blocks' scales as they are in the file;
+   it ends at a multiple of 16 bytes. What stands in a block is told by the room WEIGHT FORMATS of qwen3.h.
+   ================================================================================================ */
+/* Of a format: the bits of a code in the first plane and in the second, and where a block has its scales,
+   which are one piece of bytes or two. Numbers by themselves (low 0) lie in tiles as they are. */
+struct block_format { int low, high, head, head_at, tail, tail_at; };
+
+static constexpr __host__ __device__ block_format block_format_of(int type) {
+    switch (type) {
+        case QWEN3I_Q8_0:  return {8, 0, 2, 0, 0, 0};
+        case QWEN3I_Q4_0:  return {4, 0, 2, 0, 0, 0};
+        case QWEN3I_Q4_1:  return {4, 0, 4, 0, 0, 0};
+        case QWEN3I_Q5_0:  return {4, 1, 2, 0, 0, 0};
+        case QWEN3I_Q5_1:  return {4, 1, 4, 0, 0, 0};
+        case QWEN3I_Q2_K:  return {2, 0, 16, 0, 4, 80};
+        case QWEN3I_Q3_K:  return {2, 1, 14, 96, 0, 0};
+        case QWEN3I_Q4_K:  return {4, 0, 16, 0, 0, 0};
+        case QWEN3I_Q5_K:  return {4, 1, 16, 0, 0, 0};
+        case QWEN3I_Q6_K:  return {4, 2, 18, 192, 0, 0};
+        case QWEN3I_IQ4_NL: return {4, 0, 2, 0, 0, 0};
+        case QWEN3I_IQ4_XS: return {4, 0, 8, 0, 0, 0};
+        case QWEN3I_MXFP4: return {4, 0, 1, 0, 0, 0};
+        case QWEN3I_NVFP4: case QWEN3I_INT4: case QWEN3I_INT4S: return {4, 0, 4, 0, 0, 0};
+        case QWEN3I_FP8: case QWEN3I_INT8: return {8, 0, 4, 0, 0, 0};
+        default:           return {0, 0, 0, 0, 0, 0};
+    }
+}
+#define QWEN3_ELEMENTS(name, function, gguf, elements, bytes) case QWEN3I_##name: return elements;
+#define QWEN3_BYTES(name, function, gguf, elements, bytes) case QWEN3I_##name: return bytes;
+static constexpr __host__ __device__ int block_elements(int type) {
+    switch (type) { QWEN3I_TYPES(QWEN3_ELEMENTS) default: return 1; }
+}
+static constexpr __host__ __device__ int block_bytes(int type) {
+    switch (type) { QWEN3I_TYPES(QWEN3_BYTES) default: return 0; }
+}
+#undef QWEN3_ELEMENTS
+#undef QWEN3_BYTES
+
+static constexpr __host__ __device__ bool is_block(int type) { return block_format_of(type).low > 0; }
+/* Are its codes numbers in floating point, or no codes at all? Else they are whole numbers of 8 bits. */
+static constexpr __host__ __device__ bool is_float(int type) { return !is_block(type) || type == QWEN3I_FP8; }
+
+/* Units of a block */
+static constexpr __host__ __device__ int units_of(int type) {
+    return is_block(type) ? block_elements(type) / 32 : 1;
+}
+static constexpr __host__ __device__ int scale_bytes(int type) {
+    return block_format_of(type).head + block_format_of(type).tail;
+}
+/* Where the second plane and the scales of a tile of n units begin. */
+static constexpr __host__ __device__ int high_plane(int type, int n) {
+    return 4 * n * block_format_of(type).low;
+}
+static constexpr __host__ __device__ int scale_plane(int type, int n) {
+    return 4 * n * (block_format_of(type).low + block_format_of(type).high);
+}
+static constexpr __host__ __device__ int tile_units(int type) { return type == QWEN3I_F32 ? 16 : 32; }
+static constexpr __host__ __device__ int tile_bytes(int type, int n) {
+    const int scales = n / units_of(type) * scale_bytes(type);
+    return is_block(type) ? (scale_plane(type, n) + scales + 15) / 16 * 16 : 32 * n * block_bytes(type);
+}
+/* Of a row of so many elements: units; bytes on the device; bytes in a file. */
+static int block_units(int type, int cols) {
+    const int elements = is_block(type) ? block_elements(type) : 32;
+    return ceil_div(cols, elements) * (elements / 32);
+}
+static int block_row_bytes(int type, int cols) {
+    const int n = block_units(type, cols), each = tile_units(type);
+    return n / each * tile_bytes(type, each) + tile_bytes(type, n % each);
+}
+static size_t stored_row_bytes(int type, int cols) {
+    return (size_t)ceil_div(cols, block_elements(type)) * (size_t)block_bytes(type);
+}
+
+/* ---- taking blocks apart ---- */
+DEVICE unsigned nibble(const unsigned char *b, int half, int e) {
+    return (unsigned)b[e % half] >> (e < half ? 0 : 4) & 15u;
+}
+DEVICE unsigned bit_of(const unsigned char *b, int e) { return (unsigned)b[e / 8] >> e % 8 & 1u; }
+
+/* The code of element e of a block, as it is stored. */
+static __device__ unsigned block_code(int type, const unsigned char *b, int e) {
+    switch (type) {
+        case QWEN3I_Q8_0:  return b[2 + e];
+        case QWEN3I_Q4_0: case QWEN3I_IQ4_NL: return nibble(b + 2, 16, e);
+        case QWEN3I_Q4_1: case QWEN3I_INT4S:  return nibble(b + 4, 16, e);
+        case QWEN3I_Q5_0:  return nibble(b + 6, 16, e) | bit_of(b + 2, e) << 4;
+        case QWEN3I_Q5_1:  return nibble(b + 8, 16, e) | bit_of(b + 4, e) << 4;
+        case QWEN3I_Q2_K:  return (unsigned)b[16 + 32 * (e / 128) + e % 32] >> 2 * (e / 32 % 4) & 3u;
+        case QWEN3I_Q3_K:
+            return ((unsigned)b[32 + 32 * (e / 128) + e % 32] >> 2 * (e / 32 % 4) & 3u) |
+                   ((unsigned)b[e % 32] >> e / 32 & 1u) << 2;
+        case QWEN3I_Q4_K:  return nibble(b + 16 + 32 * (e / 64), 32, e % 64);
+        case QWEN3I_Q5_K:
+            return nibble(b + 48 + 32 * (e / 64), 32, e % 64) |
+                   ((unsigned)b[16 + e % 32] >> e / 32 & 1u) << 4;
+        case QWEN3I_Q6_K:
+            return nibble(b + 64 * (e / 128), 64, e % 128) |
+                   ((unsigned)b[128 + 32 * (e / 128) + e % 32] >> 2 * (e / 32 % 4) & 3u) << 4;
+        case QWEN3I_IQ4_XS: return nibble(b + 8 + 16 * (e / 32), 16, e % 32);
+        case QWEN3I_MXFP4: return nibble(b + 1, 16, e);
+        case QWEN3I_NVFP4: return nibble(b + 4 + 8 * (e / 16), 8, e % 16);
+        case QWEN3I_INT4:  return nibble(b + 4 + 16 * (e / 32), 16, e % 32);
+        default:           return b[4 + e];
+    }
+}
+
+/* Words of `bits` bits a code for unit i of n: word w has, in bits `bits` * s on of byte b, that of element
+   32 / bits * w + 4 s + b. from: the first element's place; shift: of the bits in the code. */
+DEVICE void store_plane(unsigned char *plane, int n, int i, int bits, int type, const unsigned char *block,
+                        int from, int shift) {
+    for (int w = 0; w < bits; w++) {
+        unsigned word = 0;
+        for (int k = 0; k < 32 / bits; k++) {
+            const unsigned code = block_code(type, block, from + 32 / bits * w + k);
+            word |= (code >> shift & ((1u << bits) - 1)) << (8 * (k % 4) + bits * (k / 4));
+        }
+        const int at = bits == 8 ? w / 4 * 16 * n + 16 * i + 4 * (w % 4) : 4 * bits * i + 4 * w;
+        *(unsigned *)(void *)(plane + at) = word;
+    }
+}
+
+DEVICE void store_unit(unsigned char *tile, int n, int i, int type, const unsigned char *block, int from) {
+    const block_format f = block_format_of(type);
+    unsigned char *scales = tile + scale_plane(type, n) + i / units_of(type) * scale_bytes(type);
+    store_plane(tile, n, i, f.low, type, block, from, 0);
+    if (f.high > 0) store_plane(tile + high_plane(type, n), n, i, f.high, type, block, from, f.low);
+    if (from > 0) return;
+    for (int k = 0; k < f.head; k++) scales[k] = block[f.head_at + k];
+    for (int k = 0; k < f.tail; k++) scales[f.head + k] = block[f.tail_at + k];
+}
+
+/* repack: rows of blocks as the file has them, row_bytes apart, to tiles, in place. A block takes turns of
+   rows; shared: a row. */
+static __global__ void repack_kernel(block_part p) {
+    QWEN3_DYNAMIC_SHARED(row);
+    for (int r = block_x(); r < p.rows; r += (int)gridDim.x) {
+        unsigned char *to = p.data + (size_t)r * p.row_bytes;
+        for (int i = 16 * tid(); i < p.row_bytes; i += 16 * n_threads())
+            *(uint4 *)(void *)(row + i) = *(const uint4 *)(const void *)(to + i);
+        __syncthreads();
+        for (int u = tid(); u < p.units; u += n_threads()) {
+            const int first = u / 32 * 32, n = least(32, p.units - first);
+            store_unit(to + u / 32 * tile_bytes(p.type, 32), n, u - first, p.type,
+                       row + u / units_of(p.type) * block_bytes(p.type), 32 * (u % units_of(p.type)));
+        }
+        __syncthreads();
+    }
+}
+
+/* ---- a unit: what its lane makes of it ---- */
+/* Codes j, j + 1, j + 2, j + 3 for j = 0, 4 ... 28 of a plane, in the bytes of a word each. */
+template <int BITS> DEVICE void load_plane(unsigned (&q)[8], const unsigned char *plane, int n, int i) {
+    if constexpr (BITS == 8) {
+        const uint4 lo = *(const uint4 *)(const void *)(plane + 16 * i),
+                    hi = *(const uint4 *)(const void *)(plane + 16 * (n + i));
+        q[0] = lo.x; q[1] = lo.y; q[2] = lo.z; q[3] = lo.w;
+        q[4] = hi.x; q[5] = hi.y; q[6] = hi.z; q[7] = hi.w;
+    } else {
+        const unsigned mask = ((1u << BITS) - 1) * 0x01010101u;
+        unsigned w[4] = {0, 0, 0, 0};
+        if constexpr (BITS == 4) {
+            const uint4 v = *(const uint4 *)(const void *)(plane + 16 * i);
+            w[0] = v.x; w[1] = v.y; w[2] = v.z; w[3] = v.w;
+        } else if constexpr (BITS == 2) {
+            const uint2 v = *(const uint2 *)(const void *)(plane + 8 * i);
+            w[0] = v.x; w[1] = v.y;
+        } else
+            w[0] = *(const unsigned *)(const void *)(plane + 4 * i);
+        UNROLL for (int j = 0; j < 8; j++) q[j] = w[j * BITS / 8] >> j * BITS % 8 & mask;
+    }
+}
+
+/* One of 16 bytes for each of four codes of four bits. */
+DEVICE unsigned table_bytes(unsigned codes, const unsigned (&table)[4]) {
+    const unsigned pairs = codes | codes >> 4, s = (pairs & 0xFFu) | (pairs >> 8 & 0xFF00u);
+    const unsigned low = s & 0x7777u;
+    return __byte_perm(__byte_perm(table[0], table[1], low), __byte_perm(table[2], table[3], low),
+                       0x3210u | (s & 0x8888u) >> 1);
+}
+
+/* The whole numbers of unit i of a tile of n, each eight bits with a sign, four in a word. */
+template <int T> DEVICE void unit_codes(unsigned (&q)[8], const unsigned char *tile, int n, int i) {
+    constexpr block_format f = block_format_of(T);
+    load_plane<f.low>(q, tile, n, i);
+    if constexpr (f.high > 0) {
+        unsigned high[8];
+        load_plane<f.high>(high, tile + high_plane(T, n), n, i);
+        UNROLL for (int j = 0; j < 8; j++) q[j] |= high[j] << f.low;
+    }
+    if constexpr (T == QWEN3I_IQ4_NL || T == QWEN3I_IQ4_XS) {
+        const unsigned values[4] = {0xBFAD9881u, 0xF6EADDCFu, 0x26190D01u, 0x71594535u};
+        UNROLL for (int j = 0; j < 8; j++) q[j] = table_bytes(q[j], values);
+    }
+    if constexpr (T == QWEN3I_MXFP4 || T == QWEN3I_NVFP4) {     /* twice E2M1 */
+        const unsigned values[4] = {0x03020100u, 0x0C080604u, 0xFDFEFF00u, 0xF4F8FAFCu};
+        UNROLL for (int j = 0; j < 8; j++) q[j] = table_bytes(q[j], values);
+    }
+}
+
+DEVICE float half_at(const unsigned char *p) { return __half2float(*(const half_t *)(const void *)p); }
+DEVICE unsigned word_at(const unsigned char *p) { return *(const unsigned *)(const void *)p; }
+
+/* Scale and offset of both halves of a unit: element e is d[e / 16] * code + m[e / 16]. */
+struct unit_scales { float d[2], m[2]; };
+DEVICE unit_scales both(float d, float m) { const unit_scales s = {{d, d}, {m, m}}; return s; }
+
+/* The six-bit scale and offset of 32 elements g of a block of Q4_K and Q5_K */
+DEVICE unit_scales scales_k(const unsigned char *h, int g) {
+    const uint4 v = *(const uint4 *)(const void *)h;
+    const int at = 8 * (g % 4);
+    const unsigned low = v.y >> at, offset = v.z >> at, rest = v.w >> at;
+    const unsigned s = g < 4 ? low & 63u : (rest & 15u) | (low >> 2 & 48u),
+                   o = g < 4 ? offset & 63u : (rest >> 4 & 15u) | (offset >> 2 & 48u);
+    return both(__half2float(__ushort_as_half((unsigned short)(v.x & 0xFFFFu))) * (float)s,
+                -__half2float(__ushort_as_half((unsigned short)(v.x >> 16))) * (float)o);
+}
+
+/* Half of the number of E8M0, and E4M3 without a sign */
+DEVICE float e8m0_half(unsigned x) { return __uint_as_float(x < 2 ? 0x200000u << x : (x - 1) << 23); }
+DEVICE float ue4m3(unsigned x) {
+    x &= 0x7Fu;
+    return x == 0x7Fu ? 0.0f : __half2float(__ushort_as_half((unsigned short)(x << 7))) * 256.0f;
+}
+
+/* Those of unit g of a block whose scales are at h. */
+template <int T> DEVICE unit_scales scales_at(const unsigned char *h, int g) {
+    const float none = -0.0f;
+    if constexpr (T == QWEN3I_Q4_K || T == QWEN3I_Q5_K) return scales_k(h, g);
+    else if constexpr (T == QWEN3I_Q4_0) return both(half_at(h), -8 * half_at(h));
+    else if constexpr (T == QWEN3I_Q5_0) return both(half_at(h), -16 * half_at(h));
+    else if constexpr (T == QWEN3I_Q4_1 || T == QWEN3I_Q5_1) return both(half_at(h), half_at(h + 2));
+    else if constexpr (T == QWEN3I_Q6_K) {
+        const float d = half_at(h + 16);
+        const float a = d * (float)(signed char)h[2 * g], b = d * (float)(signed char)h[2 * g + 1];
+        const unit_scales s = {{a, b}, {-32 * a, -32 * b}};
+        return s;
+    } else if constexpr (T == QWEN3I_Q2_K) {
+        const float d = half_at(h + 16), m = half_at(h + 18);
+        const unit_scales s = {{d * (float)(h[2 * g] & 15), d * (float)(h[2 * g + 1] & 15)},
+                               {-m * (float)(h[2 * g] >> 4), -m * (float)(h[2 * g + 1] >> 4)}};
+        return s;
+    } else if constexpr (T == QWEN3I_Q3_K) {
+        const float d = half_at(h + 12);
+        unit_scales s;
+        UNROLL for (int k = 0; k < 2; k++) {
+            const int i = 2 * g + k;
+            const int low = h[i % 8] >> 4 * (i / 8) & 15, high = h[8 + i % 4] >> 2 * (i / 4) & 3;
+            s.d[k] = d * (float)((low | high << 4) - 32);
+            s.m[k] = -4 * s.d[k];
+        }
+        return s;
+    } else if constexpr (T == QWEN3I_IQ4_XS) {
+        const int low = h[4 + g / 2] >> 4 * (g % 2) & 15, high = (h[2] | h[3] << 8) >> 2 * g & 3;
+        return both(half_at(h) * (float)((low | high << 4) - 32), none);
+    } else if constexpr (T == QWEN3I_MXFP4) return both(e8m0_half(h[0]), none);
+    else if constexpr (T == QWEN3I_NVFP4) {
+        const unit_scales s = {{ue4m3(h[2 * g]) / 2, ue4m3(h[2 * g + 1]) / 2}, {none, none}};
+        return s;
+    } else if constexpr (T == QWEN3I_FP8) return both(__uint_as_float(word_at(h)), none);
+    else if constexpr (T == QWEN3I_INT4 || T == QWEN3I_INT4S || T == QWEN3I_INT8) {
+        const float d = __uint_as_float(word_at(h) & ~255u);
+        return both(d, -d * (float)((int)(word_at(h) & 255u) - (T == QWEN3I_INT8 ? 128 : 0)));
+    } else return both(half_at(h), none);
+}
+template <int T> DEVICE unit_scales load_scales(const unsigned char *tile, int n, int i) {
+    return scales_at<T>(tile + scale_plane(T, n) + i / units_of(T) * scale_bytes(T), i % units_of(T));
+}
+
+/* Four numbers of E4M3 as F16, 2^8 times too small. */
+DEVICE void fp8_halves(float (&f)[4], unsigned word) {
+    UNROLL for (int k = 0; k < 2; k++) {
+        const unsigned pair = __byte_perm(word, 0, k == 0 ? 0x1404 : 0x3424),
+                       halves = (pair & 0x80008000u) | (pair & 0x7F007F00u) >> 1;
+        f[2 * k] = __half2float(__ushort_as_half((unsigned short)(halves & 0xFFFFu)));
+        f[2 * k + 1] = __half2float(__ushort_as_half((unsigned short)(halves >> 16)));
+    }
+}
+
+/* Elements 4 j .. 4 j + 3 of unit i of what is_float(); of FP8 without its scale, and 2^8 times too small. */
+template <int T> DEVICE void load_floats(float (&f)[4], const unsigned char *tile, int n, int i, int j) {
+    if constexpr (T == QWEN3I_FP8) fp8_halves(f, word_at(tile + j / 4 * 16 * n + 16 * i + 4 * (j % 4)));
+    else
+        UNROLL for (int k = 0; k < 4; k++) {
+            const int at = 32 * i + 4 * j + k;
+            if constexpr (T == QWEN3I_F32) f[k] = ((const float *)(const void *)tile)[at];
+            else if constexpr (T == QWEN3I_F16) f[k] = to_float(((const half_t *)(const void *)tile)[at]);
+            else f[k] = to_float(((const bf16_t *)(const void *)tile)[at]);
+        }
+}
+
+/* The elements of a unit as the CPU decodes them: only the sum is rounded. */
+template <int T> DEVICE void unit_values(float (&v)[32], const unsigned char *tile, int n, int i) {
+    if constexpr (is_float(T)) {
+        float d = 1;
+        if constexpr (T == QWEN3I_FP8) d = 256 * load_scales<T>(tile, n, i).d[0];
+        UNROLL for (int j = 0; j < 8; j++) {
+            float f[4];
+            load_floats<T>(f, tile, n, i, j);
+            UNROLL for (int k = 0; k < 4; k++) v[4 * j + k] = f[k] * d;
+        }
+    } else {
+        unsigned q[8];
+        const unit_scales s = load_scales<T>(tile, n, i);
+        unit_codes<T>(q, tile, n, i);
+        UNROLL for (int e = 0; e < 32; e++)
+            v[e] = fmaf(s.d[e / 16], (float)(signed char)(q[e / 4] >> 8 * (e % 4) & 255u), s.m[e / 16]);
+    }
+}
+
+/* The same of unit u of row r. */
+#define QWEN3_CASE(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: unit_values<QWEN3I_##name>(v, tile, n, u - first); break;
+DEVICE void part_values(float (&v)[32], const block_part &p, int r, int u) {
+    const int each = tile_units(p.type), first = u / each * each, n = least(each, p.units - first);
+    const unsigned char *tile = p.data + (size_t)r * p.row_bytes + u / each * tile_bytes(p.type, each);
+    switch (p.type) { QWEN3I_TYPES(QWEN3_CASE) default: break; }
+}
+#undef QWEN3_CASE
+/* What block_decode makes of rows: F16 times up; the elements, of the rows' tokens; the largest |w|, as
+   bits. */
+struct block_decoded { half_t *halves; float up; float *floats; const row_info *rows; unsigned *top; };
+
+/* block_decode: out[i, :] = row first + i, zero from cols to ld; *top is less before. A thread a unit of one
+   of n rows. Exact but for one rounding to F16. Equal to qwen3i_decode, qwen3i_embed. */
+static __global__ void __launch_bounds__(256)
+    block_decode_kernel(block_decoded out, block_part p, int first, int n, int cols, int ld) {
+    const size_t at = (size_t)blockIdx.x * 256 + threadIdx.x;
+    const int i = (int)(at / (unsigned)p.units), u = (int)(at % (unsigned)p.units), row = i < n ? i : n - 1;
+    float v[32], largest = 0;
+    wait_for_previous();
+    if (out.rows) let_next_start();     /* but nobody may read F16 early */
+    part_values(v, p, out.rows ? out.rows[row].token : first + row, u);
+    UNROLL for (int e = 0; e < 32; e++) {
+        v[e] = 32 * u + e < cols ? v[e] : 0.0f;
+        largest = fmaxf(largest, fabsf(v[e]));
+    }
+    if (out.top) {
+        largest = warp_max(largest);
+        if (lane_id() == 0) atomicMax(out.top, __float_as_uint(largest));
+    }
+    if (i >= n) return;
+    const size_t to = (size_t)row * ld + 32 * u;
+    if (out.floats)
+        UNROLL for (int e = 0; e < 32; e++) if (32 * u + e < ld) out.floats[to + e] = v[e];
+    if (!out.halves) return;
+    UNROLL for (int e = 0; e < 32; e++) v[e] *= out.up;
+    UNROLL for (int e = 0; e < 32; e += 8)
+        if (32 * u + e < ld)
+            *(uint4 *)(void *)(out.halves + to + e) =
+                make_uint4(pack(v[e], v[e + 1], half_t()), pack(v[e + 2], v[e + 3], half_t()),
+                           pack(v[e + 4], v[e + 5], half_t()), pack(v[e + 6], v[e + 7], half_t()));
+}
+
+static cudaError_t launch_decode(bool early, cudaStream_t s, const block_decoded &out, const block_part &p,
+                                 int first, int n, int cols, int ld) {
+    const size_t blocks = ((size_t)n * (size_t)p.units + 255) / 256;
+    return launch_early(early, s, dim3((unsigned)blocks), 256, 0, block_decode_kernel, out, p, first, n, cols,
+                        ld);
+}
+
+/* Rows [first, first + n) of W as F16 to the scratch, divided by w.scale. */
+static qwen3_result decode_rows(cuda_ctx *c, cudaStream_t s, const matrix &w, int first, int n,
+                                const qwen3i_err *err) {
+    half_t *to = c->scratch;
+    for (int i = 0; i < w.n_parts && n > 0; first -= w.parts[i++].rows) {
+        const block_part &p = w.parts[i];
+        if (first >= p.rows) continue;
+        const int count = least(n, p.rows - first);
+        const block_decoded out = {to, 1 / w.scale, NULL, NULL, NULL};
+        CUDA_TRY(launch_decode(false, s, out, p, first, count, w.cols, w.ld));
+        to += (size_t)count * w.ld;
+        n -= count;
+        first += count;
+    }
+    return QWEN3_OK;
+}
+
+/* One row times a matrix in blocks: see the room after the MLP. */
+static bool block_norms_itself(const pass *p, const matrix &w);
+static qwen3_result block_matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
+                                 const input &h, int rows, bool add);
+static qwen3_result block_qkv(const pass *p, int layer, const input &h);
+static qwen3_result block_mlp(const pass *p, const matrix &w, const input &h);
+
+/* ================================================================================================
    WEIGHTS: to the device
    ================================================================================================ */
 /* top_bits: *top = the largest |w| of a BF16 matrix, as bits (they order like the values). *top is 0
@@ -1033,7 +1436,14 @@ static __global__ void has_wgmma_kernel(int *yes) {
    converted. */
 struct weight_group { matrix *to; const qwen3i_matrix *from[3]; int n; };
 
+static bool has_blocks(const weight_group &g) {
+    for (int i = 0; i < g.n; i++) if (is_block(g.from[i]->type)) return true;
+    return false;
+}
+
+/* F16 for blocks: so products of many rows have them. */
 static qwen3i_type group_type(const weight_group &g) {
+    if (has_blocks(g)) return QWEN3I_F16;
     for (int i = 1; i < g.n; i++) if (g.from[i]->type != g.from[0]->type) return QWEN3I_F32;
     return g.from[0]->type;
 }
@@ -1067,6 +1477,14 @@ static int model_group(cuda_model *m, const qwen3i_weights *w, int i, weight_gro
     return 1;
 }
 
+static void lay_out_part(block_part *p, const qwen3i_matrix &w, arena *a) {
+    p->rows = w.rows;
+    p->type = (int)w.type;
+    p->units = block_units(p->type, w.cols);
+    p->row_bytes = block_row_bytes(p->type, w.cols);
+    p->data = a->take<unsigned char>((u64)p->rows, (u64)p->row_bytes);
+}
+
 /* Lay the weights out; a dry run measures them. tops: the largest |w| of each group, as bits. */
 static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsigned **tops) {
     const size_t n_embd = (size_t)m->config.n_embd, head_dim = (size_t)m->config.head_dim;
@@ -1081,6 +1499,9 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
         g.to->terms = g.n == 3 && g.to->type != QWEN3I_F32 ? 2 : 1;
         g.to->rows = 0;
         for (int i = 0; i < g.n; i++) g.to->rows += g.from[i]->rows;
+        g.to->n_parts = has_blocks(g) ? g.n : 0;
+        for (int i = 0; i < g.to->n_parts; i++) lay_out_part(&g.to->parts[i], *g.from[i], a);
+        if (g.to->n_parts > 0) continue;
         g.to->data = a->take<char>((u64)g.to->rows * (u64)g.to->ld, qwen3i_type_size(g.to->type));
     }
     for (int i = 0; i < m->config.n_layer; i++) {
@@ -1101,8 +1522,9 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
 struct piece {                          /* rows of a matrix, from the file to the device */
     char       *to;
     const char *from;
-    int         rows, cols, ld;
-    qwen3i_type to_type, from_type;
+    int         rows, cols;
+    size_t      in, out;                /* bytes of a row */
+    qwen3i_type to_type, from_type;     /* they differ: numbers that become F32 */
     int         ends;                   /* the group that it completes, or -1 */
 };
 
@@ -1123,15 +1545,13 @@ struct uploader {
     std::thread  helpers[MOST_HELPERS];
 };
 
-/* To rows [ld] of the device's type, zero from cols on. */
+/* To rows of the device's type, zero from the last element on. */
 static void pack_rows(char *to, const piece &p) {
-    const size_t in = (size_t)p.cols * qwen3i_type_size(p.from_type),
-                 out = (size_t)p.ld * qwen3i_type_size(p.to_type);
     const char *from = p.from;
-    if (p.to_type == p.from_type && p.ld == p.cols) { memcpy(to, from, in * (size_t)p.rows); return; }
-    for (int r = 0; r < p.rows; r++, to += out, from += in) {
-        memset(to, 0, out);
-        if (p.to_type == p.from_type) memcpy(to, from, in);
+    if (p.to_type == p.from_type && p.in == p.out) { memcpy(to, from, p.in * (size_t)p.rows); return; }
+    for (int r = 0; r < p.rows; r++, to += p.out, from += p.in) {
+        memset(to, 0, p.out);
+        if (p.to_type == p.from_type) memcpy(to, from, p.in);
         else for (int i = 0; i < p.cols; i++) {
             const float f = qwen3i_value(from, p.from_type, i);
             memcpy(to + 4 * i, &f, 4);
@@ -1140,7 +1560,7 @@ static void pack_rows(char *to, const piece &p) {
 }
 
 static size_t piece_bytes(const piece &p) {
-    return (size_t)p.rows * (size_t)p.ld * qwen3i_type_size(p.to_type);
+    return (size_t)p.rows * p.out;
 }
 
 static void fill_next(uploader *u, std::unique_lock<std::mutex> &held) {
@@ -1198,10 +1618,10 @@ static qwen3_result open_uploader(uploader *u, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
-/* Rows [ld] of the given type from a matrix; a dry run (no pieces yet) counts. */
-static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, int ld, const qwen3i_matrix &w,
+/* Rows of so many bytes of the given type from a matrix; a dry run (no pieces yet) counts. */
+static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, size_t out, const qwen3i_matrix &w,
                                const qwen3i_err *err) {
-    const size_t in = (size_t)w.cols * qwen3i_type_size(w.type), out = (size_t)ld * qwen3i_type_size(type);
+    const size_t in = stored_row_bytes((int)w.type, w.cols);
     const int step = (int)least((size_t)w.rows, PIECE / out);
     if (step == 0)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: a matrix has rows of %llu bytes",
@@ -1211,7 +1631,8 @@ static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, int ld, 
                          (const char *)w.data + (size_t)r * in,
                          least(step, w.rows - r),
                          w.cols,
-                         ld,
+                         in,
+                         out,
                          type,
                          w.type,
                          -1};
@@ -1223,17 +1644,22 @@ static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, int ld, 
 
 static qwen3_result add_gain(uploader *u, float *to, const float *from, int n, const qwen3i_err *err) {
     const qwen3i_matrix w = {from, 1, n, QWEN3I_F32};
-    return add_pieces(u, (char *)to, QWEN3I_F32, n, w, err);
+    return add_pieces(u, (char *)to, QWEN3I_F32, (size_t)n * sizeof *to, w, err);
 }
 
 static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
     const int n_embd = m->config.n_embd, head_dim = m->config.head_dim;
     weight_group g;
     for (int i = 0; model_group(m, w, i, &g); i++) {
+        const size_t row = (size_t)g.to->ld * qwen3i_type_size(g.to->type);
         char *to = (char *)g.to->data;
         for (int k = 0; k < g.n; k++) {
-            TRY(add_pieces(u, to, g.to->type, g.to->ld, *g.from[k], err));
-            to += (size_t)g.from[k]->rows * g.to->ld * qwen3i_type_size(g.to->type);
+            const block_part &part = g.to->parts[k];
+            if (g.to->n_parts > 0)
+                TRY(add_pieces(u, (char *)part.data, g.from[k]->type, (size_t)part.row_bytes, *g.from[k],
+                               err));
+            else TRY(add_pieces(u, to, g.to->type, row, *g.from[k], err));
+            to += (size_t)g.from[k]->rows * row;
         }
         if (u->pieces) u->pieces[u->n - 1].ends = i;
     }
@@ -1269,6 +1695,21 @@ static void make_room(uploader *u, int i) {
     u->emptied_one.notify_all();
 }
 
+/* Blocks are taken apart, in place. */
+static qwen3_result convert_blocks(uploader *u, const cuda_model *m, const matrix &w, unsigned *top,
+                                   const qwen3i_err *err) {
+    for (int k = 0; k < w.n_parts; k++) {
+        const block_part &p = w.parts[k];
+        const dim3 grid((unsigned)least(p.rows, 16 * m->n_sm));
+        if (is_block(p.type))
+            CUDA_TRY(launch_shared(false, 1, u->converting, grid, 128, (size_t)p.row_bytes, repack_kernel,
+                                   p));
+        const block_decoded out = {NULL, 1, NULL, NULL, top};
+        CUDA_TRY(launch_decode(false, u->converting, out, p, 0, p.rows, w.cols, w.ld));
+    }
+    return QWEN3_OK;
+}
+
 /* Group i from BF16 to F16, in place on the device, when it is there. top: the largest |w|, as bits; 0 as
    yet. */
 static qwen3_result convert_group(uploader *u, cuda_model *m, const qwen3i_weights *w, int i,
@@ -1276,10 +1717,11 @@ static qwen3_result convert_group(uploader *u, cuda_model *m, const qwen3i_weigh
     const dim3 grid((unsigned)(8 * m->n_sm));
     weight_group g;
     model_group(m, w, i, &g);
-    if (g.to->type != QWEN3I_BF16) return QWEN3_OK;
+    if (g.to->type != QWEN3I_BF16 && g.to->n_parts == 0) return QWEN3_OK;
     unsigned short *data = (unsigned short *)g.to->data;
     const size_t n = (size_t)g.to->rows * g.to->ld;
     CUDA_TRY(cudaStreamWaitEvent(u->converting, there, 0));
+    if (g.to->n_parts > 0) return convert_blocks(u, m, *g.to, top, err);
     CUDA_TRY(launch(u->converting, grid, 256, 0, top_bits_kernel, top, data, n));
     CUDA_TRY(launch(u->converting, grid, 256, 0, bf16_to_f16_kernel, data, n, top));
     return QWEN3_OK;
@@ -1323,7 +1765,7 @@ static qwen3_result fetch_scales(uploader *u, cuda_model *m, const qwen3i_weight
             CUDA_TRY(cudaStreamSynchronize(u->converting));
         }
         model_group(m, w, i, &g);
-        if (g.to->type != QWEN3I_BF16) continue;
+        if (g.to->type != QWEN3I_BF16 && g.to->n_parts == 0) continue;
         g.to->type = QWEN3I_F16;
         g.to->scale = 1.0f / half_scale(qwen3i_float_from_bits(host[i % room]));
     }
@@ -1380,10 +1822,12 @@ static bool fits_wide(const cuda_model *m) {
     if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 8 * norm_threads(8)) return false;
     for (int i = 0; i < g->n_layer; i++) {
         const layer_weights &l = m->layers[i];
+        if (l.qkv.n_parts + l.wo.n_parts + l.gate_up.n_parts + l.w_down.n_parts > 0) return false;
         if (l.qkv.type != QWEN3I_F16 || l.wo.type != QWEN3I_F16 || l.gate_up.type != QWEN3I_F16 ||
             l.w_down.type != QWEN3I_F16) return false;
     }
-    return (m->head.data ? m->head : m->embed).type == QWEN3I_F16;
+    const matrix &head = m->head.rows ? m->head : m->embed;
+    return head.type == QWEN3I_F16 && head.n_parts + m->embed.n_parts == 0;
 }
 
 static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *err) {
@@ -1408,7 +1852,7 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
                             w.bounds + k, (const half_t *)w.data + (size_t)k * n_ff * w.ld, n_ff, w.cols,
                             w.ld, w.scale));
     }
-    matrix &head = m->head.data ? m->head : m->embed;
+    matrix &head = m->head.rows ? m->head : m->embed;
     TRY(make_map(&head.map, head.data, (u64)head.ld, (u64)head.rows, WIDE_N / 2, err));
     m->wide = true;
     return QWEN3_OK;
@@ -1425,7 +1869,7 @@ static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weig
     TRY(send_pieces(u, m, w, tops, err));
     TRY(fetch_scales(u, m, w, tops, n_groups, err));
     TRY(prepare_wide(u, m, err));
-    if (m->head.data == NULL) m->head = m->embed;
+    if (m->head.rows == 0) m->head = m->embed;
     CUDA_TRY(cudaStreamSynchronize(u->stream));
     return QWEN3_OK;
 }
@@ -1480,18 +1924,15 @@ static qwen3_result check_shapes(const qwen3i_config *c, const qwen3i_err *err) 
     return QWEN3_OK;
 }
 
-/* The formats that are unpacked block by block stay on the CPU. */
-static qwen3_result check_types(cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
+/* A row of blocks is taken apart in shared memory. */
+static qwen3_result check_rows(cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
     weight_group g;
     for (int i = 0; model_group(m, w, i, &g); i++)
-        for (int k = 0; k < g.n; k++) {
-            const qwen3i_type t = g.from[k]->type;
-            if (t != QWEN3I_F32 && t != QWEN3I_F16 && t != QWEN3I_BF16)
-                return qwen3i_fail(
-                    err, QWEN3_ERR_UNSUPPORTED,
-                    "CUDA: weights are F32, F16 or BF16; those of this model (format %d) run on the CPU",
-                    (int)t);
-        }
+        for (int k = 0; k < g.n; k++)
+            if (is_block(g.from[k]->type) &&
+                stored_row_bytes((int)g.from[k]->type, g.from[k]->cols) > m->block_shared / 2)
+                return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                                   "CUDA: a matrix has rows of %d elements in blocks", g.from[k]->cols);
     return QWEN3_OK;
 }
 
@@ -1518,7 +1959,7 @@ static qwen3_result fill_model(cuda_model *m, const qwen3i_model_view *view, con
     if (!m->layers) return no_host_memory(err, (size_t)m->config.n_layer * sizeof *m->layers);
     device_guard guard(m->device);
     CUDA_TRY(guard.status);
-    TRY(check_types(m, view->weights, err));
+    TRY(check_rows(m, view->weights, err));
     lay_out_model(m, view->weights, &measured, &tops);
     TRY(device_alloc(&m->memory, measured.size(), "the model", err));
     arena taken(m->memory);
@@ -1574,6 +2015,10 @@ template <class W> static cudaError_t launch_embed(const pass *p, const matrix &
 }
 static qwen3_result embed(const pass *p) {
     const matrix &w = p->c->m->embed;
+    if (w.n_parts > 0) {
+        const block_decoded out = {NULL, 1, p->c->x, p->c->rows, NULL};
+        return launched(p, launch_decode(p->early, p->s, out, w.parts[0], 0, p->n, w.cols, w.ld), "embed");
+    }
 #define CALL(T) launch_embed<T>(p, w)
     return launched(p, BY_WEIGHT_TYPE(w, CALL), "embed");
 #undef CALL
@@ -2036,10 +2481,29 @@ static qwen3_result find_plan(cuda_ctx *c, const plan &want, plan **out, const q
     return r;
 }
 
+static qwen3_result product(cuda_ctx *c, cudaStream_t s, float *y, int ldy, const matrix &w, int first, int n,
+                            const void *x, int rows, const qwen3i_err *err);
+
+/* The same for a matrix in blocks, which become F16 as many rows at a time as the scratch holds. */
+static qwen3_result block_product(cuda_ctx *c, cudaStream_t s, float *y, int ldy, const matrix &w, int first,
+                                  int n, const void *x, int rows, const qwen3i_err *err) {
+    matrix part = w;
+    part.n_parts = 0;
+    part.data = c->scratch;
+    const int step = (int)least((size_t)n, c->scratch_size / ((size_t)w.ld * sizeof(half_t)));
+    for (int i = 0; i < n; i += step) {
+        part.rows = least(step, n - i);
+        TRY(decode_rows(c, s, w, first + i, part.rows, err));
+        TRY(product(c, s, y + i, ldy, part, 0, part.rows, x, rows, err));
+    }
+    return QWEN3_OK;
+}
+
 /* y[rows, n] (rows ldy apart) = x[rows, w.ld] W^T for rows [first, first + n) of W; x of W's type. */
 static qwen3_result product(cuda_ctx *c, cudaStream_t s, float *y, int ldy, const matrix &w, int first, int n,
                             const void *x, int rows, const qwen3i_err *err) {
     plan want, *p = NULL;
+    if (w.n_parts > 0) return block_product(c, s, y, ldy, w, first, n, x, rows, err);
     memset(&want, 0, sizeof want);
     want.n = n; want.rows = rows; want.k = w.ld; want.ldy = ldy; want.type = w.type;
     want.aligned = (size_t)y % 16 == 0 && ldy % 4 == 0;
@@ -2494,6 +2958,7 @@ template <bool ADD>
 static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
                            const float *x, int ldx, int rows) {
     const input h = {x, ldx, NULL, NULL};
+    if (w.n_parts > 0) return block_matvec(p, y, ldy, outs, w, h, rows, ADD);
     const matvec_in in = vector_input(p, w, h, rows);
     const int ring = stream_ring(p, in, w);
 #define CALL(RING) stream_matvec<RING, ADD>(p, in, y, ldy, outs)
@@ -3276,14 +3741,19 @@ DEVICE void norm_rope_head(const qkv_args &a, int row, int head, float scale, co
     store_head(a, row, head, p, t);
 }
 
+/* The rows of W that this block's warps share. */
+DEVICE row_range block_share(int n) {
+    const row_range r = {share_begin(block_x() * MATVEC_WARPS, n),
+                         share_begin((block_x() + 1) * MATVEC_WARPS, n)};
+    return r;
+}
+
 /* Adds what this block has summed up of each head to its ticket; the block that completes a head norms and
    rotates it. All threads of the block; finished [most]: shared, a flag a head; turn: of this warp's row. */
-DEVICE void finish_heads(const matvec_in &in, const qkv_args &a, unsigned *tickets, int *finished, int most,
-                         const row_turn &turn) {
+DEVICE void finish_heads(row_range done, int rows, const qkv_args &a, unsigned *tickets, int *finished,
+                         int most, const row_turn &turn) {
     const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
-    const int from = share_begin(block_x() * MATVEC_WARPS, in.n),
-              next = share_begin((block_x() + 1) * MATVEC_WARPS, in.n);
-    const int to = next < rotated ? next : rotated;
+    const int from = done.first, to = done.end < rotated ? done.end : rotated;
     if (from >= to) return;
     for (int head0 = from / a.head_dim; head0 * a.head_dim < to; head0 += most) {
         const int left = (to - 1) / a.head_dim - head0 + 1, n_heads = left < most ? left : most;
@@ -3299,7 +3769,7 @@ DEVICE void finish_heads(const matvec_in &in, const qkv_args &a, unsigned *ticke
         __syncthreads();
         __threadfence();
         for (int h = 0; h < n_heads; h++)
-            if (finished[h] && warp_id() < in.rows) norm_rope_head(a, warp_id(), head0 + h, 1.0f, turn);
+            if (finished[h] && warp_id() < rows) norm_rope_head(a, warp_id(), head0 + h, 1.0f, turn);
     }
 }
 
@@ -3332,7 +3802,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
                              [&](auto *to) { store(to, acc[j][r]); });
             }
     }
-    finish_heads(in, a, tickets, finished, MATVEC_WARPS * NR, turn);
+    finish_heads(block_share(in.n), in.rows, a, tickets, finished, MATVEC_WARPS * NR, turn);
 }
 
 static qkv_args qkv_arguments(const pass *p, int layer) {
@@ -3368,7 +3838,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
             if (i < rotated) a.qkv[i] = pick(acc, lane);
             else store_value(a, turn, i - rotated, pick(acc, lane));
         });
-    finish_heads(in, a, tickets, finished, STREAM_HEADS, turn);
+    finish_heads(block_share(in.n), 1, a, tickets, finished, STREAM_HEADS, turn);
 }
 
 /* stream_qkv_heads: the same on Hopper, where a cluster of `parts` blocks has a head: each sums up some of
@@ -3444,6 +3914,7 @@ template <class W> static cudaError_t qkv_rows_of(const pass *p, const matvec_in
 
 static qwen3_result vector_qkv(const pass *p, int layer, const input &h) {
     const matrix &w = p->c->m->layers[layer].qkv;
+    if (w.n_parts > 0) return block_qkv(p, layer, h);
     const matvec_in in = vector_input(p, w, h, p->n);
     const qkv_args a = qkv_arguments(p, layer);
     const int ring = stream_ring(p, in, w);
@@ -4811,6 +5282,7 @@ template <int RING> static cudaError_t stream_mlp(const pass *p, const matvec_in
 static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].gate_up;
+    if (w.n_parts > 0) return block_mlp(p, w, h);
     const matvec_in in = vector_input(p, w, h, p->n);
     const int ring = stream_ring(p, in, w);
 #define CALL(RING) stream_mlp<RING>(p, in, c->ff)
@@ -4949,6 +5421,400 @@ static qwen3_result few_down(const pass *p, int layer) {
 static qwen3_result many_down(const pass *p, int layer) {
     const matrix &w = p->c->m->layers[layer].w_down;
     return wide_add(p, p->c->wide_m_map, w, wide_arguments(p, w, p->c->ff_scale));
+}
+
+/* ================================================================================================
+   BLOCKS: one row times a matrix that lies in them
+   ================================================================================================ */
+/* x comes as whole numbers of 16 bits with a scale for each 32, which the chip multiplies as two bytes, four
+   at a time: all sums of a unit are exact. Where codes are numbers in floating point, x stays float32. A
+   warp takes rows two at a time; tiles come by a ring as in weight_stream, but the warp copies them
+   together. */
+const int BLOCK_RING = 10 << 10;        /* bytes of a warp's */
+const int INT_PLANES = 5, FLOAT_PLANES = 8;     /* of x, 16 bytes a unit */
+const int MOST_INT   = 32639;           /* 127 * 256 + 127 */
+
+struct block_in {
+    block_part   parts[3];
+    int          n, k, units;           /* rows of all parts; of x: elements, units that are there */
+    bool         ints, floats;          /* how x is wanted */
+    const float *x, *gain;              /* [k]; gain NULL: x is normalised */
+    float        eps;
+};
+/* What a warp multiplies at a time: at most 32 rows of one part from each of two places. */
+struct block_rows { const unsigned char *w[2]; int n[2]; };
+
+static __host__ __device__ inline size_t block_x_bytes(const block_in &in) {
+    return (size_t)in.units * 16 * (size_t)((in.ints ? INT_PLANES : 0) + (in.floats ? FLOAT_PLANES : 0));
+}
+static size_t block_memory(const block_in &in, int warps) {
+    return (size_t)warps * BLOCK_RING + block_x_bytes(in) + 32 * sizeof(float);
+}
+/* x comes after the rings. */
+DEVICE unsigned char *block_planes(unsigned char *memory) { return memory + n_threads() / 32 * BLOCK_RING; }
+
+/* Elements 4 q .. 4 q + 3 of x to their planes. Eight neighbouring lanes have a unit; all lanes take part. */
+DEVICE void block_store_x(const block_in &in, unsigned char *planes, int q, float4 v) {
+    const int u = q / 8, w = q % 8, n = in.units;
+    if (in.ints) {
+        float top = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+        UNROLL for (int o = 1; o < 8; o *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
+        const float up = top > 0 ? (float)MOST_INT / top : 0.0f, down = top * (1.0f / (float)MOST_INT);
+        const int a = __float2int_rn(v.x * up), b = __float2int_rn(v.y * up), c = __float2int_rn(v.z * up),
+                  d = __float2int_rn(v.w * up);
+        int sum = a + b + c + d;
+        sum += __shfl_xor_sync(ALL, sum, 1);
+        sum += __shfl_xor_sync(ALL, sum, 2);
+        const int other = __shfl_xor_sync(ALL, sum, 4);
+        const unsigned low = ((unsigned)a & 255u) | ((unsigned)b & 255u) << 8 | ((unsigned)c & 255u) << 16 |
+                             (unsigned)d << 24,
+                       high = ((unsigned)(a + 128) >> 8 & 255u) | ((unsigned)(b + 128) & 0xFF00u) |
+                              ((unsigned)(c + 128) & 0xFF00u) << 8 | ((unsigned)(d + 128) & 0xFF00u) << 16;
+        unsigned *words = (unsigned *)(void *)planes;
+        if (u < n) {
+            words[((w / 4) * n + u) * 4 + w % 4] = high;
+            words[((2 + w / 4) * n + u) * 4 + w % 4] = low;
+            if (w == 0)
+                ((float4 *)(void *)planes)[4 * n + u] =
+                    make_float4(down, (float)sum * down, (float)other * down, (float)(sum + other) * down);
+        }
+        planes += (size_t)INT_PLANES * 16 * n;
+    }
+    if (in.floats && u < n) ((float4 *)(void *)planes)[w * n + u] = v;
+}
+
+/* The RMSNorm of x, C vectors a thread, as stage_normed. */
+template <int C> DEVICE void block_stage_normed(const block_in &in, unsigned char *planes, float *shared) {
+    float4 g[C], v[C];
+    float sum = 0;
+    load_vectors<C>(g, in.gain, tid(), n_threads(), in.k);
+    wait_for_previous();
+    load_vectors<C>(v, in.x, tid(), n_threads(), in.k);
+    UNROLL for (int u = 0; u < C; u++)
+        sum += v[u].x * v[u].x + v[u].y * v[u].y + v[u].z * v[u].z + v[u].w * v[u].w;
+    const float r = rms_scale(block_sum(sum, shared), (float)in.k, in.eps);
+    UNROLL for (int u = 0; u < C; u++)
+        block_store_x(in, planes, tid() + u * n_threads(),
+                      make_float4(v[u].x * r * g[u].x, v[u].y * r * g[u].y, v[u].z * r * g[u].z,
+                                  v[u].w * r * g[u].w));
+}
+
+/* x to shared memory, zero past k; with a gain its RMSNorm, as stage_vector. */
+static __device__ NO_INLINE void block_stage(const block_in &in) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    unsigned char *planes = block_planes(memory);
+    float *shared = (float *)(void *)(planes + block_x_bytes(in));
+    const int step = n_threads();
+    if (in.gain) {
+        if (in.k <= 8 * step) block_stage_normed<2>(in, planes, shared);
+        else if (in.k <= 16 * step) block_stage_normed<4>(in, planes, shared);
+        else block_stage_normed<STREAM_NORM>(in, planes, shared);
+    } else {
+        wait_for_previous();
+        for (int q = tid(); q - lane_id() < 8 * in.units; q += step)
+            block_store_x(in, planes, q, load_up_to_4(in.x, 4 * q, in.k));
+    }
+    __syncthreads();
+}
+
+/* A unit of x */
+struct unit_ints { uint4 high[2], low[2]; float4 sums; };
+
+DEVICE unit_ints load_ints(const unsigned char *planes, int n, int u) {
+    const uint4 *p = (const uint4 *)(const void *)planes + u;
+    const unit_ints x = {{p[0], p[n]}, {p[2 * n], p[3 * n]},
+                         ((const float4 *)(const void *)planes)[4 * n + u]};
+    return x;
+}
+DEVICE int dot_16(const unsigned *q, uint4 x) {
+    return __dp4a((int)q[3], (int)x.w, __dp4a((int)q[2], (int)x.z, __dp4a((int)q[1], (int)x.y,
+                  __dp4a((int)q[0], (int)x.x, 0))));
+}
+
+/* Does each half of a unit have scales of its own? */
+static constexpr __device__ bool has_halves(int type) {
+    return type == QWEN3I_Q6_K || type == QWEN3I_Q2_K || type == QWEN3I_Q3_K || type == QWEN3I_NVFP4;
+}
+static constexpr __device__ bool has_offset(int type) {
+    return !(type == QWEN3I_Q8_0 || type == QWEN3I_IQ4_NL || type == QWEN3I_IQ4_XS || type == QWEN3I_MXFP4 ||
+             type == QWEN3I_NVFP4 || type == QWEN3I_FP8);
+}
+
+/* The sum over unit i of a tile of n */
+template <int T> DEVICE float unit_dot(const unsigned char *tile, int n, int i, const unit_ints &x) {
+    unsigned q[8];
+    const unit_scales s = load_scales<T>(tile, n, i);
+    unit_codes<T>(q, tile, n, i);
+    const int a = dot_16(q, x.high[0]) * 256 + dot_16(q, x.low[0]),
+              b = dot_16(q + 4, x.high[1]) * 256 + dot_16(q + 4, x.low[1]);
+    float sum = has_halves(T) ? (float)a * s.d[0] + (float)b * s.d[1] : (float)(a + b) * s.d[0];
+    sum *= x.sums.x;
+    if (has_offset(T)) sum += has_halves(T) ? s.m[0] * x.sums.y + s.m[1] * x.sums.z : s.m[0] * x.sums.w;
+    return sum;
+}
+/* The same with float32 x: elements one after the other */
+template <int T> DEVICE float unit_dot(const unsigned char *tile, int n, int i, const float4 *x, int units) {
+    float sum = 0;
+    UNROLL for (int j = 0; j < 8; j++) {
+        float f[4];
+        const float4 v = x[j * units];
+        load_floats<T>(f, tile, n, i, j);
+        sum += f[0] * v.x; sum += f[1] * v.y; sum += f[2] * v.z; sum += f[3] * v.w;
+    }
+    if constexpr (T == QWEN3I_FP8) sum *= 256 * load_scales<T>(tile, n, i).d[0];
+    return sum;
+}
+
+/* Lane l gets the sums of row l from each of the two places. stage: x is not there yet. Order: lane i takes
+   unit i of each tile in turn; lanes are added by exchange. */
+template <int T> static __device__ NO_INLINE float2 block_sums_of(const block_in &in, const block_rows &rows,
+                                                                     int units, int row_bytes, bool stage) {
+    constexpr int EACH = tile_units(T), FULL = tile_bytes(T, EACH), ROOM = BLOCK_RING / (2 * FULL),
+                  DEPTH = ROOM < 8 ? ROOM : 8;
+    static_assert(DEPTH >= 2, "while one is multiplied, the next must come");
+    QWEN3_DYNAMIC_SHARED(memory);
+    unsigned char *ring = memory + warp_id() * BLOCK_RING;
+    const int n = rows.n[0] + rows.n[1], lane = lane_id();
+    int row = 0, at = 0, put = 0, take = 0;     /* what is fetched next, and the stages of the ring */
+    const auto fetch = [&]() {
+        unsigned char *to = ring + put * 2 * FULL;
+        const int bytes = least(FULL, row_bytes - at);
+        UNROLL for (int j = 0; j < 2; j++) {
+            const int r = row + j;
+            const unsigned char *from =
+                (r < rows.n[0] ? rows.w[0] + (size_t)r * row_bytes
+                               : rows.w[1] + (size_t)(r - rows.n[0]) * row_bytes) + at;
+            if (r < n)
+                UNROLL for (int i = 0; i < FULL; i += 512)
+                    if (i + 16 * lane < bytes)
+                        copy_once(to + j * FULL + i + 16 * lane, from + i + 16 * lane, true);
+        }
+        copy_commit();
+        put = put + 1 < DEPTH ? put + 1 : 0;
+        at += FULL;
+        if (at >= row_bytes) { at = 0; row += 2; }
+    };
+    NO_UNROLL for (int i = 0; i < DEPTH - 1; i++) fetch();
+    if (stage) {
+        let_next_start();
+        block_stage(in);
+    }
+    const unsigned char *planes =
+        block_planes(memory) + (is_float(T) && in.ints ? INT_PLANES * 16 * in.units : 0);
+    float2 result = make_float2(0, 0);
+    NO_UNROLL for (int r = 0; r < n; r += 2) {
+        float sums[2] = {0, 0};
+        NO_UNROLL for (int first = 0; first < units; first += EACH) {
+            const unsigned char *tile = ring + take * 2 * FULL;
+            const int there = least(EACH, units - first);
+            copy_wait<DEPTH - 2>();
+            __syncwarp();
+            if (lane < there) {
+                if constexpr (is_float(T)) {
+                    const float4 *x = (const float4 *)(const void *)planes + first + lane;
+                    UNROLL for (int j = 0; j < 2; j++)
+                        sums[j] += unit_dot<T>(tile + j * FULL, there, lane, x, in.units);
+                } else {
+                    const unit_ints x = load_ints(planes, in.units, first + lane);
+                    UNROLL for (int j = 0; j < 2; j++)
+                        sums[j] += unit_dot<T>(tile + j * FULL, there, lane, x);
+                }
+            }
+            fetch();                    /* where the tiles before were, which all lanes have multiplied */
+            take = take + 1 < DEPTH ? take + 1 : 0;
+        }
+        UNROLL for (int j = 0; j < 2; j++) {
+            const float sum = warp_sum(sums[j]);
+            const int i = r + j;
+            if (i < rows.n[0] && i == lane) result.x = sum;
+            if (i >= rows.n[0] && i - rows.n[0] == lane) result.y = sum;
+        }
+    }
+    copy_wait<0>();
+    __syncwarp();
+    return result;
+}
+
+#define QWEN3_CASE(name, function, gguf, elements, bytes) \
+    case QWEN3I_##name: return block_sums_of<QWEN3I_##name>(in, rows, p.units, p.row_bytes, stage);
+DEVICE float2 block_sums(const block_in &in, const block_part &p, const block_rows &rows, bool stage) {
+    switch (p.type) { QWEN3I_TYPES(QWEN3_CASE) default: return make_float2(0, 0); }
+}
+#undef QWEN3_CASE
+
+/* The sums of rows [mine.first, mine.end): done(row, n, sums) with lane l's of rows row + l, l < n, up to 32
+   at a time. All warps call this once. */
+template <class F> DEVICE void block_multiply(const block_in &in, row_range mine, F done) {
+    bool stage = true;
+    int part = 0, base = 0;
+    for (int row = mine.first; row < mine.end; ) {
+        while (row - base >= in.parts[part].rows) base += in.parts[part++].rows;
+        const block_part &p = in.parts[part];
+        const int n = least(64, least(mine.end, base + p.rows) - row), half = least(32, n);
+        const unsigned char *from = p.data + (size_t)(row - base) * p.row_bytes;
+        const block_rows rows = {{from, from + (size_t)half * p.row_bytes}, {half, n - half}};
+        const float2 sums = block_sums(in, p, rows, stage);
+        done(row, half, sums.x);
+        done(row + half, n - half, sums.y);
+        row += n;
+        stage = false;
+    }
+    if (stage) {
+        let_next_start();
+        block_stage(in);
+    }
+}
+
+/* This warp's of n rows, and this block's: as warp_share, for any number of warps. */
+DEVICE int block_share_begin(int warp, int n) {
+    return (int)((long long)warp * n / ((int)gridDim.x * (n_threads() / 32)));
+}
+DEVICE row_range block_warp_share(int n) {
+    const int warp = block_x() * (n_threads() / 32) + warp_id();
+    const row_range r = {block_share_begin(warp, n), block_share_begin(warp + 1, n)};
+    return r;
+}
+
+/* Pairs of a row of gate and one of up: done(row, n, sums). */
+template <class F> DEVICE void block_multiply_pairs(const block_in &in, row_range mine, F done) {
+    const block_part &gate = in.parts[0], &up = in.parts[1];
+    const bool same = gate.type == up.type;
+    bool stage = true;
+    for (int row = mine.first; row < mine.end || stage; row += 32, stage = false) {
+        const int n = mine.end > row ? least(32, mine.end - row) : 0;
+        const unsigned char *g = gate.data + (size_t)row * gate.row_bytes,
+                            *u = up.data + (size_t)row * up.row_bytes;
+        const block_rows first = {{g, u}, {n, same ? n : 0}}, second = {{u, u}, {0, n}};
+        float2 sums = block_sums(in, gate, first, stage);
+        if (!same) sums.y = block_sums(in, up, second, false).y;
+        done(row, n, sums);
+    }
+}
+
+enum block_kind { BLOCK_STORE, BLOCK_ADD, BLOCK_HEADS, BLOCK_MLP };
+/* How it ends: y[out_slot, :] = or += (outs NULL: y); q, k and v as qkv_rope; y = silu(gate) * up as mlp. */
+struct block_end {
+    block_kind kind;
+    float     *y; int ldy;
+    const row_info *outs;
+    qkv_args   qkv;
+    unsigned  *tickets;
+};
+
+DEVICE void block_finish(const block_end &e, const row_turn &turn, int row, int n, float sum) {
+    const int i = row + lane_id(), rotated = (e.qkv.n_head + e.qkv.n_head_kv) * e.qkv.head_dim;
+    if (lane_id() >= n) return;
+    if (e.kind == BLOCK_HEADS) {
+        if (i < rotated) e.qkv.qkv[i] = sum;
+        else store_value(e.qkv, turn, i - rotated, sum);
+        return;
+    }
+    const int slot = e.outs ? e.outs[0].out_slot : 0;
+    float *out = e.y + (size_t)slot * e.ldy + i;
+    if (slot >= 0) *out = e.kind == BLOCK_ADD ? *out + sum : sum;
+}
+
+/* block_product: one row of x times a matrix in blocks. The warps of the grid share its rows, or pairs of
+   them, evenly. One kernel for all ends, and a function in it for each format, which others would only
+   repeat. Equals qwen3i_matmul, and what the kernels for numbers do after it. */
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    block_product_kernel(const __grid_constant__ block_in in, const __grid_constant__ block_end e) {
+    __shared__ int finished[STREAM_HEADS];
+    const int warps = n_threads() / 32;
+    row_turn turn;
+    if (e.kind == BLOCK_HEADS) turn = load_turn(e.qkv, 0);
+    if (e.kind == BLOCK_MLP) {
+        block_multiply_pairs(in, block_warp_share(in.parts[0].rows), [&](int row, int n, float2 sums) {
+            if (lane_id() < n) e.y[row + lane_id()] = silu(sums.x) * sums.y;
+        });
+        return;
+    }
+    block_multiply(in, block_warp_share(in.n),
+                   [&](int row, int n, float sum) { block_finish(e, turn, row, n, sum); });
+    if (e.kind != BLOCK_HEADS) return;
+    const row_range mine = {block_share_begin(block_x() * warps, in.n),
+                            block_share_begin((block_x() + 1) * warps, in.n)};
+    finish_heads(mine, 1, e.qkv, e.tickets, finished, least(STREAM_HEADS, n_threads()), turn);
+}
+
+static block_in block_input(const pass *p, const matrix &w, const input &h, int row) {
+    block_in in;
+    memset(&in, 0, sizeof in);
+    for (int i = 0; i < w.n_parts; i++) {
+        in.parts[i] = w.parts[i];
+        in.units = most(in.units, w.parts[i].units);
+        in.ints = in.ints || !is_float(w.parts[i].type);
+        in.floats = in.floats || is_float(w.parts[i].type);
+    }
+    in.n = w.rows;
+    in.k = w.cols;
+    in.x = h.x + (size_t)row * h.ldx;
+    in.gain = h.gain;
+    in.eps = p->c->m->config.rms_eps;
+    return in;
+}
+
+/* Warps of a block: as many as shared memory has room for; 0: not even one. */
+static int block_warps(const pass *p, const block_in &in) {
+    int warps = MATVEC_WARPS;
+    while (warps > 0 && block_memory(in, warps) > p->c->m->block_shared) warps /= 2;
+    return warps;
+}
+
+/* Can the kernel do the norm of its input? */
+static bool block_norms_itself(const pass *p, const matrix &w) {
+    const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
+    return p->n == 1 && w.cols % 4 == 0 &&
+           w.cols <= STREAM_NORM * 4 * 32 * block_warps(p, block_input(p, w, h, 0));
+}
+
+/* units: rows, or pairs of them */
+static qwen3_result launch_block(const pass *p, const block_in &in, const block_end &e, int units) {
+    const int warps = block_warps(p, in);
+    if (warps == 0)
+        return qwen3i_fail(p->err, QWEN3_ERR_UNSUPPORTED,
+                           "CUDA: rows of %d elements in blocks are too long for %s", in.k, p->c->m->name);
+    return launched(p, launch_shared(p->early, 1, p->s, grid1(least(p->c->m->n_sm, ceil_div(units, warps))),
+                                     32 * warps, block_memory(in, warps), block_product_kernel, in, e),
+                    "block_product");
+}
+
+static block_end block_ends(block_kind kind, float *y, int ldy, const row_info *outs) {
+    block_end e;
+    memset(&e, 0, sizeof e);
+    e.kind = kind;
+    e.y = y;
+    e.ldy = ldy;
+    e.outs = outs;
+    return e;
+}
+
+static qwen3_result block_matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
+                                 const input &h, int rows, bool add) {
+    const block_kind kind = add ? BLOCK_ADD : BLOCK_STORE;
+    for (int r = 0; r < rows; r++)
+        TRY(launch_block(p, block_input(p, w, h, r),
+                         outs ? block_ends(kind, y, ldy, outs + r) :
+                                block_ends(kind, y + (size_t)r * ldy, 0, NULL), w.rows));
+    return QWEN3_OK;
+}
+
+static qwen3_result block_qkv(const pass *p, int layer, const input &h) {
+    const matrix &w = p->c->m->layers[layer].qkv;
+    block_end e = block_ends(BLOCK_HEADS, NULL, 0, NULL);
+    e.qkv = qkv_arguments(p, layer);
+    e.tickets = p->c->qkv_tickets;
+    for (int r = 0; r < p->n; r++, e.qkv.qkv += e.qkv.ld, e.qkv.rows++)
+        TRY(launch_block(p, block_input(p, w, h, r), e, w.rows));
+    return QWEN3_OK;
+}
+
+static qwen3_result block_mlp(const pass *p, const matrix &w, const input &h) {
+    for (int r = 0; r < p->n; r++)
+        TRY(launch_block(p, block_input(p, w, h, r),
+                         block_ends(BLOCK_MLP, p->c->ff + (size_t)r * p->c->ff_ld, 0, NULL),
+                         w.parts[0].rows));
+    return QWEN3_OK;
 }
 
 /* ================================================================================================
@@ -5551,6 +6417,7 @@ static qwen3_result hopper_norm(const pass *p, const float *gain, const matrix &
 /* Each of its blocks holds all of the input: */
 static bool vector_norms_itself(const pass *p, const matrix &w) {
     const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
+    if (w.n_parts > 0) return block_norms_itself(p, w);
     return w.cols % 4 == 0 && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS &&
            stream_ring(p, vector_input(p, w, h, p->n), w) > 0;
 }
@@ -5658,6 +6525,17 @@ static void hopper_memory(cuda_ctx *c, arena *a) {
     c->ff_scale = a->take<float>(rows);
 }
 
+/* Bytes that the largest matrix of a layer that lies in blocks takes as F16; a head goes in parts of that. */
+static size_t largest_in_blocks(const cuda_model *m) {
+    size_t bytes = 0;
+    for (int i = 0; i < m->config.n_layer; i++) {
+        const layer_weights &l = m->layers[i];
+        for (const matrix *w : {&l.qkv, &l.wo, &l.gate_up, &l.w_down})
+            if (w->n_parts > 0) bytes = most(bytes, (size_t)w->rows * w->ld * sizeof(half_t));
+    }
+    return bytes > 0 || m->head.n_parts == 0 ? bytes : 256 * (size_t)m->head.ld * sizeof(half_t);
+}
+
 static void lay_out_device(cuda_ctx *c, arena *a) {
     const qwen3i_config *g = &c->m->config;
     const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
@@ -5678,6 +6556,8 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
     c->ff = a->take<float>((size_t)least(c->max_rows, MATVEC_ROWS) * c->ff_ld);
     c->act_scale = a->take<float>(rows);
+    c->scratch_size = largest_in_blocks(c->m);
+    c->scratch = (half_t *)(void *)a->take<char>(c->scratch_size);
     c->paths->memory(c, a);
     c->logits = take_result(c, a, 3, (size_t)head_rows(c) * vocab);
     c->logprobs = a->take<float>((size_t)head_rows(c));
@@ -6420,7 +7300,7 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
         QWEN3_VERSION, "cuda", 2048,
         create_model, free_model, device_name,
         ctx_memory, create_ctx, free_ctx, forward, logits, next, seq_copy, kv_read, kv_write, set_logits,
-        0, 0, 0                         /* matrices in blocks, experts and orders of inputs stay on the CPU */
+        1, 0, 0                         /* matrices in blocks; experts and orders of inputs stay on the CPU */
     };
     return &backend;
 }

@@ -323,6 +323,19 @@ template <class T> T atomicMax(T *p, T v) { const T old = *p; if (v > old) *p = 
 template <class T> T atomicOr(T *p, T v) { const T old = *p; *p = old | v; return old; }
 static inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 static inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+static inline int __float2int_rn(float f) { return f == f ? (int)lrintf(fmaxf(fminf(f, 2147483520.0f), -2147483648.0f)) : 0; }
+/* c + the sum of the products of four signed bytes each */
+static inline int __dp4a(int a, int b, int c) {
+    for (int i = 0; i < 4; i++) c += (int)(signed char)(a >> 8 * i) * (int)(signed char)(b >> 8 * i);
+    return c;
+}
+/* Byte i of the result is that of eight which nibble i of s names. */
+static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
+    const unsigned long long all = (unsigned long long)y << 32 | x;
+    unsigned r = 0;
+    for (int i = 0; i < 4; i++) r |= (unsigned)(all >> 8 * (s >> 4 * i & 7) & 255) << 8 * i;
+    return r;
+}
 static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned long long)((unsigned __int128)a * b >> 64);
 }
