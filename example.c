@@ -14,7 +14,7 @@
 #endif
 
 /* ---- options ---------------------------------------------------------------------------------------- */
-enum { PROMPT, SYSTEM, NO_THINK, TEMP, TOP_P, TOP_K, MIN_P, SEED, MAX, BUDGET, CTX, SHIFT, THREADS, TOOLS,
+enum { PROMPT, SYSTEM, NO_THINK, TEMP, TOP_P, TOP_K, MIN_P, SEED, MAX, BUDGET, DRAFT, CTX, SHIFT, THREADS, TOOLS,
        CUDA, CPU, NUL, THOUGHTS, HELP, N_OPTIONS };
 static const struct { const char *name, *value; double high; const char *help; } options[N_OPTIONS] = {
     {"-p", "TEXT", 0, "ask this, print the answer, and leave"},       /* high > 0: a number from 0 to that */
@@ -27,6 +27,7 @@ static const struct { const char *name, *value; double high; const char *help; }
     {"--seed", "N", 9e15, "of the random numbers (default 42)"},
     {"--max", "N", 1e9, "tokens in an answer at most"},
     {"--think-budget", "N", 1e9, "tokens of thinking at most"},
+    {"--draft", "N", 16, "guess up to N tokens ahead where the text says something again: faster, never different"},
     {"--ctx", "N", 1e9, "positions of context (default 4096)"},
     {"--shift", "", 0, "forget the oldest turns when the context is full"},
     {"--threads", "N", 256, "CPU threads (default: one a core)"},
@@ -220,7 +221,8 @@ static int reply(chat *c, qwen3_role role, const char *what) {
     resize(&c->answer, 0);
     const qwen3_chat_desc d = describe(c);
     const qwen3_gen_desc g = {.sampler = &c->sampler, .max_tokens = (int)number[MAX],
-                              .think_budget = (int)number[BUDGET], .on_text = put, .user = c};
+                              .think_budget = (int)number[BUDGET], .on_text = put, .user = c,
+                              .draft_tokens = (int)number[DRAFT]};
     const qwen3_result r = qwen3_chat(c->ctx, 0, &d, &g);
     putchar(text[NUL] ? '\0' : '\n');
     fflush(stdout);
