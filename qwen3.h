@@ -184,8 +184,8 @@
      Dense Qwen3 in Hugging Face layout (0.6B to 32B, base, chat, Thinking-2507, Instruct-2507,
      Embedding, Reranker): config.json, model.safetensors or shards with an index, tokenizer.json or
      vocab.json + merges.txt; weights in BF16, F16 or F32. The same models as a GGUF file, or the
-     parts of a split one (load.path names the first). Mixtures of experts on the CPU,
-     from safetensors.
+     parts of a split one (load.path names the first). Mixtures of experts (30B-A3B,
+     235B-A22B, Coder) on the CPU, in both layouts.
      The CPU backend below is the reference. qwen3_cuda.cu beside this file adds NVIDIA GPUs:
      compile it with nvcc, link it, and set load.backend = qwen3_cuda_backend().
 
@@ -6102,7 +6102,8 @@ typedef enum qwen3i_mix { QWEN3I_MIX_NONE, QWEN3I_MIX_Q8_0, QWEN3I_MIX_Q4_K_M, Q
 typedef enum qwen3i_tensor_id {          /* first those of the model, then those of each layer */
     QWEN3I_W_EMBED, QWEN3I_W_FINAL_NORM, QWEN3I_W_HEAD, QWEN3I_W_RANK,
     QWEN3I_W_ATTN_NORM, QWEN3I_W_Q, QWEN3I_W_K, QWEN3I_W_V, QWEN3I_W_QKV, QWEN3I_W_Q_NORM, QWEN3I_W_K_NORM, QWEN3I_W_O,
-    QWEN3I_W_MLP_NORM, QWEN3I_W_GATE, QWEN3I_W_UP, QWEN3I_W_DOWN,
+    QWEN3I_W_MLP_NORM, QWEN3I_W_GATE, QWEN3I_W_UP, QWEN3I_W_DOWN, QWEN3I_W_ROUTER,
+    QWEN3I_W_ALL_GATE_UP, QWEN3I_W_ALL_GATE, QWEN3I_W_ALL_UP, QWEN3I_W_ALL_DOWN,     /* of all experts in one */
     QWEN3I_WEIGHTS
 } qwen3i_tensor_id;
 
@@ -6620,19 +6621,30 @@ static void qwen3i_add_eos(qwen3_model *m, qwen3_token id) {
 }
 
 /* ---- the keys of a GGUF file ----------------------------------------------------------------- */
-typedef struct qwen3i_gguf_key { int key; const char *name; } qwen3i_gguf_key;
+/* Most names begin with the architecture: [0] qwen3, dense; [1] qwen3moe, a mixture of experts */
+#define QWEN3I_GGUF_BOTH(name) {"qwen3." name, "qwen3moe." name}
+typedef struct qwen3i_gguf_key { int key; const char *name[2]; } qwen3i_gguf_key;
 
-/* Names are those of architecture qwen3, the only one so far. */
 static const qwen3i_gguf_key qwen3i_gguf_keys[] = {
-    {QWEN3I_KEY_LAYERS,    "qwen3.block_count"},                {QWEN3I_KEY_EMBD,      "qwen3.embedding_length"},
-    {QWEN3I_KEY_HEADS,     "qwen3.attention.head_count"},       {QWEN3I_KEY_KV_HEADS,  "qwen3.attention.head_count_kv"},
-    {QWEN3I_KEY_HEAD_DIM,  "qwen3.attention.key_length"},       {QWEN3I_KEY_FF,        "qwen3.feed_forward_length"},
-    {QWEN3I_KEY_VOCAB,     "qwen3.vocab_size"},                 {QWEN3I_KEY_CTX,       "qwen3.context_length"},
-    {QWEN3I_KEY_EPS,       "qwen3.attention.layer_norm_rms_epsilon"},
-    {QWEN3I_KEY_THETA,     "qwen3.rope.freq_base"},             {QWEN3I_KEY_FACTOR,    "qwen3.rope.scaling.factor"},
-    {QWEN3I_KEY_BETA_FAST, "qwen3.rope.scaling.yarn_beta_fast"}, {QWEN3I_KEY_BETA_SLOW, "qwen3.rope.scaling.yarn_beta_slow"},
-    {QWEN3I_KEY_ORIGINAL_CTX, "qwen3.rope.scaling.original_context_length"},
-    {QWEN3I_KEY_ATTN_FACTOR,  "qwen3.rope.scaling.attn_factor"}
+    {QWEN3I_KEY_LAYERS,    QWEN3I_GGUF_BOTH("block_count")},
+    {QWEN3I_KEY_EMBD,      QWEN3I_GGUF_BOTH("embedding_length")},
+    {QWEN3I_KEY_HEADS,     QWEN3I_GGUF_BOTH("attention.head_count")},
+    {QWEN3I_KEY_KV_HEADS,  QWEN3I_GGUF_BOTH("attention.head_count_kv")},
+    {QWEN3I_KEY_HEAD_DIM,  QWEN3I_GGUF_BOTH("attention.key_length")},
+    {QWEN3I_KEY_FF,        QWEN3I_GGUF_BOTH("feed_forward_length")},
+    {QWEN3I_KEY_VOCAB,     QWEN3I_GGUF_BOTH("vocab_size")},
+    {QWEN3I_KEY_CTX,       QWEN3I_GGUF_BOTH("context_length")},
+    {QWEN3I_KEY_EXPERTS,   QWEN3I_GGUF_BOTH("expert_count")},
+    {QWEN3I_KEY_EXPERTS_USED, QWEN3I_GGUF_BOTH("expert_used_count")},
+    {QWEN3I_KEY_EXPERT_FF, QWEN3I_GGUF_BOTH("expert_feed_forward_length")},
+    {QWEN3I_KEY_EPS,       QWEN3I_GGUF_BOTH("attention.layer_norm_rms_epsilon")},
+    {QWEN3I_KEY_THETA,     QWEN3I_GGUF_BOTH("rope.freq_base")},
+    {QWEN3I_KEY_FACTOR,    QWEN3I_GGUF_BOTH("rope.scaling.factor")},
+    {QWEN3I_KEY_BETA_FAST, QWEN3I_GGUF_BOTH("rope.scaling.yarn_beta_fast")},
+    {QWEN3I_KEY_BETA_SLOW, QWEN3I_GGUF_BOTH("rope.scaling.yarn_beta_slow")},
+    {QWEN3I_KEY_ORIGINAL_CTX, QWEN3I_GGUF_BOTH("rope.scaling.original_context_length")},
+    {QWEN3I_KEY_ATTN_FACTOR,  QWEN3I_GGUF_BOTH("rope.scaling.attn_factor")},
+    {QWEN3I_KEY_ROPE,      QWEN3I_GGUF_BOTH("rope.scaling.type")}
 };
 
 /* A whole model, and not a part of one that goes with another. */
@@ -6655,6 +6667,11 @@ static qwen3_result qwen3i_gguf_defaults(const qwen3i_gguf *g, qwen3i_raw_config
         qwen3i_config_set(raw, QWEN3I_KEY_KV_HEADS, heads);
     if (!qwen3i_config_has(raw, QWEN3I_KEY_HEAD_DIM) && heads > 0)
         qwen3i_config_set(raw, QWEN3I_KEY_HEAD_DIM, floor(raw->values[QWEN3I_KEY_EMBD] / heads));
+    if (!qwen3i_config_is_mixture(raw)) return QWEN3_OK;
+    /* no file says so, but the weights of qwen3moe's experts add up to 1, and all layers have experts */
+    qwen3i_config_set(raw, QWEN3I_KEY_NORM_TOPK, 1);
+    if (!qwen3i_config_has(raw, QWEN3I_KEY_FF) && qwen3i_config_has(raw, QWEN3I_KEY_EXPERT_FF))
+        qwen3i_config_set(raw, QWEN3I_KEY_FF, raw->values[QWEN3I_KEY_EXPERT_FF]);
     return QWEN3_OK;
 }
 
@@ -6662,13 +6679,14 @@ static qwen3_result qwen3i_gguf_read_config(const qwen3i_gguf *g, qwen3i_raw_con
     qwen3i_str text;
     double value = 0;
     int i, found;
-    qwen3_result r = qwen3i_gguf_get_string(g, "general.architecture", &text);
-    snprintf(raw->family, sizeof raw->family, "%.*s", QWEN3I_STR(text));
-    for (i = 0; i < QWEN3I_COUNT(qwen3i_gguf_keys) && r == QWEN3_OK; i++) {
-        r = qwen3i_gguf_get_number(g, qwen3i_gguf_keys[i].name, &value, &found);
-        if (r == QWEN3_OK && found) qwen3i_config_set(raw, qwen3i_gguf_keys[i].key, value);
+    qwen3_result r = QWEN3_OK;
+    for (i = 0; i < QWEN3I_KEY_ROPE && r == QWEN3_OK; i++) {
+        if (!raw->keys[i]) continue;
+        r = qwen3i_gguf_get_number(g, raw->keys[i], &value, &found);
+        if (r == QWEN3_OK && found) qwen3i_config_set(raw, i, value);
     }
-    if (r == QWEN3_OK) r = qwen3i_gguf_get_string(g, "qwen3.rope.scaling.type", &text);
+    text.n = 0;
+    if (r == QWEN3_OK) r = qwen3i_gguf_get_string(g, raw->keys[QWEN3I_KEY_ROPE], &text);
     if (text.n && qwen3i_compare_str(text, qwen3i_str_of("none")) != 0)
         qwen3i_config_set(raw, QWEN3I_KEY_ROPE, qwen3i_compare_str(text, qwen3i_str_of("yarn")) == 0 ? 1 :
                           -1);
@@ -6684,20 +6702,19 @@ static qwen3_result qwen3i_gguf_check_width(const qwen3i_gguf *g, const char *ke
     qwen3_result r = qwen3i_gguf_get_number(g, key, &width, &found);
     if (r != QWEN3_OK || !found || width == head_dim) return r;
     return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED,
-                       "%s: key '%s' is %.17g; only 'qwen3.attention.key_length' (%d) is supported",
+                       "%s: key '%s' is %.17g; only 'attention.key_length' (%d) is supported",
                        g->file, key, width, head_dim);
 }
 
 /* 0 none, 3 last token, 4 that of a reranker */
-static qwen3_result qwen3i_gguf_check_pooling(const qwen3i_gguf *g) {
+static qwen3_result qwen3i_gguf_check_pooling(const qwen3i_gguf *g, const char *key) {
     double pooling = 0;
     int found;
-    qwen3_result r = qwen3i_gguf_get_number(g, "qwen3.pooling_type", &pooling, &found);
+    qwen3_result r = qwen3i_gguf_get_number(g, key, &pooling, &found);
     if (r != QWEN3_OK || pooling == 0 || pooling == 3 || pooling == 4) return r;
     return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED,
-                       "%s: key 'qwen3.pooling_type' is %.17g; 0 (none), 3 (last token) and 4 (rank) are "
-                       "supported",
-                       g->file, pooling);
+                       "%s: key '%s' is %.17g; 0 (none), 3 (last token) and 4 (rank) are supported",
+                       g->file, key, pooling);
 }
 
 /* The tokens that end a turn. */
@@ -6735,26 +6752,32 @@ static qwen3_result qwen3i_gguf_read_sampling(const qwen3i_gguf *g, qwen3_model 
 }
 
 static qwen3_result qwen3i_gguf_configuration(qwen3i_loader *l) {
+    static const char *const value_length[2] = QWEN3I_GGUF_BOTH("attention.value_length");
+    static const char *const rotated[2] = QWEN3I_GGUF_BOTH("rope.dimension_count");
+    static const char *const pooling[2] = QWEN3I_GGUF_BOTH("pooling_type");
     const char *keys[QWEN3I_KEYS];
     qwen3_model *m = l->model;
     qwen3i_gguf *g = l->gguf;
     qwen3i_raw_config raw;
+    qwen3i_str family;
     qwen3_result r = qwen3i_gguf_open(l);
-    int i;
-    for (i = 0; i < QWEN3I_KEYS; i++) keys[i] = NULL;
-    for (i = 0; i < QWEN3I_COUNT(qwen3i_gguf_keys); i++)
-        keys[qwen3i_gguf_keys[i].key] = qwen3i_gguf_keys[i].name;
-    keys[QWEN3I_KEY_FAMILY] = "general.architecture";
-    keys[QWEN3I_KEY_ROPE] = "qwen3.rope.scaling.type";
+    int i, mixture;
     if (r == QWEN3_OK) r = qwen3i_gguf_check_type(g);
+    if (r == QWEN3_OK) r = qwen3i_gguf_get_string(g, "general.architecture", &family);
     if (r != QWEN3_OK) return r;
+    for (i = 0; i < QWEN3I_KEYS; i++) keys[i] = NULL;
     qwen3i_config_begin(&raw, g->file, keys);
+    snprintf(raw.family, sizeof raw.family, "%.*s", QWEN3I_STR(family));
+    mixture = qwen3i_config_is_mixture(&raw);
+    for (i = 0; i < QWEN3I_COUNT(qwen3i_gguf_keys); i++)
+        keys[qwen3i_gguf_keys[i].key] = qwen3i_gguf_keys[i].name[mixture];
+    keys[QWEN3I_KEY_FAMILY] = "general.architecture";
     r = qwen3i_gguf_read_config(g, &raw);
     if (r == QWEN3_OK) r = qwen3i_gguf_defaults(g, &raw);
     if (r == QWEN3_OK) r = qwen3i_config_check(&m->config, &raw, l->err);
-    if (r == QWEN3_OK) r = qwen3i_gguf_check_width(g, "qwen3.attention.value_length", m->config.head_dim);
-    if (r == QWEN3_OK) r = qwen3i_gguf_check_width(g, "qwen3.rope.dimension_count", m->config.head_dim);
-    if (r == QWEN3_OK) r = qwen3i_gguf_check_pooling(g);
+    if (r == QWEN3_OK) r = qwen3i_gguf_check_width(g, value_length[mixture], m->config.head_dim);
+    if (r == QWEN3_OK) r = qwen3i_gguf_check_width(g, rotated[mixture], m->config.head_dim);
+    if (r == QWEN3_OK) r = qwen3i_gguf_check_pooling(g, pooling[mixture]);
     if (r == QWEN3_OK) r = qwen3i_gguf_read_eos(g, m);
     return r == QWEN3_OK ? qwen3i_gguf_read_sampling(g, m) : r;
 }
@@ -6766,7 +6789,7 @@ struct qwen3i_source {                  /* a layout of a model's files */
     const char *names[QWEN3I_WEIGHTS];  /* in the order of qwen3i_tensor_id; NULL: there is no such weight */
     /* in messages: where the configuration is; NULL: in the first file of weights */
     const char *config_file;
-    const char *layers_key;             /* in it: how many layers there are */
+    const char *layers_key[2];          /* in it: how many layers there are, of a dense model and of a mixture */
     qwen3_result (*configuration)(qwen3i_loader *l);
     qwen3_result (*tokenizer)(qwen3i_loader *l);
     qwen3_result (*list)(qwen3i_loader *l, qwen3i_tensors *out);
@@ -6780,8 +6803,9 @@ static const char *qwen3i_config_file(const qwen3i_loader *l) {
 
 /* layer -1: of none */
 static void qwen3i_weight_name(char *dst, const qwen3i_source *s, int layer, int weight) {
+    const char *end = weight < QWEN3I_W_ALL_GATE_UP ? ".weight" : "";       /* or in the name, if at all */
     if (weight < QWEN3I_W_ATTN_NORM) snprintf(dst, QWEN3I_NAME, "%s.weight", s->names[weight]);
-    else snprintf(dst, QWEN3I_NAME, "%s%d.%s.weight", s->layers, layer, s->names[weight]);
+    else snprintf(dst, QWEN3I_NAME, "%s%d.%s%s", s->layers, layer, s->names[weight], end);
 }
 
 typedef struct qwen3i_binder {
@@ -7305,21 +7329,26 @@ static qwen3_result qwen3i_bind_order(qwen3i_binder *b, const char *name, int we
                        "which is not supported", b->part_file, name);
 }
 
-/* A matrix, in blocks if the caller wants them; layer -1: of none. */
+/* A matrix that was found stays where it is, or becomes one in blocks if the caller wants them. */
+static qwen3_result qwen3i_settle(qwen3i_binder *b, const char *name, int layer, int weight, qwen3i_matrix *w) {
+    const qwen3i_type type = qwen3i_mix_type((qwen3i_mix)b->l->desc->quantize, weight, layer,
+                                             &b->l->model->config, w->cols);
+    qwen3_result r = QWEN3_OK;
+    if (!type || qwen3i_is_block(w->type)) b->in_place++;
+    else r = qwen3i_shrink(b, name, layer, type, w);
+    b->of_type[w->type] += (uint64_t)w->rows * (uint64_t)w->cols;
+    return r;
+}
+
+/* layer -1: of none */
 static qwen3_result qwen3i_bind(qwen3i_binder *b, int layer, int weight, int rows, int cols,
                                 qwen3i_matrix *out) {
     char name[QWEN3I_NAME];
-    qwen3i_type type;
     qwen3_result r;
     qwen3i_weight_name(name, b->l->source, layer, weight);
     r = qwen3i_bind_tensor(b, name, rows, cols, out);
     if (r == QWEN3_OK) r = qwen3i_bind_order(b, name, weight);
-    if (r != QWEN3_OK) return r;
-    type = qwen3i_mix_type((qwen3i_mix)b->l->desc->quantize, weight, layer, &b->l->model->config, cols);
-    if (!type || qwen3i_is_block(out->type)) b->in_place++;
-    else r = qwen3i_shrink(b, name, layer, type, out);
-    b->of_type[out->type] += (uint64_t)rows * (uint64_t)cols;
-    return r;
+    return r == QWEN3_OK ? qwen3i_settle(b, name, layer, weight, out) : r;
 }
 
 /* A small tensor as float32: then every kernel reads one type. rows 0: of one dimension */
@@ -7391,53 +7420,91 @@ static qwen3i_binding qwen3i_binding_of(qwen3i_tensor_id weight, int rows, int c
     return b;
 }
 
-/* Experts in three tensors each, "mlp.experts.7.gate_proj.weight", or all in two as transformers 5 writes
-   them. */
+/* ---- experts: three tensors each, "mlp.experts.7.gate_proj.weight", or all in two or three ---- */
+/* No order of inputs is possible: experts share theirs. stack 0: one matrix */
+static qwen3_result qwen3i_bind_expert(qwen3i_binder *b, const char *name, int layer, int weight, int stack,
+                                       int rows, int cols, qwen3i_matrix *out) {
+    qwen3_result r = qwen3i_bind_stack(b, name, stack, rows, cols, out);
+    if (r == QWEN3_OK) r = qwen3i_bind_order(b, name, QWEN3I_W_EMBED);
+    return r == QWEN3_OK ? qwen3i_settle(b, name, layer, weight, out) : r;
+}
+
 static qwen3_result qwen3i_bind_each_expert(qwen3i_binder *b, int layer, qwen3i_matrix *list) {
     static const char *const parts[3] = {"gate", "up", "down"};
     const qwen3i_config *c = &b->l->model->config;
     char name[QWEN3I_NAME];
     qwen3_result r = QWEN3_OK;
     int i, k;
+    if ((size_t)c->n_expert > b->tensors->n / 3)
+        return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
+                           "%s: num_experts is %d, but the files hold only %lu tensors",
+                           qwen3i_config_file(b->l), c->n_expert, (unsigned long)b->tensors->n);
     for (i = 0; i < c->n_expert && r == QWEN3_OK; i++)
         for (k = 0; k < 3 && r == QWEN3_OK; k++) {
             snprintf(name, sizeof name, "model.layers.%d.mlp.experts.%d.%s_proj.weight", layer, i, parts[k]);
-            r = qwen3i_bind_tensor(b, name, k < 2 ? c->n_ff_expert : c->n_embd, k < 2 ? c->n_embd :
-                                   c->n_ff_expert,
-                            &list[k * c->n_expert + i]);
-            if (r == QWEN3_OK) r = qwen3i_bind_order(b, name, QWEN3I_W_EMBED);      /* none */
+            r = qwen3i_bind_expert(b, name, layer, QWEN3I_W_GATE + k, 0, k < 2 ? c->n_ff_expert : c->n_embd,
+                                   k < 2 ? c->n_embd : c->n_ff_expert, &list[k * c->n_expert + i]);
         }
     return r;
 }
 
-static qwen3_result qwen3i_bind_fused_experts(qwen3i_binder *b, int layer, qwen3i_matrix *gate_up, qwen3i_matrix *down) {
+/* One of the tensors that hold a matrix of each expert, or, of gate and up in one, two: into lists of n, of
+   which the second follows the first. */
+static qwen3_result qwen3i_bind_all_experts(qwen3i_binder *b, int layer, int weight, qwen3i_matrix *list) {
     const qwen3i_config *c = &b->l->model->config;
+    const int n = c->n_expert, two = weight == QWEN3I_W_ALL_GATE_UP, down = weight == QWEN3I_W_ALL_DOWN;
+    const int rows = down ? c->n_embd : c->n_ff_expert, cols = down ? c->n_ff_expert : c->n_embd;
+    char name[QWEN3I_NAME];
+    qwen3i_matrix all;
+    qwen3_result r;
+    int i;
+    qwen3i_weight_name(name, b->l->source, layer, weight);
+    r = qwen3i_bind_expert(b, name, layer, down ? QWEN3I_W_DOWN : QWEN3I_W_GATE, n, (1 + two) * rows, cols,
+                           &all);
+    for (i = 0; i < (1 + two) * n && r == QWEN3_OK; i++)
+        list[two ? i % 2 * n + i / 2 : i] = qwen3i_rows_of(&all, i * rows, rows);
+    return r;
+}
+
+/* The router is multiplied in float32, whatever the others are: from blocks it is unpacked. Where a caller wants
+   blocks, the files are let go of, so it is copied. */
+static qwen3_result qwen3i_bind_router(qwen3i_binder *b, int layer, qwen3i_matrix *router) {
+    const qwen3i_config *c = &b->l->model->config;
+    const size_t n_embd = (size_t)c->n_embd;
     char name[QWEN3I_NAME];
     qwen3_result r;
-    snprintf(name, sizeof name, "model.layers.%d.mlp.experts.gate_up_proj", layer);
-    r = qwen3i_bind_stack(b, name, c->n_expert, 2 * c->n_ff_expert, c->n_embd, gate_up);
-    snprintf(name, sizeof name, "model.layers.%d.mlp.experts.down_proj", layer);
-    return r == QWEN3_OK ? qwen3i_bind_stack(b, name, c->n_expert, c->n_embd, c->n_ff_expert, down) : r;
+    float *copy;
+    size_t i;
+    qwen3i_weight_name(name, b->l->source, layer, QWEN3I_W_ROUTER);
+    r = qwen3i_bind_tensor(b, name, c->n_expert, c->n_embd, router);
+    if (r == QWEN3_OK) r = qwen3i_bind_order(b, name, QWEN3I_W_EMBED);
+    if (r != QWEN3_OK) return r;
+    if (!b->l->desc->quantize && !qwen3i_is_block(router->type)) { b->in_place++; return QWEN3_OK; }
+    copy = (float *)qwen3i_model_alloc(b->l->model, (size_t)c->n_expert * n_embd, sizeof *copy);
+    if (!copy) return qwen3i_no_memory(b->l->err, name, (uint64_t)c->n_expert * n_embd * sizeof *copy);
+    for (i = 0; i < (size_t)c->n_expert; i++)
+        qwen3i_decode(copy + i * n_embd,
+                      (const char *)router->data + i * (size_t)qwen3i_row_bytes(router->type, c->n_embd),
+                      router->type, c->n_embd);
+    router->data = copy;
+    router->type = QWEN3I_F32;
+    return QWEN3_OK;
+}
+
+/* Has the layer such a tensor? */
+static int qwen3i_has_weight(const qwen3i_binder *b, int layer, int weight) {
+    char name[QWEN3I_NAME];
+    if (!b->l->source->names[weight]) return 0;
+    qwen3i_weight_name(name, b->l->source, layer, weight);
+    return qwen3i_find_weight(b, name) != NULL;
 }
 
 static qwen3_result qwen3i_bind_experts(qwen3i_binder *b, int layer, qwen3i_layer *w) {
-    const qwen3i_config *c = &b->l->model->config;
-    const int n = c->n_expert, ff = c->n_ff_expert;
+    const int n = b->l->model->config.n_expert;
+    const int two = qwen3i_has_weight(b, layer, QWEN3I_W_ALL_GATE_UP);
     qwen3i_experts *e;
-    qwen3i_matrix *list, gate_up, down, router;
-    char name[QWEN3I_NAME];
-    qwen3_result r;
-    int i, fused;
-    snprintf(name, sizeof name, "model.layers.%d.mlp.experts.gate_up_proj", layer);
-    fused = qwen3i_find_weight(b, name) != NULL;
-    snprintf(name, sizeof name, "model.layers.%d.mlp.gate.weight", layer);
-    r = qwen3i_bind_tensor(b, name, n, c->n_embd, &router);
-    if (r == QWEN3_OK) r = qwen3i_bind_order(b, name, QWEN3I_W_EMBED);
-    if (r == QWEN3_OK && fused) r = qwen3i_bind_fused_experts(b, layer, &gate_up, &down);
-    if (r == QWEN3_OK && !fused && (size_t)n > b->tensors->n / 3)    /* before memory is taken for them */
-        r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
-                        "%s: num_experts is %d, but the files hold only %lu tensors",
-                        qwen3i_config_file(b->l), n, (unsigned long)b->tensors->n);
+    qwen3i_matrix *list, router;
+    qwen3_result r = qwen3i_bind_router(b, layer, &router);     /* before memory is taken for so many */
     if (r != QWEN3_OK) return r;
     e = (qwen3i_experts *)qwen3i_model_alloc(b->l->model, 1, sizeof *e);
     list = (qwen3i_matrix *)qwen3i_model_alloc(b->l->model, 3 * (size_t)n, sizeof *list);
@@ -7447,13 +7514,13 @@ static qwen3_result qwen3i_bind_experts(qwen3i_binder *b, int layer, qwen3i_laye
     e->up = list + n;
     e->down = list + 2 * n;
     w->experts = e;
-    if (!fused) return qwen3i_bind_each_expert(b, layer, list);
-    for (i = 0; i < n; i++) {
-        list[i] = qwen3i_rows_of(&gate_up, 2 * i * ff, ff);
-        list[n + i] = qwen3i_rows_of(&gate_up, (2 * i + 1) * ff, ff);
-        list[2 * n + i] = qwen3i_rows_of(&down, i * c->n_embd, c->n_embd);
+    if (!two && !b->l->source->names[QWEN3I_W_ALL_GATE]) return qwen3i_bind_each_expert(b, layer, list);
+    if (two) r = qwen3i_bind_all_experts(b, layer, QWEN3I_W_ALL_GATE_UP, list);
+    else {
+        r = qwen3i_bind_all_experts(b, layer, QWEN3I_W_ALL_GATE, list);
+        if (r == QWEN3_OK) r = qwen3i_bind_all_experts(b, layer, QWEN3I_W_ALL_UP, list + n);
     }
-    return QWEN3_OK;
+    return r == QWEN3_OK ? qwen3i_bind_all_experts(b, layer, QWEN3I_W_ALL_DOWN, list + 2 * n) : r;
 }
 
 #define QWEN3I_LAYER_TENSORS 9          /* the fewest that a layer has */
@@ -7529,7 +7596,7 @@ static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
     if (r != QWEN3_OK) return r;
     if ((size_t)c->n_layer > b->tensors->n / QWEN3I_LAYER_TENSORS + 1)    /* before memory is taken for them */
         return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: %s is %d, but the files hold only %lu tensors",
-                           qwen3i_config_file(b->l), b->l->source->layers_key, c->n_layer,
+                           qwen3i_config_file(b->l), b->l->source->layers_key[c->n_expert > 0], c->n_layer,
                                (unsigned long)b->tensors->n);
     layers = (qwen3i_layer *)qwen3i_model_alloc(m, (size_t)c->n_layer, sizeof *layers);
     if (!layers) return qwen3i_no_memory(b->l->err, "the layers", (uint64_t)c->n_layer * sizeof *layers);
@@ -7780,16 +7847,18 @@ static const qwen3i_source qwen3i_directory = {
     "model.layers.",
     {"model.embed_tokens", "model.norm", "lm_head", NULL, "input_layernorm", "self_attn.q_proj", "self_attn.k_proj",
      "self_attn.v_proj", NULL, "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm",
-     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
-    "config.json", "num_hidden_layers", qwen3i_load_config, qwen3i_load_tokenizer, qwen3i_open_weights
+     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate", "mlp.experts.gate_up_proj", NULL, NULL,
+     "mlp.experts.down_proj"},
+    "config.json", {"num_hidden_layers", "num_hidden_layers"}, qwen3i_load_config, qwen3i_load_tokenizer, qwen3i_open_weights
 };
 
 /* One file, or several parts */
 static const qwen3i_source qwen3i_gguf_file = {
     "blk.",
     {"token_embd", "output_norm", "output", "cls.output", "attn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_norm",
-     "attn_k_norm", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"},
-    NULL, "qwen3.block_count", qwen3i_gguf_configuration, qwen3i_gguf_tokenizer, qwen3i_gguf_list
+     "attn_k_norm", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_inp", "ffn_gate_up_exps.weight",
+     "ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight"},
+    NULL, QWEN3I_GGUF_BOTH("block_count"), qwen3i_gguf_configuration, qwen3i_gguf_tokenizer, qwen3i_gguf_list
 };
 
 static int qwen3i_is_gguf_name(const char *name) {

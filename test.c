@@ -31,10 +31,10 @@ static void  test_free(void *p);
 #include "tests/test_faults.h"
 #include "tests/test_malformed.h"
 #include "tests/test_checkpoints.h"
-#include "tests/test_experts.h"
 #include "tests/test_gguf.h"
 #include "tests/test_packed.h"
 #include "tests/test_quantize.h"
+#include "tests/test_experts.h"
 #include "tests/test_threads.h"
 #if defined(QWEN3_WITH_CUDA) && !defined(QWEN3_TEST_CUDA)
   #define QWEN3_TEST_CUDA

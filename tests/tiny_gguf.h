@@ -15,7 +15,7 @@ typedef struct gg_file {
     uint64_t  said_tensors, said_keys;              /* GG_AUTO: as many as there are */
     gg_key    keys[48];
     int       n_keys;
-    gg_tensor tensors[24];
+    gg_tensor tensors[40];
     int       n_tensors;
 } gg_file;
 

@@ -39,18 +39,23 @@ static const packed_scheme packed_schemes[] = {
 
 #define PACKED_SCHEMES ((int)(sizeof packed_schemes / sizeof *packed_schemes))
 
-typedef struct packed_shape { int embd, heads, kv_heads, head_dim, ff, vocab; const char *prefix; } packed_shape;
-static const packed_shape packed_usual   = {256, 2, 1, 64, 384, 64, "model."};  /* two groups of 128 and more */
-static const packed_shape packed_wrapped = {256, 2, 1, 64, 384, 64, "wrapper.language_model.model."};
-static const packed_shape packed_least   = {32, 2, 1, 16, 64, 8, "model."};
+/* experts: of a mixture, with the router and, of each, gate, up and down in place of the last three; 0: dense */
+typedef struct packed_shape { int embd, heads, kv_heads, head_dim, ff, vocab; const char *prefix; int experts; } packed_shape;
+static const packed_shape packed_usual   = {256, 2, 1, 64, 384, 64, "model.", 0};  /* two groups of 128 and more */
+static const packed_shape packed_wrapped = {256, 2, 1, 64, 384, 64, "wrapper.language_model.model.", 0};
+static const packed_shape packed_least   = {32, 2, 1, 16, 64, 8, "model.", 0};
+static const packed_shape packed_experts = {256, 2, 1, 64, 128, 64, "model.", 8};
+static const packed_shape packed_few     = {32, 2, 1, 16, 64, 8, "model.", 8};
 
-typedef struct packed_tensor { const char *name; int rows, cols; } packed_tensor;   /* rows 0: gains */
-#define PACKED_TENSORS 13
+typedef struct packed_tensor { char name[48]; int rows, cols; } packed_tensor;      /* rows 0: gains */
+#define PACKED_TENSORS 35               /* at most */
 #define PACKED_GAINS    5               /* so many of them come first, then the embedding; the others are quantised */
 
-static void packed_list(packed_tensor out[PACKED_TENSORS], const packed_shape *s) {
+/* How many there are */
+static int packed_list(packed_tensor out[PACKED_TENSORS], const packed_shape *s) {
     const int q = s->heads * s->head_dim, kv = s->kv_heads * s->head_dim;
-    const packed_tensor list[PACKED_TENSORS] = {
+    static const char *const parts[3] = {"gate", "up", "down"};
+    const packed_tensor list[13] = {
         {"norm", 0, s->embd}, {"layers.0.input_layernorm", 0, s->embd},
         {"layers.0.post_attention_layernorm", 0, s->embd}, {"layers.0.self_attn.q_norm", 0, s->head_dim},
         {"layers.0.self_attn.k_norm", 0, s->head_dim}, {"embed_tokens", s->vocab, s->embd},
@@ -60,6 +65,16 @@ static void packed_list(packed_tensor out[PACKED_TENSORS], const packed_shape *s
         {"layers.0.mlp.down_proj", s->embd, s->ff}
     };
     memcpy(out, list, sizeof list);
+    if (!s->experts) return 13;
+    snprintf(out[10].name, sizeof out[10].name, "layers.0.mlp.gate");
+    out[10].rows = s->experts;
+    for (int i = 0; i < 3 * s->experts; i++) {
+        packed_tensor *t = &out[11 + i];
+        snprintf(t->name, sizeof t->name, "layers.0.mlp.experts.%d.%s_proj", i / 3, parts[i % 3]);
+        t->rows = i % 3 < 2 ? s->ff : s->embd;
+        t->cols = i % 3 < 2 ? s->embd : s->ff;
+    }
+    return 11 + 3 * s->experts;
 }
 
 /* ---- what matrix t consists of ----------------------------------------------------------------------------- */
@@ -209,9 +224,9 @@ static tiny_text packed_weights(const packed_scheme *s, const packed_shape *shap
     unsigned char length[8];
     memset(&f, 0, sizeof f);
     memset(&file, 0, sizeof file);
-    packed_list(list, shape);
+    const int n = packed_list(list, shape);
     f.prefix = shape->prefix;
-    for (int t = 0; t < PACKED_TENSORS; t++) {
+    for (int t = 0; t < n; t++) {
         const int rows = list[t].rows ? list[t].rows : 1, cols = list[t].cols;
         if (t > PACKED_GAINS && !twin) { packed_add_quantised(&f, s, &list[t], t); continue; }
         float *w = (float *)malloc((size_t)(rows * cols) * 4);
@@ -232,7 +247,10 @@ static tiny_text packed_weights(const packed_scheme *s, const packed_shape *shap
 
 static tiny_text packed_config(const packed_shape *s, const char *quantization) {
     tiny_text t = {NULL, 0};
-    tiny_printf(&t, "{\"architectures\":[\"Qwen3ForCausalLM\"],\"model_type\":\"qwen3\",\"num_hidden_layers\":1,\"hidden_size\":%d,"
+    tiny_printf(&t, s->experts ? "{\"architectures\":[\"Qwen3MoeForCausalLM\"],\"model_type\":\"qwen3_moe\",\"num_experts\":%d,"
+                "\"num_experts_per_tok\":3,\"moe_intermediate_size\":%d,\"norm_topk_prob\":true," :
+                "{\"architectures\":[\"Qwen3ForCausalLM\"],\"model_type\":\"qwen3\",", s->experts, s->ff);
+    tiny_printf(&t, "\"num_hidden_layers\":1,\"hidden_size\":%d,"
                 "\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"intermediate_size\":%d,\"vocab_size\":%d,",
                 s->embd, s->heads, s->kv_heads, s->head_dim, s->ff, s->vocab);
     tiny_printf(&t, "\"max_position_embeddings\":32,\"rms_norm_eps\":1e-6,\"rope_theta\":10000,\"tie_word_embeddings\":true,"
