@@ -1,15 +1,13 @@
-/* frame.c - two shopkeepers speak in a game loop of 60 frames a second, on one model; prints the worst frame.
+/* frame.c - two villagers speak in a game loop of 60 frames a second, on one model; prints the worst frame.
    cc -O2 -I. examples/frame.c -o frame -lm -lpthread && ./frame demo [microseconds a frame may give, 4000] */
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
 #include <time.h>
 
-typedef struct keeper { char said[4096]; qwen3_sampler sampler; qwen3_stream reply; } keeper;
-
 static int hear(const char *utf8, int n_bytes, int kind, void *user) {
-    keeper *k = (keeper *)user;
-    if (kind == QWEN3_TEXT_ANSWER) strncat(k->said, utf8, (size_t)n_bytes);
-    return strlen(k->said) > 4000;
+    char *said = (char *)user;
+    if (kind == QWEN3_TEXT_ANSWER) strncat(said, utf8, (size_t)n_bytes);
+    return strlen(said) > 4000;
 }
 
 static double now_ms(void) {
@@ -18,32 +16,28 @@ static double now_ms(void) {
 }
 
 int main(int argc, char **argv) {
-    static keeper keepers[2];
-    qwen3_stream *replies[2] = {&keepers[0].reply, &keepers[1].reply};
-    qwen3_msg msgs[2] = {{QWEN3_SYSTEM, "You keep a small shop.", NULL, NULL, 0},
-                         {QWEN3_USER, "Hello! What do you sell?", NULL, NULL, 0}};
-    qwen3_chat_desc chat = {msgs, 2, NULL, 0, QWEN3_CHAT_NO_THINK, 0, NULL, NULL};
-    qwen3_load_desc load = {0}; qwen3_ctx_desc desc = {0}; qwen3_gen_desc gen = {0};
+    static char said[2][4096];
+    const char *who[2] = {"You keep a small shop.", "You guard the gate."};
+    const qwen3_load_desc load = {.path = argc > 1 ? argv[1] : "demo"};
+    const qwen3_ctx_desc desc = {.max_seqs = 2};
     qwen3_model *model = NULL; qwen3_ctx *ctx = NULL; char err[256] = "";
-    const int64_t budget = argc > 2 ? atol(argv[2]) : 4000;
-    double worst = 0, start; int frames = 0, i; qwen3_result r;
-    load.path = argc > 1 ? argv[1] : "demo";
-    desc.max_seqs = 2; desc.max_ctx = 1024; gen.max_tokens = 100;
-    r = qwen3_load(&model, &load, err, sizeof err);
+    qwen3_stream reply[2], *replies[2] = {&reply[0], &reply[1]};
+    double worst = 0; int frames = 0;
+    qwen3_result r = qwen3_load(&model, &load, err, sizeof err);
     if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, &desc, err, sizeof err);
-    for (i = 0; i < 2 && r == QWEN3_OK; i++) {
-        keepers[i].sampler = qwen3_sampler_preset(QWEN3_NON_THINKING, (uint64_t)i);
-        gen.sampler = &keepers[i].sampler; gen.on_text = hear; gen.user = &keepers[i];
-        r = qwen3_stream_begin(ctx, i, &chat, &gen, &keepers[i].reply);
+    for (int i = 0; i < 2 && r >= 0; i++) {
+        const qwen3_msg msgs[2] = {{.text = who[i]}, {.role = QWEN3_USER, .text = "Hello!"}};
+        const qwen3_chat_desc chat = {.msgs = msgs, .n_msgs = 2, .flags = QWEN3_CHAT_NO_THINK};
+        const qwen3_gen_desc gen = {.max_tokens = 100, .on_text = hear, .user = said[i]};
+        r = qwen3_stream_begin(ctx, i, &chat, &gen, &reply[i]);
     }
-    for (r = r == QWEN3_OK ? QWEN3_MORE : r; r == QWEN3_MORE; frames++) {  /* the rest is the game's */
-        start = now_ms();
-        r = qwen3_stream_step(ctx, replies, 2, budget);
-        if (now_ms() - start > worst) worst = now_ms() - start;
+    for (int more = r >= 0; more; frames++, more = r == QWEN3_MORE) {      /* the rest of a frame is the game's */
+        const double start = now_ms();
+        r = qwen3_stream_step(ctx, replies, 2, argc > 2 ? atoi(argv[2]) : 4000);
+        worst = now_ms() - start > worst ? now_ms() - start : worst;
     }
     if (r < 0) fprintf(stderr, "%s: %s\n", qwen3_result_string(r), ctx ? qwen3_ctx_error(ctx) : err);
-    for (i = 0; i < 2 && r >= 0; i++) puts(keepers[i].said);
-    printf("%d frames of at most %d us, the worst %.1f ms\n", frames, (int)budget, worst);
+    else printf("%s\n%s\n%d frames, at most %.1f ms each\n", said[0], said[1], frames, worst);
     qwen3_ctx_free(ctx); qwen3_free(model);
     return r < 0;
 }

@@ -13,32 +13,30 @@ static int hear(const char *utf8, int n_bytes, int kind, void *user) {
 
 int main(int argc, char **argv) {
     char asked[256] = "", line[256] = "", err[256] = "";
-    qwen3_msg msg = {QWEN3_USER, asked, NULL, NULL, 0};
-    qwen3_chat_desc chat = {&msg, 1, NULL, 0, QWEN3_CHAT_NO_THINK, 0, NULL, NULL};
-    qwen3_load_desc load = {0}; qwen3_ctx_desc desc = {0}; qwen3_gen_desc gen = {0};
-    qwen3_model *model = NULL; qwen3_ctx *ctx = NULL; qwen3_stream reply, *replies[1] = {&reply};
-    int key, n = 0, frames = 0; qwen3_result r;
-    load.path = argc > 1 ? argv[1] : "demo"; desc.max_ctx = 1024;
-    r = qwen3_load(&model, &load, err, sizeof err);
-    if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, &desc, err, sizeof err);
-    gen.on_text = hear; gen.max_tokens = 200;
+    qwen3_model *model = NULL; qwen3_ctx *ctx = NULL; qwen3_stream reply = {0}, *replies[1] = {&reply};
+    const qwen3_load_desc load = {.path = argc > 1 ? argv[1] : "demo"};
+    qwen3_result r = qwen3_load(&model, &load, err, sizeof err);
+    if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, NULL, err, sizeof err);
     if (argc > 2) snprintf(line, sizeof line, "%s", argv[2]);
     InitWindow(640, 360, "shop"); SetTargetFPS(60);
-    for (; r >= 0 && !WindowShouldClose() && !(argc > 2 && r == QWEN3_OK && frames > 10); frames++) {
-        while ((key = GetCharPressed()) > 0) if (key < 127 && n < 250) line[n++] = (char)key, line[n] = 0;
-        if (IsKeyPressed(KEY_BACKSPACE) && n > 0) line[--n] = 0;
-        if (line[0] && r != QWEN3_MORE && (IsKeyPressed(KEY_ENTER) || (argc > 2 && frames == 0))) {
-            memcpy(asked, line, sizeof asked); line[n = 0] = said[0] = 0;
+    while (r >= 0 && !WindowShouldClose() && (argc < 3 || !said[0] || reply.result == QWEN3_MORE)) {
+        const size_t n = strlen(line); const int key = GetCharPressed();
+        if (key > 0 && key < 127 && n < 250) line[n] = (char)key, line[n + 1] = '\0';
+        if (IsKeyPressed(KEY_BACKSPACE) && n > 0) line[n - 1] = '\0';
+        if (reply.result != QWEN3_MORE && n > 0 && (IsKeyPressed(KEY_ENTER) || argc > 2)) {
+            const qwen3_msg msg = {.role = QWEN3_USER, .text = strcpy(asked, line)};
+            const qwen3_chat_desc chat = {.msgs = &msg, .n_msgs = 1, .flags = QWEN3_CHAT_NO_THINK};
+            const qwen3_gen_desc gen = {.max_tokens = 200, .on_text = hear};
+            line[0] = said[0] = '\0';
             r = qwen3_stream_begin(ctx, 0, &chat, &gen, &reply);
-            if (r == QWEN3_OK) r = QWEN3_MORE;
         }
-        if (r == QWEN3_MORE) r = qwen3_stream_step(ctx, replies, 1, 4000);
+        if (reply.result == QWEN3_MORE) r = qwen3_stream_step(ctx, replies, 1, 4000);
         BeginDrawing(); ClearBackground(RAYWHITE);
         DrawText(TextFormat("> %s", line[0] ? line : asked), 20, 20, 20, DARKGRAY);
         DrawText(said, 20, 60, 20, MAROON); EndDrawing();
     }
     CloseWindow();
-    printf("%d frames: %s%s\n", frames, said, r < 0 ? (ctx ? qwen3_ctx_error(ctx) : err) : "");
+    printf("%s%s\n", said, r < 0 ? (ctx ? qwen3_ctx_error(ctx) : err) : "");
     qwen3_ctx_free(ctx); qwen3_free(model);
     return r < 0;
 }

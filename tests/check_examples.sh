@@ -6,6 +6,8 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 build() { ${CC:-cc} -std=c99 -O2 -Wall -Wextra -Wpedantic -Werror -D_GNU_SOURCE -I. "examples/$1.c" -o "$dir/$1" $2 -lm -lpthread; }
 
+lines() { n=$(sed '1,/\*\//d' "examples/$1.c" | grep -c .); [ "$n" -le "$2" ] || { echo "$1: $n lines"; exit 1; }; }
+lines frame 40; lines raylib 40; lines continue 40; lines sqlite 80
 build frame ''
 "$dir/frame" demo 2000 | tail -1
 build continue ''
@@ -20,6 +22,10 @@ if echo '#include <sqlite3ext.h>' | ${CC:-cc} -E - >/dev/null 2>&1 && command -v
         "SELECT 'near', qwen3_distance(qwen3_vector('a rope'), qwen3_vector('a rope')) < 1e-5;" \
         "SELECT 'far', qwen3_distance(qwen3_vector('a rope'), qwen3_vector('good morning')) > 1e-3;" > "$dir/out"
     printf '\nasked|1\nnear|1\nfar|1\n' | diff - "$dir/out"
+    ! sqlite3 :memory: ".load $dir/qwen3_sqlite" "SELECT qwen3_vector('');" 2> "$dir/log" || exit 1
+    grep -q "qwen3_open first" "$dir/log"
+    ! sqlite3 :memory: ".load $dir/qwen3_sqlite" "SELECT qwen3_vector('a rope');" 2> "$dir/log" || exit 1
+    grep -q 'qwen3_open first' "$dir/log"
     ! sqlite3 :memory: ".load $dir/qwen3_sqlite" "SELECT qwen3_open('no/such');" 2> "$dir/log" || exit 1
     grep -q 'no such directory' "$dir/log"
     echo "sqlite: asked, compared, refused"
