@@ -5431,7 +5431,7 @@ static qwen3_result many_down(const pass *p, int layer) {
    warp takes rows two at a time; tiles come by a ring as in weight_stream, but the warp copies them
    together. */
 const int BLOCK_RING = 10 << 10;        /* bytes of a warp's */
-const int INT_PLANES = 5, FLOAT_PLANES = 8;     /* of x, 16 bytes a unit */
+const int INT_PLANES = 5, FLOAT_PLANES = 8;     /* of 32 units of x: 16 bytes of each in a plane */
 const int MOST_INT   = 32639;           /* 127 * 256 + 127 */
 
 struct block_in {
@@ -5442,14 +5442,17 @@ struct block_in {
     float        eps;
 };
 /* What a warp multiplies at a time: at most 32 rows of one part from each of two places. */
-struct block_rows { const unsigned char *w[2]; int n[2]; };
+struct block_rows { const unsigned char *a, *b; int n_a, n_b; };
 
 static __host__ __device__ inline size_t block_x_bytes(const block_in &in) {
-    return (size_t)in.units * 16 * (size_t)((in.ints ? INT_PLANES : 0) + (in.floats ? FLOAT_PLANES : 0));
+    return (size_t)round_up(in.units, 32) * 16 *
+           (size_t)((in.ints ? INT_PLANES : 0) + (in.floats ? FLOAT_PLANES : 0));
 }
 static size_t block_memory(const block_in &in, int warps) {
     return (size_t)warps * BLOCK_RING + block_x_bytes(in) + 32 * sizeof(float);
 }
+/* Which 16 bytes those of plane k of unit u are. */
+template <int PLANES> DEVICE int x_at(int u, int k) { return (u / 32 * PLANES + k) * 32 + u % 32; }
 /* x comes after the rings. */
 DEVICE unsigned char *block_planes(unsigned char *memory) { return memory + n_threads() / 32 * BLOCK_RING; }
 
@@ -5472,15 +5475,15 @@ DEVICE void block_store_x(const block_in &in, unsigned char *planes, int q, floa
                               ((unsigned)(c + 128) & 0xFF00u) << 8 | ((unsigned)(d + 128) & 0xFF00u) << 16;
         unsigned *words = (unsigned *)(void *)planes;
         if (u < n) {
-            words[((w / 4) * n + u) * 4 + w % 4] = high;
-            words[((2 + w / 4) * n + u) * 4 + w % 4] = low;
+            words[4 * x_at<INT_PLANES>(u, w / 4) + w % 4] = high;
+            words[4 * x_at<INT_PLANES>(u, 2 + w / 4) + w % 4] = low;
             if (w == 0)
-                ((float4 *)(void *)planes)[4 * n + u] =
+                ((float4 *)(void *)planes)[x_at<INT_PLANES>(u, 4)] =
                     make_float4(down, (float)sum * down, (float)other * down, (float)(sum + other) * down);
         }
-        planes += (size_t)INT_PLANES * 16 * n;
+        planes += INT_PLANES * 16 * round_up(n, 32);
     }
-    if (in.floats && u < n) ((float4 *)(void *)planes)[w * n + u] = v;
+    if (in.floats && u < n) ((float4 *)(void *)planes)[x_at<FLOAT_PLANES>(u, w)] = v;
 }
 
 /* The RMSNorm of x, C vectors a thread, as stage_normed. */
@@ -5520,10 +5523,10 @@ static __device__ NO_INLINE void block_stage(const block_in &in) {
 /* A unit of x */
 struct unit_ints { uint4 high[2], low[2]; float4 sums; };
 
-DEVICE unit_ints load_ints(const unsigned char *planes, int n, int u) {
-    const uint4 *p = (const uint4 *)(const void *)planes + u;
-    const unit_ints x = {{p[0], p[n]}, {p[2 * n], p[3 * n]},
-                         ((const float4 *)(const void *)planes)[4 * n + u]};
+/* At its first plane */
+DEVICE unit_ints load_ints(const unsigned char *at) {
+    const uint4 *p = (const uint4 *)(const void *)at;
+    const unit_ints x = {{p[0], p[32]}, {p[64], p[96]}, *(const float4 *)(const void *)(p + 128)};
     return x;
 }
 DEVICE int dot_16(const unsigned *q, uint4 x) {
@@ -5553,11 +5556,11 @@ template <int T> DEVICE float unit_dot(const unsigned char *tile, int n, int i, 
     return sum;
 }
 /* The same with float32 x: elements one after the other */
-template <int T> DEVICE float unit_dot(const unsigned char *tile, int n, int i, const float4 *x, int units) {
+template <int T> DEVICE float unit_dot(const unsigned char *tile, int n, int i, const float4 *x) {
     float sum = 0;
     UNROLL for (int j = 0; j < 8; j++) {
         float f[4];
-        const float4 v = x[j * units];
+        const float4 v = x[32 * j];
         load_floats<T>(f, tile, n, i, j);
         sum += f[0] * v.x; sum += f[1] * v.y; sum += f[2] * v.z; sum += f[3] * v.w;
     }
@@ -5567,67 +5570,75 @@ template <int T> DEVICE float unit_dot(const unsigned char *tile, int n, int i, 
 
 /* Lane l gets the sums of row l from each of the two places. stage: x is not there yet. Order: lane i takes
    unit i of each tile in turn; lanes are added by exchange. */
-template <int T> static __device__ NO_INLINE float2 block_sums_of(const block_in &in, const block_rows &rows,
-                                                                     int units, int row_bytes, bool stage) {
+template <int T>
+static __device__ NO_INLINE float2 block_sums_of(const block_in &in, block_rows rows, int units, int row_bytes,
+                                                 bool stage) {
     constexpr int EACH = tile_units(T), FULL = tile_bytes(T, EACH), ROOM = BLOCK_RING / (2 * FULL),
                   DEPTH = ROOM < 8 ? ROOM : 8;
     static_assert(DEPTH >= 2, "while one is multiplied, the next must come");
     QWEN3_DYNAMIC_SHARED(memory);
-    unsigned char *ring = memory + warp_id() * BLOCK_RING;
-    const int n = rows.n[0] + rows.n[1], lane = lane_id();
-    int row = 0, at = 0, put = 0, take = 0;     /* what is fetched next, and the stages of the ring */
-    const auto fetch = [&]() {
-        unsigned char *to = ring + put * 2 * FULL;
-        const int bytes = least(FULL, row_bytes - at);
+    const int n = rows.n_a + rows.n_b, lane = lane_id();
+    unsigned char *const ring = memory + warp_id() * BLOCK_RING, *const ring_end = ring + DEPTH * 2 * FULL;
+    unsigned char *put = ring + 16 * lane;      /* the stages that are fetched and multiplied next */
+    const unsigned char *take = ring, *from[2] = {rows.a, rows.a};
+    int row = 0, left = n > 0 ? row_bytes : 0;  /* of the rows that are fetched: the first, bytes to come */
+    const auto find = [&]() {
         UNROLL for (int j = 0; j < 2; j++) {
-            const int r = row + j;
-            const unsigned char *from =
-                (r < rows.n[0] ? rows.w[0] + (size_t)r * row_bytes
-                               : rows.w[1] + (size_t)(r - rows.n[0]) * row_bytes) + at;
-            if (r < n)
-                UNROLL for (int i = 0; i < FULL; i += 512)
-                    if (i + 16 * lane < bytes)
-                        copy_once(to + j * FULL + i + 16 * lane, from + i + 16 * lane, true);
+            const int r = row + j < n ? row + j : row;
+            from[j] = (r < rows.n_a ? rows.a + r * row_bytes : rows.b + (r - rows.n_a) * row_bytes) + 16 * lane;
         }
-        copy_commit();
-        put = put + 1 < DEPTH ? put + 1 : 0;
-        at += FULL;
-        if (at >= row_bytes) { at = 0; row += 2; }
     };
+    const auto fetch = [&]() {
+        const int mine = least(left, FULL) - 16 * lane;
+        UNROLL for (int i = 0; i < FULL; i += 512)
+            if (i < mine) {
+                copy_once(put + i, from[0] + i, true);
+                copy_once(put + FULL + i, from[1] + i, true);
+            }
+        copy_commit();
+        put = put + 2 * FULL < ring_end ? put + 2 * FULL : ring + 16 * lane;
+        left -= FULL;
+        from[0] += FULL;
+        from[1] += FULL;
+        if (left <= 0) {
+            row += 2;
+            left = row < n ? row_bytes : 0;
+            if (row < n) find();
+        }
+    };
+    find();
     NO_UNROLL for (int i = 0; i < DEPTH - 1; i++) fetch();
     if (stage) {
         let_next_start();
         block_stage(in);
     }
-    const unsigned char *planes =
-        block_planes(memory) + (is_float(T) && in.ints ? INT_PLANES * 16 * in.units : 0);
+    const unsigned char *planes = block_planes(memory);
+    if (is_float(T) && in.ints) planes += INT_PLANES * 16 * round_up(in.units, 32);
     float2 result = make_float2(0, 0);
     NO_UNROLL for (int r = 0; r < n; r += 2) {
         float sums[2] = {0, 0};
         NO_UNROLL for (int first = 0; first < units; first += EACH) {
-            const unsigned char *tile = ring + take * 2 * FULL;
             const int there = least(EACH, units - first);
             copy_wait<DEPTH - 2>();
             __syncwarp();
             if (lane < there) {
                 if constexpr (is_float(T)) {
-                    const float4 *x = (const float4 *)(const void *)planes + first + lane;
-                    UNROLL for (int j = 0; j < 2; j++)
-                        sums[j] += unit_dot<T>(tile + j * FULL, there, lane, x, in.units);
+                    const float4 *x =
+                        (const float4 *)(const void *)planes + x_at<FLOAT_PLANES>(first + lane, 0);
+                    UNROLL for (int j = 0; j < 2; j++) sums[j] += unit_dot<T>(take + j * FULL, there, lane, x);
                 } else {
-                    const unit_ints x = load_ints(planes, in.units, first + lane);
-                    UNROLL for (int j = 0; j < 2; j++)
-                        sums[j] += unit_dot<T>(tile + j * FULL, there, lane, x);
+                    const unit_ints x = load_ints(planes + (first * INT_PLANES + lane) * 16);
+                    UNROLL for (int j = 0; j < 2; j++) sums[j] += unit_dot<T>(take + j * FULL, there, lane, x);
                 }
             }
             fetch();                    /* where the tiles before were, which all lanes have multiplied */
-            take = take + 1 < DEPTH ? take + 1 : 0;
+            take = take + 2 * FULL < ring_end ? take + 2 * FULL : ring;
         }
         UNROLL for (int j = 0; j < 2; j++) {
             const float sum = warp_sum(sums[j]);
             const int i = r + j;
-            if (i < rows.n[0] && i == lane) result.x = sum;
-            if (i >= rows.n[0] && i - rows.n[0] == lane) result.y = sum;
+            if (i < rows.n_a && i == lane) result.x = sum;
+            if (i >= rows.n_a && i - rows.n_a == lane) result.y = sum;
         }
     }
     copy_wait<0>();
@@ -5652,7 +5663,7 @@ template <class F> DEVICE void block_multiply(const block_in &in, row_range mine
         const block_part &p = in.parts[part];
         const int n = least(64, least(mine.end, base + p.rows) - row), half = least(32, n);
         const unsigned char *from = p.data + (size_t)(row - base) * p.row_bytes;
-        const block_rows rows = {{from, from + (size_t)half * p.row_bytes}, {half, n - half}};
+        const block_rows rows = {from, from + (size_t)half * p.row_bytes, half, n - half};
         const float2 sums = block_sums(in, p, rows, stage);
         done(row, half, sums.x);
         done(row + half, n - half, sums.y);
@@ -5684,7 +5695,7 @@ template <class F> DEVICE void block_multiply_pairs(const block_in &in, row_rang
         const int n = mine.end > row ? least(32, mine.end - row) : 0;
         const unsigned char *g = gate.data + (size_t)row * gate.row_bytes,
                             *u = up.data + (size_t)row * up.row_bytes;
-        const block_rows first = {{g, u}, {n, same ? n : 0}}, second = {{u, u}, {0, n}};
+        const block_rows first = {g, u, n, same ? n : 0}, second = {u, u, 0, n};
         float2 sums = block_sums(in, gate, first, stage);
         if (!same) sums.y = block_sums(in, up, second, false).y;
         done(row, n, sums);
