@@ -649,14 +649,17 @@ typedef enum qwen3_grammar_kind {
 enum {
     QWEN3_GRAMMAR_COMPACT       = 1,    /* JSON without white space; default: where the model likes    */
     QWEN3_GRAMMAR_MAY_BREAK_OFF = 2,    /* do not lead the text to its shortest end where room gets short */
-    QWEN3_GRAMMAR_CALL          = 4     /* TOOLS: as QWEN3_CHAT_TOOLS_REQUIRED                      */
-};
+    QWEN3_GRAMMAR_CALL          = 4,    /* TOOLS: as QWEN3_CHAT_TOOLS_REQUIRED                      */
+    QWEN3_GRAMMAR_WARN          = 8     /* a keyword that is not enforced is no error, but a warning to the */
+};                                      /* model's logger: then texts may come that the schema refuses  */
 
 typedef struct qwen3_grammar_desc {
     qwen3_grammar_kind kind;
     const char *text; size_t n_bytes;   /* the schema, expression or grammar                        */
     int         flags;                  /* QWEN3_GRAMMAR_*                                          */
-} qwen3_grammar_desc;
+    int64_t     max_steps;              /* that compiling may take, some 10 ns each; 0: 40 million  */
+    size_t      max_bytes;              /* of the compiled grammar; 0: 64 MiB. Compiling needs a few times */
+} qwen3_grammar_desc;                   /* that for itself                                          */
 
 /* A grammar holds for the answer: while the model thinks, everything may come. A reply ends only where its
    grammar may end. Near max_tokens or the end of the context it is led to its shortest end in time. Names of
@@ -11780,7 +11783,8 @@ static double qwen3i_log_sum_exp(const float *logits, int n) {
    ================================================================================================ */
 #define QWEN3I_FAR        (1 << 28)     /* a distance: there is no way */
 #define QWEN3I_RAW_STATES 65000         /* most states of one automaton */
-#define QWEN3I_MAX_WORK   40000000      /* steps that compiling may take: a fraction of a second */
+#define QWEN3I_MAX_STEPS  40000000      /* that compiling may take: a fraction of a second */
+#define QWEN3I_MAX_BYTES  ((size_t)64 << 20)    /* of a compiled grammar */
 
 #define QWEN3I_ARRAY(T, buf) ((T *)(void *)(buf).p)
 #define QWEN3I_LEN(T, buf)   ((int)((buf).n / sizeof(T)))
@@ -11828,9 +11832,11 @@ struct qwen3_grammar {                  /* immutable once compiled */
 
 typedef struct qwen3i_compiler {
     qwen3_grammar     *g;
-    const qwen3i_err  *err;
     qwen3_result       result;          /* after a failure nothing more is done */
-    int64_t            work;
+    int                refused;         /* that was a keyword, or a part of an expression, that is not enforced */
+    char               message[400];    /* what the failure was */
+    int64_t            steps, max_steps;
+    size_t             max_bytes;
     const char        *where;           /* what is being compiled, for messages */
     int                json;            /* characters are written as in JSON strings */
     qwen3i_buf         nfa, marks, stack, set, seeds;
@@ -11851,20 +11857,29 @@ typedef struct qwen3i_compiler {
 QWEN3I_PRINTF(3, 4)
 static int qwen3i_reject(qwen3i_compiler *c, qwen3_result code, const char *format, ...) {
     va_list args;
-    char text[400];
     if (c->result != QWEN3_OK) return 0;
     va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
+    vsnprintf(c->message, sizeof c->message, format, args);
     va_end(args);
-    c->result = qwen3i_fail(c->err, code, "%s", text);
+    c->result = code;
     return 0;
 }
 
 /* Count work; 0 when it is too much, or after another failure. */
 static int qwen3i_spend(qwen3i_compiler *c, int64_t steps) {
-    c->work += steps;
-    if (c->work > QWEN3I_MAX_WORK)
+    c->steps += steps;
+    if (c->steps > c->max_steps)
         qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too complex", c->where ? c->where : "the grammar");
+    return c->result == QWEN3_OK;
+}
+
+/* Is there room for what automata take, and for what they are made from? */
+static int qwen3i_fits(qwen3i_compiler *c) {
+    const qwen3_grammar *g = c->g;
+    const size_t others = g->nodes.n + g->lists.n + g->lexemes.n + g->objects.n + g->members.n + g->arrays.n;
+    if (g->states.n + g->edges.n + g->rows.n + others > c->max_bytes || c->nfa.n > c->max_bytes)
+        qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too complex: the grammar takes more than %lu bytes",
+                      c->where ? c->where : "the grammar", (unsigned long)c->max_bytes);
     return c->result == QWEN3_OK;
 }
 
@@ -11956,7 +11971,7 @@ static int qwen3i_nfa_add(qwen3i_compiler *c, int kind, int out, int out1) {
     s.kind = (unsigned char)kind;
     s.out = out;
     s.out1 = out1;
-    return qwen3i_spend(c, 1) ? qwen3i_push(c, &c->nfa, &s, sizeof s) : 0;
+    return qwen3i_spend(c, 1) && qwen3i_fits(c) ? qwen3i_push(c, &c->nfa, &s, sizeof s) : 0;
 }
 
 static int qwen3i_nfa_split(qwen3i_compiler *c, int a, int b) {
@@ -12191,7 +12206,7 @@ static int qwen3i_state_update(const qwen3_grammar *g, qwen3i_state *all, qwen3i
 static void qwen3i_dfa_row(qwen3i_compiler *c, qwen3i_state *s) {
     uint16_t row[256];
     int i, b;
-    if (s->n_edges <= 8) return;
+    if (s->n_edges <= 8 || !qwen3i_fits(c)) return;
     memset(row, 0, sizeof row);
     for (i = 0; i < s->n_edges; i++) {
         const qwen3i_edge e = QWEN3I_ARRAY(qwen3i_edge, c->g->edges)[s->edges + i];
@@ -12239,7 +12254,7 @@ static int qwen3i_dfa_state(qwen3i_compiler *c, int dfa) {
             return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: too complex", c->where ? c->where :
                                  "the grammar");
         d->n_states++;
-        qwen3i_push(c, &c->g->states, &s, sizeof s);
+        if (qwen3i_fits(c)) qwen3i_push(c, &c->g->states, &s, sizeof s);
     }
     return c->result == QWEN3_OK ? id + 1 : 0;
 }
@@ -12422,6 +12437,7 @@ static int qwen3i_ast_add(qwen3i_compiler *c, int kind, int child) {
 static qwen3i_ast *qwen3i_ast_at(qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_ast, c->ast)[i]; }
 
 static int qwen3i_regex_bad(qwen3i_regex *r, qwen3_result code, const char *what) {
+    if (r->c->result == QWEN3_OK) r->c->refused = code == QWEN3_ERR_UNSUPPORTED;
     return qwen3i_reject(r->c, code, "%s: %s at byte %d of the expression", r->c->where ? r->c->where :
                          "regular expression", what, (int)(r->p - r->start));
 }
@@ -12556,7 +12572,7 @@ static qwen3i_span qwen3i_regex_set(qwen3i_regex *r) {
         if (!is_set) qwen3i_set_add(r->c, low, high);
     }
     if (r->p >= r->end) qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a [ is not closed");
-    r->p++;
+    else r->p++;
     return qwen3i_set_end(r->c, first, negated);
 }
 
@@ -13233,6 +13249,7 @@ static int qwen3i_schema_bad(qwen3i_compiler *c, int node, qwen3_result code, co
     va_start(args, format);
     vsnprintf(what, sizeof what, format, args);
     va_end(args);
+    if (c->result == QWEN3_OK) c->refused = code == QWEN3_ERR_UNSUPPORTED;
     return qwen3i_reject(c, code, "%s: %s", qwen3i_dom_path(c, node, path, sizeof path), what);
 }
 
@@ -13588,9 +13605,11 @@ static qwen3i_span qwen3i_apply_items(qwen3i_compiler *c, qwen3i_span in, int sc
 
 /* The target of a local reference. */
 static int qwen3i_resolve(qwen3i_compiler *c, int node);
+static int qwen3i_pattern_dfa(qwen3i_compiler *c, int node, int format);
+static int qwen3i_multiple_dfa(qwen3i_compiler *c, int node);
 
-static qwen3i_span qwen3i_apply_keyword(qwen3i_compiler *c, qwen3i_span in, int schema, int node,
-                                        int negated) {
+static qwen3i_span qwen3i_apply_enforced(qwen3i_compiler *c, qwen3i_span in, int schema, int node,
+                                         int negated) {
     const qwen3i_str key = qwen3i_dom_key(c, node);
     const int kind = negated ? QWEN3I_FAILS : QWEN3I_HOLDS;
     qwen3i_span none = in;
@@ -13641,6 +13660,31 @@ static qwen3i_span qwen3i_apply_keyword(qwen3i_compiler *c, qwen3i_span in, int 
             return none;
         default: return negated ? none : in;
     }
+}
+
+/* Can what a keyword says of strings and numbers be made at all? Finds out before anything depends on it. */
+static void qwen3i_try_keyword(qwen3i_compiler *c, int node) {
+    const int word = qwen3i_keyword(qwen3i_dom_key(c, node));
+    int k;
+    if (word == QWEN3I_K_PATTERN && qwen3i_dom_at(c, node)->type == '"') qwen3i_pattern_dfa(c, node, 0);
+    if (word == QWEN3I_K_MULTIPLE_OF) qwen3i_multiple_dfa(c, node);
+    if (!qwen3i_is(qwen3i_dom_key(c, node), "patternProperties")) return;
+    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next)
+        qwen3i_pattern_dfa(c, k, 2);
+}
+
+/* The same; with QWEN3_GRAMMAR_WARN, what is refused says nothing. */
+static qwen3i_span qwen3i_apply_keyword(qwen3i_compiler *c, qwen3i_span in, int schema, int node,
+                                        int negated) {
+    const int may_drop = c->result == QWEN3_OK && (c->g->flags & QWEN3_GRAMMAR_WARN);
+    qwen3i_span out;
+    if (may_drop) qwen3i_try_keyword(c, node);
+    out = qwen3i_apply_enforced(c, in, schema, node, negated);
+    if (c->result == QWEN3_OK || !may_drop || !c->refused || c->steps > c->max_steps) return out;
+    qwen3i_log(&c->g->model->logger, QWEN3_LOG_WARN, "grammar: not enforced: %s", c->message);
+    c->result = QWEN3_OK;
+    if (negated) in.n = 0;
+    return in;
 }
 
 /* Schemas with a draft before 2019-09: what stands beside $ref does not count. */
@@ -13817,8 +13861,6 @@ static int qwen3i_number_keeps(qwen3i_compiler *c, int rules, int value) {
     }
     return 1;
 }
-
-static int qwen3i_pattern_dfa(qwen3i_compiler *c, int node, int format);
 
 /* Is the text, written as a JSON string, a word of the automaton? -1: the state where it ends, if that is
    final. */
@@ -14094,8 +14136,8 @@ typedef struct qwen3i_node {
     int cost;                           /* bytes of the shortest text from here to the return */
 } qwen3i_node;
 
-/* characters of a string; max -1: any; bytes of one */
-typedef struct qwen3i_lexeme { int dfa, min, max, loop, quoted; } qwen3i_lexeme;
+/* characters of a string; max -1: any; bytes of one; most characters that a state needs to an end */
+typedef struct qwen3i_lexeme { int dfa, min, max, loop, quoted, longest; } qwen3i_lexeme;
 /* node; bytes of the key with its quotes */
 typedef struct qwen3i_property { int value, required, key; } qwen3i_property;
 typedef struct qwen3i_object {
@@ -14111,7 +14153,7 @@ static int qwen3i_node_add(qwen3i_compiler *c, int kind, int a, int b, int next)
     qwen3i_node n;
     n.kind = kind; n.a = a; n.b = b; n.next = next;
     n.cost = kind == QWEN3I_END || kind == QWEN3I_RETURN ? 0 : QWEN3I_FAR;
-    return qwen3i_push(c, &c->g->nodes, &n, sizeof n);
+    return qwen3i_fits(c) ? qwen3i_push(c, &c->g->nodes, &n, sizeof n) : 0;
 }
 
 /* The lexeme with these parts. */
@@ -14120,6 +14162,10 @@ static int qwen3i_lexeme_add(qwen3i_compiler *c, int dfa, int min, int max) {
     int i, n = QWEN3I_LEN(qwen3i_lexeme, c->g->lexemes);
     for (i = 1; i < n; i++) if (all[i].dfa == dfa && all[i].min == min && all[i].max == max) return i;
     x.dfa = dfa; x.min = min; x.max = max; x.loop = 1;
+    for (x.longest = i = 0; i < QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa].n_states && max >= 0; i++) {
+        const int chars = qwen3i_state_at(c->g, dfa, i)->chars;
+        if (chars < QWEN3I_FAR) x.longest = qwen3i_max(x.longest, chars);
+    }
     x.quoted = dfa && qwen3i_dfa_step(c->g, &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa], 0, '"') >= 0 &&
                c->json &&
                qwen3i_state_at(c->g, dfa, 0)->chars < QWEN3I_FAR;
@@ -14947,7 +14993,8 @@ static int qwen3i_bnf_literal(qwen3i_regex *r) {
         if (r->c->result != QWEN3_OK) return 0;
         if (last) qwen3i_ast_at(r->c, last)->next = a; else first = a;
     }
-    if (r->p++ >= r->end) return qwen3i_bnf_bad(r, "a text is not closed");
+    if (r->p >= r->end) return qwen3i_bnf_bad(r, "a text is not closed");
+    r->p++;
     return qwen3i_ast_add(r->c, first ? QWEN3I_AST_CAT : QWEN3I_AST_EMPTY, first);
 }
 
@@ -15977,6 +16024,7 @@ static int qwen3i_mask_string(qwen3i_masker *k, const qwen3i_thread t) {
     if (!x && !qwen3i_key_alive(g, k->m.frames + t.frame, qwen3i_object_of(g, t.node), s)) return 0;
     if (counted && !s->boundary) return 0;
     if (counted) { low = x->min - t.count; high = x->max < 0 ? INT_MAX : x->max - t.count; }
+    if (counted && x->longest > 1 && high < v->max_chars + x->longest) return 0;    /* it may need them */
     if (dfa == g->plain && t.state == v->plain_state) {
         qwen3i_mask_inside(k, v->plain_mask, high);
         qwen3i_cross(k, t, v->plain_crossings, v->n_plain_crossings, low, high);
@@ -16218,62 +16266,63 @@ static qwen3_result qwen3i_index_get(const qwen3_model *model, const qwen3i_inde
 }
 
 /* ---- creating -------------------------------------------------------------------------------- */
+enum { QWEN3I_GRAMMAR_BUFS = 10, QWEN3I_COMPILER_BUFS = QWEN3I_GRAMMAR_BUFS + 23 };
+
+static void qwen3i_grammar_bufs(qwen3_grammar *g, qwen3i_buf **all) {
+    qwen3i_buf *list[QWEN3I_GRAMMAR_BUFS];
+    list[0] = &g->dfas; list[1] = &g->states; list[2] = &g->edges; list[3] = &g->rows; list[4] = &g->lexemes;
+    list[5] = &g->nodes; list[6] = &g->lists; list[7] = &g->objects; list[8] = &g->members; list[9] = &g->arrays;
+    memcpy(all, list, sizeof list);
+}
+
+/* The grammar's, then those that only compiling needs. */
+static void qwen3i_compiler_bufs(qwen3i_compiler *c, qwen3i_buf **all) {
+    qwen3i_buf *list[QWEN3I_COMPILER_BUFS - QWEN3I_GRAMMAR_BUFS];
+    list[0] = &c->dom; list[1] = &c->rules; list[2] = &c->nfa; list[3] = &c->marks; list[4] = &c->stack;
+    list[5] = &c->set; list[6] = &c->seeds; list[7] = &c->ast; list[8] = &c->ranges; list[9] = &c->text;
+    list[10] = &c->subsets.data; list[11] = &c->subsets.spans; list[12] = &c->subsets.table;
+    list[13] = &c->values.data; list[14] = &c->values.spans; list[15] = &c->values.table;
+    list[16] = &c->shapes; list[17] = &c->terms; list[18] = &c->value_nodes; list[19] = &c->empties;
+    list[20] = &c->pending; list[21] = &c->patterns; list[22] = &c->bnf;
+    qwen3i_grammar_bufs(c->g, all);
+    memcpy(all + QWEN3I_GRAMMAR_BUFS, list, sizeof list);
+}
+
 static void qwen3i_grammar_free(qwen3_grammar *g) {
+    qwen3i_buf *all[QWEN3I_GRAMMAR_BUFS];
     qwen3_allocator a;
-    qwen3i_buf *all[10];
     int i;
     if (!g) return;
     a = g->allocator;
-    all[0] = &g->dfas; all[1] = &g->states; all[2] = &g->edges; all[3] = &g->rows; all[4] = &g->lexemes;
-    all[5] = &g->nodes; all[6] = &g->lists; all[7] = &g->objects; all[8] = &g->members; all[9] = &g->arrays;
-    for (i = 0; i < 10; i++) qwen3i_free(&a, all[i]->p, all[i]->cap);
+    qwen3i_grammar_bufs(g, all);
+    for (i = 0; i < QWEN3I_GRAMMAR_BUFS; i++) qwen3i_free(&a, all[i]->p, all[i]->cap);
     qwen3i_free(&a, g, sizeof *g);
 }
 
 QWEN3_API void qwen3_grammar_free(qwen3_grammar *grammar) { qwen3i_grammar_free(grammar); }
 
-static void qwen3i_compiler_bufs(qwen3i_compiler *c, qwen3i_buf **all) {
-    qwen3i_buf *list[20];
-    list[0] = &c->nfa; list[1] = &c->marks; list[2] = &c->stack; list[3] = &c->set; list[4] = &c->seeds;
-    list[5] = &c->subsets.data; list[6] = &c->subsets.spans; list[7] = &c->subsets.table; list[8] = &c->ast;
-    list[9] = &c->ranges;
-    list[10] = &c->dom; list[11] = &c->text; list[12] = &c->shapes; list[13] = &c->rules;
-    list[14] = &c->terms;
-    list[15] = &c->values.data; list[16] = &c->values.spans; list[17] = &c->values.table;
-    list[18] = &c->value_nodes; list[19] = &c->empties;
-    memcpy(all, list, sizeof list);
-    all[20] = &c->pending;
-    all[21] = &c->patterns;
-    all[22] = &c->bnf;
-}
-#define QWEN3I_COMPILER_BUFS 23
-
-/* Every array gets an element 0 that means none. */
-static void qwen3i_compiler_begin(qwen3i_compiler *c) {
-    qwen3_grammar *g = c->g;
-    qwen3i_dfa d;
-    qwen3i_state s = qwen3i_state_make();
-    qwen3i_dom dom;
-    qwen3i_rule rule;
-    qwen3i_lexeme lexeme;
-    qwen3i_object object;
-    qwen3i_items items;
-    memset(&d, 0, sizeof d);
-    memset(&dom, 0, sizeof dom);
-    memset(&rule, 0, sizeof rule);
-    memset(&lexeme, 0, sizeof lexeme);
-    memset(&object, 0, sizeof object);
-    memset(&items, 0, sizeof items);
-    d.n_states = 1;
-    s.distance = s.open = s.chars = QWEN3I_FAR;
-    qwen3i_push(c, &g->dfas, &d, sizeof d);
-    qwen3i_push(c, &g->states, &s, sizeof s);
-    qwen3i_push(c, &g->lexemes, &lexeme, sizeof lexeme);
-    qwen3i_push(c, &g->objects, &object, sizeof object);
-    qwen3i_push(c, &g->arrays, &items, sizeof items);
-    qwen3i_push_int(c, &g->lists, 0);
-    qwen3i_push(c, &c->dom, &dom, sizeof dom);
-    qwen3i_push(c, &c->rules, &rule, sizeof rule);
+/* Every array has memory from the start, and an element 0, all zero, that means none: after a failure,
+   indices are 0. */
+static void qwen3i_compiler_begin(qwen3i_compiler *c, qwen3i_buf **all) {
+    static const size_t first[QWEN3I_COMPILER_BUFS] = {
+        sizeof(qwen3i_dfa), sizeof(qwen3i_state), 0, 0, sizeof(qwen3i_lexeme), 0, sizeof(int),
+        sizeof(qwen3i_object), 0, sizeof(qwen3i_items), sizeof(qwen3i_dom), sizeof(qwen3i_rule)};
+    enum { ROOM = 256 };
+    qwen3i_state *s;
+    int i;
+    for (i = 0; i < QWEN3I_COMPILER_BUFS; i++) *all[i] = qwen3i_buf_make(&c->g->allocator);
+    for (i = 0; i < QWEN3I_COMPILER_BUFS && c->result == QWEN3_OK; i++) {
+        if (!qwen3i_buf_reserve(all[i], ROOM)) {
+            qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+            return;
+        }
+        memset(all[i]->p, 0, ROOM);
+        all[i]->n = first[i];
+    }
+    s = QWEN3I_ARRAY(qwen3i_state, c->g->states);
+    s->row = -1;
+    s->distance = s->open = s->chars = QWEN3I_FAR;
+    QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)->n_states = 1;
     qwen3i_node_add(c, QWEN3I_END, 0, 0, 0);
     qwen3i_node_add(c, QWEN3I_RETURN, 0, 0, 0);
 }
@@ -16300,13 +16349,10 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
     int i;
     memset(&c, 0, sizeof c);
     c.g = g;
-    c.err = err;
-    g->dfas = g->states = g->edges = g->rows = g->lexemes = g->nodes = g->lists = g->objects = g->members =
-              g->arrays =
-        qwen3i_buf_make(&g->allocator);
+    c.max_steps = desc->max_steps > 0 ? desc->max_steps : QWEN3I_MAX_STEPS;
+    c.max_bytes = desc->max_bytes > 0 ? desc->max_bytes : QWEN3I_MAX_BYTES;
     qwen3i_compiler_bufs(&c, all);
-    for (i = 0; i < QWEN3I_COMPILER_BUFS; i++) *all[i] = qwen3i_buf_make(&g->allocator);
-    qwen3i_compiler_begin(&c);
+    qwen3i_compiler_begin(&c, all);
     g->flags = desc->flags;
     g->kind = desc->kind;
     g->serial = qwen3i_grammar_serial(desc, only);
@@ -16324,8 +16370,8 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
     g->plain = c.any_string[0];
     if (c.result == QWEN3_OK && QWEN3I_NODE(g, g->root)->cost >= QWEN3I_FAR)
         qwen3i_reject(&c, QWEN3_ERR_FORMAT, "nothing finite satisfies this grammar");
-    for (i = 0; i < QWEN3I_COMPILER_BUFS; i++) qwen3i_buf_free(all[i]);
-    return c.result;
+    for (i = QWEN3I_GRAMMAR_BUFS; i < QWEN3I_COMPILER_BUFS; i++) qwen3i_buf_free(all[i]);
+    return c.result == QWEN3_OK ? QWEN3_OK : qwen3i_fail(err, c.result, "%s", c.message);
 }
 
 static qwen3_result qwen3i_grammar_make(qwen3_grammar **out, const qwen3_model *model,
@@ -16358,7 +16404,7 @@ QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_mod
     if (!model->tokenizer)
         return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
     kind = (int)desc->kind;
-    if (kind < QWEN3_GRAMMAR_JSON_SCHEMA || kind > QWEN3_GRAMMAR_TOOLS || (desc->flags & ~7))
+    if (kind < QWEN3_GRAMMAR_JSON_SCHEMA || kind > QWEN3_GRAMMAR_TOOLS || (desc->flags & ~15))
         return qwen3i_fail(&err, QWEN3_ERR_ARG, "the grammar's kind or flags are unknown");
     if (desc->n_bytes > 1 << 26)
         return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "a grammar of more than 64 MiB");
@@ -17163,32 +17209,39 @@ static int qwen3i_n_choose(const qwen3_model *m) {
 /* ---- grammars: where one applies, and the tokens that it allows ------------------------------ */
 enum { QWEN3I_NO_TURN = -1, QWEN3I_THINKS = -2, QWEN3I_HAS_THOUGHT = -3 };
 
+/* Behind the head of an assistant's turn; 0: it is no such head. */
+static int qwen3i_turn_start(const qwen3_model *m, const qwen3i_seq *s, int i) {
+    const char *role = "assistant\n", *p;
+    int bytes;
+    for (; *role && i < s->len; role += bytes, i++) {
+        p = qwen3i_token_bytes(m, s->tokens[i], &bytes);
+        if (!p || bytes == 0 || strncmp(role, p, (size_t)bytes) != 0) return 0;
+    }
+    return *role ? 0 : i;
+}
+
 /* Where the answer of the turn that is open begins, or one of the above. *may_think: it could begin with
    <think>. */
 static int qwen3i_answer_start(const qwen3_model *m, const qwen3i_seq *s, int *may_think) {
-    int i, bytes;
-    const char *p, *role;
+    int i, at, bytes, newlines;
+    const char *p;
     *may_think = 0;
     for (i = s->len - 1; i >= 0; i--) {
         const qwen3_token t = s->tokens[i];
         if (t >= 0 && t == m->info.think_end) break;
         if (t >= 0 && t == m->info.think_begin) return QWEN3I_THINKS;
-        if (t >= 0 && t == m->info.im_start) break;
         if (qwen3i_is_eos(m, t)) return QWEN3I_NO_TURN;
+        at = t >= 0 && t == m->info.im_start ? qwen3i_turn_start(m, s, i + 1) : 0;
+        *may_think = at && m->info.chat_style == QWEN3_STYLE_HYBRID && m->info.think_begin >= 0;
+        if (at) return at;
     }
     if (i < 0) return QWEN3I_NO_TURN;
-    if (s->tokens[i] == m->info.think_end) {            /* a newline or two belong to the tag */
-        if (++i == s->len) return QWEN3I_HAS_THOUGHT;
+    if (++i == s->len) return QWEN3I_HAS_THOUGHT;
+    for (newlines = 0; i < s->len && newlines < 2; i++, newlines += bytes) {    /* which belong to the tag */
         p = qwen3i_token_bytes(m, s->tokens[i], &bytes);
-        return i + (p && bytes > 0 && p[0] == '\n' && p[bytes - 1] == '\n');
+        if (!p || bytes == 0 || p[0] != '\n' || p[bytes - 1] != '\n') break;
     }
-    for (role = "assistant\n"; *role && ++i < s->len; role += bytes) {
-        p = qwen3i_token_bytes(m, s->tokens[i], &bytes);
-        if (!p || bytes == 0 || strncmp(role, p, (size_t)bytes) != 0) return QWEN3I_NO_TURN;
-    }
-    if (*role) return QWEN3I_NO_TURN;
-    *may_think = m->info.chat_style == QWEN3_STYLE_HYBRID && m->info.think_begin >= 0;
-    return i + 1;
+    return i;
 }
 
 /* Memory for grammars, when the first one is used. */
@@ -17226,6 +17279,15 @@ static int qwen3i_guide_follow(qwen3_ctx *c, qwen3i_seq *s, const qwen3_grammar 
 static const uint32_t *qwen3i_mask_only(qwen3i_masker *k, qwen3_token t) {
     memset(k->mask, 0, (size_t)k->v->n_words * sizeof *k->mask);
     qwen3i_allow(k->mask, t);
+    k->guide = NULL;
+    return k->mask;
+}
+
+/* The mask without what ends the turn. */
+static const uint32_t *qwen3i_mask_no_end(const qwen3_model *m, qwen3i_masker *k) {
+    int i;
+    memset(k->mask, 0xFF, (size_t)k->v->n_words * sizeof *k->mask);
+    for (i = 0; i < m->n_eos; i++) k->mask[m->eos[i] >> 5] &= ~(1u << (m->eos[i] & 31));
     k->guide = NULL;
     return k->mask;
 }
@@ -17332,9 +17394,10 @@ static qwen3_result qwen3i_next_mask(qwen3_ctx *c, const qwen3i_next *next, cons
     if (r == QWEN3_OK && calls && g) r = qwen3i_guide_ready(c, s, g, err);
     if (r != QWEN3_OK) return r;
     if (start == QWEN3I_THINKS) {       /* in time for the shortest answer */
-        if (next->room <= qwen3i_least_room(first) + 3 && !(first->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF) &&
-            (g || next->tools == QWEN3_CHAT_TOOLS_REQUIRED))
-            *mask = qwen3i_mask_only(c->masker, m->info.think_end);
+        const int late = next->room <= qwen3i_least_room(first) + 3 &&
+                         !(first->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF);
+        if (g || next->tools == QWEN3_CHAT_TOOLS_REQUIRED)
+            *mask = late ? qwen3i_mask_only(c->masker, m->info.think_end) : qwen3i_mask_no_end(m, c->masker);
         return QWEN3_OK;
     }
     if (start == QWEN3I_HAS_THOUGHT && qwen3i_word_id(m->tokenizer, "\n\n", 2) != QWEN3I_NONE) {

@@ -182,6 +182,7 @@ static void test_grammar_masks(void) {
         {0, "{\"type\":\"string\",\"maxLength\":9,\"minLength\":3}", "\"the fox\""},
         {0, "{\"type\":\"string\",\"pattern\":\"^[a-z ]+$\"}", "\"the quick\""},
         {0, "{\"type\":\"object\",\"properties\":{\"the\":{},\"they\":{\"type\":\"integer\"}},\"additionalProperties\":false}", "{\"they\": 12, \"the\": {}}"},
+        {0, "{\"type\":\"string\",\"pattern\":\"[0-9]{6,6}\",\"minLength\":6,\"maxLength\":7}", "\"123456\""},
         {0, "{\"type\":\"object\",\"properties\":{\"the\":{\"type\":\"integer\"}},\"maxProperties\":2}", "{\"the\": 12, \"x\": {}}"},
         {1, "([a-z]+ )*[a-z]+[.!?]", "the quick fox."},
         {2, "root ::= l\nl ::= \"(\" [a-z ]+ (l | \".\")* \")\"", "(the fox(jumps).)"}
@@ -342,6 +343,301 @@ static void test_grammar_memory(void) {
     grammar_close(&b);
 }
 
+/* ---- thinking, prefixes, forced tokens ----------------------------------------------------------------------- */
+typedef struct grammar_talk { grammar_bench b; qwen3_ctx *ctx; qwen3_msg msg; qwen3_chat_desc chat; qwen3_gen_desc gen; qwen3_sampler dice;
+                              qwen3_bias bias[2]; grammar_text answer, all; } grammar_talk;
+
+static int grammar_hear_both(const char *utf8, int n, int kind, void *user) {
+    grammar_talk *t = (grammar_talk *)user;
+    grammar_hear(utf8, n, kind & QWEN3_TEXT_TAG ? 0 : kind, &t->all);
+    return kind == QWEN3_TEXT_ANSWER ? grammar_hear(utf8, n, kind, &t->answer) : 0;
+}
+
+static int grammar_talk_open(grammar_talk *t, const char *schema) {
+    char err[400];
+    memset(t, 0, sizeof *t);
+    if (!grammar_open(&t->b)) return 0;
+    t->ctx = ctx_open(t->b.f.model, 300, 3, 0, 0);
+    CHECK(grammar_set(&t->b, 0, schema, 0, err, sizeof err) == QWEN3_OK);
+    t->msg.role = QWEN3_USER;
+    t->msg.text = "an order";
+    t->chat.msgs = &t->msg;
+    t->chat.n_msgs = 1;
+    t->gen.grammar = t->b.g;
+    t->gen.sampler = &t->dice;
+    t->gen.on_text = grammar_hear_both;
+    t->gen.user = t;
+    return t->ctx != NULL;
+}
+
+static void grammar_talk_dice(grammar_talk *t, int seed) {
+    t->dice = qwen3_sampler_preset(QWEN3_GREEDY, (uint64_t)seed);
+    t->dice.temperature = 2;
+    t->answer.n = t->all.n = 0;
+    t->answer.p[0] = t->all.p[0] = '\0';
+}
+
+/* A model that thinks, of each style: whatever it thinks, and however that ends, the answer is of the grammar. */
+static void test_grammar_after_thinking(void) {
+    static const qwen3_chat_style styles[] = {QWEN3_STYLE_HYBRID, QWEN3_STYLE_THINKING, QWEN3_STYLE_INSTRUCT, QWEN3_STYLE_NO_THINK};
+    static const char *const stop[1] = {"\"apple\""};
+    grammar_talk t;
+    int i, style, thoughts = 0, by = 0, stopped = 0;
+    qwen3_result r;
+    if (!grammar_talk_open(&t, grammar_order)) return;
+    for (i = 0; i < 80; i++) {
+        style = i % 4;
+        t.b.f.model->info.chat_style = styles[style];
+        grammar_talk_dice(&t, i);
+        if (style == 0) {                       /* it would like to think, and to end that, sooner or later */
+            t.bias[0].token = t.b.f.info.think_begin;
+            t.bias[0].bias = 40;
+            t.dice.bias = t.bias;
+            t.dice.n_bias = 1;
+        }
+        t.gen.think_budget = i % 3 ? 0 : 5;
+        t.gen.max_tokens = 50 + i;
+        t.gen.stop = stop;
+        t.gen.n_stop = i % 5 == 4;
+        t.gen.stopped_by = &by;
+        r = qwen3_chat(t.ctx, 0, &t.chat, &t.gen);
+        CHECK_MSG(r == QWEN3_OK || r == QWEN3_END, "%s: %s", qwen3_result_string(r), qwen3_ctx_error(t.ctx));
+        thoughts += t.all.n > t.answer.n;
+        stopped += t.gen.n_stop && by == 0;
+        if (t.gen.n_stop && by == 0) continue;          /* cut off: what came before is a beginning */
+        CHECK_MSG(grammar_accepts(&t.b, t.answer.p, (size_t)t.answer.n), "style %d, seed %d: '%s' of '%s'", style, i, t.answer.p, t.all.p);
+    }
+    CHECK_MSG(thoughts > 30 && stopped > 0, "%d, %d", thoughts, stopped);
+    qwen3_ctx_free(t.ctx);
+    grammar_close(&t.b);
+}
+
+/* A beginning that was put into the model's mouth is part of the text, if it fits. */
+static void test_grammar_prefix(void) {
+    static const char prefix[] = "{\"count\": 7, ";
+    qwen3_token tokens[200];
+    grammar_talk t;
+    int i, n;
+    if (!grammar_talk_open(&t, grammar_order)) return;
+    t.chat.flags = QWEN3_CHAT_NO_THINK;
+    n = qwen3_chat_render(t.b.f.model, &t.chat, tokens, 200, NULL, 0);
+    n += qwen3_encode(t.b.f.model, prefix, strlen(prefix), 0, tokens + n, 200 - n, NULL, 0);
+    for (i = 1; i < 12 && CHECK(n < 150); i++) {
+        char whole[5000];
+        grammar_talk_dice(&t, i);
+        CHECK(qwen3_sync(t.ctx, 0, tokens, n, 0) == 0);
+        t.gen.max_tokens = 60;
+        CHECK(qwen3_generate(t.ctx, 0, &t.gen) >= 0);
+        snprintf(whole, sizeof whole, "%s%s", prefix, t.answer.p);
+        CHECK_MSG(grammar_accepts(&t.b, whole, strlen(whole)), "%s", whole);
+    }
+    qwen3_ctx_free(t.ctx);
+    grammar_close(&t.b);
+}
+
+/* Tokens without an alternative are evaluated together: fewer steps, and the tokens that come one by one. */
+static void test_grammar_forced(void) {
+    static const char schema[] = "{\"type\":\"object\",\"properties\":{\"QXZ#QXZ#QXZ\":{\"enum\":[\"KJVKJVKJV\",\"#ZQ#ZQ#ZQ\"]},\"VVVWWWVVV\":{\"const\":true}},"
+        "\"required\":[\"QXZ#QXZ#QXZ\",\"VVVWWWVVV\"],\"additionalProperties\":false}";
+    qwen3_token said[300], prompt[100], out;
+    grammar_talk t;
+    qwen3_stats before, after;
+    const qwen3_token *tokens;
+    int i, k, n, n_prompt, together = 0;
+    if (!grammar_talk_open(&t, schema)) return;
+    t.chat.flags = QWEN3_CHAT_NO_THINK;
+    n_prompt = qwen3_chat_render(t.b.f.model, &t.chat, prompt, 100, NULL, 0);
+    for (i = 0; i < 12; i++) {
+        qwen3_result r = QWEN3_OK;
+        grammar_talk_dice(&t, i);
+        t.dice.temperature = i == 0 ? 0.0f : (float)i;
+        CHECK(qwen3_sync(t.ctx, 0, prompt, n_prompt, 0) == 0);
+        before = qwen3_ctx_stats(t.ctx);
+        CHECK(qwen3_generate(t.ctx, 0, &t.gen) == QWEN3_END);
+        after = qwen3_ctx_stats(t.ctx);
+        tokens = qwen3_seq_tokens(t.ctx, 0, &n);
+        n -= n_prompt;
+        memcpy(said, tokens + n_prompt, (size_t)n * sizeof *said);
+        together += (int)(after.n_prefill - before.n_prefill);
+        grammar_talk_dice(&t, i);
+        t.dice.temperature = i == 0 ? 0.0f : (float)i;
+        t.dice.grammar = t.b.g;
+        CHECK(qwen3_sync(t.ctx, 1, prompt, n_prompt, 0) == 0);
+        for (k = 0; k < n && r == QWEN3_OK; k++) {
+            r = qwen3_next(t.ctx, 1, &t.dice, &out);
+            CHECK_MSG(r == QWEN3_OK && out == said[k], "seed %d, token %d of %d: %d, not %d", i, k, n, (int)out, (int)said[k]);
+        }
+        CHECK(qwen3_next(t.ctx, 1, &t.dice, &out) == QWEN3_END);
+    }
+    CHECK_MSG(together > 12 * 10, "%d tokens were said together", together);
+    qwen3_ctx_free(t.ctx);
+    grammar_close(&t.b);
+}
+
+/* ---- limits, warnings, failing memory ------------------------------------------------------------------------ */
+static int grammar_warned;
+static char grammar_warning[400];
+static void grammar_log(qwen3_log_level level, const char *message, void *user) {
+    (void)user;
+    if (level == QWEN3_LOG_WARN && ++grammar_warned) snprintf(grammar_warning, sizeof grammar_warning, "%s", message);
+}
+
+/* What is not enforced says nothing, with a warning; the rest holds. */
+static void test_grammar_warnings(void) {
+    static const struct { const char *schema, *says, *yes, *no; } cases[] = {
+        {"{\"type\":\"array\",\"uniqueItems\":true,\"maxItems\":2}", "/uniqueItems", "[1,1]", "[1,1,1]"},
+        {"{\"type\":\"string\",\"maxLength\":3,\"pattern\":\"^(?=a)\"}", "/pattern: lookahead", "\"b\"", "\"abcd\""},
+        {"{\"type\":\"string\",\"format\":\"regex\"}", "/format", "\"(\"", "1"},
+        {"{\"type\":\"integer\",\"multipleOf\":5000,\"minimum\":2}", "/multipleOf", "3", "1"},
+        {"{\"properties\":{\"a\":{\"$ref\":\"other.json\",\"type\":\"null\"}},\"type\":\"object\"}", "/properties/a/$ref", "{\"a\":null}", "{\"a\":1}"},
+        {"{\"type\":\"object\",\"patternProperties\":{\"(?!x)\":{}},\"maxProperties\":1}", "/patternProperties/(?!x)", "{\"a\":1}", "{\"a\":1,\"b\":2}"},
+        {"{\"type\":\"integer\",\"not\":{\"contains\":1,\"const\":5}}", "/not/contains", "4", "5"}
+    };
+    grammar_bench b;
+    char err[400];
+    int i;
+    if (!grammar_open(&b)) return;
+    b.f.model->logger.log = grammar_log;
+    for (i = 0; i < (int)(sizeof cases / sizeof *cases); i++) {
+        grammar_case c = {cases[i].schema, cases[i].yes, cases[i].no};
+        grammar_warned = 0;
+        CHECK(grammar_set(&b, 0, c.grammar, 0, err, sizeof err) == QWEN3_ERR_UNSUPPORTED && grammar_warned == 0);
+        b.g = NULL;
+        if (!CHECK_MSG(grammar_set(&b, 0, c.grammar, QWEN3_GRAMMAR_WARN, err, sizeof err) == QWEN3_OK, "%s: %s", c.grammar, err)) continue;
+        CHECK_MSG(grammar_warned >= 1 && strstr(grammar_warning, cases[i].says), "%s: %d, %s", c.grammar, grammar_warned, grammar_warning);
+        grammar_expect(&b, &c, c.yes, 1);
+        grammar_expect(&b, &c, c.no, 0);
+    }
+    CHECK(grammar_set(&b, 0, "{\"type\":\"text\"}", QWEN3_GRAMMAR_WARN, err, sizeof err) == QWEN3_ERR_FORMAT);
+    b.g = NULL;
+    grammar_close(&b);
+}
+
+/* Grammars that would take for ever: an error, within the default limits and within smaller ones. */
+static void test_grammar_limits(void) {
+    static const struct { int kind; const char *begin, *each, *end; int n; } cases[] = {
+        {0, "", "{\"not\":", "", 300}, {0, "", "[", "", 100000}, {0, "{\"enum\":[0", ",\"a long value of it, over and over\"", "]}", 40000},
+        {0, "{\"allOf\":[{}", ",{\"anyOf\":[{\"minimum\":1},{\"maxLength\":2},{\"required\":[\"a\"]}]}", "]}", 40},
+        {0, "{\"$ref\":\"#/a\",\"a\":{\"anyOf\":[", "{\"$ref\":\"#/a\"},", "{\"$ref\":\"#\"}]}}", 30},
+        {0, "{\"pattern\":\"", "(a|b|ab)*c.{0,60}", "\"}", 20}, {0, "{\"oneOf\":[{}", ",{\"properties\":{\"a\":{\"minimum\":1}}}", "]}", 60},
+        {1, "", "(a|a?){200}", "", 50}, {1, "", "(((a{99}){99}){99}){99}", "", 1}, {1, "", "(", "", 5000}, {1, "(x|y)*x", ".", "", 100},
+        {1, "", "[^a]*a", "", 20000}, {2, "root ::= a\n", "a ::= a | b\nb ::= c a\nc ::= \"\" | root\n", "", 1}, {2, "root ::= ", "(", "", 100000},
+        {2, "root ::= ", "r | ", "\"x\"\nr ::= \"(\" root \")\"", 3000}, {2, "root ::= \"x\" ", "r? ", "\nr ::= \"(\" root \")\"", 3000},
+        {2, "r0 ::= \"a\"\n", "root ::= (root){100000} \"y\"", "", 1}
+    };
+    grammar_bench b;
+    qwen3_grammar_desc desc;
+    char err[400], *text;
+    int i, k, way;
+    if (!grammar_open(&b)) return;
+    CHECK(grammar_set(&b, 0, "{}", 0, err, sizeof err) == QWEN3_OK);    /* the index is made */
+    for (i = 0; i < (int)(sizeof cases / sizeof *cases); i++) {
+        const size_t n = strlen(cases[i].begin) + strlen(cases[i].end) + (size_t)cases[i].n * strlen(cases[i].each);
+        text = (char *)malloc(n + 1);
+        strcpy(text, cases[i].begin);
+        for (k = 0; k < cases[i].n; k++) strcpy(text + strlen(cases[i].begin) + (size_t)k * strlen(cases[i].each), cases[i].each);
+        strcat(text, cases[i].end);
+        for (way = 0; way < 3; way++) {
+            qwen3_grammar *g = NULL;
+            const clock_t start = clock();
+            const long bytes = heap_default.bytes;
+            qwen3_result r;
+            memset(&desc, 0, sizeof desc);
+            desc.kind = (qwen3_grammar_kind)cases[i].kind;
+            desc.text = text;
+            desc.n_bytes = n;
+            desc.max_steps = way == 1 ? 20000 : 0;
+            desc.max_bytes = way == 2 ? 10000 : 0;
+            r = qwen3_grammar_create(&g, b.f.model, &desc, err, sizeof err);
+            CHECK_MSG(r == QWEN3_OK || r == QWEN3_ERR_UNSUPPORTED || r == QWEN3_ERR_FORMAT, "case %d: %d", i, r);
+            CHECK_MSG((double)(clock() - start) / CLOCKS_PER_SEC < 8, "case %d: %.1f s", i, (double)(clock() - start) / CLOCKS_PER_SEC);
+            if (test_verbose) printf("  case %d.%d: %.2f s, %ld KB, %s\n", i, way, (double)(clock() - start) / CLOCKS_PER_SEC, g ? (heap_default.bytes - bytes) / 1024 : 0L, g ? "" : err);
+            CHECK(way != 2 || !g || heap_default.bytes - bytes < 40000);    /* arrays have room to grow */
+            qwen3_grammar_free(g);
+            CHECK(heap_default.bytes == bytes);
+        }
+        free(text);
+    }
+    grammar_close(&b);
+}
+
+/* The same for all kinds; and in a context, where each allocation fails in turn until a reply comes. */
+static void test_grammar_memory_everywhere(void) {
+    static const struct { int kind; const char *grammar; } cases[] = {
+        {0, "{\"type\":\"object\",\"properties\":{\"a\":{\"oneOf\":[{\"type\":\"string\",\"format\":\"date\"},{\"type\":\"number\",\"minimum\":1.5}]},"
+            "\"b\":{\"type\":\"array\",\"items\":{\"$ref\":\"#\"}}},\"patternProperties\":{\"^x\":{\"pattern\":\"a{2,5}$\"}},\"propertyNames\":{\"minLength\":1}}"},
+        {1, "([a-z]+, ){1,20}(\\d|\\u00e9)*"}, {2, "root ::= l\nl ::= \"(\" (l | [a-z]*)* \")\""},
+        {3, "[{\"name\":\"f\",\"parameters\":{\"properties\":{\"x\":{\"type\":\"integer\"}}}},{\"name\":\"g\"}]"}
+    };
+    static const char *const tools[] = {"{\"name\":\"f\",\"parameters\":{\"properties\":{\"x\":{\"type\":\"integer\"}}}}"};
+    grammar_bench b;
+    qwen3_grammar_desc desc;
+    qwen3_grammar *g;
+    qwen3_ctx_desc d;
+    test_heap heap;
+    char err[400];
+    long fail, live;
+    int i;
+    if (!grammar_open(&b)) return;
+    CHECK(grammar_set(&b, 0, "{}", 0, err, sizeof err) == QWEN3_OK);
+    for (i = 0; i < (int)(sizeof cases / sizeof *cases); i++) {
+        qwen3_result r = QWEN3_ERR_MEMORY;
+        memset(&desc, 0, sizeof desc);
+        desc.kind = (qwen3_grammar_kind)cases[i].kind;
+        desc.text = cases[i].grammar;
+        desc.n_bytes = strlen(cases[i].grammar);
+        live = heap_default.live;
+        for (fail = 1; r != QWEN3_OK && fail < 3000; fail++) {
+            heap_default.calls = 0;
+            heap_default.fail_at = fail;
+            r = qwen3_grammar_create(&g, b.f.model, &desc, err, sizeof err);
+            heap_default.fail_at = 0;
+            CHECK_MSG(r == QWEN3_OK || (r == QWEN3_ERR_MEMORY && err[0] && !g && heap_default.live == live), "kind %d, call %ld: %d, %s", i, fail, r, err);
+            if (r != QWEN3_OK && r != QWEN3_ERR_MEMORY) break;
+        }
+        CHECK(r == QWEN3_OK && fail > 10);
+        qwen3_grammar_free(g);
+    }
+    for (fail = 1, i = 0; i < 3 && fail < 3000; fail++) {        /* i: replies that came */
+        qwen3_msg msg;
+        qwen3_chat_desc chat;
+        qwen3_gen_desc gen;
+        qwen3_ctx *ctx;
+        qwen3_result r = QWEN3_OK;
+        memset(&heap, 0, sizeof heap);
+        memset(&msg, 0, sizeof msg);
+        memset(&chat, 0, sizeof chat);
+        memset(&gen, 0, sizeof gen);
+        msg.role = QWEN3_USER;
+        msg.text = "the fox";
+        chat.msgs = &msg;
+        chat.n_msgs = 1;
+        chat.flags = QWEN3_CHAT_NO_THINK | (i ? QWEN3_CHAT_TOOLS_REQUIRED : 0);
+        chat.tools = tools;
+        chat.n_tools = i > 0;
+        gen.grammar = i == 1 ? NULL : b.g;
+        gen.max_tokens = 30;
+        d = ctx_desc(800, 1, 0, 0);
+        d.yarn_factor = 2;
+        d.allocator.alloc = heap_alloc;
+        d.allocator.free = heap_free;
+        d.allocator.user = &heap;
+        ctx = ctx_open_desc(b.f.model, &d);
+        if (!ctx) break;
+        heap.calls = 0;
+        heap.fail_at = fail;
+        r = qwen3_chat(ctx, 0, &chat, &gen);
+        CHECK_MSG(r >= 0 || (r == QWEN3_ERR_MEMORY && qwen3_ctx_error(ctx)[0]), "way %d, call %ld: %d, %s", i, fail, r, qwen3_ctx_error(ctx));
+        heap.fail_at = 0;
+        if (r < 0) CHECK_MSG(qwen3_chat(ctx, 0, &chat, &gen) >= 0, "%s", qwen3_ctx_error(ctx));      /* nothing is spoilt */
+        else { CHECK(fail > 2); i++; fail = 0; }
+        qwen3_ctx_free(ctx);
+        CHECK(heap.live == 0 && heap.bad == 0);
+    }
+    CHECK(i == 3);
+    grammar_close(&b);
+}
+
 static void suite_grammar(void) {
     RUN(test_grammar_schema);
     RUN(test_grammar_regex);
@@ -350,6 +646,12 @@ static void suite_grammar(void) {
     RUN(test_grammar_masks);
     RUN(test_grammar_replies);
     RUN(test_grammar_follows);
+    RUN(test_grammar_after_thinking);
+    RUN(test_grammar_prefix);
+    RUN(test_grammar_forced);
     RUN(test_grammar_memory);
+    RUN(test_grammar_memory_everywhere);
+    RUN(test_grammar_warnings);
+    RUN(test_grammar_limits);
 }
 #endif

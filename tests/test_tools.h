@@ -263,6 +263,12 @@ static void test_tools_every_way(void) {
         n_pushed = n_pushed - n_prompt < N ? n_pushed - n_prompt : N;
         memcpy(pushed, tokens + n_prompt, (size_t)n_pushed * sizeof *pushed);
         CHECK(r >= 0 && n_pushed > 10);
+        tools_dice(&t, i, 0);                   /* with guesses, nothing changes */
+        t.gen.draft_tokens = 4;
+        CHECK(qwen3_chat(t.ctx, 0, &t.chat, &t.gen) == r);
+        t.gen.draft_tokens = 0;
+        tokens = qwen3_seq_tokens(t.ctx, 0, &n);
+        CHECK(n >= n_prompt + n_pushed && memcmp(tokens + n_prompt, pushed, (size_t)n_pushed * sizeof *pushed) == 0);
         for (k = 0; k < 3; k++) {
             tools_dice(&t, i, 0);
             dice[k] = t.sampler;

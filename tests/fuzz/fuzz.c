@@ -258,6 +258,84 @@ static void fuzz_chat(const uint8_t *data, size_t n) {
     free(text);
 }
 
+/* ---- targets: grammars, and replies taken apart ------------------------------------------------------------------ */
+/* A random text of the grammar, led to its end: each mask is what the machine takes, and the end is reached in time. */
+static void walk_grammar(const qwen3_model *m, const qwen3_grammar *g, qwen3i_masker *k, uint64_t seed) {
+    static qwen3i_guide guide, before;
+    static uint32_t mask[16];
+    int i, steps, n, cost, left;
+    qwen3i_guide_begin(k, &guide, g);
+    for (steps = 0; steps < 40; steps++) {
+        qwen3_token list[264], t;
+        int n_list = 0;
+        const int ends = qwen3i_guide_mask(k, &guide);
+        memcpy(mask, k->mask, (size_t)k->v->n_words * sizeof *mask);
+        for (t = 0; t < 257; t++) if (mask[t >> 5] >> (t & 31) & 1u) list[n_list++] = t;
+        MUST(n_list > 0 || ends);
+        before = guide;
+        for (i = 0; i < 4; i++) {               /* some tokens, allowed or not */
+            const char *p = qwen3_token_bytes(m, t = (qwen3_token)(qwen3i_random(&seed) % 257), &n);
+            MUST(qwen3i_guide_bytes(k, &guide, p, n) == (int)(mask[t >> 5] >> (t & 31) & 1u));
+            guide = before;
+        }
+        if (n_list == 0) return;
+        t = list[qwen3i_random(&seed) % (uint64_t)n_list];
+        MUST(qwen3i_guide_bytes(k, &guide, qwen3_token_bytes(m, t, &n), n));
+    }
+    cost = qwen3i_guide_cost(k, &guide, NULL, 0);
+    for (left = cost; left >= 0 && cost < 4000; left--) {
+        const qwen3_token t = qwen3i_guide_shortest(k, &guide);
+        if (t < 0) break;
+        MUST(qwen3i_guide_bytes(k, &guide, qwen3_token_bytes(m, t, &n), n));
+    }
+    MUST(cost >= 4000 || qwen3i_guide_mask(k, &guide));
+}
+
+static void fuzz_grammar(qwen3_grammar_kind kind, const uint8_t *data, size_t n) {
+    static qwen3i_masker *k;
+    static qwen3_allocator a;
+    const qwen3_model *m = shared_model();
+    qwen3_grammar_desc d;
+    qwen3_grammar *g = NULL;
+    qwen3_result r;
+    char err[300] = "", *copy = (char *)malloc(n ? n : 1);
+    memset(&d, 0, sizeof d);
+    if (n) memcpy(copy, data, n);
+    d.kind = kind;
+    d.text = copy;
+    d.n_bytes = n;
+    d.flags = n % 3 == 0 ? QWEN3_GRAMMAR_COMPACT : 0;
+    d.max_steps = 300000;
+    d.max_bytes = 1 << 20;
+    r = qwen3_grammar_create(&g, m, &d, err, sizeof err);
+    MUST(r == QWEN3_OK || r == QWEN3_ERR_FORMAT || r == QWEN3_ERR_UNSUPPORTED);
+    MUST((r == QWEN3_OK) == (g != NULL) && (r == QWEN3_OK) == !err[0]);
+    if (g && !k) k = qwen3i_masker_make(&a, g->vocab);
+    if (g) walk_grammar(m, g, k, qwen3i_hash(1, copy, n));
+    qwen3_grammar_free(g);
+    free(copy);
+}
+static void fuzz_schema(const uint8_t *data, size_t n) { fuzz_grammar(QWEN3_GRAMMAR_JSON_SCHEMA, data, n); }
+static void fuzz_regex(const uint8_t *data, size_t n)  { fuzz_grammar(QWEN3_GRAMMAR_REGEX, data, n); }
+static void fuzz_gbnf(const uint8_t *data, size_t n)   { fuzz_grammar(QWEN3_GRAMMAR_GBNF, data, n); }
+
+static void fuzz_reply(const uint8_t *data, size_t n) {
+    char *copy = (char *)malloc(n ? n : 1), *memory;
+    qwen3_msg msg;
+    int need, i;
+    if (n) memcpy(copy, data, n);
+    need = qwen3_reply_parse(copy, n, 0, &msg, NULL, 0, NULL, 0);
+    MUST(need > 0 && !msg.text);
+    memory = (char *)malloc((size_t)need);
+    MUST(qwen3_reply_parse(copy, n, 0, &msg, memory, (size_t)need, NULL, 0) == need && msg.text && msg.reasoning);
+    for (i = 0; i < msg.n_calls; i++) {
+        qwen3i_json j = qwen3i_json_begin(msg.calls[i].arguments, strlen(msg.calls[i].arguments));
+        MUST(qwen3i_json_skip(&j) && qwen3i_json_end(&j));
+    }
+    free(memory);
+    free(copy);
+}
+
 /* ---- targets: states and whole models -------------------------------------------------------------------------- */
 static qwen3_ctx *shared_ctx(unsigned char **state, size_t *size) {
     static qwen3_ctx *ctx;
@@ -445,6 +523,7 @@ static const target targets[] = {
     {"json", fuzz_json}, {"config", fuzz_config}, {"generation", fuzz_generation}, {"safetensors", fuzz_safetensors},
     {"index", fuzz_index}, {"tokenizer", fuzz_tokenizer}, {"vocab", fuzz_vocab}, {"encode", fuzz_encode},
     {"chat", fuzz_chat}, {"state", fuzz_state}, {"model", fuzz_model}, {"gguf", fuzz_gguf},
+    {"schema", fuzz_schema}, {"regex", fuzz_regex}, {"gbnf", fuzz_gbnf}, {"reply", fuzz_reply},
     {"fp8", fuzz_fp8}, {"awq", fuzz_awq}, {"gptq", fuzz_gptq}, {"compressed", fuzz_compressed}, {"quantization", fuzz_quantization}
 };
 
@@ -491,6 +570,17 @@ static void write_seeds(const char *dir) {
         "t{\"type\":\"function\",\"function\":{\"name\":\"f\",\"x\":[1.50,-0.0,1e-9]}}\x1E" "1Hi <|im_end|>\x1E"
         "2<think>\nhm\n</think>\n\nyes\x1E" "c{\"a\":1}\x1E" "342\x1E" "3<tool_response>\x1E"
         "1<tool_response>x</tool_response>\x1E" "f1";
+    static const char *const grammars[][3] = {
+        {"schema", "object", "{\"type\":\"object\",\"properties\":{\"a\":{\"type\":\"integer\",\"minimum\":-3,\"maximum\":120},\"b\":{\"enum\":[\"x\",1,null]}},"
+         "\"required\":[\"a\"],\"patternProperties\":{\"^c+$\":{\"type\":\"boolean\"}},\"additionalProperties\":false,\"minProperties\":2}"},
+        {"schema", "list", "{\"type\":\"array\",\"prefixItems\":[{\"const\":{\"k\":[true]}}],\"items\":{\"$ref\":\"#/$defs/s\"},\"minItems\":2,\"maxItems\":5,"
+         "\"$defs\":{\"s\":{\"anyOf\":[{\"type\":\"string\",\"format\":\"date\"},{\"type\":\"number\",\"multipleOf\":3},{\"pattern\":\"^a{2,4}\",\"maxLength\":9}]}}}"},
+        {"schema", "logic", "{\"oneOf\":[{\"type\":\"string\",\"not\":{\"enum\":[\"a\"]}},{\"if\":{\"minimum\":3},\"then\":{\"type\":\"integer\"},\"else\":{\"type\":\"null\"}}]}"},
+        {"regex", "words", "^(?:[a-z]+ ){1,20}(\\d|\\u00e9|[^x-z\\s])*\\.$"}, {"regex", "choice", "(a|ab)(c|bcd)(d*)?|\\x41{2}"},
+        {"gbnf", "list", "root ::= \"[\" ws (root (\",\" ws root)*)? \"]\" ws\nws ::= [ \\t\\n]{0,3} # blanks\n"},
+        {"gbnf", "terms", "root ::= t (\"+\" t)* | \"\"\nt ::= [0-9a-f]+ |\n \"(\" root \")\"\n"},
+        {"reply", "calls", "<think>\nhm\n</think>\n\nso\n<tool_call>\n{\"name\": \"f\\u00e9\", \"arguments\": {\"a\": [1, \"</tool_call>\"]}}\n</tool_call>\n<tool_call>{}"}
+    };
     unsigned char *state, whole[4096] = {0};
     size_t size;
     tiny_model t;
@@ -544,6 +634,8 @@ static void write_seeds(const char *dir) {
     write_seed(dir, "sealed", "state", whole, size + 1);
     write_seed(dir, "changed", "state", "\2\0\60\7\0\100\377", 7);
     write_seed(dir, "json", "json", json, sizeof json - 1);
+    for (i = 0; i < (int)(sizeof grammars / sizeof *grammars); i++)
+        write_seed(dir, grammars[i][1], grammars[i][0], grammars[i][2], strlen(grammars[i][2]));
     write_seed(dir, "text", "encode", text, sizeof text - 1);
     write_seed(dir, "chat", "chat", chat, sizeof chat - 1);
     write_seed(dir, "plain", "model", "\3\0\1\0\5\0\3\37\144\4\0\0", 12);

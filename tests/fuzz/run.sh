@@ -11,7 +11,7 @@ set -u
 cd "$(dirname "$0")/../.."
 seconds=${1:?usage: tests/fuzz/run.sh SECONDS [TARGET...]}; shift
 build=${BUILD:-scalar}
-all='json config generation safetensors index tokenizer vocab encode chat state model gguf fp8 awq gptq compressed quantization'
+all='json config generation safetensors index tokenizer vocab encode chat state model gguf fp8 awq gptq compressed quantization schema regex gbnf reply'
 case $build in simd|cuda) all=model ;; esac
 targets=${*:-$all}
 out=build/fuzz; corpus=${CORPUS:-$out/corpus}; fuzzer=${FUZZER:-$out/fuzz-$build}
@@ -55,7 +55,7 @@ afl() {                                 # the same with AFL++
 }
 one() {                                 # one TARGET: a line about it; not 0 if something was found
     local log=$out/$1.log dict=tests/fuzz/json.dict runs='' edges='' run=libfuzzer
-    case $1 in state|model|encode|gguf|fp8|awq|gptq|compressed) dict= ;; esac
+    case $1 in state|model|encode|gguf|fp8|awq|gptq|compressed|regex|gbnf) dict= ;; esac
     [ "$build" = afl ] && run=afl
     if FUZZ_TARGET=$1 $run "$1" "$dict"; then printf 'ok    fuzz %-12s %10s runs, %5s edges\n' "$1" "$runs" "$edges"
     else printf 'FAIL  fuzz %s\n' "$1"; grep -m1 -A12 -E 'ERROR|runtime error|violated|ABORT' "$log"; return 1; fi
