@@ -10,8 +10,8 @@
      same two bytes and the same value for everything within 2^32 of the matrix's largest (below that the
      error is under 2^-40 of the largest). So there is one 16-bit format, every tensor core since sm_75
      multiplies it, and what is rounded to it loses 2^-12 instead of 2^-9. Quantised weights stay as they
-     are, but for where the parts of a block lie; one row is multiplied by their whole numbers, for more the
-     matrix in hand becomes F16 in a scratch.
+     are, but for where the parts of a block lie. Up to 8 rows (on Hopper 1) are multiplied by their whole
+     numbers one by one; for more the matrix in hand becomes F16 in a scratch.
    INPUTS   of a product with at most 8 rows (on Hopper 1) stay float32. With more rows and 16-bit weights
      each row is rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size.
      With quantised weights few rows become whole numbers of 16 bits instead, with a scale for each 32.
@@ -755,6 +755,7 @@ struct matrix {
     /* not 0: instead of data, these below each other; scale is that of their elements as F16 */
     int         n_parts;
     block_part  parts[3];
+    int         kind;                   /* q k v, output, gate and up, down, embedding or head */
     int         terms;                  /* 16-bit terms of its input when there are many rows */
     float       scale;
     stored_map  map, map_more;          /* of a wide model's: for tiles of WIDE_N and of WIDE_N_MORE rows */
@@ -763,6 +764,8 @@ struct matrix {
 
 /* Elements from the first term of n rows of a product's input to the second; 0: there is only one. */
 static size_t rest_of(const matrix &w, int n) { return w.terms == 2 ? (size_t)n * w.ld : 0; }
+
+const int HEAD_KIND = 4, KINDS = 5;
 
 struct layer_weights {
     float *attn_norm, *q_norm, *k_norm, *mlp_norm;
@@ -889,6 +892,7 @@ struct cuda_ctx {
     float  *parts;
     unsigned *qkv_tickets, *attn_tickets;
     half_t *scratch; size_t scratch_size;       /* rows of a matrix in blocks as F16; bytes */
+    matrix  halves[KINDS];                      /* on Hopper: a matrix of each kind that lies there */
     void   *workspace;                          /* of cuBLASLt */
     size_t  workspace_size;
     row_info *rows; attention_tile *tile_list; listed *lists;
@@ -1359,10 +1363,9 @@ static cudaError_t launch_decode(bool early, cudaStream_t s, const block_decoded
                         ld);
 }
 
-/* Rows [first, first + n) of W as F16 to the scratch, divided by w.scale. */
-static qwen3_result decode_rows(cuda_ctx *c, cudaStream_t s, const matrix &w, int first, int n,
+/* Rows [first, first + n) of W as F16, divided by w.scale. */
+static qwen3_result decode_rows(half_t *to, cudaStream_t s, const matrix &w, int first, int n,
                                 const qwen3i_err *err) {
-    half_t *to = c->scratch;
     for (int i = 0; i < w.n_parts && n > 0; first -= w.parts[i++].rows) {
         const block_part &p = w.parts[i];
         if (first >= p.rows) continue;
@@ -1500,6 +1503,7 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
         g.to->rows = 0;
         for (int i = 0; i < g.n; i++) g.to->rows += g.from[i]->rows;
         g.to->n_parts = has_blocks(g) ? g.n : 0;
+        g.to->kind = n < 4 * m->config.n_layer ? n % 4 : HEAD_KIND;
         for (int i = 0; i < g.to->n_parts; i++) lay_out_part(&g.to->parts[i], *g.from[i], a);
         if (g.to->n_parts > 0) continue;
         g.to->data = a->take<char>((u64)g.to->rows * (u64)g.to->ld, qwen3i_type_size(g.to->type));
@@ -1822,16 +1826,48 @@ static bool fits_wide(const cuda_model *m) {
     if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 8 * norm_threads(8)) return false;
     for (int i = 0; i < g->n_layer; i++) {
         const layer_weights &l = m->layers[i];
-        if (l.qkv.n_parts + l.wo.n_parts + l.gate_up.n_parts + l.w_down.n_parts > 0) return false;
         if (l.qkv.type != QWEN3I_F16 || l.wo.type != QWEN3I_F16 || l.gate_up.type != QWEN3I_F16 ||
             l.w_down.type != QWEN3I_F16) return false;
     }
-    const matrix &head = m->head.rows ? m->head : m->embed;
-    return head.type == QWEN3I_F16 && head.n_parts + m->embed.n_parts == 0;
+    return (m->head.rows ? m->head : m->embed).type == QWEN3I_F16;
+}
+
+/* Maps of a matrix of F16 */
+static qwen3_result map_matrix(matrix *w, const qwen3i_err *err) {
+    TRY(make_map(&w->map, w->data, (u64)w->ld, (u64)w->rows, WIDE_N / 2, err));
+    if (w->kind == HEAD_KIND) return QWEN3_OK;
+    return make_map(&w->map_more, w->data, (u64)w->ld, (u64)w->rows, WIDE_N_MORE / 2, err);
+}
+
+/* The largest norms of a row of gate and of one of up */
+static qwen3_result bound_rows(uploader *u, const matrix &w, const half_t *data, const qwen3i_err *err) {
+    const int n_ff = w.rows / 2;
+    CUDA_TRY(cudaMemsetAsync(w.bounds, 0, 2 * sizeof(float), u->stream));
+    for (int k = 0; k < 2; k++)
+        CUDA_TRY(launch(u->stream, dim3((unsigned)ceil_div(n_ff, 8)), 256, 0, row_norms_kernel, w.bounds + k,
+                        data + (size_t)k * n_ff * w.ld, n_ff, w.cols, w.ld, w.scale));
+    return QWEN3_OK;
+}
+
+/* Of those that lie in blocks: one after the other through memory that is needed no longer. */
+static qwen3_result bound_blocks(uploader *u, const cuda_model *m, const qwen3i_err *err) {
+    const matrix &any = m->layers[0].gate_up;
+    char *memory = NULL;
+    qwen3_result r = QWEN3_OK;
+    for (int i = 0; i < m->config.n_layer && r == QWEN3_OK; i++) {
+        const matrix &w = m->layers[i].gate_up;
+        if (w.n_parts == 0) continue;
+        if (!memory) TRY(device_alloc(&memory, (u64)any.rows * any.ld * sizeof(half_t), "loading", err));
+        half_t *data = (half_t *)(void *)memory;
+        r = decode_rows(data, u->stream, w, 0, w.rows, err);
+        if (r == QWEN3_OK) r = bound_rows(u, w, data, err);
+    }
+    const cudaError_t e = cudaStreamSynchronize(u->stream);
+    if (memory) cudaFree(memory);
+    return r == QWEN3_OK && e != cudaSuccess ? cuda_fail(err, e, "loading") : r;
 }
 
 static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *err) {
-    const int n_ff = m->config.n_ff;
     int *answer = (int *)(void *)m->layers[0].gate_up.bounds, yes = 0;
     if (!fits_wide(m)) return QWEN3_OK;
     CUDA_TRY(launch(u->stream, dim3(1), 32, 0, has_wgmma_kernel, answer));
@@ -1840,20 +1876,14 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
     if (!yes) return QWEN3_OK;          /* built for another chip of this generation */
     for (int i = 0; i < m->config.n_layer; i++) {
         layer_weights *l = &m->layers[i];
-        matrix *const all[4] = {&l->qkv, &l->wo, &l->gate_up, &l->w_down}, &w = l->gate_up;
-        for (int k = 0; k < 4; k++) {
-            TRY(make_map(&all[k]->map, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, WIDE_N / 2, err));
-            TRY(make_map(&all[k]->map_more, all[k]->data, (u64)all[k]->ld, (u64)all[k]->rows, WIDE_N_MORE / 2,
-                         err));
-        }
-        CUDA_TRY(cudaMemsetAsync(w.bounds, 0, 2 * sizeof(float), u->stream));
-        for (int k = 0; k < 2; k++)
-            CUDA_TRY(launch(u->stream, dim3((unsigned)ceil_div(n_ff, 8)), 256, 0, row_norms_kernel,
-                            w.bounds + k, (const half_t *)w.data + (size_t)k * n_ff * w.ld, n_ff, w.cols,
-                            w.ld, w.scale));
+        for (matrix *w : {&l->qkv, &l->wo, &l->gate_up, &l->w_down})
+            if (w->n_parts == 0) TRY(map_matrix(w, err));
+        if (l->gate_up.n_parts == 0)
+            TRY(bound_rows(u, l->gate_up, (const half_t *)l->gate_up.data, err));
     }
+    TRY(bound_blocks(u, m, err));
     matrix &head = m->head.rows ? m->head : m->embed;
-    TRY(make_map(&head.map, head.data, (u64)head.ld, (u64)head.rows, WIDE_N / 2, err));
+    if (head.n_parts == 0) TRY(map_matrix(&head, err));
     m->wide = true;
     return QWEN3_OK;
 }
@@ -2493,7 +2523,7 @@ static qwen3_result block_product(cuda_ctx *c, cudaStream_t s, float *y, int ldy
     const int step = (int)least((size_t)n, c->scratch_size / ((size_t)w.ld * sizeof(half_t)));
     for (int i = 0; i < n; i += step) {
         part.rows = least(step, n - i);
-        TRY(decode_rows(c, s, w, first + i, part.rows, err));
+        TRY(decode_rows(c->scratch, s, w, first + i, part.rows, err));
         TRY(product(c, s, y + i, ldy, part, 0, part.rows, x, rows, err));
     }
     return QWEN3_OK;
@@ -3540,6 +3570,19 @@ static bool few_norms_itself(const pass *p, const matrix &w) {
     return p->n <= FEW_NORM && w.cols <= FEW_WIDTH && few_stages<WIDE_M, 32>(plan.steps) == plan.steps;
 }
 
+/* W as F16 for one of these kernels: as it is, or in the scratch. They ask for weights before the kernel
+   before them has ended, so after one that makes weights they must not start early. */
+struct ready { pass p; const matrix *w; };
+
+static qwen3_result make_ready(const pass *p, const matrix &w, int first, int rows, ready *out) {
+    out->p = *p;
+    out->w = &w;
+    if (w.n_parts == 0) return QWEN3_OK;
+    out->p.early = false;
+    out->w = &p->c->halves[w.kind];
+    return decode_rows(p->c->scratch, p->s, w, first, rows, p->err);
+}
+
 template <class END, int R>
 static qwen3_result launch_few_product(const pass *p, const stored_map &in, const matrix &w, wide_args a,
                                        few_plan plan) {
@@ -3555,8 +3598,11 @@ static qwen3_result launch_few_product(const pass *p, const stored_map &in, cons
 template <class END>
 static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
     const few_plan none = {0, 0, 0, 0};
-    return a.rows <= 32 ? launch_few_product<END, 32>(p, in, w, a, few_better(p, a, WIDE_M, 32, none))
-                        : launch_few_product<END, 64>(p, in, w, a, few_better(p, a, WIDE_M, 64, none));
+    ready r;
+    TRY(make_ready(p, w, 0, w.rows, &r));
+    return a.rows <= 32 ?
+               launch_few_product<END, 32>(&r.p, in, *r.w, a, few_better(p, a, WIDE_M, 32, none)) :
+               launch_few_product<END, 64>(&r.p, in, *r.w, a, few_better(p, a, WIDE_M, 64, none));
 }
 
 /* x += W in, by tiles of 128 or of 64 rows of W */
@@ -3570,9 +3616,11 @@ static qwen3_result few_add_of(const pass *p, const stored_map &in, const matrix
     return launch_few_product<to_residual<WIDE_M / 2>, R>(p, in, w, a, plan);
 }
 static qwen3_result few_add(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+    ready r;
+    TRY(make_ready(p, w, 0, w.rows, &r));
     a.x = p->c->x;
     a.ldx = p->c->embd_ld;
-    return a.rows <= 32 ? few_add_of<32>(p, in, w, a) : few_add_of<64>(p, in, w, a);
+    return a.rows <= 32 ? few_add_of<32>(&r.p, in, *r.w, a) : few_add_of<64>(&r.p, in, *r.w, a);
 }
 
 static int wide_pairs(const pass *p) { return ceil_div(p->n, 2 * WIDE_M); }
@@ -3606,9 +3654,11 @@ static int wide_whole(const pass *p, int columns) {
 
 template <class END>
 static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+    ready r;
+    TRY(make_ready(p, w, 0, w.rows, &r));
     a.whole = wide_whole(p, a.n_tiles);
-    return a.whole > 0 ? launch_wide_product<END, WIDE_N, 2>(p, in, w.map, a)
-                       : launch_wide_product<END, WIDE_N, 1>(p, in, w.map, a);
+    return a.whole > 0 ? launch_wide_product<END, WIDE_N, 2>(&r.p, in, r.w->map, a)
+                       : launch_wide_product<END, WIDE_N, 1>(&r.p, in, r.w->map, a);
 }
 
 /* x += W in, in the tiles that are done first: 2,560 columns of 2,048 rows are 2.4 turns of 128, but 1.9 of
@@ -3619,10 +3669,12 @@ static qwen3_result wide_add(const pass *p, const stored_map &in, const matrix &
     a.ldx = p->c->embd_ld;
     if (w.rows % WIDE_N_MORE || wide_time(p, a.n_tiles, wide_whole(p, a.n_tiles)) <= more)
         return wide_product<to_residual<> >(p, in, w, a);
+    ready r;
+    TRY(make_ready(p, w, 0, w.rows, &r));
     a.n_tiles = w.rows / WIDE_N_MORE;
     a.step = WIDE_N_MORE;
     a.half = WIDE_N_MORE / 2;
-    return launch_wide_product<to_residual<>, WIDE_N_MORE, 1>(p, in, w.map_more, a);
+    return launch_wide_product<to_residual<>, WIDE_N_MORE, 1>(&r.p, in, r.w->map_more, a);
 }
 
 /* The norm that the product is to do itself, if it is. */
@@ -5571,8 +5623,8 @@ template <int T> DEVICE float unit_dot(const unsigned char *tile, int n, int i, 
 /* Lane l gets the sums of row l from each of the two places. stage: x is not there yet. Order: lane i takes
    unit i of each tile in turn; lanes are added by exchange. */
 template <int T>
-static __device__ NO_INLINE float2 block_sums_of(const block_in &in, block_rows rows, int units, int row_bytes,
-                                                 bool stage) {
+static __device__ NO_INLINE float2 block_sums_of(const block_in &in, block_rows rows, int units,
+                                                 int row_bytes, bool stage) {
     constexpr int EACH = tile_units(T), FULL = tile_bytes(T, EACH), ROOM = BLOCK_RING / (2 * FULL),
                   DEPTH = ROOM < 8 ? ROOM : 8;
     static_assert(DEPTH >= 2, "while one is multiplied, the next must come");
@@ -5585,7 +5637,7 @@ static __device__ NO_INLINE float2 block_sums_of(const block_in &in, block_rows 
     const auto find = [&]() {
         UNROLL for (int j = 0; j < 2; j++) {
             const int r = row + j < n ? row + j : row;
-            from[j] = (r < rows.n_a ? rows.a + r * row_bytes : rows.b + (r - rows.n_a) * row_bytes) + 16 * lane;
+            from[j] = 16 * lane + (r < rows.n_a ? rows.a + r * row_bytes : rows.b + (r - rows.n_a) * row_bytes);
         }
     };
     const auto fetch = [&]() {
@@ -5625,10 +5677,12 @@ static __device__ NO_INLINE float2 block_sums_of(const block_in &in, block_rows 
                 if constexpr (is_float(T)) {
                     const float4 *x =
                         (const float4 *)(const void *)planes + x_at<FLOAT_PLANES>(first + lane, 0);
-                    UNROLL for (int j = 0; j < 2; j++) sums[j] += unit_dot<T>(take + j * FULL, there, lane, x);
+                    UNROLL for (int j = 0; j < 2; j++)
+                        sums[j] += unit_dot<T>(take + j * FULL, there, lane, x);
                 } else {
                     const unit_ints x = load_ints(planes + (first * INT_PLANES + lane) * 16);
-                    UNROLL for (int j = 0; j < 2; j++) sums[j] += unit_dot<T>(take + j * FULL, there, lane, x);
+                    UNROLL for (int j = 0; j < 2; j++)
+                        sums[j] += unit_dot<T>(take + j * FULL, there, lane, x);
                 }
             }
             fetch();                    /* where the tiles before were, which all lanes have multiplied */
@@ -5919,7 +5973,14 @@ static qwen3_result few_head(const pass *p, int first, int n, bool keep_only) {
     a.y = keep_only ? c->kept : c->logits;
     a.outs = keep_only ? c->rows + first : NULL;
     TRY(hopper_round(p, w, c->h, c->embd_ld, n));
-    TRY(few_product<to_logits>(p, c->few_h_map, w, a));
+    if (w.n_parts == 0) TRY(few_product<to_logits>(p, c->few_h_map, w, a));
+    for (int i = 0; w.n_parts > 0 && i < w.rows; i += c->halves[HEAD_KIND].rows, a.y += a.n) {
+        ready r;
+        a.n = least(c->halves[HEAD_KIND].rows, w.rows - i);
+        a.n_tiles = ceil_div(a.n, WIDE_N);
+        TRY(make_ready(p, w, i, a.n, &r));
+        TRY(few_product<to_logits>(&r.p, c->few_h_map, *r.w, a));
+    }
     return keep_only ? QWEN3_OK : keep_logits(p, first, n, NULL);
 }
 
@@ -6735,6 +6796,22 @@ template <int P> static qwen3_result allow_wide_shared(const qwen3i_err *err) {
     return allow_shared(wide_product_kernel<to_mlp, WIDE_N, P>, bytes, err);
 }
 
+/* What lies in the scratch, as TMA finds it; of a head as many rows as there is room for. */
+static qwen3_result prepare_halves(cuda_ctx *c, const qwen3i_err *err) {
+    const layer_weights &l = c->m->layers[0];
+    for (const matrix *w : {&l.qkv, &l.wo, &l.gate_up, &l.w_down, &c->m->head}) {
+        if (c->scratch_size == 0) break;
+        matrix *h = &c->halves[w->kind];
+        const size_t room = c->scratch_size / ((size_t)w->ld * sizeof(half_t));
+        *h = *w;
+        h->n_parts = 0;
+        h->data = c->scratch;
+        if (w->kind == HEAD_KIND) h->rows = (int)least((size_t)w->rows, room);
+        TRY(map_matrix(h, err));
+    }
+    return QWEN3_OK;
+}
+
 static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     const qwen3i_config *g = &c->m->config;
     const u64 rows = (u64)c->max_rows, ctx = (u64)c->desc.max_ctx,
@@ -6745,6 +6822,7 @@ static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     TRY(make_map(&c->few_h_map, c->wide_act, (u64)g->n_embd, rows, FEW_X_TILE, err));
     TRY(make_map(&c->few_a_map, c->wide_act, (u64)c->q_dim, rows, FEW_X_TILE, err));
     TRY(make_map(&c->few_m_map, c->wide_m, (u64)g->n_ff, rows, FEW_X_TILE, err));
+    TRY(prepare_halves(c, err));
     TRY(allow_few_shared<32>(err));
     TRY(allow_few_shared<64>(err));
     TRY(find_few_room(c, err));
