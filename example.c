@@ -15,7 +15,7 @@
 
 /* ---- options ---------------------------------------------------------------------------------------- */
 enum { PROMPT, SYSTEM, NO_THINK, TEMP, TOP_P, TOP_K, MIN_P, SEED, MAX, BUDGET, DRAFT, CTX, SHIFT, THREADS, TOOLS,
-       CUDA, CPU, NUL, THOUGHTS, HELP, N_OPTIONS };
+       HELD, CUDA = HELD + 3, CPU, NUL, THOUGHTS, HELP, N_OPTIONS };
 static const struct { const char *name, *value; double high; const char *help; } options[N_OPTIONS] = {
     {"-p", "TEXT", 0, "ask this, print the answer, and leave"},       /* high > 0: a number from 0 to that */
     {"-s", "TEXT", 0, "system prompt (@FILE: from a file)"},
@@ -32,11 +32,12 @@ static const struct { const char *name, *value; double high; const char *help; }
     {"--shift", "", 0, "forget the oldest turns when the context is full"},
     {"--threads", "N", 256, "CPU threads (default: one a core)"},
     {"--tools", "FILE", 0, "tools the model may call, a JSON object a line; answer a call with /tool TEXT"},
-    {"--cuda", "", 0, "insist on the GPU (default: the GPU if there is one)"},
-    {"--cpu", "", 0, "insist on the CPU"},
+    {"--json-schema", "FILE", 0, "answers are JSON that this schema allows"},
+    {"--regex", "TEXT", 0, "answers match this regular expression"},
+    {"--grammar", "FILE", 0, "answers are of this grammar, in llama.cpp's notation"},
+    {"--cuda", "", 0, "insist on the GPU (default: the GPU if there is one)"}, {"--cpu", "", 0, "insist on the CPU"},
     {"-0", "", 0, "in a pipe, end each answer with a NUL byte instead of a newline"},
-    {"--thoughts", "", 0, "in a pipe, print thoughts, too"},
-    {"--help", "", 0, "this"},
+    {"--thoughts", "", 0, "in a pipe, print thoughts, too"}, {"--help", "", 0, "this"},
 };
 static const char *text[N_OPTIONS];     /* what was given after it; NULL: the option was not given */
 static double number[N_OPTIONS];
@@ -112,8 +113,7 @@ static int read_file(string *s, const char *path) {
 }
 
 typedef struct chat {
-    qwen3_model *model;
-    qwen3_ctx *ctx;
+    qwen3_model *model; qwen3_ctx *ctx; qwen3_grammar *grammar;
     int positions;                      /* of ctx */
     qwen3_sampler sampler;
     string said;                        /* each message: its role as a digit, its text, NUL */
@@ -136,11 +136,6 @@ static int set_system(string *said, const char *what) {
     if (ok) said->n = 0, add(said, QWEN3_SYSTEM, file.bytes ? file.bytes : what);
     free(file.bytes);
     return ok;
-}
-
-/* All but the system prompt is forgotten. */
-static void reset(string *said) {
-    said->n = said->n && said->bytes[0] == '0' + QWEN3_SYSTEM ? strlen(said->bytes) + 1 : 0;
 }
 
 /* The evaluated sequence, the state of the random numbers and what was said go into one file. */
@@ -174,7 +169,7 @@ static qwen3_chat_desc describe(chat *c) {
     return (qwen3_chat_desc){
         .msgs = (const qwen3_msg *)(void *)c->msgs.bytes, .n_msgs = (int)(c->msgs.n / sizeof(qwen3_msg)),
         .tools = (const char **)(void *)c->tools.bytes, .n_tools = (int)(c->tools.n / sizeof(char *)),
-        .flags = text[NO_THINK] ? QWEN3_CHAT_NO_THINK : 0,
+        .flags = (text[NO_THINK] ? QWEN3_CHAT_NO_THINK : 0) | (c->tools.n ? QWEN3_CHAT_TOOLS_AUTO : 0),
         .max_prompt = text[SHIFT] ? c->positions - c->positions / 4 : 0
     };
 }
@@ -206,13 +201,6 @@ static int put(const char *utf8, int n, int kind, void *user) {
     return interrupted || ferror(stdout);
 }
 
-static void show_stats(chat *c) {
-    const qwen3_stats s = qwen3_ctx_stats(c->ctx);      /* of all that was said */
-    const double prompts = (double)s.n_prefill / (s.prefill_ms + 1e-9);
-    const double answers = (double)s.n_decode / (s.decode_ms + 1e-9);
-    fprintf(stderr, "[prompts %.0f tokens/s, answers %.1f]\n", 1e3 * prompts, 1e3 * answers);
-}
-
 /* Let the model answer. Question and answer join the conversation, or neither does. Returns 0 on failure. */
 static int reply(chat *c, qwen3_role role, const char *what) {
     const size_t n_before = c->said.n;
@@ -220,7 +208,7 @@ static int reply(chat *c, qwen3_role role, const char *what) {
     interrupted = 0;
     resize(&c->answer, 0);
     const qwen3_chat_desc d = describe(c);
-    const qwen3_gen_desc g = {.sampler = &c->sampler, .max_tokens = (int)number[MAX],
+    const qwen3_gen_desc g = {.sampler = &c->sampler, .grammar = c->grammar, .max_tokens = (int)number[MAX],
                               .think_budget = (int)number[BUDGET], .on_text = put, .user = c,
                               .draft_tokens = (int)number[DRAFT]};
     const qwen3_result r = qwen3_chat(c->ctx, 0, &d, &g);
@@ -231,7 +219,9 @@ static int reply(chat *c, qwen3_role role, const char *what) {
     if (r < 0) fprintf(stderr, "example: %s (the question is taken back)\n", qwen3_ctx_error(c->ctx));
     if (r == QWEN3_ERR_CONTEXT_FULL) fputs("/reset begins anew, --shift forgets the oldest turns\n", stderr);
     if (r == QWEN3_STOPPED) fputs("[stopped]\n", stderr);
-    if (c->terminal) show_stats(c);
+    const qwen3_stats s = qwen3_ctx_stats(c->ctx);      /* of all that was said */
+    if (c->terminal) fprintf(stderr, "[prompts %.0f tokens/s, answers %.1f]\n", 1e3 * (double)s.n_prefill /
+                             (s.prefill_ms + 1e-9), 1e3 * (double)s.n_decode / (s.decode_ms + 1e-9));
     return r >= 0 && (r != QWEN3_STOPPED || c->terminal);
 }
 
@@ -244,8 +234,8 @@ static int command(chat *c, char *line) {
     if (arg && strcmp(line, "/save") == 0)   return save(c, arg);
     if (arg && strcmp(line, "/load") == 0)   return load(c, arg);
     if (arg && strcmp(line, "/tool") == 0)   return reply(c, QWEN3_TOOL, arg);
-    if (strcmp(line, "/reset") == 0)         reset(&c->said);
-    else                                     fputs(commands, stderr);
+    if (strcmp(line, "/reset") != 0)         return fputs(commands, stderr), 1;
+    c->said.n = c->said.n && c->said.bytes[0] == '0' + QWEN3_SYSTEM ? strlen(c->said.bytes) + 1 : 0;
     return 1;
 }
 
@@ -329,6 +319,16 @@ static void read_tools(chat *c, const char *path) {
         append(&c->tools, &line, sizeof line);
 }
 
+/* Answers are to be of a grammar: an expression, or what a file has. */
+static void hold(chat *c, const char *what, int kind) {
+    char err[512] = "";
+    string s = {NULL, 0, 0};
+    if (kind == QWEN3_GRAMMAR_REGEX) append(&s, what, strlen(what));
+    else if (!read_file(&s, what)) exit(2);
+    const qwen3_grammar_desc d = {(qwen3_grammar_kind)kind, s.bytes, s.n, 0, 0, 0};
+    if (qwen3_grammar_create(&c->grammar, c->model, &d, err, sizeof err) != QWEN3_OK) die(2, what, err);
+}
+
 int main(int argc, char **argv) {
     static chat c;
     set_up(&argc, argv);
@@ -338,8 +338,10 @@ int main(int argc, char **argv) {
     if (text[SYSTEM] && !set_system(&c.said, text[SYSTEM])) return 2;
     start(&c, path);
     if (text[TOOLS]) read_tools(&c, text[TOOLS]);
+    for (int i = 0; i < 3; i++) if (text[HELD + i] && !c.grammar) hold(&c, text[HELD + i], i);
     int ok = text[PROMPT] ? reply(&c, QWEN3_USER, text[PROMPT]) : talk(&c);
     qwen3_ctx_free(c.ctx);
+    qwen3_grammar_free(c.grammar);
     qwen3_free(c.model);
     if (fflush(stdout) != 0 || ferror(stdout)) die(3, "cannot write the output", NULL);
     return ok ? 0 : 3;

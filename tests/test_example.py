@@ -181,6 +181,23 @@ class ExampleTest(unittest.TestCase):
         tools = self.path('tools', (TOOL + '\n') * 3)
         out, _ = self.talk('two ropes, please\n', '--tools', tools, '-0', '--no-think')
         self.assertTrue(out.endswith('\0'))
+        self.assertIn('/0/parameters/contains', self.talk(
+            'hi\n', '--tools', self.path('refused', '{"name": "f", "parameters": {"contains": 1}}'), status=3)[1])
+        out, _ = self.talk('', '-s', '@' + DEMO + '/system.txt', '--no-think', '--temp', '0', '--tools', DEMO + '/buy.json',
+                           '-p', 'I want three ropes.')
+        self.assertEqual(json.loads(out.split('\n')[1]), {'name': 'buy', 'arguments': {'item': 'rope', 'quantity': 3}})
+
+    def test_answers_of_a_grammar(self):
+        schema = self.path('schema', '{"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}},'
+                           '"required": ["n"], "additionalProperties": false}')
+        for seed in '123':
+            out = self.talk('', '--json-schema', schema, '--seed', seed, '-p', 'hi')[0]
+            self.assertIn(json.loads(out)['n'], range(10))
+            self.assertRegex(self.talk('', '--regex', 'yes|no', '--seed', seed, '-p', 'hi')[0], '^(yes|no)\n$')
+        grammar = self.path('grammar', 'root ::= "<" [a-c]{3} ">"')
+        self.assertRegex(self.talk('hi\n', '--grammar', grammar)[0], '^<[abc]{3}>\n$')
+        self.assertIn('not closed', self.talk('', '--regex', '(', '-p', 'hi', status=2)[1])
+        self.assertIn('nofile: No such file', self.talk('', '--grammar', 'nofile', '-p', 'hi', status=2)[1])
 
 
 if __name__ == '__main__':
