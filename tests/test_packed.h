@@ -5,6 +5,8 @@
 #include "tiny_packed.h"
 #include "test_malformed.h"
 
+static int packed_load_threads = 3;
+
 static qwen3_result packed_load_from(qwen3_model **m, const packed_shape *shape, const char *quantization, const tiny_text *weights,
                                       const qwen3_allocator *a, char err[512]) {
     tiny_text config = packed_config(shape, quantization);
@@ -14,6 +16,7 @@ static qwen3_result packed_load_from(qwen3_model **m, const packed_shape *shape,
     files[1].name = "model.safetensors"; files[1].data = weights->p; files[1].size = weights->n;
     memset(&d, 0, sizeof d);
     d.files = files; d.n_files = 2; d.flags = QWEN3_LOAD_CHECK;
+    d.threads = packed_load_threads;
     if (a) d.allocator = *a;
     const qwen3_result r = qwen3_load(m, &d, err, 512);
     free(config.p);
@@ -49,6 +52,19 @@ static void packed_near(const float *a, const float *b, int scheme) {
     for (int i = 0; i < 64; i++) CHECK_MSG(fabsf(a[i] - b[i]) < 1e-5f * most, "scheme %d: logit %d is %g, not %g", scheme, i, (double)a[i], (double)b[i]);
 }
 
+/* One thread makes the same blocks as any number of them. */
+static void packed_threads(const packed_shape *shape, const packed_scheme *s, const tiny_text *weights, const qwen3_model *many) {
+    qwen3_model *one = NULL;
+    char err[512];
+    packed_load_threads = 1;
+    if (CHECK_MSG(packed_load_from(&one, shape, s->config, weights, NULL, err) == QWEN3_OK, "%s", err)) {
+        const qwen3i_matrix *a = &one->weights.layers[0].w_down, *b = &many->weights.layers[0].w_down;
+        CHECK(a->type == b->type && memcmp(a->data, b->data, (size_t)a->rows * (size_t)qwen3i_row_bytes(a->type, a->cols)) == 0);
+    }
+    packed_load_threads = 3;
+    qwen3_free(one);
+}
+
 /* Of a directory and its twin */
 static void packed_compare(const packed_shape *shape, int scheme) {
     const packed_scheme *s = &packed_schemes[scheme];
@@ -61,6 +77,7 @@ static void packed_compare(const packed_shape *shape, int scheme) {
         files[twin] = packed_weights(s, shape, twin);
         ok = CHECK_MSG(packed_load_from(&m, shape, twin ? "null" : s->config, &files[twin], NULL, err) == QWEN3_OK, "scheme %d: %s", scheme, err) &&
              packed_logits(m, logits[twin]) && ok;
+        if (!twin && m) packed_threads(shape, s, &files[0], m);
         if (!twin && m) CHECK_MSG(m->info.weight_bytes < files[0].n * 5 / 4, "scheme %d is widened", scheme);
         qwen3_free(m);
     }

@@ -88,6 +88,8 @@ static void test_quantize_mixes(void) {
     CHECK(qwen3i_mix_type(QWEN3I_MIX_NONE, QWEN3I_W_Q, 0, &c, 1024) == QWEN3I_NO_TYPE);
 }
 
+static int quantize_threads;
+
 /* The logits of a few tokens [4, n_vocab]; free them. NULL: it did not load */
 static float *quantize_logits(const char *name, int how, uint64_t *bytes, uint64_t *fingerprint) {
     static const qwen3_token tokens[] = {5, 40, 17, 3};
@@ -101,6 +103,7 @@ static float *quantize_logits(const char *name, int how, uint64_t *bytes, uint64
     model_path(path, sizeof path, name, "");
     d.path = path;
     d.quantize = how;
+    d.threads = quantize_threads;
     d.flags = QWEN3_LOAD_NO_MMAP;       /* the file's bytes are let go of: read them again and sanitizers see it */
     if (!CHECK_MSG(qwen3_load(&m, &d, err, sizeof err) == QWEN3_OK, "%s", err)) return NULL;
     *bytes = qwen3_get_info(m).weight_bytes;
@@ -110,6 +113,24 @@ static float *quantize_logits(const char *name, int how, uint64_t *bytes, uint64
     qwen3_ctx_free(ctx);
     qwen3_free(m);
     return logits;
+}
+
+/* Any number of threads gives the same bytes. */
+static void test_quantize_threads(void) {
+    uint64_t fingerprint[3];
+    int how, threads, i;
+    for (how = 1; how < 3; how++) {
+        float *logits[3];
+        for (threads = 1, i = 0; i < 3; threads += 2, i++) {
+            uint64_t bytes;
+            quantize_threads = threads;
+            logits[i] = quantize_logits("plain", how, &bytes, &fingerprint[i]);
+        }
+        for (i = 1; i < 3 && logits[0] && logits[i]; i++)
+            CHECK(fingerprint[i] == fingerprint[0] && memcmp(logits[i], logits[0], 400 * sizeof(float)) == 0);
+        for (i = 0; i < 3; i++) free(logits[i]);
+    }
+    quantize_threads = 0;
 }
 
 static void test_quantize_load(void) {
@@ -146,6 +167,9 @@ static void test_quantize_refused(void) {
     d.quantize = -1;
     CHECK(qwen3_load(&m, &d, err, sizeof err) == QWEN3_ERR_ARG);
     d.quantize = QWEN3_Q8_0;
+    d.threads = -1;
+    CHECK(qwen3_load(&m, &d, err, sizeof err) == QWEN3_ERR_ARG && strstr(err, "threads is -1"));
+    d.threads = 0;
     d.backend = &none;
     CHECK(qwen3_load(&m, &d, err, sizeof err) == QWEN3_ERR_UNSUPPORTED && strstr(err, "other"));
 }
@@ -155,6 +179,7 @@ static void suite_quantize(void) {
     RUN(test_quantize_odd_numbers);
     RUN(test_quantize_mixes);
     RUN(test_quantize_load);
+    RUN(test_quantize_threads);
     RUN(test_quantize_refused);
 }
 #endif
