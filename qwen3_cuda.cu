@@ -1003,7 +1003,7 @@ static qwen3_result launched(const pass *p, cudaError_t e, const char *what) {
    BLOCKS: quantised weights. A row is taken apart once, in place, when it has come to the device: into tiles
    of 32 units of 32 elements, so that what the lanes of a warp read lies side by side. A tile has a plane of
    the low bits of all codes, one of the bits that are left, and the blocks' scales as they are in the file;
-   it ends at a multiple of 16 bytes. What stands in a block is told by the room WEIGHT FORMATS of qwen3.h.
+   but for the six-bit ones of Q4_K and Q5_K; it ends at a multiple of 16 bytes. What stands in a block is told by the room WEIGHT FORMATS of qwen3.h.
    ================================================================================================ */
 /* Of a format: the bits of a code in the first plane and in the second, and where a block has its scales,
    which are one piece of bytes or two. Numbers by themselves (low 0) lie in tiles as they are. */
@@ -1058,7 +1058,9 @@ static constexpr __host__ __device__ int high_plane(int type, int n) {
 static constexpr __host__ __device__ int scale_plane(int type, int n) {
     return 4 * n * (block_format_of(type).low + block_format_of(type).high);
 }
-static constexpr __host__ __device__ int tile_units(int type) { return type == QWEN3I_F32 ? 16 : 32; }
+static constexpr __host__ __device__ int tile_units(int type) {
+    return is_block(type) ? 32 : type == QWEN3I_F32 ? 8 : 16;
+}
 static constexpr __host__ __device__ int tile_bytes(int type, int n) {
     const int scales = n / units_of(type) * scale_bytes(type);
     return is_block(type) ? (scale_plane(type, n) + scales + 15) / 16 * 16 : 32 * n * block_bytes(type);
@@ -1124,12 +1126,28 @@ DEVICE void store_plane(unsigned char *plane, int n, int i, int bits, int type, 
     }
 }
 
+/* Of Q4_K and Q5_K: the six-bit scale of group g and the two low bits of its offset in byte 4 + g, the other
+   four from bit 4 g of the last word on. */
+DEVICE void store_scales_k(unsigned char *to, const unsigned char *block) {
+    const unsigned char *s = block + 4;
+    unsigned high = 0;
+    for (int k = 0; k < 4; k++) to[k] = block[k];
+    for (int g = 0; g < 8; g++) {
+        const unsigned scale = g < 4 ? s[g] & 63u : (s[g + 4] & 15u) | (unsigned)(s[g - 4] >> 6) << 4,
+                       offset = g < 4 ? s[g + 4] & 63u : (unsigned)(s[g + 4] >> 4) | (unsigned)(s[g] >> 6) << 4;
+        to[4 + g] = (unsigned char)(scale | (offset & 3u) << 6);
+        high |= (offset >> 2) << 4 * g;
+    }
+    *(unsigned *)(void *)(to + 12) = high;
+}
+
 DEVICE void store_unit(unsigned char *tile, int n, int i, int type, const unsigned char *block, int from) {
     const block_format f = block_format_of(type);
     unsigned char *scales = tile + scale_plane(type, n) + i / units_of(type) * scale_bytes(type);
     store_plane(tile, n, i, f.low, type, block, from, 0);
     if (f.high > 0) store_plane(tile + high_plane(type, n), n, i, f.high, type, block, from, f.low);
     if (from > 0) return;
+    if (type == QWEN3I_Q4_K || type == QWEN3I_Q5_K) { store_scales_k(scales, block); return; }
     for (int k = 0; k < f.head; k++) scales[k] = block[f.head_at + k];
     for (int k = 0; k < f.tail; k++) scales[f.head + k] = block[f.tail_at + k];
 }
@@ -1209,13 +1227,11 @@ DEVICE unsigned word_at(const unsigned char *p) { return *(const unsigned *)(con
 struct unit_scales { float d[2], m[2]; };
 DEVICE unit_scales both(float d, float m) { const unit_scales s = {{d, d}, {m, m}}; return s; }
 
-/* The six-bit scale and offset of 32 elements g of a block of Q4_K and Q5_K */
+/* Of 32 elements g of a block of Q4_K and Q5_K: see store_scales_k. */
 DEVICE unit_scales scales_k(const unsigned char *h, int g) {
     const uint4 v = *(const uint4 *)(const void *)h;
-    const int at = 8 * (g % 4);
-    const unsigned low = v.y >> at, offset = v.z >> at, rest = v.w >> at;
-    const unsigned s = g < 4 ? low & 63u : (rest & 15u) | (low >> 2 & 48u),
-                   o = g < 4 ? offset & 63u : (rest >> 4 & 15u) | (offset >> 2 & 48u);
+    const unsigned low = (g < 4 ? v.y : v.z) >> 8 * (g % 4), s = low & 63u,
+                   o = (low >> 6 & 3u) | (v.w >> 4 * g << 2 & 60u);
     return both(__half2float(__ushort_as_half((unsigned short)(v.x & 0xFFFFu))) * (float)s,
                 -__half2float(__ushort_as_half((unsigned short)(v.x >> 16))) * (float)o);
 }
@@ -5482,7 +5498,8 @@ static qwen3_result many_down(const pass *p, int layer) {
    at a time: all sums of a unit are exact. Where codes are numbers in floating point, x stays float32. A
    warp takes rows two at a time; tiles come by a ring as in weight_stream, but the warp copies them
    together. */
-const int BLOCK_RING = 10 << 10;        /* bytes of a warp's */
+const int BLOCK_WARPS = 16;             /* two kernels' blocks fit on a multiprocessor */
+const int BLOCK_RING  = 5 << 10;        /* bytes of a warp's */
 const int INT_PLANES = 5, FLOAT_PLANES = 8;     /* of 32 units of x: 16 bytes of each in a plane */
 const int MOST_INT   = 32639;           /* 127 * 256 + 127 */
 
@@ -5561,9 +5578,9 @@ static __device__ NO_INLINE void block_stage(const block_in &in) {
     float *shared = (float *)(void *)(planes + block_x_bytes(in));
     const int step = n_threads();
     if (in.gain) {
-        if (in.k <= 8 * step) block_stage_normed<2>(in, planes, shared);
-        else if (in.k <= 16 * step) block_stage_normed<4>(in, planes, shared);
-        else block_stage_normed<STREAM_NORM>(in, planes, shared);
+        if (in.k <= 4 * step) block_stage_normed<1>(in, planes, shared);
+        else if (in.k <= 8 * step) block_stage_normed<2>(in, planes, shared);
+        else block_stage_normed<4>(in, planes, shared);
     } else {
         wait_for_previous();
         for (int q = tid(); q - lane_id() < 8 * in.units; q += step)
@@ -5782,7 +5799,7 @@ DEVICE void block_finish(const block_end &e, const row_turn &turn, int row, int 
 /* block_product: one row of x times a matrix in blocks. The warps of the grid share its rows, or pairs of
    them, evenly. One kernel for all ends, and a function in it for each format, which others would only
    repeat. Equals qwen3i_matmul, and what the kernels for numbers do after it. */
-static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+static __global__ void __launch_bounds__(32 * BLOCK_WARPS, 2)
     block_product_kernel(const __grid_constant__ block_in in, const __grid_constant__ block_end e) {
     __shared__ int finished[STREAM_HEADS];
     const int warps = n_threads() / 32;
@@ -5821,7 +5838,7 @@ static block_in block_input(const pass *p, const matrix &w, const input &h, int 
 
 /* Warps of a block: as many as shared memory has room for; 0: not even one. */
 static int block_warps(const pass *p, const block_in &in) {
-    int warps = MATVEC_WARPS;
+    int warps = BLOCK_WARPS;
     while (warps > 0 && block_memory(in, warps) > p->c->m->block_shared) warps /= 2;
     return warps;
 }
@@ -5830,7 +5847,7 @@ static int block_warps(const pass *p, const block_in &in) {
 static bool block_norms_itself(const pass *p, const matrix &w) {
     const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
     return p->n == 1 && w.cols % 4 == 0 &&
-           w.cols <= STREAM_NORM * 4 * 32 * block_warps(p, block_input(p, w, h, 0));
+           w.cols <= 4 * 4 * 32 * block_warps(p, block_input(p, w, h, 0));
 }
 
 /* units: rows, or pairs of them */
