@@ -11953,12 +11953,18 @@ static int qwen3i_fits(qwen3i_compiler *c) {
     return c->result == QWEN3_OK;
 }
 
+static int qwen3i_out_of_memory(qwen3i_compiler *c) {
+    return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+}
+
+static int qwen3i_append_all(qwen3i_compiler *c, qwen3i_buf *b, const void *items, size_t size) {
+    if (c->result != QWEN3_OK) return 0;
+    return qwen3i_buf_add(b, (const char *)items, size) ? 1 : qwen3i_out_of_memory(c);
+}
+
 /* Append an element; its index. After a failure 0: every array has an element 0. */
 static int qwen3i_push(qwen3i_compiler *c, qwen3i_buf *b, const void *item, size_t size) {
-    if (c->result != QWEN3_OK) return 0;
-    if (!qwen3i_buf_add(b, (const char *)item, size))
-        return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
-    return (int)(b->n / size) - 1;
+    return qwen3i_append_all(c, b, item, size) ? (int)(b->n / size) - 1 : 0;
 }
 
 static int qwen3i_push_int(qwen3i_compiler *c, qwen3i_buf *b, int value) {
@@ -11986,7 +11992,7 @@ static int qwen3i_intern_grow(qwen3i_compiler *c, qwen3i_interner *in) {
     if ((size_t)n * 2 * sizeof(int) < in->table.n) return 1;
     in->table.n = 0;
     if (!qwen3i_buf_reserve(&in->table, 2 * size))
-        return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+        return qwen3i_out_of_memory(c);
     in->table.n = 2 * size;
     memset(in->table.p, 0, in->table.n);
     for (i = 0; i < n; i++)
@@ -12012,8 +12018,7 @@ static int qwen3i_intern(qwen3i_compiler *c, qwen3i_interner *in, const int *lis
     }
     span.first = QWEN3I_LEN(int, in->data);
     span.n = n;
-    if (!qwen3i_buf_add(&in->data, (const char *)list, (size_t)n * sizeof *list))
-        return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    if (!qwen3i_append_all(c, &in->data, list, (size_t)n * sizeof *list)) return 0;
     *fresh = 1;
     qwen3i_push(c, &in->spans, &span, sizeof span);
     if (c->result != QWEN3_OK) return 0;
@@ -12235,10 +12240,10 @@ static qwen3i_state qwen3i_state_make(void) {
     return s;
 }
 
-/* Add the edges of one state from its row [256] of states + 1. */
-static void qwen3i_dfa_edges(qwen3i_compiler *c, qwen3i_state *s, const int *row) {
+/* Keep a state, with edges from its row [256] of states + 1. */
+static void qwen3i_dfa_edges(qwen3i_compiler *c, int at, qwen3i_state s, const int *row) {
     int b = 0;
-    s->edges = QWEN3I_LEN(qwen3i_edge, c->g->edges);
+    s.edges = QWEN3I_LEN(qwen3i_edge, c->g->edges);
     while (b < 256) {
         qwen3i_edge e;
         int first = b;
@@ -12248,8 +12253,9 @@ static void qwen3i_dfa_edges(qwen3i_compiler *c, qwen3i_state *s, const int *row
         e.high = (unsigned char)(b - 1);
         e.to = (uint16_t)(row[first] - 1);
         qwen3i_push(c, &c->g->edges, &e, sizeof e);
-        s->n_edges++;
+        s.n_edges++;
     }
+    if (c->result == QWEN3_OK) QWEN3I_ARRAY(qwen3i_state, c->g->states)[at] = s;
 }
 
 static int qwen3i_near(int a, int b) { return a + b < QWEN3I_FAR ? a + b : QWEN3I_FAR; }
@@ -12386,7 +12392,7 @@ static int qwen3i_determinise(qwen3i_compiler *c, int start, qwen3i_label_fn lab
     size_t bytes = c->nfa.n / sizeof(qwen3i_nfa) * sizeof(uint32_t);
     c->marks.n = 0;
     if (!qwen3i_buf_reserve(&c->marks, bytes))
-        return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+        return qwen3i_out_of_memory(c);
     c->marks.n = bytes;
     memset(c->marks.p, 0, bytes);
     c->stamp = 0;
@@ -12400,8 +12406,7 @@ static int qwen3i_determinise(qwen3i_compiler *c, int start, qwen3i_label_fn lab
         qwen3i_subset_row(c, dfa, QWEN3I_ARRAY(qwen3i_span, c->subsets.spans)[i], row);
         if (c->result != QWEN3_OK) return 0;
         qwen3i_subset_kind(c, QWEN3I_ARRAY(qwen3i_span, c->subsets.spans)[i], &s, label, user);
-        qwen3i_dfa_edges(c, &s, row);
-        if (c->result == QWEN3_OK) QWEN3I_ARRAY(qwen3i_state, c->g->states)[at] = s;
+        qwen3i_dfa_edges(c, at, s, row);
     }
     return dfa;
 }
@@ -12452,31 +12457,7 @@ static int qwen3i_product(qwen3i_compiler *c, int a, int b, int mode) {
             dfas = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas);
         }
         qwen3i_spend(c, 256);
-        qwen3i_dfa_edges(c, &s, row);
-        if (c->result == QWEN3_OK) QWEN3I_ARRAY(qwen3i_state, c->g->states)[at] = s;
-    }
-    return qwen3i_dfa_end(c, dfa, 0) ? dfa : 0;
-}
-
-/* The strings of a with at least this many characters. 0 if there are none. */
-static int qwen3i_at_least(qwen3i_compiler *c, int a, int n) {
-    int i, k, row[256], dfa = qwen3i_dfa_begin(c);
-    qwen3i_pair_state(c, dfa, 0, -1);
-    for (i = 0; c->result == QWEN3_OK && i < QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa].n_states; i++) {
-        const int *pair = QWEN3I_ARRAY(int, c->subsets.data) + 2 * i, p = pair[0], count = pair[1];
-        const int at = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa].first + i;
-        qwen3i_state s = qwen3i_state_make();
-        s.final = qwen3i_state_at(c->g, a, p)->final;
-        s.boundary = qwen3i_state_at(c->g, a, p)->boundary;
-        for (k = 0; k < 256; k++) {
-            int x = qwen3i_dfa_step(c->g, &QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[a], p, (unsigned char)k);
-            const qwen3i_state *to = x >= 0 ? qwen3i_state_at(c->g, a, x) : NULL;
-            row[k] = !to || (to->final && count < n) ? 0 :
-                     qwen3i_pair_state(c, dfa, x, qwen3i_min(n, count + (to->boundary && !to->final)));
-        }
-        qwen3i_spend(c, 256);
-        qwen3i_dfa_edges(c, &s, row);
-        if (c->result == QWEN3_OK) QWEN3I_ARRAY(qwen3i_state, c->g->states)[at] = s;
+        qwen3i_dfa_edges(c, at, s, row);
     }
     return qwen3i_dfa_end(c, dfa, 0) ? dfa : 0;
 }
@@ -12494,7 +12475,8 @@ typedef struct qwen3i_ast {
     qwen3i_span set;                    /* CLASS: ranges of characters */
 } qwen3i_ast;
 
-typedef struct qwen3i_regex { qwen3i_compiler *c; const char *p, *end, *start; int depth; } qwen3i_regex;
+/* What reads expressions, and GBNF, whose rules are such. */
+typedef struct qwen3i_regex { qwen3i_compiler *c; const char *p, *end, *start; int depth, bnf; } qwen3i_regex;
 
 static int qwen3i_ast_add(qwen3i_compiler *c, int kind, int child) {
     qwen3i_ast a;
@@ -12507,7 +12489,11 @@ static int qwen3i_ast_add(qwen3i_compiler *c, int kind, int child) {
 static qwen3i_ast *qwen3i_ast_at(qwen3i_compiler *c, int i) { return &QWEN3I_ARRAY(qwen3i_ast, c->ast)[i]; }
 
 static int qwen3i_regex_bad(qwen3i_regex *r, qwen3_result code, const char *what) {
+    const char *p;
+    int line = 1;
     if (r->c->result == QWEN3_OK) r->c->refused = code == QWEN3_ERR_UNSUPPORTED;
+    for (p = r->start; r->bnf && p < r->p; p++) line += *p == '\n';
+    if (r->bnf) return qwen3i_reject(r->c, code, "line %d: %s", line, what);
     return qwen3i_reject(r->c, code, "%s: %s at byte %d of the expression", r->c->where ? r->c->where :
                          "regular expression", what, (int)(r->p - r->start));
 }
@@ -12658,19 +12644,19 @@ static int qwen3i_ast_char(qwen3i_compiler *c, uint32_t code) {
     return qwen3i_ast_class(c, qwen3i_set_end(c, first, 0));
 }
 
-static int qwen3i_regex_alternatives(qwen3i_regex *r);
+static int qwen3i_regex_alternatives(qwen3i_regex *r, int nested);
 
 /* (...), after its parenthesis. */
 static int qwen3i_regex_group(qwen3i_regex *r) {
     int a;
-    if (r->end - r->p > 1 && *r->p == '?') {
+    if (!r->bnf && r->end - r->p > 1 && *r->p == '?') {
         r->p++;
         if (*r->p == ':') r->p++;
         else if (*r->p == '<' && r->end - r->p > 1 && r->p[1] != '=' &&
                  r->p[1] != '!') { while (r->p < r->end && *r->p++ != '>') {} }
         else return qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "lookahead and lookbehind are not supported");
     }
-    a = qwen3i_regex_alternatives(r);
+    a = qwen3i_regex_alternatives(r, 1);
     if (r->p >= r->end || *r->p != ')') return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a ( is not closed");
     r->p++;
     return a;
@@ -12735,46 +12721,66 @@ static int qwen3i_ast_repeat(qwen3i_compiler *c, int child, int min, int max) {
     return a;
 }
 
-static int qwen3i_regex_sequence(qwen3i_regex *r) {
+static int qwen3i_bnf_item(qwen3i_regex *r);
+
+/* White space and comments of GBNF; over the ends of lines only where a rule cannot end. */
+static void qwen3i_bnf_space(qwen3i_regex *r, int lines) {
+    for (; r->bnf && r->p < r->end; r->p++) {
+        if (*r->p == '#') while (r->p + 1 < r->end && r->p[1] != '\n') r->p++;
+        else if (*r->p != ' ' && *r->p != '\t' && !(lines && (*r->p == '\n' || *r->p == '\r'))) return;
+    }
+}
+
+static int qwen3i_regex_ends(const qwen3i_regex *r) {
+    return r->p >= r->end || r->c->result != QWEN3_OK || *r->p == '|' || *r->p == ')' ||
+           (r->bnf && (*r->p == '\n' || *r->p == '\r'));
+}
+
+static int qwen3i_regex_sequence(qwen3i_regex *r, int nested) {
     int first = 0, last = 0, a, min, max;
-    while (r->p < r->end && *r->p != '|' && *r->p != ')' && r->c->result == QWEN3_OK) {
-        a = qwen3i_regex_atom(r);
+    for (qwen3i_bnf_space(r, nested); !qwen3i_regex_ends(r); last = a) {
+        a = r->bnf ? qwen3i_bnf_item(r) : qwen3i_regex_atom(r);
         while (r->c->result == QWEN3_OK && qwen3i_regex_quantifier(r, &min, &max)) {
             a = qwen3i_ast_repeat(r->c, a, min, max);
             /* lazy, possessive: the same words */
-            if (r->p < r->end && (*r->p == '?' || *r->p == '+')) r->p++;
+            if (!r->bnf && r->p < r->end && (*r->p == '?' || *r->p == '+')) r->p++;
         }
         if (r->c->result != QWEN3_OK) return 0;
         if (last) qwen3i_ast_at(r->c, last)->next = a; else first = a;
-        last = a;
+        qwen3i_bnf_space(r, nested);
     }
-    return first == last ? first ? first : qwen3i_ast_add(r->c, QWEN3I_AST_EMPTY, 0) :
-           qwen3i_ast_add(r->c, QWEN3I_AST_CAT, first);
+    if (first && first == last) return first;
+    return qwen3i_ast_add(r->c, first ? QWEN3I_AST_CAT : QWEN3I_AST_EMPTY, first);
 }
 
-static int qwen3i_regex_alternatives(qwen3i_regex *r) {
-    int first, last, a, many = 0;
+static int qwen3i_regex_alternatives(qwen3i_regex *r, int nested) {
+    int first, last, a;
     if (++r->depth > QWEN3I_MAX_NESTING)
         return qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "nested too deeply");
-    first = last = qwen3i_regex_sequence(r);
+    first = last = qwen3i_regex_sequence(r, nested);
     for (; r->p < r->end && *r->p == '|' && r->c->result == QWEN3_OK; last = a) {
         r->p++;
-        many = 1;
-        a = qwen3i_regex_sequence(r);
+        qwen3i_bnf_space(r, 1);
+        a = qwen3i_regex_sequence(r, nested);
         if (r->c->result == QWEN3_OK) qwen3i_ast_at(r->c, last)->next = a;
     }
     r->depth--;
-    return many ? qwen3i_ast_add(r->c, QWEN3I_AST_ALT, first) : first;
+    return first != last ? qwen3i_ast_add(r->c, QWEN3I_AST_ALT, first) : first;
 }
 
-static int qwen3i_regex_parse(qwen3i_compiler *c, const char *text, size_t n) {
+static qwen3i_regex qwen3i_regex_begin(qwen3i_compiler *c, const char *text, size_t n, int bnf) {
     qwen3i_regex r;
-    int a;
     r.c = c;
     r.p = r.start = text;
     r.end = text + n;
     r.depth = 0;
-    a = qwen3i_regex_alternatives(&r);
+    r.bnf = bnf;
+    return r;
+}
+
+static int qwen3i_regex_parse(qwen3i_compiler *c, const char *text, size_t n) {
+    qwen3i_regex r = qwen3i_regex_begin(c, text, n, 0);
+    const int a = qwen3i_regex_alternatives(&r, 1);
     if (c->result == QWEN3_OK && r.p < r.end) qwen3i_regex_bad(&r, QWEN3_ERR_FORMAT, "a ) is too many");
     return a;
 }
@@ -12839,6 +12845,8 @@ static int qwen3i_ast_nfa(qwen3i_compiler *c, int i, int out) {
 }
 
 /* ---- strings as JSON has them: from quote to quote ------------------------------------------- */
+static int qwen3i_dfa_make(qwen3i_compiler *c, int start);
+
 static int qwen3i_nfa_open(qwen3i_compiler *c, int out) {
     return qwen3i_nfa_byte(c, '"', QWEN3I_NFA_OPENS, out);
 }
@@ -12887,6 +12895,18 @@ static int qwen3i_nfa_pattern(qwen3i_compiler *c, int ast, int mark) {
     s = qwen3i_ast_nfa(c, ast, last);
     if (c->result != QWEN3_OK || qwen3i_ast_anchored(c, ast, 0)) return s;
     return qwen3i_nfa_any(c, s);
+}
+
+/* The strings of a, which have no needless escapes, with at least so many characters. 0 if there are none. */
+static int qwen3i_at_least(qwen3i_compiler *c, int a, int n) {
+    qwen3i_span all;
+    int s, b;
+    qwen3i_nfa_reset(c);
+    s = qwen3i_nfa_any(c, qwen3i_nfa_close(c, 0));
+    all = qwen3i_set_of(c, 0, 0x10FFFF);
+    for (; n > 0 && c->result == QWEN3_OK; n--) s = qwen3i_nfa_class(c, all, s);
+    b = qwen3i_dfa_make(c, qwen3i_nfa_open(c, s));
+    return b ? qwen3i_product(c, a, b, QWEN3I_AND) : 0;
 }
 
 /* Any string, with all of JSON's escapes. */
@@ -13165,6 +13185,10 @@ static qwen3i_dom *qwen3i_dom_at(const qwen3i_compiler *c, int i) {
     return &QWEN3I_ARRAY(qwen3i_dom, c->dom)[i];
 }
 
+/* Each member k of an object or array of the document, until something fails. */
+#define QWEN3I_EACH(k, node) \
+    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next)
+
 static qwen3i_str qwen3i_slice(const qwen3i_compiler *c, int at, int n) {
     qwen3i_str s;
     s.p = c->text.p ? c->text.p + at : "";
@@ -13189,7 +13213,7 @@ static int qwen3i_keep(qwen3i_compiler *c, qwen3i_str s, int escaped, int *n) {
     *n = 0;
     if (c->result != QWEN3_OK) return 0;
     if (!qwen3i_buf_reserve(&c->text, s.n + 1))
-        return qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+        return qwen3i_out_of_memory(c);
     if (escaped) *n = (int)qwen3i_json_unescape(s, c->text.p + at);
     else { memcpy(c->text.p + at, s.p, s.n); *n = (int)s.n; }
     c->text.n += (size_t)*n;
@@ -13265,21 +13289,21 @@ static int qwen3i_dom_read(qwen3i_compiler *c, const char *text, size_t n) {
 static int qwen3i_dom_get(const qwen3i_compiler *c, int object, const char *key) {
     int i, hit = 0;
     if (qwen3i_dom_at(c, object)->type != '{') return 0;
-    for (i = qwen3i_dom_at(c, object)->first; i; i = qwen3i_dom_at(c, i)->next)
+    QWEN3I_EACH(i, object)
         if (qwen3i_is(qwen3i_dom_key(c, i), key)) hit = i;
     return hit;
 }
 
 static int qwen3i_dom_find(const qwen3i_compiler *c, int object, qwen3i_str key) {
     int i, hit = 0;
-    for (i = qwen3i_dom_at(c, object)->first; i; i = qwen3i_dom_at(c, i)->next)
+    QWEN3I_EACH(i, object)
         if (qwen3i_same(qwen3i_dom_key(c, i), key)) hit = i;
     return hit;
 }
 
 static int qwen3i_dom_count(const qwen3i_compiler *c, int node) {
     int i, n = 0;
-    for (i = qwen3i_dom_at(c, node)->first; i; i = qwen3i_dom_at(c, i)->next) n++;
+    QWEN3I_EACH(i, node) n++;
     return n;
 }
 
@@ -13349,6 +13373,8 @@ static qwen3i_shape *qwen3i_shape_at(qwen3i_compiler *c, int i) {
 static qwen3i_rule *qwen3i_rule_at(qwen3i_compiler *c, int i) {
     return &QWEN3I_ARRAY(qwen3i_rule, c->rules)[i];
 }
+#define QWEN3I_EACH_RULE(i, rules) \
+    for (i = rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next)
 
 #define QWEN3I_MAX_SHAPES 2048
 
@@ -13457,29 +13483,40 @@ static qwen3i_span qwen3i_apply_values(qwen3i_compiler *c, qwen3i_span in, int n
     return out;
 }
 
-enum { QWEN3I_K_NONE, QWEN3I_K_TYPE, QWEN3I_K_ENUM, QWEN3I_K_CONST, QWEN3I_K_REF, QWEN3I_K_ALL_OF, QWEN3I_K_ANY_OF, QWEN3I_K_ONE_OF, QWEN3I_K_NOT,
-       QWEN3I_K_IF, QWEN3I_K_MINIMUM, QWEN3I_K_MAXIMUM, QWEN3I_K_EXCLUSIVE_MINIMUM, QWEN3I_K_EXCLUSIVE_MAXIMUM, QWEN3I_K_MULTIPLE_OF,
-       QWEN3I_K_MIN_LENGTH, QWEN3I_K_MAX_LENGTH, QWEN3I_K_PATTERN, QWEN3I_K_FORMAT, QWEN3I_K_ITEM_GROUP, QWEN3I_K_MIN_ITEMS, QWEN3I_K_MAX_ITEMS,
-       QWEN3I_K_UNIQUE, QWEN3I_K_PROPERTY_GROUP, QWEN3I_K_REQUIRED, QWEN3I_K_MIN_PROPERTIES, QWEN3I_K_MAX_PROPERTIES,
-       QWEN3I_K_PROPERTY_NAMES, QWEN3I_K_DEPENDENCIES, QWEN3I_K_REFUSED };
+enum { QWEN3I_K_NONE, QWEN3I_K_TYPE, QWEN3I_K_ENUM, QWEN3I_K_CONST, QWEN3I_K_REF, QWEN3I_K_EACH,
+       QWEN3I_K_ONE_OF, QWEN3I_K_NOT, QWEN3I_K_IF, QWEN3I_K_BOUND, QWEN3I_K_MULTIPLE_OF, QWEN3I_K_COUNT,
+       QWEN3I_K_STRING, QWEN3I_K_ITEMS, QWEN3I_K_UNIQUE, QWEN3I_K_PROPERTIES, QWEN3I_K_REQUIRED,
+       QWEN3I_K_NAMES, QWEN3I_K_DEPENDENCIES, QWEN3I_K_REFUSED };
 
-static int qwen3i_keyword(qwen3i_str key) {
-    static const struct { const char *name; int id; } words[] = {
-        {"type", QWEN3I_K_TYPE}, {"enum", QWEN3I_K_ENUM}, {"const", QWEN3I_K_CONST}, {"$ref", QWEN3I_K_REF},
-        {"allOf", QWEN3I_K_ALL_OF}, {"anyOf", QWEN3I_K_ANY_OF}, {"oneOf", QWEN3I_K_ONE_OF}, {"not", QWEN3I_K_NOT}, {"if", QWEN3I_K_IF},
-        {"minimum", QWEN3I_K_MINIMUM}, {"maximum", QWEN3I_K_MAXIMUM}, {"exclusiveMinimum", QWEN3I_K_EXCLUSIVE_MINIMUM},
-        {"exclusiveMaximum", QWEN3I_K_EXCLUSIVE_MAXIMUM}, {"multipleOf", QWEN3I_K_MULTIPLE_OF}, {"minLength", QWEN3I_K_MIN_LENGTH},
-        {"maxLength", QWEN3I_K_MAX_LENGTH}, {"pattern", QWEN3I_K_PATTERN}, {"format", QWEN3I_K_FORMAT}, {"items", QWEN3I_K_ITEM_GROUP},
-        {"prefixItems", QWEN3I_K_ITEM_GROUP}, {"additionalItems", QWEN3I_K_ITEM_GROUP}, {"minItems", QWEN3I_K_MIN_ITEMS},
-        {"maxItems", QWEN3I_K_MAX_ITEMS}, {"uniqueItems", QWEN3I_K_UNIQUE}, {"properties", QWEN3I_K_PROPERTY_GROUP},
-        {"patternProperties", QWEN3I_K_PROPERTY_GROUP}, {"additionalProperties", QWEN3I_K_PROPERTY_GROUP}, {"required", QWEN3I_K_REQUIRED},
-        {"minProperties", QWEN3I_K_MIN_PROPERTIES}, {"maxProperties", QWEN3I_K_MAX_PROPERTIES}, {"propertyNames", QWEN3I_K_PROPERTY_NAMES},
-        {"dependencies", QWEN3I_K_DEPENDENCIES}, {"dependentRequired", QWEN3I_K_DEPENDENCIES}, {"dependentSchemas", QWEN3I_K_DEPENDENCIES},
-        {"contains", QWEN3I_K_REFUSED}, {"unevaluatedProperties", QWEN3I_K_REFUSED}, {"unevaluatedItems", QWEN3I_K_REFUSED},
-        {"$dynamicRef", QWEN3I_K_REFUSED}, {"$recursiveRef", QWEN3I_K_REFUSED}};
+/* EACH: a: does one suffice? BOUND: a: a lower one, b: exclusive; COUNT: a: the least, b: of which type;
+   STRING: a: rule */
+typedef struct qwen3i_keyword { const char *name; int kind, a, b; } qwen3i_keyword;
+
+static const qwen3i_keyword *qwen3i_keyword_of(qwen3i_str key) {
+    static const qwen3i_keyword words[] = {
+        {"type", QWEN3I_K_TYPE, 0, 0}, {"enum", QWEN3I_K_ENUM, 0, 0}, {"const", QWEN3I_K_CONST, 0, 0},
+        {"$ref", QWEN3I_K_REF, 0, 0}, {"allOf", QWEN3I_K_EACH, 0, 0}, {"anyOf", QWEN3I_K_EACH, 1, 0},
+        {"oneOf", QWEN3I_K_ONE_OF, 0, 0}, {"not", QWEN3I_K_NOT, 0, 0}, {"if", QWEN3I_K_IF, 0, 0},
+        {"minimum", QWEN3I_K_BOUND, 1, 0}, {"exclusiveMinimum", QWEN3I_K_BOUND, 1, 1},
+        {"maximum", QWEN3I_K_BOUND, 0, 0}, {"exclusiveMaximum", QWEN3I_K_BOUND, 0, 1},
+        {"multipleOf", QWEN3I_K_MULTIPLE_OF, 0, 0},
+        {"minLength", QWEN3I_K_COUNT, 1, QWEN3I_T_STRING}, {"maxLength", QWEN3I_K_COUNT, 0, QWEN3I_T_STRING},
+        {"minItems", QWEN3I_K_COUNT, 1, QWEN3I_T_LIST}, {"maxItems", QWEN3I_K_COUNT, 0, QWEN3I_T_LIST},
+        {"minProperties", QWEN3I_K_COUNT, 1, QWEN3I_T_OBJECT},
+        {"maxProperties", QWEN3I_K_COUNT, 0, QWEN3I_T_OBJECT},
+        {"pattern", QWEN3I_K_STRING, QWEN3I_R_PATTERN, 0}, {"format", QWEN3I_K_STRING, QWEN3I_R_FORMAT, 0},
+        {"items", QWEN3I_K_ITEMS, 0, 0}, {"prefixItems", QWEN3I_K_ITEMS, 0, 0},
+        {"additionalItems", QWEN3I_K_ITEMS, 0, 0}, {"uniqueItems", QWEN3I_K_UNIQUE, 0, 0},
+        {"properties", QWEN3I_K_PROPERTIES, 0, 0}, {"patternProperties", QWEN3I_K_PROPERTIES, 0, 0},
+        {"additionalProperties", QWEN3I_K_PROPERTIES, 0, 0}, {"required", QWEN3I_K_REQUIRED, 0, 0},
+        {"propertyNames", QWEN3I_K_NAMES, 0, 0}, {"dependencies", QWEN3I_K_DEPENDENCIES, 0, 0},
+        {"dependentRequired", QWEN3I_K_DEPENDENCIES, 0, 0}, {"dependentSchemas", QWEN3I_K_DEPENDENCIES, 0, 0},
+        {"contains", QWEN3I_K_REFUSED, 0, 0}, {"unevaluatedProperties", QWEN3I_K_REFUSED, 0, 0},
+        {"unevaluatedItems", QWEN3I_K_REFUSED, 0, 0}, {"$dynamicRef", QWEN3I_K_REFUSED, 0, 0},
+        {"$recursiveRef", QWEN3I_K_REFUSED, 0, 0}, {"", QWEN3I_K_NONE, 0, 0}};
     int i;
-    for (i = 0; i < QWEN3I_COUNT(words); i++) if (qwen3i_is(key, words[i].name)) return words[i].id;
-    return QWEN3I_K_NONE;
+    for (i = 0; i < QWEN3I_COUNT(words) - 1 && !qwen3i_is(key, words[i].name);) i++;
+    return &words[i];
 }
 
 static int qwen3i_type_name(qwen3i_compiler *c, int node, int *whole) {
@@ -13494,7 +13531,7 @@ static int qwen3i_type_name(qwen3i_compiler *c, int node, int *whole) {
 static qwen3i_span qwen3i_apply_type(qwen3i_compiler *c, qwen3i_span in, int node, int negated) {
     int k, types = 0, whole = 0;
     if (qwen3i_dom_at(c, node)->type != '[') types = qwen3i_type_name(c, node, &whole);
-    else for (k = qwen3i_dom_at(c, node)->first; k; k = qwen3i_dom_at(c, k)->next)
+    else QWEN3I_EACH(k, node)
         types |= qwen3i_type_name(c, k, &whole);
     whole = whole && !(types & QWEN3I_T_NUMBER);
     if (negated) types = QWEN3I_T_ALL_TYPES & ~types;
@@ -13562,7 +13599,7 @@ static qwen3i_span qwen3i_apply_each(qwen3i_compiler *c, qwen3i_span in, int nod
     int k;
     if (!qwen3i_want_type(c, node, '[', "a list of schemas")) return in;
     if (join) out.n = 0;
-    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+    QWEN3I_EACH(k, node) {
         if (join) out = qwen3i_shapes_join(c, out, qwen3i_apply(c, in, QWEN3I_TERM(k, kind)));
         else out = qwen3i_apply(c, out, QWEN3I_TERM(k, kind));
     }
@@ -13578,7 +13615,7 @@ static qwen3i_span qwen3i_apply_one_of(qwen3i_compiler *c, qwen3i_span in, int n
     out = in;
     out.n = 0;
     if (!qwen3i_want_type(c, node, '[', "a list of schemas")) return in;
-    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+    QWEN3I_EACH(k, node) {
         part = qwen3i_possible(c, qwen3i_apply(c, in, QWEN3I_TERM(k, QWEN3I_HOLDS)));
         for (other = qwen3i_dom_at(c, node)->first; other && part.n > 0 &&
              c->result == QWEN3_OK; other = qwen3i_dom_at(c, other)->next) {
@@ -13609,7 +13646,7 @@ static qwen3i_span qwen3i_apply_required(qwen3i_compiler *c, qwen3i_span in, int
     int k;
     if (!qwen3i_want_type(c, node, '[', "a list of names")) return in;
     if (negated) out.n = 0;
-    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+    QWEN3I_EACH(k, node) {
         if (!qwen3i_want_type(c, k, '"', "a name")) return in;
         if (!negated)
             out = qwen3i_restrict(c, out, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, k, 0);
@@ -13624,7 +13661,7 @@ static qwen3i_span qwen3i_apply_dependencies(qwen3i_compiler *c, qwen3i_span in,
     int k;
     if (!qwen3i_want_type(c, node, '{', "an object")) return in;
     if (negated) out.n = 0;
-    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+    QWEN3I_EACH(k, node) {
         const int is_list = qwen3i_dom_at(c, k)->type == '[';
         with = qwen3i_restrict(c, negated ? in : out, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, k,
                                1);
@@ -13653,7 +13690,7 @@ static qwen3i_span qwen3i_apply_properties(qwen3i_compiler *c, qwen3i_span in, i
     }
     out.n = 0;
     if (!qwen3i_is(qwen3i_dom_key(c, node), "properties")) return out;
-    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+    QWEN3I_EACH(k, node) {
         qwen3i_span part = qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_PROPERTY, k,
                                            QWEN3I_TERM(k, QWEN3I_FAILS));
         out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, part, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT,
@@ -13680,66 +13717,55 @@ static int qwen3i_multiple_dfa(qwen3i_compiler *c, int node);
 
 static qwen3i_span qwen3i_apply_enforced(qwen3i_compiler *c, qwen3i_span in, int schema, int node,
                                          int negated) {
-    const qwen3i_str key = qwen3i_dom_key(c, node);
+    const qwen3i_keyword *word = qwen3i_keyword_of(qwen3i_dom_key(c, node));
     const int kind = negated ? QWEN3I_FAILS : QWEN3I_HOLDS;
     qwen3i_span none = in;
     none.n = 0;
-    switch (qwen3i_keyword(key)) {
-        case QWEN3I_K_TYPE:     return qwen3i_apply_type(c, in, node, negated);
-        case QWEN3I_K_ENUM:     return qwen3i_want_type(c, node, '[', "a list of values") ?
-            qwen3i_apply_values(c, in, node, 0, !negated) : in;
-        case QWEN3I_K_CONST:    return qwen3i_apply_values(c, in, node, 1, !negated);
-        case QWEN3I_K_REF:      return qwen3i_apply(c, in, QWEN3I_TERM(qwen3i_resolve(c, node), kind));
-        case QWEN3I_K_ALL_OF:   return qwen3i_apply_each(c, in, node, kind, negated);
-        case QWEN3I_K_ANY_OF:   return qwen3i_apply_each(c, in, node, kind, !negated);
-        case QWEN3I_K_ONE_OF:
-            if (!negated) return qwen3i_apply_one_of(c, in, node);
-            /* none of them; that more than one holds is left out */
-            return qwen3i_apply_each(c, in, node, QWEN3I_FAILS, 0);
-        case QWEN3I_K_NOT:      return qwen3i_apply(c, in,
-                                                    QWEN3I_TERM(node, negated ? QWEN3I_HOLDS : QWEN3I_FAILS));
-        case QWEN3I_K_IF:       return qwen3i_apply_if(c, in, schema, node, negated);
-        case QWEN3I_K_MINIMUM:  return qwen3i_apply_bound(c, in, schema, node, 1, 0, negated);
-        case QWEN3I_K_MAXIMUM:  return qwen3i_apply_bound(c, in, schema, node, 0, 0, negated);
-        case QWEN3I_K_EXCLUSIVE_MINIMUM: return qwen3i_apply_bound(c, in, schema, node, 1, 1, negated);
-        case QWEN3I_K_EXCLUSIVE_MAXIMUM: return qwen3i_apply_bound(c, in, schema, node, 0, 1, negated);
+    switch (word->kind) {
+        case QWEN3I_K_TYPE:  return qwen3i_apply_type(c, in, node, negated);
+        case QWEN3I_K_ENUM:
+            if (!qwen3i_want_type(c, node, '[', "a list of values")) return in;
+            return qwen3i_apply_values(c, in, node, 0, !negated);
+        case QWEN3I_K_CONST: return qwen3i_apply_values(c, in, node, 1, !negated);
+        case QWEN3I_K_REF:   return qwen3i_apply(c, in, QWEN3I_TERM(qwen3i_resolve(c, node), kind));
+        case QWEN3I_K_EACH:  return qwen3i_apply_each(c, in, node, kind, word->a != negated);
+        case QWEN3I_K_ONE_OF:       /* negated: none of them; that more than one holds is left out */
+            return negated ? qwen3i_apply_each(c, in, node, kind, 0) : qwen3i_apply_one_of(c, in, node);
+        case QWEN3I_K_NOT:
+            return qwen3i_apply(c, in, QWEN3I_TERM(node, negated ? QWEN3I_HOLDS : QWEN3I_FAILS));
+        case QWEN3I_K_IF:     return qwen3i_apply_if(c, in, schema, node, negated);
+        case QWEN3I_K_BOUND:  return qwen3i_apply_bound(c, in, schema, node, word->a, word->b, negated);
+        case QWEN3I_K_COUNT:  return qwen3i_apply_count(c, in, node, word->b, word->a, negated);
+        case QWEN3I_K_STRING: return qwen3i_apply_string(c, in, node, word->a, negated);
+        case QWEN3I_K_ITEMS:  return qwen3i_apply_items(c, in, schema, node, negated);
+        case QWEN3I_K_PROPERTIES: return qwen3i_apply_properties(c, in, schema, node, negated);
+        case QWEN3I_K_REQUIRED:   return qwen3i_apply_required(c, in, node, negated);
+        case QWEN3I_K_DEPENDENCIES: return qwen3i_apply_dependencies(c, in, node, negated);
         case QWEN3I_K_MULTIPLE_OF:
             return negated ? none : qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_NUMBER,
                                                     QWEN3I_R_MULTIPLE, node, 0);
-        case QWEN3I_K_MIN_LENGTH: return qwen3i_apply_count(c, in, node, QWEN3I_T_STRING, 1, negated);
-        case QWEN3I_K_MAX_LENGTH: return qwen3i_apply_count(c, in, node, QWEN3I_T_STRING, 0, negated);
-        case QWEN3I_K_PATTERN:  return qwen3i_apply_string(c, in, node, QWEN3I_R_PATTERN, negated);
-        case QWEN3I_K_FORMAT:   return qwen3i_apply_string(c, in, node, QWEN3I_R_FORMAT, negated);
-        case QWEN3I_K_ITEM_GROUP: return qwen3i_apply_items(c, in, schema, node, negated);
-        case QWEN3I_K_MIN_ITEMS: return qwen3i_apply_count(c, in, node, QWEN3I_T_LIST, 1, negated);
-        case QWEN3I_K_MAX_ITEMS: return qwen3i_apply_count(c, in, node, QWEN3I_T_LIST, 0, negated);
-        case QWEN3I_K_UNIQUE:
-            if (qwen3i_dom_at(c, node)->type != 't') return negated ? none : in;
-            if (!negated) qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "uniqueItems is not supported");
-            return none;
-        case QWEN3I_K_PROPERTY_GROUP: return qwen3i_apply_properties(c, in, schema, node, negated);
-        case QWEN3I_K_REQUIRED: return qwen3i_apply_required(c, in, node, negated);
-        case QWEN3I_K_MIN_PROPERTIES: return qwen3i_apply_count(c, in, node, QWEN3I_T_OBJECT, 1, negated);
-        case QWEN3I_K_MAX_PROPERTIES: return qwen3i_apply_count(c, in, node, QWEN3I_T_OBJECT, 0, negated);
-        case QWEN3I_K_PROPERTY_NAMES:
+        case QWEN3I_K_NAMES:
             return negated ? none : qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT,
                                                     QWEN3I_R_NAMES, node, 0);
-        case QWEN3I_K_DEPENDENCIES: return qwen3i_apply_dependencies(c, in, node, negated);
-        case QWEN3I_K_REFUSED:
-            qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "%.*s is not supported", (int)key.n, key.p);
-            return none;
+        case QWEN3I_K_UNIQUE:
+            if (qwen3i_dom_at(c, node)->type != 't') return negated ? none : in;
+            if (negated) return none;
+            break;                      /* refused */
+        case QWEN3I_K_REFUSED: break;
         default: return negated ? none : in;
     }
+    qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED, "%s is not supported", word->name);
+    return none;
 }
 
 /* Can what a keyword says of strings and numbers be made at all? Finds out before anything depends on it. */
 static void qwen3i_try_keyword(qwen3i_compiler *c, int node) {
-    const int word = qwen3i_keyword(qwen3i_dom_key(c, node));
+    const qwen3i_str key = qwen3i_dom_key(c, node);
     int k;
-    if (word == QWEN3I_K_PATTERN && qwen3i_dom_at(c, node)->type == '"') qwen3i_pattern_dfa(c, node, 0);
-    if (word == QWEN3I_K_MULTIPLE_OF) qwen3i_multiple_dfa(c, node);
-    if (!qwen3i_is(qwen3i_dom_key(c, node), "patternProperties")) return;
-    for (k = qwen3i_dom_at(c, node)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next)
+    if (qwen3i_is(key, "pattern") && qwen3i_dom_at(c, node)->type == '"') qwen3i_pattern_dfa(c, node, 0);
+    if (qwen3i_is(key, "multipleOf")) qwen3i_multiple_dfa(c, node);
+    if (!qwen3i_is(key, "patternProperties")) return;
+    QWEN3I_EACH(k, node)
         qwen3i_pattern_dfa(c, k, 2);
 }
 
@@ -13781,7 +13807,7 @@ static qwen3i_span qwen3i_apply_schema(qwen3i_compiler *c, qwen3i_span in, int s
         return qwen3i_apply_keyword(c, in, schema, ref, negated);
     c->where = qwen3i_dom_path(c, schema, path, sizeof path);
     if (!negated) out = in;
-    for (k = qwen3i_dom_at(c, schema)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next) {
+    QWEN3I_EACH(k, schema) {
         if (negated) out = qwen3i_shapes_join(c, out, qwen3i_apply_keyword(c, in, schema, k, 1));
         else out = qwen3i_apply_keyword(c, out, schema, k, 0);
     }
@@ -13917,7 +13943,7 @@ static int qwen3i_number_keeps(qwen3i_compiler *c, int rules, int value) {
     qwen3i_bound v, limit;
     int i, order;
     if (!qwen3i_dom_bound(c, value, &v)) return 0;
-    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_ONE_OF && !qwen3i_rule_has(c, &r, value)) return 0;
         if (r.kind == QWEN3I_R_NONE_OF && qwen3i_rule_has(c, &r, value)) return 0;
@@ -13969,7 +13995,7 @@ static int qwen3i_string_keeps(qwen3i_compiler *c, int rules, int value) {
     const qwen3i_str text = qwen3i_dom_text(c, value);
     const int n = qwen3i_count_chars(text);
     int i;
-    for (i = rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         const int wanted = r.kind == QWEN3I_R_PATTERN || r.kind == QWEN3I_R_FORMAT;
         if (r.kind == QWEN3I_R_ONE_OF && !qwen3i_rule_has(c, &r, value)) return 0;
@@ -13985,7 +14011,7 @@ static int qwen3i_string_keeps(qwen3i_compiler *c, int rules, int value) {
 /* Numbers and strings: does at least one of the values that are named keep all rules? Without such: yes. */
 static int qwen3i_scalar_possible(qwen3i_compiler *c, int rules, char type) {
     int i, k, min = 0, max = INT_MAX, whole = 0;
-    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_MIN_COUNT) min = qwen3i_max(min, r.a);
         if (r.kind == QWEN3I_R_MAX_COUNT) max = qwen3i_min(max, r.a);
@@ -13993,7 +14019,7 @@ static int qwen3i_scalar_possible(qwen3i_compiler *c, int rules, char type) {
         if (r.kind == QWEN3I_R_NOT_WHOLE) whole |= 2;
     }
     if (min > max || whole == 3) return 0;
-    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind != QWEN3I_R_ONE_OF) continue;
         for (k = qwen3i_rule_first(c, &r); k; k = qwen3i_rule_next(c, &r, k)) {
@@ -14074,7 +14100,7 @@ static void qwen3i_group_terms(qwen3i_compiler *c, int schema, qwen3i_str name) 
 
 static int qwen3i_property_value(qwen3i_compiler *c, int rules, qwen3i_str name) {
     int i, k, first = QWEN3I_LEN(int, c->terms);
-    for (i = rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_GROUP) qwen3i_group_terms(c, r.a, name);
         if (r.kind == QWEN3I_R_EQUAL) {
@@ -14099,7 +14125,7 @@ static void qwen3i_items_of(qwen3i_compiler *c, int schema, int *tuple, int *res
 
 static int qwen3i_item_value(qwen3i_compiler *c, int rules, int index) {
     int i, k, at, tuple, rest, first = QWEN3I_LEN(int, c->terms);
-    for (i = rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_ITEM && r.a == index) qwen3i_push_term(c, r.b);
         if (r.kind != QWEN3I_R_GROUP && r.kind != QWEN3I_R_EQUAL) continue;
@@ -14150,7 +14176,7 @@ static int qwen3i_is_empty(qwen3i_compiler *c, int value) {
 
 static int qwen3i_list_possible(qwen3i_compiler *c, int rules) {
     int i, min = 0, max = INT_MAX;
-    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_MIN_COUNT) min = qwen3i_max(min, r.a);
         if (r.kind == QWEN3I_R_MAX_COUNT) max = qwen3i_min(max, r.a);
@@ -14166,13 +14192,13 @@ static int qwen3i_list_possible(qwen3i_compiler *c, int rules) {
 
 static int qwen3i_object_possible(qwen3i_compiler *c, int rules) {
     int i, k;
-    for (i = rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_REQUIRED && qwen3i_is_empty(c,
                                                            qwen3i_property_value(c, rules,
                                                                    qwen3i_rule_name(c, &r)))) return 0;
         if (r.kind != QWEN3I_R_EQUAL) continue;
-        for (k = qwen3i_dom_at(c, r.a)->first; k && c->result == QWEN3_OK; k = qwen3i_dom_at(c, k)->next)
+        QWEN3I_EACH(k, r.a)
             if (qwen3i_is_empty(c, qwen3i_property_value(c, rules, qwen3i_dom_key(c, k)))) return 0;
     }
     return 1;
@@ -14344,7 +14370,7 @@ static int qwen3i_simple_pattern(qwen3i_compiler *c, int node, int *min, int *ma
 /* The strings that keep these rules, as a lexeme; 0: none. */
 static int qwen3i_string_lexeme(qwen3i_compiler *c, int rules) {
     int i, min = 0, max = QWEN3I_NO_LIMIT, dfa = 0, n = 0, pattern = 0, low, high, loop = 1;
-    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_MIN_COUNT) min = qwen3i_max(min, r.a);
         else if (r.kind == QWEN3I_R_MAX_COUNT) max = max < 0 ? r.a : qwen3i_min(max, r.a);
@@ -14431,7 +14457,7 @@ static int qwen3i_base_number(qwen3i_compiler *c, int whole, int places) {
 /* The numbers that keep these rules; 0: none. */
 static int qwen3i_number_dfa(qwen3i_compiler *c, int rules) {
     int i, whole = 0, exact = 0, dfa, other;
-    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const int kind = qwen3i_rule_at(c, i)->kind;
         whole |= kind == QWEN3I_R_WHOLE || kind == QWEN3I_R_MULTIPLE;
         exact |= kind != QWEN3I_R_WHOLE && kind != QWEN3I_R_MULTIPLE && kind != QWEN3I_R_ONE_OF;
@@ -14510,7 +14536,7 @@ static int qwen3i_compare_keys(const void *a, const void *b) {
 static void qwen3i_keys_collect(qwen3i_compiler *c, qwen3i_keys *k) {
     qwen3i_str *names;
     int i, n, kept = 0;
-    for (i = k->rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, k->rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_GROUP) {
             qwen3i_keys_of(c, k, qwen3i_dom_get(c, r.a, "properties"), 0);
@@ -14530,7 +14556,7 @@ static void qwen3i_keys_collect(qwen3i_compiler *c, qwen3i_keys *k) {
 
 static int qwen3i_key_required(qwen3i_compiler *c, int rules, qwen3i_str name) {
     int i;
-    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_REQUIRED && qwen3i_same(qwen3i_rule_name(c, &r), name)) return 1;
         if (r.kind == QWEN3I_R_EQUAL && qwen3i_dom_find(c, r.a, name)) return 1;
@@ -14548,7 +14574,7 @@ static int qwen3i_key_cost(qwen3i_str s) {
 /* What a key that has no name must have as its value, by the patterns (marks) that it matches. */
 static int qwen3i_other_value(qwen3i_compiler *c, const qwen3i_keys *k, const int *marks, int n) {
     int i, m, matched, first = QWEN3I_LEN(int, c->terms);
-    for (i = k->rules; i && c->result == QWEN3_OK; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, k->rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         int others, patterns;
         if (r.kind == QWEN3I_R_EQUAL) qwen3i_push_term(c, QWEN3I_NEVER);
@@ -14650,7 +14676,7 @@ static int qwen3i_object_node(qwen3i_compiler *c, int rules) {
     k.names = k.members = k.patterns = qwen3i_buf_make(&c->g->allocator);
     k.rules = rules;
     o.max = QWEN3I_NO_LIMIT;
-    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_MIN_COUNT) o.min = qwen3i_max(o.min, r.a);
         if (r.kind == QWEN3I_R_MAX_COUNT) o.max = o.max < 0 ? r.a : qwen3i_min(o.max, r.a);
@@ -14674,8 +14700,7 @@ static int qwen3i_object_node(qwen3i_compiler *c, int rules) {
         qwen3i_property *p = &QWEN3I_ARRAY(qwen3i_property, k.members)[i];
         if (qwen3i_dfa_match(c, o.dfa, QWEN3I_ARRAY(qwen3i_str, k.names)[i]) < 0) p->value = 0;
     }
-    if (c->result == QWEN3_OK && !qwen3i_buf_add(&c->g->members, k.members.p, k.members.n))
-        qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    qwen3i_append_all(c, &c->g->members, k.members.p, k.members.n);
     node = qwen3i_node_add(c, QWEN3I_MEMBERS, qwen3i_push(c, &c->g->objects, &o, sizeof o), 0, QWEN3I_RETURN);
     qwen3i_buf_free(&k.names);
     qwen3i_buf_free(&k.members);
@@ -14689,7 +14714,7 @@ static int qwen3i_list_node(qwen3i_compiler *c, int rules) {
     qwen3i_items items;
     int i, tuple, rest, n = 0;
     items.first = 0; items.min = 0; items.max = QWEN3I_NO_LIMIT;
-    for (i = rules; i; i = qwen3i_rule_at(c, i)->next) {
+    QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_MIN_COUNT) items.min = qwen3i_max(items.min, r.a);
         if (r.kind == QWEN3I_R_MAX_COUNT) items.max = items.max < 0 ? r.a : qwen3i_min(items.max, r.a);
@@ -14786,8 +14811,7 @@ static void qwen3i_value_build(qwen3i_compiler *c, int value) {
         if (s.types & ~again & QWEN3I_T_LIST) qwen3i_push_int(c, &nodes, qwen3i_list_node(c, s.list));
     }
     first = QWEN3I_LEN(int, c->g->lists);
-    if (c->result == QWEN3_OK && !qwen3i_buf_add(&c->g->lists, nodes.p, nodes.n))
-        qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    qwen3i_append_all(c, &c->g->lists, nodes.p, nodes.n);
     if (c->result == QWEN3_OK) {
         node = QWEN3I_NODE(c->g, QWEN3I_ARRAY(int, c->value_nodes)[value]);
         node->a = first;
@@ -15016,18 +15040,7 @@ static qwen3i_rule_of *qwen3i_bnf_rule(const qwen3i_compiler *c, int i) {
 }
 
 static int qwen3i_bnf_bad(qwen3i_regex *r, const char *what) {
-    int line = 1;
-    const char *p;
-    for (p = r->start; p < r->p; p++) line += *p == '\n';
-    return qwen3i_reject(r->c, QWEN3_ERR_FORMAT, "line %d: %s", line, what);
-}
-
-/* White space and comments; over the ends of lines only where a rule cannot end. */
-static void qwen3i_bnf_space(qwen3i_regex *r, int lines) {
-    for (; r->p < r->end; r->p++) {
-        if (*r->p == '#') while (r->p + 1 < r->end && r->p[1] != '\n') r->p++;
-        else if (*r->p != ' ' && *r->p != '\t' && !(lines && (*r->p == '\n' || *r->p == '\r'))) return;
-    }
+    return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, what);
 }
 
 static int qwen3i_bnf_letter(char x) {
@@ -15068,61 +15081,21 @@ static int qwen3i_bnf_literal(qwen3i_regex *r) {
     return qwen3i_ast_add(r->c, first ? QWEN3I_AST_CAT : QWEN3I_AST_EMPTY, first);
 }
 
-static int qwen3i_bnf_alternatives(qwen3i_regex *r, int nested);
-
 static int qwen3i_bnf_item(qwen3i_regex *r) {
     int a;
     if (*r->p == '"') return qwen3i_bnf_literal(r);
     if (*r->p == '[') { r->p++; return qwen3i_ast_class(r->c, qwen3i_regex_set(r)); }
     if (*r->p == '.') { r->p++; return qwen3i_ast_class(r->c, qwen3i_set_of(r->c, 0, 0x10FFFF)); }
-    if (*r->p == '(') {
-        r->p++;
-        a = qwen3i_bnf_alternatives(r, 1);
-        if (r->p >= r->end || *r->p != ')') return qwen3i_bnf_bad(r, "a ( is not closed");
-        r->p++;
-        return a;
-    }
+    if (*r->p == '(') { r->p++; return qwen3i_regex_group(r); }
     if (!qwen3i_bnf_letter(*r->p)) return qwen3i_bnf_bad(r, "a text, a class, a name or ( was expected");
     a = qwen3i_ast_add(r->c, QWEN3I_AST_RULE, 0);
     if (r->c->result == QWEN3_OK) qwen3i_ast_at(r->c, a)->min = qwen3i_bnf_find(r->c, qwen3i_bnf_name(r));
     return a;
 }
 
-static int qwen3i_bnf_sequence(qwen3i_regex *r, int nested) {
-    int first = 0, last = 0, a, min, max;
-    for (qwen3i_bnf_space(r, nested); r->p < r->end && !strchr("|)\r\n", *r->p) &&
-         r->c->result == QWEN3_OK; last = a) {
-        a = qwen3i_bnf_item(r);
-        while (r->c->result == QWEN3_OK && qwen3i_regex_quantifier(r, &min, &max))
-            a = qwen3i_ast_repeat(r->c, a, min, max);
-        if (r->c->result != QWEN3_OK) return 0;
-        if (last) qwen3i_ast_at(r->c, last)->next = a; else first = a;
-        qwen3i_bnf_space(r, nested);
-    }
-    return qwen3i_ast_add(r->c, first ? QWEN3I_AST_CAT : QWEN3I_AST_EMPTY, first);
-}
-
-static int qwen3i_bnf_alternatives(qwen3i_regex *r, int nested) {
-    int first, last, a;
-    if (++r->depth > QWEN3I_MAX_NESTING) return qwen3i_bnf_bad(r, "nested too deeply");
-    first = last = qwen3i_bnf_sequence(r, nested);
-    for (; r->p < r->end && *r->p == '|' && r->c->result == QWEN3_OK; last = a) {
-        r->p++;
-        qwen3i_bnf_space(r, 1);
-        a = qwen3i_bnf_sequence(r, nested);
-        if (r->c->result == QWEN3_OK) qwen3i_ast_at(r->c, last)->next = a;
-    }
-    r->depth--;
-    return qwen3i_ast_add(r->c, QWEN3I_AST_ALT, first);
-}
-
 static void qwen3i_bnf_parse(qwen3i_compiler *c, const char *text, size_t n) {
-    qwen3i_regex r;
+    qwen3i_regex r = qwen3i_regex_begin(c, text, n, 1);
     int rule, a;
-    r.c = c;
-    r.p = r.start = text;
-    r.end = text + n;
-    r.depth = 0;
     for (qwen3i_bnf_space(&r, 1); r.p < r.end && c->result == QWEN3_OK; qwen3i_bnf_space(&r, 1)) {
         const qwen3i_str name = qwen3i_bnf_name(&r);
         if (name.n == 0) { qwen3i_bnf_bad(&r, "a rule's name was expected"); return; }
@@ -15131,7 +15104,7 @@ static void qwen3i_bnf_parse(qwen3i_compiler *c, const char *text, size_t n) {
         if (r.end - r.p < 3 || memcmp(r.p, "::=", 3) != 0) { qwen3i_bnf_bad(&r, "::= was expected"); return; }
         r.p += 3;
         qwen3i_bnf_space(&r, 1);
-        a = qwen3i_bnf_alternatives(&r, 0);
+        a = qwen3i_regex_alternatives(&r, 0);
         if (c->result != QWEN3_OK) return;
         if (qwen3i_bnf_rule(c, rule)->ast) { qwen3i_bnf_bad(&r, "a rule is defined twice"); return; }
         qwen3i_bnf_rule(c, rule)->ast = a;
@@ -15295,7 +15268,7 @@ static void qwen3i_bnf_check(qwen3i_compiler *c) {
     unsigned char *seen = c->result == QWEN3_OK ? (unsigned char *)qwen3i_alloc_zero(&g->allocator, n, 1) :
                           NULL;
     int i;
-    if (c->result == QWEN3_OK && !seen) qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+    if (c->result == QWEN3_OK && !seen) qwen3i_out_of_memory(c);
     for (i = 0; i < QWEN3I_LEN(qwen3i_rule_of, c->bnf) && c->result == QWEN3_OK; i++) {
         const qwen3i_rule_of *rule = qwen3i_bnf_rule(c, i);
         if (qwen3i_bnf_loops(c, rule->node, seen, 0))
@@ -16383,7 +16356,7 @@ static void qwen3i_compiler_begin(qwen3i_compiler *c, qwen3i_buf **all) {
     for (i = 0; i < QWEN3I_COMPILER_BUFS; i++) *all[i] = qwen3i_buf_make(&c->g->allocator);
     for (i = 0; i < QWEN3I_COMPILER_BUFS && c->result == QWEN3_OK; i++) {
         if (!qwen3i_buf_reserve(all[i], ROOM)) {
-            qwen3i_reject(c, QWEN3_ERR_MEMORY, "out of memory for a grammar");
+            qwen3i_out_of_memory(c);
             return;
         }
         memset(all[i]->p, 0, ROOM);
