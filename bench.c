@@ -32,7 +32,7 @@ static const char usage[] =
     "                  sequences of CTX tokens: bytes, FLOP, and share of the limits (1@512,64@512,2048; \"\": none)\n"
     "  --first         time to the first token, in parts\n"
     "  --draft LIST    decode once more with up to 8 guesses a step, of which this share is right, e.g. 0,0.6,0.8,1\n"
-    "  --chunk N --threads N --kv f32|f16|bf16 --standard --cuda --cpu\n"
+    "  --chunk N --threads N --kv f32|f16|bf16|q8_0 --standard --cuda --cpu\n"
     "  --json          one JSON object a line\n"
     "  --fused-baseline    only: RMSNorm + QKV on the GPU beside a kernel that fuses them, for --random SIZE or all\n"
     "                  (make build/bench_fused makes a bench that has it)\n";
@@ -58,6 +58,7 @@ static int kv_of(const char *name) {
     if (name && !strcmp(name, "f32"))  return QWEN3_KV_F32;
     if (name && !strcmp(name, "f16"))  return QWEN3_KV_F16;
     if (name && !strcmp(name, "bf16")) return QWEN3_KV_BF16;
+    if (name && !strcmp(name, "q8_0")) return QWEN3_KV_Q8_0;
     die("bad or missing value after", "--kv");
     return 0;
 }

@@ -517,7 +517,8 @@ QWEN3_API int          qwen3_chat_render(const qwen3_model *model, const qwen3_c
                                          qwen3_token *out, int cap, char *err, size_t err_size);
 
 /* ---- context --------------------------------------------------------------------------------- */
-enum { QWEN3_KV_DEFAULT = 0, QWEN3_KV_F32 = 1, QWEN3_KV_F16 = 2, QWEN3_KV_BF16 = 3 };
+enum { QWEN3_KV_DEFAULT = 0, QWEN3_KV_F32 = 1, QWEN3_KV_F16 = 2, QWEN3_KV_BF16 = 3,
+       QWEN3_KV_Q8_0 = 4 }; /* on the CPU: 32 numbers of 8 bits share a scale; 53 % of F16's memory */
 
 /* What a layer computes, in this order, for a probe: [n_rows, width] float32 */
 typedef enum qwen3_value {
@@ -538,7 +539,8 @@ typedef struct qwen3_ctx_desc {
     int   max_ctx;          /* positions in a sequence; 0: 4096, or the model's limit if lower        */
     int   max_seqs;         /* sequences; 0: 1                                                       */
     int   prefill_chunk;    /* tokens evaluated in one step; 0: the backend's choice                 */
-    int   kv_type;          /* QWEN3_KV_*; default F16 (values beyond its range are clamped)          */
+    int   kv_type;          /* QWEN3_KV_*; default F16 (values beyond its range are clamped). Q8_0 needs the */
+                            /* CPU and heads of a multiple of 32                                     */
     int   threads;          /* CPU threads, the caller's included; 0: as many as can run at once: affinity  */
                             /* and control groups are respected, slow cores of hybrid chips left out     */
     void *stream;           /* CUDA: a cudaStream_t of the caller's to work on; NULL: one of our own  */
@@ -2702,6 +2704,20 @@ static void qwen3i_pack_q8_0(uint8_t *b, const float *x) {
     int8_t q[32];
     qwen3i_put_half(b, qwen3i_pack_group(q, x, &range));
     memcpy(b + 2, q, 32);
+}
+
+/* The same by the largest number alone, without a search: for what is rounded while a model runs */
+static void qwen3i_round_q8_0(uint8_t *b, const float *x) {
+    static const qwen3i_range range = {-127, 127, 0};
+    float ones[32], whole[32], most = 0;
+    for (int i = 0; i < 32; i++) {
+        ones[i] = 1;
+        most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    }
+    const float scale = qwen3i_as_half(most / 127);
+    qwen3i_fit_round(whole, x, ones, 32, &range, scale, 0);
+    qwen3i_put_half(b, scale);
+    for (int i = 0; i < 32; i++) b[2 + i] = (uint8_t)(int8_t)whole[i];
 }
 
 static void qwen3i_pack_q4_0(uint8_t *b, const float *x) {
@@ -11017,37 +11033,50 @@ typedef struct qwen3i_attention_args {
     const int32_t     *seqs, *positions;/* [n] rows of one sequence are consecutive, positions ascend by 1 */
     int                n, n_head, n_head_kv, head_dim, max_ctx;
     int                tokens, heads;   /* most in one piece of work: tokens * heads <= QWEN3I_ATTENTION_ROWS */
-    float             *scratch;         /* [lanes, qwen3i_attention_scratch()] */
+    float             *scratch;         /* [lanes, qwen3i_attention_scratch()]: scores, queries, results, panel */
 } qwen3i_attention_args;
 
 /* Floats between the score rows of one lane: softmax wants multiples of 16; powers of two collide in
    caches */
 static uint64_t qwen3i_attention_stride(int max_ctx) { return ((uint64_t)max_ctx + 15) / 16 * 16 + 16; }
 
-/* Floats of scratch a lane: scores, queries, results. Both factors are below 2^32, the product below 2^40. */
+/* Floats of scratch a lane: scores, queries, results, panel. Below 2^40 */
 static uint64_t qwen3i_attention_scratch(int max_ctx, int head_dim) {
-    return QWEN3I_ATTENTION_ROWS * (qwen3i_attention_stride(max_ctx) + 2 * (uint64_t)head_dim);
+    return QWEN3I_ATTENTION_ROWS * (qwen3i_attention_stride(max_ctx) + 2 * (uint64_t)head_dim) +
+           QWEN3I_ATTENTION_BLOCK * (uint64_t)head_dim;
+}
+
+/* m positions of a cache as the kernels read them: where they are, or out of blocks into the panel
+   [QWEN3I_ATTENTION_BLOCK, head_dim] as float32 */
+static const void *qwen3i_cache_rows(const qwen3i_attention_args *a, float *panel, const char *rows, int m) {
+    const size_t row = (size_t)qwen3i_row_bytes(a->type, a->head_dim);
+    if (!qwen3i_is_block(a->type)) return rows;
+    for (int i = 0; i < m; i++)
+        a->simd->load(panel + (size_t)i * (size_t)a->head_dim, rows + (size_t)i * row, a->type, a->head_dim);
+    return panel;
 }
 
 /* Tokens t .. t + n_t - 1 (one sequence), query heads h .. h + n_h - 1 (one KV head). The rows of the
    piece are (token, head) pairs. Scores are held in full, so that sums run in order of position. */
 static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratch, int t, int n_t, int h,
                                    int n_h) {
-    size_t dim = (size_t)a->head_dim, ld = (size_t)qwen3i_attention_stride(a->max_ctx),
-           size = qwen3i_type_size(a->type);
+    size_t dim = (size_t)a->head_dim, ld = (size_t)qwen3i_attention_stride(a->max_ctx);
     size_t q_dim = (size_t)a->n_head * dim, at = (size_t)t * q_dim + (size_t)h * dim,
            width = (size_t)n_h * dim;
-    size_t row = dim * size;
+    size_t row = (size_t)qwen3i_row_bytes(a->type, a->head_dim);
+    qwen3i_type type = qwen3i_is_block(a->type) ? QWEN3I_F32 : a->type;     /* of what the kernels read */
     size_t head = (size_t)a->seqs[t] * (size_t)a->n_head_kv + (size_t)(h / (a->n_head / a->n_head_kv));
     const char *k = (const char *)a->k + head * (size_t)a->max_ctx * row;           /* [max_ctx, head_dim] */
     const char *v = (const char *)a->v + head * (size_t)a->max_ctx * row;
     float *scores = scratch, *q = scores + QWEN3I_ATTENTION_ROWS * ld, *out = q + QWEN3I_ATTENTION_ROWS * dim;
+    float *panel = out + QWEN3I_ATTENTION_ROWS * dim;
     int first = a->positions[t], last = first + n_t - 1, i, p, m;
 
     for (i = 0; i < n_t; i++) memcpy(q + (size_t)i * width, a->q + at + (size_t)i * q_dim, width * 4);
     for (p = 0; p <= last; p += m) {                    /* scores = q . k */
         m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, last + 1 - p);
-        a->simd->dot(scores + p, ld, k + (size_t)p * row, dim, a->type, m, q, dim, n_t * n_h, a->head_dim, 0);
+        a->simd->dot(scores + p, ld, qwen3i_cache_rows(a, panel, k + (size_t)p * row, m), dim, type, m, q, dim,
+                     n_t * n_h, a->head_dim, 0);
     }
     for (i = 0; i < n_t * n_h; i++)                     /* each token sees the positions up to its own */
         a->simd->softmax(scores + (size_t)i * ld, first + i / n_h + 1,
@@ -11055,11 +11084,13 @@ static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratc
     memset(out, 0, (size_t)n_t * width * 4);
     for (p = 0; p <= first; p += m) {                   /* out = scores . v: what all tokens see, ... */
         m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, first + 1 - p);
-        a->simd->mix(out, dim, scores + p, ld, n_t * n_h, v + (size_t)p * row, dim, a->type, m, a->head_dim);
+        a->simd->mix(out, dim, scores + p, ld, n_t * n_h, qwen3i_cache_rows(a, panel, v + (size_t)p * row, m), dim,
+                     type, m, a->head_dim);
     }
+    const void *rest = qwen3i_cache_rows(a, panel, v + (size_t)p * row, n_t - 1);
     for (i = 1; i < n_t; i++)                           /* ... then the rest */
-        a->simd->mix(out + (size_t)i * width, dim, scores + (size_t)(i * n_h) * ld + p, ld, n_h,
-                     v + (size_t)p * row, dim, a->type, i, a->head_dim);
+        a->simd->mix(out + (size_t)i * width, dim, scores + (size_t)(i * n_h) * ld + p, ld, n_h, rest, dim, type,
+                     i, a->head_dim);
     for (i = 0; i < n_t; i++) memcpy(a->a + at + (size_t)i * q_dim, out + (size_t)i * width, width * 4);
 }
 
@@ -11139,7 +11170,7 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     uint64_t head_rows = rows < QWEN3I_HEAD_ROWS ? rows : QWEN3I_HEAD_ROWS;
     uint64_t dim = (uint64_t)g->head_dim, half = dim / 2;
     uint64_t q_dim = (uint64_t)g->n_head * dim, kv_dim = (uint64_t)g->n_head_kv * dim;
-    uint64_t kv_row = kv_dim * qwen3i_type_size((qwen3i_type)desc->kv_type);
+    uint64_t kv_row = (uint64_t)g->n_head_kv * qwen3i_row_bytes((qwen3i_type)desc->kv_type, g->head_dim);
     c->k         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx,
                                              kv_row);
     c->v         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx,
@@ -11226,7 +11257,7 @@ static qwen3_result qwen3i_cpu_create(void **ctx_state, void *model_state, const
 
 /* Bytes of one head at one position in the cache. */
 static size_t qwen3i_cpu_kv_row(const qwen3i_cpu *c) {
-    return (size_t)c->config->head_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
+    return (size_t)qwen3i_row_bytes((qwen3i_type)c->desc.kv_type, c->config->head_dim);
 }
 
 /* The byte in c->k or c->v where position pos of a sequence's KV head lies. */
@@ -11238,6 +11269,14 @@ static size_t qwen3i_cpu_kv_at(const qwen3i_cpu *c, int layer, int seq, int head
 
 /* ---- the decoder ----------------------------------------------------------------------------- */
 typedef struct qwen3i_step { qwen3i_cpu *c; const qwen3i_batch *batch; int layer; } qwen3i_step;
+
+/* One head of one position into the cache */
+static void qwen3i_cache_store(const qwen3i_cpu *c, char *to, const float *x) {
+    const qwen3i_type type = (qwen3i_type)c->desc.kv_type;
+    const int n = c->config->head_dim;
+    if (type != QWEN3I_Q8_0) { c->exec.simd->store(to, x, type, n); return; }
+    for (int i = 0; i < n; i += 32, to += 34) qwen3i_round_q8_0((uint8_t *)to, x + i);
+}
 
 /* For each row: norm the heads of q and k, rotate them, round k and v into the cache. */
 static void qwen3i_place_rows(void *step, int begin, int end, int lane) {
@@ -11259,8 +11298,8 @@ static void qwen3i_place_rows(void *step, int begin, int end, int lane) {
         qwen3i_rope(k, cosines, sines, g->n_head_kv, g->head_dim);
         for (j = 0; j < g->n_head_kv; j++, k += g->head_dim, v += g->head_dim) {
             size_t at = qwen3i_cpu_kv_at(c, s->layer, s->batch->seqs[i], j, s->batch->positions[i]);
-            c->exec.simd->store(c->k + at, k, (qwen3i_type)c->desc.kv_type, g->head_dim);
-            c->exec.simd->store(c->v + at, v, (qwen3i_type)c->desc.kv_type, g->head_dim);
+            qwen3i_cache_store(c, c->k + at, k);
+            qwen3i_cache_store(c, c->v + at, v);
         }
     }
 }
@@ -16798,8 +16837,14 @@ static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_des
     if ((int64_t)d->prefill_chunk > (int64_t)d->max_ctx * d->max_seqs)
         d->prefill_chunk = d->max_ctx * d->max_seqs;
     if (d->kv_type == QWEN3_KV_DEFAULT) d->kv_type = QWEN3_KV_F16;
-    if (d->kv_type < QWEN3_KV_F32 || d->kv_type > QWEN3_KV_BF16)
+    if (d->kv_type < QWEN3_KV_F32 || d->kv_type > QWEN3_KV_Q8_0)
         return qwen3i_fail(err, QWEN3_ERR_ARG, "kv_type %d is unknown", d->kv_type);
+    if (d->kv_type == QWEN3_KV_Q8_0 && m->backend != qwen3i_cpu_backend())
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "kv_type Q8_0: the %s backend has F32, F16 and BF16",
+                           m->backend->name);
+    if (d->kv_type == QWEN3_KV_Q8_0 && m->config.head_dim % 32)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "kv_type Q8_0 needs heads of whole blocks of 32; this "
+                                                       "model's have %d", m->config.head_dim);
     if (d->threads < 0) return qwen3i_fail(err, QWEN3_ERR_ARG, "threads is negative");
     if (d->threads == 0) d->threads = qwen3i_default_threads();         /* once: the layout must not change */
     if (d->probe.show && m->backend != qwen3i_cpu_backend())
@@ -18773,7 +18818,7 @@ static qwen3i_state_header qwen3i_state_of(const qwen3_ctx *c, uint32_t n_tokens
     h.has_sampler = (uint32_t)has_sampler;
     h.user_size = user_size;
     memcpy(&h.yarn_bits, &c->desc.yarn_factor, 4);
-    per_token = 2 * (uint64_t)h.n_layer * h.kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type) +
+    per_token = 2 * (uint64_t)h.n_layer * qwen3i_row_bytes((qwen3i_type)h.kv_type, (int)h.kv_dim) +
                 sizeof(qwen3_token);
     h.total = sizeof h + n_tokens * per_token + (has_logits ? (uint64_t)h.n_vocab * sizeof(float) : 0);
     h.total += (has_sampler ? sizeof(qwen3i_state_sampler) : 0) + user_size;
@@ -18808,7 +18853,7 @@ static void qwen3i_state_sampler_to(const qwen3i_state_sampler *n, qwen3_sampler
 static qwen3_result qwen3i_save_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, char *p,
                                      const qwen3i_err *err) {
     const qwen3_backend *b = c->model->backend;
-    const size_t n = h->n_tokens, half = n * h->kv_dim * qwen3i_type_size((qwen3i_type)h->kv_type);
+    const size_t n = h->n_tokens, half = n * (size_t)qwen3i_row_bytes((qwen3i_type)h->kv_type, (int)h->kv_dim);
     const float *logits;
     qwen3_result r = QWEN3_OK;
     uint32_t layer;
@@ -18912,7 +18957,7 @@ static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint
 static qwen3_result qwen3i_load_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, const char *p,
                                      const qwen3i_err *err) {
     const qwen3_backend *b = c->model->backend;
-    const size_t n = h->n_tokens, half = n * h->kv_dim * qwen3i_type_size((qwen3i_type)h->kv_type);
+    const size_t n = h->n_tokens, half = n * (size_t)qwen3i_row_bytes((qwen3i_type)h->kv_type, (int)h->kv_dim);
     qwen3_result r = QWEN3_OK;
     uint32_t layer;
     p += n * sizeof(qwen3_token);

@@ -33,6 +33,7 @@ static void  test_free(void *p);
 #include "tests/test_checkpoints.h"
 #include "tests/test_gguf.h"
 #include "tests/test_packed.h"
+#include "tests/test_cache.h"
 #include "tests/test_quantize.h"
 #include "tests/test_experts.h"
 #include "tests/test_threads.h"
@@ -87,6 +88,7 @@ int main(int argc, char **argv) {
     suite_experts();
     suite_gguf();
     suite_packed();
+    suite_cache();
     suite_quantize();
     suite_threads();
     suite_stability();

@@ -327,7 +327,7 @@ static void test_api_ctx_rejects(void) {
         if (i == 2) d.max_seqs = -1;
         if (i == 3) d.prefill_chunk = -1;
         if (i == 4) d.kv_type = 9;
-        if (i == 5) d.kv_type = 4;
+        if (i == 5) d.kv_type = 5;
         if (i == 6) d.threads = -2;
         if (i == 7) d.yarn_factor = -1;
         if (i == 8) d.allocator.alloc = nowhere_alloc;
@@ -438,7 +438,7 @@ static uint64_t exact_context_bytes(const qwen3i_config *g, const qwen3_ctx_desc
     big sum = {{0}};
     int i;
     for (i = 0; i < 2; i++) {
-        big_add_product(&sum, (uint64_t)g->n_layer * seqs, ctx, kv_dim * (d->kv_type == QWEN3_KV_F32 ? 4 : 2));
+        big_add_product(&sum, (uint64_t)g->n_layer * seqs, ctx, d->kv_type == QWEN3_KV_Q8_0 ? kv_dim / 32 * 34 : kv_dim * (d->kv_type == QWEN3_KV_F32 ? 4 : 2));
         big_add_product(&sum, rows, (uint64_t)g->n_embd, 4);            /* x, h */
         big_add_product(&sum, rows, q_dim, 4);                          /* q, a */
         big_add_product(&sum, rows, kv_dim, 4);                         /* key, value */
@@ -449,7 +449,7 @@ static uint64_t exact_context_bytes(const qwen3i_config *g, const qwen3_ctx_desc
     big_add_product(&sum, rows, (uint64_t)g->n_ff, 4);
     big_add_product(&sum, half, 1, 4);
     big_add_product(&sum, rows < 16 ? rows : 16, vocab, 4);
-    big_add_product(&sum, (uint64_t)qwen3i_pool_lanes(d), 24 * (scores + 2 * (uint64_t)g->head_dim), 4);
+    big_add_product(&sum, (uint64_t)qwen3i_pool_lanes(d), 24 * (scores + 2 * (uint64_t)g->head_dim) + 64 * (uint64_t)g->head_dim, 4);
     big_add_product(&sum, (uint64_t)qwen3i_pool_lanes(d), 64 * (1024 + 16), 4);        /* panels */
     big_add_product(&sum, seqs, 1, sizeof(qwen3i_seq));
     big_add_product(&sum, seqs, ctx, sizeof(qwen3_token));
@@ -493,7 +493,7 @@ static void test_api_sizes(void) {
         d.yarn_factor = (float)random_size(&seed, 1024);
         d.max_ctx = random_size(&seed, INT_MAX - 1); d.max_seqs = random_size(&seed, 4096);
         d.prefill_chunk = random_size(&seed, 65536); d.threads = random_size(&seed, 64);
-        d.kv_type = QWEN3_KV_F32 + (int)(test_random(&seed) % 3);
+        d.kv_type = QWEN3_KV_F32 + (int)(test_random(&seed) % 4);
         said = qwen3_ctx_memory(&m, &d);
         if (qwen3i_resolve_ctx(&m, &d, &full, NULL) != QWEN3_OK) {
             CHECK(said.host_bytes == 0);
