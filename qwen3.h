@@ -780,8 +780,9 @@ QWEN3_API qwen3_result qwen3_stream_feed(qwen3_stream *stream, qwen3_token token
 /* ---- embeddings and reranking ------------------------------------------------------------------ */
 /* Embedding of a text with a Qwen3-Embedding model: the last-token state, L2-normalised, [n_embd]
    floats to out. With task not NULL the text is a query: "Instruct: {task}\nQuery:{text}". Uses, and
-   afterwards empties, sequence seq. With a model made for chat it warns (logger). ERR_FORMAT where the
-   model computes what is not a number, here and in qwen3_rerank and qwen3_top_probs. */
+   afterwards empties, sequence seq. It warns (logger) unless the files say that the model was made for
+   this: modules.json, 1_Pooling/config.json or a GGUF file's pooling_type. ERR_FORMAT where the model
+   computes what is not a number, here and in qwen3_rerank and qwen3_top_probs. */
 QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *ctx, int seq, const char *task, const char *text, float *out);
 
 /* Relevance 0..1 of a document to a query with a Qwen3-Reranker model: P("yes") against P("no").
@@ -1911,6 +1912,7 @@ struct qwen3_model {
     int                  no_head;
     /* why embeddings are not what the files ask for; empty: they are */
     char                 no_embedding[160];
+    int                  says_pooling;  /* the files say that hidden states make an embedding */
     /* an atomic word: the index of the vocabulary that grammars share, or 0 */
     void                *vocab;
 };
@@ -7182,10 +7184,11 @@ static qwen3_result qwen3i_gguf_check_width(const qwen3i_gguf *g, const char *ke
 }
 
 /* 0 none, 3 last token, 4 that of a reranker */
-static qwen3_result qwen3i_gguf_check_pooling(const qwen3i_gguf *g, const char *key) {
+static qwen3_result qwen3i_gguf_read_pooling(const qwen3i_gguf *g, const char *key, qwen3_model *m) {
     double pooling = 0;
     int found;
     qwen3_result r = qwen3i_gguf_get_number(g, key, &pooling, &found);
+    m->says_pooling = pooling == 3;
     if (r != QWEN3_OK || pooling == 0 || pooling == 3 || pooling == 4) return r;
     return qwen3i_fail(g->err, QWEN3_ERR_UNSUPPORTED,
                        "%s: key '%s' is %.17g; 0 (none), 3 (last token) and 4 (rank) are supported",
@@ -7252,7 +7255,7 @@ static qwen3_result qwen3i_gguf_configuration(qwen3i_loader *l) {
     if (r == QWEN3_OK) r = qwen3i_config_check(&m->config, &raw, l->err);
     if (r == QWEN3_OK) r = qwen3i_gguf_check_width(g, value_length[mixture], m->config.head_dim);
     if (r == QWEN3_OK) r = qwen3i_gguf_check_width(g, rotated[mixture], m->config.head_dim);
-    if (r == QWEN3_OK) r = qwen3i_gguf_check_pooling(g, pooling[mixture]);
+    if (r == QWEN3_OK) r = qwen3i_gguf_read_pooling(g, pooling[mixture], m);
     if (r == QWEN3_OK) r = qwen3i_gguf_read_eos(g, m);
     return r == QWEN3_OK ? qwen3i_gguf_read_sampling(g, m) : r;
 }
@@ -8257,6 +8260,7 @@ static qwen3_result qwen3i_parse_modules(qwen3_model *m, const char *file, const
             for (i = 0; i < QWEN3I_COUNT(known) && !qwen3i_str_ends(type, known[i]); i++) { }
             if (i == QWEN3I_COUNT(known)) qwen3i_no_embedding(m, file, type);
         }
+    m->says_pooling = 1;
     return qwen3i_json_end(&j) ? QWEN3_OK : qwen3i_json_fail(err, file, &j);
 }
 
@@ -8276,6 +8280,7 @@ static qwen3_result qwen3i_parse_pooling(qwen3_model *m, const char *file, const
                 qwen3i_no_embedding(m, file, key);
         } else qwen3i_json_skip(&j);
     }
+    m->says_pooling = 1;
     return qwen3i_json_end(&j) ? QWEN3_OK : qwen3i_json_fail(err, file, &j);
 }
 
@@ -18679,9 +18684,9 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
     if (c->model->info.end_of_text < 0)
         return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED,
                            "the tokenizer has no <|endoftext|>, at which embeddings are read");
-    if (c->model->info.im_end >= 0 && qwen3i_is_eos(c->model, c->model->info.im_end))
-        qwen3i_log(&c->desc.logger, QWEN3_LOG_WARN,
-                   "embedding with a model that was made for chat: it ends turns with <|im_end|>");
+    if (c->model->info.has_head && !c->model->says_pooling)
+        qwen3i_log(&c->desc.logger, QWEN3_LOG_WARN, "embedding with a model that does not say that it was made for "
+                                                    "it (1_Pooling/config.json, pooling_type in a GGUF file)");
     parts[0] = "Instruct: "; parts[1] = task; parts[2] = "\nQuery:"; parts[3] = text;
     joined = task ? qwen3i_join(&c->desc.allocator, parts, 4, &size) :
              qwen3i_join(&c->desc.allocator, &parts[3], 1, &size);

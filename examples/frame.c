@@ -31,7 +31,7 @@ int main(int argc, char **argv) {
         const qwen3_gen_desc gen = {.max_tokens = 100, .on_text = hear, .user = said[i]};
         r = qwen3_stream_begin(ctx, i, &chat, &gen, &reply[i]);
     }
-    for (int more = r >= 0; more; frames++, more = r == QWEN3_MORE) {      /* the rest of a frame is the game's */
+    for (int more = r >= 0; more; frames++, more = r == QWEN3_MORE) {    /* the rest is the game's */
         const double start = now_ms();
         r = qwen3_stream_step(ctx, replies, 2, argc > 2 ? atoi(argv[2]) : 4000);
         worst = now_ms() - start > worst ? now_ms() - start : worst;

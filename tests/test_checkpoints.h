@@ -252,7 +252,12 @@ static void test_checkpoints_weights_settings(void) {
     tiny_free(&m);
 }
 
-/* What sentence-transformers would make of the hidden states is the last token's, or an error of qwen3_embed. */
+static void pooling_warned(qwen3_log_level level, const char *message, void *user) {
+    *(int *)user += level == QWEN3_LOG_WARN && strstr(message, "does not say that it was made for it");
+}
+
+/* What sentence-transformers would make of the hidden states is the last token's, or an error of qwen3_embed. A model
+   without these files is warned of. */
 static void test_checkpoints_pooling(void) {
     static const struct { int file; const char *text, *why; } cases[] = {
         {TINY_MODULES, "[{\"idx\":0,\"name\":\"0\",\"path\":\"\",\"type\":\"sentence_transformers.models.Transformer\"},"
@@ -263,6 +268,7 @@ static void test_checkpoints_pooling(void) {
          "\"pooling_mode_lasttoken\":true,\"include_prompt\":true}", NULL},
         {TINY_POOLING, "{\"pooling_mode_mean_tokens\":true,\"pooling_mode_lasttoken\":false}", "pooling_mode_"},
         {TINY_POOLING, "{\"pooling_mode_mean_tokens\":true}", "pooling_mode_mean_tokens"},
+        {TINY_ADDED_TOKENS, "{}", NULL},
         {TINY_POOLING, "{\"pooling_mode\":\"lasttoken\"}", NULL}, {TINY_POOLING, "{\"pooling_mode\":\"mean\"}", "mean"}
     };
     static const malformed_case modules[] = {{NULL, "{}", BAD, "array"}, {NULL, "[{\"type\":7}]", BAD, "string"}, {NULL, "[]x", BAD, "end"}};
@@ -277,6 +283,7 @@ static void test_checkpoints_pooling(void) {
         qwen3_ctx *ctx = NULL;
         float vector[4];
         qwen3_result r;
+        int warned = 0;
         tiny_make(&t, 0, 0);
         tiny_set(&t, cases[i].file, cases[i].text, strlen(cases[i].text));
         malformed_edit(&t, TINY_TOKENIZER, "<|im_start|>", "<|endoftext|>");
@@ -284,12 +291,15 @@ static void test_checkpoints_pooling(void) {
         memset(&cd, 0, sizeof cd);
         d.n_files = tiny_list(&t, files);
         d.files = files;
+        d.logger.log = pooling_warned;
+        d.logger.user = &warned;
         cd.max_ctx = 16;
         cd.threads = 1;
         if (CHECK(qwen3_load(&m, &d, NULL, 0) == QWEN3_OK && qwen3_ctx_create(&ctx, m, &cd, NULL, 0) == QWEN3_OK)) {
             r = qwen3_embed(ctx, 0, NULL, "ab", vector);
             CHECK_MSG(r == (cases[i].why ? QWEN3_ERR_UNSUPPORTED : QWEN3_OK), "%s: %s", cases[i].text, qwen3_ctx_error(ctx));
             CHECK_MSG(!cases[i].why || strstr(qwen3_ctx_error(ctx), cases[i].why), "%s: %s", cases[i].text, qwen3_ctx_error(ctx));
+            CHECK_MSG(warned == (cases[i].file == TINY_ADDED_TOKENS), "%s: %d warnings", cases[i].text, warned);
         }
         qwen3_ctx_free(ctx);
         qwen3_free(m);
