@@ -185,7 +185,7 @@
      Embedding, Reranker): config.json, model.safetensors or shards with an index, tokenizer.json or
      vocab.json + merges.txt; weights in BF16, F16 or F32. The same models as a GGUF file, or the
      parts of a split one (load.path names the first). Mixtures of experts (30B-A3B,
-     235B-A22B, Coder) on the CPU, in both layouts.
+     235B-A22B, Coder) in both layouts; on GPUs, experts in BF16, F16 or F32.
      The CPU backend below is the reference. qwen3_cuda.cu beside this file adds NVIDIA GPUs:
      compile it with nvcc, link it, and set load.backend = qwen3_cuda_backend().
 

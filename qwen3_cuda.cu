@@ -29,8 +29,8 @@
      and atomics only count integers. The same input gives the same bits.
 
    Rooms: errors, memory, launching; device helpers; model and context; weights; then the operations, each
-   with its kernels and what launches them: rows, norm, product, Q K V, attention, output, MLP, logits,
-   choice; then paths, creating a context, steps, the backend. A kernel's head comment gives shapes, launch,
+   with its kernels and what launches them: rows, norm, product, Q K V, attention, output, MLP, experts,
+   logits, choice; then paths, creating a context, steps, the backend. A kernel's head comment gives shapes, launch,
    order of the sums, and the function of qwen3.h that it equals. tests/cuda_lab.cu includes this file and
    adds what only tests and benches want. */
 
@@ -75,8 +75,10 @@ const int SLOTS         = 16;           /* so many pieces are filled or on their
 #ifdef QWEN3_CUDA_EMULATED
 /* bytes of the scales that come back at a time: few, so that tests see pieces */
 const size_t SCALES_PIECE = 16;
+const int GROUP_LEAST   = 16;           /* up to so many rows experts read each weight for a few, then by tiles */
 #else
 const size_t SCALES_PIECE = PIECE;
+const int GROUP_LEAST   = 64;
 #endif
 const int MOST_HELPERS  = 8;
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
@@ -770,6 +772,7 @@ const int HEAD_KIND = 4, KINDS = 5;
 struct layer_weights {
     float *attn_norm, *q_norm, *k_norm, *mlp_norm;
     matrix qkv, wo, gate_up, w_down;    /* q, k, v below each other, as are gate and up */
+    float *router;                      /* [n_expert, n_embd]; not NULL: gate_up and w_down are all experts' */
 };
 
 struct cuda_model {
@@ -845,6 +848,16 @@ struct run_ahead {                      /* a step that was begun before it was a
     u64          *bias_hashes;          /* [max_seqs] */
 };
 
+struct expert_buffers {                 /* of layers with experts; an entry is a row and one of its picks */
+    float  *logits;                     /* [max_rows, n_expert] */
+    int    *picked;                     /* [entries] experts, in order */
+    float  *share;                      /* [entries] their weights */
+    int    *lists, *counts;             /* [n_expert, max_rows] the entries of each; [n_expert] */
+    float  *m, *y; int ldy;             /* [entries of few rows, ff], [entries, ldy] */
+    half_t *act, *m16;                  /* the inputs of the products of many rows, and what they stand for */
+    float  *act_scale, *m_scale;
+};
+
 struct cuda_ctx {
     const cuda_model *m;
     qwen3_ctx_desc    desc;
@@ -898,6 +911,8 @@ struct cuda_ctx {
     row_info *rows; attention_tile *tile_list; listed *lists;
     int    *chosen; u64 *best;                  /* [max_seqs] */
     candidates *listed_keys;                    /* [choice_rows] */
+
+    expert_buffers experts;
 
     /* pinned host memory */
     upload_slot slots[RING];
@@ -1453,18 +1468,24 @@ static __global__ void has_wgmma_kernel(int *yes) {
 
 /* The matrices that are stored below each other: as one type, F32 if theirs differ. BF16 until it is
    converted. */
-struct weight_group { matrix *to; const qwen3i_matrix *from[3]; int n; };
+struct weight_group { matrix *to; const qwen3i_matrix *from[3]; int n; const qwen3i_experts *experts; };
+
+/* Matrix i of them. All experts': gate, up, gate, up, ... or their downs */
+static const qwen3i_matrix &group_from(const weight_group &g, int i) {
+    return !g.experts ? *g.from[i] : g.from[1] ? g.from[i % 2][i / 2] : g.from[0][i];
+}
 
 static bool has_blocks(const weight_group &g) {
-    for (int i = 0; i < g.n; i++) if (is_block(g.from[i]->type)) return true;
+    for (int i = 0; i < g.n; i++) if (is_block(group_from(g, i).type)) return true;
     return false;
 }
 
 /* F16 for blocks: so products of many rows have them. */
 static qwen3i_type group_type(const weight_group &g) {
     if (has_blocks(g)) return QWEN3I_F16;
-    for (int i = 1; i < g.n; i++) if (g.from[i]->type != g.from[0]->type) return QWEN3I_F32;
-    return g.from[0]->type;
+    const qwen3i_type first = group_from(g, 0).type;
+    for (int i = 1; i < g.n; i++) if (group_from(g, i).type != first) return QWEN3I_F32;
+    return first;
 }
 
 static weight_group make_group(matrix *to, const qwen3i_matrix *a, const qwen3i_matrix *b,
@@ -1473,6 +1494,14 @@ static weight_group make_group(matrix *to, const qwen3i_matrix *a, const qwen3i_
     g.to = to;
     g.from[0] = a; g.from[1] = b; g.from[2] = c;
     g.n = c ? 3 : b ? 2 : 1;
+    g.experts = NULL;
+    return g;
+}
+static weight_group make_experts(matrix *to, const qwen3i_experts *e, const qwen3i_matrix *a,
+                                 const qwen3i_matrix *b, int n) {
+    weight_group g = make_group(to, a, b, NULL);
+    g.n *= n;
+    g.experts = e;
     return g;
 }
 
@@ -1490,8 +1519,15 @@ static int model_group(cuda_model *m, const qwen3i_weights *w, int i, weight_gro
     switch (i % 4) {
         case 0: *g = make_group(&to->qkv, &from->wq, &from->wk, &from->wv); break;
         case 1: *g = make_group(&to->wo, &from->wo, NULL, NULL); break;
-        case 2: *g = make_group(&to->gate_up, &from->w_gate, &from->w_up, NULL); break;
-        default: *g = make_group(&to->w_down, &from->w_down, NULL, NULL);
+        case 2:
+            *g = from->experts ? make_experts(&to->gate_up, from->experts, from->experts->gate,
+                                              from->experts->up, m->config.n_expert) :
+                                 make_group(&to->gate_up, &from->w_gate, &from->w_up, NULL);
+            break;
+        default:
+            *g = from->experts ? make_experts(&to->w_down, from->experts, from->experts->down, NULL,
+                                              m->config.n_expert) :
+                                 make_group(&to->w_down, &from->w_down, NULL, NULL);
     }
     return 1;
 }
@@ -1511,13 +1547,13 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
     int n = 0;
     for (; model_group(m, w, n, &g); n++) {
         g.to->type = group_type(g);
-        g.to->cols = g.from[0]->cols;
+        g.to->cols = group_from(g, 0).cols;
         g.to->ld = round_up(g.to->cols, 8);
         g.to->scale = 1;
         /* q and k: see the head of this file */
-        g.to->terms = g.n == 3 && g.to->type != QWEN3I_F32 ? 2 : 1;
+        g.to->terms = g.from[2] && g.to->type != QWEN3I_F32 ? 2 : 1;
         g.to->rows = 0;
-        for (int i = 0; i < g.n; i++) g.to->rows += g.from[i]->rows;
+        for (int i = 0; i < g.n; i++) g.to->rows += group_from(g, i).rows;
         g.to->n_parts = has_blocks(g) ? g.n : 0;
         g.to->kind = n < 4 * m->config.n_layer ? n % 4 : HEAD_KIND;
         for (int i = 0; i < g.to->n_parts; i++) lay_out_part(&g.to->parts[i], *g.from[i], a);
@@ -1531,6 +1567,7 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
         l->q_norm = a->take<float>(head_dim);
         l->k_norm = a->take<float>(head_dim);
         l->gate_up.bounds = a->take<float>(2);
+        l->router = w->layers[i].experts ? a->take<float>(n_embd, (u64)m->config.n_expert) : NULL;
     }
     m->final_norm = a->take<float>(n_embd);
     *tops = a->take<unsigned>((size_t)n);
@@ -1674,12 +1711,12 @@ static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *
         const size_t row = (size_t)g.to->ld * qwen3i_type_size(g.to->type);
         char *to = (char *)g.to->data;
         for (int k = 0; k < g.n; k++) {
-            const block_part &part = g.to->parts[k];
+            const qwen3i_matrix &from = group_from(g, k);
             if (g.to->n_parts > 0)
-                TRY(add_pieces(u, (char *)part.data, g.from[k]->type, (size_t)part.row_bytes, *g.from[k],
+                TRY(add_pieces(u, (char *)g.to->parts[k].data, from.type, (size_t)g.to->parts[k].row_bytes, from,
                                err));
-            else TRY(add_pieces(u, to, g.to->type, row, *g.from[k], err));
-            to += (size_t)g.from[k]->rows * row;
+            else TRY(add_pieces(u, to, g.to->type, row, from, err));
+            to += (size_t)from.rows * row;
         }
         if (u->pieces) u->pieces[u->n - 1].ends = i;
     }
@@ -1689,6 +1726,9 @@ static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *
         TRY(add_gain(u, m->layers[i].mlp_norm, l->mlp_norm, n_embd, err));
         TRY(add_gain(u, m->layers[i].q_norm, l->q_norm, head_dim, err));
         TRY(add_gain(u, m->layers[i].k_norm, l->k_norm, head_dim, err));
+        if (l->experts)
+            TRY(add_pieces(u, (char *)m->layers[i].router, QWEN3I_F32, (size_t)n_embd * sizeof(float),
+                           l->experts->router, err));
     }
     return add_gain(u, m->final_norm, w->final_norm, n_embd, err);
 }
@@ -1842,8 +1882,8 @@ static bool fits_wide(const cuda_model *m) {
     if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 8 * norm_threads(8)) return false;
     for (int i = 0; i < g->n_layer; i++) {
         const layer_weights &l = m->layers[i];
-        if (l.qkv.type != QWEN3I_F16 || l.wo.type != QWEN3I_F16 || l.gate_up.type != QWEN3I_F16 ||
-            l.w_down.type != QWEN3I_F16) return false;
+        if (l.qkv.type != QWEN3I_F16 || l.wo.type != QWEN3I_F16) return false;
+        if (!l.router && (l.gate_up.type != QWEN3I_F16 || l.w_down.type != QWEN3I_F16)) return false;
     }
     return (m->head.rows ? m->head : m->embed).type == QWEN3I_F16;
 }
@@ -1893,8 +1933,8 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
     for (int i = 0; i < m->config.n_layer; i++) {
         layer_weights *l = &m->layers[i];
         for (matrix *w : {&l->qkv, &l->wo, &l->gate_up, &l->w_down})
-            if (w->n_parts == 0) TRY(map_matrix(w, err));
-        if (l->gate_up.n_parts == 0)
+            if (w->n_parts == 0 && (w->kind < 2 || !l->router)) TRY(map_matrix(w, err));
+        if (l->gate_up.n_parts == 0 && !l->router)
             TRY(bound_rows(u, l->gate_up, (const half_t *)l->gate_up.data, err));
     }
     TRY(bound_blocks(u, m, err));
@@ -1964,9 +2004,9 @@ static qwen3_result check_shapes(const qwen3i_config *c, const qwen3i_err *err) 
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
                            "CUDA: head_dim is %d; multiples of 8 up to %d can be run", c->head_dim,
                            MAX_HEAD_DIM);
-    if (c->n_ff > 1024 * 4 * VECTORS)
+    if (most(c->n_ff, c->n_ff_expert) > 1024 * 4 * VECTORS)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: the MLP is %d wide; up to %d can be run",
-                           c->n_ff, 1024 * 4 * VECTORS);
+                           most(c->n_ff, c->n_ff_expert), 1024 * 4 * VECTORS);
     return QWEN3_OK;
 }
 
@@ -1974,11 +2014,15 @@ static qwen3_result check_shapes(const qwen3i_config *c, const qwen3i_err *err) 
 static qwen3_result check_rows(cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
     weight_group g;
     for (int i = 0; model_group(m, w, i, &g); i++)
-        for (int k = 0; k < g.n; k++)
-            if (is_block(g.from[k]->type) &&
-                stored_row_bytes((int)g.from[k]->type, g.from[k]->cols) > m->block_shared / 2)
+        for (int k = 0; k < g.n; k++) {
+            const qwen3i_matrix &from = group_from(g, k);
+            if (is_block(from.type) && g.experts)
                 return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
-                                   "CUDA: a matrix has rows of %d elements in blocks", g.from[k]->cols);
+                                   "CUDA: experts in blocks are run by the CPU; here F32, F16 and BF16 are");
+            if (is_block(from.type) && stored_row_bytes((int)from.type, from.cols) > m->block_shared / 2)
+                return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                                   "CUDA: a matrix has rows of %d elements in blocks", from.cols);
+        }
     return QWEN3_OK;
 }
 
@@ -5900,6 +5944,399 @@ static qwen3_result block_mlp(const pass *p, const matrix &w, const input &h) {
 }
 
 /* ================================================================================================
+   EXPERTS: x = x + the sum over the experts that a row picks of weight * Wdown(silu(Wgate h) * (Wup h))
+   ================================================================================================ */
+/* An entry is a row and one of its picks: row * used + pick. Experts' matrices lie below each other: gate and up
+   of each, and the downs. Sums of an entry depend on it alone. */
+
+/* route: logits[row, i] = router[i] . h[row] in float32: one warp an expert, ROUTE_ROWS rows. Grid: experts by
+   warps, rows. Equals qwen3i_matmul. */
+const int ROUTE_ROWS = 8;
+static __global__ void __launch_bounds__(256)
+    route_kernel(float *logits, const float *router, const float *h, int ldh, int rows, int n_expert, int width) {
+    const int expert = block_x() * 8 + warp_id(), first = block_y() * ROUTE_ROWS, lane = lane_id();
+    float acc[ROUTE_ROWS];
+    UNROLL for (int r = 0; r < ROUTE_ROWS; r++) acc[r] = 0;
+    wait_for_previous();
+    let_next_start();
+    if (expert >= n_expert) return;
+    NO_UNROLL for (int k = lane; k < width; k += 32) {
+        const float w = router[(size_t)expert * width + k];
+        UNROLL for (int r = 0; r < ROUTE_ROWS; r++)
+            if (first + r < rows) acc[r] += w * h[(size_t)(first + r) * ldh + k];
+    }
+    UNROLL for (int r = 0; r < ROUTE_ROWS; r++) {
+        const float sum = warp_sum(acc[r]);
+        if (lane == 0 && first + r < rows) logits[(size_t)(first + r) * n_expert + expert] = sum;
+    }
+}
+
+/* A probability that was picked has its sign set. */
+DEVICE bool is_picked(float p) { return __float_as_uint(p) >> 31; }
+
+/* Where a row's largest probability is that was not picked; of equal ones the first. By a warp. */
+DEVICE int most_probable(const float *p, int n) {
+    float best = -1;
+    int at = INT_MAX;
+    for (int i = lane_id(); i < n; i += 32)
+        if (!is_picked(p[i]) && p[i] > best) { best = p[i]; at = i; }
+    UNROLL for (int o = 16; o > 0; o >>= 1) {
+        const float other = __shfl_xor_sync(ALL, best, o);
+        const int there = __shfl_xor_sync(ALL, at, o);
+        if (other > best || (other == best && there < at)) { best = other; at = there; }
+    }
+    return at;
+}
+
+/* pick_experts: softmax over a row's logits, which it overwrites, the `used` most probable in order of index, and
+   their weights. One warp a row. Equals qwen3i_route_rows; what is no number counts as 0. */
+static __global__ void __launch_bounds__(256)
+    pick_experts_kernel(int *picked, float *share, float *logits, int rows, int n, int used, int norm) {
+    const int row = block_x() * 8 + warp_id(), lane = lane_id();
+    wait_for_previous();
+    let_next_start();
+    if (row >= rows) return;
+    float *p = logits + (size_t)row * n, top = LOWEST, all = 0, sum = 0;
+    for (int i = lane; i < n; i += 32) top = fmaxf(top, p[i]);
+    top = warp_max(top);
+    for (int i = lane; i < n; i += 32) {
+        const float e = expf(p[i] - top);
+        p[i] = e >= 0 && e <= 1 ? e : 0.0f;
+        all += p[i];
+    }
+    all = warp_sum(all);
+    for (int k = 0; k < used; k++) {
+        const int at = most_probable(p, n);
+        if (at % 32 == lane) p[at] = -p[at];
+    }
+    for (int i = lane; i < n; i += 32) if (is_picked(p[i])) sum += -p[i];
+    sum = warp_sum(sum);
+    const float part = 1.0f / (norm ? sum : all);
+    for (int i = lane, base = 0; i - lane < n; i += 32) {
+        const bool is = i < n && is_picked(p[i < n ? i : 0]);
+        const unsigned those = __ballot_sync(ALL, is);
+        if (is) {
+            const int at = row * used + base + __popc(those & ((1u << lane) - 1));
+            picked[at] = i;
+            share[at] = -p[i] * part;
+        }
+        base += __popc(those);
+    }
+}
+
+/* group_entries: the entries that have picked each expert, in order: lists [n_expert, rows], counts. One block an
+   expert. */
+static __global__ void __launch_bounds__(256)
+    group_entries_kernel(int *lists, int *counts, const int *picked, int entries, int rows) {
+    __shared__ int of_warp[8];
+    const int expert = block_x(), warp = warp_id(), lane = lane_id();
+    int n = 0;
+    wait_for_previous();
+    let_next_start();
+    for (int first = 0; first < entries; first += 256) {
+        const int entry = first + tid();
+        const bool is = entry < entries && picked[entry] == expert;
+        const unsigned those = __ballot_sync(ALL, is);
+        if (lane == 0) of_warp[warp] = __popc(those);
+        __syncthreads();
+        int at = n;
+        for (int w = 0; w < 8; w++) {
+            if (w < warp) at += of_warp[w];
+            n += of_warp[w];
+        }
+        if (is) lists[(size_t)expert * rows + at + __popc(those & ((1u << lane) - 1))] = entry;
+        __syncthreads();
+    }
+    if (tid() == 0) counts[expert] = n;
+}
+
+/* What a kernel of experts works on. Without lists there is one row, and block y is its pick. */
+struct expert_args {
+    const void  *w;                     /* [n_expert * rows, ldw], zero from k to ldw */
+    float        scale;                 /* W = w * scale */
+    int          rows, k, ldw;          /* of one expert */
+    const float *x;                     /* entry e has row e / per */
+    int          ldx, per;
+    const int   *lists, *counts, *picked;
+    int          list_rows;             /* of a list */
+    float       *y;                     /* [entries, ldy] */
+    int          ldy;
+};
+
+DEVICE int expert_count(const expert_args &a) { return a.lists ? a.counts[block_y()] : 1; }
+DEVICE int expert_index(const expert_args &a) { return a.lists ? block_y() : a.picked[block_y()]; }
+DEVICE int expert_entry(const expert_args &a, int i) {
+    return a.lists ? a.lists[(size_t)block_y() * a.list_rows + i] : block_y();
+}
+
+const int EXPERT_TILE = 1024;           /* elements of x that a block holds at a time */
+
+/* Elements of x of R entries to shared memory as V / 4 planes, so that lanes read neighbouring 16 bytes; zero from
+   k on and for entries that there are not. */
+template <int V, int R> DEVICE void stage_entries(float4 *xs, const expert_args &a, const int (&rows)[R], int k0) {
+    UNROLL for (int r = 0; r < R; r++)
+        for (int q = tid(); q < EXPERT_TILE / 4; q += n_threads())
+            xs[r * (EXPERT_TILE / 4) + q % (V / 4) * (EXPERT_TILE / V) + q / (V / 4)] =
+                rows[r] >= 0 ? load_up_to_4(a.x + (size_t)rows[r] * a.ldx, k0 + 4 * q, a.k) :
+                               make_float4(0, 0, 0, 0);
+}
+
+/* acc[j][r] = W[row j] . x[r] for two rows of W; at NULL: nothing to read. By all threads of a block. */
+template <class W, int R>
+DEVICE void expert_dots(float (&acc)[2][R], const expert_args &a, const W *const (&at)[2], const int (&rows)[R],
+                        float4 *xs) {
+    const int V = 16 / (int)sizeof(W), U = EXPERT_TILE / (32 * V), lane = lane_id();
+    UNROLL for (int j = 0; j < 2; j++) UNROLL for (int r = 0; r < R; r++) acc[j][r] = 0;
+    NO_UNROLL for (int k0 = 0; k0 < a.k; k0 += EXPERT_TILE) {
+        uint4 w[2][U];
+        UNROLL for (int u = 0; u < U; u++) UNROLL for (int j = 0; j < 2; j++) {
+            const int k = k0 + (u * 32 + lane) * V;
+            w[j][u] = at[j] && k < a.ldw ? load_stream(at[j] + k) : make_uint4(0, 0, 0, 0);
+        }
+        __syncthreads();
+        stage_entries<V, R>(xs, a, rows, k0);
+        __syncthreads();
+        UNROLL for (int u = 0; u < U; u++) {
+            float f[2][V];
+            UNROLL for (int j = 0; j < 2; j++) unpack(f[j], w[j][u], W());
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int p = 0; p < V / 4; p++) {
+                const float4 x = xs[r * (EXPERT_TILE / 4) + p * (EXPERT_TILE / V) + u * 32 + lane];
+                UNROLL for (int j = 0; j < 2; j++) {
+                    acc[j][r] += f[j][4 * p] * x.x;
+                    acc[j][r] += f[j][4 * p + 1] * x.y;
+                    acc[j][r] += f[j][4 * p + 2] * x.z;
+                    acc[j][r] += f[j][4 * p + 3] * x.w;
+                }
+            }
+        }
+    }
+    UNROLL for (int j = 0; j < 2; j++) UNROLL for (int r = 0; r < R; r++) acc[j][r] = warp_sum(acc[j][r]) * a.scale;
+}
+
+/* experts: with GLU y[entry, i] = silu(gate_i) * up_i, else y[entry, i] = (W x)_i, of the entries of an expert, R
+   at a time: so many share a read of its weights. A warp has two rows of W: gate and up, or neighbours. Grid:
+   pairs by warps, experts. Order of the sums: see dot_rows. Equals qwen3i_swiglu, qwen3i_matmul. */
+template <class W, int R, bool GLU>
+static __global__ void __launch_bounds__(256) experts_kernel(expert_args a) {
+    __shared__ float4 xs[R * EXPERT_TILE / 4];
+    const int pair = block_x() * 8 + warp_id(), half = a.rows / 2;
+    const int row[2] = {GLU ? pair : 2 * pair, GLU ? half + pair : 2 * pair + 1};
+    const bool any = GLU ? pair < half : 2 * pair < a.rows;
+    wait_for_previous();
+    let_next_start();
+    const W *w = (const W *)a.w + (size_t)expert_index(a) * a.rows * a.ldw;
+    const W *const at[2] = {any ? w + (size_t)row[0] * a.ldw : NULL,
+                            any && row[1] < a.rows ? w + (size_t)row[1] * a.ldw : NULL};
+    const int n = expert_count(a);
+    NO_UNROLL for (int first = 0; first < n; first += R) {
+        float acc[2][R];
+        int rows[R];
+        UNROLL for (int r = 0; r < R; r++) rows[r] = first + r < n ? expert_entry(a, first + r) / a.per : -1;
+        expert_dots<W, R>(acc, a, at, rows, xs);
+        if (lane_id() != 0 || !any) continue;
+        UNROLL for (int r = 0; r < R; r++) {
+            if (first + r >= n) continue;
+            float *y = a.y + (size_t)expert_entry(a, first + r) * a.ldy;
+            if (GLU) y[pair] = silu(acc[0][r]) * acc[1][r];
+            else {
+                y[row[0]] = acc[0][r];
+                if (row[1] < a.rows) y[row[1]] = acc[1][r];
+            }
+        }
+    }
+}
+
+/* mix_experts: x[row, :] += the sum of share * y over the row's entries, in order of expert. One block a row. */
+static __global__ void mix_experts_kernel(float *x, const float *y, const float *share, int used, int width,
+                                          int ld, int ldy) {
+    const size_t row = blockIdx.x, entry = row * used;
+    wait_for_previous();
+    let_next_start();
+    for (int i = tid(); i < width; i += n_threads()) {
+        float sum = 0;
+        for (int k = 0; k < used; k++) sum += share[entry + k] * y[(entry + k) * ldy + i];
+        x[row * ld + i] += sum;
+    }
+}
+
+/* ---- many rows: tiles by the tensor cores ---- */
+const int GROUP_M = 64, GROUP_N = 128, GROUP_K = 64, GROUP_STAGES = 3;
+const size_t GROUP_SHARED = (size_t)GROUP_STAGES * (GROUP_M + GROUP_N) * GROUP_K * 2;
+
+/* Where 8 elements of a row of a tile lie, so that those that are read together lie in different banks. */
+DEVICE half_t *group_at(half_t *tile, int row, int chunk) { return tile + row * GROUP_K + (chunk ^ row % 8) * 8; }
+
+/* The next GROUP_K columns of the entries' rows and of W on their way to a stage. */
+DEVICE void group_load(half_t *stage, const half_t *x, int ldx, const int *rows, const half_t *w, int w_rows,
+                       int ldw, int k0) {
+    for (int i = tid(); i < (GROUP_M + GROUP_N) * (GROUP_K / 8); i += 256) {
+        const int row = i / (GROUP_K / 8), chunk = i % (GROUP_K / 8), k = k0 + 8 * chunk, n = row - GROUP_M;
+        const bool of_x = row < GROUP_M, valid = k < ldw && (of_x ? rows[row] >= 0 : n < w_rows);
+        const half_t *from = !valid ? w : of_x ? x + (size_t)rows[row] * ldx + k : w + (size_t)n * ldw + k;
+        copy_async(group_at(stage + (of_x ? 0 : GROUP_M * GROUP_K), of_x ? row : n, chunk), from, valid);
+    }
+    copy_commit();
+}
+
+/* part += x W^T of one stage: a warp has 32 x 32 */
+DEVICE void group_multiply(float (&part)[2][4][4], half_t *stage, int m, int n) {
+    const int lane = lane_id();
+    half_t *w = stage + GROUP_M * GROUP_K;
+    UNROLL for (int k = 0; k < GROUP_K / 8; k += 2) {
+        unsigned a[2][4], b[2][4];
+        UNROLL for (int i = 0; i < 2; i++)
+            load_matrices(a[i], group_at(stage, m + 16 * i + lane % 16, k + lane / 16));
+        UNROLL for (int i = 0; i < 2; i++)
+            load_matrices(b[i], group_at(w, n + 16 * i + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
+        UNROLL for (int i = 0; i < 2; i++)
+            UNROLL for (int j = 0; j < 4; j++)
+                multiply(part[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1], half_t());
+    }
+}
+
+/* group_product: y[entry, :] = W x[entry / per] * x_scale of all entries of an expert, 64 at a time by 128 rows of
+   W. The tensor cores add up 128 elements, the rest is added in float32. Grid: tiles of W, experts, tiles of
+   entries, of which a block takes every gridDim.z-th. Equals qwen3i_matmul but for the rounding of x. */
+static __global__ void __launch_bounds__(256)
+    group_product_kernel(expert_args a, const half_t *x, const float *x_scale) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    __shared__ int entry[GROUP_M], rows[GROUP_M];
+    half_t *stages = (half_t *)(void *)memory;
+    const int STAGE = (GROUP_M + GROUP_N) * GROUP_K, n0 = block_x() * GROUP_N, steps = ceil_div(a.ldw, GROUP_K);
+    const int m = warp_id() / 4 * 32, n = warp_id() % 4 * 32, lane = lane_id(), count = expert_count(a);
+    const half_t *w = (const half_t *)a.w + ((size_t)block_y() * a.rows + n0) * a.ldw;
+    for (int first = (int)blockIdx.z * GROUP_M; first < count; first += (int)gridDim.z * GROUP_M) {
+        float sum[2][4][4], part[2][4][4];
+        __syncthreads();
+        if (tid() < GROUP_M) {
+            entry[tid()] = first + tid() < count ? expert_entry(a, first + tid()) : -1;
+            rows[tid()] = entry[tid()] < 0 ? -1 : entry[tid()] / a.per;
+        }
+        __syncthreads();
+        UNROLL for (int i = 0; i < 32; i++) sum[i / 16][i / 4 % 4][i % 4] = part[i / 16][i / 4 % 4][i % 4] = 0;
+        for (int s = 0; s < GROUP_STAGES - 1; s++)
+            if (s < steps) group_load(stages + s * STAGE, x, a.ldx, rows, w, a.rows - n0, a.ldw, s * GROUP_K);
+            else copy_commit();
+        NO_UNROLL for (int s = 0; s < steps; s++) {
+            const int next = s + GROUP_STAGES - 1;
+            copy_wait<GROUP_STAGES - 2>();
+            __syncthreads();
+            if (next < steps)
+                group_load(stages + next % GROUP_STAGES * STAGE, x, a.ldx, rows, w, a.rows - n0, a.ldw,
+                           next * GROUP_K);
+            else copy_commit();
+            group_multiply(part, stages + s % GROUP_STAGES * STAGE, m, n);
+            if (s % 2 == 0 && s + 1 < steps) continue;
+            UNROLL for (int i = 0; i < 32; i++) {
+                sum[i / 16][i / 4 % 4][i % 4] += part[i / 16][i / 4 % 4][i % 4];
+                part[i / 16][i / 4 % 4][i % 4] = 0;
+            }
+        }
+        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int h = 0; h < 2; h++) {
+            const int at = m + 16 * i + 8 * h + lane / 4;
+            if (entry[at] < 0) continue;
+            const float scale = a.scale * x_scale[rows[at]];
+            float *y = a.y + (size_t)entry[at] * a.ldy + n0;
+            UNROLL for (int j = 0; j < 4; j++) UNROLL for (int e = 0; e < 2; e++) {
+                const int col = n + 8 * j + lane % 4 * 2 + e;
+                if (n0 + col < a.rows) y[col] = sum[i][j][2 * h + e] * scale;
+            }
+        }
+    }
+}
+
+/* ---- launching them ---- */
+static expert_args expert_arguments(const pass *p, const matrix &w, int rows, const float *x, int ldx, int per,
+                                    float *y, int ldy) {
+    const cuda_ctx *c = p->c;
+    expert_args a;
+    a.w = w.data; a.scale = w.scale; a.rows = rows; a.k = w.cols; a.ldw = w.ld;
+    a.x = x; a.ldx = ldx; a.per = per; a.y = y; a.ldy = ldy;
+    a.lists = p->n > 1 ? c->experts.lists : NULL;
+    a.counts = c->experts.counts; a.picked = c->experts.picked; a.list_rows = c->max_rows;
+    return a;
+}
+
+template <class W, int R, bool GLU> static cudaError_t launch_experts_of(const pass *p, const expert_args &a) {
+    const qwen3i_config *g = &p->c->m->config;
+    return launch_early(p->early, p->s, grid2(ceil_div(ceil_div(a.rows, 2), 8), p->n > 1 ? g->n_expert : g->n_expert_used),
+                        256, 0, experts_kernel<W, R, GLU>, a);
+}
+template <class W, bool GLU> static cudaError_t launch_experts(const pass *p, const expert_args &a) {
+    return p->n == 1 ? launch_experts_of<W, 1, GLU>(p, a) : p->n <= 16 ? launch_experts_of<W, 2, GLU>(p, a) :
+                                                                        launch_experts_of<W, 8, GLU>(p, a);
+}
+
+/* Which experts each row picks, and, of several rows, who has picked each */
+static qwen3_result route(const pass *p, const layer_weights &l) {
+    const cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const expert_buffers &e = c->experts;
+    TRY(launched(p, launch_early(p->early, p->s, grid2(ceil_div(g->n_expert, 8), ceil_div(p->n, ROUTE_ROWS)), 256, 0,
+                                 route_kernel, e.logits, (const float *)l.router, (const float *)c->h, c->embd_ld,
+                                 p->n, g->n_expert, g->n_embd), "route"));
+    TRY(launched(p, launch_early(p->early, p->s, grid1(ceil_div(p->n, 8)), 256, 0, pick_experts_kernel, e.picked,
+                                 e.share, e.logits, p->n, g->n_expert, g->n_expert_used, g->norm_topk),
+                 "pick_experts"));
+    if (p->n == 1) return QWEN3_OK;
+    return launched(p, launch_early(p->early, p->s, grid1(g->n_expert), 256, 0, group_entries_kernel, e.lists,
+                                    e.counts, (const int *)e.picked, p->n * g->n_expert_used, c->max_rows),
+                    "group_entries");
+}
+
+/* y = W x of all entries by tiles, x rounded to F16 */
+static qwen3_result group_product(const pass *p, const matrix &w, int rows, int per, const half_t *x,
+                                  const float *x_scale, float *y, int ldy) {
+    const expert_args a = expert_arguments(p, w, rows, NULL, w.ld, per, y, ldy);
+    const dim3 grid((unsigned)ceil_div(rows, GROUP_N), (unsigned)p->c->m->config.n_expert,
+                    (unsigned)least(ceil_div(p->n, GROUP_M), 4));
+    return launched(p, launch_shared(false, 1, p->s, grid, 256, GROUP_SHARED, group_product_kernel, a, x, x_scale),
+                    "group_product");
+}
+
+static qwen3_result group_mlp(const pass *p, const layer_weights &l) {
+    const cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const expert_buffers &e = c->experts;
+    const int entries = p->n * g->n_expert_used, ff = g->n_ff_expert, ldm = l.w_down.ld, ldy = e.ldy;
+    const int threads = least(1024, round_up(ceil_div(ff, 16), 32));
+    RUN(grid1(p->n), row_threads(l.gate_up.ld, 4, p->n), 0, round_rows_kernel<half_t>, e.act, e.act_scale,
+        (const float *)c->h, c->embd_ld, g->n_embd, l.gate_up.ld, (size_t)0);
+    TRY(group_product(p, l.gate_up, 2 * ff, g->n_expert_used, e.act, e.act_scale, e.y, ldy));
+    if (ff % 4 == 0)
+        RUN(grid1(entries), threads, 0, swiglu_kernel<half_t, 4>, e.m16, e.m_scale, (const float *)e.y,
+            (const float *)NULL, ff, ldy, ldm, (size_t)0);
+    else
+        RUN(grid1(entries), threads, 0, swiglu_kernel<half_t, 1>, e.m16, e.m_scale, (const float *)e.y,
+            (const float *)NULL, ff, ldy, ldm, (size_t)0);
+    return group_product(p, l.w_down, g->n_embd, 1, e.m16, e.m_scale, e.y, ldy);
+}
+
+/* x = x + the experts' sum of c->h */
+static qwen3_result experts_mlp(const pass *p, int layer) {
+    cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const layer_weights &l = c->m->layers[layer];
+    const expert_buffers &e = c->experts;
+    TRY(route(p, l));
+    if (p->n > GROUP_LEAST && l.gate_up.type == QWEN3I_F16 && l.w_down.type == QWEN3I_F16) TRY(group_mlp(p, l));
+    else {
+        const expert_args up = expert_arguments(p, l.gate_up, 2 * g->n_ff_expert, c->h, c->embd_ld,
+                                                g->n_expert_used, e.m, l.w_down.ld);
+        const expert_args down = expert_arguments(p, l.w_down, g->n_embd, e.m, l.w_down.ld, 1, e.y, e.ldy);
+#define CALL(T) launch_experts<T, true>(p, up)
+        TRY(launched(p, BY_WEIGHT_TYPE(l.gate_up, CALL), "experts"));
+#undef CALL
+#define CALL(T) launch_experts<T, false>(p, down)
+        TRY(launched(p, BY_WEIGHT_TYPE(l.w_down, CALL), "experts"));
+#undef CALL
+    }
+    return launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(g->n_embd, 1, p->n), 0,
+                                    mix_experts_kernel, c->x, (const float *)e.y, (const float *)e.share,
+                                    g->n_expert_used, g->n_embd, c->embd_ld, e.ldy), "mix_experts");
+}
+
+/* ================================================================================================
    LOGITS
    ================================================================================================ */
 /* keep_logits: kept[out_slot, :] = logits[row, :] * scale[row] (NULL: 1); slot -1: not kept. Grid (blocks,
@@ -6571,6 +7008,10 @@ static qwen3_result decoder_layer(pass *p, int layer) {
     TRY(p->way->attention(p, layer));               /* a = softmax(q k / sqrt(d)) v                      */
     if (last) TRY(keep_wanted(p));
     TRY(p->way->o_proj(p, layer));                  /* x = x + Wo a                                      */
+    if (w->router) {
+        TRY(vector_norm(p, w->mlp_norm, w->gate_up, &h));
+        return experts_mlp(p, layer);               /* x = x + a sum of experts                          */
+    }
     TRY(norm(p, w->mlp_norm, w->gate_up, &h));      /* h = RMSNorm(x)                                    */
     TRY(p->way->mlp(p, layer, h));                  /* m = silu(Wgate h) * (Wup h)                       */
     return p->way->down(p, layer);                  /* x = x + Wdown m                                   */
@@ -6625,6 +7066,27 @@ static size_t largest_in_blocks(const cuda_model *m) {
     return bytes > 0 || m->head.n_parts == 0 ? bytes : 256 * (size_t)m->head.ld * sizeof(half_t);
 }
 
+/* What layers with experts need. */
+static void experts_memory(cuda_ctx *c, arena *a) {
+    const qwen3i_config *g = &c->m->config;
+    const size_t rows = (size_t)c->max_rows, entries = rows * (size_t)g->n_expert_used;
+    const size_t n = (size_t)g->n_expert, ff = (size_t)round_up(g->n_ff_expert, 8);
+    expert_buffers *e = &c->experts;
+    if (n == 0) return;
+    e->ldy = most(c->embd_ld, 2 * (int)ff);
+    e->logits = a->take<float>(rows, n);
+    e->picked = a->take<int>(entries);
+    e->share = a->take<float>(entries);
+    e->lists = a->take<int>(rows, n);
+    e->counts = a->take<int>(n);
+    e->m = a->take<float>(entries, ff);
+    e->y = a->take<float>(entries, (u64)e->ldy);
+    e->act = a->take<half_t>(rows, (u64)c->embd_ld);
+    e->m16 = a->take<half_t>(entries, ff);
+    e->act_scale = a->take<float>(rows);
+    e->m_scale = a->take<float>(entries);
+}
+
 static void lay_out_device(cuda_ctx *c, arena *a) {
     const qwen3i_config *g = &c->m->config;
     const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
@@ -6640,7 +7102,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->rope = a->take<float2>(ctx * half);
     c->freqs = a->take<float>(half);
     c->x = a->take<float>(rows * embd);
-    c->h = a->take<float>(narrow * embd);
+    c->h = a->take<float>((g->n_expert ? rows : narrow) * embd);
     c->qkv = take_result(c, a, 1, (c->wide_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
     c->ff = a->take<float>((size_t)least(c->max_rows, MATVEC_ROWS) * c->ff_ld);
@@ -6648,6 +7110,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->scratch_size = largest_in_blocks(c->m);
     c->scratch = (half_t *)(void *)a->take<char>(c->scratch_size);
     c->paths->memory(c, a);
+    experts_memory(c, a);
     c->logits = take_result(c, a, 3, (size_t)head_rows(c) * vocab);
     c->logprobs = a->take<float>((size_t)head_rows(c));
     c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
@@ -7406,7 +7869,7 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
         QWEN3_VERSION, "cuda", 2048,
         create_model, free_model, device_name,
         ctx_memory, create_ctx, free_ctx, forward, logits, next, seq_copy, kv_read, kv_write, set_logits,
-        1, 0, 0                         /* matrices in blocks; experts and orders of inputs stay on the CPU */
+        1, 1, 0                         /* matrices in blocks, experts; orders of inputs stay on the CPU */
     };
     return &backend;
 }

@@ -1000,6 +1000,42 @@ static void cuda_check_models(int kv_type, int kernels, int chunk, double worst,
     }
 }
 
+/* Mixtures of experts beside transformers: one row, few, and (16-bit weights, whose inputs are rounded) many at a time; the same bits
+   whatever is beside a row. */
+static void test_cuda_experts(void) {
+    static const char *const names[] = {"experts8", "experts128", "experts64", "fused", "fused128"};
+    static const int chunks[] = {1, 7, 0};
+    int i, k, n, way;
+    for (i = 0; i < (int)(sizeof names / sizeof *names); i++) {
+        const int exact = i == 0 || i == 3;     /* float32 */
+        fixture f;
+        if (!cuda_fixture(&f, names[i])) continue;
+        for (k = 0; k < 3; k++) {
+            qwen3_ctx_desc desc = ctx_desc(256, 2, chunks[k], QWEN3_KV_F32);
+            const cuda_distance d = cuda_distance_of(&f, &desc);
+            if (test_verbose) printf("    %-10s chunks of %d: worst %.2e, KL %.2e\n", names[i], chunks[k], d.worst, d.kl);
+            CHECK_MSG(d.worst <= (exact || k == 0 ? 1e-5 : 6e-3), "%s, chunks of %d: %.3g", names[i], chunks[k], d.worst);
+        }
+        for (k = 0; k < 2; k++) {       /* a few rows, or many, beside two different others */
+            const qwen3_ctx_desc desc = ctx_desc(256, 2, 0, QWEN3_KV_F16);
+            const qwen3_token *tokens = ref_tokens(&f.ref, 1, "tokens", &n);
+            float *first = floats((size_t)f.info.n_vocab);
+            for (way = 0; way < 2; way++) {
+                qwen3_ctx *ctx = ctx_open_desc(f.model, &desc);
+                qwen3_item items[2];
+                items[0] = item_of(0, tokens, k ? n / 2 : 3);
+                items[1] = item_of(1, tokens + 5 * way, k ? n / 2 : 3);
+                if (ctx) CHECK_OK(ctx, qwen3_eval(ctx, items, 2));
+                if (ctx && !way) memcpy(first, qwen3_logits(ctx, 0), (size_t)f.info.n_vocab * sizeof *first);
+                if (ctx && way) CHECK_MSG(same_logits(ctx, 0, first, f.info.n_vocab), "%s: other bits beside another", names[i]);
+                qwen3_ctx_free(ctx);
+            }
+            free(first);
+        }
+        fixture_close(&f);
+    }
+}
+
 /* The logits of a prompt of 40 tokens, `chunk` rows at a time and then three alone, of a model that is quantised when it
    is loaded; NULL backend: the CPU. */
 static float *cuda_quantised_logits(const char *name, int quantize, const qwen3_backend *backend, int chunk, int *vocab) {
@@ -1679,6 +1715,7 @@ static void suite_cuda(void) {
 #endif
     RUN(test_cuda_models_blocks);
     RUN(test_cuda_models_exact);
+    RUN(test_cuda_experts);
     RUN(test_cuda_models_fused);
     RUN(test_cuda_models_standard);
     RUN(test_cuda_models_f16);

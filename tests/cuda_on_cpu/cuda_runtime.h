@@ -312,6 +312,12 @@ template <class T> T __shfl_up_sync(unsigned, T v, unsigned by) {
     const int lane = emulated::now().current % 32;
     return emulated::shuffle(v, lane >= (int)by ? lane - (int)by : lane);
 }
+static inline unsigned __ballot_sync(unsigned, int is) {
+    unsigned all = is ? 1u << emulated::now().current % 32 : 0;
+    for (int o = 16; o > 0; o >>= 1) all |= __shfl_xor_sync(0xFFFFFFFFu, all, o);
+    return all;
+}
+static inline int __popc(unsigned v) { return __builtin_popcount(v); }
 template <class T> T __ldcg(const T *p) { return *p; }
 template <class T> T atomicAdd(T *p, T v) { const T old = *p; *p = old + v; return old; }
 static inline unsigned long long atomicAdd(unsigned long long *p, unsigned long v) {
