@@ -10,8 +10,8 @@
      same two bytes and the same value for everything within 2^32 of the matrix's largest (below that the
      error is under 2^-40 of the largest). So there is one 16-bit format, every tensor core since sm_75
      multiplies it, and what is rounded to it loses 2^-12 instead of 2^-9. Quantised weights stay as they
-     are, but for where the parts of a block lie. Up to 8 rows (on Hopper 1) are multiplied by their whole
-     numbers one by one; for more the matrix in hand becomes F16 in a scratch.
+     are, but for where the parts of a block lie. Up to 8 rows are multiplied by their whole numbers; for
+     more the matrix in hand becomes F16 in a scratch.
    INPUTS   of a product with at most 8 rows (on Hopper 1) stay float32. With more rows and 16-bit weights
      each row is rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size.
      With quantised weights few rows become whole numbers of 16 bits instead, with a scale for each 32.
@@ -1018,7 +1018,8 @@ static qwen3_result launched(const pass *p, cudaError_t e, const char *what) {
    BLOCKS: quantised weights. A row is taken apart once, in place, when it has come to the device: into tiles
    of 32 units of 32 elements, so that what the lanes of a warp read lies side by side. A tile has a plane of
    the low bits of all codes, one of the bits that are left, and the blocks' scales as they are in the file;
-   but for the six-bit ones of Q4_K and Q5_K; it ends at a multiple of 16 bytes. What stands in a block is told by the room WEIGHT FORMATS of qwen3.h.
+   but for the six-bit ones of Q4_K and Q5_K; it ends at a multiple of 16 bytes. What stands in a block is
+   told by the room WEIGHT FORMATS of qwen3.h.
    ================================================================================================ */
 /* Of a format: the bits of a code in the first plane and in the second, and where a block has its scales,
    which are one piece of bytes or two. Numbers by themselves (low 0) lie in tiles as they are. */
@@ -1149,7 +1150,8 @@ DEVICE void store_scales_k(unsigned char *to, const unsigned char *block) {
     for (int k = 0; k < 4; k++) to[k] = block[k];
     for (int g = 0; g < 8; g++) {
         const unsigned scale = g < 4 ? s[g] & 63u : (s[g + 4] & 15u) | (unsigned)(s[g - 4] >> 6) << 4,
-                       offset = g < 4 ? s[g + 4] & 63u : (unsigned)(s[g + 4] >> 4) | (unsigned)(s[g] >> 6) << 4;
+                       offset = g < 4 ? s[g + 4] & 63u :
+                                        (unsigned)(s[g + 4] >> 4) | (unsigned)(s[g] >> 6) << 4;
         to[4 + g] = (unsigned char)(scale | (offset & 3u) << 6);
         high |= (offset >> 2) << 4 * g;
     }
@@ -5536,13 +5538,15 @@ static qwen3_result many_down(const pass *p, int layer) {
 }
 
 /* ================================================================================================
-   BLOCKS: one row times a matrix that lies in them
+   BLOCKS: few rows times a matrix that lies in them
    ================================================================================================ */
 /* x comes as whole numbers of 16 bits with a scale for each 32, which the chip multiplies as two bytes, four
    at a time: all sums of a unit are exact. Where codes are numbers in floating point, x stays float32. A
-   warp takes rows two at a time; tiles come by a ring as in weight_stream, but the warp copies them
-   together. */
-const int BLOCK_WARPS = 16;             /* two kernels' blocks fit on a multiprocessor */
+   warp takes rows of W two at a time, for one row of x or for four; tiles come by a ring as in
+   weight_stream, but the warp copies them together. */
+/* for so many rows of x: with one, two kernels' blocks fit on a multiprocessor */
+template <int R> struct block_shape { enum { WARPS = R == 1 ? 16 : 8, BLOCKS = R == 1 ? 2 : 1 }; };
+const int BLOCK_ROWS  = 4;              /* of x, at most */
 const int BLOCK_RING  = 5 << 10;        /* bytes of a warp's */
 const int INT_PLANES = 5, FLOAT_PLANES = 8;     /* of 32 units of x: 16 bytes of each in a plane */
 const int MOST_INT   = 32639;           /* 127 * 256 + 127 */
@@ -5551,7 +5555,8 @@ struct block_in {
     block_part   parts[3];
     int          n, k, units;           /* rows of all parts; of x: elements, units that are there */
     bool         ints, floats;          /* how x is wanted */
-    const float *x, *gain;              /* [k]; gain NULL: x is normalised */
+    const float *x; int ldx, rows;
+    const float *gain;                  /* [k]: x is one row, to be normalised first; NULL: it is */
     float        eps;
 };
 /* What a warp multiplies at a time: at most 32 rows of one part from each of two places. */
@@ -5561,8 +5566,8 @@ static __host__ __device__ inline size_t block_x_bytes(const block_in &in) {
     return (size_t)round_up(in.units, 32) * 16 *
            (size_t)((in.ints ? INT_PLANES : 0) + (in.floats ? FLOAT_PLANES : 0));
 }
-static size_t block_memory(const block_in &in, int warps) {
-    return (size_t)warps * BLOCK_RING + block_x_bytes(in) + 32 * sizeof(float);
+static size_t block_memory(const block_in &in, int rows, int warps) {
+    return (size_t)warps * BLOCK_RING + (size_t)rows * block_x_bytes(in) + 32 * sizeof(float);
 }
 /* Which 16 bytes those of plane k of unit u are. */
 template <int PLANES> DEVICE int x_at(int u, int k) { return (u / 32 * PLANES + k) * 32 + u % 32; }
@@ -5615,20 +5620,24 @@ template <int C> DEVICE void block_stage_normed(const block_in &in, unsigned cha
                                   v[u].w * r * g[u].w));
 }
 
-/* x to shared memory, zero past k; with a gain its RMSNorm, as stage_vector. */
-static __device__ NO_INLINE void block_stage(const block_in &in) {
+/* R rows of x to shared memory, zero past k, the last one instead of those that are not there; with a gain
+   the RMSNorm of one, as stage_vector. */
+template <int R> static __device__ NO_INLINE void block_stage(const block_in &in) {
     QWEN3_DYNAMIC_SHARED(memory);
     unsigned char *planes = block_planes(memory);
-    float *shared = (float *)(void *)(planes + block_x_bytes(in));
     const int step = n_threads();
-    if (in.gain) {
+    if (R == 1 && in.gain) {
+        float *shared = (float *)(void *)(planes + block_x_bytes(in));
         if (in.k <= 4 * step) block_stage_normed<1>(in, planes, shared);
         else if (in.k <= 8 * step) block_stage_normed<2>(in, planes, shared);
         else block_stage_normed<4>(in, planes, shared);
     } else {
         wait_for_previous();
-        for (int q = tid(); q - lane_id() < 8 * in.units; q += step)
-            block_store_x(in, planes, q, load_up_to_4(in.x, 4 * q, in.k));
+        NO_UNROLL for (int r = 0; r < R; r++, planes += block_x_bytes(in)) {
+            const float *x = in.x + (size_t)least(r, in.rows - 1) * in.ldx;
+            NO_UNROLL for (int q = tid(); q - lane_id() < 8 * in.units; q += step)
+                block_store_x(in, planes, q, load_up_to_4(x, 4 * q, in.k));
+        }
     }
     __syncthreads();
 }
@@ -5656,11 +5665,8 @@ static constexpr __device__ bool has_offset(int type) {
              type == QWEN3I_NVFP4 || type == QWEN3I_FP8);
 }
 
-/* The sum over unit i of a tile of n */
-template <int T> DEVICE float unit_dot(const unsigned char *tile, int n, int i, const unit_ints &x) {
-    unsigned q[8];
-    const unit_scales s = load_scales<T>(tile, n, i);
-    unit_codes<T>(q, tile, n, i);
+/* The sum over a unit of these codes and scales */
+template <int T> DEVICE float unit_dot(const unsigned (&q)[8], const unit_scales &s, const unit_ints &x) {
     const int a = dot_16(q, x.high[0]) * 256 + dot_16(q, x.low[0]),
               b = dot_16(q + 4, x.high[1]) * 256 + dot_16(q + 4, x.low[1]);
     float sum = has_halves(T) ? (float)a * s.d[0] + (float)b * s.d[1] : (float)(a + b) * s.d[0];
@@ -5668,24 +5674,52 @@ template <int T> DEVICE float unit_dot(const unsigned char *tile, int n, int i, 
     if (has_offset(T)) sum += has_halves(T) ? s.m[0] * x.sums.y + s.m[1] * x.sums.z : s.m[0] * x.sums.w;
     return sum;
 }
-/* The same with float32 x: elements one after the other */
-template <int T> DEVICE float unit_dot(const unsigned char *tile, int n, int i, const float4 *x) {
-    float sum = 0;
-    UNROLL for (int j = 0; j < 8; j++) {
-        float f[4];
-        const float4 v = x[32 * j];
-        load_floats<T>(f, tile, n, i, j);
-        sum += f[0] * v.x; sum += f[1] * v.y; sum += f[2] * v.z; sum += f[3] * v.w;
+
+/* sums[j][r] += the sum over unit i of tile j of two, each of n units, and of row r of x, whose unit begins
+   at x + r * ld; tiles are `full` bytes apart. */
+template <int T, int R>
+DEVICE void add_ints(float (&sums)[2][R], const unsigned char *tile, int full, int n, int i,
+                     const unsigned char *x, int ld) {
+    unsigned q[2][8];
+    unit_scales s[2];
+    UNROLL for (int j = 0; j < 2; j++) {
+        s[j] = load_scales<T>(tile + j * full, n, i);
+        unit_codes<T>(q[j], tile + j * full, n, i);
     }
-    if constexpr (T == QWEN3I_FP8) sum *= 256 * load_scales<T>(tile, n, i).d[0];
-    return sum;
+    UNROLL for (int r = 0; r < R; r++) {
+        const unit_ints v = load_ints(x + r * ld);
+        UNROLL for (int j = 0; j < 2; j++) sums[j][r] += unit_dot<T>(q[j], s[j], v);
+    }
 }
+/* The same with float32 x: elements one after the other */
+template <int T, int R>
+DEVICE void add_floats(float (&sums)[2][R], const unsigned char *tile, int full, int n, int i,
+                       const unsigned char *x, int ld) {
+    UNROLL for (int j = 0; j < 2; j++) {
+        float sum[R];
+        UNROLL for (int r = 0; r < R; r++) sum[r] = 0;
+        UNROLL for (int k = 0; k < 8; k++) {
+            float f[4];
+            load_floats<T>(f, tile + j * full, n, i, k);
+            UNROLL for (int r = 0; r < R; r++) {
+                const float4 v = ((const float4 *)(const void *)(x + r * ld))[32 * k];
+                sum[r] += f[0] * v.x; sum[r] += f[1] * v.y; sum[r] += f[2] * v.z; sum[r] += f[3] * v.w;
+            }
+        }
+        float d = 1;
+        if constexpr (T == QWEN3I_FP8) d = 256 * load_scales<T>(tile + j * full, n, i).d[0];
+        UNROLL for (int r = 0; r < R; r++) sums[j][r] += sum[r] * d;
+    }
+}
+
+/* Of row r of x: the sums of this lane's row from each of the two places. */
+template <int R> struct block_result { float2 of[R]; };
 
 /* Lane l gets the sums of row l from each of the two places. stage: x is not there yet. Order: lane i takes
    unit i of each tile in turn; lanes are added by exchange. */
-template <int T>
-static __device__ NO_INLINE float2 block_sums_of(const block_in &in, block_rows rows, int units,
-                                                 int row_bytes, bool stage) {
+template <int T, int R>
+static __device__ NO_INLINE block_result<R> block_sums_of(const block_in &in, block_rows rows, int units,
+                                                          int row_bytes, bool stage) {
     constexpr int EACH = tile_units(T), FULL = tile_bytes(T, EACH), ROOM = BLOCK_RING / (2 * FULL),
                   DEPTH = ROOM < 8 ? ROOM : 8;
     static_assert(DEPTH >= 2, "while one is multiplied, the next must come");
@@ -5698,7 +5732,8 @@ static __device__ NO_INLINE float2 block_sums_of(const block_in &in, block_rows 
     const auto find = [&]() {
         UNROLL for (int j = 0; j < 2; j++) {
             const int r = row + j < n ? row + j : row;
-            from[j] = 16 * lane + (r < rows.n_a ? rows.a + r * row_bytes : rows.b + (r - rows.n_a) * row_bytes);
+            from[j] = r < rows.n_a ? rows.a + r * row_bytes : rows.b + (r - rows.n_a) * row_bytes;
+            from[j] += 16 * lane;
         }
     };
     const auto fetch = [&]() {
@@ -5723,38 +5758,38 @@ static __device__ NO_INLINE float2 block_sums_of(const block_in &in, block_rows 
     NO_UNROLL for (int i = 0; i < DEPTH - 1; i++) fetch();
     if (stage) {
         let_next_start();
-        block_stage(in);
+        block_stage<R>(in);
     }
     const unsigned char *planes = block_planes(memory);
+    const int ld = (int)block_x_bytes(in);
     if (is_float(T) && in.ints) planes += INT_PLANES * 16 * round_up(in.units, 32);
-    float2 result = make_float2(0, 0);
+    block_result<R> result;
+    UNROLL for (int x = 0; x < R; x++) result.of[x] = make_float2(0, 0);
     NO_UNROLL for (int r = 0; r < n; r += 2) {
-        float sums[2] = {0, 0};
+        float sums[2][R];
+        UNROLL for (int x = 0; x < R; x++) sums[0][x] = sums[1][x] = 0;
         NO_UNROLL for (int first = 0; first < units; first += EACH) {
             const int there = least(EACH, units - first);
             copy_wait<DEPTH - 2>();
             __syncwarp();
             if (lane < there) {
-                if constexpr (is_float(T)) {
-                    const float4 *x =
-                        (const float4 *)(const void *)planes + x_at<FLOAT_PLANES>(first + lane, 0);
-                    UNROLL for (int j = 0; j < 2; j++)
-                        sums[j] += unit_dot<T>(take + j * FULL, there, lane, x);
-                } else {
-                    const unit_ints x = load_ints(planes + (first * INT_PLANES + lane) * 16);
-                    UNROLL for (int j = 0; j < 2; j++)
-                        sums[j] += unit_dot<T>(take + j * FULL, there, lane, x);
-                }
+                if constexpr (is_float(T))
+                    add_floats<T, R>(sums, take, FULL, there, lane,
+                                     planes + x_at<FLOAT_PLANES>(first + lane, 0) * 16, ld);
+                else
+                    add_ints<T, R>(sums, take, FULL, there, lane,
+                                   planes + (first * INT_PLANES + lane) * 16, ld);
             }
             fetch();                    /* where the tiles before were, which all lanes have multiplied */
             take = take + 2 * FULL < ring_end ? take + 2 * FULL : ring;
         }
-        UNROLL for (int j = 0; j < 2; j++) {
-            const float sum = warp_sum(sums[j]);
-            const int i = r + j;
-            if (i < rows.n_a && i == lane) result.x = sum;
-            if (i >= rows.n_a && i - rows.n_a == lane) result.y = sum;
-        }
+        UNROLL for (int x = 0; x < R; x++)
+            UNROLL for (int j = 0; j < 2; j++) {
+                const float sum = warp_sum(sums[j][x]);
+                const int i = r + j;
+                if (i < rows.n_a && i == lane) result.of[x].x = sum;
+                if (i >= rows.n_a && i - rows.n_a == lane) result.of[x].y = sum;
+            }
     }
     copy_wait<0>();
     __syncwarp();
@@ -5762,15 +5797,17 @@ static __device__ NO_INLINE float2 block_sums_of(const block_in &in, block_rows 
 }
 
 #define QWEN3_CASE(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: return block_sums_of<QWEN3I_##name>(in, rows, p.units, p.row_bytes, stage);
-DEVICE float2 block_sums(const block_in &in, const block_part &p, const block_rows &rows, bool stage) {
-    switch (p.type) { QWEN3I_TYPES(QWEN3_CASE) default: return make_float2(0, 0); }
+    case QWEN3I_##name: return block_sums_of<QWEN3I_##name, R>(in, rows, p.units, p.row_bytes, stage);
+template <int R>
+DEVICE block_result<R> block_sums(const block_in &in, const block_part &p, const block_rows &rows,
+                                  bool stage) {
+    switch (p.type) { QWEN3I_TYPES(QWEN3_CASE) default: return block_result<R>(); }
 }
 #undef QWEN3_CASE
 
-/* The sums of rows [mine.first, mine.end): done(row, n, sums) with lane l's of rows row + l, l < n, up to 32
-   at a time. All warps call this once. */
-template <class F> DEVICE void block_multiply(const block_in &in, row_range mine, F done) {
+/* The sums of rows [mine.first, mine.end): done(r, row, n, sum) with lane l's of rows row + l, l < n, up to
+   32 at a time, and of row r of x. All warps call this once. */
+template <int R, class F> DEVICE void block_multiply(const block_in &in, row_range mine, F done) {
     bool stage = true;
     int part = 0, base = 0;
     for (int row = mine.first; row < mine.end; ) {
@@ -5779,15 +5816,17 @@ template <class F> DEVICE void block_multiply(const block_in &in, row_range mine
         const int n = least(64, least(mine.end, base + p.rows) - row), half = least(32, n);
         const unsigned char *from = p.data + (size_t)(row - base) * p.row_bytes;
         const block_rows rows = {from, from + (size_t)half * p.row_bytes, half, n - half};
-        const float2 sums = block_sums(in, p, rows, stage);
-        done(row, half, sums.x);
-        done(row + half, n - half, sums.y);
+        const block_result<R> sums = block_sums<R>(in, p, rows, stage);
+        UNROLL for (int r = 0; r < R; r++) {
+            done(r, row, half, sums.of[r].x);
+            done(r, row + half, n - half, sums.of[r].y);
+        }
         row += n;
         stage = false;
     }
     if (stage) {
         let_next_start();
-        block_stage(in);
+        block_stage<R>(in);
     }
 }
 
@@ -5801,8 +5840,8 @@ DEVICE row_range block_warp_share(int n) {
     return r;
 }
 
-/* Pairs of a row of gate and one of up: done(row, n, sums). */
-template <class F> DEVICE void block_multiply_pairs(const block_in &in, row_range mine, F done) {
+/* Pairs of a row of gate and one of up: done(r, row, n, sums). */
+template <int R, class F> DEVICE void block_multiply_pairs(const block_in &in, row_range mine, F done) {
     const block_part &gate = in.parts[0], &up = in.parts[1];
     const bool same = gate.type == up.type;
     bool stage = true;
@@ -5811,9 +5850,12 @@ template <class F> DEVICE void block_multiply_pairs(const block_in &in, row_rang
         const unsigned char *g = gate.data + (size_t)row * gate.row_bytes,
                             *u = up.data + (size_t)row * up.row_bytes;
         const block_rows first = {g, u, n, same ? n : 0}, second = {u, u, 0, n};
-        float2 sums = block_sums(in, gate, first, stage);
-        if (!same) sums.y = block_sums(in, up, second, false).y;
-        done(row, n, sums);
+        block_result<R> sums = block_sums<R>(in, gate, first, stage);
+        if (!same) {
+            const block_result<R> others = block_sums<R>(in, up, second, false);
+            UNROLL for (int r = 0; r < R; r++) sums.of[r].y = others.of[r].y;
+        }
+        UNROLL for (int r = 0; r < R; r++) done(r, row, n, sums.of[r]);
     }
 }
 
@@ -5827,43 +5869,51 @@ struct block_end {
     unsigned  *tickets;
 };
 
-DEVICE void block_finish(const block_end &e, const row_turn &turn, int row, int n, float sum) {
-    const int i = row + lane_id(), rotated = (e.qkv.n_head + e.qkv.n_head_kv) * e.qkv.head_dim;
+/* Of row r of x */
+DEVICE void block_finish(const block_end &e, int r, int row, int n, float sum) {
+    const qkv_args &a = e.qkv;
+    const int i = row + lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     if (lane_id() >= n) return;
     if (e.kind == BLOCK_HEADS) {
-        if (i < rotated) e.qkv.qkv[i] = sum;
-        else store_value(e.qkv, turn, i - rotated, sum);
+        if (i < rotated) a.qkv[(size_t)r * a.ld + i] = sum;
+        else
+            in_cache(a, a.kv.v, kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (size_t)(i - rotated),
+                     [&](auto *to) { store(to, sum); });
         return;
     }
-    const int slot = e.outs ? e.outs[0].out_slot : 0;
+    const int slot = e.outs ? e.outs[r].out_slot : r;
     float *out = e.y + (size_t)slot * e.ldy + i;
     if (slot >= 0) *out = e.kind == BLOCK_ADD ? *out + sum : sum;
 }
 
-/* block_product: one row of x times a matrix in blocks. The warps of the grid share its rows, or pairs of
-   them, evenly. One kernel for all ends, and a function in it for each format, which others would only
+/* block_product: up to R rows of x times a matrix in blocks. The warps of the grid share its rows, or pairs
+   of them, evenly. One kernel for all ends, and a function in it for each format, which others would only
    repeat. Equals qwen3i_matmul, and what the kernels for numbers do after it. */
-static __global__ void __launch_bounds__(32 * BLOCK_WARPS, 2)
+template <int R>
+static __global__ void __launch_bounds__(32 * block_shape<R>::WARPS, block_shape<R>::BLOCKS)
     block_product_kernel(const __grid_constant__ block_in in, const __grid_constant__ block_end e) {
     __shared__ int finished[STREAM_HEADS];
     const int warps = n_threads() / 32;
-    row_turn turn;
-    if (e.kind == BLOCK_HEADS) turn = load_turn(e.qkv, 0);
+    row_turn turn;                      /* written long before, so there is nothing to wait for */
+    if (e.kind == BLOCK_HEADS) turn = load_turn(e.qkv, warp_id() < in.rows ? warp_id() : 0);
     if (e.kind == BLOCK_MLP) {
-        block_multiply_pairs(in, block_warp_share(in.parts[0].rows), [&](int row, int n, float2 sums) {
-            if (lane_id() < n) e.y[row + lane_id()] = silu(sums.x) * sums.y;
+        block_multiply_pairs<R>(in, block_warp_share(in.parts[0].rows),
+                                [&](int r, int row, int n, float2 sums) {
+            if (lane_id() < n && r < in.rows)
+                e.y[(size_t)r * e.ldy + row + lane_id()] = silu(sums.x) * sums.y;
         });
         return;
     }
-    block_multiply(in, block_warp_share(in.n),
-                   [&](int row, int n, float sum) { block_finish(e, turn, row, n, sum); });
+    block_multiply<R>(in, block_warp_share(in.n), [&](int r, int row, int n, float sum) {
+        if (r < in.rows) block_finish(e, r, row, n, sum);
+    });
     if (e.kind != BLOCK_HEADS) return;
     const row_range mine = {block_share_begin(block_x() * warps, in.n),
                             block_share_begin((block_x() + 1) * warps, in.n)};
-    finish_heads(mine, 1, e.qkv, e.tickets, finished, least(STREAM_HEADS, n_threads()), turn);
+    finish_heads(mine, in.rows, e.qkv, e.tickets, finished, least(STREAM_HEADS, n_threads()), turn);
 }
 
-static block_in block_input(const pass *p, const matrix &w, const input &h, int row) {
+static block_in block_input(const pass *p, const matrix &w, const input &h, int row, int rows) {
     block_in in;
     memset(&in, 0, sizeof in);
     for (int i = 0; i < w.n_parts; i++) {
@@ -5875,34 +5925,57 @@ static block_in block_input(const pass *p, const matrix &w, const input &h, int 
     in.n = w.rows;
     in.k = w.cols;
     in.x = h.x + (size_t)row * h.ldx;
+    in.ldx = h.ldx;
+    in.rows = rows;
     in.gain = h.gain;
     in.eps = p->c->m->config.rms_eps;
     return in;
 }
 
-/* Warps of a block: as many as shared memory has room for; 0: not even one. */
-static int block_warps(const pass *p, const block_in &in) {
-    int warps = BLOCK_WARPS;
-    while (warps > 0 && block_memory(in, warps) > p->c->m->block_shared) warps /= 2;
-    return warps;
+/* Warps of a block: as many as shared memory has room for; 0: not even one. More than one need not be more
+   than the rows of x, of which each wants one. */
+template <int R> static int block_warps(const pass *p, const block_in &in) {
+    int warps = block_shape<R>::WARPS;
+    while (warps > 0 && block_memory(in, R, warps) > p->c->m->block_shared) warps /= 2;
+    return warps >= R ? warps : 0;
 }
 
 /* Can the kernel do the norm of its input? */
 static bool block_norms_itself(const pass *p, const matrix &w) {
     const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
     return p->n == 1 && w.cols % 4 == 0 &&
-           w.cols <= 4 * 4 * 32 * block_warps(p, block_input(p, w, h, 0));
+           w.cols <= 4 * 4 * 32 * block_warps<1>(p, block_input(p, w, h, 0, 1));
 }
 
 /* units: rows, or pairs of them */
+template <int R>
 static qwen3_result launch_block(const pass *p, const block_in &in, const block_end &e, int units) {
-    const int warps = block_warps(p, in);
+    const int warps = block_warps<R>(p, in);
     if (warps == 0)
         return qwen3i_fail(p->err, QWEN3_ERR_UNSUPPORTED,
                            "CUDA: rows of %d elements in blocks are too long for %s", in.k, p->c->m->name);
     return launched(p, launch_shared(p->early, 1, p->s, grid1(least(p->c->m->n_sm, ceil_div(units, warps))),
-                                     32 * warps, block_memory(in, warps), block_product_kernel, in, e),
+                                     32 * warps, block_memory(in, R, warps), block_product_kernel<R>, in, e),
                     "block_product");
+}
+
+/* Rows of x, four at a time if there are several and they have room. */
+static qwen3_result block_rows_of(const pass *p, const matrix &w, const input &h, int rows, block_end e,
+                                  int units) {
+    for (int r = 0; r < rows; ) {
+        const int n = least(BLOCK_ROWS, rows - r);
+        const block_in few = block_input(p, w, h, r, n), one = block_input(p, w, h, r, 1);
+        const bool together = n > 1 && block_warps<BLOCK_ROWS>(p, few) > 0;
+        TRY(together ? launch_block<BLOCK_ROWS>(p, few, e, units) : launch_block<1>(p, one, e, units));
+        const int done = together ? n : 1;
+        r += done;
+        if (e.outs) e.outs += done;
+        else if (e.y) e.y += (size_t)done * e.ldy;
+        if (e.kind != BLOCK_HEADS) continue;
+        e.qkv.qkv += (size_t)done * e.qkv.ld;
+        e.qkv.rows += done;
+    }
+    return QWEN3_OK;
 }
 
 static block_end block_ends(block_kind kind, float *y, int ldy, const row_info *outs) {
@@ -5917,12 +5990,7 @@ static block_end block_ends(block_kind kind, float *y, int ldy, const row_info *
 
 static qwen3_result block_matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
                                  const input &h, int rows, bool add) {
-    const block_kind kind = add ? BLOCK_ADD : BLOCK_STORE;
-    for (int r = 0; r < rows; r++)
-        TRY(launch_block(p, block_input(p, w, h, r),
-                         outs ? block_ends(kind, y, ldy, outs + r) :
-                                block_ends(kind, y + (size_t)r * ldy, 0, NULL), w.rows));
-    return QWEN3_OK;
+    return block_rows_of(p, w, h, rows, block_ends(add ? BLOCK_ADD : BLOCK_STORE, y, ldy, outs), w.rows);
 }
 
 static qwen3_result block_qkv(const pass *p, int layer, const input &h) {
@@ -5930,17 +5998,11 @@ static qwen3_result block_qkv(const pass *p, int layer, const input &h) {
     block_end e = block_ends(BLOCK_HEADS, NULL, 0, NULL);
     e.qkv = qkv_arguments(p, layer);
     e.tickets = p->c->qkv_tickets;
-    for (int r = 0; r < p->n; r++, e.qkv.qkv += e.qkv.ld, e.qkv.rows++)
-        TRY(launch_block(p, block_input(p, w, h, r), e, w.rows));
-    return QWEN3_OK;
+    return block_rows_of(p, w, h, p->n, e, w.rows);
 }
 
 static qwen3_result block_mlp(const pass *p, const matrix &w, const input &h) {
-    for (int r = 0; r < p->n; r++)
-        TRY(launch_block(p, block_input(p, w, h, r),
-                         block_ends(BLOCK_MLP, p->c->ff + (size_t)r * p->c->ff_ld, 0, NULL),
-                         w.parts[0].rows));
-    return QWEN3_OK;
+    return block_rows_of(p, w, h, p->n, block_ends(BLOCK_MLP, p->c->ff, p->c->ff_ld, NULL), w.parts[0].rows);
 }
 
 /* ================================================================================================
@@ -6973,6 +7035,11 @@ const path_set HOPPER = {
     {{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper
 };
 
+/* With weights in blocks fewer than some rows are faster by their whole numbers than through F16. */
+const path_set HOPPER_BLOCKS = {
+    {{MATVEC_ROWS, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper
+};
+
 static qwen3_result norm(const pass *p, const float *gain, const matrix &w, input *h) {
     *h = {p->c->x, p->c->embd_ld, NULL, gain};
     return p->way->norms_itself && p->way->norms_itself(p, w) ? QWEN3_OK : p->way->norm(p, gain, w, h);
@@ -7166,12 +7233,14 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
     c->act_ld = round_up(most(most(g->n_embd, g->n_ff), c->q_dim), 8);
     c->tiles = (g->head_dim == 64 || g->head_dim == 128) && c->group <= TILE_ROWS &&
                (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
-    c->wide = paths == &HOPPER;
+    c->wide = paths == &HOPPER || paths == &HOPPER_BLOCKS;
     c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
     c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, FEW_MOST)) : c->max_rows;
 }
 
-static const path_set *paths_of(const cuda_model *m) { return m->wide ? &HOPPER : &PORTABLE; }
+static const path_set *paths_of(const cuda_model *m) {
+    return !m->wide ? &PORTABLE : m->layers[0].gate_up.n_parts > 0 ? &HOPPER_BLOCKS : &HOPPER;
+}
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
     qwen3_memory bytes;
