@@ -6,6 +6,7 @@
 #include "fixture.h"
 #include "test_formats.h"
 #include "test_parity.h"
+#include "test_stream.h"
 #include "cuda_lab.h"
 
 #define CUDA_EXACT   1e-6       /* float32 results: ||a - b|| / ||b|| */
@@ -1523,6 +1524,70 @@ static void test_cuda_cancel(void) {
     fixture_close(&f);
 }
 
+/* Three replies step by step under a budget: each token is the one that the CPU's logits have at the top. */
+static void cuda_stream_case(const fixture *cpu, qwen3_ctx *ctx, qwen3_ctx *judge, int64_t budget) {
+    enum { N = 3 };
+    qwen3_chat_desc chat;
+    qwen3_gen_desc gen;
+    qwen3_stream stream[N], *list[N];
+    qwen3_item item;
+    heard got[N];
+    const int n_vocab = cpu->info.n_vocab;
+    float *logits = floats((size_t)256 * (size_t)n_vocab);
+    int i, k, t, steps = 0;
+    memset(&chat, 0, sizeof chat);
+    memset(&gen, 0, sizeof gen);
+    memset(got, 0, sizeof got);
+    chat.msgs = stream_msgs;
+    gen.on_text = hear;
+    gen.max_tokens = 20;
+    for (i = 0; i < N; i++) {
+        gen.user = &got[i];
+        chat.n_msgs = 1 + i % 2;
+        list[i] = &stream[i];
+        CHECK_OK(ctx, qwen3_stream_begin(ctx, i, &chat, &gen, &stream[i]));
+    }
+    while (qwen3_stream_step(ctx, list, N, budget) == QWEN3_MORE && steps < 1000) steps++;
+    CHECK_MSG(budget == 0 ? steps == 0 : steps > 0 && steps < 1000, "%d steps", steps);
+    for (i = 0; i < N; i++) {
+        memset(&item, 0, sizeof item);
+        item.tokens = qwen3_seq_tokens(ctx, i, &item.n);
+        item.all_logits = logits;
+        CHECK((stream[i].result == QWEN3_OK && stream[i].n_tokens == 20) || stream[i].result == QWEN3_END);
+        if (!CHECK(item.n <= 256 && got[i].calls > 0)) continue;
+        CHECK_OK(judge, qwen3_seq_truncate(judge, 0, 0));
+        CHECK_OK(judge, qwen3_eval(judge, &item, 1));
+        for (k = item.n - stream[i].n_tokens; k < item.n; k++) {
+            const float *row = logits + (size_t)(k - 1) * (size_t)n_vocab;
+            float best = row[0];
+            for (t = 1; t < cpu->info.n_tokens; t++) if (row[t] > best) best = row[t];
+            CHECK_MSG(row[item.tokens[k]] > best - 0.02f * (1 + (best < 0 ? -best : best)),
+                      "reply %d, position %d: %g, the best is %g", i, k, (double)row[item.tokens[k]], (double)best);
+        }
+        CHECK_OK(ctx, qwen3_seq_truncate(ctx, i, 0));
+    }
+    free(logits);
+}
+
+static void test_cuda_streams(void) {
+    fixture gpu, cpu;
+    qwen3_ctx *ctx, *judge;
+    if (!cuda_fixture(&gpu, "chat")) return;
+    if (fixture_open(&cpu, "chat")) {
+        ctx = ctx_open(gpu.model, 256, 3, 16, 0);
+        judge = ctx_open(cpu.model, 256, 1, 0, 0);
+        if (ctx && judge) {
+            cuda_stream_case(&cpu, ctx, judge, 0);
+            cuda_stream_case(&cpu, ctx, judge, 1);
+            cuda_stream_case(&cpu, ctx, judge, 3000);
+        }
+        qwen3_ctx_free(ctx);
+        qwen3_ctx_free(judge);
+        fixture_close(&cpu);
+    }
+    fixture_close(&gpu);
+}
+
 /* Loading stops at whichever call of progress() says so. */
 static int cuda_stop_loading(float done, void *user) { return done >= 0 && done <= 1 && --*(int *)user < 0; }
 
@@ -1731,6 +1796,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_same_twice);
     RUN(test_cuda_states);
     RUN(test_cuda_cancel);
+    RUN(test_cuda_streams);
     RUN(test_cuda_cancel_load);
     RUN(test_cuda_memory);
     RUN(test_cuda_refuses);

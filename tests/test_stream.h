@@ -262,6 +262,42 @@ static void test_stream_deadlines(void) {
     fixture_close(&f);
 }
 
+/* The same by the clock. A slow model is one whose hook takes its time. */
+typedef struct clock_deadline { double end, each; } clock_deadline;
+static int clock_over(void *user) {
+    const clock_deadline *d = (const clock_deadline *)user;
+    const double until = qwen3i_now_ms() + d->each;
+    while (qwen3i_now_ms() < until) {}
+    return qwen3i_now_ms() > d->end;
+}
+
+static void test_stream_clock(void) {
+    static const double ms[] = {0.1, 0.3, 1, 3, 10}, each[] = {0, 0.02, 0.2};
+    fixture f;
+    qwen3_ctx_desc d = ctx_desc(64, 1, 32, 0);
+    clock_deadline limit;
+    qwen3_ctx *ctx;
+    qwen3_token tokens[40];
+    uint64_t seed = 3;
+    int i, calls, left;
+    if (!fixture_open(&f, "plain")) return;
+    random_tokens(&seed, tokens, 40, f.info.n_vocab);
+    d.cancel = clock_over;
+    d.cancel_user = &limit;
+    for (i = 0; i < 15; i++) {
+        ctx = ctx_open_desc(f.model, &d);
+        if (!ctx) break;
+        limit.each = each[i / 5];
+        for (calls = 0, left = 1; left > 0 && calls < 100; calls++) {
+            limit.end = qwen3i_now_ms() + ms[i % 5];
+            left = qwen3_sync(ctx, 0, tokens, 40, 0);
+        }
+        CHECK_MSG(left == 0, "%g ms, %g a poll: %d tokens to come after %d calls", ms[i % 5], limit.each, left, calls);
+        qwen3_ctx_free(ctx);
+    }
+    fixture_close(&f);
+}
+
 /* By pieces of any size; reuse is counted once. */
 static void test_stream_sync_pieces(void) {
     fixture f;
@@ -701,6 +737,7 @@ static void suite_stream(void) {
     RUN(test_stream_not_a_directory);
 #endif
     RUN(test_stream_deadlines);
+    RUN(test_stream_clock);
     RUN(test_stream_sync_pieces);
     RUN(test_stream_state_file);
     RUN(test_stream_round_trip);
