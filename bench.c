@@ -21,7 +21,8 @@ extern const char *lab_fused_baseline(const char *size);         /* tools/kernel
 
 static const char usage[] =
     "usage: bench [MODEL | --random SIZE] [options]\n"
-    "  --random SIZE   0.6B 1.7B 4B 8B 14B 32B: random weights made in memory (default: 0.6B)\n"
+    "  --random SIZE   0.6B 1.7B 4B 8B 14B 32B 30B-A3B 235B-A22B: random weights made in memory (default: 0.6B)\n"
+    "  --layers N      of random weights: so many layers (default: all)\n"
     "  --type T        of random weights: bf16 f16 f32 q8_0 q4_0 q4_k_m or another format of GGUF files (default bf16)\n"
     "  --tests LIST    ppN[@CTX] prefill of N tokens, tgN[@CTX] decode of N, after CTX tokens\n"
     "                  (default pp512,pp2048,tg128@512, of these what fits the model's positions)\n"
@@ -39,7 +40,7 @@ static const char usage[] =
 
 typedef struct options {
     const char *path, *random, *type, *tests, *batch, *kernels, *draft;
-    int own_tests, first, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
+    int layers, own_tests, first, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
 } options;
 
 static void die(const char *what, const char *detail) {
@@ -86,6 +87,7 @@ static options parse(int argc, char **argv) {
             else if (!strcmp(a, "--kernels")) o.kernels = v;
             else if (!strcmp(a, "--batch"))   o.batch = v;
             else if (!strcmp(a, "--draft"))   o.draft = v;
+            else if (!strcmp(a, "--layers"))  o.layers = whole(a, v);
             else if (!strcmp(a, "--repeat"))  o.repeat = whole(a, v);
             else if (!strcmp(a, "--chunk"))   o.chunk = whole(a, v);
             else if (!strcmp(a, "--threads")) o.threads = whole(a, v);
@@ -103,10 +105,11 @@ static options parse(int argc, char **argv) {
 }
 
 /* ---- random models: the files of a checkpoint, made in memory --------------------------------------------- */
-typedef struct shape { const char *name; int layers, embd, ff, heads, kv, tied; } shape;
+typedef struct shape { const char *name; int layers, embd, ff, heads, kv, tied, experts, used, expert_ff; } shape;
 static const shape shapes[] = {         /* of the published models; head_dim 128, vocabulary 151,936 */
-    {"0.6B", 28, 1024, 3072, 16, 8, 1}, {"1.7B", 28, 2048, 6144, 16, 8, 1}, {"4B", 36, 2560, 9728, 32, 8, 1},
-    {"8B", 36, 4096, 12288, 32, 8, 0}, {"14B", 40, 5120, 17408, 40, 8, 0}, {"32B", 64, 5120, 25600, 64, 8, 0}
+    {"0.6B", 28, 1024, 3072, 16, 8, 1, 0, 0, 0}, {"1.7B", 28, 2048, 6144, 16, 8, 1, 0, 0, 0}, {"4B", 36, 2560, 9728, 32, 8, 1, 0, 0, 0},
+    {"8B", 36, 4096, 12288, 32, 8, 0, 0, 0, 0}, {"14B", 40, 5120, 17408, 40, 8, 0, 0, 0, 0}, {"32B", 64, 5120, 25600, 64, 8, 0, 0, 0, 0},
+    {"30B-A3B", 48, 2048, 6144, 32, 4, 0, 128, 8, 768}, {"235B-A22B", 94, 4096, 12288, 64, 4, 0, 128, 8, 1536}
 };
 enum { VOCAB = 151936, HEAD = 128, POOL = 1 << 22 };
 
@@ -126,13 +129,31 @@ static qwen3i_type type_of(const builder *b, int layer, int part) {
     return qwen3i_type_of(s);
 }
 
-static void add_tensor(builder *b, const char *name, int rows, int cols, qwen3i_type type) {
-    size_t n = (size_t)(rows ? rows : 1) * (size_t)qwen3i_row_bytes(type, cols);
-    char dims[32];
-    snprintf(dims, sizeof dims, rows ? "%d,%d" : "%.0d%d", rows, cols);
-    b->at += (size_t)snprintf(b->header + b->at, b->cap - b->at, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%lu,%lu]}",
-                              b->at > 1 ? "," : "", name, qwen3i_format_of(type)->name, dims, (unsigned long)b->offset, (unsigned long)(b->offset + n));
+/* stack 0: [rows, cols]; rows 0, too: [cols] */
+static void add_stack(builder *b, const char *name, int stack, int rows, int cols, qwen3i_type type) {
+    size_t n = (size_t)(stack ? stack : 1) * (size_t)(rows ? rows : 1) * (size_t)qwen3i_row_bytes(type, cols);
+    char dims[48];
+    snprintf(dims, sizeof dims, stack ? "%d,%d,%d" : rows ? "%.0d%d,%d" : "%.0d%.0d%d", stack, rows, cols);
+    b->at += (size_t)snprintf(b->header + b->at, b->cap - b->at, "%s\"%s\":{\"dtype\":\"%s\",\"shape\":[%s],\"data_offsets\":[%llu,%llu]}",
+                              b->at > 1 ? "," : "", name, qwen3i_format_of(type)->name, dims, (unsigned long long)b->offset,
+                              (unsigned long long)(b->offset + n));
     b->offset += n;
+}
+
+static void add_tensor(builder *b, const char *name, int rows, int cols, qwen3i_type type) {
+    add_stack(b, name, 0, rows, cols, type);
+}
+
+/* In place of an MLP, all experts in two tensors. A router is never in blocks. */
+static void add_experts(builder *b, int i) {
+    const shape *s = b->s;
+    char name[96];
+    snprintf(name, sizeof name, "model.layers.%d.mlp.gate.weight", i);
+    add_tensor(b, name, s->experts, s->embd, qwen3i_is_block(type_of(b, i, 0)) ? QWEN3I_F16 : type_of(b, i, 0));
+    snprintf(name, sizeof name, "model.layers.%d.mlp.experts.gate_up_proj", i);
+    add_stack(b, name, s->experts, 2 * s->expert_ff, s->embd, type_of(b, i, 8));
+    snprintf(name, sizeof name, "model.layers.%d.mlp.experts.down_proj", i);
+    add_stack(b, name, s->experts, s->embd, s->expert_ff, type_of(b, i, 10));
 }
 
 static void add_layer(builder *b, int i) {
@@ -144,10 +165,11 @@ static void add_layer(builder *b, int i) {
     const int cols[] = {s->embd, s->embd, HEAD, HEAD, s->embd, s->embd, s->embd, q, s->embd, s->embd, s->ff};
     char name[96];
     int k;
-    for (k = 0; k < 11; k++) {
+    for (k = 0; k < (s->experts ? 8 : 11); k++) {
         snprintf(name, sizeof name, "model.layers.%d.%s.weight", i, names[k]);
         add_tensor(b, name, rows[k], cols[k], rows[k] ? type_of(b, i, k) : QWEN3I_F16);
     }
+    if (s->experts) add_experts(b, i);
 }
 
 /* Values of about N(0, 0.02), in blocks scales and all of 2^-6 to 2^-7 as halves, repeated from a pool at odd distances:
@@ -205,12 +227,32 @@ static qwen3_file make_weights(const shape *s, const char *type) {
 
 static qwen3_file make_config(const shape *s, char *text, size_t cap) {
     qwen3_file f;
+    int n;
     f.name = "config.json";
     f.data = text;
-    f.size = (size_t)snprintf(text, cap, "{\"model_type\":\"qwen3\",\"architectures\":[\"Qwen3ForCausalLM\"],\"num_hidden_layers\":%d,\"hidden_size\":%d,"
+    n = snprintf(text, cap, s->experts ? "{\"model_type\":\"qwen3_moe\",\"architectures\":[\"Qwen3MoeForCausalLM\"],\"num_experts\":%d,"
+        "\"num_experts_per_tok\":%d,\"moe_intermediate_size\":%d,\"norm_topk_prob\":true," :
+        "{\"model_type\":\"qwen3\",\"architectures\":[\"Qwen3ForCausalLM\"],", s->experts, s->used, s->expert_ff);
+    n += snprintf(text + n, cap - (size_t)n, "\"num_hidden_layers\":%d,\"hidden_size\":%d,"
         "\"intermediate_size\":%d,\"num_attention_heads\":%d,\"num_key_value_heads\":%d,\"head_dim\":%d,\"vocab_size\":%d,\"tie_word_embeddings\":%s,"
         "\"max_position_embeddings\":40960,\"rms_norm_eps\":1e-6,\"rope_theta\":1000000}", s->layers, s->embd, s->ff, s->heads, s->kv, HEAD, VOCAB, s->tied ? "true" : "false");
+    f.size = (size_t)n;
     return f;
+}
+
+/* Bytes of the experts that one row does not pick */
+static uint64_t idle_bytes(const qwen3_model *m) {
+    const qwen3i_config *c = &m->config;
+    uint64_t bytes = 0;
+    int i, k;
+    for (i = 0; i < c->n_layer; i++) {
+        const qwen3i_experts *e = m->weights.layers[i].experts;
+        for (k = 0; e && k < 3; k++) {
+            const qwen3i_matrix *w = k == 0 ? e->gate : k == 1 ? e->up : e->down;
+            bytes += (uint64_t)(c->n_expert - c->n_expert_used) * (uint64_t)w->rows * qwen3i_row_bytes(w->type, w->cols);
+        }
+    }
+    return bytes;
 }
 
 /* ---- limits ------------------------------------------------------------------------------------------------- */
@@ -419,7 +461,13 @@ static kernel_cost cost_of(const bench *b, lab_op op, int rows, int ctx) {
     const double seen = ctx > 0 ? n * (ctx + 1) : n * (n + 1) / 2;  /* pairs of a row and a position that it sees */
     const double held = ctx > 0 ? seen : n;                         /* positions that must be read */
     const double most_rows = ctx > 0 ? 64 : 32, head_rows = n < most_rows ? n : most_rows, vocab = c->n_vocab;
+    const double used = c->n_expert_used, experts = c->n_expert, wide = (double)c->n_ff_expert;
     kernel_cost k = {0, 0};
+    if (experts > 0 && op == LAB_MLP) {         /* all of it; of weights what that many rows pick if they pick evenly */
+        k.flop = 6 * n * used * embd * wide;
+        k.bytes = 3 * w * embd * wide * experts * (1 - pow(1 - used / experts, n)) + n * embd * (8 + act);
+        return k;
+    }
     switch (op) {
         case LAB_NORM:      k.bytes = n * embd * (4 + act); break;
         case LAB_QKV_ROPE:  k.flop = 2 * n * embd * (q + 2 * kv);
@@ -506,7 +554,8 @@ static void run_kernels(bench *b, int rows, int ctx) {
     must(b, cuda_lab()->run(b->ctx->state, LAB_EMBED, 0, 1, NULL, &err), "embed");
     if (!b->opt.json) printf("%d rows%s, microseconds by the device's clock, weights of all layers in turn\n", rows,
                              ctx > 0 ? " of as many sequences" : "");
-    for (i = 0; i < QWEN3I_COUNT(ops); i++) time_kernel(b, ops[i].name, ops[i].op, rows, ctx);
+    for (i = 0; i < QWEN3I_COUNT(ops); i++)
+        if (ops[i].op != LAB_DOWN || !b->info.n_expert) time_kernel(b, ops[i].name, ops[i].op, rows, ctx);
 }
 
 static void all_kernels(bench *b) {
@@ -589,10 +638,13 @@ static void load(bench *b) {
     memset(&d, 0, sizeof d);
     d.path = b->opt.path;
     if (!b->opt.path) {
+        shape s;
         for (i = 0; i < QWEN3I_COUNT(shapes) && strcmp(shapes[i].name, b->opt.random); i++) { }
-        if (i == QWEN3I_COUNT(shapes)) die("--random: sizes are 0.6B 1.7B 4B 8B 14B 32B, not", b->opt.random);
-        files[0] = make_config(&shapes[i], config, sizeof config);
-        files[1] = make_weights(&shapes[i], b->opt.type);
+        if (i == QWEN3I_COUNT(shapes)) die("--random: sizes are 0.6B 1.7B 4B 8B 14B 32B 30B-A3B 235B-A22B, not", b->opt.random);
+        s = shapes[i];
+        if (b->opt.layers) s.layers = b->opt.layers;
+        files[0] = make_config(&s, config, sizeof config);
+        files[1] = make_weights(&s, b->opt.type);
         d.files = files;
         d.n_files = 2;
     }
@@ -603,7 +655,7 @@ static void load(bench *b) {
     if (r == QWEN3_ERR_DEVICE && !b->opt.cuda) { d.backend = NULL; r = qwen3_load(&b->model, &d, err, sizeof err); }
     if (r != QWEN3_OK) die(qwen3_result_string(r), err);
     b->info = qwen3_get_info(b->model);
-    b->step_bytes = b->info.weight_bytes;
+    b->step_bytes = b->info.weight_bytes - idle_bytes(b->model);
     if (b->model->weights.head.data != b->model->weights.embed.data)            /* an embedding of its own is looked up, not read */
         b->step_bytes -= (uint64_t)b->info.n_vocab * qwen3i_row_bytes(b->model->weights.embed.type, b->info.n_embd);
 }
