@@ -5635,8 +5635,12 @@ template <int R> static __device__ NO_INLINE void block_stage(const block_in &in
         wait_for_previous();
         NO_UNROLL for (int r = 0; r < R; r++, planes += block_x_bytes(in)) {
             const float *x = in.x + (size_t)least(r, in.rows - 1) * in.ldx;
-            NO_UNROLL for (int q = tid(); q - lane_id() < 8 * in.units; q += step)
-                block_store_x(in, planes, q, load_up_to_4(x, 4 * q, in.k));
+            NO_UNROLL for (int q = tid(); q - lane_id() < 8 * in.units; q += 4 * step) {
+                float4 v[4];
+                UNROLL for (int u = 0; u < 4; u++) v[u] = load_up_to_4(x, 4 * (q + u * step), in.k);
+                UNROLL for (int u = 0; u < 4; u++)
+                    if (q + u * step - lane_id() < 8 * in.units) block_store_x(in, planes, q + u * step, v[u]);
+            }
         }
     }
     __syncthreads();
