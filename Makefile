@@ -28,7 +28,8 @@ CUDA_OBJ  = build/qwen3_cuda.o
 CUDA_LAB  = build/cuda_lab.o
 CUDA_DEF  = -DQWEN3_WITH_CUDA
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
-LDLIBS   += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart -lstdc++
+LDLIBS   += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 $(if $(NO_CUBLASLT),,-lcublasLt) -lcudart -lstdc++
+NVCCFLAGS += $(if $(NO_CUBLASLT),-DQWEN3_CUDA_NO_CUBLASLT)
 endif
 
 all: example bench build/check lib

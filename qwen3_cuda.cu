@@ -2,6 +2,8 @@
 
        nvcc -O3 -std=c++17 -arch=native -c qwen3_cuda.cu
        cc -O2 app.c qwen3_cuda.o -lcublasLt -lcudart -lstdc++ -lm -lpthread
+   With -DQWEN3_CUDA_NO_CUBLASLT that library is not needed: products of many rows are then done by a kernel of
+   this file's wherever Hopper's own do not serve.
 
    Compute capability 7.5 and up. Everything between the matrices is float32: residual, norms, gains,
    rotation, scores, softmax, the SwiGLU product and all accumulators.
@@ -41,7 +43,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <cublasLt.h>
+#ifndef QWEN3_CUDA_NO_CUBLASLT
+  #include <cublasLt.h>
+#endif
 #include <limits.h>
 #include <stdlib.h>
 #include <condition_variable>
@@ -69,7 +73,11 @@ typedef unsigned long long u64;
 #endif
 
 const int RING          = 4;            /* uploads in flight */
+#ifdef QWEN3_CUDA_NO_CUBLASLT
+const size_t WORKSPACE  = 0;            /* of cuBLASLt */
+#else
 const size_t WORKSPACE  = (size_t)32 << 20;
+#endif
 const size_t PIECE      = (size_t)2 << 20;      /* of an upload of weights */
 const int SLOTS         = 16;           /* so many pieces are filled or on their way */
 #ifdef QWEN3_CUDA_EMULATED
@@ -117,8 +125,6 @@ static qwen3_result cuda_fail(const qwen3i_err *err, cudaError_t e, const char *
         const cudaError_t e_ = (call); \
         if (e_ != cudaSuccess) return cuda_fail(err, e_, #call); \
     } while (0)
-#define LT_TRY(call) do { const cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) \
-    return qwen3i_fail(err, QWEN3_ERR_DEVICE, "cuBLASLt: %s: status %d", #call, (int)s_); } while (0)
 
 /* Makes a device current and afterwards restores the caller's. */
 struct device_guard {
@@ -810,9 +816,9 @@ struct attention_tile { int row0, n_tokens, seq, pos0; };   /* consecutive token
 struct listed;                          /* of the choice: see there */
 struct choice;
 struct candidates;
+struct plan;                            /* of products by cuBLASLt */
 
 const int LISTED_MAX = 1 << 15;         /* biases and penalised tokens in one step */
-const int N_PLANS    = 256;
 const int KEPT       = 3;               /* logits of a sequence: see cuda_ctx */
 
 struct upload_slot {                    /* pinned memory, copied to its twin on the device or read there */
@@ -822,22 +828,6 @@ struct upload_slot {                    /* pinned memory, copied to its twin on 
     listed         *lists;              /* [LISTED_MAX] */
     int            *report;             /* [max_seqs] written by the device: the tokens chosen */
 };
-
-struct plan {                           /* a matrix product of one shape, and how cuBLASLt does it best */
-    int                    n, rows, k, ldy, aligned;
-    qwen3i_type            type;
-    cublasLtMatmulDesc_t   op;
-    cublasLtMatrixLayout_t w, x, y;
-    cublasLtMatmulAlgo_t   algo;
-};
-
-static void destroy_plan(plan *p) {
-    if (p->op) cublasLtMatmulDescDestroy(p->op);
-    if (p->w) cublasLtMatrixLayoutDestroy(p->w);
-    if (p->x) cublasLtMatrixLayoutDestroy(p->x);
-    if (p->y) cublasLtMatrixLayoutDestroy(p->y);
-    memset(p, 0, sizeof *p);
-}
 
 struct run_ahead {                      /* a step that was begun before it was asked for */
     int           n;                    /* its sequences; 0: none */
@@ -874,7 +864,7 @@ struct cuda_ctx {
     const qwen3_token *eos; int n_eos;          /* the model's */
     int               n_choose;                 /* ids below this may be chosen */
     cudaStream_t      stream, capture;
-    cublasLtHandle_t  lt;
+    void             *lt;                       /* cuBLASLt's handle */
     plan             *plans; int next_plan;     /* [N_PLANS] */
     cudaGraphExec_t  *graphs;                   /* [max_seqs + 1] a decode step of so many rows; ... */
     int              *runs;                     /* ... made when it has run once and all code is loaded */
@@ -2512,17 +2502,41 @@ static cudaError_t launch_wide_norm(const pass *p, const norm_args &a) {
 /* ================================================================================================
    PRODUCT: y = W x and x = x + W y
    ================================================================================================ */
+/* A product to be: y[rows, n] (rows ldy apart) = scale x[rows, k] W[n, k]^T + beta y; x and W of one type. */
+struct product_shape { int n, rows, k, ldy, aligned; qwen3i_type type; };
+
+#ifndef QWEN3_CUDA_NO_CUBLASLT
 /* ---- by cuBLASLt: a plan for each shape, made once ---- */
+#define LT_TRY(call) do { const cublasStatus_t s_ = (call); if (s_ != CUBLAS_STATUS_SUCCESS) \
+    return qwen3i_fail(err, QWEN3_ERR_DEVICE, "cuBLASLt: %s: status %d", #call, (int)s_); } while (0)
+const int N_PLANS = 256;
+
+struct plan {                           /* one shape of product, and how cuBLASLt does it best */
+    product_shape          shape;
+    cublasLtMatmulDesc_t   op;
+    cublasLtMatrixLayout_t w, x, y;
+    cublasLtMatmulAlgo_t   algo;
+};
+
+static void destroy_plan(plan *p) {
+    if (p->op) cublasLtMatmulDescDestroy(p->op);
+    if (p->w) cublasLtMatrixLayoutDestroy(p->w);
+    if (p->x) cublasLtMatrixLayoutDestroy(p->x);
+    if (p->y) cublasLtMatrixLayoutDestroy(p->y);
+    memset(p, 0, sizeof *p);
+}
+
 static qwen3_result describe_plan(plan *p, const qwen3i_err *err) {
-    const cudaDataType_t in = p->type == QWEN3I_F32 ? CUDA_R_32F : CUDA_R_16F;
+    const product_shape &a = p->shape;
+    const cudaDataType_t in = a.type == QWEN3I_F32 ? CUDA_R_32F : CUDA_R_16F;
     const cublasOperation_t transposed = CUBLAS_OP_T;
     LT_TRY(cublasLtMatmulDescCreate(
-        &p->op, p->type == QWEN3I_F32 ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F, CUDA_R_32F));
+        &p->op, a.type == QWEN3I_F32 ? CUBLAS_COMPUTE_32F_PEDANTIC : CUBLAS_COMPUTE_32F, CUDA_R_32F));
     LT_TRY(
         cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed));
-    LT_TRY(cublasLtMatrixLayoutCreate(&p->w, in, (uint64_t)p->k, (uint64_t)p->n, p->k));
-    LT_TRY(cublasLtMatrixLayoutCreate(&p->x, in, (uint64_t)p->k, (uint64_t)p->rows, p->k));
-    LT_TRY(cublasLtMatrixLayoutCreate(&p->y, CUDA_R_32F, (uint64_t)p->n, (uint64_t)p->rows, p->ldy));
+    LT_TRY(cublasLtMatrixLayoutCreate(&p->w, in, (uint64_t)a.k, (uint64_t)a.n, a.k));
+    LT_TRY(cublasLtMatrixLayoutCreate(&p->x, in, (uint64_t)a.k, (uint64_t)a.rows, a.k));
+    LT_TRY(cublasLtMatrixLayoutCreate(&p->y, CUDA_R_32F, (uint64_t)a.n, (uint64_t)a.rows, a.ldy));
     return QWEN3_OK;
 }
 
@@ -2531,7 +2545,7 @@ static qwen3_result choose_algorithm(const cuda_ctx *c, plan *p, const qwen3i_er
     cublasLtMatmulPreference_t wish = NULL;
     cublasLtMatmulHeuristicResult_t found[1];
     const uint64_t workspace = c->workspace_size;
-    const uint32_t align_in = 16, align_out = p->aligned ? 16 : 4,
+    const uint32_t align_in = 16, align_out = p->shape.aligned ? 16 : 4,
                    reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     int n = 0;
     LT_TRY(cublasLtMatmulPreferenceCreate(&wish));
@@ -2546,32 +2560,155 @@ static qwen3_result choose_algorithm(const cuda_ctx *c, plan *p, const qwen3i_er
     WISH(MIN_ALIGNMENT_D_BYTES, align_out);
 #undef WISH
     if (s == CUBLAS_STATUS_SUCCESS)
-        s = cublasLtMatmulAlgoGetHeuristic(c->lt, p->op, p->w, p->x, p->y, p->y, wish, 1, found, &n);
+        s = cublasLtMatmulAlgoGetHeuristic((cublasLtHandle_t)c->lt, p->op, p->w, p->x, p->y, p->y, wish, 1, found, &n);
     cublasLtMatmulPreferenceDestroy(wish);
     if (s != CUBLAS_STATUS_SUCCESS || n == 0)
         return qwen3i_fail(err, QWEN3_ERR_DEVICE,
-                           "cuBLASLt has no algorithm for [%d, %d] times [%d, %d] (status %d)", p->rows, p->k,
-                           p->k, p->n, (int)s);
+                           "cuBLASLt has no algorithm for [%d, %d] times [%d, %d] (status %d)", p->shape.rows, p->shape.k,
+                           p->shape.k, p->shape.n, (int)s);
     p->algo = found[0].algo;
     return QWEN3_OK;
 }
 
-static qwen3_result find_plan(cuda_ctx *c, const plan &want, plan **out, const qwen3i_err *err) {
+static qwen3_result find_plan(cuda_ctx *c, const product_shape &want, plan **out, const qwen3i_err *err) {
     for (int i = 0; i < N_PLANS; i++) {
         plan *p = &c->plans[i];
-        if (p->op && p->n == want.n && p->rows == want.rows && p->k == want.k && p->ldy == want.ldy &&
-            p->aligned == want.aligned && p->type == want.type) { *out = p; return QWEN3_OK; }
+        if (p->op && memcmp(&p->shape, &want, sizeof want) == 0) { *out = p; return QWEN3_OK; }
     }
     plan *p = &c->plans[c->next_plan];
     c->next_plan = (c->next_plan + 1) % N_PLANS;
     destroy_plan(p);
-    *p = want;
+    p->shape = want;
     qwen3_result r = describe_plan(p, err);
     if (r == QWEN3_OK) r = choose_algorithm(c, p, err);
     if (r != QWEN3_OK) destroy_plan(p);
     *out = p;
     return r;
 }
+
+static void lay_out_plans(cuda_ctx *c, arena *a) { c->plans = a->take<plan>((size_t)N_PLANS); }
+
+static qwen3_result begin_products(cuda_ctx *c, const qwen3i_err *err) {
+    LT_TRY(cublasLtCreate((cublasLtHandle_t *)&c->lt));
+    return QWEN3_OK;
+}
+
+static void forget_plans(cuda_ctx *c) {
+    for (int i = 0; c->plans && i < N_PLANS; i++) destroy_plan(&c->plans[i]);
+}
+
+static void end_products(cuda_ctx *c) {
+    forget_plans(c);
+    if (c->lt) cublasLtDestroy((cublasLtHandle_t)c->lt);
+}
+
+static qwen3_result multiply_matrices(cuda_ctx *c, cudaStream_t s, float *y, const product_shape &a, float scale,
+                                      const void *w, const void *x, float beta, const qwen3i_err *err) {
+    plan *p = NULL;
+    TRY(find_plan(c, a, &p, err));
+    LT_TRY(cublasLtMatmul((cublasLtHandle_t)c->lt, p->op, &scale, w, p->w, x, p->x, &beta, y, p->y, y, p->y,
+                          &p->algo, c->workspace, c->workspace_size, s));
+    return QWEN3_OK;
+}
+#else
+/* ---- by a kernel of our own ---- */
+const int OWN_N = 128, OWN_K = 32;      /* rows of W in a block; columns at a time */
+const int OWN_LD = OWN_K + 8;           /* of a row in shared memory: eight of them lie in different banks */
+
+/* own_product: y[rows, n] = scale x[rows, k] W[n, k]^T + beta y in F16; k is a multiple of 8. A block of 8 warps has
+   32 ROW_WARPS rows of x and OWN_N of W; a warp has 32 of the rows. Sums in order of k, 16 columns at a time. The
+   product of qwen3i_matmul with rounded inputs. */
+template <int ROW_WARPS>
+static __global__ void __launch_bounds__(256) own_product_kernel(float *y, product_shape a, float scale, float beta,
+                                                                 const half_t *w, const half_t *x) {
+    constexpr int ROWS = 32 * ROW_WARPS, COLS = OWN_N * ROW_WARPS / 8, CHUNKS = OWN_K / 8;
+    __shared__ __align__(16) half_t xs[2][ROWS * OWN_LD], ws[2][OWN_N * OWN_LD];
+    const int lane = lane_id(), row0 = blockIdx.y * ROWS, col0 = blockIdx.x * OWN_N;
+    const int my_row = warp_id() % ROW_WARPS * 32, my_col = warp_id() / ROW_WARPS * COLS;
+    float sum[2][COLS / 8][4] = {};
+    auto fetch = [&](int stage, int k0) {
+        for (int i = tid(); i < (ROWS + OWN_N) * CHUNKS; i += 256) {
+            const int r = i / CHUNKS, at = i % CHUNKS * 8, k = k0 + at, of_w = r >= ROWS;
+            const int row = of_w ? col0 + r - ROWS : row0 + r;
+            const bool valid = k < a.k && row < (of_w ? a.n : a.rows);
+            half_t *to = of_w ? &ws[stage][(r - ROWS) * OWN_LD + at] : &xs[stage][r * OWN_LD + at];
+            copy_async(to, (of_w ? w : x) + (valid ? (size_t)row * a.k + k : 0), valid);
+        }
+        copy_commit();
+    };
+    fetch(0, 0);
+    for (int k0 = 0, stage = 0; k0 < a.k; k0 += OWN_K, stage ^= 1) {
+        if (k0 + OWN_K < a.k) { fetch(stage ^ 1, k0 + OWN_K); copy_wait<1>(); } else copy_wait<0>();
+        __syncthreads();
+        UNROLL for (int k = 0; k < OWN_K; k += 16) {
+            unsigned xf[2][4];
+            UNROLL for (int t = 0; t < 2; t++)
+                load_matrices(xf[t], &xs[stage][(my_row + 16 * t + lane % 16) * OWN_LD + k + lane / 16 * 8]);
+            UNROLL for (int c = 0; c < COLS / 16; c++) {
+                unsigned wf[4];
+                load_matrices(wf, &ws[stage][(my_col + 16 * c + lane / 16 * 8 + lane % 8) * OWN_LD + k + lane / 8 % 2 * 8]);
+                UNROLL for (int t = 0; t < 2; t++) {
+                    multiply(sum[t][2 * c], xf[t], wf[0], wf[1], half_t());
+                    multiply(sum[t][2 * c + 1], xf[t], wf[2], wf[3], half_t());
+                }
+            }
+        }
+        __syncthreads();
+    }
+    UNROLL for (int t = 0; t < 2; t++) UNROLL for (int c = 0; c < COLS / 8; c++) UNROLL for (int i = 0; i < 4; i++) {
+        const int row = row0 + my_row + 16 * t + lane / 4 + i / 2 * 8, col = col0 + my_col + 8 * c + lane % 4 * 2 + i % 2;
+        if (row >= a.rows || col >= a.n) continue;
+        float *to = &y[(size_t)row * a.ldy + col];
+        *to = scale * sum[t][c][i] + (beta != 0 ? beta * *to : 0);
+    }
+}
+
+/* The same in float32: 64 rows of x by 64 of W in a block of 256 threads, 4 by 4 in each; sums in order of k. */
+static __global__ void __launch_bounds__(256) own_product_f32_kernel(float *y, product_shape a, float scale, float beta,
+                                                                     const float *w, const float *x) {
+    constexpr int TILE = 64, K = 16;
+    __shared__ float xs[K][TILE + 1], ws[K][TILE + 1];
+    const int row0 = blockIdx.y * TILE, col0 = blockIdx.x * TILE, r = tid() / 16, c = tid() % 16;
+    float sum[4][4] = {};
+    for (int k0 = 0; k0 < a.k; k0 += K) {
+        for (int i = tid(); i < TILE * K; i += 256) {
+            const int at = i / K, k = k0 + i % K;
+            xs[i % K][at] = k < a.k && row0 + at < a.rows ? x[(size_t)(row0 + at) * a.k + k] : 0;
+            ws[i % K][at] = k < a.k && col0 + at < a.n ? w[(size_t)(col0 + at) * a.k + k] : 0;
+        }
+        __syncthreads();
+        for (int k = 0; k < K; k++)
+            UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++)
+                sum[i][j] = fmaf(xs[k][r + 16 * i], ws[k][c + 16 * j], sum[i][j]);
+        __syncthreads();
+    }
+    UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 4; j++) {
+        const int row = row0 + r + 16 * i, col = col0 + c + 16 * j;
+        if (row >= a.rows || col >= a.n) continue;
+        float *to = &y[(size_t)row * a.ldy + col];
+        *to = scale * sum[i][j] + (beta != 0 ? beta * *to : 0);
+    }
+}
+
+static void lay_out_plans(cuda_ctx *, arena *) {}
+static void forget_plans(cuda_ctx *) {}
+static qwen3_result begin_products(cuda_ctx *, const qwen3i_err *) { return QWEN3_OK; }
+static void end_products(cuda_ctx *c) { forget_plans(c); }
+
+static qwen3_result multiply_matrices(cuda_ctx *, cudaStream_t s, float *y, const product_shape &a, float scale,
+                                      const void *w, const void *x, float beta, const qwen3i_err *err) {
+    const int row_warps = a.rows <= 32 ? 1 : 4;
+    const dim3 grid = grid2(ceil_div(a.n, OWN_N), ceil_div(a.rows, 32 * row_warps));
+    cudaError_t e;
+    if (a.type == QWEN3I_F32)
+        e = launch(s, grid2(ceil_div(a.n, 64), ceil_div(a.rows, 64)), 256, 0, own_product_f32_kernel, y, a, scale, beta,
+                   (const float *)w, (const float *)x);
+    else
+        e = launch(s, grid, 256, 0, row_warps == 1 ? own_product_kernel<1> : own_product_kernel<4>, y, a, scale, beta,
+                   (const half_t *)w, (const half_t *)x);
+    return e == cudaSuccess ? QWEN3_OK : cuda_fail(err, e, "a product");
+}
+#endif
 
 static qwen3_result product(cuda_ctx *c, cudaStream_t s, float *y, int ldy, const matrix &w, int first, int n,
                             const void *x, int rows, const qwen3i_err *err);
@@ -2594,18 +2731,15 @@ static qwen3_result block_product(cuda_ctx *c, cudaStream_t s, float *y, int ldy
 /* y[rows, n] (rows ldy apart) = x[rows, w.ld] W^T for rows [first, first + n) of W; x of W's type. */
 static qwen3_result product(cuda_ctx *c, cudaStream_t s, float *y, int ldy, const matrix &w, int first, int n,
                             const void *x, int rows, const qwen3i_err *err) {
-    plan want, *p = NULL;
+    product_shape a;
     if (w.n_parts > 0) return block_product(c, s, y, ldy, w, first, n, x, rows, err);
-    memset(&want, 0, sizeof want);
-    want.n = n; want.rows = rows; want.k = w.ld; want.ldy = ldy; want.type = w.type;
-    want.aligned = (size_t)y % 16 == 0 && ldy % 4 == 0;
-    TRY(find_plan(c, want, &p, err));
+    memset(&a, 0, sizeof a);
+    a.n = n; a.rows = rows; a.k = w.ld; a.ldy = ldy; a.type = w.type;
+    a.aligned = (size_t)y % 16 == 0 && ldy % 4 == 0;
     const char *data = (const char *)w.data + (size_t)first * w.ld * qwen3i_type_size(w.type);
     for (int term = w.terms - 1; term >= 0; term--) {           /* the small one first */
-        const float beta = term == w.terms - 1 ? 0.0f : 1.0f;
         const char *in = (const char *)x + (size_t)term * rest_of(w, rows) * qwen3i_type_size(w.type);
-        LT_TRY(cublasLtMatmul(c->lt, p->op, &w.scale, data, p->w, in, p->x, &beta, y, p->y, y, p->y, &p->algo,
-                              c->workspace, c->workspace_size, s));
+        TRY(multiply_matrices(c, s, y, a, w.scale, data, in, term == w.terms - 1 ? 0.0f : 1.0f, err));
     }
     return QWEN3_OK;
 }
@@ -3228,27 +3362,41 @@ DEVICE int wide_tiles(const wide_args &g) {
     return ceil_div(g.rows, 2 * WIDE_M) * (g.n_tiles - g.whole);
 }
 
+/* Where a thread that loads is: k elements into a tile. It steps on without divisions, which would take it
+   longer than the tensor cores take to multiply. */
+template <int P> struct wide_cursor {
+    int k, tile;
+    wide_place at;
+    __device__ __forceinline__ void advance(const wide_args &g, int clusters, int rank) {
+        if ((k += WIDE_K) < g.k) return;
+        k = 0;
+        tile += clusters;
+        at = wide_place_of<P>(g, tile, rank);
+    }
+};
+
 /* Tiles of x, each block its own, and of W: halves of each part to both blocks of the cluster, of which the
    other loads the other halves. */
 template <int N, int P>
 static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                  const ring_of_tiles &ring, int rank) {
     typedef wide_tile<N, P> tile;
-    const int clusters = (int)gridDim.x / 2, first = block_x() / 2, k_steps = g.k / WIDE_K,
+    const int clusters = (int)gridDim.x / 2, first = block_x() / 2,
               n = ceil_div(wide_tiles(g) - first, clusters);
-    const auto place = [&](int i) { return wide_place_of<P>(g, first + i / k_steps * clusters, rank); };
+    wide_cursor<P> w = {0, first, wide_place_of<P>(g, first, rank)}, x = w;
     fill_ring<tile::BYTES>(
-        ring, n * k_steps, true,
-        [&](int i, unsigned char *to, mbarrier *full) {
-            const wide_place at = place(i);
-            barrier_expect(full, (unsigned)(tile::BYTES - (P - at.parts) * tile::W_BYTES));
+        ring, n * (g.k / WIDE_K), true,
+        [&](int, unsigned char *to, mbarrier *full) {
+            barrier_expect(full, (unsigned)(tile::BYTES - (P - w.at.parts) * tile::W_BYTES));
             UNROLL for (int p = 0; p < P; p++)
-                if (p < at.parts)
-                    load_tile_twice(to + tile::W_BYTES * p + tile::W_BYTES / 2 * rank, w_map,
-                                    i % k_steps * WIDE_K, (at.first + p) * g.step + rank * g.half, full);
+                if (p < w.at.parts)
+                    load_tile_twice(to + tile::W_BYTES * p + tile::W_BYTES / 2 * rank, w_map, w.k,
+                                    (w.at.first + p) * g.step + rank * g.half, full);
+            w.advance(g, clusters, rank);
         },
-        [&](int i, unsigned char *to, mbarrier *full) {
-            load_tile(to + tile::X_AT, x_map, i % k_steps * WIDE_K, place(i).rows * WIDE_M, full);
+        [&](int, unsigned char *to, mbarrier *full) {
+            load_tile(to + tile::X_AT, x_map, x.k, x.at.rows * WIDE_M, full);
+            x.advance(g, clusters, rank);
         });
 }
 
@@ -7114,7 +7262,7 @@ static void gemm_memory(cuda_ctx *c, arena *a) {
     c->gate_up = take_result(c, a, 2, rows * 2 * c->ff_ld);
     c->act = a->take<float>(rows * c->act_ld);
     c->workspace_size = WORKSPACE;
-    c->workspace = a->take<char>(WORKSPACE);
+    c->workspace = a->take<char>(c->workspace_size);
 }
 /* ... and Hopper's own. */
 static void hopper_memory(cuda_ctx *c, arena *a) {
@@ -7209,7 +7357,7 @@ static void lay_out_pinned(cuda_ctx *c, arena *a) {
 
 static void lay_out_host(cuda_ctx *c, arena *a) {
     const size_t seqs = (size_t)c->desc.max_seqs;
-    c->plans = a->take<plan>((size_t)N_PLANS);
+    lay_out_plans(c, a);
     c->graphs = a->take<cudaGraphExec_t>(seqs + 1);
     c->runs = a->take<int>(seqs + 1);
     c->current = a->take<int>(seqs);
@@ -7267,14 +7415,13 @@ static void free_ctx(void *ctx_state) {
     {
         device_guard guard(c->m->device);
         if (c->stream) cudaStreamSynchronize(c->stream);
-        for (int i = 0; c->plans && i < N_PLANS; i++) destroy_plan(&c->plans[i]);
+        end_products(c);
         for (int i = 0; c->graphs && i <= c->desc.max_seqs; i++)
             if (c->graphs[i]) cudaGraphExecDestroy(c->graphs[i]);
         for (int i = 0; i < RING; i++) {
             if (c->uploaded[i]) cudaEventDestroy(c->uploaded[i]);
             if (c->reported[i]) cudaEventDestroy(c->reported[i]);
         }
-        if (c->lt) cublasLtDestroy(c->lt);
         if (c->own_stream && c->stream) cudaStreamDestroy(c->stream);
         if (c->capture) cudaStreamDestroy(c->capture);
         if (c->pinned) cudaFreeHost(c->pinned);
@@ -7406,7 +7553,7 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
         CUDA_TRY(cudaEventCreateWithFlags(&c->uploaded[i], cudaEventDisableTiming));
         CUDA_TRY(cudaEventCreateWithFlags(&c->reported[i], cudaEventDisableTiming));
     }
-    LT_TRY(cublasLtCreate(&c->lt));
+    TRY(begin_products(c, err));
     TRY(allow_tile_shared(c, err));
     TRY(c->paths->prepare(c, err));
     CUDA_TRY(cudaFuncSetAttribute(choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

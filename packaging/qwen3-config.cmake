@@ -23,8 +23,9 @@ endif()
 if(_qwen3_cuda AND NOT TARGET qwen3::cuda)
   find_dependency(CUDAToolkit)
   add_library(qwen3::cuda STATIC IMPORTED)
-  set_target_properties(qwen3::cuda PROPERTIES IMPORTED_LOCATION "${_qwen3_cuda}" IMPORTED_LINK_INTERFACE_LANGUAGES CXX)
-  set_property(TARGET qwen3::cuda PROPERTY INTERFACE_LINK_LIBRARIES qwen3::qwen3 CUDA::cublasLt CUDA::cudart)
+  set_target_properties(qwen3::cuda PROPERTIES IMPORTED_LOCATION "${_qwen3_cuda}")
+  set_property(TARGET qwen3::cuda PROPERTY INTERFACE_LINK_LIBRARIES qwen3::qwen3 $<TARGET_NAME_IF_EXISTS:CUDA::cublasLt>
+                                           CUDA::cudart $<$<NOT:$<PLATFORM_ID:Windows>>:stdc++>)
 endif()
 
 set(qwen3_cuda_FOUND ${_qwen3_cuda})

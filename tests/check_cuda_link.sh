@@ -7,6 +7,7 @@ nvcc=${NVCC:-$(command -v nvcc)}
 cuda=$(dirname "$(dirname "$(realpath "$nvcc")")")
 libs="-L$cuda/lib64 -Wl,-rpath,$cuda/lib64 -lcublasLt -lcudart -lstdc++ -lm -lpthread"
 warn='-Wall -Wextra -Wpedantic -Wshadow -Werror -O1 -I.'
+[ -z "${NO_CUBLASLT:-}" ] || libs=$(echo "$libs" | sed 's/-lcublasLt//')
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 cat > "$dir/program.cpp" <<'END'

@@ -371,7 +371,7 @@ static qwen3_result lab_limits(void *ctx_state, double *bytes, double *flop, con
     const qwen3_result r = measure_limits(c, memory, bytes, flop, err);
     c->workspace = workspace;
     c->workspace_size = size;
-    for (int i = 0; i < N_PLANS; i++) destroy_plan(&c->plans[i]);       /* they may ask for what is gone */
+    forget_plans(c);                    /* they may ask for what is gone */
     cudaFree(memory);
     return r;
 }
