@@ -991,7 +991,7 @@ static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwe
 }
 
 /* CALL(T) with T as the type of a product's weights and input, or of the cache */
-#define BY_WEIGHT_TYPE(w, CALL) ((w).type == QWEN3I_F32 ? CALL(float) : CALL(half_t))
+#define BY_WEIGHT_TYPE(w, CALL) ((w).type == QWEN3I_F32 ? (CALL(float)) : (CALL(half_t)))
 #define BY_KV_TYPE(c, CALL) ((c)->desc.kv_type == QWEN3_KV_F32 ? CALL(float) : \
                              (c)->desc.kv_type == QWEN3_KV_BF16 ? CALL(bf16_t) : CALL(half_t))
 #define RUN(...) \
@@ -6202,19 +6202,15 @@ DEVICE int most_probable(const float *p, int n) {
     return at;
 }
 
-/* pick_experts: softmax over a row's logits, which it overwrites, the `used` most probable in order of index, and
-   their weights. One warp a row. Equals qwen3i_route_rows; what is no number counts as 0. */
-static __global__ void __launch_bounds__(256)
-    pick_experts_kernel(int *picked, float *share, float *logits, int rows, int n, int used, int norm) {
-    const int row = block_x() * 8 + warp_id(), lane = lane_id();
-    wait_for_previous();
-    let_next_start();
-    if (row >= rows) return;
-    float *p = logits + (size_t)row * n, top = LOWEST, all = 0, sum = 0;
-    for (int i = lane; i < n; i += 32) top = fmaxf(top, p[i]);
+/* Softmax over the logits p [n] of a row, which it overwrites; the `used` most probable in order of index, and
+   their weights. By a warp. What is no number counts as 0. */
+DEVICE void pick_row(int *picked, float *share, float *p, int n, int used, int norm) {
+    const int lane = lane_id();
+    float top = LOWEST, all = 0, sum = 0;
+    for (int i = lane; i < n; i += 32) top = fmaxf(top, __ldcg(p + i));
     top = warp_max(top);
     for (int i = lane; i < n; i += 32) {
-        const float e = expf(p[i] - top);
+        const float e = expf(__ldcg(p + i) - top);
         p[i] = e >= 0 && e <= 1 ? e : 0.0f;
         all += p[i];
     }
@@ -6229,13 +6225,62 @@ static __global__ void __launch_bounds__(256)
     for (int i = lane, base = 0; i - lane < n; i += 32) {
         const bool is = i < n && is_picked(p[i < n ? i : 0]);
         const unsigned those = __ballot_sync(ALL, is);
+        const int at = base + __popc(those & ((1u << lane) - 1));
         if (is) {
-            const int at = row * used + base + __popc(those & ((1u << lane) - 1));
             picked[at] = i;
             share[at] = -p[i] * part;
         }
         base += __popc(those);
     }
+}
+
+/* pick_experts: pick_row of each row. One warp a row. Equals qwen3i_route_rows. */
+static __global__ void __launch_bounds__(256)
+    pick_experts_kernel(int *picked, float *share, float *logits, int rows, int n, int used, int norm) {
+    const int row = block_x() * 8 + warp_id();
+    wait_for_previous();
+    let_next_start();
+    if (row < rows)
+        pick_row(picked + row * used, share + row * used, logits + (size_t)row * n, n, used, norm);
+}
+
+/* route_one: for one row all of it: h = RMSNorm(x), the logits, and, by the block that is the last to have them,
+   the choice. One warp an expert. ticket: zero before and after. Equals qwen3i_rmsnorm, qwen3i_matmul,
+   qwen3i_route_rows. */
+struct route_args {
+    float       *h, *logits;            /* [n_embd], [n_expert] */
+    const float *x, *gain, *router;
+    int         *picked;
+    float       *share;
+    unsigned    *ticket;
+    int          n_expert, n_embd, used, norm;
+    float        eps;
+};
+static __global__ void __launch_bounds__(256) route_one_kernel(route_args a) {
+    __shared__ float shared[32];
+    __shared__ bool last;
+    const int expert = block_x() * 8 + warp_id(), lane = lane_id();
+    const float *router = a.router + (size_t)(expert < a.n_expert ? expert : 0) * a.n_embd;
+    float sum = 0, acc = 0;
+    for (int k = lane * 32; k < a.n_embd; k += 32 * 32) prefetch(router + k);
+    wait_for_previous();
+    let_next_start();
+    for (int k = tid(); k < a.n_embd; k += 256) sum += a.x[k] * a.x[k];
+    const float r = rms_scale(block_sum(sum, shared), (float)a.n_embd, a.eps);
+    for (int k = lane; k < a.n_embd; k += 32) acc += router[k] * (a.x[k] * r * a.gain[k]);
+    acc = warp_sum(acc);
+    if (lane == 0 && expert < a.n_expert) a.logits[expert] = acc;
+    for (int k = block_x() * 256 + tid(); k < a.n_embd; k += (int)gridDim.x * 256) a.h[k] = a.x[k] * r * a.gain[k];
+    __threadfence();
+    __syncthreads();
+    if (tid() == 0) {
+        last = atomicAdd(a.ticket, 1u) == gridDim.x - 1;
+        if (last) *a.ticket = 0;
+    }
+    __syncthreads();
+    if (!last || warp_id() != 0) return;
+    __threadfence();
+    pick_row(a.picked, a.share, a.logits, a.n_expert, a.used, a.norm);
 }
 
 /* group_entries: the entries that have picked each expert, in order: lists [n_expert, rows], counts. One block an
@@ -6373,6 +6418,46 @@ static __global__ void mix_experts_kernel(float *x, const float *y, const float 
     }
 }
 
+/* expert_sum: for one row x[i] += the sum of share * (W x)_i over its entries, in order of expert. A warp has one i,
+   and weights of four experts on their way. Equals qwen3i_experts_mlp after its qwen3i_swiglu. */
+template <class W>
+static __global__ void __launch_bounds__(256) expert_sum_kernel(expert_args a, const float *share, int used, float *x) {
+    const int V = 16 / (int)sizeof(W), U = 3, row = block_x() * 8 + warp_id(), lane = lane_id();
+    float sum = 0;
+    wait_for_previous();
+    let_next_start();
+    if (row >= a.rows) return;
+    NO_UNROLL for (int first = 0; first < used; first += 4) {
+        float acc[4] = {0, 0, 0, 0};
+        NO_UNROLL for (int k0 = lane * V; k0 < a.ldw; k0 += U * 32 * V) {
+            uint4 w[4][U];
+            UNROLL for (int j = 0; j < 4; j++) UNROLL for (int u = 0; u < U; u++) {
+                const int k = k0 + u * 32 * V;
+                const bool is = first + j < used && k < a.ldw;
+                const size_t at = is ? (size_t)a.picked[first + j] * a.rows + row : 0;
+                w[j][u] = is ? load_stream((const W *)a.w + at * a.ldw + k) : make_uint4(0, 0, 0, 0);
+            }
+            UNROLL for (int j = 0; j < 4; j++) UNROLL for (int u = 0; u < U; u++) {
+                const float *m = a.x + (size_t)(first + j < used ? first + j : 0) * a.ldx;
+                float f[V];
+                unpack(f, w[j][u], W());
+                UNROLL for (int q = 0; q < V; q += 4) {
+                    const float4 v = load_up_to_4(m, k0 + u * 32 * V + q, a.k);
+                    acc[j] += f[q] * v.x;
+                    acc[j] += f[q + 1] * v.y;
+                    acc[j] += f[q + 2] * v.z;
+                    acc[j] += f[q + 3] * v.w;
+                }
+            }
+        }
+        UNROLL for (int j = 0; j < 4; j++) {
+            const float dot = warp_sum(acc[j]) * a.scale;
+            if (first + j < used) sum += share[first + j] * dot;
+        }
+    }
+    if (lane == 0) x[row] += sum;
+}
+
 /* ---- many rows: tiles by the tensor cores ---- */
 const int GROUP_M = 64, GROUP_N = 128, GROUP_K = 64, GROUP_STAGES = 3;
 const size_t GROUP_SHARED = (size_t)GROUP_STAGES * (GROUP_M + GROUP_N) * GROUP_K * 2;
@@ -6481,18 +6566,31 @@ template <class W, bool GLU> static cudaError_t launch_experts(const pass *p, co
                                                                         launch_experts_of<W, 8, GLU>(p, a);
 }
 
-/* Which experts each row picks, and, of several rows, who has picked each */
+/* h = RMSNorm(x), and which experts it picks, of one row */
+static qwen3_result route_one(const pass *p, const layer_weights &l) {
+    cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const expert_buffers &e = c->experts;
+    const route_args a = {c->h, e.logits, c->x, l.mlp_norm, l.router, e.picked, e.share, c->qkv_tickets,
+                          g->n_expert, g->n_embd, g->n_expert_used, g->norm_topk, g->rms_eps};
+    return launched(p, launch_early(p->early, p->s, grid1(ceil_div(g->n_expert, 8)), 256, 0, route_one_kernel, a),
+                    "route_one");
+}
+
+/* h = RMSNorm(x), which experts each row picks, and who has picked each */
 static qwen3_result route(const pass *p, const layer_weights &l) {
     const cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
+    if (p->n == 1) return route_one(p, l);
+    TRY(launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, l.mlp_norm, p->n, 1,
+                                   g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
     TRY(launched(p, launch_early(p->early, p->s, grid2(ceil_div(g->n_expert, 8), ceil_div(p->n, ROUTE_ROWS)), 256, 0,
                                  route_kernel, e.logits, (const float *)l.router, (const float *)c->h, c->embd_ld,
                                  p->n, g->n_expert, g->n_embd), "route"));
     TRY(launched(p, launch_early(p->early, p->s, grid1(ceil_div(p->n, 8)), 256, 0, pick_experts_kernel, e.picked,
                                  e.share, e.logits, p->n, g->n_expert, g->n_expert_used, g->norm_topk),
                  "pick_experts"));
-    if (p->n == 1) return QWEN3_OK;
     return launched(p, launch_early(p->early, p->s, grid1(g->n_expert), 256, 0, group_entries_kernel, e.lists,
                                     e.counts, (const int *)e.picked, p->n * g->n_expert_used, c->max_rows),
                     "group_entries");
@@ -6526,7 +6624,20 @@ static qwen3_result group_mlp(const pass *p, const layer_weights &l) {
     return group_product(p, l.w_down, g->n_embd, 1, e.m16, e.m_scale, e.y, ldy);
 }
 
-/* x = x + the experts' sum of c->h */
+/* y = W m of all entries, or, of one row, x = x + their sum */
+static qwen3_result experts_down(const pass *p, const layer_weights &l) {
+    cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const expert_buffers &e = c->experts;
+    const expert_args a = expert_arguments(p, l.w_down, g->n_embd, e.m, l.w_down.ld, 1, e.y, e.ldy);
+#define CALL(T) p->n > 1 ? launch_experts<T, false>(p, a) : \
+        launch_early(p->early, p->s, grid1(ceil_div(a.rows, 8)), 256, 0, expert_sum_kernel<T>, a, \
+                     (const float *)e.share, g->n_expert_used, c->x)
+    return launched(p, BY_WEIGHT_TYPE(l.w_down, CALL), "experts");
+#undef CALL
+}
+
+/* x = x + the experts' sum of h = RMSNorm(x) */
 static qwen3_result experts_mlp(const pass *p, int layer) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
@@ -6537,13 +6648,11 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
     else {
         const expert_args up = expert_arguments(p, l.gate_up, 2 * g->n_ff_expert, c->h, c->embd_ld,
                                                 g->n_expert_used, e.m, l.w_down.ld);
-        const expert_args down = expert_arguments(p, l.w_down, g->n_embd, e.m, l.w_down.ld, 1, e.y, e.ldy);
 #define CALL(T) launch_experts<T, true>(p, up)
         TRY(launched(p, BY_WEIGHT_TYPE(l.gate_up, CALL), "experts"));
 #undef CALL
-#define CALL(T) launch_experts<T, false>(p, down)
-        TRY(launched(p, BY_WEIGHT_TYPE(l.w_down, CALL), "experts"));
-#undef CALL
+        TRY(experts_down(p, l));
+        if (p->n == 1) return QWEN3_OK;
     }
     return launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(g->n_embd, 1, p->n), 0,
                                     mix_experts_kernel, c->x, (const float *)e.y, (const float *)e.share,
@@ -7227,10 +7336,7 @@ static qwen3_result decoder_layer(pass *p, int layer) {
     TRY(p->way->attention(p, layer));               /* a = softmax(q k / sqrt(d)) v                      */
     if (last) TRY(keep_wanted(p));
     TRY(p->way->o_proj(p, layer));                  /* x = x + Wo a                                      */
-    if (w->router) {
-        TRY(vector_norm(p, w->mlp_norm, w->gate_up, &h));
-        return experts_mlp(p, layer);               /* x = x + a sum of experts                          */
-    }
+    if (w->router) return experts_mlp(p, layer);    /* x = x + a sum of experts of RMSNorm(x)            */
     TRY(norm(p, w->mlp_norm, w->gate_up, &h));      /* h = RMSNorm(x)                                    */
     TRY(p->way->mlp(p, layer, h));                  /* m = silu(Wgate h) * (Wup h)                       */
     return p->way->down(p, layer);                  /* x = x + Wdown m                                   */

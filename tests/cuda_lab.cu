@@ -250,10 +250,7 @@ static qwen3_result lab_one(const pass *p, lab_op op, int layer) {
     const layer_weights *w = &p->c->m->layers[layer];
     const int n = least(p->n, head_rows(p->c));
     input h = lab_input(p);
-    if (w->router && (op == LAB_MLP || op == LAB_NORM_MLP)) {   /* with the sum into X; LAB_DOWN is nothing */
-        if (op == LAB_NORM_MLP) TRY(vector_norm(p, w->mlp_norm, w->gate_up, &h));
-        return experts_mlp(p, layer);
-    }
+    if (w->router && (op == LAB_MLP || op == LAB_NORM_MLP)) return experts_mlp(p, layer);   /* from X to X */
     if (w->router && op == LAB_DOWN) return QWEN3_OK;
     switch (op) {
         case LAB_EMBED:     return embed(p);
