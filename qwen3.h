@@ -895,6 +895,8 @@ typedef struct qwen3i_next {            /* one sequence's part of a decode step 
     const qwen3_grammar *grammar;       /* NULL: the sampler's */
     const qwen3_grammar *calls;         /* NULL, or that of calls of tools */
     int                tools;           /* QWEN3_CHAT_TOOLS_* */
+    const uint32_t    *mask;            /* NULL, or [n_vocab / 32, rounded up] bits: may the token come? */
+    int                guided;          /* the mask is that of the sequence's place in a grammar */
     /* tokens that may still come, this one included; 0: as the context has positions */
     int                room;
     qwen3_token        out;             /* the choice */
@@ -16510,6 +16512,7 @@ typedef struct qwen3i_guide {
     /* tokens from start are the grammar's; those before pos were followed; -1: none */
     int           start, pos;
     int           n_threads, n_frames;
+    uint32_t     *mask;                 /* what a backend chooses by; in a context */
     qwen3i_thread threads[QWEN3I_GUIDE_THREADS];
     int           frames[QWEN3I_GUIDE_FRAMES];
 } qwen3i_guide;
@@ -16955,6 +16958,11 @@ static void qwen3i_draft_free(qwen3_ctx *c, qwen3i_draft *d) {
     d->most = 0;
 }
 
+/* A guide, and the mask that goes to a backend. */
+static size_t qwen3i_guide_size(const qwen3_ctx *c) {
+    return sizeof(qwen3i_guide) + (size_t)c->masker->v->n_words * sizeof(uint32_t);
+}
+
 QWEN3_API void qwen3_ctx_free(qwen3_ctx *c) {
     qwen3_allocator a;
     int i;
@@ -16962,7 +16970,7 @@ QWEN3_API void qwen3_ctx_free(qwen3_ctx *c) {
     a = c->desc.allocator;
     if (c->state) c->model->backend->ctx_free(c->state);
     for (i = 0; c->memory && i < c->desc.max_seqs; i++) {
-        qwen3i_free(&a, c->seqs[i].guide, sizeof *c->seqs[i].guide);
+        if (c->seqs[i].guide) qwen3i_free(&a, c->seqs[i].guide, qwen3i_guide_size(c));
         qwen3i_draft_free(c, &c->seqs[i].draft);
         qwen3i_grammar_free(c->seqs[i].tools);
     }
@@ -17343,8 +17351,10 @@ static qwen3_result qwen3i_guide_ready(qwen3_ctx *c, qwen3i_seq *s, const qwen3_
     if (g->model != c->model)
         return qwen3i_fail(err, QWEN3_ERR_ARG, "the grammar was compiled for another model");
     if (!c->masker) c->masker = qwen3i_masker_make(&c->desc.allocator, g->vocab);
-    if (c->masker && !s->guide)
-        s->guide = (qwen3i_guide *)qwen3i_alloc_zero(&c->desc.allocator, 1, sizeof *s->guide);
+    if (c->masker && !s->guide) {
+        s->guide = (qwen3i_guide *)qwen3i_alloc_zero(&c->desc.allocator, 1, qwen3i_guide_size(c));
+        if (s->guide) s->guide->mask = (uint32_t *)(s->guide + 1);
+    }
     return c->masker && s->guide ? QWEN3_OK : qwen3i_no_memory(err, "a sequence's place in a grammar",
                                                                sizeof *s->guide);
 }
@@ -17513,38 +17523,43 @@ static qwen3_result qwen3i_next_mask(qwen3_ctx *c, const qwen3i_next *next, cons
 
 /* Where a grammar applies: is there room to end the text after this token? If not, *t becomes the first token
    of the shortest way to the end. */
-static void qwen3i_lead_to_end(qwen3_ctx *c, const qwen3i_next *next, qwen3_token *t) {
-    const qwen3i_guide *guide = c->masker->guide;
+static void qwen3i_lead_to_end(qwen3_ctx *c, const qwen3i_guide *guide, int room, qwen3_token *t) {
     int n, cost, is_call;
     const char *p = qwen3i_token_bytes(c->model, *t, &n);
     if (!guide || (guide->g->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF)) return;
     if (qwen3i_is_eos(c->model, *t) || qwen3i_added_of(c->model->tokenizer, *t)) return;
     is_call = guide->g->kind == QWEN3_GRAMMAR_TOOLS;
     cost = qwen3i_guide_cost(c->masker, guide, p, n);
-    if (cost + is_call <= next->room - 1) return;
+    if (cost + is_call <= room - 1) return;
     *t = qwen3i_guide_shortest(c->masker, guide);
     if (*t < 0) *t = is_call ? guide->g->call_end : c->model->eos[0];
+}
+
+/* The same where there may be no grammar. */
+static qwen3_result qwen3i_next_allowed(qwen3_ctx *c, qwen3i_next *next, const uint32_t **mask,
+                                        const qwen3i_err *err) {
+    const int left = c->desc.max_ctx - c->seqs[next->seq].len;
+    qwen3i_next_grammars(next);
+    next->room = next->room > 0 ? qwen3i_min(next->room, left) : left;
+    *mask = NULL;
+    c->scratch.banned = 0;
+    return next->grammar || next->tools ? qwen3i_next_mask(c, next, mask, err) : QWEN3_OK;
 }
 
 /* Choose what follows a sequence from these logits. */
 static qwen3_result qwen3i_choose_next(qwen3_ctx *c, qwen3i_next *next, const float *logits,
                                        const qwen3i_err *err) {
     const qwen3i_seq *s = &c->seqs[next->seq];
-    const int left = c->desc.max_ctx - s->len;
     fenv_t callers;
     qwen3_result r = qwen3i_check_sampler(next->sampler, err);
     if (r != QWEN3_OK) return r;
-    qwen3i_next_grammars(next);
-    next->room = next->room > 0 ? qwen3i_min(next->room, left) : left;
-    c->scratch.mask = NULL;
-    c->scratch.banned = 0;
-    if (next->grammar || next->tools) r = qwen3i_next_mask(c, next, &c->scratch.mask, err);
+    r = qwen3i_next_allowed(c, next, &c->scratch.mask, err);
     if (r != QWEN3_OK) return r;
     callers = qwen3i_float_enter();
     r = qwen3i_choose(logits, c->model->config.n_vocab, qwen3i_n_choose(c->model), s->tokens, s->len,
                       next->sampler, &c->scratch, &next->out, err);
     qwen3i_float_leave(callers);
-    if (r == QWEN3_OK && c->scratch.mask) qwen3i_lead_to_end(c, next, &next->out);
+    if (r == QWEN3_OK && c->scratch.mask) qwen3i_lead_to_end(c, c->masker->guide, next->room, &next->out);
     if (r == QWEN3_OK) next->ended = qwen3i_is_eos(c->model, next->out);
     return r;
 }
@@ -17606,6 +17621,33 @@ static qwen3_result qwen3i_next_on_host(qwen3_ctx *c, qwen3i_next *next, int n, 
     return r == QWEN3_OK && n_items > 0 ? qwen3i_eval(c, c->items, n_items, err) : r;
 }
 
+/* The mask that the backend chooses by, if any. */
+static qwen3_result qwen3i_mask_for_backend(qwen3_ctx *c, qwen3i_next *next, const qwen3i_err *err) {
+    const qwen3i_seq *s = &c->seqs[next->seq];
+    const uint32_t *mask;
+    qwen3_result r = qwen3i_next_allowed(c, next, &mask, err);
+    if (r == QWEN3_OK && c->scratch.banned) r = QWEN3_ERR_UNSUPPORTED;
+    if (r != QWEN3_OK || !mask) return r;
+    memcpy(s->guide->mask, mask, (size_t)c->masker->v->n_words * sizeof *mask);
+    next->mask = s->guide->mask;
+    next->guided = c->masker->guide != NULL;
+    return QWEN3_OK;
+}
+
+/* What the backend chose may leave no room for the text's end: then the first token of the shortest way there
+   is evaluated in its place. Returns whether that was done. */
+static int qwen3i_led_to_end(qwen3_ctx *c, qwen3i_next *next, qwen3_result *r, const qwen3i_err *err) {
+    qwen3i_seq *s = &c->seqs[next->seq];
+    qwen3_token t = next->out;
+    if (next->guided) qwen3i_lead_to_end(c, s->guide, next->room, &t);
+    if (t == next->out) return 0;
+    s->fresh = 0;
+    next->out = t;
+    next->ended = qwen3i_is_eos(c->model, t);
+    if (!next->ended) *r = qwen3i_append(c, next->seq, t, err);
+    return 1;
+}
+
 /* The backend chooses and evaluates; the sequences then take the tokens over. */
 static qwen3_result qwen3i_next_on_backend(qwen3_ctx *c, qwen3i_next *next, int n, const qwen3i_err *err) {
     double start;
@@ -17614,6 +17656,7 @@ static qwen3_result qwen3i_next_on_backend(qwen3_ctx *c, qwen3i_next *next, int 
     for (i = 0; i < n && r == QWEN3_OK; i++) {
         r = qwen3i_check_sampler(next[i].sampler, err);
         if (r == QWEN3_OK) r = qwen3i_refresh(c, next[i].seq, err);
+        if (r == QWEN3_OK) r = qwen3i_mask_for_backend(c, &next[i], err);
         next[i].tokens = c->seqs[next[i].seq].tokens;
         next[i].n = c->seqs[next[i].seq].len;
     }
@@ -17625,11 +17668,11 @@ static qwen3_result qwen3i_next_on_backend(qwen3_ctx *c, qwen3i_next *next, int 
     c->stats.decode_ms += qwen3i_now_ms() - start;
     for (i = 0; i < n; i++) {
         qwen3i_seq *s = &c->seqs[next[i].seq];
-        if (next[i].ended) continue;
+        if (next[i].ended || qwen3i_led_to_end(c, &next[i], &r, err)) continue;
         s->tokens[s->len++] = next[i].out;
         c->stats.n_decode++;
     }
-    return QWEN3_OK;
+    return r;
 }
 
 /* One decode step of n sequences that have room. A failure leaves the samplers as they were. */
@@ -17639,7 +17682,7 @@ static qwen3_result qwen3i_next_step(qwen3_ctx *c, qwen3i_next *next, int n, con
     for (i = 0; i < n; i++) {
         c->rngs[i] = next[i].sampler ? next[i].sampler->rng : 0;
         qwen3i_next_grammars(&next[i]);
-        host |= next[i].grammar || next[i].tools || (next[i].sampler && next[i].sampler->filter);
+        host |= next[i].sampler && next[i].sampler->filter;
     }
     r = host ? QWEN3_ERR_UNSUPPORTED : qwen3i_next_on_backend(c, next, n, err);
     if (r == QWEN3_ERR_UNSUPPORTED) r = qwen3i_next_on_host(c, next, n, err);

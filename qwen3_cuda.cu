@@ -827,6 +827,7 @@ struct upload_slot {                    /* pinned memory, copied to its twin on 
     choice         *choices;            /* [max_seqs] */
     listed         *lists;              /* [LISTED_MAX] */
     int            *report;             /* [max_seqs] written by the device: the tokens chosen */
+    unsigned       *masks;              /* [max_seqs, mask_words] bits: which tokens may come */
 };
 
 struct run_ahead {                      /* a step that was begun before it was asked for */
@@ -6774,7 +6775,8 @@ struct choice {                         /* what one row's choice depends on */
     int   slot;                         /* of its kept logits */
     int   list_at, n_bias, n_seen;      /* lists[list_at ..]: biases, then tokens to penalise */
     int   chain;                        /* chosen[row], of the step before, is penalised, too */
-    int   adjust;                       /* bias or penalties: choose from the copy */
+    int   adjust;                       /* bias, penalties or mask: choose from the copy */
+    const unsigned *mask;               /* NULL, or bits in host memory: which tokens may come */
 };
 
 const int LIST_KEYS   = 4096;           /* candidates that are sorted in shared memory */
@@ -6823,12 +6825,14 @@ static __global__ void adjust_kernel(float *copy, const choice *choices, const l
     }
 }
 
-/* copy_logits: copy[row, :] = kept[slot of row, :] for the rows to adjust. Grid (blocks, rows). */
+/* copy_logits: copy[row, :] = kept[slot of row, :] for the rows to adjust, no number where the mask forbids
+   a token. Grid (blocks, rows). */
 static __global__ void copy_logits_kernel(float *copy, const float *kept, const choice *choices, int n) {
     const choice *c = &choices[blockIdx.y];
     if (!c->adjust) return;
     for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += (int)(gridDim.x * blockDim.x))
-        copy[(size_t)blockIdx.y * n + i] = kept[(size_t)c->slot * n + i];
+        copy[(size_t)blockIdx.y * n + i] = c->mask && !(c->mask[i / 32] >> (i % 32) & 1u) ?
+                                           -INFINITY : kept[(size_t)c->slot * n + i];
 }
 
 DEVICE const float *choice_logits(const choice &c, const float *kept, const float *copy, int row, int n) {
@@ -7457,6 +7461,7 @@ static void lay_out_pinned(cuda_ctx *c, arena *a) {
         c->slots[i].choices = a->take<choice>(seqs);
         c->slots[i].lists = a->take<listed>((size_t)LISTED_MAX);
         c->slots[i].report = a->take<int>(seqs);
+        c->slots[i].masks = a->take<unsigned>(seqs * (size_t)ceil_div(c->m->config.n_vocab, 32));
     }
     c->host_logits = a->take<float>((size_t)c->m->config.n_vocab);
 }
@@ -7934,14 +7939,21 @@ static u64 bias_hash(const qwen3_sampler *s) {
     return h;
 }
 
-/* How item i is to choose, `ahead` (0 or 1) steps after what it holds. Returns 0 if the lists do not fit. */
-static int make_choice(const cuda_ctx *c, const qwen3i_next *item, int ahead, upload_slot *slot, choice *out,
-                       int *n_lists) {
+/* How an item, one of the step's, is to choose, `ahead` (0 or 1) steps after what it holds. Returns 0 if the
+   lists do not fit. */
+static int make_choice(const cuda_ctx *c, const qwen3i_next *item, int index, int ahead, upload_slot *slot,
+                       choice *out, int *n_lists) {
     const qwen3_sampler *s = item->sampler;
     const int length = item->n + ahead;
     memset(out, 0, sizeof *out);
     out->slot = kept_slot(c, item->seq, ahead);
     out->list_at = *n_lists;
+    if (item->mask) {
+        const size_t words = (size_t)ceil_div(c->m->config.n_vocab, 32);
+        out->mask = slot->masks + (size_t)index * words;
+        memcpy(slot->masks + (size_t)index * words, item->mask, words * sizeof *slot->masks);
+        out->adjust = 1;
+    }
     if (!s) return 1;
     out->temperature = s->temperature;
     out->top_p = s->top_p;
@@ -7963,7 +7975,7 @@ static int make_choice(const cuda_ctx *c, const qwen3i_next *item, int ahead, up
         out->presence = s->presence_penalty;
         out->repeat = s->repeat_penalty;
     }
-    out->adjust = out->n_bias + out->n_seen + out->chain > 0;
+    out->adjust |= out->n_bias + out->n_seen + out->chain > 0;
     return 1;
 }
 
@@ -8004,7 +8016,7 @@ static qwen3_result begin_step(cuda_ctx *c, const qwen3i_next *items, int n, int
     upload_slot *slot = &c->slots[*slot_at];
     for (int i = 0; i < n; i++) {
         row_info *r = &slot->rows[i];
-        if (!make_choice(c, &items[i], ahead, slot, &slot->choices[i], &n_lists))
+        if (!make_choice(c, &items[i], i, ahead, slot, &slot->choices[i], &n_lists))
             return QWEN3_ERR_UNSUPPORTED;
         adjust = adjust || slot->choices[i].adjust;
         r->token = 0;
@@ -8028,7 +8040,7 @@ static bool ahead_fits(const cuda_ctx *c, const qwen3i_next *items, int n) {
     if (a->n != n) return false;
     for (int i = 0; i < n; i++) {
         const qwen3_sampler s = plain_sampler(items[i].sampler);
-        if (a->seqs[i] != items[i].seq || a->lengths[i] != items[i].n ||
+        if (items[i].mask || a->seqs[i] != items[i].seq || a->lengths[i] != items[i].n ||
             a->last[i] != items[i].tokens[items[i].n - 1] || memcmp(&s, &a->samplers[i], sizeof s) != 0 ||
             a->bias_hashes[i] != bias_hash(items[i].sampler))
             return false;
@@ -8036,12 +8048,12 @@ static bool ahead_fits(const cuda_ctx *c, const qwen3i_next *items, int n) {
     return true;
 }
 
-/* Begin the step after this one, if all sequences have room for it. */
+/* Begin the step after this one, if all sequences have room for it, and none needs a mask that is not known. */
 static qwen3_result begin_ahead(cuda_ctx *c, const qwen3i_next *items, int n, const qwen3i_err *err) {
     run_ahead *a = &c->ahead;
     a->n = 0;
     for (int i = 0; i < n; i++) {
-        if (items[i].n + 1 >= c->desc.max_ctx) return QWEN3_OK;
+        if (items[i].mask || items[i].n + 1 >= c->desc.max_ctx) return QWEN3_OK;
         a->seqs[i] = items[i].seq;
         a->lengths[i] = items[i].n + 1;
         a->samplers[i] = plain_sampler(items[i].sampler);

@@ -1756,6 +1756,72 @@ static void test_cuda_absent(void) {
     CHECK_MSG(strstr(err, "CUDA") != NULL, "'%s'", err);
 }
 
+/* A filter that does nothing: then the host chooses. */
+static void cuda_idle_filter(float *logits, int n_vocab, const qwen3_token *seq, int n, void *user) {
+    (void)logits; (void)n_vocab; (void)seq; (void)n; (void)user;
+}
+
+/* With a grammar, or calls held to tools, the device chooses by the mask what the host would, to the last token, also
+   where the text is led to its end; several sequences in a step. */
+static void test_cuda_grammar(void) {
+    static const char *const tool[1] = {"{\"name\": \"f\", \"parameters\": {\"properties\": {\"n\": {\"type\": \"integer\"}}, \"additionalProperties\": false}}"};
+    enum { SEQS = 3 };
+    static qwen3_token said[SEQS][300];
+    grammar_bench b;
+    qwen3_ctx_desc d = ctx_desc(800, SEQS, 0, 0);
+    qwen3_ctx *ctx;
+    char err[400];
+    int way, round, i, n, lengths[SEQS], led = 0;
+    memset(&b, 0, sizeof b);
+    if (!cuda_fixture(&b.f, "chat")) return;
+    d.yarn_factor = 2;
+    ctx = ctx_open_desc(b.f.model, &d);
+    CHECK(grammar_set(&b, 0, grammar_order, 0, err, sizeof err) == QWEN3_OK);
+    for (round = 0; ctx && round < 2; round++) for (way = 0; way < 2; way++) {
+        qwen3_sampler dice[SEQS];
+        qwen3_stream s[SEQS], *list[SEQS];
+        qwen3_msg msg;
+        memset(&msg, 0, sizeof msg);
+        msg.role = QWEN3_USER;
+        msg.text = "an order";
+        for (i = 0; i < SEQS; i++) {
+            qwen3_chat_desc chat;
+            qwen3_gen_desc gen;
+            memset(&chat, 0, sizeof chat);
+            memset(&gen, 0, sizeof gen);
+            chat.msgs = &msg;
+            chat.n_msgs = 1;
+            chat.flags = QWEN3_CHAT_NO_THINK | (i == 1 ? QWEN3_CHAT_TOOLS_REQUIRED : 0);
+            chat.tools = tool;
+            chat.n_tools = i == 1;
+            dice[i] = qwen3_sampler_preset(QWEN3_GREEDY, (uint64_t)(10 * round + i));
+            dice[i].temperature = i == 2 && round == 0 ? 0.0f : 1.5f;
+            dice[i].top_k = round % 2 ? 20 : 0;
+            dice[i].presence_penalty = round % 3 ? 0.0f : 0.5f;
+            if (way) dice[i].filter = cuda_idle_filter;
+            gen.sampler = &dice[i];
+            gen.grammar = i == 1 ? NULL : b.g;
+            gen.max_tokens = 36 + 8 * round;
+            list[i] = &s[i];
+            CHECK_OK(ctx, qwen3_seq_truncate(ctx, i, 0));
+            CHECK_OK(ctx, qwen3_stream_begin(ctx, i, &chat, &gen, &s[i]));
+        }
+        ctx->scratch.mask = NULL;
+        CHECK_OK(ctx, qwen3_stream_step(ctx, list, SEQS, 0));
+        CHECK((ctx->scratch.mask != NULL) == way);      /* who chose by it */
+        for (i = 0; i < SEQS; i++) {
+            const qwen3_token *tokens = qwen3_seq_tokens(ctx, i, &n);
+            CHECK_MSG(s[i].result == QWEN3_END || s[i].result == QWEN3_OK, "%s", qwen3_ctx_error(ctx));
+            if (n > 300) { tokens += n - 300; n = 300; }
+            if (way == 0) { lengths[i] = n; memcpy(said[i], tokens, (size_t)n * sizeof *tokens); led += s[i].n_tokens > 20; }
+            else CHECK_MSG(n == lengths[i] && memcmp(said[i], tokens, (size_t)n * sizeof *tokens) == 0, "round %d, sequence %d: not what the host chooses", round, i);
+        }
+    }
+    CHECK(led > 2);
+    qwen3_ctx_free(ctx);
+    grammar_close(&b);
+}
+
 static void suite_cuda(void) {
     const char *why = cuda_lab()->no_device();
     RUN(test_cuda_absent);
@@ -1785,6 +1851,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_models_standard);
     RUN(test_cuda_models_f16);
     RUN(test_cuda_models_bf16);
+    RUN(test_cuda_grammar);
     RUN(test_cuda_next);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
     RUN(test_cuda_next_hopper);

@@ -67,9 +67,9 @@ class XGrammar:
 def follow(library, tokens, mask_us):
     library.begin()
     for token in tokens:
-        start = time.perf_counter()
+        start = time.thread_time()
         library.fill()
-        mask_us.append(1e6 * (time.perf_counter() - start))
+        mask_us.append(1e6 * (time.thread_time() - start))
         if not (int(np.asarray(library.mask).reshape(-1)[token >> 5]) >> (token & 31)) & 1 or not library.accept(token):
             return False
     return bool(library.ends())
@@ -85,7 +85,7 @@ def main():
     for line in list(open(path))[first:last]:
         row = json.loads(line)
         count['schemas'] += 1
-        start = time.perf_counter()
+        start = time.thread_time()
         try:
             library.compile(json.dumps(row['schema'], ensure_ascii=False))
             library.begin()
@@ -93,7 +93,7 @@ def main():
             count['errors'] += 1
             continue
         finally:
-            compile_us.append(1e6 * (time.perf_counter() - start))
+            compile_us.append(1e6 * (time.thread_time() - start))
         ok = True
         for test in row['tests']:
             for style in (dict(separators=(',', ':')), dict(indent=4)):
