@@ -174,7 +174,10 @@
     // Recipe: a long conversation forgets its oldest turns, never the system prompt
     qwen3_msg msgs[41] = {{QWEN3_SYSTEM, "You keep a small shop."}};
     qwen3_chat_desc chat = {msgs, 40}; qwen3_gen_desc gen = {NULL}; int forgotten = 0;
-    for (int i = 1; i < 40; i++) { msgs[i].text = "Hm."; msgs[i].role = i % 2 ? QWEN3_USER : QWEN3_ASSISTANT; }
+    for (int i = 1; i < 40; i++) {
+        msgs[i].text = "Hm.";
+        msgs[i].role = i % 2 ? QWEN3_USER : QWEN3_ASSISTANT;
+    }
     chat.max_prompt = 200; chat.n_forgotten = &forgotten;           // the rest is for the answer
     gen.on_text = put;
     r = qwen3_chat(ctx, 0, &chat, &gen);
@@ -225,7 +228,8 @@
      and must not call functions on the same context. There are no globals.
      A context's own threads start with all signals blocked. After fork() the child can go on with a
      context, or free it: the CPU backend then works on the caller's thread alone. The calling thread
-     needs 64 KB of stack, and 256 KB to compile a grammar (QWEN3_CHAT_TOOLS_*, too). Whatever its floating-point mode is, evaluation and choice use C's default.
+     needs 64 KB of stack, and 256 KB to compile a grammar (QWEN3_CHAT_TOOLS_*, too). Whatever its
+     floating-point mode is, evaluation and choice use C's default.
 
    MEMORY
      Weights are mapped from the file and used in place. A context takes all its memory when it is
@@ -267,7 +271,7 @@ extern "C" {
 typedef int32_t qwen3_token;
 typedef struct qwen3_model   qwen3_model;    /* weights + tokenizer; immutable after load */
 typedef struct qwen3_ctx     qwen3_ctx;      /* KV cache + scratch; one thread at a time  */
-typedef struct qwen3_grammar qwen3_grammar;  /* what a text must be; immutable; shared by sequences and threads */
+typedef struct qwen3_grammar qwen3_grammar;  /* what a text must be; immutable, safe from any thread */
 typedef struct qwen3_backend qwen3_backend;  /* NULL means the CPU reference backend      */
 
 /* ---- results ------------------------------------------------------------------------------- */
@@ -331,7 +335,7 @@ enum {
     QWEN3_LOAD_CHECK      = 4           /* also look for NaN and Inf in every weight (reads it all) */
 };
 
-enum {                                  /* how weights of 16 or 32 bits are kept; the mix of types is llama.cpp's */
+enum {                                  /* how weights of 16 or 32 bits are kept; llama.cpp's mix of types */
     QWEN3_Q8_0   = 1,                   /* 8.5 bits a weight */
     QWEN3_Q4_K_M = 2                    /* 4.9 bits a weight or so: Q4_K, the more delicate ones in Q6_K */
 };
@@ -386,7 +390,7 @@ typedef struct qwen3_sampler {
     const qwen3_bias *bias; int n_bias; /* logit bias, e.g. -1e30f bans a token; borrowed           */
     void   (*filter)(float *logits, int n_vocab, const qwen3_token *seq, int n, void *user);
     void    *filter_user;               /* bans and the like: set logits to -1e30f (or -INFINITY) or so */
-    const qwen3_grammar *grammar;       /* NULL, or what the answer must be: see qwen3_grammar_create; borrowed */
+    const qwen3_grammar *grammar;       /* NULL, or what the answer must be; borrowed                      */
 } qwen3_sampler;
 
 typedef enum qwen3_preset {             /* Qwen's published recommendations */
@@ -550,7 +554,7 @@ typedef struct qwen3_ctx_desc {
                                 /* and the next call makes smaller ones; where even one token's was  */
                                 /* cancelled, the next call carries its first through: calls with a  */
                                 /* deadline always get on                                            */
-    qwen3_probe     probe;      /* CPU: is shown what each layer computes, once a step of prefill_chunk rows */
+    qwen3_probe     probe;      /* CPU: is shown what each layer computes, once a step */
     qwen3_jobs      jobs;
     qwen3_allocator allocator;  /* zero: the model's */
     qwen3_logger    logger;     /* zero: the model's */
@@ -574,7 +578,7 @@ QWEN3_API qwen3_memory qwen3_ctx_memory(const qwen3_model *model, const qwen3_ct
 QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *model, const qwen3_ctx_desc *desc,
                                         char *err, size_t err_size);
 QWEN3_API void         qwen3_ctx_free(qwen3_ctx *ctx);              /* NULL is fine                        */
-QWEN3_API const char  *qwen3_ctx_error(const qwen3_ctx *ctx);       /* detail of its last failure; "" if none */
+QWEN3_API const char  *qwen3_ctx_error(const qwen3_ctx *ctx);   /* detail of its last failure; "" if none */
 QWEN3_API qwen3_stats  qwen3_ctx_stats(const qwen3_ctx *ctx);       /* since it was created                 */
 
 /* ---- sequences and evaluation ------------------------------------------------------------------ */
@@ -676,7 +680,7 @@ typedef struct qwen3_grammar_desc {
    that is wrong, or that nothing satisfies, is FORMAT. Safe from any thread. */
 QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_model *model,
                                             const qwen3_grammar_desc *desc, char *err, size_t err_size);
-QWEN3_API void         qwen3_grammar_free(qwen3_grammar *grammar);      /* NULL is fine; no sequence may use it */
+QWEN3_API void         qwen3_grammar_free(qwen3_grammar *grammar);  /* NULL is fine; no sequence may use it */
 
 /* ---- generation ------------------------------------------------------------------------------ */
 enum {                                  /* what a piece of text is: bits */
@@ -719,8 +723,9 @@ QWEN3_API qwen3_result qwen3_next(qwen3_ctx *ctx, int seq, qwen3_sampler *sample
 /* The same for n different sequences in one step. samplers[i] may be NULL (greedy), as may samplers.
    results (may be NULL) gets each one's OK, END or CONTEXT_FULL. Returns OK, or else STOPPED or an
    error, which then stands in all results. */
-QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *ctx, const int *seqs, int n, qwen3_sampler *const *samplers,
-                                        qwen3_token *out, qwen3_result *results);
+QWEN3_API qwen3_result qwen3_next_batch(qwen3_ctx *ctx, const int *seqs, int n,
+                                        qwen3_sampler *const *samplers, qwen3_token *out,
+                                        qwen3_result *results);
 
 /* Push: generate until the turn ends (END), a callback stops it (STOPPED), max_tokens are made (OK)
    or the context is full (ERR_CONTEXT_FULL; all text so far was delivered). The tokens generated
@@ -730,7 +735,8 @@ QWEN3_API qwen3_result qwen3_generate(qwen3_ctx *ctx, int seq, const qwen3_gen_d
 /* Render the conversation, bring the sequence up to date with it, and generate the reply. Handing back
    what was streamed (thinking as reasoning, answer as text, calls as calls) with the next message finds
    it in the sequence: nothing is evaluated twice. */
-QWEN3_API qwen3_result qwen3_chat(qwen3_ctx *ctx, int seq, const qwen3_chat_desc *chat, const qwen3_gen_desc *gen);
+QWEN3_API qwen3_result qwen3_chat(qwen3_ctx *ctx, int seq, const qwen3_chat_desc *chat,
+                                  const qwen3_gen_desc *gen);
 
 /* Take a reply apart: text as on_text got it, tags and all (n_bytes of it, any bytes), into thinking
    (out->reasoning), answer (out->text) and calls (out->calls: names, and arguments as JSON text), as the
@@ -771,7 +777,8 @@ QWEN3_API qwen3_result qwen3_stream_begin(qwen3_ctx *ctx, int seq, const qwen3_c
    whatever the budget, and none begun that by the last ones' time would not fit. Allocates nothing.
    MORE: call again; OK: all are complete, each result says how. STOPPED (ctx's cancel) and errors:
    nothing is lost, call again or give up; there is nothing to free. */
-QWEN3_API qwen3_result qwen3_stream_step(qwen3_ctx *ctx, qwen3_stream *const *streams, int n, int64_t budget_us);
+QWEN3_API qwen3_result qwen3_stream_step(qwen3_ctx *ctx, qwen3_stream *const *streams, int n,
+                                         int64_t budget_us);
 
 /* For callers of qwen3_next and qwen3_eval: the text of a token that they put into the sequence, or of
    one that ended the turn. Returns stream->result. */
@@ -931,8 +938,10 @@ struct qwen3_backend {
     qwen3_result (*seq_copy)(void *ctx_state, int dst, int src, int n_pos, const qwen3i_err *err);
     /* Positions [0, n_pos) of one layer to or from the host: K then V, each [n_pos, n_head_kv * head_dim]
        in the context's KV type. */
-    qwen3_result (*kv_read)(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v, const qwen3i_err *err);
-    qwen3_result (*kv_write)(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v, const qwen3i_err *err);
+    qwen3_result (*kv_read)(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v,
+                            const qwen3i_err *err);
+    qwen3_result (*kv_write)(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v,
+                             const qwen3i_err *err);
     qwen3_result (*set_logits)(void *ctx_state, int seq, const float *logits, const qwen3i_err *err);
     int         block_types;            /* does it multiply by matrices of any format? 0: only F32, F16 and BF16 */
     int         experts;                /* does it run layers whose MLP is a mixture of experts? */
@@ -940,7 +949,8 @@ struct qwen3_backend {
 };
 
 /* ---- sizes: 64-bit arithmetic in which UINT64_MAX stands for all that does not fit ---- */
-static inline uint64_t qwen3i_size_add(uint64_t a, uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
+static inline uint64_t qwen3i_size_add(uint64_t a,
+                                       uint64_t b) { return a > UINT64_MAX - b ? UINT64_MAX : a + b; }
 static inline uint64_t qwen3i_size_mul(uint64_t a, uint64_t b) {
     return b != 0 && a > UINT64_MAX / b ? UINT64_MAX : a * b;
 }
@@ -979,7 +989,8 @@ static inline uint64_t qwen3i_arena_size(const qwen3i_arena *m) { return qwen3i_
 #ifdef __cplusplus
 extern "C" {
 #endif
-typedef struct qwen3i_model_view { const qwen3i_config *config; const qwen3i_weights *weights; const qwen3_allocator *allocator;
+typedef struct qwen3i_model_view {
+    const qwen3i_config *config; const qwen3i_weights *weights; const qwen3_allocator *allocator;
                                    const qwen3_token *eos; int n_eos; int n_tokens; } qwen3i_model_view;
 QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *model);
 /* freqs [head_dim / 2]: radians a position; yarn_factor 0: as the configuration says. Returns the factor for
@@ -989,7 +1000,7 @@ QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config
 }
 #endif
 
-/* ---- what a backend and the core share: it stands here once, for the host and, under nvcc, for the device ---- */
+/* ---- what a backend and the core share: here once, for the host and, under nvcc, for the device ---- */
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>      /* vsnprintf; files unless QWEN3_NO_STDIO */
@@ -1151,7 +1162,7 @@ QWEN3I_SHARED float qwen3i_value(const void *data, qwen3i_type type, int i) {
                                : qwen3i_f16_to_f32(((const uint16_t *)data)[i]);
 }
 
-/* ---- the choice of a token: after the temperature everything is integers, so that every platform and backend agrees ---- */
+/* ---- the choice of a token: integers after the temperature, so that all platforms and backends agree ---- */
 #define QWEN3I_BANNED     (-1e30f)      /* this and below, NaN included: never sampled */
 #define QWEN3I_OCTAVES    39            /* below the largest logit weights end */
 #define QWEN3I_WEIGHT_ONE ((uint64_t)1 << QWEN3I_OCTAVES)       /* the weight of the largest logit */
@@ -1727,7 +1738,7 @@ static int qwen3i_json_is(qwen3i_str s, const char *literal) {
 }
 
 /* Open an object ('{') or array ('['), then step through it:
-       if (qwen3i_json_open(j, '{', &it)) while (qwen3i_json_next(j, &it, &key)) ...read or skip the value... */
+       if (qwen3i_json_open(j, '{', &it)) while (qwen3i_json_next(j, &it, &key)) ...read or skip it... */
 static int qwen3i_json_open(qwen3i_json *j, char open, qwen3i_json_iter *it) {
     it->close = open == '{' ? '}' : ']';
     it->started = 0;
@@ -3231,7 +3242,8 @@ static qwen3_result qwen3i_open_sharded(qwen3i_loader *l, const char *index_name
                                         qwen3i_tensors *t) {
     qwen3_result r = qwen3i_walk_index(l, index_name, index, qwen3i_visit_shard, NULL);
     if (r != QWEN3_OK) return r;
-    if (l->model->n_shards == 0) return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: weight_map names no file", index_name);
+    if (l->model->n_shards == 0)
+        return qwen3i_fail(l->err, QWEN3_ERR_FORMAT, "%s: weight_map names no file", index_name);
     r = qwen3i_open_shards(l, t);
     return r == QWEN3_OK ? qwen3i_walk_index(l, index_name, index, qwen3i_visit_check, t) : r;
 }
@@ -3265,7 +3277,7 @@ static qwen3_result qwen3i_open_weights(qwen3i_loader *l, qwen3i_tensors *t) {
    GGUF: the keys and the list of tensors of each part of a model in one file or several, checked to
    the last byte. Versions 2 and 3 of the format (docs/gguf.md of ggml-org/ggml).
    ================================================================================================ */
-#define QWEN3I_GGUF_KEY      65535u     /* bytes in a key, tensor name and number of dimensions: the format's limits */
+#define QWEN3I_GGUF_KEY      65535u     /* bytes in a key, tensor name and number of dimensions: limits */
 #define QWEN3I_GGUF_NAME     64u
 #define QWEN3I_GGUF_RANK     4u
 
@@ -3274,22 +3286,25 @@ typedef struct qwen3i_gguf_type { const char *name; int elements, bytes; } qwen3
 
 static const qwen3i_gguf_type *qwen3i_gguf_type_of(uint32_t number) {
     static const qwen3i_gguf_type types[] = {
-        {"F32", 1, 4},          {"F16", 1, 2},          {"Q4_0", 32, 18},       {"Q4_1", 32, 20},       {NULL, 0, 0},
-        {NULL, 0, 0},           {"Q5_0", 32, 22},       {"Q5_1", 32, 24},       {"Q8_0", 32, 34},       {"Q8_1", 32, 36},
-        {"Q2_K", 256, 84},      {"Q3_K", 256, 110},     {"Q4_K", 256, 144},     {"Q5_K", 256, 176},     {"Q6_K", 256, 210},
-        {"Q8_K", 256, 292},     {"IQ2_XXS", 256, 66},   {"IQ2_XS", 256, 74},    {"IQ3_XXS", 256, 98},   {"IQ1_S", 256, 50},
-        {"IQ4_NL", 32, 18},     {"IQ3_S", 256, 110},    {"IQ2_S", 256, 82},     {"IQ4_XS", 256, 136},   {"I8", 1, 1},
-        {"I16", 1, 2},          {"I32", 1, 4},          {"I64", 1, 8},          {"F64", 1, 8},          {"IQ1_M", 256, 56},
-        {"BF16", 1, 2},         {NULL, 0, 0},           {NULL, 0, 0},           {NULL, 0, 0},           {"TQ1_0", 256, 54},
-        {"TQ2_0", 256, 66},     {NULL, 0, 0},           {NULL, 0, 0},           {NULL, 0, 0},           {"MXFP4", 32, 17},
+        {"F32", 1, 4},          {"F16", 1, 2},          {"Q4_0", 32, 18},       {"Q4_1", 32, 20},
+        {NULL, 0, 0},           {NULL, 0, 0},           {"Q5_0", 32, 22},       {"Q5_1", 32, 24},
+        {"Q8_0", 32, 34},       {"Q8_1", 32, 36},       {"Q2_K", 256, 84},      {"Q3_K", 256, 110},
+        {"Q4_K", 256, 144},     {"Q5_K", 256, 176},     {"Q6_K", 256, 210},     {"Q8_K", 256, 292},
+        {"IQ2_XXS", 256, 66},   {"IQ2_XS", 256, 74},    {"IQ3_XXS", 256, 98},   {"IQ1_S", 256, 50},
+        {"IQ4_NL", 32, 18},     {"IQ3_S", 256, 110},    {"IQ2_S", 256, 82},     {"IQ4_XS", 256, 136},
+        {"I8", 1, 1},           {"I16", 1, 2},          {"I32", 1, 4},          {"I64", 1, 8},
+        {"F64", 1, 8},          {"IQ1_M", 256, 56},     {"BF16", 1, 2},         {NULL, 0, 0},
+        {NULL, 0, 0},           {NULL, 0, 0},           {"TQ1_0", 256, 54},     {"TQ2_0", 256, 66},
+        {NULL, 0, 0},           {NULL, 0, 0},           {NULL, 0, 0},           {"MXFP4", 32, 17},
         {"NVFP4", 64, 36},      {"Q1_0", 128, 18},      {"Q2_0", 64, 18}
     };
     return number < (uint32_t)QWEN3I_COUNT(types) && types[number].name ? &types[number] : NULL;
 }
 
 typedef enum qwen3i_gguf_kind {         /* of values, by the format's numbers */
-    QWEN3I_GGUF_U8, QWEN3I_GGUF_I8, QWEN3I_GGUF_U16, QWEN3I_GGUF_I16, QWEN3I_GGUF_U32, QWEN3I_GGUF_I32, QWEN3I_GGUF_F32,
-    QWEN3I_GGUF_BOOL, QWEN3I_GGUF_STRING, QWEN3I_GGUF_ARRAY, QWEN3I_GGUF_U64, QWEN3I_GGUF_I64, QWEN3I_GGUF_F64,
+    QWEN3I_GGUF_U8, QWEN3I_GGUF_I8, QWEN3I_GGUF_U16, QWEN3I_GGUF_I16, QWEN3I_GGUF_U32, QWEN3I_GGUF_I32,
+    QWEN3I_GGUF_F32, QWEN3I_GGUF_BOOL, QWEN3I_GGUF_STRING, QWEN3I_GGUF_ARRAY, QWEN3I_GGUF_U64,
+    QWEN3I_GGUF_I64, QWEN3I_GGUF_F64,
     QWEN3I_GGUF_KINDS
 } qwen3i_gguf_kind;
 
@@ -4314,7 +4329,7 @@ static int qwen3i_class(const unsigned char *classes, uint32_t c) {
 }
 
 /* ---- normal form C --------------------------------------------------------------------------- */
-enum { QWEN3I_S = 0xAC00, QWEN3I_L = 0x1100, QWEN3I_V = 0x1161, QWEN3I_T = 0x11A7,    /* Hangul is arithmetic */
+enum { QWEN3I_S = 0xAC00, QWEN3I_L = 0x1100, QWEN3I_V = 0x1161, QWEN3I_T = 0x11A7,  /* Hangul is arithmetic */
        QWEN3I_LS = 19, QWEN3I_VS = 21, QWEN3I_TS = 28, QWEN3I_SS = 11172 };
 
 /* Canonical decomposition of c: 1 to 4 characters. */
@@ -4497,7 +4512,7 @@ static const char *qwen3i_normalize(qwen3i_nfc *w, const unsigned char *classes,
 /* ================================================================================================
    TOKENIZER: byte-level BPE. Text is normalised, cut into words, and the bytes of each word are merged.
    ================================================================================================ */
-#define QWEN3I_MAX_ID      0xFFFFFFu    /* ids and ranks are below: 8 bits of the hash go with them in a table's slot */
+#define QWEN3I_MAX_ID      0xFFFFFFu    /* ids and ranks are below: 8 bits of the hash go with them in a slot */
 #define QWEN3I_MAX_ADDED   1024         /* bytes in an added token: bounds the work at each byte of text */
 #define QWEN3I_MAX_PROBES  2048         /* a table that needs more was made to be slow */
 #define QWEN3I_SHORT_WORD  64           /* bytes up to which words are merged on the stack */
@@ -5594,7 +5609,8 @@ static qwen3_result qwen3i_vocab_split(qwen3i_vocab_reader *l) {
     l->json = at[3];
     r = qwen3i_vocab_settings(l, "pre_tokenizer: pattern", pattern, &seen, at);
     if (r != QWEN3_OK) return r;
-    if (!seen || !qwen3i_json_string(&at[0], &expression) || !qwen3i_json_is(expression, QWEN3I_WORD_EXPRESSION))
+    if (!seen || !qwen3i_json_string(&at[0], &expression) ||
+        !qwen3i_json_is(expression, QWEN3I_WORD_EXPRESSION))
         return qwen3i_vocab_unlike(l, "the pattern is not that of Qwen3");
     l->json = after;
     return QWEN3_OK;
@@ -5722,7 +5738,8 @@ static qwen3_result qwen3i_vocab_beside(qwen3i_vocab_reader *l, const qwen3i_voc
 }
 
 /* The tokenizer of tokenizer.json, or of vocab.json and merges.txt. On success *out is the caller's. */
-static qwen3_result qwen3i_tokenizer_read(qwen3i_tokenizer **out, const qwen3_allocator *a, const qwen3i_vocab_files *f,
+static qwen3_result qwen3i_tokenizer_read(qwen3i_tokenizer **out, const qwen3_allocator *a,
+                                          const qwen3i_vocab_files *f,
                                           const qwen3i_err *err) {
     const qwen3i_blob *main = f->json.data ? &f->json : &f->vocab;
     const char *file = f->json.data ? "tokenizer.json" : "vocab.json";
@@ -5751,7 +5768,8 @@ enum { QWEN3I_GGUF_NORMAL = 1, QWEN3I_GGUF_UNKNOWN, QWEN3I_GGUF_CONTROL, QWEN3I_
 
 static qwen3_result qwen3i_gguf_token(qwen3i_vocab *v, qwen3i_str text, int64_t id, int type) {
     switch (type) {
-        case QWEN3I_GGUF_NORMAL: case QWEN3I_GGUF_UNKNOWN: case QWEN3I_GGUF_BYTE: return qwen3i_vocab_token(v, text, id);
+        case QWEN3I_GGUF_NORMAL: case QWEN3I_GGUF_UNKNOWN: case QWEN3I_GGUF_BYTE:
+            return qwen3i_vocab_token(v, text, id);
         case QWEN3I_GGUF_CONTROL: return qwen3i_vocab_added(v, text, id,
                                                             QWEN3I_ADDED_SPECIAL | QWEN3I_ADDED_RAW);
         case QWEN3I_GGUF_USER:    return qwen3i_vocab_added(v, text, id,
@@ -5816,7 +5834,8 @@ static qwen3_result qwen3i_tokenizer_from_gguf(qwen3i_tokenizer **out, const qwe
     if (r == QWEN3_OK) r = qwen3i_gguf_expect(g, "tokenizer.ggml.pre", "qwen2|deepseek-r1-qwen");
     if (r == QWEN3_OK) r = qwen3i_gguf_get_array(g, "tokenizer.ggml.tokens", QWEN3I_GGUF_STRING, &tokens);
     if (r != QWEN3_OK) return r;
-    if (!tokens) return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'tokenizer.ggml.tokens' is missing", g->file);
+    if (!tokens)
+        return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key 'tokenizer.ggml.tokens' is missing", g->file);
     r = qwen3i_vocab_begin(&v, a, g->file, (size_t)tokens->n, g->err);
     if (r == QWEN3_OK) {
         v.t->nfc = 1;
@@ -9170,7 +9189,8 @@ static int qwen3i_chat_render(const qwen3_model *m, const qwen3_chat_desc *chat,
     int n;
     qwen3_result r = qwen3i_chat_check(chat, err);
     if (r != QWEN3_OK) return r;
-    if (!m->tokenizer) return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
+    if (!m->tokenizer)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the model was loaded without tokenizer files");
     memset(&c, 0, sizeof c);
     c.err = err;
     c.forget_from = -1;
@@ -10906,7 +10926,7 @@ static void qwen3i_rope(float *x, const float *cosines, const float *sines, int 
 #define QWEN3I_PIECE_ROWS 128           /* most rows of a matrix that are one piece of work */
 #define QWEN3I_GLU_ROWS    64           /* the same where two matrices meet, whose results are held for */
 #define QWEN3I_GLU_TOKENS  60           /* so many rows of x: 15 KB on the stack */
-#define QWEN3I_PANEL_ROWS  64           /* rows of a matrix in blocks, of QWEN3I_K_BLOCK columns, that become float32 at a time */
+#define QWEN3I_PANEL_ROWS  64           /* rows in blocks, of QWEN3I_K_BLOCK columns, that become float32 together */
 #define QWEN3I_PANEL_LD (QWEN3I_K_BLOCK + 16)   /* floats between them: powers of two collide in caches */
 
 typedef struct qwen3i_matmul_args {
@@ -11039,8 +11059,8 @@ typedef struct qwen3i_attention_args {
     qwen3i_type        type;            /* of the cache */
     const int32_t     *seqs, *positions;/* [n] rows of one sequence are consecutive, positions ascend by 1 */
     int                n, n_head, n_head_kv, head_dim, max_ctx;
-    int                tokens, heads;   /* most in one piece of work: tokens * heads <= QWEN3I_ATTENTION_ROWS */
-    float             *scratch;         /* [lanes, qwen3i_attention_scratch()]: scores, queries, results, panel */
+    int                tokens, heads;   /* most in a piece of work: tokens * heads <= QWEN3I_ATTENTION_ROWS */
+    float             *scratch;         /* [lanes, qwen3i_attention_scratch()]: scores, queries, results */
 } qwen3i_attention_args;
 
 /* Floats between the score rows of one lane: softmax wants multiples of 16; powers of two collide in
@@ -11082,7 +11102,8 @@ static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratc
     for (i = 0; i < n_t; i++) memcpy(q + (size_t)i * width, a->q + at + (size_t)i * q_dim, width * 4);
     for (p = 0; p <= last; p += m) {                    /* scores = q . k */
         m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, last + 1 - p);
-        a->simd->dot(scores + p, ld, qwen3i_cache_rows(a, panel, k + (size_t)p * row, m), dim, type, m, q, dim,
+        a->simd->dot(scores + p, ld, qwen3i_cache_rows(a, panel, k + (size_t)p * row, m), dim, type,
+                     m, q, dim,
                      n_t * n_h, a->head_dim, 0);
     }
     for (i = 0; i < n_t * n_h; i++)                     /* each token sees the positions up to its own */
@@ -11091,12 +11112,14 @@ static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratc
     memset(out, 0, (size_t)n_t * width * 4);
     for (p = 0; p <= first; p += m) {                   /* out = scores . v: what all tokens see, ... */
         m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, first + 1 - p);
-        a->simd->mix(out, dim, scores + p, ld, n_t * n_h, qwen3i_cache_rows(a, panel, v + (size_t)p * row, m), dim,
+        a->simd->mix(out, dim, scores + p, ld, n_t * n_h,
+                     qwen3i_cache_rows(a, panel, v + (size_t)p * row, m), dim,
                      type, m, a->head_dim);
     }
     const void *rest = qwen3i_cache_rows(a, panel, v + (size_t)p * row, n_t - 1);
     for (i = 1; i < n_t; i++)                           /* ... then the rest */
-        a->simd->mix(out + (size_t)i * width, dim, scores + (size_t)(i * n_h) * ld + p, ld, n_h, rest, dim, type,
+        a->simd->mix(out + (size_t)i * width, dim, scores + (size_t)(i * n_h) * ld + p, ld, n_h, rest,
+                     dim, type,
                      i, a->head_dim);
     for (i = 0; i < n_t; i++) memcpy(a->a + at + (size_t)i * q_dim, out + (size_t)i * width, width * 4);
 }
@@ -11148,16 +11171,16 @@ typedef struct qwen3i_cpu {
     char  *k, *v;                       /* [n_layer, max_seqs, n_head_kv, max_ctx, head_dim] in the KV type: attention
                                            reads a head's positions as one stream */
     float *kept;                        /* [max_seqs, n_vocab] logits after each sequence's last token */
-    float *x, *h;                       /* [rows, n_embd]: residual stream, normalised; rows: see qwen3i_cpu_rows */
+    float *x, *h;                       /* [rows, n_embd]: residual stream, normalised (qwen3i_cpu_rows) */
     float *q, *a;                       /* [rows, n_head * head_dim]: queries, attention's result */
     float *key, *value;                 /* [rows, n_head_kv * head_dim]: on their way to the cache */
     float *ff;                          /* [rows, n_ff] */
-    float *ordered;                     /* [rows, the widest of h, a, ff]: in the order of a matrix' columns */
-    float *route;                       /* [rows, n_expert, and on to a multiple of 16] the router's probabilities */
+    float *ordered;                     /* [rows, the widest of h, a, ff] in the order of a matrix' columns */
+    float *route;                       /* [rows, n_expert, to a multiple of 16] the router's probabilities */
     int32_t *picked;                    /* [rows, n_expert_used] experts, in order */
     float *share;                       /* [rows, n_expert_used] their weights */
     int32_t *members;                   /* [rows] of an expert; [rows] its place among what each has picked */
-    float *gathered, *mixed;            /* [rows, n_embd] the inputs, then results, of an expert; all experts' sum */
+    float *gathered, *mixed;            /* [rows, n_embd] an expert's inputs, then results; the sum of all */
     float *freqs, *cosines, *sines;     /* [head_dim / 2], [rows, head_dim / 2] */
     float  rope_scale;
     float *logits;                      /* [QWEN3I_HEAD_ROWS or rows, n_vocab] */
@@ -11167,10 +11190,13 @@ typedef struct qwen3i_cpu {
 /* Floats of a row of c->route: softmax writes whole vectors. */
 static int qwen3i_route_stride(const qwen3i_config *g) { return (g->n_expert + 15) / 16 * 16; }
 
-static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) { return qwen3i_max(desc->prefill_chunk, desc->max_seqs); }
+static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) {
+    return qwen3i_max(desc->prefill_chunk, desc->max_seqs);
+}
 
 /* Lay the context's arrays out in a block (NULL: only count). Returns the block's size. */
-static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc, void *block) {
+static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc,
+                                  void *block) {
     qwen3i_arena m = qwen3i_arena_at(block, 64);
     uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), seqs = (uint64_t)desc->max_seqs,
              lanes = (uint64_t)qwen3i_pool_lanes(desc);
@@ -11190,8 +11216,9 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     c->key       = (float *)qwen3i_arena_take(&m, rows, kv_dim, 4);
     c->value     = (float *)qwen3i_arena_take(&m, rows, kv_dim, 4);
     c->ff        = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_max(g->n_ff, g->n_ff_expert), 4);
+    const int widest = qwen3i_max(g->n_head * g->head_dim, qwen3i_max(g->n_embd, g->n_ff));
     if (g->ordered)
-        c->ordered = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_max(g->n_head * g->head_dim, qwen3i_max(g->n_embd, g->n_ff)), 4);
+        c->ordered = (float *)qwen3i_arena_take(&m, rows, (uint64_t)widest, 4);
     if (g->n_expert) {
         c->route    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_route_stride(g), 4);
         c->picked   = (int32_t *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_expert_used, 4);
@@ -11204,7 +11231,8 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     c->cosines   = (float *)qwen3i_arena_take(&m, rows, half, 4);
     c->sines     = (float *)qwen3i_arena_take(&m, rows, half, 4);
     c->logits    = (float *)qwen3i_arena_take(&m, head_rows, (uint64_t)g->n_vocab, 4);
-    c->attention = (float *)qwen3i_arena_take(&m, lanes, qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
+    c->attention = (float *)qwen3i_arena_take(&m, lanes,
+                                              qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
     c->exec.panels = (float *)qwen3i_arena_take(&m, lanes, QWEN3I_PANEL_ROWS * QWEN3I_PANEL_LD, 4);
     return qwen3i_arena_size(&m);
 }
@@ -11337,7 +11365,8 @@ static void qwen3i_show(const qwen3i_step *s) {
     p->show(s->layer, QWEN3_VALUE_V, c->value, n, kv_dim, p->user);
     p->show(s->layer, QWEN3_VALUE_ATTENTION, c->a, n, q_dim, p->user);
     p->show(s->layer, QWEN3_VALUE_MLP_INPUT, c->h, n, g->n_embd, p->user);
-    if (!c->weights->layers[s->layer].experts) p->show(s->layer, QWEN3_VALUE_PRODUCT, c->ff, n, g->n_ff, p->user);
+    if (!c->weights->layers[s->layer].experts)
+        p->show(s->layer, QWEN3_VALUE_PRODUCT, c->ff, n, g->n_ff, p->user);
     p->show(s->layer, QWEN3_VALUE_RESIDUAL, c->x, n, g->n_embd, p->user);
 }
 
@@ -11432,7 +11461,9 @@ static void qwen3i_experts_mlp(qwen3i_cpu *c, const qwen3i_experts *w, int n) {
     for (j = 0; j < (size_t)n * n_embd; j++) c->x[j] += c->mixed[j];
 }
 
-typedef struct qwen3i_order_args { float *y; const float *x; const int32_t *order; int width; } qwen3i_order_args;
+typedef struct qwen3i_order_args {
+    float *y; const float *x; const int32_t *order; int width;
+} qwen3i_order_args;
 
 static void qwen3i_order_rows(void *args, int begin, int end, int lane) {
     const qwen3i_order_args *a = (const qwen3i_order_args *)args;
@@ -11446,7 +11477,8 @@ static void qwen3i_order_rows(void *args, int begin, int end, int lane) {
 }
 
 /* x [n, width], or it in the order of the columns that it meets */
-static const float *qwen3i_in_order(const qwen3i_cpu *c, const int32_t *order, const float *x, int n, int width) {
+static const float *qwen3i_in_order(const qwen3i_cpu *c, const int32_t *order, const float *x, int n,
+                                    int width) {
     qwen3i_order_args a;
     if (!order) return x;
     a.y = c->ordered; a.x = x; a.order = order; a.width = width;
@@ -11477,7 +11509,8 @@ static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int l
         /* f = silu(Wgate h) * (Wup h)        */
         qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, qwen3i_in_order(c, w->mlp_order, c->h, n, n_embd), n);
         /* x = x + Wdown f                    */
-        qwen3i_matmul_add(e, c->x, &w->w_down, qwen3i_in_order(c, w->down_order, c->ff, n, w->w_down.cols), n);
+        qwen3i_matmul_add(e, c->x, &w->w_down,
+                          qwen3i_in_order(c, w->down_order, c->ff, n, w->w_down.cols), n);
     }
     qwen3i_show(&step);
 }
@@ -18328,7 +18361,8 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     c->stats.n_accepted += k;
     if (k == d->n && seq->fresh) return r;
     qwen3i_truncate(seq, len + 1 + k);
-    if (r == QWEN3_OK) r = c->model->backend->set_logits(c->state, s->seq, d->logits + (size_t)k * vocab, err);
+    if (r == QWEN3_OK)
+        r = c->model->backend->set_logits(c->state, s->seq, d->logits + (size_t)k * vocab, err);
     seq->fresh = r == QWEN3_OK;
     return r;
 }
@@ -18354,7 +18388,8 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
         if (streams[i]->seq != next[k].seq) continue;
         r = qwen3i_sample(c, &next[k], err);
         if (r == QWEN3_OK && !next[k].ended) r = qwen3i_guess(c, streams[i], next[k].out, err);
-        if (r == QWEN3_OK && !next[k].ended) c->items[n_items++] = qwen3i_guessed_item(c, next[k].seq, &n_guesses);
+        if (r == QWEN3_OK && !next[k].ended)
+            c->items[n_items++] = qwen3i_guessed_item(c, next[k].seq, &n_guesses);
         k++;
     }
     start = qwen3i_now_ms();
@@ -18582,7 +18617,8 @@ static qwen3_result qwen3i_answer(qwen3_ctx *c, qwen3_stream *const *streams, in
         guesses |= s->gen.draft_tokens > 0;
     }
     if (r == QWEN3_OK && active > 0)
-        r = guesses ? qwen3i_guessing_step(c, streams, active, err) : qwen3i_next_step(c, c->next, active, err);
+        r = guesses ? qwen3i_guessing_step(c, streams, active, err) :
+            qwen3i_next_step(c, c->next, active, err);
     for (i = k = 0; i < n && k < active && r == QWEN3_OK && !guesses; i++)
         if (streams[i]->seq == c->next[k].seq) qwen3i_feed(streams[i], c->next[k++].out);
     for (i = 0; i < n && r == QWEN3_OK; i++)
@@ -18723,13 +18759,15 @@ QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, cons
     r = qwen3i_enter_seq(c, seq, &err);
     if (r == QWEN3_OK) r = qwen3i_check_texts(c, text, "", out, &err);
     if (r != QWEN3_OK) return r;
-    if (c->model->no_embedding[0]) return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "%s", c->model->no_embedding);
+    if (c->model->no_embedding[0])
+        return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED, "%s", c->model->no_embedding);
     if (c->model->info.end_of_text < 0)
         return qwen3i_fail(&err, QWEN3_ERR_UNSUPPORTED,
                            "the tokenizer has no <|endoftext|>, at which embeddings are read");
     if (c->model->info.has_head && !c->model->says_pooling)
-        qwen3i_log(&c->desc.logger, QWEN3_LOG_WARN, "embedding with a model that does not say that it was made for "
-                                                    "it (1_Pooling/config.json, pooling_type in a GGUF file)");
+        qwen3i_log(&c->desc.logger, QWEN3_LOG_WARN,
+                   "embedding with a model that does not say that it was made for it "
+                   "(1_Pooling/config.json, pooling_type in a GGUF file)");
     parts[0] = "Instruct: "; parts[1] = task; parts[2] = "\nQuery:"; parts[3] = text;
     joined = task ? qwen3i_join(&c->desc.allocator, parts, 4, &size) :
              qwen3i_join(&c->desc.allocator, &parts[3], 1, &size);
@@ -18807,7 +18845,8 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, con
     r = qwen3i_enter_seq(c, seq, &err);
     if (r == QWEN3_OK) r = qwen3i_check_texts(c, query, document, score, &err);
     if (r != QWEN3_OK) return r;
-    parts[0] = "<Instruct>: "; parts[1] = task ? task : "Given a web search query, retrieve relevant passages that answer the query";
+    parts[0] = "<Instruct>: ";
+    parts[1] = task ? task : "Given a web search query, retrieve relevant passages that answer the query";
     parts[2] = "\n<Query>: ";  parts[3] = query;
     parts[4] = "\n<Document>: "; parts[5] = document;
     joined = qwen3i_join(&c->desc.allocator, parts, 6, &size);
@@ -18901,7 +18940,8 @@ static void qwen3i_state_sampler_to(const qwen3i_state_sampler *n, qwen3_sampler
 static qwen3_result qwen3i_save_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, char *p,
                                      const qwen3i_err *err) {
     const qwen3_backend *b = c->model->backend;
-    const size_t n = h->n_tokens, half = n * (size_t)qwen3i_row_bytes((qwen3i_type)h->kv_type, (int)h->kv_dim);
+    const size_t row = (size_t)qwen3i_row_bytes((qwen3i_type)h->kv_type, (int)h->kv_dim);
+    const size_t n = h->n_tokens, half = n * row;
     const float *logits;
     qwen3_result r = QWEN3_OK;
     uint32_t layer;
@@ -18994,7 +19034,7 @@ static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint
     if (h->kv_type != want.kv_type || h->yarn_bits != want.yarn_bits)
         return qwen3i_fail(err, QWEN3_ERR_MISMATCH,
                            "the saved state has another KV type or yarn_factor than this context");
-    if (h->n_tokens > (uint32_t)c->desc.max_ctx)                /* first: the total of more than fits could overflow */
+    if (h->n_tokens > (uint32_t)c->desc.max_ctx)                /* first: the total could overflow */
         return qwen3i_fail(err, QWEN3_ERR_CONTEXT_FULL,
                            "the saved state has %u tokens, the sequence %d positions", (unsigned)h->n_tokens,
                                c->desc.max_ctx);
@@ -19005,7 +19045,8 @@ static qwen3_result qwen3i_check_state(const qwen3_ctx *c, const void *src, uint
 static qwen3_result qwen3i_load_body(qwen3_ctx *c, int seq, const qwen3i_state_header *h, const char *p,
                                      const qwen3i_err *err) {
     const qwen3_backend *b = c->model->backend;
-    const size_t n = h->n_tokens, half = n * (size_t)qwen3i_row_bytes((qwen3i_type)h->kv_type, (int)h->kv_dim);
+    const size_t row = (size_t)qwen3i_row_bytes((qwen3i_type)h->kv_type, (int)h->kv_dim);
+    const size_t n = h->n_tokens, half = n * row;
     qwen3_result r = QWEN3_OK;
     uint32_t layer;
     p += n * sizeof(qwen3_token);
@@ -19065,7 +19106,7 @@ static qwen3_result qwen3i_load(qwen3_ctx *c, int seq, const void *src, uint64_t
     if (r == QWEN3_OK) r = qwen3i_check_state_tokens(c, body, h.n_tokens, err);
     if (r == QWEN3_OK) r = qwen3i_load_rest(&h, (const char *)src, st, err);
     if (r != QWEN3_OK) return r;
-    qwen3i_truncate(s, 0);              /* from here on only the device can fail, and then the context is lost */
+    qwen3i_truncate(s, 0);              /* from here on only the device can fail: the context is lost */
     s->fresh = 0;
     r = qwen3i_load_body(c, seq, &h, body, err);
     if (r != QWEN3_OK) return r;
