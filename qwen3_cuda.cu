@@ -1051,6 +1051,11 @@ static constexpr __host__ __device__ bool is_block(int type) { return block_form
 /* Are its codes numbers in floating point, or no codes at all? Else they are whole numbers of 8 bits. */
 static constexpr __host__ __device__ bool is_float(int type) { return !is_block(type) || type == QWEN3I_FP8; }
 
+/* Do codes stand for numbers in a table? */
+static constexpr __host__ __device__ bool has_table(int type) {
+    return type == QWEN3I_IQ4_NL || type == QWEN3I_IQ4_XS || type == QWEN3I_MXFP4 || type == QWEN3I_NVFP4;
+}
+
 /* Units of a block */
 static constexpr __host__ __device__ int units_of(int type) {
     return is_block(type) ? block_elements(type) / 32 : 1;
@@ -1201,30 +1206,36 @@ template <int BITS> DEVICE void load_plane(unsigned (&q)[8], const unsigned char
     }
 }
 
-/* One of 16 bytes for each of four codes of four bits. */
-DEVICE unsigned table_bytes(unsigned codes, const unsigned (&table)[4]) {
-    const unsigned pairs = codes | codes >> 4, s = (pairs & 0xFFu) | (pairs >> 8 & 0xFF00u);
-    const unsigned low = s & 0x7777u;
-    return __byte_perm(__byte_perm(table[0], table[1], low), __byte_perm(table[2], table[3], low),
-                       0x3210u | (s & 0x8888u) >> 1);
+/* One of 16 bytes for each of the eight codes of four bits in a word of a plane */
+DEVICE void table_bytes(unsigned &low_four, unsigned &high_four, unsigned word, const unsigned (&table)[4]) {
+    const unsigned low = word & 0x77777777u, half = 0x32103210u | (word & 0x88888888u) >> 1;
+    const unsigned a = __byte_perm(__byte_perm(table[0], table[1], low & 0xFFFFu),
+                                   __byte_perm(table[2], table[3], low & 0xFFFFu), half & 0xFFFFu),
+                   b = __byte_perm(__byte_perm(table[0], table[1], low >> 16),
+                                   __byte_perm(table[2], table[3], low >> 16), half >> 16);
+    low_four = __byte_perm(a, b, 0x6420);
+    high_four = __byte_perm(a, b, 0x7531);
+}
+template <int T> DEVICE void table_codes(unsigned (&q)[8], const unsigned char *plane, int i) {
+    const uint4 v = *(const uint4 *)(const void *)(plane + 16 * i);
+    const bool fp4 = T == QWEN3I_MXFP4 || T == QWEN3I_NVFP4;      /* twice E2M1 */
+    const unsigned table[4] = {fp4 ? 0x03020100u : 0xBFAD9881u, fp4 ? 0x0C080604u : 0xF6EADDCFu,
+                               fp4 ? 0xFDFEFF00u : 0x26190D01u, fp4 ? 0xF4F8FAFCu : 0x71594535u};
+    table_bytes(q[0], q[1], v.x, table);
+    table_bytes(q[2], q[3], v.y, table);
+    table_bytes(q[4], q[5], v.z, table);
+    table_bytes(q[6], q[7], v.w, table);
 }
 
 /* The whole numbers of unit i of a tile of n, each eight bits with a sign, four in a word. */
 template <int T> DEVICE void unit_codes(unsigned (&q)[8], const unsigned char *tile, int n, int i) {
     constexpr block_format f = block_format_of(T);
-    load_plane<f.low>(q, tile, n, i);
+    if constexpr (has_table(T)) table_codes<T>(q, tile, i);
+    else load_plane<f.low>(q, tile, n, i);
     if constexpr (f.high > 0) {
         unsigned high[8];
         load_plane<f.high>(high, tile + high_plane(T, n), n, i);
         UNROLL for (int j = 0; j < 8; j++) q[j] |= high[j] << f.low;
-    }
-    if constexpr (T == QWEN3I_IQ4_NL || T == QWEN3I_IQ4_XS) {
-        const unsigned values[4] = {0xBFAD9881u, 0xF6EADDCFu, 0x26190D01u, 0x71594535u};
-        UNROLL for (int j = 0; j < 8; j++) q[j] = table_bytes(q[j], values);
-    }
-    if constexpr (T == QWEN3I_MXFP4 || T == QWEN3I_NVFP4) {     /* twice E2M1 */
-        const unsigned values[4] = {0x03020100u, 0x0C080604u, 0xFDFEFF00u, 0xF4F8FAFCu};
-        UNROLL for (int j = 0; j < 8; j++) q[j] = table_bytes(q[j], values);
     }
 }
 
