@@ -381,6 +381,34 @@ static void test_gguf_path(void) {
 }
 #endif
 
+/* Files that gguf-py wrote (tools/make_small_gguf.py): blocks of six formats give what gguf-py's float32 of them gives. */
+static void test_gguf_of_gguf_py(void) {
+    static const char *const names[2] = {"small.gguf", "small-f32.gguf"};
+    static float logits[2][GG_LOGITS];
+    qwen3_token s[8];
+    double off = 0, top = 0;
+    int i, k;
+    for (i = 0; i < 2; i++) {
+        char path[1024], err[512] = "";
+        qwen3_load_desc d;
+        qwen3_model *m = NULL;
+        memset(&d, 0, sizeof d);
+        snprintf(path, sizeof path, "%s/gguf/%s", test_data, names[i]);
+        d.path = path;
+        d.flags = QWEN3_LOAD_CHECK;
+        if (!CHECK_MSG(qwen3_load(&m, &d, err, sizeof err) == QWEN3_OK, "%s", err)) return;
+        CHECK(qwen3_get_info(m).n_tokens == 260 && qwen3_get_info(m).im_end == 257 && qwen3_get_info(m).chat_style == QWEN3_STYLE_HYBRID);       /* without the four that are padding */
+        CHECK(qwen3_encode(m, "abx<think>", 10, QWEN3_PARSE_SPECIAL, s, 8, NULL, 0) == 3 && s[0] == 256 && s[1] == 'x' && s[2] == 259);
+        gg_logits(m, logits[i]);
+        qwen3_free(m);
+    }
+    for (k = 0; k < GG_LOGITS; k++) {
+        off = fabs((double)logits[0][k] - (double)logits[1][k]) > off ? fabs((double)logits[0][k] - (double)logits[1][k]) : off;
+        top = fabs((double)logits[1][k]) > top ? fabs((double)logits[1][k]) : top;
+    }
+    CHECK_MSG(top > 1 && off <= 1e-4 * top, "off by %g of %g", off, top);
+}
+
 /* ---- what must be refused --------------------------------------------------------------------------------------- */
 static void gg_case(const gg_file *f, const char *name, uint32_t kind, uint64_t v, qwen3_result want, const char *words) {
     gg_file copy = *f;                  /* shares the texts: only what is set is its own */
@@ -718,6 +746,7 @@ static void suite_gguf(void) {
 #if !defined(_WIN32)
     RUN(test_gguf_path);
 #endif
+    RUN(test_gguf_of_gguf_py);
     RUN(test_gguf_bad_header);
     RUN(test_gguf_bad_keys);
     RUN(test_gguf_bad_tokens);
