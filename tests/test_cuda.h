@@ -1037,6 +1037,96 @@ static void test_cuda_experts(void) {
     }
 }
 
+/* A mixture of one layer, larger than what lies in the repository */
+enum { ODD_EMBD = 1096, ODD_FF = 200, ODD_N = 7, ODD_VOCAB = 64 };
+
+static void experts_odd(experts_model *out, qwen3i_type type, const qwen3_backend *backend) {
+    const size_t pool = (size_t)ODD_N * 3 * ODD_FF * ODD_EMBD + 4 * ODD_EMBD * ODD_EMBD, size = qwen3i_type_size(type);
+    char *w = (char *)malloc(pool * size), *at = w;
+    float *ones = floats(ODD_EMBD), *router = floats((size_t)ODD_N * ODD_EMBD);
+    qwen3i_matrix list[3][ODD_N];
+    qwen3i_experts e;
+    qwen3i_layer l;
+    qwen3_model m;
+    qwen3_load_desc d;
+    qwen3_file file;
+    char err[512] = "";
+    uint64_t rng = 5;
+    size_t i;
+    int k, x;
+    memset(&m, 0, sizeof m);
+    memset(&l, 0, sizeof l);
+    memset(&d, 0, sizeof d);
+    m.config.n_layer = 1; m.config.n_embd = ODD_EMBD; m.config.n_head = 2; m.config.n_head_kv = 1; m.config.head_dim = 64; m.config.n_ff = ODD_FF;
+    m.config.max_ctx = 64; m.config.n_vocab = ODD_VOCAB; m.config.n_expert = ODD_N; m.config.n_expert_used = 3; m.config.n_ff_expert = ODD_FF;
+    m.config.rms_eps = 1e-6f; m.config.rope_theta = 10000; m.config.tied = 1;
+    for (i = 0; i < ODD_EMBD; i++) ones[i] = 1.0f + (float)(i % 5) * 0.1f;
+    for (i = 0; i < (size_t)ODD_N * ODD_EMBD; i++) router[i] = ((float)random_below(&rng, 2001) - 1000) * 2e-4f;
+    for (i = 0; i < pool; i++) {
+        const float f = ((float)random_below(&rng, 2001) - 1000) * 6e-5f;
+        const uint16_t h = qwen3i_f32_to_bf16(f);
+        if (size == 4) memcpy(w + 4 * i, &f, 4); else memcpy(w + 2 * i, &h, 2);
+    }
+    l.attn_norm = l.mlp_norm = l.q_norm = l.k_norm = m.weights.final_norm = ones;
+    l.wq.data = at; l.wq.rows = 128; l.wq.cols = ODD_EMBD; l.wq.type = type;
+    l.wk = l.wv = m.weights.embed = e.router = l.wq;
+    l.wk.rows = l.wv.rows = m.weights.embed.rows = 64;
+    l.wk.data = at + 128 * ODD_EMBD * size;
+    l.wv.data = at + 192 * ODD_EMBD * size;
+    m.weights.embed.data = at + 256 * ODD_EMBD * size;
+    l.wo = l.wq;
+    l.wo.data = at + 320 * ODD_EMBD * size; l.wo.rows = ODD_EMBD; l.wo.cols = 128;
+    e.router.data = router; e.router.rows = ODD_N; e.router.type = QWEN3I_F32;
+    at += 448 * ODD_EMBD * size;
+    for (k = 0; k < 3; k++) for (x = 0; x < ODD_N; x++, at += (size_t)ODD_FF * ODD_EMBD * size) {
+        list[k][x].data = at; list[k][x].type = type;
+        list[k][x].rows = k < 2 ? ODD_FF : ODD_EMBD;
+        list[k][x].cols = k < 2 ? ODD_EMBD : ODD_FF;
+    }
+    l.experts = &e;
+    m.weights.layers = &l;
+    e.gate = list[0]; e.up = list[1]; e.down = list[2];
+    experts_make(&out->file, &m, 0);
+    out->bytes = gg_write(&out->file);
+    file.name = "m.gguf"; file.data = out->bytes.p; file.size = out->bytes.n;
+    d.files = &file; d.n_files = 1; d.backend = backend;
+    out->model = NULL;
+    CHECK_MSG(qwen3_load(&out->model, &d, err, sizeof err) == QWEN3_OK, "%s", err);
+    free(w);
+    free(ones);
+    free(router);
+}
+
+/* Sizes that are no multiples of any tile, and exceed each: beside the CPU */
+static void test_cuda_experts_odd(void) {
+    static const int chunks[] = {1, 6, 40};
+    static const qwen3i_type types[] = {QWEN3I_F32, QWEN3I_BF16};
+    qwen3_token tokens[40];
+    uint64_t rng = 3;
+    int t, k;
+    random_tokens(&rng, tokens, 40, ODD_VOCAB);
+    for (t = 0; t < 2; t++) {
+        experts_model cpu, gpu;
+        float *want, *got = floats(40 * ODD_VOCAB);
+        experts_odd(&cpu, types[t], NULL);
+        experts_odd(&gpu, types[t], qwen3_cuda_backend());
+        want = cpu.model ? plain_logits(cpu.model, tokens, 40, QWEN3_KV_F32) : NULL;
+        for (k = 0; k < 3 && gpu.model && want; k++) {
+            qwen3_ctx *ctx = ctx_open(gpu.model, 64, 1, chunks[k], QWEN3_KV_F32);
+            double e;
+            if (ctx) CHECK_OK(ctx, eval(ctx, 0, tokens, 40, got));
+            e = cuda_error(got, want, 40 * ODD_VOCAB);
+            if (test_verbose) printf("    %s, chunks of %d: %.2e\n", t ? "BF16" : "F32", chunks[k], e);
+            CHECK_MSG(e <= (t && k == 2 ? 1e-3 : 3e-6), "%s, chunks of %d: off by %.3g", t ? "BF16" : "F32", chunks[k], e);
+            qwen3_ctx_free(ctx);
+        }
+        free(want);
+        free(got);
+        experts_free(&cpu);
+        experts_free(&gpu);
+    }
+}
+
 /* The logits of a prompt of 40 tokens, `chunk` rows at a time and then three alone, of a model that is quantised when it
    is loaded; NULL backend: the CPU. */
 static float *cuda_quantised_logits(const char *name, int quantize, const qwen3_backend *backend, int chunk, int *vocab) {
@@ -1847,6 +1937,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_models_blocks);
     RUN(test_cuda_models_exact);
     RUN(test_cuda_experts);
+    RUN(test_cuda_experts_odd);
     RUN(test_cuda_models_fused);
     RUN(test_cuda_models_standard);
     RUN(test_cuda_models_f16);

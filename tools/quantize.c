@@ -3,8 +3,8 @@
        make build/quantize
        build/quantize models/Qwen3-0.6B Qwen3-0.6B-Q4_K_M.gguf Q4_K_M
 
-   MODEL is a directory or a GGUF file with weights in BF16, F16 or F32; TYPE one of Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0; or AS_IS,
-   which makes one GGUF file of a directory.
+   MODEL is a directory or a GGUF file with weights in BF16, F16 or F32, a mixture of experts too; TYPE one of Q8_0, Q6_K, Q5_K_M,
+   Q4_K_M, Q4_0; or AS_IS, which makes one GGUF file of a directory.
    The result holds the tokenizer and the chat template, too: qwen3.h and llama.cpp load it.
 
    Measured on the demo model and held-out dialogues of it: mean KL divergence from the 16-bit model (llama-perplexity),
@@ -27,7 +27,8 @@ static const kind kinds[] = {
     {"Q4_K_M", QWEN3I_MIX_Q4_K_M, 15}, {"Q4_0", QWEN3I_MIX_Q4_0, 2}, {"AS_IS", QWEN3I_MIX_NONE, -1}
 };
 
-typedef struct tensor { char name[QWEN3I_NAME]; qwen3i_matrix from; qwen3i_type type; int rank; } tensor;
+/* all: of a mixture's experts, whose matrices follow each other; from then has the rows of all and no data */
+typedef struct tensor { char name[QWEN3I_NAME]; qwen3i_matrix from; const qwen3i_matrix *all; qwen3i_type type; int rank; } tensor;
 
 typedef struct job {
     qwen3_model *model;
@@ -63,6 +64,16 @@ static void add_matrix(job *j, int layer, int weight, const qwen3i_matrix *m) {
     add_tensor(j, layer, weight, 2, m->data, m->type, m->rows, m->cols);
 }
 
+/* A matrix of each expert; as: the weight whose type they get */
+static void add_experts(job *j, int layer, int weight, int as, const qwen3i_matrix *list) {
+    const int n = j->model->config.n_expert;
+    tensor *t = &j->tensors[j->n_tensors];
+    add_tensor(j, layer, as, 2, NULL, list[0].type, n * list[0].rows, list[0].cols);
+    qwen3i_weight_name(t->name, &qwen3i_gguf_file, layer, weight);
+    t->all = list;
+    t->rank = 3;
+}
+
 static void add_gains(job *j, int layer, int weight, const float *gains, int n) {
     add_tensor(j, layer, weight, 1, gains, QWEN3I_F32, 1, n);
 }
@@ -71,7 +82,7 @@ static int list_tensors(job *j) {
     const qwen3_model *m = j->model;
     const qwen3i_weights *w = &m->weights;
     const qwen3i_config *c = &m->config;
-    j->tensors = (tensor *)calloc((size_t)c->n_layer * 11 + 4, sizeof *j->tensors);
+    j->tensors = (tensor *)calloc((size_t)c->n_layer * 12 + 4, sizeof *j->tensors);
     if (!j->tensors) return fail("out of memory", "");
     add_matrix(j, -1, QWEN3I_W_EMBED, &w->embed);
     add_gains(j, -1, QWEN3I_W_FINAL_NORM, w->final_norm, c->n_embd);
@@ -87,6 +98,21 @@ static int list_tensors(job *j) {
         add_gains(j, i, QWEN3I_W_K_NORM, l->k_norm, c->head_dim);
         add_matrix(j, i, QWEN3I_W_O, &l->wo);
         add_gains(j, i, QWEN3I_W_MLP_NORM, l->mlp_norm, c->n_embd);
+        if (!l->experts != !c->n_expert || (c->n_expert && !c->norm_topk))
+            return fail("GGUF files have no such mixture: all layers have experts, whose weights add up to 1", "");
+        if (l->experts) {
+            const qwen3i_matrix *router = &l->experts->router;
+            tensor *t = &j->tensors[j->n_tensors];
+            add_tensor(j, i, QWEN3I_W_ROUTER, 2, router->data, router->type, router->rows, router->cols);
+            t->type = router->type;     /* never in blocks */
+            add_experts(j, i, QWEN3I_W_ALL_GATE, QWEN3I_W_GATE, l->experts->gate);
+            add_experts(j, i, QWEN3I_W_ALL_UP, QWEN3I_W_UP, l->experts->up);
+            add_experts(j, i, QWEN3I_W_ALL_DOWN, QWEN3I_W_DOWN, l->experts->down);
+            for (int k = 1; k < c->n_expert; k++)
+                if (l->experts->gate[k].type != l->experts->gate[0].type || l->experts->up[k].type != l->experts->up[0].type ||
+                    l->experts->down[k].type != l->experts->down[0].type) return fail("experts of one layer differ in type", "");
+            continue;
+        }
         add_matrix(j, i, QWEN3I_W_GATE, &l->w_gate);
         add_matrix(j, i, QWEN3I_W_UP, &l->w_up);
         add_matrix(j, i, QWEN3I_W_DOWN, &l->w_down);
@@ -176,31 +202,42 @@ static const char *last_part(const char *path) {
     return name;
 }
 
+static const char *own_key(const qwen3i_config *c, char name[80], const char *key) {
+    snprintf(name, 80, "%s.%s", c->n_expert ? "qwen3moe" : "qwen3", key);
+    return name;
+}
+
 static void put_config_keys(job *j) {
     const qwen3i_config *c = &j->model->config;
+    char name[80];
     const qwen3_sampler *s = &j->model->info.sampler;
     const double own = c->yarn_factor > 1 ? 0.1 * log(c->yarn_factor) + 1 : 1;
-    key_text(j, "general.architecture", "qwen3");
+    key_text(j, "general.architecture", c->n_expert ? "qwen3moe" : "qwen3");
     key_text(j, "general.type", "model");
     key_text(j, "general.name", last_part(j->path));
-    key_u32(j, "qwen3.block_count", c->n_layer);
-    key_u32(j, "qwen3.context_length", c->max_ctx);
-    key_u32(j, "qwen3.embedding_length", c->n_embd);
-    key_u32(j, "qwen3.feed_forward_length", c->n_ff);
-    key_u32(j, "qwen3.vocab_size", c->n_vocab);
-    key_u32(j, "qwen3.attention.head_count", c->n_head);
-    key_u32(j, "qwen3.attention.head_count_kv", c->n_head_kv);
-    key_u32(j, "qwen3.attention.key_length", c->head_dim);
-    key_u32(j, "qwen3.attention.value_length", c->head_dim);
-    key_float(j, "qwen3.attention.layer_norm_rms_epsilon", (double)c->rms_eps);
-    key_float(j, "qwen3.rope.freq_base", c->rope_theta);
+    key_u32(j, own_key(c, name, "block_count"), c->n_layer);
+    key_u32(j, own_key(c, name, "context_length"), c->max_ctx);
+    key_u32(j, own_key(c, name, "embedding_length"), c->n_embd);
+    key_u32(j, own_key(c, name, "feed_forward_length"), c->n_ff);
+    key_u32(j, own_key(c, name, "vocab_size"), c->n_vocab);
+    key_u32(j, own_key(c, name, "attention.head_count"), c->n_head);
+    key_u32(j, own_key(c, name, "attention.head_count_kv"), c->n_head_kv);
+    key_u32(j, own_key(c, name, "attention.key_length"), c->head_dim);
+    key_u32(j, own_key(c, name, "attention.value_length"), c->head_dim);
+    key_float(j, own_key(c, name, "attention.layer_norm_rms_epsilon"), (double)c->rms_eps);
+    key_float(j, own_key(c, name, "rope.freq_base"), c->rope_theta);
+    if (c->n_expert) {
+        key_u32(j, own_key(c, name, "expert_count"), c->n_expert);
+        key_u32(j, own_key(c, name, "expert_used_count"), c->n_expert_used);
+        key_u32(j, own_key(c, name, "expert_feed_forward_length"), c->n_ff_expert);
+    }
     if (c->yarn_factor > 0) {
-        key_text(j, "qwen3.rope.scaling.type", "yarn");
-        key_float(j, "qwen3.rope.scaling.factor", c->yarn_factor);
-        key_u32(j, "qwen3.rope.scaling.original_context_length", c->yarn_original_ctx);
-        key_float(j, "qwen3.rope.scaling.yarn_beta_fast", c->yarn_beta_fast);
-        key_float(j, "qwen3.rope.scaling.yarn_beta_slow", c->yarn_beta_slow);
-        if (fabs(c->yarn_attn_factor - own) > 1e-6) key_float(j, "qwen3.rope.scaling.attn_factor", c->yarn_attn_factor / own);
+        key_text(j, own_key(c, name, "rope.scaling.type"), "yarn");
+        key_float(j, own_key(c, name, "rope.scaling.factor"), c->yarn_factor);
+        key_u32(j, own_key(c, name, "rope.scaling.original_context_length"), c->yarn_original_ctx);
+        key_float(j, own_key(c, name, "rope.scaling.yarn_beta_fast"), c->yarn_beta_fast);
+        key_float(j, own_key(c, name, "rope.scaling.yarn_beta_slow"), c->yarn_beta_slow);
+        if (fabs(c->yarn_attn_factor - own) > 1e-6) key_float(j, own_key(c, name, "rope.scaling.attn_factor"), c->yarn_attn_factor / own);
     }
     if (s->temperature <= 0) return;
     key_float(j, "general.sampling.temp", (double)s->temperature);
@@ -307,7 +344,9 @@ static void *convert(void *arg) {
     const size_t from_row = (size_t)qwen3i_row_bytes(p->t->from.type, p->t->from.cols);
     const size_t to_row = (size_t)qwen3i_row_bytes(p->t->type, p->t->from.cols);
     for (int i = p->begin; i < p->end; i++) {
-        const char *row = (const char *)p->t->from.data + (size_t)i * from_row;
+        const int rows = p->t->all ? p->t->all->rows : p->t->from.rows;
+        const qwen3i_matrix *m = p->t->all ? &p->t->all[i / rows] : &p->t->from;
+        const char *row = (const char *)m->data + (size_t)(i % rows) * from_row;
         if (p->t->type == p->t->from.type) memcpy(p->to + (size_t)i * to_row, row, to_row);
         else qwen3i_quantize(p->to + (size_t)i * to_row, p->t->type, row, p->t->from.type, p->t->from.cols);
     }
@@ -358,7 +397,8 @@ static int write_header(job *j) {
         put_string(&b, t->name, strlen(t->name));
         put(&b, (uint64_t)t->rank, 4);
         put(&b, (uint64_t)t->from.cols, 8);
-        if (t->rank == 2) put(&b, (uint64_t)t->from.rows, 8);
+        if (t->rank > 1) put(&b, (uint64_t)(t->all ? t->all->rows : t->from.rows), 8);
+        if (t->rank > 2) put(&b, (uint64_t)(t->from.rows / t->all->rows), 8);
         put(&b, (uint64_t)qwen3i_format_of(t->type)->gguf, 4);
         put(&b, at, 8);
         at += (tensor_bytes(t) + 31) / 32 * 32;
