@@ -14454,6 +14454,8 @@ static int qwen3i_string_lexeme(qwen3i_compiler *c, int rules) {
         if (r.kind == QWEN3I_R_MIN_COUNT) min = qwen3i_max(min, r.a);
         else if (r.kind == QWEN3I_R_MAX_COUNT) max = max < 0 ? r.a : qwen3i_min(max, r.a);
         else { n++; pattern = r.kind == QWEN3I_R_PATTERN ? r.a : 0; }
+        if (r.kind == QWEN3I_R_FORMAT && qwen3i_is(qwen3i_dom_text(c, r.a), "hostname"))
+            max = max < 0 ? 253 : qwen3i_min(max, 253);
     }
     if (n == 0) dfa = qwen3i_any_dfa(c, 0);
     else if (n == 1 && pattern && (dfa = qwen3i_simple_pattern(c, pattern, &low, &high)) != 0) {

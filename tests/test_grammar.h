@@ -343,6 +343,21 @@ static void test_grammar_memory(void) {
     grammar_close(&b);
 }
 
+/* A host's name has at most 253 characters. */
+static void test_grammar_hostname(void) {
+    char text[300];
+    grammar_bench b;
+    int i, n;
+    if (!grammar_open(&b)) return;
+    CHECK(grammar_set(&b, 0, "{\"type\":\"string\",\"format\":\"hostname\"}", 0, text, sizeof text) == QWEN3_OK);
+    for (n = 252; n < 256; n++) {
+        for (i = 0; i < n; i++) text[1 + i] = i % 50 == 49 ? '.' : 'a';
+        text[0] = text[n + 1] = '"';
+        CHECK_MSG(grammar_accepts(&b, text, (size_t)n + 2) == (n <= 253), "%d", n);
+    }
+    grammar_close(&b);
+}
+
 /* ---- thinking, prefixes, forced tokens ----------------------------------------------------------------------- */
 typedef struct grammar_talk { grammar_bench b; qwen3_ctx *ctx; qwen3_msg msg; qwen3_chat_desc chat; qwen3_gen_desc gen; qwen3_sampler dice;
                               qwen3_bias bias[2]; grammar_text answer, all; } grammar_talk;
@@ -646,6 +661,7 @@ static void suite_grammar(void) {
     RUN(test_grammar_masks);
     RUN(test_grammar_replies);
     RUN(test_grammar_follows);
+    RUN(test_grammar_hostname);
     RUN(test_grammar_after_thinking);
     RUN(test_grammar_prefix);
     RUN(test_grammar_forced);
