@@ -6471,8 +6471,15 @@ static __global__ void __launch_bounds__(256) expert_sum_kernel(expert_args a, c
 }
 
 /* ---- many rows: tiles by the tensor cores ---- */
-const int GROUP_M = 64, GROUP_N = 128, GROUP_K = 64, GROUP_STAGES = 3;
-const size_t GROUP_SHARED = (size_t)GROUP_STAGES * (GROUP_M + GROUP_N) * GROUP_K * 2;
+const int GROUP_M = 64, GROUP_N = 128, GROUP_K = 64;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+const int GROUP_STAGES = 2;             /* a block has 64 KB at most, and copies overlap with nothing */
+#else
+const int GROUP_STAGES = 3;
+#endif
+static size_t group_shared(int capability) {
+    return (size_t)(capability < 80 ? 2 : 3) * (GROUP_M + GROUP_N) * GROUP_K * 2;
+}
 
 /* Where 8 elements of a row of a tile lie, so that those that are read together lie in different banks. */
 DEVICE half_t *group_at(half_t *tile, int row, int chunk) { return tile + row * GROUP_K + (chunk ^ row % 8) * 8; }
@@ -6614,7 +6621,8 @@ static qwen3_result group_product(const pass *p, const matrix &w, int rows, int 
     const expert_args a = expert_arguments(p, w, rows, NULL, w.ld, per, y, ldy);
     const dim3 grid((unsigned)ceil_div(rows, GROUP_N), (unsigned)p->c->m->config.n_expert,
                     (unsigned)least(ceil_div(p->n, GROUP_M), 4));
-    return launched(p, launch_shared(false, 1, p->s, grid, 256, GROUP_SHARED, group_product_kernel, a, x, x_scale),
+    return launched(p, launch_shared(false, 1, p->s, grid, 256, group_shared(p->c->m->capability),
+                                     group_product_kernel, a, x, x_scale),
                     "group_product");
 }
 
