@@ -27,7 +27,7 @@ static const struct { const char *name, *value; double high; const char *help; }
     {"--seed", "N", 9e15, "of the random numbers (default 42)"},
     {"--max", "N", 1e9, "tokens in an answer at most"},
     {"--think-budget", "N", 1e9, "tokens of thinking at most"},
-    {"--draft", "N", 16, "guess up to N tokens ahead where the text says something again: faster, never different"},
+    {"--draft", "N", 16, "guess up to N tokens ahead where the text repeats itself: faster, never different"},
     {"--ctx", "N", 1e9, "positions of context (default 4096)"},
     {"--shift", "", 0, "forget the oldest turns when the context is full"},
     {"--threads", "N", 256, "CPU threads (default: one a core)"},
@@ -64,7 +64,8 @@ static const char *parse(int argc, char **argv) {
         char *end;
         number[o] = strtod(text[o], &end);
         if (end != text[o] && !*end && number[o] >= 0 && number[o] <= options[o].high) continue;
-        fprintf(stderr, "example: %s takes a number up to %g, not %s\n", argv[i - 1], options[o].high, argv[i]);
+        fprintf(stderr, "example: %s takes a number up to %g, not %s\n", argv[i - 1],
+                options[o].high, argv[i]);
         exit(2);
     }
     if (model && !text[HELP]) return model;

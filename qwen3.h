@@ -18802,8 +18802,8 @@ static qwen3_result qwen3i_rank_by_rows(qwen3_ctx *c, int seq, float *score, con
     const int n = c->model->config.n_embd;
     const float *rows = c->model->rank;
     double yes = 0, no = 0;
-    int length = 0;
-    const qwen3_token *tokens = qwen3_seq_tokens(c, seq, &length), token = tokens[length - 1];
+    qwen3i_seq *s = &c->seqs[seq];
+    const qwen3_token token = s->tokens[s->len - 1];
     qwen3_item item;
     float *state = (float *)qwen3i_alloc_array(&c->desc.allocator, (size_t)n, sizeof *state);
     qwen3_result r;
@@ -18811,8 +18811,8 @@ static qwen3_result qwen3i_rank_by_rows(qwen3_ctx *c, int seq, float *score, con
     if (!state) return qwen3i_no_memory(err, "a state", (uint64_t)n * sizeof *state);
     memset(&item, 0, sizeof item);
     item.seq = seq; item.tokens = &token; item.n = 1; item.hidden = state;
-    r = qwen3_seq_truncate(c, seq, length - 1);
-    if (r == QWEN3_OK) r = qwen3_eval(c, &item, 1);
+    qwen3i_truncate(s, s->len - 1);
+    r = qwen3i_eval(c, &item, 1, err);
     for (i = 0; i < n && r == QWEN3_OK; i++) {
         yes += (double)rows[i] * (double)state[i];
         no += (double)rows[n + i] * (double)state[i];
