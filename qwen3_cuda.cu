@@ -6186,10 +6186,11 @@ static __global__ void __launch_bounds__(256)
     wait_for_previous();
     let_next_start();
     if (expert >= n_expert) return;
-    NO_UNROLL for (int k = lane; k < width; k += 32) {
+    const float *from[ROUTE_ROWS];              /* of a row that there is not the last one's: no branch, loads overlap */
+    UNROLL for (int r = 0; r < ROUTE_ROWS; r++) from[r] = h + (size_t)least(first + r, rows - 1) * ldh;
+    _Pragma("unroll 4") for (int k = lane; k < width; k += 32) {
         const float w = router[(size_t)expert * width + k];
-        UNROLL for (int r = 0; r < ROUTE_ROWS; r++)
-            if (first + r < rows) acc[r] += w * h[(size_t)(first + r) * ldh + k];
+        UNROLL for (int r = 0; r < ROUTE_ROWS; r++) acc[r] += w * from[r][k];
     }
     UNROLL for (int r = 0; r < ROUTE_ROWS; r++) {
         const float sum = warp_sum(acc[r]);
@@ -6277,9 +6278,9 @@ static __global__ void __launch_bounds__(256) route_one_kernel(route_args a) {
     for (int k = lane * 32; k < a.n_embd; k += 32 * 32) prefetch(router + k);
     wait_for_previous();
     let_next_start();
-    for (int k = tid(); k < a.n_embd; k += 256) sum += a.x[k] * a.x[k];
+    _Pragma("unroll 8") for (int k = tid(); k < a.n_embd; k += 256) sum += a.x[k] * a.x[k];
     const float r = rms_scale(block_sum(sum, shared), (float)a.n_embd, a.eps);
-    for (int k = lane; k < a.n_embd; k += 32) acc += router[k] * (a.x[k] * r * a.gain[k]);
+    _Pragma("unroll 16") for (int k = lane; k < a.n_embd; k += 32) acc += router[k] * (a.x[k] * r * a.gain[k]);
     acc = warp_sum(acc);
     if (lane == 0 && expert < a.n_expert) a.logits[expert] = acc;
     for (int k = block_x() * 256 + tid(); k < a.n_embd; k += (int)gridDim.x * 256) a.h[k] = a.x[k] * r * a.gain[k];
