@@ -5704,10 +5704,10 @@ static qwen3_result many_down(const pass *p, int layer) {
    at a time: all sums of a unit are exact. Where codes are numbers in floating point, x stays float32. A
    warp takes rows of W two at a time, for one row of x or for four; tiles come by a ring as in
    weight_stream, but the warp copies them together. */
-/* for so many rows of x: with one, two kernels' blocks fit on a multiprocessor */
-template <int R> struct block_shape { enum { WARPS = R == 1 ? 16 : 8, BLOCKS = R == 1 ? 2 : 1 }; };
+/* With one row of x two kernels' blocks fit on a multiprocessor. */
+template <int R> struct block_shape { enum { WARPS = 8, BLOCKS = R == 1 ? 2 : 1 }; };
 const int BLOCK_ROWS  = 4;              /* of x, at most */
-const int BLOCK_RING  = 5 << 10;        /* bytes of a warp's */
+const int BLOCK_RING  = 10 << 10;       /* bytes of a warp's */
 const int INT_PLANES = 5, FLOAT_PLANES = 8;     /* of 32 units of x: 16 bytes of each in a plane */
 const int MOST_INT   = 32639;           /* 127 * 256 + 127 */
 
@@ -5788,9 +5788,9 @@ template <int R> static __device__ NO_INLINE void block_stage(const block_in &in
     const int step = n_threads();
     if (R == 1 && in.gain) {
         float *shared = (float *)(void *)(planes + block_x_bytes(in));
-        if (in.k <= 4 * step) block_stage_normed<1>(in, planes, shared);
-        else if (in.k <= 8 * step) block_stage_normed<2>(in, planes, shared);
-        else block_stage_normed<4>(in, planes, shared);
+        if (in.k <= 8 * step) block_stage_normed<2>(in, planes, shared);
+        else if (in.k <= 16 * step) block_stage_normed<4>(in, planes, shared);
+        else block_stage_normed<STREAM_NORM>(in, planes, shared);
     } else {
         wait_for_previous();
         NO_UNROLL for (int r = 0; r < R; r++, planes += block_x_bytes(in)) {
@@ -6108,7 +6108,7 @@ template <int R> static int block_warps(const pass *p, const block_in &in) {
 static bool block_norms_itself(const pass *p, const matrix &w) {
     const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
     return p->n == 1 && w.cols % 4 == 0 &&
-           w.cols <= 4 * 4 * 32 * block_warps<1>(p, block_input(p, w, h, 0, 1));
+           w.cols <= STREAM_NORM * 4 * 32 * block_warps<1>(p, block_input(p, w, h, 0, 1));
 }
 
 /* units: rows, or pairs of them */

@@ -1749,7 +1749,7 @@ extern long cuda_on_cpu_live(void);
 extern long cuda_on_cpu_under_way(void);
 
 /* Load, evaluate in many and in few rows, choose. The first failure, or OK; nothing else may have changed. */
-static qwen3_result cuda_whole_run(const char *path) {
+static qwen3_result cuda_whole_run(const char *path, int quantize) {
     qwen3_ctx_desc desc = ctx_desc(64, 2, 32, QWEN3_KV_F16);
     qwen3_load_desc load;
     qwen3_model *model = NULL;
@@ -1761,6 +1761,7 @@ static qwen3_result cuda_whole_run(const char *path) {
     memset(&load, 0, sizeof load);
     load.path = path;
     load.backend = qwen3_cuda_backend();
+    load.quantize = quantize;
     for (i = 0; i < 20; i++) prompt[i] = 3 + i;
     r = qwen3_load(&model, &load, err, sizeof err);
     CHECK((r == QWEN3_OK) == (model != NULL) && (r == QWEN3_OK) == (err[0] == '\0'));
@@ -1810,19 +1811,17 @@ static void test_cuda_cancel_copies(void) {
     free(l);
 }
 
-/* Every call of CUDA fails once: an error with a message, and everything is released. */
-static void test_cuda_faults(void) {
-    char path[1024];
+/* Every step-th call of CUDA fails once: an error with a message, and everything is released. */
+static void cuda_fail_calls(const char *path, int quantize, long step) {
     const long live = heap_default.live;
     long n, total;
-    model_path(path, sizeof path, "theta", "");
     cuda_on_cpu_fail(0);
-    CHECK(cuda_whole_run(path) >= 0);
+    CHECK(cuda_whole_run(path, quantize) >= 0);
     total = cuda_on_cpu_calls();
-    for (n = 1; n <= total; n++) {
+    for (n = 1; n <= total; n += step) {
         qwen3_result r;
         cuda_on_cpu_fail(n);
-        r = cuda_whole_run(path);
+        r = cuda_whole_run(path, quantize);
         CHECK_MSG(r < 0, "call %ld failed, and nobody noticed", n);
         CHECK_MSG(cuda_on_cpu_under_way() == 0, "call %ld failed: copies are still under way", n);
         CHECK_MSG(cuda_on_cpu_live() == 0 && heap_default.live == live,
@@ -1830,6 +1829,13 @@ static void test_cuda_faults(void) {
                   heap_default.live - live);
     }
     cuda_on_cpu_fail(0);
+}
+
+static void test_cuda_faults(void) {
+    char path[1024];
+    model_path(path, sizeof path, "theta", "");
+    cuda_fail_calls(path, 0, 1);
+    cuda_fail_calls(path, QWEN3_Q8_0, 3);
 }
 #endif
 
