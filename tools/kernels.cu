@@ -239,7 +239,7 @@ template <class W, class T, int R, int NR> __global__ void __launch_bounds__(32 
                 else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), y);
             }
     }
-    finish_heads(in, a, tickets, finished, MATVEC_WARPS * NR, turn);
+    finish_heads(block_share(in.n), in.rows, a, tickets, finished, MATVEC_WARPS * NR, turn);
 }
 
 /* norm_rope_store_kernel that finds 1 / rms of its row of x [rows, ld] (16-bit, times scale[row]) by itself */
@@ -328,7 +328,7 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
             else store(v + i, pick(acc, lane) * r);
         },
         [&](float4 lo, float4 hi) { add_squares(squares, lo, hi); });
-    finish_heads(in, a, tickets, finished, STREAM_HEADS, turn);
+    finish_heads(block_share(in.n), 1, a, tickets, finished, STREAM_HEADS, turn);
 }
 
 #ifdef QWEN3_WGMMA
