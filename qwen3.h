@@ -16478,7 +16478,7 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
     qwen3i_compiler_bufs(&c, all);
     qwen3i_compiler_begin(&c, all);
     g->flags = desc->flags;
-    g->kind = desc->kind;
+    g->kind = (int)desc->kind;
     g->serial = qwen3i_grammar_serial(desc, only);
     if (c.result == QWEN3_OK) {
         if (desc->kind == QWEN3_GRAMMAR_JSON_SCHEMA)
