@@ -946,6 +946,10 @@ struct qwen3_backend {
     int         block_types;            /* does it multiply by matrices of any format? 0: only F32, F16 and BF16 */
     int         experts;                /* does it run layers whose MLP is a mixture of experts? */
     int         orders;                 /* does it run layers with an order of inputs? */
+    /* The device starts, on a thread of its own, while files are read; what fails there model_create() reports.
+       NULL, or it returns NULL: there is nothing to wait for. started() waits, in any case. */
+    void       *(*start)(const qwen3_load_desc *desc);
+    void         (*started)(void *starting);
 };
 
 /* ---- sizes: 64-bit arithmetic in which UINT64_MAX stands for all that does not fit ---- */
@@ -8468,11 +8472,17 @@ static void qwen3i_choose_source(qwen3i_loader *l) {
     l->source = l->gguf_name ? &qwen3i_gguf_file : &qwen3i_directory;
 }
 
+/* A GPU takes as long to start as a tokenizer to read: both at once */
 static qwen3_result qwen3i_load_all(qwen3i_loader *l) {
+    const qwen3_backend *backend = l->model->backend;
+    const int weights = !(l->desc->flags & QWEN3_LOAD_VOCAB_ONLY);
+    void *starting = NULL;
     qwen3_result r = l->source->configuration(l);
+    if (r == QWEN3_OK && weights && backend->start) starting = backend->start(l->desc);
     if (r == QWEN3_OK) r = l->source->tokenizer(l);
     if (r == QWEN3_OK) r = qwen3i_check_tokenizer(l);
-    if (r == QWEN3_OK && !(l->desc->flags & QWEN3_LOAD_VOCAB_ONLY)) r = qwen3i_load_weights(l);
+    if (r == QWEN3_OK && weights) r = qwen3i_load_weights(l);
+    if (starting) backend->started(starting);
     if (r != QWEN3_OK) return r;
     qwen3i_fill_info(l->model);
     l->done = 1;
@@ -11683,7 +11693,7 @@ static const qwen3_backend *qwen3i_cpu_backend(void) {
         qwen3i_cpu_memory, qwen3i_cpu_create, qwen3i_cpu_free, qwen3i_cpu_forward, qwen3i_cpu_logits,
         NULL,                           /* next: sampling is the core's */
         qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits,
-        1, 1, 1                         /* block_types, experts, orders */
+        1, 1, 1, NULL, NULL             /* block_types, experts, orders; nothing to start */
     };
     return &backend;
 }

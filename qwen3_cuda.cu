@@ -51,6 +51,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <new>
 #include <thread>
 #ifndef _WIN32
   #include <signal.h>
@@ -1653,21 +1654,28 @@ static void close_uploader(uploader *u) {
     host_free(u->allocator, u->pieces, (size_t)u->n * sizeof *u->pieces);
 }
 
-/* As many threads as help; fewer if the system has no more. Signals stay with the caller's threads. */
-static void call_helpers(uploader *u) {
-    const int cores = (int)std::thread::hardware_concurrency(),
-              want = least(least(cores, MOST_HELPERS), u->n / SLOTS);
+/* f(arg) on a thread of its own, if the system has one more. Signals stay with the caller's threads. */
+template <class F, class A> static bool begin_thread(std::thread *t, F f, A arg) {
+    bool begun = true;
 #ifndef _WIN32
     sigset_t all, callers;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &callers);       /* a thread begins with the mask of its maker */
 #endif
     try {
-        for (int i = 0; i < want; i++) u->helpers[i] = std::thread(help_uploading, u);
-    } catch (const std::exception &) { }
+        *t = std::thread(f, arg);
+    } catch (const std::exception &) { begun = false; }
 #ifndef _WIN32
     pthread_sigmask(SIG_SETMASK, &callers, NULL);
 #endif
+    return begun;
+}
+
+/* As many threads as help */
+static void call_helpers(uploader *u) {
+    const int cores = (int)std::thread::hardware_concurrency(),
+              want = least(least(cores, MOST_HELPERS), u->n / SLOTS);
+    for (int i = 0; i < want && begin_thread(&u->helpers[i], help_uploading, u); i++) { }
 }
 
 static qwen3_result open_uploader(uploader *u, const qwen3i_err *err) {
@@ -2083,6 +2091,37 @@ static qwen3_result create_model(void **model_state, const qwen3_model *model, c
                                  const qwen3i_err *err) {
     const qwen3i_model_view view = qwen3_backend_view(model);
     return create_model_from(model_state, &view, desc, err);
+}
+
+/* The first use of a device takes longer than all that follows of loading a small model. */
+struct starting_device {
+    qwen3_allocator allocator;
+    int             device;
+    std::thread     thread;
+};
+
+static void start_device(starting_device *s) {
+    cudaFuncAttributes code;
+    const bool there = cudaSetDevice(s->device) == cudaSuccess && cudaFree(NULL) == cudaSuccess;
+    if (!there || cudaFuncGetAttributes(&code, top_bits_kernel) != cudaSuccess) cudaGetLastError();
+}
+
+static void *start(const qwen3_load_desc *desc) {
+    void *memory = host_alloc(&desc->allocator, sizeof(starting_device));
+    if (!memory) return NULL;
+    starting_device *s = new (memory) starting_device();
+    s->allocator = desc->allocator;
+    s->device = desc->device;
+    begin_thread(&s->thread, start_device, s);
+    return s;
+}
+
+static void started(void *starting) {
+    starting_device *s = (starting_device *)starting;
+    const qwen3_allocator a = s->allocator;
+    if (s->thread.joinable()) s->thread.join();
+    s->~starting_device();
+    host_free(&a, s, sizeof *s);
 }
 
 static const char *device_name(const void *model_state) { return ((const cuda_model *)model_state)->name; }
@@ -8227,7 +8266,8 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
         QWEN3_VERSION, "cuda", 2048,
         create_model, free_model, device_name,
         ctx_memory, create_ctx, free_ctx, forward, logits, next, seq_copy, kv_read, kv_write, set_logits,
-        1, 1, 0                         /* matrices in blocks, experts; orders of inputs stay on the CPU */
+        1, 1, 0,                        /* matrices in blocks, experts; orders of inputs stay on the CPU */
+        start, started
     };
     return &backend;
 }

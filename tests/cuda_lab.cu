@@ -54,8 +54,8 @@ static __global__ void ff_scale_kernel(float *ff_scale, const float *bounds, con
 /* ---- operations ------------------------------------------------------------------------------------------- */
 static const char *lab_no_device() {
     int n = 0;
-    const cudaError_t e = cudaGetDeviceCount(&n);
-    if (e == cudaSuccess && n > 0) return NULL;
+    cudaError_t e = cudaGetDeviceCount(&n);
+    if (e == cudaSuccess && n > 0 && (e = cudaFree(NULL)) == cudaSuccess) return NULL;      /* the first use */
     cudaGetLastError();
     return e == cudaSuccess ? "there is no CUDA device" : cudaGetErrorString(e);
 }
