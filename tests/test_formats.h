@@ -33,7 +33,7 @@ static void formats_block(uint8_t *b, qwen3i_type type, uint32_t i, uint32_t *st
     for (int k = 0; type == QWEN3I_NVFP4 && k < 4; k++) b[k] = (uint8_t)((4 * i + (uint32_t)k) & 0x7F);
 }
 
-static void formats_vector(qwen3i_type type, int blocks, uint64_t wanted, double first, double last) {
+static void formats_vector(const qwen3i_simd *const *levels, qwen3i_type type, int blocks, uint64_t wanted, double first, double last) {
     const qwen3i_format *f = qwen3i_format_of(type);
     uint8_t b[256];
     float y[256], z[256];
@@ -45,8 +45,8 @@ static void formats_vector(qwen3i_type type, int blocks, uint64_t wanted, double
         qwen3i_decode(y, b, type, f->elements);
         for (int k = 0; k < f->elements; k++) sum += qwen3i_bits_from_float(y[k] + 0.0f) * (n++ * 0x9E3779B97F4A7C15u + 1);
         if (i == 0) CHECK_MSG((double)y[0] == first, "%s: begins with %g, not %g", f->name, (double)y[0], first);
-        for (int level = 0; i % 16 == 5 && qwen3i_simd_level(level); level++) {
-            qwen3i_simd_level(level)->load(z, b, type, f->elements);
+        for (int level = 0; i % 16 == 5 && levels[level]; level++) {
+            levels[level]->load(z, b, type, f->elements);
             bad += !cpu_same(y, z, (size_t)f->elements);
         }
     }
@@ -64,6 +64,8 @@ static void test_formats_vectors(void) {
     int gguf, elements, bytes, blocks, seen = 0;
     unsigned long long sum;
     double first, last;
+    const qwen3i_simd *levels[8];       /* asked for once: virtual machines take microseconds to say what their processor has */
+    for (int i = 0; i < 8; i++) levels[i] = qwen3i_simd_level(i);
     snprintf(path, sizeof path, "%s/formats.ref", test_data);
     FILE *file = fopen(path, "r");
     if (!CHECK_MSG(file != NULL, "cannot open %s", path)) return;
@@ -75,7 +77,7 @@ static void test_formats_vectors(void) {
         if (!CHECK_MSG(qwen3i_is_block(type), "%s is unknown", name)) continue;
         const qwen3i_format *f = qwen3i_format_of(type);
         CHECK_MSG(f->gguf == gguf && f->elements == elements && f->bytes == bytes, "%s: not as in ggml", name);
-        formats_vector(type, blocks, sum, first, last);
+        formats_vector(levels, type, blocks, sum, first, last);
     }
     fclose(file);
     CHECK(seen == QWEN3I_FP8 - QWEN3I_BF16 - 1);  /* the rest is of this library */
