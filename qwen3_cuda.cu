@@ -3254,6 +3254,14 @@ struct to_mlp : product_end { enum { NORMS = 1 }; };
 struct to_logits : product_end {};
 template <class T> struct to_heads : product_end { enum { NORMS = 1 }; };       /* T: of the cache */
 
+/* Lanes share a head of a row: `LANES` of them have N pairs of neighbours each, in lo, and those half a head
+   further, in hi. Here pair j of this lane begins. */
+template <int LANES> DEVICE int pair_at(int j) { return 2 * (lane_id() % LANES) + 2 * LANES * j; }
+const int HEAD_PAIRS = MAX_HEAD_DIM / 128;      /* of each lane, where a warp has a head of any size */
+template <int N> struct head_part { float2 lo[N], hi[N]; };
+/* Cosine, sine, cosine, sine of each pair at a position. */
+template <int N> struct head_angles { float4 of[N]; };
+
 struct qkv_args {
     float        *qkv;                  /* [rows, ld]: projections in, rotated q out; ld = q_dim + 2 kv_dim */
     int           ld, n_head, n_head_kv, head_dim;
@@ -3642,8 +3650,8 @@ static __device__ void few_sum(const ring_of_tiles &ring, int steps, int group, 
         }
 }
 
-/* What a lane needs to finish a row, beside its sums. lo, hi: of ADD the residual, of QKV the gains. */
-struct few_row { float scale, down; float2 lo, hi; int slot; row_info at; float4 turn; };
+/* What a lane needs to finish a row, beside its sums. pair: of ADD the residual, of QKV the gains. */
+struct few_row { float scale, down; head_part<1> pair; int slot; row_info at; head_angles<1> angles; };
 
 /* What the end of a row needs that is weights, or was written long before, asked for before the kernel before
    has ended; and the rest, asked for before the sums are there. */
@@ -3653,15 +3661,16 @@ DEVICE void ask_late(const product_end &, few_row &, const wide_args &, int, int
 template <int ROWS>
 DEVICE void ask_late(const to_residual<ROWS> &, few_row &r, const wide_args &g, int i, int tile) {
     const float2 *x = (const float2 *)(const void *)(g.x + (size_t)i * g.ldx + tile * ROWS + 2 * lane_id());
-    r.lo = x[0];
-    if (ROWS == WIDE_M) r.hi = x[32];
+    r.pair.lo[0] = x[0];
+    if (ROWS == WIDE_M) r.pair.hi[0] = x[32];
 }
 template <int ROWS>
-DEVICE void finish_row(const to_residual<ROWS> &, const wide_args &g, float2 lo, float2 hi, const few_row &r,
+DEVICE void finish_row(const to_residual<ROWS> &, const wide_args &g, const head_part<1> &p, const few_row &r,
                        int row, int tile) {
+    const float2 lo = r.pair.lo[0], hi = r.pair.hi[0];
     float2 *x = (float2 *)(void *)(g.x + (size_t)row * g.ldx + tile * ROWS + 2 * lane_id());
-    x[0] = make_float2(r.lo.x + lo.x, r.lo.y + lo.y);
-    if (ROWS == WIDE_M) x[32] = make_float2(r.hi.x + hi.x, r.hi.y + hi.y);
+    x[0] = make_float2(lo.x + p.lo[0].x, lo.y + p.lo[0].y);
+    if (ROWS == WIDE_M) x[32] = make_float2(hi.x + p.hi[0].x, hi.y + p.hi[0].y);
 }
 
 template <class END> DEVICE void few_ask_early(few_row &r, const wide_args &g, int row, int tile) {
@@ -3674,8 +3683,8 @@ template <class END> DEVICE void few_ask(few_row &r, const wide_args &g, int row
 }
 
 /* Joins the parts of a row in the order of the blocks; all are on their way at a time. */
-template <int M> DEVICE void few_join(float2 &lo, float2 &hi, const float *sums, int parts) {
-    float2 v[FEW_PARTS], w[FEW_PARTS];
+template <int M> DEVICE head_part<1> few_join(const float *sums, int parts) {
+    float2 v[FEW_PARTS], w[FEW_PARTS], lo, hi = make_float2(0, 0);
     UNROLL for (int i = 0; i < FEW_PARTS; i++) {
         if (i >= parts) continue;
         if (M == WIDE_M) load_from_block(v[i], w[i], sums, (unsigned)i);
@@ -3688,6 +3697,8 @@ template <int M> DEVICE void few_join(float2 &lo, float2 &hi, const float *sums,
         lo.x += v[i].x; lo.y += v[i].y;
         if (M == WIDE_M) { hi.x += w[i].x; hi.y += w[i].y; }
     }
+    const head_part<1> sum = {{lo}, {hi}};
+    return sum;
 }
 
 /* What a row needs, as long as it is one of the block's. */
@@ -3703,13 +3714,12 @@ template <class END, class F>
 DEVICE void few_finish_rows(const wide_args &g, const float *sums, int row, int end, int tile, few_row r,
                             few_row next, F look) {
     NO_UNROLL for (int i = 0; row < end; row += 8, i++) {
-        float2 lo, hi = make_float2(0, 0);
         few_row later = next;
         few_ask_all<END>(later, g, row + 16, end, tile);
-        few_join<END::M>(lo, hi, sums + row * FEW_LD, g.parts);
+        head_part<1> p = few_join<END::M>(sums + row * FEW_LD, g.parts);
         look(r, i);
-        lo.x *= r.scale; lo.y *= r.scale; hi.x *= r.scale; hi.y *= r.scale;
-        finish_row(END(), g, lo, hi, r, row, tile);
+        p.lo[0].x *= r.scale; p.lo[0].y *= r.scale; p.hi[0].x *= r.scale; p.hi[0].y *= r.scale;
+        finish_row(END(), g, p, r, row, tile);
         r = next;
         next = later;
     }
@@ -3948,21 +3958,22 @@ static void set_norm(const pass *p, const input &h, const matrix &w, wide_args *
 /* ================================================================================================
    Q, K AND V = RoPE(RMSNorm of each head(W h)); K and V into the cache
    ================================================================================================ */
-/* Where a row stands, and cosines and sines there of the pairs 2 lane + 64 j and the next, which are this
-   lane's. */
-const int TURNS = MAX_HEAD_DIM / 128;
-struct row_turn { int seq, position; float4 turn[TURNS]; };
-
-DEVICE row_turn load_turn(const qkv_args &a, int row) {
-    const int half = a.head_dim / 2;
-    row_turn t;
-    t.seq = a.rows[row].seq;
-    t.position = a.rows[row].position;
-    UNROLL for (int j = 0; j < TURNS; j++) {
-        const int i = 2 * lane_id() + 64 * j;
-        t.turn[j] = i < half ? *(const float4 *)(const void *)(a.rope + (size_t)t.position * half + i)
-                             : make_float4(0, 0, 0, 0);
+template <int LANES, int N> DEVICE head_angles<N> load_angles(const qkv_args &a, int half, int position) {
+    const float2 *from = a.rope + (size_t)position * half;
+    head_angles<N> t;
+    UNROLL for (int j = 0; j < N; j++) {
+        const int i = pair_at<LANES>(j);
+        t.of[j] = i < half ? *(const float4 *)(const void *)(from + i) : make_float4(0, 0, 0, 0);
     }
+    return t;
+}
+
+/* Where a row stands, and its angles. */
+struct row_angles { int seq, position; head_angles<HEAD_PAIRS> angles; };
+
+DEVICE row_angles load_row_angles(const qkv_args &a, int row) {
+    const row_info at = a.rows[row];
+    const row_angles t = {at.seq, at.position, load_angles<32, HEAD_PAIRS>(a, a.head_dim / 2, at.position)};
     return t;
 }
 
@@ -3979,52 +3990,47 @@ template <class F> DEVICE void in_cache(const qkv_args &a, void *cache, size_t a
     else f((half_t *)cache + at);
 }
 
-/* This lane's elements of a head, 2 lane + 64 j and the next in lo, those half a head further in hi; 0 past
-   its end. */
-struct head_pairs { float2 lo[TURNS], hi[TURNS]; };
-
-template <class L> DEVICE head_pairs load_head(const float *v, int half, L load) {
-    head_pairs p;
-    UNROLL for (int j = 0; j < TURNS; j++) {
-        const int i = 2 * lane_id() + 64 * j;
+/* This lane's part of a head, or of its gains; 0 past its end. */
+template <int LANES, int N, class L> DEVICE head_part<N> load_head(const float *v, int half, L load) {
+    head_part<N> p;
+    UNROLL for (int j = 0; j < N; j++) {
+        const int i = pair_at<LANES>(j);
         p.lo[j] = i < half ? load((const float2 *)(const void *)(v + i)) : make_float2(0, 0);
         p.hi[j] = i < half ? load((const float2 *)(const void *)(v + i + half)) : make_float2(0, 0);
     }
     return p;
 }
-DEVICE head_pairs load_head(const float *v, int half) {
-    return load_head(v, half, [](const float2 *p) { return *p; });
+template <int LANES, int N> DEVICE head_part<N> load_head(const float *v, int half) {
+    return load_head<LANES, N>(v, half, [](const float2 *p) { return *p; });
 }
 
 DEVICE const float *head_gain(const qkv_args &a, int head) {
     return head < a.n_head ? a.q_norm : a.k_norm;
 }
 
-/* Two elements of a head, lo, and the two half a head further, hi: times r and the gains, and rotated. */
-DEVICE void norm_rotate(float2 &lo, float2 &hi, float r, float2 gain_lo, float2 gain_hi, float4 turn) {
-    const float x0 = lo.x * r * gain_lo.x, y0 = hi.x * r * gain_hi.x;
-    const float x1 = lo.y * r * gain_lo.y, y1 = hi.y * r * gain_hi.y;
-    lo = make_float2(x0 * turn.x - y0 * turn.y, x1 * turn.z - y1 * turn.w);  /* cosine, sine, cosine, sine */
-    hi = make_float2(y0 * turn.x + x0 * turn.y, y1 * turn.z + x1 * turn.w);
-}
-
-/* RMSNorm and rotate-half of one head, times scale, by one warp. */
-DEVICE void norm_rope(head_pairs &p, const head_pairs &gain, const row_turn &t, int head_dim, float eps,
-                      float scale) {
+/* RMSNorm and rotate-half of one head, times scale, a power of two. */
+template <int LANES, int N>
+DEVICE void norm_rope(head_part<N> &p, const head_part<N> &gain, const head_angles<N> &angles, int head_dim,
+                      float eps, float scale) {
     float sum = 0;
-    UNROLL for (int j = 0; j < TURNS; j++) {
-        p.lo[j].x *= scale; p.lo[j].y *= scale; p.hi[j].x *= scale; p.hi[j].y *= scale;
+    UNROLL for (int j = 0; j < N; j++)
         sum += p.lo[j].x * p.lo[j].x + p.lo[j].y * p.lo[j].y + p.hi[j].x * p.hi[j].x + p.hi[j].y * p.hi[j].y;
+    UNROLL for (int o = LANES / 2; o > 0; o /= 2) sum += __shfl_xor_sync(ALL, sum, o);
+    const float r = scale * rms_scale(sum * scale * scale, (float)head_dim, eps);
+    UNROLL for (int j = 0; j < N; j++) {
+        const float2 lo = p.lo[j], hi = p.hi[j];
+        const float4 t = angles.of[j];
+        const float x0 = lo.x * r * gain.lo[j].x, y0 = hi.x * r * gain.hi[j].x;
+        const float x1 = lo.y * r * gain.lo[j].y, y1 = hi.y * r * gain.hi[j].y;
+        p.lo[j] = make_float2(x0 * t.x - y0 * t.y, x1 * t.z - y1 * t.w);
+        p.hi[j] = make_float2(y0 * t.x + x0 * t.y, y1 * t.z + x1 * t.w);
     }
-    const float r = rms_scale(warp_sum(sum), (float)head_dim, eps);
-    UNROLL for (int j = 0; j < TURNS; j++)
-        norm_rotate(p.lo[j], p.hi[j], r, gain.lo[j], gain.hi[j], t.turn[j]);
 }
 
-/* Of a rotated head what this lane has, to where the head begins. */
-template <class T> DEVICE void store_pairs(T *to, int half, const head_pairs &p) {
-    UNROLL for (int j = 0; j < TURNS; j++) {
-        const int i = 2 * lane_id() + 64 * j;
+/* What this lane has of a head, to where the head begins. */
+template <int LANES, int N, class T> DEVICE void store_pairs(T *to, int half, const head_part<N> &p) {
+    UNROLL for (int j = 0; j < N; j++) {
+        const int i = pair_at<LANES>(j);
         if (i >= half) break;
         store_2(to + i, p.lo[j].x, p.lo[j].y);
         store_2(to + i + half, p.hi[j].x, p.hi[j].y);
@@ -4032,25 +4038,26 @@ template <class T> DEVICE void store_pairs(T *to, int half, const head_pairs &p)
 }
 
 /* A rotated head of one row to its place: q in float32, k in the cache with one rounding. */
-DEVICE void store_head(const qkv_args &a, int row, int head, const head_pairs &p, const row_turn &t) {
+DEVICE void store_head(const qkv_args &a, int row, int head, const head_part<HEAD_PAIRS> &p,
+                       const row_angles &t) {
     const int half = a.head_dim / 2;
     const size_t at = kv_at(a.kv, t.seq, t.position) + (size_t)(head - a.n_head) * a.head_dim;
-    if (head < a.n_head) store_pairs(a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim, half, p);
-    else in_cache(a, a.kv.k, at, [&](auto *to) { store_pairs(to, half, p); });
+    if (head < a.n_head) store_pairs<32>(a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim, half, p);
+    else in_cache(a, a.kv.k, at, [&](auto *to) { store_pairs<32>(to, half, p); });
 }
 
 /* Element i of v of a row, with one rounding. */
-DEVICE void store_value(const qkv_args &a, const row_turn &t, int i, float v) {
+DEVICE void store_value(const qkv_args &a, const row_angles &t, int i, float v) {
     in_cache(a, a.kv.v, kv_at(a.kv, t.seq, t.position) + (size_t)i, [&](auto *to) { store(to, v); });
 }
 
 /* One head of one row, by one warp, whose projection is in a.qkv, maybe just written by another block:
    RMSNorm over its head_dim values, rotate-half, and to its place. */
-DEVICE void norm_rope_head(const qkv_args &a, int row, int head, float scale, const row_turn &t) {
+DEVICE void norm_rope_head(const qkv_args &a, int row, int head, float scale, const row_angles &t) {
     const int half = a.head_dim / 2;
-    head_pairs p = load_head(a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim, half,
-                             [](const float2 *from) { return __ldcg(from); });
-    norm_rope(p, load_head(head_gain(a, head), half), t, a.head_dim, a.eps, scale);
+    const float *from = a.qkv + (size_t)row * a.ld + (size_t)head * a.head_dim;
+    head_part<HEAD_PAIRS> p = load_head<32, HEAD_PAIRS>(from, half, [](const float2 *v) { return __ldcg(v); });
+    norm_rope<32>(p, load_head<32, HEAD_PAIRS>(head_gain(a, head), half), t.angles, a.head_dim, a.eps, scale);
     store_head(a, row, head, p, t);
 }
 
@@ -4062,9 +4069,9 @@ DEVICE row_range block_share(int n) {
 }
 
 /* Adds what this block has summed up of each head to its ticket; the block that completes a head norms and
-   rotates it. All threads of the block; finished [most]: shared, a flag a head; turn: of this warp's row. */
+   rotates it. All threads of the block; finished [most]: shared, a flag a head; angles: of this warp's row. */
 DEVICE void finish_heads(row_range done, int rows, const qkv_args &a, unsigned *tickets, int *finished,
-                         int most, const row_turn &turn) {
+                         int most, const row_angles &angles) {
     const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     const int from = done.first, to = done.end < rotated ? done.end : rotated;
     if (from >= to) return;
@@ -4082,7 +4089,7 @@ DEVICE void finish_heads(row_range done, int rows, const qkv_args &a, unsigned *
         __syncthreads();
         __threadfence();
         for (int h = 0; h < n_heads; h++)
-            if (finished[h] && warp_id() < rows) norm_rope_head(a, warp_id(), head0 + h, 1.0f, turn);
+            if (finished[h] && warp_id() < rows) norm_rope_head(a, warp_id(), head0 + h, 1.0f, angles);
     }
 }
 
@@ -4101,7 +4108,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
     matvec_rows<NR>(rows, in.n);
     /* of the row that this warp will finish; written several kernels before, so there is nothing to wait
        for */
-    const row_turn turn = load_turn(a, warp_id() < in.rows ? warp_id() : 0);
+    const row_angles angles = load_row_angles(a, warp_id() < in.rows ? warp_id() : 0);
     dot_rows<W, R, NR>(acc, rows, in, xs);
     if (threadIdx.x % 32 == 0) {
         UNROLL for (int r = 0; r < R; r++)
@@ -4115,7 +4122,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
                              [&](auto *to) { store(to, acc[j][r]); });
             }
     }
-    finish_heads(block_share(in.n), in.rows, a, tickets, finished, MATVEC_WARPS * NR, turn);
+    finish_heads(block_share(in.n), in.rows, a, tickets, finished, MATVEC_WARPS * NR, angles);
 }
 
 static qkv_args qkv_arguments(const pass *p, int layer) {
@@ -4142,16 +4149,16 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     QWEN3_DYNAMIC_SHARED(memory);
     __shared__ int finished[STREAM_HEADS];
     const int lane = lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
-    const row_turn turn = load_turn(a, 0);
+    const row_angles angles = load_row_angles(a, 0);
     stream_rows<NR, false, RING>(
         in, warp_share(in.n), memory, [] {}, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
             if (lane >= NR || lane >= left) return;
             if (i < rotated) a.qkv[i] = pick(acc, lane);
-            else store_value(a, turn, i - rotated, pick(acc, lane));
+            else store_value(a, angles, i - rotated, pick(acc, lane));
         });
-    finish_heads(block_share(in.n), 1, a, tickets, finished, STREAM_HEADS, turn);
+    finish_heads(block_share(in.n), 1, a, tickets, finished, STREAM_HEADS, angles);
 }
 
 /* stream_qkv_heads: the same on Hopper, where a cluster of `parts` blocks has a head: each sums up some of
@@ -4169,8 +4176,8 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     const int warp = rank * MATVEC_WARPS + warp_id(), warps = parts * MATVEC_WARPS;
     const row_range rows = {row0 + warp * dim / warps, row0 + (warp + 1) * dim / warps};
     const bool finishes = head < rotated && rank == 0 && warp_id() == 0;
-    const row_turn turn = load_turn(a, 0);
-    const head_pairs gain = load_head(head_gain(a, head), finishes ? dim / 2 : 0);
+    const row_angles angles = load_row_angles(a, 0);
+    const head_part<HEAD_PAIRS> gain = load_head<32, HEAD_PAIRS>(head_gain(a, head), finishes ? dim / 2 : 0);
     if (rank == 0 && tid() == 0) {
         barrier_init(arrived, 1);
         barriers_ready();
@@ -4184,13 +4191,13 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
             const int i = row + lane;
             if (lane >= NR || lane >= left) return;
             if (head < rotated) send_to_block(values + (i - row0), 0, pick(acc, lane), arrived);
-            else store_value(a, turn, i - rotated * dim, pick(acc, lane));
+            else store_value(a, angles, i - rotated * dim, pick(acc, lane));
         });
     if (!finishes) return;
     barrier_wait(arrived, 0);
-    head_pairs p = load_head(values, dim / 2);
-    norm_rope(p, gain, turn, dim, a.eps, 1.0f);
-    store_head(a, 0, head, p, turn);
+    head_part<HEAD_PAIRS> p = load_head<32, HEAD_PAIRS>(values, dim / 2);
+    norm_rope<32>(p, gain, angles.angles, dim, a.eps, 1.0f);
+    store_head(a, 0, head, p, angles);
 }
 
 /* Blocks that share a head of q, k or v as a cluster; 0: where that would leave much of the chip idle, as 48
@@ -4245,7 +4252,7 @@ static qwen3_result vector_qkv(const pass *p, int layer, const input &h) {
 static __global__ void __launch_bounds__(256) norm_rope_store_kernel(qkv_args a, const float *scale) {
     const int row = block_x(), rotated = a.n_head + a.n_head_kv;
     const float s = scale ? scale[row] : 1.0f;
-    const row_turn t = load_turn(a, row);
+    const row_angles t = load_row_angles(a, row);
     for (int head = warp_id(); head < rotated; head += n_threads() / 32) norm_rope_head(a, row, head, s, t);
     const float *v = a.qkv + (size_t)row * a.ld + (size_t)rotated * a.head_dim;
     in_cache(a, a.kv.v, kv_at(a.kv, t.seq, t.position), [&](auto *to) {
@@ -4266,67 +4273,47 @@ static qwen3_result gemm_qkv(const pass *p, int layer, const input &h) {
 
 /* ---- Hopper: how its products end ---- */
 #ifdef QWEN3_WGMMA
-/* This lane's two of each 8 columns of a row, to `to`, if it is not NULL. By all lanes. */
-DEVICE void store_columns(float *to, const float2 (&v)[16]) {
-    UNROLL for (int j = 0; j < 16; j++)
-        if (to) *(float2 *)(void *)(to + 8 * j + 2 * (threadIdx.x & 3)) = v[j];
-}
-DEVICE void store_columns(half_t *to, const float2 (&v)[16]) {
-    unsigned w[16];
-    UNROLL for (int j = 0; j < 16; j++) w[j] = pack_halves(v[j].x, v[j].y);
-    store_words<16>(to, w);
-}
-DEVICE void store_columns(bf16_t *to, const float2 (&v)[16]) {
-    unsigned w[16];
-    UNROLL for (int j = 0; j < 16; j++) {
-        float x = v[j].x, y = v[j].y;
-        w[j] = pack(x, y, bf16_t());
-    }
-    store_words<16>(to, w);
-}
+/* Two neighbours, the first at an even place, in one 32-bit word. */
+DEVICE unsigned pack_pair(float2 v, half_t) { return pack_halves(v.x, v.y); }
+DEVICE unsigned pack_pair(float2 v, bf16_t) { return pack(v.x, v.y, bf16_t()); }
 
-/* A lane's cosines and sines of a row: of elements 8 j + c, two of them, and of those 64 further; c = 2 (lane
-   % 4). */
-struct wide_rope { float4 of[8]; };
-
-DEVICE void load_rope(wide_rope &t, const qkv_args &a, int position) {
-    const float2 *from = a.rope + (size_t)position * (WIDE_DIM / 2) + 2 * (lane_id() % 4);
-    UNROLL for (int j = 0; j < 8; j++) t.of[j] = *(const float4 *)(const void *)(from + 8 * j);
-}
-
-/* One head of one row: as norm_rope_head, 32 values in each lane of a quad. q is kept as F16 for the
-   attention that reads an F16 cache, and as float32 for others. */
-template <class T>
-DEVICE void wide_head(const wide_args &g, const float (&acc)[64], const wide_row &row, int r, int head,
-                      float scale, const wide_rope &rope) {
-    const qkv_args &a = g.qkv;
-    const bool valid = row.at < g.rows;
-    const int rotated = a.n_head + a.n_head_kv, kv_head = head < rotated ? head - a.n_head : head - rotated;
-    float2 v[16];
-    float sum = 0, s = scale;
-    UNROLL for (int j = 0; j < 16; j++) {
-        v[j] = make_float2(acc[4 * j + 2 * r], acc[4 * j + 2 * r + 1]);
-        sum += v[j].x * v[j].x;
-        sum += v[j].y * v[j].y;
-    }
-    if (head < rotated) {
-        const float *gain = (head < a.n_head ? a.q_norm : a.k_norm) + 2 * (lane_id() % 4);
-        sum += __shfl_xor_sync(ALL, sum, 1);
-        sum += __shfl_xor_sync(ALL, sum, 2);
-        s = scale * rms_scale(sum * scale * scale, (float)WIDE_DIM, a.eps);
-        UNROLL for (int j = 0; j < 8; j++) {
-            const float2 *g = (const float2 *)(const void *)(gain + 8 * j);
-            norm_rotate(v[j], v[j + 8], s, g[0], g[32], rope.of[j]);
+/* A head of 128 to `to`, if it is not NULL, of which a quad of lanes has the parts or, N = 1, a warp. */
+template <class T, int N> DEVICE void store_head_at(T *to, const head_part<N> &p) {
+    if constexpr (sizeof(T) == 4) {
+        if (to) store_pairs<32 / N>(to, WIDE_DIM / 2, p);
+    } else if constexpr (N == 1) {
+        unsigned *words = (unsigned *)(void *)(to + 2 * lane_id());
+        words[0] = pack_pair(p.lo[0], T());
+        words[WIDE_DIM / 4] = pack_pair(p.hi[0], T());
+    } else {
+        unsigned w[2 * N];
+        UNROLL for (int j = 0; j < N; j++) {
+            w[j] = pack_pair(p.lo[j], T());
+            w[N + j] = pack_pair(p.hi[j], T());
         }
-    } else
-        UNROLL for (int j = 0; j < 16; j++) v[j] = make_float2(v[j].x * s, v[j].y * s);
+        store_words<2 * N>(to, w);
+    }
+}
+
+/* A head of one row of a product on Hopper, times scale, to its place: q and k normed and rotated as by
+   norm_rope_head. q is kept as F16 (g.out) for the attention that reads an F16 cache, and as float32 for
+   others. All lanes; those of rows that the batch has not store nothing. */
+template <class T, int N>
+DEVICE void finish_head(const wide_args &g, head_part<N> &p, const head_part<N> &gain,
+                        const head_angles<N> &angles, int row, int seq, int position, int head, float scale) {
+    const qkv_args &a = g.qkv;
+    const bool valid = N == 1 || row < g.rows;
+    const int rotated = a.n_head + a.n_head_kv, kv_head = head < rotated ? head - a.n_head : head - rotated;
+    if (head < rotated) norm_rope<32 / N>(p, gain, angles, WIDE_DIM, a.eps, scale);
+    else UNROLL for (int j = 0; j < N; j++) {
+        p.lo[j].x *= scale; p.lo[j].y *= scale; p.hi[j].x *= scale; p.hi[j].y *= scale;
+    }
     if (head >= a.n_head) {
         T *cache = (T *)(head < rotated ? a.kv.k : a.kv.v);
-        store_columns(valid ? cache + kv_at(a.kv, row.seq, row.position) + (size_t)kv_head * WIDE_DIM : NULL,
-                      v);
-    } else if (g.out)
-        store_columns(valid ? g.out + (size_t)row.at * g.ldo + (size_t)head * WIDE_DIM : NULL, v);
-    else store_columns(valid ? a.qkv + (size_t)row.at * a.ld + (size_t)head * WIDE_DIM : NULL, v);
+        store_head_at(valid ? cache + kv_at(a.kv, seq, position) + (size_t)kv_head * WIDE_DIM : NULL, p);
+    } else if (N > 1 && g.out)
+        store_head_at(valid ? g.out + (size_t)row * g.ldo + (size_t)head * WIDE_DIM : NULL, p);
+    else store_head_at(valid ? a.qkv + (size_t)row * a.ld + (size_t)head * WIDE_DIM : NULL, p);
 }
 
 template <class T> DEVICE void ask_row(const to_heads<T> &, wide_row &w, const wide_args &g, int i) {
@@ -4336,50 +4323,31 @@ template <class T> DEVICE void ask_row(const to_heads<T> &, wide_row &w, const w
 template <class T, int PARTS, int M>
 DEVICE void finish_tile(const to_heads<T> &, const wide_args &g, const float (&acc)[PARTS][M],
                         const wide_row &row, int r, int n, float scale) {
-    wide_rope rope;
-    load_rope(rope, g.qkv, row.position);
-    UNROLL for (int p = 0; p < PARTS; p++) wide_head<T>(g, acc[p], row, r, n + p, scale, rope);
+    const head_angles<8> angles = load_angles<4, 8>(g.qkv, WIDE_DIM / 2, row.position);
+    UNROLL for (int part = 0; part < PARTS; part++) {
+        head_part<8> p;
+        UNROLL for (int j = 0; j < 8; j++) {
+            const float *lo = acc[part] + 4 * j + 2 * r, *hi = lo + 32;
+            p.lo[j] = make_float2(lo[0], lo[1]);
+            p.hi[j] = make_float2(hi[0], hi[1]);
+        }
+        finish_head<T>(g, p, load_head<4, 8>(head_gain(g.qkv, n + part), WIDE_DIM / 2), angles, row.at,
+                       row.seq, row.position, n + part, scale);
+    }
 }
 
 template <class T>
 DEVICE void ask_early(const to_heads<T> &, few_row &r, const wide_args &g, int i, int tile) {
     const qkv_args &a = g.qkv;
-    const int col = 2 * lane_id();
     r.at = a.rows[i];
     if (tile >= a.n_head + a.n_head_kv) return;
-    const float *gain = (tile < a.n_head ? a.q_norm : a.k_norm) + col;
-    r.lo = *(const float2 *)(const void *)gain;
-    r.hi = *(const float2 *)(const void *)(gain + 64);
-    r.turn = *(const float4 *)(const void *)(a.rope + (size_t)r.at.position * (WIDE_DIM / 2) + col);
+    r.pair = load_head<32, 1>(head_gain(a, tile), WIDE_DIM / 2);
+    r.angles = load_angles<32, 1>(a, WIDE_DIM / 2, r.at.position);
 }
-
-/* store_2 to an even place. */
-DEVICE void store_pair(float *p, float x, float y) { store_2(p, x, y); }
-DEVICE void store_pair(half_t *p, float x, float y) { *(unsigned *)(void *)p = pack_halves(x, y); }
-DEVICE void store_pair(bf16_t *p, float x, float y) {
-    *(unsigned *)(void *)p = pack(x, y, bf16_t());
-}
-
 template <class T>
-DEVICE void finish_row(const to_heads<T> &, const wide_args &g, float2 lo, float2 hi, const few_row &r,
-                       int row, int tile) {
-    const qkv_args &a = g.qkv;
-    const int rotated = a.n_head + a.n_head_kv, kv_head = tile < rotated ? tile - a.n_head : tile - rotated;
-    const int col = 2 * lane_id();
-    if (tile < rotated) {
-        const float sum = warp_sum(lo.x * lo.x + lo.y * lo.y + hi.x * hi.x + hi.y * hi.y);
-        norm_rotate(lo, hi, rms_scale(sum, (float)WIDE_DIM, a.eps), r.lo, r.hi, r.turn);
-    }
-    if (tile < a.n_head) {
-        float *q = a.qkv + (size_t)row * a.ld + tile * WIDE_DIM + col;
-        store_2(q, lo.x, lo.y);
-        store_2(q + 64, hi.x, hi.y);
-    } else {
-        T *to = (T *)(tile < rotated ? a.kv.k : a.kv.v) + kv_at(a.kv, r.at.seq, r.at.position) +
-                kv_head * WIDE_DIM + col;
-        store_pair(to, lo.x, lo.y);
-        store_pair(to + 64, hi.x, hi.y);
-    }
+DEVICE void finish_row(const to_heads<T> &, const wide_args &g, head_part<1> p, const few_row &r, int row,
+                       int tile) {
+    finish_head<T>(g, p, r.pair, r.angles, row, r.at.seq, r.at.position, tile, 1.0f);
 }
 #endif
 
@@ -5697,8 +5665,9 @@ DEVICE void finish_tile(const to_mlp &, const wide_args &g, const float (&acc)[P
 DEVICE void ask_late(const to_mlp &, few_row &r, const wide_args &g, int i, int) {
     r.down = g.out_scale ? 1.0f / g.out_scale[i] : 1.0f;
 }
-DEVICE void finish_row(const to_mlp &, const wide_args &g, float2 lo, float2 hi, const few_row &r, int row,
+DEVICE void finish_row(const to_mlp &, const wide_args &g, const head_part<1> &p, const few_row &r, int row,
                        int tile) {
+    const float2 lo = p.lo[0], hi = p.hi[0];
     *(unsigned *)(void *)(g.out + (size_t)row * g.ldo + tile * (WIDE_M / 2) + 2 * lane_id()) =
         pack_halves(silu_fast(lo.x) * hi.x * r.down, silu_fast(lo.y) * hi.y * r.down);
 }
@@ -6097,8 +6066,8 @@ static __global__ void __launch_bounds__(32 * block_shape<R>::WARPS, block_shape
     block_product_kernel(const __grid_constant__ block_in in, const __grid_constant__ block_end e) {
     __shared__ int finished[STREAM_HEADS];
     const int warps = n_threads() / 32;
-    row_turn turn;                      /* written long before, so there is nothing to wait for */
-    if (e.kind == BLOCK_HEADS) turn = load_turn(e.qkv, warp_id() < in.rows ? warp_id() : 0);
+    row_angles angles;                  /* written long before, so there is nothing to wait for */
+    if (e.kind == BLOCK_HEADS) angles = load_row_angles(e.qkv, warp_id() < in.rows ? warp_id() : 0);
     if (e.kind == BLOCK_MLP) {
         block_multiply_pairs<R>(in, block_warp_share(in.parts[0].rows),
                                 [&](int r, int row, int n, float2 sums) {
@@ -6113,7 +6082,7 @@ static __global__ void __launch_bounds__(32 * block_shape<R>::WARPS, block_shape
     if (e.kind != BLOCK_HEADS) return;
     const row_range mine = {block_share_begin(block_x() * warps, in.n),
                             block_share_begin((block_x() + 1) * warps, in.n)};
-    finish_heads(mine, in.rows, e.qkv, e.tickets, finished, least(STREAM_HEADS, n_threads()), turn);
+    finish_heads(mine, in.rows, e.qkv, e.tickets, finished, least(STREAM_HEADS, n_threads()), angles);
 }
 
 static block_in block_input(const pass *p, const matrix &w, const input &h, int row, int rows) {
@@ -6790,13 +6759,13 @@ static qwen3_result gemm_head(const pass *p, int first, int n, bool keep_only) {
 DEVICE void ask_early(const to_logits &, few_row &r, const wide_args &g, int i, int) {
     r.slot = g.outs ? g.outs[i].out_slot : i;
 }
-DEVICE void finish_row(const to_logits &, const wide_args &g, float2 lo, float2 hi, const few_row &r, int,
+DEVICE void finish_row(const to_logits &, const wide_args &g, const head_part<1> &p, const few_row &r, int,
                        int tile) {
     const int at = tile * WIDE_M + 2 * lane_id();
     float *y = g.y + (size_t)r.slot * g.ldy + at;
     if (r.slot < 0) return;
-    if (at < g.n) store_2(y, lo.x, lo.y);
-    if (at + 64 < g.n) store_2(y + 64, hi.x, hi.y);
+    if (at < g.n) store_2(y, p.lo[0].x, p.lo[0].y);
+    if (at + 64 < g.n) store_2(y + 64, p.hi[0].x, p.hi[0].y);
 }
 #endif
 

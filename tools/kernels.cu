@@ -224,7 +224,7 @@ template <class W, class T, int R, int NR> __global__ void __launch_bounds__(32 
     float acc[NR][R], scale[R];
     const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     matvec_rows<NR>(rows, in.n);
-    const row_turn turn = load_turn(a, warp_id() < in.rows ? warp_id() : 0);
+    const row_angles angles = load_row_angles(a, warp_id() < in.rows ? warp_id() : 0);
     dot_rows<W, R, NR>(acc, rows, in, xs);
     fused_scales<R>(scale, in, xs, part);
     if (threadIdx.x % 32 == 0) {
@@ -239,7 +239,7 @@ template <class W, class T, int R, int NR> __global__ void __launch_bounds__(32 
                 else store((T *)a.kv.v + kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (i - rotated), y);
             }
     }
-    finish_heads(block_share(in.n), in.rows, a, tickets, finished, MATVEC_WARPS * NR, turn);
+    finish_heads(block_share(in.n), in.rows, a, tickets, finished, MATVEC_WARPS * NR, angles);
 }
 
 /* norm_rope_store_kernel that finds 1 / rms of its row of x [rows, ld] (16-bit, times scale[row]) by itself */
@@ -254,7 +254,7 @@ template <class T> __global__ void __launch_bounds__(256)
         for (int j = 0; j < 8; j++) sum += f[j] * f[j];
     }
     const float up = scale[row], s = up / sqrtf(block_sum(sum, shared) * up * up / (float)width + eps);
-    const row_turn t = load_turn(a, row);
+    const row_angles t = load_row_angles(a, row);
     for (int head = warp_id(); head < rotated; head += n_threads() / 32) norm_rope_head(a, row, head, s, t);
     const float *v = a.qkv + (size_t)row * a.ld + (size_t)rotated * a.head_dim;
     T *to = (T *)a.kv.v + kv_at(a.kv, t.seq, t.position);
@@ -284,9 +284,9 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
     const int warp = rank * MATVEC_WARPS + warp_id(), warps = parts * MATVEC_WARPS;
     const row_range rows = {row0 + warp * dim / warps, row0 + (warp + 1) * dim / warps};
     const bool finishes = head < rotated && rank == 0 && warp_id() == 0;
-    const row_turn turn = load_turn(a, 0);
-    const head_pairs gain = load_head(head_gain(a, head), finishes ? dim / 2 : 0);
-    float *v = (float *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated * dim;
+    const row_angles angles = load_row_angles(a, 0);
+    const head_part<HEAD_PAIRS> gain = load_head<32, HEAD_PAIRS>(head_gain(a, head), finishes ? dim / 2 : 0);
+    float *v = (float *)a.kv.v + kv_at(a.kv, angles.seq, angles.position) - rotated * dim;
     if (rank == 0 && tid() == 0) {
         barrier_init(arrived, 1);
         barriers_ready();
@@ -306,9 +306,9 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
         [&](float4 lo, float4 hi) { add_squares(squares, lo, hi); });
     if (!finishes) return;
     barrier_wait(arrived, 0);
-    head_pairs p = load_head(values, dim / 2);
-    norm_rope(p, gain, turn, dim, a.eps, 1.0f);
-    store_head(a, 0, head, p, turn);
+    head_part<HEAD_PAIRS> p = load_head<32, HEAD_PAIRS>(values, dim / 2);
+    norm_rope<32>(p, gain, angles.angles, dim, a.eps, 1.0f);
+    store_head(a, 0, head, p, angles);
 }
 
 template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
@@ -316,8 +316,8 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
     QWEN3_DYNAMIC_SHARED(memory);
     __shared__ int finished[STREAM_HEADS];
     const int lane = lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
-    const row_turn turn = load_turn(a, 0);
-    float *v = (float *)a.kv.v + kv_at(a.kv, turn.seq, turn.position) - rotated, squares = 0;
+    const row_angles angles = load_row_angles(a, 0);
+    float *v = (float *)a.kv.v + kv_at(a.kv, angles.seq, angles.position) - rotated, squares = 0;
     stream_rows<NR, false, RING>(
         in, warp_share(in.n), memory, [] {}, [&](int, int) { return squares = 0; },
         [&](int row, int left, const float (&acc)[NR], float) {
@@ -328,7 +328,7 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
             else store(v + i, pick(acc, lane) * r);
         },
         [&](float4 lo, float4 hi) { add_squares(squares, lo, hi); });
-    finish_heads(block_share(in.n), 1, a, tickets, finished, STREAM_HEADS, turn);
+    finish_heads(block_share(in.n), 1, a, tickets, finished, STREAM_HEADS, angles);
 }
 
 #ifdef QWEN3_WGMMA
