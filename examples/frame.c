@@ -1,5 +1,6 @@
 /* frame.c - two villagers speak in a game loop of 60 frames a second, on one model; prints the worst frame.
-   cc -O2 -I. examples/frame.c -o frame -lm -lpthread && ./frame demo [microseconds a frame may give, 4000] */
+   cc -O2 -I. examples/frame.c -o frame -lm -lpthread && ./frame demo [microseconds a frame may give, 4000]
+   With CUDA, on a stream of the game's: cc -DQWEN3_WITH_CUDA -include cuda_runtime_api.h ... qwen3_cuda.o */
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
 #include <time.h>
@@ -16,13 +17,15 @@ static double now_ms(void) {
 }
 
 int main(int argc, char **argv) {
-    static char said[2][4096];
-    const char *who[2] = {"You keep a small shop.", "You guard the gate."};
-    const qwen3_load_desc load = {.path = argc > 1 ? argv[1] : "demo"};
-    const qwen3_ctx_desc desc = {.max_seqs = 2};
+    static char said[2][4096]; const char *who[2] = {"You keep a small shop.", "You guard the gate."};
+    qwen3_load_desc load = {.path = argc > 1 ? argv[1] : "demo"};
+    qwen3_ctx_desc desc = {.max_seqs = 2};
     qwen3_model *model = NULL; qwen3_ctx *ctx = NULL; char err[256] = "";
     qwen3_stream reply[2], *replies[2] = {&reply[0], &reply[1]};
     double worst = 0; int frames = 0;
+#ifdef QWEN3_WITH_CUDA
+    if (load.backend = qwen3_cuda_backend(), cudaStreamCreate((cudaStream_t *)&desc.stream)) return 1;
+#endif
     qwen3_result r = qwen3_load(&model, &load, err, sizeof err);
     if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, &desc, err, sizeof err);
     for (int i = 0; i < 2 && r >= 0; i++) {

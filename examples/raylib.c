@@ -1,5 +1,6 @@
 /* raylib.c - ask a shopkeeper in a window: type, Enter; 60 frames a second throughout.
-   cc -O2 -I. examples/raylib.c -o shop -lraylib -lm -lpthread && ./shop demo [asked at once] */
+   cc -O2 -I. examples/raylib.c -o shop -lraylib -lm -lpthread && ./shop demo [asked at once]
+   With CUDA, on a stream of the game's: cc -DQWEN3_WITH_CUDA -include cuda_runtime_api.h ... qwen3_cuda.o */
 #include "raylib.h"
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
@@ -14,9 +15,12 @@ static int hear(const char *utf8, int n_bytes, int kind, void *user) {
 int main(int argc, char **argv) {
     char asked[256] = "", line[256] = "", err[256] = "";
     qwen3_model *model = NULL; qwen3_ctx *ctx = NULL; qwen3_stream reply = {0}, *replies[1] = {&reply};
-    const qwen3_load_desc load = {.path = argc > 1 ? argv[1] : "demo"};
+    qwen3_load_desc load = {.path = argc > 1 ? argv[1] : "demo"}; qwen3_ctx_desc desc = {0};
+#ifdef QWEN3_WITH_CUDA
+    if (load.backend = qwen3_cuda_backend(), cudaStreamCreate((cudaStream_t *)&desc.stream)) return 1;
+#endif
     qwen3_result r = qwen3_load(&model, &load, err, sizeof err);
-    if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, NULL, err, sizeof err);
+    if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, &desc, err, sizeof err);
     if (argc > 2) snprintf(line, sizeof line, "%s", argv[2]);
     InitWindow(640, 360, "shop"); SetTargetFPS(60);
     while (r >= 0 && !WindowShouldClose() && (argc < 3 || !said[0] || reply.result == QWEN3_MORE)) {
@@ -35,8 +39,7 @@ int main(int argc, char **argv) {
         DrawText(TextFormat("> %s", line[0] ? line : asked), 20, 20, 20, DARKGRAY);
         DrawText(said, 20, 60, 20, MAROON); EndDrawing();
     }
-    CloseWindow();
-    printf("%s%s\n", said, r < 0 ? (ctx ? qwen3_ctx_error(ctx) : err) : "");
+    CloseWindow(); printf("%s%s\n", said, r < 0 ? (ctx ? qwen3_ctx_error(ctx) : err) : "");
     qwen3_ctx_free(ctx); qwen3_free(model);
     return r < 0;
 }
