@@ -114,14 +114,18 @@ def tables():
     runs += [0x110000, len(order)]
     index = {c: i for i, c in enumerate(order)}
     compose = [index[c] for c in sorted(primary, key=split.get)]
+    seconds = sorted({second for _, second in split.values()})
+    assert seconds[0] == 0 and 3 * len(seconds) <= 256 and all(first < 0x30000 for first, _ in split.values())
     return '\n'.join([
         '/* Properties of characters, from each code at which they change: code << 11 | combining class << 3 |\n   flags. */',
         array('uint32_t', 'qwen3i_uc_props', changes) +
-        '/* Canonical decompositions: runs of consecutive codes as (first code, index), then [index] -> first,\n'
-        '   second (0: none); and the indices of those that NFC composes, ordered by (first, second). */',
+        '/* Canonical decompositions: runs of consecutive codes as (first code, index), then [index] -> first less\n'
+        '   its plane, and plane + 3 * index of the second among all (0: none); and the indices of those that NFC\n'
+        '   composes, ordered by (first, second). */',
         array('uint32_t', 'qwen3i_uc_runs', runs) +
-        array('uint32_t', 'qwen3i_uc_first', [split[c][0] for c in order]) +
-        array('uint32_t', 'qwen3i_uc_second', [split[c][1] for c in order]) +
+        array('uint16_t', 'qwen3i_uc_first', [split[c][0] & 0xFFFF for c in order]) +
+        array('uint8_t', 'qwen3i_uc_pairs', [(split[c][0] >> 16) + 3 * seconds.index(split[c][1]) for c in order]) +
+        array('uint32_t', 'qwen3i_uc_seconds', seconds) +
         array('uint16_t', 'qwen3i_uc_compose', compose)])
 
 
