@@ -294,7 +294,7 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
     }
     __syncwarp();
     cluster_arrive();
-    stream_rows<NR, false, RING>(
+    stream_rows<NR, false, RING, true>(
         in, rows, memory, [] { cluster_wait(); }, [&](int, int) { return squares = 0; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
@@ -318,7 +318,7 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
     const int lane = lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     const row_angles angles = load_row_angles(a, 0);
     float *v = (float *)a.kv.v + kv_at(a.kv, angles.seq, angles.position) - rotated, squares = 0;
-    stream_rows<NR, false, RING>(
+    stream_rows<NR, false, RING, true>(
         in, warp_share(in.n), memory, [] {}, [&](int, int) { return squares = 0; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
