@@ -548,6 +548,10 @@ typedef struct qwen3_ctx_desc {
     int   threads;          /* CPU threads, the caller's included; 0: as many as can run at once: affinity  */
                             /* and control groups are respected, slow cores of hybrid chips left out     */
     void *stream;           /* CUDA: a cudaStream_t of the caller's to work on; NULL: one of our own  */
+    int   invariant;        /* CUDA: 1: a token's logits are the same bits alone and in a step with up to 15 */
+                            /* others, of whatever sequences: a reply does not depend on who else is served, */
+                            /* and speculation is exact. Steps of one token are slower then. The CPU always  */
+                            /* does so, for steps of any size                                        */
     float yarn_factor;      /* 0: as config.json says; else YaRN scaling, e.g. 4 for 131,072 positions */
     int (*cancel)(void *user);  /* polled often while evaluating; nonzero: the call returns STOPPED. */
     void *cancel_user;          /* Steps that are complete are kept. A step that is cancelled is lost, */
@@ -706,8 +710,8 @@ typedef struct qwen3_gen_desc {
                                         /* QWEN3_TEXT_*; nonzero return stops                       */
     /* Speculation: up to draft_tokens (0: none; at most 16) are guessed and evaluated together with the next
        token, and kept as far as they are what is then chosen from their own logits. So text and sampler are
-       those of one token at a time, bit for bit on the CPU; on a GPU as far as steps of several rows round
-       alike. Guesses come from the last place where the sequence said the same, which pays where text is
+       those of one token at a time, bit for bit on the CPU and, with qwen3_ctx_desc.invariant, on a GPU, where
+       steps of several tokens otherwise round differently. Guesses come from the last place where the sequence said the same, which pays where text is
        quoted; where there is none from draft (may be NULL), a context of a smaller model of the same
        vocabulary, whose sequence of the same number is used. How many is adapted to what they cost and
        bring. Takes 4 * n_vocab bytes a guess for each such sequence, when it first begins. */
@@ -1167,6 +1171,7 @@ QWEN3I_SHARED float qwen3i_value(const void *data, qwen3i_type type, int i) {
 }
 
 /* ---- the choice of a token: integers after the temperature, so that all platforms and backends agree ---- */
+#define QWEN3I_SAME_ROWS  16            /* in a step of an invariant context, whose bits are those alone */
 #define QWEN3I_BANNED     (-1e30f)      /* this and below, NaN included: never sampled */
 #define QWEN3I_OCTAVES    39            /* below the largest logit weights end */
 #define QWEN3I_WEIGHT_ONE ((uint64_t)1 << QWEN3I_OCTAVES)       /* the weight of the largest logit */
@@ -18859,15 +18864,15 @@ static qwen3_result qwen3i_draft_ask(qwen3_ctx *draft, int seq, const qwen3_toke
     return r < 0 ? qwen3i_fail(err, r, "draft: %s", draft->error) : QWEN3_OK;
 }
 
-/* Guess what follows the sequence and the token that was chosen. */
-static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_token chosen,
+/* Guess what follows the sequence and the token that was chosen: at most so many tokens. */
+static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_token chosen, int most,
                                  const qwen3i_err *err) {
     qwen3i_seq *seq = &c->seqs[s->seq];
     qwen3i_draft *d = &seq->draft;
     const int n = seq->len + 1, by_model = s->gen.draft != NULL;
     const double start = qwen3i_now_ms();
     qwen3_result r = QWEN3_OK;
-    int most = qwen3i_min(qwen3i_min(s->gen.draft_tokens, d->most), c->desc.max_ctx - n);
+    most = qwen3i_min(qwen3i_min(most, s->gen.draft_tokens), qwen3i_min(d->most, c->desc.max_ctx - n));
     if (s->gen.max_tokens > 0) most = qwen3i_min(most, s->gen.max_tokens - s->n_tokens - 1);
     d->n = 0;
     d->tokens[0] = chosen;
@@ -18945,6 +18950,7 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
     qwen3i_next *next = c->next;
     qwen3_result r = QWEN3_OK, one;
     double start;
+    const int room = c->desc.invariant ? qwen3i_max(QWEN3I_SAME_ROWS - active, 0) : INT_MAX;
     int i, k, n_items = 0, n_guesses = 0;
     for (k = 0; k < active; k++) {
         c->rngs[k] = next[k].sampler ? next[k].sampler->rng : 0;
@@ -18953,7 +18959,8 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
     for (i = k = 0; k < active && r == QWEN3_OK; i++) {
         if (streams[i]->seq != next[k].seq) continue;
         r = qwen3i_sample(c, &next[k], err);
-        if (r == QWEN3_OK && !next[k].ended) r = qwen3i_guess(c, streams[i], next[k].out, err);
+        if (r == QWEN3_OK && !next[k].ended)
+            r = qwen3i_guess(c, streams[i], next[k].out, room - n_guesses, err);
         if (r == QWEN3_OK && !next[k].ended)
             c->items[n_items++] = qwen3i_guessed_item(c, next[k].seq, &n_guesses);
         k++;
@@ -19144,7 +19151,8 @@ static qwen3_result qwen3i_say_forced(qwen3_ctx *c, qwen3_stream *s, const qwen3
     const uint32_t *mask;
     const int len = seq->len, left = s->gen.max_tokens > 0 ? s->gen.max_tokens - s->n_tokens :
                     QWEN3I_MAX_FORCED;
-    int i, n = 0, most = qwen3i_min(qwen3i_min(left, c->desc.max_ctx - len), QWEN3I_MAX_FORCED);
+    int i, n = 0, most = qwen3i_min(qwen3i_min(left, c->desc.max_ctx - len),
+                                    c->desc.invariant ? QWEN3I_SAME_ROWS : QWEN3I_MAX_FORCED);
     qwen3_item item;
     qwen3_result r = QWEN3_OK;
     if ((!next.grammar && !next.calls) || s->forced >= 0) return QWEN3_OK;

@@ -28,8 +28,9 @@
      functions (struct path), chosen in one place (way_for). tests/cuda_lab.cu has one more, with one plain
      kernel for each operation, to compare with.
    ORDER    No sum depends on timing: splits follow from shapes, partial sums are added in a fixed order,
-     and atomics only count integers. The same input gives the same bits.
-
+     and atomics only count integers. The same input gives the same bits. In an invariant context a row's bits
+     do not depend on the others of a batch of up to 16 rows either: all of these go one way, by kernels whose
+     sums depend on the row alone.
    WORDS    A row is a token's vector (a row of x) or a row of a matrix; a tile is what a block multiplies at
      a time, a ring the stages in shared memory that tiles come to by asynchronous copies. In names: matvec_
      and vector_ are 1 to 8 rows, their weights in registers; stream_ is one row, its weights by a ring; few_
@@ -98,6 +99,8 @@ const int GROUP_LEAST   = 64;
 #endif
 const int MOST_HELPERS  = 8;
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
+const int SAME_ROWS     = QWEN3I_SAME_ROWS;     /* up to here, of an invariant context, a row is as alone, ... */
+const int SAME_SPLIT    = 4;            /* ... and its attention is split as that of so many rows */
 const int MATVEC_WARPS  = 8;
 const int MATVEC_TILE   = 8192;         /* floats of x that a block holds at a time */
 const int HEAD_ROWS     = 64;           /* the most rows whose logits are computed at a time */
@@ -975,15 +978,22 @@ struct path_step { int rows; const path *way; };        /* up to so many rows */
 /* The ways of a context, from few rows to many, and the memory that they need. */
 struct path_set {
     path_step    steps[3];
+    bool         hopper;                /* many rows go through the kernels for Hopper */
     void         (*memory)(cuda_ctx *c, arena *a);
     qwen3_result (*prepare)(cuda_ctx *c, const qwen3i_err *err);
 };
+
+/* May a kernel do so many rows whose sums have an order that only one row has? */
+static bool goes_alone(const cuda_ctx *c, int rows) { return rows == 1 && !c->desc.invariant; }
 
 static const path *way_for(const cuda_ctx *c, int n) {
     const path_step *s = c->paths->steps;
     while (n > s->rows) s++;
     return s->way;
 }
+
+/* So many rows always go through attention one by one, and at most so many through matrix-vector kernels. */
+static int narrowest(const cuda_ctx *c) { return c->desc.invariant ? SAME_ROWS : MATVEC_ROWS; }
 
 /* All that depends on how many rows a batch has is decided here. */
 static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
@@ -3225,7 +3235,7 @@ static size_t stream_shared(const matvec_in &in, int ring) { return stream_bytes
    fits. */
 static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
     const cuda_model *m = p->c->m;
-    if (in.rows != 1 || w.type == QWEN3I_F32 || m->capability < 80) return 0;
+    if (!goes_alone(p->c, in.rows) || w.type == QWEN3I_F32 || m->capability < 80) return 0;
     if (stream_shared(in, STREAM_RING) <= m->sm_shared / 2 - 1024) return STREAM_RING;
     return stream_shared(in, STREAM_RING_SHORT) <= m->block_shared ? STREAM_RING_SHORT : 0;
 }
@@ -3257,19 +3267,34 @@ static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, i
 }
 #define BY_RING(ring, CALL) ((ring) == STREAM_RING ? CALL(STREAM_RING) : CALL(STREAM_RING_SHORT))
 
+/* call(in, first) for as many rows of x as a kernel does at a time, the first of which is row `first` */
+template <class F> static qwen3_result in_turns(const matvec_in &in, F call) {
+    for (int first = 0; first < in.rows; first += MATVEC_ROWS) {
+        matvec_in some = in;
+        some.x += (size_t)first * in.ldx;
+        some.rows = least(MATVEC_ROWS, in.rows - first);
+        TRY(call(some, first));
+    }
+    return QWEN3_OK;
+}
+
 /* y = W x, or += with `add` */
 static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
                            const float *x, int ldx, int rows, bool add) {
     const input h = {x, ldx, NULL, NULL};
     if (w.n_parts > 0) return block_matvec(p, y, ldy, outs, w, h, rows, add);
-    const matvec_in in = vector_input(p, w, h, rows);
-    const int ring = stream_ring(p, in, w);
-#define CALL(RING) stream_matvec<RING>(p, in, y, ldy, outs, add)
+    const matvec_in all = vector_input(p, w, h, rows);
+    const int ring = stream_ring(p, all, w);
+#define CALL(RING) stream_matvec<RING>(p, all, y, ldy, outs, add)
     if (ring) return launched(p, BY_RING(ring, CALL), "matvec");
 #undef CALL
-#define CALL(T) matvec_rows_of<T>(p, in, y, ldy, outs, add)
-    return launched(p, BY_WEIGHT_TYPE(w, CALL), "matvec");
+    return in_turns(all, [&](const matvec_in &in, int first) {
+        float *to = outs ? y : y + (size_t)first * ldy;
+        const row_info *slots = outs ? outs + first : NULL;
+#define CALL(T) matvec_rows_of<T>(p, in, to, ldy, slots, add)
+        return launched(p, BY_WEIGHT_TYPE(w, CALL), "matvec");
 #undef CALL
+    });
 }
 
 /* ---- Hopper: what the products of few and of many rows share ---- */
@@ -4264,15 +4289,20 @@ template <class W> static cudaError_t qkv_rows_of(const pass *p, const matvec_in
 static qwen3_result vector_qkv(const pass *p, int layer, const input &h) {
     const matrix &w = p->c->m->layers[layer].qkv;
     if (w.n_parts > 0) return block_qkv(p, layer, h);
-    const matvec_in in = vector_input(p, w, h, p->n);
+    const matvec_in all = vector_input(p, w, h, p->n);
     const qkv_args a = qkv_arguments(p, layer);
-    const int ring = stream_ring(p, in, w);
-#define CALL(RING) stream_qkv<RING>(p, in, a)
+    const int ring = stream_ring(p, all, w);
+#define CALL(RING) stream_qkv<RING>(p, all, a)
     if (ring) return launched(p, BY_RING(ring, CALL), "stream_qkv");
 #undef CALL
-#define CALL(T) qkv_rows_of<T>(p, in, a)
-    return launched(p, BY_WEIGHT_TYPE(w, CALL), "qkv_rope");
+    return in_turns(all, [&](const matvec_in &in, int first) {
+        qkv_args some = a;
+        some.qkv += (size_t)first * a.ld;
+        some.rows += first;
+#define CALL(T) qkv_rows_of<T>(p, in, some)
+        return launched(p, BY_WEIGHT_TYPE(w, CALL), "qkv_rope");
 #undef CALL
+    });
 }
 
 /* ---- after a product by cuBLASLt ---- */
@@ -4430,15 +4460,22 @@ DEVICE void store_attention(const attention_args &a, int row, int col, float v) 
     else a.out[at] = v;
 }
 
+/* The number of rows from which it follows how each one's attention is split. */
+static int rows_to_split(const cuda_ctx *c, int rows) {
+    return c->desc.invariant && rows <= SAME_ROWS ? SAME_SPLIT : rows;
+}
+/* There may be so many times as many parts, and tickets, as that leads one to expect. */
+static int more_splits(const cuda_ctx *c) { return c->desc.invariant ? SAME_ROWS / SAME_SPLIT : 1; }
+
 /* How many parts the positions of a row are split into: enough to fill the chip, from the shape alone. */
 static int attention_splits(const cuda_ctx *c, int rows) {
-    const int want = 2 * c->m->n_sm / (c->m->config.n_head_kv * rows);
+    const int want = 2 * c->m->n_sm / (c->m->config.n_head_kv * rows_to_split(c, rows));
     return want < 1 ? 1 : want > MAX_SPLITS ? MAX_SPLITS : want;
 }
 
 /* One for each head of a row, or for each of the blocks of attention_decode that are there at once. */
 static size_t attention_tickets(const cuda_ctx *c) {
-    return most((size_t)c->max_rows * c->m->config.n_head, (size_t)(2 * c->m->n_sm));
+    return most((size_t)c->max_rows * c->m->config.n_head, (size_t)(2 * c->m->n_sm * more_splits(c)));
 }
 
 static attention_args attention_arguments(const pass *p, int layer) {
@@ -4997,12 +5034,13 @@ struct decode_shape { int ranks, clusters, n_groups; };
 static decode_shape shape_decode(const pass *p, const attention_args &a) {
     const cuda_model *m = p->c->m;
     const bool halves = p->c->desc.kv_type != QWEN3_KV_F32, clusters = m->capability >= 90;
+    const int rows = rows_to_split(p->c, p->n);
     decode_shape s = {0, 1, a.n_head_kv * ceil_div(a.n_head / a.n_head_kv, DECODE_HEADS)};
     if (!halves || a.head_dim != HEAD_DIM || m->capability < 80 || sizeof(decode_shared) > m->block_shared)
         return s;
     s.ranks = 1;
-    while (clusters && s.ranks < DECODE_RANKS && 2 * s.ranks * s.n_groups * p->n <= 2 * m->n_sm) s.ranks *= 2;
-    s.clusters = least(most(m->n_sm / (s.ranks * s.n_groups * p->n), 1), DECODE_CLUSTERS);
+    while (clusters && s.ranks < DECODE_RANKS && 2 * s.ranks * s.n_groups * rows <= 2 * m->n_sm) s.ranks *= 2;
+    s.clusters = least(most(m->n_sm / (s.ranks * s.n_groups * rows), 1), DECODE_CLUSTERS);
     return s;
 }
 template <class T, int TERMS>
@@ -5563,14 +5601,17 @@ static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].gate_up;
     if (w.n_parts > 0) return block_mlp(p, w, h);
-    const matvec_in in = vector_input(p, w, h, p->n);
-    const int ring = stream_ring(p, in, w);
-#define CALL(RING) stream_mlp<RING>(p, in, c->ff)
+    const matvec_in all = vector_input(p, w, h, p->n);
+    const int ring = stream_ring(p, all, w);
+#define CALL(RING) stream_mlp<RING>(p, all, c->ff)
     if (ring) return launched(p, BY_RING(ring, CALL), "mlp");
 #undef CALL
-#define CALL(T) mlp_rows_of<T>(p, in, c->ff, c->ff_ld)
-    return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
+    return in_turns(all, [&](const matvec_in &in, int first) {
+        float *to = c->ff + (size_t)first * c->ff_ld;
+#define CALL(T) mlp_rows_of<T>(p, in, to, c->ff_ld)
+        return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
 #undef CALL
+    });
 }
 
 static qwen3_result vector_down(const pass *p, int layer) {
@@ -6100,7 +6141,7 @@ template <int R> static int block_warps(const pass *p, const block_in &in) {
 /* Can the kernel do the norm of its input? */
 static bool block_norms_itself(const pass *p, const matrix &w) {
     const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
-    return p->n == 1 && w.cols % 4 == 0 &&
+    return goes_alone(p->c, p->n) && w.cols % 4 == 0 &&
            w.cols <= STREAM_NORM * 4 * 32 * block_warps<1>(p, block_input(p, w, h, 0, 1));
 }
 
@@ -6564,19 +6605,20 @@ static expert_args expert_arguments(const pass *p, const matrix &w, int rows, co
     expert_args a;
     a.w = w.data; a.scale = w.scale; a.rows = rows; a.k = w.cols; a.ldw = w.ld;
     a.x = x; a.ldx = ldx; a.per = per; a.y = y; a.ldy = ldy;
-    a.lists = p->n > 1 ? c->experts.lists : NULL;
+    a.lists = goes_alone(c, p->n) ? NULL : c->experts.lists;
     a.counts = c->experts.counts; a.picked = c->experts.picked; a.list_rows = c->max_rows;
     return a;
 }
 
 template <class W, int R, bool GLU> static cudaError_t launch_experts_of(const pass *p, const expert_args &a) {
     const qwen3i_config *g = &p->c->m->config;
-    return launch_early(p->early, p->s, grid2(ceil_div(ceil_div(a.rows, 2), 8), p->n > 1 ? g->n_expert : g->n_expert_used),
+    return launch_early(p->early, p->s, grid2(ceil_div(ceil_div(a.rows, 2), 8), goes_alone(p->c, p->n) ? g->n_expert_used : g->n_expert),
                         256, 0, experts_kernel<W, R, GLU>, a);
 }
 template <class W, bool GLU> static cudaError_t launch_experts(const pass *p, const expert_args &a) {
-    return p->n == 1 ? launch_experts_of<W, 1, GLU>(p, a) : p->n <= 16 ? launch_experts_of<W, 2, GLU>(p, a) :
-                                                                        launch_experts_of<W, 8, GLU>(p, a);
+    return goes_alone(p->c, p->n) ? launch_experts_of<W, 1, GLU>(p, a) :
+           p->n <= 16             ? launch_experts_of<W, 2, GLU>(p, a) :
+                                    launch_experts_of<W, 8, GLU>(p, a);
 }
 
 /* h = RMSNorm(x), and which experts it picks, of one row */
@@ -6595,7 +6637,7 @@ static qwen3_result route(const pass *p, const layer_weights &l) {
     const cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
-    if (p->n == 1) return route_one(p, l);
+    if (goes_alone(c, p->n)) return route_one(p, l);
     TRY(launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, l.mlp_norm, p->n, 1,
                                    g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
     TRY(launched(p, launch_early(p->early, p->s, grid2(ceil_div(g->n_expert, 8), ceil_div(p->n, ROUTE_ROWS)), 256, 0,
@@ -6640,7 +6682,7 @@ static qwen3_result experts_down(const pass *p, const layer_weights &l) {
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
     const expert_args a = expert_arguments(p, l.w_down, g->n_embd, e.m, l.w_down.ld, 1, e.y, e.ldy);
-#define CALL(T) p->n > 1 ? launch_experts<T, false>(p, a) : \
+#define CALL(T) !goes_alone(c, p->n) ? launch_experts<T, false>(p, a) : \
         launch_early(p->early, p->s, grid1(ceil_div(a.rows, 8)), 256, 0, expert_sum_kernel<T>, a, \
                      (const float *)e.share, g->n_expert_used, c->x)
     return launched(p, BY_WEIGHT_TYPE(l.w_down, CALL), "experts");
@@ -6662,7 +6704,7 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
         TRY(launched(p, BY_WEIGHT_TYPE(l.gate_up, CALL), "experts"));
 #undef CALL
         TRY(experts_down(p, l));
-        if (p->n == 1) return QWEN3_OK;
+        if (goes_alone(c, p->n)) return QWEN3_OK;
     }
     return launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(g->n_embd, 1, p->n), 0,
                                     mix_experts_kernel, c->x, (const float *)e.y, (const float *)e.share,
@@ -7305,14 +7347,40 @@ static void hopper_memory(cuda_ctx *c, arena *a);
 static qwen3_result prepare_nothing(cuda_ctx *, const qwen3i_err *) { return QWEN3_OK; }
 static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err);
 
-const path_set PORTABLE = {{{MATVEC_ROWS, &VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, gemm_memory, prepare_nothing};
+/* Up to SAME_ROWS rows alike: no product norms its input, as some do for so many rows and others not. */
+const path SAME_VECTORS_WAY = {
+    vector_norm, NULL, vector_qkv, rows_attention, vector_o_proj, vector_mlp, vector_down, vector_head, false,
+    false
+};
+const path SAME_FEW_WAY = {
+    hopper_norm, NULL, few_qkv, rows_attention, few_o_proj, few_mlp, few_down, few_head, false, true
+};
+
+const path_set PORTABLE = {
+    {{MATVEC_ROWS, &VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, false, gemm_memory, prepare_nothing
+};
 const path_set HOPPER = {
-    {{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper
+    {{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    true, hopper_memory, prepare_hopper
 };
 
 /* With weights in blocks fewer than some rows are faster by their whole numbers than through F16. */
 const path_set HOPPER_BLOCKS = {
-    {{MATVEC_ROWS, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper
+    {{MATVEC_ROWS, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    true, hopper_memory, prepare_hopper
+};
+
+/* The same of invariant contexts. */
+const path_set SAME_PORTABLE = {
+    {{SAME_ROWS, &SAME_VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, false, gemm_memory, prepare_nothing
+};
+const path_set SAME_HOPPER = {
+    {{SAME_ROWS, &SAME_FEW_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    true, hopper_memory, prepare_hopper
+};
+const path_set SAME_HOPPER_BLOCKS = {
+    {{SAME_ROWS, &SAME_VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    true, hopper_memory, prepare_hopper
 };
 
 static qwen3_result norm(const pass *p, const float *gain, const matrix &w, input *h) {
@@ -7431,7 +7499,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
     const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
     const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
-    const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);
+    const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv) * more_splits(c);
     const u64 kv_layer =
         qwen3i_size_mul(seqs * ctx, (u64)c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type));
     c->kv_layer_bytes = (size_t)kv_layer;
@@ -7444,7 +7512,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->h = a->take<float>((g->n_expert ? rows : narrow) * embd);
     c->qkv = take_result(c, a, 1, (c->wide_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
-    c->ff = a->take<float>((size_t)least(c->max_rows, MATVEC_ROWS) * c->ff_ld);
+    c->ff = a->take<float>((size_t)least(c->max_rows, narrowest(c)) * c->ff_ld);
     c->act_scale = a->take<float>(rows);
     c->scratch_size = largest_in_blocks(c->m);
     c->scratch = (half_t *)(void *)a->take<char>(c->scratch_size);
@@ -7506,13 +7574,15 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
     c->act_ld = round_up(most(most(g->n_embd, g->n_ff), c->q_dim), 8);
     c->tiles = g->head_dim == HEAD_DIM && c->group <= TILE_ROWS &&
                (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
-    c->wide = paths == &HOPPER || paths == &HOPPER_BLOCKS;
+    c->wide = paths->hopper;
     c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
     c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, FEW_MOST)) : c->max_rows;
 }
 
-static const path_set *paths_of(const cuda_model *m) {
-    return !m->wide ? &PORTABLE : m->layers[0].gate_up.n_parts > 0 ? &HOPPER_BLOCKS : &HOPPER;
+static const path_set *paths_of(const cuda_model *m, const qwen3_ctx_desc *desc) {
+    const bool blocks = m->wide && m->layers[0].gate_up.n_parts > 0;
+    if (desc->invariant) return !m->wide ? &SAME_PORTABLE : blocks ? &SAME_HOPPER_BLOCKS : &SAME_HOPPER;
+    return !m->wide ? &PORTABLE : blocks ? &HOPPER_BLOCKS : &HOPPER;
 }
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
@@ -7520,7 +7590,7 @@ static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, con
     arena device(NULL), pinned(NULL), host(NULL);
     cuda_ctx c;
     const cuda_model *m = (const cuda_model *)model_state;
-    shape_ctx(&c, m, desc, paths_of(m));
+    shape_ctx(&c, m, desc, paths_of(m, desc));
     lay_out_device(&c, &device);
     lay_out_pinned(&c, &pinned);
     lay_out_host(&c, &host);
@@ -7729,8 +7799,8 @@ static qwen3_result create_ctx_for(const path_set *paths, void **ctx_state, void
 
 static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
                                const qwen3_ctx_desc *desc, const qwen3i_err *err) {
-    return create_ctx_for(paths_of((const cuda_model *)model_state), ctx_state, model_state, model, desc,
-                          err);
+    const cuda_model *m = (const cuda_model *)model_state;
+    return create_ctx_for(paths_of(m, desc), ctx_state, model_state, model, desc, err);
 }
 
 /* ================================================================================================
@@ -7793,7 +7863,7 @@ static qwen3_result upload_batch(cuda_ctx *c, const qwen3i_batch *b, int *n_tile
         r->out_slot = o && o->keep_seq >= 0 ? kept_slot(c, o->keep_seq, 1) : -1;
         r->out_target = o && o->logprob ? o->target : -1;
     }
-    *n_tiles = c->tiles && b->n_rows > MATVEC_ROWS && (!one_row_each(b) || b->n_rows > c->narrow_rows)
+    *n_tiles = c->tiles && b->n_rows > narrowest(c) && (!one_row_each(b) || b->n_rows > c->narrow_rows)
                    ? make_tiles(c, b, slot->tiles) : 0;
     CUDA_TRY(send(c, c->rows, slot->rows, b->n_rows));
     CUDA_TRY(send(c, c->tile_list, slot->tiles, *n_tiles));

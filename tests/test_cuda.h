@@ -1919,6 +1919,8 @@ static void test_cuda_grammar(void) {
     grammar_close(&b);
 }
 
+#include "test_invariant.h"
+
 static void suite_cuda(void) {
     const char *why = cuda_lab()->no_device();
     RUN(test_cuda_absent);
@@ -1950,6 +1952,8 @@ static void suite_cuda(void) {
     RUN(test_cuda_models_f16);
     RUN(test_cuda_models_bf16);
     RUN(test_cuda_grammar);
+    RUN(test_cuda_invariant);
+    RUN(test_cuda_invariant_hopper);
     RUN(test_cuda_next);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
     RUN(test_cuda_next_hopper);
