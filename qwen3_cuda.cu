@@ -993,7 +993,7 @@ static const path *way_for(const cuda_ctx *c, int n) {
 }
 
 /* So many rows always go through attention one by one, and at most so many through matrix-vector kernels. */
-static int narrowest(const cuda_ctx *c) { return c->desc.invariant ? SAME_ROWS : MATVEC_ROWS; }
+static int most_single(const cuda_ctx *c) { return c->desc.invariant ? SAME_ROWS : MATVEC_ROWS; }
 
 /* All that depends on how many rows a batch has is decided here. */
 static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
@@ -7512,7 +7512,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->h = a->take<float>((g->n_expert ? rows : narrow) * embd);
     c->qkv = take_result(c, a, 1, (c->wide_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
-    c->ff = a->take<float>((size_t)least(c->max_rows, narrowest(c)) * c->ff_ld);
+    c->ff = a->take<float>((size_t)least(c->max_rows, most_single(c)) * c->ff_ld);
     c->act_scale = a->take<float>(rows);
     c->scratch_size = largest_in_blocks(c->m);
     c->scratch = (half_t *)(void *)a->take<char>(c->scratch_size);
@@ -7863,7 +7863,7 @@ static qwen3_result upload_batch(cuda_ctx *c, const qwen3i_batch *b, int *n_tile
         r->out_slot = o && o->keep_seq >= 0 ? kept_slot(c, o->keep_seq, 1) : -1;
         r->out_target = o && o->logprob ? o->target : -1;
     }
-    *n_tiles = c->tiles && b->n_rows > narrowest(c) && (!one_row_each(b) || b->n_rows > c->narrow_rows)
+    *n_tiles = c->tiles && b->n_rows > most_single(c) && (!one_row_each(b) || b->n_rows > c->narrow_rows)
                    ? make_tiles(c, b, slot->tiles) : 0;
     CUDA_TRY(send(c, c->rows, slot->rows, b->n_rows));
     CUDA_TRY(send(c, c->tile_list, slot->tiles, *n_tiles));
