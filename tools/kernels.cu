@@ -609,7 +609,7 @@ qwen3_result trial_open(trial *t, int embd, int heads) {
     desc.max_seqs = 1;
     desc.kv_type = QWEN3_KV_F32;        /* so that the errors are those of the computation */
     t->c = (cuda_ctx *)host_alloc(&desc.allocator, sizeof *t->c);
-    shape_ctx(t->c, t->m, &desc, paths_of(t->m));
+    shape_ctx(t->c, t->m, &desc, paths_of(t->m, &desc));
     return fill_ctx(t->c, &lab_err);
 }
 
