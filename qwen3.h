@@ -1021,8 +1021,10 @@ QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config
 #endif
 #if defined(__GNUC__)
   #define QWEN3I_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+  #define QWEN3I_COLD __attribute__((cold))     /* runs rarely: compiled for size, as what it alone calls */
 #else
   #define QWEN3I_PRINTF(fmt, args)
+  #define QWEN3I_COLD
 #endif
 
 #define QWEN3I_REPLACEMENT 0xFFFDu      /* what stands for bytes that are no character */
@@ -1102,7 +1104,7 @@ static inline qwen3i_err qwen3i_err_begin(char *text, size_t cap) {
 }
 
 /* Write the message and return the code, so that a failure is one statement. */
-QWEN3I_PRINTF(3, 4)
+QWEN3I_PRINTF(3, 4) QWEN3I_COLD
 static inline qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, const char *format, ...) {
     va_list args;
     if (!e || !e->text || e->cap == 0) return code;
@@ -1405,11 +1407,12 @@ static void *qwen3i_alloc_zero(const qwen3_allocator *a, size_t n, size_t size) 
 }
 
 /* ---- errors ------------------------------------------------------------------------------------ */
+QWEN3I_COLD
 static qwen3_result qwen3i_no_memory(const qwen3i_err *e, const char *what, uint64_t bytes) {
     return qwen3i_fail(e, QWEN3_ERR_MEMORY, "%llu bytes for %s", (unsigned long long)bytes, what);
 }
 
-QWEN3I_PRINTF(3, 4)
+QWEN3I_PRINTF(3, 4) QWEN3I_COLD
 static void qwen3i_log(const qwen3_logger *logger, qwen3_log_level level, const char *format, ...) {
     char line[512];
     va_list args;
@@ -2316,6 +2319,7 @@ static void qwen3i_close(const qwen3_allocator *a, qwen3i_blob *b) {
 }
 
 /* The same, which is not the stand-in that git leaves of a large file that was not fetched. */
+QWEN3I_COLD
 static qwen3_result qwen3i_open(const qwen3i_loader *l, const char *name, int map, qwen3i_blob *out) {
     static const char pointer[] = "version https://git-lfs";
     qwen3_result r = qwen3i_open_any(l, name, map, out);
@@ -3018,6 +3022,7 @@ static unsigned qwen3i_dtype_size(qwen3i_str dtype) {
 }
 
 /* One tensor's description: {"dtype": .., "shape": [..], "data_offsets": [begin, end]} */
+QWEN3I_COLD
 static int qwen3i_parse_tensor(qwen3i_json *j, qwen3i_tensor *t) {
     qwen3i_json_iter object, array;
     qwen3i_str key;
@@ -3148,6 +3153,7 @@ static qwen3_result qwen3i_grow_tensors(qwen3i_tensors *t, size_t more, const qw
 }
 
 /* Add the tensors of one safetensors file to the list. */
+QWEN3I_COLD
 static qwen3_result qwen3i_parse_safetensors(const qwen3i_shard *s, qwen3i_tensors *t,
                                              const qwen3_allocator *a, const qwen3i_err *err) {
     const unsigned char *file = s->blob.data;
@@ -3199,6 +3205,7 @@ static int qwen3i_shard_name_ok(qwen3i_str s) {
 }
 
 /* Open a shard unless it is open already. Repeated names are mostly the last one seen. */
+QWEN3I_COLD
 static qwen3_result qwen3i_add_shard(qwen3i_loader *l, qwen3i_str name) {
     qwen3_model *m = l->model;
     char *copy;
@@ -3227,6 +3234,7 @@ static qwen3_result qwen3i_add_shard(qwen3i_loader *l, qwen3i_str name) {
 /* Step through the index's weight_map: {"tensor": "file", ...}. visit gets each pair. */
 typedef qwen3_result (*qwen3i_visit_weight)(qwen3i_loader *l, qwen3i_str tensor, qwen3i_str file, void *arg);
 
+QWEN3I_COLD
 static qwen3_result qwen3i_walk_index(qwen3i_loader *l, const char *name, const qwen3i_blob *index,
                                       qwen3i_visit_weight visit, void *arg) {
     qwen3i_json j = qwen3i_json_begin(index->data, index->size);
@@ -3306,6 +3314,7 @@ static qwen3_result qwen3i_open_sharded(qwen3i_loader *l, const char *index_name
 }
 
 /* Open model.safetensors, or the shards that model.safetensors.index.json names, and list their tensors. */
+QWEN3I_COLD
 static qwen3_result qwen3i_open_weights(qwen3i_loader *l, qwen3i_tensors *t) {
     static const char single[] = "model.safetensors", index_name[] = "model.safetensors.index.json";
     qwen3i_blob index;
@@ -3648,6 +3657,7 @@ static qwen3_result qwen3i_gguf_read_tensor(qwen3i_gguf *g, qwen3i_tensor *t, ui
 }
 
 /* Add the tensors of the part to the list. Their data follows on the list, aligned. */
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_read_tensors(qwen3i_gguf *g, qwen3i_tensors *t, const qwen3_allocator *a) {
     const uint64_t size = (uint64_t)(g->end - g->start);
     uint64_t at = 0, data, i;
@@ -3726,6 +3736,7 @@ static qwen3_result qwen3i_gguf_begin(qwen3i_gguf *g, const qwen3i_shard *s, con
 
 /* ---- the parts of a model -------------------------------------------------------------------- */
 /* Open the next part and read its keys. *g is the caller's to free. */
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_open_part(qwen3i_loader *l, qwen3i_str name, qwen3i_gguf *g) {
     qwen3_model *m = l->model;
     qwen3i_shard *s;
@@ -3774,6 +3785,7 @@ static qwen3_result qwen3i_gguf_open(qwen3i_loader *l) {
 }
 
 /* Add the tensors of the parts after the first, whose name ends in -00001-of-00003.gguf or so. */
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_list_parts(qwen3i_loader *l, qwen3i_tensors *t) {
     const int count = l->gguf->n_parts;
     const size_t n = strlen(l->gguf_name), tail = strlen("-00001-of-00003.gguf");
@@ -3817,6 +3829,7 @@ static qwen3_result qwen3i_gguf_check_names(const qwen3i_tensors *t, const qwen3
 }
 
 /* The tensors of all parts, ordered by name. Without an output matrix the embedding is it. */
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_list(qwen3i_loader *l, qwen3i_tensors *t) {
     qwen3i_gguf *g = l->gguf;
     int found;
@@ -5538,6 +5551,7 @@ static int qwen3i_added_known(const qwen3i_vocab_reader *l, const qwen3i_added_f
            memcmp(t->bytes.p + t->texts[f->id].start, item.p, item.length) != 0;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_added_token(qwen3i_vocab_reader *l, qwen3i_added_fields *f) {
     int kinds = (f->special ? QWEN3I_ADDED_SPECIAL : QWEN3I_ADDED_PLAIN) |
                 (f->normalized ? QWEN3I_ADDED_NORMALIZED : QWEN3I_ADDED_RAW);
@@ -5564,6 +5578,7 @@ static int64_t qwen3i_added_key(qwen3i_str key) {
 
 /* "added_tokens": [{"id": 7, "content": "<x>", ...}] of tokenizer.json, or "added_tokens_decoder":
    {"7": {"content": "<x>", ...}} of tokenizer_config.json. */
+QWEN3I_COLD
 static qwen3_result qwen3i_added_tokens(qwen3i_vocab_reader *l) {
     qwen3i_json_iter it;
     qwen3i_str key;
@@ -5599,6 +5614,7 @@ static int qwen3i_one_of(qwen3i_str value, const char *list) {
 
 /* Read an object (name: in messages) and check those of its keys that are in list, which ends in a NULL; the
    others do not matter. *seen: a bit for each that is there; at[i]: where the value of the i-th is. */
+QWEN3I_COLD
 static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *name,
                                           const qwen3i_setting *list, int *seen, qwen3i_json *at) {
     qwen3i_json_iter it;
@@ -5622,6 +5638,7 @@ static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *na
 }
 
 /* NFC, or a sequence of it */
+QWEN3I_COLD
 static qwen3_result qwen3i_vocab_normalizer(qwen3i_vocab_reader *l) {
     static const qwen3i_setting one[] = { { "normalizers", NULL }, { "type", "\"NFC\"|\"Sequence\"" },
                                           { NULL, NULL } };
@@ -5673,6 +5690,7 @@ static qwen3_result qwen3i_vocab_split(qwen3i_vocab_reader *l) {
 }
 
 /* A sequence of Split and ByteLevel, and nothing else. */
+QWEN3I_COLD
 static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_reader *l) {
     static const qwen3i_setting sequence[] = { { "type", "\"Sequence\"" }, { "pretokenizers", NULL },
                                                { NULL, NULL } };
@@ -5698,6 +5716,7 @@ static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_reader *l) {
 }
 
 /* Settings first, then vocabulary, then merges, in whatever order the file has them. */
+QWEN3I_COLD
 static qwen3_result qwen3i_vocab_model(qwen3i_vocab_reader *l) {
     static const qwen3i_setting model[] = {
         { "type", "\"BPE\"" }, { "vocab", NULL }, { "merges", NULL }, { "dropout", "null|0.0|0" },
@@ -5948,6 +5967,7 @@ static int qwen3i_condition_atom(qwen3i_str *s) {
 }
 
 /* Atoms joined by `and`, and those by `or` */
+QWEN3I_COLD
 static int qwen3i_condition(qwen3i_str s) {
     int any = 0, all = QWEN3I_ANY, values;
     for (s = qwen3i_trimmed(s);;) {
@@ -6141,6 +6161,7 @@ static int qwen3i_template_foreign(qwen3i_str text, char *out, int cap) {
 }
 
 /* Take the style of a template's text; "": there is none. What the built-in format does not do is logged. */
+QWEN3I_COLD
 static void qwen3i_take_template(qwen3_model *m, qwen3i_str text) {
     static const char *const names[] = {"Qwen3's, which may think", "of a model that always thinks",
                                         "of a model that never thinks",
@@ -6386,6 +6407,7 @@ static int qwen3i_cpus_fast(const char *root, const qwen3i_cpu_set *set) {
     return n > 0 ? n : all;
 }
 
+QWEN3I_COLD
 static int qwen3i_cpu_threads(const char *root) {
     const int online = (int)sysconf(_SC_NPROCESSORS_ONLN), quota = qwen3i_cpu_quota(root);
     qwen3i_cpu_set set;
@@ -6571,6 +6593,7 @@ static void qwen3i_pool_threads_stop(qwen3i_pool *p) {
     qwen3i_pool_locks_destroy(p);
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_pool_threads_start(qwen3i_pool *p, const qwen3i_err *err) {
     if (!qwen3i_pool_locks_create(p)) return qwen3i_fail(err, QWEN3_ERR_MEMORY, "cannot create a lock");
     for (p->n_threads = 0; p->n_threads < p->n_lanes - 1; p->n_threads++) {
@@ -6586,6 +6609,7 @@ static qwen3_result qwen3i_pool_threads_start(qwen3i_pool *p, const qwen3i_err *
 #endif /* QWEN3_NO_THREADS */
 
 /* Threads are started here; after a failure there is nothing to destroy. */
+QWEN3I_COLD
 static qwen3_result qwen3i_pool_create(qwen3i_pool *p, const qwen3_ctx_desc *desc, const qwen3i_err *err) {
     memset(p, 0, sizeof *p);
     p->jobs = desc->jobs;
@@ -6887,6 +6911,7 @@ static qwen3_result qwen3i_config_yarn(qwen3i_config *k, const qwen3i_raw_config
     return QWEN3_OK;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_config_check(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
     const double eps = c->values[QWEN3I_KEY_EPS], theta = c->values[QWEN3I_KEY_THETA];
     qwen3_result r = qwen3i_config_family(c, err);
@@ -6946,6 +6971,7 @@ static int qwen3i_config_find(qwen3i_str key, int from, int to) {
 }
 
 /* rope_scaling, or rope_parameters as newer files call it: {"rope_type": "yarn", "factor": 4, ...} */
+QWEN3I_COLD
 static void qwen3i_config_rope(qwen3i_json *j, qwen3i_raw_config *raw) {
     qwen3i_json_iter it;
     qwen3i_str key, type;
@@ -7000,6 +7026,7 @@ static void qwen3i_config_list(qwen3i_json *j, const char *a, const char *b, int
 
 /* quantization_config: what the tensors of quantised matrices are. Keys of any depth are taken together,
    except those about activations. */
+QWEN3I_COLD
 static void qwen3i_quantization_read(qwen3i_json *j, qwen3i_quantization *q, int depth) {
     qwen3i_json_iter it, list;
     qwen3i_str key, s;
@@ -7105,6 +7132,7 @@ static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, c
     return QWEN3_OK;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const qwen3i_blob *b,
                                         const qwen3i_err *err) {
     qwen3i_config_reader c;
@@ -7142,6 +7170,7 @@ static void qwen3i_advise(qwen3_sampler *s, double temperature, double top_p, do
 
 /* generation_config.json: sampling defaults and the tokens that end a turn. Its values are advice, so
    what is out of range is ignored; only broken JSON is an error. */
+QWEN3I_COLD
 static qwen3_result qwen3i_parse_generation(qwen3_model *m, const char *file, const qwen3i_blob *b,
                                             const qwen3i_err *err) {
     qwen3i_json j = qwen3i_json_begin(b->data, b->size);
@@ -7306,6 +7335,7 @@ static qwen3_result qwen3i_gguf_read_sampling(const qwen3i_gguf *g, qwen3_model 
     return r;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_configuration(qwen3i_loader *l) {
     static const char *const value_length[2] = QWEN3I_GGUF_BOTH("attention.value_length");
     static const char *const rotated[2] = QWEN3I_GGUF_BOTH("rope.dimension_count");
@@ -8280,6 +8310,7 @@ static void qwen3i_close_vocab(const qwen3_allocator *a, qwen3i_vocab_files *f) 
     qwen3i_close(a, &f->added);
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_load_tokenizer(qwen3i_loader *l) {
     qwen3_model *m = l->model;
     qwen3i_vocab_files f;
@@ -8297,6 +8328,7 @@ static qwen3_result qwen3i_load_tokenizer(qwen3i_loader *l) {
     return r;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_tokenizer(qwen3i_loader *l) {
     qwen3_model *m = l->model;
     qwen3i_str template_text;
@@ -8322,6 +8354,7 @@ static void qwen3i_no_embedding(qwen3_model *m, const char *file, qwen3i_str wha
 }
 
 /* modules.json: [{"type": "sentence_transformers.models.Pooling", ...}, ...] */
+QWEN3I_COLD
 static qwen3_result qwen3i_parse_modules(qwen3_model *m, const char *file, const qwen3i_blob *b,
                                          const qwen3i_err *err) {
     static const char *const known[] = {".Transformer", ".Pooling", ".Normalize"};
@@ -8342,6 +8375,7 @@ static qwen3_result qwen3i_parse_modules(qwen3_model *m, const char *file, const
 }
 
 /* 1_Pooling/config.json: {"pooling_mode_lasttoken": true, ...}, or newer {"pooling_mode": "lasttoken"} */
+QWEN3I_COLD
 static qwen3_result qwen3i_parse_pooling(qwen3_model *m, const char *file, const qwen3i_blob *b,
                                          const qwen3i_err *err) {
     qwen3i_json j = qwen3i_json_begin(b->data, b->size);
@@ -8452,6 +8486,7 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     return r;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_load_config(qwen3i_loader *l) {
     qwen3_result r = qwen3i_load_json(l, "config.json", 1, qwen3i_parse_config);
     if (r == QWEN3_OK) r = qwen3i_load_json(l, "generation_config.json", 0, qwen3i_parse_generation);
@@ -8622,6 +8657,7 @@ static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err
     return QWEN3_OK;
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc, char *err_text,
                                   size_t err_size) {
     qwen3i_err err;
@@ -8680,6 +8716,7 @@ QWEN3_API qwen3_result qwen3_load_for(int version, qwen3_model **out, const qwen
 
 static void qwen3i_index_drop(void *cell);
 
+QWEN3I_COLD
 QWEN3_API void qwen3_free(qwen3_model *m) {
     qwen3_allocator a;
     qwen3i_block *b, *next;
@@ -8985,6 +9022,7 @@ static int qwen3i_chat_json_element(qwen3i_chat *c, qwen3i_json *j, qwen3i_json_
 }
 
 /* The value at j, in a single line */
+QWEN3I_COLD
 static void qwen3i_chat_json_value(qwen3i_chat *c, qwen3i_json *j, const qwen3i_member *twice,
                                    size_t n_twice) {
     qwen3i_json_level stack[QWEN3I_JSON_DEPTH];
@@ -9182,6 +9220,7 @@ static qwen3_result qwen3i_chat_check_msg(const qwen3_msg *m, int i, const qwen3
 
 #define QWEN3I_CHAT_TOOLS (QWEN3_CHAT_TOOLS_NONE | QWEN3_CHAT_TOOLS_AUTO | QWEN3_CHAT_TOOLS_REQUIRED)
 
+QWEN3I_COLD
 static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_err *err) {
     const int flags = QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER |
                       QWEN3_CHAT_KEEP_TAGS | QWEN3I_CHAT_TOOLS;
@@ -9206,6 +9245,7 @@ static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_
 }
 
 /* Render all but what is forgotten. A count, or a negative result that err explains. */
+QWEN3I_COLD
 static int qwen3i_chat_write(qwen3i_chat *c, const qwen3_model *m, const qwen3_chat_desc *chat,
                              qwen3_token *out, int cap) {
     int n;
@@ -11421,6 +11461,7 @@ static double qwen3i_yarn_pair(const qwen3i_config *c, double original_ctx, doub
 
 /* freqs [head_dim / 2]: radians a position, in float32 as transformers computes them. yarn_factor
    overrides the configuration's if it is not 0. Returns the factor for cosines and sines. */
+QWEN3I_COLD
 static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *c, double yarn_factor) {
     double factor = yarn_factor > 0 ? yarn_factor : c->yarn_factor, low, high;
     int i, half = c->head_dim / 2;
@@ -11762,6 +11803,7 @@ static uint64_t qwen3i_most_parts(const qwen3i_config *g) {
 }
 
 /* Lay the context's arrays out in a block (NULL: only count). Returns the block's size. */
+QWEN3I_COLD
 static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc,
                                   void *block) {
     qwen3i_arena m = qwen3i_arena_at(block, 64);
@@ -11806,6 +11848,7 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     return qwen3i_arena_size(&m);
 }
 
+QWEN3I_COLD
 static qwen3_memory qwen3i_cpu_memory(const void *model_state, const qwen3_model *model,
                                       const qwen3_ctx_desc *desc) {
     qwen3_memory m = {0, 0};
@@ -11838,6 +11881,7 @@ static qwen3_result qwen3i_cpu_fill(qwen3i_cpu *c, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_cpu_create(void **ctx_state, void *model_state, const qwen3_model *model,
                                       const qwen3_ctx_desc *desc, const qwen3i_err *err) {
     qwen3i_model_view view = qwen3_backend_view(model);
@@ -17427,6 +17471,7 @@ static int qwen3i_max_positions(const qwen3i_config *k, float yarn_factor) {
 static int qwen3i_rows(const qwen3_ctx_desc *d) { return qwen3i_max(d->prefill_chunk, d->max_seqs); }
 
 /* Check a descriptor and fill its defaults in. */
+QWEN3I_COLD
 static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_desc *in, qwen3_ctx_desc *d,
                                        const qwen3i_err *err) {
     int limit;
@@ -17467,6 +17512,7 @@ static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_des
 }
 
 /* Lay a context's arrays out in a block (NULL: only count). Returns the block's size. */
+QWEN3I_COLD
 static uint64_t qwen3i_ctx_layout(qwen3_ctx *c, const qwen3i_config *cfg, const qwen3_ctx_desc *d,
                                   void *block) {
     qwen3i_arena m = qwen3i_arena_at(block, 64);
@@ -17524,6 +17570,7 @@ static qwen3_result qwen3i_build_ctx(qwen3_ctx *c, const qwen3i_err *err) {
     return m->backend->ctx_create(&c->state, m->backend_state, m, &c->desc, err);
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *m, const qwen3_ctx_desc *desc,
                                         char *err_text, size_t err_size) {
     qwen3i_err err;
@@ -17567,6 +17614,7 @@ static size_t qwen3i_guide_size(const qwen3_ctx *c) {
     return sizeof(qwen3i_guide) + (size_t)c->masker->v->n_words * sizeof(uint32_t);
 }
 
+QWEN3I_COLD
 QWEN3_API void qwen3_ctx_free(qwen3_ctx *c) {
     qwen3_allocator a;
     int i;
@@ -18741,6 +18789,7 @@ static qwen3i_reply qwen3i_reply_begin(const char *text, size_t n, int kind) {
     return r;
 }
 
+QWEN3I_COLD
 QWEN3_API int qwen3_reply_parse(const char *text, size_t n_bytes, int kind, qwen3_msg *out, void *memory,
                                 size_t size, char *err_text, size_t err_size) {
     const qwen3i_err err = qwen3i_err_begin(err_text, err_size);
@@ -19024,6 +19073,7 @@ static int qwen3i_take_held(qwen3_ctx *c, int seq, int n) {
 }
 
 /* Render a conversation and plan to bring the sequence up to date with it. */
+QWEN3I_COLD
 static qwen3_result qwen3i_plan_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat,
                                      const qwen3i_err *err) {
     int n = qwen3i_chat_render(c->model, chat, c->prompt, c->desc.max_ctx, err);
@@ -19322,6 +19372,7 @@ static int qwen3i_normalise(float *x, int n) {
     return numbers;
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, const char *text, float *out) {
     const char *parts[4];
     qwen3i_err err;
@@ -19407,6 +19458,7 @@ static qwen3_result qwen3i_yes_or_no(qwen3_ctx *c, int seq, float *score, const 
     return r == QWEN3_OK ? qwen3i_relevance((double)logits[yes], (double)logits[no], score, err) : r;
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, const char *query,
                                     const char *document, float *score) {
     const char *parts[6];
@@ -19562,6 +19614,7 @@ static qwen3_result qwen3i_save_file(qwen3_ctx *c, int seq, const qwen3_state *s
     return r;
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *c, int seq, qwen3_state *st) {
     qwen3i_state_header h;
     qwen3i_err err;
@@ -19671,6 +19724,7 @@ static qwen3_result qwen3i_load_rest(const qwen3i_state_header *h, const char *s
     return QWEN3_OK;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_load(qwen3_ctx *c, int seq, const void *src, uint64_t size, qwen3_state *st,
                                 const qwen3i_err *err) {
     qwen3i_seq *s = &c->seqs[seq];
@@ -19700,6 +19754,7 @@ static qwen3_result qwen3i_load_file(qwen3_ctx *c, int seq, qwen3_state *st, con
     return r;
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_seq_load(qwen3_ctx *c, int seq, qwen3_state *st) {
     qwen3i_err err;
     qwen3_result r = qwen3i_enter_seq(c, seq, &err);
