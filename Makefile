@@ -28,8 +28,10 @@ CUDA_OBJ  = build/qwen3_cuda.o
 CUDA_LAB  = build/cuda_lab.o
 CUDA_DEF  = -DQWEN3_WITH_CUDA
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
-LDLIBS   += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 $(if $(NO_CUBLASLT),,-lcublasLt) -lcudart -lstdc++
-NVCCFLAGS += $(if $(NO_CUBLASLT),-DQWEN3_CUDA_NO_CUBLASLT)
+NCCL     ?= $(if $(wildcard $(CUDA_HOME)/include/nccl.h),1)
+LDLIBS   += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/lib -Wl,-rpath,$(CUDA_HOME)/lib \
+            $(if $(NO_CUBLASLT),,-lcublasLt) $(if $(filter 1,$(NCCL)),-lnccl) -lcudart -lstdc++
+NVCCFLAGS += $(if $(NO_CUBLASLT),-DQWEN3_CUDA_NO_CUBLASLT) $(if $(filter 1,$(NCCL)),-DQWEN3_CUDA_NCCL)
 endif
 
 all: example bench build/check lib

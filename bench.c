@@ -33,13 +33,14 @@ static const char usage[] =
     "                  sequences of CTX tokens: bytes, FLOP, and share of the limits (1@512,64@512,2048; \"\": none)\n"
     "  --first         time to the first token, in parts (--start: with CUDA's own start before, apart)\n"
     "  --draft LIST    decode once more with up to 8 guesses a step, of which this share is right, e.g. 0,0.6,0.8,1\n"
+    "  --devices LIST  GPUs that share the model, as in 0,1 (shares of the stream are then of all of them)\n"
     "  --chunk N --threads N --kv f32|f16|bf16|q8_0 --standard --cuda --cpu\n"
     "  --json          one JSON object a line\n"
     "  --fused-baseline    only: RMSNorm + QKV on the GPU beside a kernel that fuses them, for --random SIZE or all\n"
     "                  (make build/bench_fused makes a bench that has it)\n";
 
 typedef struct options {
-    const char *path, *random, *type, *tests, *batch, *kernels, *draft;
+    const char *path, *random, *type, *tests, *batch, *kernels, *draft, *devices;
     int layers, own_tests, first, start, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
 } options;
 
@@ -88,6 +89,7 @@ static options parse(int argc, char **argv) {
             else if (!strcmp(a, "--kernels")) o.kernels = v;
             else if (!strcmp(a, "--batch"))   o.batch = v;
             else if (!strcmp(a, "--draft"))   o.draft = v;
+            else if (!strcmp(a, "--devices")) o.devices = v;
             else if (!strcmp(a, "--layers"))  o.layers = whole(a, v);
             else if (!strcmp(a, "--repeat"))  o.repeat = whole(a, v);
             else if (!strcmp(a, "--chunk"))   o.chunk = whole(a, v);
@@ -307,6 +309,7 @@ typedef struct bench {
     double stream;                      /* bytes a second; 0: not measured */
     double product;                     /* multiplications and additions a second, of a large F16 product; as above */
     uint64_t step_bytes;                /* weights read for one decode step */
+    int n_devices;
 } bench;
 
 static void must(const bench *b, qwen3_result r, const char *what) {
@@ -544,12 +547,15 @@ static void run_kernels(bench *b, int rows, int ctx) {
     err = qwen3i_ctx_err(b->ctx);
     if (b->product <= 0) {
         must(b, cuda_lab()->limits(b->ctx->state, &b->stream, &b->product, &err), "limits");
+        b->stream *= b->n_devices;
+        b->product *= b->n_devices;
         if (b->opt.json)
             printf("{\"limits\":\"%s\",\"stream_bytes_per_s\":%.5g,\"product_flop_per_s\":%.5g}\n", b->info.device_name,
                    b->stream, b->product);
         else
             printf("limits: stream read %.3f TB/s, F16 product %.1f TFLOP/s\n", b->stream * 1e-12, b->product * 1e-12);
     }
+    if (b->n_devices > 1) return;       /* operations are of one device: the others would have to join in */
     for (i = 0; i < (ctx > 0 ? rows : 1); i++) fill_sequence(b, i, ctx > 0 ? ctx : rows);      /* nothing on zeros */
     set_rows(b, rows, ctx);
     must(b, cuda_lab()->run(b->ctx->state, LAB_EMBED, 0, 1, NULL, &err), "embed");
@@ -633,9 +639,10 @@ static void run_batches(bench *b, const char *name) {
 static void load(bench *b) {
     qwen3_load_desc d;
     qwen3_file files[2];
-    char config[1024], err[512];
+    char config[1024], err[512], *end;
+    const char *at;
     qwen3_result r = QWEN3_ERR_DEVICE;
-    int i;
+    int i, devices[16];
     memset(&d, 0, sizeof d);
     d.path = b->opt.path;
     if (!b->opt.path) {
@@ -649,12 +656,18 @@ static void load(bench *b) {
         d.files = files;
         d.n_files = 2;
     }
+    for (at = b->opt.devices; at && *at && d.n_devices < 16; at = *end == ',' ? end + 1 : end) {
+        devices[d.n_devices++] = (int)strtol(at, &end, 10);
+        if (end == at) die("--devices: numbers with commas between them, not", b->opt.devices);
+    }
+    d.devices = devices;
     if (HAVE_CUDA && !b->opt.cpu) {
         d.backend = b->opt.standard ? cuda_lab_standard() : qwen3_cuda_backend();
         r = qwen3_load(&b->model, &d, err, sizeof err);
     } else if (b->opt.cuda) die("--cuda: this program was built without CUDA", NULL);
     if (r == QWEN3_ERR_DEVICE && !b->opt.cuda) { d.backend = NULL; r = qwen3_load(&b->model, &d, err, sizeof err); }
     if (r != QWEN3_OK) die(qwen3_result_string(r), err);
+    b->n_devices = d.n_devices > 1 ? d.n_devices : 1;
     b->info = qwen3_get_info(b->model);
     b->step_bytes = b->info.weight_bytes - idle_bytes(b->model);
     if (b->model->weights.head.data != b->model->weights.embed.data)            /* an embedding of its own is looked up, not read */

@@ -14,8 +14,8 @@
 #endif
 
 /* ---- options ---------------------------------------------------------------------------------------- */
-enum { PROMPT, SYSTEM, NO_THINK, TEMP, TOP_P, TOP_K, MIN_P, SEED, MAX, BUDGET, DRAFT, CTX, SHIFT, THREADS, TOOLS,
-       HELD, CUDA = HELD + 3, CPU, NUL, THOUGHTS, HELP, N_OPTIONS };
+enum { PROMPT, SYSTEM, NO_THINK, TEMP, TOP_P, TOP_K, MIN_P, SEED, MAX, BUDGET, DRAFT, CTX, SHIFT, THREADS,
+       TOOLS, HELD, CUDA = HELD + 3, CPU, DEVICES, NUL, THOUGHTS, HELP, N_OPTIONS };
 static const struct { const char *name, *value; double high; const char *help; } options[N_OPTIONS] = {
     {"-p", "TEXT", 0, "ask this, print the answer, and leave"},       /* high > 0: a number from 0 to that */
     {"-s", "TEXT", 0, "system prompt (@FILE: from a file)"},
@@ -36,12 +36,12 @@ static const struct { const char *name, *value; double high; const char *help; }
     {"--regex", "TEXT", 0, "answers match this regular expression"},
     {"--grammar", "FILE", 0, "answers are of this grammar, in llama.cpp's notation"},
     {"--cuda", "", 0, "insist on the GPU (default: the GPU if there is one)"}, {"--cpu", "", 0, "insist on the CPU"},
+    {"--devices", "LIST", 0, "GPUs that share the model, as in 0,1"},
     {"-0", "", 0, "in a pipe, end each answer with a NUL byte instead of a newline"},
     {"--thoughts", "", 0, "in a pipe, print thoughts, too"}, {"--help", "", 0, "this"},
 };
 static const char *text[N_OPTIONS];     /* what was given after it; NULL: the option was not given */
 static double number[N_OPTIONS];
-
 static const char commands[] = "In the chat: /help /reset /system TEXT /save FILE /load FILE /tool TEXT /quit"
                                "; Ctrl-C stops an answer, Ctrl-D ends the chat.\n";
 
@@ -64,13 +64,12 @@ static const char *parse(int argc, char **argv) {
         char *end;
         number[o] = strtod(text[o], &end);
         if (end != text[o] && !*end && number[o] >= 0 && number[o] <= options[o].high) continue;
-        fprintf(stderr, "example: %s takes a number up to %g, not %s\n", argv[i - 1],
-                options[o].high, argv[i]);
+        fprintf(stderr, "example: %s: a number up to %g, not %s\n", argv[i - 1], options[o].high, argv[i]);
         exit(2);
     }
     if (model && !text[HELP]) return model;
     FILE *f = text[HELP] ? stdout : stderr;
-    fputs("usage: example MODEL_DIR [options]    chat with a Qwen3 model (Hugging Face directory)\n", f);
+    fputs("usage: example MODEL [options]    chat with a Qwen3 model (Hugging Face directory or GGUF file)\n", f);
     for (int o = 0; o < N_OPTIONS; o++)
         fprintf(f, "  %-14s %-4s %s\n", options[o].name, options[o].value, options[o].help);
     fputs(commands, f);
@@ -242,8 +241,7 @@ static int command(chat *c, char *line) {
 
 /* Questions and commands, line by line, until there are no more. Returns 0 if one failed. */
 static int talk(chat *c) {
-    string line = {NULL, 0, 0};
-    int ok = 1;
+    string line = {NULL, 0, 0}; int ok = 1;
     const qwen3_info f = qwen3_get_info(c->model);
     if (c->terminal) fprintf(stderr, "%.0f million parameters, %s, %.0f MB, on %s (%s). %s",
                              (double)f.n_params * 1e-6, f.weight_type, (double)f.weight_bytes * 1e-6,
@@ -289,14 +287,17 @@ static int show_progress(float done, void *user) {
 
 /* Load on the GPU if there is one and it is wanted, else on the CPU, and create the context. */
 static void start(chat *c, const char *path) {
-    qwen3_load_desc d = {.path = path, .progress = show_progress};
-    char err[512] = "";
+    int devices[16];
+    char err[512] = "", *at = (char *)text[DEVICES];
+    qwen3_load_desc d = {.path = path, .devices = devices, .progress = show_progress};
+    for (; at && *at && d.n_devices < 16; at += *at == ',') devices[d.n_devices++] = (int)strtol(at, &at, 10);
 #ifdef QWEN3_WITH_CUDA
     d.backend = text[CPU] ? NULL : qwen3_cuda_backend();
 #endif
-    if (text[CUDA] && !d.backend) die(2, "--cuda: not in this program; `make cuda` builds it in", NULL);
+    const int insists = text[CUDA] || text[DEVICES];
+    if (insists && !d.backend) die(2, "no GPU: not in this program; `make cuda` builds it in", NULL);
     qwen3_result r = qwen3_load(&c->model, &d, err, sizeof err);
-    if (d.backend && !text[CUDA] && (r == QWEN3_ERR_DEVICE || r == QWEN3_ERR_DEVICE_MEMORY)) {
+    if (d.backend && !insists && (r == QWEN3_ERR_DEVICE || r == QWEN3_ERR_DEVICE_MEMORY)) {
         d.backend = NULL;
         r = qwen3_load(&c->model, &d, err, sizeof err);
     }

@@ -2,8 +2,9 @@
 
        nvcc -O3 -std=c++17 -arch=native -c qwen3_cuda.cu
        cc -O2 app.c qwen3_cuda.o -lcublasLt -lcudart -lstdc++ -lm -lpthread
-   With -DQWEN3_CUDA_NO_CUBLASLT that library is not needed: products of many rows are then done by a kernel
-   of this file's wherever Hopper's own do not serve.
+   With -DQWEN3_CUDA_NO_CUBLASLT that library is not needed: products of many rows are then done by a kernel of
+   this file's wherever Hopper's own do not serve. With -DQWEN3_CUDA_NCCL and -lnccl (2.18 or later) several
+   devices can share a model.
 
    Compute capability 7.5 and up. Everything between the matrices is float32: residual, norms, gains,
    rotation, scores, softmax, the SwiGLU product and all accumulators.
@@ -28,21 +29,13 @@
      functions (struct path), chosen in one place (way_for). tests/cuda_lab.cu has one more, with one plain
      kernel for each operation, to compare with.
    ORDER    No sum depends on timing: splits follow from shapes, partial sums are added in a fixed order,
-     and atomics only count integers. The same input gives the same bits. In an invariant context a row's bits
-     do not depend on the others of a batch of up to 16 rows either: all of these go one way, by kernels whose
-     sums depend on the row alone.
-   WORDS    A row is a token's vector (a row of x) or a row of a matrix; a tile is what a block multiplies at
-     a time, a ring the stages in shared memory that tiles come to by asynchronous copies. In names: matvec_
-     and vector_ are 1 to 8 rows, their weights in registers; stream_ is one row, its weights by a ring; few_
-     are batches of 2 to 64 rows on Hopper, where the bytes of the weights count; wide_ are more rows there,
-     where the speed of the tensor cores does; gemm_ is any number of rows by cuBLASLt; block_ is what
-     multiplies quantised weights by 1 to 8 rows. halves are F16.
+     and atomics only count integers. The same input gives the same bits.
 
    Rooms: errors, memory, launching; device helpers; model and context; weights; then the operations, each
    with its kernels and what launches them: rows, norm, product, Q K V, attention, output, MLP, experts,
-   logits, choice; then paths, creating a context, steps, the backend. A kernel's head comment gives shapes,
-   launch, order of the sums, and the function of qwen3.h that it equals. tests/cuda_lab.cu includes this file
-   and adds what only tests and benches want. */
+   logits, choice; then paths, creating a context, steps, the backend. A kernel's head comment gives shapes, launch,
+   order of the sums, and the function of qwen3.h that it equals. tests/cuda_lab.cu includes this file and
+   adds what only tests and benches want. */
 
 #define QWEN3_BACKEND_INTERFACE
 #include "qwen3.h"
@@ -54,8 +47,12 @@
 #ifndef QWEN3_CUDA_NO_CUBLASLT
   #include <cublasLt.h>
 #endif
+#ifdef QWEN3_CUDA_NCCL
+  #include <nccl.h>
+#endif
 #include <limits.h>
 #include <stdlib.h>
+#include <atomic>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -99,11 +96,10 @@ const int GROUP_LEAST   = 64;
 #endif
 const int MOST_HELPERS  = 8;
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
-const int SAME_ROWS     = QWEN3I_SAME_ROWS;     /* up to here, of an invariant context, a row is as alone, ... */
-const int SAME_SPLIT    = 4;            /* ... and its attention is split as that of so many rows */
 const int MATVEC_WARPS  = 8;
 const int MATVEC_TILE   = 8192;         /* floats of x that a block holds at a time */
 const int HEAD_ROWS     = 64;           /* the most rows whose logits are computed at a time */
+const int MOST_RANKS    = 16;           /* of one process */
 const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
 const int SPLIT_WARPS   = 4;
 const int TILE_ROWS     = 64;           /* (token, head) rows and ...               */
@@ -136,6 +132,15 @@ static qwen3_result cuda_fail(const qwen3i_err *err, cudaError_t e, const char *
         const cudaError_t e_ = (call); \
         if (e_ != cudaSuccess) return cuda_fail(err, e_, #call); \
     } while (0)
+
+#ifdef QWEN3_CUDA_NCCL
+#define NCCL_TRY(call) \
+    do { \
+        const ncclResult_t e_ = (call); \
+        if (e_ != ncclSuccess) \
+            return qwen3i_fail(err, QWEN3_ERR_DEVICE, "NCCL: %s: %s", #call, ncclGetErrorString(e_)); \
+    } while (0)
+#endif
 
 /* Makes a device current and afterwards restores the caller's. */
 struct device_guard {
@@ -529,7 +534,7 @@ const int WIDE_N_MORE  = 160;           /* ... or these in a single part, where 
 const int WIDE_K       = 64;
 const int WIDE_THREADS = 384;           /* a warpgroup that loads, two that multiply */
 const int WIDE_POS     = 128;           /* positions of a tile of attention, and its rows */
-const int HEAD_DIM     = 128;           /* of all that tensor cores do with heads: every released model's */
+const int WIDE_DIM     = 128;           /* head_dim */
 const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
 /* What a product takes in at a time, in shared memory: P parts of N rows of W each, then R rows of x. */
 template <int N, int R, int P = 1> struct product_tile {
@@ -784,7 +789,13 @@ struct matrix {
 /* Elements from the first term of n rows of a product's input to the second; 0: there is only one. */
 static size_t rest_of(const matrix &w, int n) { return w.terms == 2 ? (size_t)n * w.ld : 0; }
 
-const int HEAD_KIND = 4, KINDS = 5;
+const int OUT_KIND = 1, DOWN_KIND = 3, HEAD_KIND = 4, KINDS = 5;
+
+#ifdef QWEN3_CUDA_NCCL
+typedef ncclComm_t communicator;
+#else
+typedef void *communicator;
+#endif
 
 struct layer_weights {
     float *attn_norm, *q_norm, *k_norm, *mlp_norm;
@@ -805,7 +816,13 @@ struct cuda_model {
     matrix          embed, head;
     float          *final_norm;
     bool            wide;               /* products with many rows can go through the kernels for Hopper */
+    int             rank, n_ranks;      /* see RANKS; one of one: config and weights are the model's own */
+    int             first_kv, all_kv;   /* its key/value heads begin there; the model's */
+    communicator    comm;
+    cuda_model    **fellows;            /* [n_ranks] those of this process; NULL: one device, or one a process */
 };
+
+struct rank_group;                      /* see RANKS */
 
 struct row_info {                       /* row i of a batch, and what is wanted of it; in device memory */
     int token, seq, position;
@@ -916,6 +933,10 @@ struct cuda_ctx {
 
     expert_buffers experts;
 
+    communicator comm;                          /* see RANKS */
+    rank_group  *ranks;                         /* of rank 0: the others, if they are in this process */
+    float       *gathered;                      /* [n_ranks, head_rows, n_vocab / n_ranks] */
+
     /* pinned host memory */
     upload_slot slots[RING];
     cudaEvent_t uploaded[RING], reported[RING];
@@ -978,22 +999,15 @@ struct path_step { int rows; const path *way; };        /* up to so many rows */
 /* The ways of a context, from few rows to many, and the memory that they need. */
 struct path_set {
     path_step    steps[3];
-    bool         hopper;                /* many rows go through the kernels for Hopper */
     void         (*memory)(cuda_ctx *c, arena *a);
     qwen3_result (*prepare)(cuda_ctx *c, const qwen3i_err *err);
 };
-
-/* May a kernel do so many rows whose sums have an order that only one row has? */
-static bool goes_alone(const cuda_ctx *c, int rows) { return rows == 1 && !c->desc.invariant; }
 
 static const path *way_for(const cuda_ctx *c, int n) {
     const path_step *s = c->paths->steps;
     while (n > s->rows) s++;
     return s->way;
 }
-
-/* So many rows always go through attention one by one, and at most so many through matrix-vector kernels. */
-static int most_single(const cuda_ctx *c) { return c->desc.invariant ? SAME_ROWS : MATVEC_ROWS; }
 
 /* All that depends on how many rows a batch has is decided here. */
 static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
@@ -1602,7 +1616,7 @@ struct piece {                          /* rows of a matrix, from the file to th
     char       *to;
     const char *from;
     int         rows, cols;
-    size_t      in, out;                /* bytes of a row */
+    size_t      in, out, stride;        /* bytes of a row; from row to row of the file */
     qwen3i_type to_type, from_type;     /* they differ: numbers that become F32 */
     int         ends;                   /* the group that it completes, or -1 */
 };
@@ -1627,8 +1641,11 @@ struct uploader {
 /* To rows of the device's type, zero from the last element on. */
 static void pack_rows(char *to, const piece &p) {
     const char *from = p.from;
-    if (p.to_type == p.from_type && p.in == p.out) { memcpy(to, from, p.in * (size_t)p.rows); return; }
-    for (int r = 0; r < p.rows; r++, to += p.out, from += p.in) {
+    if (p.to_type == p.from_type && p.in == p.out && p.in == p.stride) {
+        memcpy(to, from, p.in * (size_t)p.rows);
+        return;
+    }
+    for (int r = 0; r < p.rows; r++, to += p.out, from += p.stride) {
         memset(to, 0, p.out);
         if (p.to_type == p.from_type) memcpy(to, from, p.in);
         else for (int i = 0; i < p.cols; i++) {
@@ -1671,8 +1688,8 @@ static void close_uploader(uploader *u) {
     host_free(u->allocator, u->pieces, (size_t)u->n * sizeof *u->pieces);
 }
 
-/* f(arg) on a thread of its own, if the system has one more. Signals stay with the caller's threads. */
-template <class F, class A> static bool begin_thread(std::thread *t, F f, A arg) {
+/* f() on a thread of its own, if the system has one more. Signals stay with the caller's threads. */
+template <class F> static bool begin_thread(std::thread *t, F f) {
     bool begun = true;
 #ifndef _WIN32
     sigset_t all, callers;
@@ -1680,7 +1697,7 @@ template <class F, class A> static bool begin_thread(std::thread *t, F f, A arg)
     pthread_sigmask(SIG_SETMASK, &all, &callers);       /* a thread begins with the mask of its maker */
 #endif
     try {
-        *t = std::thread(f, arg);
+        *t = std::thread(f);
     } catch (const std::exception &) { begun = false; }
 #ifndef _WIN32
     pthread_sigmask(SIG_SETMASK, &callers, NULL);
@@ -1692,7 +1709,7 @@ template <class F, class A> static bool begin_thread(std::thread *t, F f, A arg)
 static void call_helpers(uploader *u) {
     const int cores = (int)std::thread::hardware_concurrency(),
               want = least(least(cores, MOST_HELPERS), u->n / SLOTS);
-    for (int i = 0; i < want && begin_thread(&u->helpers[i], help_uploading, u); i++) { }
+    for (int i = 0; i < want && begin_thread(&u->helpers[i], [=] { help_uploading(u); }); i++) { }
 }
 
 static qwen3_result open_uploader(uploader *u, const qwen3i_err *err) {
@@ -1704,21 +1721,23 @@ static qwen3_result open_uploader(uploader *u, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
-/* Rows of so many bytes of the given type from a matrix; a dry run (no pieces yet) counts. */
+/* Rows of so many bytes of the given type from a matrix, which may be one of `beside` that lie side by side; a
+   dry run (no pieces yet) counts. */
 static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, size_t out, const qwen3i_matrix &w,
-                               const qwen3i_err *err) {
-    const size_t in = stored_row_bytes((int)w.type, w.cols);
+                               int beside, const qwen3i_err *err) {
+    const size_t in = stored_row_bytes((int)w.type, w.cols), stride = in * (size_t)beside;
     const int step = (int)least((size_t)w.rows, PIECE / out);
     if (step == 0)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: a matrix has rows of %llu bytes",
                            (unsigned long long)out);
     for (int r = 0; r < w.rows; r += step, u->n++) {
         const piece p = {to + (size_t)r * out,
-                         (const char *)w.data + (size_t)r * in,
+                         (const char *)w.data + (size_t)r * stride,
                          least(step, w.rows - r),
                          w.cols,
                          in,
                          out,
+                         stride,
                          type,
                          w.type,
                          -1};
@@ -1730,7 +1749,7 @@ static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, size_t o
 
 static qwen3_result add_gain(uploader *u, float *to, const float *from, int n, const qwen3i_err *err) {
     const qwen3i_matrix w = {from, 1, n, QWEN3I_F32};
-    return add_pieces(u, (char *)to, QWEN3I_F32, (size_t)n * sizeof *to, w, err);
+    return add_pieces(u, (char *)to, QWEN3I_F32, (size_t)n * sizeof *to, w, 1, err);
 }
 
 static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
@@ -1738,13 +1757,14 @@ static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *
     weight_group g;
     for (int i = 0; model_group(m, w, i, &g); i++) {
         const size_t row = (size_t)g.to->ld * qwen3i_type_size(g.to->type);
+        const int beside = g.to->kind == OUT_KIND || g.to->kind == DOWN_KIND ? m->n_ranks : 1;
         char *to = (char *)g.to->data;
         for (int k = 0; k < g.n; k++) {
             const qwen3i_matrix &from = group_from(g, k);
             if (g.to->n_parts > 0)
                 TRY(add_pieces(u, (char *)g.to->parts[k].data, from.type, (size_t)g.to->parts[k].row_bytes,
-                               from, err));
-            else TRY(add_pieces(u, to, g.to->type, row, from, err));
+                               from, beside, err));
+            else TRY(add_pieces(u, to, g.to->type, row, from, beside, err));
             to += (size_t)from.rows * row;
         }
         if (u->pieces) u->pieces[u->n - 1].ends = i;
@@ -1757,7 +1777,7 @@ static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *
         TRY(add_gain(u, m->layers[i].k_norm, l->k_norm, head_dim, err));
         if (l->experts)
             TRY(add_pieces(u, (char *)m->layers[i].router, QWEN3I_F32, (size_t)n_embd * sizeof(float),
-                           l->experts->router, err));
+                           l->experts->router, 1, err));
     }
     return add_gain(u, m->final_norm, w->final_norm, n_embd, err);
 }
@@ -1907,7 +1927,7 @@ static CUtensorMap get_map(const stored_map &m) {
    Hopper? */
 static bool fits_wide(const cuda_model *m) {
     const qwen3i_config *g = &m->config;
-    if (m->capability != 90 || g->head_dim != HEAD_DIM || g->n_head / g->n_head_kv > WIDE_M) return false;
+    if (m->capability != 90 || g->head_dim != WIDE_DIM || g->n_head / g->n_head_kv > WIDE_M) return false;
     if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 8 * norm_threads(8)) return false;
     for (int i = 0; i < g->n_layer; i++) {
         const layer_weights &l = m->layers[i];
@@ -1973,6 +1993,17 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
     return QWEN3_OK;
 }
 
+/* A rank's rows of a matrix on the device */
+static matrix own_rows(const matrix &w, int rank, int n_ranks) {
+    matrix own = w;
+    own.rows = w.rows / n_ranks;
+    const size_t first = (size_t)rank * own.rows;
+    if (w.n_parts == 0) own.data = (char *)w.data + first * w.ld * qwen3i_type_size(w.type);
+    else own.parts[0].data += first * (size_t)w.parts[0].row_bytes;
+    own.parts[0].rows = own.rows;
+    return own;
+}
+
 static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weights *w, unsigned *tops,
                                    const qwen3i_err *err) {
     weight_group g;
@@ -1983,6 +2014,7 @@ static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weig
     CUDA_TRY(cudaMemsetAsync(tops, 0, (size_t)n_groups * sizeof *tops, u->converting));
     TRY(send_pieces(u, m, w, tops, err));
     TRY(fetch_scales(u, m, w, tops, n_groups, err));
+    if (m->n_ranks > 1 && m->head.rows == 0) m->head = own_rows(m->embed, m->rank, m->n_ranks);
     TRY(prepare_wide(u, m, err));
     if (m->head.rows == 0) m->head = m->embed;
     CUDA_TRY(cudaStreamSynchronize(u->stream));
@@ -2059,46 +2091,230 @@ static void free_model(void *model_state) {
     cuda_model *m = (cuda_model *)model_state;
     if (!m) return;
     const qwen3_allocator a = m->allocator;
-    if (m->memory) {
+    for (int i = 1; m->fellows && i < m->n_ranks; i++) free_model(m->fellows[i]);
+    {
         device_guard guard(m->device);
-        cudaFree(m->memory);
+#ifdef QWEN3_CUDA_NCCL
+        if (m->comm) ncclCommDestroy(m->comm);
+#endif
+        if (m->memory) cudaFree(m->memory);
     }
+    host_free(&a, m->fellows, (size_t)m->n_ranks * sizeof *m->fellows);
     host_free(&a, m->layers, (size_t)m->config.n_layer * sizeof *m->layers);
     host_free(&a, m, sizeof *m);
 }
 
-static qwen3_result fill_model(cuda_model *m, const qwen3i_model_view *view, const qwen3_load_desc *desc,
+/* ---- a rank's part of a model, as if it were a model of its own ---- */
+struct model_share {
+    qwen3i_config  config;
+    qwen3i_weights weights;
+    qwen3i_layer   *layers;             /* [n_layer] */
+    qwen3i_experts *experts;            /* [n_layer] */
+    qwen3i_matrix  *matrices;           /* [n_layer, 3, n_expert] */
+    char           *memory;
+    size_t          size;
+};
+
+static qwen3i_matrix some_rows(const qwen3i_matrix &w, int first, int n) {
+    const qwen3i_matrix part = {(const char *)w.data + (size_t)first * stored_row_bytes((int)w.type, w.cols),
+                                n, w.cols, w.type};
+    return part;
+}
+/* Its rows are as far apart as w's. */
+static qwen3i_matrix some_cols(const qwen3i_matrix &w, int first, int n) {
+    const qwen3i_matrix part = {(const char *)w.data + stored_row_bytes((int)w.type, first), w.rows, n,
+                                w.type};
+    return part;
+}
+
+static qwen3_result check_division(const qwen3i_config *c, int n, const qwen3i_err *err) {
+    const struct { const char *what; int count; } counts[] = {
+        {"heads", c->n_head}, {"rows of the MLP", c->n_ff},
+        {"rows of an expert", c->n_ff_expert}, {"tokens", c->n_vocab}
+    };
+    for (const auto &k : counts)
+        if (k.count % n != 0)
+            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: %d %s cannot be divided among %d devices",
+                               k.count, k.what, n);
+    if (c->n_head_kv % n == 0 || n % c->n_head_kv == 0) return QWEN3_OK;
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                       "CUDA: %d key/value heads cannot be divided among %d devices", c->n_head_kv, n);
+}
+
+/* Columns of blocks begin with a block. */
+static qwen3_result check_columns(const qwen3i_matrix &w, int n, const qwen3i_err *err) {
+    if (w.cols / n % block_elements((int)w.type) == 0) return QWEN3_OK;
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                       "CUDA: rows of %d in blocks of %d cannot be divided among %d devices", w.cols,
+                       block_elements((int)w.type), n);
+}
+
+static void share_experts(qwen3i_experts *to, const qwen3i_experts &from, qwen3i_matrix *m, int n, int rank,
+                          int ff) {
+    to->router = from.router;
+    to->gate = m; to->up = m + n; to->down = m + 2 * n;
+    for (int i = 0; i < n; i++) {
+        m[i] = some_rows(from.gate[i], rank * ff, ff);
+        m[n + i] = some_rows(from.up[i], rank * ff, ff);
+        m[2 * n + i] = some_cols(from.down[i], rank * ff, ff);
+    }
+}
+
+static qwen3_result share_layer(model_share *s, const qwen3i_layer &from, int i, const cuda_model *m,
+                                const qwen3i_err *err) {
+    const qwen3i_config *g = &s->config;
+    const int q = g->n_head * g->head_dim, kv = g->n_head_kv * g->head_dim,
+              first_kv = m->first_kv * g->head_dim;
+    qwen3i_layer *to = &s->layers[i];
+    *to = from;
+    TRY(check_columns(from.wo, m->n_ranks, err));
+    to->wq = some_rows(from.wq, m->rank * q, q);
+    to->wk = some_rows(from.wk, first_kv, kv);
+    to->wv = some_rows(from.wv, first_kv, kv);
+    to->wo = some_cols(from.wo, m->rank * q, q);
+    if (from.experts) {
+        TRY(check_columns(from.experts->down[0], m->n_ranks, err));
+        share_experts(&s->experts[i], *from.experts, s->matrices + (size_t)i * 3 * g->n_expert, g->n_expert,
+                      m->rank, g->n_ff_expert);
+        to->experts = &s->experts[i];
+        return QWEN3_OK;
+    }
+    TRY(check_columns(from.w_down, m->n_ranks, err));
+    to->w_gate = some_rows(from.w_gate, m->rank * g->n_ff, g->n_ff);
+    to->w_up = some_rows(from.w_up, m->rank * g->n_ff, g->n_ff);
+    to->w_down = some_cols(from.w_down, m->rank * g->n_ff, g->n_ff);
+    return QWEN3_OK;
+}
+
+static void lay_out_share(model_share *s, arena *a) {
+    s->layers = a->take<qwen3i_layer>((u64)s->config.n_layer);
+    s->experts = a->take<qwen3i_experts>((u64)s->config.n_layer);
+    s->matrices = a->take<qwen3i_matrix>((u64)s->config.n_layer, 3 * (u64)s->config.n_expert);
+}
+
+static qwen3_result make_share(model_share *s, const qwen3i_model_view *view, cuda_model *m,
                                const qwen3i_err *err) {
+    const qwen3i_config *all = view->config;
+    const int n = m->n_ranks, rows = all->n_vocab / n;
+    arena measured(NULL);
+    s->config = *all;
+    s->weights = *view->weights;
+    if (n == 1) return QWEN3_OK;
+    TRY(check_division(all, n, err));
+    s->config.n_head /= n;
+    s->config.n_head_kv = most(all->n_head_kv / n, 1);
+    s->config.n_ff /= n;
+    s->config.n_ff_expert /= n;
+    m->first_kv = (int)((long long)m->rank * all->n_head_kv / n);
+    lay_out_share(s, &measured);
+    s->size = (size_t)measured.size();
+    s->memory = (char *)host_alloc(view->allocator, s->size);
+    if (!s->memory) return no_host_memory(err, s->size);
+    arena taken(s->memory);
+    lay_out_share(s, &taken);
+    for (int i = 0; i < all->n_layer; i++) TRY(share_layer(s, view->weights->layers[i], i, m, err));
+    s->weights.layers = s->layers;
+    if (view->weights->head.data != view->weights->embed.data)
+        s->weights.head = some_rows(view->weights->head, m->rank * rows, rows);
+    return QWEN3_OK;
+}
+
+static qwen3_result fill_model(cuda_model *m, const qwen3i_weights *weights, int device,
+                               const qwen3_load_desc *desc, const qwen3i_err *err) {
     arena measured(NULL);
     unsigned *tops = NULL;
     uploader u = uploader();
     TRY(check_shapes(&m->config, err));
-    TRY(open_device(m, desc->device, err));
+    TRY(open_device(m, device, err));
     m->layers = (layer_weights *)host_alloc(&m->allocator, (size_t)m->config.n_layer * sizeof *m->layers);
     if (!m->layers) return no_host_memory(err, (size_t)m->config.n_layer * sizeof *m->layers);
     device_guard guard(m->device);
     CUDA_TRY(guard.status);
-    TRY(check_rows(m, view->weights, err));
-    lay_out_model(m, view->weights, &measured, &tops);
+    TRY(check_rows(m, weights, err));
+    lay_out_model(m, weights, &measured, &tops);
     TRY(device_alloc(&m->memory, measured.size(), "the model", err));
     arena taken(m->memory);
-    lay_out_model(m, view->weights, &taken, &tops);
+    lay_out_model(m, weights, &taken, &tops);
     u.desc = desc;
     u.allocator = &m->allocator;
     u.room = SLOTS;
-    const qwen3_result r = upload_weights(&u, m, view->weights, tops, err);
+    const qwen3_result r = upload_weights(&u, m, weights, tops, err);
     close_uploader(&u);
     return r;
 }
 
-static qwen3_result create_model_from(void **model_state, const qwen3i_model_view *view,
-                                      const qwen3_load_desc *desc, const qwen3i_err *err) {
+/* The model of a rank, on a device */
+static qwen3_result create_share(cuda_model **out, const qwen3i_model_view *view, int device, int rank,
+                                 int n_ranks, const qwen3_load_desc *desc, const qwen3i_err *err) {
     cuda_model *m = (cuda_model *)host_alloc(view->allocator, sizeof *m);
-    *model_state = NULL;
+    model_share s = model_share();
+    *out = NULL;
     if (!m) return no_host_memory(err, sizeof *m);
     m->allocator = *view->allocator;
-    m->config = *view->config;
-    const qwen3_result r = fill_model(m, view, desc, err);
+    m->rank = rank;
+    m->n_ranks = n_ranks;
+    m->all_kv = view->config->n_head_kv;
+    qwen3_result r = make_share(&s, view, m, err);
+    m->config = s.config;
+    if (r == QWEN3_OK) r = fill_model(m, &s.weights, device, desc, err);
+    host_free(view->allocator, s.memory, s.size);
+    if (r == QWEN3_OK) *out = m;
+    else free_model(m);
+    return r;
+}
+
+#ifdef QWEN3_CUDA_NCCL
+/* Progress of one of several loads */
+struct partial_progress { const qwen3_load_desc *desc; int i, n; };
+static int report_part(float done, void *part) {
+    const partial_progress *p = (const partial_progress *)part;
+    return p->desc->progress(((float)p->i + done) / (float)p->n, p->desc->progress_user);
+}
+
+static qwen3_result create_fellows(cuda_model *m, const qwen3i_model_view *view, const qwen3_load_desc *desc,
+                                   const qwen3i_err *err) {
+    ncclComm_t comms[MOST_RANKS] = {NULL};
+    const int n = m->n_ranks;
+    qwen3_load_desc part = *desc;
+    partial_progress progress = {desc, 0, n};
+    m->fellows = (cuda_model **)host_alloc(&m->allocator, (size_t)n * sizeof *m->fellows);
+    if (!m->fellows) return no_host_memory(err, (size_t)n * sizeof *m->fellows);
+    m->fellows[0] = m;
+    part.progress = desc->progress ? report_part : NULL;
+    part.progress_user = &progress;
+    for (progress.i = 1; progress.i < n; progress.i++)
+        TRY(create_share(&m->fellows[progress.i], view, desc->devices[progress.i], progress.i, n, &part,
+                         err));
+    NCCL_TRY(ncclCommInitAll(comms, n, desc->devices));
+    for (int i = 0; i < n; i++) m->fellows[i]->comm = comms[i];
+    return QWEN3_OK;
+}
+
+static qwen3_result join_ranks(cuda_model *m, const qwen3_load_desc *desc, const qwen3i_err *err) {
+    ncclUniqueId id;
+    device_guard guard(m->device);
+    CUDA_TRY(guard.status);
+    memcpy(&id, desc->nccl_id, sizeof id);
+    NCCL_TRY(ncclCommInitRank(&m->comm, m->n_ranks, id, m->rank));
+    return QWEN3_OK;
+}
+#endif
+
+static qwen3_result create_model_from(void **model_state, const qwen3i_model_view *view,
+                                      const qwen3_load_desc *desc, const qwen3i_err *err) {
+    const bool group = desc->n_devices > 1;
+    const int n = group ? desc->n_devices : most(desc->n_ranks, 1);
+    cuda_model *m = NULL;
+    *model_state = NULL;
+    if (group && n > MOST_RANKS)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: n_devices is %d; up to %d share a model", n,
+                           MOST_RANKS);
+    TRY(create_share(&m, view, desc->n_devices > 0 ? desc->devices[0] : desc->device, group ? 0 : desc->rank,
+                     n, desc, err));
+    qwen3_result r = QWEN3_OK;
+#ifdef QWEN3_CUDA_NCCL
+    if (n > 1) r = group ? create_fellows(m, view, desc, err) : join_ranks(m, desc, err);
+#endif
     if (r == QWEN3_OK) *model_state = m;
     else free_model(m);
     return r;
@@ -2128,8 +2344,8 @@ static void *start(const qwen3_load_desc *desc) {
     if (!memory) return NULL;
     starting_device *s = new (memory) starting_device();
     s->allocator = desc->allocator;
-    s->device = desc->device;
-    begin_thread(&s->thread, start_device, s);
+    s->device = desc->n_devices > 0 ? desc->devices[0] : desc->device;
+    begin_thread(&s->thread, [=] { start_device(s); });
     return s;
 }
 
@@ -2685,9 +2901,9 @@ static qwen3_result multiply_matrices(cuda_ctx *c, cudaStream_t s, float *y, con
 const int OWN_N = 128, OWN_K = 32;      /* rows of W in a block; columns at a time */
 const int OWN_LD = OWN_K + 8;           /* of a row in shared memory: eight of them lie in different banks */
 
-/* own_product: y[rows, n] = scale x[rows, k] W[n, k]^T + beta y in F16; k is a multiple of 8. A block of 8
-   warps has 32 ROW_WARPS rows of x and OWN_N of W; a warp has 32 of the rows. Sums in order of k, 16 columns
-   at a time. The product of qwen3i_matmul with rounded inputs. */
+/* own_product: y[rows, n] = scale x[rows, k] W[n, k]^T + beta y in F16; k is a multiple of 8. A block of 8 warps has
+   32 ROW_WARPS rows of x and OWN_N of W; a warp has 32 of the rows. Sums in order of k, 16 columns at a time. The
+   product of qwen3i_matmul with rounded inputs. */
 template <int ROW_WARPS>
 static __global__ void __launch_bounds__(256)
     own_product_kernel(float *y, product_shape a, float scale, float beta, const half_t *w, const half_t *x) {
@@ -2716,8 +2932,9 @@ static __global__ void __launch_bounds__(256)
                 load_matrices(xf[t], &xs[stage][(my_row + 16 * t + lane % 16) * OWN_LD + k + lane / 16 * 8]);
             UNROLL for (int c = 0; c < COLS / 16; c++) {
                 unsigned wf[4];
-                load_matrices(wf, &ws[stage][(my_col + 16 * c + lane / 16 * 8 + lane % 8) * OWN_LD + k +
-                                             lane / 8 % 2 * 8]);
+                load_matrices(
+                    wf,
+                    &ws[stage][(my_col + 16 * c + lane / 16 * 8 + lane % 8) * OWN_LD + k + lane / 8 % 2 * 8]);
                 UNROLL for (int t = 0; t < 2; t++) {
                     multiply(sum[t][2 * c], xf[t], wf[0], wf[1], half_t());
                     multiply(sum[t][2 * c + 1], xf[t], wf[2], wf[3], half_t());
@@ -2727,7 +2944,7 @@ static __global__ void __launch_bounds__(256)
         __syncthreads();
     }
     UNROLL for (int t = 0; t < 2; t++) UNROLL for (int c = 0; c < COLS / 8; c++)
-    UNROLL for (int i = 0; i < 4; i++) {
+        UNROLL for (int i = 0; i < 4; i++) {
         const int row = row0 + my_row + 16 * t + lane / 4 + i / 2 * 8,
                   col = col0 + my_col + 8 * c + lane % 4 * 2 + i % 2;
         if (row >= a.rows || col >= a.n) continue;
@@ -2736,8 +2953,7 @@ static __global__ void __launch_bounds__(256)
     }
 }
 
-/* The same in float32: 64 rows of x by 64 of W in a block of 256 threads, 4 by 4 in each; sums in order
-   of k. */
+/* The same in float32: 64 rows of x by 64 of W in a block of 256 threads, 4 by 4 in each; sums in order of k. */
 static __global__ void __launch_bounds__(256)
     own_product_f32_kernel(float *y, product_shape a, float scale, float beta, const float *w,
                            const float *x) {
@@ -2825,8 +3041,7 @@ static qwen3_result act_product(const pass *p, float *y, int ldy, const matrix &
     return product(p->c, p->s, y, ldy, w, first, n, p->c->act, p->n, p->err);
 }
 
-/* add_rows: x[row, :] += add[row, :] * scale[row] (scale NULL: 1). One block a row: the sum of
-   qwen3i_matmul_add. */
+/* add_rows: x[row, :] += add[row, :] * scale[row] (scale NULL: 1). One block a row: the sum of qwen3i_matmul_add. */
 static __global__ void add_rows_kernel(float *x, const float *add, const float *scale, int width, int ld) {
     const size_t base = (size_t)blockIdx.x * ld;
     const float s = scale ? scale[blockIdx.x] : 1.0f;
@@ -2950,13 +3165,12 @@ template <int NR> DEVICE void matvec_rows(int (&rows)[NR], int n) {
     UNROLL for (int j = 0; j < NR; j++) rows[j] = first + j < end ? first + j : -1;
 }
 
-/* matvec: y[slot(r), i] = (W x[r])_i, or += with `add`. x [rows, ldx] float32, rows <= R; y [.., ldy]
-   float32; slot(r) = outs ? its out_slot : r; none if that is -1. A warp has at most two rows of W; 8 warps a
-   block. Equals qwen3i_matmul, with `add` qwen3i_matmul_add. */
-template <class W, int R>
+/* matvec: y[slot(r), i] = (W x[r])_i, or += with ADD. x [rows, ldx] float32, rows <= R; y [.., ldy] float32;
+   slot(r) = outs ? its out_slot : r; none if that is -1. A warp has at most NR rows of W; 8 warps a block.
+   Equals qwen3i_matmul; with ADD the residual is added in float32. */
+template <class W, int R, int NR, bool ADD>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
-    matvec_kernel(matvec_in in, float *y, int ldy, const row_info *outs, bool add) {
-    const int NR = 2;
+    matvec_kernel(matvec_in in, float *y, int ldy, const row_info *outs) {
     __shared__ float4 xs[MATVEC_TILE / 4];
     int rows[NR];
     float acc[NR][R];
@@ -2970,7 +3184,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
         UNROLL for (int j = 0; j < NR; j++) {
             if (rows[j] < 0) continue;
             float &out = y[(size_t)slot * ldy + rows[j]];
-            out = add ? out + acc[j][r] : acc[j][r];
+            out = ADD ? out + acc[j][r] : acc[j][r];
         }
     }
 }
@@ -2991,21 +3205,18 @@ static int matvec_blocks(const pass *p, int n, int each) {
     return least(fill * times, ceil_div(n, MATVEC_WARPS));
 }
 
-template <class W, int R>
+template <class W, int R, bool ADD>
 static cudaError_t launch_matvec(const pass *p, const matvec_in &in, float *y, int ldy,
-                                 const row_info *outs, bool add) {
+                                 const row_info *outs) {
     return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n, 2)), 32 * MATVEC_WARPS, 0,
-                        matvec_kernel<W, R>, in, y, ldy, outs, add);
+                        matvec_kernel<W, R, 2, ADD>, in, y, ldy, outs);
 }
-/* Rows of x of the kernel for 2 to 4: F32 weights, which are rare, have the one for 8 alone. */
-template <class W> static constexpr int some_rows() { return sizeof(W) == 4 ? 8 : 4; }
-
-template <class W>
+template <class W, bool ADD>
 static cudaError_t matvec_rows_of(const pass *p, const matvec_in &in, float *y, int ldy,
-                                  const row_info *outs, bool add) {
-    return in.rows > 4 ? launch_matvec<W, 8>(p, in, y, ldy, outs, add) :
-           in.rows > 1 ? launch_matvec<W, some_rows<W>()>(p, in, y, ldy, outs, add) :
-                         launch_matvec<W, 1>(p, in, y, ldy, outs, add);
+                                  const row_info *outs) {
+    return in.rows > 4 ? launch_matvec<W, 8, ADD>(p, in, y, ldy, outs) :
+           in.rows > 1 ? launch_matvec<W, 4, ADD>(p, in, y, ldy, outs) :
+                         launch_matvec<W, 1, ADD>(p, in, y, ldy, outs);
 }
 
 /* ---- one row: its weights are on their way to shared memory before it exists ---- */
@@ -3118,10 +3329,9 @@ template <int C> DEVICE void store_vectors(float4 *xs, const float4 (&v)[C], int
     }
 }
 
-/* v = RMSNorm(in.x), C vectors of 4 a thread, float32 throughout; the gain comes before the kernel before has
-   ended. in: a matvec_in or a block_in. */
-template <int C, class IN> DEVICE void load_normed(float4 (&v)[C], const IN &in, float *shared) {
-    float4 g[C];
+/* The RMSNorm of the input to shared memory, C vectors a thread, float32 throughout. */
+template <int C> DEVICE void stage_normed(float4 *xs, const matvec_in &in, float *shared, int n) {
+    float4 g[C], v[C];
     float sum = 0;
     load_vectors<C>(g, in.gain, tid(), n_threads(), in.k);
     wait_for_previous();
@@ -3132,22 +3342,16 @@ template <int C, class IN> DEVICE void load_normed(float4 (&v)[C], const IN &in,
     UNROLL for (int u = 0; u < C; u++)
         v[u] =
             make_float4(v[u].x * r * g[u].x, v[u].y * r * g[u].y, v[u].z * r * g[u].z, v[u].w * r * g[u].w);
-}
-
-/* RMSNorm(in.x) to shared memory. */
-template <int C> DEVICE void stage_normed(float4 *xs, const matvec_in &in, float *shared, int n) {
-    float4 v[C];
-    load_normed<C>(v, in, shared);
     store_vectors<C>(xs, v, tid(), n_threads(), n);
 }
 
-/* The input to shared memory, in two planes, zero past k. With NORMS and a gain its RMSNorm, which each block
-   does for itself: what is multiplied is the normalised vector; the gain comes before the kernel before has
-   ended; k is then a multiple of 4 and at most 4 * STREAM_NORM * 256. All blocks wait while this runs, so
-   only what a width needs is run. Equals qwen3i_rmsnorm. */
-template <bool NORMS> DEVICE void stage_vector(float4 *xs, const matvec_in &in, float *shared) {
+/* The input to shared memory, in two planes, zero past k. With a gain its RMSNorm, which each block does for
+   itself: what is multiplied is the normalised vector; the gain comes before the kernel before has ended; k
+   is then a multiple of 4 and at most 4 * STREAM_NORM * 256. All blocks wait while this runs, so only what a
+   width needs is run. Equals qwen3i_rmsnorm. */
+DEVICE void stage_vector(float4 *xs, const matvec_in &in, float *shared) {
     const int n = round_up(in.ldw, 256) / 4, step = n_threads();
-    if (NORMS && in.gain) {
+    if (in.gain) {
         if (in.k <= 4 * step) stage_normed<1>(xs, in, shared, n);
         else if (in.k <= 8 * step) stage_normed<2>(xs, in, shared, n);
         else if (in.k <= 16 * step) stage_normed<4>(xs, in, shared, n);
@@ -3193,7 +3397,7 @@ static __host__ __device__ inline size_t stream_bytes(int ldw, int ring) {
 /* What the kernels below share: the stream of this warp's rows begins, x comes, ready() is called, and the
    rows are handed to done(first of NR or of as many pairs, acc), NR / 2 or NR of them at a time, after
    before(first of them). */
-template <int NR, bool PAIRS, int RING, bool NORMS, class R, class S, class F, class X = see_nothing>
+template <int NR, bool PAIRS, int RING, class R, class S, class F, class X = see_nothing>
 DEVICE void stream_rows(const matvec_in &in, row_range rows, unsigned char *memory, R ready, S before, F done,
                         X see = X()) {
     float4 *xs = (float4 *)(void *)memory;
@@ -3203,7 +3407,7 @@ DEVICE void stream_rows(const matvec_in &in, row_range rows, unsigned char *memo
                                      end);
     w.begin();
     let_next_start();
-    stage_vector<NORMS>(xs, in, shared);
+    stage_vector(xs, in, shared);
     ready();
     for (int row = rows.first; row < end; row += step) {
         float acc[NR];
@@ -3213,15 +3417,15 @@ DEVICE void stream_rows(const matvec_in &in, row_range rows, unsigned char *memo
     }
 }
 
-/* stream_matvec: as matvec_kernel for one row of x, NR rows of W at a time. */
-template <int NR, int RING>
+/* stream_matvec: y = W x, or += with ADD; as matvec_kernel for one row of x. */
+template <int NR, int RING, bool ADD>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
-    stream_matvec_kernel(matvec_in in, float *y, const row_info *outs, int ldy, bool add) {
+    stream_matvec_kernel(matvec_in in, float *y, const row_info *outs, int ldy) {
     QWEN3_DYNAMIC_SHARED(memory);
     const int lane = lane_id();
-    stream_rows<NR, false, RING, false>(
+    stream_rows<NR, false, RING>(
         in, warp_share(in.n), memory, [] {},
-        [&](int row, int left) { return add && lane < NR && lane < left ? y[row + lane] : 0.0f; },
+        [&](int row, int left) { return ADD && lane < NR && lane < left ? y[row + lane] : 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float old) {
             const int slot = outs ? outs[0].out_slot : 0;
             if (lane < NR && lane < left && slot >= 0)
@@ -3235,7 +3439,7 @@ static size_t stream_shared(const matvec_in &in, int ring) { return stream_bytes
    fits. */
 static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
     const cuda_model *m = p->c->m;
-    if (!goes_alone(p->c, in.rows) || w.type == QWEN3I_F32 || m->capability < 80) return 0;
+    if (in.rows != 1 || w.type == QWEN3I_F32 || m->capability < 80) return 0;
     if (stream_shared(in, STREAM_RING) <= m->sm_shared / 2 - 1024) return STREAM_RING;
     return stream_shared(in, STREAM_RING_SHORT) <= m->block_shared ? STREAM_RING_SHORT : 0;
 }
@@ -3253,10 +3457,10 @@ static int stream_rows_at_once(int each) {
 }
 static int stream_each(const pass *p, int units) { return ceil_div(units, p->c->m->n_sm * MATVEC_WARPS); }
 
-template <int RING>
-static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs,
-                                 bool add) {
-#define CALL(NR) launch_stream(p, in, RING, in.n, stream_matvec_kernel<NR, RING>, in, y, outs, ldy, add)
+template <int RING, bool ADD>
+static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, int ldy,
+                                 const row_info *outs) {
+#define CALL(NR) launch_stream(p, in, RING, in.n, stream_matvec_kernel<NR, RING, ADD>, in, y, outs, ldy)
     switch (stream_rows_at_once(stream_each(p, in.n))) {
         case 1:  return CALL(1);
         case 2:  return CALL(2);
@@ -3267,34 +3471,20 @@ static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, i
 }
 #define BY_RING(ring, CALL) ((ring) == STREAM_RING ? CALL(STREAM_RING) : CALL(STREAM_RING_SHORT))
 
-/* call(in, first) for as many rows of x as a kernel does at a time, the first of which is row `first` */
-template <class F> static qwen3_result in_turns(const matvec_in &in, F call) {
-    for (int first = 0; first < in.rows; first += MATVEC_ROWS) {
-        matvec_in some = in;
-        some.x += (size_t)first * in.ldx;
-        some.rows = least(MATVEC_ROWS, in.rows - first);
-        TRY(call(some, first));
-    }
-    return QWEN3_OK;
-}
-
-/* y = W x, or += with `add` */
+/* y (+)= W x */
+template <bool ADD>
 static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
-                           const float *x, int ldx, int rows, bool add) {
+                           const float *x, int ldx, int rows) {
     const input h = {x, ldx, NULL, NULL};
-    if (w.n_parts > 0) return block_matvec(p, y, ldy, outs, w, h, rows, add);
-    const matvec_in all = vector_input(p, w, h, rows);
-    const int ring = stream_ring(p, all, w);
-#define CALL(RING) stream_matvec<RING>(p, all, y, ldy, outs, add)
+    if (w.n_parts > 0) return block_matvec(p, y, ldy, outs, w, h, rows, ADD);
+    const matvec_in in = vector_input(p, w, h, rows);
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_matvec<RING, ADD>(p, in, y, ldy, outs)
     if (ring) return launched(p, BY_RING(ring, CALL), "matvec");
 #undef CALL
-    return in_turns(all, [&](const matvec_in &in, int first) {
-        float *to = outs ? y : y + (size_t)first * ldy;
-        const row_info *slots = outs ? outs + first : NULL;
-#define CALL(T) matvec_rows_of<T>(p, in, to, ldy, slots, add)
-        return launched(p, BY_WEIGHT_TYPE(w, CALL), "matvec");
+#define CALL(T) matvec_rows_of<T, ADD>(p, in, y, ldy, outs)
+    return launched(p, BY_WEIGHT_TYPE(w, CALL), "matvec");
 #undef CALL
-    });
 }
 
 /* ---- Hopper: what the products of few and of many rows share ---- */
@@ -3303,7 +3493,7 @@ struct product_end { enum { M = WIDE_M, NORMS = 0 }; };
 template <int ROWS = WIDE_M> struct to_residual : product_end { enum { M = ROWS }; };
 struct to_mlp : product_end { enum { NORMS = 1 }; };
 struct to_logits : product_end {};
-template <class T> struct to_heads : product_end { enum { NORMS = 1 }; };       /* T: of an F16 cache, or void */
+template <class T> struct to_heads : product_end { enum { NORMS = 1 }; };       /* T: of the cache */
 
 /* Lanes share a head of a row: `LANES` of them have N pairs of neighbours each, in lo, and those half a head
    further, in hi. Here pair j of this lane begins. */
@@ -4098,15 +4288,6 @@ DEVICE void store_head(const qkv_args &a, int row, int head, const head_part<HEA
     else in_cache(a, a.kv.k, at, [&](auto *to) { store_pairs<32>(to, half, p); });
 }
 
-/* Element i of q, k and v of row r: v to the cache, the others to where they are finished from. */
-DEVICE void store_projection(const qkv_args &a, int r, int i, float v) {
-    const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
-    if (i < rotated) a.qkv[(size_t)r * a.ld + i] = v;
-    else
-        in_cache(a, a.kv.v, kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (size_t)(i - rotated),
-                 [&](auto *to) { store(to, v); });
-}
-
 /* Element i of v of a row, with one rounding. */
 DEVICE void store_value(const qkv_args &a, const row_angles &t, int i, float v) {
     in_cache(a, a.kv.v, kv_at(a.kv, t.seq, t.position) + (size_t)i, [&](auto *to) { store(to, v); });
@@ -4131,7 +4312,7 @@ DEVICE row_range block_share(int n) {
 }
 
 /* Adds what this block has summed up of each head to its ticket; the block that completes a head norms and
-   rotates it. All threads of the block; finished [most]: shared, a flag a head; angles: this warp's row's. */
+   rotates it. All threads of the block; finished [most]: shared, a flag a head; angles: of this warp's row. */
 DEVICE void finish_heads(row_range done, int rows, const qkv_args &a, unsigned *tickets, int *finished,
                          int most, const row_angles &angles) {
     const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
@@ -4159,23 +4340,31 @@ DEVICE void finish_heads(row_range done, int rows, const qkv_args &a, unsigned *
    [q_dim + 2 kv_dim, n_embd], x [rows, n_embd] float32. The block that finishes a head last norms and rotates
    it; v goes straight from the sum into the cache. tickets [n_head + n_head_kv], zero before and after.
    Equals qwen3i_matmul of wq, wk, wv, then qwen3i_rmsnorm a head, qwen3i_rope, one rounding of k and v. */
-template <class W, int R>
+template <class W, int R, int NR>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
     qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
-    const int NR = 2;
     __shared__ float4 xs[MATVEC_TILE / 4];
     __shared__ int finished[MATVEC_WARPS * NR];
     int rows[NR];
     float acc[NR][R];
+    const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     matvec_rows<NR>(rows, in.n);
     /* of the row that this warp will finish; written several kernels before, so there is nothing to wait
        for */
     const row_angles angles = load_row_angles(a, warp_id() < in.rows ? warp_id() : 0);
     dot_rows<W, R, NR>(acc, rows, in, xs);
-    if (threadIdx.x % 32 == 0)
+    if (threadIdx.x % 32 == 0) {
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int j = 0; j < NR; j++)
-                if (r < in.rows && rows[j] >= 0) store_projection(a, r, rows[j], acc[j][r]);
+            UNROLL for (int j = 0; j < NR; j++) {
+                const int i = rows[j];
+                if (r >= in.rows || i < 0) continue;
+                if (i < rotated) a.qkv[(size_t)r * a.ld + i] = acc[j][r];
+                else
+                    in_cache(a, a.kv.v,
+                             kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (size_t)(i - rotated),
+                             [&](auto *to) { store(to, acc[j][r]); });
+            }
+    }
     finish_heads(block_share(in.n), in.rows, a, tickets, finished, MATVEC_WARPS * NR, angles);
 }
 
@@ -4204,7 +4393,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     __shared__ int finished[STREAM_HEADS];
     const int lane = lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     const row_angles angles = load_row_angles(a, 0);
-    stream_rows<NR, false, RING, true>(
+    stream_rows<NR, false, RING>(
         in, warp_share(in.n), memory, [] {}, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
@@ -4239,7 +4428,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     }
     __syncwarp();
     cluster_arrive();
-    stream_rows<NR, false, RING, true>(
+    stream_rows<NR, false, RING>(
         in, rows, memory, [] { cluster_wait(); }, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
@@ -4278,31 +4467,26 @@ template <int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in
 template <class W, int R>
 static cudaError_t launch_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
     return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n, 2)), 32 * MATVEC_WARPS, 0,
-                        qkv_rope_kernel<W, R>, in, a, p->c->qkv_tickets);
+                        qkv_rope_kernel<W, R, 2>, in, a, p->c->qkv_tickets);
 }
 template <class W> static cudaError_t qkv_rows_of(const pass *p, const matvec_in &in, const qkv_args &a) {
     return in.rows > 4 ? launch_qkv<W, 8>(p, in, a) :
-           in.rows > 1 ? launch_qkv<W, some_rows<W>()>(p, in, a) :
+           in.rows > 1 ? launch_qkv<W, 4>(p, in, a) :
                          launch_qkv<W, 1>(p, in, a);
 }
 
 static qwen3_result vector_qkv(const pass *p, int layer, const input &h) {
     const matrix &w = p->c->m->layers[layer].qkv;
     if (w.n_parts > 0) return block_qkv(p, layer, h);
-    const matvec_in all = vector_input(p, w, h, p->n);
+    const matvec_in in = vector_input(p, w, h, p->n);
     const qkv_args a = qkv_arguments(p, layer);
-    const int ring = stream_ring(p, all, w);
-#define CALL(RING) stream_qkv<RING>(p, all, a)
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_qkv<RING>(p, in, a)
     if (ring) return launched(p, BY_RING(ring, CALL), "stream_qkv");
 #undef CALL
-    return in_turns(all, [&](const matvec_in &in, int first) {
-        qkv_args some = a;
-        some.qkv += (size_t)first * a.ld;
-        some.rows += first;
-#define CALL(T) qkv_rows_of<T>(p, in, some)
-        return launched(p, BY_WEIGHT_TYPE(w, CALL), "qkv_rope");
+#define CALL(T) qkv_rows_of<T>(p, in, a)
+    return launched(p, BY_WEIGHT_TYPE(w, CALL), "qkv_rope");
 #undef CALL
-    });
 }
 
 /* ---- after a product by cuBLASLt ---- */
@@ -4339,11 +4523,11 @@ DEVICE unsigned pack_pair(float2 v, bf16_t) { return pack(v.x, v.y, bf16_t()); }
 /* A head of 128 to `to`, if it is not NULL, of which a quad of lanes has the parts or, N = 1, a warp. */
 template <class T, int N> DEVICE void store_head_at(T *to, const head_part<N> &p) {
     if constexpr (sizeof(T) == 4) {
-        if (to) store_pairs<32 / N>(to, HEAD_DIM / 2, p);
+        if (to) store_pairs<32 / N>(to, WIDE_DIM / 2, p);
     } else if constexpr (N == 1) {
         unsigned *words = (unsigned *)(void *)(to + 2 * lane_id());
         words[0] = pack_pair(p.lo[0], T());
-        words[HEAD_DIM / 4] = pack_pair(p.hi[0], T());
+        words[WIDE_DIM / 4] = pack_pair(p.hi[0], T());
     } else {
         unsigned w[2 * N];
         UNROLL for (int j = 0; j < N; j++) {
@@ -4363,19 +4547,16 @@ DEVICE void finish_head(const wide_args &g, head_part<N> &p, const head_part<N> 
     const qkv_args &a = g.qkv;
     const bool valid = N == 1 || row < g.rows;
     const int rotated = a.n_head + a.n_head_kv, kv_head = head < rotated ? head - a.n_head : head - rotated;
-    if (head < rotated) norm_rope<32 / N>(p, gain, angles, HEAD_DIM, a.eps, scale);
+    if (head < rotated) norm_rope<32 / N>(p, gain, angles, WIDE_DIM, a.eps, scale);
     else UNROLL for (int j = 0; j < N; j++) {
         p.lo[j].x *= scale; p.lo[j].y *= scale; p.hi[j].x *= scale; p.hi[j].y *= scale;
     }
     if (head >= a.n_head) {
-        void *cache = head < rotated ? a.kv.k : a.kv.v;
-        const size_t at = kv_at(a.kv, seq, position) + (size_t)kv_head * HEAD_DIM;
-        if constexpr (!std::is_void<T>::value) store_head_at(valid ? (T *)cache + at : NULL, p);
-        else if (a.kv_type == QWEN3_KV_F32) store_head_at(valid ? (float *)cache + at : NULL, p);
-        else store_head_at(valid ? (bf16_t *)cache + at : NULL, p);
+        T *cache = (T *)(head < rotated ? a.kv.k : a.kv.v);
+        store_head_at(valid ? cache + kv_at(a.kv, seq, position) + (size_t)kv_head * WIDE_DIM : NULL, p);
     } else if (N > 1 && g.out)
-        store_head_at(valid ? g.out + (size_t)row * g.ldo + (size_t)head * HEAD_DIM : NULL, p);
-    else store_head_at(valid ? a.qkv + (size_t)row * a.ld + (size_t)head * HEAD_DIM : NULL, p);
+        store_head_at(valid ? g.out + (size_t)row * g.ldo + (size_t)head * WIDE_DIM : NULL, p);
+    else store_head_at(valid ? a.qkv + (size_t)row * a.ld + (size_t)head * WIDE_DIM : NULL, p);
 }
 
 template <class T> DEVICE void ask_row(const to_heads<T> &, wide_row &w, const wide_args &g, int i) {
@@ -4385,7 +4566,7 @@ template <class T> DEVICE void ask_row(const to_heads<T> &, wide_row &w, const w
 template <class T, int PARTS, int M>
 DEVICE void finish_tile(const to_heads<T> &, const wide_args &g, const float (&acc)[PARTS][M],
                         const wide_row &row, int r, int n, float scale) {
-    const head_angles<8> angles = load_angles<4, 8>(g.qkv, HEAD_DIM / 2, row.position);
+    const head_angles<8> angles = load_angles<4, 8>(g.qkv, WIDE_DIM / 2, row.position);
     UNROLL for (int part = 0; part < PARTS; part++) {
         head_part<8> p;
         UNROLL for (int j = 0; j < 8; j++) {
@@ -4393,7 +4574,7 @@ DEVICE void finish_tile(const to_heads<T> &, const wide_args &g, const float (&a
             p.lo[j] = make_float2(lo[0], lo[1]);
             p.hi[j] = make_float2(hi[0], hi[1]);
         }
-        finish_head<T>(g, p, load_head<4, 8>(head_gain(g.qkv, n + part), HEAD_DIM / 2), angles, row.at,
+        finish_head<T>(g, p, load_head<4, 8>(head_gain(g.qkv, n + part), WIDE_DIM / 2), angles, row.at,
                        row.seq, row.position, n + part, scale);
     }
 }
@@ -4403,8 +4584,8 @@ DEVICE void ask_early(const to_heads<T> &, few_row &r, const wide_args &g, int i
     const qkv_args &a = g.qkv;
     r.at = a.rows[i];
     if (tile >= a.n_head + a.n_head_kv) return;
-    r.pair = load_head<32, 1>(head_gain(a, tile), HEAD_DIM / 2);
-    r.angles = load_angles<32, 1>(a, HEAD_DIM / 2, r.at.position);
+    r.pair = load_head<32, 1>(head_gain(a, tile), WIDE_DIM / 2);
+    r.angles = load_angles<32, 1>(a, WIDE_DIM / 2, r.at.position);
 }
 template <class T>
 DEVICE void finish_row(const to_heads<T> &, const wide_args &g, head_part<1> p, const few_row &r, int row,
@@ -4425,16 +4606,16 @@ static wide_args heads_arguments(const pass *p, int layer, const input &h) {
 
 static qwen3_result few_qkv(const pass *p, int layer, const input &h) {
     const wide_args a = heads_arguments(p, layer, h);
-    const matrix &w = p->c->m->layers[layer].qkv;
-    return p->c->desc.kv_type == QWEN3_KV_F16 ? few_product<to_heads<half_t> >(p, p->c->few_h_map, w, a) :
-                                                few_product<to_heads<void> >(p, p->c->few_h_map, w, a);
+#define CALL(T) few_product<to_heads<T> >(p, p->c->few_h_map, p->c->m->layers[layer].qkv, a)
+    return BY_KV_TYPE(p->c, CALL);
+#undef CALL
 }
 
 static qwen3_result many_qkv(const pass *p, int layer, const input &h) {
     const wide_args a = heads_arguments(p, layer, h);
-    const matrix &w = p->c->m->layers[layer].qkv;
-    return p->c->desc.kv_type == QWEN3_KV_F16 ? wide_product<to_heads<half_t> >(p, p->c->wide_h_map, w, a) :
-                                                wide_product<to_heads<void> >(p, p->c->wide_h_map, w, a);
+#define CALL(T) wide_product<to_heads<T> >(p, p->c->wide_h_map, p->c->m->layers[layer].qkv, a)
+    return BY_KV_TYPE(p->c, CALL);
+#undef CALL
 }
 
 /* ================================================================================================
@@ -4460,22 +4641,15 @@ DEVICE void store_attention(const attention_args &a, int row, int col, float v) 
     else a.out[at] = v;
 }
 
-/* The number of rows from which it follows how each one's attention is split. */
-static int rows_to_split(const cuda_ctx *c, int rows) {
-    return c->desc.invariant && rows <= SAME_ROWS ? SAME_SPLIT : rows;
-}
-/* There may be so many times as many parts, and tickets, as that leads one to expect. */
-static int more_splits(const cuda_ctx *c) { return c->desc.invariant ? SAME_ROWS / SAME_SPLIT : 1; }
-
 /* How many parts the positions of a row are split into: enough to fill the chip, from the shape alone. */
 static int attention_splits(const cuda_ctx *c, int rows) {
-    const int want = 2 * c->m->n_sm / (c->m->config.n_head_kv * rows_to_split(c, rows));
+    const int want = 2 * c->m->n_sm / (c->m->config.n_head_kv * rows);
     return want < 1 ? 1 : want > MAX_SPLITS ? MAX_SPLITS : want;
 }
 
 /* One for each head of a row, or for each of the blocks of attention_decode that are there at once. */
 static size_t attention_tickets(const cuda_ctx *c) {
-    return most((size_t)c->max_rows * c->m->config.n_head, (size_t)(2 * c->m->n_sm * more_splits(c)));
+    return most((size_t)c->max_rows * c->m->config.n_head, (size_t)(2 * c->m->n_sm));
 }
 
 static attention_args attention_arguments(const pass *p, int layer) {
@@ -4495,9 +4669,6 @@ static attention_args attention_arguments(const pass *p, int layer) {
 }
 
 /* ---- row by row, whatever the cache and the heads are ---- */
-const int SPLIT_HEADS = 4;              /* of one group, which share reads of k and v */
-const int SPLIT_TURNS = 4;              /* positions whose k and v a lane asks for at once */
-
 template <class T> struct kv_vector { uint4 raw[sizeof(T) / 2]; };      /* 8 elements */
 
 template <class T> DEVICE kv_vector<T> kv_load(const T *p, bool valid) {
@@ -4516,87 +4687,116 @@ template <> __device__ __forceinline__ void kv_unpack<float>(float (&f)[8], cons
     UNROLL for (int i = 0; i < 4; i++) { f[i] = lo[i]; f[4 + i] = hi[i]; }
 }
 
-/* Softmax over a share of the positions for one head: the largest score, the sum of the weights, and the
-   weighted v. A lane holds 8 of the head_dim values; `lanes` of them make a position, so a warp reads 32 /
-   lanes at a time. q comes times what makes scores powers of two. */
-struct split_head { float q[8], o[8], top, sum; };
+/* Softmax over one warp's share of the positions, for G heads at once: top, sum and weighted v of each. A
+   lane holds 8 of the head_dim values; `lanes` of them make a position, so a warp reads 32 / lanes at a
+   time. */
+template <class T, int G>
+struct split_state { float q[G][8], o[G][8], top[G], sum[G]; };
 
-DEVICE void split_begin(split_head &h, const float *q, bool valid, float scale) {
+/* No position yet; q of this head, if there is one, times what makes scores powers of two. */
+template <class T, int G>
+DEVICE void split_begin(split_state<T, G> &s, int g, const attention_args &a, int row, int head, int at,
+                        bool valid) {
+    const float *q = a.q + (size_t)row * a.ldq + (size_t)head * a.head_dim + at;
     const float4 zero = make_float4(0, 0, 0, 0);
     const float4 lo = valid ? *(const float4 *)(const void *)q : zero,
                  hi = valid ? *(const float4 *)(const void *)(q + 4) : zero;
-    const float all[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
-    h.top = LOWEST;
-    h.sum = 0;
-    UNROLL for (int i = 0; i < 8; i++) { h.o[i] = 0; h.q[i] = all[i] * scale; }
+    const float scale = a.scale * LOG2E, all[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+    s.top[g] = LOWEST;
+    s.sum[g] = 0;
+    UNROLL for (int i = 0; i < 8; i++) { s.o[g][i] = 0; s.q[g][i] = all[i] * scale; }
 }
 
-/* Scores to weights: the first `left` of them, `each` apart. What came before shrinks as the top rises. */
-DEVICE void split_weigh(split_head &h, float (&score)[SPLIT_TURNS], int left, int each, int lanes) {
-    float top = h.top;
-    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) top = fmaxf(top, score[u]);
-    for (int o = 16; o >= lanes; o >>= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
-    const float keep = exp2f(h.top - top);
-    h.top = top;
-    h.sum *= keep;
-    UNROLL for (int i = 0; i < 8; i++) h.o[i] *= keep;
-    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
-        score[u] = u * each < left ? exp2f(score[u] - top) : 0.0f;
-        h.sum += score[u];
+/* Adds U turns of positions, `stride` apart, whose k and v this lane has; `left` of them are from this lane's
+   on. */
+template <class T, int G, int U>
+DEVICE void split_scores(split_state<T, G> &s, const kv_vector<T> (&kr)[U], const kv_vector<T> (&vr)[U],
+                         int left, int stride, int lanes) {
+    float score[U][G], f[8];
+    UNROLL for (int u = 0; u < U; u++) {
+        kv_unpack<T>(f, kr[u]);
+        UNROLL for (int g = 0; g < G; g++) {
+            float d = 0;
+            UNROLL for (int i = 0; i < 8; i++) d += s.q[g][i] * f[i];
+            for (int o = lanes / 2; o > 0; o >>= 1) d += __shfl_xor_sync(ALL, d, o);
+            score[u][g] = u * stride < left ? d : LOWEST;
+        }
+    }
+    UNROLL for (int g = 0; g < G; g++) {
+        float top = s.top[g];
+        UNROLL for (int u = 0; u < U; u++) top = fmaxf(top, score[u][g]);
+        for (int o = 16; o >= lanes; o >>= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
+        const float keep = exp2f(s.top[g] - top);
+        s.top[g] = top;
+        s.sum[g] *= keep;
+        UNROLL for (int i = 0; i < 8; i++) s.o[g][i] *= keep;
+        UNROLL for (int u = 0; u < U; u++) {
+            score[u][g] = u * stride < left ? exp2f(score[u][g] - top) : 0.0f;
+            s.sum[g] += score[u][g];
+        }
+    }
+    UNROLL for (int u = 0; u < U; u++) {
+        kv_unpack<T>(f, vr[u]);
+        UNROLL for (int g = 0; g < G; g++)
+            UNROLL for (int i = 0; i < 8; i++) s.o[g][i] += score[u][g] * f[i];
     }
 }
 
-/* Adds the next SPLIT_TURNS times 32 / lanes positions, of which `left` are there; this lane's k and v. */
-template <class T>
-DEVICE void split_step(split_head (&heads)[SPLIT_HEADS], const T *k, const T *v, int stride, int left,
-                       int lanes, bool owner) {
+template <class T, int G, int U>
+DEVICE void split_step(split_state<T, G> &s, const T *k, const T *v, int stride, int left, int lanes,
+                       bool owner) {
     const int sub = lane_id() / lanes, each = 32 / lanes;
-    kv_vector<T> kr[SPLIT_TURNS], vr[SPLIT_TURNS];
-    float score[SPLIT_HEADS][SPLIT_TURNS], f[8];
-    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
+    kv_vector<T> kr[U], vr[U];
+    UNROLL for (int u = 0; u < U; u++) {
         const int p = u * each + sub;
         kr[u] = kv_load<T>(k + (size_t)p * stride, owner && p < left);
         vr[u] = kv_load<T>(v + (size_t)p * stride, owner && p < left);
     }
-    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
-        kv_unpack<T>(f, kr[u]);
-        UNROLL for (int g = 0; g < SPLIT_HEADS; g++) {
-            float d = 0;
-            UNROLL for (int i = 0; i < 8; i++) d += heads[g].q[i] * f[i];
-            for (int o = lanes / 2; o > 0; o >>= 1) d += __shfl_xor_sync(ALL, d, o);
-            score[g][u] = u * each + sub < left ? d : LOWEST;
-        }
-    }
-    UNROLL for (int g = 0; g < SPLIT_HEADS; g++) split_weigh(heads[g], score[g], left - sub, each, lanes);
-    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
-        kv_unpack<T>(f, vr[u]);
-        UNROLL for (int g = 0; g < SPLIT_HEADS; g++)
-            UNROLL for (int i = 0; i < 8; i++) heads[g].o[i] += score[g][u] * f[i];
+    split_scores<T, G, U>(s, kr, vr, left - sub, each, lanes);
+}
+
+/* Adds up what the lanes of the warp have of head g, which read positions side by side. */
+template <class T, int G> DEVICE void split_fold(split_state<T, G> &s, int g, int lanes) {
+    for (int o = 16; o >= lanes; o >>= 1) {
+        s.sum[g] += __shfl_xor_sync(ALL, s.sum[g], o);
+        UNROLL for (int i = 0; i < 8; i++) s.o[g][i] += __shfl_xor_sync(ALL, s.o[g][i], o);
     }
 }
 
-struct split_shared {
-    float part[SPLIT_WARPS][SPLIT_HEADS][MAX_HEAD_DIM], top[SPLIT_WARPS][SPLIT_HEADS],
-          sum[SPLIT_WARPS][SPLIT_HEADS], weight[SPLIT_HEADS][MAX_SPLITS];
+/* Brings k and v of the first 64 positions from begin to end, of what lies `at` elements into the cache,
+   towards this multiprocessor: a line (128 bytes) a thread. */
+template <class T> DEVICE void prefetch_cache(const kv_layer &kv, size_t at, int dim, int begin, int end) {
+    const int each = 128 / (int)sizeof(T), lines = ceil_div(dim, each), n = least(end - begin, 64);
+    for (int i = tid(); i < 2 * n * lines; i += n_threads()) {
+        const size_t to = at + (size_t)(begin + i / 2 / lines) * kv.kv_dim + (size_t)(i / 2 % lines) * each;
+        prefetch((const T *)(i % 2 ? kv.v : kv.k) + to);
+    }
+}
+
+template <class T, int G> struct split_shared {
+    float part[SPLIT_WARPS][G][MAX_HEAD_DIM], top[SPLIT_WARPS][G], sum[SPLIT_WARPS][G], weight[G][MAX_SPLITS];
     int   last;
 };
 
-/* What this warp has of head g, its lanes' positions added up, to shared memory. */
-DEVICE void split_store(split_shared &m, split_head &h, int g, int lanes, int at, bool owner) {
-    for (int o = 16; o >= lanes; o >>= 1) {
-        h.sum += __shfl_xor_sync(ALL, h.sum, o);
-        UNROLL for (int i = 0; i < 8; i++) h.o[i] += __shfl_xor_sync(ALL, h.o[i], o);
+/* What this warp has of each head, to shared memory. */
+template <class T, int G>
+DEVICE void split_store(split_shared<T, G> &m, split_state<T, G> &s, int lanes, int at, bool owner) {
+    UNROLL for (int g = 0; g < G; g++) {
+        split_fold<T, G>(s, g, lanes);
+        if (lane_id() < lanes && owner)
+            UNROLL for (int i = 0; i < 8; i++) m.part[warp_id()][g][at + i] = s.o[g][i];
+        if (lane_id() == 0) { m.top[warp_id()][g] = s.top[g]; m.sum[warp_id()][g] = s.sum[g]; }
     }
-    if (lane_id() < lanes && owner) UNROLL for (int i = 0; i < 8; i++) m.part[warp_id()][g][at + i] = h.o[i];
-    if (lane_id() == 0) { m.top[warp_id()][g] = h.top; m.sum[warp_id()][g] = h.sum; }
+    __syncthreads();
 }
 
 /* The block's part, from its warps', to where the parts of a row are joined; or done, if it is the only
    one. */
-static __device__ void split_publish(const attention_args &a, const split_shared &m, int row, int head0,
-                                     int n_g, bool only) {
+template <class T, int G>
+DEVICE void split_publish(const attention_args &a, const split_shared<T, G> &m, int row, int head0, int n_g,
+                          bool only) {
     const int dim = a.head_dim;
-    NO_UNROLL for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
+    for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
         const int g = i / dim, d = i % dim;
         float top = LOWEST, sum = 0, o = 0;
         for (int w = 0; w < SPLIT_WARPS; w++) top = fmaxf(top, m.top[w][g]);
@@ -4616,8 +4816,9 @@ static __device__ void split_publish(const attention_args &a, const split_shared
 }
 
 /* Joins a row's parts, in order, in the block that is the last of `active` to come. */
-static __device__ void split_join(const attention_args &a, split_shared &m, int row, int head0, int n_g,
-                                  int active) {
+template <class T, int G>
+DEVICE void split_join(const attention_args &a, split_shared<T, G> &m, int row, int head0, int n_g,
+                       int active) {
     const int dim = a.head_dim;
     const size_t stride = (size_t)(dim + 2);
     const float *parts = a.parts + ((size_t)row * a.n_head + head0) * gridDim.z * stride;
@@ -4632,7 +4833,7 @@ static __device__ void split_join(const attention_args &a, split_shared &m, int 
     if (!m.last) return;
     __threadfence();
     /* how much each part counts: a lane for each */
-    NO_UNROLL for (int g = warp_id(); g < n_g; g += SPLIT_WARPS) {
+    for (int g = warp_id(); g < n_g; g += SPLIT_WARPS) {
         const int lane = lane_id();
         const float *one = parts + ((size_t)g * gridDim.z + (lane < active ? lane : 0)) * stride + dim;
         const float top = lane < active ? __ldcg(one) : LOWEST, sum = lane < active ? __ldcg(one + 1) : 0.0f;
@@ -4640,7 +4841,7 @@ static __device__ void split_join(const attention_args &a, split_shared &m, int 
         m.weight[g][lane] = keep / warp_sum(sum * keep);
     }
     __syncthreads();
-    NO_UNROLL for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
+    for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
         const int g = i / dim, d = i % dim;
         float o = 0;
         for (int p = 0; p < active; p++)
@@ -4650,52 +4851,56 @@ static __device__ void split_join(const attention_args &a, split_shared &m, int 
 }
 
 /* attention, any rows: out[row, head, :] = softmax(q k^T * scale) v over positions 0 .. position of the row's
-   sequence, all float32; with a.halves, rounded once to F16. Grid (rows, n_head_kv * ceil(group /
-   SPLIT_HEADS), splits), 4 warps: a block takes one part of the positions for up to SPLIT_HEADS heads of one
-   group; its warps take turns of positions. The block of a row that finishes last joins the parts, in order.
-   How the positions are split depends on the row's own length and on gridDim.z. The plain fallback: for a
-   cache or heads that no tensor core is used for. Equals qwen3i_attention. */
-template <class T>
+   sequence, all float32; with a.halves, rounded once to F16. Grid (rows, n_head_kv * ceil(group / G),
+   splits), 4 warps: a block takes one part of the positions for up to G heads of one group, which share its
+   reads of k and v; its warps take turns of positions. The block of a row that finishes last joins the parts,
+   in order. How the positions are split depends on the row's own length and on gridDim.z. Equals
+   qwen3i_attention. */
+template <class T, int G>
 static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kernel(attention_args a) {
-    __shared__ split_shared shared;
-    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, SPLIT_HEADS);
-    const int row = block_x(), kv_head = block_y() / chunks, g0 = block_y() % chunks * SPLIT_HEADS;
-    const int n_g = least(group - g0, SPLIT_HEADS), head0 = kv_head * group + g0, dim = a.head_dim;
-    wait_for_previous();
-    let_next_start();
+    __shared__ split_shared<T, G> shared;
+    const int U = 4, group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G);
+    const int row = block_x(), kv_head = block_y() / chunks, g0 = block_y() % chunks * G;
+    const int n_g = least(group - g0, G), head0 = kv_head * group + g0, dim = a.head_dim;
+    /* the rows were written several kernels before, the cache up to this position by earlier steps */
     const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z),
               active = ceil_div(n, length);
     const int begin = (int)blockIdx.z * length, end = least(begin + length, n);
     const size_t first = kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim;
+    prefetch_cache<T>(a.kv, first, dim, begin, end);
+    wait_for_previous();
+    let_next_start();
     if (begin >= n) return;
     int lanes = 1;
     while (lanes * 8 < dim) lanes *= 2;
-    const int at = lane_id() % lanes * 8, step = SPLIT_TURNS * (32 / lanes);
+    const int at = lane_id() % lanes * 8, turn = U * (32 / lanes);
     const bool owner = at < dim;
     const T *k = (const T *)a.kv.k + first + at, *v = (const T *)a.kv.v + first + at;
-    const float *q = a.q + (size_t)row * a.ldq + (size_t)head0 * dim + at;
-    split_head heads[SPLIT_HEADS];
-    UNROLL for (int g = 0; g < SPLIT_HEADS; g++)
-        split_begin(heads[g], q + g * dim, owner && g < n_g, a.scale * LOG2E);
-    for (int p = begin + warp_id() * step; p < end; p += SPLIT_WARPS * step)
-        split_step<T>(heads, k + (size_t)p * a.kv.kv_dim, v + (size_t)p * a.kv.kv_dim, a.kv.kv_dim, end - p,
-                      lanes, owner);
-    UNROLL for (int g = 0; g < SPLIT_HEADS; g++) split_store(shared, heads[g], g, lanes, at, owner);
-    __syncthreads();
-    split_publish(a, shared, row, head0, n_g, active == 1);
-    if (active > 1) split_join(a, shared, row, head0, n_g, active);
+    split_state<T, G> s;
+    UNROLL for (int g = 0; g < G; g++) split_begin<T, G>(s, g, a, row, head0 + g, at, owner && g < n_g);
+    for (int p = begin + warp_id() * turn; p < end; p += SPLIT_WARPS * turn)
+        split_step<T, G, U>(s, k + (size_t)p * a.kv.kv_dim, v + (size_t)p * a.kv.kv_dim, a.kv.kv_dim, end - p,
+                            lanes, owner);
+    split_store<T, G>(shared, s, lanes, at, owner);
+    split_publish<T, G>(a, shared, row, head0, n_g, active == 1);
+    if (active > 1) split_join<T, G>(a, shared, row, head0, n_g, active);
 }
 
-template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
-    const int chunks = ceil_div(a.n_head / a.n_head_kv, SPLIT_HEADS), splits = attention_splits(p->c, p->n);
+template <class T, int G> static cudaError_t launch_split(const pass *p, const attention_args &a) {
+    const int chunks = ceil_div(a.n_head / a.n_head_kv, G), splits = attention_splits(p->c, p->n);
     const dim3 grid((unsigned)p->n, (unsigned)(a.n_head_kv * chunks), (unsigned)splits);
-    return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T>, a);
+    return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G>, a);
+}
+template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
+    return a.n_head / a.n_head_kv <= 2 ? launch_split<T, 2>(p, a) : launch_split<T, 4>(p, a);
 }
 
 /* ---- row by row, by tensor cores ---- */
-/* Where element (row, 8 * chunk) of a [rows, HEAD_DIM] tile lies in shared memory: chunks are mixed so that
-   eight rows of one column of chunks fall into different banks. */
-DEVICE int tile_at(int row, int chunk) { return row * HEAD_DIM + ((chunk ^ (row & 7)) * 8); }
+/* Where element (row, 8 * chunk) of a [rows, D] tile lies in shared memory: chunks are mixed so that eight
+   rows of one column of chunks fall into different banks. */
+template <int D> DEVICE int tile_at(int row, int chunk) {
+    return row * D + ((chunk ^ (row & 7)) * 8);
+}
 
 /* attention, decode: the same for rows of which each is the newest of its sequence or nearly so, by tensor
    cores. A block has up to 8 heads of one group as columns of a product, and a part of the positions, of
@@ -4711,20 +4916,21 @@ DEVICE int tile_at(int row, int chunk) { return row * HEAD_DIM + ((chunk ^ (row 
 const int DECODE_RANKS  = 8;            /* at most */
 const int DECODE_WARPS  = 8;
 const int DECODE_HEADS  = 8;
+const int DECODE_DIM    = 128;
 const int DECODE_POS    = 16;
 const int DECODE_ROUND  = DECODE_WARPS * DECODE_POS;
 const int DECODE_PIECES = 3;
 /* of rows in shared memory: different banks for different heads */
-const int DECODE_PITCH  = HEAD_DIM + 4;
+const int DECODE_PITCH  = DECODE_DIM + 4;
 const int DECODE_LEAST  = 4096;
 const int DECODE_CLUSTERS = 16;         /* at most */
 
 struct decode_shared {
     /* then each warp's part: float [HEADS][PITCH] */
-    half_t   ring[DECODE_WARPS][DECODE_PIECES][DECODE_POS * HEAD_DIM];
+    half_t   ring[DECODE_WARPS][DECODE_PIECES][DECODE_POS * DECODE_DIM];
     float    top[DECODE_WARPS][DECODE_HEADS], sum[DECODE_WARPS][DECODE_HEADS];
     /* [ranks][slice]: from every block, what this one finishes, ... */
-    float    in[DECODE_HEADS * HEAD_DIM];
+    float    in[DECODE_HEADS * DECODE_DIM];
     /* ... and of every head */
     float    in_top[DECODE_RANKS][DECODE_HEADS], in_sum[DECODE_RANKS][DECODE_HEADS];
     mbarrier arrived;
@@ -4757,7 +4963,7 @@ DEVICE decode_share share_of_block(const attention_args &a) {
     w.begin = block_x() * length;
     w.end = least(w.begin + length, n);
     w.fresh = n - 1 - w.row;            /* no more rows than this come before it */
-    w.slice = w.n_g * HEAD_DIM / a.ranks;
+    w.slice = w.n_g * DECODE_DIM / a.ranks;
     return w;
 }
 
@@ -4772,7 +4978,7 @@ template <class T> struct decode_stream {
     __device__ __forceinline__ decode_stream(const attention_args &a, const decode_share &w, half_t *memory,
                                              int begin) {
         const int half = lane_id() / 16, chunk = lane_id() % 16;
-        const size_t from = kv_at(a.kv, w.seq, half) + (size_t)w.kv_head * HEAD_DIM + (size_t)(chunk * 8);
+        const size_t from = kv_at(a.kv, w.seq, half) + (size_t)w.kv_head * DECODE_DIM + (size_t)(chunk * 8);
         k = (const T *)a.kv.k + from; v = (const T *)a.kv.v + from;
         ring = (T *)(void *)memory;
         stride = (size_t)a.kv.kv_dim;
@@ -4782,7 +4988,7 @@ template <class T> struct decode_stream {
     __device__ __forceinline__ void copy(int i, int place, int from, int to) const {
         const int p0 = first + i / 2 * DECODE_ROUND, half = lane_id() / 16;
         const T *source = (i % 2 ? v : k) + (size_t)p0 * stride;
-        T *target = ring + place * (DECODE_POS * HEAD_DIM) + tile_at(half, lane_id() % 16);
+        T *target = ring + place * (DECODE_POS * DECODE_DIM) + tile_at<DECODE_DIM>(half, lane_id() % 16);
         if (p0 >= to || p0 + DECODE_POS <= from) return;
         if (p0 >= from && p0 + DECODE_POS <= to) {
             UNROLL for (int j = 0; j < DECODE_POS / 2; j++)
@@ -4798,7 +5004,7 @@ template <class T> struct decode_stream {
     /* This lane's 16 bytes 2 j positions further: see tile_at. */
     DEVICE T *place_of(T *target, int j) {
         const int chunk = lane_id() % 16 ^ lane_id() / 16;
-        return target + 2 * j * HEAD_DIM + ((chunk ^ (2 * j & 7)) - chunk) * 8;
+        return target + 2 * j * DECODE_DIM + ((chunk ^ (2 * j & 7)) - chunk) * 8;
     }
     __device__ __forceinline__ void fetch(int to) {
         copy(piece++, put, 0, to);
@@ -4819,7 +5025,7 @@ template <class T> struct decode_stream {
     __device__ __forceinline__ const T *next() {
         copy_wait<DECODE_PIECES - 1>();
         __syncwarp();
-        return ring + take * (DECODE_POS * HEAD_DIM);
+        return ring + take * (DECODE_POS * DECODE_DIM);
     }
     __device__ __forceinline__ void done() {            /* with what next() gave */
         __syncwarp();
@@ -4832,39 +5038,39 @@ template <class T> struct decode_stream {
    the largest score, the sum of the weights, and the outputs so far: o[i]: dim 16 i + quad of both, then dim
    16 i + quad + 8. */
 template <class T, int TERMS> struct decode_state {
-    unsigned q[TERMS][HEAD_DIM / 16][2];
-    float    scale[2], top[2], sum[2], o[HEAD_DIM / 16][4];
+    unsigned q[TERMS][DECODE_DIM / 16][2];
+    float    scale[2], top[2], sum[2], o[DECODE_DIM / 16][4];
 
     __device__ __forceinline__ decode_state(const attention_args &a, const decode_share &w) {
         const int quad = lane_id() / 4, pair = lane_id() % 4 * 2;
-        const float *from = a.q + (size_t)w.row * a.ldq + (size_t)(w.head0 + quad) * HEAD_DIM + pair;
-        float2 v[HEAD_DIM / 8];
+        const float *from = a.q + (size_t)w.row * a.ldq + (size_t)(w.head0 + quad) * DECODE_DIM + pair;
+        float2 v[DECODE_DIM / 8];
         float most = 0;
-        UNROLL for (int i = 0; i < HEAD_DIM / 8; i++) {
+        UNROLL for (int i = 0; i < DECODE_DIM / 8; i++) {
             v[i] = quad < w.n_g ? *(const float2 *)(const void *)(from + 8 * i) : make_float2(0, 0);
             most = fmaxf(most, fmaxf(fabsf(v[i].x), fabsf(v[i].y)));
         }
         most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
         most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
         const float up = half_scale(most), to_powers = a.scale * LOG2E * (1.0f / up);
-        UNROLL for (int i = 0; i < HEAD_DIM / 8; i++) { v[i].x *= up; v[i].y *= up; }
+        UNROLL for (int i = 0; i < DECODE_DIM / 8; i++) { v[i].x *= up; v[i].y *= up; }
         UNROLL for (int t = 0; t < TERMS; t++)
-            UNROLL for (int i = 0; i < HEAD_DIM / 8; i++) q[t][i / 2][i % 2] = pack(v[i].x, v[i].y, T());
+            UNROLL for (int i = 0; i < DECODE_DIM / 8; i++) q[t][i / 2][i % 2] = pack(v[i].x, v[i].y, T());
         UNROLL for (int h = 0; h < 2; h++) {
             scale[h] = __shfl_sync(ALL, to_powers, (pair + h) * 4);
             top[h] = LOWEST;
             sum[h] = 0;
         }
-        UNROLL for (int i = 0; i < HEAD_DIM / 16; i++)
+        UNROLL for (int i = 0; i < DECODE_DIM / 16; i++)
             UNROLL for (int e = 0; e < 4; e++) o[i][e] = 0;
     }
     /* k q: positions quad and quad + 8 of both heads */
     __device__ __forceinline__ void scores(float (&s)[4], const T *k) const {
         const int lane = lane_id();
         UNROLL for (int e = 0; e < 4; e++) s[e] = 0;
-        UNROLL for (int d = 0; d < HEAD_DIM / 16; d++) {
+        UNROLL for (int d = 0; d < DECODE_DIM / 16; d++) {
             unsigned f[4];
-            load_matrices(f, k + tile_at(lane % 16, 2 * d + lane / 16));
+            load_matrices(f, k + tile_at<DECODE_DIM>(lane % 16, 2 * d + lane / 16));
             UNROLL for (int t = TERMS - 1; t >= 0; t--) multiply(s, f, q[t][d][0], q[t][d][1], T());
         }
     }
@@ -4891,11 +5097,11 @@ template <class T, int TERMS> struct decode_state {
         unsigned p[TERMS][2];
         UNROLL for (int t = 0; t < TERMS; t++)
             UNROLL for (int j = 0; j < 2; j++) p[t][j] = transpose_matrix(pack(s[2 * j], s[2 * j + 1], T()));
-        UNROLL for (int d = 0; d < HEAD_DIM / 16; d++) {
+        UNROLL for (int d = 0; d < DECODE_DIM / 16; d++) {
             float sums[4] = {0, 0, 0, 0};
             unsigned f[4];
             load_matrices_transposed(f,
-                                     v + tile_at(lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
+                                     v + tile_at<DECODE_DIM>(lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
             UNROLL for (int t = TERMS - 1; t >= 0; t--) multiply(sums, f, p[t][0], p[t][1], T());
             UNROLL for (int e = 0; e < 4; e++) o[d][e] = o[d][e] * keep[e % 2] + sums[e];
         }
@@ -4906,7 +5112,7 @@ template <class T, int TERMS> struct decode_state {
         UNROLL for (int h = 0; h < 2; h++) {
             UNROLL for (int i = 4; i < 32; i *= 2) sum[h] += __shfl_xor_sync(ALL, sum[h], i);
             if (quad == 0) { tops[pair + h] = top[h]; sums[pair + h] = sum[h]; }
-            UNROLL for (int i = 0; i < HEAD_DIM / 16; i++) {
+            UNROLL for (int i = 0; i < DECODE_DIM / 16; i++) {
                 part[(pair + h) * DECODE_PITCH + 16 * i + quad] = o[i][h];
                 part[(pair + h) * DECODE_PITCH + 16 * i + quad + 8] = o[i][2 + h];
             }
@@ -4917,8 +5123,8 @@ template <class T, int TERMS> struct decode_state {
 /* This block's part of every head, from its warps', to the blocks that finish them. */
 DEVICE void send_parts(decode_shared &m, const decode_share &w) {
     const int warps = w.end > w.begin ? least(ceil_div(w.end - w.begin, DECODE_POS), DECODE_WARPS) : 0;
-    for (int i = tid(); i < w.n_g * HEAD_DIM; i += 32 * DECODE_WARPS) {
-        const int g = i / HEAD_DIM, d = i % HEAD_DIM;
+    for (int i = tid(); i < w.n_g * DECODE_DIM; i += 32 * DECODE_WARPS) {
+        const int g = i / DECODE_DIM, d = i % DECODE_DIM;
         float top = LOWEST, sum = 0, o = 0;
         for (int j = 0; j < warps; j++) top = fmaxf(top, m.top[j][g]);
         for (int j = 0; j < warps; j++) {
@@ -4950,11 +5156,11 @@ DEVICE void join(joined &j, float top, float sum, float o) {
 DEVICE void finish_cluster(const attention_args &a, const decode_shared &m, const decode_share &w,
                            float *part) {
     for (int i = tid(); i < w.slice; i += 32 * DECODE_WARPS) {
-        const int at = w.rank * w.slice + i, g = at / HEAD_DIM;
+        const int at = w.rank * w.slice + i, g = at / DECODE_DIM;
         joined j = {LOWEST, 0, 0};
         for (int r = 0; r < w.ranks; r++) join(j, m.in_top[r][g], m.in_sum[r][g], m.in[r * w.slice + i]);
         if (w.active > 1) { part[3 * i] = j.top; part[3 * i + 1] = j.sum; part[3 * i + 2] = j.o; }
-        else store_attention(a, w.row, w.head0 * HEAD_DIM + at, j.o / j.sum);
+        else store_attention(a, w.row, w.head0 * DECODE_DIM + at, j.o / j.sum);
     }
 }
 
@@ -4976,7 +5182,7 @@ DEVICE void finish_all(const attention_args &a, decode_shared &m, const decode_s
             const float *part = parts + 3 * (c * w.slice + i);
             join(j, __ldcg(part), __ldcg(part + 1), __ldcg(part + 2));
         }
-        store_attention(a, w.row, w.head0 * HEAD_DIM + w.rank * w.slice + i, j.o / j.sum);
+        store_attention(a, w.row, w.head0 * DECODE_DIM + w.rank * w.slice + i, j.o / j.sum);
     }
 }
 
@@ -5034,13 +5240,12 @@ struct decode_shape { int ranks, clusters, n_groups; };
 static decode_shape shape_decode(const pass *p, const attention_args &a) {
     const cuda_model *m = p->c->m;
     const bool halves = p->c->desc.kv_type != QWEN3_KV_F32, clusters = m->capability >= 90;
-    const int rows = rows_to_split(p->c, p->n);
     decode_shape s = {0, 1, a.n_head_kv * ceil_div(a.n_head / a.n_head_kv, DECODE_HEADS)};
-    if (!halves || a.head_dim != HEAD_DIM || m->capability < 80 || sizeof(decode_shared) > m->block_shared)
+    if (!halves || a.head_dim != DECODE_DIM || m->capability < 80 || sizeof(decode_shared) > m->block_shared)
         return s;
     s.ranks = 1;
-    while (clusters && s.ranks < DECODE_RANKS && 2 * s.ranks * s.n_groups * rows <= 2 * m->n_sm) s.ranks *= 2;
-    s.clusters = least(most(m->n_sm / (s.ranks * s.n_groups * rows), 1), DECODE_CLUSTERS);
+    while (clusters && s.ranks < DECODE_RANKS && 2 * s.ranks * s.n_groups * p->n <= 2 * m->n_sm) s.ranks *= 2;
+    s.clusters = least(most(m->n_sm / (s.ranks * s.n_groups * p->n), 1), DECODE_CLUSTERS);
     return s;
 }
 template <class T, int TERMS>
@@ -5053,32 +5258,32 @@ static cudaError_t launch_decode(const pass *p, attention_args a, const decode_s
 
 /* ---- many rows of a sequence, by tensor cores ---- */
 /* 32 positions of k and v to shared memory; zeros past n. */
-template <class T>
+template <class T, int D>
 DEVICE void load_kv_tile(T *ks, T *vs, const T *k, const T *v, int stride, int p0, int n) {
-    for (int i = tid(); i < TILE_POS * HEAD_DIM / 8; i += 128) {
-        const int p = i / (HEAD_DIM / 8), chunk = i % (HEAD_DIM / 8);
+    for (int i = tid(); i < TILE_POS * D / 8; i += 128) {
+        const int p = i / (D / 8), chunk = i % (D / 8);
         const bool valid = p0 + p < n;
         const size_t from = (size_t)(valid ? p0 + p : 0) * stride + (size_t)(chunk * 8);
-        copy_async(ks + tile_at(p, chunk), k + from, valid);
-        copy_async(vs + tile_at(p, chunk), v + from, valid);
+        copy_async(ks + tile_at<D>(p, chunk), k + from, valid);
+        copy_async(vs + tile_at<D>(p, chunk), v + from, valid);
     }
     copy_commit();
 }
 
 /* One row of q as TERMS 16-bit rows that add up to q * 2^k; returns 2^-k. By one warp. */
-template <class T, int TERMS> DEVICE float split_q_row(T *qs, int row, const float *q) {
+template <class T, int D, int TERMS> DEVICE float split_q_row(T *qs, int row, const float *q) {
     const int lane = lane_id();
-    float v[HEAD_DIM / 32], top = 0;
-    UNROLL for (int i = 0; i < HEAD_DIM / 32; i++) {
-        v[i] = q ? q[lane * (HEAD_DIM / 32) + i] : 0.0f;
+    float v[D / 32], top = 0;
+    UNROLL for (int i = 0; i < D / 32; i++) {
+        v[i] = q ? q[lane * (D / 32) + i] : 0.0f;
         top = fmaxf(top, fabsf(v[i]));
     }
     const float up = half_scale(warp_max(top));
-    UNROLL for (int i = 0; i < HEAD_DIM / 32; i++) v[i] *= up;
+    UNROLL for (int i = 0; i < D / 32; i++) v[i] *= up;
     UNROLL for (int t = 0; t < TERMS; t++)
-        UNROLL for (int i = 0; i < HEAD_DIM / 32; i += 2) {
-            const int d = lane * (HEAD_DIM / 32) + i;
-            *(unsigned *)(void *)(qs + (size_t)t * TILE_ROWS * HEAD_DIM + tile_at(row, d / 8) + d % 8) =
+        UNROLL for (int i = 0; i < D / 32; i += 2) {
+            const int d = lane * (D / 32) + i;
+            *(unsigned *)(void *)(qs + (size_t)t * TILE_ROWS * D + tile_at<D>(row, d / 8) + d % 8) =
                 pack(v[i], v[i + 1], T());
         }
     return 1.0f / up;
@@ -5089,16 +5294,16 @@ template <class T, int TERMS> DEVICE float split_q_row(T *qs, int row, const flo
 struct tile_rows { float scale[2]; int last[2]; float top[2], sum[2]; };
 
 /* The tile's rows of q to shared memory, by the warps that need them. */
-template <class T, int TERMS>
+template <class T, int D, int TERMS>
 DEVICE void tile_begin(tile_rows &rows, T *qs, const attention_args &a, const attention_tile &tile,
                        int kv_head) {
     const int group = a.n_head / a.n_head_kv, warp = warp_id(), quad = lane_id() / 4;
     for (int i = 0; i < 16; i++) {
         const int row = warp * 16 + i, token = row / group;
         const float *q = token < tile.n_tokens ? a.q + (size_t)(tile.row0 + token) * a.ldq +
-                                                     (size_t)(kv_head * group + row % group) * HEAD_DIM :
+                                                     (size_t)(kv_head * group + row % group) * D :
                                                  NULL;
-        const float s = split_q_row<T, TERMS>(qs, row, q) * a.scale * LOG2E;
+        const float s = split_q_row<T, D, TERMS>(qs, row, q) * a.scale * LOG2E;
         if (i == quad) rows.scale[0] = s;
         if (i == quad + 8) rows.scale[1] = s;
     }
@@ -5111,18 +5316,17 @@ DEVICE void tile_begin(tile_rows &rows, T *qs, const attention_args &a, const at
 }
 
 /* q k: of rows quad, quad + 8; positions 8 i + pair, + 1 */
-template <class T, int TERMS>
+template <class T, int D, int TERMS>
 DEVICE void tile_scores(float (&s)[TILE_POS / 8][4], const T *qs, const T *kt) {
     const int lane = lane_id();
     UNROLL for (int i = 0; i < TILE_POS / 8; i++)
         UNROLL for (int j = 0; j < 4; j++) s[i][j] = 0;
-    UNROLL for (int d = 0; d < HEAD_DIM / 8; d += 2) {
+    UNROLL for (int d = 0; d < D / 8; d += 2) {
         unsigned b[TILE_POS / 16][4], f[4];
         UNROLL for (int i = 0; i < TILE_POS / 16; i++)
-            load_matrices(b[i], kt + tile_at(i * 16 + lane % 8 + lane / 16 * 8, d + lane / 8 % 2));
+            load_matrices(b[i], kt + tile_at<D>(i * 16 + lane % 8 + lane / 16 * 8, d + lane / 8 % 2));
         UNROLL for (int t = TERMS - 1; t >= 0; t--) {
-            load_matrices(f, qs + t * TILE_ROWS * HEAD_DIM +
-                                 tile_at(warp_id() * 16 + lane % 16, d + lane / 16));
+            load_matrices(f, qs + t * TILE_ROWS * D + tile_at<D>(warp_id() * 16 + lane % 16, d + lane / 16));
             UNROLL for (int i = 0; i < TILE_POS / 16; i++) {
                 multiply(s[2 * i], f, b[i][0], b[i][1], T());
                 multiply(s[2 * i + 1], f, b[i][2], b[i][3], T());
@@ -5157,8 +5361,8 @@ DEVICE void tile_weigh(float (&s)[TILE_POS / 8][4], float (&keep)[2], tile_rows 
 }
 
 /* o = o keep + weights v */
-template <class T, int TERMS>
-DEVICE void tile_values(float (&o)[HEAD_DIM / 8][4], float (&s)[TILE_POS / 8][4], const float (&keep)[2],
+template <class T, int D, int TERMS>
+DEVICE void tile_values(float (&o)[D / 8][4], float (&s)[TILE_POS / 8][4], const float (&keep)[2],
                         const T *vt) {
     const int lane = lane_id();
     unsigned p[TERMS][TILE_POS / 16][4];                /* the weights, as left operands */
@@ -5166,11 +5370,11 @@ DEVICE void tile_values(float (&o)[HEAD_DIM / 8][4], float (&s)[TILE_POS / 8][4]
         UNROLL for (int i = 0; i < TILE_POS / 16; i++)
             UNROLL for (int j = 0; j < 4; j++)
                 p[t][i][j] = pack(s[2 * i + j / 2][j % 2 * 2], s[2 * i + j / 2][j % 2 * 2 + 1], T());
-    UNROLL for (int d = 0; d < HEAD_DIM / 8; d += 2) {
+    UNROLL for (int d = 0; d < D / 8; d += 2) {
         float sums[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
         unsigned b[4];
         UNROLL for (int i = 0; i < TILE_POS / 16; i++) {
-            load_matrices_transposed(b, vt + tile_at(i * 16 + lane % 16, d + lane / 16));
+            load_matrices_transposed(b, vt + tile_at<D>(i * 16 + lane % 16, d + lane / 16));
             UNROLL for (int t = TERMS - 1; t >= 0; t--) {
                 multiply(sums[0], p[t][i], b[0], b[1], T());
                 multiply(sums[1], p[t][i], b[2], b[3], T());
@@ -5183,7 +5387,8 @@ DEVICE void tile_values(float (&o)[HEAD_DIM / 8][4], float (&s)[TILE_POS / 8][4]
     }
 }
 
-DEVICE void tile_store(const attention_args &a, const attention_tile &tile, const float (&o)[HEAD_DIM / 8][4],
+template <int D>
+DEVICE void tile_store(const attention_args &a, const attention_tile &tile, const float (&o)[D / 8][4],
                        tile_rows &rows, int kv_head) {
     const int group = a.n_head / a.n_head_kv;
     UNROLL for (int r = 0; r < 2; r++) {
@@ -5193,8 +5398,8 @@ DEVICE void tile_store(const attention_args &a, const attention_tile &tile, cons
         if (token >= tile.n_tokens) continue;
         const float scale = 1.0f / rows.sum[r];
         float *to = a.out + (size_t)(tile.row0 + token) * a.ldo +
-                    (size_t)(kv_head * group + row % group) * HEAD_DIM + lane_id() % 4 * 2;
-        UNROLL for (int i = 0; i < HEAD_DIM / 8; i++)
+                    (size_t)(kv_head * group + row % group) * D + lane_id() % 4 * 2;
+        UNROLL for (int i = 0; i < D / 8; i++)
             *(float2 *)(void *)(to + i * 8) = make_float2(o[i][2 * r] * scale, o[i][2 * r + 1] * scale);
     }
 }
@@ -5203,52 +5408,54 @@ DEVICE void tile_store(const attention_args &a, const attention_tile &tile, cons
    of one group of heads, token-major; grid (tiles, n_head_kv), 4 warps of 16 rows; positions in steps of 32,
    two stages in shared memory. q and the weights p go in as TERMS 16-bit terms each (2 of F16, 3 of BF16), so
    what is lost is float32's rounding, not theirs; each step's sums start from zero and are added in float32.
-   Equals qwen3i_attention. Needs head_dim 128, group <= 64 and a 16-bit cache; BF16 needs sm_80. */
-template <class T, int TERMS>
+   Equals qwen3i_attention. Needs head_dim D, group <= 64 and a 16-bit cache; BF16 needs sm_80. */
+template <class T, int D, int TERMS>
 static __global__ void __launch_bounds__(128, 1)
     attention_tile_kernel(attention_args a, const attention_tile *tiles) {
     QWEN3_DYNAMIC_SHARED(memory);
-    T *qs = (T *)(void *)memory, *ks = qs + TERMS * TILE_ROWS * HEAD_DIM, *vs = ks + 2 * TILE_POS * HEAD_DIM;
+    T *qs = (T *)(void *)memory, *ks = qs + TERMS * TILE_ROWS * D, *vs = ks + 2 * TILE_POS * D;
     const attention_tile tile = tiles[gridDim.x - 1 - blockIdx.x];      /* the longest first */
     const int kv_head = block_y(), n = tile.pos0 + tile.n_tokens, stride = a.kv.kv_dim;
-    const T *k = (const T *)a.kv.k + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * HEAD_DIM;
-    const T *v = (const T *)a.kv.v + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * HEAD_DIM;
+    const T *k = (const T *)a.kv.k + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * D;
+    const T *v = (const T *)a.kv.v + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * D;
     tile_rows rows;
-    float o[HEAD_DIM / 8][4];
-    UNROLL for (int i = 0; i < HEAD_DIM / 8; i++)
+    float o[D / 8][4];
+    UNROLL for (int i = 0; i < D / 8; i++)
         UNROLL for (int j = 0; j < 4; j++) o[i][j] = 0;
-    load_kv_tile<T>(ks, vs, k, v, stride, 0, n);
-    tile_begin<T, TERMS>(rows, qs, a, tile, kv_head);
+    load_kv_tile<T, D>(ks, vs, k, v, stride, 0, n);
+    tile_begin<T, D, TERMS>(rows, qs, a, tile, kv_head);
     for (int p0 = 0, stage = 0; p0 < n; p0 += TILE_POS, stage ^= 1) {
-        const int next = (stage ^ 1) * TILE_POS * HEAD_DIM;
+        const int next = (stage ^ 1) * TILE_POS * D;
         float s[TILE_POS / 8][4], keep[2];
         if (p0 + TILE_POS < n) {
-            load_kv_tile<T>(ks + next, vs + next, k, v, stride, p0 + TILE_POS, n);
+            load_kv_tile<T, D>(ks + next, vs + next, k, v, stride, p0 + TILE_POS, n);
             copy_wait<1>();
         } else copy_wait<0>();
         __syncthreads();
-        tile_scores<T, TERMS>(s, qs, ks + stage * TILE_POS * HEAD_DIM);
+        tile_scores<T, D, TERMS>(s, qs, ks + stage * TILE_POS * D);
         tile_weigh(s, keep, rows, p0);
-        tile_values<T, TERMS>(o, s, keep, vs + stage * TILE_POS * HEAD_DIM);
+        tile_values<T, D, TERMS>(o, s, keep, vs + stage * TILE_POS * D);
         __syncthreads();                /* before the next step overwrites this stage */
     }
-    tile_store(a, tile, o, rows, kv_head);
+    tile_store<D>(a, tile, o, rows, kv_head);
 }
 
-template <class T, int TERMS> static size_t attention_tile_shared() {
-    return sizeof(T) * ((size_t)TERMS * TILE_ROWS * HEAD_DIM + 4 * TILE_POS * HEAD_DIM);
+template <class T, int D, int TERMS> static size_t attention_tile_shared() {
+    return sizeof(T) * ((size_t)TERMS * TILE_ROWS * D + 4 * TILE_POS * D);
 }
 
 struct tile_kernel { void (*kernel)(attention_args, const attention_tile *); size_t shared; };
 
-template <class T, int TERMS> static tile_kernel tile_kernel_of() {
-    const tile_kernel k = {attention_tile_kernel<T, TERMS>, attention_tile_shared<T, TERMS>()};
-    return k;
+template <class T, int TERMS> static tile_kernel tile_kernel_of(int head_dim) {
+    const tile_kernel wide = {attention_tile_kernel<T, 128, TERMS>, attention_tile_shared<T, 128, TERMS>()};
+    const tile_kernel narrow = {attention_tile_kernel<T, 64, TERMS>, attention_tile_shared<T, 64, TERMS>()};
+    return head_dim == 128 ? wide : narrow;
 }
 
 /* The tensor core kernel for this context, and its shared memory. */
 static tile_kernel choose_tile_kernel(const cuda_ctx *c) {
-    return c->desc.kv_type == QWEN3_KV_BF16 ? tile_kernel_of<bf16_t, 3>() : tile_kernel_of<half_t, 2>();
+    return c->desc.kv_type == QWEN3_KV_BF16 ? tile_kernel_of<bf16_t, 3>(c->m->config.head_dim)
+                                            : tile_kernel_of<half_t, 2>(c->m->config.head_dim);
 }
 
 static qwen3_result allow_tile_shared(const cuda_ctx *c, const qwen3i_err *err) {
@@ -5292,15 +5499,15 @@ DEVICE void load_positions(unsigned char *to, const CUtensorMap *map, int head, 
                            mbarrier *full, mbarrier *empty, unsigned turn) {
     barrier_wait(empty, (turn / ATTENTION_STAGES & 1) ^ 1);
     barrier_expect(full, 2 * (unsigned)WIDE_HALF);
-    load_tile(to, map, head * HEAD_DIM, pos, z, full);
-    load_tile(to + WIDE_HALF, map, head * HEAD_DIM + WIDE_K, pos, z, full);
+    load_tile(to, map, head * WIDE_DIM, pos, z, full);
+    load_tile(to + WIDE_HALF, map, head * WIDE_DIM + WIDE_K, pos, z, full);
 }
 
 /* The tile's rows of q, (token, head) after (token, head). Those of tokens that it has not are never
    stored. */
 DEVICE void load_wide_q(unsigned char *to, const CUtensorMap *map, const attention_tile &tile, int kv_head,
                         int group, mbarrier *full) {
-    barrier_expect(full, (unsigned)(WIDE_M / group * group * HEAD_DIM) * 2);
+    barrier_expect(full, (unsigned)(WIDE_M / group * group * WIDE_DIM) * 2);
     load_tile(to, map, 0, kv_head * group, tile.row0, full);
     load_tile(to + WIDE_HALF, map, WIDE_K, kv_head * group, tile.row0, full);
 }
@@ -5308,7 +5515,7 @@ DEVICE void load_wide_q(unsigned char *to, const CUtensorMap *map, const attenti
 /* s = q k^T for 128 positions */
 DEVICE void wide_scores(float (&s)[64], const unsigned char *q, const unsigned char *k) {
     products_begin();
-    UNROLL for (int j = 0; j < HEAD_DIM / 16; j++) {
+    UNROLL for (int j = 0; j < WIDE_DIM / 16; j++) {
         const size_t at = WIDE_HALF * (size_t)(j / 4);
         wide_multiply(s, operand(q + at) + 2 * (unsigned)(j % 4), operand(k + at) + 2 * (unsigned)(j % 4),
                       j > 0);
@@ -5419,7 +5626,7 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
             w[j] = pack_halves(o[4 * j + 2 * r] * over, o[4 * j + 2 * r + 1] * over);
         store_words<16>(token < tile.n_tokens ? a.out + ((size_t)(tile.row0 + token) * a.n_head +
                                                          (size_t)(kv_head * a.group + row % a.group)) *
-                                                            HEAD_DIM :
+                                                            WIDE_DIM :
                                                 NULL,
                         w);
     }
@@ -5506,11 +5713,63 @@ static qwen3_result many_attention(const pass *p, int layer) {
 }
 
 /* ================================================================================================
+   RANKS: several devices share a model. Each has some of the heads, some rows of gate and up (of every expert,
+   too) and of the head: its configuration is the model's with these numbers divided. Wo and Wdown lie by
+   columns: a rank multiplies what it has computed itself, and x = x + W a is a sum over ranks, which NCCL adds
+   up, to the same bits on all. Logits are gathered, so every rank chooses, and chooses the same.
+   ================================================================================================ */
+static __global__ void clear_kernel(float *x, size_t n) {
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
+        x[i] = 0;
+}
+
+/* spread: logits[row, rank * width + i] = gathered[rank, row, i]. Grid (ranks, rows). */
+static __global__ void spread_kernel(float *logits, const float *gathered, int width) {
+    const size_t from = ((size_t)blockIdx.x * gridDim.y + blockIdx.y) * width,
+                 to = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * width;
+    for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) logits[to + i] = gathered[from + i];
+}
+
+/* x is added to on the first rank only: before x = x + W a the others have zeros there, ... */
+static qwen3_result begin_sum(const pass *p) {
+    if (p->c->m->rank == 0) return QWEN3_OK;
+    RUN(grid1(p->n), 256, 0, clear_kernel, p->c->x, (size_t)p->n * p->c->embd_ld);
+    return QWEN3_OK;
+}
+/* ... and after it all have the sum. */
+static qwen3_result end_sum(const pass *p) {
+#ifdef QWEN3_CUDA_NCCL
+    const qwen3i_err *err = p->err;
+    cuda_ctx *c = p->c;
+    if (c->m->n_ranks > 1)
+        NCCL_TRY(ncclAllReduce(c->x, c->x, (size_t)p->n * c->embd_ld, ncclFloat, ncclSum, c->comm, p->s));
+#else
+    (void)p;
+#endif
+    return QWEN3_OK;
+}
+
+/* c->logits: from n rows of the rank's own to n rows of all */
+static qwen3_result gather_logits(const pass *p, int n) {
+#ifdef QWEN3_CUDA_NCCL
+    const qwen3i_err *err = p->err;
+    cuda_ctx *c = p->c;
+    const int width = c->m->head.rows;
+    if (c->m->n_ranks == 1) return QWEN3_OK;
+    NCCL_TRY(ncclAllGather(c->logits, c->gathered, (size_t)n * width, ncclFloat, c->comm, p->s));
+    RUN(grid2(c->m->n_ranks, n), 1024, 0, spread_kernel, c->logits, (const float *)c->gathered, width);
+#else
+    (void)p; (void)n;
+#endif
+    return QWEN3_OK;
+}
+
+/* ================================================================================================
    OUTPUT: x = x + Wo a
    ================================================================================================ */
 static qwen3_result vector_o_proj(const pass *p, int layer) {
     cuda_ctx *c = p->c;
-    return matvec(p, c->x, c->embd_ld, NULL, c->m->layers[layer].wo, c->attn, c->q_dim, p->n, true);
+    return matvec<true>(p, c->x, c->embd_ld, NULL, c->m->layers[layer].wo, c->attn, c->q_dim, p->n);
 }
 
 static qwen3_result gemm_o_proj(const pass *p, int layer) {
@@ -5573,9 +5832,8 @@ static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int 
                         mlp_kernel<W, R, PAIRS>, in, y, ldy);
 }
 template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in &in, float *y, int ldy) {
-    return in.rows > 4 ? launch_mlp<W, 8>(p, in, y, ldy) :
-           in.rows > 1 ? launch_mlp<W, some_rows<W>()>(p, in, y, ldy) :
-                         launch_mlp<W, 1>(p, in, y, ldy);
+    return in.rows > 4 ? launch_mlp<W, 8>(p, in, y, ldy) : in.rows > 1 ? launch_mlp<W, 4>(p, in, y, ldy) :
+                                                                         launch_mlp<W, 1>(p, in, y, ldy);
 }
 
 /* stream_mlp: as mlp_kernel for one row of x. */
@@ -5583,7 +5841,7 @@ template <int P, int RING>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2) stream_mlp_kernel(matvec_in in, float *y) {
     QWEN3_DYNAMIC_SHARED(memory);
     const int lane = lane_id();
-    stream_rows<2 * P, true, RING, true>(
+    stream_rows<2 * P, true, RING>(
         in, warp_share(in.n / 2), memory, [] {}, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[2 * P], float) {
             if (lane < P && lane < left) y[row + lane] = silu(pick(acc, 2 * lane)) * pick(acc, 2 * lane + 1);
@@ -5601,50 +5859,40 @@ static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].gate_up;
     if (w.n_parts > 0) return block_mlp(p, w, h);
-    const matvec_in all = vector_input(p, w, h, p->n);
-    const int ring = stream_ring(p, all, w);
-#define CALL(RING) stream_mlp<RING>(p, all, c->ff)
+    const matvec_in in = vector_input(p, w, h, p->n);
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_mlp<RING>(p, in, c->ff)
     if (ring) return launched(p, BY_RING(ring, CALL), "mlp");
 #undef CALL
-    return in_turns(all, [&](const matvec_in &in, int first) {
-        float *to = c->ff + (size_t)first * c->ff_ld;
-#define CALL(T) mlp_rows_of<T>(p, in, to, c->ff_ld)
-        return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
+#define CALL(T) mlp_rows_of<T>(p, in, c->ff, c->ff_ld)
+    return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
 #undef CALL
-    });
 }
 
 static qwen3_result vector_down(const pass *p, int layer) {
     cuda_ctx *c = p->c;
-    return matvec(p, c->x, c->embd_ld, NULL, c->m->layers[layer].w_down, c->ff, c->ff_ld, p->n, true);
+    return matvec<true>(p, c->x, c->embd_ld, NULL, c->m->layers[layer].w_down, c->ff, c->ff_ld, p->n);
 }
 
 /* ---- after a product by cuBLASLt ---- */
-/* The first n of four, then zeros; at once where all fours lie on their boundaries. */
-DEVICE void load_4(float (&v)[4], const float *p, int n, bool aligned) {
-    if (aligned) load_n<4>(v, p);
-    else UNROLL for (int k = 0; k < 4; k++) v[k] = k < n ? p[k] : 0.0f;
-}
-
 /* swiglu: m = silu(gate) * up for gate_up [rows, 2 n_ff], times scale[row] before, as the input of the down
    projection [rows, ld], zero from n_ff on. The product is float32; only the scaled result is rounded. One
-   block a row; a thread keeps up to VECTORS vectors of four. Equals qwen3i_swiglu, and one rounding. */
-template <class O>
+   block a row; a thread keeps up to 4 VECTORS values, N at a time. Equals qwen3i_swiglu, and one rounding. */
+template <class O, int N>
 static __global__ void __launch_bounds__(1024)
     swiglu_kernel(O *out, float *out_scale, const float *gate_up, const float *scale, int n_ff, int ld_in,
                   int ld, size_t rest) {
     __shared__ float shared[32];
-    const float *gate = gate_up + (size_t)blockIdx.x * ld_in;
+    const float *gate = gate_up + (size_t)blockIdx.x * ld_in, *up_in = gate + n_ff;
     const float s = scale ? scale[blockIdx.x] : 1.0f;
-    const int step = n_threads() * 4;
-    float m[VECTORS][4], top = 0, up = 1;
-    UNROLL for (int j = 0; j < VECTORS; j++) {
-        const int i = tid() * 4 + j * step;
+    const int step = n_threads() * N;
+    float m[VECTORS * 4 / N][N], u[N], top = 0, up = 1;
+    UNROLL for (int j = 0; j < VECTORS * 4 / N; j++) {
+        const int i = tid() * N + j * step;
         if (i >= n_ff) break;
-        float u[4];
-        load_4(m[j], gate + i, n_ff - i, n_ff % 4 == 0);
-        load_4(u, gate + n_ff + i, n_ff - i, n_ff % 4 == 0);
-        UNROLL for (int k = 0; k < 4; k++) {
+        load_n<N>(m[j], gate + i);
+        load_n<N>(u, up_in + i);
+        UNROLL for (int k = 0; k < N; k++) {
             m[j][k] = silu(m[j][k] * s) * (u[k] * s);
             top = fmaxf(top, fabsf(m[j][k]));
         }
@@ -5654,11 +5902,12 @@ static __global__ void __launch_bounds__(1024)
         if (tid() == 0) out_scale[blockIdx.x] = 1.0f / up;
     }
     O *to = out + (size_t)blockIdx.x * ld;
-    UNROLL for (int j = 0; j < VECTORS; j++) {
-        const int i = tid() * 4 + j * step;
-        if (i >= ld) break;
-        UNROLL for (int k = 0; k < 4; k++) store_input(to + i + k, i < n_ff ? m[j][k] : 0.0f, up, rest);
+    UNROLL for (int j = 0; j < VECTORS * 4 / N; j++) {
+        const int i = tid() * N + j * step;
+        if (i >= n_ff) break;
+        UNROLL for (int k = 0; k < N; k++) store_input(to + i + k, m[j][k], up, rest);
     }
+    for (int i = n_ff + tid(); i < ld; i += n_threads()) store_input(to + i, 0.0f, up, rest);
 }
 
 template <class O>
@@ -5666,8 +5915,12 @@ static cudaError_t launch_swiglu(const pass *p, O *out, const matrix &gate_up, s
     cuda_ctx *c = p->c;
     const int n_ff = c->m->config.n_ff, want = round_up(ceil_div(n_ff, 16), 32),
               threads = want > 1024 ? 1024 : want;
-    return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O>, out, c->act_scale,
-                  (const float *)c->gate_up, act_scale(p, gate_up), n_ff, 2 * c->ff_ld, c->ff_ld, rest);
+    const float *in = c->gate_up, *scale = act_scale(p, gate_up);
+    if (n_ff % 4 == 0)
+        return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O, 4>, out, c->act_scale, in, scale, n_ff,
+                      2 * c->ff_ld, c->ff_ld, rest);
+    return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O, 1>, out, c->act_scale, in, scale, n_ff,
+                  2 * c->ff_ld, c->ff_ld, rest);
 }
 
 static qwen3_result gemm_mlp(const pass *p, int layer, const input &) {
@@ -5814,11 +6067,20 @@ DEVICE void block_store_x(const block_in &in, unsigned char *planes, int q, floa
     if (in.floats && u < n) ((float4 *)(void *)planes)[x_at<FLOAT_PLANES>(u, w)] = v;
 }
 
-/* RMSNorm(in.x) to its planes. */
+/* The RMSNorm of x, C vectors a thread, as stage_normed. */
 template <int C> DEVICE void block_stage_normed(const block_in &in, unsigned char *planes, float *shared) {
-    float4 v[C];
-    load_normed<C>(v, in, shared);
-    UNROLL for (int u = 0; u < C; u++) block_store_x(in, planes, tid() + u * n_threads(), v[u]);
+    float4 g[C], v[C];
+    float sum = 0;
+    load_vectors<C>(g, in.gain, tid(), n_threads(), in.k);
+    wait_for_previous();
+    load_vectors<C>(v, in.x, tid(), n_threads(), in.k);
+    UNROLL for (int u = 0; u < C; u++)
+        sum += v[u].x * v[u].x + v[u].y * v[u].y + v[u].z * v[u].z + v[u].w * v[u].w;
+    const float r = rms_scale(block_sum(sum, shared), (float)in.k, in.eps);
+    UNROLL for (int u = 0; u < C; u++)
+        block_store_x(in, planes, tid() + u * n_threads(),
+                      make_float4(v[u].x * r * g[u].x, v[u].y * r * g[u].y, v[u].z * r * g[u].z,
+                                  v[u].w * r * g[u].w));
 }
 
 /* R rows of x to shared memory, zero past k, the last one instead of those that are not there; with a gain
@@ -6076,9 +6338,16 @@ struct block_end {
 
 /* Of row r of x */
 DEVICE void block_finish(const block_end &e, int r, int row, int n, float sum) {
-    const int i = row + lane_id();
+    const qkv_args &a = e.qkv;
+    const int i = row + lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     if (lane_id() >= n) return;
-    if (e.kind == BLOCK_HEADS) { store_projection(e.qkv, r, i, sum); return; }
+    if (e.kind == BLOCK_HEADS) {
+        if (i < rotated) a.qkv[(size_t)r * a.ld + i] = sum;
+        else
+            in_cache(a, a.kv.v, kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (size_t)(i - rotated),
+                     [&](auto *to) { store(to, sum); });
+        return;
+    }
     const int slot = e.outs ? e.outs[r].out_slot : r;
     float *out = e.y + (size_t)slot * e.ldy + i;
     if (slot >= 0) *out = e.kind == BLOCK_ADD ? *out + sum : sum;
@@ -6141,7 +6410,7 @@ template <int R> static int block_warps(const pass *p, const block_in &in) {
 /* Can the kernel do the norm of its input? */
 static bool block_norms_itself(const pass *p, const matrix &w) {
     const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
-    return goes_alone(p->c, p->n) && w.cols % 4 == 0 &&
+    return p->n == 1 && w.cols % 4 == 0 &&
            w.cols <= STREAM_NORM * 4 * 32 * block_warps<1>(p, block_input(p, w, h, 0, 1));
 }
 
@@ -6605,20 +6874,20 @@ static expert_args expert_arguments(const pass *p, const matrix &w, int rows, co
     expert_args a;
     a.w = w.data; a.scale = w.scale; a.rows = rows; a.k = w.cols; a.ldw = w.ld;
     a.x = x; a.ldx = ldx; a.per = per; a.y = y; a.ldy = ldy;
-    a.lists = goes_alone(c, p->n) ? NULL : c->experts.lists;
+    a.lists = p->n > 1 ? c->experts.lists : NULL;
     a.counts = c->experts.counts; a.picked = c->experts.picked; a.list_rows = c->max_rows;
     return a;
 }
 
 template <class W, int R, bool GLU> static cudaError_t launch_experts_of(const pass *p, const expert_args &a) {
     const qwen3i_config *g = &p->c->m->config;
-    return launch_early(p->early, p->s, grid2(ceil_div(ceil_div(a.rows, 2), 8), goes_alone(p->c, p->n) ? g->n_expert_used : g->n_expert),
+    return launch_early(p->early, p->s,
+                        grid2(ceil_div(ceil_div(a.rows, 2), 8), p->n > 1 ? g->n_expert : g->n_expert_used),
                         256, 0, experts_kernel<W, R, GLU>, a);
 }
 template <class W, bool GLU> static cudaError_t launch_experts(const pass *p, const expert_args &a) {
-    return goes_alone(p->c, p->n) ? launch_experts_of<W, 1, GLU>(p, a) :
-           p->n <= 16             ? launch_experts_of<W, 2, GLU>(p, a) :
-                                    launch_experts_of<W, 8, GLU>(p, a);
+    return p->n == 1 ? launch_experts_of<W, 1, GLU>(p, a) : p->n <= 16 ? launch_experts_of<W, 2, GLU>(p, a) :
+                                                                        launch_experts_of<W, 8, GLU>(p, a);
 }
 
 /* h = RMSNorm(x), and which experts it picks, of one row */
@@ -6637,7 +6906,7 @@ static qwen3_result route(const pass *p, const layer_weights &l) {
     const cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
-    if (goes_alone(c, p->n)) return route_one(p, l);
+    if (p->n == 1) return route_one(p, l);
     TRY(launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, l.mlp_norm, p->n, 1,
                                    g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
     TRY(launched(p, launch_early(p->early, p->s, grid2(ceil_div(g->n_expert, 8), ceil_div(p->n, ROUTE_ROWS)), 256, 0,
@@ -6671,8 +6940,12 @@ static qwen3_result group_mlp(const pass *p, const layer_weights &l) {
     RUN(grid1(p->n), row_threads(l.gate_up.ld, 4, p->n), 0, round_rows_kernel<half_t>, e.act, e.act_scale,
         (const float *)c->h, c->embd_ld, g->n_embd, l.gate_up.ld, (size_t)0);
     TRY(group_product(p, l.gate_up, 2 * ff, g->n_expert_used, e.act, e.act_scale, e.y, ldy));
-    RUN(grid1(entries), threads, 0, swiglu_kernel<half_t>, e.m16, e.m_scale, (const float *)e.y,
-        (const float *)NULL, ff, ldy, ldm, (size_t)0);
+    if (ff % 4 == 0)
+        RUN(grid1(entries), threads, 0, swiglu_kernel<half_t, 4>, e.m16, e.m_scale, (const float *)e.y,
+            (const float *)NULL, ff, ldy, ldm, (size_t)0);
+    else
+        RUN(grid1(entries), threads, 0, swiglu_kernel<half_t, 1>, e.m16, e.m_scale, (const float *)e.y,
+            (const float *)NULL, ff, ldy, ldm, (size_t)0);
     return group_product(p, l.w_down, g->n_embd, 1, e.m16, e.m_scale, e.y, ldy);
 }
 
@@ -6682,7 +6955,7 @@ static qwen3_result experts_down(const pass *p, const layer_weights &l) {
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
     const expert_args a = expert_arguments(p, l.w_down, g->n_embd, e.m, l.w_down.ld, 1, e.y, e.ldy);
-#define CALL(T) !goes_alone(c, p->n) ? launch_experts<T, false>(p, a) : \
+#define CALL(T) p->n > 1 ? launch_experts<T, false>(p, a) : \
         launch_early(p->early, p->s, grid1(ceil_div(a.rows, 8)), 256, 0, expert_sum_kernel<T>, a, \
                      (const float *)e.share, g->n_expert_used, c->x)
     return launched(p, BY_WEIGHT_TYPE(l.w_down, CALL), "experts");
@@ -6696,6 +6969,7 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
     const layer_weights &l = c->m->layers[layer];
     const expert_buffers &e = c->experts;
     TRY(route(p, l));
+    TRY(begin_sum(p));
     if (p->n > GROUP_LEAST && l.gate_up.type == QWEN3I_F16 && l.w_down.type == QWEN3I_F16) TRY(group_mlp(p, l));
     else {
         const expert_args up = expert_arguments(p, l.gate_up, 2 * g->n_ff_expert, c->h, c->embd_ld,
@@ -6704,7 +6978,7 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
         TRY(launched(p, BY_WEIGHT_TYPE(l.gate_up, CALL), "experts"));
 #undef CALL
         TRY(experts_down(p, l));
-        if (goes_alone(c, p->n)) return QWEN3_OK;
+        if (p->n == 1) return QWEN3_OK;
     }
     return launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(g->n_embd, 1, p->n), 0,
                                     mix_experts_kernel, c->x, (const float *)e.y, (const float *)e.share,
@@ -6753,6 +7027,7 @@ static qwen3_result head_norm(const pass *p, int first, int n) {
 /* To where they are kept, from c->logits, times scale (NULL: 1). */
 static qwen3_result keep_logits(const pass *p, int first, int n, const float *scale) {
     cuda_ctx *c = p->c;
+    TRY(gather_logits(p, n));
     RUN(grid2(32, n), 256, 0, keep_logits_kernel, c->kept, (const float *)c->logits, scale,
         (const row_info *)c->rows + first, c->m->config.n_vocab);
     return QWEN3_OK;
@@ -6760,17 +7035,16 @@ static qwen3_result keep_logits(const pass *p, int first, int n, const float *sc
 
 static qwen3_result vector_head(const pass *p, int first, int n, bool keep_only) {
     cuda_ctx *c = p->c;
-    const int vocab = c->m->config.n_vocab;
-    if (keep_only)
-        return matvec(p, c->kept, vocab, c->rows + first, c->m->head, c->h, c->embd_ld, n, false);
-    TRY(matvec(p, c->logits, vocab, NULL, c->m->head, c->h, c->embd_ld, n, false));
+    const int vocab = c->m->head.rows;
+    if (keep_only) return matvec<false>(p, c->kept, vocab, c->rows + first, c->m->head, c->h, c->embd_ld, n);
+    TRY(matvec<false>(p, c->logits, vocab, NULL, c->m->head, c->h, c->embd_ld, n));
     return keep_logits(p, first, n, NULL);
 }
 
 static qwen3_result gemm_head(const pass *p, int first, int n, bool keep_only) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->head;
-    const int vocab = c->m->config.n_vocab;
+    const int vocab = w.rows;
     const float *scale = act_scale(p, w);
     TRY(round_rows(p, w, c->h, c->embd_ld, n));
     TRY(product(c, p->s, c->logits, vocab, w, 0, w.rows, c->act, n, p->err));
@@ -7347,40 +7621,14 @@ static void hopper_memory(cuda_ctx *c, arena *a);
 static qwen3_result prepare_nothing(cuda_ctx *, const qwen3i_err *) { return QWEN3_OK; }
 static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err);
 
-/* Up to SAME_ROWS rows alike: no product norms its input, as some do for so many rows and others not. */
-const path SAME_VECTORS_WAY = {
-    vector_norm, NULL, vector_qkv, rows_attention, vector_o_proj, vector_mlp, vector_down, vector_head, false,
-    false
-};
-const path SAME_FEW_WAY = {
-    hopper_norm, NULL, few_qkv, rows_attention, few_o_proj, few_mlp, few_down, few_head, false, true
-};
-
-const path_set PORTABLE = {
-    {{MATVEC_ROWS, &VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, false, gemm_memory, prepare_nothing
-};
+const path_set PORTABLE = {{{MATVEC_ROWS, &VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, gemm_memory, prepare_nothing};
 const path_set HOPPER = {
-    {{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
-    true, hopper_memory, prepare_hopper
+    {{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper
 };
 
 /* With weights in blocks fewer than some rows are faster by their whole numbers than through F16. */
 const path_set HOPPER_BLOCKS = {
-    {{MATVEC_ROWS, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
-    true, hopper_memory, prepare_hopper
-};
-
-/* The same of invariant contexts. */
-const path_set SAME_PORTABLE = {
-    {{SAME_ROWS, &SAME_VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, false, gemm_memory, prepare_nothing
-};
-const path_set SAME_HOPPER = {
-    {{SAME_ROWS, &SAME_FEW_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
-    true, hopper_memory, prepare_hopper
-};
-const path_set SAME_HOPPER_BLOCKS = {
-    {{SAME_ROWS, &SAME_VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
-    true, hopper_memory, prepare_hopper
+    {{MATVEC_ROWS, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper
 };
 
 static qwen3_result norm(const pass *p, const float *gain, const matrix &w, input *h) {
@@ -7389,7 +7637,7 @@ static qwen3_result norm(const pass *p, const float *gain, const matrix &w, inpu
 }
 
 static qwen3_result head_logits(const pass *p, int first, int n, bool keep_only) {
-    return way_for(p->c, n)->head(p, first, n, keep_only);
+    return way_for(p->c, n)->head(p, first, n, keep_only && p->c->m->n_ranks == 1);
 }
 
 /* The last layer's rows of which nothing is wanted leave it after its attention. */
@@ -7417,11 +7665,17 @@ static qwen3_result decoder_layer(pass *p, int layer) {
     if (last && p->n_outs == 0) return QWEN3_OK;
     TRY(p->way->attention(p, layer));               /* a = softmax(q k / sqrt(d)) v                      */
     if (last) TRY(keep_wanted(p));
+    TRY(begin_sum(p));
     TRY(p->way->o_proj(p, layer));                  /* x = x + Wo a                                      */
-    if (w->router) return experts_mlp(p, layer);    /* x = x + a sum of experts of RMSNorm(x)            */
-    TRY(norm(p, w->mlp_norm, w->gate_up, &h));      /* h = RMSNorm(x)                                    */
-    TRY(p->way->mlp(p, layer, h));                  /* m = silu(Wgate h) * (Wup h)                       */
-    return p->way->down(p, layer);                  /* x = x + Wdown m                                   */
+    TRY(end_sum(p));
+    if (w->router) TRY(experts_mlp(p, layer));      /* x = x + a sum of experts of RMSNorm(x)            */
+    else {
+        TRY(norm(p, w->mlp_norm, w->gate_up, &h));  /* h = RMSNorm(x)                                    */
+        TRY(p->way->mlp(p, layer, h));              /* m = silu(Wgate h) * (Wup h)                       */
+        TRY(begin_sum(p));
+        TRY(p->way->down(p, layer));                /* x = x + Wdown m                                   */
+    }
+    return end_sum(p);
 }
 
 static int cancelled(const cuda_ctx *c) { return c->desc.cancel && c->desc.cancel(c->desc.cancel_user); }
@@ -7499,7 +7753,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
     const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
     const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
-    const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv) * more_splits(c);
+    const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);
     const u64 kv_layer =
         qwen3i_size_mul(seqs * ctx, (u64)c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type));
     c->kv_layer_bytes = (size_t)kv_layer;
@@ -7512,13 +7766,14 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->h = a->take<float>((g->n_expert ? rows : narrow) * embd);
     c->qkv = take_result(c, a, 1, (c->wide_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
-    c->ff = a->take<float>((size_t)least(c->max_rows, most_single(c)) * c->ff_ld);
+    c->ff = a->take<float>((size_t)least(c->max_rows, MATVEC_ROWS) * c->ff_ld);
     c->act_scale = a->take<float>(rows);
     c->scratch_size = largest_in_blocks(c->m);
     c->scratch = (half_t *)(void *)a->take<char>(c->scratch_size);
     c->paths->memory(c, a);
     experts_memory(c, a);
     c->logits = take_result(c, a, 3, (size_t)head_rows(c) * vocab);
+    c->gathered = a->take<float>(c->m->n_ranks > 1 ? (size_t)head_rows(c) * vocab : 0);
     c->logprobs = a->take<float>((size_t)head_rows(c));
     c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
     c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
@@ -7572,17 +7827,15 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
     c->embd_ld = round_up(g->n_embd, 8);
     c->ff_ld = round_up(g->n_ff, 8);
     c->act_ld = round_up(most(most(g->n_embd, g->n_ff), c->q_dim), 8);
-    c->tiles = g->head_dim == HEAD_DIM && c->group <= TILE_ROWS &&
+    c->tiles = (g->head_dim == 64 || g->head_dim == 128) && c->group <= TILE_ROWS &&
                (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
-    c->wide = paths->hopper;
+    c->wide = paths == &HOPPER || paths == &HOPPER_BLOCKS;
     c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
     c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, FEW_MOST)) : c->max_rows;
 }
 
-static const path_set *paths_of(const cuda_model *m, const qwen3_ctx_desc *desc) {
-    const bool blocks = m->wide && m->layers[0].gate_up.n_parts > 0;
-    if (desc->invariant) return !m->wide ? &SAME_PORTABLE : blocks ? &SAME_HOPPER_BLOCKS : &SAME_HOPPER;
-    return !m->wide ? &PORTABLE : blocks ? &HOPPER_BLOCKS : &HOPPER;
+static const path_set *paths_of(const cuda_model *m) {
+    return !m->wide ? &PORTABLE : m->layers[0].gate_up.n_parts > 0 ? &HOPPER_BLOCKS : &HOPPER;
 }
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
@@ -7590,7 +7843,7 @@ static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, con
     arena device(NULL), pinned(NULL), host(NULL);
     cuda_ctx c;
     const cuda_model *m = (const cuda_model *)model_state;
-    shape_ctx(&c, m, desc, paths_of(m, desc));
+    shape_ctx(&c, m, desc, paths_of(m));
     lay_out_device(&c, &device);
     lay_out_pinned(&c, &pinned);
     lay_out_host(&c, &host);
@@ -7599,8 +7852,7 @@ static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, con
     return bytes;
 }
 
-static void free_ctx(void *ctx_state) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
+static void free_own(cuda_ctx *c) {
     if (!c) return;
     const qwen3_allocator a = c->desc.allocator;
     {
@@ -7613,6 +7865,9 @@ static void free_ctx(void *ctx_state) {
             if (c->uploaded[i]) cudaEventDestroy(c->uploaded[i]);
             if (c->reported[i]) cudaEventDestroy(c->reported[i]);
         }
+#ifdef QWEN3_CUDA_NCCL
+        if (c->comm) ncclCommDestroy(c->comm);
+#endif
         if (c->own_stream && c->stream) cudaStreamDestroy(c->stream);
         if (c->capture) cudaStreamDestroy(c->capture);
         if (c->pinned) cudaFreeHost(c->pinned);
@@ -7651,7 +7906,8 @@ template <int R> static qwen3_result allow_few_shared(const qwen3i_err *err) {
     TRY(allow_shared(few_product_kernel<to_residual<WIDE_M / 2>, R>, bytes, err));
     TRY(allow_shared(few_product_kernel<to_residual<WIDE_M>, R>, bytes, err));
     TRY(allow_shared(few_product_kernel<to_heads<half_t>, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<to_heads<void>, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<to_heads<bf16_t>, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<to_heads<float>, R>, bytes, err));
     TRY(allow_shared(few_product_kernel<to_mlp, R>, bytes, err));
     return allow_shared(few_product_kernel<to_logits, R>, bytes, err);
 }
@@ -7681,7 +7937,8 @@ template <int P> static qwen3_result allow_wide_shared(const qwen3i_err *err) {
     const size_t bytes = wide_product_shared<WIDE_N, P>();
     TRY(allow_shared(wide_product_kernel<to_residual<>, WIDE_N, P>, bytes, err));
     TRY(allow_shared(wide_product_kernel<to_heads<half_t>, WIDE_N, P>, bytes, err));
-    TRY(allow_shared(wide_product_kernel<to_heads<void>, WIDE_N, P>, bytes, err));
+    TRY(allow_shared(wide_product_kernel<to_heads<bf16_t>, WIDE_N, P>, bytes, err));
+    TRY(allow_shared(wide_product_kernel<to_heads<float>, WIDE_N, P>, bytes, err));
     return allow_shared(wide_product_kernel<to_mlp, WIDE_N, P>, bytes, err);
 }
 
@@ -7720,7 +7977,7 @@ static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     TRY(allow_shared(wide_product_kernel<to_residual<>, WIDE_N_MORE, 1>,
                      wide_product_shared<WIDE_N_MORE, 1>(), err));
     if (!c->wide_kv) return QWEN3_OK;
-    TRY(make_map(&c->q_map, c->wide_q, HEAD_DIM, (u64)g->n_head, rows, c->group, WIDE_M / c->group, err));
+    TRY(make_map(&c->q_map, c->wide_q, WIDE_DIM, (u64)g->n_head, rows, c->group, WIDE_M / c->group, err));
     TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
     TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
     TRY(allow_shared(wide_attention_kernel, WIDE_ATTENTION_SHARED, err));
@@ -7793,14 +8050,73 @@ static qwen3_result create_ctx_for(const path_set *paths, void **ctx_state, void
     const qwen3_result r =
         guard.status == cudaSuccess ? fill_ctx(c, err) : cuda_fail(err, guard.status, "cudaSetDevice");
     if (r == QWEN3_OK) *ctx_state = c;
-    else free_ctx(c);
+    else free_own(c);
     return r;
 }
 
-static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
-                               const qwen3_ctx_desc *desc, const qwen3i_err *err) {
-    const cuda_model *m = (const cuda_model *)model_state;
-    return create_ctx_for(paths_of(m, desc), ctx_state, model_state, model, desc, err);
+/* ================================================================================================
+   GROUPS: ranks in one process. A context of rank 0 has those of the others as its fellows; what holds a sum
+   over ranks they enqueue at once, each on a thread of its own, and the caller's is rank 0's.
+   ================================================================================================ */
+struct rank_job {                       /* run(what, context of a rank, its part of the answer) */
+    qwen3_result (*run)(const void *what, cuda_ctx *c, int rank, const qwen3i_err *err);
+    const void *what;
+};
+
+struct fellow {
+    cuda_ctx      *c;
+    std::thread    thread;
+    qwen3_result   result;
+    char           text[512];
+    qwen3i_next   *items;               /* [max_seqs] of the step, with samplers of its own */
+    qwen3_sampler *samplers;
+};
+
+struct rank_group {
+    int      n;
+    fellow   fellows[MOST_RANKS];       /* [0]: the caller's */
+    int    (*cancel)(void *user);
+    void    *cancel_user;
+    std::mutex              lock;       /* of what follows */
+    std::condition_variable begun, ended;
+    const rank_job *job;
+    long     turn;
+    int      at_work;
+    bool     over;
+    std::atomic<bool> broken;           /* a rank has failed: no sum comes any more */
+};
+
+static bool is_broken(const cuda_ctx *c) { return c->ranks && c->ranks->broken; }
+
+/* After an error the others must not wait for this rank's part of a sum. */
+static void give_up(cuda_ctx *c) {
+#ifdef QWEN3_CUDA_NCCL
+    if (c->ranks) c->ranks->broken = true;
+    if (c->comm) ncclCommAbort(c->comm);
+    c->comm = NULL;
+#else
+    (void)c;
+#endif
+}
+
+/* Waits for an event, and sees meanwhile if another rank is lost. */
+static qwen3_result wait_for(cuda_ctx *c, cudaEvent_t event, const qwen3i_err *err) {
+#ifdef QWEN3_CUDA_NCCL
+    cudaError_t e = cudaErrorNotReady;
+    while (c->m->n_ranks > 1 && e == cudaErrorNotReady) {
+        ncclResult_t state = ncclSuccess;
+        e = cudaEventQuery(event);
+        if (c->comm && !is_broken(c)) NCCL_TRY(ncclCommGetAsyncError(c->comm, &state));
+        if (is_broken(c) || !c->comm || (state != ncclSuccess && state != ncclInProgress)) {
+            give_up(c);
+            return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: rank %d of %d: another rank has failed",
+                               c->m->rank, c->m->n_ranks);
+        }
+        if (e == cudaErrorNotReady) std::this_thread::yield();
+    }
+#endif
+    CUDA_TRY(cudaEventSynchronize(event));
+    return QWEN3_OK;
 }
 
 /* ================================================================================================
@@ -7810,8 +8126,7 @@ static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_
 static qwen3_result begin_upload(cuda_ctx *c, int *slot, const qwen3i_err *err) {
     *slot = c->turn;
     c->turn = (c->turn + 1) % RING;
-    CUDA_TRY(cudaEventSynchronize(c->uploaded[*slot]));
-    return QWEN3_OK;
+    return wait_for(c, c->uploaded[*slot], err);
 }
 
 template <class T> static cudaError_t send(cuda_ctx *c, T *to, const T *from, int n) {
@@ -7863,7 +8178,7 @@ static qwen3_result upload_batch(cuda_ctx *c, const qwen3i_batch *b, int *n_tile
         r->out_slot = o && o->keep_seq >= 0 ? kept_slot(c, o->keep_seq, 1) : -1;
         r->out_target = o && o->logprob ? o->target : -1;
     }
-    *n_tiles = c->tiles && b->n_rows > most_single(c) && (!one_row_each(b) || b->n_rows > c->narrow_rows)
+    *n_tiles = c->tiles && b->n_rows > MATVEC_ROWS && (!one_row_each(b) || b->n_rows > c->narrow_rows)
                    ? make_tiles(c, b, slot->tiles) : 0;
     CUDA_TRY(send(c, c->rows, slot->rows, b->n_rows));
     CUDA_TRY(send(c, c->tile_list, slot->tiles, *n_tiles));
@@ -7922,6 +8237,7 @@ static qwen3_result deliver(const pass *p, const qwen3i_out *outs, int first, in
     cuda_ctx *c = p->c;
     const qwen3i_err *err = p->err;
     const size_t embd = (size_t)c->m->config.n_embd, vocab = (size_t)c->m->config.n_vocab;
+    const bool mine = !c->ranks || c->m->rank == 0;
     bool any = false, more = false, probs = false;
     for (int i = first; i < first + n; i++) {
         any = any || outs[i].keep_seq >= 0 || outs[i].logits || outs[i].logprob;
@@ -7930,19 +8246,19 @@ static qwen3_result deliver(const pass *p, const qwen3i_out *outs, int first, in
     }
     TRY(head_norm(p, first, n));
     for (int i = 0; i < n; i++)
-        if (outs[first + i].hidden)
+        if (outs[first + i].hidden && mine)
             CUDA_TRY(cudaMemcpyAsync(outs[first + i].hidden, c->h + i * c->embd_ld, embd * sizeof(float),
                                      cudaMemcpyDeviceToHost, p->s));
     if (any) TRY(head_logits(p, first, n, !more));
     for (int i = 0; i < n; i++)
-        if (outs[first + i].logits)
+        if (outs[first + i].logits && mine)
             CUDA_TRY(cudaMemcpyAsync(outs[first + i].logits, c->logits + i * vocab, vocab * sizeof(float),
                                      cudaMemcpyDeviceToHost, p->s));
     if (!probs) return QWEN3_OK;
     RUN(grid1(n), 1024, 0, logprob_kernel, c->logprobs, (const float *)c->logits,
         (const row_info *)c->rows + first, (int)vocab);
     for (int i = 0; i < n; i++)
-        if (outs[first + i].logprob)
+        if (outs[first + i].logprob && mine)
             CUDA_TRY(cudaMemcpyAsync(outs[first + i].logprob, c->logprobs + i, sizeof(float),
                                      cudaMemcpyDeviceToHost, p->s));
     return QWEN3_OK;
@@ -7961,8 +8277,7 @@ static qwen3_result wait(cuda_ctx *c, const qwen3i_err *err) {
             return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
         }
     }
-    CUDA_TRY(cudaEventSynchronize(done));
-    return QWEN3_OK;
+    return wait_for(c, done, err);
 }
 
 static qwen3_result run_batch(cuda_ctx *c, const qwen3i_batch *b, int n_tiles, const qwen3i_err *err) {
@@ -7976,17 +8291,21 @@ static qwen3_result run_batch(cuda_ctx *c, const qwen3i_batch *b, int n_tiles, c
     return wait(c, err);
 }
 
-static qwen3_result forward(void *ctx_state, const qwen3i_batch *b, const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
+/* Nothing of the caller's or of an upload is in use any more. */
+static qwen3_result end_failed(cuda_ctx *c, qwen3_result r) {
+    if (c->m->n_ranks > 1 && (r == QWEN3_ERR_DEVICE || r == QWEN3_ERR_DEVICE_MEMORY)) give_up(c);
+    cudaStreamSynchronize(c->stream);
+    return r;
+}
+
+static qwen3_result forward_own(cuda_ctx *c, const qwen3i_batch *b, const qwen3i_err *err) {
     device_guard guard(c->m->device);
     int n_tiles;
     CUDA_TRY(guard.status);
-    if (cancelled(c)) return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
     c->ahead.n = 0;
     qwen3_result r = upload_batch(c, b, &n_tiles, err);
     if (r == QWEN3_OK) r = is_step(c, b) ? run_step(c, b->n_rows, err) : run_batch(c, b, n_tiles, err);
-    /* no copy to the caller is under way any more */
-    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }
+    if (r != QWEN3_OK) return end_failed(c, r);
     for (int i = 0; i < b->n_outs; i++) if (b->outs[i].keep_seq >= 0) kept_advance(c, b->outs[i].keep_seq);
     return QWEN3_OK;
 }
@@ -8126,8 +8445,7 @@ static bool ahead_fits(const cuda_ctx *c, const qwen3i_next *items, int n) {
     return true;
 }
 
-/* Begin the step after this one, if all sequences have room for it, and none needs a mask that is not
-   known. */
+/* Begin the step after this one, if all sequences have room for it, and none needs a mask that is not known. */
 static qwen3_result begin_ahead(cuda_ctx *c, const qwen3i_next *items, int n, const qwen3i_err *err) {
     run_ahead *a = &c->ahead;
     a->n = 0;
@@ -8169,21 +8487,18 @@ static qwen3_result take_choices(cuda_ctx *c, qwen3i_next *items, int n, const i
     return QWEN3_OK;
 }
 
-static qwen3_result next(void *ctx_state, qwen3i_next *items, int n, const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
+static qwen3_result next_own(cuda_ctx *c, qwen3i_next *items, int n, const qwen3i_err *err) {
     device_guard guard(c->m->device);
     int slot = c->ahead.slot;
     CUDA_TRY(guard.status);
-    if (cancelled(c)) return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
     qwen3_result r = QWEN3_OK;
     if (!ahead_fits(c, items, n)) {
         c->ahead.n = 0;
         r = begin_step(c, items, n, 0, &slot, err);
     }
     if (r == QWEN3_OK) r = begin_ahead(c, items, n, err);
-    /* what the slot holds is read no more */
-    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }
-    CUDA_TRY(cudaEventSynchronize(c->reported[slot]));
+    if (r == QWEN3_OK) r = wait_for(c, c->reported[slot], err);
+    if (r != QWEN3_OK) return end_failed(c, r);
     return take_choices(c, items, n, c->slots[slot].report, err);
 }
 
@@ -8201,6 +8516,178 @@ static qwen3_result finish_copies(const cuda_ctx *c, cudaError_t e, const qwen3i
     return e == cudaSuccess ? QWEN3_OK : cuda_fail(err, e, "a copy");
 }
 
+/* f(context, rank, err) of every rank at once */
+template <class F> static qwen3_result run_job(const void *f, cuda_ctx *c, int rank, const qwen3i_err *err) {
+    return (*(const F *)f)(c, rank, err);
+}
+template <class F> static qwen3_result together(cuda_ctx *c, const F &f, const qwen3i_err *err) {
+    rank_group *g = c->ranks;
+    if (!g) return f(c, 0, err);
+    if (g->broken)
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: a device has failed before: free the context");
+    const rank_job job = {run_job<F>, &f};
+    std::unique_lock<std::mutex> held(g->lock);
+    g->job = &job;
+    g->turn++;
+    g->at_work = g->n - 1;
+    g->begun.notify_all();
+    held.unlock();
+    qwen3_result r = f(c, 0, err);
+    held.lock();
+    while (g->at_work > 0) g->ended.wait(held);
+    for (int i = 1; i < g->n && r == QWEN3_OK; i++)
+        if (g->fellows[i].result != QWEN3_OK)
+            r = qwen3i_fail(err, g->fellows[i].result, "%s", g->fellows[i].text);
+    return r;
+}
+/* The same one after the other: f has no sum over ranks. */
+template <class F> static qwen3_result each_rank(cuda_ctx *c, const F &f) {
+    for (int i = 0; i < (c->ranks ? c->ranks->n : 1); i++) {
+        cuda_ctx *own = c->ranks ? c->ranks->fellows[i].c : c;
+        device_guard guard(own->m->device);
+        TRY(guard.status == cudaSuccess ? f(own) : QWEN3_ERR_DEVICE);
+    }
+    return QWEN3_OK;
+}
+
+/* A thread of a group, for as long as it is there */
+static void serve(rank_group *g, int rank) {
+    fellow *own = &g->fellows[rank];
+    const qwen3i_err err = {own->text, sizeof own->text};
+    long seen = 0;
+    std::unique_lock<std::mutex> held(g->lock);
+    for (;;) {
+        while (g->turn == seen && !g->over) g->begun.wait(held);
+        if (g->over) return;
+        seen = g->turn;
+        held.unlock();
+        const qwen3_result r = g->job->run(g->job->what, own->c, rank, &err);
+        held.lock();
+        own->result = r;
+        if (--g->at_work == 0) g->ended.notify_one();
+    }
+}
+
+static void end_group(rank_group *g, const qwen3_allocator *a, int max_seqs) {
+    g->lock.lock();
+    g->over = true;
+    g->lock.unlock();
+    g->begun.notify_all();
+    for (int i = 1; i < g->n; i++) {
+        fellow *f = &g->fellows[i];
+        if (f->thread.joinable()) f->thread.join();
+        free_own(f->c);
+        host_free(a, f->items, (size_t)max_seqs * sizeof *f->items);
+        host_free(a, f->samplers, (size_t)max_seqs * sizeof *f->samplers);
+    }
+    g->~rank_group();
+    host_free(a, g, sizeof *g);
+}
+
+static void free_ctx(void *ctx_state) {
+    cuda_ctx *c = (cuda_ctx *)ctx_state;
+    if (c && c->ranks) end_group(c->ranks, &c->desc.allocator, c->desc.max_seqs);
+    free_own(c);
+}
+
+#ifdef QWEN3_CUDA_NCCL
+/* A communicator of this context's own for each of its ranks in this process */
+static qwen3_result split_ranks(cuda_ctx *c, const qwen3i_err *err) {
+    ncclResult_t e = ncclGroupStart();
+    each_rank(c, [&](cuda_ctx *own) {
+        if (e == ncclSuccess) e = ncclCommSplit(own->m->comm, 0, own->m->rank, &own->comm, NULL);
+        return QWEN3_OK;
+    });
+    const ncclResult_t ended = ncclGroupEnd();
+    NCCL_TRY(e);
+    NCCL_TRY(ended);
+    return QWEN3_OK;
+}
+
+static qwen3_result begin_fellow(rank_group *g, int i, cuda_ctx *first, const qwen3_model *model,
+                                 const qwen3_ctx_desc *desc, const qwen3i_err *err) {
+    const size_t seqs = (size_t)desc->max_seqs;
+    cuda_model *m = first->m->fellows[i];
+    fellow *f = &g->fellows[i];
+    void *state = NULL;
+    TRY(create_ctx_for(paths_of(m), &state, m, model, desc, err));
+    f->c = (cuda_ctx *)state;
+    f->c->ranks = g;
+    f->items = (qwen3i_next *)host_alloc(&desc->allocator, seqs * sizeof *f->items);
+    f->samplers = (qwen3_sampler *)host_alloc(&desc->allocator, seqs * sizeof *f->samplers);
+    return f->items && f->samplers ? QWEN3_OK : no_host_memory(err, seqs * sizeof *f->items);
+}
+
+/* The others of a context of rank 0 */
+static qwen3_result begin_group(cuda_ctx *c, const qwen3_model *model, const qwen3_ctx_desc *desc,
+                                const qwen3i_err *err) {
+    void *memory = host_alloc(&desc->allocator, sizeof(rank_group));
+    qwen3_ctx_desc theirs = *desc;
+    if (!memory) return no_host_memory(err, sizeof(rank_group));
+    c->ranks = new (memory) rank_group();
+    c->ranks->n = c->m->n_ranks;
+    c->ranks->fellows[0].c = c;
+    c->ranks->cancel = desc->cancel;
+    c->ranks->cancel_user = desc->cancel_user;
+    theirs.cancel = NULL;
+    theirs.stream = NULL;
+    for (int i = 1; i < c->ranks->n; i++) TRY(begin_fellow(c->ranks, i, c, model, &theirs, err));
+    TRY(split_ranks(c, err));
+    for (int i = 1; i < c->ranks->n; i++)
+        if (!begin_thread(&c->ranks->fellows[i].thread, [=] { serve(c->ranks, i); }))
+            return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: no thread could be started for device %d",
+                               c->m->fellows[i]->device);
+    return QWEN3_OK;
+}
+#endif
+
+static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
+                               const qwen3_ctx_desc *desc, const qwen3i_err *err) {
+    const cuda_model *m = (const cuda_model *)model_state;
+    qwen3_ctx_desc own = *desc;
+    qwen3_result r = QWEN3_OK;
+    if (m->n_ranks > 1 && !m->fellows && desc->cancel)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                           "CUDA: cancel: ranks in several processes would not agree");
+    if (m->n_ranks > 1) own.cancel = NULL;
+    TRY(create_ctx_for(paths_of(m), ctx_state, model_state, model, &own, err));
+#ifdef QWEN3_CUDA_NCCL
+    cuda_ctx *c = (cuda_ctx *)*ctx_state;
+    if (m->n_ranks > 1) r = m->fellows ? begin_group(c, model, desc, err) : split_ranks(c, err);
+#endif
+    if (r == QWEN3_OK) return r;
+    free_ctx(*ctx_state);
+    *ctx_state = NULL;
+    return r;
+}
+
+static bool cancelled_by_caller(const cuda_ctx *c) {
+    return c->ranks ? c->ranks->cancel && c->ranks->cancel(c->ranks->cancel_user) : cancelled(c);
+}
+
+static qwen3_result forward(void *ctx_state, const qwen3i_batch *b, const qwen3i_err *err) {
+    cuda_ctx *c = (cuda_ctx *)ctx_state;
+    if (cancelled_by_caller(c)) return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
+    return together(c, [=](cuda_ctx *own, int, const qwen3i_err *e) { return forward_own(own, b, e); }, err);
+}
+
+static qwen3_result next(void *ctx_state, qwen3i_next *items, int n, const qwen3i_err *err) {
+    cuda_ctx *c = (cuda_ctx *)ctx_state;
+    if (cancelled_by_caller(c)) return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
+    for (int k = 1; c->ranks && k < c->ranks->n; k++) {
+        const fellow *f = &c->ranks->fellows[k];
+        for (int i = 0; i < n; i++) {
+            f->items[i] = items[i];
+            if (!items[i].sampler) continue;
+            f->samplers[i] = *items[i].sampler;
+            f->items[i].sampler = &f->samplers[i];
+        }
+    }
+    return together(c, [=](cuda_ctx *own, int rank, const qwen3i_err *e) {
+        return next_own(own, rank == 0 ? items : own->ranks->fellows[rank].items, n, e);
+    }, err);
+}
+
 static qwen3_result logits(void *ctx_state, int seq, const float **out, const qwen3i_err *err) {
     cuda_ctx *c = (cuda_ctx *)ctx_state;
     device_guard guard(c->m->device);
@@ -8214,15 +8701,14 @@ static qwen3_result logits(void *ctx_state, int seq, const float **out, const qw
 }
 
 static qwen3_result set_logits(void *ctx_state, int seq, const float *from, const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
-    device_guard guard(c->m->device);
-    CUDA_TRY(guard.status);
-    c->ahead.n = 0;
-    return finish_copies(c,
-                         cudaMemcpyAsync(kept_logits(c, seq), from,
-                                         (size_t)c->m->config.n_vocab * sizeof(float), cudaMemcpyHostToDevice,
-                                         c->stream),
-                         err);
+    return each_rank((cuda_ctx *)ctx_state, [=](cuda_ctx *c) {
+        c->ahead.n = 0;
+        return finish_copies(c,
+                             cudaMemcpyAsync(kept_logits(c, seq), from,
+                                             (size_t)c->m->config.n_vocab * sizeof(float),
+                                             cudaMemcpyHostToDevice, c->stream),
+                             err);
+    });
 }
 
 static size_t kv_row_bytes(const cuda_ctx *c) {
@@ -8235,48 +8721,65 @@ static size_t kv_begin(const cuda_ctx *c, int seq, int layer) {
 }
 
 static qwen3_result seq_copy(void *ctx_state, int dst, int src, int n_pos, const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
-    device_guard guard(c->m->device);
-    const size_t bytes = (size_t)n_pos * kv_row_bytes(c), pitch = c->kv_layer_bytes,
-                 layers = (size_t)c->m->config.n_layer;
-    CUDA_TRY(guard.status);
     if (dst == src) return QWEN3_OK;
-    c->ahead.n = 0;
-    if (bytes > 0) {
-        CUDA_TRY(cudaMemcpy2DAsync(c->k + kv_begin(c, dst, 0), pitch, c->k + kv_begin(c, src, 0), pitch,
-                                   bytes, layers, cudaMemcpyDeviceToDevice, c->stream));
-        CUDA_TRY(cudaMemcpy2DAsync(c->v + kv_begin(c, dst, 0), pitch, c->v + kv_begin(c, src, 0), pitch,
-                                   bytes, layers, cudaMemcpyDeviceToDevice, c->stream));
-    }
-    CUDA_TRY(cudaMemcpyAsync(kept_logits(c, dst), kept_logits(c, src),
-                             (size_t)c->m->config.n_vocab * sizeof(float), cudaMemcpyDeviceToDevice,
-                             c->stream));
-    return QWEN3_OK;
+    return each_rank((cuda_ctx *)ctx_state, [=](cuda_ctx *c) {
+        const size_t bytes = (size_t)n_pos * kv_row_bytes(c), pitch = c->kv_layer_bytes,
+                     layers = (size_t)c->m->config.n_layer;
+        c->ahead.n = 0;
+        for (char *cache : {c->k, c->v})
+            if (bytes > 0)
+                CUDA_TRY(cudaMemcpy2DAsync(cache + kv_begin(c, dst, 0), pitch, cache + kv_begin(c, src, 0),
+                                           pitch, bytes, layers, cudaMemcpyDeviceToDevice, c->stream));
+        CUDA_TRY(cudaMemcpyAsync(kept_logits(c, dst), kept_logits(c, src),
+                                 (size_t)c->m->config.n_vocab * sizeof(float), cudaMemcpyDeviceToDevice,
+                                 c->stream));
+        return QWEN3_OK;
+    });
+}
+
+/* Where this rank's heads are in rows of all, whose bytes are *row. */
+static size_t kv_share(const cuda_ctx *c, size_t *row) {
+    const size_t head = kv_row_bytes(c) / (size_t)c->m->config.n_head_kv;
+    *row = head * (size_t)c->m->all_kv;
+    return head * (size_t)c->m->first_kv;
+}
+
+static qwen3_result check_whole(const cuda_ctx *c, const qwen3i_err *err) {
+    if (c->m->n_ranks == 1 || c->ranks) return QWEN3_OK;
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: a rank among several processes has no whole state");
 }
 
 static qwen3_result kv_read(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v,
                             const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
-    device_guard guard(c->m->device);
-    const size_t bytes = (size_t)n_pos * kv_row_bytes(c), at = kv_begin(c, seq, layer);
-    CUDA_TRY(guard.status);
-    if (bytes == 0) return QWEN3_OK;
-    cudaError_t e = cudaMemcpyAsync(k, c->k + at, bytes, cudaMemcpyDeviceToHost, c->stream);
-    if (e == cudaSuccess) e = cudaMemcpyAsync(v, c->v + at, bytes, cudaMemcpyDeviceToHost, c->stream);
-    return finish_copies(c, e, err);
+    if (n_pos == 0) return QWEN3_OK;
+    TRY(check_whole((cuda_ctx *)ctx_state, err));
+    return each_rank((cuda_ctx *)ctx_state, [=](cuda_ctx *c) {
+        size_t row, at = kv_begin(c, seq, layer), own = kv_row_bytes(c), to = kv_share(c, &row),
+                    n = (size_t)n_pos;
+        cudaError_t e =
+            cudaMemcpy2DAsync((char *)k + to, row, c->k + at, own, own, n, cudaMemcpyDeviceToHost, c->stream);
+        if (e == cudaSuccess)
+            e = cudaMemcpy2DAsync((char *)v + to, row, c->v + at, own, own, n, cudaMemcpyDeviceToHost,
+                                  c->stream);
+        return finish_copies(c, e, err);
+    });
 }
 
 static qwen3_result kv_write(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v,
                              const qwen3i_err *err) {
-    cuda_ctx *c = (cuda_ctx *)ctx_state;
-    device_guard guard(c->m->device);
-    const size_t bytes = (size_t)n_pos * kv_row_bytes(c), at = kv_begin(c, seq, layer);
-    CUDA_TRY(guard.status);
-    c->ahead.n = 0;
-    if (bytes == 0) return QWEN3_OK;
-    cudaError_t e = cudaMemcpyAsync(c->k + at, k, bytes, cudaMemcpyHostToDevice, c->stream);
-    if (e == cudaSuccess) e = cudaMemcpyAsync(c->v + at, v, bytes, cudaMemcpyHostToDevice, c->stream);
-    return finish_copies(c, e, err);
+    TRY(check_whole((cuda_ctx *)ctx_state, err));
+    return each_rank((cuda_ctx *)ctx_state, [=](cuda_ctx *c) {
+        size_t row, at = kv_begin(c, seq, layer), own = kv_row_bytes(c), from = kv_share(c, &row),
+                    n = (size_t)n_pos;
+        c->ahead.n = 0;
+        if (n == 0) return QWEN3_OK;
+        cudaError_t e = cudaMemcpy2DAsync(c->k + at, own, (const char *)k + from, row, own, n,
+                                          cudaMemcpyHostToDevice, c->stream);
+        if (e == cudaSuccess)
+            e = cudaMemcpy2DAsync(c->v + at, own, (const char *)v + from, row, own, n, cudaMemcpyHostToDevice,
+                                  c->stream);
+        return finish_copies(c, e, err);
+    });
 }
 
 } /* namespace */
@@ -8287,6 +8790,11 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
         create_model, free_model, device_name,
         ctx_memory, create_ctx, free_ctx, forward, logits, next, seq_copy, kv_read, kv_write, set_logits,
         1, 1, 0,                        /* matrices in blocks, experts; orders of inputs stay on the CPU */
+#ifdef QWEN3_CUDA_NCCL
+        1,                              /* several devices */
+#else
+        0,
+#endif
         start, started
     };
     return &backend;

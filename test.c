@@ -42,6 +42,7 @@ static void  test_free(void *p);
 #endif
 #ifdef QWEN3_TEST_CUDA
   #include "tests/test_cuda.h"
+  #include "tests/test_ranks.h"
 #endif
 #include "tests/test_stability.h"
 
@@ -94,6 +95,7 @@ int main(int argc, char **argv) {
     suite_stability();
 #ifdef QWEN3_TEST_CUDA
     suite_cuda();
+    suite_ranks();
 #endif
     printf("%d passed, %d failed", test_passed, test_failed);
     if (test_skipped) printf(", %d skipped", test_skipped);

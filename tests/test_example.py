@@ -161,7 +161,7 @@ class ExampleTest(unittest.TestCase):
 
     def test_wrong_usage(self):
         for arguments, reason in ((['-s', '@nofile'], 'nofile: No such file'), (['--tools', 'nofile'], 'nofile: No such file'),
-                                  (['--temp', '101'], '--temp takes a number up to 100, not 101'),
+                                  (['--temp', '101'], '--temp: a number up to 100, not 101'),
                                   (['--ctx', '-1'], 'not -1'), (['--seed', 'x'], 'not x'), (['--top-p'], 'missing'),
                                   (['--such'], '--such')):
             self.assertIn(reason, self.talk('hi\n', *arguments, status=2)[1])

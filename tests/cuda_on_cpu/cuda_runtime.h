@@ -10,7 +10,9 @@
    their work at once. */
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
+#include <atomic>
 #include <functional>
+#include <mutex>
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
@@ -84,10 +86,12 @@ struct warp { uint64_t word[2][32][8]; int arrived, live; unsigned turn; };
 
 struct device_block { char *begin, *end; };
 inline std::vector<device_block> &device_blocks() { static std::vector<device_block> all; return all; }
+inline std::mutex &device_lock() { static std::mutex lock; return lock; }
 
 /* If this is device memory, reads and writes there are errors from now on, with the address sanitizer. */
 inline void forbid(void *p, size_t n) {
 #ifdef __SANITIZE_ADDRESS__
+    const std::lock_guard<std::mutex> held(device_lock());
     for (size_t i = 0; i < device_blocks().size(); i++)
         if ((char *)p >= device_blocks()[i].begin && (char *)p < device_blocks()[i].end)
             __asan_poison_memory_region(p, n);
@@ -494,11 +498,13 @@ struct cudaLaunchConfig_t {
 
 inline int emulated_capability = 80;    /* tests may change these: the chip, its size, */
 inline int emulated_sms = 5;
-inline size_t emulated_memory = (size_t)4 << 30, emulated_used;
-inline int emulated_devices = 1, emulated_device;
-inline long emulated_calls, emulated_fail_at;   /* the call that fails, counted from 1; 0: none */
-inline long emulated_live;                      /* objects and blocks of memory that exist */
-inline long emulated_copies, emulated_waited;   /* copies to or from the host: enqueued, and waited for */
+inline size_t emulated_memory = (size_t)4 << 30;
+inline std::atomic<size_t> emulated_used;
+inline int emulated_devices = 1;
+inline thread_local int emulated_device;
+inline std::atomic<long> emulated_calls, emulated_fail_at;  /* the call that fails, counted from 1; 0: none */
+inline std::atomic<long> emulated_live;         /* objects and blocks of memory that exist */
+inline std::atomic<long> emulated_copies, emulated_waited;  /* copies to or from the host: enqueued, and waited for */
 
 /* For tests in C: let the n-th call from now fail (0: none); how many calls there were; what has not been freed. */
 extern "C" __attribute__((used)) inline void cuda_on_cpu_fail(long n) {
@@ -506,6 +512,7 @@ extern "C" __attribute__((used)) inline void cuda_on_cpu_fail(long n) {
     emulated_fail_at = n;
 }
 extern "C" __attribute__((used)) inline void cuda_on_cpu_chip(int capability) { emulated_capability = capability; }
+extern "C" __attribute__((used)) inline void cuda_on_cpu_devices(int n) { emulated_devices = n; }
 extern "C" __attribute__((used)) inline void cuda_on_cpu_size(int multiprocessors) { emulated_sms = multiprocessors; }
 extern "C" __attribute__((used)) inline long cuda_on_cpu_calls(void) { return emulated_calls; }
 extern "C" __attribute__((used)) inline long cuda_on_cpu_live(void) { return emulated_live; }
@@ -568,6 +575,7 @@ static inline cudaError_t cudaMalloc(void **p, size_t size) {
     emulated_used += size;
     emulated_live++;
     const emulated::device_block range = {block + 256, block + 256 + size};
+    const std::lock_guard<std::mutex> held(emulated::device_lock());
     emulated::device_blocks().push_back(range);
     *p = block + 256;
     return cudaSuccess;
@@ -579,6 +587,7 @@ static inline cudaError_t cudaFree(void *p) {
     emulated_used -= size;
     emulated_live--;
     emulated::allow(p, size);
+    const std::lock_guard<std::mutex> held(emulated::device_lock());
     for (size_t i = 0; i < emulated::device_blocks().size(); i++)
         if (emulated::device_blocks()[i].begin == (char *)p) {
             emulated::device_blocks().erase(emulated::device_blocks().begin() + (long)i);
@@ -623,8 +632,9 @@ static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t n, cudaM
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
-                                            size_t width, size_t height, cudaMemcpyKind, cudaStream_t s) {
+                                            size_t width, size_t height, cudaMemcpyKind kind, cudaStream_t s) {
     return emulated_enqueue(s, [=] {
+        if (kind != cudaMemcpyDeviceToDevice) emulated_copies++;
         for (size_t i = 0; i < height; i++)
             memmove((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width);
     });
@@ -649,7 +659,7 @@ static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
     return cudaSuccess;
 }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    emulated_waited = emulated_copies;
+    emulated_waited = emulated_copies.load();
     return cudaSuccess;
 }
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {

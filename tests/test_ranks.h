@@ -1,0 +1,286 @@
+/* Several devices that share a model: beside transformers, one device and the CPU. Where there is one GPU they are skipped. */
+#ifndef QWEN3_TESTS_TEST_RANKS_H
+#define QWEN3_TESTS_TEST_RANKS_H
+#include "test_cuda.h"
+#include <pthread.h>
+
+#ifdef QWEN3_TEST_CUDA_ON_CPU
+extern void cuda_on_cpu_devices(int n);
+#else
+static void cuda_on_cpu_devices(int n) { (void)n; }
+#endif
+
+static const int ranks_devices[4] = {0, 1, 2, 3};
+
+static qwen3_load_desc ranks_load(const char *path, int n) {
+    qwen3_load_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.path = path;
+    desc.backend = qwen3_cuda_backend();
+    desc.devices = ranks_devices;
+    desc.n_devices = n;
+    return desc;
+}
+
+static int ranks_fixture(fixture *f, const char *name, int n) {
+    char path[1024], err[512] = "";
+    qwen3_load_desc desc;
+    memset(f, 0, sizeof *f);
+    model_path(path, sizeof path, name, "reference.ref");
+    if (!ref_open(&f->ref, path)) return 0;
+    model_path(path, sizeof path, name, "");
+    desc = ranks_load(path, n);
+    if (!CHECK_MSG(qwen3_load(&f->model, &desc, err, sizeof err) == QWEN3_OK, "%s, %d devices: %s", name, n, err)) {
+        ref_close(&f->ref);
+        return 0;
+    }
+    f->info = qwen3_get_info(f->model);
+    return 1;
+}
+
+/* Logits of all prompts, many rows and few at a time; key/value heads divided, and fewer than devices. */
+static void test_ranks_models(void) {
+    static const struct { const char *name; int n; } cases[] = {
+        {"chat", 4}, {"theta", 2}, {"plain", 2}, {"experts8", 2}
+    };
+    int i, chunk;
+    for (i = 0; i < (int)(sizeof cases / sizeof *cases); i++)
+        for (chunk = 0; chunk <= 8; chunk += 8) {
+            const qwen3_ctx_desc desc = ctx_desc(256, 1, chunk, QWEN3_KV_F32);
+            cuda_distance d;
+            fixture f;
+            if (!ranks_fixture(&f, cases[i].name, cases[i].n)) continue;
+            d = cuda_distance_of(&f, &desc);
+            if (test_verbose) printf("    %-10s %d devices, chunks of %d: worst %.2e, KL %.2e\n", cases[i].name, cases[i].n, chunk, d.worst, d.kl);
+            CHECK_MSG(d.worst <= (chunk ? 2e-4 : 1e-2), "%s, %d devices, chunks of %d: %.3g", cases[i].name, cases[i].n, chunk, d.worst);
+            fixture_close(&f);
+        }
+}
+
+/* The devices choose what the host chooses, one sequence or several. */
+static void test_ranks_next(void) {
+    qwen3_sampler s[3];
+    fixture f;
+    int i;
+    if (!ranks_fixture(&f, "chat", 2)) return;
+    for (i = 0; i < 3; i++) s[i] = qwen3_sampler_preset(i == 0 ? QWEN3_GREEDY : i == 1 ? QWEN3_THINKING : QWEN3_NON_THINKING, (uint64_t)i);
+    s[2].repeat_penalty = 1.3f;
+    for (i = 0; i < 3; i++) cuda_check_next(&f, &s[i], LAB_FUSED);
+    fixture_close(&f);
+}
+
+
+/* A state goes to one device, to the CPU, and back; a copy of a sequence goes on alike. */
+static void test_ranks_states(void) {
+    fixture two, one, cpu;
+    qwen3_ctx *a, *b, *c;
+    if (!ranks_fixture(&two, "chat", 2)) return;
+    if (!cuda_fixture(&one, "chat")) { fixture_close(&two); return; }
+    if (!fixture_open(&cpu, "chat")) { fixture_close(&two); fixture_close(&one); return; }
+    a = cuda_prompted(&two, 2, LAB_FUSED, 41);
+    b = ctx_open(one.model, 160, 1, 0, QWEN3_KV_F16);
+    c = ctx_open(cpu.model, 160, 1, 0, QWEN3_KV_F16);
+    if (a && b && c) {
+        const uint64_t size = state_size(a, 0);
+        void *state = malloc((size_t)size), *back = malloc((size_t)size);
+        qwen3_token t[4] = {-1, -2, -3, -4};
+        int i;
+        CHECK_OK(a, state_save(a, 0, state, size, NULL));
+        CHECK_OK(b, state_load(b, 0, state, size));
+        CHECK_OK(c, state_load(c, 0, state, size));
+        CHECK_OK(b, state_save(b, 0, back, size, NULL));
+        CHECK(memcmp(state, back, (size_t)size) == 0);
+        CHECK_OK(a, state_load(a, 1, back, size));
+        for (i = 0; i < 6; i++) {
+            CHECK(qwen3_next(a, 0, NULL, &t[0]) >= 0 && qwen3_next(a, 1, NULL, &t[1]) >= 0 && qwen3_next(b, 0, NULL, &t[2]) >= 0 &&
+                  qwen3_next(c, 0, NULL, &t[3]) >= 0);
+            CHECK_MSG(t[0] == t[1] && t[0] == t[2] && t[0] == t[3], "token %d: %d, copied %d, one device %d, CPU %d", i, t[0], t[1], t[2], t[3]);
+        }
+        CHECK_OK(a, qwen3_seq_copy(a, 1, 0));
+        CHECK(same_logits(a, 1, qwen3_logits(a, 0), 0) && qwen3_next(a, 0, NULL, &t[0]) >= 0 && qwen3_next(a, 1, NULL, &t[1]) >= 0 && t[0] == t[1]);
+        free(state);
+        free(back);
+    }
+    qwen3_ctx_free(a); qwen3_ctx_free(b); qwen3_ctx_free(c);
+    fixture_close(&two); fixture_close(&one); fixture_close(&cpu);
+}
+
+/* Cancelling is asked for between steps, and what was evaluated stays. */
+static void test_ranks_cancel(void) {
+    qwen3_ctx_desc desc = ctx_desc(200, 1, 20, QWEN3_KV_F16);
+    qwen3_token prompt[100], t, whole = -1;
+    uint64_t seed = 6;
+    int left = 1 << 30, polls, before = -1;
+    qwen3_ctx *ctx;
+    fixture f;
+    if (!ranks_fixture(&f, "plain", 2)) return;
+    desc.cancel = cuda_cancel_after;
+    desc.cancel_user = &left;
+    ctx = ctx_open_desc(f.model, &desc);
+    random_tokens(&seed, prompt, 100, f.info.n_vocab);
+    for (polls = 0; ctx && polls < 5; polls++) {
+        CHECK_OK(ctx, qwen3_seq_truncate(ctx, 0, 0));
+        left = polls;
+        CHECK(eval(ctx, 0, prompt, 100, NULL) == QWEN3_STOPPED);
+        CHECK_MSG(seq_len(ctx, 0) > before, "after %d polls %d tokens are there", polls, seq_len(ctx, 0));
+        before = seq_len(ctx, 0);
+        left = 1 << 30;
+        CHECK_OK(ctx, eval(ctx, 0, prompt + seq_len(ctx, 0), 100 - seq_len(ctx, 0), NULL));
+        CHECK_OK(ctx, qwen3_next(ctx, 0, NULL, &t));
+        if (polls == 0) whole = t;
+        CHECK_MSG(t == whole, "after %d polls the next token is %d, not %d", polls, (int)t, (int)whole);
+    }
+    qwen3_ctx_free(ctx);
+    fixture_close(&f);
+}
+
+static void ranks_refused(qwen3_load_desc desc, qwen3_result want, const char *says) {
+    char err[512] = "";
+    qwen3_model *model = NULL;
+    CHECK(qwen3_load(&model, &desc, err, sizeof err) == want && !model);
+    CHECK_MSG(strstr(err, says) != NULL, "'%s' does not say '%s'", err, says);
+}
+
+static void test_ranks_refuses(void) {
+    char path[1024];
+    qwen3_load_desc d;
+    model_path(path, sizeof path, "chat", "");
+    d = ranks_load(path, 3);
+    ranks_refused(d, QWEN3_ERR_UNSUPPORTED, "4 heads cannot be divided among 3 devices");
+    d.n_devices = -1;
+    ranks_refused(d, QWEN3_ERR_ARG, "n_devices is -1");
+    d.n_devices = 2; d.devices = NULL;
+    ranks_refused(d, QWEN3_ERR_ARG, "devices is NULL");
+    d = ranks_load(path, 2);
+    d.backend = NULL;
+    ranks_refused(d, QWEN3_ERR_UNSUPPORTED, "the cpu backend runs on one device");
+    d = ranks_load(path, 0);
+    d.n_ranks = 2; d.rank = 2;
+    ranks_refused(d, QWEN3_ERR_ARG, "rank is 2 of 2");
+    d.rank = 1;
+    ranks_refused(d, QWEN3_ERR_ARG, "nccl_id is NULL");
+    d.nccl_id = path; d.n_devices = 2;
+    ranks_refused(d, QWEN3_ERR_ARG, "one of several ranks has one device");
+    d = ranks_load(path, 2);
+    d.quantize = QWEN3_Q8_0;
+    ranks_refused(d, QWEN3_ERR_UNSUPPORTED, "in blocks of 32 cannot be divided");
+}
+
+#ifdef QWEN3_TEST_CUDA_ON_CPU
+/* Two ranks that are processes of their own, but for the test: the same calls, the same choices. */
+typedef struct ranks_process { int rank; qwen3_token tokens[12]; qwen3_result result; char err[256]; } ranks_process;
+
+static void *ranks_main(void *arg) {
+    static const char id[128] = {7};
+    ranks_process *p = (ranks_process *)arg;
+    qwen3_ctx_desc desc = ctx_desc(100, 1, 0, QWEN3_KV_F16);
+    qwen3_model *model = NULL;
+    qwen3_ctx *ctx = NULL;
+    qwen3_token prompt[30];
+    uint64_t seed = 3;
+    char path[1024];
+    qwen3_load_desc load;
+    int i;
+    model_path(path, sizeof path, "chat", "");
+    load = ranks_load(path, 0);
+    load.device = load.rank = p->rank;
+    load.n_ranks = 2;
+    load.nccl_id = id;
+    p->result = qwen3_load(&model, &load, p->err, sizeof p->err);
+    if (p->result == QWEN3_OK) p->result = qwen3_ctx_create(&ctx, model, &desc, p->err, sizeof p->err);
+    random_tokens(&seed, prompt, 30, 300);
+    if (p->result == QWEN3_OK) p->result = eval(ctx, 0, prompt, 30, NULL);
+    for (i = 0; i < 12 && p->result == QWEN3_OK; i++) p->result = qwen3_next(ctx, 0, NULL, &p->tokens[i]);
+    qwen3_ctx_free(ctx);
+    qwen3_free(model);
+    return NULL;
+}
+
+static void test_ranks_processes(void) {
+    ranks_process p[2];
+    pthread_t thread;
+    fixture f;
+    qwen3_ctx *ctx;
+    qwen3_token prompt[30], t;
+    uint64_t seed = 3;
+    int i;
+    memset(p, 0, sizeof p);
+    p[1].rank = 1;
+    if (!CHECK(pthread_create(&thread, NULL, ranks_main, &p[1]) == 0)) return;
+    ranks_main(&p[0]);
+    pthread_join(thread, NULL);
+    for (i = 0; i < 2; i++) CHECK_MSG(p[i].result == QWEN3_OK, "rank %d: %s", i, p[i].err);
+    CHECK(memcmp(p[0].tokens, p[1].tokens, sizeof p[0].tokens) == 0);
+    if (!ranks_fixture(&f, "chat", 2)) return;
+    ctx = ctx_open(f.model, 100, 1, 0, QWEN3_KV_F16);
+    random_tokens(&seed, prompt, 30, 300);
+    if (ctx) CHECK_OK(ctx, eval(ctx, 0, prompt, 30, NULL));
+    for (i = 0; ctx && i < 12; i++) {
+        CHECK_OK(ctx, qwen3_next(ctx, 0, NULL, &t));
+        CHECK_MSG(t == p[0].tokens[i], "token %d: %d, in one process %d", i, (int)p[0].tokens[i], (int)t);
+    }
+    qwen3_ctx_free(ctx);
+    fixture_close(&f);
+}
+
+/* Every seventh call of CUDA or NCCL fails once: an error on all ranks, nobody waits for ever, everything is released. */
+static qwen3_result ranks_whole_run(const char *path) {
+    qwen3_ctx_desc desc = ctx_desc(64, 2, 32, QWEN3_KV_F16);
+    qwen3_load_desc load = ranks_load(path, 2);
+    qwen3_model *model = NULL;
+    qwen3_ctx *ctx = NULL;
+    qwen3_token prompt[20], t;
+    char err[256] = "";
+    int i;
+    qwen3_result r = qwen3_load(&model, &load, err, sizeof err);
+    for (i = 0; i < 20; i++) prompt[i] = 3 + i;
+    if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, &desc, err, sizeof err);
+    if (r == QWEN3_OK) r = eval(ctx, 0, prompt, 20, NULL);
+    for (i = 0; i < 3 && r == QWEN3_OK; i++) r = qwen3_next(ctx, 0, NULL, &t);
+    if (ctx) CHECK((r >= 0) == (qwen3_ctx_error(ctx)[0] == '\0'));
+    qwen3_ctx_free(ctx);
+    qwen3_free(model);
+    return r;
+}
+
+static void test_ranks_faults(void) {
+    const long live = heap_default.live;
+    char path[1024];
+    long n, total;
+    model_path(path, sizeof path, "theta", "");
+    cuda_on_cpu_fail(0);
+    CHECK(ranks_whole_run(path) >= 0);
+    total = cuda_on_cpu_calls();
+    for (n = 1; n <= total; n += 7) {
+        qwen3_result r;
+        cuda_on_cpu_fail(n);
+        r = ranks_whole_run(path);
+        CHECK_MSG(r < 0 || n > total - 200, "call %ld failed, and nobody noticed", n);
+        CHECK_MSG(cuda_on_cpu_live() == 0 && heap_default.live == live, "call %ld failed: %ld device objects, %ld blocks are left", n,
+                  cuda_on_cpu_live(), heap_default.live - live);
+    }
+    cuda_on_cpu_fail(0);
+}
+#endif
+
+static void suite_ranks(void) {
+    char path[1024], err[512] = "";
+    qwen3_load_desc desc;
+    qwen3_model *model = NULL;
+    cuda_on_cpu_devices(4);
+    model_path(path, sizeof path, "plain", "");
+    desc = ranks_load(path, 2);
+    if (qwen3_load(&model, &desc, err, sizeof err) != QWEN3_OK) { test_skip("test_ranks", err); return; }
+    qwen3_free(model);
+    RUN(test_ranks_models);
+    RUN(test_ranks_next);
+    RUN(test_ranks_states);
+    RUN(test_ranks_cancel);
+    RUN(test_ranks_refuses);
+#ifdef QWEN3_TEST_CUDA_ON_CPU
+    RUN(test_ranks_processes);
+    RUN(test_ranks_faults);
+    cuda_on_cpu_devices(1);
+#endif
+}
+#endif
