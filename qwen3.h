@@ -555,6 +555,10 @@ typedef struct qwen3_ctx_desc {
     int   threads;          /* CPU threads, the caller's included; 0: as many as can run at once: affinity  */
                             /* and control groups are respected, slow cores of hybrid chips left out     */
     void *stream;           /* CUDA: a cudaStream_t of the caller's to work on; NULL: one of our own  */
+    int   invariant;        /* CUDA: 1: a token's logits are the same bits alone and in a step with up to 15 */
+                            /* others, of whatever sequences: a reply does not depend on who else is served, */
+                            /* and speculation is exact. Steps of one token are slower then. The CPU always  */
+                            /* does so, for steps of any size                                        */
     float yarn_factor;      /* 0: as config.json says; else YaRN scaling, e.g. 4 for 131,072 positions */
     int (*cancel)(void *user);  /* polled often while evaluating; nonzero: the call returns STOPPED. */
     void *cancel_user;          /* Steps that are complete are kept. A step that is cancelled is lost, */
@@ -714,8 +718,8 @@ typedef struct qwen3_gen_desc {
                                         /* QWEN3_TEXT_*; nonzero return stops                       */
     /* Speculation: up to draft_tokens (0: none; at most 16) are guessed and evaluated together with the next
        token, and kept as far as they are what is then chosen from their own logits. So text and sampler are
-       those of one token at a time, bit for bit on the CPU; on a GPU as far as steps of several rows round
-       alike. Guesses come from the last place where the sequence said the same, which pays where text is
+       those of one token at a time, bit for bit on the CPU and, with qwen3_ctx_desc.invariant, on a GPU, where
+       steps of several tokens otherwise round differently. Guesses come from the last place where the sequence said the same, which pays where text is
        quoted; where there is none from draft (may be NULL), a context of a smaller model of the same
        vocabulary, whose sequence of the same number is used. How many is adapted to what they cost and
        bring. Takes 4 * n_vocab bytes a guess for each such sequence, when it first begins. */
@@ -1026,8 +1030,10 @@ QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config
 #endif
 #if defined(__GNUC__)
   #define QWEN3I_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+  #define QWEN3I_COLD __attribute__((cold))     /* runs rarely: compiled for size, as what it alone calls */
 #else
   #define QWEN3I_PRINTF(fmt, args)
+  #define QWEN3I_COLD
 #endif
 
 #define QWEN3I_REPLACEMENT 0xFFFDu      /* what stands for bytes that are no character */
@@ -1107,7 +1113,7 @@ static inline qwen3i_err qwen3i_err_begin(char *text, size_t cap) {
 }
 
 /* Write the message and return the code, so that a failure is one statement. */
-QWEN3I_PRINTF(3, 4)
+QWEN3I_PRINTF(3, 4) QWEN3I_COLD
 static inline qwen3_result qwen3i_fail(const qwen3i_err *e, qwen3_result code, const char *format, ...) {
     va_list args;
     if (!e || !e->text || e->cap == 0) return code;
@@ -1176,6 +1182,7 @@ QWEN3I_SHARED float qwen3i_value(const void *data, qwen3i_type type, int i) {
 }
 
 /* ---- the choice of a token: integers after the temperature, so that all platforms and backends agree ---- */
+#define QWEN3I_SAME_ROWS  16            /* in a step of an invariant context, whose bits are those alone */
 #define QWEN3I_BANNED     (-1e30f)      /* this and below, NaN included: never sampled */
 #define QWEN3I_OCTAVES    39            /* below the largest logit weights end */
 #define QWEN3I_WEIGHT_ONE ((uint64_t)1 << QWEN3I_OCTAVES)       /* the weight of the largest logit */
@@ -1409,11 +1416,12 @@ static void *qwen3i_alloc_zero(const qwen3_allocator *a, size_t n, size_t size) 
 }
 
 /* ---- errors ------------------------------------------------------------------------------------ */
+QWEN3I_COLD
 static qwen3_result qwen3i_no_memory(const qwen3i_err *e, const char *what, uint64_t bytes) {
     return qwen3i_fail(e, QWEN3_ERR_MEMORY, "%llu bytes for %s", (unsigned long long)bytes, what);
 }
 
-QWEN3I_PRINTF(3, 4)
+QWEN3I_PRINTF(3, 4) QWEN3I_COLD
 static void qwen3i_log(const qwen3_logger *logger, qwen3_log_level level, const char *format, ...) {
     char line[512];
     va_list args;
@@ -2320,6 +2328,7 @@ static void qwen3i_close(const qwen3_allocator *a, qwen3i_blob *b) {
 }
 
 /* The same, which is not the stand-in that git leaves of a large file that was not fetched. */
+QWEN3I_COLD
 static qwen3_result qwen3i_open(const qwen3i_loader *l, const char *name, int map, qwen3i_blob *out) {
     static const char pointer[] = "version https://git-lfs";
     qwen3_result r = qwen3i_open_any(l, name, map, out);
@@ -2336,46 +2345,83 @@ static qwen3_result qwen3i_open(const qwen3i_loader *l, const char *name, int ma
    ================================================================================================ */
 #define QWEN3I_MAX_BLOCK 256            /* elements */
 
-/* A block: element e is d[e / 16] * q[e] + m[e / 16], in which only the sum is rounded: the product is exact
-   in float32. No offset is -0, so that zeros keep their signs. */
-#define QWEN3I_NO_OFFSET (-0.0f)
+/* A part of a row: element e is d[g] * q[e], or d[g] * q[e] + m[g] in formats with offsets, for its group g = e /
+   qwen3i_group_of(type). The product is exact in float32, so that only the sum is rounded. */
 typedef struct qwen3i_unpacked {
     int8_t q[QWEN3I_MAX_BLOCK];
     float d[QWEN3I_MAX_BLOCK / 16], m[QWEN3I_MAX_BLOCK / 16];
 } qwen3i_unpacked;
-typedef void (*qwen3i_unpack)(qwen3i_unpacked *u, const uint8_t *b);
 
-/* ---- what blocks are made of ----------------------------------------------------------------- */
+/* One block b, to where its elements and groups begin */
+typedef void (*qwen3i_unpack)(int8_t *q, float *d, float *m, const uint8_t *b);
+
+/* Elements that share a scale */
+static int qwen3i_group_of(qwen3i_type type) {
+    return type == QWEN3I_Q2_K || type == QWEN3I_Q3_K || type == QWEN3I_Q6_K || type == QWEN3I_NVFP4 ? 16 : 32;
+}
+
+static int qwen3i_has_offsets(qwen3i_type type) {
+    return type == QWEN3I_Q4_1 || type == QWEN3I_Q5_1 || type == QWEN3I_Q2_K || type == QWEN3I_Q4_K ||
+           type == QWEN3I_Q5_K || type == QWEN3I_INT8;
+}
+
+/* ---- what blocks are made of: eight bytes at a time ------------------------------------------ */
 static float qwen3i_half_at(const uint8_t *b) { return qwen3i_f16_to_f32((uint16_t)(b[0] | b[1] << 8)); }
 
-/* Elements 16 i .. 16 i + 15 have this scale and offset. */
-static void qwen3i_unpack_scale(qwen3i_unpacked *u, int i, float d, float m) { u->d[i] = d; u->m[i] = m; }
+QWEN3I_INLINE uint64_t qwen3i_eight(const void *b) {
+    uint64_t v;
+    memcpy(&v, b, 8);
+    return v;
+}
 
-static void qwen3i_unpack_scale32(qwen3i_unpacked *u, int i, float d, float m) {
-    qwen3i_unpack_scale(u, 2 * i, d, m);
-    qwen3i_unpack_scale(u, 2 * i + 1, d, m);
+/* The bits of mask out of each byte shifted right */
+QWEN3I_INLINE uint64_t qwen3i_eight_fields(uint64_t v, int shift, unsigned mask) {
+    return v >> shift & mask * 0x0101010101010101u;
+}
+
+/* Bytes below 128 less a number up to 128 */
+QWEN3I_INLINE uint64_t qwen3i_eight_less(uint64_t v, unsigned less) {
+    const uint64_t top = 0x8080808080808080u;
+    return ((v | top) - less * 0x0101010101010101u) ^ top;
 }
 
 /* n bytes hold 2 n elements: the low halves n of them, the high halves the next n. */
-static void qwen3i_unpack_nibbles(int8_t *q, const uint8_t *b, int n) {
-    for (int i = 0; i < n; i++) q[i] = (int8_t)(b[i] & 15);
-    for (int i = 0; i < n; i++) q[n + i] = (int8_t)(b[i] >> 4);
+QWEN3I_INLINE void qwen3i_unpack_nibbles(int8_t *q, const uint8_t *b, int n, unsigned less) {
+    for (int i = 0; i < n; i += 8) {
+        const uint64_t v = qwen3i_eight(b + i);
+        const uint64_t low = qwen3i_eight_less(qwen3i_eight_fields(v, 0, 15), less);
+        const uint64_t high = qwen3i_eight_less(qwen3i_eight_fields(v, 4, 15), less);
+        memcpy(q + i, &low, 8);
+        memcpy(q + n + i, &high, 8);
+    }
+}
+
+/* Upper bits of n elements: the fields of b that begin at `shift`, moved left by `left`; then the elements become less. */
+QWEN3I_INLINE void qwen3i_unpack_upper(int8_t *q, const uint8_t *b, int n, int shift, unsigned mask, int left,
+                                       unsigned less) {
+    for (int i = 0; i < n; i += 8) {
+        uint64_t v = qwen3i_eight(q + i) | qwen3i_eight_fields(qwen3i_eight(b + i), shift, mask) << left;
+        v = qwen3i_eight_less(v, less);
+        memcpy(q + i, &v, 8);
+    }
 }
 
 /* 32 bytes hold 128 elements of two bits: the lowest of all bytes first. */
 static void qwen3i_unpack_pairs(int8_t *q, const uint8_t *b) {
-    for (int k = 0; k < 4; k++) for (int i = 0; i < 32; i++) q[32 * k + i] = (int8_t)(b[i] >> 2 * k & 3);
+    memset(q, 0, 128);
+    for (int k = 0; k < 4; k++) qwen3i_unpack_upper(q + 32 * k, b, 32, 2 * k, 3, 0, 0);
 }
 
-/* The six-bit scale and minimum of 32 elements j in Q4_K and Q5_K, from 12 bytes */
-static void qwen3i_unpack_scales_k(qwen3i_unpacked *u, const uint8_t *b) {
+/* The six-bit scales and minimums of eight groups in Q4_K and Q5_K, from 12 bytes */
+static void qwen3i_unpack_scales_k(float *d, float *m, const uint8_t *b) {
     const uint8_t *s = b + 4;
-    float d = qwen3i_half_at(b), m = qwen3i_half_at(b + 2);
-    for (int j = 0; j < 4; j++)
-        qwen3i_unpack_scale32(u, j, d * (float)(s[j] & 63), -m * (float)(s[j + 4] & 63));
-    for (int j = 4; j < 8; j++)
-        qwen3i_unpack_scale32(u, j, d * (float)((s[j + 4] & 15) | (s[j - 4] >> 6) << 4),
-                              -m * (float)((s[j + 4] >> 4) | (s[j] >> 6) << 4));
+    const float scale = qwen3i_half_at(b), minimum = -qwen3i_half_at(b + 2);
+    for (int j = 0; j < 4; j++) {
+        d[j] = scale * (float)(s[j] & 63);
+        m[j] = minimum * (float)(s[j + 4] & 63);
+        d[j + 4] = scale * (float)((s[j + 8] & 15) | (s[j] >> 6) << 4);
+        m[j + 4] = minimum * (float)((s[j + 8] >> 4) | (s[j + 4] >> 6) << 4);
+    }
 }
 
 /* A value out of 16 for four bits */
@@ -2397,43 +2443,47 @@ static float qwen3i_ue4m3_to_f32(unsigned x) {
 }
 
 /* ---- blocks of 32 and 64 --------------------------------------------------------------------- */
-static void qwen3i_unpack_q8_0(qwen3i_unpacked *u, const uint8_t *b) {
-    memcpy(u->q, b + 2, 32);
-    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), QWEN3I_NO_OFFSET);
+static void qwen3i_unpack_q8_0(int8_t *q, float *d, float *m, const uint8_t *b) {
+    (void)m;
+    memcpy(q, b + 2, 32);
+    d[0] = qwen3i_half_at(b);
 }
 
-static void qwen3i_unpack_q4_0(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b);
-    qwen3i_unpack_nibbles(u->q, b + 2, 16);
-    qwen3i_unpack_scale32(u, 0, d, -8 * d);
+static void qwen3i_unpack_q4_0(int8_t *q, float *d, float *m, const uint8_t *b) {
+    (void)m;
+    qwen3i_unpack_nibbles(q, b + 2, 16, 8);
+    d[0] = qwen3i_half_at(b);
 }
 
-static void qwen3i_unpack_q4_1(qwen3i_unpacked *u, const uint8_t *b) {
-    qwen3i_unpack_nibbles(u->q, b + 4, 16);
-    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), qwen3i_half_at(b + 2));
+static void qwen3i_unpack_q4_1(int8_t *q, float *d, float *m, const uint8_t *b) {
+    qwen3i_unpack_nibbles(q, b + 4, 16, 0);
+    d[0] = qwen3i_half_at(b);
+    m[0] = qwen3i_half_at(b + 2);
 }
 
 /* The fifth bits of 32 elements lie in a word of their own. */
-static void qwen3i_unpack_fives(int8_t *q, const uint8_t *fifth, const uint8_t *b) {
-    qwen3i_unpack_nibbles(q, b, 16);
-    for (int i = 0; i < 32; i++) q[i] = (int8_t)(q[i] | (fifth[i / 8] >> i % 8 & 1) << 4);
+static void qwen3i_unpack_fives(int8_t *q, const uint8_t *fifth, const uint8_t *b, int less) {
+    qwen3i_unpack_nibbles(q, b, 16, 0);
+    for (int i = 0; i < 32; i++) q[i] = (int8_t)((q[i] | (fifth[i / 8] >> i % 8 & 1) << 4) - less);
 }
 
-static void qwen3i_unpack_q5_0(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b);
-    qwen3i_unpack_fives(u->q, b + 2, b + 6);
-    qwen3i_unpack_scale32(u, 0, d, -16 * d);
+static void qwen3i_unpack_q5_0(int8_t *q, float *d, float *m, const uint8_t *b) {
+    (void)m;
+    qwen3i_unpack_fives(q, b + 2, b + 6, 16);
+    d[0] = qwen3i_half_at(b);
 }
 
-static void qwen3i_unpack_q5_1(qwen3i_unpacked *u, const uint8_t *b) {
-    qwen3i_unpack_fives(u->q, b + 4, b + 8);
-    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), qwen3i_half_at(b + 2));
+static void qwen3i_unpack_q5_1(int8_t *q, float *d, float *m, const uint8_t *b) {
+    qwen3i_unpack_fives(q, b + 4, b + 8, 0);
+    d[0] = qwen3i_half_at(b);
+    m[0] = qwen3i_half_at(b + 2);
 }
 
-static void qwen3i_unpack_iq4_nl(qwen3i_unpacked *u, const uint8_t *b) {
-    qwen3i_unpack_nibbles(u->q, b + 2, 16);
-    qwen3i_unpack_values(u->q, 32, qwen3i_iq4_values);
-    qwen3i_unpack_scale32(u, 0, qwen3i_half_at(b), QWEN3I_NO_OFFSET);
+static void qwen3i_unpack_iq4_nl(int8_t *q, float *d, float *m, const uint8_t *b) {
+    (void)m;
+    qwen3i_unpack_nibbles(q, b + 2, 16, 0);
+    qwen3i_unpack_values(q, 32, qwen3i_iq4_values);
+    d[0] = qwen3i_half_at(b);
 }
 
 /* Half of the number of E8M0: 2^(x - 128), below 2^-126 a subnormal number */
@@ -2441,50 +2491,50 @@ static float qwen3i_e8m0_half(unsigned x) {
     return qwen3i_float_from_bits(x < 2 ? (uint32_t)0x200000 << x : (uint32_t)(x - 1) << 23);
 }
 
-static void qwen3i_unpack_mxfp4(qwen3i_unpacked *u, const uint8_t *b) {
-    qwen3i_unpack_nibbles(u->q, b + 1, 16);
-    qwen3i_unpack_values(u->q, 32, qwen3i_fp4_values);
-    qwen3i_unpack_scale32(u, 0, qwen3i_e8m0_half(b[0]), QWEN3I_NO_OFFSET);
+static void qwen3i_unpack_mxfp4(int8_t *q, float *d, float *m, const uint8_t *b) {
+    (void)m;
+    qwen3i_unpack_nibbles(q, b + 1, 16, 0);
+    qwen3i_unpack_values(q, 32, qwen3i_fp4_values);
+    d[0] = qwen3i_e8m0_half(b[0]);
 }
 
-static void qwen3i_unpack_nvfp4(qwen3i_unpacked *u, const uint8_t *b) {
+static void qwen3i_unpack_nvfp4(int8_t *q, float *d, float *m, const uint8_t *b) {
+    (void)m;
     for (int i = 0; i < 4; i++) {
-        qwen3i_unpack_nibbles(u->q + 16 * i, b + 4 + 8 * i, 8);
-        qwen3i_unpack_scale(u, i, qwen3i_ue4m3_to_f32(b[i]) / 2, QWEN3I_NO_OFFSET);
+        qwen3i_unpack_nibbles(q + 16 * i, b + 4 + 8 * i, 8, 0);
+        d[i] = qwen3i_ue4m3_to_f32(b[i]) / 2;
     }
-    qwen3i_unpack_values(u->q, 64, qwen3i_fp4_values);
+    qwen3i_unpack_values(q, 64, qwen3i_fp4_values);
 }
 
 /* ---- blocks that this library makes of the tensors of quantised directories ------------------ */
 /* Scale and zero in one word: a scale that was F16 or BF16 leaves the last 8 bits of its float32 free. */
-static float qwen3i_packed_scale(const uint8_t *b, float *offset, int middle) {
+static float qwen3i_packed_scale(const uint8_t *b, unsigned *zero) {
     uint32_t word;
     memcpy(&word, b, 4);
-    float scale = qwen3i_float_from_bits(word & ~(uint32_t)255);
-    *offset = -scale * (float)((int)(word & 255) - middle);
-    return scale;
+    *zero = word & 255;
+    return qwen3i_float_from_bits(word & ~(uint32_t)255);
 }
 
-static void qwen3i_unpack_scale128(qwen3i_unpacked *u, float d, float m) {
-    for (int i = 0; i < 8; i++) qwen3i_unpack_scale(u, i, d, m);
+static void qwen3i_unpack_int4(int8_t *q, float *d, float *m, const uint8_t *b) {
+    unsigned zero;
+    (void)m;
+    d[0] = d[1] = d[2] = d[3] = qwen3i_packed_scale(b, &zero);
+    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(q + 32 * k, b + 4 + 16 * k, 16, zero & 127);
 }
 
-static void qwen3i_unpack_int4(qwen3i_unpacked *u, const uint8_t *b) {
-    float m, d = qwen3i_packed_scale(b, &m, 0);
-    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(u->q + 32 * k, b + 4 + 16 * k, 16);
-    qwen3i_unpack_scale128(u, d, m);
+static void qwen3i_unpack_int4s(int8_t *q, float *d, float *m, const uint8_t *b) {
+    unsigned zero;
+    (void)m;
+    d[0] = qwen3i_packed_scale(b, &zero);
+    qwen3i_unpack_nibbles(q, b + 4, 16, zero & 127);
 }
 
-static void qwen3i_unpack_int4s(qwen3i_unpacked *u, const uint8_t *b) {
-    float m, d = qwen3i_packed_scale(b, &m, 0);
-    qwen3i_unpack_nibbles(u->q, b + 4, 16);
-    qwen3i_unpack_scale32(u, 0, d, m);
-}
-
-static void qwen3i_unpack_int8(qwen3i_unpacked *u, const uint8_t *b) {
-    float m, d = qwen3i_packed_scale(b, &m, 128);
-    memcpy(u->q, b + 4, 128);
-    qwen3i_unpack_scale128(u, d, m);
+static void qwen3i_unpack_int8(int8_t *q, float *d, float *m, const uint8_t *b) {
+    unsigned zero;
+    d[0] = d[1] = d[2] = d[3] = qwen3i_packed_scale(b, &zero);
+    m[0] = m[1] = m[2] = m[3] = -d[0] * (float)((int)zero - 128);
+    memcpy(q, b + 4, 128);
 }
 
 static float qwen3i_f32_at(const uint8_t *b) {
@@ -2494,9 +2544,10 @@ static float qwen3i_f32_at(const uint8_t *b) {
 }
 
 /* Here q are numbers in E4M3, whose products are rounded. */
-static void qwen3i_unpack_fp8(qwen3i_unpacked *u, const uint8_t *b) {
-    memcpy(u->q, b + 4, 128);
-    qwen3i_unpack_scale128(u, qwen3i_f32_at(b), QWEN3I_NO_OFFSET);
+static void qwen3i_unpack_fp8(int8_t *q, float *d, float *m, const uint8_t *b) {
+    (void)m;
+    memcpy(q, b + 4, 128);
+    d[0] = d[1] = d[2] = d[3] = qwen3i_f32_at(b);
 }
 
 static float qwen3i_e4m3_to_f32(unsigned x) {
@@ -2507,61 +2558,57 @@ static float qwen3i_e4m3_to_f32(unsigned x) {
 }
 
 /* ---- blocks of 256 --------------------------------------------------------------------------- */
-static void qwen3i_unpack_q2_k(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b + 80), m = qwen3i_half_at(b + 82);
-    for (int i = 0; i < 2; i++) qwen3i_unpack_pairs(u->q + 128 * i, b + 16 + 32 * i);
-    for (int i = 0; i < 16; i++) qwen3i_unpack_scale(u, i, d * (float)(b[i] & 15), -m * (float)(b[i] >> 4));
+static void qwen3i_unpack_q2_k(int8_t *q, float *d, float *m, const uint8_t *b) {
+    const float scale = qwen3i_half_at(b + 80), minimum = -qwen3i_half_at(b + 82);
+    for (int i = 0; i < 2; i++) qwen3i_unpack_pairs(q + 128 * i, b + 16 + 32 * i);
+    for (int i = 0; i < 16; i++) {
+        d[i] = scale * (float)(b[i] & 15);
+        m[i] = minimum * (float)(b[i] >> 4);
+    }
 }
 
-static void qwen3i_unpack_q3_k(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b + 108);
-    for (int i = 0; i < 2; i++) qwen3i_unpack_pairs(u->q + 128 * i, b + 32 + 32 * i);
-    for (int k = 0; k < 8; k++)
-        for (int i = 0; i < 32; i++) u->q[32 * k + i] = (int8_t)(u->q[32 * k + i] | (b[i] >> k & 1) << 2);
+static void qwen3i_unpack_q3_k(int8_t *q, float *d, float *m, const uint8_t *b) {
+    const float scale = qwen3i_half_at(b + 108);
+    (void)m;
+    for (int i = 0; i < 2; i++) qwen3i_unpack_pairs(q + 128 * i, b + 32 + 32 * i);
+    for (int k = 0; k < 8; k++) qwen3i_unpack_upper(q + 32 * k, b, 32, k, 1, 2, 4);
     for (int i = 0; i < 16; i++) {
         int low = b[96 + i % 8] >> 4 * (i / 8) & 15, high = b[104 + i % 4] >> 2 * (i / 4) & 3;
-        float scale = d * (float)((low | high << 4) - 32);
-        qwen3i_unpack_scale(u, i, scale, -4 * scale);
+        d[i] = scale * (float)((low | high << 4) - 32);
     }
 }
 
-static void qwen3i_unpack_q4_k(qwen3i_unpacked *u, const uint8_t *b) {
-    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(u->q + 64 * k, b + 16 + 32 * k, 32);
-    qwen3i_unpack_scales_k(u, b);
+static void qwen3i_unpack_q4_k(int8_t *q, float *d, float *m, const uint8_t *b) {
+    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(q + 64 * k, b + 16 + 32 * k, 32, 0);
+    qwen3i_unpack_scales_k(d, m, b);
 }
 
-static void qwen3i_unpack_q5_k(qwen3i_unpacked *u, const uint8_t *b) {
-    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(u->q + 64 * k, b + 48 + 32 * k, 32);
-    for (int k = 0; k < 8; k++)
-        for (int i = 0; i < 32; i++)
-            u->q[32 * k + i] = (int8_t)(u->q[32 * k + i] | (b[16 + i] >> k & 1) << 4);
-    qwen3i_unpack_scales_k(u, b);
+static void qwen3i_unpack_q5_k(int8_t *q, float *d, float *m, const uint8_t *b) {
+    for (int k = 0; k < 4; k++) qwen3i_unpack_nibbles(q + 64 * k, b + 48 + 32 * k, 32, 0);
+    for (int k = 0; k < 8; k++) qwen3i_unpack_upper(q + 32 * k, b + 16, 32, k, 1, 4, 0);
+    qwen3i_unpack_scales_k(d, m, b);
 }
 
-static void qwen3i_unpack_q6_k(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b + 208);
+static void qwen3i_unpack_q6_k(int8_t *q, float *d, float *m, const uint8_t *b) {
+    const float scale = qwen3i_half_at(b + 208);
+    (void)m;
     for (int h = 0; h < 2; h++) {       /* of 128 elements: low halves of 64 bytes, high pairs of 32 */
-        int8_t *q = u->q + 128 * h;
-        const uint8_t *high = b + 128 + 32 * h;
-        qwen3i_unpack_nibbles(q, b + 64 * h, 64);
+        qwen3i_unpack_nibbles(q + 128 * h, b + 64 * h, 64, 0);
         for (int k = 0; k < 4; k++)
-            for (int i = 0; i < 32; i++)
-                q[32 * k + i] = (int8_t)(q[32 * k + i] | (high[i] >> 2 * k & 3) << 4);
+            qwen3i_unpack_upper(q + 128 * h + 32 * k, b + 128 + 32 * h, 32, 2 * k, 3, 4, 32);
     }
-    for (int i = 0; i < 16; i++) {
-        float scale = d * (float)(int8_t)b[192 + i];
-        qwen3i_unpack_scale(u, i, scale, -32 * scale);
-    }
+    for (int i = 0; i < 16; i++) d[i] = scale * (float)(int8_t)b[192 + i];
 }
 
-static void qwen3i_unpack_iq4_xs(qwen3i_unpacked *u, const uint8_t *b) {
-    float d = qwen3i_half_at(b);
+static void qwen3i_unpack_iq4_xs(int8_t *q, float *d, float *m, const uint8_t *b) {
+    const float scale = qwen3i_half_at(b);
+    (void)m;
     for (int k = 0; k < 8; k++) {
         int low = b[4 + k / 2] >> 4 * (k % 2) & 15, high = (b[2] | b[3] << 8) >> 2 * k & 3;
-        qwen3i_unpack_nibbles(u->q + 32 * k, b + 8 + 16 * k, 16);
-        qwen3i_unpack_scale32(u, k, d * (float)((low | high << 4) - 32), QWEN3I_NO_OFFSET);
+        qwen3i_unpack_nibbles(q + 32 * k, b + 8 + 16 * k, 16, 0);
+        d[k] = scale * (float)((low | high << 4) - 32);
     }
-    qwen3i_unpack_values(u->q, 256, qwen3i_iq4_values);
+    qwen3i_unpack_values(q, 256, qwen3i_iq4_values);
 }
 
 /* ---- the table ------------------------------------------------------------------------------- */
@@ -2584,6 +2631,9 @@ static const qwen3i_format *qwen3i_format_of(qwen3i_type type) {
 
 static int qwen3i_is_block(qwen3i_type type) { return type > QWEN3I_BF16; }
 
+/* Blocks of bytes, which are multiplied as float32: FP8 for its range, Q8_0 because memory is its limit anyway */
+static int qwen3i_is_bytes(qwen3i_type type) { return type == QWEN3I_Q8_0 || type == QWEN3I_FP8; }
+
 /* By its name in a safetensors file or as ggml calls it; QWEN3I_NO_TYPE for what is not supported. */
 static qwen3i_type qwen3i_type_of(qwen3i_str name) {
     int i;
@@ -2601,14 +2651,21 @@ static uint64_t qwen3i_row_bytes(qwen3i_type type, int n) {
 /* n elements of a row to float32, from the beginning of a block on */
 static void qwen3i_decode(float *y, const void *row, qwen3i_type type, int n) {
     const qwen3i_format *f = qwen3i_format_of(type);
+    const int group = qwen3i_group_of(type), offsets = qwen3i_has_offsets(type);
     const uint8_t *b = (const uint8_t *)row;
     qwen3i_unpacked u;
-    for (int i = 0; i < n; i++) {
-        int e = i % f->elements;
-        if (!f->unpack) { y[i] = qwen3i_value(row, type, i); continue; }
-        if (e == 0) { f->unpack(&u, b); b += f->bytes; }
-        y[i] = u.d[e / 16] * (type == QWEN3I_FP8 ? qwen3i_e4m3_to_f32((uint8_t)u.q[e]) : (float)u.q[e]) +
-               u.m[e / 16];
+    if (!f->unpack) {
+        for (int i = 0; i < n; i++) y[i] = qwen3i_value(row, type, i);
+        return;
+    }
+    for (; n > 0; n -= f->elements, b += f->bytes) {
+        const int end = n < f->elements ? n : f->elements;
+        f->unpack(u.q, u.d, u.m, b);
+        for (int i = 0; i < end; i++) {
+            const float q = type == QWEN3I_FP8 ? qwen3i_e4m3_to_f32((uint8_t)u.q[i]) : (float)u.q[i];
+            const int g = group == 16 ? i / 16 : i / 32;
+            *y++ = offsets ? u.d[g] * q + u.m[g] : u.d[g] * q;
+        }
     }
 }
 
@@ -2974,6 +3031,7 @@ static unsigned qwen3i_dtype_size(qwen3i_str dtype) {
 }
 
 /* One tensor's description: {"dtype": .., "shape": [..], "data_offsets": [begin, end]} */
+QWEN3I_COLD
 static int qwen3i_parse_tensor(qwen3i_json *j, qwen3i_tensor *t) {
     qwen3i_json_iter object, array;
     qwen3i_str key;
@@ -3104,6 +3162,7 @@ static qwen3_result qwen3i_grow_tensors(qwen3i_tensors *t, size_t more, const qw
 }
 
 /* Add the tensors of one safetensors file to the list. */
+QWEN3I_COLD
 static qwen3_result qwen3i_parse_safetensors(const qwen3i_shard *s, qwen3i_tensors *t,
                                              const qwen3_allocator *a, const qwen3i_err *err) {
     const unsigned char *file = s->blob.data;
@@ -3155,6 +3214,7 @@ static int qwen3i_shard_name_ok(qwen3i_str s) {
 }
 
 /* Open a shard unless it is open already. Repeated names are mostly the last one seen. */
+QWEN3I_COLD
 static qwen3_result qwen3i_add_shard(qwen3i_loader *l, qwen3i_str name) {
     qwen3_model *m = l->model;
     char *copy;
@@ -3183,6 +3243,7 @@ static qwen3_result qwen3i_add_shard(qwen3i_loader *l, qwen3i_str name) {
 /* Step through the index's weight_map: {"tensor": "file", ...}. visit gets each pair. */
 typedef qwen3_result (*qwen3i_visit_weight)(qwen3i_loader *l, qwen3i_str tensor, qwen3i_str file, void *arg);
 
+QWEN3I_COLD
 static qwen3_result qwen3i_walk_index(qwen3i_loader *l, const char *name, const qwen3i_blob *index,
                                       qwen3i_visit_weight visit, void *arg) {
     qwen3i_json j = qwen3i_json_begin(index->data, index->size);
@@ -3262,6 +3323,7 @@ static qwen3_result qwen3i_open_sharded(qwen3i_loader *l, const char *index_name
 }
 
 /* Open model.safetensors, or the shards that model.safetensors.index.json names, and list their tensors. */
+QWEN3I_COLD
 static qwen3_result qwen3i_open_weights(qwen3i_loader *l, qwen3i_tensors *t) {
     static const char single[] = "model.safetensors", index_name[] = "model.safetensors.index.json";
     qwen3i_blob index;
@@ -3604,6 +3666,7 @@ static qwen3_result qwen3i_gguf_read_tensor(qwen3i_gguf *g, qwen3i_tensor *t, ui
 }
 
 /* Add the tensors of the part to the list. Their data follows on the list, aligned. */
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_read_tensors(qwen3i_gguf *g, qwen3i_tensors *t, const qwen3_allocator *a) {
     const uint64_t size = (uint64_t)(g->end - g->start);
     uint64_t at = 0, data, i;
@@ -3682,6 +3745,7 @@ static qwen3_result qwen3i_gguf_begin(qwen3i_gguf *g, const qwen3i_shard *s, con
 
 /* ---- the parts of a model -------------------------------------------------------------------- */
 /* Open the next part and read its keys. *g is the caller's to free. */
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_open_part(qwen3i_loader *l, qwen3i_str name, qwen3i_gguf *g) {
     qwen3_model *m = l->model;
     qwen3i_shard *s;
@@ -3730,6 +3794,7 @@ static qwen3_result qwen3i_gguf_open(qwen3i_loader *l) {
 }
 
 /* Add the tensors of the parts after the first, whose name ends in -00001-of-00003.gguf or so. */
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_list_parts(qwen3i_loader *l, qwen3i_tensors *t) {
     const int count = l->gguf->n_parts;
     const size_t n = strlen(l->gguf_name), tail = strlen("-00001-of-00003.gguf");
@@ -3773,6 +3838,7 @@ static qwen3_result qwen3i_gguf_check_names(const qwen3i_tensors *t, const qwen3
 }
 
 /* The tensors of all parts, ordered by name. Without an output matrix the embedding is it. */
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_list(qwen3i_loader *l, qwen3i_tensors *t) {
     qwen3i_gguf *g = l->gguf;
     int found;
@@ -5494,6 +5560,7 @@ static int qwen3i_added_known(const qwen3i_vocab_reader *l, const qwen3i_added_f
            memcmp(t->bytes.p + t->texts[f->id].start, item.p, item.length) != 0;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_added_token(qwen3i_vocab_reader *l, qwen3i_added_fields *f) {
     int kinds = (f->special ? QWEN3I_ADDED_SPECIAL : QWEN3I_ADDED_PLAIN) |
                 (f->normalized ? QWEN3I_ADDED_NORMALIZED : QWEN3I_ADDED_RAW);
@@ -5520,6 +5587,7 @@ static int64_t qwen3i_added_key(qwen3i_str key) {
 
 /* "added_tokens": [{"id": 7, "content": "<x>", ...}] of tokenizer.json, or "added_tokens_decoder":
    {"7": {"content": "<x>", ...}} of tokenizer_config.json. */
+QWEN3I_COLD
 static qwen3_result qwen3i_added_tokens(qwen3i_vocab_reader *l) {
     qwen3i_json_iter it;
     qwen3i_str key;
@@ -5555,6 +5623,7 @@ static int qwen3i_one_of(qwen3i_str value, const char *list) {
 
 /* Read an object (name: in messages) and check those of its keys that are in list, which ends in a NULL; the
    others do not matter. *seen: a bit for each that is there; at[i]: where the value of the i-th is. */
+QWEN3I_COLD
 static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *name,
                                           const qwen3i_setting *list, int *seen, qwen3i_json *at) {
     qwen3i_json_iter it;
@@ -5578,6 +5647,7 @@ static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *na
 }
 
 /* NFC, or a sequence of it */
+QWEN3I_COLD
 static qwen3_result qwen3i_vocab_normalizer(qwen3i_vocab_reader *l) {
     static const qwen3i_setting one[] = { { "normalizers", NULL }, { "type", "\"NFC\"|\"Sequence\"" },
                                           { NULL, NULL } };
@@ -5629,6 +5699,7 @@ static qwen3_result qwen3i_vocab_split(qwen3i_vocab_reader *l) {
 }
 
 /* A sequence of Split and ByteLevel, and nothing else. */
+QWEN3I_COLD
 static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_reader *l) {
     static const qwen3i_setting sequence[] = { { "type", "\"Sequence\"" }, { "pretokenizers", NULL },
                                                { NULL, NULL } };
@@ -5654,6 +5725,7 @@ static qwen3_result qwen3i_vocab_pre_tokenizer(qwen3i_vocab_reader *l) {
 }
 
 /* Settings first, then vocabulary, then merges, in whatever order the file has them. */
+QWEN3I_COLD
 static qwen3_result qwen3i_vocab_model(qwen3i_vocab_reader *l) {
     static const qwen3i_setting model[] = {
         { "type", "\"BPE\"" }, { "vocab", NULL }, { "merges", NULL }, { "dropout", "null|0.0|0" },
@@ -5904,6 +5976,7 @@ static int qwen3i_condition_atom(qwen3i_str *s) {
 }
 
 /* Atoms joined by `and`, and those by `or` */
+QWEN3I_COLD
 static int qwen3i_condition(qwen3i_str s) {
     int any = 0, all = QWEN3I_ANY, values;
     for (s = qwen3i_trimmed(s);;) {
@@ -6097,6 +6170,7 @@ static int qwen3i_template_foreign(qwen3i_str text, char *out, int cap) {
 }
 
 /* Take the style of a template's text; "": there is none. What the built-in format does not do is logged. */
+QWEN3I_COLD
 static void qwen3i_take_template(qwen3_model *m, qwen3i_str text) {
     static const char *const names[] = {"Qwen3's, which may think", "of a model that always thinks",
                                         "of a model that never thinks",
@@ -6342,6 +6416,7 @@ static int qwen3i_cpus_fast(const char *root, const qwen3i_cpu_set *set) {
     return n > 0 ? n : all;
 }
 
+QWEN3I_COLD
 static int qwen3i_cpu_threads(const char *root) {
     const int online = (int)sysconf(_SC_NPROCESSORS_ONLN), quota = qwen3i_cpu_quota(root);
     qwen3i_cpu_set set;
@@ -6527,6 +6602,7 @@ static void qwen3i_pool_threads_stop(qwen3i_pool *p) {
     qwen3i_pool_locks_destroy(p);
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_pool_threads_start(qwen3i_pool *p, const qwen3i_err *err) {
     if (!qwen3i_pool_locks_create(p)) return qwen3i_fail(err, QWEN3_ERR_MEMORY, "cannot create a lock");
     for (p->n_threads = 0; p->n_threads < p->n_lanes - 1; p->n_threads++) {
@@ -6542,6 +6618,7 @@ static qwen3_result qwen3i_pool_threads_start(qwen3i_pool *p, const qwen3i_err *
 #endif /* QWEN3_NO_THREADS */
 
 /* Threads are started here; after a failure there is nothing to destroy. */
+QWEN3I_COLD
 static qwen3_result qwen3i_pool_create(qwen3i_pool *p, const qwen3_ctx_desc *desc, const qwen3i_err *err) {
     memset(p, 0, sizeof *p);
     p->jobs = desc->jobs;
@@ -6843,6 +6920,7 @@ static qwen3_result qwen3i_config_yarn(qwen3i_config *k, const qwen3i_raw_config
     return QWEN3_OK;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_config_check(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
     const double eps = c->values[QWEN3I_KEY_EPS], theta = c->values[QWEN3I_KEY_THETA];
     qwen3_result r = qwen3i_config_family(c, err);
@@ -6902,6 +6980,7 @@ static int qwen3i_config_find(qwen3i_str key, int from, int to) {
 }
 
 /* rope_scaling, or rope_parameters as newer files call it: {"rope_type": "yarn", "factor": 4, ...} */
+QWEN3I_COLD
 static void qwen3i_config_rope(qwen3i_json *j, qwen3i_raw_config *raw) {
     qwen3i_json_iter it;
     qwen3i_str key, type;
@@ -6956,6 +7035,7 @@ static void qwen3i_config_list(qwen3i_json *j, const char *a, const char *b, int
 
 /* quantization_config: what the tensors of quantised matrices are. Keys of any depth are taken together,
    except those about activations. */
+QWEN3I_COLD
 static void qwen3i_quantization_read(qwen3i_json *j, qwen3i_quantization *q, int depth) {
     qwen3i_json_iter it, list;
     qwen3i_str key, s;
@@ -7061,6 +7141,7 @@ static qwen3_result qwen3i_config_key(qwen3i_config_reader *c, qwen3i_str key, c
     return QWEN3_OK;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_parse_config(qwen3_model *m, const char *file, const qwen3i_blob *b,
                                         const qwen3i_err *err) {
     qwen3i_config_reader c;
@@ -7098,6 +7179,7 @@ static void qwen3i_advise(qwen3_sampler *s, double temperature, double top_p, do
 
 /* generation_config.json: sampling defaults and the tokens that end a turn. Its values are advice, so
    what is out of range is ignored; only broken JSON is an error. */
+QWEN3I_COLD
 static qwen3_result qwen3i_parse_generation(qwen3_model *m, const char *file, const qwen3i_blob *b,
                                             const qwen3i_err *err) {
     qwen3i_json j = qwen3i_json_begin(b->data, b->size);
@@ -7262,6 +7344,7 @@ static qwen3_result qwen3i_gguf_read_sampling(const qwen3i_gguf *g, qwen3_model 
     return r;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_configuration(qwen3i_loader *l) {
     static const char *const value_length[2] = QWEN3I_GGUF_BOTH("attention.value_length");
     static const char *const rotated[2] = QWEN3I_GGUF_BOTH("rope.dimension_count");
@@ -8236,6 +8319,7 @@ static void qwen3i_close_vocab(const qwen3_allocator *a, qwen3i_vocab_files *f) 
     qwen3i_close(a, &f->added);
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_load_tokenizer(qwen3i_loader *l) {
     qwen3_model *m = l->model;
     qwen3i_vocab_files f;
@@ -8253,6 +8337,7 @@ static qwen3_result qwen3i_load_tokenizer(qwen3i_loader *l) {
     return r;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_gguf_tokenizer(qwen3i_loader *l) {
     qwen3_model *m = l->model;
     qwen3i_str template_text;
@@ -8278,6 +8363,7 @@ static void qwen3i_no_embedding(qwen3_model *m, const char *file, qwen3i_str wha
 }
 
 /* modules.json: [{"type": "sentence_transformers.models.Pooling", ...}, ...] */
+QWEN3I_COLD
 static qwen3_result qwen3i_parse_modules(qwen3_model *m, const char *file, const qwen3i_blob *b,
                                          const qwen3i_err *err) {
     static const char *const known[] = {".Transformer", ".Pooling", ".Normalize"};
@@ -8298,6 +8384,7 @@ static qwen3_result qwen3i_parse_modules(qwen3_model *m, const char *file, const
 }
 
 /* 1_Pooling/config.json: {"pooling_mode_lasttoken": true, ...}, or newer {"pooling_mode": "lasttoken"} */
+QWEN3I_COLD
 static qwen3_result qwen3i_parse_pooling(qwen3_model *m, const char *file, const qwen3i_blob *b,
                                          const qwen3i_err *err) {
     qwen3i_json j = qwen3i_json_begin(b->data, b->size);
@@ -8408,6 +8495,7 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     return r;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_load_config(qwen3i_loader *l) {
     qwen3_result r = qwen3i_load_json(l, "config.json", 1, qwen3i_parse_config);
     if (r == QWEN3_OK) r = qwen3i_load_json(l, "generation_config.json", 0, qwen3i_parse_generation);
@@ -8595,6 +8683,7 @@ static qwen3_result qwen3i_check_load(const qwen3_load_desc *d, const qwen3i_err
     return QWEN3_OK;
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_load(qwen3_model **out, const qwen3_load_desc *desc, char *err_text,
                                   size_t err_size) {
     qwen3i_err err;
@@ -8653,6 +8742,7 @@ QWEN3_API qwen3_result qwen3_load_for(int version, qwen3_model **out, const qwen
 
 static void qwen3i_index_drop(void *cell);
 
+QWEN3I_COLD
 QWEN3_API void qwen3_free(qwen3_model *m) {
     qwen3_allocator a;
     qwen3i_block *b, *next;
@@ -8958,6 +9048,7 @@ static int qwen3i_chat_json_element(qwen3i_chat *c, qwen3i_json *j, qwen3i_json_
 }
 
 /* The value at j, in a single line */
+QWEN3I_COLD
 static void qwen3i_chat_json_value(qwen3i_chat *c, qwen3i_json *j, const qwen3i_member *twice,
                                    size_t n_twice) {
     qwen3i_json_level stack[QWEN3I_JSON_DEPTH];
@@ -9155,6 +9246,7 @@ static qwen3_result qwen3i_chat_check_msg(const qwen3_msg *m, int i, const qwen3
 
 #define QWEN3I_CHAT_TOOLS (QWEN3_CHAT_TOOLS_NONE | QWEN3_CHAT_TOOLS_AUTO | QWEN3_CHAT_TOOLS_REQUIRED)
 
+QWEN3I_COLD
 static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_err *err) {
     const int flags = QWEN3_CHAT_NO_THINK | QWEN3_CHAT_KEEP_THINKING | QWEN3_CHAT_NO_REPLY_HEADER |
                       QWEN3_CHAT_KEEP_TAGS | QWEN3I_CHAT_TOOLS;
@@ -9179,6 +9271,7 @@ static qwen3_result qwen3i_chat_check(const qwen3_chat_desc *chat, const qwen3i_
 }
 
 /* Render all but what is forgotten. A count, or a negative result that err explains. */
+QWEN3I_COLD
 static int qwen3i_chat_write(qwen3i_chat *c, const qwen3_model *m, const qwen3_chat_desc *chat,
                              qwen3_token *out, int cap) {
     int n;
@@ -9260,11 +9353,11 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
 
 /* ================================================================================================
    VECTOR KERNELS
-   Everything below computes on vectors of 16 float32 lanes, whatever the instruction set: lane j of
-   a sum takes elements j, j + 16, j + 32 ... in order, and lanes are added up in one fixed tree
-   (j with j + 8, then + 4, + 2, + 1). So a result never depends on how work was tiled, batched or
-   split over threads, and AVX-512, AVX2 and NEON agree bit for bit; the plain C lanes differ from
-   them only in that they have no fused multiply-add.
+   Everything below computes on vectors of 16 lanes, whatever the instruction set. Of a product with numbers
+   lane j of a sum takes elements j, j + 16, j + 32 ... in order, and lanes are added up in one fixed tree
+   (j with j + 8, then + 4, + 2, + 1). Of one with blocks a lane is a row: see qwen3i_rounded. So a result
+   never depends on how work was tiled, batched or split over threads, and AVX-512, AVX2 and NEON agree bit
+   for bit; the plain C lanes differ from them only in that they have no fused multiply-add.
    ================================================================================================ */
 #ifndef QWEN3_NO_SIMD
   #if defined(_M_X64) && defined(_MSC_VER)
@@ -9284,6 +9377,7 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
       #include <avx512dqintrin.h>
       #include <avx512vlbwintrin.h>
       #include <avx512vldqintrin.h>
+      #include <avx512vnniintrin.h>
     #endif
   #elif defined(__x86_64__) && defined(__GNUC__) && (!defined(__MINGW32__) || defined(__clang__) || defined(QWEN3_UNALIGNED_MOVES))
     #define QWEN3I_X86      /* MinGW's gcc does not align the stack for AVX registers: only where asked for */
@@ -9313,6 +9407,38 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
   #define QWEN3I_PREFETCH(p) ((void)(p))
 #endif
 
+/* ---- what products of blocks are made of ------------------------------------------------------
+   A row of x becomes whole numbers of 15 bits and a sign, once, from that row alone; w is unpacked to whole
+   numbers of at most 8 bits. Sums of products of a group are then exact, whatever their order, and each enters
+   the row's result by one product and one fused multiply-add, in order of columns. */
+#define QWEN3I_PART 16                  /* columns of x with one scale */
+#define QWEN3I_ROUNDED_MAX 32639        /* so that 256 times a signed byte and another one make up any number */
+typedef struct qwen3i_rounded {
+    int16_t q[QWEN3I_PART];             /* x = d * q. Of each four columns the order is 0, 2, 1, 3; or, as digits: the four
+                                           upper bytes, then the four lower ones, from -128 to 127 */
+    float   d;
+    int32_t sum;                        /* of q */
+} qwen3i_rounded;
+
+/* 256 columns of 16 rows of w: qwen3i_unpacked with rows side by side */
+typedef struct qwen3i_panel {
+    int8_t q[QWEN3I_MAX_BLOCK / 4][16][4];
+    float  d[16][16], m[16][16];        /* by group, then by row */
+} qwen3i_panel;
+
+static int qwen3i_parts(int cols) { return cols / QWEN3I_PART + (cols % QWEN3I_PART > 0); }
+
+typedef struct qwen3i_strip {           /* 16 rows of w, ld bytes apart; what lies from next to end is fetched meanwhile */
+    size_t         ld;
+    const uint8_t *next, *end;
+} qwen3i_strip;
+
+/* Whole numbers as qwen3i_rounded has them */
+static void qwen3i_order(int16_t *to, const int32_t *q) {
+    static const int order[4] = {0, 2, 1, 3};
+    for (int i = 0; i < QWEN3I_PART; i++) to[i] = (int16_t)q[i / 4 * 4 + order[i % 4]];
+}
+
 /* ---- the kernels of one instruction set ------------------------------------------------------- */
 typedef struct qwen3i_simd {
     const char *name;
@@ -9320,10 +9446,16 @@ typedef struct qwen3i_simd {
        elements; w of numbers: F32, F16 or BF16 */
     void (*dot)(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
                 const float *x, size_t ldx, int n_x, int n_cols, int add);
-    /* y[r] = w[r] . x, or += if add, for n_w rows of w in blocks, all of which are full, and one row of x:
-       the same bits as dot gives when the blocks have become float32 */
-    void (*dot_blocks)(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, const float *x,
-                       int n_cols, int add);
+    /* y[r] = w[r] . x, or += if add, for n_w rows of w in Q8_0 or FP8, all of whose blocks are full, and one row of
+       x: the same bits as dot gives when they have become float32 */
+    void (*dot_bytes)(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, const float *x,
+                      int n_cols, int add);
+    /* x [n] to parts, as dot_blocks wants them; columns beyond n are zeros. If x is not finite, neither are its products. */
+    void (*round_row)(qwen3i_rounded *y, const float *x, int n);
+    /* The same as dot with w in other blocks, of whole numbers, row_bytes apart, and x as round_row makes it; panels has
+       room for QWEN3I_PANELS of them */
+    void (*dot_blocks)(float *y, size_t ldy, const void *w, size_t row_bytes, qwen3i_type type, int n_w,
+                       const qwen3i_rounded *x, size_t ldx, int n_x, int n_cols, int add, qwen3i_panel *panels);
     /* y[t * ldy + d] += sum over r of p[t * ldp + r] * v[r * ldv + d], in order of r; n_p rows of p, d <
        n_cols */
     void (*mix)(float *y, size_t ldy, const float *p, size_t ldp, int n_p,
@@ -9342,6 +9474,8 @@ typedef struct qwen3i_simd {
     void (*store)(void *y, const float *x, qwen3i_type type, int n);
 } qwen3i_simd;
 
+#define QWEN3I_MAX_ROW 288     /* bytes of 256 columns in blocks */
+#define QWEN3I_PANELS  2       /* the most that a tile has */
 #define QWEN3I_K_BLOCK 1024     /* columns that one tile sums up before they join the rest of the row:
                                    six rows of x then stay in the first-level cache */
 #define QWEN3I_AHEAD   4096     /* bytes by which memory is fetched ahead */
@@ -9349,203 +9483,6 @@ typedef struct qwen3i_simd {
 #define QWEN3I_MIX_ROWS 48      /* rows of v that become float32 at a time: at most 12 KB on the stack */
 #define QWEN3I_EXP_LOW  (-87.3f)
 #define QWEN3I_EXP_HIGH 88.3f
-
-/* What blocks hold, written once for the instruction sets, to the bits that WEIGHT FORMATS gives. A part is a
-   block of 32 or 64 elements, or a quarter of one of 256, whose scales V_scales finds first: V_NAME(w, b, s,
-   g) makes part g. V_i are 16 whole numbers: V_u8(p) loads bytes, shr, shl, and, or, float are what they are
-   called; as_float takes their bits; bits(b, value) has value in the lanes whose bit is set; on(line, v) is d
-   * (v & 15) + m for line = line_of(d, m); pick(table, v) is table[v & 15]; halves(a, b) is a in 8 lanes and
-   b in 8; half(p) a scale. */
-QWEN3I_UNUSED static const float qwen3i_iq4_floats[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13,
-                                                          25, 38, 53, 69, 89, 113};
-QWEN3I_UNUSED static const float qwen3i_fp4_floats[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8,
-                                                          -12};
-
-#define QWEN3I_DEFINE_BLOCKS(V, TARGET) \
-TARGET QWEN3I_INLINE V##_v V##_affine(V##_i q, float d, \
-                                      float m) { return V##_fma(V##_float(q), V##_set1(d), V##_set1(m)); } \
-TARGET QWEN3I_INLINE V##_v V##_scaled(V##_v q, float d) { return V##_mul(q, V##_set1(d)); } \
-/* 16 bytes hold 32 elements on a line, in a table, or with a fifth bit */ \
-TARGET QWEN3I_INLINE void V##_line32(V##_v *w, const uint8_t *b, float d, float m) { \
-    V##_line line = V##_line_of(d, m); \
-    V##_i v = V##_u8(b); \
-    w[0] = V##_on(line, v); \
-    w[1] = V##_on(line, V##_shr(v, 4)); \
-} \
-TARGET QWEN3I_INLINE void V##_pick32(V##_v *w, const uint8_t *b, const float *table, float d) { \
-    V##_i v = V##_u8(b); \
-    w[0] = V##_scaled(V##_pick(table, v), d); \
-    w[1] = V##_scaled(V##_pick(table, V##_shr(v, 4)), d); \
-} \
-TARGET QWEN3I_INLINE void V##_five32(V##_v *w, const uint8_t *fifth, const uint8_t *b, float d, float m) { \
-    V##_i v = V##_u8(b); \
-    w[0] = V##_affine(V##_or(V##_and(v, 15), V##_bits((unsigned)(fifth[0] | fifth[1] << 8), 16)), d, m); \
-    w[1] = V##_affine(V##_or(V##_shr(v, 4), V##_bits((unsigned)(fifth[2] | fifth[3] << 8), 16)), d, m); \
-} \
-TARGET QWEN3I_INLINE void V##_q8_0(V##_v *w, const uint8_t *b) { \
-    float d = V##_half(b); \
-    w[0] = V##_scaled(V##_load_i8((const int8_t *)b + 2), d); \
-    w[1] = V##_scaled(V##_load_i8((const int8_t *)b + 18), d); \
-} \
-TARGET QWEN3I_INLINE void V##_q4_0(V##_v *w, const uint8_t *b) { V##_line32(w, b + 2, V##_half(b), \
-        -8 * V##_half(b)); } \
-TARGET QWEN3I_INLINE void V##_q4_1(V##_v *w, const uint8_t *b) { V##_line32(w, b + 4, V##_half(b), \
-        V##_half(b + 2)); } \
-TARGET QWEN3I_INLINE void V##_q5_0(V##_v *w, const uint8_t *b) { V##_five32(w, b + 2, b + 6, V##_half(b), \
-        -16 * V##_half(b)); } \
-TARGET QWEN3I_INLINE void V##_q5_1(V##_v *w, const uint8_t *b) { V##_five32(w, b + 4, b + 8, V##_half(b), \
-        V##_half(b + 2)); } \
-TARGET QWEN3I_INLINE void V##_iq4_nl(V##_v *w, const uint8_t *b) { V##_pick32(w, b + 2, qwen3i_iq4_floats, \
-        V##_half(b)); } \
-TARGET QWEN3I_INLINE void V##_mxfp4(V##_v *w, const uint8_t *b) { V##_pick32(w, b + 1, qwen3i_fp4_floats, \
-        qwen3i_e8m0_half(b[0])); } \
-TARGET QWEN3I_INLINE void V##_nvfp4(V##_v *w, const uint8_t *b) { \
-    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
-        uint64_t low, both[2]; \
-        memcpy(&low, b + 4 + 8 * j, 8); \
-        both[0] = low; \
-        both[1] = low >> 4; \
-        w[j] = V##_scaled(V##_pick(qwen3i_fp4_floats, V##_u8((const uint8_t *)both)), \
-                          qwen3i_ue4m3_to_f32(b[j]) / 2); \
-    } \
-} \
-TARGET QWEN3I_INLINE void V##_int4s(V##_v *w, const uint8_t *b) { \
-    float m, d = qwen3i_packed_scale(b, &m, 0); \
-    V##_line32(w, b + 4, d, m); \
-} \
-TARGET QWEN3I_INLINE void V##_int4(V##_v *w, const uint8_t *b, const float *s, int g) { \
-    V##_line32(w, b + 4 + 32 * g, s[0], s[1]); \
-    V##_line32(w + 2, b + 20 + 32 * g, s[0], s[1]); \
-} \
-TARGET QWEN3I_INLINE void V##_int8(V##_v *w, const uint8_t *b, const float *s, int g) { \
-    QWEN3I_UNROLL for (int j = 0; j < 4; j++) \
-        w[j] = V##_fma(V##_load_i8((const int8_t *)b + 4 + 64 * g + 16 * j), V##_set1(s[0]), V##_set1(s[1])); \
-} \
-/* E4M3's exponent and fraction in those of a float are the number times 2^-120. */ \
-TARGET QWEN3I_INLINE void V##_fp8(V##_v *w, const uint8_t *b, const float *s, int g) { \
-    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
-        V##_i v = V##_u8(b + 4 + 64 * g + 16 * j); \
-        V##_i bits = V##_or(V##_shl(V##_and(v, 0x7F), 20), V##_shl(V##_shr(v, 7), 31)); \
-        w[j] = V##_scaled(V##_scaled(V##_as_float(bits), qwen3i_float_from_bits(247u << 23)), s[0]); \
-    } \
-} \
-/* Q4_K, Q5_K: s has 8 scales of 32 elements each, then 8 offsets */ \
-TARGET QWEN3I_INLINE void V##_scales_k(float *s, const uint8_t *b) { \
-    uint32_t u[3], v[4]; \
-    memcpy(u, b + 4, 12); \
-    v[0] = u[0] & 0x3F3F3F3Fu; \
-    v[1] = (u[2] & 0x0F0F0F0Fu) | (u[0] >> 6 & 0x03030303u) << 4; \
-    v[2] = u[1] & 0x3F3F3F3Fu; \
-    v[3] = (u[2] >> 4 & 0x0F0F0F0Fu) | (u[1] >> 6 & 0x03030303u) << 4; \
-    V##_store(s, V##_mul(V##_float(V##_u8((const uint8_t *)v)), V##_halves(V##_half(b), -V##_half(b + 2)))); \
-} \
-TARGET QWEN3I_INLINE void V##_q4_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
-    V##_line low = V##_line_of(s[2 * g], s[2 * g + 8]), high = V##_line_of(s[2 * g + 1], s[2 * g + 9]); \
-    V##_i v = V##_u8(b + 16 + 32 * g), u = V##_u8(b + 32 + 32 * g); \
-    w[0] = V##_on(low, v); \
-    w[1] = V##_on(low, u); \
-    w[2] = V##_on(high, V##_shr(v, 4)); \
-    w[3] = V##_on(high, V##_shr(u, 4)); \
-} \
-TARGET QWEN3I_INLINE void V##_q5_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
-    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
-        V##_i v = V##_u8(b + 48 + 32 * g + 16 * (j % 2)), \
-            fifth = V##_and(V##_shr(V##_u8(b + 16 + 16 * (j % 2)), 2 * g + j / 2), 1); \
-        v = j / 2 ? V##_shr(v, 4) : V##_and(v, 15); \
-        w[j] = V##_affine(V##_or(v, V##_shl(fifth, 4)), s[2 * g + j / 2], s[2 * g + j / 2 + 8]); \
-    } \
-} \
-/* Q2_K, Q3_K, Q6_K: s has 16 scales of 16 elements each, then 16 offsets */ \
-TARGET QWEN3I_INLINE void V##_scales_q2_k(float *s, const uint8_t *b) { \
-    V##_i scales = V##_u8(b); \
-    V##_store(s, V##_scaled(V##_float(V##_and(scales, 15)), V##_half(b + 80))); \
-    V##_store(s + 16, V##_scaled(V##_float(V##_shr(scales, 4)), -V##_half(b + 82))); \
-} \
-TARGET QWEN3I_INLINE void V##_q2_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
-    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
-        V##_i v = V##_shr(V##_u8(b + 16 + 32 * (g / 2) + 16 * (j % 2)), 2 * (g % 2 * 2 + j / 2)); \
-        w[j] = V##_affine(V##_and(v, 3), s[4 * g + j], s[4 * g + j + 16]); \
-    } \
-} \
-TARGET QWEN3I_INLINE void V##_scales_q3_k(float *s, const uint8_t *b) { \
-    uint32_t u[3], v[4];                /* low halves of 16 scales, their upper pairs */ \
-    V##_v scales; \
-    memcpy(u, b + 96, 12); \
-    for (int i = 0; i < 4; i++) \
-        v[i] = (u[i % 2] >> 4 * (i / 2) & 0x0F0F0F0Fu) | (u[2] >> 2 * i & 0x03030303u) << 4; \
-    scales = V##_affine(V##_u8((const uint8_t *)v), V##_half(b + 108), -32 * V##_half(b + 108)); \
-    V##_store(s, scales); \
-    V##_store(s + 16, V##_scaled(scales, -4)); \
-} \
-TARGET QWEN3I_INLINE void V##_q3_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
-    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
-        V##_i low = V##_and(V##_shr(V##_u8(b + 32 + 32 * (g / 2) + 16 * (j % 2)), 2 * (g % 2 * 2 + j / 2)), \
-                            3); \
-        V##_i high = V##_and(V##_shr(V##_u8(b + 16 * (j % 2)), 2 * g + j / 2), 1); \
-        w[j] = V##_affine(V##_or(low, V##_shl(high, 2)), s[4 * g + j], s[4 * g + j + 16]); \
-    } \
-} \
-TARGET QWEN3I_INLINE void V##_scales_q6_k(float *s, const uint8_t *b) { \
-    V##_v scales = V##_scaled(V##_load_i8((const int8_t *)b + 192), V##_half(b + 208)); \
-    V##_store(s, scales); \
-    V##_store(s + 16, V##_scaled(scales, -32)); \
-} \
-TARGET QWEN3I_INLINE void V##_q6_k(V##_v *w, const uint8_t *b, const float *s, int g) { \
-    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
-        V##_i low = V##_u8(b + 64 * (g / 2) + 16 * j), high = V##_u8(b + 128 + 32 * (g / 2) + 16 * (j % 2)); \
-        low = g % 2 ? V##_shr(low, 4) : V##_and(low, 15); \
-        high = V##_and(g % 2 ? V##_shr(high, j / 2 * 2) : V##_shl(high, 4 - j / 2 * 2), 48); \
-        w[j] = V##_affine(V##_or(low, high), s[4 * g + j], s[4 * g + j + 16]); \
-    } \
-} \
-/* s has 8 scales of 32 elements each */ \
-TARGET QWEN3I_INLINE void V##_scales_iq4_xs(float *s, const uint8_t *b) { \
-    float d = V##_half(b); \
-    for (int k = 0; k < 8; k++) { \
-        int low = b[4 + k / 2] >> 4 * (k % 2) & 15, high = (b[2] | b[3] << 8) >> 2 * k & 3; \
-        s[k] = d * (float)((low | high << 4) - 32); \
-    } \
-} \
-TARGET QWEN3I_INLINE void V##_iq4_xs(V##_v *w, const uint8_t *b, const float *s, int g) { \
-    V##_pick32(w, b + 8 + 32 * g, qwen3i_iq4_floats, s[2 * g]); \
-    V##_pick32(w + 2, b + 24 + 32 * g, qwen3i_iq4_floats, s[2 * g + 1]); \
-} \
-/* The type is a constant in both. */ \
-TARGET QWEN3I_INLINE void V##_scales(float *s, const uint8_t *b, qwen3i_type type) { \
-    switch (type) { \
-        case QWEN3I_Q2_K: V##_scales_q2_k(s, b); break; \
-        case QWEN3I_Q3_K: V##_scales_q3_k(s, b); break; \
-        case QWEN3I_Q4_K: case QWEN3I_Q5_K: V##_scales_k(s, b); break; \
-        case QWEN3I_Q6_K: V##_scales_q6_k(s, b); break; \
-        case QWEN3I_IQ4_XS: V##_scales_iq4_xs(s, b); break; \
-        case QWEN3I_FP8: s[0] = qwen3i_f32_at(b); break; \
-        case QWEN3I_INT4: s[0] = qwen3i_packed_scale(b, &s[1], 0); break; \
-        case QWEN3I_INT8: s[0] = qwen3i_packed_scale(b, &s[1], 128); break; \
-        default: break;                 /* smaller blocks */ \
-    } \
-} \
-TARGET QWEN3I_INLINE void V##_unpack(V##_v *w, const uint8_t *b, const float *s, int g, qwen3i_type type) { \
-    switch (type) { \
-        case QWEN3I_Q8_0: V##_q8_0(w, b); break; \
-        case QWEN3I_Q4_0: V##_q4_0(w, b); break; \
-        case QWEN3I_Q4_1: V##_q4_1(w, b); break; \
-        case QWEN3I_Q5_0: V##_q5_0(w, b); break; \
-        case QWEN3I_Q5_1: V##_q5_1(w, b); break; \
-        case QWEN3I_Q2_K: V##_q2_k(w, b, s, g); break; \
-        case QWEN3I_Q3_K: V##_q3_k(w, b, s, g); break; \
-        case QWEN3I_Q4_K: V##_q4_k(w, b, s, g); break; \
-        case QWEN3I_Q5_K: V##_q5_k(w, b, s, g); break; \
-        case QWEN3I_Q6_K: V##_q6_k(w, b, s, g); break; \
-        case QWEN3I_IQ4_NL: V##_iq4_nl(w, b); break; \
-        case QWEN3I_IQ4_XS: V##_iq4_xs(w, b, s, g); break; \
-        case QWEN3I_MXFP4: V##_mxfp4(w, b); break; \
-        case QWEN3I_NVFP4: V##_nvfp4(w, b); break; \
-        case QWEN3I_FP8: V##_fp8(w, b, s, g); break; \
-        case QWEN3I_INT4: V##_int4(w, b, s, g); break; \
-        case QWEN3I_INT4S: V##_int4s(w, b); break; \
-        default: V##_int8(w, b, s, g); break; \
-    } \
-}
 
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v and the
    functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, store,
@@ -9587,55 +9524,41 @@ TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     V##_sum(sums, rows); \
     return sums[0]; \
 } \
-/* Elements that lie in blocks, from the beginning of one; the type is a constant here. */ \
-TARGET QWEN3I_INLINE void V##_load_blocks(float *y, const uint8_t *b, int n, qwen3i_type type, int elements, \
-                                          int bytes) { \
-    const int part = elements < 64 ? elements : 64; \
-    V##_v w[4]; \
-    float s[32]; \
-    for (; n > 0; b += bytes) { \
-        V##_scales(s, b, type); \
-        for (int g = 0; g < elements / part && n > 0; g++, n -= part, y += part) { \
-            V##_unpack(w, b, s, g, type); \
-            QWEN3I_UNROLL for (int j = 0; j < part / 16; j++) if (16 * j < n) V##_store_n(y + 16 * j, w[j], \
-                    n - 16 * j); \
-        } \
-    } \
+/* 16 elements of a row in Q8_0 or FP8, at b, with their scale */ \
+TARGET QWEN3I_INLINE V##_v V##_bytes(const uint8_t *b, float d, qwen3i_type type) { \
+    return V##_mul(type == QWEN3I_FP8 ? V##_e4m3(b) : V##_load_i8((const int8_t *)b), V##_set1(d)); \
 } \
 TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n) { \
+    const uint8_t *b = (const uint8_t *)x; \
     int i; \
-    switch (type) { \
-        QWEN3I_BLOCK_TYPES(V##_LOAD) \
-        default: for (i = 0; i < n; i += 16) V##_store_n(y + i, V##_from_n(x, (size_t)i, type, n - i), n - i); \
+    if (qwen3i_is_block(type) && !qwen3i_is_bytes(type)) { qwen3i_decode(y, x, type, n); return; } \
+    for (i = 0; i < n; i += 16) { \
+        V##_v v; \
+        if (type == QWEN3I_FP8) v = V##_bytes(b + i / 128 * 132 + 4 + i % 128, qwen3i_f32_at(b + i / 128 * 132), type); \
+        else if (type == QWEN3I_Q8_0) v = V##_bytes(b + i / 32 * 34 + 2 + i % 32, qwen3i_half_at(b + i / 32 * 34), type); \
+        else v = V##_from_n(x, (size_t)i, type, n - i); \
+        V##_store_n(y + i, v, n - i); \
     } \
 } \
-/* R rows in blocks at a time against one row of x: the sums of V_dot, without a panel. The type is a constant here. */ \
-TARGET QWEN3I_INLINE void V##_dot_blocks_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, \
-                                            int elements, \
-                                            int bytes, int n_w, const float *x, int n_cols, int add) { \
+/* R rows in Q8_0 or FP8 at a time against one row of x: the sums of V_dot, without a panel. The type is a constant here. */ \
+TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, int elements, \
+                                           int head, int n_w, const float *x, int n_cols, int add) { \
     const size_t ahead = 2 * (R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD); \
     for (int r0 = 0; r0 < n_w; r0 += R) { \
         const uint8_t *at[R]; \
         QWEN3I_UNROLL for (int r = 0; r < R; r++) at[r] = w + (size_t)qwen3i_min(r0 + r, n_w - 1) * row_bytes; \
         for (int k = 0; k < n_cols; k += QWEN3I_K_BLOCK) { \
-            const int part = elements < 64 ? elements : 64; \
-            V##_v acc[R], wv[4]; \
-            float sums[R], s[R][32]; \
+            V##_v acc[R]; \
+            float sums[R]; \
             int end = qwen3i_min(k + QWEN3I_K_BLOCK, n_cols); \
             QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[r] = V##_zero(); \
             for (int c = k; c < end; c += elements) { \
-                QWEN3I_UNROLL for (int r = 0; r < R; r++) V##_scales(s[r], at[r], type); \
-                QWEN3I_UNROLL for (int g = 0; g < elements / part; g++) { \
-                    const float *xs = x + c + part * g; \
-                    QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
-                        V##_unpack(wv, at[r], s[r], g, type); \
-                        QWEN3I_UNROLL for (int j = 0; j < part / 16; j++) acc[r] = V##_fma(wv[j], \
-                                V##_load(xs + 16 * j), acc[r]); \
-                    } \
-                } \
                 QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
-                    QWEN3I_UNROLL for (int i = 0; i < (bytes + 63) / 64; i++) QWEN3I_PREFETCH(at[r] + ahead + 64 * i); \
-                    at[r] += bytes; \
+                    const float d = type == QWEN3I_FP8 ? qwen3i_f32_at(at[r]) : qwen3i_half_at(at[r]); \
+                    QWEN3I_UNROLL for (int j = 0; j < elements; j += 16) \
+                        acc[r] = V##_fma(V##_bytes(at[r] + head + j, d, type), V##_load(x + c + j), acc[r]); \
+                    for (int i = 0; i < elements; i += 64) QWEN3I_PREFETCH(at[r] + ahead + i); \
+                    at[r] += elements + head; \
                 } \
             } \
             V##_sum(sums, acc); \
@@ -9644,12 +9567,10 @@ TARGET QWEN3I_INLINE void V##_dot_blocks_of(float *y, const uint8_t *w, size_t r
         } \
     } \
 } \
-TARGET static void V##_dot_blocks(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, \
-                                  const float *x, int n_cols, int add) { \
-    switch (type) { \
-        QWEN3I_BLOCK_TYPES(V##_DOT) \
-        default: break; \
-    } \
+TARGET static void V##_dot_bytes(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, const float *x, \
+                                 int n_cols, int add) { \
+    if (type == QWEN3I_FP8) V##_dot_bytes_of(y, (const uint8_t *)w, row_bytes, QWEN3I_FP8, 128, 4, n_w, x, n_cols, add); \
+    else V##_dot_bytes_of(y, (const uint8_t *)w, row_bytes, QWEN3I_Q8_0, 32, 2, n_w, x, n_cols, add); \
 } \
 /* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose results \
    belong `apart` floats apart: y[t * ldy + r * apart] = (add ? y : 0) + w[r] . x[t]. What lies `ahead` bytes \
@@ -9856,10 +9777,348 @@ TARGET static void V##_store_row(void *y, const float *x, qwen3i_type type, int 
         else V##_store_bf16(h + i, V##_load(x + i)); \
     } \
     for (; i < n; i++) h[i] = type == QWEN3I_F16 ? qwen3i_f32_to_f16(x[i]) : qwen3i_f32_to_bf16(x[i]); \
+}
+
+/* Blocks of 16 rows, `ld` bytes apart, to a panel, to the bits that WEIGHT FORMATS gives: words of 4 bytes are turned so
+   that those of 16 rows lie side by side, and unpacked so. V_i is 16 of them; V_turn(v, b, ld) makes v[4] of 16
+   bytes of each row; V_words, keep load and store; V_all repeats a word; and, or, shl, shr are on words, less and
+   pick(table, v) on bytes; V_float makes numbers, V_half takes the lower half as one, V_as_float the bits. */
+#define QWEN3I_DEFINE_FORMATS(V, TARGET) \
+TARGET QWEN3I_INLINE void V##_take(V##_i *v, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_turn(v, b, strip->ld); \
+    if (strip->next < strip->end) { \
+        QWEN3I_UNROLL for (int i = 0; i < 256; i += 64) QWEN3I_PREFETCH(strip->next + i); \
+        strip->next += 256; \
+    } \
 } \
-static const qwen3i_simd V##_kernels = { V##_name, V##_dot, V##_dot_blocks, V##_mix, V##_softmax, \
-                                         V##_rmsnorm, V##_silu_mul, \
-                                         V##_exp, V##_load_row, V##_store_row };
+TARGET QWEN3I_INLINE V##_v V##_byte(V##_i v, int j) { return V##_float(V##_and(V##_shr(v, 8 * j), 255)); } \
+TARGET QWEN3I_INLINE V##_v V##_negative(V##_v v) { return V##_mul(v, V##_set1(-1)); } \
+TARGET QWEN3I_INLINE V##_v V##_plus(V##_v v, float f) { return V##_add(v, V##_set1(f)); } \
+/* 16 bytes: low halves are columns from `low` on, high ones from `high` on, less a number, or out of a table */ \
+TARGET QWEN3I_INLINE void V##_nibbles(qwen3i_panel *p, int low, int high, const uint8_t *b, qwen3i_strip *strip, V##_i less) { \
+    V##_i v[4]; \
+    V##_take(v, b, strip); \
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
+        V##_keep(p->q[low / 4 + i], V##_less(V##_and(v[i], 0x0F0F0F0F), less)); \
+        V##_keep(p->q[high / 4 + i], V##_less(V##_and(V##_shr(v[i], 4), 0x0F0F0F0F), less)); \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_picks(qwen3i_panel *p, int low, int high, const uint8_t *b, qwen3i_strip *strip, \
+                                    const int8_t *table) { \
+    V##_i v[4]; \
+    V##_take(v, b, strip); \
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
+        V##_keep(p->q[low / 4 + i], V##_pick(table, V##_and(v[i], 0x0F0F0F0F))); \
+        V##_keep(p->q[high / 4 + i], V##_pick(table, V##_and(V##_shr(v[i], 4), 0x0F0F0F0F))); \
+    } \
+} \
+/* Fields of 16 bytes, whose lowest bit is `shift`, join 16 columns from c on; then these become less. */ \
+TARGET QWEN3I_INLINE void V##_join(qwen3i_panel *p, int c, const V##_i *v, int shift, int mask, int left, int less) { \
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
+        V##_i field = V##_shl(V##_and(V##_shr(v[i], shift), mask * 0x01010101), left); \
+        V##_keep(p->q[c / 4 + i], V##_less(V##_or(V##_words(p->q[c / 4 + i]), field), V##_all(less * 0x01010101))); \
+    } \
+} \
+/* Bits of a word join 32 columns from c on, as their fifth. */ \
+TARGET QWEN3I_INLINE void V##_fives(qwen3i_panel *p, int c, V##_i bits, int less) { \
+    for (int i = 0; i < 8; i++) { \
+        V##_i v = V##_and(V##_shr(bits, 4 * i), 15); \
+        v = V##_or(V##_or(v, V##_shl(v, 7)), V##_or(V##_shl(v, 14), V##_shl(v, 21))); \
+        v = V##_or(V##_words(p->q[c / 4 + i]), V##_shl(V##_and(v, 0x01010101), 4)); \
+        V##_keep(p->q[c / 4 + i], V##_less(v, V##_all(less * 0x01010101))); \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_copy16(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_i v[4]; \
+    V##_take(v, b, strip); \
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++) V##_keep(p->q[c / 4 + i], v[i]); \
+} \
+/* Blocks of 32 whose columns are c .. c + 31 */ \
+TARGET static void V##_panel32(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, qwen3i_type type) { \
+    const V##_i none = V##_all(0); \
+    V##_i v[4]; \
+    V##_v d; \
+    V##_take(v, b, strip); \
+    d = V##_half(v[0]); \
+    switch (type) { \
+        case QWEN3I_Q4_0: V##_nibbles(p, c, c + 16, b + 2, strip, V##_all(0x08080808)); break; \
+        case QWEN3I_Q4_1: V##_nibbles(p, c, c + 16, b + 4, strip, none); break; \
+        case QWEN3I_Q5_0: V##_nibbles(p, c, c + 16, b + 6, strip, none); \
+                          V##_fives(p, c, V##_or(V##_shr(v[0], 16), V##_shl(v[1], 16)), 16); break; \
+        case QWEN3I_Q5_1: V##_nibbles(p, c, c + 16, b + 8, strip, none); V##_fives(p, c, v[1], 0); break; \
+        case QWEN3I_IQ4_NL: V##_picks(p, c, c + 16, b + 2, strip, qwen3i_iq4_values); break; \
+        case QWEN3I_INT4S: { \
+            V##_i zero = V##_and(v[0], 127); \
+            zero = V##_or(zero, V##_shl(zero, 8)); \
+            V##_nibbles(p, c, c + 16, b + 4, strip, V##_or(zero, V##_shl(zero, 16))); \
+            d = V##_as_float(V##_and(v[0], ~255)); \
+            break; \
+        } \
+        default: { \
+            float scales[16]; \
+            for (int r = 0; r < 16; r++) scales[r] = qwen3i_e8m0_half(b[(size_t)r * strip->ld]); \
+            V##_picks(p, c, c + 16, b + 1, strip, qwen3i_fp4_values); \
+            d = V##_load(scales); \
+        } \
+    } \
+    V##_store(p->d[c / 32], d); \
+    if (type == QWEN3I_Q4_1 || type == QWEN3I_Q5_1) V##_store(p->m[c / 32], V##_half(V##_shr(v[0], 16))); \
+} \
+TARGET QWEN3I_INLINE void V##_panel_nvfp4(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip) { \
+    float scales[16]; \
+    V##_i v[4]; \
+    for (int h = 0; h < 2; h++) { \
+        V##_take(v, b + 4 + 16 * h, strip); \
+        QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
+            int8_t (*to)[16][4] = &p->q[c / 4 + 8 * h + i / 2 * 4 + i % 2]; \
+            V##_keep(to[0], V##_pick(qwen3i_fp4_values, V##_and(v[i], 0x0F0F0F0F))); \
+            V##_keep(to[2], V##_pick(qwen3i_fp4_values, V##_and(V##_shr(v[i], 4), 0x0F0F0F0F))); \
+        } \
+    } \
+    for (int j = 0; j < 4; j++) { \
+        for (int r = 0; r < 16; r++) scales[r] = qwen3i_ue4m3_to_f32(b[(size_t)r * strip->ld + (size_t)j]) / 2; \
+        memcpy(p->d[c / 16 + j], scales, sizeof scales); \
+    } \
+} \
+/* Blocks of 128: INT4 is one scale for four of INT4S. */ \
+TARGET QWEN3I_INLINE void V##_panel128(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, qwen3i_type type) { \
+    V##_i v[4], zero; \
+    V##_v d; \
+    V##_take(v, b, strip); \
+    d = V##_as_float(V##_and(v[0], ~255)); \
+    zero = V##_and(v[0], 127); \
+    zero = V##_or(zero, V##_shl(zero, 8)); \
+    zero = V##_or(zero, V##_shl(zero, 16)); \
+    for (int k = 0; k < 4; k++) { \
+        if (type == QWEN3I_INT4) V##_nibbles(p, c + 32 * k, c + 32 * k + 16, b + 4 + 16 * k, strip, zero); \
+        else { \
+            V##_copy16(p, c + 32 * k, b + 4 + 32 * k, strip); \
+            V##_copy16(p, c + 32 * k + 16, b + 20 + 32 * k, strip); \
+            V##_store(p->m[c / 32 + k], V##_mul(V##_negative(d), V##_plus(V##_byte(v[0], 0), -128))); \
+        } \
+        V##_store(p->d[c / 32 + k], d); \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_panel_q2_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_i v[4], s[4]; \
+    V##_v d, m; \
+    V##_take(v, b + 68, strip); \
+    V##_take(s, b, strip); \
+    d = V##_half(v[3]); \
+    m = V##_negative(V##_half(V##_shr(v[3], 16))); \
+    for (int i = 0; i < 16; i++) { \
+        V##_i scale = V##_shr(s[i / 4], i % 4 * 8); \
+        V##_store(p->d[i], V##_mul(d, V##_float(V##_and(scale, 15)))); \
+        V##_store(p->m[i], V##_mul(m, V##_float(V##_and(V##_shr(scale, 4), 15)))); \
+    } \
+    memset(p->q, 0, sizeof p->q); \
+    for (int i = 0; i < 4; i++) { \
+        V##_take(v, b + 16 + 16 * i, strip); \
+        for (int k = 0; k < 4; k++) V##_join(p, 128 * (i / 2) + 32 * k + 16 * (i % 2), v, 2 * k, 3, 0, 0); \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_panel_q3_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_i v[4], high[4], u[3]; \
+    V##_v d; \
+    V##_take(v, b + 94, strip); \
+    d = V##_half(V##_shr(v[3], 16)); \
+    for (int i = 0; i < 3; i++) u[i] = V##_or(V##_shr(v[i], 16), V##_shl(v[i + 1], 16)); \
+    for (int i = 0; i < 16; i++) { \
+        V##_i low = V##_and(V##_shr(u[i / 4 % 2], 8 * (i % 4) + 4 * (i / 8)), 15); \
+        V##_i upper = V##_and(V##_shr(u[2], 8 * (i % 4) + 2 * (i / 4)), 3); \
+        V##_store(p->d[i], V##_mul(d, V##_plus(V##_float(V##_or(low, V##_shl(upper, 4))), -32))); \
+    } \
+    memset(p->q, 0, sizeof p->q); \
+    for (int i = 0; i < 4; i++) { \
+        V##_take(v, b + 32 + 16 * i, strip); \
+        V##_take(high, b + 16 * (i % 2), strip); \
+        for (int k = 0; k < 4; k++) { \
+            const int c = 128 * (i / 2) + 32 * k + 16 * (i % 2); \
+            V##_join(p, c, v, 2 * k, 3, 0, 0); \
+            V##_join(p, c, high, 4 * (i / 2) + k, 1, 2, 4); \
+        } \
+    } \
+} \
+/* Q4_K, Q5_K */ \
+TARGET QWEN3I_INLINE void V##_panel_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip, int fives) { \
+    V##_i v[4], s[4]; \
+    V##_v d, m; \
+    V##_take(v, b, strip); \
+    d = V##_half(v[0]); \
+    m = V##_negative(V##_half(V##_shr(v[0], 16))); \
+    s[0] = V##_and(v[1], 0x3F3F3F3F); \
+    s[1] = V##_or(V##_and(v[3], 0x0F0F0F0F), V##_shl(V##_and(V##_shr(v[1], 6), 0x03030303), 4)); \
+    s[2] = V##_and(v[2], 0x3F3F3F3F); \
+    s[3] = V##_or(V##_and(V##_shr(v[3], 4), 0x0F0F0F0F), V##_shl(V##_and(V##_shr(v[2], 6), 0x03030303), 4)); \
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
+        V##_store(p->d[i], V##_mul(d, V##_byte(s[0], i))); \
+        V##_store(p->d[i + 4], V##_mul(d, V##_byte(s[1], i))); \
+        V##_store(p->m[i], V##_mul(m, V##_byte(s[2], i))); \
+        V##_store(p->m[i + 4], V##_mul(m, V##_byte(s[3], i))); \
+    } \
+    for (int i = 0; i < 8; i++) { \
+        const int c = 64 * (i / 2) + 16 * (i % 2); \
+        V##_nibbles(p, c, c + 32, b + (fives ? 48 : 16) + 16 * i, strip, V##_all(0)); \
+    } \
+    for (int i = 0; fives && i < 2; i++) { \
+        V##_take(v, b + 16 + 16 * i, strip); \
+        for (int k = 0; k < 8; k++) V##_join(p, 32 * k + 16 * i, v, k, 1, 4, 0); \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_panel_q6_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_i v[4], low[2][4]; \
+    V##_v d; \
+    V##_take(v, b + 194, strip); \
+    d = V##_half(V##_shr(v[3], 16)); \
+    V##_take(v, b + 192, strip); \
+    QWEN3I_UNROLL for (int i = 0; i < 16; i++) \
+        V##_store(p->d[i], V##_mul(d, V##_plus(V##_byte(V##_less(v[i / 4], V##_all((int)0x80808080u)), i % 4), -128))); \
+    for (int i = 0; i < 4; i++) {       /* 16 bytes of high pairs are 64 columns, in four parts of 128 */ \
+        const int c = 128 * (i / 2) + 16 * (i % 2); \
+        V##_take(v, b + 128 + 16 * i, strip); \
+        V##_take(low[0], b + c / 2 + i % 2 * 8, strip); \
+        V##_take(low[1], b + c / 2 + i % 2 * 8 + 32, strip); \
+        QWEN3I_UNROLL for (int k = 0; k < 4; k++) { \
+            QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+                V##_i field = V##_shl(V##_and(V##_shr(v[j], 2 * k), 0x03030303), 4); \
+                V##_i q = V##_or(V##_and(V##_shr(low[k % 2][j], k / 2 * 4), 0x0F0F0F0F), field); \
+                V##_keep(p->q[c / 4 + 8 * k + j], V##_less(q, V##_all(0x20202020))); \
+            } \
+        } \
+    } \
+} \
+TARGET QWEN3I_INLINE void V##_panel_iq4_xs(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_i v[4]; \
+    V##_v d; \
+    V##_take(v, b, strip); \
+    d = V##_half(v[0]); \
+    for (int k = 0; k < 8; k++) { \
+        V##_i low = V##_and(V##_shr(v[1], 4 * k), 15), high = V##_and(V##_shr(v[0], 16 + 2 * k), 3); \
+        V##_store(p->d[k], V##_mul(d, V##_plus(V##_float(V##_or(low, V##_shl(high, 4))), -32))); \
+        V##_picks(p, 32 * k, 32 * k + 16, b + 8 + 16 * k, strip, qwen3i_iq4_values); \
+    } \
+} \
+/* n_cols columns, from the beginning of a block on; so many rows that there may be no 16 are repeated. */ \
+TARGET static void V##_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *strip, qwen3i_type type, int n_rows, int n_cols) { \
+    const qwen3i_format *f = qwen3i_format_of(type); \
+    const int bytes = (n_cols + f->elements - 1) / f->elements * f->bytes; \
+    uint8_t copy[16][QWEN3I_MAX_ROW]; \
+    if (n_rows < 16) { \
+        for (int r = 0; r < 16; r++) memcpy(copy[r], w + (size_t)qwen3i_min(r, n_rows - 1) * strip->ld, (size_t)bytes); \
+        w = copy[0]; \
+        strip->ld = QWEN3I_MAX_ROW; \
+    } \
+    for (int c = 0; c < n_cols; c += f->elements, w += f->bytes) \
+        switch (type) { \
+            case QWEN3I_Q2_K: V##_panel_q2_k(p, w, strip); break; \
+            case QWEN3I_Q3_K: V##_panel_q3_k(p, w, strip); break; \
+            case QWEN3I_Q4_K: V##_panel_k(p, w, strip, 0); break; \
+            case QWEN3I_Q5_K: V##_panel_k(p, w, strip, 1); break; \
+            case QWEN3I_Q6_K: V##_panel_q6_k(p, w, strip); break; \
+            case QWEN3I_IQ4_XS: V##_panel_iq4_xs(p, w, strip); break; \
+            case QWEN3I_NVFP4: V##_panel_nvfp4(p, c, w, strip); break; \
+            case QWEN3I_INT4: case QWEN3I_INT8: V##_panel128(p, c, w, strip, type); break; \
+            default: V##_panel32(p, c, w, strip, type); break; \
+        } \
+}
+
+/* Products with blocks. U is the prefix of the instruction set's operations on whole numbers, beside V's: the types
+   U_w (four columns of a panel, widened), U_x (four columns of a row of x) and U_sums, and the functions V_cut (V_v to
+   V_i, towards 0), U_order (see qwen3i_order), U_wide, spread, none(whole), dot4 (adds the products of four columns) and
+   total(sums), with whole the sum of x. A tile is R panels times up to C rows of x. */
+#define QWEN3I_DEFINE_BLOCKS(V, U, TARGET, R, C) \
+TARGET static void U##_round_row(qwen3i_rounded *y, const float *x, int n) { \
+    for (; n > 0; n -= QWEN3I_PART, x += QWEN3I_PART, y++) { \
+        const V##_v v = V##_load_n(x, n); \
+        uint32_t part[16], most = 0; \
+        int32_t q[16]; \
+        float by; \
+        V##_store((float *)(void *)part, v); \
+        for (int i = 0; i < 16; i++) most = (part[i] & 0x7FFFFFFFu) > most ? part[i] & 0x7FFFFFFFu : most; \
+        y->d = qwen3i_float_from_bits(most); \
+        by = most < 0x7F800000u && y->d > 1e-30f ? QWEN3I_ROUNDED_MAX / y->d : 0.0f; \
+        if (most < 0x7F800000u) y->d /= QWEN3I_ROUNDED_MAX; \
+        V##_keep(q, V##_cut(V##_fma(by > 0 ? v : V##_zero(), V##_set1(by), V##_set1(32768.5f)))); \
+        y->sum = -32768 * QWEN3I_PART; \
+        for (int i = 0; i < 16; i++) y->sum += q[i], q[i] -= 32768; \
+        U##_order(y->q, q); \
+    } \
+} \
+/* One tile over n columns; w: of R panels' columns, whose groups are `group` columns */ \
+TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_panel *w, int n_w, int group, int offsets, \
+                                         const qwen3i_rounded *x, size_t ldx, int n_x, int n, int add) { \
+    V##_v acc[C][R], d[R]; \
+    U##_sums sums[C][R]; \
+    U##_w wv[R]; \
+    QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[t][r] = V##_zero(); } \
+    for (int c = 0; c < n; c += QWEN3I_PART, x++) { \
+        const int8_t *q = w->q[c / 4][0]; \
+        const int g = c / group; \
+        QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { \
+            const U##_sums none = U##_none(x[(size_t)t * ldx].sum); \
+            QWEN3I_UNROLL for (int r = 0; r < R; r++) sums[t][r] = none; \
+        } \
+        QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
+            QWEN3I_UNROLL for (int r = 0; r < R; r++) wv[r] = U##_wide(q + (size_t)r * sizeof *w + 64 * i); \
+            QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { \
+                U##_x xv = U##_spread(x[(size_t)t * ldx].q + 4 * i); \
+                if (i == 0) QWEN3I_PREFETCH(x + (size_t)(t + n_x) * ldx);       /* for the next tile */ \
+                QWEN3I_UNROLL for (int r = 0; r < R; r++) sums[t][r] = U##_dot4(sums[t][r], wv[r], xv); \
+            } \
+        } \
+        QWEN3I_UNROLL for (int r = 0; r < R; r++) d[r] = V##_load(w[r].d[g]); \
+        QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { \
+            V##_v by = V##_set1(x[(size_t)t * ldx].d); \
+            QWEN3I_UNROLL for (int r = 0; r < R; r++) \
+                acc[t][r] = V##_fma(V##_mul(V##_float(U##_total(sums[t][r])), by), d[r], acc[t][r]); \
+        } \
+        if (!offsets) continue; \
+        QWEN3I_UNROLL for (int r = 0; r < R; r++) d[r] = V##_load(w[r].m[g]); \
+        QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { \
+            V##_v by = V##_set1(x[(size_t)t * ldx].d * (float)x[(size_t)t * ldx].sum); \
+            QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[t][r] = V##_fma(by, d[r], acc[t][r]); \
+        } \
+    } \
+    QWEN3I_UNROLL for (int t = 0; t < n_x; t++, y += ldy) { \
+        QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
+            const int m = n_w - 16 * r; \
+            if (m > 0) V##_store_n(y + 16 * r, add ? V##_add(V##_load_n(y + 16 * r, m), acc[t][r]) : acc[t][r], m); \
+        } \
+    } \
+} \
+TARGET static void U##_dot_blocks(float *y, size_t ldy, const void *w, size_t row_bytes, qwen3i_type type, int n_w, \
+                                  const qwen3i_rounded *x, size_t ldx, int n_x, int n_cols, int add, \
+                                  qwen3i_panel *panels) { \
+    const qwen3i_format *f = qwen3i_format_of(type); \
+    const int group = qwen3i_group_of(type), offsets = qwen3i_has_offsets(type); \
+    for (int r = 0; r < n_w; r += 16 * R) \
+        for (int k = 0, n_k; k < n_cols; k += n_k) { \
+            const uint8_t *at = (const uint8_t *)w + (size_t)r * row_bytes + (size_t)(k / f->elements) * (size_t)f->bytes; \
+            const int n_r = qwen3i_min(16 * R, n_w - r), join = add || k > 0; \
+            n_k = qwen3i_min(QWEN3I_MAX_BLOCK, n_cols - k); \
+            for (int i = 0; i < R; i++) { \
+                const uint8_t *from = at + (size_t)(16 * i < n_r ? 16 * i : 0) * row_bytes; \
+                qwen3i_strip strip; \
+                strip.ld = row_bytes; \
+                strip.next = (const uint8_t *)w + (size_t)(r + 16 * (i + R)) * row_bytes + 16 * row_bytes * (size_t)k / (size_t)n_cols; \
+                strip.end = n_x == 1 ? strip.next + 16 * row_bytes * (size_t)n_k / (size_t)n_cols : NULL; \
+                V##_panel(panels + i, from, &strip, type, qwen3i_min(16, 16 * i < n_r ? n_r - 16 * i : n_r), n_k); \
+            } \
+            for (int t = 0, m; t < n_x; t += m) { \
+                const qwen3i_rounded *xt = x + (size_t)t * ldx + k / QWEN3I_PART; \
+                float *yt = y + (size_t)t * ldy + r; \
+                m = n_x - t >= C ? C : n_x - t >= 2 ? 2 : 1; \
+                if (n_x == 1) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, 1, n_k, join); \
+                else if (m == C) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C, n_k, join); \
+                else if (m == 2) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C > 2 ? 2 : 1, n_k, join); \
+                else U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, 1, n_k, join); \
+            } \
+        } \
+}
+
+/* The table of an instruction set */
+#define QWEN3I_KERNELS(V, U) {U##_name, V##_dot, V##_dot_bytes, U##_round_row, U##_dot_blocks, V##_mix, V##_softmax, V##_rmsnorm, \
+                              V##_silu_mul, V##_exp, V##_load_row, V##_store_row}
 
 /* ---- plain C lanes: gcc's and clang's vectors of four where they have no fused multiply-add, else floats ---- */
 #if defined(__GNUC__) && !defined(FP_FAST_FMAF)
@@ -9999,27 +10258,77 @@ QWEN3I_INLINE void qwen3i_plain_sum(float *sums, qwen3i_plain_v *rows) {
     sums[0] = x[0];
 }
 
-/* Any block, as WEIGHT FORMATS has it */
-QWEN3I_INLINE void qwen3i_plain_scales(float *s, const uint8_t *b, qwen3i_type type) {
-    (void)s;
-    (void)b;
-    (void)type;
+/* E4M3's exponent and fraction in those of a float are the number times 2^-120; so for all instruction sets */
+#define QWEN3I_E4M3_UNIT 1.329227995784916e36f
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_e4m3(const uint8_t *p) {
+    float y[16];
+    int i;
+    QWEN3I_LANES y[i] = qwen3i_e4m3_to_f32(p[i]);
+    return qwen3i_plain_load(y);
 }
 
-QWEN3I_INLINE void qwen3i_plain_unpack(qwen3i_plain_v *w, const uint8_t *b, const float *s, int g,
-                                       qwen3i_type type) {
-    float y[QWEN3I_MAX_BLOCK];
-    (void)s;
-    qwen3i_decode(y, b, type, qwen3i_format_of(type)->elements);
-    for (int j = 0; j < qwen3i_min(4, qwen3i_format_of(type)->elements / 16); j++)
-        w[j] = qwen3i_plain_load(y + 64 * g + 16 * j);
+typedef struct qwen3i_plain_i { int32_t at[16]; } qwen3i_plain_i;
+typedef const int8_t *qwen3i_plain_w;
+typedef const int16_t *qwen3i_plain_x;
+QWEN3I_INLINE qwen3i_plain_w qwen3i_plain_wide(const int8_t *w) { return w; }
+QWEN3I_INLINE qwen3i_plain_x qwen3i_plain_spread(const int16_t *x) { return x; }
+
+QWEN3I_INLINE qwen3i_plain_i qwen3i_plain_all(int32_t a) {
+    qwen3i_plain_i y;
+    int i;
+    QWEN3I_LANES y.at[i] = a;
+    return y;
 }
 
-#define qwen3i_plain_LOAD(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_plain_load_blocks(y, (const uint8_t *)x, n, QWEN3I_##name, elements, bytes); break;
-#define qwen3i_plain_DOT(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_plain_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
+QWEN3I_INLINE qwen3i_plain_i qwen3i_plain_dot4(qwen3i_plain_i sum, qwen3i_plain_w w, qwen3i_plain_x x) {
+    int i;
+    QWEN3I_LANES sum.at[i] += w[4 * i] * x[0] + w[4 * i + 2] * x[1] + w[4 * i + 1] * x[2] + w[4 * i + 3] * x[3];
+    return sum;
+}
+
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_float(qwen3i_plain_i v) {
+    float y[16];
+    int i;
+    QWEN3I_LANES y[i] = (float)v.at[i];
+    return qwen3i_plain_load(y);
+}
+
+QWEN3I_INLINE qwen3i_plain_i qwen3i_plain_cut(qwen3i_plain_v v) {
+    float x[16];
+    qwen3i_plain_i y;
+    int i;
+    qwen3i_plain_store(x, v);
+    QWEN3I_LANES y.at[i] = (int32_t)x[i];
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_plain_keep(int32_t *p, qwen3i_plain_i v) { memcpy(p, &v, sizeof v); }
+
+/* n_cols columns of up to 16 rows to a panel, by WEIGHT FORMATS */
+static void qwen3i_plain_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *strip, qwen3i_type type, int n_rows, int n_cols) {
+    const qwen3i_format *f = qwen3i_format_of(type);
+    const int group = qwen3i_group_of(type), offsets = qwen3i_has_offsets(type);
+    qwen3i_unpacked u;
+    for (int r = 0; r < 16; r++) {
+        const uint8_t *b = w + (size_t)qwen3i_min(r, n_rows - 1) * strip->ld;
+        for (int c = 0; c < n_cols; c += f->elements, b += f->bytes) {
+            f->unpack(u.q, u.d, u.m, b);
+            for (int i = 0; i < f->elements; i += 4) memcpy(p->q[(c + i) / 4][r], u.q + i, 4);
+            for (int g = 0; g < f->elements / group; g++) {
+                p->d[c / group + g][r] = u.d[g];
+                if (offsets) p->m[c / group + g][r] = u.m[g];
+            }
+        }
+    }
+}
+
+typedef qwen3i_plain_i qwen3i_plain_sums;
+#define qwen3i_plain_none(whole) ((void)(whole), qwen3i_plain_all(0))
+#define qwen3i_plain_total(sums) (sums)
+#define qwen3i_plain_order qwen3i_order
 QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, 2)
+QWEN3I_DEFINE_BLOCKS(qwen3i_plain, qwen3i_plain, , 1, 2)
+static const qwen3i_simd qwen3i_plain_kernels = QWEN3I_KERNELS(qwen3i_plain, qwen3i_plain);
 
 #ifdef QWEN3I_X86
 #if defined(__GNUC__) || defined(__clang__)
@@ -10099,14 +10408,28 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_i8(const int8_t *p) {
     return qwen3i_avx2_pair(qwen3i_avx2_eight_i8(p), qwen3i_avx2_eight_i8(p + 8));
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE float qwen3i_avx2_half(const uint8_t *p) {
-    uint16_t h;
-    memcpy(&h, p, 2);
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_eight_e4m3(const uint8_t *p) {
+    __m256i v = _mm256_slli_epi32(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)), 20);
+    v = _mm256_and_si256(v, _mm256_set1_epi32((int)0x87F00000u));
+    return _mm256_mul_ps(_mm256_castsi256_ps(v), _mm256_set1_ps(QWEN3I_E4M3_UNIT));
 }
 
-typedef struct qwen3i_avx2_i { __m256i lo, hi; } qwen3i_avx2_i;     /* 16 whole numbers */
-typedef struct qwen3i_avx2_line { qwen3i_avx2_v d, m; } qwen3i_avx2_line;
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_e4m3(const uint8_t *p) {
+    return qwen3i_avx2_pair(qwen3i_avx2_eight_e4m3(p), qwen3i_avx2_eight_e4m3(p + 8));
+}
+
+/* Whole numbers: of each four columns the even ones lie in two registers, the odd ones in two. */
+typedef struct qwen3i_avx2_i { __m256i lo, hi; } qwen3i_avx2_i;
+typedef struct qwen3i_avx2_w { qwen3i_avx2_i even, odd; } qwen3i_avx2_w;
+typedef struct qwen3i_avx2_x { __m256i even, odd; } qwen3i_avx2_x;
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_both(__m256i lo, __m256i hi) {
+    qwen3i_avx2_i y;
+    y.lo = lo;
+    y.hi = hi;
+    return y;
+}
+
 #define QWEN3I_AVX2_WHOLE(name, parameter, expression) \
 QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_##name(qwen3i_avx2_i v, parameter) { \
     __m256i a = v.lo; \
@@ -10119,58 +10442,117 @@ QWEN3I_AVX2_WHOLE(shr, int n, _mm256_srli_epi32(a, n))
 QWEN3I_AVX2_WHOLE(shl, int n, _mm256_slli_epi32(a, n))
 QWEN3I_AVX2_WHOLE(and, int mask, _mm256_and_si256(a, _mm256_set1_epi32(mask)))
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_or(qwen3i_avx2_i v, qwen3i_avx2_i w) {
-    v.lo = _mm256_or_si256(v.lo, w.lo);
-    v.hi = _mm256_or_si256(v.hi, w.hi);
-    return v;
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_or(qwen3i_avx2_i a, qwen3i_avx2_i b) {
+    return qwen3i_avx2_both(_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi));
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_u8(const uint8_t *p) {
-    qwen3i_avx2_i v;
-    v.lo = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p));
-    v.hi = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p + 8)));
-    return v;
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_less(qwen3i_avx2_i a, qwen3i_avx2_i b) {
+    return qwen3i_avx2_both(_mm256_sub_epi8(a.lo, b.lo), _mm256_sub_epi8(a.hi, b.hi));
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_bits(unsigned bits, int value) {
-    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    qwen3i_avx2_i v;
-    v.lo = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)(bits & 255)), lanes), lanes);
-    v.hi = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)(bits >> 8 & 255)), lanes), lanes);
-    return qwen3i_avx2_and(v, value);
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_pick(const int8_t *table, qwen3i_avx2_i v) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)table));
+    return qwen3i_avx2_both(_mm256_shuffle_epi8(t, v.lo), _mm256_shuffle_epi8(t, v.hi));
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_float(qwen3i_avx2_i v) {
-    return qwen3i_avx2_pair(_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi));
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_all(int a) {
+    return qwen3i_avx2_both(_mm256_set1_epi32(a), _mm256_set1_epi32(a));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_words(const void *p) {
+    const __m256i *y = (const __m256i *)p;
+    return qwen3i_avx2_both(_mm256_loadu_si256(y), _mm256_loadu_si256(y + 1));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_keep(void *p, qwen3i_avx2_i v) {
+    __m256i *y = (__m256i *)p;
+    _mm256_storeu_si256(y, v.lo);
+    _mm256_storeu_si256(y + 1, v.hi);
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_eight_halves(__m256i v) {
+    v = _mm256_and_si256(v, _mm256_set1_epi32(0xFFFF));
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_half(qwen3i_avx2_i v) {
+    return qwen3i_avx2_pair(qwen3i_avx2_eight_halves(v.lo), qwen3i_avx2_eight_halves(v.hi));
 }
 
 QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_as_float(qwen3i_avx2_i v) {
     return qwen3i_avx2_pair(_mm256_castsi256_ps(v.lo), _mm256_castsi256_ps(v.hi));
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_halves(float low, float high) {
-    return qwen3i_avx2_pair(_mm256_set1_ps(low), _mm256_set1_ps(high));
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_w qwen3i_avx2_wide(const int8_t *p) {
+    const __m256i lo = _mm256_loadu_si256((const __m256i *)(const void *)p),
+                  hi = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32));
+    qwen3i_avx2_w w;
+    w.even.lo = _mm256_srai_epi16(_mm256_slli_epi16(lo, 8), 8);
+    w.even.hi = _mm256_srai_epi16(_mm256_slli_epi16(hi, 8), 8);
+    w.odd.lo = _mm256_srai_epi16(lo, 8);
+    w.odd.hi = _mm256_srai_epi16(hi, 8);
+    return w;
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_line qwen3i_avx2_line_of(float d, float m) {
-    qwen3i_avx2_line y;
-    y.d = qwen3i_avx2_set1(d);
-    y.m = qwen3i_avx2_set1(m);
-    return y;
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_x qwen3i_avx2_spread(const int16_t *p) {
+    float even, odd;                    /* not one load of both, which gcc would then take apart */
+    qwen3i_avx2_x x;
+    memcpy(&even, p, 4);
+    memcpy(&odd, p + 2, 4);
+    x.even = _mm256_castps_si256(_mm256_set1_ps(even));
+    x.odd = _mm256_castps_si256(_mm256_set1_ps(odd));
+    return x;
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_on(qwen3i_avx2_line l, qwen3i_avx2_i v) {
-    return qwen3i_avx2_fma(qwen3i_avx2_float(qwen3i_avx2_and(v, 15)), l.d, l.m);
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_dot4(qwen3i_avx2_i sum, qwen3i_avx2_w w, qwen3i_avx2_x x) {
+    sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(w.even.lo, x.even));
+    sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(w.even.hi, x.even));
+    sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(w.odd.lo, x.odd));
+    sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(w.odd.hi, x.odd));
+    return sum;
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_pick8(__m256 low, __m256 high, __m256i v) {
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, v), _mm256_permutevar8x32_ps(high, v),
-                            _mm256_castsi256_ps(_mm256_slli_epi32(v, 28)));
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_float(qwen3i_avx2_i v) {
+    return qwen3i_avx2_pair(_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi));
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_pick(const float *table, qwen3i_avx2_i v) {
-    __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
-    return qwen3i_avx2_pair(qwen3i_avx2_pick8(low, high, v.lo), qwen3i_avx2_pick8(low, high, v.hi));
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_cut(qwen3i_avx2_v v) {
+    return qwen3i_avx2_both(_mm256_cvttps_epi32(v.lo), _mm256_cvttps_epi32(v.hi));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE __m256i qwen3i_avx2_short(const int32_t *q) {
+    const __m256i lo = _mm256_loadu_si256((const __m256i *)(const void *)q),
+                  hi = _mm256_loadu_si256((const __m256i *)(const void *)(q + 8));
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xD8);
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_ordered(int16_t *to, const int32_t *q) {
+    const __m256i v = _mm256_shufflelo_epi16(qwen3i_avx2_short(q), 0xD8);
+    _mm256_storeu_si256((__m256i *)(void *)to, _mm256_shufflehi_epi16(v, 0xD8));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE __m256i qwen3i_avx2_two_rows(const char *p, size_t ld) {
+    const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));
+    return _mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i *)(const void *)(p + 4 * ld)), 1);
+}
+
+/* Eight rows: four words of each become four registers, of which y has these halves. */
+QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_turn8(__m256i *y, const char *p, size_t ld) {
+    const __m256i a = qwen3i_avx2_two_rows(p, ld), b = qwen3i_avx2_two_rows(p + ld, ld),
+                  c = qwen3i_avx2_two_rows(p + 2 * ld, ld), d = qwen3i_avx2_two_rows(p + 3 * ld, ld);
+    const __m256i ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d),
+                  AB = _mm256_unpackhi_epi32(a, b), CD = _mm256_unpackhi_epi32(c, d);
+    y[0] = _mm256_unpacklo_epi64(ab, cd);
+    y[1] = _mm256_unpackhi_epi64(ab, cd);
+    y[2] = _mm256_unpacklo_epi64(AB, CD);
+    y[3] = _mm256_unpackhi_epi64(AB, CD);
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_turn(qwen3i_avx2_i *y, const uint8_t *b, size_t ld) {
+    __m256i lo[4], hi[4];
+    qwen3i_avx2_turn8(lo, (const char *)b, ld);
+    qwen3i_avx2_turn8(hi, (const char *)b + 8 * ld, ld);
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++) y[i] = qwen3i_avx2_both(lo[i], hi[i]);
 }
 
 /* as qwen3i_f32_to_bf16, except for NaN */
@@ -10226,12 +10608,14 @@ QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_sum(float *sums, const qwen3i_avx2_v 
     sums[1] = _mm_cvtss_f32(_mm256_extractf128_ps(ab, 1));
 }
 
-QWEN3I_DEFINE_BLOCKS(qwen3i_avx2, QWEN3I_AVX2)
-#define qwen3i_avx2_LOAD(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_avx2_load_blocks(y, (const uint8_t *)x, n, QWEN3I_##name, elements, bytes); break;
-#define qwen3i_avx2_DOT(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_avx2_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
+typedef qwen3i_avx2_i qwen3i_avx2_sums;
+#define qwen3i_avx2_none(whole) ((void)(whole), qwen3i_avx2_all(0))
+#define qwen3i_avx2_total(sums) (sums)
+#define qwen3i_avx2_order qwen3i_avx2_ordered
 QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
+QWEN3I_DEFINE_FORMATS(qwen3i_avx2, QWEN3I_AVX2)
+QWEN3I_DEFINE_BLOCKS(qwen3i_avx2, qwen3i_avx2, QWEN3I_AVX2, 1, 4)
+static const qwen3i_simd qwen3i_avx2_kernels = QWEN3I_KERNELS(qwen3i_avx2, qwen3i_avx2);
 
 /* ---- AVX-512 lanes: one register ------------------------------------------------------------- */
 #define QWEN3I_AVX512_SETS "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
@@ -10276,50 +10660,77 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
 
-QWEN3I_AVX512 QWEN3I_INLINE float qwen3i_avx512_half(const uint8_t *p) {
-    uint16_t h;
-    memcpy(&h, p, 2);
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h)));
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_e4m3(const uint8_t *p) {
+    __m512i v = _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)), 20);
+    v = _mm512_and_si512(v, _mm512_set1_epi32((int)0x87F00000u));
+    return _mm512_mul_ps(_mm512_castsi512_ps(v), _mm512_set1_ps(QWEN3I_E4M3_UNIT));
 }
 
+/* Whole numbers: of each four columns the even ones lie in one register, the odd ones in another. */
 typedef __m512i qwen3i_avx512_i;
-typedef __m512 qwen3i_avx512_line;      /* the values for 0 to 15 */
-QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shr(__m512i v, int n) {
-    return _mm512_srli_epi32(v, (unsigned)n);
-}
-QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shl(__m512i v, int n) {
-    return _mm512_slli_epi32(v, (unsigned)n);
-}
+typedef struct qwen3i_avx512_w { __m512i even, odd; } qwen3i_avx512_w;
+typedef qwen3i_avx512_w qwen3i_avx512_x;
+
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_all(int a) { return _mm512_set1_epi32(a); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_words(const void *p) { return _mm512_loadu_si512(p); }
+QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_keep(void *p, __m512i v) { _mm512_storeu_si512(p, v); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shr(__m512i v, int n) { return _mm512_srli_epi32(v, (unsigned)n); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shl(__m512i v, int n) { return _mm512_slli_epi32(v, (unsigned)n); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_and(__m512i v, int mask) {
     return _mm512_and_si512(v, _mm512_set1_epi32(mask));
 }
-QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_or(__m512i v, __m512i w) { return _mm512_or_si512(v, w); }
-QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_float(__m512i v) { return _mm512_cvtepi32_ps(v); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_or(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_less(__m512i a, __m512i b) { return _mm512_sub_epi8(a, b); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_pick(const int8_t *table, __m512i v) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)table)), v);
+}
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_as_float(__m512i v) { return _mm512_castsi512_ps(v); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_half(__m512i v) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v));
+}
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_float(__m512i v) { return _mm512_cvtepi32_ps(v); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_cut(__m512 v) { return _mm512_cvttps_epi32(v); }
 
-QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_u8(const uint8_t *p) {
-    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
+QWEN3I_AVX512 QWEN3I_INLINE qwen3i_avx512_w qwen3i_avx512_wide(const int8_t *p) {
+    const __m512i v = _mm512_loadu_si512(p);
+    qwen3i_avx512_w w;
+    w.even = _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8);
+    w.odd = _mm512_srai_epi16(v, 8);
+    return w;
 }
 
-QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_bits(unsigned bits, int value) {
-    return _mm512_maskz_set1_epi32((__mmask16)bits, value);
+QWEN3I_AVX512 QWEN3I_INLINE qwen3i_avx512_x qwen3i_avx512_spread(const int16_t *p) {
+    float even, odd;                    /* not one load of both, which gcc would then take apart */
+    qwen3i_avx512_x x;
+    memcpy(&even, p, 4);
+    memcpy(&odd, p + 2, 4);
+    x.even = _mm512_castps_si512(_mm512_set1_ps(even));
+    x.odd = _mm512_castps_si512(_mm512_set1_ps(odd));
+    return x;
 }
 
-QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_halves(float low, float high) {
-    return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(low), _mm512_set1_ps(high));
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_dot4(__m512i sum, qwen3i_avx512_w w, qwen3i_avx512_x x) {
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.even, x.even));
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(w.odd, x.odd));
 }
 
-QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_line_of(float d, float m) {
-    const __m512 lanes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_fmadd_ps(lanes, _mm512_set1_ps(d), _mm512_set1_ps(m));
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_four_rows(const char *p, size_t ld) {
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(const void *)p));
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(const void *)(p + 4 * ld)), 1);
+    v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(const void *)(p + 8 * ld)), 2);
+    return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(const void *)(p + 12 * ld)), 3);
 }
 
-QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_on(__m512 line, __m512i v) {
-    return _mm512_permutexvar_ps(v, line);
-}
-
-QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_pick(const float *table, __m512i v) {
-    return _mm512_permutexvar_ps(v, _mm512_loadu_ps(table));
+QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_turn(__m512i *y, const uint8_t *from, size_t ld) {
+    const char *p = (const char *)from;
+    const __m512i a = qwen3i_avx512_four_rows(p, ld), b = qwen3i_avx512_four_rows(p + ld, ld),
+                  c = qwen3i_avx512_four_rows(p + 2 * ld, ld), d = qwen3i_avx512_four_rows(p + 3 * ld, ld);
+    const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d),
+                  AB = _mm512_unpackhi_epi32(a, b), CD = _mm512_unpackhi_epi32(c, d);
+    y[0] = _mm512_unpacklo_epi64(ab, cd);
+    y[1] = _mm512_unpackhi_epi64(ab, cd);
+    y[2] = _mm512_unpacklo_epi64(AB, CD);
+    y[3] = _mm512_unpackhi_epi64(AB, CD);
 }
 
 /* as qwen3i_f32_to_bf16, except for NaN */
@@ -10357,12 +10768,66 @@ QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_sum(float *sums, const __m512 *ro
     _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, all)));
 }
 
-QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, QWEN3I_AVX512)
-#define qwen3i_avx512_LOAD(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_avx512_load_blocks(y, (const uint8_t *)x, n, QWEN3I_##name, elements, bytes); break;
-#define qwen3i_avx512_DOT(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_avx512_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
+typedef qwen3i_avx512_i qwen3i_avx512_sums;
+#define qwen3i_avx512_none(whole) ((void)(whole), qwen3i_avx512_all(0))
+#define qwen3i_avx512_total(sums) (sums)
+#define qwen3i_avx512_order qwen3i_avx2_ordered
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
+QWEN3I_DEFINE_FORMATS(qwen3i_avx512, QWEN3I_AVX512)
+QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_avx512, QWEN3I_AVX512, 2, 6)
+static const qwen3i_simd qwen3i_avx512_kernels = QWEN3I_KERNELS(qwen3i_avx512, qwen3i_avx512);
+
+/* ---- AVX-512 with instructions that multiply and add whole numbers ---- */
+#define QWEN3I_VNNI_SETS "avx512vnni," QWEN3I_AVX512_SETS
+#define QWEN3I_VNNI QWEN3I_TARGET(QWEN3I_VNNI_SETS)
+#define qwen3i_vnni_name "AVX-512 VNNI"
+typedef __m512i qwen3i_vnni_w;          /* with 128 added, as these instructions multiply numbers with signs by others */
+typedef struct qwen3i_vnni_x { __m512i high, low; } qwen3i_vnni_x;
+typedef qwen3i_vnni_x qwen3i_vnni_sums;
+
+QWEN3I_VNNI QWEN3I_INLINE __m512i qwen3i_vnni_wide(const int8_t *p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0x80808080u));
+}
+
+QWEN3I_VNNI QWEN3I_INLINE qwen3i_vnni_x qwen3i_vnni_spread(const int16_t *p) {
+    float high, low;                    /* not one load of both, which gcc would then take apart */
+    qwen3i_vnni_x x;
+    memcpy(&high, p, 4);
+    memcpy(&low, p + 2, 4);
+    x.high = _mm512_castps_si512(_mm512_set1_ps(high));
+    x.low = _mm512_castps_si512(_mm512_set1_ps(low));
+    return x;
+}
+
+/* Of each four columns the upper bytes, rounded, then the lower ones */
+QWEN3I_VNNI QWEN3I_INLINE void qwen3i_vnni_order(int16_t *to, const int32_t *q) {
+    const __m256i v = qwen3i_avx2_short(q), up = _mm256_add_epi16(v, _mm256_set1_epi16(128));
+    const __m256i bytes = _mm256_blendv_epi8(v, up, _mm256_set1_epi16(-256));
+    _mm256_storeu_si256((__m256i *)(void *)to,
+                        _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(
+                            _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14))));
+}
+
+/* The products of 128 are taken off first. */
+QWEN3I_VNNI QWEN3I_INLINE qwen3i_vnni_sums qwen3i_vnni_none(int32_t whole) {
+    qwen3i_vnni_sums y;
+    y.high = _mm512_setzero_si512();
+    y.low = _mm512_set1_epi32(-128 * whole);
+    return y;
+}
+
+QWEN3I_VNNI QWEN3I_INLINE qwen3i_vnni_sums qwen3i_vnni_dot4(qwen3i_vnni_sums y, __m512i w, qwen3i_vnni_x x) {
+    y.high = _mm512_dpbusd_epi32(y.high, w, x.high);
+    y.low = _mm512_dpbusd_epi32(y.low, w, x.low);
+    return y;
+}
+
+QWEN3I_VNNI QWEN3I_INLINE __m512i qwen3i_vnni_total(qwen3i_vnni_sums y) {
+    return _mm512_add_epi32(_mm512_slli_epi32(y.high, 8), y.low);
+}
+
+QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_vnni, QWEN3I_VNNI, 2, 4)
+static const qwen3i_simd qwen3i_vnni_kernels = QWEN3I_KERNELS(qwen3i_avx512, qwen3i_vnni);
 #if defined(__GNUC__) && !defined(__clang__)
   #pragma GCC diagnostic pop
 #endif
@@ -10444,80 +10909,135 @@ QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load_i8(const int8_t *p) {
     return y;
 }
 
-QWEN3I_INLINE float qwen3i_neon_half(const uint8_t *p) { return qwen3i_half_at(p); }
+QWEN3I_INLINE float32x4_t qwen3i_neon_four_e4m3(int16x4_t v) {
+    int32x4_t bits = vandq_s32(vshlq_n_s32(vmovl_s16(v), 20), vdupq_n_s32((int32_t)0x87F00000u));
+    return vmulq_n_f32(vreinterpretq_f32_s32(bits), QWEN3I_E4M3_UNIT);
+}
 
-typedef uint32x4x4_t qwen3i_neon_i;
-typedef struct qwen3i_neon_line { float d, m; } qwen3i_neon_line;
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_e4m3(const uint8_t *p) {
+    int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(p));
+    int16x8_t low = vmovl_s8(vget_low_s8(v)), high = vmovl_s8(vget_high_s8(v));
+    qwen3i_neon_v y;
+    y.val[0] = qwen3i_neon_four_e4m3(vget_low_s16(low));
+    y.val[1] = qwen3i_neon_four_e4m3(vget_high_s16(low));
+    y.val[2] = qwen3i_neon_four_e4m3(vget_low_s16(high));
+    y.val[3] = qwen3i_neon_four_e4m3(vget_high_s16(high));
+    return y;
+}
+
+/* Whole numbers: of four rows the columns 0, 2, 1, 3 */
+typedef int32x4x4_t qwen3i_neon_i;
+typedef struct qwen3i_neon_w { int16x4_t at[4][4]; } qwen3i_neon_w;
+typedef int16x4_t qwen3i_neon_x;
+
 #define QWEN3I_NEON_WHOLE(name, parameter, expression) \
 QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_##name(qwen3i_neon_i v, parameter) { \
     int i; \
     QWEN3I_QUADS v.val[i] = expression; \
     return v; \
 }
-QWEN3I_NEON_WHOLE(shr, int n, vshlq_u32(v.val[i], vdupq_n_s32(-n)))
-QWEN3I_NEON_WHOLE(shl, int n, vshlq_u32(v.val[i], vdupq_n_s32(n)))
-QWEN3I_NEON_WHOLE(and, int mask, vandq_u32(v.val[i], vdupq_n_u32((uint32_t)mask)))
-QWEN3I_NEON_WHOLE(or, qwen3i_neon_i w, vorrq_u32(v.val[i], w.val[i]))
+QWEN3I_NEON_WHOLE(shr, int n, vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(v.val[i]), vdupq_n_s32(-n))))
+QWEN3I_NEON_WHOLE(shl, int n, vshlq_s32(v.val[i], vdupq_n_s32(n)))
+QWEN3I_NEON_WHOLE(and, int mask, vandq_s32(v.val[i], vdupq_n_s32(mask)))
+QWEN3I_NEON_WHOLE(or, qwen3i_neon_i w, vorrq_s32(v.val[i], w.val[i]))
+QWEN3I_NEON_WHOLE(less, qwen3i_neon_i w,
+                  vreinterpretq_s32_s8(vsubq_s8(vreinterpretq_s8_s32(v.val[i]), vreinterpretq_s8_s32(w.val[i]))))
 
-QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_u8(const uint8_t *p) {
-    uint16x8_t low = vmovl_u8(vld1_u8(p)), high = vmovl_u8(vld1_u8(p + 8));
-    qwen3i_neon_i v;
-    v.val[0] = vmovl_u16(vget_low_u16(low));
-    v.val[1] = vmovl_u16(vget_high_u16(low));
-    v.val[2] = vmovl_u16(vget_low_u16(high));
-    v.val[3] = vmovl_u16(vget_high_u16(high));
+QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_pick(const int8_t *table, qwen3i_neon_i v) {
+    const int8x16_t t = vld1q_s8(table);
+    int i;
+    QWEN3I_QUADS v.val[i] = vreinterpretq_s32_s8(vqtbl1q_s8(t, vreinterpretq_u8_s32(v.val[i])));
     return v;
 }
 
-QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_bits(unsigned bits, int value) {
-    static const uint32_t lanes[16] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384,
-                                       32768};
-    qwen3i_neon_i v;
+QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_all(int32_t a) {
+    qwen3i_neon_i y;
     int i;
-    QWEN3I_QUADS v.val[i] = vtstq_u32(vdupq_n_u32(bits), vld1q_u32(lanes + 4 * i));
-    return qwen3i_neon_and(v, value);
+    QWEN3I_QUADS y.val[i] = vdupq_n_s32(a);
+    return y;
 }
 
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_float(qwen3i_neon_i v) {
+QWEN3I_INLINE int32x4_t qwen3i_neon_four_words(const void *p) { return vreinterpretq_s32_s8(vld1q_s8((const int8_t *)p)); }
+
+QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_words(const void *p) {
+    qwen3i_neon_i y;
+    int i;
+    QWEN3I_QUADS y.val[i] = qwen3i_neon_four_words((const int8_t *)p + 16 * i);
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_neon_keep(void *p, qwen3i_neon_i v) {
+    int i;
+    QWEN3I_QUADS vst1q_s8((int8_t *)p + 16 * i, vreinterpretq_s8_s32(v.val[i]));
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_half(qwen3i_neon_i v) {
     qwen3i_neon_v y;
     int i;
-    QWEN3I_QUADS y.val[i] = vcvtq_f32_u32(v.val[i]);
+    QWEN3I_QUADS y.val[i] = vcvt_f32_f16(vreinterpret_f16_s16(vmovn_s32(v.val[i])));
     return y;
 }
 
 QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_as_float(qwen3i_neon_i v) {
     qwen3i_neon_v y;
     int i;
-    QWEN3I_QUADS y.val[i] = vreinterpretq_f32_u32(v.val[i]);
+    QWEN3I_QUADS y.val[i] = vreinterpretq_f32_s32(v.val[i]);
     return y;
 }
 
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_halves(float low, float high) {
+QWEN3I_INLINE qwen3i_neon_w qwen3i_neon_wide(const int8_t *p) {
+    qwen3i_neon_w w;
+    int i;
+    QWEN3I_QUADS {
+        int16x8_t v = vreinterpretq_s16_s8(vld1q_s8(p + 16 * i));
+        int16x8_t even = vshrq_n_s16(vshlq_n_s16(v, 8), 8), odd = vshrq_n_s16(v, 8);
+        w.at[i][0] = vget_low_s16(vuzp1q_s16(even, even));
+        w.at[i][1] = vget_low_s16(vuzp2q_s16(even, even));
+        w.at[i][2] = vget_low_s16(vuzp1q_s16(odd, odd));
+        w.at[i][3] = vget_low_s16(vuzp2q_s16(odd, odd));
+    }
+    return w;
+}
+
+QWEN3I_INLINE qwen3i_neon_x qwen3i_neon_spread(const int16_t *p) { return vld1_s16(p); }
+
+QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_dot4(qwen3i_neon_i sum, qwen3i_neon_w w, qwen3i_neon_x x) {
+    int i;
+    QWEN3I_QUADS {
+        sum.val[i] = vmlal_lane_s16(sum.val[i], w.at[i][0], x, 0);
+        sum.val[i] = vmlal_lane_s16(sum.val[i], w.at[i][1], x, 1);
+        sum.val[i] = vmlal_lane_s16(sum.val[i], w.at[i][2], x, 2);
+        sum.val[i] = vmlal_lane_s16(sum.val[i], w.at[i][3], x, 3);
+    }
+    return sum;
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_float(qwen3i_neon_i v) {
     qwen3i_neon_v y;
     int i;
-    QWEN3I_QUADS y.val[i] = vdupq_n_f32(i < 2 ? low : high);
+    QWEN3I_QUADS y.val[i] = vcvtq_f32_s32(v.val[i]);
     return y;
 }
 
-QWEN3I_INLINE qwen3i_neon_line qwen3i_neon_line_of(float d, float m) {
-    qwen3i_neon_line y;
-    y.d = d;
-    y.m = m;
-    return y;
-}
-
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_on(qwen3i_neon_line l, qwen3i_neon_i v) {
-    return qwen3i_neon_fma(qwen3i_neon_float(qwen3i_neon_and(v, 15)), qwen3i_neon_set1(l.d),
-                           qwen3i_neon_set1(l.m));
-}
-
-QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_pick(const float *table, qwen3i_neon_i v) {
-    uint32_t at[16];
-    float y[16];
+QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_cut(qwen3i_neon_v v) {
+    qwen3i_neon_i y;
     int i;
-    QWEN3I_QUADS vst1q_u32(at + 4 * i, v.val[i]);
-    QWEN3I_LANES y[i] = table[at[i] & 15];
-    return qwen3i_neon_load(y);
+    QWEN3I_QUADS y.val[i] = vcvtq_s32_f32(v.val[i]);
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_neon_turn(qwen3i_neon_i *y, const uint8_t *b, size_t ld) {
+    int i;
+    QWEN3I_QUADS {
+        const uint8_t *p = b + 4 * (size_t)i * ld;
+        int32x4x2_t even = vzipq_s32(qwen3i_neon_four_words(p), qwen3i_neon_four_words(p + 2 * ld)),
+                    odd = vzipq_s32(qwen3i_neon_four_words(p + ld), qwen3i_neon_four_words(p + 3 * ld));
+        int32x4x2_t low = vzipq_s32(even.val[0], odd.val[0]), high = vzipq_s32(even.val[1], odd.val[1]);
+        y[0].val[i] = low.val[0];
+        y[1].val[i] = low.val[1];
+        y[2].val[i] = high.val[0];
+        y[3].val[i] = high.val[1];
+    }
 }
 
 QWEN3I_INLINE void qwen3i_neon_store_bf16(uint16_t *p, qwen3i_neon_v v) {
@@ -10562,12 +11082,14 @@ QWEN3I_INLINE void qwen3i_neon_sum(float *sums, const qwen3i_neon_v *rows) {
     }
 }
 
-QWEN3I_DEFINE_BLOCKS(qwen3i_neon, )
-#define qwen3i_neon_LOAD(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_neon_load_blocks(y, (const uint8_t *)x, n, QWEN3I_##name, elements, bytes); break;
-#define qwen3i_neon_DOT(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_neon_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
+typedef qwen3i_neon_i qwen3i_neon_sums;
+#define qwen3i_neon_none(whole) ((void)(whole), qwen3i_neon_all(0))
+#define qwen3i_neon_total(sums) (sums)
+#define qwen3i_neon_order qwen3i_order
 QWEN3I_DEFINE_KERNELS(qwen3i_neon, , 2, 3)
+QWEN3I_DEFINE_FORMATS(qwen3i_neon, )
+QWEN3I_DEFINE_BLOCKS(qwen3i_neon, qwen3i_neon, , 1, 2)
+static const qwen3i_simd qwen3i_neon_kernels = QWEN3I_KERNELS(qwen3i_neon, qwen3i_neon);
 #endif /* QWEN3I_NEON */
 
 #ifdef QWEN3I_WASM
@@ -10642,6 +11164,17 @@ QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load_i8(const int8_t *p) {
     return y;
 }
 
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_e4m3(const uint8_t *p) {
+    qwen3i_wasm_v y;
+    int i;
+    QWEN3I_WASM_QUADS {
+        v128_t v = wasm_i32x4_extend_low_i16x8(wasm_i16x8_extend_low_i8x16(wasm_v128_load32_zero(p + 4 * i)));
+        v = wasm_v128_and(wasm_i32x4_shl(v, 20), wasm_i32x4_splat((int)0x87F00000u));
+        y.q[i] = wasm_f32x4_mul(v, wasm_f32x4_splat(QWEN3I_E4M3_UNIT));
+    }
+    return y;
+}
+
 /* as qwen3i_f16_to_f32: the exponent is put right by a product, which also makes subnormals normal */
 QWEN3I_INLINE v128_t qwen3i_wasm_widen_f16(v128_t half) {
     const v128_t top = wasm_f32x4_splat(65536.0f);     /* from here on: infinity and NaN */
@@ -10696,21 +11229,10 @@ QWEN3I_INLINE void qwen3i_wasm_sum(float *sums, const qwen3i_wasm_v *rows) {
     sums[0] = wasm_f32x4_extract_lane(two, 0) + wasm_f32x4_extract_lane(two, 1);
 }
 
-/* ---- whole numbers, of which blocks are made ---- */
+/* ---- whole numbers: of each four columns the even ones lie in one register, the odd ones in another ---- */
 typedef struct qwen3i_wasm_i { v128_t q[4]; } qwen3i_wasm_i;
-typedef struct qwen3i_wasm_line { float d, m; } qwen3i_wasm_line;
-
-QWEN3I_INLINE float qwen3i_wasm_half(const uint8_t *p) { return qwen3i_half_at(p); }
-
-QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_u8(const uint8_t *p) {
-    v128_t low = wasm_u16x8_load8x8(p), high = wasm_u16x8_load8x8(p + 8);
-    qwen3i_wasm_i v;
-    v.q[0] = wasm_u32x4_extend_low_u16x8(low);
-    v.q[1] = wasm_u32x4_extend_high_u16x8(low);
-    v.q[2] = wasm_u32x4_extend_low_u16x8(high);
-    v.q[3] = wasm_u32x4_extend_high_u16x8(high);
-    return v;
-}
+typedef struct qwen3i_wasm_w { v128_t even[4], odd[4]; } qwen3i_wasm_w;
+typedef struct qwen3i_wasm_x { v128_t even, odd; } qwen3i_wasm_x;
 
 #define QWEN3I_WASM_WHOLE(name, argument, operation) \
 QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_##name(qwen3i_wasm_i v, argument) { \
@@ -10722,21 +11244,38 @@ QWEN3I_WASM_WHOLE(shr, int by, wasm_u32x4_shr(v.q[i], by))
 QWEN3I_WASM_WHOLE(shl, int by, wasm_i32x4_shl(v.q[i], by))
 QWEN3I_WASM_WHOLE(and, int mask, wasm_v128_and(v.q[i], wasm_i32x4_splat(mask)))
 QWEN3I_WASM_WHOLE(or, qwen3i_wasm_i a, wasm_v128_or(v.q[i], a.q[i]))
+QWEN3I_WASM_WHOLE(less, qwen3i_wasm_i a, wasm_i8x16_sub(v.q[i], a.q[i]))
 
-QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_bits(unsigned bits, int value) {
-    qwen3i_wasm_i v;
+QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_pick(const int8_t *table, qwen3i_wasm_i v) {
+    const v128_t t = wasm_v128_load(table);
     int i;
-    QWEN3I_WASM_QUADS {
-        v128_t lane = wasm_i32x4_shl(wasm_i32x4_make(1, 2, 4, 8), 4 * i);
-        v.q[i] = wasm_i32x4_eq(wasm_v128_and(wasm_i32x4_splat((int)bits), lane), lane);
-    }
-    return qwen3i_wasm_and(v, value);
+    QWEN3I_WASM_QUADS v.q[i] = wasm_i8x16_swizzle(t, v.q[i]);
+    return v;
 }
 
-QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_float(qwen3i_wasm_i v) {
+QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_all(int32_t a) {
+    qwen3i_wasm_i y;
+    int i;
+    QWEN3I_WASM_QUADS y.q[i] = wasm_i32x4_splat(a);
+    return y;
+}
+
+QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_words(const void *p) {
+    qwen3i_wasm_i y;
+    int i;
+    QWEN3I_WASM_QUADS y.q[i] = wasm_v128_load((const char *)p + 16 * i);
+    return y;
+}
+
+QWEN3I_INLINE void qwen3i_wasm_keep(void *p, qwen3i_wasm_i v) {
+    int i;
+    QWEN3I_WASM_QUADS wasm_v128_store((char *)p + 16 * i, v.q[i]);
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_half(qwen3i_wasm_i v) {
     qwen3i_wasm_v y;
     int i;
-    QWEN3I_WASM_QUADS y.q[i] = wasm_f32x4_convert_i32x4(v.q[i]);
+    QWEN3I_WASM_QUADS y.q[i] = qwen3i_wasm_widen_f16(wasm_v128_and(v.q[i], wasm_i32x4_splat(0xFFFF)));
     return y;
 }
 
@@ -10747,40 +11286,68 @@ QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_as_float(qwen3i_wasm_i v) {
     return y;
 }
 
-QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_halves(float low, float high) {
+QWEN3I_INLINE qwen3i_wasm_w qwen3i_wasm_wide(const int8_t *p) {
+    qwen3i_wasm_w w;
+    int i;
+    QWEN3I_WASM_QUADS {
+        v128_t v = wasm_v128_load(p + 16 * i);
+        w.even[i] = wasm_i16x8_shr(wasm_i16x8_shl(v, 8), 8);
+        w.odd[i] = wasm_i16x8_shr(v, 8);
+    }
+    return w;
+}
+
+QWEN3I_INLINE qwen3i_wasm_x qwen3i_wasm_spread(const int16_t *p) {
+    qwen3i_wasm_x x;
+    x.even = wasm_v128_load32_splat(p);
+    x.odd = wasm_v128_load32_splat(p + 2);
+    return x;
+}
+
+QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_dot4(qwen3i_wasm_i sum, qwen3i_wasm_w w, qwen3i_wasm_x x) {
+    int i;
+    QWEN3I_WASM_QUADS sum.q[i] = wasm_i32x4_add(wasm_i32x4_add(sum.q[i], wasm_i32x4_dot_i16x8(w.even[i], x.even)),
+                                                wasm_i32x4_dot_i16x8(w.odd[i], x.odd));
+    return sum;
+}
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_float(qwen3i_wasm_i v) {
     qwen3i_wasm_v y;
     int i;
-    QWEN3I_WASM_QUADS y.q[i] = wasm_f32x4_splat(i < 2 ? low : high);
+    QWEN3I_WASM_QUADS y.q[i] = wasm_f32x4_convert_i32x4(v.q[i]);
     return y;
 }
 
-QWEN3I_INLINE qwen3i_wasm_line qwen3i_wasm_line_of(float d, float m) {
-    qwen3i_wasm_line y;
-    y.d = d;
-    y.m = m;
-    return y;
-}
-
-QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_on(qwen3i_wasm_line l, qwen3i_wasm_i v) {
-    return qwen3i_wasm_fma(qwen3i_wasm_float(qwen3i_wasm_and(v, 15)), qwen3i_wasm_set1(l.d),
-                           qwen3i_wasm_set1(l.m));
-}
-
-QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_pick(const float *table, qwen3i_wasm_i v) {
-    uint32_t at[16];
-    float y[16];
+QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_cut(qwen3i_wasm_v v) {
+    qwen3i_wasm_i y;
     int i;
-    QWEN3I_WASM_QUADS wasm_v128_store(at + 4 * i, v.q[i]);
-    QWEN3I_LANES y[i] = table[at[i] & 15];
-    return qwen3i_wasm_load(y);
+    QWEN3I_WASM_QUADS y.q[i] = wasm_i32x4_trunc_sat_f32x4(v.q[i]);
+    return y;
 }
 
-QWEN3I_DEFINE_BLOCKS(qwen3i_wasm, )
-#define qwen3i_wasm_LOAD(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_wasm_load_blocks(y, (const uint8_t *)x, n, QWEN3I_##name, elements, bytes); break;
-#define qwen3i_wasm_DOT(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: qwen3i_wasm_dot_blocks_of(y, (const uint8_t *)w, row_bytes, QWEN3I_##name, elements, bytes, n_w, x, n_cols, add); break;
+QWEN3I_INLINE void qwen3i_wasm_turn(qwen3i_wasm_i *y, const uint8_t *from, size_t ld) {
+    int i;
+    QWEN3I_WASM_QUADS {
+        const uint8_t *p = from + 4 * (size_t)i * ld;
+        v128_t a = wasm_v128_load(p), b = wasm_v128_load(p + ld), c = wasm_v128_load(p + 2 * ld),
+               d = wasm_v128_load(p + 3 * ld);
+        v128_t ab = wasm_i32x4_shuffle(a, b, 0, 4, 1, 5), cd = wasm_i32x4_shuffle(c, d, 0, 4, 1, 5),
+               AB = wasm_i32x4_shuffle(a, b, 2, 6, 3, 7), CD = wasm_i32x4_shuffle(c, d, 2, 6, 3, 7);
+        y[0].q[i] = wasm_i64x2_shuffle(ab, cd, 0, 2);
+        y[1].q[i] = wasm_i64x2_shuffle(ab, cd, 1, 3);
+        y[2].q[i] = wasm_i64x2_shuffle(AB, CD, 0, 2);
+        y[3].q[i] = wasm_i64x2_shuffle(AB, CD, 1, 3);
+    }
+}
+
+typedef qwen3i_wasm_i qwen3i_wasm_sums;
+#define qwen3i_wasm_none(whole) ((void)(whole), qwen3i_wasm_all(0))
+#define qwen3i_wasm_total(sums) (sums)
+#define qwen3i_wasm_order qwen3i_order
 QWEN3I_DEFINE_KERNELS(qwen3i_wasm, , 1, 2)
+QWEN3I_DEFINE_FORMATS(qwen3i_wasm, )
+QWEN3I_DEFINE_BLOCKS(qwen3i_wasm, qwen3i_wasm, , 1, 2)
+static const qwen3i_simd qwen3i_wasm_kernels = QWEN3I_KERNELS(qwen3i_wasm, qwen3i_wasm);
 #endif /* QWEN3I_WASM */
 
 #ifdef QWEN3I_X86
@@ -10814,7 +11381,8 @@ QWEN3I_TARGET("xsave") static unsigned qwen3i_saved_registers(void) {
 static int qwen3i_cpu_has(const char *sets) {
     static const struct { const char *name; unsigned leaf, reg, bit, saved; } known[] = {
         {"fma", 1, 2, 12, 0x06}, {"f16c", 1, 2, 29, 0x06}, {"avx2", 7, 1, 5, 0x06}, {"avx512f", 7, 1, 16, 0xE6},
-        {"avx512dq", 7, 1, 17, 0xE6}, {"avx512bw", 7, 1, 30, 0xE6}, {"avx512vl", 7, 1, 31, 0xE6}};
+        {"avx512dq", 7, 1, 17, 0xE6}, {"avx512bw", 7, 1, 30, 0xE6}, {"avx512vl", 7, 1, 31, 0xE6},
+        {"avx512vnni", 7, 2, 11, 0xE6}};
     const unsigned saved = qwen3i_saved_registers();
     unsigned r[4];
     size_t n;
@@ -10833,9 +11401,10 @@ static int qwen3i_cpu_has(const char *sets) {
 
 /* The instruction sets that this machine runs, best first; level 0 is what contexts use. NULL: no more. */
 static const qwen3i_simd *qwen3i_simd_level(int level) {
-    const qwen3i_simd *found[4];
+    const qwen3i_simd *found[5];
     int n = 0;
 #ifdef QWEN3I_X86
+    if (qwen3i_cpu_has(QWEN3I_VNNI_SETS)) found[n++] = &qwen3i_vnni_kernels;
     if (qwen3i_cpu_has(QWEN3I_AVX512_SETS)) found[n++] = &qwen3i_avx512_kernels;
     if (qwen3i_cpu_has(QWEN3I_AVX2_SETS)) found[n++] = &qwen3i_avx2_kernels;
 #endif
@@ -10853,11 +11422,19 @@ static const qwen3i_simd *qwen3i_simd_level(int level) {
    CPU BACKEND: the reference. float32 everywhere between the matrices; every row's result depends on
    that row alone, bit for bit, whatever the batch, the chunk size and the number of threads.
    ================================================================================================ */
+#define QWEN3I_PANEL_ROWS 64            /* rows of a matrix in Q8_0 or FP8, of QWEN3I_K_BLOCK columns, that become float32 at a time */
+#define QWEN3I_PANEL_LD (QWEN3I_K_BLOCK + 16)   /* floats between them: powers of two collide in caches */
+
+typedef union qwen3i_panels {           /* one lane's part of a matrix, unpacked */
+    float        floats[QWEN3I_PANEL_ROWS * QWEN3I_PANEL_LD];
+    qwen3i_panel whole[QWEN3I_PANELS];
+} qwen3i_panels;
+
 typedef struct qwen3i_exec {            /* who computes, and with which instructions */
     qwen3i_pool       *pool;
     const qwen3i_simd *simd;
-    /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_PANEL_LD] where matrices lie in blocks */
-    float             *panels;
+    qwen3i_panels     *panels;          /* [lanes] */
+    qwen3i_rounded    *parts;           /* [rows, qwen3i_parts(the most columns of a matrix)] */
 } qwen3i_exec;
 
 /* ---- embedding and norms ------------------------------------------------------------------------- */
@@ -10910,6 +11487,7 @@ static double qwen3i_yarn_pair(const qwen3i_config *c, double original_ctx, doub
 
 /* freqs [head_dim / 2]: radians a position, in float32 as transformers computes them. yarn_factor
    overrides the configuration's if it is not 0. Returns the factor for cosines and sines. */
+QWEN3I_COLD
 static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *c, double yarn_factor) {
     double factor = yarn_factor > 0 ? yarn_factor : c->yarn_factor, low, high;
     int i, half = c->head_dim / 2;
@@ -10961,8 +11539,6 @@ static void qwen3i_rope(float *x, const float *cosines, const float *sines, int 
 #define QWEN3I_PIECE_ROWS 128           /* most rows of a matrix that are one piece of work */
 #define QWEN3I_GLU_ROWS    64           /* the same where two matrices meet, whose results are held for */
 #define QWEN3I_GLU_TOKENS  60           /* so many rows of x: 15 KB on the stack */
-#define QWEN3I_PANEL_ROWS  64           /* rows in blocks, of QWEN3I_K_BLOCK columns, that become float32 together */
-#define QWEN3I_PANEL_LD (QWEN3I_K_BLOCK + 16)   /* floats between them: powers of two collide in caches */
 
 typedef struct qwen3i_matmul_args {
     const qwen3i_simd   *simd;
@@ -10972,20 +11548,19 @@ typedef struct qwen3i_matmul_args {
     const float         *x;             /* [n, cols] */
     int                  n;
     int                  add;           /* to y, instead of replacing it */
-    /* [lanes, QWEN3I_PANEL_ROWS, QWEN3I_PANEL_LD]: see qwen3i_matmul_panels */
-    float               *panels;
+    qwen3i_panels       *panels;        /* [lanes] */
+    qwen3i_rounded      *parts;         /* [n, qwen3i_parts(cols)]: x in whole numbers */
 } qwen3i_matmul_args;
 
-/* A matrix in blocks becomes float32 panel by panel: a part that the second-level cache holds, of one row for
-   one row of x. The sums run as for a matrix of numbers, so their bits do not depend on the panels. */
-static void qwen3i_matmul_panels(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
-                                 int begin, int end, int t, int n, float *panel) {
+/* A matrix in Q8_0 or FP8 becomes float32 panel by panel: a part that the second-level cache holds, or none for one row
+   of x. The sums run as for a matrix of numbers, so their bits do not depend on the panels. */
+static void qwen3i_matmul_bytes(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
+                              int begin, int end, int t, int n, float *panel) {
     size_t row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols), cols = (size_t)w->cols;
     int r, k, i, m, n_k;
     if (n == 1 && w->cols % qwen3i_format_of(w->type)->elements == 0) {
-        a->simd->dot_blocks(y, (const char *)w->data + (size_t)begin * row_bytes, row_bytes, w->type,
-                            end - begin,
-                            a->x + (size_t)t * cols, w->cols, a->add);
+        a->simd->dot_bytes(y, (const char *)w->data + (size_t)begin * row_bytes, row_bytes, w->type, end - begin,
+                           a->x + (size_t)t * cols, w->cols, a->add);
         return;
     }
     for (r = begin; r < end; r += m, y += m) {
@@ -11004,19 +11579,41 @@ static void qwen3i_matmul_panels(const qwen3i_matmul_args *a, const qwen3i_matri
 /* Rows begin .. end - 1 of W x for rows t .. t + n - 1 of x; y points at row `begin` of the first result */
 static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
                                 int begin, int end, int t, int n, int lane) {
-    size_t cols = (size_t)w->cols;
-    if (qwen3i_is_block(w->type)) {
-        float *panel = a->panels + (size_t)lane * QWEN3I_PANEL_ROWS * QWEN3I_PANEL_LD;
-        qwen3i_matmul_panels(a, w, y, ldy, begin, end, t, n, panel);
-        return;
+    const size_t cols = (size_t)w->cols, row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols);
+    const char *rows = (const char *)w->data + (size_t)begin * row_bytes;
+    qwen3i_panels *panels = a->panels + lane;
+    if (qwen3i_is_bytes(w->type)) qwen3i_matmul_bytes(a, w, y, ldy, begin, end, t, n, panels->floats);
+    else if (qwen3i_is_block(w->type)) {
+        const size_t parts = (size_t)qwen3i_parts(w->cols);
+        a->simd->dot_blocks(y, ldy, rows, row_bytes, w->type, end - begin, a->parts + (size_t)t * parts, parts, n,
+                            w->cols, a->add, panels->whole);
     }
-    const char *rows = (const char *)w->data + (size_t)begin * cols * qwen3i_type_size(w->type);
-    a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols, a->add);
+    else a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols, a->add);
+}
+
+static void qwen3i_round_rows(void *args, int begin, int end, int lane) {
+    const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
+    const int cols = a->w[0]->cols;
+    (void)lane;
+    for (int i = begin; i < end; i++)
+        a->simd->round_row(a->parts + (size_t)i * (size_t)qwen3i_parts(cols), a->x + (size_t)i * (size_t)cols, cols);
+}
+
+/* What products of x [n, cols] with n_w matrices of cols columns begin with */
+static qwen3i_matmul_args qwen3i_matmul_begin(const qwen3i_exec *e, const qwen3i_matrix *w0, const qwen3i_matrix *w1,
+                                              const qwen3i_matrix *w2, int n_w, const float *x, int n, int add) {
+    qwen3i_matmul_args a;
+    int i, blocks = 0;
+    a.simd = e->simd; a.panels = e->panels; a.parts = e->parts; a.n_w = n_w; a.x = x; a.n = n; a.add = add;
+    a.w[0] = w0; a.w[1] = w1; a.w[2] = w2;
+    for (i = 0; i < n_w; i++) blocks |= qwen3i_is_block(a.w[i]->type) && !qwen3i_is_bytes(a.w[i]->type);
+    if (blocks) qwen3i_parallel(e->pool, n, 4, qwen3i_round_rows, &a);
+    return a;
 }
 
 /* How many of n_rows make one piece: enough pieces for all lanes, and not too many */
 static int qwen3i_matmul_grain(const qwen3i_pool *pool, int n_rows) {
-    return qwen3i_max(8, qwen3i_min(n_rows / (4 * pool->n_lanes), QWEN3I_PIECE_ROWS)) / 4 * 4;
+    return qwen3i_max(32, qwen3i_min(n_rows / (4 * pool->n_lanes), QWEN3I_PIECE_ROWS)) / 32 * 32;
 }
 
 static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {
@@ -11032,8 +11629,8 @@ static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {
 /* y = W x, or y = y + W x if add, for each row of x: x [n, cols], y [n, rows] */
 static void qwen3i_matmul_to(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n,
                              int add) {
-    qwen3i_matmul_args a;
-    a.simd = e->simd; a.panels = e->panels; a.w[0] = w; a.y[0] = y; a.n_w = 1; a.x = x; a.n = n; a.add = add;
+    qwen3i_matmul_args a = qwen3i_matmul_begin(e, w, NULL, NULL, 1, x, n, add);
+    a.y[0] = y;
     qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w->rows), qwen3i_matmul_rows, &a);
 }
 
@@ -11048,10 +11645,8 @@ static void qwen3i_matmul_add(const qwen3i_exec *e, float *y, const qwen3i_matri
 /* q = Wq x, k = Wk x, v = Wv x, in one go */
 static void qwen3i_matmul_qkv(const qwen3i_exec *e, float *q, float *k, float *v, const qwen3i_layer *layer,
                               const float *x, int n) {
-    qwen3i_matmul_args a;
+    qwen3i_matmul_args a = qwen3i_matmul_begin(e, &layer->wq, &layer->wk, &layer->wv, 3, x, n, 0);
     int rows = layer->wq.rows + layer->wk.rows + layer->wv.rows;
-    a.simd = e->simd; a.panels = e->panels; a.n_w = 3; a.x = x; a.n = n; a.add = 0;
-    a.w[0] = &layer->wq; a.w[1] = &layer->wk; a.w[2] = &layer->wv;
     a.y[0] = q; a.y[1] = k; a.y[2] = v;
     qwen3i_parallel(e->pool, rows, qwen3i_matmul_grain(e->pool, rows), qwen3i_matmul_rows, &a);
 }
@@ -11076,9 +11671,8 @@ static void qwen3i_swiglu_rows(void *args, int begin, int end, int lane) {
 static void qwen3i_swiglu(const qwen3i_exec *e, float *y, const qwen3i_matrix *w_gate,
                           const qwen3i_matrix *w_up, const float *x, int n) {
     int grain = qwen3i_min(qwen3i_matmul_grain(e->pool, w_gate->rows), QWEN3I_GLU_ROWS);
-    qwen3i_matmul_args a;
-    a.simd = e->simd; a.panels = e->panels; a.w[0] = w_gate; a.w[1] = w_up; a.y[0] = y; a.n_w = 2; a.x = x;
-    a.n = n; a.add = 0;
+    qwen3i_matmul_args a = qwen3i_matmul_begin(e, w_gate, w_up, NULL, 2, x, n, 0);
+    a.y[0] = y;
     qwen3i_parallel(e->pool, w_gate->rows, grain, qwen3i_swiglu_rows, &a);
 }
 
@@ -11229,7 +11823,13 @@ static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) {
     return qwen3i_max(desc->prefill_chunk, desc->max_seqs);
 }
 
+static uint64_t qwen3i_most_parts(const qwen3i_config *g) {
+    const int cols = qwen3i_max(g->n_embd, qwen3i_max(g->n_ff, g->n_ff_expert));
+    return (uint64_t)qwen3i_max(qwen3i_parts(cols), qwen3i_parts(g->n_head * g->head_dim));
+}
+
 /* Lay the context's arrays out in a block (NULL: only count). Returns the block's size. */
+QWEN3I_COLD
 static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc,
                                   void *block) {
     qwen3i_arena m = qwen3i_arena_at(block, 64);
@@ -11268,10 +11868,13 @@ static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const q
     c->logits    = (float *)qwen3i_arena_take(&m, head_rows, (uint64_t)g->n_vocab, 4);
     c->attention = (float *)qwen3i_arena_take(&m, lanes,
                                               qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
-    c->exec.panels = (float *)qwen3i_arena_take(&m, lanes, QWEN3I_PANEL_ROWS * QWEN3I_PANEL_LD, 4);
+    c->exec.panels = (qwen3i_panels *)qwen3i_arena_take(&m, lanes, sizeof *c->exec.panels, 1);
+    c->exec.parts  = (qwen3i_rounded *)qwen3i_arena_take(&m, rows, qwen3i_most_parts(g),
+                                                         sizeof(qwen3i_rounded));
     return qwen3i_arena_size(&m);
 }
 
+QWEN3I_COLD
 static qwen3_memory qwen3i_cpu_memory(const void *model_state, const qwen3_model *model,
                                       const qwen3_ctx_desc *desc) {
     qwen3_memory m = {0, 0};
@@ -11304,6 +11907,7 @@ static qwen3_result qwen3i_cpu_fill(qwen3i_cpu *c, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_cpu_create(void **ctx_state, void *model_state, const qwen3_model *model,
                                       const qwen3_ctx_desc *desc, const qwen3i_err *err) {
     qwen3i_model_view view = qwen3_backend_view(model);
@@ -16893,6 +17497,7 @@ static int qwen3i_max_positions(const qwen3i_config *k, float yarn_factor) {
 static int qwen3i_rows(const qwen3_ctx_desc *d) { return qwen3i_max(d->prefill_chunk, d->max_seqs); }
 
 /* Check a descriptor and fill its defaults in. */
+QWEN3I_COLD
 static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_desc *in, qwen3_ctx_desc *d,
                                        const qwen3i_err *err) {
     int limit;
@@ -16933,6 +17538,7 @@ static qwen3_result qwen3i_resolve_ctx(const qwen3_model *m, const qwen3_ctx_des
 }
 
 /* Lay a context's arrays out in a block (NULL: only count). Returns the block's size. */
+QWEN3I_COLD
 static uint64_t qwen3i_ctx_layout(qwen3_ctx *c, const qwen3i_config *cfg, const qwen3_ctx_desc *d,
                                   void *block) {
     qwen3i_arena m = qwen3i_arena_at(block, 64);
@@ -16990,6 +17596,7 @@ static qwen3_result qwen3i_build_ctx(qwen3_ctx *c, const qwen3i_err *err) {
     return m->backend->ctx_create(&c->state, m->backend_state, m, &c->desc, err);
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_ctx_create(qwen3_ctx **out, const qwen3_model *m, const qwen3_ctx_desc *desc,
                                         char *err_text, size_t err_size) {
     qwen3i_err err;
@@ -17033,6 +17640,7 @@ static size_t qwen3i_guide_size(const qwen3_ctx *c) {
     return sizeof(qwen3i_guide) + (size_t)c->masker->v->n_words * sizeof(uint32_t);
 }
 
+QWEN3I_COLD
 QWEN3_API void qwen3_ctx_free(qwen3_ctx *c) {
     qwen3_allocator a;
     int i;
@@ -18207,6 +18815,7 @@ static qwen3i_reply qwen3i_reply_begin(const char *text, size_t n, int kind) {
     return r;
 }
 
+QWEN3I_COLD
 QWEN3_API int qwen3_reply_parse(const char *text, size_t n_bytes, int kind, qwen3_msg *out, void *memory,
                                 size_t size, char *err_text, size_t err_size) {
     const qwen3i_err err = qwen3i_err_begin(err_text, err_size);
@@ -18330,15 +18939,15 @@ static qwen3_result qwen3i_draft_ask(qwen3_ctx *draft, int seq, const qwen3_toke
     return r < 0 ? qwen3i_fail(err, r, "draft: %s", draft->error) : QWEN3_OK;
 }
 
-/* Guess what follows the sequence and the token that was chosen. */
-static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_token chosen,
+/* Guess what follows the sequence and the token that was chosen: at most so many tokens. */
+static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_token chosen, int most,
                                  const qwen3i_err *err) {
     qwen3i_seq *seq = &c->seqs[s->seq];
     qwen3i_draft *d = &seq->draft;
     const int n = seq->len + 1, by_model = s->gen.draft != NULL;
     const double start = qwen3i_now_ms();
     qwen3_result r = QWEN3_OK;
-    int most = qwen3i_min(qwen3i_min(s->gen.draft_tokens, d->most), c->desc.max_ctx - n);
+    most = qwen3i_min(qwen3i_min(most, s->gen.draft_tokens), qwen3i_min(d->most, c->desc.max_ctx - n));
     if (s->gen.max_tokens > 0) most = qwen3i_min(most, s->gen.max_tokens - s->n_tokens - 1);
     d->n = 0;
     d->tokens[0] = chosen;
@@ -18416,6 +19025,7 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
     qwen3i_next *next = c->next;
     qwen3_result r = QWEN3_OK, one;
     double start;
+    const int room = c->desc.invariant ? qwen3i_max(QWEN3I_SAME_ROWS - active, 0) : INT_MAX;
     int i, k, n_items = 0, n_guesses = 0;
     for (k = 0; k < active; k++) {
         c->rngs[k] = next[k].sampler ? next[k].sampler->rng : 0;
@@ -18424,7 +19034,8 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
     for (i = k = 0; k < active && r == QWEN3_OK; i++) {
         if (streams[i]->seq != next[k].seq) continue;
         r = qwen3i_sample(c, &next[k], err);
-        if (r == QWEN3_OK && !next[k].ended) r = qwen3i_guess(c, streams[i], next[k].out, err);
+        if (r == QWEN3_OK && !next[k].ended)
+            r = qwen3i_guess(c, streams[i], next[k].out, room - n_guesses, err);
         if (r == QWEN3_OK && !next[k].ended)
             c->items[n_items++] = qwen3i_guessed_item(c, next[k].seq, &n_guesses);
         k++;
@@ -18488,6 +19099,7 @@ static int qwen3i_take_held(qwen3_ctx *c, int seq, int n) {
 }
 
 /* Render a conversation and plan to bring the sequence up to date with it. */
+QWEN3I_COLD
 static qwen3_result qwen3i_plan_chat(qwen3_ctx *c, int seq, const qwen3_chat_desc *chat,
                                      const qwen3i_err *err) {
     int n = qwen3i_chat_render(c->model, chat, c->prompt, c->desc.max_ctx, err);
@@ -18615,7 +19227,8 @@ static qwen3_result qwen3i_say_forced(qwen3_ctx *c, qwen3_stream *s, const qwen3
     const uint32_t *mask;
     const int len = seq->len, left = s->gen.max_tokens > 0 ? s->gen.max_tokens - s->n_tokens :
                     QWEN3I_MAX_FORCED;
-    int i, n = 0, most = qwen3i_min(qwen3i_min(left, c->desc.max_ctx - len), QWEN3I_MAX_FORCED);
+    int i, n = 0, most = qwen3i_min(qwen3i_min(left, c->desc.max_ctx - len),
+                                    c->desc.invariant ? QWEN3I_SAME_ROWS : QWEN3I_MAX_FORCED);
     qwen3_item item;
     qwen3_result r = QWEN3_OK;
     if ((!next.grammar && !next.calls) || s->forced >= 0) return QWEN3_OK;
@@ -18785,6 +19398,7 @@ static int qwen3i_normalise(float *x, int n) {
     return numbers;
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_embed(qwen3_ctx *c, int seq, const char *task, const char *text, float *out) {
     const char *parts[4];
     qwen3i_err err;
@@ -18870,6 +19484,7 @@ static qwen3_result qwen3i_yes_or_no(qwen3_ctx *c, int seq, float *score, const 
     return r == QWEN3_OK ? qwen3i_relevance((double)logits[yes], (double)logits[no], score, err) : r;
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *c, int seq, const char *task, const char *query,
                                     const char *document, float *score) {
     const char *parts[6];
@@ -19025,6 +19640,7 @@ static qwen3_result qwen3i_save_file(qwen3_ctx *c, int seq, const qwen3_state *s
     return r;
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_seq_save(qwen3_ctx *c, int seq, qwen3_state *st) {
     qwen3i_state_header h;
     qwen3i_err err;
@@ -19134,6 +19750,7 @@ static qwen3_result qwen3i_load_rest(const qwen3i_state_header *h, const char *s
     return QWEN3_OK;
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_load(qwen3_ctx *c, int seq, const void *src, uint64_t size, qwen3_state *st,
                                 const qwen3i_err *err) {
     qwen3i_seq *s = &c->seqs[seq];
@@ -19163,6 +19780,7 @@ static qwen3_result qwen3i_load_file(qwen3_ctx *c, int seq, qwen3_state *st, con
     return r;
 }
 
+QWEN3I_COLD
 QWEN3_API qwen3_result qwen3_seq_load(qwen3_ctx *c, int seq, qwen3_state *st) {
     qwen3i_err err;
     qwen3_result r = qwen3i_enter_seq(c, seq, &err);

@@ -2,9 +2,9 @@
 
        nvcc -O3 -std=c++17 -arch=native -c qwen3_cuda.cu
        cc -O2 app.c qwen3_cuda.o -lcublasLt -lcudart -lstdc++ -lm -lpthread
-   With -DQWEN3_CUDA_NO_CUBLASLT that library is not needed: products of many rows are then done by a kernel of
-   this file's wherever Hopper's own do not serve. With -DQWEN3_CUDA_NCCL and -lnccl (2.18 or later) several
-   devices can share a model.
+   With -DQWEN3_CUDA_NO_CUBLASLT that library is not needed: products of many rows are then done by a kernel
+   of this file's wherever Hopper's own do not serve. With -DQWEN3_CUDA_NCCL and -lnccl (2.18 or later)
+   several devices can share a model.
 
    Compute capability 7.5 and up. Everything between the matrices is float32: residual, norms, gains,
    rotation, scores, softmax, the SwiGLU product and all accumulators.
@@ -29,13 +29,21 @@
      functions (struct path), chosen in one place (way_for). tests/cuda_lab.cu has one more, with one plain
      kernel for each operation, to compare with.
    ORDER    No sum depends on timing: splits follow from shapes, partial sums are added in a fixed order,
-     and atomics only count integers. The same input gives the same bits.
+     and atomics only count integers. The same input gives the same bits. In an invariant context a row's bits
+     do not depend on the others of a batch of up to 16 rows either: all of these go one way, by kernels whose
+     sums depend on the row alone.
+   WORDS    A row is a token's vector (a row of x) or a row of a matrix; a tile is what a block multiplies at
+     a time, a ring the stages in shared memory that tiles come to by asynchronous copies. In names: matvec_
+     and vector_ are 1 to 8 rows, their weights in registers; stream_ is one row, its weights by a ring; few_
+     are batches of 2 to 64 rows on Hopper, where the bytes of the weights count; wide_ are more rows there,
+     where the speed of the tensor cores does; gemm_ is any number of rows by cuBLASLt; block_ is what
+     multiplies quantised weights by 1 to 8 rows. halves are F16.
 
    Rooms: errors, memory, launching; device helpers; model and context; weights; then the operations, each
    with its kernels and what launches them: rows, norm, product, Q K V, attention, output, MLP, experts,
-   logits, choice; then paths, creating a context, steps, the backend. A kernel's head comment gives shapes, launch,
-   order of the sums, and the function of qwen3.h that it equals. tests/cuda_lab.cu includes this file and
-   adds what only tests and benches want. */
+   logits, choice; then paths, creating a context, steps, the backend. A kernel's head comment gives shapes,
+   launch, order of the sums, and the function of qwen3.h that it equals. tests/cuda_lab.cu includes this file
+   and adds what only tests and benches want. */
 
 #define QWEN3_BACKEND_INTERFACE
 #include "qwen3.h"
@@ -96,6 +104,8 @@ const int GROUP_LEAST   = 64;
 #endif
 const int MOST_HELPERS  = 8;
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
+const int SAME_ROWS     = QWEN3I_SAME_ROWS;     /* up to here, of an invariant context, a row is as alone, ... */
+const int SAME_SPLIT    = 4;            /* ... and its attention is split as that of so many rows */
 const int MATVEC_WARPS  = 8;
 const int MATVEC_TILE   = 8192;         /* floats of x that a block holds at a time */
 const int HEAD_ROWS     = 64;           /* the most rows whose logits are computed at a time */
@@ -534,7 +544,7 @@ const int WIDE_N_MORE  = 160;           /* ... or these in a single part, where 
 const int WIDE_K       = 64;
 const int WIDE_THREADS = 384;           /* a warpgroup that loads, two that multiply */
 const int WIDE_POS     = 128;           /* positions of a tile of attention, and its rows */
-const int WIDE_DIM     = 128;           /* head_dim */
+const int HEAD_DIM     = 128;           /* of all that tensor cores do with heads: every released model's */
 const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
 /* What a product takes in at a time, in shared memory: P parts of N rows of W each, then R rows of x. */
 template <int N, int R, int P = 1> struct product_tile {
@@ -999,15 +1009,22 @@ struct path_step { int rows; const path *way; };        /* up to so many rows */
 /* The ways of a context, from few rows to many, and the memory that they need. */
 struct path_set {
     path_step    steps[3];
+    bool         hopper;                /* many rows go through the kernels for Hopper */
     void         (*memory)(cuda_ctx *c, arena *a);
     qwen3_result (*prepare)(cuda_ctx *c, const qwen3i_err *err);
 };
+
+/* May a kernel do so many rows whose sums have an order that only one row has? */
+static bool goes_alone(const cuda_ctx *c, int rows) { return rows == 1 && !c->desc.invariant; }
 
 static const path *way_for(const cuda_ctx *c, int n) {
     const path_step *s = c->paths->steps;
     while (n > s->rows) s++;
     return s->way;
 }
+
+/* So many rows always go through attention one by one, and at most so many through matrix-vector kernels. */
+static int most_single(const cuda_ctx *c) { return c->desc.invariant ? SAME_ROWS : MATVEC_ROWS; }
 
 /* All that depends on how many rows a batch has is decided here. */
 static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
@@ -1927,7 +1944,7 @@ static CUtensorMap get_map(const stored_map &m) {
    Hopper? */
 static bool fits_wide(const cuda_model *m) {
     const qwen3i_config *g = &m->config;
-    if (m->capability != 90 || g->head_dim != WIDE_DIM || g->n_head / g->n_head_kv > WIDE_M) return false;
+    if (m->capability != 90 || g->head_dim != HEAD_DIM || g->n_head / g->n_head_kv > WIDE_M) return false;
     if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 8 * norm_threads(8)) return false;
     for (int i = 0; i < g->n_layer; i++) {
         const layer_weights &l = m->layers[i];
@@ -2901,9 +2918,9 @@ static qwen3_result multiply_matrices(cuda_ctx *c, cudaStream_t s, float *y, con
 const int OWN_N = 128, OWN_K = 32;      /* rows of W in a block; columns at a time */
 const int OWN_LD = OWN_K + 8;           /* of a row in shared memory: eight of them lie in different banks */
 
-/* own_product: y[rows, n] = scale x[rows, k] W[n, k]^T + beta y in F16; k is a multiple of 8. A block of 8 warps has
-   32 ROW_WARPS rows of x and OWN_N of W; a warp has 32 of the rows. Sums in order of k, 16 columns at a time. The
-   product of qwen3i_matmul with rounded inputs. */
+/* own_product: y[rows, n] = scale x[rows, k] W[n, k]^T + beta y in F16; k is a multiple of 8. A block of 8
+   warps has 32 ROW_WARPS rows of x and OWN_N of W; a warp has 32 of the rows. Sums in order of k, 16 columns
+   at a time. The product of qwen3i_matmul with rounded inputs. */
 template <int ROW_WARPS>
 static __global__ void __launch_bounds__(256)
     own_product_kernel(float *y, product_shape a, float scale, float beta, const half_t *w, const half_t *x) {
@@ -2932,9 +2949,8 @@ static __global__ void __launch_bounds__(256)
                 load_matrices(xf[t], &xs[stage][(my_row + 16 * t + lane % 16) * OWN_LD + k + lane / 16 * 8]);
             UNROLL for (int c = 0; c < COLS / 16; c++) {
                 unsigned wf[4];
-                load_matrices(
-                    wf,
-                    &ws[stage][(my_col + 16 * c + lane / 16 * 8 + lane % 8) * OWN_LD + k + lane / 8 % 2 * 8]);
+                load_matrices(wf, &ws[stage][(my_col + 16 * c + lane / 16 * 8 + lane % 8) * OWN_LD + k +
+                                             lane / 8 % 2 * 8]);
                 UNROLL for (int t = 0; t < 2; t++) {
                     multiply(sum[t][2 * c], xf[t], wf[0], wf[1], half_t());
                     multiply(sum[t][2 * c + 1], xf[t], wf[2], wf[3], half_t());
@@ -2944,7 +2960,7 @@ static __global__ void __launch_bounds__(256)
         __syncthreads();
     }
     UNROLL for (int t = 0; t < 2; t++) UNROLL for (int c = 0; c < COLS / 8; c++)
-        UNROLL for (int i = 0; i < 4; i++) {
+    UNROLL for (int i = 0; i < 4; i++) {
         const int row = row0 + my_row + 16 * t + lane / 4 + i / 2 * 8,
                   col = col0 + my_col + 8 * c + lane % 4 * 2 + i % 2;
         if (row >= a.rows || col >= a.n) continue;
@@ -2953,7 +2969,8 @@ static __global__ void __launch_bounds__(256)
     }
 }
 
-/* The same in float32: 64 rows of x by 64 of W in a block of 256 threads, 4 by 4 in each; sums in order of k. */
+/* The same in float32: 64 rows of x by 64 of W in a block of 256 threads, 4 by 4 in each; sums in order
+   of k. */
 static __global__ void __launch_bounds__(256)
     own_product_f32_kernel(float *y, product_shape a, float scale, float beta, const float *w,
                            const float *x) {
@@ -3041,7 +3058,8 @@ static qwen3_result act_product(const pass *p, float *y, int ldy, const matrix &
     return product(p->c, p->s, y, ldy, w, first, n, p->c->act, p->n, p->err);
 }
 
-/* add_rows: x[row, :] += add[row, :] * scale[row] (scale NULL: 1). One block a row: the sum of qwen3i_matmul_add. */
+/* add_rows: x[row, :] += add[row, :] * scale[row] (scale NULL: 1). One block a row: the sum of
+   qwen3i_matmul_add. */
 static __global__ void add_rows_kernel(float *x, const float *add, const float *scale, int width, int ld) {
     const size_t base = (size_t)blockIdx.x * ld;
     const float s = scale ? scale[blockIdx.x] : 1.0f;
@@ -3165,12 +3183,13 @@ template <int NR> DEVICE void matvec_rows(int (&rows)[NR], int n) {
     UNROLL for (int j = 0; j < NR; j++) rows[j] = first + j < end ? first + j : -1;
 }
 
-/* matvec: y[slot(r), i] = (W x[r])_i, or += with ADD. x [rows, ldx] float32, rows <= R; y [.., ldy] float32;
-   slot(r) = outs ? its out_slot : r; none if that is -1. A warp has at most NR rows of W; 8 warps a block.
-   Equals qwen3i_matmul; with ADD the residual is added in float32. */
-template <class W, int R, int NR, bool ADD>
+/* matvec: y[slot(r), i] = (W x[r])_i, or += with `add`. x [rows, ldx] float32, rows <= R; y [.., ldy]
+   float32; slot(r) = outs ? its out_slot : r; none if that is -1. A warp has at most two rows of W; 8 warps a
+   block. Equals qwen3i_matmul, with `add` qwen3i_matmul_add. */
+template <class W, int R>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
-    matvec_kernel(matvec_in in, float *y, int ldy, const row_info *outs) {
+    matvec_kernel(matvec_in in, float *y, int ldy, const row_info *outs, bool add) {
+    const int NR = 2;
     __shared__ float4 xs[MATVEC_TILE / 4];
     int rows[NR];
     float acc[NR][R];
@@ -3184,7 +3203,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
         UNROLL for (int j = 0; j < NR; j++) {
             if (rows[j] < 0) continue;
             float &out = y[(size_t)slot * ldy + rows[j]];
-            out = ADD ? out + acc[j][r] : acc[j][r];
+            out = add ? out + acc[j][r] : acc[j][r];
         }
     }
 }
@@ -3205,18 +3224,21 @@ static int matvec_blocks(const pass *p, int n, int each) {
     return least(fill * times, ceil_div(n, MATVEC_WARPS));
 }
 
-template <class W, int R, bool ADD>
+template <class W, int R>
 static cudaError_t launch_matvec(const pass *p, const matvec_in &in, float *y, int ldy,
-                                 const row_info *outs) {
+                                 const row_info *outs, bool add) {
     return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n, 2)), 32 * MATVEC_WARPS, 0,
-                        matvec_kernel<W, R, 2, ADD>, in, y, ldy, outs);
+                        matvec_kernel<W, R>, in, y, ldy, outs, add);
 }
-template <class W, bool ADD>
+/* Rows of x of the kernel for 2 to 4: F32 weights, which are rare, have the one for 8 alone. */
+template <class W> static constexpr int some_rows() { return sizeof(W) == 4 ? 8 : 4; }
+
+template <class W>
 static cudaError_t matvec_rows_of(const pass *p, const matvec_in &in, float *y, int ldy,
-                                  const row_info *outs) {
-    return in.rows > 4 ? launch_matvec<W, 8, ADD>(p, in, y, ldy, outs) :
-           in.rows > 1 ? launch_matvec<W, 4, ADD>(p, in, y, ldy, outs) :
-                         launch_matvec<W, 1, ADD>(p, in, y, ldy, outs);
+                                  const row_info *outs, bool add) {
+    return in.rows > 4 ? launch_matvec<W, 8>(p, in, y, ldy, outs, add) :
+           in.rows > 1 ? launch_matvec<W, some_rows<W>()>(p, in, y, ldy, outs, add) :
+                         launch_matvec<W, 1>(p, in, y, ldy, outs, add);
 }
 
 /* ---- one row: its weights are on their way to shared memory before it exists ---- */
@@ -3329,9 +3351,10 @@ template <int C> DEVICE void store_vectors(float4 *xs, const float4 (&v)[C], int
     }
 }
 
-/* The RMSNorm of the input to shared memory, C vectors a thread, float32 throughout. */
-template <int C> DEVICE void stage_normed(float4 *xs, const matvec_in &in, float *shared, int n) {
-    float4 g[C], v[C];
+/* v = RMSNorm(in.x), C vectors of 4 a thread, float32 throughout; the gain comes before the kernel before has
+   ended. in: a matvec_in or a block_in. */
+template <int C, class IN> DEVICE void load_normed(float4 (&v)[C], const IN &in, float *shared) {
+    float4 g[C];
     float sum = 0;
     load_vectors<C>(g, in.gain, tid(), n_threads(), in.k);
     wait_for_previous();
@@ -3342,16 +3365,22 @@ template <int C> DEVICE void stage_normed(float4 *xs, const matvec_in &in, float
     UNROLL for (int u = 0; u < C; u++)
         v[u] =
             make_float4(v[u].x * r * g[u].x, v[u].y * r * g[u].y, v[u].z * r * g[u].z, v[u].w * r * g[u].w);
+}
+
+/* RMSNorm(in.x) to shared memory. */
+template <int C> DEVICE void stage_normed(float4 *xs, const matvec_in &in, float *shared, int n) {
+    float4 v[C];
+    load_normed<C>(v, in, shared);
     store_vectors<C>(xs, v, tid(), n_threads(), n);
 }
 
-/* The input to shared memory, in two planes, zero past k. With a gain its RMSNorm, which each block does for
-   itself: what is multiplied is the normalised vector; the gain comes before the kernel before has ended; k
-   is then a multiple of 4 and at most 4 * STREAM_NORM * 256. All blocks wait while this runs, so only what a
-   width needs is run. Equals qwen3i_rmsnorm. */
-DEVICE void stage_vector(float4 *xs, const matvec_in &in, float *shared) {
+/* The input to shared memory, in two planes, zero past k. With NORMS and a gain its RMSNorm, which each block
+   does for itself: what is multiplied is the normalised vector; the gain comes before the kernel before has
+   ended; k is then a multiple of 4 and at most 4 * STREAM_NORM * 256. All blocks wait while this runs, so
+   only what a width needs is run. Equals qwen3i_rmsnorm. */
+template <bool NORMS> DEVICE void stage_vector(float4 *xs, const matvec_in &in, float *shared) {
     const int n = round_up(in.ldw, 256) / 4, step = n_threads();
-    if (in.gain) {
+    if (NORMS && in.gain) {
         if (in.k <= 4 * step) stage_normed<1>(xs, in, shared, n);
         else if (in.k <= 8 * step) stage_normed<2>(xs, in, shared, n);
         else if (in.k <= 16 * step) stage_normed<4>(xs, in, shared, n);
@@ -3397,7 +3426,7 @@ static __host__ __device__ inline size_t stream_bytes(int ldw, int ring) {
 /* What the kernels below share: the stream of this warp's rows begins, x comes, ready() is called, and the
    rows are handed to done(first of NR or of as many pairs, acc), NR / 2 or NR of them at a time, after
    before(first of them). */
-template <int NR, bool PAIRS, int RING, class R, class S, class F, class X = see_nothing>
+template <int NR, bool PAIRS, int RING, bool NORMS, class R, class S, class F, class X = see_nothing>
 DEVICE void stream_rows(const matvec_in &in, row_range rows, unsigned char *memory, R ready, S before, F done,
                         X see = X()) {
     float4 *xs = (float4 *)(void *)memory;
@@ -3407,7 +3436,7 @@ DEVICE void stream_rows(const matvec_in &in, row_range rows, unsigned char *memo
                                      end);
     w.begin();
     let_next_start();
-    stage_vector(xs, in, shared);
+    stage_vector<NORMS>(xs, in, shared);
     ready();
     for (int row = rows.first; row < end; row += step) {
         float acc[NR];
@@ -3417,15 +3446,15 @@ DEVICE void stream_rows(const matvec_in &in, row_range rows, unsigned char *memo
     }
 }
 
-/* stream_matvec: y = W x, or += with ADD; as matvec_kernel for one row of x. */
-template <int NR, int RING, bool ADD>
+/* stream_matvec: as matvec_kernel for one row of x, NR rows of W at a time. */
+template <int NR, int RING>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
-    stream_matvec_kernel(matvec_in in, float *y, const row_info *outs, int ldy) {
+    stream_matvec_kernel(matvec_in in, float *y, const row_info *outs, int ldy, bool add) {
     QWEN3_DYNAMIC_SHARED(memory);
     const int lane = lane_id();
-    stream_rows<NR, false, RING>(
+    stream_rows<NR, false, RING, false>(
         in, warp_share(in.n), memory, [] {},
-        [&](int row, int left) { return ADD && lane < NR && lane < left ? y[row + lane] : 0.0f; },
+        [&](int row, int left) { return add && lane < NR && lane < left ? y[row + lane] : 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float old) {
             const int slot = outs ? outs[0].out_slot : 0;
             if (lane < NR && lane < left && slot >= 0)
@@ -3439,7 +3468,7 @@ static size_t stream_shared(const matvec_in &in, int ring) { return stream_bytes
    fits. */
 static int stream_ring(const pass *p, const matvec_in &in, const matrix &w) {
     const cuda_model *m = p->c->m;
-    if (in.rows != 1 || w.type == QWEN3I_F32 || m->capability < 80) return 0;
+    if (!goes_alone(p->c, in.rows) || w.type == QWEN3I_F32 || m->capability < 80) return 0;
     if (stream_shared(in, STREAM_RING) <= m->sm_shared / 2 - 1024) return STREAM_RING;
     return stream_shared(in, STREAM_RING_SHORT) <= m->block_shared ? STREAM_RING_SHORT : 0;
 }
@@ -3457,10 +3486,10 @@ static int stream_rows_at_once(int each) {
 }
 static int stream_each(const pass *p, int units) { return ceil_div(units, p->c->m->n_sm * MATVEC_WARPS); }
 
-template <int RING, bool ADD>
-static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, int ldy,
-                                 const row_info *outs) {
-#define CALL(NR) launch_stream(p, in, RING, in.n, stream_matvec_kernel<NR, RING, ADD>, in, y, outs, ldy)
+template <int RING>
+static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, int ldy, const row_info *outs,
+                                 bool add) {
+#define CALL(NR) launch_stream(p, in, RING, in.n, stream_matvec_kernel<NR, RING>, in, y, outs, ldy, add)
     switch (stream_rows_at_once(stream_each(p, in.n))) {
         case 1:  return CALL(1);
         case 2:  return CALL(2);
@@ -3471,20 +3500,34 @@ static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, i
 }
 #define BY_RING(ring, CALL) ((ring) == STREAM_RING ? CALL(STREAM_RING) : CALL(STREAM_RING_SHORT))
 
-/* y (+)= W x */
-template <bool ADD>
+/* call(in, first) for as many rows of x as a kernel does at a time, the first of which is row `first` */
+template <class F> static qwen3_result in_turns(const matvec_in &in, F call) {
+    for (int first = 0; first < in.rows; first += MATVEC_ROWS) {
+        matvec_in some = in;
+        some.x += (size_t)first * in.ldx;
+        some.rows = least(MATVEC_ROWS, in.rows - first);
+        TRY(call(some, first));
+    }
+    return QWEN3_OK;
+}
+
+/* y = W x, or += with `add` */
 static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
-                           const float *x, int ldx, int rows) {
+                           const float *x, int ldx, int rows, bool add) {
     const input h = {x, ldx, NULL, NULL};
-    if (w.n_parts > 0) return block_matvec(p, y, ldy, outs, w, h, rows, ADD);
-    const matvec_in in = vector_input(p, w, h, rows);
-    const int ring = stream_ring(p, in, w);
-#define CALL(RING) stream_matvec<RING, ADD>(p, in, y, ldy, outs)
+    if (w.n_parts > 0) return block_matvec(p, y, ldy, outs, w, h, rows, add);
+    const matvec_in all = vector_input(p, w, h, rows);
+    const int ring = stream_ring(p, all, w);
+#define CALL(RING) stream_matvec<RING>(p, all, y, ldy, outs, add)
     if (ring) return launched(p, BY_RING(ring, CALL), "matvec");
 #undef CALL
-#define CALL(T) matvec_rows_of<T, ADD>(p, in, y, ldy, outs)
-    return launched(p, BY_WEIGHT_TYPE(w, CALL), "matvec");
+    return in_turns(all, [&](const matvec_in &in, int first) {
+        float *to = outs ? y : y + (size_t)first * ldy;
+        const row_info *slots = outs ? outs + first : NULL;
+#define CALL(T) matvec_rows_of<T>(p, in, to, ldy, slots, add)
+        return launched(p, BY_WEIGHT_TYPE(w, CALL), "matvec");
 #undef CALL
+    });
 }
 
 /* ---- Hopper: what the products of few and of many rows share ---- */
@@ -3493,7 +3536,7 @@ struct product_end { enum { M = WIDE_M, NORMS = 0 }; };
 template <int ROWS = WIDE_M> struct to_residual : product_end { enum { M = ROWS }; };
 struct to_mlp : product_end { enum { NORMS = 1 }; };
 struct to_logits : product_end {};
-template <class T> struct to_heads : product_end { enum { NORMS = 1 }; };       /* T: of the cache */
+template <class T> struct to_heads : product_end { enum { NORMS = 1 }; };       /* T: of an F16 cache, or void */
 
 /* Lanes share a head of a row: `LANES` of them have N pairs of neighbours each, in lo, and those half a head
    further, in hi. Here pair j of this lane begins. */
@@ -4288,6 +4331,15 @@ DEVICE void store_head(const qkv_args &a, int row, int head, const head_part<HEA
     else in_cache(a, a.kv.k, at, [&](auto *to) { store_pairs<32>(to, half, p); });
 }
 
+/* Element i of q, k and v of row r: v to the cache, the others to where they are finished from. */
+DEVICE void store_projection(const qkv_args &a, int r, int i, float v) {
+    const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    if (i < rotated) a.qkv[(size_t)r * a.ld + i] = v;
+    else
+        in_cache(a, a.kv.v, kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (size_t)(i - rotated),
+                 [&](auto *to) { store(to, v); });
+}
+
 /* Element i of v of a row, with one rounding. */
 DEVICE void store_value(const qkv_args &a, const row_angles &t, int i, float v) {
     in_cache(a, a.kv.v, kv_at(a.kv, t.seq, t.position) + (size_t)i, [&](auto *to) { store(to, v); });
@@ -4312,7 +4364,7 @@ DEVICE row_range block_share(int n) {
 }
 
 /* Adds what this block has summed up of each head to its ticket; the block that completes a head norms and
-   rotates it. All threads of the block; finished [most]: shared, a flag a head; angles: of this warp's row. */
+   rotates it. All threads of the block; finished [most]: shared, a flag a head; angles: this warp's row's. */
 DEVICE void finish_heads(row_range done, int rows, const qkv_args &a, unsigned *tickets, int *finished,
                          int most, const row_angles &angles) {
     const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
@@ -4340,31 +4392,23 @@ DEVICE void finish_heads(row_range done, int rows, const qkv_args &a, unsigned *
    [q_dim + 2 kv_dim, n_embd], x [rows, n_embd] float32. The block that finishes a head last norms and rotates
    it; v goes straight from the sum into the cache. tickets [n_head + n_head_kv], zero before and after.
    Equals qwen3i_matmul of wq, wk, wv, then qwen3i_rmsnorm a head, qwen3i_rope, one rounding of k and v. */
-template <class W, int R, int NR>
+template <class W, int R>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
     qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
+    const int NR = 2;
     __shared__ float4 xs[MATVEC_TILE / 4];
     __shared__ int finished[MATVEC_WARPS * NR];
     int rows[NR];
     float acc[NR][R];
-    const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     matvec_rows<NR>(rows, in.n);
     /* of the row that this warp will finish; written several kernels before, so there is nothing to wait
        for */
     const row_angles angles = load_row_angles(a, warp_id() < in.rows ? warp_id() : 0);
     dot_rows<W, R, NR>(acc, rows, in, xs);
-    if (threadIdx.x % 32 == 0) {
+    if (threadIdx.x % 32 == 0)
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int j = 0; j < NR; j++) {
-                const int i = rows[j];
-                if (r >= in.rows || i < 0) continue;
-                if (i < rotated) a.qkv[(size_t)r * a.ld + i] = acc[j][r];
-                else
-                    in_cache(a, a.kv.v,
-                             kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (size_t)(i - rotated),
-                             [&](auto *to) { store(to, acc[j][r]); });
-            }
-    }
+            UNROLL for (int j = 0; j < NR; j++)
+                if (r < in.rows && rows[j] >= 0) store_projection(a, r, rows[j], acc[j][r]);
     finish_heads(block_share(in.n), in.rows, a, tickets, finished, MATVEC_WARPS * NR, angles);
 }
 
@@ -4393,7 +4437,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     __shared__ int finished[STREAM_HEADS];
     const int lane = lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     const row_angles angles = load_row_angles(a, 0);
-    stream_rows<NR, false, RING>(
+    stream_rows<NR, false, RING, true>(
         in, warp_share(in.n), memory, [] {}, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
@@ -4428,7 +4472,7 @@ static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     }
     __syncwarp();
     cluster_arrive();
-    stream_rows<NR, false, RING>(
+    stream_rows<NR, false, RING, true>(
         in, rows, memory, [] { cluster_wait(); }, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
@@ -4467,26 +4511,31 @@ template <int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in
 template <class W, int R>
 static cudaError_t launch_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
     return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n, 2)), 32 * MATVEC_WARPS, 0,
-                        qkv_rope_kernel<W, R, 2>, in, a, p->c->qkv_tickets);
+                        qkv_rope_kernel<W, R>, in, a, p->c->qkv_tickets);
 }
 template <class W> static cudaError_t qkv_rows_of(const pass *p, const matvec_in &in, const qkv_args &a) {
     return in.rows > 4 ? launch_qkv<W, 8>(p, in, a) :
-           in.rows > 1 ? launch_qkv<W, 4>(p, in, a) :
+           in.rows > 1 ? launch_qkv<W, some_rows<W>()>(p, in, a) :
                          launch_qkv<W, 1>(p, in, a);
 }
 
 static qwen3_result vector_qkv(const pass *p, int layer, const input &h) {
     const matrix &w = p->c->m->layers[layer].qkv;
     if (w.n_parts > 0) return block_qkv(p, layer, h);
-    const matvec_in in = vector_input(p, w, h, p->n);
+    const matvec_in all = vector_input(p, w, h, p->n);
     const qkv_args a = qkv_arguments(p, layer);
-    const int ring = stream_ring(p, in, w);
-#define CALL(RING) stream_qkv<RING>(p, in, a)
+    const int ring = stream_ring(p, all, w);
+#define CALL(RING) stream_qkv<RING>(p, all, a)
     if (ring) return launched(p, BY_RING(ring, CALL), "stream_qkv");
 #undef CALL
-#define CALL(T) qkv_rows_of<T>(p, in, a)
-    return launched(p, BY_WEIGHT_TYPE(w, CALL), "qkv_rope");
+    return in_turns(all, [&](const matvec_in &in, int first) {
+        qkv_args some = a;
+        some.qkv += (size_t)first * a.ld;
+        some.rows += first;
+#define CALL(T) qkv_rows_of<T>(p, in, some)
+        return launched(p, BY_WEIGHT_TYPE(w, CALL), "qkv_rope");
 #undef CALL
+    });
 }
 
 /* ---- after a product by cuBLASLt ---- */
@@ -4523,11 +4572,11 @@ DEVICE unsigned pack_pair(float2 v, bf16_t) { return pack(v.x, v.y, bf16_t()); }
 /* A head of 128 to `to`, if it is not NULL, of which a quad of lanes has the parts or, N = 1, a warp. */
 template <class T, int N> DEVICE void store_head_at(T *to, const head_part<N> &p) {
     if constexpr (sizeof(T) == 4) {
-        if (to) store_pairs<32 / N>(to, WIDE_DIM / 2, p);
+        if (to) store_pairs<32 / N>(to, HEAD_DIM / 2, p);
     } else if constexpr (N == 1) {
         unsigned *words = (unsigned *)(void *)(to + 2 * lane_id());
         words[0] = pack_pair(p.lo[0], T());
-        words[WIDE_DIM / 4] = pack_pair(p.hi[0], T());
+        words[HEAD_DIM / 4] = pack_pair(p.hi[0], T());
     } else {
         unsigned w[2 * N];
         UNROLL for (int j = 0; j < N; j++) {
@@ -4547,16 +4596,19 @@ DEVICE void finish_head(const wide_args &g, head_part<N> &p, const head_part<N> 
     const qkv_args &a = g.qkv;
     const bool valid = N == 1 || row < g.rows;
     const int rotated = a.n_head + a.n_head_kv, kv_head = head < rotated ? head - a.n_head : head - rotated;
-    if (head < rotated) norm_rope<32 / N>(p, gain, angles, WIDE_DIM, a.eps, scale);
+    if (head < rotated) norm_rope<32 / N>(p, gain, angles, HEAD_DIM, a.eps, scale);
     else UNROLL for (int j = 0; j < N; j++) {
         p.lo[j].x *= scale; p.lo[j].y *= scale; p.hi[j].x *= scale; p.hi[j].y *= scale;
     }
     if (head >= a.n_head) {
-        T *cache = (T *)(head < rotated ? a.kv.k : a.kv.v);
-        store_head_at(valid ? cache + kv_at(a.kv, seq, position) + (size_t)kv_head * WIDE_DIM : NULL, p);
+        void *cache = head < rotated ? a.kv.k : a.kv.v;
+        const size_t at = kv_at(a.kv, seq, position) + (size_t)kv_head * HEAD_DIM;
+        if constexpr (!std::is_void<T>::value) store_head_at(valid ? (T *)cache + at : NULL, p);
+        else if (a.kv_type == QWEN3_KV_F32) store_head_at(valid ? (float *)cache + at : NULL, p);
+        else store_head_at(valid ? (bf16_t *)cache + at : NULL, p);
     } else if (N > 1 && g.out)
-        store_head_at(valid ? g.out + (size_t)row * g.ldo + (size_t)head * WIDE_DIM : NULL, p);
-    else store_head_at(valid ? a.qkv + (size_t)row * a.ld + (size_t)head * WIDE_DIM : NULL, p);
+        store_head_at(valid ? g.out + (size_t)row * g.ldo + (size_t)head * HEAD_DIM : NULL, p);
+    else store_head_at(valid ? a.qkv + (size_t)row * a.ld + (size_t)head * HEAD_DIM : NULL, p);
 }
 
 template <class T> DEVICE void ask_row(const to_heads<T> &, wide_row &w, const wide_args &g, int i) {
@@ -4566,7 +4618,7 @@ template <class T> DEVICE void ask_row(const to_heads<T> &, wide_row &w, const w
 template <class T, int PARTS, int M>
 DEVICE void finish_tile(const to_heads<T> &, const wide_args &g, const float (&acc)[PARTS][M],
                         const wide_row &row, int r, int n, float scale) {
-    const head_angles<8> angles = load_angles<4, 8>(g.qkv, WIDE_DIM / 2, row.position);
+    const head_angles<8> angles = load_angles<4, 8>(g.qkv, HEAD_DIM / 2, row.position);
     UNROLL for (int part = 0; part < PARTS; part++) {
         head_part<8> p;
         UNROLL for (int j = 0; j < 8; j++) {
@@ -4574,7 +4626,7 @@ DEVICE void finish_tile(const to_heads<T> &, const wide_args &g, const float (&a
             p.lo[j] = make_float2(lo[0], lo[1]);
             p.hi[j] = make_float2(hi[0], hi[1]);
         }
-        finish_head<T>(g, p, load_head<4, 8>(head_gain(g.qkv, n + part), WIDE_DIM / 2), angles, row.at,
+        finish_head<T>(g, p, load_head<4, 8>(head_gain(g.qkv, n + part), HEAD_DIM / 2), angles, row.at,
                        row.seq, row.position, n + part, scale);
     }
 }
@@ -4584,8 +4636,8 @@ DEVICE void ask_early(const to_heads<T> &, few_row &r, const wide_args &g, int i
     const qkv_args &a = g.qkv;
     r.at = a.rows[i];
     if (tile >= a.n_head + a.n_head_kv) return;
-    r.pair = load_head<32, 1>(head_gain(a, tile), WIDE_DIM / 2);
-    r.angles = load_angles<32, 1>(a, WIDE_DIM / 2, r.at.position);
+    r.pair = load_head<32, 1>(head_gain(a, tile), HEAD_DIM / 2);
+    r.angles = load_angles<32, 1>(a, HEAD_DIM / 2, r.at.position);
 }
 template <class T>
 DEVICE void finish_row(const to_heads<T> &, const wide_args &g, head_part<1> p, const few_row &r, int row,
@@ -4606,16 +4658,16 @@ static wide_args heads_arguments(const pass *p, int layer, const input &h) {
 
 static qwen3_result few_qkv(const pass *p, int layer, const input &h) {
     const wide_args a = heads_arguments(p, layer, h);
-#define CALL(T) few_product<to_heads<T> >(p, p->c->few_h_map, p->c->m->layers[layer].qkv, a)
-    return BY_KV_TYPE(p->c, CALL);
-#undef CALL
+    const matrix &w = p->c->m->layers[layer].qkv;
+    return p->c->desc.kv_type == QWEN3_KV_F16 ? few_product<to_heads<half_t> >(p, p->c->few_h_map, w, a) :
+                                                few_product<to_heads<void> >(p, p->c->few_h_map, w, a);
 }
 
 static qwen3_result many_qkv(const pass *p, int layer, const input &h) {
     const wide_args a = heads_arguments(p, layer, h);
-#define CALL(T) wide_product<to_heads<T> >(p, p->c->wide_h_map, p->c->m->layers[layer].qkv, a)
-    return BY_KV_TYPE(p->c, CALL);
-#undef CALL
+    const matrix &w = p->c->m->layers[layer].qkv;
+    return p->c->desc.kv_type == QWEN3_KV_F16 ? wide_product<to_heads<half_t> >(p, p->c->wide_h_map, w, a) :
+                                                wide_product<to_heads<void> >(p, p->c->wide_h_map, w, a);
 }
 
 /* ================================================================================================
@@ -4641,15 +4693,22 @@ DEVICE void store_attention(const attention_args &a, int row, int col, float v) 
     else a.out[at] = v;
 }
 
+/* The number of rows from which it follows how each one's attention is split. */
+static int rows_to_split(const cuda_ctx *c, int rows) {
+    return c->desc.invariant && rows <= SAME_ROWS ? SAME_SPLIT : rows;
+}
+/* There may be so many times as many parts, and tickets, as that leads one to expect. */
+static int more_splits(const cuda_ctx *c) { return c->desc.invariant ? SAME_ROWS / SAME_SPLIT : 1; }
+
 /* How many parts the positions of a row are split into: enough to fill the chip, from the shape alone. */
 static int attention_splits(const cuda_ctx *c, int rows) {
-    const int want = 2 * c->m->n_sm / (c->m->config.n_head_kv * rows);
+    const int want = 2 * c->m->n_sm / (c->m->config.n_head_kv * rows_to_split(c, rows));
     return want < 1 ? 1 : want > MAX_SPLITS ? MAX_SPLITS : want;
 }
 
 /* One for each head of a row, or for each of the blocks of attention_decode that are there at once. */
 static size_t attention_tickets(const cuda_ctx *c) {
-    return most((size_t)c->max_rows * c->m->config.n_head, (size_t)(2 * c->m->n_sm));
+    return most((size_t)c->max_rows * c->m->config.n_head, (size_t)(2 * c->m->n_sm * more_splits(c)));
 }
 
 static attention_args attention_arguments(const pass *p, int layer) {
@@ -4669,6 +4728,9 @@ static attention_args attention_arguments(const pass *p, int layer) {
 }
 
 /* ---- row by row, whatever the cache and the heads are ---- */
+const int SPLIT_HEADS = 4;              /* of one group, which share reads of k and v */
+const int SPLIT_TURNS = 4;              /* positions whose k and v a lane asks for at once */
+
 template <class T> struct kv_vector { uint4 raw[sizeof(T) / 2]; };      /* 8 elements */
 
 template <class T> DEVICE kv_vector<T> kv_load(const T *p, bool valid) {
@@ -4687,116 +4749,87 @@ template <> __device__ __forceinline__ void kv_unpack<float>(float (&f)[8], cons
     UNROLL for (int i = 0; i < 4; i++) { f[i] = lo[i]; f[4 + i] = hi[i]; }
 }
 
-/* Softmax over one warp's share of the positions, for G heads at once: top, sum and weighted v of each. A
-   lane holds 8 of the head_dim values; `lanes` of them make a position, so a warp reads 32 / lanes at a
-   time. */
-template <class T, int G>
-struct split_state { float q[G][8], o[G][8], top[G], sum[G]; };
+/* Softmax over a share of the positions for one head: the largest score, the sum of the weights, and the
+   weighted v. A lane holds 8 of the head_dim values; `lanes` of them make a position, so a warp reads 32 /
+   lanes at a time. q comes times what makes scores powers of two. */
+struct split_head { float q[8], o[8], top, sum; };
 
-/* No position yet; q of this head, if there is one, times what makes scores powers of two. */
-template <class T, int G>
-DEVICE void split_begin(split_state<T, G> &s, int g, const attention_args &a, int row, int head, int at,
-                        bool valid) {
-    const float *q = a.q + (size_t)row * a.ldq + (size_t)head * a.head_dim + at;
+DEVICE void split_begin(split_head &h, const float *q, bool valid, float scale) {
     const float4 zero = make_float4(0, 0, 0, 0);
     const float4 lo = valid ? *(const float4 *)(const void *)q : zero,
                  hi = valid ? *(const float4 *)(const void *)(q + 4) : zero;
-    const float scale = a.scale * LOG2E, all[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
-    s.top[g] = LOWEST;
-    s.sum[g] = 0;
-    UNROLL for (int i = 0; i < 8; i++) { s.o[g][i] = 0; s.q[g][i] = all[i] * scale; }
+    const float all[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+    h.top = LOWEST;
+    h.sum = 0;
+    UNROLL for (int i = 0; i < 8; i++) { h.o[i] = 0; h.q[i] = all[i] * scale; }
 }
 
-/* Adds U turns of positions, `stride` apart, whose k and v this lane has; `left` of them are from this lane's
-   on. */
-template <class T, int G, int U>
-DEVICE void split_scores(split_state<T, G> &s, const kv_vector<T> (&kr)[U], const kv_vector<T> (&vr)[U],
-                         int left, int stride, int lanes) {
-    float score[U][G], f[8];
-    UNROLL for (int u = 0; u < U; u++) {
-        kv_unpack<T>(f, kr[u]);
-        UNROLL for (int g = 0; g < G; g++) {
-            float d = 0;
-            UNROLL for (int i = 0; i < 8; i++) d += s.q[g][i] * f[i];
-            for (int o = lanes / 2; o > 0; o >>= 1) d += __shfl_xor_sync(ALL, d, o);
-            score[u][g] = u * stride < left ? d : LOWEST;
-        }
-    }
-    UNROLL for (int g = 0; g < G; g++) {
-        float top = s.top[g];
-        UNROLL for (int u = 0; u < U; u++) top = fmaxf(top, score[u][g]);
-        for (int o = 16; o >= lanes; o >>= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
-        const float keep = exp2f(s.top[g] - top);
-        s.top[g] = top;
-        s.sum[g] *= keep;
-        UNROLL for (int i = 0; i < 8; i++) s.o[g][i] *= keep;
-        UNROLL for (int u = 0; u < U; u++) {
-            score[u][g] = u * stride < left ? exp2f(score[u][g] - top) : 0.0f;
-            s.sum[g] += score[u][g];
-        }
-    }
-    UNROLL for (int u = 0; u < U; u++) {
-        kv_unpack<T>(f, vr[u]);
-        UNROLL for (int g = 0; g < G; g++)
-            UNROLL for (int i = 0; i < 8; i++) s.o[g][i] += score[u][g] * f[i];
+/* Scores to weights: the first `left` of them, `each` apart. What came before shrinks as the top rises. */
+DEVICE void split_weigh(split_head &h, float (&score)[SPLIT_TURNS], int left, int each, int lanes) {
+    float top = h.top;
+    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) top = fmaxf(top, score[u]);
+    for (int o = 16; o >= lanes; o >>= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
+    const float keep = exp2f(h.top - top);
+    h.top = top;
+    h.sum *= keep;
+    UNROLL for (int i = 0; i < 8; i++) h.o[i] *= keep;
+    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
+        score[u] = u * each < left ? exp2f(score[u] - top) : 0.0f;
+        h.sum += score[u];
     }
 }
 
-template <class T, int G, int U>
-DEVICE void split_step(split_state<T, G> &s, const T *k, const T *v, int stride, int left, int lanes,
-                       bool owner) {
+/* Adds the next SPLIT_TURNS times 32 / lanes positions, of which `left` are there; this lane's k and v. */
+template <class T>
+DEVICE void split_step(split_head (&heads)[SPLIT_HEADS], const T *k, const T *v, int stride, int left,
+                       int lanes, bool owner) {
     const int sub = lane_id() / lanes, each = 32 / lanes;
-    kv_vector<T> kr[U], vr[U];
-    UNROLL for (int u = 0; u < U; u++) {
+    kv_vector<T> kr[SPLIT_TURNS], vr[SPLIT_TURNS];
+    float score[SPLIT_HEADS][SPLIT_TURNS], f[8];
+    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
         const int p = u * each + sub;
         kr[u] = kv_load<T>(k + (size_t)p * stride, owner && p < left);
         vr[u] = kv_load<T>(v + (size_t)p * stride, owner && p < left);
     }
-    split_scores<T, G, U>(s, kr, vr, left - sub, each, lanes);
-}
-
-/* Adds up what the lanes of the warp have of head g, which read positions side by side. */
-template <class T, int G> DEVICE void split_fold(split_state<T, G> &s, int g, int lanes) {
-    for (int o = 16; o >= lanes; o >>= 1) {
-        s.sum[g] += __shfl_xor_sync(ALL, s.sum[g], o);
-        UNROLL for (int i = 0; i < 8; i++) s.o[g][i] += __shfl_xor_sync(ALL, s.o[g][i], o);
+    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
+        kv_unpack<T>(f, kr[u]);
+        UNROLL for (int g = 0; g < SPLIT_HEADS; g++) {
+            float d = 0;
+            UNROLL for (int i = 0; i < 8; i++) d += heads[g].q[i] * f[i];
+            for (int o = lanes / 2; o > 0; o >>= 1) d += __shfl_xor_sync(ALL, d, o);
+            score[g][u] = u * each + sub < left ? d : LOWEST;
+        }
+    }
+    UNROLL for (int g = 0; g < SPLIT_HEADS; g++) split_weigh(heads[g], score[g], left - sub, each, lanes);
+    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
+        kv_unpack<T>(f, vr[u]);
+        UNROLL for (int g = 0; g < SPLIT_HEADS; g++)
+            UNROLL for (int i = 0; i < 8; i++) heads[g].o[i] += score[g][u] * f[i];
     }
 }
 
-/* Brings k and v of the first 64 positions from begin to end, of what lies `at` elements into the cache,
-   towards this multiprocessor: a line (128 bytes) a thread. */
-template <class T> DEVICE void prefetch_cache(const kv_layer &kv, size_t at, int dim, int begin, int end) {
-    const int each = 128 / (int)sizeof(T), lines = ceil_div(dim, each), n = least(end - begin, 64);
-    for (int i = tid(); i < 2 * n * lines; i += n_threads()) {
-        const size_t to = at + (size_t)(begin + i / 2 / lines) * kv.kv_dim + (size_t)(i / 2 % lines) * each;
-        prefetch((const T *)(i % 2 ? kv.v : kv.k) + to);
-    }
-}
-
-template <class T, int G> struct split_shared {
-    float part[SPLIT_WARPS][G][MAX_HEAD_DIM], top[SPLIT_WARPS][G], sum[SPLIT_WARPS][G], weight[G][MAX_SPLITS];
+struct split_shared {
+    float part[SPLIT_WARPS][SPLIT_HEADS][MAX_HEAD_DIM], top[SPLIT_WARPS][SPLIT_HEADS],
+          sum[SPLIT_WARPS][SPLIT_HEADS], weight[SPLIT_HEADS][MAX_SPLITS];
     int   last;
 };
 
-/* What this warp has of each head, to shared memory. */
-template <class T, int G>
-DEVICE void split_store(split_shared<T, G> &m, split_state<T, G> &s, int lanes, int at, bool owner) {
-    UNROLL for (int g = 0; g < G; g++) {
-        split_fold<T, G>(s, g, lanes);
-        if (lane_id() < lanes && owner)
-            UNROLL for (int i = 0; i < 8; i++) m.part[warp_id()][g][at + i] = s.o[g][i];
-        if (lane_id() == 0) { m.top[warp_id()][g] = s.top[g]; m.sum[warp_id()][g] = s.sum[g]; }
+/* What this warp has of head g, its lanes' positions added up, to shared memory. */
+DEVICE void split_store(split_shared &m, split_head &h, int g, int lanes, int at, bool owner) {
+    for (int o = 16; o >= lanes; o >>= 1) {
+        h.sum += __shfl_xor_sync(ALL, h.sum, o);
+        UNROLL for (int i = 0; i < 8; i++) h.o[i] += __shfl_xor_sync(ALL, h.o[i], o);
     }
-    __syncthreads();
+    if (lane_id() < lanes && owner) UNROLL for (int i = 0; i < 8; i++) m.part[warp_id()][g][at + i] = h.o[i];
+    if (lane_id() == 0) { m.top[warp_id()][g] = h.top; m.sum[warp_id()][g] = h.sum; }
 }
 
 /* The block's part, from its warps', to where the parts of a row are joined; or done, if it is the only
    one. */
-template <class T, int G>
-DEVICE void split_publish(const attention_args &a, const split_shared<T, G> &m, int row, int head0, int n_g,
-                          bool only) {
+static __device__ void split_publish(const attention_args &a, const split_shared &m, int row, int head0,
+                                     int n_g, bool only) {
     const int dim = a.head_dim;
-    for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
+    NO_UNROLL for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
         const int g = i / dim, d = i % dim;
         float top = LOWEST, sum = 0, o = 0;
         for (int w = 0; w < SPLIT_WARPS; w++) top = fmaxf(top, m.top[w][g]);
@@ -4816,9 +4849,8 @@ DEVICE void split_publish(const attention_args &a, const split_shared<T, G> &m, 
 }
 
 /* Joins a row's parts, in order, in the block that is the last of `active` to come. */
-template <class T, int G>
-DEVICE void split_join(const attention_args &a, split_shared<T, G> &m, int row, int head0, int n_g,
-                       int active) {
+static __device__ void split_join(const attention_args &a, split_shared &m, int row, int head0, int n_g,
+                                  int active) {
     const int dim = a.head_dim;
     const size_t stride = (size_t)(dim + 2);
     const float *parts = a.parts + ((size_t)row * a.n_head + head0) * gridDim.z * stride;
@@ -4833,7 +4865,7 @@ DEVICE void split_join(const attention_args &a, split_shared<T, G> &m, int row, 
     if (!m.last) return;
     __threadfence();
     /* how much each part counts: a lane for each */
-    for (int g = warp_id(); g < n_g; g += SPLIT_WARPS) {
+    NO_UNROLL for (int g = warp_id(); g < n_g; g += SPLIT_WARPS) {
         const int lane = lane_id();
         const float *one = parts + ((size_t)g * gridDim.z + (lane < active ? lane : 0)) * stride + dim;
         const float top = lane < active ? __ldcg(one) : LOWEST, sum = lane < active ? __ldcg(one + 1) : 0.0f;
@@ -4841,7 +4873,7 @@ DEVICE void split_join(const attention_args &a, split_shared<T, G> &m, int row, 
         m.weight[g][lane] = keep / warp_sum(sum * keep);
     }
     __syncthreads();
-    for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
+    NO_UNROLL for (int i = tid(); i < n_g * dim; i += 32 * SPLIT_WARPS) {
         const int g = i / dim, d = i % dim;
         float o = 0;
         for (int p = 0; p < active; p++)
@@ -4851,56 +4883,52 @@ DEVICE void split_join(const attention_args &a, split_shared<T, G> &m, int row, 
 }
 
 /* attention, any rows: out[row, head, :] = softmax(q k^T * scale) v over positions 0 .. position of the row's
-   sequence, all float32; with a.halves, rounded once to F16. Grid (rows, n_head_kv * ceil(group / G),
-   splits), 4 warps: a block takes one part of the positions for up to G heads of one group, which share its
-   reads of k and v; its warps take turns of positions. The block of a row that finishes last joins the parts,
-   in order. How the positions are split depends on the row's own length and on gridDim.z. Equals
-   qwen3i_attention. */
-template <class T, int G>
+   sequence, all float32; with a.halves, rounded once to F16. Grid (rows, n_head_kv * ceil(group /
+   SPLIT_HEADS), splits), 4 warps: a block takes one part of the positions for up to SPLIT_HEADS heads of one
+   group; its warps take turns of positions. The block of a row that finishes last joins the parts, in order.
+   How the positions are split depends on the row's own length and on gridDim.z. The plain fallback: for a
+   cache or heads that no tensor core is used for. Equals qwen3i_attention. */
+template <class T>
 static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kernel(attention_args a) {
-    __shared__ split_shared<T, G> shared;
-    const int U = 4, group = a.n_head / a.n_head_kv, chunks = ceil_div(group, G);
-    const int row = block_x(), kv_head = block_y() / chunks, g0 = block_y() % chunks * G;
-    const int n_g = least(group - g0, G), head0 = kv_head * group + g0, dim = a.head_dim;
-    /* the rows were written several kernels before, the cache up to this position by earlier steps */
+    __shared__ split_shared shared;
+    const int group = a.n_head / a.n_head_kv, chunks = ceil_div(group, SPLIT_HEADS);
+    const int row = block_x(), kv_head = block_y() / chunks, g0 = block_y() % chunks * SPLIT_HEADS;
+    const int n_g = least(group - g0, SPLIT_HEADS), head0 = kv_head * group + g0, dim = a.head_dim;
+    wait_for_previous();
+    let_next_start();
     const int n = a.rows[row].position + 1, length = split_length(n, (int)gridDim.z),
               active = ceil_div(n, length);
     const int begin = (int)blockIdx.z * length, end = least(begin + length, n);
     const size_t first = kv_at(a.kv, a.rows[row].seq, 0) + (size_t)kv_head * dim;
-    prefetch_cache<T>(a.kv, first, dim, begin, end);
-    wait_for_previous();
-    let_next_start();
     if (begin >= n) return;
     int lanes = 1;
     while (lanes * 8 < dim) lanes *= 2;
-    const int at = lane_id() % lanes * 8, turn = U * (32 / lanes);
+    const int at = lane_id() % lanes * 8, step = SPLIT_TURNS * (32 / lanes);
     const bool owner = at < dim;
     const T *k = (const T *)a.kv.k + first + at, *v = (const T *)a.kv.v + first + at;
-    split_state<T, G> s;
-    UNROLL for (int g = 0; g < G; g++) split_begin<T, G>(s, g, a, row, head0 + g, at, owner && g < n_g);
-    for (int p = begin + warp_id() * turn; p < end; p += SPLIT_WARPS * turn)
-        split_step<T, G, U>(s, k + (size_t)p * a.kv.kv_dim, v + (size_t)p * a.kv.kv_dim, a.kv.kv_dim, end - p,
-                            lanes, owner);
-    split_store<T, G>(shared, s, lanes, at, owner);
-    split_publish<T, G>(a, shared, row, head0, n_g, active == 1);
-    if (active > 1) split_join<T, G>(a, shared, row, head0, n_g, active);
+    const float *q = a.q + (size_t)row * a.ldq + (size_t)head0 * dim + at;
+    split_head heads[SPLIT_HEADS];
+    UNROLL for (int g = 0; g < SPLIT_HEADS; g++)
+        split_begin(heads[g], q + g * dim, owner && g < n_g, a.scale * LOG2E);
+    for (int p = begin + warp_id() * step; p < end; p += SPLIT_WARPS * step)
+        split_step<T>(heads, k + (size_t)p * a.kv.kv_dim, v + (size_t)p * a.kv.kv_dim, a.kv.kv_dim, end - p,
+                      lanes, owner);
+    UNROLL for (int g = 0; g < SPLIT_HEADS; g++) split_store(shared, heads[g], g, lanes, at, owner);
+    __syncthreads();
+    split_publish(a, shared, row, head0, n_g, active == 1);
+    if (active > 1) split_join(a, shared, row, head0, n_g, active);
 }
 
-template <class T, int G> static cudaError_t launch_split(const pass *p, const attention_args &a) {
-    const int chunks = ceil_div(a.n_head / a.n_head_kv, G), splits = attention_splits(p->c, p->n);
-    const dim3 grid((unsigned)p->n, (unsigned)(a.n_head_kv * chunks), (unsigned)splits);
-    return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T, G>, a);
-}
 template <class T> static cudaError_t attention_split(const pass *p, const attention_args &a) {
-    return a.n_head / a.n_head_kv <= 2 ? launch_split<T, 2>(p, a) : launch_split<T, 4>(p, a);
+    const int chunks = ceil_div(a.n_head / a.n_head_kv, SPLIT_HEADS), splits = attention_splits(p->c, p->n);
+    const dim3 grid((unsigned)p->n, (unsigned)(a.n_head_kv * chunks), (unsigned)splits);
+    return launch_early(p->early, p->s, grid, 32 * SPLIT_WARPS, 0, attention_split_kernel<T>, a);
 }
 
 /* ---- row by row, by tensor cores ---- */
-/* Where element (row, 8 * chunk) of a [rows, D] tile lies in shared memory: chunks are mixed so that eight
-   rows of one column of chunks fall into different banks. */
-template <int D> DEVICE int tile_at(int row, int chunk) {
-    return row * D + ((chunk ^ (row & 7)) * 8);
-}
+/* Where element (row, 8 * chunk) of a [rows, HEAD_DIM] tile lies in shared memory: chunks are mixed so that
+   eight rows of one column of chunks fall into different banks. */
+DEVICE int tile_at(int row, int chunk) { return row * HEAD_DIM + ((chunk ^ (row & 7)) * 8); }
 
 /* attention, decode: the same for rows of which each is the newest of its sequence or nearly so, by tensor
    cores. A block has up to 8 heads of one group as columns of a product, and a part of the positions, of
@@ -4916,21 +4944,20 @@ template <int D> DEVICE int tile_at(int row, int chunk) {
 const int DECODE_RANKS  = 8;            /* at most */
 const int DECODE_WARPS  = 8;
 const int DECODE_HEADS  = 8;
-const int DECODE_DIM    = 128;
 const int DECODE_POS    = 16;
 const int DECODE_ROUND  = DECODE_WARPS * DECODE_POS;
 const int DECODE_PIECES = 3;
 /* of rows in shared memory: different banks for different heads */
-const int DECODE_PITCH  = DECODE_DIM + 4;
+const int DECODE_PITCH  = HEAD_DIM + 4;
 const int DECODE_LEAST  = 4096;
 const int DECODE_CLUSTERS = 16;         /* at most */
 
 struct decode_shared {
     /* then each warp's part: float [HEADS][PITCH] */
-    half_t   ring[DECODE_WARPS][DECODE_PIECES][DECODE_POS * DECODE_DIM];
+    half_t   ring[DECODE_WARPS][DECODE_PIECES][DECODE_POS * HEAD_DIM];
     float    top[DECODE_WARPS][DECODE_HEADS], sum[DECODE_WARPS][DECODE_HEADS];
     /* [ranks][slice]: from every block, what this one finishes, ... */
-    float    in[DECODE_HEADS * DECODE_DIM];
+    float    in[DECODE_HEADS * HEAD_DIM];
     /* ... and of every head */
     float    in_top[DECODE_RANKS][DECODE_HEADS], in_sum[DECODE_RANKS][DECODE_HEADS];
     mbarrier arrived;
@@ -4963,7 +4990,7 @@ DEVICE decode_share share_of_block(const attention_args &a) {
     w.begin = block_x() * length;
     w.end = least(w.begin + length, n);
     w.fresh = n - 1 - w.row;            /* no more rows than this come before it */
-    w.slice = w.n_g * DECODE_DIM / a.ranks;
+    w.slice = w.n_g * HEAD_DIM / a.ranks;
     return w;
 }
 
@@ -4978,7 +5005,7 @@ template <class T> struct decode_stream {
     __device__ __forceinline__ decode_stream(const attention_args &a, const decode_share &w, half_t *memory,
                                              int begin) {
         const int half = lane_id() / 16, chunk = lane_id() % 16;
-        const size_t from = kv_at(a.kv, w.seq, half) + (size_t)w.kv_head * DECODE_DIM + (size_t)(chunk * 8);
+        const size_t from = kv_at(a.kv, w.seq, half) + (size_t)w.kv_head * HEAD_DIM + (size_t)(chunk * 8);
         k = (const T *)a.kv.k + from; v = (const T *)a.kv.v + from;
         ring = (T *)(void *)memory;
         stride = (size_t)a.kv.kv_dim;
@@ -4988,7 +5015,7 @@ template <class T> struct decode_stream {
     __device__ __forceinline__ void copy(int i, int place, int from, int to) const {
         const int p0 = first + i / 2 * DECODE_ROUND, half = lane_id() / 16;
         const T *source = (i % 2 ? v : k) + (size_t)p0 * stride;
-        T *target = ring + place * (DECODE_POS * DECODE_DIM) + tile_at<DECODE_DIM>(half, lane_id() % 16);
+        T *target = ring + place * (DECODE_POS * HEAD_DIM) + tile_at(half, lane_id() % 16);
         if (p0 >= to || p0 + DECODE_POS <= from) return;
         if (p0 >= from && p0 + DECODE_POS <= to) {
             UNROLL for (int j = 0; j < DECODE_POS / 2; j++)
@@ -5004,7 +5031,7 @@ template <class T> struct decode_stream {
     /* This lane's 16 bytes 2 j positions further: see tile_at. */
     DEVICE T *place_of(T *target, int j) {
         const int chunk = lane_id() % 16 ^ lane_id() / 16;
-        return target + 2 * j * DECODE_DIM + ((chunk ^ (2 * j & 7)) - chunk) * 8;
+        return target + 2 * j * HEAD_DIM + ((chunk ^ (2 * j & 7)) - chunk) * 8;
     }
     __device__ __forceinline__ void fetch(int to) {
         copy(piece++, put, 0, to);
@@ -5025,7 +5052,7 @@ template <class T> struct decode_stream {
     __device__ __forceinline__ const T *next() {
         copy_wait<DECODE_PIECES - 1>();
         __syncwarp();
-        return ring + take * (DECODE_POS * DECODE_DIM);
+        return ring + take * (DECODE_POS * HEAD_DIM);
     }
     __device__ __forceinline__ void done() {            /* with what next() gave */
         __syncwarp();
@@ -5038,39 +5065,39 @@ template <class T> struct decode_stream {
    the largest score, the sum of the weights, and the outputs so far: o[i]: dim 16 i + quad of both, then dim
    16 i + quad + 8. */
 template <class T, int TERMS> struct decode_state {
-    unsigned q[TERMS][DECODE_DIM / 16][2];
-    float    scale[2], top[2], sum[2], o[DECODE_DIM / 16][4];
+    unsigned q[TERMS][HEAD_DIM / 16][2];
+    float    scale[2], top[2], sum[2], o[HEAD_DIM / 16][4];
 
     __device__ __forceinline__ decode_state(const attention_args &a, const decode_share &w) {
         const int quad = lane_id() / 4, pair = lane_id() % 4 * 2;
-        const float *from = a.q + (size_t)w.row * a.ldq + (size_t)(w.head0 + quad) * DECODE_DIM + pair;
-        float2 v[DECODE_DIM / 8];
+        const float *from = a.q + (size_t)w.row * a.ldq + (size_t)(w.head0 + quad) * HEAD_DIM + pair;
+        float2 v[HEAD_DIM / 8];
         float most = 0;
-        UNROLL for (int i = 0; i < DECODE_DIM / 8; i++) {
+        UNROLL for (int i = 0; i < HEAD_DIM / 8; i++) {
             v[i] = quad < w.n_g ? *(const float2 *)(const void *)(from + 8 * i) : make_float2(0, 0);
             most = fmaxf(most, fmaxf(fabsf(v[i].x), fabsf(v[i].y)));
         }
         most = fmaxf(most, __shfl_xor_sync(ALL, most, 1));
         most = fmaxf(most, __shfl_xor_sync(ALL, most, 2));
         const float up = half_scale(most), to_powers = a.scale * LOG2E * (1.0f / up);
-        UNROLL for (int i = 0; i < DECODE_DIM / 8; i++) { v[i].x *= up; v[i].y *= up; }
+        UNROLL for (int i = 0; i < HEAD_DIM / 8; i++) { v[i].x *= up; v[i].y *= up; }
         UNROLL for (int t = 0; t < TERMS; t++)
-            UNROLL for (int i = 0; i < DECODE_DIM / 8; i++) q[t][i / 2][i % 2] = pack(v[i].x, v[i].y, T());
+            UNROLL for (int i = 0; i < HEAD_DIM / 8; i++) q[t][i / 2][i % 2] = pack(v[i].x, v[i].y, T());
         UNROLL for (int h = 0; h < 2; h++) {
             scale[h] = __shfl_sync(ALL, to_powers, (pair + h) * 4);
             top[h] = LOWEST;
             sum[h] = 0;
         }
-        UNROLL for (int i = 0; i < DECODE_DIM / 16; i++)
+        UNROLL for (int i = 0; i < HEAD_DIM / 16; i++)
             UNROLL for (int e = 0; e < 4; e++) o[i][e] = 0;
     }
     /* k q: positions quad and quad + 8 of both heads */
     __device__ __forceinline__ void scores(float (&s)[4], const T *k) const {
         const int lane = lane_id();
         UNROLL for (int e = 0; e < 4; e++) s[e] = 0;
-        UNROLL for (int d = 0; d < DECODE_DIM / 16; d++) {
+        UNROLL for (int d = 0; d < HEAD_DIM / 16; d++) {
             unsigned f[4];
-            load_matrices(f, k + tile_at<DECODE_DIM>(lane % 16, 2 * d + lane / 16));
+            load_matrices(f, k + tile_at(lane % 16, 2 * d + lane / 16));
             UNROLL for (int t = TERMS - 1; t >= 0; t--) multiply(s, f, q[t][d][0], q[t][d][1], T());
         }
     }
@@ -5097,11 +5124,11 @@ template <class T, int TERMS> struct decode_state {
         unsigned p[TERMS][2];
         UNROLL for (int t = 0; t < TERMS; t++)
             UNROLL for (int j = 0; j < 2; j++) p[t][j] = transpose_matrix(pack(s[2 * j], s[2 * j + 1], T()));
-        UNROLL for (int d = 0; d < DECODE_DIM / 16; d++) {
+        UNROLL for (int d = 0; d < HEAD_DIM / 16; d++) {
             float sums[4] = {0, 0, 0, 0};
             unsigned f[4];
             load_matrices_transposed(f,
-                                     v + tile_at<DECODE_DIM>(lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
+                                     v + tile_at(lane % 8 + lane / 16 * 8, 2 * d + lane / 8 % 2));
             UNROLL for (int t = TERMS - 1; t >= 0; t--) multiply(sums, f, p[t][0], p[t][1], T());
             UNROLL for (int e = 0; e < 4; e++) o[d][e] = o[d][e] * keep[e % 2] + sums[e];
         }
@@ -5112,7 +5139,7 @@ template <class T, int TERMS> struct decode_state {
         UNROLL for (int h = 0; h < 2; h++) {
             UNROLL for (int i = 4; i < 32; i *= 2) sum[h] += __shfl_xor_sync(ALL, sum[h], i);
             if (quad == 0) { tops[pair + h] = top[h]; sums[pair + h] = sum[h]; }
-            UNROLL for (int i = 0; i < DECODE_DIM / 16; i++) {
+            UNROLL for (int i = 0; i < HEAD_DIM / 16; i++) {
                 part[(pair + h) * DECODE_PITCH + 16 * i + quad] = o[i][h];
                 part[(pair + h) * DECODE_PITCH + 16 * i + quad + 8] = o[i][2 + h];
             }
@@ -5123,8 +5150,8 @@ template <class T, int TERMS> struct decode_state {
 /* This block's part of every head, from its warps', to the blocks that finish them. */
 DEVICE void send_parts(decode_shared &m, const decode_share &w) {
     const int warps = w.end > w.begin ? least(ceil_div(w.end - w.begin, DECODE_POS), DECODE_WARPS) : 0;
-    for (int i = tid(); i < w.n_g * DECODE_DIM; i += 32 * DECODE_WARPS) {
-        const int g = i / DECODE_DIM, d = i % DECODE_DIM;
+    for (int i = tid(); i < w.n_g * HEAD_DIM; i += 32 * DECODE_WARPS) {
+        const int g = i / HEAD_DIM, d = i % HEAD_DIM;
         float top = LOWEST, sum = 0, o = 0;
         for (int j = 0; j < warps; j++) top = fmaxf(top, m.top[j][g]);
         for (int j = 0; j < warps; j++) {
@@ -5156,11 +5183,11 @@ DEVICE void join(joined &j, float top, float sum, float o) {
 DEVICE void finish_cluster(const attention_args &a, const decode_shared &m, const decode_share &w,
                            float *part) {
     for (int i = tid(); i < w.slice; i += 32 * DECODE_WARPS) {
-        const int at = w.rank * w.slice + i, g = at / DECODE_DIM;
+        const int at = w.rank * w.slice + i, g = at / HEAD_DIM;
         joined j = {LOWEST, 0, 0};
         for (int r = 0; r < w.ranks; r++) join(j, m.in_top[r][g], m.in_sum[r][g], m.in[r * w.slice + i]);
         if (w.active > 1) { part[3 * i] = j.top; part[3 * i + 1] = j.sum; part[3 * i + 2] = j.o; }
-        else store_attention(a, w.row, w.head0 * DECODE_DIM + at, j.o / j.sum);
+        else store_attention(a, w.row, w.head0 * HEAD_DIM + at, j.o / j.sum);
     }
 }
 
@@ -5182,7 +5209,7 @@ DEVICE void finish_all(const attention_args &a, decode_shared &m, const decode_s
             const float *part = parts + 3 * (c * w.slice + i);
             join(j, __ldcg(part), __ldcg(part + 1), __ldcg(part + 2));
         }
-        store_attention(a, w.row, w.head0 * DECODE_DIM + w.rank * w.slice + i, j.o / j.sum);
+        store_attention(a, w.row, w.head0 * HEAD_DIM + w.rank * w.slice + i, j.o / j.sum);
     }
 }
 
@@ -5240,12 +5267,13 @@ struct decode_shape { int ranks, clusters, n_groups; };
 static decode_shape shape_decode(const pass *p, const attention_args &a) {
     const cuda_model *m = p->c->m;
     const bool halves = p->c->desc.kv_type != QWEN3_KV_F32, clusters = m->capability >= 90;
+    const int rows = rows_to_split(p->c, p->n);
     decode_shape s = {0, 1, a.n_head_kv * ceil_div(a.n_head / a.n_head_kv, DECODE_HEADS)};
-    if (!halves || a.head_dim != DECODE_DIM || m->capability < 80 || sizeof(decode_shared) > m->block_shared)
+    if (!halves || a.head_dim != HEAD_DIM || m->capability < 80 || sizeof(decode_shared) > m->block_shared)
         return s;
     s.ranks = 1;
-    while (clusters && s.ranks < DECODE_RANKS && 2 * s.ranks * s.n_groups * p->n <= 2 * m->n_sm) s.ranks *= 2;
-    s.clusters = least(most(m->n_sm / (s.ranks * s.n_groups * p->n), 1), DECODE_CLUSTERS);
+    while (clusters && s.ranks < DECODE_RANKS && 2 * s.ranks * s.n_groups * rows <= 2 * m->n_sm) s.ranks *= 2;
+    s.clusters = least(most(m->n_sm / (s.ranks * s.n_groups * rows), 1), DECODE_CLUSTERS);
     return s;
 }
 template <class T, int TERMS>
@@ -5258,32 +5286,32 @@ static cudaError_t launch_decode(const pass *p, attention_args a, const decode_s
 
 /* ---- many rows of a sequence, by tensor cores ---- */
 /* 32 positions of k and v to shared memory; zeros past n. */
-template <class T, int D>
+template <class T>
 DEVICE void load_kv_tile(T *ks, T *vs, const T *k, const T *v, int stride, int p0, int n) {
-    for (int i = tid(); i < TILE_POS * D / 8; i += 128) {
-        const int p = i / (D / 8), chunk = i % (D / 8);
+    for (int i = tid(); i < TILE_POS * HEAD_DIM / 8; i += 128) {
+        const int p = i / (HEAD_DIM / 8), chunk = i % (HEAD_DIM / 8);
         const bool valid = p0 + p < n;
         const size_t from = (size_t)(valid ? p0 + p : 0) * stride + (size_t)(chunk * 8);
-        copy_async(ks + tile_at<D>(p, chunk), k + from, valid);
-        copy_async(vs + tile_at<D>(p, chunk), v + from, valid);
+        copy_async(ks + tile_at(p, chunk), k + from, valid);
+        copy_async(vs + tile_at(p, chunk), v + from, valid);
     }
     copy_commit();
 }
 
 /* One row of q as TERMS 16-bit rows that add up to q * 2^k; returns 2^-k. By one warp. */
-template <class T, int D, int TERMS> DEVICE float split_q_row(T *qs, int row, const float *q) {
+template <class T, int TERMS> DEVICE float split_q_row(T *qs, int row, const float *q) {
     const int lane = lane_id();
-    float v[D / 32], top = 0;
-    UNROLL for (int i = 0; i < D / 32; i++) {
-        v[i] = q ? q[lane * (D / 32) + i] : 0.0f;
+    float v[HEAD_DIM / 32], top = 0;
+    UNROLL for (int i = 0; i < HEAD_DIM / 32; i++) {
+        v[i] = q ? q[lane * (HEAD_DIM / 32) + i] : 0.0f;
         top = fmaxf(top, fabsf(v[i]));
     }
     const float up = half_scale(warp_max(top));
-    UNROLL for (int i = 0; i < D / 32; i++) v[i] *= up;
+    UNROLL for (int i = 0; i < HEAD_DIM / 32; i++) v[i] *= up;
     UNROLL for (int t = 0; t < TERMS; t++)
-        UNROLL for (int i = 0; i < D / 32; i += 2) {
-            const int d = lane * (D / 32) + i;
-            *(unsigned *)(void *)(qs + (size_t)t * TILE_ROWS * D + tile_at<D>(row, d / 8) + d % 8) =
+        UNROLL for (int i = 0; i < HEAD_DIM / 32; i += 2) {
+            const int d = lane * (HEAD_DIM / 32) + i;
+            *(unsigned *)(void *)(qs + (size_t)t * TILE_ROWS * HEAD_DIM + tile_at(row, d / 8) + d % 8) =
                 pack(v[i], v[i + 1], T());
         }
     return 1.0f / up;
@@ -5294,16 +5322,16 @@ template <class T, int D, int TERMS> DEVICE float split_q_row(T *qs, int row, co
 struct tile_rows { float scale[2]; int last[2]; float top[2], sum[2]; };
 
 /* The tile's rows of q to shared memory, by the warps that need them. */
-template <class T, int D, int TERMS>
+template <class T, int TERMS>
 DEVICE void tile_begin(tile_rows &rows, T *qs, const attention_args &a, const attention_tile &tile,
                        int kv_head) {
     const int group = a.n_head / a.n_head_kv, warp = warp_id(), quad = lane_id() / 4;
     for (int i = 0; i < 16; i++) {
         const int row = warp * 16 + i, token = row / group;
         const float *q = token < tile.n_tokens ? a.q + (size_t)(tile.row0 + token) * a.ldq +
-                                                     (size_t)(kv_head * group + row % group) * D :
+                                                     (size_t)(kv_head * group + row % group) * HEAD_DIM :
                                                  NULL;
-        const float s = split_q_row<T, D, TERMS>(qs, row, q) * a.scale * LOG2E;
+        const float s = split_q_row<T, TERMS>(qs, row, q) * a.scale * LOG2E;
         if (i == quad) rows.scale[0] = s;
         if (i == quad + 8) rows.scale[1] = s;
     }
@@ -5316,17 +5344,18 @@ DEVICE void tile_begin(tile_rows &rows, T *qs, const attention_args &a, const at
 }
 
 /* q k: of rows quad, quad + 8; positions 8 i + pair, + 1 */
-template <class T, int D, int TERMS>
+template <class T, int TERMS>
 DEVICE void tile_scores(float (&s)[TILE_POS / 8][4], const T *qs, const T *kt) {
     const int lane = lane_id();
     UNROLL for (int i = 0; i < TILE_POS / 8; i++)
         UNROLL for (int j = 0; j < 4; j++) s[i][j] = 0;
-    UNROLL for (int d = 0; d < D / 8; d += 2) {
+    UNROLL for (int d = 0; d < HEAD_DIM / 8; d += 2) {
         unsigned b[TILE_POS / 16][4], f[4];
         UNROLL for (int i = 0; i < TILE_POS / 16; i++)
-            load_matrices(b[i], kt + tile_at<D>(i * 16 + lane % 8 + lane / 16 * 8, d + lane / 8 % 2));
+            load_matrices(b[i], kt + tile_at(i * 16 + lane % 8 + lane / 16 * 8, d + lane / 8 % 2));
         UNROLL for (int t = TERMS - 1; t >= 0; t--) {
-            load_matrices(f, qs + t * TILE_ROWS * D + tile_at<D>(warp_id() * 16 + lane % 16, d + lane / 16));
+            load_matrices(f, qs + t * TILE_ROWS * HEAD_DIM +
+                                 tile_at(warp_id() * 16 + lane % 16, d + lane / 16));
             UNROLL for (int i = 0; i < TILE_POS / 16; i++) {
                 multiply(s[2 * i], f, b[i][0], b[i][1], T());
                 multiply(s[2 * i + 1], f, b[i][2], b[i][3], T());
@@ -5361,8 +5390,8 @@ DEVICE void tile_weigh(float (&s)[TILE_POS / 8][4], float (&keep)[2], tile_rows 
 }
 
 /* o = o keep + weights v */
-template <class T, int D, int TERMS>
-DEVICE void tile_values(float (&o)[D / 8][4], float (&s)[TILE_POS / 8][4], const float (&keep)[2],
+template <class T, int TERMS>
+DEVICE void tile_values(float (&o)[HEAD_DIM / 8][4], float (&s)[TILE_POS / 8][4], const float (&keep)[2],
                         const T *vt) {
     const int lane = lane_id();
     unsigned p[TERMS][TILE_POS / 16][4];                /* the weights, as left operands */
@@ -5370,11 +5399,11 @@ DEVICE void tile_values(float (&o)[D / 8][4], float (&s)[TILE_POS / 8][4], const
         UNROLL for (int i = 0; i < TILE_POS / 16; i++)
             UNROLL for (int j = 0; j < 4; j++)
                 p[t][i][j] = pack(s[2 * i + j / 2][j % 2 * 2], s[2 * i + j / 2][j % 2 * 2 + 1], T());
-    UNROLL for (int d = 0; d < D / 8; d += 2) {
+    UNROLL for (int d = 0; d < HEAD_DIM / 8; d += 2) {
         float sums[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};
         unsigned b[4];
         UNROLL for (int i = 0; i < TILE_POS / 16; i++) {
-            load_matrices_transposed(b, vt + tile_at<D>(i * 16 + lane % 16, d + lane / 16));
+            load_matrices_transposed(b, vt + tile_at(i * 16 + lane % 16, d + lane / 16));
             UNROLL for (int t = TERMS - 1; t >= 0; t--) {
                 multiply(sums[0], p[t][i], b[0], b[1], T());
                 multiply(sums[1], p[t][i], b[2], b[3], T());
@@ -5387,8 +5416,7 @@ DEVICE void tile_values(float (&o)[D / 8][4], float (&s)[TILE_POS / 8][4], const
     }
 }
 
-template <int D>
-DEVICE void tile_store(const attention_args &a, const attention_tile &tile, const float (&o)[D / 8][4],
+DEVICE void tile_store(const attention_args &a, const attention_tile &tile, const float (&o)[HEAD_DIM / 8][4],
                        tile_rows &rows, int kv_head) {
     const int group = a.n_head / a.n_head_kv;
     UNROLL for (int r = 0; r < 2; r++) {
@@ -5398,8 +5426,8 @@ DEVICE void tile_store(const attention_args &a, const attention_tile &tile, cons
         if (token >= tile.n_tokens) continue;
         const float scale = 1.0f / rows.sum[r];
         float *to = a.out + (size_t)(tile.row0 + token) * a.ldo +
-                    (size_t)(kv_head * group + row % group) * D + lane_id() % 4 * 2;
-        UNROLL for (int i = 0; i < D / 8; i++)
+                    (size_t)(kv_head * group + row % group) * HEAD_DIM + lane_id() % 4 * 2;
+        UNROLL for (int i = 0; i < HEAD_DIM / 8; i++)
             *(float2 *)(void *)(to + i * 8) = make_float2(o[i][2 * r] * scale, o[i][2 * r + 1] * scale);
     }
 }
@@ -5408,54 +5436,52 @@ DEVICE void tile_store(const attention_args &a, const attention_tile &tile, cons
    of one group of heads, token-major; grid (tiles, n_head_kv), 4 warps of 16 rows; positions in steps of 32,
    two stages in shared memory. q and the weights p go in as TERMS 16-bit terms each (2 of F16, 3 of BF16), so
    what is lost is float32's rounding, not theirs; each step's sums start from zero and are added in float32.
-   Equals qwen3i_attention. Needs head_dim D, group <= 64 and a 16-bit cache; BF16 needs sm_80. */
-template <class T, int D, int TERMS>
+   Equals qwen3i_attention. Needs head_dim 128, group <= 64 and a 16-bit cache; BF16 needs sm_80. */
+template <class T, int TERMS>
 static __global__ void __launch_bounds__(128, 1)
     attention_tile_kernel(attention_args a, const attention_tile *tiles) {
     QWEN3_DYNAMIC_SHARED(memory);
-    T *qs = (T *)(void *)memory, *ks = qs + TERMS * TILE_ROWS * D, *vs = ks + 2 * TILE_POS * D;
+    T *qs = (T *)(void *)memory, *ks = qs + TERMS * TILE_ROWS * HEAD_DIM, *vs = ks + 2 * TILE_POS * HEAD_DIM;
     const attention_tile tile = tiles[gridDim.x - 1 - blockIdx.x];      /* the longest first */
     const int kv_head = block_y(), n = tile.pos0 + tile.n_tokens, stride = a.kv.kv_dim;
-    const T *k = (const T *)a.kv.k + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * D;
-    const T *v = (const T *)a.kv.v + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * D;
+    const T *k = (const T *)a.kv.k + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * HEAD_DIM;
+    const T *v = (const T *)a.kv.v + kv_at(a.kv, tile.seq, 0) + (size_t)kv_head * HEAD_DIM;
     tile_rows rows;
-    float o[D / 8][4];
-    UNROLL for (int i = 0; i < D / 8; i++)
+    float o[HEAD_DIM / 8][4];
+    UNROLL for (int i = 0; i < HEAD_DIM / 8; i++)
         UNROLL for (int j = 0; j < 4; j++) o[i][j] = 0;
-    load_kv_tile<T, D>(ks, vs, k, v, stride, 0, n);
-    tile_begin<T, D, TERMS>(rows, qs, a, tile, kv_head);
+    load_kv_tile<T>(ks, vs, k, v, stride, 0, n);
+    tile_begin<T, TERMS>(rows, qs, a, tile, kv_head);
     for (int p0 = 0, stage = 0; p0 < n; p0 += TILE_POS, stage ^= 1) {
-        const int next = (stage ^ 1) * TILE_POS * D;
+        const int next = (stage ^ 1) * TILE_POS * HEAD_DIM;
         float s[TILE_POS / 8][4], keep[2];
         if (p0 + TILE_POS < n) {
-            load_kv_tile<T, D>(ks + next, vs + next, k, v, stride, p0 + TILE_POS, n);
+            load_kv_tile<T>(ks + next, vs + next, k, v, stride, p0 + TILE_POS, n);
             copy_wait<1>();
         } else copy_wait<0>();
         __syncthreads();
-        tile_scores<T, D, TERMS>(s, qs, ks + stage * TILE_POS * D);
+        tile_scores<T, TERMS>(s, qs, ks + stage * TILE_POS * HEAD_DIM);
         tile_weigh(s, keep, rows, p0);
-        tile_values<T, D, TERMS>(o, s, keep, vs + stage * TILE_POS * D);
+        tile_values<T, TERMS>(o, s, keep, vs + stage * TILE_POS * HEAD_DIM);
         __syncthreads();                /* before the next step overwrites this stage */
     }
-    tile_store<D>(a, tile, o, rows, kv_head);
+    tile_store(a, tile, o, rows, kv_head);
 }
 
-template <class T, int D, int TERMS> static size_t attention_tile_shared() {
-    return sizeof(T) * ((size_t)TERMS * TILE_ROWS * D + 4 * TILE_POS * D);
+template <class T, int TERMS> static size_t attention_tile_shared() {
+    return sizeof(T) * ((size_t)TERMS * TILE_ROWS * HEAD_DIM + 4 * TILE_POS * HEAD_DIM);
 }
 
 struct tile_kernel { void (*kernel)(attention_args, const attention_tile *); size_t shared; };
 
-template <class T, int TERMS> static tile_kernel tile_kernel_of(int head_dim) {
-    const tile_kernel wide = {attention_tile_kernel<T, 128, TERMS>, attention_tile_shared<T, 128, TERMS>()};
-    const tile_kernel narrow = {attention_tile_kernel<T, 64, TERMS>, attention_tile_shared<T, 64, TERMS>()};
-    return head_dim == 128 ? wide : narrow;
+template <class T, int TERMS> static tile_kernel tile_kernel_of() {
+    const tile_kernel k = {attention_tile_kernel<T, TERMS>, attention_tile_shared<T, TERMS>()};
+    return k;
 }
 
 /* The tensor core kernel for this context, and its shared memory. */
 static tile_kernel choose_tile_kernel(const cuda_ctx *c) {
-    return c->desc.kv_type == QWEN3_KV_BF16 ? tile_kernel_of<bf16_t, 3>(c->m->config.head_dim)
-                                            : tile_kernel_of<half_t, 2>(c->m->config.head_dim);
+    return c->desc.kv_type == QWEN3_KV_BF16 ? tile_kernel_of<bf16_t, 3>() : tile_kernel_of<half_t, 2>();
 }
 
 static qwen3_result allow_tile_shared(const cuda_ctx *c, const qwen3i_err *err) {
@@ -5499,15 +5525,15 @@ DEVICE void load_positions(unsigned char *to, const CUtensorMap *map, int head, 
                            mbarrier *full, mbarrier *empty, unsigned turn) {
     barrier_wait(empty, (turn / ATTENTION_STAGES & 1) ^ 1);
     barrier_expect(full, 2 * (unsigned)WIDE_HALF);
-    load_tile(to, map, head * WIDE_DIM, pos, z, full);
-    load_tile(to + WIDE_HALF, map, head * WIDE_DIM + WIDE_K, pos, z, full);
+    load_tile(to, map, head * HEAD_DIM, pos, z, full);
+    load_tile(to + WIDE_HALF, map, head * HEAD_DIM + WIDE_K, pos, z, full);
 }
 
 /* The tile's rows of q, (token, head) after (token, head). Those of tokens that it has not are never
    stored. */
 DEVICE void load_wide_q(unsigned char *to, const CUtensorMap *map, const attention_tile &tile, int kv_head,
                         int group, mbarrier *full) {
-    barrier_expect(full, (unsigned)(WIDE_M / group * group * WIDE_DIM) * 2);
+    barrier_expect(full, (unsigned)(WIDE_M / group * group * HEAD_DIM) * 2);
     load_tile(to, map, 0, kv_head * group, tile.row0, full);
     load_tile(to + WIDE_HALF, map, WIDE_K, kv_head * group, tile.row0, full);
 }
@@ -5515,7 +5541,7 @@ DEVICE void load_wide_q(unsigned char *to, const CUtensorMap *map, const attenti
 /* s = q k^T for 128 positions */
 DEVICE void wide_scores(float (&s)[64], const unsigned char *q, const unsigned char *k) {
     products_begin();
-    UNROLL for (int j = 0; j < WIDE_DIM / 16; j++) {
+    UNROLL for (int j = 0; j < HEAD_DIM / 16; j++) {
         const size_t at = WIDE_HALF * (size_t)(j / 4);
         wide_multiply(s, operand(q + at) + 2 * (unsigned)(j % 4), operand(k + at) + 2 * (unsigned)(j % 4),
                       j > 0);
@@ -5626,7 +5652,7 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
             w[j] = pack_halves(o[4 * j + 2 * r] * over, o[4 * j + 2 * r + 1] * over);
         store_words<16>(token < tile.n_tokens ? a.out + ((size_t)(tile.row0 + token) * a.n_head +
                                                          (size_t)(kv_head * a.group + row % a.group)) *
-                                                            WIDE_DIM :
+                                                            HEAD_DIM :
                                                 NULL,
                         w);
     }
@@ -5769,7 +5795,7 @@ static qwen3_result gather_logits(const pass *p, int n) {
    ================================================================================================ */
 static qwen3_result vector_o_proj(const pass *p, int layer) {
     cuda_ctx *c = p->c;
-    return matvec<true>(p, c->x, c->embd_ld, NULL, c->m->layers[layer].wo, c->attn, c->q_dim, p->n);
+    return matvec(p, c->x, c->embd_ld, NULL, c->m->layers[layer].wo, c->attn, c->q_dim, p->n, true);
 }
 
 static qwen3_result gemm_o_proj(const pass *p, int layer) {
@@ -5832,8 +5858,9 @@ static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int 
                         mlp_kernel<W, R, PAIRS>, in, y, ldy);
 }
 template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in &in, float *y, int ldy) {
-    return in.rows > 4 ? launch_mlp<W, 8>(p, in, y, ldy) : in.rows > 1 ? launch_mlp<W, 4>(p, in, y, ldy) :
-                                                                         launch_mlp<W, 1>(p, in, y, ldy);
+    return in.rows > 4 ? launch_mlp<W, 8>(p, in, y, ldy) :
+           in.rows > 1 ? launch_mlp<W, some_rows<W>()>(p, in, y, ldy) :
+                         launch_mlp<W, 1>(p, in, y, ldy);
 }
 
 /* stream_mlp: as mlp_kernel for one row of x. */
@@ -5841,7 +5868,7 @@ template <int P, int RING>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2) stream_mlp_kernel(matvec_in in, float *y) {
     QWEN3_DYNAMIC_SHARED(memory);
     const int lane = lane_id();
-    stream_rows<2 * P, true, RING>(
+    stream_rows<2 * P, true, RING, true>(
         in, warp_share(in.n / 2), memory, [] {}, [](int, int) { return 0.0f; },
         [&](int row, int left, const float (&acc)[2 * P], float) {
             if (lane < P && lane < left) y[row + lane] = silu(pick(acc, 2 * lane)) * pick(acc, 2 * lane + 1);
@@ -5859,40 +5886,50 @@ static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].gate_up;
     if (w.n_parts > 0) return block_mlp(p, w, h);
-    const matvec_in in = vector_input(p, w, h, p->n);
-    const int ring = stream_ring(p, in, w);
-#define CALL(RING) stream_mlp<RING>(p, in, c->ff)
+    const matvec_in all = vector_input(p, w, h, p->n);
+    const int ring = stream_ring(p, all, w);
+#define CALL(RING) stream_mlp<RING>(p, all, c->ff)
     if (ring) return launched(p, BY_RING(ring, CALL), "mlp");
 #undef CALL
-#define CALL(T) mlp_rows_of<T>(p, in, c->ff, c->ff_ld)
-    return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
+    return in_turns(all, [&](const matvec_in &in, int first) {
+        float *to = c->ff + (size_t)first * c->ff_ld;
+#define CALL(T) mlp_rows_of<T>(p, in, to, c->ff_ld)
+        return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
 #undef CALL
+    });
 }
 
 static qwen3_result vector_down(const pass *p, int layer) {
     cuda_ctx *c = p->c;
-    return matvec<true>(p, c->x, c->embd_ld, NULL, c->m->layers[layer].w_down, c->ff, c->ff_ld, p->n);
+    return matvec(p, c->x, c->embd_ld, NULL, c->m->layers[layer].w_down, c->ff, c->ff_ld, p->n, true);
 }
 
 /* ---- after a product by cuBLASLt ---- */
+/* The first n of four, then zeros; at once where all fours lie on their boundaries. */
+DEVICE void load_4(float (&v)[4], const float *p, int n, bool aligned) {
+    if (aligned) load_n<4>(v, p);
+    else UNROLL for (int k = 0; k < 4; k++) v[k] = k < n ? p[k] : 0.0f;
+}
+
 /* swiglu: m = silu(gate) * up for gate_up [rows, 2 n_ff], times scale[row] before, as the input of the down
    projection [rows, ld], zero from n_ff on. The product is float32; only the scaled result is rounded. One
-   block a row; a thread keeps up to 4 VECTORS values, N at a time. Equals qwen3i_swiglu, and one rounding. */
-template <class O, int N>
+   block a row; a thread keeps up to VECTORS vectors of four. Equals qwen3i_swiglu, and one rounding. */
+template <class O>
 static __global__ void __launch_bounds__(1024)
     swiglu_kernel(O *out, float *out_scale, const float *gate_up, const float *scale, int n_ff, int ld_in,
                   int ld, size_t rest) {
     __shared__ float shared[32];
-    const float *gate = gate_up + (size_t)blockIdx.x * ld_in, *up_in = gate + n_ff;
+    const float *gate = gate_up + (size_t)blockIdx.x * ld_in;
     const float s = scale ? scale[blockIdx.x] : 1.0f;
-    const int step = n_threads() * N;
-    float m[VECTORS * 4 / N][N], u[N], top = 0, up = 1;
-    UNROLL for (int j = 0; j < VECTORS * 4 / N; j++) {
-        const int i = tid() * N + j * step;
+    const int step = n_threads() * 4;
+    float m[VECTORS][4], top = 0, up = 1;
+    UNROLL for (int j = 0; j < VECTORS; j++) {
+        const int i = tid() * 4 + j * step;
         if (i >= n_ff) break;
-        load_n<N>(m[j], gate + i);
-        load_n<N>(u, up_in + i);
-        UNROLL for (int k = 0; k < N; k++) {
+        float u[4];
+        load_4(m[j], gate + i, n_ff - i, n_ff % 4 == 0);
+        load_4(u, gate + n_ff + i, n_ff - i, n_ff % 4 == 0);
+        UNROLL for (int k = 0; k < 4; k++) {
             m[j][k] = silu(m[j][k] * s) * (u[k] * s);
             top = fmaxf(top, fabsf(m[j][k]));
         }
@@ -5902,12 +5939,11 @@ static __global__ void __launch_bounds__(1024)
         if (tid() == 0) out_scale[blockIdx.x] = 1.0f / up;
     }
     O *to = out + (size_t)blockIdx.x * ld;
-    UNROLL for (int j = 0; j < VECTORS * 4 / N; j++) {
-        const int i = tid() * N + j * step;
-        if (i >= n_ff) break;
-        UNROLL for (int k = 0; k < N; k++) store_input(to + i + k, m[j][k], up, rest);
+    UNROLL for (int j = 0; j < VECTORS; j++) {
+        const int i = tid() * 4 + j * step;
+        if (i >= ld) break;
+        UNROLL for (int k = 0; k < 4; k++) store_input(to + i + k, i < n_ff ? m[j][k] : 0.0f, up, rest);
     }
-    for (int i = n_ff + tid(); i < ld; i += n_threads()) store_input(to + i, 0.0f, up, rest);
 }
 
 template <class O>
@@ -5915,12 +5951,8 @@ static cudaError_t launch_swiglu(const pass *p, O *out, const matrix &gate_up, s
     cuda_ctx *c = p->c;
     const int n_ff = c->m->config.n_ff, want = round_up(ceil_div(n_ff, 16), 32),
               threads = want > 1024 ? 1024 : want;
-    const float *in = c->gate_up, *scale = act_scale(p, gate_up);
-    if (n_ff % 4 == 0)
-        return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O, 4>, out, c->act_scale, in, scale, n_ff,
-                      2 * c->ff_ld, c->ff_ld, rest);
-    return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O, 1>, out, c->act_scale, in, scale, n_ff,
-                  2 * c->ff_ld, c->ff_ld, rest);
+    return launch(p->s, grid1(p->n), threads, 0, swiglu_kernel<O>, out, c->act_scale,
+                  (const float *)c->gate_up, act_scale(p, gate_up), n_ff, 2 * c->ff_ld, c->ff_ld, rest);
 }
 
 static qwen3_result gemm_mlp(const pass *p, int layer, const input &) {
@@ -6067,20 +6099,11 @@ DEVICE void block_store_x(const block_in &in, unsigned char *planes, int q, floa
     if (in.floats && u < n) ((float4 *)(void *)planes)[x_at<FLOAT_PLANES>(u, w)] = v;
 }
 
-/* The RMSNorm of x, C vectors a thread, as stage_normed. */
+/* RMSNorm(in.x) to its planes. */
 template <int C> DEVICE void block_stage_normed(const block_in &in, unsigned char *planes, float *shared) {
-    float4 g[C], v[C];
-    float sum = 0;
-    load_vectors<C>(g, in.gain, tid(), n_threads(), in.k);
-    wait_for_previous();
-    load_vectors<C>(v, in.x, tid(), n_threads(), in.k);
-    UNROLL for (int u = 0; u < C; u++)
-        sum += v[u].x * v[u].x + v[u].y * v[u].y + v[u].z * v[u].z + v[u].w * v[u].w;
-    const float r = rms_scale(block_sum(sum, shared), (float)in.k, in.eps);
-    UNROLL for (int u = 0; u < C; u++)
-        block_store_x(in, planes, tid() + u * n_threads(),
-                      make_float4(v[u].x * r * g[u].x, v[u].y * r * g[u].y, v[u].z * r * g[u].z,
-                                  v[u].w * r * g[u].w));
+    float4 v[C];
+    load_normed<C>(v, in, shared);
+    UNROLL for (int u = 0; u < C; u++) block_store_x(in, planes, tid() + u * n_threads(), v[u]);
 }
 
 /* R rows of x to shared memory, zero past k, the last one instead of those that are not there; with a gain
@@ -6338,16 +6361,9 @@ struct block_end {
 
 /* Of row r of x */
 DEVICE void block_finish(const block_end &e, int r, int row, int n, float sum) {
-    const qkv_args &a = e.qkv;
-    const int i = row + lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
+    const int i = row + lane_id();
     if (lane_id() >= n) return;
-    if (e.kind == BLOCK_HEADS) {
-        if (i < rotated) a.qkv[(size_t)r * a.ld + i] = sum;
-        else
-            in_cache(a, a.kv.v, kv_at(a.kv, a.rows[r].seq, a.rows[r].position) + (size_t)(i - rotated),
-                     [&](auto *to) { store(to, sum); });
-        return;
-    }
+    if (e.kind == BLOCK_HEADS) { store_projection(e.qkv, r, i, sum); return; }
     const int slot = e.outs ? e.outs[r].out_slot : r;
     float *out = e.y + (size_t)slot * e.ldy + i;
     if (slot >= 0) *out = e.kind == BLOCK_ADD ? *out + sum : sum;
@@ -6410,7 +6426,7 @@ template <int R> static int block_warps(const pass *p, const block_in &in) {
 /* Can the kernel do the norm of its input? */
 static bool block_norms_itself(const pass *p, const matrix &w) {
     const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
-    return p->n == 1 && w.cols % 4 == 0 &&
+    return goes_alone(p->c, p->n) && w.cols % 4 == 0 &&
            w.cols <= STREAM_NORM * 4 * 32 * block_warps<1>(p, block_input(p, w, h, 0, 1));
 }
 
@@ -6874,7 +6890,7 @@ static expert_args expert_arguments(const pass *p, const matrix &w, int rows, co
     expert_args a;
     a.w = w.data; a.scale = w.scale; a.rows = rows; a.k = w.cols; a.ldw = w.ld;
     a.x = x; a.ldx = ldx; a.per = per; a.y = y; a.ldy = ldy;
-    a.lists = p->n > 1 ? c->experts.lists : NULL;
+    a.lists = goes_alone(c, p->n) ? NULL : c->experts.lists;
     a.counts = c->experts.counts; a.picked = c->experts.picked; a.list_rows = c->max_rows;
     return a;
 }
@@ -6882,12 +6898,14 @@ static expert_args expert_arguments(const pass *p, const matrix &w, int rows, co
 template <class W, int R, bool GLU> static cudaError_t launch_experts_of(const pass *p, const expert_args &a) {
     const qwen3i_config *g = &p->c->m->config;
     return launch_early(p->early, p->s,
-                        grid2(ceil_div(ceil_div(a.rows, 2), 8), p->n > 1 ? g->n_expert : g->n_expert_used),
+                        grid2(ceil_div(ceil_div(a.rows, 2), 8),
+                              goes_alone(p->c, p->n) ? g->n_expert_used : g->n_expert),
                         256, 0, experts_kernel<W, R, GLU>, a);
 }
 template <class W, bool GLU> static cudaError_t launch_experts(const pass *p, const expert_args &a) {
-    return p->n == 1 ? launch_experts_of<W, 1, GLU>(p, a) : p->n <= 16 ? launch_experts_of<W, 2, GLU>(p, a) :
-                                                                        launch_experts_of<W, 8, GLU>(p, a);
+    return goes_alone(p->c, p->n) ? launch_experts_of<W, 1, GLU>(p, a) :
+           p->n <= 16             ? launch_experts_of<W, 2, GLU>(p, a) :
+                                    launch_experts_of<W, 8, GLU>(p, a);
 }
 
 /* h = RMSNorm(x), and which experts it picks, of one row */
@@ -6906,7 +6924,7 @@ static qwen3_result route(const pass *p, const layer_weights &l) {
     const cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
-    if (p->n == 1) return route_one(p, l);
+    if (goes_alone(c, p->n)) return route_one(p, l);
     TRY(launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, l.mlp_norm, p->n, 1,
                                    g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
     TRY(launched(p, launch_early(p->early, p->s, grid2(ceil_div(g->n_expert, 8), ceil_div(p->n, ROUTE_ROWS)), 256, 0,
@@ -6940,12 +6958,8 @@ static qwen3_result group_mlp(const pass *p, const layer_weights &l) {
     RUN(grid1(p->n), row_threads(l.gate_up.ld, 4, p->n), 0, round_rows_kernel<half_t>, e.act, e.act_scale,
         (const float *)c->h, c->embd_ld, g->n_embd, l.gate_up.ld, (size_t)0);
     TRY(group_product(p, l.gate_up, 2 * ff, g->n_expert_used, e.act, e.act_scale, e.y, ldy));
-    if (ff % 4 == 0)
-        RUN(grid1(entries), threads, 0, swiglu_kernel<half_t, 4>, e.m16, e.m_scale, (const float *)e.y,
-            (const float *)NULL, ff, ldy, ldm, (size_t)0);
-    else
-        RUN(grid1(entries), threads, 0, swiglu_kernel<half_t, 1>, e.m16, e.m_scale, (const float *)e.y,
-            (const float *)NULL, ff, ldy, ldm, (size_t)0);
+    RUN(grid1(entries), threads, 0, swiglu_kernel<half_t>, e.m16, e.m_scale, (const float *)e.y,
+        (const float *)NULL, ff, ldy, ldm, (size_t)0);
     return group_product(p, l.w_down, g->n_embd, 1, e.m16, e.m_scale, e.y, ldy);
 }
 
@@ -6955,7 +6969,7 @@ static qwen3_result experts_down(const pass *p, const layer_weights &l) {
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
     const expert_args a = expert_arguments(p, l.w_down, g->n_embd, e.m, l.w_down.ld, 1, e.y, e.ldy);
-#define CALL(T) p->n > 1 ? launch_experts<T, false>(p, a) : \
+#define CALL(T) !goes_alone(c, p->n) ? launch_experts<T, false>(p, a) : \
         launch_early(p->early, p->s, grid1(ceil_div(a.rows, 8)), 256, 0, expert_sum_kernel<T>, a, \
                      (const float *)e.share, g->n_expert_used, c->x)
     return launched(p, BY_WEIGHT_TYPE(l.w_down, CALL), "experts");
@@ -6978,7 +6992,7 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
         TRY(launched(p, BY_WEIGHT_TYPE(l.gate_up, CALL), "experts"));
 #undef CALL
         TRY(experts_down(p, l));
-        if (p->n == 1) return QWEN3_OK;
+        if (goes_alone(c, p->n)) return QWEN3_OK;
     }
     return launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(g->n_embd, 1, p->n), 0,
                                     mix_experts_kernel, c->x, (const float *)e.y, (const float *)e.share,
@@ -7036,8 +7050,9 @@ static qwen3_result keep_logits(const pass *p, int first, int n, const float *sc
 static qwen3_result vector_head(const pass *p, int first, int n, bool keep_only) {
     cuda_ctx *c = p->c;
     const int vocab = c->m->head.rows;
-    if (keep_only) return matvec<false>(p, c->kept, vocab, c->rows + first, c->m->head, c->h, c->embd_ld, n);
-    TRY(matvec<false>(p, c->logits, vocab, NULL, c->m->head, c->h, c->embd_ld, n));
+    if (keep_only)
+        return matvec(p, c->kept, vocab, c->rows + first, c->m->head, c->h, c->embd_ld, n, false);
+    TRY(matvec(p, c->logits, vocab, NULL, c->m->head, c->h, c->embd_ld, n, false));
     return keep_logits(p, first, n, NULL);
 }
 
@@ -7621,14 +7636,40 @@ static void hopper_memory(cuda_ctx *c, arena *a);
 static qwen3_result prepare_nothing(cuda_ctx *, const qwen3i_err *) { return QWEN3_OK; }
 static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err);
 
-const path_set PORTABLE = {{{MATVEC_ROWS, &VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, gemm_memory, prepare_nothing};
+/* Up to SAME_ROWS rows alike: no product norms its input, as some do for so many rows and others not. */
+const path SAME_VECTORS_WAY = {
+    vector_norm, NULL, vector_qkv, rows_attention, vector_o_proj, vector_mlp, vector_down, vector_head, false,
+    false
+};
+const path SAME_FEW_WAY = {
+    hopper_norm, NULL, few_qkv, rows_attention, few_o_proj, few_mlp, few_down, few_head, false, true
+};
+
+const path_set PORTABLE = {
+    {{MATVEC_ROWS, &VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, false, gemm_memory, prepare_nothing
+};
 const path_set HOPPER = {
-    {{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper
+    {{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    true, hopper_memory, prepare_hopper
 };
 
 /* With weights in blocks fewer than some rows are faster by their whole numbers than through F16. */
 const path_set HOPPER_BLOCKS = {
-    {{MATVEC_ROWS, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}}, hopper_memory, prepare_hopper
+    {{MATVEC_ROWS, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    true, hopper_memory, prepare_hopper
+};
+
+/* The same of invariant contexts. */
+const path_set SAME_PORTABLE = {
+    {{SAME_ROWS, &SAME_VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, false, gemm_memory, prepare_nothing
+};
+const path_set SAME_HOPPER = {
+    {{SAME_ROWS, &SAME_FEW_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    true, hopper_memory, prepare_hopper
+};
+const path_set SAME_HOPPER_BLOCKS = {
+    {{SAME_ROWS, &SAME_VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    true, hopper_memory, prepare_hopper
 };
 
 static qwen3_result norm(const pass *p, const float *gain, const matrix &w, input *h) {
@@ -7753,7 +7794,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
     const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
     const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
-    const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv);
+    const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv) * more_splits(c);
     const u64 kv_layer =
         qwen3i_size_mul(seqs * ctx, (u64)c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type));
     c->kv_layer_bytes = (size_t)kv_layer;
@@ -7766,7 +7807,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->h = a->take<float>((g->n_expert ? rows : narrow) * embd);
     c->qkv = take_result(c, a, 1, (c->wide_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
-    c->ff = a->take<float>((size_t)least(c->max_rows, MATVEC_ROWS) * c->ff_ld);
+    c->ff = a->take<float>((size_t)least(c->max_rows, most_single(c)) * c->ff_ld);
     c->act_scale = a->take<float>(rows);
     c->scratch_size = largest_in_blocks(c->m);
     c->scratch = (half_t *)(void *)a->take<char>(c->scratch_size);
@@ -7827,15 +7868,17 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
     c->embd_ld = round_up(g->n_embd, 8);
     c->ff_ld = round_up(g->n_ff, 8);
     c->act_ld = round_up(most(most(g->n_embd, g->n_ff), c->q_dim), 8);
-    c->tiles = (g->head_dim == 64 || g->head_dim == 128) && c->group <= TILE_ROWS &&
+    c->tiles = g->head_dim == HEAD_DIM && c->group <= TILE_ROWS &&
                (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
-    c->wide = paths == &HOPPER || paths == &HOPPER_BLOCKS;
+    c->wide = paths->hopper;
     c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
     c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, FEW_MOST)) : c->max_rows;
 }
 
-static const path_set *paths_of(const cuda_model *m) {
-    return !m->wide ? &PORTABLE : m->layers[0].gate_up.n_parts > 0 ? &HOPPER_BLOCKS : &HOPPER;
+static const path_set *paths_of(const cuda_model *m, const qwen3_ctx_desc *desc) {
+    const bool blocks = m->wide && m->layers[0].gate_up.n_parts > 0;
+    if (desc->invariant) return !m->wide ? &SAME_PORTABLE : blocks ? &SAME_HOPPER_BLOCKS : &SAME_HOPPER;
+    return !m->wide ? &PORTABLE : blocks ? &HOPPER_BLOCKS : &HOPPER;
 }
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
@@ -7843,7 +7886,7 @@ static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, con
     arena device(NULL), pinned(NULL), host(NULL);
     cuda_ctx c;
     const cuda_model *m = (const cuda_model *)model_state;
-    shape_ctx(&c, m, desc, paths_of(m));
+    shape_ctx(&c, m, desc, paths_of(m, desc));
     lay_out_device(&c, &device);
     lay_out_pinned(&c, &pinned);
     lay_out_host(&c, &host);
@@ -7906,8 +7949,7 @@ template <int R> static qwen3_result allow_few_shared(const qwen3i_err *err) {
     TRY(allow_shared(few_product_kernel<to_residual<WIDE_M / 2>, R>, bytes, err));
     TRY(allow_shared(few_product_kernel<to_residual<WIDE_M>, R>, bytes, err));
     TRY(allow_shared(few_product_kernel<to_heads<half_t>, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<to_heads<bf16_t>, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<to_heads<float>, R>, bytes, err));
+    TRY(allow_shared(few_product_kernel<to_heads<void>, R>, bytes, err));
     TRY(allow_shared(few_product_kernel<to_mlp, R>, bytes, err));
     return allow_shared(few_product_kernel<to_logits, R>, bytes, err);
 }
@@ -7937,8 +7979,7 @@ template <int P> static qwen3_result allow_wide_shared(const qwen3i_err *err) {
     const size_t bytes = wide_product_shared<WIDE_N, P>();
     TRY(allow_shared(wide_product_kernel<to_residual<>, WIDE_N, P>, bytes, err));
     TRY(allow_shared(wide_product_kernel<to_heads<half_t>, WIDE_N, P>, bytes, err));
-    TRY(allow_shared(wide_product_kernel<to_heads<bf16_t>, WIDE_N, P>, bytes, err));
-    TRY(allow_shared(wide_product_kernel<to_heads<float>, WIDE_N, P>, bytes, err));
+    TRY(allow_shared(wide_product_kernel<to_heads<void>, WIDE_N, P>, bytes, err));
     return allow_shared(wide_product_kernel<to_mlp, WIDE_N, P>, bytes, err);
 }
 
@@ -7977,7 +8018,7 @@ static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     TRY(allow_shared(wide_product_kernel<to_residual<>, WIDE_N_MORE, 1>,
                      wide_product_shared<WIDE_N_MORE, 1>(), err));
     if (!c->wide_kv) return QWEN3_OK;
-    TRY(make_map(&c->q_map, c->wide_q, WIDE_DIM, (u64)g->n_head, rows, c->group, WIDE_M / c->group, err));
+    TRY(make_map(&c->q_map, c->wide_q, HEAD_DIM, (u64)g->n_head, rows, c->group, WIDE_M / c->group, err));
     TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
     TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
     TRY(allow_shared(wide_attention_kernel, WIDE_ATTENTION_SHARED, err));
@@ -8178,7 +8219,7 @@ static qwen3_result upload_batch(cuda_ctx *c, const qwen3i_batch *b, int *n_tile
         r->out_slot = o && o->keep_seq >= 0 ? kept_slot(c, o->keep_seq, 1) : -1;
         r->out_target = o && o->logprob ? o->target : -1;
     }
-    *n_tiles = c->tiles && b->n_rows > MATVEC_ROWS && (!one_row_each(b) || b->n_rows > c->narrow_rows)
+    *n_tiles = c->tiles && b->n_rows > most_single(c) && (!one_row_each(b) || b->n_rows > c->narrow_rows)
                    ? make_tiles(c, b, slot->tiles) : 0;
     CUDA_TRY(send(c, c->rows, slot->rows, b->n_rows));
     CUDA_TRY(send(c, c->tile_list, slot->tiles, *n_tiles));
@@ -8445,7 +8486,8 @@ static bool ahead_fits(const cuda_ctx *c, const qwen3i_next *items, int n) {
     return true;
 }
 
-/* Begin the step after this one, if all sequences have room for it, and none needs a mask that is not known. */
+/* Begin the step after this one, if all sequences have room for it, and none needs a mask that is not
+   known. */
 static qwen3_result begin_ahead(cuda_ctx *c, const qwen3i_next *items, int n, const qwen3i_err *err) {
     run_ahead *a = &c->ahead;
     a->n = 0;
@@ -8610,7 +8652,7 @@ static qwen3_result begin_fellow(rank_group *g, int i, cuda_ctx *first, const qw
     cuda_model *m = first->m->fellows[i];
     fellow *f = &g->fellows[i];
     void *state = NULL;
-    TRY(create_ctx_for(paths_of(m), &state, m, model, desc, err));
+    TRY(create_ctx_for(paths_of(m, desc), &state, m, model, desc, err));
     f->c = (cuda_ctx *)state;
     f->c->ranks = g;
     f->items = (qwen3i_next *)host_alloc(&desc->allocator, seqs * sizeof *f->items);
@@ -8650,7 +8692,7 @@ static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
                            "CUDA: cancel: ranks in several processes would not agree");
     if (m->n_ranks > 1) own.cancel = NULL;
-    TRY(create_ctx_for(paths_of(m), ctx_state, model_state, model, &own, err));
+    TRY(create_ctx_for(paths_of(m, &own), ctx_state, model_state, model, &own, err));
 #ifdef QWEN3_CUDA_NCCL
     cuda_ctx *c = (cuda_ctx *)*ctx_state;
     if (m->n_ranks > 1) r = m->fellows ? begin_group(c, model, desc, err) : split_ranks(c, err);

@@ -440,7 +440,7 @@ static void standard_memory(cuda_ctx *c, arena *a) {
     c->ff = a->take<float>((size_t)c->max_rows * c->ff_ld);
 }
 
-const path_set STANDARD = {{{INT_MAX, &STANDARD_WAY}}, standard_memory, prepare_nothing};
+const path_set STANDARD = {{{INT_MAX, &STANDARD_WAY}}, false, standard_memory, prepare_nothing};
 
 static qwen3_result create_standard_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
                                         const qwen3_ctx_desc *desc, const qwen3i_err *err) {

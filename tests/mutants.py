@@ -78,7 +78,6 @@ CUDA_MUTANTS = [
     ("cuda_models_f16", "device: scales of matrices forgotten", "g.to->scale = 1.0f / half_scale(qwen3i_float_from_bits(host[i % room]));", "g.to->scale = 1.0f;"),
     ("cuda_models_f16", "device: scales of the first piece for all", "qwen3i_float_from_bits(host[i % room])", "qwen3i_float_from_bits(host[0])"),
     ("cuda_cancel", "device: copies to the caller under way", "any more */\n    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }", "any more */\n    if (r != QWEN3_OK) return r;"),
-    ("cuda_refuses", "device: formats not looked at", "if (t != QWEN3I_F32 && t != QWEN3I_F16 && t != QWEN3I_BF16)", "if (0 && t != QWEN3I_F32)"),
 ]
 
 

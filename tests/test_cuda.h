@@ -174,7 +174,8 @@ static int lab_load_mixed(lab *l, const lab_shape *s, qwen3i_type type, qwen3i_t
     c->rope_theta = 1e6;
     desc.threads = s->n_embd < 1024;
     if (!LAB_OK(l, qwen3i_pool_create(&l->pool, &desc, &l->err))) return 0;
-    l->exec.panels = (float *)lab_own(l, floats((size_t)l->pool.n_lanes * QWEN3I_PANEL_ROWS * QWEN3I_PANEL_LD));
+    l->exec.panels = (qwen3i_panels *)(void *)lab_own(l, floats((size_t)l->pool.n_lanes * sizeof(qwen3i_panels) / 4));
+    l->exec.parts = (qwen3i_rounded *)(void *)lab_own(l, floats((size_t)20 * 256 * 1024));
     lab_weights(l, s, type);
     return LAB_OK(l, qwen3_cuda_backend()->model_create(&l->state, &l->model, &load, &l->err));
 }
@@ -1918,6 +1919,8 @@ static void test_cuda_grammar(void) {
     grammar_close(&b);
 }
 
+#include "test_invariant.h"
+
 static void suite_cuda(void) {
     const char *why = cuda_lab()->no_device();
     RUN(test_cuda_absent);
@@ -1949,6 +1952,8 @@ static void suite_cuda(void) {
     RUN(test_cuda_models_f16);
     RUN(test_cuda_models_bf16);
     RUN(test_cuda_grammar);
+    RUN(test_cuda_invariant);
+    RUN(test_cuda_invariant_hopper);
     RUN(test_cuda_next);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
     RUN(test_cuda_next_hopper);

@@ -97,32 +97,119 @@ static qwen3i_matrix formats_matrix(qwen3i_type type, int rows, int cols) {
         if (type == QWEN3I_MXFP4) data[i] = (uint8_t)(120 + i % 5);
         for (int k = 0; type == QWEN3I_NVFP4 && k < 4; k++) data[i + (size_t)k] &= 0x3F;
         if (type >= QWEN3I_FP8) data[i + 3] = 0x3C, data[i + 2] &= 0x7F;
+        if (type == QWEN3I_INT4 || type == QWEN3I_INT4S) data[i] %= 17;     /* zeros as files have them */
     }
     w.data = data; w.rows = rows; w.cols = cols; w.type = type;
     return w;
 }
 
-/* y = W x for rows of x together, for each alone, by two threads, and in double precision */
-static void formats_product(const qwen3i_simd *simd, qwen3i_type type, int rows, int cols, int n) {
+/* x as products with blocks take it: 15 bits of the largest of 16 columns are kept. */
+static void formats_round(const qwen3i_simd *simd, double *y, const float *x, int n) {
+    static const int order[4] = {0, 2, 1, 3};
+    const int digits = strstr(simd->name, "VNNI") != NULL;
+    for (int k = 0; k < n; k += QWEN3I_PART) {
+        qwen3i_rounded r;
+        const int m = n - k < QWEN3I_PART ? n - k : QWEN3I_PART;
+        float top = 0;
+        int sum = 0;
+        simd->round_row(&r, x + k, m);
+        for (int i = 0; i < m; i++) top = fmaxf(top, fabsf(x[k + i]));
+        CHECK((double)r.d <= (double)top / 32600);
+        for (int i = 0; i < QWEN3I_PART; i++) {
+            const int8_t *bytes = (const int8_t *)r.q + i / 4 * 8 + i % 4;
+            const int q = digits ? bytes[0] * 256 + bytes[4] : r.q[i / 4 * 4 + order[i % 4]];
+            sum += q;
+            if (i >= m) { CHECK(q == 0); continue; }
+            y[k + i] = (double)r.d * q;
+            CHECK_MSG(fabs(y[k + i] - (double)x[k + i]) <= 0.51 * (double)r.d, "%s: %g becomes %g", simd->name, (double)x[k + i], y[k + i]);
+        }
+        CHECK(r.sum == sum);
+    }
+}
+
+static void formats_round_odd(const qwen3i_simd *simd) {
+    static const float odd[8] = {0.0f, 1e-38f, 3e38f, -1.0f, FLT_MIN, 1e-30f, 7.0f, -3e38f};
+    float *x = cpu_floats(1000, 3);
+    double y[1000];
+    qwen3i_rounded r[3];
+    formats_round(simd, y, x, 1000);
+    formats_round(simd, y, x, 997);
+    memset(x, 0, 64 * sizeof *x);
+    simd->round_row(r, x, 33);
+    CHECK(r[1].d == 0 && r[1].q[7] == 0 && r[2].d == 0 && r[2].q[0] == 0);
+    for (int i = 0; i < 8; i++) {
+        x[5] = odd[i];
+        simd->round_row(r, x, 33);
+        x[5] = fabsf(x[5]);
+        const double most = (double)r[0].d * QWEN3I_ROUNDED_MAX;
+        CHECK(fabs(most - (double)x[5]) <= 1e-6 * (double)x[5] + 1e-38 && (r[0].sum != 0 || x[5] <= 1e-30f));
+    }
+  #ifndef __FAST_MATH__                 /* which knows no such numbers */
+    for (int i = 0; i < 2; i++) {
+        x[5] = i ? NAN : -INFINITY;
+        simd->round_row(r, x, 33);
+        CHECK(!(fabsf(r[0].d) <= FLT_MAX) && r[0].q[6] == 0 && r[0].sum == 0);
+    }
+  #endif
+    free(x);
+}
+
+static void test_formats_round(void) {
+    for (int level = 0; qwen3i_simd_level(level); level++) formats_round_odd(qwen3i_simd_level(level));
+}
+
+typedef struct formats_bench { qwen3i_exec exec; qwen3i_pool pool; void *memory; } formats_bench;
+
+static formats_bench *formats_open(const qwen3i_simd *simd, int n, int cols) {
+    formats_bench *b = (formats_bench *)calloc(1, sizeof *b);
+    b->memory = malloc(sizeof(qwen3i_panels) + 64);
+    b->pool.n_lanes = 1;
+    b->exec.pool = &b->pool; b->exec.simd = simd;
+    b->exec.panels = (qwen3i_panels *)(((uintptr_t)b->memory + 63) / 64 * 64);
+    b->exec.parts = (qwen3i_rounded *)malloc((size_t)(n * qwen3i_parts(cols)) * sizeof(qwen3i_rounded));
+    return b;
+}
+
+static void formats_close(formats_bench *b) { free(b->memory); free(b->exec.parts); free(b); }
+
+/* The same numbers each time, some columns much larger than others */
+static float *formats_floats(size_t n) {
+    float *x = (float *)malloc(n * sizeof *x);
+    uint32_t state = 1;
+    for (size_t i = 0; i < n; i++) {
+        state = state * 1664525u + 1013904223u;
+        x[i] = (float)((int)(state >> 8 & 0xFFFF) - 0x8000) * (i % 37 == 5 ? 1e-3f : 3e-5f);
+    }
+    return x;
+}
+
+/* y += W x for rows of x together and for each alone, and in double precision with x as it is taken; the first
+   instruction set's result is kept in *same, which the others must equal. */
+static void formats_product(const qwen3i_simd *simd, qwen3i_type type, int rows, int cols, int n, float **same) {
     qwen3i_matrix w = formats_matrix(type, rows, cols);
-    size_t row_bytes = (size_t)qwen3i_row_bytes(type, cols), count = (size_t)(rows * n);
-    float *x = cpu_floats((size_t)(n * cols), 1.0), *y = cpu_floats(count, 1.0), *one = cpu_copy(y, count), *row = cpu_floats((size_t)cols, 1);
-    float *panels = cpu_floats(QWEN3I_PANEL_ROWS * QWEN3I_PANEL_LD, 1);
-    qwen3i_pool pool;
-    qwen3i_exec e;
-    memset(&pool, 0, sizeof pool);
-    pool.n_lanes = 1;
-    e.pool = &pool; e.simd = simd; e.panels = panels;
+    const size_t row_bytes = (size_t)qwen3i_row_bytes(type, cols), count = (size_t)(rows * n);
+    float *x = formats_floats((size_t)(n * cols)), *y = formats_floats(count), *one = cpu_copy(y, count), *row = formats_floats((size_t)cols);
+    double *taken = (double *)malloc((size_t)(n * cols) * sizeof *taken);
+    formats_bench *b = formats_open(simd, n, cols);
     float *before = cpu_copy(y, count);
-    qwen3i_matmul_add(&e, y, &w, x, n);
-    for (int t = 0; t < n; t++) qwen3i_matmul_add(&e, one + t * rows, &w, x + t * cols, 1);
+    for (int t = 0; t < n; t++) formats_round(simd, taken + t * cols, x + t * cols, cols);
+    for (int i = 0; qwen3i_is_bytes(type) && i < n * cols; i++) taken[i] = (double)x[i];
+    qwen3i_matmul_add(&b->exec, y, &w, x, n);
+    for (int t = 0; t < n; t++) qwen3i_matmul_add(&b->exec, one + t * rows, &w, x + t * cols, 1);
     CHECK_MSG(cpu_same(y, one, count), "%s, %s, %d x %d x %d: depends on the batch", simd->name, qwen3i_format_of(type)->name, rows, cols, n);
+  #if !defined(FP_FAST_FMAF) || defined(__FAST_MATH__)
+    if (simd != &qwen3i_plain_kernels)  /* it has no fused multiply-adds */
+  #endif
+    {
+        if (!*same) *same = cpu_copy(y, count);
+        CHECK_MSG(cpu_same(y, *same, count), "%s, %s: not the bits of %s", simd->name, qwen3i_format_of(type)->name, qwen3i_simd_level(0)->name);
+    }
     for (int r = 0; r < rows; r++) {
         qwen3i_decode(row, (const char *)w.data + (size_t)r * row_bytes, type, cols);
         for (int t = 0; t < n; t++) {
             double sum = (double)before[t * rows + r], size = fabs(sum);
             for (int k = 0; k < cols; k++) {
-                double p = (double)row[k] * (double)x[t * cols + k];
+                double p = (double)row[k] * taken[t * cols + k];
                 sum += p;
                 size += fabs(p);
             }
@@ -130,21 +217,46 @@ static void formats_product(const qwen3i_simd *simd, qwen3i_type type, int rows,
                       qwen3i_format_of(type)->name, (double)y[t * rows + r], sum);
         }
     }
+    formats_close(b);
     cpu_matrix_free(&w);
-    free(x); free(y); free(one); free(row); free(panels); free(before);
+    free(x); free(y); free(one); free(row); free(taken); free(before);
 }
 
 static void test_formats_products(void) {
-    const qwen3i_simd *simd;
-    for (int level = 0; (simd = qwen3i_simd_level(level)) != NULL; level++)
-        for (int type = QWEN3I_BF16 + 1; type < QWEN3I_N_TYPES; type++) {
-            formats_product(simd, (qwen3i_type)type, 5, 256, 3);
-            formats_product(simd, (qwen3i_type)type, 70, 1536, 7);
-            formats_product(simd, (qwen3i_type)type, 66, 1024, 1);
-            if (type < QWEN3I_FP8) continue;
-            formats_product(simd, (qwen3i_type)type, 9, 328, 3);    /* blocks that are not full */
-            formats_product(simd, (qwen3i_type)type, 5, 1100, 2);
+    static const int shapes[5][3] = {{5, 256, 3}, {70, 1536, 7}, {66, 1024, 1}, {9, 328, 3}, {5, 1100, 2}};
+    for (int type = QWEN3I_BF16 + 1; type < QWEN3I_N_TYPES; type++)
+        for (int i = 0; i < (type < QWEN3I_FP8 ? 3 : 5); i++) {    /* in the last ones, blocks are not full */
+            const qwen3i_simd *simd;
+            float *same = NULL;
+            for (int level = 0; (simd = qwen3i_simd_level(level)) != NULL; level++)
+                formats_product(simd, (qwen3i_type)type, shapes[i][0], shapes[i][1], shapes[i][2], &same);
+            free(same);
         }
+}
+
+/* One column at a time: what a product gives is that column of the blocks, exactly as decoded, whatever the instruction set. */
+static void test_formats_columns(void) {
+    float x[256], y[19], row[19][256];
+    for (int type = QWEN3I_BF16 + 1; type < QWEN3I_N_TYPES; type++) {
+        qwen3i_matrix w = formats_matrix((qwen3i_type)type, 19, 256);
+        for (int r = 0; r < 19; r++) qwen3i_decode(row[r], (const char *)w.data + (size_t)r * (size_t)qwen3i_row_bytes(w.type, 256), w.type, 256);
+        for (int level = 0; qwen3i_simd_level(level); level++) {
+            formats_bench *b = formats_open(qwen3i_simd_level(level), 1, 256);
+            double worst = 0;
+            for (int k = 0; k < 256; k++) {
+                memset(x, 0, sizeof x);
+                x[k] = QWEN3I_ROUNDED_MAX;      /* the scale is 1 */
+                qwen3i_matmul(&b->exec, y, &w, x, 1);
+                for (int r = 0; r < 19; r++) {
+                    const double right = (double)x[k] * (double)row[r][k], size = fabs(right) + (qwen3i_has_offsets(w.type) ? (double)x[k] : 0);
+                    worst = fmax(worst, fabs((double)y[r] - right) / (size + 1e-30));
+                }
+            }
+            CHECK_MSG(worst <= 2e-7, "%s, %s: %g", b->exec.simd->name, qwen3i_format_of(w.type)->name, worst);
+            formats_close(b);
+        }
+        cpu_matrix_free(&w);
+    }
 }
 
 /* An embedding's rows */
@@ -154,7 +266,7 @@ static void test_formats_embed(void) {
     for (int type = QWEN3I_BF16 + 1; type < QWEN3I_N_TYPES; type++) {
         qwen3i_matrix w = formats_matrix((qwen3i_type)type, 7, 256);
         qwen3i_exec e;
-        e.pool = NULL; e.simd = qwen3i_simd_level(0); e.panels = NULL;
+        e.pool = NULL; e.simd = qwen3i_simd_level(0); e.panels = NULL; e.parts = NULL;
         qwen3i_embed(&e, y, &w, tokens, 3);
         for (int i = 0; i < 3; i++) {
             qwen3i_decode(row, (const char *)w.data + (size_t)tokens[i] * (size_t)qwen3i_row_bytes(w.type, 256), w.type, 256);
@@ -167,7 +279,9 @@ static void test_formats_embed(void) {
 static void suite_formats(void) {
     const fenv_t mode = qwen3i_float_enter();   /* as evaluation has it: -ffast-math makes zeros of subnormal numbers */
     RUN(test_formats_vectors);
+    RUN(test_formats_round);
     RUN(test_formats_products);
+    RUN(test_formats_columns);
     RUN(test_formats_embed);
     qwen3i_float_leave(mode);
 }

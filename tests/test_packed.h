@@ -47,10 +47,10 @@ static int packed_logits(const qwen3_model *m, float *out) {
     return ok;
 }
 
-static void packed_near(const float *a, const float *b, int scheme) {
+static void packed_near(const float *a, const float *b, int scheme) {   /* products keep 15 bits of x */
     float most = 0;
     for (int i = 0; i < 64; i++) most = fabsf(b[i]) > most ? fabsf(b[i]) : most;
-    for (int i = 0; i < 64; i++) CHECK_MSG(fabsf(a[i] - b[i]) < 1e-5f * most, "scheme %d: logit %d is %g, not %g", scheme, i, (double)a[i], (double)b[i]);
+    for (int i = 0; i < 64; i++) CHECK_MSG(fabsf(a[i] - b[i]) < 1e-4f * most, "scheme %d: logit %d is %g, not %g", scheme, i, (double)a[i], (double)b[i]);
 }
 
 /* One thread makes the same blocks as any number of them. */
@@ -83,7 +83,7 @@ static void packed_compare(const packed_shape *shape, int scheme) {
         if (!twin && m) CHECK_MSG(m->info.weight_bytes < files[0].n * 5 / 4, "scheme %d is widened", scheme);
         qwen3_free(m);
     }
-    if (ok && packed_is_ordered(s)) packed_near(logits[0], logits[1], scheme);      /* sums run in another order */
+    if (ok && !packed_is_fp8(s)) packed_near(logits[0], logits[1], scheme);      /* x keeps 15 bits in these products */
     else if (ok) CHECK_MSG(cpu_same(logits[0], logits[1], 64) && cpu_finite(logits[0], 64), "scheme %d: the logits differ", scheme);
     free(files[0].p); free(files[1].p);
 }

@@ -294,7 +294,7 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
     }
     __syncwarp();
     cluster_arrive();
-    stream_rows<NR, false, RING>(
+    stream_rows<NR, false, RING, true>(
         in, rows, memory, [] { cluster_wait(); }, [&](int, int) { return squares = 0; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
@@ -318,7 +318,7 @@ template <int NR, int RING> __global__ void __launch_bounds__(32 * MATVEC_WARPS,
     const int lane = lane_id(), rotated = (a.n_head + a.n_head_kv) * a.head_dim;
     const row_angles angles = load_row_angles(a, 0);
     float *v = (float *)a.kv.v + kv_at(a.kv, angles.seq, angles.position) - rotated, squares = 0;
-    stream_rows<NR, false, RING>(
+    stream_rows<NR, false, RING, true>(
         in, warp_share(in.n), memory, [] {}, [&](int, int) { return squares = 0; },
         [&](int row, int left, const float (&acc)[NR], float) {
             const int i = row + lane;
@@ -609,7 +609,7 @@ qwen3_result trial_open(trial *t, int embd, int heads) {
     desc.max_seqs = 1;
     desc.kv_type = QWEN3_KV_F32;        /* so that the errors are those of the computation */
     t->c = (cuda_ctx *)host_alloc(&desc.allocator, sizeof *t->c);
-    shape_ctx(t->c, t->m, &desc, paths_of(t->m));
+    shape_ctx(t->c, t->m, &desc, paths_of(t->m, &desc));
     return fill_ctx(t->c, &lab_err);
 }
 
