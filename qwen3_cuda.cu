@@ -8155,6 +8155,8 @@ static qwen3_result wait_for(cuda_ctx *c, cudaEvent_t event, const qwen3i_err *e
         }
         if (e == cudaErrorNotReady) std::this_thread::yield();
     }
+#else
+    (void)c;
 #endif
     CUDA_TRY(cudaEventSynchronize(event));
     return QWEN3_OK;
