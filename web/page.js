@@ -4,7 +4,7 @@ const $ = id => document.getElementById(id);
 const worker = new Worker('worker.js');
 const send = (type, more) => worker.postMessage({type, ...more});
 let answer = null;          // the turn that is being written: {turn, text, thinking}
-let opening = '';           // the system prompt that comes with the model
+let loading = true;
 
 function addTurn(kind, who, text) {
   const turn = document.createElement('div'), name = document.createElement('b'), body = document.createElement('span');
@@ -27,15 +27,16 @@ function addThinking(to) {
 }
 
 function setBusy(busy) {
-  $('send').disabled = busy;
+  $('send').disabled = busy || loading;
   $('stop').disabled = !busy;
   $('reset').disabled = busy;
   $('log').setAttribute('aria-busy', busy);
 }
 
 function load(source) {
+  loading = true;
   $('loading').hidden = false;
-  $('progress').value = 0;
+  $('progress').removeAttribute('value');
   $('send').disabled = true;
   send('load', {source});
 }
@@ -59,14 +60,15 @@ function reset() {
 
 const on = {
   progress({done, what}) {
-    $('progress').value = done;
+    if (done === null) $('progress').removeAttribute('value');      // nobody knows how much there is
+    else $('progress').value = done;
     $('state').textContent = what;
   },
   loaded({about, system}) {
-    opening = system;
+    loading = false;
     $('loading').hidden = true;
     $('model').textContent = about;
-    $('system').value = opening;
+    $('system').value = system;
     reset();
     setBusy(false);
   },
@@ -80,23 +82,25 @@ const on = {
     $('state').textContent = note;
     setBusy(false);
   },
-  error({text, usable}) {
-    $('loading').hidden = true;
+  error({text, loading: itWasLoading, usable}) {
+    if (itWasLoading) loading = false;
+    $('loading').hidden = !loading;
     addTurn('bad', 'This did not work', text).turn.setAttribute('role', 'alert');
     $('state').textContent = '';
     answer = null;
     setBusy(false);
-    $('send').disabled = !usable;
+    $('send').disabled = loading || !usable;
+    if (!usable && !loading) $('model').textContent = 'No model';
   },
 };
 worker.onmessage = ({data}) => on[data.type](data);
-worker.onerror = event => on.error({text: 'The model program stopped: ' + event.message, usable: false});
+worker.onerror = event => on.error({text: 'The model program stopped: ' + event.message, loading: true});
 
-// Dropped folders: every file below them
+// Dropped folders: every file below them, with its path
 async function filesOf(items) {
   const found = [];
   async function walk(entry) {
-    if (entry.isFile) found.push(await new Promise((ok, no) => entry.file(ok, no)));
+    if (entry.isFile) found.push({path: entry.fullPath.slice(1), file: await new Promise((ok, no) => entry.file(ok, no))});
     else {
       const reader = entry.createReader();
       for (;;) {
@@ -119,7 +123,8 @@ $('stop').onclick = () => send('stop');
 $('cancel').onclick = () => send('cancel');
 $('reset').onclick = reset;
 $('files').onchange = $('folder').onchange = event => {
-  if (event.target.files.length) load({files: [...event.target.files]});
+  const files = [...event.target.files].map(file => ({path: file.webkitRelativePath || file.name, file}));
+  if (files.length) load({files});
   event.target.value = '';
 };
 $('demo').onclick = () => load({url: 'demo/'});

@@ -4,6 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 web/build.sh
+make -s build/quantize
 if ! command -v chromedriver >/dev/null 2>&1 || ! /usr/bin/python3 -c 'import selenium' 2>/dev/null; then
     [ "$(id -u)" = 0 ] || { echo "web/test.sh: sudo apt-get install chromium chromium-driver python3-selenium"; exit 1; }
     apt-get update -q && apt-get install -y -q --no-install-recommends chromium chromium-driver python3-selenium
