@@ -34,13 +34,15 @@ static const char usage[] =
     "  --first         time to the first token, in parts (--start: with CUDA's own start before, apart)\n"
     "  --draft LIST    decode once more with up to 8 guesses a step, of which this share is right, e.g. 0,0.6,0.8,1\n"
     "  --devices LIST  GPUs that share the model, as in 0,1 (shares of the stream are then of all of them)\n"
+    "  --grammar FILE  decode once more, each batch, held to a JSON Schema: by turns with and without it\n"
+    "  --tokenizer FILE    of random weights: a tokenizer.json, which a grammar needs\n"
     "  --chunk N --threads N --kv f32|f16|bf16|q8_0 --standard --cuda --cpu\n"
     "  --json          one JSON object a line\n"
     "  --fused-baseline    only: RMSNorm + QKV on the GPU beside a kernel that fuses them, for --random SIZE or all\n"
     "                  (make build/bench_fused makes a bench that has it)\n";
 
 typedef struct options {
-    const char *path, *random, *type, *tests, *batch, *kernels, *draft, *devices;
+    const char *path, *random, *type, *tests, *batch, *kernels, *draft, *devices, *grammar, *tokenizer;
     int layers, own_tests, first, start, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
 } options;
 
@@ -90,6 +92,8 @@ static options parse(int argc, char **argv) {
             else if (!strcmp(a, "--batch"))   o.batch = v;
             else if (!strcmp(a, "--draft"))   o.draft = v;
             else if (!strcmp(a, "--devices")) o.devices = v;
+            else if (!strcmp(a, "--grammar")) o.grammar = v;
+            else if (!strcmp(a, "--tokenizer")) o.tokenizer = v;
             else if (!strcmp(a, "--layers"))  o.layers = whole(a, v);
             else if (!strcmp(a, "--repeat"))  o.repeat = whole(a, v);
             else if (!strcmp(a, "--chunk"))   o.chunk = whole(a, v);
@@ -243,6 +247,20 @@ static qwen3_file make_config(const shape *s, char *text, size_t cap) {
     return f;
 }
 
+/* A file, kept until the program ends. */
+static qwen3_file read_file(const char *path, const char *name) {
+    enum { MOST = 1 << 24 };
+    qwen3_file f;
+    FILE *in = fopen(path, "rb");
+    char *data = (char *)malloc(MOST);
+    if (!in || !data) die("cannot read", path);
+    f.name = name;
+    f.size = fread(data, 1, MOST, in);
+    f.data = data;
+    fclose(in);
+    return f;
+}
+
 /* Bytes of the experts that one row does not pick */
 static uint64_t idle_bytes(const qwen3_model *m) {
     const qwen3i_config *c = &m->config;
@@ -310,6 +328,8 @@ typedef struct bench {
     double product;                     /* multiplications and additions a second, of a large F16 product; as above */
     uint64_t step_bytes;                /* weights read for one decode step */
     int n_devices;
+    qwen3_grammar *grammar;             /* of --grammar; */
+    int held;                           /* is decoding held to it? */
 } bench;
 
 static void must(const bench *b, qwen3_result r, const char *what) {
@@ -355,6 +375,7 @@ static double time_decode(bench *b, int n, int ctx, int batch) {
         fill_sequence(b, i, ctx > 0 ? ctx : 1);
         memset(&samplers[i], 0, sizeof samplers[i]);
         if (b->opt.sample) samplers[i] = qwen3_sampler_preset(QWEN3_THINKING, (uint64_t)i);
+        if (b->held) samplers[i].grammar = b->grammar;
         list[i] = &samplers[i];
         seqs[i] = i;
     }
@@ -423,6 +444,33 @@ static void run_drafts(bench *b, const char *name, int n, int ctx) {
         run_draft(b, name, n, ctx, share);
         at = *end ? end + 1 : end;
     }
+}
+
+/* The same steps without and with the grammar, by turns; the fastest of each counts. */
+static void run_held(bench *b, const char *name, int n, int ctx, int batch) {
+    double best[2] = {1e30, 1e30}, t;
+    int i;
+    for (i = -2; i < 2 * b->opt.repeat; i++) {          /* the first two warm up */
+        b->held = i & 1;
+        t = time_decode(b, n, ctx, batch);
+        if (i >= 0 && t < best[i & 1]) best[i & 1] = t;
+    }
+    b->held = 0;
+    printf("%-14s batch %-3d held to a grammar: %.1f tok/s, without %.1f: %.2f %% slower\n", name, batch,
+           n * batch / best[1], n * batch / best[0], 100 * (best[1] / best[0] - 1));
+    fflush(stdout);
+}
+
+static void make_grammar(bench *b) {
+    const qwen3_file f = read_file(b->opt.grammar, "schema");
+    qwen3_grammar_desc d;
+    char err[256];
+    memset(&d, 0, sizeof d);
+    d.kind = QWEN3_GRAMMAR_JSON_SCHEMA;
+    d.flags = QWEN3_GRAMMAR_MAY_BREAK_OFF | QWEN3_GRAMMAR_COMPACT;      /* never room for an end, nor only blanks */
+    d.text = (const char *)f.data;
+    d.n_bytes = f.size;
+    if (qwen3_grammar_create(&b->grammar, b->model, &d, err, sizeof err) != QWEN3_OK) die(b->opt.grammar, err);
 }
 
 static void report(const bench *b, const char *name, int batch, int tokens, double *seconds, int n) {
@@ -623,6 +671,7 @@ static void run_test(bench *b, const char *name, int batch) {
     for (i = 0; i < b->opt.repeat; i++) seconds[i] = decode ? time_decode(b, n, ctx, batch) : time_prefill(b, n, ctx);
     report(b, name, batch, n * batch, seconds, b->opt.repeat);
     if (decode && batch == 1) run_drafts(b, name, n, ctx);
+    if (decode && b->grammar) run_held(b, name, n, ctx, batch);
 }
 
 static void run_batches(bench *b, const char *name) {
@@ -638,7 +687,7 @@ static void run_batches(bench *b, const char *name) {
 
 static void load(bench *b) {
     qwen3_load_desc d;
-    qwen3_file files[2];
+    qwen3_file files[3];
     char config[1024], err[512], *end;
     const char *at;
     qwen3_result r = QWEN3_ERR_DEVICE;
@@ -654,7 +703,8 @@ static void load(bench *b) {
         files[0] = make_config(&s, config, sizeof config);
         files[1] = make_weights(&s, b->opt.type);
         d.files = files;
-        d.n_files = 2;
+        if (b->opt.tokenizer) files[2] = read_file(b->opt.tokenizer, "tokenizer.json");
+        d.n_files = 2 + (b->opt.tokenizer != NULL);
     }
     for (at = b->opt.devices; at && *at && d.n_devices < 16; at = *end == ',' ? end + 1 : end) {
         devices[d.n_devices++] = (int)strtol(at, &end, 10);
@@ -706,6 +756,7 @@ int main(int argc, char **argv) {
     if (b.opt.start) start = start_cuda(start);
     load(&b);
     loaded = qwen3i_now_ms();
+    if (b.opt.grammar) make_grammar(&b);
     if (!strcmp(b.info.backend_name, "cpu")) b.stream = cpu_stream(b.opt.threads);
     pause = qwen3i_now_ms() - loaded;                           /* is no part of the first token's time */
     if (!b.opt.json)
@@ -720,6 +771,7 @@ int main(int argc, char **argv) {
         run_batches(&b, name);
     }
     qwen3_ctx_free(b.ctx);
+    qwen3_grammar_free(b.grammar);
     qwen3_free(b.model);
     return 0;
 }
