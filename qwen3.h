@@ -202,6 +202,7 @@
      QWEN3_NO_MMAP          read files into memory instead of mapping them
      QWEN3_NO_THREADS       no thread pool; qwen3_ctx_desc.jobs still works
      QWEN3_NO_SIMD          plain C dot products only
+     QWEN3_NO_GRAMMAR       no grammars, and no calls that are held to tools: both are ERR_UNSUPPORTED
      QWEN3_UNALIGNED_MOVES  MinGW's gcc: vector kernels, too; compile with -Wa,-muse-unaligned-vector-move,
                             as this compiler does not align the stack for them
 
@@ -1342,6 +1343,11 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
   #define QWEN3I_INLINE static inline
 #endif
 #define QWEN3I_COUNT(a) ((int)(sizeof(a) / sizeof *(a)))
+#ifdef QWEN3_NO_GRAMMAR
+  #define QWEN3I_GRAMMARS 0             /* what only grammars need is then never reached, and left out */
+#else
+  #define QWEN3I_GRAMMARS 1
+#endif
 
 static int     qwen3i_min(int a, int b)         { return a < b ? a : b; }
 static int     qwen3i_max(int a, int b)         { return a > b ? a : b; }
@@ -17140,8 +17146,11 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
 static qwen3_result qwen3i_grammar_make(qwen3_grammar **out, const qwen3_model *model,
                                         const qwen3_allocator *allocator, const qwen3_grammar_desc *desc,
                                         const char *only, const qwen3i_err *err) {
-    qwen3_grammar *g = (qwen3_grammar *)qwen3i_alloc_zero(allocator, 1, sizeof *g);
+    qwen3_grammar *g;
     qwen3_result r;
+    if (!QWEN3I_GRAMMARS)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "grammars were left out by QWEN3_NO_GRAMMAR");
+    g = (qwen3_grammar *)qwen3i_alloc_zero(allocator, 1, sizeof *g);
     if (!g) return qwen3i_no_memory(err, "a grammar", sizeof *g);
     g->allocator = *allocator;
     g->model = model;
@@ -18170,7 +18179,7 @@ static qwen3_result qwen3i_next_mask(qwen3_ctx *c, const qwen3i_next *next, cons
     *mask = NULL;
     c->scratch.banned = next->tools == QWEN3_CHAT_TOOLS_NONE && start != QWEN3I_THINKS ?
                         qwen3i_added_id(m->tokenizer, "<tool_call>") + 1 : 0;
-    if (!first) return QWEN3_OK;
+    if (!first || !QWEN3I_GRAMMARS) return QWEN3_OK;
     r = qwen3i_guide_ready(c, s, first, err);
     if (r == QWEN3_OK && calls && g) r = qwen3i_guide_ready(c, s, g, err);
     if (r != QWEN3_OK) return r;
@@ -18204,7 +18213,7 @@ static qwen3_result qwen3i_next_mask(qwen3_ctx *c, const qwen3i_next *next, cons
 static void qwen3i_lead_to_end(qwen3_ctx *c, const qwen3i_guide *guide, int room, qwen3_token *t) {
     int n, cost, is_call;
     const char *p = qwen3i_token_bytes(c->model, *t, &n);
-    if (!guide || (guide->g->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF)) return;
+    if (!QWEN3I_GRAMMARS || !guide || (guide->g->flags & QWEN3_GRAMMAR_MAY_BREAK_OFF)) return;
     if (qwen3i_is_eos(c->model, *t) || qwen3i_added_of(c->model->tokenizer, *t)) return;
     is_call = guide->g->kind == QWEN3_GRAMMAR_TOOLS;
     cost = qwen3i_guide_cost(c->masker, guide, p, n);
