@@ -11405,14 +11405,41 @@ static int qwen3i_cpu_has(const char *sets) {
 }
 #endif
 
+/* Kernels of sets below what the compiler takes for granted are never reached, and so left out: with
+   -march=x86-64-v3 the plain ones, with -march=x86-64-v4 those of AVX2, too. Tests compare all. */
+#ifdef QWEN3I_ALL_SETS
+  #define QWEN3I_SURE_AVX2   0
+  #define QWEN3I_SURE_AVX512 0
+  #define QWEN3I_PLAIN       1
+#else
+  #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+    #define QWEN3I_SURE_AVX2 1
+  #else
+    #define QWEN3I_SURE_AVX2 0
+  #endif
+  #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+    #define QWEN3I_SURE_AVX512 QWEN3I_SURE_AVX2
+  #else
+    #define QWEN3I_SURE_AVX512 0
+  #endif
+  #if defined(QWEN3I_NEON) || defined(QWEN3I_WASM)
+    #define QWEN3I_PLAIN 0
+  #elif defined(QWEN3I_X86)
+    #define QWEN3I_PLAIN !QWEN3I_SURE_AVX2
+  #else
+    #define QWEN3I_PLAIN 1
+  #endif
+#endif
+
 /* The instruction sets that this machine runs, best first; level 0 is what contexts use. NULL: no more. */
 static const qwen3i_simd *qwen3i_simd_level(int level) {
     const qwen3i_simd *found[5];
     int n = 0;
 #ifdef QWEN3I_X86
     if (qwen3i_cpu_has(QWEN3I_VNNI_SETS)) found[n++] = &qwen3i_vnni_kernels;
-    if (qwen3i_cpu_has(QWEN3I_AVX512_SETS)) found[n++] = &qwen3i_avx512_kernels;
-    if (qwen3i_cpu_has(QWEN3I_AVX2_SETS)) found[n++] = &qwen3i_avx2_kernels;
+    if (QWEN3I_SURE_AVX512 || qwen3i_cpu_has(QWEN3I_AVX512_SETS)) found[n++] = &qwen3i_avx512_kernels;
+    if (!QWEN3I_SURE_AVX512 && (QWEN3I_SURE_AVX2 || qwen3i_cpu_has(QWEN3I_AVX2_SETS)))
+        found[n++] = &qwen3i_avx2_kernels;
 #endif
 #ifdef QWEN3I_NEON
     found[n++] = &qwen3i_neon_kernels;
@@ -11420,7 +11447,7 @@ static const qwen3i_simd *qwen3i_simd_level(int level) {
 #ifdef QWEN3I_WASM
     found[n++] = &qwen3i_wasm_kernels;
 #endif
-    found[n++] = &qwen3i_plain_kernels;
+    if (QWEN3I_PLAIN) found[n++] = &qwen3i_plain_kernels;
     return level < n ? found[level] : NULL;
 }
 

@@ -12,6 +12,7 @@ static void  test_free(void *p);
 #define QWEN3_MALLOC(size) test_malloc(size)
 #define QWEN3_FREE(ptr)    test_free(ptr)
 #include "tests/system.h"
+#define QWEN3I_ALL_SETS       /* of vector kernels, also where the compiler could do without some */
 #define QWEN3_IMPLEMENTATION
 #include "qwen3.h"
 

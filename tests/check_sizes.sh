@@ -1,0 +1,35 @@
+#!/bin/sh
+# How large what is compiled for size becomes, in KB of 1,024 bytes, beside its limit; and that without grammars the demo
+# says the same. usage: sh tests/check_sizes.sh   (from the root)
+set -eu
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+[ "$(uname -m)" = x86_64 ] || { echo "sizes: skipped, the limits are those of x86-64"; exit; }
+small='-std=c99 -Os -fno-asynchronous-unwind-tables -ffunction-sections -fdata-sections -DQWEN3_STATIC'
+failed=0
+check() {                               # name, KB at most, bytes
+    kb=$((($3 + 1023) / 1024))
+    echo "sizes: $1: $kb KB (at most $2)"
+    [ $kb -le "$2" ] || failed=1
+}
+header() {                              # name, KB at most, flags...: code and data of the header alone
+    name=$1 most=$2; shift 2
+    gcc -std=c99 -Os -fno-asynchronous-unwind-tables "$@" -DQWEN3_IMPLEMENTATION -x c -c qwen3.h -o "$dir/header.o"
+    check "header, $name" "$most" "$(size "$dir/header.o" | awk 'NR == 2 { print $1 + $2 }')"
+}
+program() {                             # name, KB at most, flags...: the file of the chat program, which says the same
+    name=$1 most=$2; shift 2
+    gcc $small "$@" example.c -o "$dir/chat" -Wl,--gc-sections -s -lm -lpthread
+    check "chat program, $name" "$most" "$(wc -c < "$dir/chat")"
+    "$dir/chat" demo -p 'What do you sell?' > "$dir/said"
+    [ -s "$dir/words" ] || cp "$dir/said" "$dir/words"
+    cmp "$dir/words" "$dir/said" || failed=1
+}
+header all 380
+header 'without grammars' 305 -DQWEN3_NO_GRAMMAR
+header 'for AVX-512, without grammars' 250 -DQWEN3_NO_GRAMMAR -march=x86-64-v4
+header 'plain C, without grammars' 200 -DQWEN3_NO_GRAMMAR -DQWEN3_NO_SIMD
+program all 400
+program 'without grammars' 325 -DQWEN3_NO_GRAMMAR
+! "$dir/chat" demo -p Hi --regex a 2> "$dir/said" && grep -q 'left out by QWEN3_NO_GRAMMAR' "$dir/said" || failed=1
+exit $failed
