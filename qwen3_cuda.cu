@@ -97,14 +97,16 @@ const int SLOTS         = 16;           /* so many pieces are filled or on their
 #ifdef QWEN3_CUDA_EMULATED
 /* bytes of the scales that come back at a time: few, so that tests see pieces */
 const size_t SCALES_PIECE = 16;
-const int GROUP_LEAST   = 16;           /* up to so many rows experts read each weight for a few, then by tiles */
+/* up to so many rows experts read each weight for a few, then by tiles */
+const int GROUP_LEAST   = 16;
 #else
 const size_t SCALES_PIECE = PIECE;
 const int GROUP_LEAST   = 64;
 #endif
 const int MOST_HELPERS  = 8;
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
-const int SAME_ROWS     = QWEN3I_SAME_ROWS;     /* up to here, of an invariant context, a row is as alone, ... */
+/* in an invariant context a row of up to so many has the bits that it has alone, ... */
+const int SAME_ROWS     = QWEN3I_SAME_ROWS;
 const int SAME_SPLIT    = 4;            /* ... and its attention is split as that of so many rows */
 const int MATVEC_WARPS  = 8;
 const int MATVEC_TILE   = 8192;         /* floats of x that a block holds at a time */
@@ -213,18 +215,7 @@ static qwen3_result device_alloc(char **out, u64 size, const char *what, const q
                        (double)size / 1048576.0, (double)free_bytes / 1048576.0, (double)total / 1048576.0);
 }
 
-template <class... P, class... A>
-static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t shared, void (*kernel)(P...),
-                          A... args) {
-    cudaLaunchConfig_t config = cudaLaunchConfig_t();
-    config.gridDim = grid;
-    config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, (P)args...);
-}
-
-/* The same in clusters of so many blocks; 1: none, or what the kernel itself says. early: as below. */
+/* In clusters of so many blocks; 1: none, or what the kernel itself says. early: as below. */
 template <class... P, class... A>
 static cudaError_t launch_clusters(bool early, int blocks, cudaStream_t stream, dim3 grid, int threads,
                                    size_t shared, void (*kernel)(P...), A... args) {
@@ -249,8 +240,14 @@ static cudaError_t launch_clusters(bool early, int blocks, cudaStream_t stream, 
     return cudaLaunchKernelEx(&config, kernel, (P)args...);
 }
 
+template <class... P, class... A>
+static cudaError_t launch(cudaStream_t stream, dim3 grid, int threads, size_t shared, void (*kernel)(P...),
+                          A... args) {
+    return launch_clusters(false, 1, stream, grid, threads, shared, kernel, args...);
+}
+
 /* For a kernel that calls wait_for_previous(): where the chip can (sm_90 on), it may start before the one
-   before it has ended. */
+   before it has ended (programmatic dependent launch). */
 template <class... P, class... A>
 static cudaError_t launch_early(bool can, cudaStream_t stream, dim3 grid, int threads, size_t shared,
                                 void (*kernel)(P...), A... args) {
@@ -284,9 +281,10 @@ static int row_threads(int n, int each, int rows) {
 /* ================================================================================================
    DEVICE HELPERS
    ================================================================================================ */
-/* The kernels of a decode step start while the one before still runs (sm_90 on; on an H200 worth 11 % of the
-   speed of 0.6B, 1 % of that of 8B): each waits for its results before it touches anything but weights and
-   what is older, and says when its own blocks have little left to do. */
+/* Programmatic dependent launch (sm_90 on; on an H200 worth 11 % of the decode speed of 0.6B, 1 % of that of
+   8B): a kernel starts while the one before it still runs. It waits for that one's results before it reads
+   anything but weights and older data, and lets the next kernel start when its own blocks have little left to
+   do. */
 DEVICE void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -310,7 +308,7 @@ DEVICE uint4 load_stream(const void *p) {
     return v;
 }
 
-/* Brings a line to the second-level cache. */
+/* Brings a line to the L2. */
 DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 DEVICE unsigned shared_address(const void *p) {
@@ -326,7 +324,7 @@ DEVICE void copy_async(void *dst, const void *src, bool valid) {
     *(uint4 *)dst = valid ? *(const uint4 *)src : make_uint4(0, 0, 0, 0);
 #endif
 }
-/* The same for what is read once in a step: the second-level cache gives it up before anything else. */
+/* The same for what is read once in a step: the L2 evicts it first. */
 DEVICE void copy_once(void *dst, const void *src, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     u64 policy;
@@ -810,7 +808,7 @@ typedef void *communicator;
 struct layer_weights {
     float *attn_norm, *q_norm, *k_norm, *mlp_norm;
     matrix qkv, wo, gate_up, w_down;    /* q, k, v below each other, as are gate and up */
-    float *router;                      /* [n_expert, n_embd]; not NULL: gate_up and w_down are all experts' */
+    float *router;          /* [n_expert, n_embd]; not NULL: gate_up and w_down are those of all experts */
 };
 
 struct cuda_model {
@@ -819,7 +817,7 @@ struct cuda_model {
     int             device, n_sm, capability;   /* 90 for 9.0 */
     /* bytes of shared memory: the most of a block; of a multiprocessor */
     size_t          block_shared, sm_shared;
-    size_t          cache_bytes;                /* of the second level */
+    size_t          cache_bytes;                /* of the L2 */
     char            name[256];
     char           *memory;                     /* all weights */
     layer_weights  *layers;
@@ -950,7 +948,7 @@ struct cuda_ctx {
     /* pinned host memory */
     upload_slot slots[RING];
     cudaEvent_t uploaded[RING], reported[RING];
-    int         turn;
+    int         next_slot;              /* for an upload */
     float      *host_logits;                    /* [n_vocab] */
 
     int        *current;                        /* [max_seqs] which of its KEPT logits are the sequence's */
@@ -3090,7 +3088,7 @@ struct matvec_in {
     int          rows, ldx;
     const float *gain;                  /* [k]: x is to be normalised first (one row only); NULL: it is */
     float        eps;
-    bool         fits_cache;            /* W, and well, into that of the second level */
+    bool         fits_cache;            /* W is small enough for the L2 */
 };
 
 /* k .. k + 3 of n floats, zero past the end */
@@ -3134,7 +3132,7 @@ DEVICE void dot_rows(float (&acc)[NR][R], const int (&rows)[NR], const matvec_in
     UNROLL for (int j = 0; j < NR; j++)
         UNROLL for (int r = 0; r < R; r++) acc[j][r] = 0;
     QWEN3_LOAD(0);
-    if (in.fits_cache)          /* ... and the rest brought to the second-level cache */
+    if (in.fits_cache)          /* ... and the rest brought to the L2 */
         for (int k = BATCH + lane * (128 / (int)sizeof(W)); k < in.ldw; k += 32 * (128 / (int)sizeof(W)))
             UNROLL for (int j = 0; j < NR; j++) if (rows[j] >= 0) prefetch(w + (size_t)rows[j] * in.ldw + k);
     wait_for_previous();
@@ -3176,38 +3174,6 @@ DEVICE int share_begin(int warp, int n) {
     return (int)((long long)warp * n / ((int)gridDim.x * MATVEC_WARPS));
 }
 
-/* This warp's rows, at most NR; -1 for those that it has not. */
-template <int NR> DEVICE void matvec_rows(int (&rows)[NR], int n) {
-    const int warp = block_x() * MATVEC_WARPS + warp_id(), first = share_begin(warp, n),
-              end = share_begin(warp + 1, n);
-    UNROLL for (int j = 0; j < NR; j++) rows[j] = first + j < end ? first + j : -1;
-}
-
-/* matvec: y[slot(r), i] = (W x[r])_i, or += with `add`. x [rows, ldx] float32, rows <= R; y [.., ldy]
-   float32; slot(r) = outs ? its out_slot : r; none if that is -1. A warp has at most two rows of W; 8 warps a
-   block. Equals qwen3i_matmul, with `add` qwen3i_matmul_add. */
-template <class W, int R>
-static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
-    matvec_kernel(matvec_in in, float *y, int ldy, const row_info *outs, bool add) {
-    const int NR = 2;
-    __shared__ float4 xs[MATVEC_TILE / 4];
-    int rows[NR];
-    float acc[NR][R];
-    matvec_rows<NR>(rows, in.n);
-    dot_rows<W, R, NR>(acc, rows, in, xs);
-    if (threadIdx.x % 32 != 0) return;
-    UNROLL for (int r = 0; r < R; r++) {
-        if (r >= in.rows) break;
-        const int slot = outs ? outs[r].out_slot : r;
-        if (slot < 0) continue;
-        UNROLL for (int j = 0; j < NR; j++) {
-            if (rows[j] < 0) continue;
-            float &out = y[(size_t)slot * ldy + rows[j]];
-            out = add ? out + acc[j][r] : acc[j][r];
-        }
-    }
-}
-
 static matvec_in vector_input(const pass *p, const matrix &w, const input &h, int rows) {
     matvec_in in;
     in.w = w.data; in.scale = w.scale; in.n = w.rows; in.k = w.cols; in.ldw = w.ld;
@@ -3222,23 +3188,6 @@ static matvec_in vector_input(const pass *p, const matrix &w, const input &h, in
 static int matvec_blocks(const pass *p, int n, int each) {
     const int fill = p->c->m->n_sm, times = ceil_div(ceil_div(n, fill * MATVEC_WARPS), each);
     return least(fill * times, ceil_div(n, MATVEC_WARPS));
-}
-
-template <class W, int R>
-static cudaError_t launch_matvec(const pass *p, const matvec_in &in, float *y, int ldy,
-                                 const row_info *outs, bool add) {
-    return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n, 2)), 32 * MATVEC_WARPS, 0,
-                        matvec_kernel<W, R>, in, y, ldy, outs, add);
-}
-/* Rows of x of the kernel for 2 to 4: F32 weights, which are rare, have the one for 8 alone. */
-template <class W> static constexpr int some_rows() { return sizeof(W) == 4 ? 8 : 4; }
-
-template <class W>
-static cudaError_t matvec_rows_of(const pass *p, const matvec_in &in, float *y, int ldy,
-                                  const row_info *outs, bool add) {
-    return in.rows > 4 ? launch_matvec<W, 8>(p, in, y, ldy, outs, add) :
-           in.rows > 1 ? launch_matvec<W, some_rows<W>()>(p, in, y, ldy, outs, add) :
-                         launch_matvec<W, 1>(p, in, y, ldy, outs, add);
 }
 
 /* ---- one row: its weights are on their way to shared memory before it exists ---- */
@@ -3446,7 +3395,8 @@ DEVICE void stream_rows(const matvec_in &in, row_range rows, unsigned char *memo
     }
 }
 
-/* stream_matvec: as matvec_kernel for one row of x, NR rows of W at a time. */
+/* stream_matvec: y[slot, i] = (W x)_i, or += with `add`, for one row of x, NR rows of W at a time; slot =
+   outs ? its out_slot : 0; none if that is -1. Equals qwen3i_matmul, with `add` qwen3i_matmul_add. */
 template <int NR, int RING>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     stream_matvec_kernel(matvec_in in, float *y, const row_info *outs, int ldy, bool add) {
@@ -3500,43 +3450,14 @@ static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, i
 }
 #define BY_RING(ring, CALL) ((ring) == STREAM_RING ? CALL(STREAM_RING) : CALL(STREAM_RING_SHORT))
 
-/* call(in, first) for as many rows of x as a kernel does at a time, the first of which is row `first` */
-template <class F> static qwen3_result in_turns(const matvec_in &in, F call) {
-    for (int first = 0; first < in.rows; first += MATVEC_ROWS) {
-        matvec_in some = in;
-        some.x += (size_t)first * in.ldx;
-        some.rows = least(MATVEC_ROWS, in.rows - first);
-        TRY(call(some, first));
-    }
-    return QWEN3_OK;
-}
-
-/* y = W x, or += with `add` */
-static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
-                           const float *x, int ldx, int rows, bool add) {
-    const input h = {x, ldx, NULL, NULL};
-    if (w.n_parts > 0) return block_matvec(p, y, ldy, outs, w, h, rows, add);
-    const matvec_in all = vector_input(p, w, h, rows);
-    const int ring = stream_ring(p, all, w);
-#define CALL(RING) stream_matvec<RING>(p, all, y, ldy, outs, add)
-    if (ring) return launched(p, BY_RING(ring, CALL), "matvec");
-#undef CALL
-    return in_turns(all, [&](const matvec_in &in, int first) {
-        float *to = outs ? y : y + (size_t)first * ldy;
-        const row_info *slots = outs ? outs + first : NULL;
-#define CALL(T) matvec_rows_of<T>(p, in, to, ldy, slots, add)
-        return launched(p, BY_WEIGHT_TYPE(w, CALL), "matvec");
-#undef CALL
-    });
-}
-
 /* ---- Hopper: what the products of few and of many rows share ---- */
 /* How a product ends: its kinds say more in their rooms. M: rows of W in a tile of a product of few rows. */
 struct product_end { enum { M = WIDE_M, NORMS = 0 }; };
 template <int ROWS = WIDE_M> struct to_residual : product_end { enum { M = ROWS }; };
 struct to_mlp : product_end { enum { NORMS = 1 }; };
 struct to_logits : product_end {};
-template <class T> struct to_heads : product_end { enum { NORMS = 1 }; };       /* T: of an F16 cache, or void */
+/* T: half_t for an F16 cache, void for the others */
+template <class T> struct to_heads : product_end { enum { NORMS = 1 }; };
 
 /* Lanes share a head of a row: `LANES` of them have N pairs of neighbours each, in lo, and those half a head
    further, in hi. Here pair j of this lane begins. */
@@ -3556,6 +3477,41 @@ struct qkv_args {
     const row_info *rows;
     kv_layer      kv;
 };
+
+/* How a product of 1 to 8 rows ends: y[slot(r), i] = (W x[r])_i or += that, slot(r) = outs ? its out_slot :
+   r, none if that is -1; q, k and v to their places; y[r, i] = silu((Wgate x[r])_i) * (Wup x[r])_i. */
+enum end_kind { END_STORE, END_ADD, END_HEADS, END_MLP };
+struct vector_end {
+    end_kind kind;
+    float   *y; int ldy;
+    const row_info *outs;
+    qkv_args  qkv;
+    unsigned *tickets;                  /* of END_HEADS: see finish_heads */
+};
+
+static vector_end make_end(end_kind kind, float *y, int ldy, const row_info *outs) {
+    vector_end e;
+    memset(&e, 0, sizeof e);
+    e.kind = kind;
+    e.y = y;
+    e.ldy = ldy;
+    e.outs = outs;
+    return e;
+}
+
+/* The end of the rows from the n-th on. */
+static void skip_rows(vector_end *e, int n) {
+    if (e->outs) e->outs += n;
+    else if (e->y) e->y += (size_t)n * e->ldy;
+    if (e->kind != END_HEADS) return;
+    e->qkv.qkv += (size_t)n * e->qkv.ld;
+    e->qkv.rows += n;
+}
+
+/* See the room after the MLP. */
+static qwen3_result vector_product(const pass *p, const matvec_in &in, const matrix &w, vector_end e);
+static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
+                           const float *x, int ldx, int rows, bool add);
 
 struct wide_args {
     int          rows, k, n_tiles;      /* of W: parts of tiles, of 128 rows */
@@ -3813,7 +3769,7 @@ DEVICE void wide_multiply_rows(const CUtensorMap *x_map, const CUtensorMap *w_ma
    once, k and v to the cache with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope;
    head_dim 128; T is the cache's type. Clusters of two blocks take turns of tiles of [256, P N], and then of
    [256, N]; N is 128, for ADD also 160, which changes no sum. Two parts read shared memory and the
-   second-level cache less than two tiles, which both limit a product. Order: the tensor core adds up 128
+   L2 less than two tiles, which both limit a product. Order: the tensor core adds up 128
    elements, which start from zero, and float32 the chunks: the former cuts its sums off, and over a whole row
    that would show; the residual is added to the whole sum. */
 template <class END, int N, int P>
@@ -4388,30 +4344,6 @@ DEVICE void finish_heads(row_range done, int rows, const qkv_args &a, unsigned *
     }
 }
 
-/* qkv_rope: q, k and v of 1 to 8 rows from their *normalised* hidden states, in one pass over x and W. in: W
-   [q_dim + 2 kv_dim, n_embd], x [rows, n_embd] float32. The block that finishes a head last norms and rotates
-   it; v goes straight from the sum into the cache. tickets [n_head + n_head_kv], zero before and after.
-   Equals qwen3i_matmul of wq, wk, wv, then qwen3i_rmsnorm a head, qwen3i_rope, one rounding of k and v. */
-template <class W, int R>
-static __global__ void __launch_bounds__(32 * MATVEC_WARPS)
-    qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
-    const int NR = 2;
-    __shared__ float4 xs[MATVEC_TILE / 4];
-    __shared__ int finished[MATVEC_WARPS * NR];
-    int rows[NR];
-    float acc[NR][R];
-    matvec_rows<NR>(rows, in.n);
-    /* of the row that this warp will finish; written several kernels before, so there is nothing to wait
-       for */
-    const row_angles angles = load_row_angles(a, warp_id() < in.rows ? warp_id() : 0);
-    dot_rows<W, R, NR>(acc, rows, in, xs);
-    if (threadIdx.x % 32 == 0)
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int j = 0; j < NR; j++)
-                if (r < in.rows && rows[j] >= 0) store_projection(a, r, rows[j], acc[j][r]);
-    finish_heads(block_share(in.n), in.rows, a, tickets, finished, MATVEC_WARPS * NR, angles);
-}
-
 static qkv_args qkv_arguments(const pass *p, int layer) {
     const cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
@@ -4429,7 +4361,17 @@ static qkv_args qkv_arguments(const pass *p, int layer) {
     return a;
 }
 
-/* stream_qkv_rope: as qkv_rope_kernel for one row of x. */
+static vector_end heads_end(const pass *p, int layer) {
+    vector_end e = make_end(END_HEADS, NULL, 0, NULL);
+    e.qkv = qkv_arguments(p, layer);
+    e.tickets = p->c->qkv_tickets;
+    return e;
+}
+
+/* stream_qkv_rope: q, k and v of one row in one pass over W [q_dim + 2 kv_dim, n_embd]. The block that
+   finishes a head last norms and rotates it; v goes straight from the sum into the cache. tickets [n_head +
+   n_head_kv], zero before and after. Equals qwen3i_matmul of wq, wk, wv, then qwen3i_rmsnorm a head,
+   qwen3i_rope, one rounding of k and v. */
 template <int NR, int RING>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     stream_qkv_rope_kernel(matvec_in in, qkv_args a, unsigned *tickets) {
@@ -4508,34 +4450,16 @@ template <int RING> static cudaError_t stream_qkv(const pass *p, const matvec_in
 #undef CALL
 }
 
-template <class W, int R>
-static cudaError_t launch_qkv(const pass *p, const matvec_in &in, const qkv_args &a) {
-    return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n, 2)), 32 * MATVEC_WARPS, 0,
-                        qkv_rope_kernel<W, R>, in, a, p->c->qkv_tickets);
-}
-template <class W> static cudaError_t qkv_rows_of(const pass *p, const matvec_in &in, const qkv_args &a) {
-    return in.rows > 4 ? launch_qkv<W, 8>(p, in, a) :
-           in.rows > 1 ? launch_qkv<W, some_rows<W>()>(p, in, a) :
-                         launch_qkv<W, 1>(p, in, a);
-}
-
 static qwen3_result vector_qkv(const pass *p, int layer, const input &h) {
     const matrix &w = p->c->m->layers[layer].qkv;
     if (w.n_parts > 0) return block_qkv(p, layer, h);
-    const matvec_in all = vector_input(p, w, h, p->n);
+    const matvec_in in = vector_input(p, w, h, p->n);
     const qkv_args a = qkv_arguments(p, layer);
-    const int ring = stream_ring(p, all, w);
-#define CALL(RING) stream_qkv<RING>(p, all, a)
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_qkv<RING>(p, in, a)
     if (ring) return launched(p, BY_RING(ring, CALL), "stream_qkv");
 #undef CALL
-    return in_turns(all, [&](const matvec_in &in, int first) {
-        qkv_args some = a;
-        some.qkv += (size_t)first * a.ld;
-        some.rows += first;
-#define CALL(T) qkv_rows_of<T>(p, in, some)
-        return launched(p, BY_WEIGHT_TYPE(w, CALL), "qkv_rope");
-#undef CALL
-    });
+    return vector_product(p, in, w, heads_end(p, layer));
 }
 
 /* ---- after a product by cuBLASLt ---- */
@@ -4729,7 +4653,7 @@ static attention_args attention_arguments(const pass *p, int layer) {
 
 /* ---- row by row, whatever the cache and the heads are ---- */
 const int SPLIT_HEADS = 4;              /* of one group, which share reads of k and v */
-const int SPLIT_TURNS = 4;              /* positions whose k and v a lane asks for at once */
+const int SPLIT_STEPS = 4;              /* positions whose k and v a lane asks for at once */
 
 template <class T> struct kv_vector { uint4 raw[sizeof(T) / 2]; };      /* 8 elements */
 
@@ -4765,33 +4689,33 @@ DEVICE void split_begin(split_head &h, const float *q, bool valid, float scale) 
 }
 
 /* Scores to weights: the first `left` of them, `each` apart. What came before shrinks as the top rises. */
-DEVICE void split_weigh(split_head &h, float (&score)[SPLIT_TURNS], int left, int each, int lanes) {
+DEVICE void split_weigh(split_head &h, float (&score)[SPLIT_STEPS], int left, int each, int lanes) {
     float top = h.top;
-    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) top = fmaxf(top, score[u]);
+    UNROLL for (int u = 0; u < SPLIT_STEPS; u++) top = fmaxf(top, score[u]);
     for (int o = 16; o >= lanes; o >>= 1) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
     const float keep = exp2f(h.top - top);
     h.top = top;
     h.sum *= keep;
     UNROLL for (int i = 0; i < 8; i++) h.o[i] *= keep;
-    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
+    UNROLL for (int u = 0; u < SPLIT_STEPS; u++) {
         score[u] = u * each < left ? exp2f(score[u] - top) : 0.0f;
         h.sum += score[u];
     }
 }
 
-/* Adds the next SPLIT_TURNS times 32 / lanes positions, of which `left` are there; this lane's k and v. */
+/* Adds the next SPLIT_STEPS times 32 / lanes positions, of which `left` are there; this lane's k and v. */
 template <class T>
 DEVICE void split_step(split_head (&heads)[SPLIT_HEADS], const T *k, const T *v, int stride, int left,
                        int lanes, bool owner) {
     const int sub = lane_id() / lanes, each = 32 / lanes;
-    kv_vector<T> kr[SPLIT_TURNS], vr[SPLIT_TURNS];
-    float score[SPLIT_HEADS][SPLIT_TURNS], f[8];
-    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
+    kv_vector<T> kr[SPLIT_STEPS], vr[SPLIT_STEPS];
+    float score[SPLIT_HEADS][SPLIT_STEPS], f[8];
+    UNROLL for (int u = 0; u < SPLIT_STEPS; u++) {
         const int p = u * each + sub;
         kr[u] = kv_load<T>(k + (size_t)p * stride, owner && p < left);
         vr[u] = kv_load<T>(v + (size_t)p * stride, owner && p < left);
     }
-    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
+    UNROLL for (int u = 0; u < SPLIT_STEPS; u++) {
         kv_unpack<T>(f, kr[u]);
         UNROLL for (int g = 0; g < SPLIT_HEADS; g++) {
             float d = 0;
@@ -4801,7 +4725,7 @@ DEVICE void split_step(split_head (&heads)[SPLIT_HEADS], const T *k, const T *v,
         }
     }
     UNROLL for (int g = 0; g < SPLIT_HEADS; g++) split_weigh(heads[g], score[g], left - sub, each, lanes);
-    UNROLL for (int u = 0; u < SPLIT_TURNS; u++) {
+    UNROLL for (int u = 0; u < SPLIT_STEPS; u++) {
         kv_unpack<T>(f, vr[u]);
         UNROLL for (int g = 0; g < SPLIT_HEADS; g++)
             UNROLL for (int i = 0; i < 8; i++) heads[g].o[i] += score[g][u] * f[i];
@@ -4903,7 +4827,7 @@ static __global__ void __launch_bounds__(32 * SPLIT_WARPS) attention_split_kerne
     if (begin >= n) return;
     int lanes = 1;
     while (lanes * 8 < dim) lanes *= 2;
-    const int at = lane_id() % lanes * 8, step = SPLIT_TURNS * (32 / lanes);
+    const int at = lane_id() % lanes * 8, step = SPLIT_STEPS * (32 / lanes);
     const bool owner = at < dim;
     const T *k = (const T *)a.kv.k + first + at, *v = (const T *)a.kv.v + first + at;
     const float *q = a.q + (size_t)row * a.ldq + (size_t)head0 * dim + at;
@@ -5830,40 +5754,8 @@ static qwen3_result many_o_proj(const pass *p, int layer) {
    ================================================================================================ */
 DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
 
-/* mlp: y[r, i] = silu(gate_i) * up_i in float32, where gate = W[0 .. n_ff) x[r] and up = W[n_ff .. 2 n_ff)
-   x[r]. A warp has at most P pairs of rows. Equals qwen3i_swiglu of the two products. */
-template <class W, int R, int P>
-static __global__ void __launch_bounds__(32 * MATVEC_WARPS) mlp_kernel(matvec_in in, float *y, int ldy) {
-    __shared__ float4 xs[MATVEC_TILE / 4];
-    const int n_ff = in.n / 2;
-    int pair[P], rows[2 * P];
-    float acc[2 * P][R];
-    matvec_rows<P>(pair, n_ff);
-    UNROLL for (int j = 0; j < P; j++) {
-        rows[2 * j] = pair[j];
-        rows[2 * j + 1] = pair[j] < 0 ? -1 : n_ff + pair[j];
-    }
-    dot_rows<W, R, 2 * P>(acc, rows, in, xs);
-    if (threadIdx.x % 32 != 0) return;
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int j = 0; j < P; j++)
-            if (r < in.rows && pair[j] >= 0)
-                y[(size_t)r * ldy + pair[j]] = silu(acc[2 * j][r]) * acc[2 * j + 1][r];
-}
-
-template <class W, int R>
-static cudaError_t launch_mlp(const pass *p, const matvec_in &in, float *y, int ldy) {
-    const int PAIRS = R == 1 ? 2 : 1;
-    return launch_early(p->early, p->s, grid1(matvec_blocks(p, in.n / 2, PAIRS)), 32 * MATVEC_WARPS, 0,
-                        mlp_kernel<W, R, PAIRS>, in, y, ldy);
-}
-template <class W> static cudaError_t mlp_rows_of(const pass *p, const matvec_in &in, float *y, int ldy) {
-    return in.rows > 4 ? launch_mlp<W, 8>(p, in, y, ldy) :
-           in.rows > 1 ? launch_mlp<W, some_rows<W>()>(p, in, y, ldy) :
-                         launch_mlp<W, 1>(p, in, y, ldy);
-}
-
-/* stream_mlp: as mlp_kernel for one row of x. */
+/* stream_mlp: y[i] = silu(gate_i) * up_i in float32 for one row x, where gate = W[0 .. n_ff) x and up = W[n_ff
+   .. 2 n_ff) x. A warp takes P pairs of rows at a time. Equals qwen3i_swiglu of the two products. */
 template <int P, int RING>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2) stream_mlp_kernel(matvec_in in, float *y) {
     QWEN3_DYNAMIC_SHARED(memory);
@@ -5886,17 +5778,12 @@ static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].gate_up;
     if (w.n_parts > 0) return block_mlp(p, w, h);
-    const matvec_in all = vector_input(p, w, h, p->n);
-    const int ring = stream_ring(p, all, w);
-#define CALL(RING) stream_mlp<RING>(p, all, c->ff)
+    const matvec_in in = vector_input(p, w, h, p->n);
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_mlp<RING>(p, in, c->ff)
     if (ring) return launched(p, BY_RING(ring, CALL), "mlp");
 #undef CALL
-    return in_turns(all, [&](const matvec_in &in, int first) {
-        float *to = c->ff + (size_t)first * c->ff_ld;
-#define CALL(T) mlp_rows_of<T>(p, in, to, c->ff_ld)
-        return launched(p, BY_WEIGHT_TYPE(w, CALL), "mlp");
-#undef CALL
-    });
+    return vector_product(p, in, w, make_end(END_MLP, c->ff, c->ff_ld, NULL));
 }
 
 static qwen3_result vector_down(const pass *p, int layer) {
@@ -6030,6 +5917,83 @@ static qwen3_result few_down(const pass *p, int layer) {
 static qwen3_result many_down(const pass *p, int layer) {
     const matrix &w = p->c->m->layers[layer].w_down;
     return wide_add(p, p->c->wide_m_map, w, wide_arguments(p, w, p->c->ff_scale));
+}
+
+/* ================================================================================================
+   VECTORS: 1 to 8 rows times a matrix, whatever follows it
+   ================================================================================================ */
+/* Element i of a product's row r, if it is none of pairs. */
+DEVICE void finish_sum(const vector_end &e, int r, int i, float sum) {
+    if (e.kind == END_HEADS) { store_projection(e.qkv, r, i, sum); return; }
+    const int slot = e.outs ? e.outs[r].out_slot : r;
+    float *out = e.y + (size_t)slot * e.ldy + i;
+    if (slot >= 0) *out = e.kind == END_ADD ? *out + sum : sum;
+}
+
+/* vector_product: x [rows, in.ldx] float32, rows <= R, times W, and then what vector_end says. A warp has two
+   rows of W, or one of gate and one of up; 8 warps a block. It is for what streams do not serve: several rows,
+   F32 weights, chips before sm_80. Equals qwen3i_matmul or qwen3i_matmul_add, or what stream_qkv_rope and
+   stream_mlp equal. */
+template <class W, int R>
+static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
+    vector_product_kernel(matvec_in in, const __grid_constant__ vector_end e) {
+    __shared__ float4 xs[MATVEC_TILE / 4];
+    __shared__ int finished[2 * MATVEC_WARPS];
+    const bool pairs = e.kind == END_MLP;
+    const row_range mine = warp_share(pairs ? in.n / 2 : in.n);
+    const int first = mine.first < mine.end ? mine.first : -1;
+    const int second = pairs && first >= 0 ? in.n / 2 + first : first + 1 < mine.end ? first + 1 : -1;
+    const int rows[2] = {first, first < 0 ? -1 : second};
+    float acc[2][R];
+    row_angles angles;                  /* written long before, so there is nothing to wait for */
+    if (e.kind == END_HEADS) angles = load_row_angles(e.qkv, warp_id() < in.rows ? warp_id() : 0);
+    dot_rows<W, R, 2>(acc, rows, in, xs);
+    if (lane_id() == 0)
+        UNROLL for (int r = 0; r < R; r++) {
+            if (r >= in.rows) break;
+            if (pairs && first >= 0) e.y[(size_t)r * e.ldy + first] = silu(acc[0][r]) * acc[1][r];
+            UNROLL for (int j = 0; j < 2; j++)
+                if (!pairs && rows[j] >= 0) finish_sum(e, r, rows[j], acc[j][r]);
+        }
+    if (e.kind == END_HEADS)
+        finish_heads(block_share(in.n), in.rows, e.qkv, e.tickets, finished, 2 * MATVEC_WARPS, angles);
+}
+
+/* F32 weights, which are rare, have a kernel for one row and one for all up to 8. */
+template <class W>
+static cudaError_t launch_vectors(const pass *p, const matvec_in &in, const vector_end &e) {
+    const int some = sizeof(W) == 4 ? 8 : 4;
+    const int blocks = e.kind == END_MLP ? matvec_blocks(p, in.n / 2, 1) : matvec_blocks(p, in.n, 2);
+    return launch_early(p->early, p->s, grid1(blocks), 32 * MATVEC_WARPS, 0,
+                        in.rows > some ? vector_product_kernel<W, 8> :
+                        in.rows > 1    ? vector_product_kernel<W, some> :
+                                         vector_product_kernel<W, 1>, in, e);
+}
+
+/* MATVEC_ROWS rows at a time */
+static qwen3_result vector_product(const pass *p, const matvec_in &in, const matrix &w, vector_end e) {
+    for (int first = 0; first < in.rows; first += MATVEC_ROWS, skip_rows(&e, MATVEC_ROWS)) {
+        matvec_in some = in;
+        some.x += (size_t)first * in.ldx;
+        some.rows = least(MATVEC_ROWS, in.rows - first);
+#define CALL(T) launch_vectors<T>(p, some, e)
+        TRY(launched(p, BY_WEIGHT_TYPE(w, CALL), "vector_product"));
+#undef CALL
+    }
+    return QWEN3_OK;
+}
+
+/* y = W x, or += with `add` */
+static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
+                           const float *x, int ldx, int rows, bool add) {
+    const input h = {x, ldx, NULL, NULL};
+    if (w.n_parts > 0) return block_matvec(p, y, ldy, outs, w, h, rows, add);
+    const matvec_in in = vector_input(p, w, h, rows);
+    const int ring = stream_ring(p, in, w);
+#define CALL(RING) stream_matvec<RING>(p, in, y, ldy, outs, add)
+    if (ring) return launched(p, BY_RING(ring, CALL), "matvec");
+#undef CALL
+    return vector_product(p, in, w, make_end(add ? END_ADD : END_STORE, y, ldy, outs));
 }
 
 /* ================================================================================================
@@ -6349,37 +6313,17 @@ template <int R, class F> DEVICE void block_multiply_pairs(const block_in &in, r
     }
 }
 
-enum block_kind { BLOCK_STORE, BLOCK_ADD, BLOCK_HEADS, BLOCK_MLP };
-/* How it ends: y[out_slot, :] = or += (outs NULL: y); q, k and v as qkv_rope; y = silu(gate) * up as mlp. */
-struct block_end {
-    block_kind kind;
-    float     *y; int ldy;
-    const row_info *outs;
-    qkv_args   qkv;
-    unsigned  *tickets;
-};
-
-/* Of row r of x */
-DEVICE void block_finish(const block_end &e, int r, int row, int n, float sum) {
-    const int i = row + lane_id();
-    if (lane_id() >= n) return;
-    if (e.kind == BLOCK_HEADS) { store_projection(e.qkv, r, i, sum); return; }
-    const int slot = e.outs ? e.outs[r].out_slot : r;
-    float *out = e.y + (size_t)slot * e.ldy + i;
-    if (slot >= 0) *out = e.kind == BLOCK_ADD ? *out + sum : sum;
-}
-
 /* block_product: up to R rows of x times a matrix in blocks. The warps of the grid share its rows, or pairs
    of them, evenly. One kernel for all ends, and a function in it for each format, which others would only
-   repeat. Equals qwen3i_matmul, and what the kernels for numbers do after it. */
+   repeat. Equals qwen3i_matmul, and what vector_product does after it. */
 template <int R>
 static __global__ void __launch_bounds__(32 * block_shape<R>::WARPS, block_shape<R>::BLOCKS)
-    block_product_kernel(const __grid_constant__ block_in in, const __grid_constant__ block_end e) {
+    block_product_kernel(const __grid_constant__ block_in in, const __grid_constant__ vector_end e) {
     __shared__ int finished[STREAM_HEADS];
     const int warps = n_threads() / 32;
     row_angles angles;                  /* written long before, so there is nothing to wait for */
-    if (e.kind == BLOCK_HEADS) angles = load_row_angles(e.qkv, warp_id() < in.rows ? warp_id() : 0);
-    if (e.kind == BLOCK_MLP) {
+    if (e.kind == END_HEADS) angles = load_row_angles(e.qkv, warp_id() < in.rows ? warp_id() : 0);
+    if (e.kind == END_MLP) {
         block_multiply_pairs<R>(in, block_warp_share(in.parts[0].rows),
                                 [&](int r, int row, int n, float2 sums) {
             if (lane_id() < n && r < in.rows)
@@ -6388,9 +6332,9 @@ static __global__ void __launch_bounds__(32 * block_shape<R>::WARPS, block_shape
         return;
     }
     block_multiply<R>(in, block_warp_share(in.n), [&](int r, int row, int n, float sum) {
-        if (r < in.rows) block_finish(e, r, row, n, sum);
+        if (r < in.rows && lane_id() < n) finish_sum(e, r, row + lane_id(), sum);
     });
-    if (e.kind != BLOCK_HEADS) return;
+    if (e.kind != END_HEADS) return;
     const row_range mine = {block_share_begin(block_x() * warps, in.n),
                             block_share_begin((block_x() + 1) * warps, in.n)};
     finish_heads(mine, in.rows, e.qkv, e.tickets, finished, least(STREAM_HEADS, n_threads()), angles);
@@ -6432,7 +6376,7 @@ static bool block_norms_itself(const pass *p, const matrix &w) {
 
 /* units: rows, or pairs of them */
 template <int R>
-static qwen3_result launch_block(const pass *p, const block_in &in, const block_end &e, int units) {
+static qwen3_result launch_block(const pass *p, const block_in &in, const vector_end &e, int units) {
     const int warps = block_warps<R>(p, in);
     if (warps == 0)
         return qwen3i_fail(p->err, QWEN3_ERR_UNSUPPORTED,
@@ -6443,49 +6387,31 @@ static qwen3_result launch_block(const pass *p, const block_in &in, const block_
 }
 
 /* Rows of x, four at a time if there are several and they have room. */
-static qwen3_result block_rows_of(const pass *p, const matrix &w, const input &h, int rows, block_end e,
+static qwen3_result block_rows_of(const pass *p, const matrix &w, const input &h, int rows, vector_end e,
                                   int units) {
     for (int r = 0; r < rows; ) {
         const int n = least(BLOCK_ROWS, rows - r);
         const block_in few = block_input(p, w, h, r, n), one = block_input(p, w, h, r, 1);
         const bool together = n > 1 && block_warps<BLOCK_ROWS>(p, few) > 0;
         TRY(together ? launch_block<BLOCK_ROWS>(p, few, e, units) : launch_block<1>(p, one, e, units));
-        const int done = together ? n : 1;
-        r += done;
-        if (e.outs) e.outs += done;
-        else if (e.y) e.y += (size_t)done * e.ldy;
-        if (e.kind != BLOCK_HEADS) continue;
-        e.qkv.qkv += (size_t)done * e.qkv.ld;
-        e.qkv.rows += done;
+        r += together ? n : 1;
+        skip_rows(&e, together ? n : 1);
     }
     return QWEN3_OK;
 }
 
-static block_end block_ends(block_kind kind, float *y, int ldy, const row_info *outs) {
-    block_end e;
-    memset(&e, 0, sizeof e);
-    e.kind = kind;
-    e.y = y;
-    e.ldy = ldy;
-    e.outs = outs;
-    return e;
-}
-
 static qwen3_result block_matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
                                  const input &h, int rows, bool add) {
-    return block_rows_of(p, w, h, rows, block_ends(add ? BLOCK_ADD : BLOCK_STORE, y, ldy, outs), w.rows);
+    return block_rows_of(p, w, h, rows, make_end(add ? END_ADD : END_STORE, y, ldy, outs), w.rows);
 }
 
 static qwen3_result block_qkv(const pass *p, int layer, const input &h) {
     const matrix &w = p->c->m->layers[layer].qkv;
-    block_end e = block_ends(BLOCK_HEADS, NULL, 0, NULL);
-    e.qkv = qkv_arguments(p, layer);
-    e.tickets = p->c->qkv_tickets;
-    return block_rows_of(p, w, h, p->n, e, w.rows);
+    return block_rows_of(p, w, h, p->n, heads_end(p, layer), w.rows);
 }
 
 static qwen3_result block_mlp(const pass *p, const matrix &w, const input &h) {
-    return block_rows_of(p, w, h, p->n, block_ends(BLOCK_MLP, p->c->ff, p->c->ff_ld, NULL), w.parts[0].rows);
+    return block_rows_of(p, w, h, p->n, make_end(END_MLP, p->c->ff, p->c->ff_ld, NULL), w.parts[0].rows);
 }
 
 /* ================================================================================================
@@ -8167,8 +8093,8 @@ static qwen3_result wait_for(cuda_ctx *c, cudaEvent_t event, const qwen3i_err *e
    ================================================================================================ */
 /* The next slot for an upload, once its last one is done. */
 static qwen3_result begin_upload(cuda_ctx *c, int *slot, const qwen3i_err *err) {
-    *slot = c->turn;
-    c->turn = (c->turn + 1) % RING;
+    *slot = c->next_slot;
+    c->next_slot = (c->next_slot + 1) % RING;
     return wait_for(c, c->uploaded[*slot], err);
 }
 
@@ -8310,7 +8236,7 @@ static qwen3_result deliver(const pass *p, const qwen3i_out *outs, int first, in
 /* Wait for all that was enqueued, asking the cancel hook meanwhile. */
 static qwen3_result wait(cuda_ctx *c, const qwen3i_err *err) {
     /* of the upload before, which is over by then */
-    cudaEvent_t done = c->uploaded[(c->turn + RING - 1) % RING];
+    cudaEvent_t done = c->uploaded[(c->next_slot + RING - 1) % RING];
     cudaError_t e;
     CUDA_TRY(cudaEventRecord(done, c->stream));
     while (c->desc.cancel && (e = cudaEventQuery(done)) != cudaSuccess) {

@@ -178,7 +178,7 @@ extern "C" const char *lab_logits(lab_model *l, const int *tokens, int n, float 
      tensor core works on them. The input is the residual in F16 times a power of two for each row, which the kernel
      before is taken to have written: making it is not timed. (A kernel that writes a tile of a row does not know the
      row's largest element, so this favours the fused side a little.)
-   - Elsewhere as qkv_rope up to 8 rows, then cuBLASLt on the same 16-bit input and a kernel that finds 1 / rms and
+   - Elsewhere as vector_product up to 8 rows, then cuBLASLt on the same 16-bit input and a kernel that finds 1 / rms and
      finishes heads.
 
    The separate side is timed as a step runs it: its kernels for one row norm their input themselves, in float32, before they
@@ -214,7 +214,14 @@ template <int R> __device__ void fused_scales(float (&r)[R], const matvec_in &in
     }
 }
 
-/* qkv_rope_kernel on the raw residual, 1 to 8 rows. scales: NULL, or 1 / rms of each row. */
+/* This warp's rows of W, at most NR; -1 for those that it has not. */
+template <int NR> __device__ __forceinline__ void fused_rows(int (&rows)[NR], int n) {
+    const row_range mine = warp_share(n);
+#pragma unroll
+    for (int j = 0; j < NR; j++) rows[j] = mine.first + j < mine.end ? mine.first + j : -1;
+}
+
+/* vector_product_kernel with heads on the raw residual, 1 to 8 rows. scales: NULL, or 1 / rms of each row. */
 template <class W, class T, int R, int NR> __global__ void __launch_bounds__(32 * MATVEC_WARPS)
     fused_qkv_kernel(matvec_in in, qkv_args a, unsigned *tickets, const float *scales) {
     __shared__ float4 xs[MATVEC_TILE / 4];
@@ -223,7 +230,7 @@ template <class W, class T, int R, int NR> __global__ void __launch_bounds__(32 
     int rows[NR];
     float acc[NR][R], scale[R];
     const int rotated = (a.n_head + a.n_head_kv) * a.head_dim;
-    matvec_rows<NR>(rows, in.n);
+    fused_rows<NR>(rows, in.n);
     const row_angles angles = load_row_angles(a, warp_id() < in.rows ? warp_id() : 0);
     dot_rows<W, R, NR>(acc, rows, in, xs);
     fused_scales<R>(scale, in, xs, part);
