@@ -827,7 +827,8 @@ struct cuda_model {
     int             rank, n_ranks;      /* see RANKS; one of one: config and weights are the model's own */
     int             first_kv, all_kv;   /* its key/value heads begin there; the model's */
     communicator    comm;
-    cuda_model    **fellows;            /* [n_ranks] those of this process; NULL: one device, or one a process */
+    /* [n_ranks] those of this process; NULL: one device, or one a process */
+    cuda_model    **fellows;
 };
 
 struct rank_group;                      /* see RANKS */
@@ -1736,8 +1737,8 @@ static qwen3_result open_uploader(uploader *u, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
-/* Rows of so many bytes of the given type from a matrix, which may be one of `beside` that lie side by side; a
-   dry run (no pieces yet) counts. */
+/* Rows of so many bytes of the given type from a matrix, which may be one of `beside` that lie side by side;
+   a dry run (no pieces yet) counts. */
 static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, size_t out, const qwen3i_matrix &w,
                                int beside, const qwen3i_err *err) {
     const size_t in = stored_row_bytes((int)w.type, w.cols), stride = in * (size_t)beside;
@@ -2647,6 +2648,17 @@ static cudaError_t launch_rmsnorm(bool early, cudaStream_t s, O *y, int ldy, con
 #undef QWEN3_SHAPE
     return launch_early(early, s, grid2(rows, groups), row_threads(width, 1, rows), 0,
                         rmsnorm_any_kernel<O, T>, y, ldy, x, ldx, outs, gain, width, pad, eps);
+}
+
+/* h = RMSNorm(x), float32 rows */
+static qwen3_result vector_norm(const pass *p, const float *gain, const matrix &, input *h) {
+    cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    *h = {c->h, c->embd_ld, NULL, NULL};
+    return launched(p,
+                    launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain, p->n, 1,
+                                   g->n_embd, c->embd_ld, g->rms_eps),
+                    "rmsnorm");
 }
 
 /* ---- the input of a product with many rows ---- */
@@ -5663,10 +5675,10 @@ static qwen3_result many_attention(const pass *p, int layer) {
 }
 
 /* ================================================================================================
-   RANKS: several devices share a model. Each has some of the heads, some rows of gate and up (of every expert,
-   too) and of the head: its configuration is the model's with these numbers divided. Wo and Wdown lie by
-   columns: a rank multiplies what it has computed itself, and x = x + W a is a sum over ranks, which NCCL adds
-   up, to the same bits on all. Logits are gathered, so every rank chooses, and chooses the same.
+   RANKS: several devices share a model. Each has some of the heads, some rows of gate and up (of every
+   expert, too) and of the head: its configuration is the model's with these numbers divided. Wo and Wdown lie
+   by columns: a rank multiplies what it has computed itself, and x = x + W a is a sum over ranks, which NCCL
+   adds up, to the same bits on all. Logits are gathered, so every rank chooses, and chooses the same.
    ================================================================================================ */
 static __global__ void clear_kernel(float *x, size_t n) {
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
@@ -5754,8 +5766,8 @@ static qwen3_result many_o_proj(const pass *p, int layer) {
    ================================================================================================ */
 DEVICE float silu(float x) { return x / (1.0f + expf(-x)); }
 
-/* stream_mlp: y[i] = silu(gate_i) * up_i in float32 for one row x, where gate = W[0 .. n_ff) x and up = W[n_ff
-   .. 2 n_ff) x. A warp takes P pairs of rows at a time. Equals qwen3i_swiglu of the two products. */
+/* stream_mlp: y[i] = silu(gate_i) * up_i in float32 for one row x, where gate = W[0 .. n_ff) x and up =
+   W[n_ff .. 2 n_ff) x. A warp takes P pairs of rows at a time. Equals qwen3i_swiglu of the two products. */
 template <int P, int RING>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2) stream_mlp_kernel(matvec_in in, float *y) {
     QWEN3_DYNAMIC_SHARED(memory);
@@ -5931,9 +5943,9 @@ DEVICE void finish_sum(const vector_end &e, int r, int i, float sum) {
 }
 
 /* vector_product: x [rows, in.ldx] float32, rows <= R, times W, and then what vector_end says. A warp has two
-   rows of W, or one of gate and one of up; 8 warps a block. It is for what streams do not serve: several rows,
-   F32 weights, chips before sm_80. Equals qwen3i_matmul or qwen3i_matmul_add, or what stream_qkv_rope and
-   stream_mlp equal. */
+   rows of W, or one of gate and one of up; 8 warps a block. It is for what streams do not serve: several
+   rows, F32 weights, chips before sm_80. Equals qwen3i_matmul or qwen3i_matmul_add, or what stream_qkv_rope
+   and stream_mlp equal. */
 template <class W, int R>
 static __global__ void __launch_bounds__(32 * MATVEC_WARPS, 2)
     vector_product_kernel(matvec_in in, const __grid_constant__ vector_end e) {
@@ -6089,7 +6101,8 @@ template <int R> static __device__ NO_INLINE void block_stage(const block_in &in
                 float4 v[4];
                 UNROLL for (int u = 0; u < 4; u++) v[u] = load_up_to_4(x, 4 * (q + u * step), in.k);
                 UNROLL for (int u = 0; u < 4; u++)
-                    if (q + u * step - lane_id() < 8 * in.units) block_store_x(in, planes, q + u * step, v[u]);
+                    if (q + u * step - lane_id() < 8 * in.units)
+                        block_store_x(in, planes, q + u * step, v[u]);
             }
         }
     }
@@ -6417,21 +6430,23 @@ static qwen3_result block_mlp(const pass *p, const matrix &w, const input &h) {
 /* ================================================================================================
    EXPERTS: x = x + the sum over the experts that a row picks of weight * Wdown(silu(Wgate h) * (Wup h))
    ================================================================================================ */
-/* An entry is a row and one of its picks: row * used + pick. Experts' matrices lie below each other: gate and up
-   of each, and the downs. Sums of an entry depend on it alone. */
+/* An entry is a row and one of its picks: row * used + pick. Experts' matrices lie below each other: gate and
+   up of each, and the downs. Sums of an entry depend on it alone. */
 
-/* route: logits[row, i] = router[i] . h[row] in float32: one warp an expert, ROUTE_ROWS rows. Grid: experts by
-   warps, rows. Equals qwen3i_matmul. */
+/* route: logits[row, i] = router[i] . h[row] in float32: one warp an expert, ROUTE_ROWS rows. Grid: experts
+   by warps, rows. Equals qwen3i_matmul. */
 const int ROUTE_ROWS = 8;
 static __global__ void __launch_bounds__(256)
-    route_kernel(float *logits, const float *router, const float *h, int ldh, int rows, int n_expert, int width) {
+    route_kernel(float *logits, const float *router, const float *h, int ldh, int rows, int n_expert,
+                 int width) {
     const int expert = block_x() * 8 + warp_id(), first = block_y() * ROUTE_ROWS, lane = lane_id();
     float acc[ROUTE_ROWS];
     UNROLL for (int r = 0; r < ROUTE_ROWS; r++) acc[r] = 0;
     wait_for_previous();
     let_next_start();
     if (expert >= n_expert) return;
-    const float *from[ROUTE_ROWS];              /* of a row that there is not the last one's: no branch, loads overlap */
+    /* of a row that is not there the last one's: no branch, loads overlap */
+    const float *from[ROUTE_ROWS];
     UNROLL for (int r = 0; r < ROUTE_ROWS; r++) from[r] = h + (size_t)least(first + r, rows - 1) * ldh;
     _Pragma("unroll 4") for (int k = lane; k < width; k += 32) {
         const float w = router[(size_t)expert * width + k];
@@ -6460,8 +6475,8 @@ DEVICE int most_probable(const float *p, int n) {
     return at;
 }
 
-/* Softmax over the logits p [n] of a row, which it overwrites; the `used` most probable in order of index, and
-   their weights. By a warp. What is no number counts as 0. */
+/* Softmax over the logits p [n] of a row, which it overwrites; the `used` most probable in order of index,
+   and their weights. By a warp. What is no number counts as 0. */
 DEVICE void pick_row(int *picked, float *share, float *p, int n, int used, int norm) {
     const int lane = lane_id();
     float top = LOWEST, all = 0, sum = 0;
@@ -6502,8 +6517,8 @@ static __global__ void __launch_bounds__(256)
         pick_row(picked + row * used, share + row * used, logits + (size_t)row * n, n, used, norm);
 }
 
-/* route_one: for one row all of it: h = RMSNorm(x), the logits, and, by the block that is the last to have them,
-   the choice. One warp an expert. ticket: zero before and after. Equals qwen3i_rmsnorm, qwen3i_matmul,
+/* route_one: for one row all of it: h = RMSNorm(x), the logits, and, by the block that is the last to have
+   them, the choice. One warp an expert. ticket: zero before and after. Equals qwen3i_rmsnorm, qwen3i_matmul,
    qwen3i_route_rows. */
 struct route_args {
     float       *h, *logits;            /* [n_embd], [n_expert] */
@@ -6525,10 +6540,12 @@ static __global__ void __launch_bounds__(256) route_one_kernel(route_args a) {
     let_next_start();
     _Pragma("unroll 8") for (int k = tid(); k < a.n_embd; k += 256) sum += a.x[k] * a.x[k];
     const float r = rms_scale(block_sum(sum, shared), (float)a.n_embd, a.eps);
-    _Pragma("unroll 16") for (int k = lane; k < a.n_embd; k += 32) acc += router[k] * (a.x[k] * r * a.gain[k]);
+    _Pragma("unroll 16") for (int k = lane; k < a.n_embd; k += 32)
+        acc += router[k] * (a.x[k] * r * a.gain[k]);
     acc = warp_sum(acc);
     if (lane == 0 && expert < a.n_expert) a.logits[expert] = acc;
-    for (int k = block_x() * 256 + tid(); k < a.n_embd; k += (int)gridDim.x * 256) a.h[k] = a.x[k] * r * a.gain[k];
+    for (int k = block_x() * 256 + tid(); k < a.n_embd; k += (int)gridDim.x * 256)
+        a.h[k] = a.x[k] * r * a.gain[k];
     __threadfence();
     __syncthreads();
     if (tid() == 0) {
@@ -6541,8 +6558,8 @@ static __global__ void __launch_bounds__(256) route_one_kernel(route_args a) {
     pick_row(a.picked, a.share, a.logits, a.n_expert, a.used, a.norm);
 }
 
-/* group_entries: the entries that have picked each expert, in order: lists [n_expert, rows], counts. One block an
-   expert. */
+/* group_entries: the entries that have picked each expert, in order: lists [n_expert, rows], counts. One
+   block an expert. */
 static __global__ void __launch_bounds__(256)
     group_entries_kernel(int *lists, int *counts, const int *picked, int entries, int rows) {
     __shared__ int of_warp[8];
@@ -6588,9 +6605,10 @@ DEVICE int expert_entry(const expert_args &a, int i) {
 
 const int EXPERT_TILE = 1024;           /* elements of x that a block holds at a time */
 
-/* Elements of x of R entries to shared memory as V / 4 planes, so that lanes read neighbouring 16 bytes; zero from
-   k on and for entries that there are not. */
-template <int V, int R> DEVICE void stage_entries(float4 *xs, const expert_args &a, const int (&rows)[R], int k0) {
+/* Elements of x of R entries to shared memory as V / 4 planes, so that lanes read neighbouring 16 bytes; zero
+   from k on and for entries that there are not. */
+template <int V, int R>
+DEVICE void stage_entries(float4 *xs, const expert_args &a, const int (&rows)[R], int k0) {
     UNROLL for (int r = 0; r < R; r++)
         for (int q = tid(); q < EXPERT_TILE / 4; q += n_threads())
             xs[r * (EXPERT_TILE / 4) + q % (V / 4) * (EXPERT_TILE / V) + q / (V / 4)] =
@@ -6600,8 +6618,8 @@ template <int V, int R> DEVICE void stage_entries(float4 *xs, const expert_args 
 
 /* acc[j][r] = W[row j] . x[r] for two rows of W; at NULL: nothing to read. By all threads of a block. */
 template <class W, int R>
-DEVICE void expert_dots(float (&acc)[2][R], const expert_args &a, const W *const (&at)[2], const int (&rows)[R],
-                        float4 *xs) {
+DEVICE void expert_dots(float (&acc)[2][R], const expert_args &a, const W *const (&at)[2],
+                        const int (&rows)[R], float4 *xs) {
     const int V = 16 / (int)sizeof(W), U = EXPERT_TILE / (32 * V), lane = lane_id();
     UNROLL for (int j = 0; j < 2; j++) UNROLL for (int r = 0; r < R; r++) acc[j][r] = 0;
     NO_UNROLL for (int k0 = 0; k0 < a.k; k0 += EXPERT_TILE) {
@@ -6627,12 +6645,14 @@ DEVICE void expert_dots(float (&acc)[2][R], const expert_args &a, const W *const
             }
         }
     }
-    UNROLL for (int j = 0; j < 2; j++) UNROLL for (int r = 0; r < R; r++) acc[j][r] = warp_sum(acc[j][r]) * a.scale;
+    UNROLL for (int j = 0; j < 2; j++)
+        UNROLL for (int r = 0; r < R; r++) acc[j][r] = warp_sum(acc[j][r]) * a.scale;
 }
 
-/* experts: with GLU y[entry, i] = silu(gate_i) * up_i, else y[entry, i] = (W x)_i, of the entries of an expert, R
-   at a time: so many share a read of its weights. A warp has two rows of W: gate and up, or neighbours. Grid:
-   pairs by warps, experts. Order of the sums: see dot_rows. Equals qwen3i_swiglu, qwen3i_matmul. */
+/* experts: with GLU y[entry, i] = silu(gate_i) * up_i, else y[entry, i] = (W x)_i, of the entries of an
+   expert, R at a time: so many share a read of its weights. A warp has two rows of W: gate and up, or
+   neighbours. Grid: pairs by warps, experts. Order of the sums: see dot_rows. Equals qwen3i_swiglu,
+   qwen3i_matmul. */
 template <class W, int R, bool GLU>
 static __global__ void __launch_bounds__(256) experts_kernel(expert_args a) {
     __shared__ float4 xs[R * EXPERT_TILE / 4];
@@ -6663,7 +6683,8 @@ static __global__ void __launch_bounds__(256) experts_kernel(expert_args a) {
     }
 }
 
-/* mix_experts: x[row, :] += the sum of share * y over the row's entries, in order of expert. One block a row. */
+/* mix_experts: x[row, :] += the sum of share * y over the row's entries, in order of expert. A block has a
+   row. */
 static __global__ void mix_experts_kernel(float *x, const float *y, const float *share, int used, int width,
                                           int ld, int ldy) {
     const size_t row = blockIdx.x, entry = row * used;
@@ -6676,10 +6697,11 @@ static __global__ void mix_experts_kernel(float *x, const float *y, const float 
     }
 }
 
-/* expert_sum: for one row x[i] += the sum of share * (W x)_i over its entries, in order of expert. A warp has one i,
-   and weights of four experts on their way. Equals qwen3i_experts_mlp after its qwen3i_swiglu. */
+/* expert_sum: for one row x[i] += the sum of share * (W x)_i over its entries, in order of expert. A warp has
+   one i, and weights of four experts on their way. Equals qwen3i_experts_mlp after its qwen3i_swiglu. */
 template <class W>
-static __global__ void __launch_bounds__(256) expert_sum_kernel(expert_args a, const float *share, int used, float *x) {
+static __global__ void __launch_bounds__(256)
+    expert_sum_kernel(expert_args a, const float *share, int used, float *x) {
     const int V = 16 / (int)sizeof(W), U = 3, row = block_x() * 8 + warp_id(), lane = lane_id();
     float sum = 0;
     wait_for_previous();
@@ -6728,7 +6750,9 @@ static size_t group_shared(int capability) {
 }
 
 /* Where 8 elements of a row of a tile lie, so that those that are read together lie in different banks. */
-DEVICE half_t *group_at(half_t *tile, int row, int chunk) { return tile + row * GROUP_K + (chunk ^ row % 8) * 8; }
+DEVICE half_t *group_at(half_t *tile, int row, int chunk) {
+    return tile + row * GROUP_K + (chunk ^ row % 8) * 8;
+}
 
 /* The next GROUP_K columns of the entries' rows and of W on their way to a stage. */
 DEVICE void group_load(half_t *stage, const half_t *x, int ldx, const int *rows, const half_t *w, int w_rows,
@@ -6758,15 +6782,17 @@ DEVICE void group_multiply(float (&part)[2][4][4], half_t *stage, int m, int n) 
     }
 }
 
-/* group_product: y[entry, :] = W x[entry / per] * x_scale of all entries of an expert, 64 at a time by 128 rows of
-   W. The tensor cores add up 128 elements, the rest is added in float32. Grid: tiles of W, experts, tiles of
-   entries, of which a block takes every gridDim.z-th. Equals qwen3i_matmul but for the rounding of x. */
+/* group_product: y[entry, :] = W x[entry / per] * x_scale of all entries of an expert, 64 at a time by 128
+   rows of W. The tensor cores add up 128 elements, the rest is added in float32. Grid: tiles of W, experts,
+   tiles of entries, of which a block takes every gridDim.z-th. Equals qwen3i_matmul but for the rounding of
+   x. */
 static __global__ void __launch_bounds__(256)
     group_product_kernel(expert_args a, const half_t *x, const float *x_scale) {
     QWEN3_DYNAMIC_SHARED(memory);
     __shared__ int entry[GROUP_M], rows[GROUP_M];
     half_t *stages = (half_t *)(void *)memory;
-    const int STAGE = (GROUP_M + GROUP_N) * GROUP_K, n0 = block_x() * GROUP_N, steps = ceil_div(a.ldw, GROUP_K);
+    const int STAGE = (GROUP_M + GROUP_N) * GROUP_K;
+    const int n0 = block_x() * GROUP_N, steps = ceil_div(a.ldw, GROUP_K);
     const int m = warp_id() / 4 * 32, n = warp_id() % 4 * 32, lane = lane_id(), count = expert_count(a);
     const half_t *w = (const half_t *)a.w + ((size_t)block_y() * a.rows + n0) * a.ldw;
     for (int first = (int)blockIdx.z * GROUP_M; first < count; first += (int)gridDim.z * GROUP_M) {
@@ -6777,7 +6803,8 @@ static __global__ void __launch_bounds__(256)
             rows[tid()] = entry[tid()] < 0 ? -1 : entry[tid()] / a.per;
         }
         __syncthreads();
-        UNROLL for (int i = 0; i < 32; i++) sum[i / 16][i / 4 % 4][i % 4] = part[i / 16][i / 4 % 4][i % 4] = 0;
+        UNROLL for (int i = 0; i < 32; i++)
+            sum[i / 16][i / 4 % 4][i % 4] = part[i / 16][i / 4 % 4][i % 4] = 0;
         for (int s = 0; s < GROUP_STAGES - 1; s++)
             if (s < steps) group_load(stages + s * STAGE, x, a.ldx, rows, w, a.rows - n0, a.ldw, s * GROUP_K);
             else copy_commit();
@@ -6810,8 +6837,8 @@ static __global__ void __launch_bounds__(256)
 }
 
 /* ---- launching them ---- */
-static expert_args expert_arguments(const pass *p, const matrix &w, int rows, const float *x, int ldx, int per,
-                                    float *y, int ldy) {
+static expert_args expert_arguments(const pass *p, const matrix &w, int rows, const float *x, int ldx,
+                                    int per, float *y, int ldy) {
     const cuda_ctx *c = p->c;
     expert_args a;
     a.w = w.data; a.scale = w.scale; a.rows = rows; a.k = w.cols; a.ldw = w.ld;
@@ -6821,7 +6848,8 @@ static expert_args expert_arguments(const pass *p, const matrix &w, int rows, co
     return a;
 }
 
-template <class W, int R, bool GLU> static cudaError_t launch_experts_of(const pass *p, const expert_args &a) {
+template <class W, int R, bool GLU>
+static cudaError_t launch_experts_of(const pass *p, const expert_args &a) {
     const qwen3i_config *g = &p->c->m->config;
     return launch_early(p->early, p->s,
                         grid2(ceil_div(ceil_div(a.rows, 2), 8),
@@ -6841,7 +6869,9 @@ static qwen3_result route_one(const pass *p, const layer_weights &l) {
     const expert_buffers &e = c->experts;
     const route_args a = {c->h, e.logits, c->x, l.mlp_norm, l.router, e.picked, e.share, c->qkv_tickets,
                           g->n_expert, g->n_embd, g->n_expert_used, g->norm_topk, g->rms_eps};
-    return launched(p, launch_early(p->early, p->s, grid1(ceil_div(g->n_expert, 8)), 256, 0, route_one_kernel, a),
+    return launched(p,
+                    launch_early(p->early, p->s, grid1(ceil_div(g->n_expert, 8)), 256, 0, route_one_kernel,
+                                 a),
                     "route_one");
 }
 
@@ -6851,13 +6881,16 @@ static qwen3_result route(const pass *p, const layer_weights &l) {
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
     if (goes_alone(c, p->n)) return route_one(p, l);
-    TRY(launched(p, launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, l.mlp_norm, p->n, 1,
-                                   g->n_embd, c->embd_ld, g->rms_eps), "rmsnorm"));
-    TRY(launched(p, launch_early(p->early, p->s, grid2(ceil_div(g->n_expert, 8), ceil_div(p->n, ROUTE_ROWS)), 256, 0,
-                                 route_kernel, e.logits, (const float *)l.router, (const float *)c->h, c->embd_ld,
-                                 p->n, g->n_expert, g->n_embd), "route"));
-    TRY(launched(p, launch_early(p->early, p->s, grid1(ceil_div(p->n, 8)), 256, 0, pick_experts_kernel, e.picked,
-                                 e.share, e.logits, p->n, g->n_expert, g->n_expert_used, g->norm_topk),
+    input normed;
+    TRY(vector_norm(p, l.mlp_norm, l.gate_up, &normed));
+    TRY(launched(p,
+                 launch_early(p->early, p->s, grid2(ceil_div(g->n_expert, 8), ceil_div(p->n, ROUTE_ROWS)),
+                              256, 0, route_kernel, e.logits, (const float *)l.router, normed.x,
+                              normed.ldx, p->n, g->n_expert, g->n_embd),
+                 "route"));
+    TRY(launched(p,
+                 launch_early(p->early, p->s, grid1(ceil_div(p->n, 8)), 256, 0, pick_experts_kernel, e.picked,
+                              e.share, e.logits, p->n, g->n_expert, g->n_expert_used, g->norm_topk),
                  "pick_experts"));
     return launched(p, launch_early(p->early, p->s, grid1(g->n_expert), 256, 0, group_entries_kernel, e.lists,
                                     e.counts, (const int *)e.picked, p->n * g->n_expert_used, c->max_rows),
@@ -6910,7 +6943,8 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
     const expert_buffers &e = c->experts;
     TRY(route(p, l));
     TRY(begin_sum(p));
-    if (p->n > GROUP_LEAST && l.gate_up.type == QWEN3I_F16 && l.w_down.type == QWEN3I_F16) TRY(group_mlp(p, l));
+    if (p->n > GROUP_LEAST && l.gate_up.type == QWEN3I_F16 && l.w_down.type == QWEN3I_F16)
+        TRY(group_mlp(p, l));
     else {
         const expert_args up = expert_arguments(p, l.gate_up, 2 * g->n_ff_expert, c->h, c->embd_ld,
                                                 g->n_expert_used, e.m, l.w_down.ld);
@@ -7514,16 +7548,7 @@ static __global__ void __launch_bounds__(CHOOSE_THREADS)
 /* ================================================================================================
    PATHS: the ways through the layers
    ================================================================================================ */
-/* h = RMSNorm(x): float32 rows, and for cuBLASLt the product's input made of them */
-static qwen3_result vector_norm(const pass *p, const float *gain, const matrix &, input *h) {
-    cuda_ctx *c = p->c;
-    const qwen3i_config *g = &c->m->config;
-    *h = {c->h, c->embd_ld, NULL, NULL};
-    return launched(p,
-                    launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain, p->n, 1,
-                                   g->n_embd, c->embd_ld, g->rms_eps),
-                    "rmsnorm");
-}
+/* For cuBLASLt the product's input is made of the rows. */
 static qwen3_result gemm_norm(const pass *p, const float *gain, const matrix &w, input *h) {
     TRY(vector_norm(p, gain, w, h));
     *h = {NULL, 0, act_scale(p, w), NULL};
