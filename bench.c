@@ -36,14 +36,16 @@ static const char usage[] =
     "  --devices LIST  GPUs that share the model, as in 0,1 (shares of the stream are then of all of them)\n"
     "  --grammar FILE  decode once more, each batch, held to a JSON Schema: by turns with and without it\n"
     "  --tokenizer FILE    of random weights: a tokenizer.json, which a grammar needs\n"
+    "  --draft-model M a directory or SIZE, which is asked for these guesses first: what asking costs, not what it says\n"
+    "  --invariant     a token's bits are the same alone and among others (CUDA; see qwen3_ctx_desc)\n"
     "  --chunk N --threads N --kv f32|f16|bf16|q8_0 --standard --cuda --cpu\n"
     "  --json          one JSON object a line\n"
     "  --fused-baseline    only: RMSNorm + QKV on the GPU beside a kernel that fuses them, for --random SIZE or all\n"
     "                  (make build/bench_fused makes a bench that has it)\n";
 
 typedef struct options {
-    const char *path, *random, *type, *tests, *batch, *kernels, *draft, *devices, *grammar, *tokenizer;
-    int layers, own_tests, first, start, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
+    const char *path, *random, *type, *tests, *batch, *kernels, *draft, *draft_model, *devices, *grammar, *tokenizer;
+    int layers, invariant, own_tests, first, start, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
 } options;
 
 static void die(const char *what, const char *detail) {
@@ -77,6 +79,7 @@ static options parse(int argc, char **argv) {
         if      (!strcmp(a, "--sample"))   o.sample = 1;
         else if (!strcmp(a, "--first"))    o.first = 1;
         else if (!strcmp(a, "--start"))    o.start = 1;
+        else if (!strcmp(a, "--invariant")) o.invariant = 1;
         else if (!strcmp(a, "--standard")) o.standard = 1;
         else if (!strcmp(a, "--cuda"))     o.cuda = 1;
         else if (!strcmp(a, "--cpu"))      o.cpu = 1;
@@ -94,6 +97,7 @@ static options parse(int argc, char **argv) {
             else if (!strcmp(a, "--devices")) o.devices = v;
             else if (!strcmp(a, "--grammar")) o.grammar = v;
             else if (!strcmp(a, "--tokenizer")) o.tokenizer = v;
+            else if (!strcmp(a, "--draft-model")) o.draft_model = v;
             else if (!strcmp(a, "--layers"))  o.layers = whole(a, v);
             else if (!strcmp(a, "--repeat"))  o.repeat = whole(a, v);
             else if (!strcmp(a, "--chunk"))   o.chunk = whole(a, v);
@@ -321,9 +325,9 @@ static double cpu_stream(int threads) {
 /* ---- tests ---------------------------------------------------------------------------------------------------- */
 typedef struct bench {
     options opt;
-    qwen3_model *model;
+    qwen3_model *model, *draft_model;
     qwen3_info info;
-    qwen3_ctx *ctx;
+    qwen3_ctx *ctx, *draft;
     double stream;                      /* bytes a second; 0: not measured */
     double product;                     /* multiplications and additions a second, of a large F16 product; as above */
     uint64_t step_bytes;                /* weights read for one decode step */
@@ -398,6 +402,7 @@ static double time_reply(bench *b, int n, int ctx, int guesses) {
     gen.sampler = &sampler;
     gen.max_tokens = n;
     gen.draft_tokens = guesses;
+    gen.draft = guesses > 0 ? b->draft : NULL;
     start = qwen3i_now_ms();
     must(b, qwen3_generate(b->ctx, 0, &gen), "generate");
     return (qwen3i_now_ms() - start) * 1e-3;
@@ -487,18 +492,24 @@ static void report(const bench *b, const char *name, int batch, int tokens, doub
     fflush(stdout);
 }
 
+static void create_ctx(qwen3_ctx **out, const qwen3_model *model, const qwen3_ctx_desc *d) {
+    char err[256];
+    qwen3_ctx_free(*out);
+    *out = NULL;
+    if (model && qwen3_ctx_create(out, model, d, err, sizeof err) != QWEN3_OK) die("cannot create a context", err);
+}
+
 static void create(bench *b, int ctx, int batch) {
     qwen3_ctx_desc d;
-    char err[256];
     memset(&d, 0, sizeof d);
     d.max_ctx = ctx;
     d.max_seqs = batch;
     d.prefill_chunk = b->opt.chunk;
     d.kv_type = b->opt.kv;
     d.threads = b->opt.threads;
-    qwen3_ctx_free(b->ctx);
-    b->ctx = NULL;
-    if (qwen3_ctx_create(&b->ctx, b->model, &d, err, sizeof err) != QWEN3_OK) die("cannot create a context", err);
+    create_ctx(&b->draft, b->draft_model, &d);
+    d.invariant = b->opt.invariant;
+    create_ctx(&b->ctx, b->model, &d);
 }
 
 /* ---- single operations of the CUDA backend ------------------------------------------------------------------------ */
@@ -685,39 +696,56 @@ static void run_batches(bench *b, const char *name) {
     }
 }
 
-static void load(bench *b) {
+static const shape *shape_of(const char *name) {
+    int i;
+    for (i = 0; i < QWEN3I_COUNT(shapes); i++) if (!strcmp(shapes[i].name, name)) return &shapes[i];
+    return NULL;
+}
+
+/* The model in a directory, or of random weights. */
+static qwen3_model *load_model(const options *o, const char *path, const char *random, int *n_devices) {
+    qwen3_model *model = NULL;
     qwen3_load_desc d;
     qwen3_file files[3];
     char config[1024], err[512], *end;
     const char *at;
     qwen3_result r = QWEN3_ERR_DEVICE;
-    int i, devices[16];
+    int devices[16];
     memset(&d, 0, sizeof d);
-    d.path = b->opt.path;
-    if (!b->opt.path) {
+    d.path = path;
+    if (!path) {
+        const shape *known = shape_of(random);
         shape s;
-        for (i = 0; i < QWEN3I_COUNT(shapes) && strcmp(shapes[i].name, b->opt.random); i++) { }
-        if (i == QWEN3I_COUNT(shapes)) die("--random: sizes are 0.6B 1.7B 4B 8B 14B 32B 30B-A3B 235B-A22B, not", b->opt.random);
-        s = shapes[i];
-        if (b->opt.layers) s.layers = b->opt.layers;
+        if (!known) die("--random: sizes are 0.6B 1.7B 4B 8B 14B 32B 30B-A3B 235B-A22B, not", random);
+        s = *known;
+        if (o->layers) s.layers = o->layers;
         files[0] = make_config(&s, config, sizeof config);
-        files[1] = make_weights(&s, b->opt.type);
+        files[1] = make_weights(&s, o->type);
         d.files = files;
-        if (b->opt.tokenizer) files[2] = read_file(b->opt.tokenizer, "tokenizer.json");
-        d.n_files = 2 + (b->opt.tokenizer != NULL);
+        if (o->tokenizer) files[2] = read_file(o->tokenizer, "tokenizer.json");
+        d.n_files = 2 + (o->tokenizer != NULL);
     }
-    for (at = b->opt.devices; at && *at && d.n_devices < 16; at = *end == ',' ? end + 1 : end) {
+    for (at = o->devices; at && *at && d.n_devices < 16; at = *end == ',' ? end + 1 : end) {
         devices[d.n_devices++] = (int)strtol(at, &end, 10);
-        if (end == at) die("--devices: numbers with commas between them, not", b->opt.devices);
+        if (end == at) die("--devices: numbers with commas between them, not", o->devices);
     }
     d.devices = devices;
-    if (HAVE_CUDA && !b->opt.cpu) {
-        d.backend = b->opt.standard ? cuda_lab_standard() : qwen3_cuda_backend();
-        r = qwen3_load(&b->model, &d, err, sizeof err);
-    } else if (b->opt.cuda) die("--cuda: this program was built without CUDA", NULL);
-    if (r == QWEN3_ERR_DEVICE && !b->opt.cuda) { d.backend = NULL; r = qwen3_load(&b->model, &d, err, sizeof err); }
+    if (HAVE_CUDA && !o->cpu) {
+        d.backend = o->standard ? cuda_lab_standard() : qwen3_cuda_backend();
+        r = qwen3_load(&model, &d, err, sizeof err);
+    } else if (o->cuda) die("--cuda: this program was built without CUDA", NULL);
+    if (r == QWEN3_ERR_DEVICE && !o->cuda) { d.backend = NULL; r = qwen3_load(&model, &d, err, sizeof err); }
     if (r != QWEN3_OK) die(qwen3_result_string(r), err);
-    b->n_devices = d.n_devices > 1 ? d.n_devices : 1;
+    *n_devices = d.n_devices > 1 ? d.n_devices : 1;
+    return model;
+}
+
+static void load(bench *b) {
+    const options *o = &b->opt;
+    const char *draft = o->draft_model;
+    int n;
+    b->model = load_model(o, o->path, o->random, &b->n_devices);
+    if (draft) b->draft_model = load_model(o, shape_of(draft) ? NULL : draft, draft, &n);
     b->info = qwen3_get_info(b->model);
     b->step_bytes = b->info.weight_bytes - idle_bytes(b->model);
     if (b->model->weights.head.data != b->model->weights.embed.data)            /* an embedding of its own is looked up, not read */
@@ -772,6 +800,8 @@ int main(int argc, char **argv) {
     }
     qwen3_ctx_free(b.ctx);
     qwen3_grammar_free(b.grammar);
+    qwen3_ctx_free(b.draft);
     qwen3_free(b.model);
+    qwen3_free(b.draft_model);
     return 0;
 }

@@ -17431,13 +17431,14 @@ QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config
    CONTEXT: sequences, and evaluating batches of them in chunks
    ================================================================================================ */
 #define QWEN3I_MAX_DRAFT 16
+#define QWEN3I_PATIENCE  64             /* see qwen3i_draft */
 
 typedef struct qwen3i_draft {           /* what a sequence speculates with */
     float      *logits;                 /* [most + 1, n_vocab] of a step's rows */
     int         most, n;                /* guesses that there is room for; those of this step, */
     qwen3_token tokens[1 + QWEN3I_MAX_DRAFT];   /* behind the token that was chosen before them */
     double      rate;                   /* share of the guesses that were right lately */
-    int         idle;                   /* steps since the last guess */
+    int         idle, patience;         /* steps since the last guess; after so many one is tried */
 } qwen3i_draft;
 
 typedef struct qwen3i_seq {
@@ -17463,8 +17464,9 @@ typedef struct qwen3i_pace {            /* how much to evaluate at once */
     int    starved;
     double prompt_ms, decode_ms;        /* a prompt's row, a decode step, as last measured */
     int    prompt_rows;                 /* in the step that prompt_ms is of */
-    /* lately: a step of one token; in such steps each row more, and each guess of a draft model */
-    double one_ms, row_cost, draft_cost;
+    /* lately: a step of one sequence with so many guesses (0: not known), and a guess of a draft's model */
+    double step_ms[1 + QWEN3I_MAX_DRAFT], draft_ms;
+    int    chosen_there;                /* the last step's tokens were chosen by the backend, which works ahead */
     int    always_guess;                /* whatever it costs: for tests, */
     const qwen3_token *answer;          /* [max_ctx] as is this: guesses instead of others; NULL: none */
     int    turn;                        /* whose turn it is where a budget is short: answers or prompts */
@@ -18918,6 +18920,7 @@ static qwen3_result qwen3i_draft_begin(qwen3_ctx *c, int seq, const qwen3_gen_de
     if (r == QWEN3_OK) r = qwen3i_check_head(c->model, err);
     if (r != QWEN3_OK) return r;
     d->n = d->idle = 0;
+    d->patience = QWEN3I_PATIENCE;
     d->rate = 0.7;
     if (most <= d->most) return QWEN3_OK;
     qwen3i_draft_free(c, d);
@@ -18927,20 +18930,31 @@ static qwen3_result qwen3i_draft_begin(qwen3_ctx *c, int seq, const qwen3_gen_de
     return QWEN3_OK;
 }
 
+/* How long a step with n guesses takes: as measured, or in line with the nearest numbers that were. */
+static double qwen3i_guess_ms(const qwen3i_pace *p, int n) {
+    int below = n, above = n;
+    double slope = 0;
+    while (below > 0 && p->step_ms[below] <= 0) below--;
+    while (above < QWEN3I_MAX_DRAFT && p->step_ms[above] <= 0) above++;
+    if (p->step_ms[above] <= 0) { above = below; below = 0; }
+    if (above > below) slope = (p->step_ms[above] - p->step_ms[below]) / (above - below);
+    return p->step_ms[below] + slope * (n - below);
+}
+
 /* How many guesses bring the most tokens for their time; 0: none is worth it. Now and then one is tried. */
-static int qwen3i_draft_count(const qwen3i_pace *p, qwen3i_draft *d, int most, int by_model) {
-    const double each = p->row_cost + (by_model ? p->draft_cost : 0);
-    double best = 1, tokens = 1, chance = 1;
+static int qwen3i_draft_count(const qwen3i_pace *p, const qwen3i_draft *d, int most, int by_model) {
+    double best, tokens = 1, chance = 1;
     int n, count = 0;
     if (p->always_guess) return most;
-    if (p->one_ms <= 0) return 0;       /* first a step to compare with */
+    if (p->step_ms[0] <= 0) return 0;   /* first a step to compare with */
+    best = 1 / p->step_ms[0];
     for (n = 1; n <= most; n++) {
+        const double ms = qwen3i_guess_ms(p, n) + (by_model ? n * p->draft_ms : 0);
         chance *= d->rate;
         tokens += chance;
-        if (tokens / (1 + n * each) > best) { best = tokens / (1 + n * each); count = n; }
+        if (tokens > best * ms) { best = tokens / ms; count = n; }
     }
-    if (count == 0 && ++d->idle % 32 == 0) count = qwen3i_min(1, most);
-    return count;
+    return count == 0 && d->idle >= d->patience ? most : count;
 }
 
 /* Prompt lookup: what followed when the sequence's last tokens were said before. The longest match counts, of
@@ -18966,21 +18980,48 @@ static qwen3_result qwen3i_draft_ask(qwen3_ctx *draft, int seq, const qwen3_toke
     if (r == QWEN3_OK) r = qwen3i_check_tokens(draft, tokens, n, &own);
     if (r == QWEN3_OK) r = qwen3i_plan(draft, seq, tokens, n, &own);
     if (r == QWEN3_OK) r = qwen3i_bring_in(draft, seq, 0, &own);
-    while (r == QWEN3_OK && *count < most) {
-        qwen3_result one;
-        r = qwen3i_next_batch(draft, &seq, 1, NULL, &out[*count], &one, &own);
-        if (r != QWEN3_OK || one != QWEN3_OK) break;
-        ++*count;
+    while (r == QWEN3_OK && *count < most && draft->seqs[seq].len < draft->desc.max_ctx) {
+        qwen3i_next next;
+        memset(&next, 0, sizeof next);
+        next.seq = seq;
+        next.room = most - *count - 1;          /* the last one is not evaluated: it may be wrong */
+        r = next.room > 0 ? qwen3i_next_step(draft, &next, 1, &own) : qwen3i_sample(draft, &next, &own);
+        if (r != QWEN3_OK || next.ended) break;
+        out[(*count)++] = next.out;
     }
     return r < 0 ? qwen3i_fail(err, r, "draft: %s", draft->error) : QWEN3_OK;
 }
 
-/* Guess what follows the sequence and the token that was chosen: at most so many tokens. */
+/* Is it likely enough that guesses pay for the host to choose in this step? Where it does so anyway, that is
+   seen when the choice is known. */
+static int qwen3i_may_guess(qwen3_ctx *c, const qwen3_stream *s) {
+    const qwen3i_seq *seq = &c->seqs[s->seq];
+    qwen3i_draft *d = &c->seqs[s->seq].draft;
+    qwen3_token next;
+    if (s->gen.draft_tokens == 0) return 0;
+    d->idle++;
+    if (!c->model->backend->next || c->pace.always_guess) return 1;
+    if (s->gen.draft && qwen3i_draft_count(&c->pace, d, s->gen.draft_tokens, 1) > 0) return 1;
+    if (qwen3i_draft_count(&c->pace, d, s->gen.draft_tokens, 0) == 0) return 0;
+    return c->pace.answer || qwen3i_draft_lookup(seq->tokens, seq->len, &next, 1) > 0;
+}
+
+/* What was tried is measured anew, and tried the less often the more often that was in vain. */
+static void qwen3i_guessed(qwen3i_pace *p, qwen3i_draft *d) {
+    const int tried = d->idle >= d->patience;
+    if (tried) p->step_ms[d->n] = 0;
+    d->patience = tried ? qwen3i_min(2 * d->patience, 1024) : QWEN3I_PATIENCE;
+    d->idle = 0;
+}
+
+/* Guess what follows the sequence and the token that was chosen: at most so many tokens. asked_ms: += how long
+   the draft's model took. */
 static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_token chosen, int most,
-                                 const qwen3i_err *err) {
+                                 double *asked_ms, const qwen3i_err *err) {
     qwen3i_seq *seq = &c->seqs[s->seq];
     qwen3i_draft *d = &seq->draft;
-    const int n = seq->len + 1, by_model = s->gen.draft != NULL;
+    const qwen3_token *answer = c->pace.answer;
+    const int n = seq->len + 1;
     const double start = qwen3i_now_ms();
     qwen3_result r = QWEN3_OK;
     most = qwen3i_min(qwen3i_min(most, s->gen.draft_tokens), qwen3i_min(d->most, c->desc.max_ctx - n));
@@ -18989,14 +19030,16 @@ static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_toke
     d->tokens[0] = chosen;
     if (s->gen.draft_tokens == 0 || most <= 0) return QWEN3_OK;
     seq->tokens[seq->len] = chosen;
-    if (c->pace.answer) memcpy(d->tokens + 1, c->pace.answer + n, (size_t)(d->n = most) * sizeof *d->tokens);
-    else d->n = qwen3i_draft_lookup(seq->tokens, n, d->tokens + 1, most);
-    if (d->n > 0) { d->n = qwen3i_draft_count(&c->pace, d, d->n, 0); return QWEN3_OK; }
-    if (!by_model) return QWEN3_OK;
-    most = qwen3i_draft_count(&c->pace, d, most, 1);
-    if (most == 0) return QWEN3_OK;
-    r = qwen3i_draft_ask(s->gen.draft, s->seq, seq->tokens, n, d->tokens + 1, most, &d->n, err);
-    if (d->n > 0) qwen3i_smooth(&c->pace.draft_cost, (qwen3i_now_ms() - start) / (d->n * c->pace.one_ms));
+    if (!answer) d->n = qwen3i_draft_lookup(seq->tokens, n, d->tokens + 1, most);
+    else if (!s->gen.draft) d->n = most;
+    if (d->n > 0) d->n = qwen3i_draft_count(&c->pace, d, d->n, 0);
+    else if (s->gen.draft && (most = qwen3i_draft_count(&c->pace, d, most, 1)) > 0) {
+        r = qwen3i_draft_ask(s->gen.draft, s->seq, seq->tokens, n, d->tokens + 1, most, &d->n, err);
+        *asked_ms += qwen3i_now_ms() - start;
+        if (d->n > 0) qwen3i_smooth(&c->pace.draft_ms, (qwen3i_now_ms() - start) / d->n);
+    }
+    if (answer) memcpy(d->tokens + 1, answer + n, (size_t)d->n * sizeof *d->tokens);
+    if (d->n > 0) qwen3i_guessed(&c->pace, d);
     return r;
 }
 
@@ -19049,18 +19092,13 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     return r;
 }
 
-/* What a step of so many rows tells of their cost. */
-static void qwen3i_learn_cost(qwen3i_pace *p, int n_guesses, double ms) {
-    if (n_guesses == 0) qwen3i_smooth(&p->one_ms, ms);
-    else if (p->one_ms > 0) qwen3i_smooth(&p->row_cost, (ms / p->one_ms - 1) / n_guesses);
-}
-
 /* A decode step of replies of which some speculate; c->next has those that are to go on, in order. */
 static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *streams, int active,
                                          const qwen3i_err *err) {
     qwen3i_next *next = c->next;
+    const double start = qwen3i_now_ms();
     qwen3_result r = QWEN3_OK, one;
-    double start;
+    double asked_ms = 0;
     const int room = c->desc.invariant ? qwen3i_max(QWEN3I_SAME_ROWS - active, 0) : INT_MAX;
     int i, k, n_items = 0, n_guesses = 0;
     for (k = 0; k < active; k++) {
@@ -19071,14 +19109,12 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
         if (streams[i]->seq != next[k].seq) continue;
         r = qwen3i_sample(c, &next[k], err);
         if (r == QWEN3_OK && !next[k].ended)
-            r = qwen3i_guess(c, streams[i], next[k].out, room - n_guesses, err);
+            r = qwen3i_guess(c, streams[i], next[k].out, room - n_guesses, &asked_ms, err);
         if (r == QWEN3_OK && !next[k].ended)
             c->items[n_items++] = qwen3i_guessed_item(c, next[k].seq, &n_guesses);
         k++;
     }
-    start = qwen3i_now_ms();
     if (r == QWEN3_OK && n_items > 0) r = qwen3i_eval(c, c->items, n_items, err);
-    if (r == QWEN3_OK && n_items == 1) qwen3i_learn_cost(&c->pace, n_guesses, qwen3i_now_ms() - start);
     for (i = k = 0; k < active; i++) {                  /* of a step that failed, too, what is complete */
         if (streams[i]->seq != next[k].seq) continue;
         if (r == QWEN3_OK || c->seqs[next[k].seq].len > next[k].n) {
@@ -19087,6 +19123,20 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
         } else if (next[k].sampler) next[k].sampler->rng = c->rngs[k];
         k++;
     }
+    if (r == QWEN3_OK && n_items == 1 && (n_guesses > 0 || !c->model->backend->next))
+        qwen3i_smooth(&c->pace.step_ms[n_guesses], qwen3i_now_ms() - start - asked_ms);
+    c->pace.chosen_there = 0;
+    return r;
+}
+
+/* A decode step of replies that do not speculate now. */
+static qwen3_result qwen3i_plain_step(qwen3_ctx *c, int active, const qwen3i_err *err) {
+    const double start = qwen3i_now_ms();
+    const qwen3_result r = qwen3i_next_step(c, c->next, active, err);
+    if (r != QWEN3_OK) return r;
+    /* of the first that a backend begins ahead, the end is not seen */
+    if (active == 1 && c->pace.chosen_there) qwen3i_smooth(&c->pace.step_ms[0], qwen3i_now_ms() - start);
+    c->pace.chosen_there = 1;
     return r;
 }
 
@@ -19219,6 +19269,7 @@ static qwen3_result qwen3i_read_prompts(qwen3_ctx *c, qwen3_stream *const *strea
     r = qwen3i_eval(c, c->items, n_items, err);
     for (i = 0; i < n; i++)
         if (qwen3i_reads(streams[i])) streams[i]->n_prompt = qwen3i_to_come(&c->seqs[streams[i]->seq]);
+    c->pace.chosen_there = 0;
     if (r != QWEN3_OK) return r;
     c->pace.prompt_rows = all - rows;
     c->pace.prompt_ms = qwen3i_now_ms() - start;
@@ -19300,11 +19351,11 @@ static qwen3_result qwen3i_answer(qwen3_ctx *c, qwen3_stream *const *streams, in
         if (qwen3i_answers(s)) r = qwen3i_without_choice(c, s, err);
         if (!qwen3i_answers(s)) continue;
         c->next[active++] = qwen3i_next_of(s);
-        guesses |= s->gen.draft_tokens > 0;
+        guesses |= qwen3i_may_guess(c, s);
     }
     if (r == QWEN3_OK && active > 0)
         r = guesses ? qwen3i_guessing_step(c, streams, active, err) :
-            qwen3i_next_step(c, c->next, active, err);
+            qwen3i_plain_step(c, active, err);
     for (i = k = 0; i < n && k < active && r == QWEN3_OK && !guesses; i++)
         if (streams[i]->seq == c->next[k].seq) qwen3i_feed(streams[i], c->next[k++].out);
     for (i = 0; i < n && r == QWEN3_OK; i++)

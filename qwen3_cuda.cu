@@ -8439,13 +8439,13 @@ static bool ahead_fits(const cuda_ctx *c, const qwen3i_next *items, int n) {
     return true;
 }
 
-/* Begin the step after this one, if all sequences have room for it, and none needs a mask that is not
-   known. */
+/* Begin the step after this one, if all sequences go on and have room for it, and none needs a mask that is
+   not known. */
 static qwen3_result begin_ahead(cuda_ctx *c, const qwen3i_next *items, int n, const qwen3i_err *err) {
     run_ahead *a = &c->ahead;
     a->n = 0;
     for (int i = 0; i < n; i++) {
-        if (items[i].mask || items[i].n + 1 >= c->desc.max_ctx) return QWEN3_OK;
+        if (items[i].mask || items[i].room == 1 || items[i].n + 1 >= c->desc.max_ctx) return QWEN3_OK;
         a->seqs[i] = items[i].seq;
         a->lengths[i] = items[i].n + 1;
         a->samplers[i] = plain_sampler(items[i].sampler);

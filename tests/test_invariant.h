@@ -139,4 +139,49 @@ static void test_cuda_invariant_hopper(void) {
     same_check_lab(&lab_small, QWEN3I_BF16, QWEN3I_NO_TYPE, QWEN3_KV_F16, "sm_90, narrow heads");
     cuda_on_cpu_chip(80);
 }
+/* Speculation in an invariant context: text, sampler, logits, keys and values as without, bit for bit; guesses from the
+   text, from a model that is always right when greedy, or where they seem to pay. */
+static void same_speculate(const char *name, int each) {
+    static outcome plain, guessed;
+    const qwen3_bias bias = {70, 3.0f};
+    qwen3_ctx_desc desc = ctx_desc(100, 1, 0, QWEN3_KV_F16);
+    fixture f, other;
+    qwen3_ctx *a, *b, *draft;
+    int i, way;
+    if (!cuda_fixture(&f, name)) return;
+    if (!fixture_open(&other, name)) { fixture_close(&f); return; }
+    desc.invariant = 1;
+    a = ctx_open_desc(f.model, &desc);
+    b = ctx_open_desc(f.model, &desc);
+    draft = ctx_open(other.model, 90, 1, 0, QWEN3_KV_F16);
+    for (i = 0; a && b && draft && i < 4; i += each) {
+        qwen3_gen_desc gen;
+        qwen3_sampler sampler = qwen3_sampler_preset(i % 2 ? QWEN3_THINKING : QWEN3_GREEDY, (uint64_t)i);
+        memset(&gen, 0, sizeof gen);
+        gen.max_tokens = i == 2 ? 0 : 30;
+        gen.think_budget = i == 2 ? 7 : 0;
+        if (i == 3) { sampler.bias = &bias; sampler.n_bias = 1; sampler.presence_penalty = 0.5f; }
+        reply_to(a, f.info.n_vocab, (uint64_t)i, gen, &sampler, &plain);
+        for (way = i % 2; way < 3; way += 1 + i % 2) {
+            b->pace.always_guess = way < 2;
+            gen.draft_tokens = way == 1 ? 16 : 5;
+            gen.draft = way == 0 ? NULL : draft;
+            reply_to(b, f.info.n_vocab, (uint64_t)i, gen, &sampler, &guessed);
+            check_same(&plain, &guessed, i, gen.draft_tokens);
+        }
+    }
+    CHECK(b && qwen3_ctx_stats(b).n_accepted > 20);
+    qwen3_ctx_free(a);
+    qwen3_ctx_free(b);
+    qwen3_ctx_free(draft);
+    fixture_close(&f);
+    fixture_close(&other);
+}
+
+static void test_cuda_invariant_speculation(void) {
+    same_speculate("chat", 1);
+    cuda_on_cpu_chip(90);
+    same_speculate("chat", 3);
+    cuda_on_cpu_chip(80);
+}
 #endif
