@@ -551,15 +551,15 @@ typedef struct qwen3_ctx_desc {
     int   max_ctx;          /* positions in a sequence; 0: 4096, or the model's limit if lower        */
     int   max_seqs;         /* sequences; 0: 1                                                       */
     int   prefill_chunk;    /* tokens evaluated in one step; 0: the backend's choice                 */
-    int   kv_type;          /* QWEN3_KV_*; default F16 (values beyond its range are clamped). Q8_0 needs the */
-                            /* CPU and heads of a multiple of 32                                     */
+    int   kv_type;          /* QWEN3_KV_*; default F16 (values beyond its range are clamped). Q8_0 needs */
+                            /* the CPU and heads of a multiple of 32                                 */
     int   threads;          /* CPU threads, the caller's included; 0: as many as can run at once: affinity  */
                             /* and control groups are respected, slow cores of hybrid chips left out     */
     void *stream;           /* CUDA: a cudaStream_t of the caller's to work on; NULL: one of our own  */
-    int   invariant;        /* CUDA: 1: a token's logits are the same bits alone and in a step with up to 15 */
-                            /* others, of whatever sequences: a reply does not depend on who else is served, */
-                            /* and speculation is exact. Steps of one token are slower then. The CPU always  */
-                            /* does so, for steps of any size                                        */
+    int   invariant;        /* CUDA: 1: a token's logits are the same bits alone and in a step with up to */
+                            /* 15 others, of whatever sequences: a reply does not depend on who else */
+                            /* is served, and speculation is exact. Steps of one token are slower    */
+                            /* then. The CPU always does so, for steps of any size                   */
     float yarn_factor;      /* 0: as config.json says; else YaRN scaling, e.g. 4 for 131,072 positions */
     int (*cancel)(void *user);  /* polled often while evaluating; nonzero: the call returns STOPPED. */
     void *cancel_user;          /* Steps that are complete are kept. A step that is cancelled is lost, */
@@ -719,11 +719,12 @@ typedef struct qwen3_gen_desc {
                                         /* QWEN3_TEXT_*; nonzero return stops                       */
     /* Speculation: up to draft_tokens (0: none; at most 16) are guessed and evaluated together with the next
        token, and kept as far as they are what is then chosen from their own logits. So text and sampler are
-       those of one token at a time, bit for bit on the CPU and, with qwen3_ctx_desc.invariant, on a GPU, where
-       steps of several tokens otherwise round differently. Guesses come from the last place where the sequence said the same, which pays where text is
-       quoted; where there is none from draft (may be NULL), a context of a smaller model of the same
-       vocabulary, whose sequence of the same number is used. How many is adapted to what they cost and
-       bring. Takes 4 * n_vocab bytes a guess for each such sequence, when it first begins. */
+       those of one token at a time, bit for bit on the CPU and, with qwen3_ctx_desc.invariant, on a GPU,
+       where steps of several tokens otherwise round differently. Guesses come from the last place where
+       the sequence said the same, which pays where text is quoted; where there is none from draft (may be
+       NULL), a context of a smaller model of the same vocabulary, whose sequence of the same number is
+       used. How many is adapted to what they cost and bring. Takes 4 * n_vocab bytes a guess for each
+       such sequence, when it first begins. */
     int                draft_tokens;
     qwen3_ctx         *draft;
 } qwen3_gen_desc;
@@ -837,10 +838,11 @@ QWEN3_API qwen3_result qwen3_rerank(qwen3_ctx *ctx, int seq, const char *task, c
     X(Q6_K, q6_k, 14, 256, 210)    X(IQ4_NL, iq4_nl, 20, 32, 18)  X(IQ4_XS, iq4_xs, 23, 256, 136) \
     X(MXFP4, mxfp4, 39, 32, 17)    X(NVFP4, nvfp4, 40, 64, 36)    X(FP8, fp8, -1, 128, 132) \
     X(INT4, int4, -1, 128, 68)     X(INT4S, int4s, -1, 32, 20)    X(INT8, int8, -1, 128, 132)
-#define QWEN3I_TYPES(X) X(F32, f32, 0, 1, 4) X(F16, f16, 1, 1, 2) X(BF16, bf16, 30, 1, 2) QWEN3I_BLOCK_TYPES(X)
+#define QWEN3I_TYPES(X) \
+    X(F32, f32, 0, 1, 4)  X(F16, f16, 1, 1, 2)  X(BF16, bf16, 30, 1, 2)  QWEN3I_BLOCK_TYPES(X)
 
 #define QWEN3I_TYPE_ENUM(name, function, gguf, elements, bytes) QWEN3I_##name,
-typedef enum qwen3i_type { QWEN3I_NO_TYPE, QWEN3I_TYPES(QWEN3I_TYPE_ENUM) QWEN3I_N_TYPES } qwen3i_type; 
+typedef enum qwen3i_type { QWEN3I_NO_TYPE, QWEN3I_TYPES(QWEN3I_TYPE_ENUM) QWEN3I_N_TYPES } qwen3i_type;
 
 /* y[rows] = W x[cols]; row-major: see qwen3i_row_bytes; numbers are aligned */
 typedef struct qwen3i_matrix {
@@ -876,8 +878,8 @@ typedef struct qwen3i_config {
     int    yarn_original_ctx, yarn_untruncated;
     int    n_expert, n_expert_used, n_ff_expert;    /* of layers with experts; 0: all are dense */
     int    norm_topk;                   /* the weights of the experts that are used add up to 1 */
-    int    sparse_step;                 /* layers sparse_step - 1, 2 * sparse_step - 1, ... have experts, ... */
-    int    n_dense, dense[64];          /* ... but for these */
+    int    sparse_step;                 /* layers sparse_step - 1, 2 * sparse_step - 1, ... have experts, */
+    int    n_dense, dense[64];          /* but for these */
     int    ordered;                     /* some layer has an order of inputs */
 } qwen3i_config;
 
@@ -956,11 +958,12 @@ struct qwen3_backend {
     qwen3_result (*kv_write)(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v,
                              const qwen3i_err *err);
     qwen3_result (*set_logits)(void *ctx_state, int seq, const float *logits, const qwen3i_err *err);
-    int         block_types;            /* does it multiply by matrices of any format? 0: only F32, F16 and BF16 */
+    int         block_types;            /* does it multiply by any format? 0: only F32, F16 and BF16 */
     int         experts;                /* does it run layers whose MLP is a mixture of experts? */
     int         orders;                 /* does it run layers with an order of inputs? */
     int         devices;                /* does it run on several devices? */
-    /* The device starts, on a thread of its own, while files are read; what fails there model_create() reports.
+    /* The device starts, on a thread of its own, while files are read; what fails there model_create()
+       reports.
        NULL, or it returns NULL: there is nothing to wait for. started() waits, in any case. */
     void       *(*start)(const qwen3_load_desc *desc);
     void         (*started)(void *starting);
@@ -1182,7 +1185,7 @@ QWEN3I_SHARED float qwen3i_value(const void *data, qwen3i_type type, int i) {
                                : qwen3i_f16_to_f32(((const uint16_t *)data)[i]);
 }
 
-/* ---- the choice of a token: integers after the temperature, so that all platforms and backends agree ---- */
+/* ---- the choice of a token: integers after the temperature, so that all platforms agree ------- */
 #define QWEN3I_SAME_ROWS  16            /* in a step of an invariant context, whose bits are those alone */
 #define QWEN3I_BANNED     (-1e30f)      /* this and below, NaN included: never sampled */
 #define QWEN3I_OCTAVES    39            /* below the largest logit weights end */
@@ -2351,8 +2354,8 @@ static qwen3_result qwen3i_open(const qwen3i_loader *l, const char *name, int ma
    ================================================================================================ */
 #define QWEN3I_MAX_BLOCK 256            /* elements */
 
-/* A part of a row: element e is d[g] * q[e], or d[g] * q[e] + m[g] in formats with offsets, for its group g = e /
-   qwen3i_group_of(type). The product is exact in float32, so that only the sum is rounded. */
+/* A part of a row: element e is d[g] * q[e], or d[g] * q[e] + m[g] in formats with offsets, for its group g =
+   e / qwen3i_group_of(type). The product is exact in float32, so that only the sum is rounded. */
 typedef struct qwen3i_unpacked {
     int8_t q[QWEN3I_MAX_BLOCK];
     float d[QWEN3I_MAX_BLOCK / 16], m[QWEN3I_MAX_BLOCK / 16];
@@ -2363,7 +2366,8 @@ typedef void (*qwen3i_unpack)(int8_t *q, float *d, float *m, const uint8_t *b);
 
 /* Elements that share a scale */
 static int qwen3i_group_of(qwen3i_type type) {
-    return type == QWEN3I_Q2_K || type == QWEN3I_Q3_K || type == QWEN3I_Q6_K || type == QWEN3I_NVFP4 ? 16 : 32;
+    return type == QWEN3I_Q2_K || type == QWEN3I_Q3_K || type == QWEN3I_Q6_K ||
+           type == QWEN3I_NVFP4 ? 16 : 32;
 }
 
 static int qwen3i_has_offsets(qwen3i_type type) {
@@ -2402,7 +2406,8 @@ QWEN3I_INLINE void qwen3i_unpack_nibbles(int8_t *q, const uint8_t *b, int n, uns
     }
 }
 
-/* Upper bits of n elements: the fields of b that begin at `shift`, moved left by `left`; then the elements become less. */
+/* Upper bits of n elements: the fields of b that begin at `shift`, moved left by `left`; then the
+   elements become less. */
 QWEN3I_INLINE void qwen3i_unpack_upper(int8_t *q, const uint8_t *b, int n, int shift, unsigned mask, int left,
                                        unsigned less) {
     for (int i = 0; i < n; i += 8) {
@@ -2626,7 +2631,8 @@ typedef struct qwen3i_format {
 
 /* Of a valid type. unpack is NULL for numbers. */
 static const qwen3i_format *qwen3i_format_of(qwen3i_type type) {
-    #define QWEN3I_FORMAT(name, function, gguf, elements, bytes) {#name, gguf, elements, bytes, qwen3i_unpack_##function},
+    #define QWEN3I_FORMAT(name, function, gguf, elements, bytes) \
+        {#name, gguf, elements, bytes, qwen3i_unpack_##function},
     static const qwen3i_format formats[] = {
         {"none", -1, 1, 0, NULL}, {"F32", 0, 1, 4, NULL}, {"F16", 1, 1, 2, NULL}, {"BF16", 30, 1, 2, NULL},
         QWEN3I_BLOCK_TYPES(QWEN3I_FORMAT)
@@ -2637,7 +2643,8 @@ static const qwen3i_format *qwen3i_format_of(qwen3i_type type) {
 
 static int qwen3i_is_block(qwen3i_type type) { return type > QWEN3I_BF16; }
 
-/* Blocks of bytes, which are multiplied as float32: FP8 for its range, Q8_0 because memory is its limit anyway */
+/* Blocks of bytes, which are multiplied as float32: FP8 for its range, Q8_0 because memory is
+   its limit anyway */
 static int qwen3i_is_bytes(qwen3i_type type) { return type == QWEN3I_Q8_0 || type == QWEN3I_FP8; }
 
 /* By its name in a safetensors file or as ggml calls it; QWEN3I_NO_TYPE for what is not supported. */
@@ -3028,7 +3035,8 @@ static const qwen3i_tensor *qwen3i_find_tensor(const qwen3i_tensors *t, qwen3i_s
 /* Bytes of an element, 0 for dtypes that this library does not know (they may lie in the file unused). */
 static unsigned qwen3i_dtype_size(qwen3i_str dtype) {
     static const struct { const char *name; unsigned size; } known[] = {
-        {"F64", 8}, {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4}, {"F16", 2}, {"BF16", 2}, {"I16", 2},
+        {"F64", 8}, {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4},
+        {"F16", 2}, {"BF16", 2}, {"I16", 2},
         {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}
     };
     int i;
@@ -4451,7 +4459,8 @@ static uint32_t qwen3i_compose(uint32_t a, uint32_t b) {
         if (first < a || (first == a && second < b)) low = middle + 1;
         else if (first > a || second > b) high = middle;
         else {
-            int run = 2 * qwen3i_uc_search(qwen3i_uc_runs + 1, QWEN3I_COUNT(qwen3i_uc_runs) / 2, 2, (uint32_t)i);
+            int run = 2 * qwen3i_uc_search(qwen3i_uc_runs + 1, QWEN3I_COUNT(qwen3i_uc_runs) / 2, 2,
+                                           (uint32_t)i);
             return qwen3i_uc_runs[run] + ((uint32_t)i - qwen3i_uc_runs[run + 1]);
         }
     }
@@ -4596,7 +4605,7 @@ static const char *qwen3i_normalize(qwen3i_nfc *w, const unsigned char *classes,
 /* ================================================================================================
    TOKENIZER: byte-level BPE. Text is normalised, cut into words, and the bytes of each word are merged.
    ================================================================================================ */
-#define QWEN3I_MAX_ID      0xFFFFFFu    /* ids and ranks are below: 8 bits of the hash go with them in a slot */
+#define QWEN3I_MAX_ID      0xFFFFFFu    /* ids and ranks are below: 8 bits of the hash go with them */
 #define QWEN3I_MAX_ADDED   1024         /* bytes in an added token: bounds the work at each byte of text */
 #define QWEN3I_MAX_PROBES  2048         /* a table that needs more was made to be slow */
 #define QWEN3I_SHORT_WORD  64           /* bytes up to which words are merged on the stack */
@@ -4618,8 +4627,8 @@ enum { QWEN3I_ADDED_SPECIAL = 1, QWEN3I_ADDED_PLAIN = 2, QWEN3I_ADDED_RAW = 4, Q
        QWEN3I_ADDED_UNSPOKEN = 16, QWEN3I_ADDED_ALL = 31 };
 typedef struct qwen3i_added {
     const char *p; uint32_t length;
-    int id, kinds;                      /* SPECIAL or PLAIN; RAW or NORMALIZED: the text that it is looked for in;
-                                           UNSPOKEN: an assistant's text cannot make it */
+    int id, kinds;                      /* SPECIAL or PLAIN; RAW or NORMALIZED: the text that it is looked
+                                           for in; UNSPOKEN: an assistant's text cannot make it */
 } qwen3i_added;
 
 struct qwen3i_tokenizer {               /* immutable once loaded */
@@ -5758,7 +5767,8 @@ static qwen3_result qwen3i_vocab_model(qwen3i_vocab_reader *l) {
 
 /* ---- the whole ------------------------------------------------------------------------------- */
 static qwen3_result qwen3i_vocab_document(qwen3i_vocab_reader *l) {
-    static const qwen3i_setting top[] = { { "pre_tokenizer", NULL }, { "model", NULL }, { "normalizer", NULL },
+    static const qwen3i_setting top[] = {
+        { "pre_tokenizer", NULL }, { "model", NULL }, { "normalizer", NULL },
                                           { "added_tokens", NULL }, { NULL, NULL } };
     typedef qwen3_result (*reader)(qwen3i_vocab_reader *);
     static const reader readers[] = { qwen3i_vocab_pre_tokenizer, qwen3i_vocab_model, qwen3i_vocab_normalizer,
@@ -5938,8 +5948,8 @@ static qwen3_result qwen3i_tokenizer_from_gguf(qwen3i_tokenizer **out, const qwe
 /* ================================================================================================
    CHAT STYLE: which chat template a model was trained with
 
-   Templates are not run. What one puts before a reply is worked out for enable_thinking undefined, true and false,
-   and tells the style; that it says nothing but what the library says is looked at in its texts.
+   Templates are not run. What one puts before a reply is worked out for enable_thinking undefined, true and
+   false, and tells the style; that it says nothing but what the library says is looked at in its texts.
    ================================================================================================ */
 /* values of enable_thinking */
 enum { QWEN3I_UNDEFINED = 1, QWEN3I_TRUE = 2, QWEN3I_FALSE = 4, QWEN3I_ANY = 7 };
@@ -6150,18 +6160,21 @@ static qwen3_chat_style qwen3i_chat_style_by_words(qwen3i_str text) {
 }
 
 /* All that the library puts into a conversation; a template's texts are parts of it. */
-#define QWEN3I_TOOLS_BEGIN "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n" \
+#define QWEN3I_TOOLS_BEGIN \
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n" \
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
-#define QWEN3I_TOOLS_END "\n</tools>\n\nFor each function call, return a json object with function name and " \
+#define QWEN3I_TOOLS_END \
+    "\n</tools>\n\nFor each function call, return a json object with function name and " \
     "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, " \
     "\"arguments\": <args-json-object>}\n</tool_call>"
 
 /* The first text of a template that is not the library's, into out; its length, 0: there is none */
 static int qwen3i_template_foreign(qwen3i_str text, char *out, int cap) {
     static const char ours[] = "<|im_start|>system\n" QWEN3I_TOOLS_BEGIN QWEN3I_TOOLS_END "<|im_end|>\n|"
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n|<|im_start|>user\n|\n<tool_response>\n|\n</tool_response>|\n\n|"
-        "\n<tool_call>\n{\"name\": \"|\", \"arguments\": |}\n</tool_call>|tool|content|role|reasoning_content|tool_calls|"
-        "function|name|arguments|string|text";
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n|<|im_start|>user\n|"
+        "\n<tool_response>\n|\n</tool_response>|\n\n|"
+        "\n<tool_call>\n{\"name\": \"|\", \"arguments\": |}\n</tool_call>|"
+        "tool|content|role|reasoning_content|tool_calls|function|name|arguments|string|text";
     qwen3i_str tag;
     char kind;
     int n;
@@ -6687,16 +6700,17 @@ static void qwen3i_parallel(qwen3i_pool *p, int n_items, int grain, qwen3i_loop_
    ================================================================================================ */
 static const qwen3_backend *qwen3i_cpu_backend(void);
 
-/* ---- which weights, and in which types a quantised model keeps them -----------------------------------------
+/* ---- which weights, and in which types a quantised model keeps them ---------------------------
    The mixes are those that go by these names for GGUF files (src/llama-quant.cpp of ggml-org/llama.cpp). */
 typedef enum qwen3i_mix { QWEN3I_MIX_NONE, QWEN3I_MIX_Q8_0, QWEN3I_MIX_Q4_K_M, QWEN3I_MIX_Q5_K_M,
                           QWEN3I_MIX_Q6_K, QWEN3I_MIX_Q4_0 } qwen3i_mix;
 
 typedef enum qwen3i_tensor_id {          /* first those of the model, then those of each layer */
     QWEN3I_W_EMBED, QWEN3I_W_FINAL_NORM, QWEN3I_W_HEAD, QWEN3I_W_RANK,
-    QWEN3I_W_ATTN_NORM, QWEN3I_W_Q, QWEN3I_W_K, QWEN3I_W_V, QWEN3I_W_QKV, QWEN3I_W_Q_NORM, QWEN3I_W_K_NORM, QWEN3I_W_O,
+    QWEN3I_W_ATTN_NORM, QWEN3I_W_Q, QWEN3I_W_K, QWEN3I_W_V, QWEN3I_W_QKV, QWEN3I_W_Q_NORM, QWEN3I_W_K_NORM,
+    QWEN3I_W_O,
     QWEN3I_W_MLP_NORM, QWEN3I_W_GATE, QWEN3I_W_UP, QWEN3I_W_DOWN, QWEN3I_W_ROUTER,
-    QWEN3I_W_ALL_GATE_UP, QWEN3I_W_ALL_GATE, QWEN3I_W_ALL_UP, QWEN3I_W_ALL_DOWN,     /* of all experts in one */
+    QWEN3I_W_ALL_GATE_UP, QWEN3I_W_ALL_GATE, QWEN3I_W_ALL_UP, QWEN3I_W_ALL_DOWN,    /* of all experts */
     QWEN3I_WEIGHTS
 } qwen3i_tensor_id;
 
@@ -6728,8 +6742,10 @@ static qwen3i_type qwen3i_mix_type(qwen3i_mix mix, int weight, int layer, const 
 typedef enum qwen3i_key {
     QWEN3I_KEY_LAYERS, QWEN3I_KEY_EMBD, QWEN3I_KEY_HEADS, QWEN3I_KEY_KV_HEADS, QWEN3I_KEY_HEAD_DIM,
     QWEN3I_KEY_FF, QWEN3I_KEY_VOCAB, QWEN3I_KEY_CTX,        /* whole numbers, 1 to QWEN3I_MAX_DIM */
-    QWEN3I_KEY_EXPERTS, QWEN3I_KEY_EXPERTS_USED, QWEN3I_KEY_EXPERT_FF, QWEN3I_KEY_SPARSE_STEP,  /* of a mixture */
-    QWEN3I_KEY_WINDOW_LAYERS,                               /* any whole number: layers before the first that slides */
+    /* of a mixture */
+    QWEN3I_KEY_EXPERTS, QWEN3I_KEY_EXPERTS_USED, QWEN3I_KEY_EXPERT_FF, QWEN3I_KEY_SPARSE_STEP,
+    /* any whole number: layers before the first that slides */
+    QWEN3I_KEY_WINDOW_LAYERS,
     QWEN3I_KEY_TIED, QWEN3I_KEY_BIAS, QWEN3I_KEY_CAUSAL, QWEN3I_KEY_NORM_TOPK,
     QWEN3I_KEY_SLIDING,                                     /* 0 or 1 */
     QWEN3I_KEY_WINDOW, QWEN3I_KEY_EPS,
@@ -6746,14 +6762,14 @@ typedef enum qwen3i_key {
 
 typedef struct qwen3i_raw_config {
     const char        *file;            /* in messages */
-    const char *const *keys;            /* [QWEN3I_KEYS] as the format spells them; NULL: it has no such key */
+    const char *const *keys;            /* [QWEN3I_KEYS] as the format spells them; NULL: none */
     double             values[QWEN3I_KEYS];
     uint64_t           seen;            /* bit k: values[k] was set; else it is 0 */
     char               family[64];      /* the kind of model, "qwen3"; empty: not said */
     int                class_ok;        /* the format names no class, or one of ours is among them */
     int                act_ok;          /* the activation is SiLU */
     int                slides;          /* of the layers: 1 some, 0 none; -1: not said */
-    int                n_dense, dense[64];  /* layers of a mixture that are dense; n_dense may be more than there is room */
+    int                n_dense, dense[64];  /* layers of a mixture that are dense; n_dense may be above 64 */
 } qwen3i_raw_config;
 
 static void qwen3i_config_begin(qwen3i_raw_config *c, const char *file, const char *const *keys) {
@@ -6789,7 +6805,8 @@ static qwen3_result qwen3i_config_family(const qwen3i_raw_config *c, const qwen3
     int known = strcmp(c->family, "qwen3") == 0 || qwen3i_config_is_mixture(c);
     if (!c->family[0]) return qwen3i_config_missing(c, QWEN3I_KEY_FAMILY, "", err);
     if (known && c->class_ok) return QWEN3_OK;
-    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: %s is '%s'%s; this library runs 'qwen3' (Qwen3ForCausalLM) and "
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                       "%s: %s is '%s'%s; this library runs 'qwen3' (Qwen3ForCausalLM) and "
                        "'qwen3_moe' (Qwen3MoeForCausalLM)", c->file, c->keys[QWEN3I_KEY_FAMILY], c->family,
                        known ? " but architectures does not name Qwen3ForCausalLM" : "");
 }
@@ -6835,7 +6852,8 @@ static int qwen3i_has_experts(const qwen3i_config *k, int layer) {
     return 1;
 }
 
-/* Does a layer attend to a window only? The list of layers says so; without it, those from the given one on do. */
+/* Does a layer attend to a window only? The list of layers says so; without it, those from the
+   given one on do. */
 static int qwen3i_config_slides(const qwen3i_raw_config *c) {
     if (c->slides >= 0 || c->values[QWEN3I_KEY_SLIDING] == 0) return c->slides > 0;
     if (qwen3i_config_has(c, QWEN3I_KEY_WINDOW) && c->values[QWEN3I_KEY_WINDOW] == 0) return 0;
@@ -6864,7 +6882,8 @@ static qwen3_result qwen3i_config_switches(const qwen3i_raw_config *c, const qwe
 }
 
 static qwen3_result qwen3i_config_sizes(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
-    int *const sizes[] = {&k->n_layer, &k->n_embd, &k->n_head, &k->n_head_kv, &k->head_dim, &k->n_ff, &k->n_vocab,
+    int *const sizes[] = {
+        &k->n_layer, &k->n_embd, &k->n_head, &k->n_head_kv, &k->head_dim, &k->n_ff, &k->n_vocab,
                           &k->max_ctx};     /* in the order of qwen3i_key */
     int i;
     for (i = 0; i <= QWEN3I_KEY_CTX; i++) {
@@ -6934,8 +6953,10 @@ static qwen3_result qwen3i_config_check(qwen3i_config *k, const qwen3i_raw_confi
     if (r == QWEN3_OK) r = qwen3i_config_sizes(k, c, err);
     if (r == QWEN3_OK) r = qwen3i_config_experts(k, c, err);
     if (r != QWEN3_OK) return r;
-    if (!(eps > 0 && eps < 1)) return qwen3i_config_missing(c, QWEN3I_KEY_EPS, " or not between 0 and 1", err);
-    if (!(theta >= 1 && theta < 1e30)) return qwen3i_config_missing(c, QWEN3I_KEY_THETA, " or out of range", err);
+    if (!(eps > 0 && eps < 1))
+        return qwen3i_config_missing(c, QWEN3I_KEY_EPS, " or not between 0 and 1", err);
+    if (!(theta >= 1 && theta < 1e30))
+        return qwen3i_config_missing(c, QWEN3I_KEY_THETA, " or out of range", err);
     if (c->keys[QWEN3I_KEY_TIED] && !qwen3i_config_has(c, QWEN3I_KEY_TIED))
         return qwen3i_config_missing(c, QWEN3I_KEY_TIED, "", err);
     k->tied = c->values[QWEN3I_KEY_TIED] != 0;
@@ -6949,9 +6970,11 @@ static const char *const qwen3i_json_keys[QWEN3I_KEYS] = {
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "vocab_size", "max_position_embeddings", "num_experts", "num_experts_per_tok",
     "moe_intermediate_size", "decoder_sparse_step", "max_window_layers", "tie_word_embeddings",
-    "attention_bias", "is_causal", "norm_topk_prob", "use_sliding_window", "sliding_window", "rms_norm_eps", "rope_theta",
+    "attention_bias", "is_causal", "norm_topk_prob", "use_sliding_window", "sliding_window", "rms_norm_eps",
+    "rope_theta",
     "partial_rotary_factor", "original_max_position_embeddings", "factor", "beta_fast", "beta_slow",
-    "attention_factor", "mscale", "mscale_all_dim", "truncate", "rope_type", "model_type", "hidden_act", "layer_types"
+    "attention_factor", "mscale", "mscale_all_dim", "truncate", "rope_type", "model_type", "hidden_act",
+    "layer_types"
 };
 
 typedef struct qwen3i_config_reader {
@@ -7079,15 +7102,19 @@ static void qwen3i_quantization_read(qwen3i_json *j, qwen3i_quantization *q, int
 static qwen3_result qwen3i_quantization_check(qwen3i_quantization *q, const char *file,
                                               const qwen3i_err *err) {
     static const struct { const char *method, *format; qwen3i_packing packing; } known[] = {
-        {"fp8", "", QWEN3I_FLOAT8}, {"awq", "", QWEN3I_AWQ}, {"awq", "gemm", QWEN3I_AWQ}, {"awq", "GEMM", QWEN3I_AWQ}, {"gptq", NULL, QWEN3I_GPTQ},
-        {"compressed-tensors", "float-quantized", QWEN3I_FLOAT8}, {"compressed-tensors", "pack-quantized", QWEN3I_PACKED}
+        {"fp8", "", QWEN3I_FLOAT8}, {"awq", "", QWEN3I_AWQ}, {"awq", "gemm", QWEN3I_AWQ},
+        {"awq", "GEMM", QWEN3I_AWQ}, {"gptq", NULL, QWEN3I_GPTQ},
+        {"compressed-tensors", "float-quantized", QWEN3I_FLOAT8},
+        {"compressed-tensors", "pack-quantized", QWEN3I_PACKED}
     };
     for (int i = 0; i < QWEN3I_COUNT(known); i++)
         if (!strcmp(q->method, known[i].method) && (!known[i].format || !strcmp(q->format, known[i].format)))
             q->packing = known[i].packing;
     if (q->packing) return QWEN3_OK;
-    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: key 'quantization_config': method '%s'%s%s is not supported; fp8, awq (gemm), gptq and "
-                       "compressed-tensors (pack-quantized, float-quantized) are", file, q->method, *q->format ? ", format " : "", q->format);
+    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                       "%s: key 'quantization_config': method '%s'%s%s is not supported; fp8, awq (gemm), "
+                       "gptq and compressed-tensors (pack-quantized, float-quantized) are", file, q->method,
+                       *q->format ? ", format " : "", q->format);
 }
 
 /* A list of layers, or null */
@@ -7260,7 +7287,8 @@ static qwen3_result qwen3i_gguf_defaults(const qwen3i_gguf *g, qwen3i_raw_config
     const qwen3i_gguf_value *tokens;
     qwen3_result r = qwen3i_gguf_get_array(g, "tokenizer.ggml.tokens", QWEN3I_GGUF_STRING, &tokens);
     if (r != QWEN3_OK) return r;
-    if (!qwen3i_config_has(raw, QWEN3I_KEY_VOCAB) && tokens) qwen3i_config_set(raw, QWEN3I_KEY_VOCAB, (double)tokens->n);
+    if (!qwen3i_config_has(raw, QWEN3I_KEY_VOCAB) && tokens)
+        qwen3i_config_set(raw, QWEN3I_KEY_VOCAB, (double)tokens->n);
     if (!qwen3i_config_has(raw, QWEN3I_KEY_KV_HEADS) && heads > 0)
         qwen3i_config_set(raw, QWEN3I_KEY_KV_HEADS, heads);
     if (!qwen3i_config_has(raw, QWEN3I_KEY_HEAD_DIM) && heads > 0)
@@ -7288,7 +7316,8 @@ static qwen3_result qwen3i_gguf_read_config(const qwen3i_gguf *g, qwen3i_raw_con
     if (text.n && qwen3i_compare_str(text, qwen3i_str_of("none")) != 0)
         qwen3i_config_set(raw, QWEN3I_KEY_ROPE, qwen3i_compare_str(text, qwen3i_str_of("yarn")) == 0 ? 1 :
                           -1);
-    if (raw->values[QWEN3I_KEY_ATTN_FACTOR] > 0 && raw->values[QWEN3I_KEY_FACTOR] > 1)    /* here on top of YaRN's own */
+    /* here on top of YaRN's own */
+    if (raw->values[QWEN3I_KEY_ATTN_FACTOR] > 0 && raw->values[QWEN3I_KEY_FACTOR] > 1)
         raw->values[QWEN3I_KEY_ATTN_FACTOR] *= 0.1 * log(raw->values[QWEN3I_KEY_FACTOR]) + 1;
     return r;
 }
@@ -7337,7 +7366,8 @@ static qwen3_result qwen3i_gguf_read_eos(const qwen3i_gguf *g, qwen3_model *m) {
 
 /* general.sampling.*: advice. What is not said is off, but for the temperature. */
 static qwen3_result qwen3i_gguf_read_sampling(const qwen3i_gguf *g, qwen3_model *m) {
-    static const char *const keys[] = {"general.sampling.temp", "general.sampling.top_p", "general.sampling.top_k",
+    static const char *const keys[] = {
+        "general.sampling.temp", "general.sampling.top_p", "general.sampling.top_k",
                                        "general.sampling.min_p", "general.sampling.penalty_repeat"};
     double v[QWEN3I_COUNT(keys)] = {1, 1, 0, 0, 1};
     qwen3_result r = QWEN3_OK;
@@ -7389,7 +7419,7 @@ struct qwen3i_source {                  /* a layout of a model's files */
     const char *names[QWEN3I_WEIGHTS];  /* in the order of qwen3i_tensor_id; NULL: there is no such weight */
     /* in messages: where the configuration is; NULL: in the first file of weights */
     const char *config_file;
-    const char *layers_key[2];          /* in it: how many layers there are, of a dense model and of a mixture */
+    const char *layers_key[2];          /* in it: how many layers, of a dense model and of a mixture */
     qwen3_result (*configuration)(qwen3i_loader *l);
     qwen3_result (*tokenizer)(qwen3i_loader *l);
     qwen3_result (*list)(qwen3i_loader *l, qwen3i_tensors *out);
@@ -7532,22 +7562,27 @@ static int qwen3i_has_scale(const qwen3i_binder *b, const char *name) {
     return qwen3i_find_tensor(b->tensors, qwen3i_str_of(scale)) != NULL;
 }
 
-/* The matrix has a format that the backend multiplies by, and its bytes are as many as that format asks for. */
-static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tensor *t, const char *name, const qwen3i_matrix *w) {
+/* The matrix has a format that the backend multiplies by, and its bytes are as many as that
+   format asks for. */
+static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tensor *t, const char *name,
+                                      const qwen3i_matrix *w) {
     const qwen3_backend *backend = b->l->model->backend;
     uint64_t bytes;
     if (!w->type)
-        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has type %.*s, which is not supported",
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                           "%s: tensor '%s' has type %.*s, which is not supported",
                            t->file, name, QWEN3I_STR(t->dtype));
     if (qwen3i_is_block(w->type) && !backend->block_types)
-        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%s' has type %.*s; the %s backend supports "
+        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                           "%s: tensor '%s' has type %.*s; the %s backend supports "
                            "F32, F16 and BF16", t->file, name, QWEN3I_STR(t->dtype), backend->name);
     if (w->type == QWEN3I_NVFP4 && qwen3i_has_scale(b, name))
         return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
                            "%s: tensor '%s' has type NVFP4 and a scale of its own, which is not "
                            "supported", t->file, name);
     if (w->cols % qwen3i_format_of(w->type)->elements != 0)
-        return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has type %.*s, but rows of %d elements, no multiple of %d",
+        return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
+                           "%s: tensor '%s' has type %.*s, but rows of %d elements, no multiple of %d",
                            t->file, name, QWEN3I_STR(t->dtype), w->cols, qwen3i_format_of(w->type)->elements);
     bytes = qwen3i_size_mul((uint64_t)w->rows, qwen3i_row_bytes(w->type, w->cols));
     if (t->end - t->begin == bytes) return QWEN3_OK;
@@ -7572,11 +7607,10 @@ static qwen3_result qwen3i_load_parallel(qwen3i_loader *l, int n, int grain, qwe
     return QWEN3_OK;
 }
 
-/* ---- quantised matrices of directories: several tensors become one matrix in blocks ------------------------
-   FP8 in blocks as Qwen's own, AWQ (gemm), GPTQ, and compressed-tensors as vLLM and transformers read them. Here the
-   fields of four or eight bits lie in words, along the input or the output;
-   each group of inputs has a scale and a
-   zero: w = scale * (field - zero). */
+/* ---- quantised matrices of directories: several tensors become one matrix in blocks -----------
+   FP8 in blocks as Qwen's own, AWQ (gemm), GPTQ, and compressed-tensors as vLLM and transformers read
+   them. Here the fields of four or eight bits lie in words, along the input or the output; each group of
+   inputs has a scale and a zero: w = scale * (field - zero). */
 typedef struct qwen3i_packed {          /* [rows, cols] as a file has it; tensors by their data */
     int                  rows, cols, bits, group, n_groups;
     qwen3i_packing       packing;
@@ -7607,7 +7641,8 @@ static unsigned qwen3i_packed_field(const qwen3i_packed *p, int row, int col) {
     const int per_word = 32 / p->bits;
     if (p->packing == QWEN3I_AWQ)
         return qwen3i_field_awq(p->words, (uint64_t)col * (uint64_t)(p->rows / 8), row);
-    if (p->packing == QWEN3I_GPTQ)      /* along the input, in the columns of a matrix [cols / per_word, rows] */
+    /* along the input, in the columns of a matrix [cols / per_word, rows] */
+    if (p->packing == QWEN3I_GPTQ)
         return qwen3i_word_at(p->words, (uint64_t)(col / per_word) * (uint64_t)p->rows +
                               (uint64_t)row) >> p->bits * (col % per_word)
                & ((1u << p->bits) - 1);
@@ -7661,7 +7696,11 @@ static uint8_t *qwen3i_repacked(qwen3i_binder *b, const char *name, qwen3i_matri
     return data;
 }
 
-typedef struct qwen3i_repack_args { const qwen3i_packed *p; const qwen3i_format *f; uint8_t *data; } qwen3i_repack_args;
+typedef struct qwen3i_repack_args {
+    const qwen3i_packed *p;
+    const qwen3i_format *f;
+    uint8_t             *data;
+} qwen3i_repack_args;
 
 /* 16 rows at a time, because words that lie along the output hold several. */
 static void qwen3i_repack_rows(void *args, int begin, int end, int lane) {
@@ -7671,7 +7710,8 @@ static void qwen3i_repack_rows(void *args, int begin, int end, int lane) {
     for (int first = begin; first < end; first += 16)
         for (int c = 0; c < blocks; c++)
             for (int row = first; row < end && row < first + 16; row++)
-                qwen3i_pack_block(a->data + ((size_t)row * (size_t)blocks + (size_t)c) * (size_t)a->f->bytes, a->p,
+                qwen3i_pack_block(a->data + ((size_t)row * (size_t)blocks + (size_t)c) * (size_t)a->f->bytes,
+                                  a->p,
                                   a->f, row, c * a->f->elements);
 }
 
@@ -7723,7 +7763,8 @@ static const qwen3i_tensor *qwen3i_part(qwen3i_binder *b, const char *name, cons
 }
 
 /* The order in which the inputs of each group follow each other; each group must be full. */
-static qwen3_result qwen3i_make_order(qwen3i_binder *b, const qwen3i_tensor *t, const char *name, const qwen3i_packed *p) {
+static qwen3_result qwen3i_make_order(qwen3i_binder *b, const qwen3i_tensor *t, const char *name,
+                                      const qwen3i_packed *p) {
     const uint64_t n = (uint64_t)p->cols + (uint64_t)p->n_groups;
     int32_t *order = (int32_t *)qwen3i_model_alloc(b->l->model, (size_t)n, sizeof *order), *filled;
     if (!order) return qwen3i_no_memory(b->l->err, name, n * sizeof *order);
@@ -7732,7 +7773,9 @@ static qwen3_result qwen3i_make_order(qwen3i_binder *b, const qwen3i_tensor *t, 
     for (int i = 0; i < p->cols; i++) {
         const uint32_t group = qwen3i_word_at(t->data, (uint64_t)i);
         if (group >= (uint32_t)p->n_groups || filled[group] == p->group)
-            return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' puts input %d into group %lu, but there are %d groups of %d",
+            return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
+                               "%s: tensor '%.*s' puts input %d into group %lu, but there are %d groups "
+                               "of %d",
                                t->file, QWEN3I_STR(t->name), i, (unsigned long)group, p->n_groups, p->group);
         order[group * (uint32_t)p->group + (uint32_t)filled[group]++] = i;
     }
@@ -7742,9 +7785,10 @@ static qwen3_result qwen3i_make_order(qwen3i_binder *b, const qwen3i_tensor *t, 
     return QWEN3_OK;
 }
 
-/* Where inputs do not lie in order of their groups, the matrix' columns are put in that order, and activations
-   must follow. Matrices with the same inputs usually have the same g_idx, and then one order. */
-static qwen3_result qwen3i_find_order(qwen3i_binder *b, const char *name, const char *part, qwen3i_packed *p) {
+/* Where inputs do not lie in order of their groups, the matrix' columns are put in that order, and
+   activations must follow. Matrices with the same inputs usually have the same g_idx, and then one order. */
+static qwen3_result qwen3i_find_order(qwen3i_binder *b, const char *name, const char *part,
+                                      qwen3i_packed *p) {
     qwen3_result r = QWEN3_OK;
     const qwen3i_tensor *t = qwen3i_part(b, name, part, "I32", p->cols, -1, 1, &r);
     int i = 0;
@@ -7752,8 +7796,8 @@ static qwen3_result qwen3i_find_order(qwen3i_binder *b, const char *name, const 
     if (!t || i == p->cols) return r;
     if (!b->l->model->backend->orders)
         return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
-                           "%s: '%s': the inputs are in order of activation (%s), which the %s backend does not "
-                           "support", t->file, name, part, b->l->model->backend->name);
+                           "%s: '%s': the inputs are in order of activation (%s), which the %s backend "
+                           "does not support", t->file, name, part, b->l->model->backend->name);
     if (b->n_g_idx != p->cols || memcmp(b->g_idx, t->data, 4 * (size_t)p->cols) != 0)
         r = qwen3i_make_order(b, t, name, p);
     b->order = p->order = b->made_order;
@@ -7774,8 +7818,8 @@ static qwen3_result qwen3i_check_groups(qwen3i_binder *b, const char *name, qwen
     if (p->cols % p->group == 0 && p->cols % (32 / p->bits) == 0 && p->rows % (32 / p->bits) == 0)
         return QWEN3_OK;
     return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
-                       "config.json: quantization_config: '%s': [%d, %d] does not consist of whole groups of %d and whole words", name,
-                           p->rows, p->cols, p->group);
+                       "config.json: quantization_config: '%s': [%d, %d] does not consist of whole groups "
+                       "of %d and whole words", name, p->rows, p->cols, p->group);
 }
 
 static qwen3_result qwen3i_bind_packed(qwen3i_binder *b, const char *name, qwen3i_matrix *out) {
@@ -7817,8 +7861,9 @@ typedef struct qwen3i_fp8_args {
 static float qwen3i_fp8_scale(const qwen3i_fp8_args *a, int row, int col) {
     const size_t element = qwen3i_dtype_size(a->scales->dtype);
     const size_t across = ((size_t)a->out->cols + (size_t)a->block_cols - 1) / (size_t)a->block_cols;
+    const size_t at = (size_t)(row / a->block_rows) * across + (size_t)(col / a->block_cols);
     unsigned char number[4];
-    memcpy(number, a->scales->data + element * ((size_t)(row / a->block_rows) * across + (size_t)(col / a->block_cols)), element);
+    memcpy(number, a->scales->data + element * at, element);
     if (element == 4) return qwen3i_float_from_bits((uint32_t)qwen3i_little(number, 4));
     return qwen3i_type_of(a->scales->dtype) == QWEN3I_F16 ? qwen3i_half_at(number) :
            qwen3i_bf16_to_f32((uint16_t)qwen3i_little(number, 2));
@@ -7881,8 +7926,8 @@ static int qwen3i_bind_quantised(qwen3i_binder *b, const char *name, const qwen3
         packing < QWEN3I_AWQ) return 0;
     if (!b->l->model->backend->block_types)
         *r = qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
-                         "config.json: quantization_config: '%s' is quantised; the %s backend supports F32, F16 and BF16", name,
-                             b->l->model->backend->name);
+                         "config.json: quantization_config: '%s' is quantised; the %s backend supports "
+                         "F32, F16 and BF16", name, b->l->model->backend->name);
     else *r = fp8 ? qwen3i_bind_fp8(b, name, t, out) : qwen3i_bind_packed(b, name, out);
     if (*r == QWEN3_OK && (b->l->desc->flags & QWEN3_LOAD_CHECK) && !qwen3i_all_finite(out))
         *r = qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: '%s' contains NaN or Inf", b->part_file, name);
@@ -7892,7 +7937,8 @@ static int qwen3i_bind_quantised(qwen3i_binder *b, const char *name, const qwen3
 
 /* Find a tensor of shape [stack, rows, cols], as a matrix of stack * rows rows; stack 0: [rows, cols]; rows
    0, too: [cols] */
-static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int stack, int rows, int cols, qwen3i_matrix *out) {
+static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int stack, int rows, int cols,
+                                      qwen3i_matrix *out) {
     const qwen3i_err *err = b->l->err;
     const qwen3i_tensor *t = qwen3i_find_weight(b, name);
     const int dims[3] = {stack, rows, cols};
@@ -7909,7 +7955,8 @@ static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int st
     if (rows && b->l->model->quantization.packing && qwen3i_bind_quantised(b, name, t, out, &r)) return r;
     if (!t) return qwen3i_missing_tensor(b, name);
     out->type = qwen3i_type_of(t->dtype);
-    if (!out->type) return qwen3i_check_type(b, t, name, out);      /* before the shape, which packing changes */
+    /* before the shape, which packing changes */
+    if (!out->type) return qwen3i_check_type(b, t, name, out);
     same = t->rank == rank && memcmp(t->shape, want, (size_t)rank * sizeof want[0]) == 0;
     if (!same) {
         qwen3i_shape_string(has, sizeof has, t->shape, t->rank);
@@ -7920,34 +7967,44 @@ static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int st
     }
     r = qwen3i_check_type(b, t, name, out);
     if (r != QWEN3_OK) return r;
-    out->data = qwen3i_align_tensor(b->l->model, t, qwen3i_is_block(out->type) ? 1 : qwen3i_type_size(out->type));
+    out->data = qwen3i_align_tensor(b->l->model, t,
+                                    qwen3i_is_block(out->type) ? 1 : qwen3i_type_size(out->type));
     if (!out->data) return qwen3i_no_memory(err, name, t->end - t->begin);
     if ((b->l->desc->flags & QWEN3_LOAD_CHECK) && !qwen3i_all_finite(out))
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' contains NaN or Inf", t->file, name);
     b->n_params += n;
     b->n_bytes += t->end - t->begin;
     /* 64 bytes from the middle of each tensor tell checkpoints of one shape apart */
-    b->fingerprint = qwen3i_hash(b->fingerprint + (uint64_t)out->type, t->data + (t->end - t->begin) / 2, qwen3i_min_size(64, (size_t)((t->end - t->begin + 1) / 2)));
+    b->fingerprint = qwen3i_hash(b->fingerprint + (uint64_t)out->type, t->data + (t->end - t->begin) / 2,
+                                 qwen3i_min_size(64, (size_t)((t->end - t->begin + 1) / 2)));
     return QWEN3_OK;
 }
 
 /* Find a tensor of shape [rows, cols], or [cols] if rows is 0. */
-static qwen3_result qwen3i_bind_tensor(qwen3i_binder *b, const char *name, int rows, int cols, qwen3i_matrix *out) {
+static qwen3_result qwen3i_bind_tensor(qwen3i_binder *b, const char *name, int rows, int cols,
+                                       qwen3i_matrix *out) {
     return qwen3i_bind_stack(b, name, 0, rows, cols, out);
 }
 
-typedef struct qwen3i_shrink_args { const char *from; uint8_t *to; qwen3i_type from_type, to_type; int cols; } qwen3i_shrink_args;
+typedef struct qwen3i_shrink_args {
+    const char *from;
+    uint8_t    *to;
+    qwen3i_type from_type, to_type;
+    int         cols;
+} qwen3i_shrink_args;
 
 static void qwen3i_shrink_rows(void *args, int begin, int end, int lane) {
     const qwen3i_shrink_args *a = (const qwen3i_shrink_args *)args;
     (void)lane;
     for (int i = begin; i < end; i++)
         qwen3i_quantize(a->to + (size_t)i * (size_t)qwen3i_row_bytes(a->to_type, a->cols), a->to_type,
-                        a->from + (size_t)i * (size_t)qwen3i_row_bytes(a->from_type, a->cols), a->from_type, a->cols);
+                        a->from + (size_t)i * (size_t)qwen3i_row_bytes(a->from_type, a->cols),
+                        a->from_type, a->cols);
 }
 
 /* Numbers to blocks of this type, in memory of the model's own. Between slices the caller may stop it. */
-static qwen3_result qwen3i_shrink(qwen3i_binder *b, const char *name, int layer, qwen3i_type type, qwen3i_matrix *w) {
+static qwen3_result qwen3i_shrink(qwen3i_binder *b, const char *name, int layer, qwen3i_type type,
+                                  qwen3i_matrix *w) {
     const uint64_t from_row = qwen3i_row_bytes(w->type, w->cols), to_row = qwen3i_row_bytes(type, w->cols);
     const double at = layer < 0 ? 0 : (double)layer / b->l->model->config.n_layer;
     qwen3i_shrink_args a;
@@ -7986,12 +8043,14 @@ static qwen3_result qwen3i_bind_order(qwen3i_binder *b, const char *name, int we
     if (order && weight != QWEN3I_W_K && weight != QWEN3I_W_V && weight != QWEN3I_W_UP) *order = b->order;
     b->l->model->config.ordered |= b->order != NULL;
     if (b->order == (order ? *order : NULL)) return QWEN3_OK;
-    return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED, "%s: '%s': its inputs are in an order of activation (g_idx) of its own, "
+    return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                       "%s: '%s': its inputs are in an order of activation (g_idx) of its own, "
                        "which is not supported", b->part_file, name);
 }
 
 /* A matrix that was found stays where it is, or becomes one in blocks if the caller wants them. */
-static qwen3_result qwen3i_settle(qwen3i_binder *b, const char *name, int layer, int weight, qwen3i_matrix *w) {
+static qwen3_result qwen3i_settle(qwen3i_binder *b, const char *name, int layer, int weight,
+                                  qwen3i_matrix *w) {
     const qwen3i_type type = qwen3i_mix_type((qwen3i_mix)b->l->desc->quantize, weight, layer,
                                              &b->l->model->config, w->cols);
     qwen3_result r = QWEN3_OK;
@@ -8127,8 +8186,8 @@ static qwen3_result qwen3i_bind_all_experts(qwen3i_binder *b, int layer, int wei
     return r;
 }
 
-/* The router is multiplied in float32, whatever the others are: from blocks it is unpacked. Where a caller wants
-   blocks, the files are let go of, so it is copied. */
+/* The router is multiplied in float32, whatever the others are: from blocks it is unpacked. Where a caller
+   wants blocks, the files are let go of, so it is copied. */
 static qwen3_result qwen3i_bind_router(qwen3i_binder *b, int layer, qwen3i_matrix *router) {
     const qwen3i_config *c = &b->l->model->config;
     const size_t n_embd = (size_t)c->n_embd;
@@ -8203,14 +8262,15 @@ static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer 
         list[n++] = qwen3i_binding_of(QWEN3I_W_DOWN, c->n_embd, c->n_ff,   &w->w_down, NULL);
     }
     for (i = 0; i < n && r == QWEN3_OK; i++)
-        r = list[i].rows ? qwen3i_bind(b, index, (int)list[i].weight, list[i].rows, list[i].cols, list[i].matrix)
+        r = list[i].rows ? qwen3i_bind(b, index, (int)list[i].weight, list[i].rows, list[i].cols,
+                                       list[i].matrix)
                          : qwen3i_bind_floats(b, index, (int)list[i].weight, 0, list[i].cols, list[i].gains);
     if (r == QWEN3_OK) r = qwen3i_bind_qkv(b, index, w);
     return r == QWEN3_OK && qwen3i_has_experts(c, index) ? qwen3i_bind_experts(b, index, w) : r;
 }
 
-/* The head: the embedding if it is tied, unless the files hold another one, which then counts as in transformers. A
-   model that was saved without its head makes embeddings. */
+/* The head: the embedding if it is tied, unless the files hold another one, which then counts as in
+   transformers. A model that was saved without its head makes embeddings. */
 static qwen3_result qwen3i_bind_head(qwen3i_binder *b) {
     qwen3_model *m = b->l->model;
     qwen3i_config *c = &m->config;
@@ -8255,7 +8315,8 @@ static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
     qwen3_result r = qwen3i_bind_ends(b);
     int i;
     if (r != QWEN3_OK) return r;
-    if ((size_t)c->n_layer > b->tensors->n / QWEN3I_LAYER_TENSORS + 1)    /* before memory is taken for them */
+    /* before memory is taken for them */
+    if ((size_t)c->n_layer > b->tensors->n / QWEN3I_LAYER_TENSORS + 1)
         return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: %s is %d, but the files hold only %lu tensors",
                            qwen3i_config_file(b->l), b->l->source->layers_key[c->n_expert > 0], c->n_layer,
                                (unsigned long)b->tensors->n);
@@ -8513,18 +8574,21 @@ static qwen3_result qwen3i_load_config(qwen3i_loader *l) {
 /* Hugging Face's layout: a directory */
 static const qwen3i_source qwen3i_directory = {
     "model.layers.",
-    {"model.embed_tokens", "model.norm", "lm_head", NULL, "input_layernorm", "self_attn.q_proj", "self_attn.k_proj",
-     "self_attn.v_proj", NULL, "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm",
+    {"model.embed_tokens", "model.norm", "lm_head", NULL, "input_layernorm",
+     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", NULL,
+     "self_attn.q_norm", "self_attn.k_norm", "self_attn.o_proj", "post_attention_layernorm",
      "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "mlp.gate", "mlp.experts.gate_up_proj", NULL, NULL,
      "mlp.experts.down_proj"},
-    "config.json", {"num_hidden_layers", "num_hidden_layers"}, qwen3i_load_config, qwen3i_load_tokenizer, qwen3i_open_weights
+    "config.json", {"num_hidden_layers", "num_hidden_layers"}, qwen3i_load_config, qwen3i_load_tokenizer,
+    qwen3i_open_weights
 };
 
 /* One file, or several parts */
 static const qwen3i_source qwen3i_gguf_file = {
     "blk.",
-    {"token_embd", "output_norm", "output", "cls.output", "attn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_norm",
-     "attn_k_norm", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_inp", "ffn_gate_up_exps.weight",
+    {"token_embd", "output_norm", "output", "cls.output", "attn_norm",
+     "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_q_norm", "attn_k_norm", "attn_output", "ffn_norm",
+     "ffn_gate", "ffn_up", "ffn_down", "ffn_gate_inp", "ffn_gate_up_exps.weight",
      "ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight"},
     NULL, QWEN3I_GGUF_BOTH("block_count"), qwen3i_gguf_configuration, qwen3i_gguf_tokenizer, qwen3i_gguf_list
 };
@@ -8612,7 +8676,8 @@ static qwen3_result qwen3i_check_allocator(const qwen3_allocator *a, const qwen3
 static qwen3_result qwen3i_check_file(const qwen3_allocator *a, const char *path, const qwen3i_err *err) {
     static const struct { size_t at; const char *bytes, *kind; } kinds[] = {
         {8, "{\"", "a safetensors file"}, {0, "PK\3\4", "a zip archive or PyTorch checkpoint"},
-        {0, "\x1F\x8B", "a gzip archive"}, {0, "{", "a JSON file"}, {0, "version https://git-lfs", "a Git LFS pointer"}
+        {0, "\x1F\x8B", "a gzip archive"}, {0, "{", "a JSON file"},
+        {0, "version https://git-lfs", "a Git LFS pointer"}
     };
     char head[32] = "";
     uint64_t size = 0;
@@ -8637,15 +8702,18 @@ static qwen3_result qwen3i_check_file(const qwen3_allocator *a, const char *path
 
 static qwen3_result qwen3i_check_devices(const qwen3_load_desc *d, const qwen3i_err *err) {
     if (d->n_devices < 0 || (d->n_devices > 0 && !d->devices))
-        return qwen3i_fail(err, QWEN3_ERR_ARG, "n_devices is %d%s", d->n_devices, d->devices ? "" : ", devices is NULL");
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "n_devices is %d%s", d->n_devices,
+                           d->devices ? "" : ", devices is NULL");
     if (d->n_ranks < 0 || d->rank < 0 || (d->n_ranks ? d->rank >= d->n_ranks : d->rank > 0))
         return qwen3i_fail(err, QWEN3_ERR_ARG, "rank is %d of %d", d->rank, d->n_ranks);
     if (d->n_ranks > 1 && !d->nccl_id)
         return qwen3i_fail(err, QWEN3_ERR_ARG, "n_ranks is %d, nccl_id is NULL", d->n_ranks);
     if (d->n_ranks > 1 && d->n_devices > 1)
-        return qwen3i_fail(err, QWEN3_ERR_ARG, "one of several ranks has one device; n_devices is %d", d->n_devices);
+        return qwen3i_fail(err, QWEN3_ERR_ARG, "one of several ranks has one device; n_devices is %d",
+                           d->n_devices);
     if ((d->n_devices > 1 || d->n_ranks > 1) && (!d->backend || !d->backend->devices))
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the %s backend runs on one device%s", d->backend ? d->backend->name : "cpu",
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "the %s backend runs on one device%s",
+                           d->backend ? d->backend->name : "cpu",
                            d->backend ? "; compiled with QWEN3_CUDA_NCCL it runs on several" : "");
     return QWEN3_OK;
 }
@@ -17445,8 +17513,8 @@ typedef struct qwen3i_seq {
     qwen3_token *tokens;                /* [max_ctx] */
     int          len;
     int          fresh;                 /* the kept logits are those of the last token */
-    int          planned;               /* tokens of a prompt that is being brought in: those from len on are still
-                                           to be evaluated. 0: there is none */
+    int          planned;               /* tokens of a prompt that is being brought in: those from len on
+                                           are still to be evaluated. 0: there is none */
     int          grammar_start;         /* position from which a grammar applies; -1: not known */
     qwen3i_guide *guide;                /* its place in that grammar; NULL until it has one */
     qwen3i_draft  draft;                /* most is 0 until it speculates */
