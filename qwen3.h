@@ -1016,7 +1016,7 @@ typedef struct qwen3i_model_view {
 QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *model);
 /* freqs [head_dim / 2]: radians a position; yarn_factor 0: as the configuration says. Returns the factor for
    cosines and sines. */
-QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config, double yarn_factor);
+QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *cfg, double yarn_factor);
 #ifdef __cplusplus
 }
 #endif
@@ -6722,14 +6722,15 @@ static int qwen3i_mix_more(int layer, int n_layer) {
 
 /* The type for rows of cols elements. Where the rows are not whole blocks of it, Q8_0 takes its place; where
    they are not even blocks of that, the weight stays as it is: NO_TYPE. */
-static qwen3i_type qwen3i_mix_type(qwen3i_mix mix, int weight, int layer, const qwen3i_config *c, int cols) {
+static qwen3i_type qwen3i_mix_type(qwen3i_mix mix, int weight, int layer, const qwen3i_config *cfg,
+                                   int cols) {
     static const qwen3i_type types[] = {QWEN3I_NO_TYPE, QWEN3I_Q8_0, QWEN3I_Q4_K, QWEN3I_Q5_K, QWEN3I_Q6_K,
                                         QWEN3I_Q4_0};
-    const int is_head = weight == QWEN3I_W_HEAD || (weight == QWEN3I_W_EMBED && c->tied);
+    const int is_head = weight == QWEN3I_W_HEAD || (weight == QWEN3I_W_EMBED && cfg->tied);
     const int medium = mix == QWEN3I_MIX_Q4_K_M || mix == QWEN3I_MIX_Q5_K_M;
     qwen3i_type type = types[mix];
     if (is_head && mix > QWEN3I_MIX_Q8_0) type = QWEN3I_Q6_K;
-    if (medium && (weight == QWEN3I_W_V || weight == QWEN3I_W_DOWN) && qwen3i_mix_more(layer, c->n_layer))
+    if (medium && (weight == QWEN3I_W_V || weight == QWEN3I_W_DOWN) && qwen3i_mix_more(layer, cfg->n_layer))
         type = QWEN3I_Q6_K;
     if (type && cols % qwen3i_format_of(type)->elements) type = QWEN3I_Q8_0;
     return cols % 32 ? QWEN3I_NO_TYPE : type;
@@ -6812,9 +6813,9 @@ static qwen3_result qwen3i_config_family(const qwen3i_raw_config *c, const qwen3
 }
 
 /* The keys of a mixture of experts; others do not look at them. */
-static qwen3_result qwen3i_config_experts(qwen3i_config *k, const qwen3i_raw_config *c,
+static qwen3_result qwen3i_config_experts(qwen3i_config *cfg, const qwen3i_raw_config *c,
                                           const qwen3i_err *err) {
-    int *const sizes[] = {&k->n_expert, &k->n_expert_used, &k->n_ff_expert, &k->sparse_step};
+    int *const sizes[] = {&cfg->n_expert, &cfg->n_expert_used, &cfg->n_ff_expert, &cfg->sparse_step};
     int i;
     if (!qwen3i_config_is_mixture(c)) return QWEN3_OK;
     for (i = 0; i < 4; i++) {
@@ -6829,26 +6830,26 @@ static qwen3_result qwen3i_config_experts(qwen3i_config *k, const qwen3i_raw_con
                                c->values[key], i == 2 ? QWEN3I_MAX_DIM : 4096);
         *sizes[i] = (int)c->values[key];
     }
-    if (k->n_expert_used > k->n_expert)
+    if (cfg->n_expert_used > cfg->n_expert)
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: %d of %d experts cannot be used", c->file,
-                           k->n_expert_used, k->n_expert);
+                           cfg->n_expert_used, cfg->n_expert);
     if (!qwen3i_config_has(c, QWEN3I_KEY_NORM_TOPK))
         return qwen3i_config_missing(c, QWEN3I_KEY_NORM_TOPK, "", err);
-    if (c->n_dense > QWEN3I_COUNT(k->dense))
+    if (c->n_dense > QWEN3I_COUNT(cfg->dense))
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: more than %d layers of a mixture are dense",
                            c->file,
-                           QWEN3I_COUNT(k->dense));
-    k->norm_topk = c->values[QWEN3I_KEY_NORM_TOPK] != 0;
-    k->n_dense = c->n_dense;
-    memcpy(k->dense, c->dense, sizeof k->dense);
+                           QWEN3I_COUNT(cfg->dense));
+    cfg->norm_topk = c->values[QWEN3I_KEY_NORM_TOPK] != 0;
+    cfg->n_dense = c->n_dense;
+    memcpy(cfg->dense, c->dense, sizeof cfg->dense);
     return QWEN3_OK;
 }
 
 /* Does this layer have experts? */
-static int qwen3i_has_experts(const qwen3i_config *k, int layer) {
+static int qwen3i_has_experts(const qwen3i_config *cfg, int layer) {
     int i;
-    if (k->n_expert == 0 || (layer + 1) % k->sparse_step != 0) return 0;
-    for (i = 0; i < k->n_dense; i++) if (k->dense[i] == layer) return 0;
+    if (cfg->n_expert == 0 || (layer + 1) % cfg->sparse_step != 0) return 0;
+    for (i = 0; i < cfg->n_dense; i++) if (cfg->dense[i] == layer) return 0;
     return 1;
 }
 
@@ -6881,10 +6882,12 @@ static qwen3_result qwen3i_config_switches(const qwen3i_raw_config *c, const qwe
     return QWEN3_OK;
 }
 
-static qwen3_result qwen3i_config_sizes(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
+static qwen3_result qwen3i_config_sizes(qwen3i_config *cfg, const qwen3i_raw_config *c,
+                                        const qwen3i_err *err) {
     int *const sizes[] = {
-        &k->n_layer, &k->n_embd, &k->n_head, &k->n_head_kv, &k->head_dim, &k->n_ff, &k->n_vocab,
-                          &k->max_ctx};     /* in the order of qwen3i_key */
+        &cfg->n_layer, &cfg->n_embd, &cfg->n_head, &cfg->n_head_kv, &cfg->head_dim, &cfg->n_ff,
+        &cfg->n_vocab, &cfg->max_ctx        /* in the order of qwen3i_key */
+    };
     int i;
     for (i = 0; i <= QWEN3I_KEY_CTX; i++) {
         if (!qwen3i_config_has(c, i)) return qwen3i_config_missing(c, i, "", err);
@@ -6893,13 +6896,13 @@ static qwen3_result qwen3i_config_sizes(qwen3i_config *k, const qwen3i_raw_confi
                                c->keys[i], c->values[i], QWEN3I_MAX_DIM);
         *sizes[i] = (int)c->values[i];
     }
-    if (k->head_dim % 2)
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: head_dim %d is odd", c->file, k->head_dim);
-    if (k->n_head % k->n_head_kv)
+    if (cfg->head_dim % 2)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: head_dim %d is odd", c->file, cfg->head_dim);
+    if (cfg->n_head % cfg->n_head_kv)
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: %d attention heads cannot share %d key/value heads",
                            c->file,
-                           k->n_head, k->n_head_kv);
-    if ((int64_t)k->n_head * k->head_dim > QWEN3I_MAX_DIM)
+                           cfg->n_head, cfg->n_head_kv);
+    if ((int64_t)cfg->n_head * cfg->head_dim > QWEN3I_MAX_DIM)
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: head_dim x heads is out of range", c->file);
     return QWEN3_OK;
 }
@@ -6912,18 +6915,19 @@ static double qwen3i_yarn_magnitude(double factor, double mscale) {
 
 /* YaRN's defaults are those of the paper and of transformers; mscale counts only together with
    mscale_all_dim. */
-static qwen3_result qwen3i_config_yarn(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
+static qwen3_result qwen3i_config_yarn(qwen3i_config *cfg, const qwen3i_raw_config *c,
+                                       const qwen3i_err *err) {
     const double *v = c->values, original = v[QWEN3I_KEY_ORIGINAL_CTX], mscale = v[QWEN3I_KEY_MSCALE];
     double factor = v[QWEN3I_KEY_FACTOR], given = v[QWEN3I_KEY_ATTN_FACTOR], all = v[QWEN3I_KEY_MSCALE_ALL];
-    k->yarn_beta_fast = 32;
-    k->yarn_beta_slow = 1;
+    cfg->yarn_beta_fast = 32;
+    cfg->yarn_beta_slow = 1;
     /* Qwen3 counts 8,192 for the reply on top */
-    k->yarn_original_ctx = k->max_ctx == 40960 ? 32768 : k->max_ctx;
+    cfg->yarn_original_ctx = cfg->max_ctx == 40960 ? 32768 : cfg->max_ctx;
     if (v[QWEN3I_KEY_ROPE] == 0) return QWEN3_OK;
     if (original > 0) {
         if (!(original >= 1 && original <= QWEN3I_MAX_DIM))
             return qwen3i_config_unsupported(c, QWEN3I_KEY_ORIGINAL_CTX, "out of range", err);
-        if (!qwen3i_config_has(c, QWEN3I_KEY_FACTOR)) factor = k->max_ctx / original;
+        if (!qwen3i_config_has(c, QWEN3I_KEY_FACTOR)) factor = cfg->max_ctx / original;
     }
     if (!(factor >= 1 && factor <= 1024))
         return qwen3i_config_unsupported(c, QWEN3I_KEY_FACTOR, "YaRN needs a factor from 1 to 1024", err);
@@ -6933,25 +6937,26 @@ static qwen3_result qwen3i_config_yarn(qwen3i_config *k, const qwen3i_raw_config
         return qwen3i_config_unsupported(c, QWEN3I_KEY_MSCALE, "out of range", err);
     if (!(all >= 0 && all < 1e6))
         return qwen3i_config_unsupported(c, QWEN3I_KEY_MSCALE_ALL, "out of range", err);
-    k->yarn_factor = factor;
-    k->yarn_original_ctx = original > 0 ? (int)original : k->max_ctx;
-    if (v[QWEN3I_KEY_BETA_FAST] > 0) k->yarn_beta_fast = v[QWEN3I_KEY_BETA_FAST];
-    if (v[QWEN3I_KEY_BETA_SLOW] > 0) k->yarn_beta_slow = v[QWEN3I_KEY_BETA_SLOW];
-    k->yarn_untruncated = qwen3i_config_has(c, QWEN3I_KEY_TRUNCATE) && v[QWEN3I_KEY_TRUNCATE] == 0;
-    if (given > 0) k->yarn_attn_factor = given;
+    cfg->yarn_factor = factor;
+    cfg->yarn_original_ctx = original > 0 ? (int)original : cfg->max_ctx;
+    if (v[QWEN3I_KEY_BETA_FAST] > 0) cfg->yarn_beta_fast = v[QWEN3I_KEY_BETA_FAST];
+    if (v[QWEN3I_KEY_BETA_SLOW] > 0) cfg->yarn_beta_slow = v[QWEN3I_KEY_BETA_SLOW];
+    cfg->yarn_untruncated = qwen3i_config_has(c, QWEN3I_KEY_TRUNCATE) && v[QWEN3I_KEY_TRUNCATE] == 0;
+    if (given > 0) cfg->yarn_attn_factor = given;
     else if (mscale > 0 && all > 0)
-        k->yarn_attn_factor = qwen3i_yarn_magnitude(factor, mscale) / qwen3i_yarn_magnitude(factor, all);
-    else k->yarn_attn_factor = qwen3i_yarn_magnitude(factor, 1);
+        cfg->yarn_attn_factor = qwen3i_yarn_magnitude(factor, mscale) / qwen3i_yarn_magnitude(factor, all);
+    else cfg->yarn_attn_factor = qwen3i_yarn_magnitude(factor, 1);
     return QWEN3_OK;
 }
 
 QWEN3I_COLD
-static qwen3_result qwen3i_config_check(qwen3i_config *k, const qwen3i_raw_config *c, const qwen3i_err *err) {
+static qwen3_result qwen3i_config_check(qwen3i_config *cfg, const qwen3i_raw_config *c,
+                                        const qwen3i_err *err) {
     const double eps = c->values[QWEN3I_KEY_EPS], theta = c->values[QWEN3I_KEY_THETA];
     qwen3_result r = qwen3i_config_family(c, err);
     if (r == QWEN3_OK) r = qwen3i_config_switches(c, err);
-    if (r == QWEN3_OK) r = qwen3i_config_sizes(k, c, err);
-    if (r == QWEN3_OK) r = qwen3i_config_experts(k, c, err);
+    if (r == QWEN3_OK) r = qwen3i_config_sizes(cfg, c, err);
+    if (r == QWEN3_OK) r = qwen3i_config_experts(cfg, c, err);
     if (r != QWEN3_OK) return r;
     if (!(eps > 0 && eps < 1))
         return qwen3i_config_missing(c, QWEN3I_KEY_EPS, " or not between 0 and 1", err);
@@ -6959,10 +6964,10 @@ static qwen3_result qwen3i_config_check(qwen3i_config *k, const qwen3i_raw_confi
         return qwen3i_config_missing(c, QWEN3I_KEY_THETA, " or out of range", err);
     if (c->keys[QWEN3I_KEY_TIED] && !qwen3i_config_has(c, QWEN3I_KEY_TIED))
         return qwen3i_config_missing(c, QWEN3I_KEY_TIED, "", err);
-    k->tied = c->values[QWEN3I_KEY_TIED] != 0;
-    k->rms_eps = (float)eps;
-    k->rope_theta = theta;
-    return qwen3i_config_yarn(k, c, err);
+    cfg->tied = c->values[QWEN3I_KEY_TIED] != 0;
+    cfg->rms_eps = (float)eps;
+    cfg->rope_theta = theta;
+    return qwen3i_config_yarn(cfg, c, err);
 }
 
 /* ---- config.json ----------------------------------------------------------------------------- */
@@ -8103,9 +8108,9 @@ static qwen3i_matrix qwen3i_rows_of(const qwen3i_matrix *whole, int first, int r
 
 /* Queries, keys and values of a layer are three matrices, or, in some files, the rows of one. */
 static qwen3_result qwen3i_bind_qkv(qwen3i_binder *b, int index, qwen3i_layer *w) {
-    const qwen3i_config *c = &b->l->model->config;
+    const qwen3i_config *cfg = &b->l->model->config;
     const qwen3i_source *s = b->l->source;
-    const int q_dim = c->n_head * c->head_dim, kv_dim = c->n_head_kv * c->head_dim;
+    const int q_dim = cfg->n_head * cfg->head_dim, kv_dim = cfg->n_head_kv * cfg->head_dim;
     qwen3i_matrix *const parts[3] = {&w->wq, &w->wk, &w->wv};
     qwen3i_matrix whole;
     char name[QWEN3I_NAME];
@@ -8114,7 +8119,7 @@ static qwen3_result qwen3i_bind_qkv(qwen3i_binder *b, int index, qwen3i_layer *w
     if (s->names[QWEN3I_W_QKV]) {
         qwen3i_weight_name(name, s, index, QWEN3I_W_QKV);
         if (qwen3i_find_tensor(b->tensors, qwen3i_str_of(name))) {
-            r = qwen3i_bind(b, index, QWEN3I_W_QKV, q_dim + 2 * kv_dim, c->n_embd, &whole);
+            r = qwen3i_bind(b, index, QWEN3I_W_QKV, q_dim + 2 * kv_dim, cfg->n_embd, &whole);
             if (r != QWEN3_OK) return r;
             for (i = 0; i < 3; i++)
                 *parts[i] = qwen3i_rows_of(&whole, i ? q_dim + (i - 1) * kv_dim : 0, i ? kv_dim : q_dim);
@@ -8122,7 +8127,7 @@ static qwen3_result qwen3i_bind_qkv(qwen3i_binder *b, int index, qwen3i_layer *w
         }
     }
     for (i = 0; i < 3 && r == QWEN3_OK; i++)
-        r = qwen3i_bind(b, index, QWEN3I_W_Q + i, i ? kv_dim : q_dim, c->n_embd, parts[i]);
+        r = qwen3i_bind(b, index, QWEN3I_W_Q + i, i ? kv_dim : q_dim, cfg->n_embd, parts[i]);
     return r;
 }
 
@@ -8151,19 +8156,20 @@ static qwen3_result qwen3i_bind_expert(qwen3i_binder *b, const char *name, int l
 
 static qwen3_result qwen3i_bind_each_expert(qwen3i_binder *b, int layer, qwen3i_matrix *list) {
     static const char *const parts[3] = {"gate", "up", "down"};
-    const qwen3i_config *c = &b->l->model->config;
+    const qwen3i_config *cfg = &b->l->model->config;
     char name[QWEN3I_NAME];
     qwen3_result r = QWEN3_OK;
     int i, k;
-    if ((size_t)c->n_expert > b->tensors->n / 3)
+    if ((size_t)cfg->n_expert > b->tensors->n / 3)
         return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
                            "%s: num_experts is %d, but the files hold only %lu tensors",
-                           qwen3i_config_file(b->l), c->n_expert, (unsigned long)b->tensors->n);
-    for (i = 0; i < c->n_expert && r == QWEN3_OK; i++)
+                           qwen3i_config_file(b->l), cfg->n_expert, (unsigned long)b->tensors->n);
+    for (i = 0; i < cfg->n_expert && r == QWEN3_OK; i++)
         for (k = 0; k < 3 && r == QWEN3_OK; k++) {
             snprintf(name, sizeof name, "model.layers.%d.mlp.experts.%d.%s_proj.weight", layer, i, parts[k]);
-            r = qwen3i_bind_expert(b, name, layer, QWEN3I_W_GATE + k, 0, k < 2 ? c->n_ff_expert : c->n_embd,
-                                   k < 2 ? c->n_embd : c->n_ff_expert, &list[k * c->n_expert + i]);
+            r = qwen3i_bind_expert(b, name, layer, QWEN3I_W_GATE + k, 0,
+                                   k < 2 ? cfg->n_ff_expert : cfg->n_embd,
+                                   k < 2 ? cfg->n_embd : cfg->n_ff_expert, &list[k * cfg->n_expert + i]);
         }
     return r;
 }
@@ -8171,9 +8177,9 @@ static qwen3_result qwen3i_bind_each_expert(qwen3i_binder *b, int layer, qwen3i_
 /* One of the tensors that hold a matrix of each expert, or, of gate and up in one, two: into lists of n, of
    which the second follows the first. */
 static qwen3_result qwen3i_bind_all_experts(qwen3i_binder *b, int layer, int weight, qwen3i_matrix *list) {
-    const qwen3i_config *c = &b->l->model->config;
-    const int n = c->n_expert, two = weight == QWEN3I_W_ALL_GATE_UP, down = weight == QWEN3I_W_ALL_DOWN;
-    const int rows = down ? c->n_embd : c->n_ff_expert, cols = down ? c->n_ff_expert : c->n_embd;
+    const qwen3i_config *cfg = &b->l->model->config;
+    const int n = cfg->n_expert, two = weight == QWEN3I_W_ALL_GATE_UP, down = weight == QWEN3I_W_ALL_DOWN;
+    const int rows = down ? cfg->n_embd : cfg->n_ff_expert, cols = down ? cfg->n_ff_expert : cfg->n_embd;
     char name[QWEN3I_NAME];
     qwen3i_matrix all;
     qwen3_result r;
@@ -8189,23 +8195,23 @@ static qwen3_result qwen3i_bind_all_experts(qwen3i_binder *b, int layer, int wei
 /* The router is multiplied in float32, whatever the others are: from blocks it is unpacked. Where a caller
    wants blocks, the files are let go of, so it is copied. */
 static qwen3_result qwen3i_bind_router(qwen3i_binder *b, int layer, qwen3i_matrix *router) {
-    const qwen3i_config *c = &b->l->model->config;
-    const size_t n_embd = (size_t)c->n_embd;
+    const qwen3i_config *cfg = &b->l->model->config;
+    const size_t n_embd = (size_t)cfg->n_embd;
     char name[QWEN3I_NAME];
     qwen3_result r;
     float *copy;
     size_t i;
     qwen3i_weight_name(name, b->l->source, layer, QWEN3I_W_ROUTER);
-    r = qwen3i_bind_tensor(b, name, c->n_expert, c->n_embd, router);
+    r = qwen3i_bind_tensor(b, name, cfg->n_expert, cfg->n_embd, router);
     if (r == QWEN3_OK) r = qwen3i_bind_order(b, name, QWEN3I_W_EMBED);
     if (r != QWEN3_OK) return r;
     if (!b->l->desc->quantize && !qwen3i_is_block(router->type)) { b->in_place++; return QWEN3_OK; }
-    copy = (float *)qwen3i_model_alloc(b->l->model, (size_t)c->n_expert * n_embd, sizeof *copy);
-    if (!copy) return qwen3i_no_memory(b->l->err, name, (uint64_t)c->n_expert * n_embd * sizeof *copy);
-    for (i = 0; i < (size_t)c->n_expert; i++)
+    copy = (float *)qwen3i_model_alloc(b->l->model, (size_t)cfg->n_expert * n_embd, sizeof *copy);
+    if (!copy) return qwen3i_no_memory(b->l->err, name, (uint64_t)cfg->n_expert * n_embd * sizeof *copy);
+    for (i = 0; i < (size_t)cfg->n_expert; i++)
         qwen3i_decode(copy + i * n_embd,
-                      (const char *)router->data + i * (size_t)qwen3i_row_bytes(router->type, c->n_embd),
-                      router->type, c->n_embd);
+                      (const char *)router->data + i * (size_t)qwen3i_row_bytes(router->type, cfg->n_embd),
+                      router->type, cfg->n_embd);
     router->data = copy;
     router->type = QWEN3I_F32;
     return QWEN3_OK;
@@ -8246,34 +8252,34 @@ static qwen3_result qwen3i_bind_experts(qwen3i_binder *b, int layer, qwen3i_laye
 #define QWEN3I_LAYER_TENSORS 9          /* the fewest that a layer has */
 
 static qwen3_result qwen3i_bind_layer(qwen3i_binder *b, int index, qwen3i_layer *w) {
-    const qwen3i_config *c = &b->l->model->config;
-    const int q_dim = c->n_head * c->head_dim;
+    const qwen3i_config *cfg = &b->l->model->config;
+    const int q_dim = cfg->n_head * cfg->head_dim;
     qwen3i_binding list[8];
     qwen3_result r = QWEN3_OK;
     int i, n = 0;
-    list[n++] = qwen3i_binding_of(QWEN3I_W_ATTN_NORM, 0,         c->n_embd,   NULL, &w->attn_norm);
-    list[n++] = qwen3i_binding_of(QWEN3I_W_Q_NORM,    0,         c->head_dim, NULL, &w->q_norm);
-    list[n++] = qwen3i_binding_of(QWEN3I_W_K_NORM,    0,         c->head_dim, NULL, &w->k_norm);
-    list[n++] = qwen3i_binding_of(QWEN3I_W_O,         c->n_embd, q_dim,       &w->wo, NULL);
-    list[n++] = qwen3i_binding_of(QWEN3I_W_MLP_NORM,  0,         c->n_embd,   NULL, &w->mlp_norm);
-    if (!qwen3i_has_experts(c, index)) {
-        list[n++] = qwen3i_binding_of(QWEN3I_W_GATE, c->n_ff,   c->n_embd, &w->w_gate, NULL);
-        list[n++] = qwen3i_binding_of(QWEN3I_W_UP,   c->n_ff,   c->n_embd, &w->w_up, NULL);
-        list[n++] = qwen3i_binding_of(QWEN3I_W_DOWN, c->n_embd, c->n_ff,   &w->w_down, NULL);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_ATTN_NORM, 0,         cfg->n_embd,   NULL, &w->attn_norm);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_Q_NORM,    0,         cfg->head_dim, NULL, &w->q_norm);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_K_NORM,    0,         cfg->head_dim, NULL, &w->k_norm);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_O,         cfg->n_embd, q_dim,       &w->wo, NULL);
+    list[n++] = qwen3i_binding_of(QWEN3I_W_MLP_NORM,  0,         cfg->n_embd,   NULL, &w->mlp_norm);
+    if (!qwen3i_has_experts(cfg, index)) {
+        list[n++] = qwen3i_binding_of(QWEN3I_W_GATE, cfg->n_ff,   cfg->n_embd, &w->w_gate, NULL);
+        list[n++] = qwen3i_binding_of(QWEN3I_W_UP,   cfg->n_ff,   cfg->n_embd, &w->w_up, NULL);
+        list[n++] = qwen3i_binding_of(QWEN3I_W_DOWN, cfg->n_embd, cfg->n_ff,   &w->w_down, NULL);
     }
     for (i = 0; i < n && r == QWEN3_OK; i++)
         r = list[i].rows ? qwen3i_bind(b, index, (int)list[i].weight, list[i].rows, list[i].cols,
                                        list[i].matrix)
                          : qwen3i_bind_floats(b, index, (int)list[i].weight, 0, list[i].cols, list[i].gains);
     if (r == QWEN3_OK) r = qwen3i_bind_qkv(b, index, w);
-    return r == QWEN3_OK && qwen3i_has_experts(c, index) ? qwen3i_bind_experts(b, index, w) : r;
+    return r == QWEN3_OK && qwen3i_has_experts(cfg, index) ? qwen3i_bind_experts(b, index, w) : r;
 }
 
 /* The head: the embedding if it is tied, unless the files hold another one, which then counts as in
    transformers. A model that was saved without its head makes embeddings. */
 static qwen3_result qwen3i_bind_head(qwen3i_binder *b) {
     qwen3_model *m = b->l->model;
-    qwen3i_config *c = &m->config;
+    qwen3i_config *cfg = &m->config;
     const qwen3i_tensor *head, *embed;
     char name[QWEN3I_NAME];
     m->weights.head = m->weights.embed;
@@ -8281,53 +8287,54 @@ static qwen3_result qwen3i_bind_head(qwen3i_binder *b) {
     embed = qwen3i_find_weight(b, name);
     qwen3i_weight_name(name, b->l->source, -1, QWEN3I_W_HEAD);
     head = qwen3i_find_weight(b, name);
-    if (!head && !c->tied && (m->no_causal || b->prefix.n == 0)) { m->no_head = 1; return QWEN3_OK; }
-    if (c->tied && (!head || !embed || (head->end - head->begin == embed->end - embed->begin &&
+    if (!head && !cfg->tied && (m->no_causal || b->prefix.n == 0)) { m->no_head = 1; return QWEN3_OK; }
+    if (cfg->tied && (!head || !embed || (head->end - head->begin == embed->end - embed->begin &&
         memcmp(head->data, embed->data, (size_t)(head->end - head->begin)) == 0))) return QWEN3_OK;
-    if (c->tied)
+    if (cfg->tied)
         qwen3i_log(&m->logger, QWEN3_LOG_WARN, "%s: tie_word_embeddings is set, but %s differs from the "
                                                "embedding: "
                             "it is used", qwen3i_config_file(b->l), name);
-    c->tied = 0;
-    return qwen3i_bind(b, -1, QWEN3I_W_HEAD, c->n_vocab, c->n_embd, &m->weights.head);
+    cfg->tied = 0;
+    return qwen3i_bind(b, -1, QWEN3I_W_HEAD, cfg->n_vocab, cfg->n_embd, &m->weights.head);
 }
 
 /* The weights outside the layers */
 static qwen3_result qwen3i_bind_ends(qwen3i_binder *b) {
     qwen3_model *m = b->l->model;
-    const qwen3i_config *c = &m->config;
+    const qwen3i_config *cfg = &m->config;
     const qwen3i_source *s = b->l->source;
     qwen3i_weights *w = &m->weights;
     char name[QWEN3I_NAME];
-    qwen3_result r = qwen3i_bind(b, -1, QWEN3I_W_EMBED, c->n_vocab, c->n_embd, &w->embed);
-    if (r == QWEN3_OK) r = qwen3i_bind_floats(b, -1, QWEN3I_W_FINAL_NORM, 0, c->n_embd, &w->final_norm);
+    qwen3_result r = qwen3i_bind(b, -1, QWEN3I_W_EMBED, cfg->n_vocab, cfg->n_embd, &w->embed);
+    if (r == QWEN3_OK) r = qwen3i_bind_floats(b, -1, QWEN3I_W_FINAL_NORM, 0, cfg->n_embd, &w->final_norm);
     if (r == QWEN3_OK) r = qwen3i_bind_head(b);
     if (r != QWEN3_OK || !s->names[QWEN3I_W_RANK]) return r;
     qwen3i_weight_name(name, s, -1, QWEN3I_W_RANK);
     if (!qwen3i_find_tensor(b->tensors, qwen3i_str_of(name))) return QWEN3_OK;
-    return qwen3i_bind_floats(b, -1, QWEN3I_W_RANK, 2, c->n_embd, &m->rank);
+    return qwen3i_bind_floats(b, -1, QWEN3I_W_RANK, 2, cfg->n_embd, &m->rank);
 }
 
 static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
     qwen3_model *m = b->l->model;
-    const qwen3i_config *c = &m->config;
+    const qwen3i_config *cfg = &m->config;
     qwen3i_layer *layers;
     qwen3_result r = qwen3i_bind_ends(b);
     int i;
     if (r != QWEN3_OK) return r;
     /* before memory is taken for them */
-    if ((size_t)c->n_layer > b->tensors->n / QWEN3I_LAYER_TENSORS + 1)
+    if ((size_t)cfg->n_layer > b->tensors->n / QWEN3I_LAYER_TENSORS + 1)
         return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: %s is %d, but the files hold only %lu tensors",
-                           qwen3i_config_file(b->l), b->l->source->layers_key[c->n_expert > 0], c->n_layer,
+                           qwen3i_config_file(b->l), b->l->source->layers_key[cfg->n_expert > 0],
+                               cfg->n_layer,
                                (unsigned long)b->tensors->n);
-    layers = (qwen3i_layer *)qwen3i_model_alloc(m, (size_t)c->n_layer, sizeof *layers);
-    if (!layers) return qwen3i_no_memory(b->l->err, "the layers", (uint64_t)c->n_layer * sizeof *layers);
-    memset(layers, 0, (size_t)c->n_layer * sizeof *layers);
+    layers = (qwen3i_layer *)qwen3i_model_alloc(m, (size_t)cfg->n_layer, sizeof *layers);
+    if (!layers) return qwen3i_no_memory(b->l->err, "the layers", (uint64_t)cfg->n_layer * sizeof *layers);
+    memset(layers, 0, (size_t)cfg->n_layer * sizeof *layers);
     m->weights.layers = layers;
-    for (i = 0; i < c->n_layer && r == QWEN3_OK; i++) {
+    for (i = 0; i < cfg->n_layer && r == QWEN3_OK; i++) {
         b->layer = &layers[i];
         r = qwen3i_bind_layer(b, i, b->layer);
-        if (r == QWEN3_OK) r = qwen3i_progress(b->l, (i + 1.0) / c->n_layer);
+        if (r == QWEN3_OK) r = qwen3i_progress(b->l, (i + 1.0) / cfg->n_layer);
     }
     return r;
 }
@@ -8491,17 +8498,18 @@ static qwen3_result qwen3i_load_json(qwen3i_loader *l, const char *name, int req
 }
 
 static void qwen3i_fill_info(qwen3_model *m) {
-    const qwen3i_config *c = &m->config;
+    const qwen3i_config *cfg = &m->config;
     qwen3_info *f = &m->info;
-    f->n_layer = c->n_layer; f->n_embd = c->n_embd; f->n_head = c->n_head; f->n_head_kv = c->n_head_kv;
-    f->head_dim = c->head_dim; f->n_ff = c->n_ff; f->n_vocab = c->n_vocab; f->max_ctx = c->max_ctx;
+    f->n_layer = cfg->n_layer; f->n_embd = cfg->n_embd; f->n_head = cfg->n_head;
+    f->n_head_kv = cfg->n_head_kv; f->head_dim = cfg->head_dim; f->n_ff = cfg->n_ff;
+    f->n_vocab = cfg->n_vocab; f->max_ctx = cfg->max_ctx;
     f->n_tokens = m->tokenizer ? qwen3i_tokenizer_size(m->tokenizer) : 0;
     f->im_start = qwen3i_added_id(m->tokenizer, "<|im_start|>");
     f->im_end = qwen3i_added_id(m->tokenizer, "<|im_end|>");
     f->end_of_text = qwen3i_added_id(m->tokenizer, "<|endoftext|>");
     f->think_begin = qwen3i_added_id(m->tokenizer, "<think>");
     f->think_end = qwen3i_added_id(m->tokenizer, "</think>");
-    f->n_expert = c->n_expert; f->n_expert_used = c->n_expert_used;
+    f->n_expert = cfg->n_expert; f->n_expert_used = cfg->n_expert_used;
     f->has_head = !m->no_head;
     f->backend_name = m->backend->name;
     f->device_name = m->weights.layers ? m->backend->device_name(m->backend_state) : "none";
@@ -8510,11 +8518,11 @@ static void qwen3i_fill_info(qwen3_model *m) {
 }
 
 /* What the configuration adds to the computation besides the shapes. */
-static uint64_t qwen3i_hash_numbers(uint64_t seed, const qwen3i_config *c) {
+static uint64_t qwen3i_hash_numbers(uint64_t seed, const qwen3i_config *cfg) {
     double v[7];
-    v[0] = c->rope_theta;     v[1] = (double)c->rms_eps;   v[2] = c->yarn_factor;  v[3] = c->yarn_beta_fast;
-    v[4] = c->yarn_beta_slow; v[5] = c->yarn_attn_factor;
-     v[6] = c->yarn_untruncated ? -c->yarn_original_ctx : c->yarn_original_ctx;
+    v[0] = cfg->rope_theta;     v[1] = (double)cfg->rms_eps;    v[2] = cfg->yarn_factor;
+    v[3] = cfg->yarn_beta_fast; v[4] = cfg->yarn_beta_slow;     v[5] = cfg->yarn_attn_factor;
+    v[6] = cfg->yarn_untruncated ? -cfg->yarn_original_ctx : cfg->yarn_original_ctx;
     return qwen3i_hash(seed, v, sizeof v);
 }
 
@@ -11454,9 +11462,9 @@ QWEN3I_TARGET("xsave") static unsigned qwen3i_saved_registers(void) {
 /* Does this machine have all of these sets? The string is the one that the kernels are compiled with. */
 static int qwen3i_cpu_has(const char *sets) {
     static const struct { const char *name; unsigned leaf, reg, bit, saved; } known[] = {
-        {"fma", 1, 2, 12, 0x06}, {"f16c", 1, 2, 29, 0x06}, {"avx2", 7, 1, 5, 0x06}, {"avx512f", 7, 1, 16, 0xE6},
-        {"avx512dq", 7, 1, 17, 0xE6}, {"avx512bw", 7, 1, 30, 0xE6}, {"avx512vl", 7, 1, 31, 0xE6},
-        {"avx512vnni", 7, 2, 11, 0xE6}};
+        {"fma", 1, 2, 12, 0x06}, {"f16c", 1, 2, 29, 0x06}, {"avx2", 7, 1, 5, 0x06},
+        {"avx512f", 7, 1, 16, 0xE6}, {"avx512dq", 7, 1, 17, 0xE6}, {"avx512bw", 7, 1, 30, 0xE6},
+        {"avx512vl", 7, 1, 31, 0xE6}, {"avx512vnni", 7, 2, 11, 0xE6}};
     const unsigned saved = qwen3i_saved_registers();
     unsigned r[4];
     size_t n;
@@ -11523,7 +11531,8 @@ static const qwen3i_simd *qwen3i_simd_level(int level) {
    CPU BACKEND: the reference. float32 everywhere between the matrices; every row's result depends on
    that row alone, bit for bit, whatever the batch, the chunk size and the number of threads.
    ================================================================================================ */
-#define QWEN3I_PANEL_ROWS 64            /* rows of a matrix in Q8_0 or FP8, of QWEN3I_K_BLOCK columns, that become float32 at a time */
+#define QWEN3I_PANEL_ROWS 64            /* rows of a matrix in Q8_0 or FP8, of QWEN3I_K_BLOCK columns, that
+                                           become float32 at a time */
 #define QWEN3I_PANEL_LD (QWEN3I_K_BLOCK + 16)   /* floats between them: powers of two collide in caches */
 
 typedef union qwen3i_panels {           /* one lane's part of a matrix, unpacked */
@@ -11582,25 +11591,25 @@ static void qwen3i_rmsnorm_heads(const qwen3i_simd *simd, float *x, const float 
 
 /* ---- rotary position embedding --------------------------------------------------------------- */
 /* The pair of dimensions that turns `turns` times over the original context (YaRN). */
-static double qwen3i_yarn_pair(const qwen3i_config *c, double original_ctx, double turns) {
-    return c->head_dim * log(original_ctx / (turns * 6.283185307179586)) / (2 * log(c->rope_theta));
+static double qwen3i_yarn_pair(const qwen3i_config *cfg, double original_ctx, double turns) {
+    return cfg->head_dim * log(original_ctx / (turns * 6.283185307179586)) / (2 * log(cfg->rope_theta));
 }
 
 /* freqs [head_dim / 2]: radians a position, in float32 as transformers computes them. yarn_factor
    overrides the configuration's if it is not 0. Returns the factor for cosines and sines. */
 QWEN3I_COLD
-static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *c, double yarn_factor) {
-    double factor = yarn_factor > 0 ? yarn_factor : c->yarn_factor, low, high;
-    int i, half = c->head_dim / 2;
+static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *cfg, double yarn_factor) {
+    double factor = yarn_factor > 0 ? yarn_factor : cfg->yarn_factor, low, high;
+    int i, half = cfg->head_dim / 2;
     for (i = 0; i < half; i++)
-        freqs[i] = 1.0f / (float)pow((double)(float)c->rope_theta,
-                                     (double)((float)(2 * i) / (float)c->head_dim));
+        freqs[i] = 1.0f / (float)pow((double)(float)cfg->rope_theta,
+                                     (double)((float)(2 * i) / (float)cfg->head_dim));
     if (factor <= 0) return 1.0f;
-    low  = qwen3i_yarn_pair(c, c->yarn_original_ctx, c->yarn_beta_fast);
-    high = qwen3i_yarn_pair(c, c->yarn_original_ctx, c->yarn_beta_slow);
-    if (!c->yarn_untruncated) { low = floor(low); high = ceil(high); }
+    low  = qwen3i_yarn_pair(cfg, cfg->yarn_original_ctx, cfg->yarn_beta_fast);
+    high = qwen3i_yarn_pair(cfg, cfg->yarn_original_ctx, cfg->yarn_beta_slow);
+    if (!cfg->yarn_untruncated) { low = floor(low); high = ceil(high); }
     if (low < 0) low = 0;
-    if (high > c->head_dim - 1) high = c->head_dim - 1;
+    if (high > cfg->head_dim - 1) high = cfg->head_dim - 1;
     if (low == high) high += 0.001;
     for (i = 0; i < half; i++) {        /* fast pairs stay as they are, slow ones are slowed down by factor */
         float slow = ((float)i - (float)low) / (float)(high - low), keep, base = freqs[i];
@@ -11608,7 +11617,7 @@ static float qwen3i_rope_freqs(float *freqs, const qwen3i_config *c, double yarn
         keep = 1.0f - slow;
         freqs[i] = 1.0f / ((float)factor * (1.0f / base)) * (1.0f - keep) + base * keep;
     }
-    if (yarn_factor <= 0 && c->yarn_attn_factor > 0) return (float)c->yarn_attn_factor;
+    if (yarn_factor <= 0 && cfg->yarn_attn_factor > 0) return (float)cfg->yarn_attn_factor;
     return (float)qwen3i_yarn_magnitude(factor, 1);
 }
 
@@ -11653,14 +11662,15 @@ typedef struct qwen3i_matmul_args {
     qwen3i_rounded      *parts;         /* [n, qwen3i_parts(cols)]: x in whole numbers */
 } qwen3i_matmul_args;
 
-/* A matrix in Q8_0 or FP8 becomes float32 panel by panel: a part that the second-level cache holds, or none for one row
-   of x. The sums run as for a matrix of numbers, so their bits do not depend on the panels. */
+/* A matrix in Q8_0 or FP8 becomes float32 panel by panel: a part that the second-level cache holds, or none
+   for one row of x. The sums run as for a matrix of numbers, so their bits do not depend on the panels. */
 static void qwen3i_matmul_bytes(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
                               int begin, int end, int t, int n, float *panel) {
     size_t row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols), cols = (size_t)w->cols;
     int r, k, i, m, n_k;
     if (n == 1 && w->cols % qwen3i_format_of(w->type)->elements == 0) {
-        a->simd->dot_bytes(y, (const char *)w->data + (size_t)begin * row_bytes, row_bytes, w->type, end - begin,
+        a->simd->dot_bytes(y, (const char *)w->data + (size_t)begin * row_bytes, row_bytes, w->type,
+                           end - begin,
                            a->x + (size_t)t * cols, w->cols, a->add);
         return;
     }
@@ -11686,10 +11696,12 @@ static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix
     if (qwen3i_is_bytes(w->type)) qwen3i_matmul_bytes(a, w, y, ldy, begin, end, t, n, panels->floats);
     else if (qwen3i_is_block(w->type)) {
         const size_t parts = (size_t)qwen3i_parts(w->cols);
-        a->simd->dot_blocks(y, ldy, rows, row_bytes, w->type, end - begin, a->parts + (size_t)t * parts, parts, n,
+        a->simd->dot_blocks(y, ldy, rows, row_bytes, w->type, end - begin, a->parts + (size_t)t * parts,
+                            parts, n,
                             w->cols, a->add, panels->whole);
     }
-    else a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols, a->add);
+    else a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols,
+                      a->add);
 }
 
 static void qwen3i_round_rows(void *args, int begin, int end, int lane) {
@@ -11697,12 +11709,14 @@ static void qwen3i_round_rows(void *args, int begin, int end, int lane) {
     const int cols = a->w[0]->cols;
     (void)lane;
     for (int i = begin; i < end; i++)
-        a->simd->round_row(a->parts + (size_t)i * (size_t)qwen3i_parts(cols), a->x + (size_t)i * (size_t)cols, cols);
+        a->simd->round_row(a->parts + (size_t)i * (size_t)qwen3i_parts(cols), a->x + (size_t)i * (size_t)cols,
+                           cols);
 }
 
 /* What products of x [n, cols] with n_w matrices of cols columns begin with */
-static qwen3i_matmul_args qwen3i_matmul_begin(const qwen3i_exec *e, const qwen3i_matrix *w0, const qwen3i_matrix *w1,
-                                              const qwen3i_matrix *w2, int n_w, const float *x, int n, int add) {
+static qwen3i_matmul_args qwen3i_matmul_begin(const qwen3i_exec *e, const qwen3i_matrix *w0,
+                                              const qwen3i_matrix *w1, const qwen3i_matrix *w2, int n_w,
+                                              const float *x, int n, int add) {
     qwen3i_matmul_args a;
     int i, blocks = 0;
     a.simd = e->simd; a.panels = e->panels; a.parts = e->parts; a.n_w = n_w; a.x = x; a.n = n; a.add = add;
@@ -11918,59 +11932,59 @@ typedef struct qwen3i_cpu {
 } qwen3i_cpu;
 
 /* Floats of a row of c->route: softmax writes whole vectors. */
-static int qwen3i_route_stride(const qwen3i_config *g) { return (g->n_expert + 15) / 16 * 16; }
+static int qwen3i_route_stride(const qwen3i_config *cfg) { return (cfg->n_expert + 15) / 16 * 16; }
 
 static int qwen3i_cpu_rows(const qwen3_ctx_desc *desc) {
     return qwen3i_max(desc->prefill_chunk, desc->max_seqs);
 }
 
-static uint64_t qwen3i_most_parts(const qwen3i_config *g) {
-    const int cols = qwen3i_max(g->n_embd, qwen3i_max(g->n_ff, g->n_ff_expert));
-    return (uint64_t)qwen3i_max(qwen3i_parts(cols), qwen3i_parts(g->n_head * g->head_dim));
+static uint64_t qwen3i_most_parts(const qwen3i_config *cfg) {
+    const int cols = qwen3i_max(cfg->n_embd, qwen3i_max(cfg->n_ff, cfg->n_ff_expert));
+    return (uint64_t)qwen3i_max(qwen3i_parts(cols), qwen3i_parts(cfg->n_head * cfg->head_dim));
 }
 
 /* Lay the context's arrays out in a block (NULL: only count). Returns the block's size. */
 QWEN3I_COLD
-static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *g, const qwen3_ctx_desc *desc,
+static uint64_t qwen3i_cpu_layout(qwen3i_cpu *c, const qwen3i_config *cfg, const qwen3_ctx_desc *desc,
                                   void *block) {
     qwen3i_arena m = qwen3i_arena_at(block, 64);
     uint64_t rows = (uint64_t)qwen3i_cpu_rows(desc), seqs = (uint64_t)desc->max_seqs,
              lanes = (uint64_t)qwen3i_pool_lanes(desc);
     uint64_t head_rows = rows < QWEN3I_HEAD_ROWS ? rows : QWEN3I_HEAD_ROWS;
-    uint64_t dim = (uint64_t)g->head_dim, half = dim / 2;
-    uint64_t q_dim = (uint64_t)g->n_head * dim, kv_dim = (uint64_t)g->n_head_kv * dim;
-    uint64_t kv_row = (uint64_t)g->n_head_kv * qwen3i_row_bytes((qwen3i_type)desc->kv_type, g->head_dim);
-    c->k         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx,
+    uint64_t dim = (uint64_t)cfg->head_dim, half = dim / 2;
+    uint64_t q_dim = (uint64_t)cfg->n_head * dim, kv_dim = (uint64_t)cfg->n_head_kv * dim;
+    uint64_t kv_row = (uint64_t)cfg->n_head_kv * qwen3i_row_bytes((qwen3i_type)desc->kv_type, cfg->head_dim);
+    c->k         = (char *)qwen3i_arena_take(&m, (uint64_t)cfg->n_layer * seqs, (uint64_t)desc->max_ctx,
                                              kv_row);
-    c->v         = (char *)qwen3i_arena_take(&m, (uint64_t)g->n_layer * seqs, (uint64_t)desc->max_ctx,
+    c->v         = (char *)qwen3i_arena_take(&m, (uint64_t)cfg->n_layer * seqs, (uint64_t)desc->max_ctx,
                                              kv_row);
-    c->kept      = (float *)qwen3i_arena_take(&m, seqs, (uint64_t)g->n_vocab, 4);
-    c->x         = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_embd, 4);
-    c->h         = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_embd, 4);
+    c->kept      = (float *)qwen3i_arena_take(&m, seqs, (uint64_t)cfg->n_vocab, 4);
+    c->x         = (float *)qwen3i_arena_take(&m, rows, (uint64_t)cfg->n_embd, 4);
+    c->h         = (float *)qwen3i_arena_take(&m, rows, (uint64_t)cfg->n_embd, 4);
     c->q         = (float *)qwen3i_arena_take(&m, rows, q_dim, 4);
     c->a         = (float *)qwen3i_arena_take(&m, rows, q_dim, 4);
     c->key       = (float *)qwen3i_arena_take(&m, rows, kv_dim, 4);
     c->value     = (float *)qwen3i_arena_take(&m, rows, kv_dim, 4);
-    c->ff        = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_max(g->n_ff, g->n_ff_expert), 4);
-    const int widest = qwen3i_max(g->n_head * g->head_dim, qwen3i_max(g->n_embd, g->n_ff));
-    if (g->ordered)
+    c->ff        = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_max(cfg->n_ff, cfg->n_ff_expert), 4);
+    const int widest = qwen3i_max(cfg->n_head * cfg->head_dim, qwen3i_max(cfg->n_embd, cfg->n_ff));
+    if (cfg->ordered)
         c->ordered = (float *)qwen3i_arena_take(&m, rows, (uint64_t)widest, 4);
-    if (g->n_expert) {
-        c->route    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_route_stride(g), 4);
-        c->picked   = (int32_t *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_expert_used, 4);
-        c->share    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_expert_used, 4);
+    if (cfg->n_expert) {
+        c->route    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)qwen3i_route_stride(cfg), 4);
+        c->picked   = (int32_t *)qwen3i_arena_take(&m, rows, (uint64_t)cfg->n_expert_used, 4);
+        c->share    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)cfg->n_expert_used, 4);
         c->members  = (int32_t *)qwen3i_arena_take(&m, rows, 2, 4);
-        c->gathered = (float *)qwen3i_arena_take(&m, rows, 2 * (uint64_t)g->n_embd, 4);
-        c->mixed    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)g->n_embd, 4);
+        c->gathered = (float *)qwen3i_arena_take(&m, rows, 2 * (uint64_t)cfg->n_embd, 4);
+        c->mixed    = (float *)qwen3i_arena_take(&m, rows, (uint64_t)cfg->n_embd, 4);
     }
     c->freqs     = (float *)qwen3i_arena_take(&m, 1, half, 4);
     c->cosines   = (float *)qwen3i_arena_take(&m, rows, half, 4);
     c->sines     = (float *)qwen3i_arena_take(&m, rows, half, 4);
-    c->logits    = (float *)qwen3i_arena_take(&m, head_rows, (uint64_t)g->n_vocab, 4);
+    c->logits    = (float *)qwen3i_arena_take(&m, head_rows, (uint64_t)cfg->n_vocab, 4);
     c->attention = (float *)qwen3i_arena_take(&m, lanes,
-                                              qwen3i_attention_scratch(desc->max_ctx, g->head_dim), 4);
+                                              qwen3i_attention_scratch(desc->max_ctx, cfg->head_dim), 4);
     c->exec.panels = (qwen3i_panels *)qwen3i_arena_take(&m, lanes, sizeof *c->exec.panels, 1);
-    c->exec.parts  = (qwen3i_rounded *)qwen3i_arena_take(&m, rows, qwen3i_most_parts(g),
+    c->exec.parts  = (qwen3i_rounded *)qwen3i_arena_take(&m, rows, qwen3i_most_parts(cfg),
                                                          sizeof(qwen3i_rounded));
     return qwen3i_arena_size(&m);
 }
@@ -12057,21 +12071,21 @@ static void qwen3i_cache_store(const qwen3i_cpu *c, char *to, const float *x) {
 static void qwen3i_place_rows(void *step, int begin, int end, int lane) {
     const qwen3i_step *s = (const qwen3i_step *)step;
     const qwen3i_cpu *c = s->c;
-    const qwen3i_config *g = c->config;
+    const qwen3i_config *cfg = c->config;
     const qwen3i_layer *w = &c->weights->layers[s->layer];
-    int i, j, kv_dim = g->n_head_kv * g->head_dim, half = g->head_dim / 2;
+    int i, j, kv_dim = cfg->n_head_kv * cfg->head_dim, half = cfg->head_dim / 2;
     (void)lane;
     for (i = begin; i < end; i++) {
-        float *q = c->q + (size_t)i * (size_t)(g->n_head * g->head_dim);        /* [n_head, head_dim] */
+        float *q = c->q + (size_t)i * (size_t)(cfg->n_head * cfg->head_dim);        /* [n_head, head_dim] */
         float *k = c->key + (size_t)i * (size_t)kv_dim;                         /* [n_head_kv, head_dim] */
         float *v = c->value + (size_t)i * (size_t)kv_dim;
         const float *cosines = c->cosines + (size_t)i * (size_t)half,
                      *sines = c->sines + (size_t)i * (size_t)half;
-        qwen3i_rmsnorm_heads(c->exec.simd, q, w->q_norm, g->n_head, g->head_dim, g->rms_eps);
-        qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, g->n_head_kv, g->head_dim, g->rms_eps);
-        qwen3i_rope(q, cosines, sines, g->n_head, g->head_dim);
-        qwen3i_rope(k, cosines, sines, g->n_head_kv, g->head_dim);
-        for (j = 0; j < g->n_head_kv; j++, k += g->head_dim, v += g->head_dim) {
+        qwen3i_rmsnorm_heads(c->exec.simd, q, w->q_norm, cfg->n_head, cfg->head_dim, cfg->rms_eps);
+        qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, cfg->n_head_kv, cfg->head_dim, cfg->rms_eps);
+        qwen3i_rope(q, cosines, sines, cfg->n_head, cfg->head_dim);
+        qwen3i_rope(k, cosines, sines, cfg->n_head_kv, cfg->head_dim);
+        for (j = 0; j < cfg->n_head_kv; j++, k += cfg->head_dim, v += cfg->head_dim) {
             size_t at = qwen3i_cpu_kv_at(c, s->layer, s->batch->seqs[i], j, s->batch->positions[i]);
             qwen3i_cache_store(c, c->k + at, k);
             qwen3i_cache_store(c, c->v + at, v);
@@ -12096,18 +12110,18 @@ static void qwen3i_attend(const qwen3i_step *s) {
 /* A layer's values to the probe: none of the buffers has been used twice. */
 static void qwen3i_show(const qwen3i_step *s) {
     const qwen3i_cpu *c = s->c;
-    const qwen3i_config *g = c->config;
+    const qwen3i_config *cfg = c->config;
     const qwen3_probe *p = &c->desc.probe;
-    int n = s->batch->n_rows, q_dim = g->n_head * g->head_dim, kv_dim = g->n_head_kv * g->head_dim;
+    int n = s->batch->n_rows, q_dim = cfg->n_head * cfg->head_dim, kv_dim = cfg->n_head_kv * cfg->head_dim;
     if (!p->show) return;
     p->show(s->layer, QWEN3_VALUE_Q, c->q, n, q_dim, p->user);
     p->show(s->layer, QWEN3_VALUE_K, c->key, n, kv_dim, p->user);
     p->show(s->layer, QWEN3_VALUE_V, c->value, n, kv_dim, p->user);
     p->show(s->layer, QWEN3_VALUE_ATTENTION, c->a, n, q_dim, p->user);
-    p->show(s->layer, QWEN3_VALUE_MLP_INPUT, c->h, n, g->n_embd, p->user);
+    p->show(s->layer, QWEN3_VALUE_MLP_INPUT, c->h, n, cfg->n_embd, p->user);
     if (!c->weights->layers[s->layer].experts)
-        p->show(s->layer, QWEN3_VALUE_PRODUCT, c->ff, n, g->n_ff, p->user);
-    p->show(s->layer, QWEN3_VALUE_RESIDUAL, c->x, n, g->n_embd, p->user);
+        p->show(s->layer, QWEN3_VALUE_PRODUCT, c->ff, n, cfg->n_ff, p->user);
+    p->show(s->layer, QWEN3_VALUE_RESIDUAL, c->x, n, cfg->n_embd, p->user);
 }
 
 /* After the last layer's attention, rows of which nothing is wanted have done their part: the others' x and a
@@ -12145,14 +12159,15 @@ static void qwen3i_pick_experts(const float *p, int n, int n_used, int norm, int
 
 static void qwen3i_route_rows(void *args, int begin, int end, int lane) {
     qwen3i_cpu *c = (qwen3i_cpu *)args;
-    const qwen3i_config *g = c->config;
+    const qwen3i_config *cfg = c->config;
     int i;
     (void)lane;
     for (i = begin; i < end; i++) {
-        float *p = c->route + (size_t)i * (size_t)qwen3i_route_stride(g);
-        size_t at = (size_t)i * (size_t)g->n_expert_used;
-        c->exec.simd->softmax(p, g->n_expert, 1.0f);
-        qwen3i_pick_experts(p, g->n_expert, g->n_expert_used, g->norm_topk, c->picked + at, c->share + at);
+        float *p = c->route + (size_t)i * (size_t)qwen3i_route_stride(cfg);
+        size_t at = (size_t)i * (size_t)cfg->n_expert_used;
+        c->exec.simd->softmax(p, cfg->n_expert, 1.0f);
+        qwen3i_pick_experts(p, cfg->n_expert, cfg->n_expert_used, cfg->norm_topk, c->picked + at,
+                            c->share + at);
     }
 }
 
@@ -12175,20 +12190,20 @@ static int qwen3i_gather_members(qwen3i_cpu *c, int expert, int n) {
    index. Rows are taken together by expert, so that each expert's weights are read once; a row's sums do not
    depend on the others. */
 static void qwen3i_experts_mlp(qwen3i_cpu *c, const qwen3i_experts *w, int n) {
-    const qwen3i_config *g = c->config;
+    const qwen3i_config *cfg = c->config;
     const qwen3i_exec *e = &c->exec;
-    const size_t n_embd = (size_t)g->n_embd;
+    const size_t n_embd = (size_t)cfg->n_embd;
     float *results = c->gathered + (size_t)qwen3i_cpu_rows(&c->desc) * n_embd;
     int i, expert, m;
     size_t j;
     qwen3i_matmul(e, c->route, &w->router, c->h, n);
     for (i = n - 1; i > 0; i--)         /* rows apart, as softmax needs them */
-        memmove(c->route + (size_t)i * (size_t)qwen3i_route_stride(g),
-                c->route + (size_t)i * (size_t)g->n_expert,
-                (size_t)g->n_expert * 4);
+        memmove(c->route + (size_t)i * (size_t)qwen3i_route_stride(cfg),
+                c->route + (size_t)i * (size_t)cfg->n_expert,
+                (size_t)cfg->n_expert * 4);
     qwen3i_parallel(e->pool, n, 4, qwen3i_route_rows, c);
     memset(c->mixed, 0, (size_t)n * n_embd * 4);
-    for (expert = 0; expert < g->n_expert; expert++) {
+    for (expert = 0; expert < cfg->n_expert; expert++) {
         m = qwen3i_gather_members(c, expert, n);
         if (m == 0) continue;
         qwen3i_swiglu(e, c->ff, &w->gate[expert], &w->up[expert], c->gathered, m);
@@ -12235,20 +12250,21 @@ static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int l
     qwen3i_step step;
     step.c = c; step.batch = batch; step.layer = layer;
 
-    /* h = RMSNorm(x)                     */
+    /* h = RMSNorm(x) */
     qwen3i_rmsnorm(e, c->h, c->x, w->attn_norm, n, n_embd, eps);
-    /* q, k, v = Wq h, Wk h, Wv h         */
+    /* q, k, v = Wq h, Wk h, Wv h */
     qwen3i_matmul_qkv(e, c->q, c->key, c->value, w, qwen3i_in_order(c, w->qkv_order, c->h, n, n_embd), n);
-    qwen3i_parallel(e->pool, n, 4, qwen3i_place_rows, &step);           /* q, k = RoPE(RMSNorm of each head)  */
-    qwen3i_attend(&step);                                               /* a = softmax(q . k / sqrt(dim)) v   */
+    qwen3i_parallel(e->pool, n, 4, qwen3i_place_rows, &step);       /* q, k = RoPE(RMSNorm of each head) */
+    qwen3i_attend(&step);                                           /* a = softmax(q . k / sqrt(dim)) v  */
     if (layer == c->config->n_layer - 1 && qwen3i_only_wanted(c)) n = qwen3i_keep_wanted(c, batch);
-    qwen3i_matmul_add(e, c->x, &w->wo, qwen3i_in_order(c, w->o_order, c->a, n, w->wo.cols), n);    /* x = x + Wo a */
-    qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, eps);         /* h = RMSNorm(x)                     */
-    if (w->experts) qwen3i_experts_mlp(c, w->experts, n);               /* x = x + a sum of experts           */
+    /* x = x + Wo a */
+    qwen3i_matmul_add(e, c->x, &w->wo, qwen3i_in_order(c, w->o_order, c->a, n, w->wo.cols), n);
+    qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, eps);     /* h = RMSNorm(x)                    */
+    if (w->experts) qwen3i_experts_mlp(c, w->experts, n);           /* x = x + a sum of experts          */
     else {
-        /* f = silu(Wgate h) * (Wup h)        */
+        /* f = silu(Wgate h) * (Wup h) */
         qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, qwen3i_in_order(c, w->mlp_order, c->h, n, n_embd), n);
-        /* x = x + Wdown f                    */
+        /* x = x + Wdown f */
         qwen3i_matmul_add(e, c->x, &w->w_down,
                           qwen3i_in_order(c, w->down_order, c->ff, n, w->w_down.cols), n);
     }
@@ -17492,8 +17508,8 @@ QWEN3_API qwen3i_model_view qwen3_backend_view(const qwen3_model *m) {
     return v;
 }
 
-QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *config, double yarn_factor) {
-    return qwen3i_rope_freqs(freqs, config, yarn_factor);
+QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *cfg, double yarn_factor) {
+    return qwen3i_rope_freqs(freqs, cfg, yarn_factor);
 }
 /* ================================================================================================
    CONTEXT: sequences, and evaluating batches of them in chunks
@@ -17534,7 +17550,7 @@ typedef struct qwen3i_pace {            /* how much to evaluate at once */
     int    prompt_rows;                 /* in the step that prompt_ms is of */
     /* lately: a step of one sequence with so many guesses (0: not known), and a guess of a draft's model */
     double step_ms[1 + QWEN3I_MAX_DRAFT], draft_ms;
-    int    chosen_there;                /* the last step's tokens were chosen by the backend, which works ahead */
+    int    chosen_there;                /* the backend, which works ahead, chose the last step's tokens */
     int    always_guess;                /* whatever it costs: for tests, */
     const qwen3_token *answer;          /* [max_ctx] as is this: guesses instead of others; NULL: none */
     int    turn;                        /* whose turn it is where a budget is short: answers or prompts */
@@ -17594,9 +17610,10 @@ QWEN3_API qwen3_stats qwen3_ctx_stats(const qwen3_ctx *c) {
 
 /* ---- creating -------------------------------------------------------------------------------- */
 /* Positions the model can tell apart, stretched by YaRN if that is on. */
-static int qwen3i_max_positions(const qwen3i_config *k, float yarn_factor) {
-    double factor = yarn_factor > 0 ? (double)yarn_factor : k->yarn_factor, n = k->yarn_original_ctx * factor;
-    if (!(n > k->max_ctx)) return k->max_ctx;
+static int qwen3i_max_positions(const qwen3i_config *cfg, float yarn_factor) {
+    const double factor = yarn_factor > 0 ? (double)yarn_factor : cfg->yarn_factor;
+    double n = cfg->yarn_original_ctx * factor;
+    if (!(n > cfg->max_ctx)) return cfg->max_ctx;
     return n < INT_MAX ? (int)n : INT_MAX;
 }
 
@@ -19697,16 +19714,16 @@ typedef struct qwen3i_state_sampler {   /* 40 bytes, no padding: a sampler's num
 
 static qwen3i_state_header qwen3i_state_of(const qwen3_ctx *c, uint32_t n_tokens, int has_logits,
                                            int has_sampler, uint64_t user_size) {
-    const qwen3i_config *k = &c->model->config;
+    const qwen3i_config *cfg = &c->model->config;
     qwen3i_state_header h;
     uint64_t per_token;
     memset(&h, 0, sizeof h);
     h.magic = QWEN3I_STATE_MAGIC;
     h.fingerprint = c->model->info.fingerprint;
     h.kv_type = (uint32_t)c->desc.kv_type;
-    h.n_layer = (uint32_t)k->n_layer;
-    h.kv_dim = (uint32_t)(k->n_head_kv * k->head_dim);
-    h.n_vocab = (uint32_t)k->n_vocab;
+    h.n_layer = (uint32_t)cfg->n_layer;
+    h.kv_dim = (uint32_t)(cfg->n_head_kv * cfg->head_dim);
+    h.n_vocab = (uint32_t)cfg->n_vocab;
     h.n_tokens = n_tokens;
     h.has_logits = (uint32_t)has_logits;
     h.has_sampler = (uint32_t)has_sampler;
