@@ -77,6 +77,8 @@ CUDA_MUTANTS = [
     ("cuda_kernels_batched", "device: rows of q, k, v not scaled back", "const float s = scale ? scale[row] : 1.0f;", "const float s = 1.0f; (void)scale;"),
     ("cuda_models_f16", "device: scales of matrices forgotten", "g.to->scale = 1.0f / half_scale(qwen3i_float_from_bits(host[i % room]));", "g.to->scale = 1.0f;"),
     ("cuda_models_f16", "device: scales of the first piece for all", "qwen3i_float_from_bits(host[i % room])", "qwen3i_float_from_bits(host[0])"),
+    ("cuda_kernels_fused", "device: vectors: the second row of a warp forgotten", "first + 1 < mine.end ? first + 1 : -1;", "-1;"),
+    ("cuda_invariant", "device: vectors: rows after the eighth end where the first do", "    e->qkv.rows += n;\n", ""),
     ("cuda_cancel", "device: copies to the caller under way", "any more */\n    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }", "any more */\n    if (r != QWEN3_OK) return r;"),
 ]
 
