@@ -27,7 +27,7 @@ static const struct { const char *name, *value; double high; const char *help; }
     {"--seed", "N", 9e15, "of the random numbers (default 42)"},
     {"--max", "N", 1e9, "tokens in an answer at most"},
     {"--think-budget", "N", 1e9, "tokens of thinking at most"},
-    {"--draft", "N", 16, "guess up to N tokens ahead where the text repeats itself: faster, never different"},
+    {"--draft", "M", 0, "guess ahead by a smaller model, or by `lookup` of what was said: the same text, faster"},
     {"--ctx", "N", 1e9, "positions of context (default 4096)"},
     {"--shift", "", 0, "forget the oldest turns when the context is full"},
     {"--threads", "N", 256, "CPU threads (default: one a core)"},
@@ -113,7 +113,7 @@ static int read_file(string *s, const char *path) {
 }
 
 typedef struct chat {
-    qwen3_model *model; qwen3_ctx *ctx; qwen3_grammar *grammar;
+    qwen3_model *model, *draft_model; qwen3_ctx *ctx, *draft; qwen3_grammar *grammar;
     int positions;                      /* of ctx */
     qwen3_sampler sampler;
     string said;                        /* each message: its role as a digit, its text, NUL */
@@ -205,15 +205,13 @@ static int put(const char *utf8, int n, int kind, void *user) {
 static int reply(chat *c, qwen3_role role, const char *what) {
     const size_t n_before = c->said.n;
     add(&c->said, role, what);
-    interrupted = 0;
-    resize(&c->answer, 0);
+    interrupted = 0, resize(&c->answer, 0);
     const qwen3_chat_desc d = describe(c);
     const qwen3_gen_desc g = {.sampler = &c->sampler, .grammar = c->grammar, .max_tokens = (int)number[MAX],
                               .think_budget = (int)number[BUDGET], .on_text = put, .user = c,
-                              .draft_tokens = (int)number[DRAFT]};
+                              .draft_tokens = text[DRAFT] ? 8 : 0, .draft = c->draft};
     const qwen3_result r = qwen3_chat(c->ctx, 0, &d, &g);
-    putchar(text[NUL] ? '\0' : '\n');
-    fflush(stdout);
+    putchar(text[NUL] ? '\0' : '\n'), fflush(stdout);
     if (r >= 0) add(&c->said, QWEN3_ASSISTANT, c->answer.bytes);
     else c->said.n = n_before;
     if (r < 0) fprintf(stderr, "example: %s (the question is taken back)\n", qwen3_ctx_error(c->ctx));
@@ -285,10 +283,9 @@ static int show_progress(float done, void *user) {
     return interrupted;
 }
 
-/* Load on the GPU if there is one and it is wanted, else on the CPU, and create the context. */
-static void start(chat *c, const char *path) {
-    int devices[16];
-    char err[512] = "", *at = (char *)text[DEVICES];
+/* Load on the GPU if there is one and it is wanted, else on the CPU, and create a context. */
+static qwen3_ctx *open_model(const char *path, qwen3_model **model) {
+    char err[512] = "", *at = (char *)text[DEVICES]; int devices[16]; qwen3_ctx *ctx;
     qwen3_load_desc d = {.path = path, .devices = devices, .progress = show_progress};
     for (; at && *at && d.n_devices < 16; at += *at == ',') devices[d.n_devices++] = (int)strtol(at, &at, 10);
 #ifdef QWEN3_WITH_CUDA
@@ -296,16 +293,21 @@ static void start(chat *c, const char *path) {
 #endif
     const int insists = text[CUDA] || text[DEVICES];
     if (insists && !d.backend) die(2, "no GPU: not in this program; `make cuda` builds it in", NULL);
-    qwen3_result r = qwen3_load(&c->model, &d, err, sizeof err);
-    if (d.backend && !insists && (r == QWEN3_ERR_DEVICE || r == QWEN3_ERR_DEVICE_MEMORY)) {
-        d.backend = NULL;
-        r = qwen3_load(&c->model, &d, err, sizeof err);
-    }
+    qwen3_result r = qwen3_load(model, &d, err, sizeof err);
+    if (d.backend && !insists && (r == QWEN3_ERR_DEVICE || r == QWEN3_ERR_DEVICE_MEMORY))
+        d.backend = NULL, r = qwen3_load(model, &d, err, sizeof err);
     if (r != QWEN3_OK) die(1, err, NULL);
+    const qwen3_ctx_desc k = {(int)number[CTX], .threads = (int)number[THREADS], .cancel = is_interrupted,
+                              .invariant = text[DRAFT] != NULL};
+    if (qwen3_ctx_create(&ctx, *model, &k, err, sizeof err) != QWEN3_OK) die(1, "no context", err);
+    return ctx;
+}
+
+static void start(chat *c, const char *path) {
+    c->ctx = open_model(path, &c->model);
+    if (text[DRAFT] && strcmp(text[DRAFT], "lookup")) c->draft = open_model(text[DRAFT], &c->draft_model);
     const qwen3_info f = qwen3_get_info(c->model);
     c->positions = number[CTX] > 0 ? (int)number[CTX] : f.max_ctx < 4096 ? f.max_ctx : 4096;
-    const qwen3_ctx_desc k = {c->positions, .threads = (int)number[THREADS], .cancel = is_interrupted};
-    if (qwen3_ctx_create(&c->ctx, c->model, &k, err, sizeof err) != QWEN3_OK) die(1, "no context", err);
     c->sampler = f.sampler;
     c->sampler.rng = text[SEED] ? (uint64_t)number[SEED] : 42;
     if (text[TEMP])  c->sampler.temperature = (float)number[TEMP];
@@ -333,8 +335,7 @@ static void hold(chat *c, const char *what, int kind) {
 
 int main(int argc, char **argv) {
     static chat c;
-    set_up(&argc, argv);
-    signal(SIGINT, on_interrupt);
+    set_up(&argc, argv); signal(SIGINT, on_interrupt);
     const char *path = parse(argc, argv);
     c.terminal = isatty(1);
     if (text[SYSTEM] && !set_system(&c.said, text[SYSTEM])) return 2;
@@ -342,9 +343,8 @@ int main(int argc, char **argv) {
     if (text[TOOLS]) read_tools(&c, text[TOOLS]);
     for (int i = 0; i < 3; i++) if (text[HELD + i] && !c.grammar) hold(&c, text[HELD + i], i);
     int ok = text[PROMPT] ? reply(&c, QWEN3_USER, text[PROMPT]) : talk(&c);
-    qwen3_ctx_free(c.ctx);
-    qwen3_grammar_free(c.grammar);
-    qwen3_free(c.model);
+    qwen3_ctx_free(c.ctx); qwen3_ctx_free(c.draft); qwen3_grammar_free(c.grammar);
+    qwen3_free(c.model); qwen3_free(c.draft_model);
     if (fflush(stdout) != 0 || ferror(stdout)) die(3, "cannot write the output", NULL);
     return ok ? 0 : 3;
 }

@@ -575,7 +575,8 @@ typedef struct qwen3_ctx_desc {
 /* device_bytes: of each device */
 typedef struct qwen3_memory { uint64_t host_bytes, device_bytes; } qwen3_memory;
 typedef struct qwen3_stats {
-    int64_t n_prefill, n_decode;        /* tokens evaluated: in batches, and one by one             */
+    int64_t n_prefill, n_decode;        /* tokens evaluated: in batches, and one by one (of guesses  */
+                                        /* those that were right)                                   */
     int64_t n_reused;                   /* tokens that qwen3_sync and qwen3_chat did not have to     */
     double  prefill_ms, decode_ms;      /* wall time of those                                       */
     int64_t n_drafted, n_accepted;      /* tokens guessed and evaluated; of these right: see        */
@@ -19177,10 +19178,20 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     return r;
 }
 
+/* Tokens evaluated with guesses count as decoded, as far as they are kept. */
+static void qwen3i_count_guessed(qwen3_stats *now, const qwen3_stats *before, double ms) {
+    now->n_decode += now->n_prefill - before->n_prefill;
+    now->n_decode -= now->n_drafted - before->n_drafted - (now->n_accepted - before->n_accepted);
+    now->n_prefill = before->n_prefill;
+    now->prefill_ms = before->prefill_ms;
+    now->decode_ms = before->decode_ms + ms;
+}
+
 /* A decode step of replies of which some speculate; c->next has those that are to go on, in order. */
 static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *streams, int active,
                                          const qwen3i_err *err) {
     qwen3i_next *next = c->next;
+    const qwen3_stats before = c->stats;
     const double start = qwen3i_now_ms();
     qwen3_result r = QWEN3_OK, one;
     double asked_ms = 0;
@@ -19208,6 +19219,7 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
         } else if (next[k].sampler) next[k].sampler->rng = c->rngs[k];
         k++;
     }
+    if (n_guesses > 0) qwen3i_count_guessed(&c->stats, &before, qwen3i_now_ms() - start);
     if (r == QWEN3_OK && n_items == 1 && (n_guesses > 0 || !c->model->backend->next))
         qwen3i_smooth(&c->pace.step_ms[n_guesses], qwen3i_now_ms() - start - asked_ms);
     c->pace.chosen_there = 0;

@@ -82,6 +82,16 @@ class ExampleTest(unittest.TestCase):
         self.assertEqual(run.returncode, status, run)
         return run.stdout.decode(), run.stderr.decode()
 
+    def test_guesses(self):
+        """The same answer, whoever guesses it."""
+        said = [subprocess.run([PROGRAM, DEMO, '-s', '@' + os.path.join(DEMO, 'system.txt'), '--cpu', '--temp', '0', *draft,
+                                '-p', 'I want two ropes and a brass lamp.'], capture_output=True, check=True).stdout
+                for draft in ([], ['--draft', 'lookup'], ['--draft', DEMO])]
+        self.assertTrue(said[0] and said[0] == said[1] == said[2])
+        wrong = subprocess.run([PROGRAM, DEMO, '--draft', 'nowhere', '-p', 'Hi'], capture_output=True)
+        self.assertEqual(wrong.returncode, 1)
+        self.assertIn(b'nowhere', wrong.stderr)
+
     def test_one_compiler_call_is_enough(self):
         for name in 'example.c', 'qwen3.h':
             shutil.copy(os.path.join(ROOT, name), self.dir)
