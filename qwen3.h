@@ -16963,7 +16963,7 @@ static int qwen3i_index_words(const qwen3_model *model, qwen3i_word *w) {
     const qwen3i_tokenizer *t = model->tokenizer;
     int i, n = 0, length;
     for (i = 0; i < t->n_tokens && i < model->config.n_vocab; i++) {
-        const char *p = qwen3_token_bytes(model, i, &length);
+        const char *p = qwen3i_token_bytes(model, i, &length);
         int k, added = 0;
         for (k = 0; k < t->n_added; k++) added |= t->added[k].id == i;
         if (p && length > 0 && length <= QWEN3I_MAX_ADDED && !added)
@@ -17000,7 +17000,7 @@ static int qwen3i_index_tails(qwen3i_index *v, const qwen3_model *model, uint32_
     v->quote_tails = v->quotes + v->n_quotes + 1;
     for (i = 0; i < v->tree.n; i++) {
         if (t[i].byte != '"') continue;
-        begin[q] = qwen3i_word_make(qwen3_token_bytes(model,
+        begin[q] = qwen3i_word_make(qwen3i_token_bytes(model,
                                                       v->tree.nodes[qwen3i_some_token(&v->tree, i)].token,
                                                           &length), t[i].depth, (int32_t)q);
         v->quotes[q] = i;
@@ -17008,7 +17008,7 @@ static int qwen3i_index_tails(qwen3i_index *v, const qwen3_model *model, uint32_
         for (j = i; j < t[i].skip; j++) {
             const char *p;
             if (t[j].token < 0) continue;
-            p = qwen3_token_bytes(model, t[j].token, &length);
+            p = qwen3i_token_bytes(model, t[j].token, &length);
             v->tails[n].token = t[j].token;
             w[n] = qwen3i_word_make(p + t[i].depth, (uint32_t)length - t[i].depth, (int32_t)n);
             n++;

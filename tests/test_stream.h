@@ -663,6 +663,10 @@ static void count_warnings(qwen3_log_level level, const char *message, void *use
     snprintf(warning, sizeof warning, "%s", message);
 }
 
+static void count_others(qwen3_log_level level, const char *message, void *user) {
+    if (level == QWEN3_LOG_WARN && *message) ++*(int *)user;
+}
+
 /* Embedding with a chat model, and a model without a tokenizer, are warned of. */
 static void test_stream_warnings(void) {
     model_files files;
@@ -673,7 +677,7 @@ static void test_stream_warnings(void) {
     qwen3_info info;
     float *vector;
     char err[200];
-    int i;
+    int i, others = 0;
     if (!model_files_read(&files, "chat")) return;
     memset(&d, 0, sizeof d);
     d.files = files.file;
@@ -686,6 +690,13 @@ static void test_stream_warnings(void) {
         vector = floats((size_t)info.n_embd);
         CHECK_OK(ctx, qwen3_embed(ctx, 0, NULL, "the fox", vector));
         CHECK_MSG(warnings == 1 && strstr(warning, "does not say"), "%d: %s", warnings, warning);
+        qwen3_ctx_free(ctx);
+        ctx = NULL;
+        k.logger.log = count_others;    /* a context's own logger gets them instead */
+        k.logger.user = &others;
+        CHECK(qwen3_ctx_create(&ctx, m, &k, err, sizeof err) == QWEN3_OK);
+        if (ctx) CHECK_OK(ctx, qwen3_embed(ctx, 0, NULL, "the fox", vector));
+        CHECK_MSG(warnings == 1 && others == 1, "%d and %d", warnings, others);
         free(vector);
     }
     qwen3_ctx_free(ctx);
