@@ -2439,6 +2439,7 @@ static void qwen3i_unpack_scales_k(float *d, float *m, const uint8_t *b) {
 /* A value out of 16 for four bits */
 static const int8_t qwen3i_iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69,
                                              89, 113};
+static const int8_t qwen3i_q4_0_values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 /* twice E2M1's */
 static const int8_t qwen3i_fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
@@ -9486,8 +9487,10 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
 
 #if defined(__GNUC__)
   #define QWEN3I_PREFETCH(p) __builtin_prefetch(p)
+  #define QWEN3I_PREFETCH_FAR(p) __builtin_prefetch(p, 0, 0)       /* to be used once */
 #else
   #define QWEN3I_PREFETCH(p) ((void)(p))
+  #define QWEN3I_PREFETCH_FAR(p) ((void)(p))
 #endif
 
 /* ---- what products of blocks are made of ------------------------------------------------------
@@ -9515,6 +9518,13 @@ typedef struct qwen3i_strip {           /* 16 rows of w, ld bytes apart; what li
     size_t         ld;
     const uint8_t *next, *end;
 } qwen3i_strip;
+
+/* In small portions: more at a time than the processor can wait for are dropped. */
+QWEN3I_INLINE void qwen3i_fetch(qwen3i_strip *s, int bytes) {
+    if (s->next >= s->end) return;
+    QWEN3I_UNROLL for (int i = 0; i < bytes; i += 64) QWEN3I_PREFETCH_FAR(s->next + i);
+    s->next += bytes;
+}
 
 /* Whole numbers as qwen3i_rounded has them */
 static void qwen3i_order(int16_t *to, const int32_t *q) {
@@ -9568,7 +9578,7 @@ typedef struct qwen3i_simd {
 #define QWEN3I_EXP_HIGH 88.3f
 
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v and the
-   functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, store,
+   functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, all_half (a half in all lanes), store,
    store_bf16, store_f16, add, mul, div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n),
    drop_below (0 where x < low), sum (of R vectors, by the tree). A tile is R rows of w times up to C rows of
    x. */
@@ -9608,8 +9618,8 @@ TARGET QWEN3I_INLINE float V##_sum1(V##_v v) { \
     return sums[0]; \
 } \
 /* 16 elements of a row in Q8_0 or FP8, at b, with their scale */ \
-TARGET QWEN3I_INLINE V##_v V##_bytes(const uint8_t *b, float d, qwen3i_type type) { \
-    return V##_mul(type == QWEN3I_FP8 ? V##_e4m3(b) : V##_load_i8((const int8_t *)b), V##_set1(d)); \
+TARGET QWEN3I_INLINE V##_v V##_bytes(const uint8_t *b, V##_v d, qwen3i_type type) { \
+    return V##_mul(type == QWEN3I_FP8 ? V##_e4m3(b) : V##_load_i8((const int8_t *)b), d); \
 } \
 TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n) { \
     const uint8_t *b = (const uint8_t *)x; \
@@ -9617,8 +9627,8 @@ TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n
     if (qwen3i_is_block(type) && !qwen3i_is_bytes(type)) { qwen3i_decode(y, x, type, n); return; } \
     for (i = 0; i < n; i += 16) { \
         V##_v v; \
-        if (type == QWEN3I_FP8) v = V##_bytes(b + i / 128 * 132 + 4 + i % 128, qwen3i_f32_at(b + i / 128 * 132), type); \
-        else if (type == QWEN3I_Q8_0) v = V##_bytes(b + i / 32 * 34 + 2 + i % 32, qwen3i_half_at(b + i / 32 * 34), type); \
+        if (type == QWEN3I_FP8) v = V##_bytes(b + i / 128 * 132 + 4 + i % 128, V##_set1(qwen3i_f32_at(b + i / 128 * 132)), type); \
+        else if (type == QWEN3I_Q8_0) v = V##_bytes(b + i / 32 * 34 + 2 + i % 32, V##_all_half(b + i / 32 * 34), type); \
         else v = V##_from_n(x, (size_t)i, type, n - i); \
         V##_store_n(y + i, v, n - i); \
     } \
@@ -9626,7 +9636,7 @@ TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n
 /* R rows in Q8_0 or FP8 at a time against one row of x: the sums of V_dot, without a panel. The type is a constant here. */ \
 TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, int elements, \
                                            int head, int n_w, const float *x, int n_cols, int add) { \
-    const size_t ahead = 2 * (R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD); \
+    const uint8_t *next = w + 2 * R * row_bytes;    /* what is fetched meanwhile, in order of addresses */ \
     for (int r0 = 0; r0 < n_w; r0 += R) { \
         const uint8_t *at[R]; \
         QWEN3I_UNROLL for (int r = 0; r < R; r++) at[r] = w + (size_t)qwen3i_min(r0 + r, n_w - 1) * row_bytes; \
@@ -9637,12 +9647,13 @@ TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t ro
             QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[r] = V##_zero(); \
             for (int c = k; c < end; c += elements) { \
                 QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
-                    const float d = type == QWEN3I_FP8 ? qwen3i_f32_at(at[r]) : qwen3i_half_at(at[r]); \
+                    const V##_v d = type == QWEN3I_FP8 ? V##_set1(qwen3i_f32_at(at[r])) : V##_all_half(at[r]); \
                     QWEN3I_UNROLL for (int j = 0; j < elements; j += 16) \
                         acc[r] = V##_fma(V##_bytes(at[r] + head + j, d, type), V##_load(x + c + j), acc[r]); \
-                    for (int i = 0; i < elements; i += 64) QWEN3I_PREFETCH(at[r] + ahead + i); \
                     at[r] += elements + head; \
                 } \
+                QWEN3I_UNROLL for (int i = 0; i < R * (elements + head); i += 64) QWEN3I_PREFETCH(next + i); \
+                next += R * (elements + head); \
             } \
             V##_sum(sums, acc); \
             for (int r = 0; r < R && r0 + r < n_w; r++) \
@@ -9869,10 +9880,7 @@ TARGET static void V##_store_row(void *y, const float *x, qwen3i_type type, int 
 #define QWEN3I_DEFINE_FORMATS(V, TARGET) \
 TARGET QWEN3I_INLINE void V##_take(V##_i *v, const uint8_t *b, qwen3i_strip *strip) { \
     V##_turn(v, b, strip->ld); \
-    if (strip->next < strip->end) { \
-        QWEN3I_UNROLL for (int i = 0; i < 256; i += 64) QWEN3I_PREFETCH(strip->next + i); \
-        strip->next += 256; \
-    } \
+    qwen3i_fetch(strip, 128); \
 } \
 TARGET QWEN3I_INLINE V##_v V##_byte(V##_i v, int j) { return V##_float(V##_and(V##_shr(v, 8 * j), 255)); } \
 TARGET QWEN3I_INLINE V##_v V##_negative(V##_v v) { return V##_mul(v, V##_set1(-1)); } \
@@ -9886,14 +9894,15 @@ TARGET QWEN3I_INLINE void V##_nibbles(qwen3i_panel *p, int low, int high, const 
         V##_keep(p->q[high / 4 + i], V##_less(V##_and(V##_shr(v[i], 4), 0x0F0F0F0F), less)); \
     } \
 } \
+TARGET QWEN3I_INLINE void V##_pick_nibbles(qwen3i_panel *p, int low, int high, V##_i v, const int8_t *table) { \
+    V##_keep(p->q[low / 4], V##_pick(table, V##_and(v, 0x0F0F0F0F))); \
+    V##_keep(p->q[high / 4], V##_pick(table, V##_and(V##_shr(v, 4), 0x0F0F0F0F))); \
+} \
 TARGET QWEN3I_INLINE void V##_picks(qwen3i_panel *p, int low, int high, const uint8_t *b, qwen3i_strip *strip, \
                                     const int8_t *table) { \
     V##_i v[4]; \
     V##_take(v, b, strip); \
-    QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
-        V##_keep(p->q[low / 4 + i], V##_pick(table, V##_and(v[i], 0x0F0F0F0F))); \
-        V##_keep(p->q[high / 4 + i], V##_pick(table, V##_and(V##_shr(v[i], 4), 0x0F0F0F0F))); \
-    } \
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++) V##_pick_nibbles(p, low + 4 * i, high + 4 * i, v[i], table); \
 } \
 /* Fields of 16 bytes, whose lowest bit is `shift`, join 16 columns from c on; then these become less. */ \
 TARGET QWEN3I_INLINE void V##_join(qwen3i_panel *p, int c, const V##_i *v, int shift, int mask, int left, int less) { \
@@ -9924,7 +9933,7 @@ TARGET static void V##_panel32(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_
     V##_take(v, b, strip); \
     d = V##_half(v[0]); \
     switch (type) { \
-        case QWEN3I_Q4_0: V##_nibbles(p, c, c + 16, b + 2, strip, V##_all(0x08080808)); break; \
+        case QWEN3I_Q4_0: V##_picks(p, c, c + 16, b + 2, strip, qwen3i_q4_0_values); break; \
         case QWEN3I_Q4_1: V##_nibbles(p, c, c + 16, b + 4, strip, none); break; \
         case QWEN3I_Q5_0: V##_nibbles(p, c, c + 16, b + 6, strip, none); \
                           V##_fives(p, c, V##_or(V##_shr(v[0], 16), V##_shl(v[1], 16)), 16); break; \
@@ -9946,6 +9955,23 @@ TARGET static void V##_panel32(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_
     } \
     V##_store(p->d[c / 32], d); \
     if (type == QWEN3I_Q4_1 || type == QWEN3I_Q5_1) V##_store(p->m[c / 32], V##_half(V##_shr(v[0], 16))); \
+} \
+/* Eight blocks of Q4_0 or IQ4_NL, 36 words of which every other block begins within one */ \
+TARGET QWEN3I_INLINE void V##_panel_18(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip, const int8_t *table) { \
+    V##_i v[36]; \
+    V##_take(v, b, strip); \
+    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+        const V##_i *w = v + 9 * j; \
+        V##_take(v + 8 * j + 4, b + 32 * j + 16, strip); \
+        V##_take(v + 8 * j + 8, b + 32 * j + 32, strip); \
+        V##_store(p->d[2 * j], V##_half(w[0])); \
+        V##_store(p->d[2 * j + 1], V##_half(V##_shr(w[4], 16))); \
+        QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
+            const V##_i even = V##_or(V##_shr(w[i], 16), V##_shl(w[i + 1], 16)); \
+            V##_pick_nibbles(p, 64 * j + 4 * i, 64 * j + 4 * i + 16, even, table); \
+            V##_pick_nibbles(p, 64 * j + 4 * i + 32, 64 * j + 4 * i + 48, w[i + 5], table); \
+        } \
+    } \
 } \
 TARGET QWEN3I_INLINE void V##_panel_nvfp4(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip) { \
     float scales[16]; \
@@ -10091,6 +10117,10 @@ TARGET static void V##_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *st
         w = copy[0]; \
         strip->ld = QWEN3I_MAX_ROW; \
     } \
+    if (n_cols == 256 && f->bytes == 18) { \
+        V##_panel_18(p, w, strip, type == QWEN3I_Q4_0 ? qwen3i_q4_0_values : qwen3i_iq4_values); \
+        return; \
+    } \
     for (int c = 0; c < n_cols; c += f->elements, w += f->bytes) \
         switch (type) { \
             case QWEN3I_Q2_K: V##_panel_q2_k(p, w, strip); break; \
@@ -10129,7 +10159,8 @@ TARGET static void U##_round_row(qwen3i_rounded *y, const float *x, int n) { \
 } \
 /* One tile over n columns; w: of R panels' columns, whose groups are `group` columns */ \
 TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_panel *w, int n_w, int group, int offsets, \
-                                         const qwen3i_rounded *x, size_t ldx, int n_x, int n, int add) { \
+                                         const qwen3i_rounded *x, size_t ldx, int n_x, int n, int add, \
+                                         qwen3i_strip *strip) { \
     V##_v acc[C][R], d[R]; \
     U##_sums sums[C][R]; \
     U##_w wv[R]; \
@@ -10137,6 +10168,7 @@ TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_pane
     for (int c = 0; c < n; c += QWEN3I_PART, x++) { \
         const int8_t *q = w->q[c / 4][0]; \
         const int g = c / group; \
+        qwen3i_fetch(strip, 256); \
         QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { \
             const U##_sums none = U##_none(x[(size_t)t * ldx].sum); \
             QWEN3I_UNROLL for (int r = 0; r < R; r++) sums[t][r] = none; \
@@ -10179,22 +10211,21 @@ TARGET static void U##_dot_blocks(float *y, size_t ldy, const void *w, size_t ro
             const uint8_t *at = (const uint8_t *)w + (size_t)r * row_bytes + (size_t)(k / f->elements) * (size_t)f->bytes; \
             const int n_r = qwen3i_min(16 * R, n_w - r), join = add || k > 0; \
             n_k = qwen3i_min(QWEN3I_MAX_BLOCK, n_cols - k); \
+            qwen3i_strip strip; \
+            strip.next = (const uint8_t *)w + (size_t)(r + 16 * R) * row_bytes + 16 * R * row_bytes * (size_t)k / (size_t)n_cols; \
+            strip.end = strip.next + 16 * R * row_bytes * (size_t)n_k / (size_t)n_cols; \
             for (int i = 0; i < R; i++) { \
-                const uint8_t *from = at + (size_t)(16 * i < n_r ? 16 * i : 0) * row_bytes; \
-                qwen3i_strip strip; \
+                const int first = 16 * i < n_r ? 16 * i : 0; \
                 strip.ld = row_bytes; \
-                strip.next = (const uint8_t *)w + (size_t)(r + 16 * (i + R)) * row_bytes + 16 * row_bytes * (size_t)k / (size_t)n_cols; \
-                strip.end = n_x == 1 ? strip.next + 16 * row_bytes * (size_t)n_k / (size_t)n_cols : NULL; \
-                V##_panel(panels + i, from, &strip, type, qwen3i_min(16, 16 * i < n_r ? n_r - 16 * i : n_r), n_k); \
+                V##_panel(panels + i, at + (size_t)first * row_bytes, &strip, type, qwen3i_min(16, n_r - first), n_k); \
             } \
             for (int t = 0, m; t < n_x; t += m) { \
                 const qwen3i_rounded *xt = x + (size_t)t * ldx + k / QWEN3I_PART; \
                 float *yt = y + (size_t)t * ldy + r; \
                 m = n_x - t >= C ? C : n_x - t >= 2 ? 2 : 1; \
-                if (n_x == 1) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, 1, n_k, join); \
-                else if (m == C) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C, n_k, join); \
-                else if (m == 2) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C > 2 ? 2 : 1, n_k, join); \
-                else U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, 1, n_k, join); \
+                if (m == C) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C, n_k, join, &strip); \
+                else if (m == 2) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C > 2 ? 2 : 1, n_k, join, &strip); \
+                else U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, 1, n_k, join, &strip); \
             } \
         } \
 }
@@ -10350,6 +10381,8 @@ QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_e4m3(const uint8_t *p) {
     return qwen3i_plain_load(y);
 }
 
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_all_half(const uint8_t *b) { return qwen3i_plain_set1(qwen3i_half_at(b)); }
+
 typedef struct qwen3i_plain_i { int32_t at[16]; } qwen3i_plain_i;
 typedef const int8_t *qwen3i_plain_w;
 typedef const int16_t *qwen3i_plain_x;
@@ -10481,6 +10514,11 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_bf16(const uint16_t *p)
 QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_f16(const uint16_t *p) {
     return qwen3i_avx2_pair(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)p)),
                             _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p + 8))));
+}
+
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_all_half(const uint8_t *b) {
+    const __m256 d = _mm256_cvtph_ps(_mm_set1_epi16((short)(b[0] | b[1] << 8)));
+    return qwen3i_avx2_pair(d, d);
 }
 
 QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_eight_i8(const int8_t *p) {
@@ -10739,6 +10777,10 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_f16(const uint16_t *p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)p));
 }
 
+QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_all_half(const uint8_t *b) {
+    return _mm512_cvtph_ps(_mm256_set1_epi16((short)(b[0] | b[1] << 8)));
+}
+
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)));
 }
@@ -10980,6 +11022,11 @@ QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load_f16(const uint16_t *p) {
     int i;
     QWEN3I_QUADS y.val[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
     return y;
+}
+
+QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_all_half(const uint8_t *b) {
+    const uint16_t half = (uint16_t)(b[0] | b[1] << 8);
+    return qwen3i_neon_set1(vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(half))), 0));
 }
 
 QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_load_i8(const int8_t *p) {
@@ -11236,6 +11283,8 @@ QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load_bf16(const uint16_t *p) {
     QWEN3I_WASM_QUADS y.q[i] = wasm_i32x4_shl(wasm_u32x4_load16x4(p + 4 * i), 16);
     return y;
 }
+
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_all_half(const uint8_t *b) { return qwen3i_wasm_set1(qwen3i_half_at(b)); }
 
 QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load_i8(const int8_t *p) {
     v128_t low = wasm_i16x8_load8x8(p), high = wasm_i16x8_load8x8(p + 8);
