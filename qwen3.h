@@ -19199,7 +19199,7 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     qwen3i_draft *d = &seq->draft;
     const size_t vocab = (size_t)c->model->config.n_vocab;
     const int len = next->n, evaluated = seq->len - len;
-    qwen3_result r = QWEN3_OK;
+    qwen3_result r = QWEN3_OK, kept;
     int k;
     qwen3i_feed(s, next->out);
     if (next->ended) return QWEN3_OK;
@@ -19221,10 +19221,9 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     c->stats.n_accepted += k;
     if (k == d->n && seq->fresh) return r;
     qwen3i_truncate(seq, len + 1 + k);
-    if (r == QWEN3_OK)
-        r = c->model->backend->set_logits(c->state, s->seq, d->logits + (size_t)k * vocab, err);
-    seq->fresh = r == QWEN3_OK;
-    return r;
+    kept = c->model->backend->set_logits(c->state, s->seq, d->logits + (size_t)k * vocab, err);
+    seq->fresh = kept == QWEN3_OK;
+    return r == QWEN3_OK ? kept : r;
 }
 
 /* Tokens evaluated with guesses count as decoded, as far as they are kept. */

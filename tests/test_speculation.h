@@ -6,7 +6,7 @@
 /* All that a reply leaves behind. */
 typedef struct outcome {
     qwen3_result result;
-    qwen3_token  tokens[200];
+    qwen3_token  tokens[300];
     int          n, stopped_by;
     heard        text;
     qwen3_sampler sampler;
@@ -40,7 +40,7 @@ static void reply_to(qwen3_ctx *ctx, int n_vocab, uint64_t seed, qwen3_gen_desc 
     CHECK_OK(ctx, eval(ctx, 0, prompt, 24, NULL));
     o->result = qwen3_generate(ctx, 0, &gen);
     tokens = qwen3_seq_tokens(ctx, 0, &o->n);
-    CHECK(o->n >= 24 && o->n <= 200);
+    CHECK(o->n >= 24 && o->n <= 300);
     memcpy(o->tokens, tokens, (size_t)o->n * sizeof *tokens);
     o->saved = state_checksum(ctx, 0);
 }
@@ -97,6 +97,116 @@ static void test_speculation_same(void) {
     CHECK(qwen3_ctx_stats(a).n_drafted == 0);
     qwen3_ctx_free(a); qwen3_ctx_free(b); qwen3_ctx_free(draft); qwen3_ctx_free(foreign);
     fixture_close(&f); fixture_close(&other);
+}
+
+/* Biases that let no turn end. */
+static int never_ends(const qwen3_model *m, qwen3_bias *bias) {
+    int i;
+    for (i = 0; i < m->n_eos && i < 4; i++) { bias[i].token = m->eos[i]; bias[i].bias = -1e30f; }
+    return i;
+}
+
+/* 200 prompts and up to 256 tokens each, with all that a sampler can do. */
+static void test_speculation_prompts(void) {
+    static outcome plain, guessed;
+    qwen3_bias bias[5] = {{70, 3.0f}};
+    qwen3_ctx_desc d = ctx_desc(280, 1, 0, 0);
+    grammar_bench b;
+    fixture other;
+    qwen3_ctx *ctx[2], *draft;
+    char err[400];
+    int i, k, n_tokens = 0;
+    if (!grammar_open(&b)) return;
+    if (!fixture_open(&other, "chat")) { grammar_close(&b); return; }
+    d.yarn_factor = 2;
+    for (k = 0; k < 2; k++) ctx[k] = ctx_open_desc(b.f.model, &d);
+    draft = ctx_open_desc(other.model, &d);
+    if (ctx[1]) ctx[1]->pace.always_guess = 1;
+    CHECK(grammar_set(&b, 0, grammar_order, 0, err, sizeof err) == QWEN3_OK);
+    for (i = 0; ctx[0] && ctx[1] && draft && i < (test_short ? 20 : 200); i++) {
+        qwen3_sampler sampler = qwen3_sampler_preset(i % 2 ? QWEN3_GREEDY : QWEN3_THINKING, (uint64_t)i);
+        qwen3_gen_desc gen;
+        memset(&gen, 0, sizeof gen);
+        gen.max_tokens = 256;
+        sampler.bias = bias + (i % 3 > 0);
+        sampler.n_bias = i % 8 == 0 ? 0 : never_ends(b.f.model, bias + 1) + (i % 3 == 0);
+        if (i % 5 == 0) { sampler.repeat_penalty = 1.2f; sampler.penalty_last_n = 20; }
+        if (i % 7 == 0) sampler.presence_penalty = 0.4f;
+        if (i % 11 == 0) sampler.min_p = 0.02f;
+        if (i % 13 == 0) gen.grammar = b.g;
+        if (i % 17 == 0) gen.think_budget = 30;
+        reply_to(ctx[0], b.f.info.n_vocab, (uint64_t)(900 + i), gen, &sampler, &plain);
+        gen.draft_tokens = 1 + i % 16;
+        gen.draft = i % 4 < 2 ? draft : NULL;
+        reply_to(ctx[1], b.f.info.n_vocab, (uint64_t)(900 + i), gen, &sampler, &guessed);
+        check_same(&plain, &guessed, i, gen.draft_tokens);
+        n_tokens += guessed.n - 24;
+    }
+    CHECK_MSG(test_short || n_tokens > 40000, "%d tokens", n_tokens);
+    for (k = 0; k < 2; k++) qwen3_ctx_free(ctx[k]);
+    qwen3_ctx_free(draft);
+    fixture_close(&other);
+    grammar_close(&b);
+}
+
+/* A reply that is saved in the middle of its guesses and goes on in another context. */
+static void test_speculation_moves(void) {
+    enum { ALL = 80 };
+    fixture f;
+    qwen3_ctx *a, *b, *c;
+    qwen3_gen_desc gen;
+    qwen3_sampler start = qwen3_sampler_preset(QWEN3_THINKING, 3), sampler;
+    qwen3_bias bias[4];
+    qwen3_token prompt[24];
+    const qwen3_token *want, *got;
+    uint64_t seed = 8;
+    int steps, n, len, moved = 0;
+    memset(&gen, 0, sizeof gen);
+    if (!fixture_open(&f, "chat")) return;
+    random_tokens(&seed, prompt, 16, f.info.n_vocab);
+    memcpy(prompt + 16, prompt + 2, 8 * sizeof *prompt);
+    a = ctx_open(f.model, 120, 1, 0, 0);
+    b = ctx_open(f.model, 120, 1, 0, 0);
+    c = ctx_open(f.model, 120, 1, 0, 0);
+    gen.max_tokens = ALL;
+    gen.sampler = &sampler;
+    start.n_bias = never_ends(f.model, bias);
+    start.bias = bias;
+    sampler = start;
+    if (!a || !b || !c || !CHECK_OK(a, eval(a, 0, prompt, 24, NULL)) || !CHECK(qwen3_generate(a, 0, &gen) == QWEN3_OK))
+        goto done;
+    want = qwen3_seq_tokens(a, 0, &n);
+    for (steps = 1; steps < 12; steps += 2) {
+        qwen3_stream s, *list = &s;
+        uint64_t size;
+        void *state;
+        int i;
+        sampler = start;
+        b->pace.always_guess = c->pace.always_guess = 1;
+        gen.max_tokens = ALL;
+        gen.draft_tokens = 6;
+        CHECK_OK(b, qwen3_seq_truncate(b, 0, 0));
+        CHECK_OK(b, eval(b, 0, prompt, 24, NULL));
+        CHECK_OK(b, qwen3_stream_begin(b, 0, NULL, &gen, &s));
+        for (i = 0; i < steps; i++) CHECK(qwen3_stream_step(b, &list, 1, -1) == QWEN3_MORE);
+        size = state_size(b, 0);
+        state = malloc((size_t)size);
+        CHECK_OK(b, state_save(b, 0, state, size, NULL));
+        CHECK_OK(c, state_load(c, 0, state, size));
+        free(state);
+        gen.max_tokens = ALL + 24 - seq_len(c, 0);
+        moved += seq_len(c, 0) > 24 && gen.max_tokens > 0;
+        CHECK(qwen3_generate(c, 0, &gen) == QWEN3_OK);
+        got = qwen3_seq_tokens(c, 0, &len);
+        CHECK_MSG(len == n && memcmp(got, want, (size_t)n * sizeof *got) == 0, "moved after %d steps: another text", steps);
+        CHECK(same_logits(c, 0, qwen3_logits(a, 0), f.info.n_vocab));
+    }
+    CHECK(moved > 3);
+done:
+    qwen3_ctx_free(a);
+    qwen3_ctx_free(b);
+    qwen3_ctx_free(c);
+    fixture_close(&f);
 }
 
 /* Several sequences in steps, some of which speculate; a deadline that cancels steps; the same texts. */
@@ -248,6 +358,8 @@ static void test_speculation_refusals(void) {
 
 static void suite_speculation(void) {
     RUN(test_speculation_same);
+    RUN(test_speculation_prompts);
+    RUN(test_speculation_moves);
     RUN(test_speculation_together);
     RUN(test_speculation_grammar);
     RUN(test_speculation_refusals);
