@@ -10231,7 +10231,7 @@ TARGET static void U##_dot_blocks(float *y, size_t ldy, const void *w, size_t ro
 }
 
 /* The table of an instruction set */
-#define QWEN3I_KERNELS(V, U) {U##_name, V##_dot, V##_dot_bytes, U##_round_row, U##_dot_blocks, V##_mix, V##_softmax, V##_rmsnorm, \
+#define QWEN3I_KERNELS(V, U, DOT) {U##_name, DOT, V##_dot_bytes, U##_round_row, U##_dot_blocks, V##_mix, V##_softmax, V##_rmsnorm, \
                               V##_silu_mul, V##_exp, V##_load_row, V##_store_row}
 
 /* ---- plain C lanes: gcc's and clang's vectors of four where they have no fused multiply-add, else floats ---- */
@@ -10444,7 +10444,7 @@ typedef qwen3i_plain_i qwen3i_plain_sums;
 #define qwen3i_plain_order qwen3i_order
 QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, 2)
 QWEN3I_DEFINE_BLOCKS(qwen3i_plain, qwen3i_plain, , 1, 2)
-static const qwen3i_simd qwen3i_plain_kernels = QWEN3I_KERNELS(qwen3i_plain, qwen3i_plain);
+static const qwen3i_simd qwen3i_plain_kernels = QWEN3I_KERNELS(qwen3i_plain, qwen3i_plain, qwen3i_plain_dot);
 
 #ifdef QWEN3I_X86
 #if defined(__GNUC__) || defined(__clang__)
@@ -10736,7 +10736,7 @@ typedef qwen3i_avx2_i qwen3i_avx2_sums;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
 QWEN3I_DEFINE_FORMATS(qwen3i_avx2, QWEN3I_AVX2)
 QWEN3I_DEFINE_BLOCKS(qwen3i_avx2, qwen3i_avx2, QWEN3I_AVX2, 1, 4)
-static const qwen3i_simd qwen3i_avx2_kernels = QWEN3I_KERNELS(qwen3i_avx2, qwen3i_avx2);
+static const qwen3i_simd qwen3i_avx2_kernels = QWEN3I_KERNELS(qwen3i_avx2, qwen3i_avx2, qwen3i_avx2_dot);
 
 /* ---- AVX-512 lanes: one register ------------------------------------------------------------- */
 #define QWEN3I_AVX512_SETS "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
@@ -10900,7 +10900,7 @@ typedef qwen3i_avx512_i qwen3i_avx512_sums;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
 QWEN3I_DEFINE_FORMATS(qwen3i_avx512, QWEN3I_AVX512)
 QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_avx512, QWEN3I_AVX512, 2, 6)
-static const qwen3i_simd qwen3i_avx512_kernels = QWEN3I_KERNELS(qwen3i_avx512, qwen3i_avx512);
+static const qwen3i_simd qwen3i_avx512_kernels = QWEN3I_KERNELS(qwen3i_avx512, qwen3i_avx512, qwen3i_avx512_dot);
 
 /* ---- AVX-512 with instructions that multiply and add whole numbers ---- */
 #define QWEN3I_VNNI_SETS "avx512vnni," QWEN3I_AVX512_SETS
@@ -10952,7 +10952,7 @@ QWEN3I_VNNI QWEN3I_INLINE __m512i qwen3i_vnni_total(qwen3i_vnni_sums y) {
 }
 
 QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_vnni, QWEN3I_VNNI, 2, 4)
-static const qwen3i_simd qwen3i_vnni_kernels = QWEN3I_KERNELS(qwen3i_avx512, qwen3i_vnni);
+static const qwen3i_simd qwen3i_vnni_kernels = QWEN3I_KERNELS(qwen3i_avx512, qwen3i_vnni, qwen3i_avx512_dot);
 #if defined(__GNUC__) && !defined(__clang__)
   #pragma GCC diagnostic pop
 #endif
@@ -11219,7 +11219,7 @@ typedef qwen3i_neon_i qwen3i_neon_sums;
 QWEN3I_DEFINE_KERNELS(qwen3i_neon, , 2, 3)
 QWEN3I_DEFINE_FORMATS(qwen3i_neon, )
 QWEN3I_DEFINE_BLOCKS(qwen3i_neon, qwen3i_neon, , 1, 2)
-static const qwen3i_simd qwen3i_neon_kernels = QWEN3I_KERNELS(qwen3i_neon, qwen3i_neon);
+static const qwen3i_simd qwen3i_neon_kernels = QWEN3I_KERNELS(qwen3i_neon, qwen3i_neon, qwen3i_neon_dot);
 #endif /* QWEN3I_NEON */
 
 #ifdef QWEN3I_WASM
@@ -11280,7 +11280,11 @@ QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_round(qwen3i_wasm_v v) {
 QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load_bf16(const uint16_t *p) {
     qwen3i_wasm_v y;
     int i;
-    QWEN3I_WASM_QUADS y.q[i] = wasm_i32x4_shl(wasm_u32x4_load16x4(p + 4 * i), 16);
+    for (i = 0; i < 4; i += 2) {        /* eight numbers move behind zeros */
+        v128_t zero = wasm_i32x4_splat(0), eight = wasm_v128_load(p + 4 * i);
+        y.q[i] = wasm_i16x8_shuffle(zero, eight, 0, 8, 1, 9, 2, 10, 3, 11);
+        y.q[i + 1] = wasm_i16x8_shuffle(zero, eight, 4, 12, 5, 13, 6, 14, 7, 15);
+    }
     return y;
 }
 
@@ -11372,8 +11376,8 @@ QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_##name(qwen3i_wasm_i v, argument) { \
     QWEN3I_WASM_QUADS v.q[i] = operation; \
     return v; \
 }
-QWEN3I_WASM_WHOLE(shr, int by, wasm_u32x4_shr(v.q[i], by))
-QWEN3I_WASM_WHOLE(shl, int by, wasm_i32x4_shl(v.q[i], by))
+QWEN3I_WASM_WHOLE(shr, int by, wasm_u32x4_shr(v.q[i], (uint32_t)by))
+QWEN3I_WASM_WHOLE(shl, int by, wasm_i32x4_shl(v.q[i], (uint32_t)by))
 QWEN3I_WASM_WHOLE(and, int mask, wasm_v128_and(v.q[i], wasm_i32x4_splat(mask)))
 QWEN3I_WASM_WHOLE(or, qwen3i_wasm_i a, wasm_v128_or(v.q[i], a.q[i]))
 QWEN3I_WASM_WHOLE(less, qwen3i_wasm_i a, wasm_i8x16_sub(v.q[i], a.q[i]))
@@ -11479,7 +11483,76 @@ typedef qwen3i_wasm_i qwen3i_wasm_sums;
 QWEN3I_DEFINE_KERNELS(qwen3i_wasm, , 1, 2)
 QWEN3I_DEFINE_FORMATS(qwen3i_wasm, )
 QWEN3I_DEFINE_BLOCKS(qwen3i_wasm, qwen3i_wasm, , 1, 2)
-static const qwen3i_simd qwen3i_wasm_kernels = QWEN3I_KERNELS(qwen3i_wasm, qwen3i_wasm);
+
+/* ---- many rows of x: tiles whose sums stay in the 16 registers of x86, as they take four lanes at a time ---- */
+enum { QWEN3I_WASM_W = 2, QWEN3I_WASM_X = 4 };     /* rows of w and of x in a tile */
+
+/* Rows of w [n_w, n] become to [4 quarters of the lanes, n / 16, W], the order in which tiles read them. */
+static void qwen3i_wasm_turn_rows(v128_t *to, const char *w, size_t row_bytes, qwen3i_type type, int n_w, int n) {
+    int r, c, i;
+    for (r = 0; r < QWEN3I_WASM_W; r++) {
+        const char *row = w + (size_t)qwen3i_min(r, n_w - 1) * row_bytes;
+        for (c = 0; c < n / 16; c++) {
+            qwen3i_wasm_v v = qwen3i_wasm_from(row, (size_t)c * 16, type);
+            QWEN3I_WASM_QUADS to[(i * (n / 16) + c) * QWEN3I_WASM_W + r] = v.q[i];
+        }
+    }
+}
+
+/* y[t * ldy + r] = (add ? y : 0) + w[r] . x[t], with the sums of V_tile; w as turned, n_x a constant */
+QWEN3I_INLINE void qwen3i_wasm_many_tile(float *y, size_t ldy, const v128_t *w, int n_w, const float *x, size_t ldx,
+                                         int n_x, int n, int add) {
+    qwen3i_wasm_v lanes[QWEN3I_WASM_X][QWEN3I_WASM_W];
+    float sum;
+    int i, r, t, c;
+    _Pragma("clang loop unroll(disable)") for (i = 0; i < 4; i++) {
+        v128_t acc[QWEN3I_WASM_X][QWEN3I_WASM_W];
+        QWEN3I_UNROLL for (t = 0; t < n_x; t++) {
+            QWEN3I_UNROLL for (r = 0; r < QWEN3I_WASM_W; r++) acc[t][r] = wasm_f32x4_splat(0.0f);
+        }
+        for (c = 4 * i; c < n; c += 16, w += QWEN3I_WASM_W) {
+            QWEN3I_UNROLL for (t = 0; t < n_x; t++) {
+                v128_t xv = wasm_v128_load(x + (size_t)t * ldx + c);
+                QWEN3I_UNROLL for (r = 0; r < QWEN3I_WASM_W; r++)
+                    acc[t][r] = wasm_f32x4_add(acc[t][r], wasm_f32x4_mul(w[r], xv));
+            }
+        }
+        QWEN3I_UNROLL for (t = 0; t < n_x; t++) {
+            QWEN3I_UNROLL for (r = 0; r < QWEN3I_WASM_W; r++) lanes[t][r].q[i] = acc[t][r];
+        }
+    }
+    for (t = 0; t < n_x; t++, y += ldy)
+        for (r = 0; r < n_w; r++) {
+            qwen3i_wasm_sum(&sum, &lanes[t][r]);
+            y[r] = add ? y[r] + sum : sum;
+        }
+}
+
+/* V_dot's sums, bit for bit */
+static void qwen3i_wasm_dot_many(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
+                                 const float *x, size_t ldx, int n_x, int n_cols, int add) {
+    v128_t turned[QWEN3I_K_BLOCK / 4 * QWEN3I_WASM_W];
+    const size_t size = qwen3i_type_size(type);
+    int r, k, t, m;
+    if (n_x < QWEN3I_WASM_X || n_cols % 16 != 0) {
+        qwen3i_wasm_dot(y, ldy, w, ldw, type, n_w, x, ldx, n_x, n_cols, add);
+        return;
+    }
+    for (r = 0; r < n_w; r += QWEN3I_WASM_W)
+        for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) {
+            const int n = qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), rows = qwen3i_min(QWEN3I_WASM_W, n_w - r);
+            const char *from_w = (const char *)w + ((size_t)r * ldw + (size_t)k) * size;
+            qwen3i_wasm_turn_rows(turned, from_w, ldw * size, type, rows, n);
+            for (t = 0; t < n_x; t += m) {
+                float *to = y + (size_t)t * ldy + r;
+                const float *from = x + (size_t)t * ldx + k;
+                m = n_x - t >= QWEN3I_WASM_X ? QWEN3I_WASM_X : 1;
+                if (m > 1) qwen3i_wasm_many_tile(to, ldy, turned, rows, from, ldx, QWEN3I_WASM_X, n, k > 0 || add);
+                else qwen3i_wasm_many_tile(to, ldy, turned, rows, from, ldx, 1, n, k > 0 || add);
+            }
+        }
+}
+static const qwen3i_simd qwen3i_wasm_kernels = QWEN3I_KERNELS(qwen3i_wasm, qwen3i_wasm, qwen3i_wasm_dot_many);
 #endif /* QWEN3I_WASM */
 
 #ifdef QWEN3I_X86
