@@ -71,6 +71,12 @@
 #endif
 #include <type_traits>
 
+#ifndef LAB_VECTORS
+#define LAB_VECTORS 1
+#endif
+#ifndef LAB_WARPS
+#define LAB_WARPS 12
+#endif
 namespace {
 
 typedef __half        half_t;
@@ -778,6 +784,7 @@ struct stored_map { u64 words[sizeof(CUtensorMap) / 8]; };
 
 /* Rows of a matrix in blocks, row_bytes apart, of any format: see BLOCKS. */
 struct block_part { unsigned char *data; int rows, type, units, row_bytes; };
+struct block_rows_of_w { block_part parts[3]; float up; };     /* below each other; up: see few_block_product */
 
 /* W [rows, cols] = data * scale; rows ld apart, zero from cols to ld */
 struct matrix {
@@ -1377,11 +1384,16 @@ template <int T> DEVICE void load_floats(float (&f)[4], const unsigned char *til
         }
 }
 
-/* The elements of a unit as the CPU decodes them: only the sum is rounded. */
-template <int T> DEVICE void unit_values(float (&v)[32], const unsigned char *tile, int n, int i) {
+/* Byte k of a word, whose signs are turned, as a number: its bits are those of one from 2^23 on. */
+DEVICE float code_at(unsigned turned, int k) {
+    return __uint_as_float(__byte_perm(turned, 0x4B000000u, 0x7650u | (unsigned)k)) - 8388736.0f;
+}
+
+/* The elements of a unit as the CPU decodes them, times up, a power of two: only the sum is rounded. */
+template <int T> DEVICE void unit_values(float (&v)[32], const unsigned char *tile, int n, int i, float up) {
     if constexpr (is_float(T)) {
-        float d = 1;
-        if constexpr (T == QWEN3I_FP8) d = 256 * load_scales<T>(tile, n, i).d[0];
+        float d = up;
+        if constexpr (T == QWEN3I_FP8) d = 256 * up * load_scales<T>(tile, n, i).d[0];
         UNROLL for (int j = 0; j < 8; j++) {
             float f[4];
             load_floats<T>(f, tile, n, i, j);
@@ -1391,15 +1403,21 @@ template <int T> DEVICE void unit_values(float (&v)[32], const unsigned char *ti
         unsigned q[8];
         const unit_scales s = load_scales<T>(tile, n, i);
         unit_codes<T>(q, tile, n, i);
+        UNROLL for (int j = 0; j < 8; j++) q[j] ^= 0x80808080u;
         UNROLL for (int e = 0; e < 32; e++)
-            v[e] = fmaf(s.d[e / 16], (float)(signed char)(q[e / 4] >> 8 * (e % 4) & 255u), s.m[e / 16]);
+            v[e] = fmaf(s.d[e / 16] * up, code_at(q[e / 4], e % 4), s.m[e / 16] * up);
     }
 }
 
-/* The same of unit u of row r. */
+/* use(those of unit u of row r), by each format's own code. */
 #define QWEN3_CASE(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: unit_values<QWEN3I_##name>(v, tile, n, u - first); break;
-DEVICE void part_values(float (&v)[32], const block_part &p, int r, int u) {
+    case QWEN3I_##name: { \
+        float v[32]; \
+        unit_values<QWEN3I_##name>(v, tile, n, u - first, up); \
+        use(v); \
+        break; \
+    }
+template <class F> DEVICE void part_values(const block_part &p, int r, int u, float up, F use) {
     const int each = tile_units(p.type), first = u / each * each, n = least(each, p.units - first);
     const unsigned char *tile = p.data + (size_t)r * p.row_bytes + u / each * tile_bytes(p.type, each);
     switch (p.type) { QWEN3I_TYPES(QWEN3_CASE) default: break; }
@@ -1418,7 +1436,8 @@ static __global__ void __launch_bounds__(256)
     float v[32], largest = 0;
     wait_for_previous();
     if (out.rows) let_next_start();     /* but nobody may read F16 early */
-    part_values(v, p, out.rows ? out.rows[row].token : first + row, u);
+    part_values(p, out.rows ? out.rows[row].token : first + row, u, out.halves ? out.up : 1.0f,
+                [&](const float (&values)[32]) { UNROLL for (int e = 0; e < 32; e++) v[e] = values[e]; });
     UNROLL for (int e = 0; e < 32; e++) {
         v[e] = 32 * u + e < cols ? v[e] : 0.0f;
         largest = fmaxf(largest, fabsf(v[e]));
@@ -1432,7 +1451,6 @@ static __global__ void __launch_bounds__(256)
     if (out.floats)
         UNROLL for (int e = 0; e < 32; e++) if (32 * u + e < ld) out.floats[to + e] = v[e];
     if (!out.halves) return;
-    UNROLL for (int e = 0; e < 32; e++) v[e] *= out.up;
     UNROLL for (int e = 0; e < 32; e += 8)
         if (32 * u + e < ld)
             *(uint4 *)(void *)(out.halves + to + e) =
@@ -3828,19 +3846,21 @@ template <int M, int R> static size_t few_product_shared(int stages) {
 }
 
 #ifdef QWEN3_WGMMA
-/* Steps of 64 elements, from k0 on, of a tile of W and, unless the block makes it itself, of x. */
+/* Steps of 64 elements, from k0 on, of a tile of W, unless it is in blocks, and of x, unless the block makes it
+   itself. */
 template <int M, int R>
 static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                 const ring_of_tiles &ring, int tile, int k0, int steps) {
     typedef few_tile<M, R> shape;
     const bool with_x = !g.norm.gain;
-    prefetch_map(w_map);
+    if (w_map) prefetch_map(w_map);
     prefetch_map(x_map);
     fill_ring<shape::BYTES>(
         ring, steps, with_x,
         [&](int i, unsigned char *to, mbarrier *full) {
             const int k = k0 + i * WIDE_K;
-            barrier_expect(full, with_x ? shape::BYTES : shape::W_BYTES);
+            barrier_expect(full, (with_x ? shape::BYTES - shape::W_BYTES : 0) + (w_map ? shape::W_BYTES : 0));
+            if (!w_map) return;
             load_tile(to, w_map, k, tile * g.step, full);
             if (M == WIDE_M) load_tile(to + WIDE_HALF / 2, w_map, k, tile * g.step + g.half, full);
         },
@@ -3878,6 +3898,19 @@ DEVICE void few_norm(const wide_args &g, unsigned char *memory, int k0, int step
     group_sync(1, 256);
 }
 
+/* A warpgroup's sums of N rows of x to [R, FEW_LD] over the stages */
+template <int M, int N2> DEVICE void few_store_sums(const float (&acc)[N2], const ring_of_tiles &ring, int group) {
+    const int N = 2 * N2;
+    group_sync(1, 256);                 /* nobody reads the stages any more */
+    float *to = (float *)(void *)ring.memory + (lane_id() % 4 * 2 + (M == WIDE_M ? 0 : N * group)) * FEW_LD +
+                (M == WIDE_M ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
+    UNROLL for (int j = 0; j < N / 8; j++)
+        UNROLL for (int e = 0; e < 2; e++) {
+            to[(8 * j + e) * FEW_LD] = acc[4 * j + e];
+            to[(8 * j + e) * FEW_LD + 8] = acc[4 * j + 2 + e];
+        }
+}
+
 /* 64 rows of W times rows of x, over the block's part of k, to sums [R, FEW_LD] over the stages. Of a tile of
    128 rows of W each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows of
    x. see() is called with each tile of x while it is multiplied. */
@@ -3893,14 +3926,68 @@ static __device__ void few_sum(const ring_of_tiles &ring, int steps, int group, 
     sum_tiles<tile, false>(
         acc, part, ring, at, steps, w_at, x_at, [&](const unsigned char *now) { see(now + tile::X_AT); },
         [](ring_stage *s) { if (lane_id() == 0) barrier_arrive(&s->empty); });
-    group_sync(1, 256);                 /* nobody reads the stages any more */
-    float *to = (float *)(void *)ring.memory + (lane_id() % 4 * 2 + (M == WIDE_M ? 0 : N * group)) * FEW_LD +
-                (M == WIDE_M ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
-    UNROLL for (int j = 0; j < N / 8; j++)
-        UNROLL for (int e = 0; e < 2; e++) {
-            to[(8 * j + e) * FEW_LD] = acc[0][4 * j + e];
-            to[(8 * j + e) * FEW_LD + 8] = acc[0][4 * j + 2 + e];
+    few_store_sums<M>(acc[0], ring, group);
+}
+
+/* The part with row *row of all, of which it is *row. */
+DEVICE const block_part &part_with(const block_rows_of_w &w, int *row) {
+    int i = 0;
+    while (i < 2 && *row >= w.parts[i].rows) *row -= w.parts[i++].rows;
+    return w.parts[i];
+}
+
+/* Brings what few_sum_blocks will read to the second-level cache. */
+static __device__ void few_ask_blocks(const block_rows_of_w &w, int k0, int steps, int row) {
+    const block_part &p = part_with(w, &row);
+    const int each = tile_units(p.type), full = tile_bytes(p.type, each);
+    const int end = least(p.row_bytes, ceil_div((k0 + steps * WIDE_K) / 32, each) * full);
+    const unsigned char *from = p.data + (size_t)least(row + tid() % 128 / 2, p.rows - 1) * p.row_bytes;
+    for (int at = k0 / 32 / each * full + tid() % 2 * 128; at < end; at += 256) prefetch(from + at);
+}
+
+/* The same for weights in blocks: W of a step is what the warpgroup has made of them, a unit a thread, in the
+   same place, from row `row` of W on. */
+template <int R>
+static __device__ void few_sum_blocks(const ring_of_tiles &ring, int steps, int k0, int group, const block_rows_of_w &w,
+                                      int row) {
+    typedef few_tile<WIDE_M, R> tile;
+    const int in_step = tid() % 2, line = tid() % 128 / 2;
+    const block_part &p = part_with(w, &row);
+    const int mine = least(row + line, p.rows - 1);
+    unsigned char *const to = ring.memory + (int)WIDE_HALF / 2 * group + 128 * line;
+    float acc[R / 2], part[R / 2];
+    ring_place make = {0, 0}, at = {0, 0};
+    UNROLL for (int i = 0; i < R / 2; i++) acc[i] = part[i] = 0;
+    NO_UNROLL for (int done = 0; done < steps; done += SUM_STEPS) {
+        const int n = least(SUM_STEPS, steps - done);
+        ring_place first = at;
+        NO_UNROLL for (int i = 0; i < n; i++, make.advance(ring.n)) {
+            unsigned h[16];
+            part_values(p, mine, (k0 + (done + i) * WIDE_K) / 32 + in_step, w.up, [&](const float (&v)[32]) {
+                UNROLL for (int e = 0; e < 16; e++) h[e] = round_halves(v[2 * e], v[2 * e + 1]);
+            });
+            UNROLL for (int j = 0; j < 4; j++)
+                *(uint4 *)(void *)(to + tile::BYTES * make.slot + 16 * ((4 * in_step + j) ^ (line & 7))) =
+                    make_uint4(h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]);
         }
+        stores_ready();
+        group_sync(2 + group, 128);
+        NO_UNROLL for (int i = 0; i < n; i++, at.advance(ring.n)) {
+            const unsigned char *now = ring.memory + tile::BYTES * at.slot;
+            barrier_wait(&ring.stages[at.slot].full, at.parity);
+            products_begin();
+            UNROLL for (int j = 0; j < WIDE_K / 16; j++)
+                wide_multiply(part, operand(now + (int)WIDE_HALF / 2 * group) + 2 * (unsigned)j,
+                              operand(now + tile::X_AT) + 2 * (unsigned)j, i + j > 0);
+            products_commit();
+        }
+        products_wait<0>();
+        products_done(part);
+        NO_UNROLL for (int i = 0; i < n; i++, first.advance(ring.n))
+            if (lane_id() == 0) barrier_arrive(&ring.stages[first.slot].empty);
+        UNROLL for (int i = 0; i < R / 2; i++) acc[i] += part[i];
+    }
+    few_store_sums<WIDE_M>(acc, ring, group);
 }
 
 /* What a lane needs to finish a row, beside its sums. pair: of ADD the residual, of QKV the gains. */
@@ -3980,9 +4067,9 @@ DEVICE void few_finish_rows(const wide_args &g, const float *sums, int row, int 
 
 /* The warps that multiply. They are short-lived, so what they do once must not be much code: it comes from
    afar, too. */
-template <class END, int R>
+template <class END, int R, class S>
 DEVICE void few_multiply(const wide_args &g, const ring_of_tiles &ring, int rank, int tile, int steps,
-                         int warp) {
+                         int warp, S sum) {
     constexpr bool norms = R == 32 && END::NORMS;
     constexpr int M = END::M;
     __shared__ row_scale scales[FEW_NORM];
@@ -4003,9 +4090,30 @@ DEVICE void few_multiply(const wide_args &g, const ring_of_tiles &ring, int rank
         r.scale = g.w_scale / scales[row].up;
         r.down = 1.0f / scales[row].ff;
     }
-    few_sum<M, R>(ring, steps, warp / 4);
+    sum();
     cluster_meet();
     few_finish_rows<END>(g, sums, row, end, tile, r, next, [](few_row &, int) {});
+}
+#endif
+
+/* Weights in blocks: see BLOCKS; w.up times what they stand for becomes F16. */
+#ifdef QWEN3_WGMMA
+template <class END, int R, class A, class L, class S>
+DEVICE void few_multiply_rows(const wide_args &g, A ask, L load, S sum) {
+    constexpr int M = END::M;
+    QWEN3_DYNAMIC_SHARED(raw);
+    const ring_of_tiles ring = make_ring(raw, few_memory<M, R>(g.stages), g.stages, 8);
+    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
+    const int warp = __shfl_sync(ALL, warp_id(), 0), k0 = rank * steps * WIDE_K;
+    __syncthreads();
+    if (warp < 8) ask(tile, k0, steps, warp / 4);
+    let_next_start();
+    if (warp == 8) {
+        if (lane_id() == 0) load(ring, tile, k0, steps);
+        __syncwarp();
+        cluster_meet();
+    } else few_multiply<END, R>(g, ring, rank, tile, steps, warp, [&] { sum(ring, tile, k0, steps, warp / 4); });
+    cluster_sync();                     /* nobody leaves while its sums are read */
 }
 #endif
 
@@ -4021,22 +4129,37 @@ static __global__ void __launch_bounds__(FEW_THREADS, 2)
     few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
                        wide_args g) {
 #ifdef QWEN3_WGMMA
-    constexpr int M = END::M;
-    QWEN3_DYNAMIC_SHARED(raw);
-    const ring_of_tiles ring = make_ring(raw, few_memory<M, R>(g.stages), g.stages, 8);
-    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
-    const int warp = __shfl_sync(ALL, warp_id(), 0);
-    __syncthreads();
-    let_next_start();
-    if (warp == 8) {
-        if (lane_id() == 0)
-            few_load<M, R>(&x_map, &w_map, g, ring, tile, rank * steps * WIDE_K, steps);
-        __syncwarp();
-        cluster_meet();
-    } else few_multiply<END, R>(g, ring, rank, tile, steps, warp);
-    cluster_sync();                     /* nobody leaves while its sums are read */
+    few_multiply_rows<END, R>(
+        g, [](int, int, int, int) {},
+        [&](const ring_of_tiles &ring, int tile, int k0, int steps) {
+            few_load<END::M, R>(&x_map, &w_map, g, ring, tile, k0, steps);
+        },
+        [&](const ring_of_tiles &ring, int, int, int steps, int group) { few_sum<END::M, R>(ring, steps, group); });
 #else
     (void)x_map; (void)w_map; (void)g;
+#endif
+}
+
+/* few_block_product: the same with W in blocks, by tiles of 128 rows. What is summed is what block_decode makes of
+   them. Their bytes are asked for, up to the second-level cache, before the kernel before has ended. */
+template <class END, int R>
+static __global__ void __launch_bounds__(FEW_THREADS, 2)
+    few_block_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ block_rows_of_w w,
+                             wide_args g) {
+#ifdef QWEN3_WGMMA
+    few_multiply_rows<END, R>(
+        g,
+        [&](int tile, int k0, int steps, int group) {
+            few_ask_blocks(w, k0, steps, tile * g.step + group * g.half);
+        },
+        [&](const ring_of_tiles &ring, int tile, int k0, int steps) {
+            few_load<WIDE_M, R>(&x_map, NULL, g, ring, tile, k0, steps);
+        },
+        [&](const ring_of_tiles &ring, int tile, int k0, int steps, int group) {
+            few_sum_blocks<R>(ring, steps, k0, group, w, tile * g.step + group * g.half);
+        });
+#else
+    (void)x_map; (void)w; (void)g;
 #endif
 }
 
@@ -4120,14 +4243,25 @@ static qwen3_result launch_few_product(const pass *p, const stored_map &in, cons
                     "few_product");
 }
 
+template <class END, int R>
+static qwen3_result few_product_of(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+    const few_plan none = {0, 0, 0, 0}, plan = few_better(p, a, WIDE_M, R, none);
+    block_rows_of_w blocks;
+    if (w.n_parts == 0) return launch_few_product<END, R>(p, in, w, a, plan);
+    memset(&blocks, 0, sizeof blocks);
+    for (int i = 0; i < w.n_parts; i++) blocks.parts[i] = w.parts[i];
+    blocks.up = 1 / w.scale;
+    a.parts = plan.parts;
+    a.stages = few_stages<WIDE_M, R>(plan.steps);
+    return launched(p,
+                    launch_clusters(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), FEW_THREADS,
+                                    few_product_shared<WIDE_M, R>(a.stages), few_block_product_kernel<END, R>,
+                                    get_map(in), blocks, a),
+                    "few_block_product");
+}
 template <class END>
 static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
-    const few_plan none = {0, 0, 0, 0};
-    ready r;
-    TRY(make_ready(p, w, 0, w.rows, &r));
-    return a.rows <= 32 ?
-               launch_few_product<END, 32>(&r.p, in, *r.w, a, few_better(p, a, WIDE_M, 32, none)) :
-               launch_few_product<END, 64>(&r.p, in, *r.w, a, few_better(p, a, WIDE_M, 64, none));
+    return a.rows <= 32 ? few_product_of<END, 32>(p, in, w, a) : few_product_of<END, 64>(p, in, w, a);
 }
 
 /* x += W in, by tiles of 128 or of 64 rows of W */
@@ -4141,11 +4275,10 @@ static qwen3_result few_add_of(const pass *p, const stored_map &in, const matrix
     return launch_few_product<to_residual<WIDE_M / 2>, R>(p, in, w, a, plan);
 }
 static qwen3_result few_add(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
-    ready r;
-    TRY(make_ready(p, w, 0, w.rows, &r));
     a.x = p->c->x;
     a.ldx = p->c->embd_ld;
-    return a.rows <= 32 ? few_add_of<32>(&r.p, in, *r.w, a) : few_add_of<64>(&r.p, in, *r.w, a);
+    if (w.n_parts > 0) return few_product<to_residual<> >(p, in, w, a);
+    return a.rows <= 32 ? few_add_of<32>(p, in, w, a) : few_add_of<64>(p, in, w, a);
 }
 
 static int wide_pairs(const pass *p) { return ceil_div(p->n, 2 * WIDE_M); }
@@ -6018,7 +6151,7 @@ static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *out
    evenly by its warps, so that a lane keeps its unit of x while rows go by; tiles come by a ring as in
    weight_stream, but the warp copies them together. Sums of tiles meet in shared memory. */
 /* With one row of x two kernels' blocks fit on a multiprocessor. */
-template <int R> struct block_shape { enum { WARPS = R == 1 ? 12 : 8, BLOCKS = R == 1 ? 2 : 1 }; };
+template <int R> struct block_shape { enum { WARPS = R == 1 ? LAB_WARPS : 8, BLOCKS = R == 1 ? 2 : 1 }; };
 const int BLOCK_ROWS  = 4;              /* of x, at most */
 const int BLOCK_RING  = 8 << 10;        /* bytes of a warp's */
 const int BLOCK_SUMS  = 4 << 10;        /* bytes of the sums of tiles */
@@ -7111,14 +7244,7 @@ static qwen3_result few_head(const pass *p, int first, int n, bool keep_only) {
     a.y = keep_only ? c->kept : c->logits;
     a.outs = keep_only ? c->rows + first : NULL;
     TRY(hopper_round(p, w, c->h, c->embd_ld, n));
-    if (w.n_parts == 0) TRY(few_product<to_logits>(p, c->few_h_map, w, a));
-    for (int i = 0; w.n_parts > 0 && i < w.rows; i += c->halves[HEAD_KIND].rows, a.y += a.n) {
-        ready r;
-        a.n = least(c->halves[HEAD_KIND].rows, w.rows - i);
-        a.n_tiles = ceil_div(a.n, WIDE_N);
-        TRY(make_ready(p, w, i, a.n, &r));
-        TRY(few_product<to_logits>(&r.p, c->few_h_map, *r.w, a));
-    }
+    TRY(few_product<to_logits>(p, c->few_h_map, w, a));
     return keep_only ? QWEN3_OK : keep_logits(p, first, n, NULL);
 }
 
@@ -7665,7 +7791,7 @@ const path_set HOPPER = {
 
 /* With weights in blocks fewer than some rows are faster by their whole numbers than through F16. */
 const path_set HOPPER_BLOCKS = {
-    {{MATVEC_ROWS, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    {{LAB_VECTORS, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
     true, hopper_memory, prepare_hopper
 };
 
@@ -7957,11 +8083,15 @@ static qwen3_result take_memory(cuda_ctx *c, const qwen3i_err *err) {
 template <int R> static qwen3_result allow_few_shared(const qwen3i_err *err) {
     const size_t bytes = FEW_SHARED;
     TRY(allow_shared(few_product_kernel<to_residual<WIDE_M / 2>, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<to_residual<WIDE_M>, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<to_heads<half_t>, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<to_heads<void>, R>, bytes, err));
-    TRY(allow_shared(few_product_kernel<to_mlp, R>, bytes, err));
-    return allow_shared(few_product_kernel<to_logits, R>, bytes, err);
+#define ALLOW(END) TRY(allow_shared(few_product_kernel<END, R>, bytes, err)); \
+                   TRY(allow_shared(few_block_product_kernel<END, R>, bytes, err))
+    ALLOW(to_residual<WIDE_M>);
+    ALLOW(to_heads<half_t>);
+    ALLOW(to_heads<void>);
+    ALLOW(to_mlp);
+    ALLOW(to_logits);
+#undef ALLOW
+    return QWEN3_OK;
 }
 
 /* A cluster lies within one of the chip's groups of multiprocessors: of 264 places for blocks, 30 clusters of
