@@ -71,12 +71,6 @@
 #endif
 #include <type_traits>
 
-#ifndef LAB_VECTORS
-#define LAB_VECTORS 1
-#endif
-#ifndef LAB_WARPS
-#define LAB_WARPS 12
-#endif
 namespace {
 
 typedef __half        half_t;
@@ -6151,7 +6145,7 @@ static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *out
    evenly by its warps, so that a lane keeps its unit of x while rows go by; tiles come by a ring as in
    weight_stream, but the warp copies them together. Sums of tiles meet in shared memory. */
 /* With one row of x two kernels' blocks fit on a multiprocessor. */
-template <int R> struct block_shape { enum { WARPS = R == 1 ? LAB_WARPS : 8, BLOCKS = R == 1 ? 2 : 1 }; };
+template <int R> struct block_shape { enum { WARPS = R == 1 ? 12 : 8, BLOCKS = R == 1 ? 2 : 1 }; };
 const int BLOCK_ROWS  = 4;              /* of x, at most */
 const int BLOCK_RING  = 8 << 10;        /* bytes of a warp's */
 const int BLOCK_SUMS  = 4 << 10;        /* bytes of the sums of tiles */
@@ -7789,12 +7783,6 @@ const path_set HOPPER = {
     true, hopper_memory, prepare_hopper
 };
 
-/* With weights in blocks fewer than some rows are faster by their whole numbers than through F16. */
-const path_set HOPPER_BLOCKS = {
-    {{LAB_VECTORS, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
-    true, hopper_memory, prepare_hopper
-};
-
 /* The same of invariant contexts. */
 const path_set SAME_PORTABLE = {
     {{SAME_ROWS, &SAME_VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, false, gemm_memory, prepare_nothing
@@ -8014,7 +8002,7 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
 static const path_set *paths_of(const cuda_model *m, const qwen3_ctx_desc *desc) {
     const bool blocks = m->wide && m->layers[0].gate_up.n_parts > 0;
     if (desc->invariant) return !m->wide ? &SAME_PORTABLE : blocks ? &SAME_HOPPER_BLOCKS : &SAME_HOPPER;
-    return !m->wide ? &PORTABLE : blocks ? &HOPPER_BLOCKS : &HOPPER;
+    return m->wide ? &HOPPER : &PORTABLE;
 }
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
