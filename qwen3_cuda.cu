@@ -13,8 +13,9 @@
      same two bytes and the same value for everything within 2^32 of the matrix's largest (below that the
      error is under 2^-40 of the largest). So there is one 16-bit format, every tensor core since sm_75
      multiplies it, and what is rounded to it loses 2^-12 instead of 2^-9. Quantised weights stay as they
-     are, but for where the parts of a block lie. Up to 8 rows are multiplied by their whole numbers; for
-     more the matrix in hand becomes F16 in a scratch.
+     are, but for where the parts of a block lie. One row (below Hopper up to 8) is multiplied by their whole
+     numbers; up to 64 rows on Hopper they become F16 on their way to the tensor cores; for more the matrix
+     in hand does in a scratch.
    INPUTS   of a product with at most 8 rows (on Hopper 1) stay float32. With more rows and 16-bit weights
      each row is rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size.
      With quantised weights few rows become whole numbers of 16 bits instead, with a scale for each 32.
@@ -778,7 +779,7 @@ struct stored_map { u64 words[sizeof(CUtensorMap) / 8]; };
 
 /* Rows of a matrix in blocks, row_bytes apart, of any format: see BLOCKS. */
 struct block_part { unsigned char *data; int rows, type, units, row_bytes; };
-struct block_rows_of_w { block_part parts[3]; float up; };     /* below each other; up: see few_block_product */
+struct stacked_blocks { block_part parts[3]; float up; };      /* up: see few_block_product */
 
 /* W [rows, cols] = data * scale; rows ld apart, zero from cols to ld */
 struct matrix {
@@ -3840,8 +3841,8 @@ template <int M, int R> static size_t few_product_shared(int stages) {
 }
 
 #ifdef QWEN3_WGMMA
-/* Steps of 64 elements, from k0 on, of a tile of W, unless it is in blocks, and of x, unless the block makes it
-   itself. */
+/* Steps of 64 elements, from k0 on, of a tile of W, unless it is quantised, and of x, unless the block makes
+   it itself. */
 template <int M, int R>
 static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
                                 const ring_of_tiles &ring, int tile, int k0, int steps) {
@@ -3893,7 +3894,8 @@ DEVICE void few_norm(const wide_args &g, unsigned char *memory, int k0, int step
 }
 
 /* A warpgroup's sums of N rows of x to [R, FEW_LD] over the stages */
-template <int M, int N2> DEVICE void few_store_sums(const float (&acc)[N2], const ring_of_tiles &ring, int group) {
+template <int M, int N2>
+DEVICE void few_store_sums(const float (&acc)[N2], const ring_of_tiles &ring, int group) {
     const int N = 2 * N2;
     group_sync(1, 256);                 /* nobody reads the stages any more */
     float *to = (float *)(void *)ring.memory + (lane_id() % 4 * 2 + (M == WIDE_M ? 0 : N * group)) * FEW_LD +
@@ -3923,15 +3925,15 @@ static __device__ void few_sum(const ring_of_tiles &ring, int steps, int group, 
     few_store_sums<M>(acc[0], ring, group);
 }
 
-/* The part with row *row of all, of which it is *row. */
-DEVICE const block_part &part_with(const block_rows_of_w &w, int *row) {
+/* The part with row *row of all, of which it becomes *row; past the end the last one. */
+DEVICE const block_part &part_with(const stacked_blocks &w, int *row) {
     int i = 0;
-    while (i < 2 && *row >= w.parts[i].rows) *row -= w.parts[i++].rows;
+    while (i < 2 && *row >= w.parts[i].rows && w.parts[i + 1].rows > 0) *row -= w.parts[i++].rows;
     return w.parts[i];
 }
 
 /* Brings what few_sum_blocks will read to the second-level cache. */
-static __device__ void few_ask_blocks(const block_rows_of_w &w, int k0, int steps, int row) {
+static __device__ void few_ask_blocks(const stacked_blocks &w, int k0, int steps, int row) {
     const block_part &p = part_with(w, &row);
     const int each = tile_units(p.type), full = tile_bytes(p.type, each);
     const int end = least(p.row_bytes, ceil_div((k0 + steps * WIDE_K) / 32, each) * full);
@@ -3942,8 +3944,8 @@ static __device__ void few_ask_blocks(const block_rows_of_w &w, int k0, int step
 /* The same for weights in blocks: W of a step is what the warpgroup has made of them, a unit a thread, in the
    same place, from row `row` of W on. */
 template <int R>
-static __device__ void few_sum_blocks(const ring_of_tiles &ring, int steps, int k0, int group, const block_rows_of_w &w,
-                                      int row) {
+static __device__ void few_sum_blocks(const ring_of_tiles &ring, int steps, int k0, int group,
+                                      const stacked_blocks &w, int row) {
     typedef few_tile<WIDE_M, R> tile;
     const int in_step = tid() % 2, line = tid() % 128 / 2;
     const block_part &p = part_with(w, &row);
@@ -4090,7 +4092,7 @@ DEVICE void few_multiply(const wide_args &g, const ring_of_tiles &ring, int rank
 }
 #endif
 
-/* Weights in blocks: see BLOCKS; w.up times what they stand for becomes F16. */
+/* What the kernels of few rows share: ask() for what can be brought near, load() by one thread, sum(). */
 #ifdef QWEN3_WGMMA
 template <class END, int R, class A, class L, class S>
 DEVICE void few_multiply_rows(const wide_args &g, A ask, L load, S sum) {
@@ -4106,7 +4108,9 @@ DEVICE void few_multiply_rows(const wide_args &g, A ask, L load, S sum) {
         if (lane_id() == 0) load(ring, tile, k0, steps);
         __syncwarp();
         cluster_meet();
-    } else few_multiply<END, R>(g, ring, rank, tile, steps, warp, [&] { sum(ring, tile, k0, steps, warp / 4); });
+    } else
+        few_multiply<END, R>(g, ring, rank, tile, steps, warp,
+                             [&] { sum(ring, tile, k0, steps, warp / 4); });
     cluster_sync();                     /* nobody leaves while its sums are read */
 }
 #endif
@@ -4128,18 +4132,20 @@ static __global__ void __launch_bounds__(FEW_THREADS, 2)
         [&](const ring_of_tiles &ring, int tile, int k0, int steps) {
             few_load<END::M, R>(&x_map, &w_map, g, ring, tile, k0, steps);
         },
-        [&](const ring_of_tiles &ring, int, int, int steps, int group) { few_sum<END::M, R>(ring, steps, group); });
+        [&](const ring_of_tiles &ring, int, int, int steps, int group) {
+            few_sum<END::M, R>(ring, steps, group);
+        });
 #else
     (void)x_map; (void)w_map; (void)g;
 #endif
 }
 
-/* few_block_product: the same with W in blocks, by tiles of 128 rows. What is summed is what block_decode makes of
-   them. Their bytes are asked for, up to the second-level cache, before the kernel before has ended. */
+/* few_block_product: the same with W in blocks, by tiles of 128 rows. What is summed is what block_decode
+   makes of them. Their bytes are on their way to the second-level cache before the kernel before has ended. */
 template <class END, int R>
 static __global__ void __launch_bounds__(FEW_THREADS, 2)
-    few_block_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ block_rows_of_w w,
-                             wide_args g) {
+    few_block_product_kernel(const __grid_constant__ CUtensorMap x_map,
+                             const __grid_constant__ stacked_blocks w, wide_args g) {
 #ifdef QWEN3_WGMMA
     few_multiply_rows<END, R>(
         g,
@@ -4240,7 +4246,7 @@ static qwen3_result launch_few_product(const pass *p, const stored_map &in, cons
 template <class END, int R>
 static qwen3_result few_product_of(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
     const few_plan none = {0, 0, 0, 0}, plan = few_better(p, a, WIDE_M, R, none);
-    block_rows_of_w blocks;
+    stacked_blocks blocks;
     if (w.n_parts == 0) return launch_few_product<END, R>(p, in, w, a, plan);
     memset(&blocks, 0, sizeof blocks);
     for (int i = 0; i < w.n_parts; i++) blocks.parts[i] = w.parts[i];
@@ -6141,8 +6147,8 @@ static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *out
    ================================================================================================ */
 /* x comes as whole numbers of 16 bits with a scale for each 32, which the chip multiplies as two bytes, four
    at a time: all sums of a unit are exact. Where codes are numbers in floating point, x stays float32. A
-   block has rows of W next to each other, and their tiles, column by column and rows two at a time, are shared
-   evenly by its warps, so that a lane keeps its unit of x while rows go by; tiles come by a ring as in
+   block has rows of W next to each other, and their tiles, column by column and rows two at a time, are
+   shared evenly by its warps, so that a lane keeps its unit of x while rows go by; tiles come by a ring as in
    weight_stream, but the warp copies them together. Sums of tiles meet in shared memory. */
 /* With one row of x two kernels' blocks fit on a multiprocessor. */
 template <int R> struct block_shape { enum { WARPS = R == 1 ? 12 : 8, BLOCKS = R == 1 ? 2 : 1 }; };
@@ -6160,9 +6166,9 @@ struct block_in {
     const float *gain;                  /* [k]: x is one row, to be normalised first; NULL: it is */
     float        eps;
 };
-/* Rows of W that a block multiplies two at a time, the second of the last two maybe not there: the first two, the
-   bytes from them to the next two, and the slot of the first one's sums, `each` more for each row: one past the
-   end is written, too. */
+/* Rows of W that a block multiplies two at a time, the second of the last two maybe not there: the first two,
+   the bytes from them to the next two, and the slot of the first one's sums, `each` more for each row: one
+   past the end is written, too. */
 struct block_rows { const unsigned char *a, *b; int n, stride, slot, each; };
 
 static __host__ __device__ inline size_t block_x_bytes(const block_in &in) {
@@ -6187,16 +6193,19 @@ template <int PLANES> DEVICE int x_at(int u, int k) { return (u / 32 * PLANES + 
 /* x comes after the rings. */
 DEVICE unsigned char *block_planes(unsigned char *memory) { return memory + n_threads() / 32 * BLOCK_RING; }
 
-/* 16 x's as whole numbers: x * up, whose low bytes and whose high ones, with a sign, go to *low and *high; their
-   sum. Added to 1.5 * 2^23 a number is rounded, and its bits are whole. */
+/* 16 x's as whole numbers: x * up, whose low bytes and whose high ones, with a sign, go to *low and *high;
+   their sum. Added to 1.5 * 2^23 a number is rounded, and its last bits are it. */
 DEVICE int block_whole(uint4 *low, uint4 *high, const float4 (&v)[4], float up) {
     const float shift = 12582912.0f;
     unsigned l[4], h[4], sum = 0;
     UNROLL for (int i = 0; i < 4; i++) {
-        const unsigned a = __float_as_uint(fmaf(v[i].x, up, shift)), b = __float_as_uint(fmaf(v[i].y, up, shift)),
-                       c = __float_as_uint(fmaf(v[i].z, up, shift)), d = __float_as_uint(fmaf(v[i].w, up, shift));
+        const unsigned a = __float_as_uint(fmaf(v[i].x, up, shift)),
+                       b = __float_as_uint(fmaf(v[i].y, up, shift)),
+                       c = __float_as_uint(fmaf(v[i].z, up, shift)),
+                       d = __float_as_uint(fmaf(v[i].w, up, shift));
         l[i] = __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
-        h[i] = __byte_perm(__byte_perm(a + 128, b + 128, 0x0051), __byte_perm(c + 128, d + 128, 0x0051), 0x5410);
+        h[i] = __byte_perm(__byte_perm(a + 128, b + 128, 0x0051),
+                           __byte_perm(c + 128, d + 128, 0x0051), 0x5410);
         sum += a + b + c + d;
     }
     *low = make_uint4(l[0], l[1], l[2], l[3]);
@@ -6207,11 +6216,13 @@ DEVICE float largest_of(float4 v) {
     return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 }
 
-/* Half h of the units of x, 16 elements, to their planes. Neighbouring lanes have a unit; all lanes take part. */
+/* Half h of the units of x, 16 elements, to their planes. Two neighbouring lanes have a unit; all lanes take
+   part. */
 DEVICE void block_store_x(const block_in &in, unsigned char *planes, int h, const float4 (&v)[4]) {
     const int u = h / 2, half = h % 2, n = in.units;
     if (in.ints) {
-        float top = fmaxf(fmaxf(largest_of(v[0]), largest_of(v[1])), fmaxf(largest_of(v[2]), largest_of(v[3])));
+        float top = fmaxf(fmaxf(largest_of(v[0]), largest_of(v[1])),
+                          fmaxf(largest_of(v[2]), largest_of(v[3])));
         top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
         const float up = top > 0 ? (float)MOST_INT / top : 0.0f, down = top * (1.0f / (float)MOST_INT);
         uint4 low, high, *to = (uint4 *)(void *)planes;
@@ -6356,7 +6367,7 @@ DEVICE float sum_two(float a, float b) {
 /* Where tiles come from, and which of how many is next. */
 struct tile_source {
     const unsigned char *a, *b;         /* of the two rows; this lane's */
-    int pair, offset, left;             /* offset: of the tile in its row; left: bytes of it from this lane's on */
+    int pair, offset, left;             /* offset: of the tile in its row; left: its bytes from this lane's on */
     __device__ __forceinline__ void find(const block_rows &rows, int row_bytes, int full) {
         const size_t at = (size_t)pair * (size_t)rows.stride + (size_t)offset + 16 * (size_t)lane_id();
         a = rows.a + at;
@@ -6365,8 +6376,8 @@ struct tile_source {
     }
 };
 
-/* sums[(slot * R + r) * columns + column] = that of a row's tile and of row r of x, for the tiles that are this
-   warp's. stage: x is not there yet. Order: lanes are added by exchange. */
+/* sums[(slot * R + r) * columns + column] = that of a row's tile and of row r of x, for the tiles that are
+   this warp's. stage: x is not there yet. Order: lanes are added by exchange. */
 template <int T, int R>
 static __device__ NO_INLINE void block_sums_of(const block_in &in, const block_rows rows, int units,
                                                int row_bytes, float *sums, bool stage) {
@@ -6498,9 +6509,9 @@ template <int R> DEVICE float block_sum_at(const float *sums, int i, int r, int 
     return sum;
 }
 
-/* block_product: up to R rows of x times a matrix in blocks. The blocks share its rows, or pairs of them, evenly.
-   One kernel for all ends, and a function in it for each format, which others would only repeat. Equals
-   qwen3i_matmul, and what vector_product does after it. */
+/* block_product: up to R rows of x times a matrix in blocks. The grid shares its rows, or pairs of them,
+   evenly. One kernel for all ends, and a function in it for each format, which others would only repeat.
+   Order: tiles of a row one after the other. Equals qwen3i_matmul, and what vector_product does after it. */
 template <int R>
 static __global__ void __launch_bounds__(32 * block_shape<R>::WARPS, block_shape<R>::BLOCKS)
     block_product_kernel(const __grid_constant__ block_in in, const __grid_constant__ vector_end e) {
@@ -6508,7 +6519,8 @@ static __global__ void __launch_bounds__(32 * block_shape<R>::WARPS, block_shape
     __shared__ int finished[STREAM_HEADS];
     float *sums = (float *)(void *)(block_planes(memory) + R * block_x_bytes(in)) + 32;
     const int n = e.kind == END_MLP ? in.parts[0].rows : in.n, blocks = (int)gridDim.x;
-    const row_range mine = {(int)((long long)block_x() * n / blocks), (int)((long long)(block_x() + 1) * n / blocks)};
+    const row_range mine = {(int)((long long)block_x() * n / blocks),
+                            (int)((long long)(block_x() + 1) * n / blocks)};
     row_angles angles;                     /* written long before, so there is nothing to wait for */
     if (e.kind == END_HEADS) angles = load_row_angles(e.qkv, warp_id() < in.rows ? warp_id() : 0);
     if (e.kind == END_MLP) block_multiply_pairs<R>(in, mine, sums);
@@ -6551,15 +6563,16 @@ static block_in block_input(const pass *p, const matrix &w, const input &h, int 
     return in;
 }
 
-/* Warps of a block: as many as there is room for, if possible twice on a multiprocessor; at least as many as the
-   rows of x, of which each wants one; 0: there is no room. */
+/* Warps of a block: as many as there is room for, if possible twice on a multiprocessor; at least as many as
+   the rows of x, of which each wants one; 0: there is no room. */
 template <int R> static int block_warps(const pass *p, const block_in &in) {
     const cuda_model *m = p->c->m;
-    const size_t half = least(m->block_shared, m->sm_shared / 2 - 2048);
-    int most_warps = block_shape<R>::WARPS, warps = most_warps;
+    const size_t all = m->block_shared - 2048, half = least(all, m->sm_shared / 2 - 2048);
+    const int most_warps = block_shape<R>::WARPS;
+    int warps = most_warps;
     while (R == 1 && warps > 0 && block_memory(in, R, warps) > half) warps--;
     if (warps >= 6 && R == 1) return warps;
-    for (warps = most_warps; warps > 0 && block_memory(in, R, warps) > m->block_shared; ) warps--;
+    for (warps = most_warps; warps > 0 && block_memory(in, R, warps) > all; ) warps--;
     return warps >= R ? warps : 0;
 }
 
@@ -6579,8 +6592,9 @@ static qwen3_result launch_block(const pass *p, const block_in &in, const vector
                            "CUDA: rows of %d elements in blocks are too long for %s", in.k, p->c->m->name);
     const int fill = p->c->m->n_sm, each = e.kind == END_MLP ? 2 : 1,
               room = most(1, BLOCK_SUMS / (int)sizeof(float) / (R * most_columns(in) * each)),
-              times = ceil_div(ceil_div(units, fill), room);
-    return launched(p, launch_shared(p->early, 1, p->s, grid1(least(fill * times, ceil_div(units, 4))),
+              times = ceil_div(ceil_div(units, fill), room);      /* rows of a block: at most room */
+    const int blocks = least(fill * times, ceil_div(units, least(4, room)));
+    return launched(p, launch_shared(p->early, 1, p->s, grid1(blocks),
                                      32 * warps, block_memory(in, R, warps), block_product_kernel<R>, in, e),
                     "block_product");
 }
