@@ -4141,7 +4141,7 @@ static __global__ void __launch_bounds__(FEW_THREADS, 2)
 }
 
 /* few_block_product: the same with W in blocks, by tiles of 128 rows. What is summed is what block_decode
-   makes of them. Their bytes are on their way to the second-level cache before the kernel before has ended. */
+   makes of them. Their bytes come to the second-level cache while the kernel before still runs. */
 template <class END, int R>
 static __global__ void __launch_bounds__(FEW_THREADS, 2)
     few_block_product_kernel(const __grid_constant__ CUtensorMap x_map,
@@ -6367,7 +6367,7 @@ DEVICE float sum_two(float a, float b) {
 /* Where tiles come from, and which of how many is next. */
 struct tile_source {
     const unsigned char *a, *b;         /* of the two rows; this lane's */
-    int pair, offset, left;             /* offset: of the tile in its row; left: its bytes from this lane's on */
+    int pair, offset, left;             /* offset: of the tile in its row; left: bytes of it */
     __device__ __forceinline__ void find(const block_rows &rows, int row_bytes, int full) {
         const size_t at = (size_t)pair * (size_t)rows.stride + (size_t)offset + 16 * (size_t)lane_id();
         a = rows.a + at;
