@@ -827,7 +827,7 @@ struct cuda_model {
     float          *final_norm;
     bool            wide;               /* products with many rows can go through the kernels for Hopper */
     int             rank, n_ranks;      /* see RANKS; one of one: config and weights are the model's own */
-    int             first_kv, all_kv;   /* its key/value heads begin there; the model's */
+    int             all_kv;             /* key/value heads of the model */
     communicator    comm;
     /* [n_ranks] those of this process; NULL: one device, or one a process */
     cuda_model    **fellows;
@@ -946,7 +946,11 @@ struct cuda_ctx {
 
     communicator comm;                          /* see RANKS */
     rank_group  *ranks;                         /* of rank 0: the others, if they are in this process */
-    float       *gathered;                      /* [n_ranks, head_rows, n_vocab / n_ranks] */
+    char        *gathered;                      /* of all ranks: logits [n_ranks, head_rows, n_vocab / n_ranks]; ... */
+    size_t       gathered_size;                 /* ... keys and values; bytes */
+    int         *stopped;                       /* on the device: has the caller of a rank cancelled? */
+    int        (*cancel)(void *user);           /* the caller's of rank 0, or of each process: asked for between steps */
+    void        *cancel_user;
 
     /* pinned host memory */
     upload_slot slots[RING];
@@ -2190,11 +2194,14 @@ static void share_experts(qwen3i_experts *to, const qwen3i_experts &from, qwen3i
     }
 }
 
+/* Where a rank's key/value heads begin; of fewer heads than ranks some ranks have the same one. */
+static int kv_begins(int rank, int heads, int n_ranks) { return (int)((long long)rank * heads / n_ranks); }
+
 static qwen3_result share_layer(model_share *s, const qwen3i_layer &from, int i, const cuda_model *m,
                                 const qwen3i_err *err) {
     const qwen3i_config *g = &s->config;
     const int q = g->n_head * g->head_dim, kv = g->n_head_kv * g->head_dim,
-              first_kv = m->first_kv * g->head_dim;
+              first_kv = kv_begins(m->rank, m->all_kv, m->n_ranks) * g->head_dim;
     qwen3i_layer *to = &s->layers[i];
     *to = from;
     TRY(check_columns(from.wo, m->n_ranks, err));
@@ -2235,7 +2242,6 @@ static qwen3_result make_share(model_share *s, const qwen3i_model_view *view, cu
     s->config.n_head_kv = most(all->n_head_kv / n, 1);
     s->config.n_ff /= n;
     s->config.n_ff_expert /= n;
-    m->first_kv = (int)((long long)m->rank * all->n_head_kv / n);
     lay_out_share(s, &measured);
     s->size = (size_t)measured.size();
     s->memory = (char *)host_alloc(view->allocator, s->size);
@@ -5853,7 +5859,7 @@ static qwen3_result gather_logits(const pass *p, int n) {
     const int width = c->m->head.rows;
     if (c->m->n_ranks == 1) return QWEN3_OK;
     NCCL_TRY(ncclAllGather(c->logits, c->gathered, (size_t)n * width, ncclFloat, c->comm, p->s));
-    RUN(grid2(c->m->n_ranks, n), 1024, 0, spread_kernel, c->logits, (const float *)c->gathered, width);
+    RUN(grid2(c->m->n_ranks, n), 1024, 0, spread_kernel, c->logits, (const float *)(void *)c->gathered, width);
 #else
     (void)p; (void)n;
 #endif
@@ -7952,7 +7958,10 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->paths->memory(c, a);
     experts_memory(c, a);
     c->logits = take_result(c, a, 3, (size_t)head_rows(c) * vocab);
-    c->gathered = a->take<float>(c->m->n_ranks > 1 ? (size_t)head_rows(c) * vocab : 0);
+    c->gathered_size = c->m->n_ranks == 1 ? 0 : most((size_t)head_rows(c) * vocab * sizeof(float),
+                                                     (size_t)c->m->n_ranks * c->kv_dim * sizeof(float));
+    c->gathered = a->take<char>(c->gathered_size);
+    c->stopped = a->take<int>(1);
     c->logprobs = a->take<float>((size_t)head_rows(c));
     c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
     c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
@@ -8258,8 +8267,6 @@ struct fellow {
 struct rank_group {
     int      n;
     fellow   fellows[MOST_RANKS];       /* [0]: the caller's */
-    int    (*cancel)(void *user);
-    void    *cancel_user;
     std::mutex              lock;       /* of what follows */
     std::condition_variable begun, ended;
     const rank_job *job;
@@ -8813,8 +8820,6 @@ static qwen3_result begin_group(cuda_ctx *c, const qwen3_model *model, const qwe
     c->ranks = new (memory) rank_group();
     c->ranks->n = c->m->n_ranks;
     c->ranks->fellows[0].c = c;
-    c->ranks->cancel = desc->cancel;
-    c->ranks->cancel_user = desc->cancel_user;
     theirs.cancel = NULL;
     theirs.stream = NULL;
     for (int i = 1; i < c->ranks->n; i++) TRY(begin_fellow(c->ranks, i, c, model, &theirs, err));
@@ -8832,13 +8837,11 @@ static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_
     const cuda_model *m = (const cuda_model *)model_state;
     qwen3_ctx_desc own = *desc;
     qwen3_result r = QWEN3_OK;
-    if (m->n_ranks > 1 && !m->fellows && desc->cancel)
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
-                           "CUDA: cancel: ranks in several processes would not agree");
     if (m->n_ranks > 1) own.cancel = NULL;
     TRY(create_ctx_for(paths_of(m, &own), ctx_state, model_state, model, &own, err));
 #ifdef QWEN3_CUDA_NCCL
     cuda_ctx *c = (cuda_ctx *)*ctx_state;
+    if (m->n_ranks > 1) c->cancel = desc->cancel, c->cancel_user = desc->cancel_user;
     if (m->n_ranks > 1) r = m->fellows ? begin_group(c, model, desc, err) : split_ranks(c, err);
 #endif
     if (r == QWEN3_OK) return r;
@@ -8847,19 +8850,39 @@ static qwen3_result create_ctx(void **ctx_state, void *model_state, const qwen3_
     return r;
 }
 
-static bool cancelled_by_caller(const cuda_ctx *c) {
-    return c->ranks ? c->ranks->cancel && c->ranks->cancel(c->ranks->cancel_user) : cancelled(c);
+#ifdef QWEN3_CUDA_NCCL
+/* One process asks its caller; of several all have to know what each was told. */
+static qwen3_result agree(cuda_ctx *c, int *stop, const qwen3i_err *err) {
+    device_guard guard(c->m->device);
+    CUDA_TRY(guard.status);
+    CUDA_TRY(cudaMemcpyAsync(c->stopped, stop, sizeof *stop, cudaMemcpyHostToDevice, c->stream));
+    NCCL_TRY(ncclAllReduce(c->stopped, c->stopped, 1, ncclInt, ncclMax, c->comm, c->stream));
+    CUDA_TRY(cudaMemcpyAsync(stop, c->stopped, sizeof *stop, cudaMemcpyDeviceToHost, c->stream));
+    CUDA_TRY(cudaEventRecord(c->uploaded[c->next_slot], c->stream));
+    return wait_for(c, c->uploaded[c->next_slot], err);
+}
+#endif
+
+/* Before each step */
+static qwen3_result check_cancelled(cuda_ctx *c, const qwen3i_err *err) {
+    int stop = c->cancel ? c->cancel(c->cancel_user) != 0 : cancelled(c);
+#ifdef QWEN3_CUDA_NCCL
+    if (c->m->n_ranks > 1 && !c->ranks && !c->comm)
+        return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: a rank has failed before: free the context");
+    if (c->m->n_ranks > 1 && !c->ranks && c->cancel) TRY(agree(c, &stop, err));
+#endif
+    return stop ? qwen3i_fail(err, QWEN3_STOPPED, "cancelled") : QWEN3_OK;
 }
 
 static qwen3_result forward(void *ctx_state, const qwen3i_batch *b, const qwen3i_err *err) {
     cuda_ctx *c = (cuda_ctx *)ctx_state;
-    if (cancelled_by_caller(c)) return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
+    TRY(check_cancelled(c, err));
     return together(c, [=](cuda_ctx *own, int, const qwen3i_err *e) { return forward_own(own, b, e); }, err);
 }
 
 static qwen3_result next(void *ctx_state, qwen3i_next *items, int n, const qwen3i_err *err) {
     cuda_ctx *c = (cuda_ctx *)ctx_state;
-    if (cancelled_by_caller(c)) return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
+    TRY(check_cancelled(c, err));
     for (int k = 1; c->ranks && k < c->ranks->n; k++) {
         const fellow *f = &c->ranks->fellows[k];
         for (int i = 0; i < n; i++) {
@@ -8923,24 +8946,48 @@ static qwen3_result seq_copy(void *ctx_state, int dst, int src, int n_pos, const
     });
 }
 
-/* Where this rank's heads are in rows of all, whose bytes are *row. */
-static size_t kv_share(const cuda_ctx *c, size_t *row) {
+/* Where a rank's heads are in rows of all, whose bytes are *row. */
+static size_t kv_share(const cuda_ctx *c, int rank, size_t *row) {
     const size_t head = kv_row_bytes(c) / (size_t)c->m->config.n_head_kv;
     *row = head * (size_t)c->m->all_kv;
-    return head * (size_t)c->m->first_kv;
+    return head * (size_t)kv_begins(rank, c->m->all_kv, c->m->n_ranks);
 }
 
-static qwen3_result check_whole(const cuda_ctx *c, const qwen3i_err *err) {
-    if (c->m->n_ranks == 1 || c->ranks) return QWEN3_OK;
-    return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: a rank among several processes has no whole state");
+#ifdef QWEN3_CUDA_NCCL
+/* Rows of all ranks, of which each process has some columns: all of them make this call. */
+static qwen3_result gather_kv(cuda_ctx *c, char *to, const char *cache, int n_pos, const qwen3i_err *err) {
+    const size_t own = kv_row_bytes(c), ranks = (size_t)c->m->n_ranks;
+    const int step = (int)least((size_t)n_pos, c->gathered_size / (own * ranks));
+    size_t row;
+    kv_share(c, 0, &row);
+    for (int first = 0; first < n_pos; first += step) {
+        const size_t n = (size_t)least(step, n_pos - first);
+        NCCL_TRY(ncclAllGather(cache + (size_t)first * own, c->gathered, n * own, ncclChar, c->comm, c->stream));
+        for (size_t r = 0; r < ranks; r++)
+            CUDA_TRY(cudaMemcpy2DAsync(to + (size_t)first * row + kv_share(c, (int)r, &row), row,
+                                       c->gathered + r * n * own, own, own, n, cudaMemcpyDeviceToHost,
+                                       c->stream));
+    }
+    return QWEN3_OK;
 }
+#endif
 
 static qwen3_result kv_read(void *ctx_state, int seq, int layer, int n_pos, void *k, void *v,
                             const qwen3i_err *err) {
     if (n_pos == 0) return QWEN3_OK;
-    TRY(check_whole((cuda_ctx *)ctx_state, err));
+#ifdef QWEN3_CUDA_NCCL
+    cuda_ctx *mine = (cuda_ctx *)ctx_state;
+    if (mine->m->n_ranks > 1 && !mine->ranks) {
+        device_guard guard(mine->m->device);
+        const size_t begin = kv_begin(mine, seq, layer);
+        CUDA_TRY(guard.status);
+        qwen3_result r = gather_kv(mine, (char *)k, mine->k + begin, n_pos, err);
+        if (r == QWEN3_OK) r = gather_kv(mine, (char *)v, mine->v + begin, n_pos, err);
+        return r == QWEN3_OK ? finish_copies(mine, cudaSuccess, err) : end_failed(mine, r);
+    }
+#endif
     return each_rank((cuda_ctx *)ctx_state, [=](cuda_ctx *c) {
-        size_t row, at = kv_begin(c, seq, layer), own = kv_row_bytes(c), to = kv_share(c, &row),
+        size_t row, at = kv_begin(c, seq, layer), own = kv_row_bytes(c), to = kv_share(c, c->m->rank, &row),
                     n = (size_t)n_pos;
         cudaError_t e =
             cudaMemcpy2DAsync((char *)k + to, row, c->k + at, own, own, n, cudaMemcpyDeviceToHost, c->stream);
@@ -8953,9 +9000,8 @@ static qwen3_result kv_read(void *ctx_state, int seq, int layer, int n_pos, void
 
 static qwen3_result kv_write(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v,
                              const qwen3i_err *err) {
-    TRY(check_whole((cuda_ctx *)ctx_state, err));
     return each_rank((cuda_ctx *)ctx_state, [=](cuda_ctx *c) {
-        size_t row, at = kv_begin(c, seq, layer), own = kv_row_bytes(c), from = kv_share(c, &row),
+        size_t row, at = kv_begin(c, seq, layer), own = kv_row_bytes(c), from = kv_share(c, c->m->rank, &row),
                     n = (size_t)n_pos;
         c->ahead.n = 0;
         if (n == 0) return QWEN3_OK;

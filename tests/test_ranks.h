@@ -168,7 +168,18 @@ static void test_ranks_refuses(void) {
 
 #ifdef QWEN3_TEST_CUDA_ON_CPU
 /* Two ranks that are processes of their own, but for the test: the same calls, the same choices. */
-typedef struct ranks_process { int rank; qwen3_token tokens[12]; qwen3_result result; char err[256]; } ranks_process;
+typedef struct ranks_process {
+    int rank, polls;                    /* the caller of rank 1 cancels once, both stop */
+    qwen3_token tokens[12];
+    qwen3_result result, stopped;
+    char err[256];
+    void *state; uint64_t size;
+} ranks_process;
+
+static int ranks_cancel_once(void *process) {
+    ranks_process *p = (ranks_process *)process;
+    return p->rank == 1 && p->polls++ == 0;
+}
 
 static void *ranks_main(void *arg) {
     static const char id[128] = {7};
@@ -186,10 +197,19 @@ static void *ranks_main(void *arg) {
     load.device = load.rank = p->rank;
     load.n_ranks = 2;
     load.nccl_id = id;
+    desc.cancel = ranks_cancel_once;
+    desc.cancel_user = p;
     p->result = qwen3_load(&model, &load, p->err, sizeof p->err);
     if (p->result == QWEN3_OK) p->result = qwen3_ctx_create(&ctx, model, &desc, p->err, sizeof p->err);
     random_tokens(&seed, prompt, 30, 300);
+    if (p->result == QWEN3_OK) p->stopped = eval(ctx, 0, prompt, 30, NULL);
     if (p->result == QWEN3_OK) p->result = eval(ctx, 0, prompt, 30, NULL);
+    if (p->result == QWEN3_OK) {
+        p->size = state_size(ctx, 0);
+        p->state = malloc((size_t)p->size);
+        p->result = state_save(ctx, 0, p->state, p->size, NULL);
+        if (p->result == QWEN3_OK) p->result = state_load(ctx, 0, p->state, p->size);
+    }
     for (i = 0; i < 12 && p->result == QWEN3_OK; i++) p->result = qwen3_next(ctx, 0, NULL, &p->tokens[i]);
     qwen3_ctx_free(ctx);
     qwen3_free(model);
@@ -209,16 +229,22 @@ static void test_ranks_processes(void) {
     if (!CHECK(pthread_create(&thread, NULL, ranks_main, &p[1]) == 0)) return;
     ranks_main(&p[0]);
     pthread_join(thread, NULL);
-    for (i = 0; i < 2; i++) CHECK_MSG(p[i].result == QWEN3_OK, "rank %d: %s", i, p[i].err);
+    for (i = 0; i < 2; i++) {
+        CHECK_MSG(p[i].result == QWEN3_OK, "rank %d: %s", i, p[i].err);
+        CHECK_MSG(p[i].stopped == QWEN3_STOPPED, "rank %d was not stopped: %d", i, (int)p[i].stopped);
+    }
     CHECK(memcmp(p[0].tokens, p[1].tokens, sizeof p[0].tokens) == 0);
+    CHECK(p[0].size == p[1].size && p[0].state && p[1].state && memcmp(p[0].state, p[1].state, (size_t)p[0].size) == 0);
     if (!ranks_fixture(&f, "chat", 2)) return;
     ctx = ctx_open(f.model, 100, 1, 0, QWEN3_KV_F16);
     random_tokens(&seed, prompt, 30, 300);
-    if (ctx) CHECK_OK(ctx, eval(ctx, 0, prompt, 30, NULL));
+    if (ctx && p[0].state) CHECK_OK(ctx, state_load(ctx, 0, p[0].state, p[0].size));
     for (i = 0; ctx && i < 12; i++) {
         CHECK_OK(ctx, qwen3_next(ctx, 0, NULL, &t));
         CHECK_MSG(t == p[0].tokens[i], "token %d: %d, in one process %d", i, (int)p[0].tokens[i], (int)t);
     }
+    free(p[0].state);
+    free(p[1].state);
     qwen3_ctx_free(ctx);
     fixture_close(&f);
 }

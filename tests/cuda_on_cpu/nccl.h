@@ -8,8 +8,8 @@
 #include <mutex>
 
 enum ncclResult_t { ncclSuccess = 0, ncclUnhandledCudaError = 1, ncclRemoteError = 6, ncclInProgress = 7 };
-enum ncclDataType_t { ncclFloat = 7 };
-enum ncclRedOp_t { ncclSum = 0 };
+enum ncclDataType_t { ncclChar = 0, ncclInt = 2, ncclFloat = 7 };
+enum ncclRedOp_t { ncclSum = 0, ncclMax = 2 };
 struct ncclUniqueId { char internal[128]; };
 
 namespace emulated {
@@ -17,11 +17,10 @@ struct clique {                         /* the communicators that meet */
     int n, arrived, left;
     long turn;
     bool broken;
-    std::vector<const float *> from;
-    std::vector<float> sum;
+    std::vector<std::vector<char> > copies;         /* what each hands in */
     std::mutex lock;
     std::condition_variable all;
-    explicit clique(int ranks) : n(ranks), arrived(0), left(0), turn(0), broken(false), from((size_t)ranks) {}
+    explicit clique(int ranks) : n(ranks), arrived(0), left(0), turn(0), broken(false) {}
     /* All ranks have come here, or one has given up. */
     bool meet(std::unique_lock<std::mutex> &held) {
         const long mine = turn;
@@ -94,34 +93,42 @@ static inline ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *sta
 static inline ncclResult_t ncclGroupStart() { return ncclSuccess; }
 static inline ncclResult_t ncclGroupEnd() { return ncclSuccess; }
 
-static inline ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t, ncclRedOp_t,
+template <class T> void emulated_reduce(void *to, const std::vector<std::vector<char> > &all, size_t n, bool add) {
+    for (size_t i = 0; i < n; i++) {
+        T sum = ((const T *)(const void *)all[0].data())[i];
+        for (size_t r = 1; r < all.size(); r++) {
+            const T v = ((const T *)(const void *)all[r].data())[i];
+            sum = add ? sum + v : sum > v ? sum : v;
+        }
+        memcpy((T *)to + i, &sum, sizeof sum);
+    }
+}
+static inline ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op,
                                          ncclComm_t comm, cudaStream_t s) {
     const auto clique = comm->clique;
     const int rank = comm->rank;
     const cudaError_t e = emulated_enqueue(s, [=] {
         std::unique_lock<std::mutex> held(clique->lock);
-        clique->from[(size_t)rank] = (const float *)from;
+        clique->copies.resize((size_t)clique->n);
+        clique->copies[(size_t)rank].assign((const char *)from, (const char *)from + 4 * n);
         if (!clique->meet(held)) return;
-        if (rank == 0) {
-            clique->sum.assign(n, 0.0f);
-            for (const float *x : clique->from) for (size_t i = 0; i < n; i++) clique->sum[i] += x[i];
-        }
-        if (!clique->meet(held)) return;
-        memcpy(to, clique->sum.data(), n * sizeof(float));
+        if (type == ncclInt) emulated_reduce<int>(to, clique->copies, n, op == ncclSum);
+        else emulated_reduce<float>(to, clique->copies, n, op == ncclSum);
         clique->meet(held);
     });
     return e == cudaSuccess ? ncclSuccess : ncclUnhandledCudaError;
 }
-static inline ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t,
-                                         ncclComm_t comm, cudaStream_t s) {
+static inline ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t type, ncclComm_t comm,
+                                         cudaStream_t s) {
+    const size_t bytes = type == ncclChar ? n : 4 * n;
     const auto clique = comm->clique;
     const int rank = comm->rank;
     const cudaError_t e = emulated_enqueue(s, [=] {
         std::unique_lock<std::mutex> held(clique->lock);
-        clique->from[(size_t)rank] = (const float *)from;
+        clique->copies.resize((size_t)clique->n);
+        clique->copies[(size_t)rank].assign((const char *)from, (const char *)from + bytes);
         if (!clique->meet(held)) return;
-        for (int i = 0; i < clique->n; i++)
-            memcpy((float *)to + (size_t)i * n, clique->from[(size_t)i], n * sizeof(float));
+        for (size_t i = 0; i < clique->copies.size(); i++) memcpy((char *)to + i * bytes, clique->copies[i].data(), bytes);
         clique->meet(held);
     });
     return e == cudaSuccess ? ncclSuccess : ncclUnhandledCudaError;
