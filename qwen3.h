@@ -10457,6 +10457,12 @@ static const qwen3i_simd qwen3i_plain_kernels = QWEN3I_KERNELS(qwen3i_plain, qwe
   #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"    /* the undefined operands of gcc's own intrinsics */
   #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
+/* gcc would make a tree of a chain of whole sums, whose leaves wait in memory. */
+#if defined(__GNUC__)
+  #define QWEN3I_IN_ORDER(v) __asm__("" : "+v"(v))
+#else
+  #define QWEN3I_IN_ORDER(v) ((void)0)
+#endif
 /* ---- AVX2 lanes: two registers ------------------------------------------------------------------- */
 #define QWEN3I_AVX2_SETS "avx2,fma,f16c"
 #define QWEN3I_AVX2 QWEN3I_TARGET(QWEN3I_AVX2_SETS)
@@ -10628,8 +10634,12 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_x qwen3i_avx2_spread(const int16_t *p) {
 QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_dot4(qwen3i_avx2_i sum, qwen3i_avx2_w w, qwen3i_avx2_x x) {
     sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(w.even.lo, x.even));
     sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(w.even.hi, x.even));
+    QWEN3I_IN_ORDER(sum.lo);
+    QWEN3I_IN_ORDER(sum.hi);
     sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(w.odd.lo, x.odd));
     sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(w.odd.hi, x.odd));
+    QWEN3I_IN_ORDER(sum.lo);
+    QWEN3I_IN_ORDER(sum.hi);
     return sum;
 }
 
@@ -10836,7 +10846,10 @@ QWEN3I_AVX512 QWEN3I_INLINE qwen3i_avx512_x qwen3i_avx512_spread(const int16_t *
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_dot4(__m512i sum, qwen3i_avx512_w w, qwen3i_avx512_x x) {
     sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.even, x.even));
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(w.odd, x.odd));
+    QWEN3I_IN_ORDER(sum);
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.odd, x.odd));
+    QWEN3I_IN_ORDER(sum);
+    return sum;
 }
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_four_rows(const char *p, size_t ld) {
@@ -10899,7 +10912,7 @@ typedef qwen3i_avx512_i qwen3i_avx512_sums;
 #define qwen3i_avx512_order qwen3i_avx2_ordered
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
 QWEN3I_DEFINE_FORMATS(qwen3i_avx512, QWEN3I_AVX512)
-QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_avx512, QWEN3I_AVX512, 2, 6)
+QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_avx512, QWEN3I_AVX512, 2, 4)
 static const qwen3i_simd qwen3i_avx512_kernels = QWEN3I_KERNELS(qwen3i_avx512, qwen3i_avx512, qwen3i_avx512_dot);
 
 /* ---- AVX-512 with instructions that multiply and add whole numbers ---- */
