@@ -19296,7 +19296,7 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
         seq->len = len + 1 + k;
         next->room = qwen3i_left(s);
         r = qwen3i_choose_next(c, next, d->logits + (size_t)k * vocab, err);
-        right = r == QWEN3_OK && next->out == d->tokens[1 + k];
+        right = r == QWEN3_OK && next->out == d->tokens[1 + k] && !next->ended;
         if (r == QWEN3_OK) d->rate += (right - d->rate) / 6;
         if (!right && next->sampler) next->sampler->rng = rng;      /* it is chosen again in the next step */
         if (!right) break;

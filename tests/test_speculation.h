@@ -115,7 +115,8 @@ static void test_speculation_prompts(void) {
     fixture other;
     qwen3_ctx *ctx[2], *draft;
     char err[400];
-    int i, k, n_tokens = 0;
+    qwen3_token answer[300];
+    int i, k, n_tokens = 0, n_ended = 0;
     if (!grammar_open(&b)) return;
     if (!fixture_open(&other, "chat")) { grammar_close(&b); return; }
     d.yarn_factor = 2;
@@ -138,11 +139,17 @@ static void test_speculation_prompts(void) {
         reply_to(ctx[0], b.f.info.n_vocab, (uint64_t)(900 + i), gen, &sampler, &plain);
         gen.draft_tokens = 1 + i % 16;
         gen.draft = i % 4 < 2 ? draft : NULL;
+        if (i % 8 == 0) {               /* all of it is guessed, its end, too, and more */
+            for (k = 0; k < 300; k++) answer[k] = k < plain.n ? plain.tokens[k] : b.f.model->eos[0];
+            ctx[1]->pace.answer = answer;
+        }
         reply_to(ctx[1], b.f.info.n_vocab, (uint64_t)(900 + i), gen, &sampler, &guessed);
+        ctx[1]->pace.answer = NULL;
         check_same(&plain, &guessed, i, gen.draft_tokens);
+        n_ended += plain.result == QWEN3_END;
         n_tokens += guessed.n - 24;
     }
-    CHECK_MSG(test_short || n_tokens > 40000, "%d tokens", n_tokens);
+    CHECK_MSG(test_short || (n_tokens > 40000 && n_ended > 10), "%d tokens, %d replies ended", n_tokens, n_ended);
     for (k = 0; k < 2; k++) qwen3_ctx_free(ctx[k]);
     qwen3_ctx_free(draft);
     fixture_close(&other);
