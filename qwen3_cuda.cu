@@ -26,19 +26,19 @@
      2 rows and more: products whose sums the tensor cores add up 128 elements at a time, since they cut off
      what they add, with everything up to the next product in the same kernel; and, for more than 64 rows,
      attention on an F16 cache.
-   PATHS    How a batch goes through the layers depends on its rows and on the chip. Each way is a table of
-     functions (struct path), chosen in one place (way_for). tests/cuda_lab.cu has one more, with one plain
+   PATHS    How a batch goes through the layers depends on its rows and on the chip. Each path is a table of
+     functions (struct path), chosen in one place (path_for). tests/cuda_lab.cu has one more, with one plain
      kernel for each operation, to compare with.
    ORDER    No sum depends on timing: splits follow from shapes, partial sums are added in a fixed order,
      and atomics only count integers. The same input gives the same bits. In an invariant context a row's bits
      do not depend on the others of a batch of up to 16 rows either: all of these go one way, by kernels whose
      sums depend on the row alone.
    WORDS    A row is a token's vector (a row of x) or a row of a matrix; a tile is what a block multiplies at
-     a time, a ring the stages in shared memory that tiles come to by asynchronous copies. In names: matvec_
-     and vector_ are 1 to 8 rows, their weights in registers; stream_ is one row, its weights by a ring; few_
-     are batches of 2 to 64 rows on Hopper, where the bytes of the weights count; wide_ are more rows there,
-     where the speed of the tensor cores does; gemm_ is any number of rows by cuBLASLt; block_ is what
-     multiplies quantised weights by 1 to 8 rows. halves are F16.
+     a time, a ring the stages in shared memory that tiles come to by asynchronous copies. In names vector_ is
+     1 to 8 rows, their weights in registers; stream_ is one row, its weights by a ring; block_ is quantised
+     weights by 1 to 8 rows; gemm_ is any number of rows by cuBLASLt. On Hopper skinny_ is a batch of 2 to 64
+     rows, where the bytes of the weights count, large_ is more rows, where the speed of the tensor cores
+     does, and hopper_ is what both share. halves are F16.
 
    Rooms: errors, memory, launching; device helpers; model and context; weights; then the operations, each
    with its kernels and what launches them: rows, norm, product, Q K V, attention, output, MLP, experts,
@@ -535,21 +535,23 @@ DEVICE int split_length(int n, int splits) { return round_up(ceil_div(n, splits)
 #define QWEN3_WGMMA 1
 #endif
 
-const int WIDE_M       = 128;           /* rows of x and ... */
+const int HOPPER_M       = 128;           /* rows of x and ... */
 /* ... of W in a part of a tile of a product, of which there are one or two; ... */
-const int WIDE_N       = 128;
-const int WIDE_N_MORE  = 160;           /* ... or these in a single part, where they divide the work better */
+const int HOPPER_N       = 128;
+/* ... or these in a single part, where they divide the work better */
+const int HOPPER_N_MORE = 160;
 /* elements of a row that are loaded at once: 128 bytes, as they are swizzled */
-const int WIDE_K       = 64;
-const int WIDE_THREADS = 384;           /* a warpgroup that loads, two that multiply */
-const int WIDE_POS     = 128;           /* positions of a tile of attention, and its rows */
+const int HOPPER_K       = 64;
+const int LARGE_THREADS = 384;           /* a warpgroup that loads, two that multiply */
+const int LARGE_POS     = 128;           /* positions of a tile of attention, and its rows */
 const int HEAD_DIM     = 128;           /* of all that tensor cores do with heads: every released model's */
-const size_t WIDE_HALF = (size_t)WIDE_M * WIDE_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
+const size_t HOPPER_HALF = (size_t)HOPPER_M * HOPPER_K * 2;   /* bytes of a tile of 128 rows, 64 wide */
 /* What a product takes in at a time, in shared memory: P parts of N rows of W each, then R rows of x. */
 template <int N, int R, int P = 1> struct product_tile {
-    enum { W_BYTES = N * WIDE_K * 2, X_AT = P * W_BYTES, BYTES = X_AT + R * WIDE_K * 2 };
+    enum { W_BYTES = N * HOPPER_K * 2, X_AT = P * W_BYTES, BYTES = X_AT + R * HOPPER_K * 2 };
 };
-template <int N, int P> struct wide_tile : product_tile<N, WIDE_M, P> { enum { STAGES = P == 1 ? 6 : 4 }; };
+template <int N, int P>
+struct large_tile : product_tile<N, HOPPER_M, P> { enum { STAGES = P == 1 ? 6 : 4 }; };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define QWEN3_CLUSTER_OF_2 __cluster_dims__(2, 1, 1)
@@ -557,9 +559,9 @@ template <int N, int P> struct wide_tile : product_tile<N, WIDE_M, P> { enum { S
 #define QWEN3_CLUSTER_OF_2
 #endif
 #ifdef QWEN3_CUDA_EMULATED
-const int WIDE_CLUSTER = 2;             /* what a launch has to say of it */
+const int LARGE_CLUSTER = 2;             /* what a launch has to say of it */
 #else
-const int WIDE_CLUSTER = 1;
+const int LARGE_CLUSTER = 1;
 #endif
 
 /* Instructions without a C++ name; the emulator brings its own. */
@@ -690,23 +692,23 @@ DEVICE u64 operand(const void *p, unsigned block = 16) {
 
 /* d[64, N] = a[64, 16] b[N, 16]^T, or += with add, for N = 16, 32, 64, 128, 160: by a warpgroup; d as in
    mma.sync, warp w has rows 16 w on. */
-DEVICE void wide_multiply(float (&d)[8], u64 a, u64 b, int add) {
+DEVICE void wgmma(float (&d)[8], u64 a, u64 b, int add) {
     QWEN3_MULTIPLY("16", QWEN3_R8, "%8", "%9", "%10", QWEN3_F8(d, 0));
 }
-DEVICE void wide_multiply(float (&d)[16], u64 a, u64 b, int add) {
+DEVICE void wgmma(float (&d)[16], u64 a, u64 b, int add) {
     QWEN3_MULTIPLY("32", QWEN3_R16, "%16", "%17", "%18", QWEN3_F8(d, 0), QWEN3_F8(d, 8));
 }
-DEVICE void wide_multiply(float (&d)[32], u64 a, u64 b, int add) {
+DEVICE void wgmma(float (&d)[32], u64 a, u64 b, int add) {
     QWEN3_MULTIPLY("64", QWEN3_R32, "%32", "%33", "%34", QWEN3_F32(d));
 }
-DEVICE void wide_multiply(float (&d)[64], u64 a, u64 b, int add) {
+DEVICE void wgmma(float (&d)[64], u64 a, u64 b, int add) {
     QWEN3_MULTIPLY("128", QWEN3_R64, "%64", "%65", "%66", QWEN3_F64(d));
 }
-DEVICE void wide_multiply(float (&d)[80], u64 a, u64 b, int add) {
+DEVICE void wgmma(float (&d)[80], u64 a, u64 b, int add) {
     QWEN3_MULTIPLY("160", QWEN3_R80, "%80", "%81", "%82", QWEN3_F64(d), QWEN3_F8(d, 64), QWEN3_F8(d, 72));
 }
 /* d[64, 128] += a[64, 16] b[16, 128], a in registers, b with its rows outside. */
-DEVICE void wide_multiply(float (&d)[64], const unsigned (&a)[4], u64 b, int add) {
+DEVICE void wgmma(float (&d)[64], const unsigned (&a)[4], u64 b, int add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" QWEN3_R64 "}, {%64, %65, %66, %67}, "
                  "%68, p, 1, 1, 1;\n}"
@@ -779,7 +781,7 @@ struct stored_map { u64 words[sizeof(CUtensorMap) / 8]; };
 
 /* Rows of a matrix in blocks, row_bytes apart, of any format: see BLOCKS. */
 struct block_part { unsigned char *data; int rows, type, units, row_bytes; };
-struct stacked_blocks { block_part parts[3]; float up; };      /* up: see few_block_product */
+struct stacked_blocks { block_part parts[3]; float up; };      /* up: see skinny_block_product */
 
 /* W [rows, cols] = data * scale; rows ld apart, zero from cols to ld */
 struct matrix {
@@ -792,8 +794,8 @@ struct matrix {
     int         kind;                   /* q k v, output, gate and up, down, embedding or head */
     int         terms;                  /* 16-bit terms of its input when there are many rows */
     float       scale;
-    stored_map  map, map_more;          /* of a wide model's: for tiles of WIDE_N and of WIDE_N_MORE rows */
-    float      *bounds;                 /* of gate_up, in a wide model: see wide_norm */
+    stored_map  map, map_more;          /* on Hopper: for tiles of HOPPER_N, of HOPPER_N_MORE rows */
+    float      *bounds;                 /* of gate_up, on Hopper: see hopper_norm */
 };
 
 /* Elements from the first term of n rows of a product's input to the second; 0: there is only one. */
@@ -825,7 +827,7 @@ struct cuda_model {
     layer_weights  *layers;
     matrix          embed, head;
     float          *final_norm;
-    bool            wide;               /* products with many rows can go through the kernels for Hopper */
+    bool            hopper;               /* products with many rows can go through the kernels for Hopper */
     int             rank, n_ranks;      /* see RANKS; one of one: config and weights are the model's own */
     int             all_kv;             /* key/value heads of the model */
     communicator    comm;
@@ -896,9 +898,9 @@ struct cuda_ctx {
     /* tiles: the tensor core kernel does this model's attention */
     bool              own_stream, tiles;
     /* many rows go through the kernels for Hopper; attention, too; ... */
-    bool              wide, wide_kv;
-    /* clusters of 1, 2, 4, 8 blocks of few_product that run at once */
-    int               few_room[4];
+    bool              hopper, hopper_kv;
+    /* clusters of 1, 2, 4, 8 blocks of skinny_product that run at once */
+    int               skinny_room[4];
     /* ... and only up to so many need float32 rows of q and attention */
     int               narrow_rows;
     const qwen3_token *eos; int n_eos;          /* the model's */
@@ -927,10 +929,10 @@ struct cuda_ctx {
     struct { float *at; size_t n; } results[4]; /* those of them, and logits, that cuBLASLt writes */
     void   *act; float *act_scale;              /* [max_rows, act_ld] input of a product */
     /* [max_rows, n_embd or q_dim | q_dim | n_ff] the same on Hopper */
-    half_t *wide_act, *wide_q, *wide_m;
-    float  *ff_scale;                           /* [max_rows] of wide_m */
-    stored_map wide_h_map, wide_a_map, wide_m_map, q_map, k_map, v_map;
-    stored_map few_h_map, few_a_map, few_m_map;                 /* the same in smaller tiles */
+    half_t *hopper_act, *hopper_q, *hopper_m;
+    float  *ff_scale;                           /* [max_rows] of hopper_m */
+    stored_map large_h_map, large_a_map, large_m_map, q_map, k_map, v_map;
+    stored_map skinny_h_map, skinny_a_map, skinny_m_map;                 /* the same in smaller tiles */
     float  *logits, *logprobs;                  /* [head_rows, n_vocab], [head_rows] */
     float  *parts;
     unsigned *qkv_tickets, *attn_tickets;
@@ -974,7 +976,7 @@ struct pass {                           /* one batch on its way through the laye
     cuda_ctx          *c;
     cudaStream_t       s;
     int                n, n_tiles;      /* n_tiles 0: attention row by row */
-    const struct path *way;
+    const struct path *path;
     bool               q_halves, halves;        /* q, and what attention gives, is F16 */
     int                n_outs;          /* so many rows are wanted, the outs of c->rows; ... */
     bool               only_wanted;     /* ... they are all that is left, in order */
@@ -984,7 +986,7 @@ struct pass {                           /* one batch on its way through the laye
 
 /* The rows that a product reads, as norm has left them for it. */
 struct input {
-    const float *x; int ldx;            /* float32 rows; NULL: they are in c->act or c->wide_act, ... */
+    const float *x; int ldx;            /* float32 rows; NULL: they are in c->act or c->hopper_act, ... */
     const float *scale;                 /* ... of which each stands for this much (NULL: 1) */
     /* not NULL: x is the residual, and the product does the norm itself */
     const float *gain;
@@ -1009,7 +1011,7 @@ struct path {
     bool          halves;               /* ... and row by row it gives F16 */
 };
 
-struct path_step { int rows; const path *way; };        /* up to so many rows */
+struct path_step { int rows; const struct path *path; };        /* up to so many rows */
 
 /* The ways of a context, from few rows to many, and the memory that they need. */
 struct path_set {
@@ -1022,10 +1024,10 @@ struct path_set {
 /* May a kernel do so many rows whose sums have an order that only one row has? */
 static bool goes_alone(const cuda_ctx *c, int rows) { return rows == 1 && !c->desc.invariant; }
 
-static const path *way_for(const cuda_ctx *c, int n) {
+static const path *path_for(const cuda_ctx *c, int n) {
     const path_step *s = c->paths->steps;
     while (n > s->rows) s++;
-    return s->way;
+    return s->path;
 }
 
 /* So many rows always go through attention one by one, and at most so many through matrix-vector kernels. */
@@ -1035,9 +1037,9 @@ static int most_single(const cuda_ctx *c) { return c->desc.invariant ? SAME_ROWS
 static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwen3i_err *err) {
     pass p;
     p.c = c; p.s = s; p.n = n; p.n_tiles = n_tiles;
-    p.way = way_for(c, n);
-    p.q_halves = c->wide_kv && p.way->tiles_of_halves && n_tiles > 0;
-    p.halves = p.q_halves || (c->wide_kv && p.way->halves && n_tiles == 0);
+    p.path = path_for(c, n);
+    p.q_halves = c->hopper_kv && p.path->tiles_of_halves && n_tiles > 0;
+    p.halves = p.q_halves || (c->hopper_kv && p.path->halves && n_tiles == 0);
     p.n_outs = n;
     p.only_wanted = false;
     p.early = c->m->capability >= 90;
@@ -1923,7 +1925,7 @@ static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z
                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
                                CUtensorMapFloatOOBfill);
     const cuuint64_t sizes[3] = {x, y, z}, strides[2] = {2 * x, 2 * x * y};
-    const cuuint32_t tile[3] = {(cuuint32_t)WIDE_K, (cuuint32_t)tile_y, (cuuint32_t)tile_z},
+    const cuuint32_t tile[3] = {(cuuint32_t)HOPPER_K, (cuuint32_t)tile_y, (cuuint32_t)tile_z},
                      steps[3] = {1, 1, 1};
     CUtensorMap map;
     cudaDriverEntryPointQueryResult found;
@@ -1959,10 +1961,10 @@ static CUtensorMap get_map(const stored_map &m) {
 
 /* Are the shapes, types and the chip such that products with many rows can go through the kernels for
    Hopper? */
-static bool fits_wide(const cuda_model *m) {
+static bool fits_hopper(const cuda_model *m) {
     const qwen3i_config *g = &m->config;
-    if (m->capability != 90 || g->head_dim != HEAD_DIM || g->n_head / g->n_head_kv > WIDE_M) return false;
-    if (g->n_embd % WIDE_N || g->n_ff % WIDE_N || g->n_embd > 4 * 8 * norm_threads(8)) return false;
+    if (m->capability != 90 || g->head_dim != HEAD_DIM || g->n_head / g->n_head_kv > HOPPER_M) return false;
+    if (g->n_embd % HOPPER_N || g->n_ff % HOPPER_N || g->n_embd > 4 * 8 * norm_threads(8)) return false;
     for (int i = 0; i < g->n_layer; i++) {
         const layer_weights &l = m->layers[i];
         if (l.qkv.type != QWEN3I_F16 || l.wo.type != QWEN3I_F16) return false;
@@ -1973,9 +1975,9 @@ static bool fits_wide(const cuda_model *m) {
 
 /* Maps of a matrix of F16 */
 static qwen3_result map_matrix(matrix *w, const qwen3i_err *err) {
-    TRY(make_map(&w->map, w->data, (u64)w->ld, (u64)w->rows, WIDE_N / 2, err));
+    TRY(make_map(&w->map, w->data, (u64)w->ld, (u64)w->rows, HOPPER_N / 2, err));
     if (w->kind == HEAD_KIND) return QWEN3_OK;
-    return make_map(&w->map_more, w->data, (u64)w->ld, (u64)w->rows, WIDE_N_MORE / 2, err);
+    return make_map(&w->map_more, w->data, (u64)w->ld, (u64)w->rows, HOPPER_N_MORE / 2, err);
 }
 
 /* The largest norms of a row of gate and of one of up */
@@ -2006,9 +2008,9 @@ static qwen3_result bound_blocks(uploader *u, const cuda_model *m, const qwen3i_
     return r == QWEN3_OK && e != cudaSuccess ? cuda_fail(err, e, "loading") : r;
 }
 
-static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *err) {
+static qwen3_result prepare_maps(uploader *u, cuda_model *m, const qwen3i_err *err) {
     int *answer = (int *)(void *)m->layers[0].gate_up.bounds, yes = 0;
-    if (!fits_wide(m)) return QWEN3_OK;
+    if (!fits_hopper(m)) return QWEN3_OK;
     CUDA_TRY(launch(u->stream, dim3(1), 32, 0, has_wgmma_kernel, answer));
     CUDA_TRY(cudaMemcpyAsync(&yes, answer, sizeof yes, cudaMemcpyDeviceToHost, u->stream));
     CUDA_TRY(cudaStreamSynchronize(u->stream));
@@ -2023,7 +2025,7 @@ static qwen3_result prepare_wide(uploader *u, cuda_model *m, const qwen3i_err *e
     TRY(bound_blocks(u, m, err));
     matrix &head = m->head.rows ? m->head : m->embed;
     if (head.n_parts == 0) TRY(map_matrix(&head, err));
-    m->wide = true;
+    m->hopper = true;
     return QWEN3_OK;
 }
 
@@ -2049,7 +2051,7 @@ static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weig
     TRY(send_pieces(u, m, w, tops, err));
     TRY(fetch_scales(u, m, w, tops, n_groups, err));
     if (m->n_ranks > 1 && m->head.rows == 0) m->head = own_rows(m->embed, m->rank, m->n_ranks);
-    TRY(prepare_wide(u, m, err));
+    TRY(prepare_maps(u, m, err));
     if (m->head.rows == 0) m->head = m->embed;
     CUDA_TRY(cudaStreamSynchronize(u->stream));
     return QWEN3_OK;
@@ -2774,14 +2776,14 @@ DEVICE void store_row(half_t *to, const float (&v)[4], const row_scale &s) {
 /* What a norm reads, and the row scales that its product leaves to the one after it. */
 struct norm_args { const float *x; int ldx; const float *gain, *bounds; float eps; float *ff_scale; };
 
-/* wide_norm: out[row, :] = rmsnorm(x[row, :]) / scale[row], rounded once to F16; scale is a power of two.
+/* hopper_norm: out[row, :] = rmsnorm(x[row, :]) / scale[row], rounded once to F16; scale is a power of two.
    With bounds, the largest norms of a row of W gate and of W up, also a power of two, ff_scale[row], with
    which the products silu(gate) * up fit F16: |gate| <= |row of W gate| |h|. `lanes` threads (whole warps)
    work on a row, which they hold in registers (K vectors of four each), a block on as many rows as it has
    threads for; width a multiple of 4. Order as rmsnorm. Equals qwen3i_rmsnorm, and one rounding. */
 template <int K>
 static __global__ void __launch_bounds__(norm_threads(K))
-    wide_norm_kernel(half_t *out, float *scale, norm_args a, int rows, int width, int lanes) {
+    hopper_norm_kernel(half_t *out, float *scale, norm_args a, int rows, int width, int lanes) {
     __shared__ row_sums sums[32];
     const int at = 4 * (tid() % lanes), step = 4 * lanes,
               row = block_x() * (n_threads() / lanes) + tid() / lanes;
@@ -2815,7 +2817,7 @@ static norm_args norm_arguments(const pass *p, const float *gain, const matrix &
     return a;
 }
 
-static cudaError_t launch_wide_norm(const pass *p, const norm_args &a) {
+static cudaError_t launch_hopper_norm(const pass *p, const norm_args &a) {
     const cuda_ctx *c = p->c;
     const int width = c->m->config.n_embd;
     norm_shape s = rmsnorm_shape(width / 4, false, p->n);
@@ -2824,10 +2826,10 @@ static cudaError_t launch_wide_norm(const pass *p, const norm_args &a) {
 #define QWEN3_SHAPE(K) \
     case K: \
         return launch_early(p->early, p->s, grid1(ceil_div(p->n, s.together)), s.lanes * s.together, 0, \
-                            wide_norm_kernel<K>, c->wide_act, c->act_scale, a, p->n, width, s.lanes)
+                            hopper_norm_kernel<K>, c->hopper_act, c->act_scale, a, p->n, width, s.lanes)
     switch (s.k) { QWEN3_SHAPE(1); QWEN3_SHAPE(2); QWEN3_SHAPE(4); QWEN3_SHAPE(8); }
 #undef QWEN3_SHAPE
-    return cudaErrorInvalidValue;       /* no model that is wide has such rows */
+    return cudaErrorInvalidValue;       /* no model that goes this way has such rows */
 }
 
 /* ================================================================================================
@@ -3484,8 +3486,8 @@ static cudaError_t stream_matvec(const pass *p, const matvec_in &in, float *y, i
 
 /* ---- Hopper: what the products of few and of many rows share ---- */
 /* How a product ends: its kinds say more in their rooms. M: rows of W in a tile of a product of few rows. */
-struct product_end { enum { M = WIDE_M, NORMS = 0 }; };
-template <int ROWS = WIDE_M> struct to_residual : product_end { enum { M = ROWS }; };
+struct product_end { enum { M = HOPPER_M, NORMS = 0 }; };
+template <int ROWS = HOPPER_M> struct to_residual : product_end { enum { M = ROWS }; };
 struct to_mlp : product_end { enum { NORMS = 1 }; };
 struct to_logits : product_end {};
 /* T: half_t for an F16 cache, void for the others */
@@ -3545,9 +3547,9 @@ static qwen3_result vector_product(const pass *p, const matvec_in &in, const mat
 static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
                            const float *x, int ldx, int rows, bool add);
 
-struct wide_args {
+struct hopper_args {
     int          rows, k, n_tiles;      /* of W: parts of tiles, of 128 rows */
-    int          whole;                 /* tiles of two parts, before those of one; wide_product only */
+    int          whole;                 /* tiles of two parts, before those of one; large_product only */
     /* rows of W from a tile to the next, and from its first half to its second */
     int          step, half;
     float        w_scale;               /* W = w * w_scale; x[row] = in[row] * in_scale[row] (NULL: 1) */
@@ -3556,7 +3558,7 @@ struct wide_args {
     half_t      *out; int ldo;          /* QKV: q, or NULL: to qkv.qkv as float32; SWIGLU: m */
     const float *out_scale;             /* SWIGLU: out = m / out_scale[row] */
     qkv_args     qkv;
-    /* of few_product only */
+    /* of skinny_product only */
     int          parts, stages;         /* blocks of a cluster, and steps that each holds at a time */
     norm_args    norm;                  /* gain not NULL: the input is RMSNorm(norm.x), done by every block */
     int          n;                     /* rows of W */
@@ -3609,7 +3611,7 @@ DEVICE void fill_ring(const ring_of_tiles &ring, int steps, bool with_x, W load_
     }
 }
 
-const int SUM_STEPS = 2;                /* of WIDE_K: what the tensor core adds up before float32 does */
+const int SUM_STEPS = 2;                /* of HOPPER_K: what the tensor core adds up before float32 does */
 
 /* acc[p] = 64 rows of one operand, `a` bytes into a tile, times 2 N rows of part p of the other, `b` bytes
    into it, over `steps` steps, which are EVEN or any number. The tensor core adds up SUM_STEPS of them, from
@@ -3629,9 +3631,9 @@ DEVICE void sum_tiles(float (&acc)[PARTS][N], float (&part)[N], const ring_of_ti
                 const unsigned char *tile = ring.memory + TILE::BYTES * now.slot;
                 if (p == 0) barrier_wait(&ring.stages[now.slot].full, now.parity);
                 if (p == 0 || i == 0) products_begin();
-                UNROLL for (int j = 0; j < WIDE_K / 16; j++)
-                    wide_multiply(part, operand(tile + a) + 2 * (unsigned)j,
-                                  operand(tile + b + TILE::W_BYTES * p) + 2 * (unsigned)j, i + j > 0);
+                UNROLL for (int j = 0; j < HOPPER_K / 16; j++)
+                    wgmma(part, operand(tile + a) + 2 * (unsigned)j,
+                          operand(tile + b + TILE::W_BYTES * p) + 2 * (unsigned)j, i + j > 0);
                 if (!EVEN) products_commit();
                 if (p == 0) see(tile);
             }
@@ -3652,13 +3654,13 @@ DEVICE void sum_tiles(float (&acc)[PARTS][N], float (&part)[N], const ring_of_ti
 #ifdef QWEN3_WGMMA
 /* What a thread needs to finish one of its rows of a tile: asked for before the sums, so that nobody waits
    for it. */
-struct wide_row { int at; float in, out; int seq, position; };
+struct large_row { int at; float in, out; int seq, position; };
 
-DEVICE void ask_row(const product_end &, wide_row &, const wide_args &, int) {}
+DEVICE void ask_row(const product_end &, large_row &, const hopper_args &, int) {}
 
-template <class END> DEVICE wide_row wide_ask(const wide_args &g, int row) {
+template <class END> DEVICE large_row large_ask(const hopper_args &g, int row) {
     const int i = row < g.rows ? row : g.rows - 1;
-    wide_row w = {row, 1, 1, 0, 0};
+    large_row w = {row, 1, 1, 0, 0};
     if (g.in_scale) w.in = g.in_scale[i];
     ask_row(END(), w, g, i);
     return w;
@@ -3666,7 +3668,7 @@ template <class END> DEVICE wide_row wide_ask(const wide_args &g, int row) {
 
 /* This thread's two columns of each 8 of a row of part n. */
 template <int M>
-DEVICE void wide_add(const wide_args &g, const float (&acc)[M], int row, int r, int n, float scale) {
+DEVICE void large_add(const hopper_args &g, const float (&acc)[M], int row, int r, int n, float scale) {
     float *x = g.x + (size_t)row * g.ldx + n * 2 * M + 2 * (lane_id() % 4);
     if (row >= g.rows) return;
     UNROLL for (int j = 0; j < M / 4; j++)
@@ -3674,49 +3676,49 @@ DEVICE void wide_add(const wide_args &g, const float (&acc)[M], int row, int r, 
 }
 
 template <int ROWS, int PARTS, int M>
-DEVICE void finish_tile(const to_residual<ROWS> &, const wide_args &g, const float (&acc)[PARTS][M],
-                        const wide_row &row, int r, int n, float scale) {
-    UNROLL for (int p = 0; p < PARTS; p++) wide_add(g, acc[p], row.at, r, n + p, scale);
+DEVICE void finish_tile(const to_residual<ROWS> &, const hopper_args &g, const float (&acc)[PARTS][M],
+                        const large_row &row, int r, int n, float scale) {
+    UNROLL for (int p = 0; p < PARTS; p++) large_add(g, acc[p], row.at, r, n + p, scale);
 }
 
 /* Which rows of x, in units of a block's, and which part of W a tile begins with, and its parts. */
-struct wide_place { int rows, first, parts; };
+struct large_place { int rows, first, parts; };
 
-template <int P> DEVICE wide_place wide_place_of(const wide_args &g, int tile, int rank) {
-    const int pairs = ceil_div(g.rows, 2 * WIDE_M), column = tile / pairs;
+template <int P> DEVICE large_place large_place_of(const hopper_args &g, int tile, int rank) {
+    const int pairs = ceil_div(g.rows, 2 * HOPPER_M), column = tile / pairs;
     const bool single = P == 1 || column >= g.whole;
-    const wide_place at = {tile % pairs * 2 + rank, single ? column + (P - 1) * g.whole : P * column,
-                           single ? 1 : P};
+    const large_place at = {tile % pairs * 2 + rank, single ? column + (P - 1) * g.whole : P * column,
+                            single ? 1 : P};
     return at;
 }
-DEVICE int wide_tiles(const wide_args &g) {
-    return ceil_div(g.rows, 2 * WIDE_M) * (g.n_tiles - g.whole);
+DEVICE int large_tiles(const hopper_args &g) {
+    return ceil_div(g.rows, 2 * HOPPER_M) * (g.n_tiles - g.whole);
 }
 
 /* Where a thread that loads is: k elements into a tile. It steps on without divisions, which would take it
    longer than the tensor cores take to multiply. */
-template <int P> struct wide_cursor {
+template <int P> struct large_cursor {
     int k, tile;
-    wide_place at;
-    __device__ __forceinline__ void advance(const wide_args &g, int clusters, int rank) {
-        if ((k += WIDE_K) < g.k) return;
+    large_place at;
+    __device__ __forceinline__ void advance(const hopper_args &g, int clusters, int rank) {
+        if ((k += HOPPER_K) < g.k) return;
         k = 0;
         tile += clusters;
-        at = wide_place_of<P>(g, tile, rank);
+        at = large_place_of<P>(g, tile, rank);
     }
 };
 
 /* Tiles of x, each block its own, and of W: halves of each part to both blocks of the cluster, of which the
    other loads the other halves. */
 template <int N, int P>
-static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
-                                 const ring_of_tiles &ring, int rank) {
-    typedef wide_tile<N, P> tile;
+static __device__ void large_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const hopper_args &g,
+                                  const ring_of_tiles &ring, int rank) {
+    typedef large_tile<N, P> tile;
     const int clusters = (int)gridDim.x / 2, first = block_x() / 2,
-              n = ceil_div(wide_tiles(g) - first, clusters);
-    wide_cursor<P> w = {0, first, wide_place_of<P>(g, first, rank)}, x = w;
+              n = ceil_div(large_tiles(g) - first, clusters);
+    large_cursor<P> w = {0, first, large_place_of<P>(g, first, rank)}, x = w;
     fill_ring<tile::BYTES>(
-        ring, n * (g.k / WIDE_K), true,
+        ring, n * (g.k / HOPPER_K), true,
         [&](int, unsigned char *to, mbarrier *full) {
             barrier_expect(full, (unsigned)(tile::BYTES - (P - w.at.parts) * tile::W_BYTES));
             UNROLL for (int p = 0; p < P; p++)
@@ -3726,7 +3728,7 @@ static __device__ void wide_load(const CUtensorMap *x_map, const CUtensorMap *w_
             w.advance(g, clusters, rank);
         },
         [&](int, unsigned char *to, mbarrier *full) {
-            load_tile(to + tile::X_AT, x_map, x.k, x.at.rows * WIDE_M, full);
+            load_tile(to + tile::X_AT, x_map, x.k, x.at.rows * HOPPER_M, full);
             x.advance(g, clusters, rank);
         });
 }
@@ -3737,19 +3739,19 @@ struct input_scales {
     DEVICE void begin() {}
     DEVICE void see(const unsigned char *) {}
     DEVICE void end() {}
-    DEVICE float of(const wide_args &g, float in, int) { return g.w_scale * in; }
+    DEVICE float of(const hopper_args &g, float in, int) { return g.w_scale * in; }
 };
 
 /* A tile's rows from row0 and row0 + 8 on, of PARTS parts from n on. */
 template <class END, int N, int P, int PARTS, class S>
-DEVICE void wide_multiply_tile(const wide_args &g, float (&part)[N / 2], const ring_of_tiles &ring,
-                               ring_place &at, int group, int row0, int n, S &scales) {
-    typedef wide_tile<N, P> tile;
-    const wide_row rows[2] = {wide_ask<END>(g, row0), wide_ask<END>(g, row0 + 8)};
+DEVICE void large_multiply_tile(const hopper_args &g, float (&part)[N / 2], const ring_of_tiles &ring,
+                                ring_place &at, int group, int row0, int n, S &scales) {
+    typedef large_tile<N, P> tile;
+    const large_row rows[2] = {large_ask<END>(g, row0), large_ask<END>(g, row0 + 8)};
     float acc[PARTS][N / 2];
     scales.begin();
     sum_tiles<tile, true>(
-        acc, part, ring, at, g.k / WIDE_K, tile::X_AT + (int)WIDE_HALF / 2 * group, 0,
+        acc, part, ring, at, g.k / HOPPER_K, tile::X_AT + (int)HOPPER_HALF / 2 * group, 0,
         [&](const unsigned char *now) { scales.see(now + tile::X_AT); },
         [](ring_stage *s) { if (lane_id() < 2) barrier_arrive_at(&s->empty, (unsigned)lane_id()); });
     scales.end();
@@ -3757,45 +3759,45 @@ DEVICE void wide_multiply_tile(const wide_args &g, float (&part)[N / 2], const r
 }
 
 template <class END, int N, int P, class S>
-static __device__ void wide_multiply_tiles(const wide_args &g, const ring_of_tiles &ring, int rank, int group,
-                                           S &scales) {
-    const int clusters = (int)gridDim.x / 2, n = wide_tiles(g),
+static __device__ void large_multiply_tiles(const hopper_args &g, const ring_of_tiles &ring, int rank,
+                                            int group, S &scales) {
+    const int clusters = (int)gridDim.x / 2, n = large_tiles(g),
               first = 64 * group + warp_id() % 4 * 16 + lane_id() / 4;
     float part[N / 2];
     ring_place place = {0, 0};
     UNROLL for (int i = 0; i < N / 2; i++) part[i] = 0;
     for (int t = block_x() / 2; t < n; t += clusters) {
-        const wide_place at = wide_place_of<P>(g, t, rank);
-        const int row0 = at.rows * WIDE_M + first;
+        const large_place at = large_place_of<P>(g, t, rank);
+        const int row0 = at.rows * HOPPER_M + first;
         if (at.parts == P)
-            wide_multiply_tile<END, N, P, P>(g, part, ring, place, group, row0, at.first, scales);
-        else wide_multiply_tile<END, N, P, 1>(g, part, ring, place, group, row0, at.first, scales);
+            large_multiply_tile<END, N, P, P>(g, part, ring, place, group, row0, at.first, scales);
+        else large_multiply_tile<END, N, P, 1>(g, part, ring, place, group, row0, at.first, scales);
     }
 }
 
 template <class END, int N, int P, class S>
-DEVICE void wide_multiply_rows(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
-                               S scales) {
+DEVICE void large_multiply_rows(const CUtensorMap *x_map, const CUtensorMap *w_map, const hopper_args &g,
+                                S scales) {
     QWEN3_DYNAMIC_SHARED(raw);
-    const int rank = block_x() % 2, stages = wide_tile<N, P>::STAGES;
+    const int rank = block_x() % 2, stages = large_tile<N, P>::STAGES;
     /* both blocks' eight warps that multiply empty a stage */
-    const ring_of_tiles ring = make_ring(raw, (size_t)stages * wide_tile<N, P>::BYTES, stages, 16);
+    const ring_of_tiles ring = make_ring(raw, (size_t)stages * large_tile<N, P>::BYTES, stages, 16);
     cluster_sync();
     let_next_start();
     if (warp_id() < 4) {
         fewer_registers<40>();
-        if (tid() == 0) wide_load<N, P>(x_map, w_map, g, ring, rank);
+        if (tid() == 0) large_load<N, P>(x_map, w_map, g, ring, rank);
         __syncwarp();
     } else {
         more_registers<232>();
         wait_for_previous();
-        wide_multiply_tiles<END, N, P>(g, ring, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0), scales);
+        large_multiply_tiles<END, N, P>(g, ring, rank, __shfl_sync(ALL, warp_id() / 4 - 1, 0), scales);
     }
     cluster_sync();                     /* the other block may still write here */
 }
 #endif
 
-/* wide_product: y = W x for many rows, and what follows it. x [rows, k] F16, W [n, k] F16, k a multiple of
+/* large_product: y = W x for many rows, and what follows it. x [rows, k] F16, W [n, k] F16, k a multiple of
    128. ADD: the residual, in float32; equals qwen3i_matmul_add. SWIGLU: silu(gate) * up of rows of W n_ff
    apart, rounded once; equals qwen3i_swiglu. QKV: each head's RMSNorm and rotation in float32, q rounded
    once, k and v to the cache with one rounding; equals qwen3i_matmul_qkv, qwen3i_rmsnorm_heads, qwen3i_rope;
@@ -3805,91 +3807,91 @@ DEVICE void wide_multiply_rows(const CUtensorMap *x_map, const CUtensorMap *w_ma
    elements, which start from zero, and float32 the chunks: the former cuts its sums off, and over a whole row
    that would show; the residual is added to the whole sum. */
 template <class END, int N, int P>
-static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
-    wide_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-                        wide_args g) {
+static __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(LARGE_THREADS, 1)
+    large_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+                         hopper_args g) {
 #ifdef QWEN3_WGMMA
-    wide_multiply_rows<END, N, P>(&x_map, &w_map, g, input_scales());
+    large_multiply_rows<END, N, P>(&x_map, &w_map, g, input_scales());
 #else
     (void)x_map; (void)w_map; (void)g;
 #endif
 }
 
-template <int N, int P> static size_t wide_product_shared() {
-    return 1024 + wide_tile<N, P>::STAGES * ((size_t)wide_tile<N, P>::BYTES + 16);
+template <int N, int P> static size_t large_product_shared() {
+    return 1024 + large_tile<N, P>::STAGES * ((size_t)large_tile<N, P>::BYTES + 16);
 }
 
 /* ---- Hopper: 2 to 64 rows ---- */
-const int FEW_LEAST   = 2;              /* rows, from ... */
-const int FEW_MOST    = 64;             /* ... to */
-const int FEW_X_TILE  = 32;             /* rows of x that are loaded at once */
-const int FEW_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
-const int FEW_LD      = WIDE_M + 4;     /* floats from a row of sums to the next: no bank twice */
-const int FEW_PARTS   = 8;              /* blocks of a cluster, at most */
-const int FEW_NORM    = 8;              /* rows that its blocks norm themselves, one a warp, ... */
-const int FEW_VECTORS = 8;              /* ... of which a lane has so many times four elements, so ... */
-const int FEW_WIDTH   = FEW_VECTORS * 4 * 32;   /* ... of at most so many */
-const int FEW_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor has room for two */
+const int SKINNY_LEAST   = 2;              /* rows, from ... */
+const int SKINNY_MOST    = 64;             /* ... to */
+const int SKINNY_X_TILE  = 32;             /* rows of x that are loaded at once */
+const int SKINNY_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
+const int SKINNY_LD      = HOPPER_M + 4;     /* floats from a row of sums to the next: no bank twice */
+const int SKINNY_PARTS   = 8;              /* blocks of a cluster, at most */
+const int SKINNY_NORM    = 8;              /* rows that its blocks norm themselves, one a warp, ... */
+const int SKINNY_VECTORS = 8;              /* ... of which a lane has so many times four elements, so ... */
+const int SKINNY_WIDTH   = SKINNY_VECTORS * 4 * 32;   /* ... of at most so many */
+const int SKINNY_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor has room for two */
 
 /* SUMS take the place of the stages. */
-template <int M, int R> struct few_tile : product_tile<M, R> { enum { SUMS = R * FEW_LD * 4 }; };
+template <int M, int R> struct skinny_tile : product_tile<M, R> { enum { SUMS = R * SKINNY_LD * 4 }; };
 /* As many stages as there are steps and room. */
-template <int M, int R> static int few_stages(int steps) {
-    const int room = (FEW_SHARED - 1024) / (few_tile<M, R>::BYTES + 16);
+template <int M, int R> static int skinny_stages(int steps) {
+    const int room = (SKINNY_SHARED - 1024) / (skinny_tile<M, R>::BYTES + 16);
     return steps < room ? steps : room;
 }
-template <int M, int R> static __host__ __device__ __forceinline__ size_t few_memory(int stages) {
-    const size_t bytes = (size_t)stages * few_tile<M, R>::BYTES, sums = few_tile<M, R>::SUMS;
+template <int M, int R> static __host__ __device__ __forceinline__ size_t skinny_memory(int stages) {
+    const size_t bytes = (size_t)stages * skinny_tile<M, R>::BYTES, sums = skinny_tile<M, R>::SUMS;
     return bytes < sums ? sums : bytes;
 }
-template <int M, int R> static size_t few_product_shared(int stages) {
-    return 1024 + few_memory<M, R>(stages) + (size_t)stages * 16;
+template <int M, int R> static size_t skinny_product_shared(int stages) {
+    return 1024 + skinny_memory<M, R>(stages) + (size_t)stages * 16;
 }
 
 #ifdef QWEN3_WGMMA
 /* Steps of 64 elements, from k0 on, of a tile of W, unless it is quantised, and of x, unless the block makes
    it itself. */
 template <int M, int R>
-static __device__ void few_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const wide_args &g,
-                                const ring_of_tiles &ring, int tile, int k0, int steps) {
-    typedef few_tile<M, R> shape;
+static __device__ void skinny_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const hopper_args &g,
+                                   const ring_of_tiles &ring, int tile, int k0, int steps) {
+    typedef skinny_tile<M, R> shape;
     const bool with_x = !g.norm.gain;
     if (w_map) prefetch_map(w_map);
     prefetch_map(x_map);
     fill_ring<shape::BYTES>(
         ring, steps, with_x,
         [&](int i, unsigned char *to, mbarrier *full) {
-            const int k = k0 + i * WIDE_K;
+            const int k = k0 + i * HOPPER_K;
             barrier_expect(full, (with_x ? shape::BYTES - shape::W_BYTES : 0) + (w_map ? shape::W_BYTES : 0));
             if (!w_map) return;
             load_tile(to, w_map, k, tile * g.step, full);
-            if (M == WIDE_M) load_tile(to + WIDE_HALF / 2, w_map, k, tile * g.step + g.half, full);
+            if (M == HOPPER_M) load_tile(to + HOPPER_HALF / 2, w_map, k, tile * g.step + g.half, full);
         },
         [&](int i, unsigned char *to, mbarrier *full) {
-            UNROLL for (int row = 0; row < R; row += FEW_X_TILE)
-                load_tile(to + shape::X_AT + row * WIDE_K * 2, x_map, k0 + i * WIDE_K, row, full);
+            UNROLL for (int row = 0; row < R; row += SKINNY_X_TILE)
+                load_tile(to + shape::X_AT + row * HOPPER_K * 2, x_map, k0 + i * HOPPER_K, row, full);
         });
 }
 
-/* x of all steps is RMSNorm(norm.x) in float32, as wide_norm, rounded once to F16; a warp has a row. scales:
-   how. */
+/* x of all steps is RMSNorm(norm.x) in float32, as hopper_norm, rounded once to F16; a warp has a row.
+   scales: how. */
 template <int M, int R>
-DEVICE void few_norm(const wide_args &g, unsigned char *memory, int k0, int steps, int warp,
-                     row_scale *scales, float (&gains)[FEW_VECTORS][4]) {
+DEVICE void skinny_norm(const hopper_args &g, unsigned char *memory, int k0, int steps, int warp,
+                        row_scale *scales, float (&gains)[SKINNY_VECTORS][4]) {
     const int at = 4 * lane_id(), row = warp;
-    float v[FEW_VECTORS][4];
+    float v[SKINNY_VECTORS][4];
     if (row < g.rows) {
-        load_row<float, FEW_VECTORS>(v, g.norm.x + (size_t)row * g.norm.ldx, at, 128, g.k);
+        load_row<float, SKINNY_VECTORS>(v, g.norm.x + (size_t)row * g.norm.ldx, at, 128, g.k);
         const row_sums sums = warp_sums(times_gains<true>(v, gains, g.norm.gain, at, 128, g.k));
         const row_scale h = scale_row(sums, g.k, g.norm.eps, g.norm.bounds);
         if (at == 0) {
             scales[row] = h;
             if (g.norm.bounds && block_x() == 0) g.norm.ff_scale[row] = h.ff;
         }
-        UNROLL for (int k = 0; k < FEW_VECTORS; k++) {
-            const int col = at + 128 * k - k0, step = col / WIDE_K, chunk = col % WIDE_K / 8;
+        UNROLL for (int k = 0; k < SKINNY_VECTORS; k++) {
+            const int col = at + 128 * k - k0, step = col / HOPPER_K, chunk = col % HOPPER_K / 8;
             if (col < 0 || step >= steps) continue;
-            store_row((half_t *)(void *)(memory + few_tile<M, R>::BYTES * step + few_tile<M, R>::X_AT +
+            store_row((half_t *)(void *)(memory + skinny_tile<M, R>::BYTES * step + skinny_tile<M, R>::X_AT +
                                          128 * row + 16 * (chunk ^ (row & 7))) +
                           col % 8,
                       v[k], h);
@@ -3899,36 +3901,37 @@ DEVICE void few_norm(const wide_args &g, unsigned char *memory, int k0, int step
     group_sync(1, 256);
 }
 
-/* A warpgroup's sums of N rows of x to [R, FEW_LD] over the stages */
+/* A warpgroup's sums of N rows of x to [R, SKINNY_LD] over the stages */
 template <int M, int N2>
-DEVICE void few_store_sums(const float (&acc)[N2], const ring_of_tiles &ring, int group) {
+DEVICE void skinny_store_sums(const float (&acc)[N2], const ring_of_tiles &ring, int group) {
     const int N = 2 * N2;
     group_sync(1, 256);                 /* nobody reads the stages any more */
-    float *to = (float *)(void *)ring.memory + (lane_id() % 4 * 2 + (M == WIDE_M ? 0 : N * group)) * FEW_LD +
-                (M == WIDE_M ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
+    float *to = (float *)(void *)ring.memory +
+                (lane_id() % 4 * 2 + (M == HOPPER_M ? 0 : N * group)) * SKINNY_LD +
+                (M == HOPPER_M ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
     UNROLL for (int j = 0; j < N / 8; j++)
         UNROLL for (int e = 0; e < 2; e++) {
-            to[(8 * j + e) * FEW_LD] = acc[4 * j + e];
-            to[(8 * j + e) * FEW_LD + 8] = acc[4 * j + 2 + e];
+            to[(8 * j + e) * SKINNY_LD] = acc[4 * j + e];
+            to[(8 * j + e) * SKINNY_LD + 8] = acc[4 * j + 2 + e];
         }
 }
 
-/* 64 rows of W times rows of x, over the block's part of k, to sums [R, FEW_LD] over the stages. Of a tile of
-   128 rows of W each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows of
-   x. see() is called with each tile of x while it is multiplied. */
+/* 64 rows of W times rows of x, over the block's part of k, to sums [R, SKINNY_LD] over the stages. Of a tile
+   of 128 rows of W each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows
+   of x. see() is called with each tile of x while it is multiplied. */
 template <int M, int R, class X = see_nothing>
-static __device__ void few_sum(const ring_of_tiles &ring, int steps, int group, X see = X()) {
-    typedef few_tile<M, R> tile;
-    const int N = M == WIDE_M ? R : R / 2;
-    const int w_at = M == WIDE_M ? (int)WIDE_HALF / 2 * group : 0;
-    const int x_at = tile::X_AT + (M == WIDE_M ? 0 : N * WIDE_K * 2 * group);
+static __device__ void skinny_sum(const ring_of_tiles &ring, int steps, int group, X see = X()) {
+    typedef skinny_tile<M, R> tile;
+    const int N = M == HOPPER_M ? R : R / 2;
+    const int w_at = M == HOPPER_M ? (int)HOPPER_HALF / 2 * group : 0;
+    const int x_at = tile::X_AT + (M == HOPPER_M ? 0 : N * HOPPER_K * 2 * group);
     float acc[1][N / 2], part[N / 2];
     ring_place at = {0, 0};
     UNROLL for (int i = 0; i < N / 2; i++) part[i] = 0;
     sum_tiles<tile, false>(
         acc, part, ring, at, steps, w_at, x_at, [&](const unsigned char *now) { see(now + tile::X_AT); },
         [](ring_stage *s) { if (lane_id() == 0) barrier_arrive(&s->empty); });
-    few_store_sums<M>(acc[0], ring, group);
+    skinny_store_sums<M>(acc[0], ring, group);
 }
 
 /* The part with row *row of all, of which it becomes *row; past the end the last one. */
@@ -3938,11 +3941,11 @@ DEVICE const block_part &part_with(const stacked_blocks &w, int *row) {
     return w.parts[i];
 }
 
-/* Brings what few_sum_blocks will read to the second-level cache. */
-static __device__ void few_ask_blocks(const stacked_blocks &w, int k0, int steps, int row) {
+/* Brings what skinny_sum_blocks will read to the second-level cache. */
+static __device__ void skinny_ask_blocks(const stacked_blocks &w, int k0, int steps, int row) {
     const block_part &p = part_with(w, &row);
     const int each = tile_units(p.type), full = tile_bytes(p.type, each);
-    const int end = least(p.row_bytes, ceil_div((k0 + steps * WIDE_K) / 32, each) * full);
+    const int end = least(p.row_bytes, ceil_div((k0 + steps * HOPPER_K) / 32, each) * full);
     const unsigned char *from = p.data + (size_t)least(row + tid() % 128 / 2, p.rows - 1) * p.row_bytes;
     for (int at = k0 / 32 / each * full + tid() % 2 * 128; at < end; at += 256) prefetch(from + at);
 }
@@ -3950,13 +3953,13 @@ static __device__ void few_ask_blocks(const stacked_blocks &w, int k0, int steps
 /* The same for weights in blocks: W of a step is what the warpgroup has made of them, a unit a thread, in the
    same place, from row `row` of W on. */
 template <int R>
-static __device__ void few_sum_blocks(const ring_of_tiles &ring, int steps, int k0, int group,
-                                      const stacked_blocks &w, int row) {
-    typedef few_tile<WIDE_M, R> tile;
+static __device__ void skinny_sum_blocks(const ring_of_tiles &ring, int steps, int k0, int group,
+                                         const stacked_blocks &w, int row) {
+    typedef skinny_tile<HOPPER_M, R> tile;
     const int in_step = tid() % 2, line = tid() % 128 / 2;
     const block_part &p = part_with(w, &row);
     const int mine = least(row + line, p.rows - 1);
-    unsigned char *const to = ring.memory + (int)WIDE_HALF / 2 * group + 128 * line;
+    unsigned char *const to = ring.memory + (int)HOPPER_HALF / 2 * group + 128 * line;
     float acc[R / 2], part[R / 2];
     ring_place make = {0, 0}, at = {0, 0};
     UNROLL for (int i = 0; i < R / 2; i++) acc[i] = part[i] = 0;
@@ -3965,8 +3968,9 @@ static __device__ void few_sum_blocks(const ring_of_tiles &ring, int steps, int 
         ring_place first = at;
         NO_UNROLL for (int i = 0; i < n; i++, make.advance(ring.n)) {
             unsigned h[16];
-            part_values(p, mine, (k0 + (done + i) * WIDE_K) / 32 + in_step, w.up, [&](const float (&v)[32]) {
-                UNROLL for (int e = 0; e < 16; e++) h[e] = round_halves(v[2 * e], v[2 * e + 1]);
+            part_values(p, mine, (k0 + (done + i) * HOPPER_K) / 32 + in_step, w.up, [&](const float(&v)[32]) {
+                UNROLL
+                for (int e = 0; e < 16; e++) h[e] = round_halves(v[2 * e], v[2 * e + 1]);
             });
             UNROLL for (int j = 0; j < 4; j++)
                 *(uint4 *)(void *)(to + tile::BYTES * make.slot + 16 * ((4 * in_step + j) ^ (line & 7))) =
@@ -3978,9 +3982,9 @@ static __device__ void few_sum_blocks(const ring_of_tiles &ring, int steps, int 
             const unsigned char *now = ring.memory + tile::BYTES * at.slot;
             barrier_wait(&ring.stages[at.slot].full, at.parity);
             products_begin();
-            UNROLL for (int j = 0; j < WIDE_K / 16; j++)
-                wide_multiply(part, operand(now + (int)WIDE_HALF / 2 * group) + 2 * (unsigned)j,
-                              operand(now + tile::X_AT) + 2 * (unsigned)j, i + j > 0);
+            UNROLL for (int j = 0; j < HOPPER_K / 16; j++)
+                wgmma(part, operand(now + (int)HOPPER_HALF / 2 * group) + 2 * (unsigned)j,
+                      operand(now + tile::X_AT) + 2 * (unsigned)j, i + j > 0);
             products_commit();
         }
         products_wait<0>();
@@ -3989,76 +3993,77 @@ static __device__ void few_sum_blocks(const ring_of_tiles &ring, int steps, int 
             if (lane_id() == 0) barrier_arrive(&ring.stages[first.slot].empty);
         UNROLL for (int i = 0; i < R / 2; i++) acc[i] += part[i];
     }
-    few_store_sums<WIDE_M>(acc, ring, group);
+    skinny_store_sums<HOPPER_M>(acc, ring, group);
 }
 
 /* What a lane needs to finish a row, beside its sums. pair: of ADD the residual, of QKV the gains. */
-struct few_row { float scale, down; head_part<1> pair; int slot; row_info at; head_angles<1> angles; };
+struct skinny_row { float scale, down; head_part<1> pair; int slot; row_info at; head_angles<1> angles; };
 
 /* What the end of a row needs that is weights, or was written long before, asked for before the kernel before
    has ended; and the rest, asked for before the sums are there. */
-DEVICE void ask_early(const product_end &, few_row &, const wide_args &, int, int) {}
-DEVICE void ask_late(const product_end &, few_row &, const wide_args &, int, int) {}
+DEVICE void ask_early(const product_end &, skinny_row &, const hopper_args &, int, int) {}
+DEVICE void ask_late(const product_end &, skinny_row &, const hopper_args &, int, int) {}
 
 template <int ROWS>
-DEVICE void ask_late(const to_residual<ROWS> &, few_row &r, const wide_args &g, int i, int tile) {
+DEVICE void ask_late(const to_residual<ROWS> &, skinny_row &r, const hopper_args &g, int i, int tile) {
     const float2 *x = (const float2 *)(const void *)(g.x + (size_t)i * g.ldx + tile * ROWS + 2 * lane_id());
     r.pair.lo[0] = x[0];
-    if (ROWS == WIDE_M) r.pair.hi[0] = x[32];
+    if (ROWS == HOPPER_M) r.pair.hi[0] = x[32];
 }
 template <int ROWS>
-DEVICE void finish_row(const to_residual<ROWS> &, const wide_args &g, const head_part<1> &p, const few_row &r,
-                       int row, int tile) {
+DEVICE void finish_row(const to_residual<ROWS> &, const hopper_args &g, const head_part<1> &p,
+                       const skinny_row &r, int row, int tile) {
     const float2 lo = r.pair.lo[0], hi = r.pair.hi[0];
     float2 *x = (float2 *)(void *)(g.x + (size_t)row * g.ldx + tile * ROWS + 2 * lane_id());
     x[0] = make_float2(lo.x + p.lo[0].x, lo.y + p.lo[0].y);
-    if (ROWS == WIDE_M) x[32] = make_float2(hi.x + p.hi[0].x, hi.y + p.hi[0].y);
+    if (ROWS == HOPPER_M) x[32] = make_float2(hi.x + p.hi[0].x, hi.y + p.hi[0].y);
 }
 
-template <class END> DEVICE void few_ask_early(few_row &r, const wide_args &g, int row, int tile) {
+template <class END> DEVICE void skinny_ask_early(skinny_row &r, const hopper_args &g, int row, int tile) {
     ask_early(END(), r, g, row < g.rows ? row : g.rows - 1, tile);
 }
-template <class END> DEVICE void few_ask(few_row &r, const wide_args &g, int row, int tile) {
+template <class END> DEVICE void skinny_ask(skinny_row &r, const hopper_args &g, int row, int tile) {
     const int i = row < g.rows ? row : g.rows - 1;
     r.scale = g.w_scale * (g.in_scale ? g.in_scale[i] : 1.0f);
     ask_late(END(), r, g, i, tile);
 }
 
 /* Joins the parts of a row in the order of the blocks; all are on their way at a time. */
-template <int M> DEVICE head_part<1> few_join(const float *sums, int parts) {
-    float2 v[FEW_PARTS], w[FEW_PARTS], lo, hi = make_float2(0, 0);
-    UNROLL for (int i = 0; i < FEW_PARTS; i++) {
+template <int M> DEVICE head_part<1> skinny_join(const float *sums, int parts) {
+    float2 v[SKINNY_PARTS], w[SKINNY_PARTS], lo, hi = make_float2(0, 0);
+    UNROLL for (int i = 0; i < SKINNY_PARTS; i++) {
         if (i >= parts) continue;
-        if (M == WIDE_M) load_from_block(v[i], w[i], sums, (unsigned)i);
+        if (M == HOPPER_M) load_from_block(v[i], w[i], sums, (unsigned)i);
         else load_from_block(v[i], sums, (unsigned)i);
     }
     lo = v[0];
-    if (M == WIDE_M) hi = w[0];
-    UNROLL for (int i = 1; i < FEW_PARTS; i++) {
+    if (M == HOPPER_M) hi = w[0];
+    UNROLL for (int i = 1; i < SKINNY_PARTS; i++) {
         if (i >= parts) continue;
         lo.x += v[i].x; lo.y += v[i].y;
-        if (M == WIDE_M) { hi.x += w[i].x; hi.y += w[i].y; }
+        if (M == HOPPER_M) { hi.x += w[i].x; hi.y += w[i].y; }
     }
     const head_part<1> sum = {{lo}, {hi}};
     return sum;
 }
 
 /* What a row needs, as long as it is one of the block's. */
-template <class END> DEVICE void few_ask_all(few_row &r, const wide_args &g, int row, int end, int tile) {
+template <class END>
+DEVICE void skinny_ask_all(skinny_row &r, const hopper_args &g, int row, int end, int tile) {
     if (row >= end) return;
-    few_ask_early<END>(r, g, row, tile);
-    few_ask<END>(r, g, row, tile);
+    skinny_ask_early<END>(r, g, row, tile);
+    skinny_ask<END>(r, g, row, tile);
 }
 
 /* Every eighth row from this warp's first one on. look(r, i) sees what is known of the i-th before it is
    finished. */
 template <class END, class F>
-DEVICE void few_finish_rows(const wide_args &g, const float *sums, int row, int end, int tile, few_row r,
-                            few_row next, F look) {
+DEVICE void skinny_finish_rows(const hopper_args &g, const float *sums, int row, int end, int tile,
+                               skinny_row r, skinny_row next, F look) {
     NO_UNROLL for (int i = 0; row < end; row += 8, i++) {
-        few_row later = next;
-        few_ask_all<END>(later, g, row + 16, end, tile);
-        head_part<1> p = few_join<END::M>(sums + row * FEW_LD, g.parts);
+        skinny_row later = next;
+        skinny_ask_all<END>(later, g, row + 16, end, tile);
+        head_part<1> p = skinny_join<END::M>(sums + row * SKINNY_LD, g.parts);
         look(r, i);
         p.lo[0].x *= r.scale; p.lo[0].y *= r.scale; p.hi[0].x *= r.scale; p.hi[0].y *= r.scale;
         finish_row(END(), g, p, r, row, tile);
@@ -4070,43 +4075,43 @@ DEVICE void few_finish_rows(const wide_args &g, const float *sums, int row, int 
 /* The warps that multiply. They are short-lived, so what they do once must not be much code: it comes from
    afar, too. */
 template <class END, int R, class S>
-DEVICE void few_multiply(const wide_args &g, const ring_of_tiles &ring, int rank, int tile, int steps,
-                         int warp, S sum) {
+DEVICE void skinny_multiply(const hopper_args &g, const ring_of_tiles &ring, int rank, int tile, int steps,
+                            int warp, S sum) {
     constexpr bool norms = R == 32 && END::NORMS;
     constexpr int M = END::M;
-    __shared__ row_scale scales[FEW_NORM];
-    float gains[FEW_VECTORS][4];
+    __shared__ row_scale scales[SKINNY_NORM];
+    float gains[SKINNY_VECTORS][4];
     const int n = R / g.parts, end = rank * n + n < g.rows ? rank * n + n : g.rows;
     const float *sums = (const float *)(const void *)ring.memory + 2 * lane_id();
     const int row = rank * n + warp;    /* the first of this warp's of those that the block finishes */
-    few_row r, next;
-    few_ask_early<END>(r, g, row, tile);
-    few_ask_early<END>(next, g, row + 8, tile);
+    skinny_row r, next;
+    skinny_ask_early<END>(r, g, row, tile);
+    skinny_ask_early<END>(next, g, row + 8, tile);
     if (norms && g.norm.gain) load_all_gains(gains, g.norm.gain, 4 * lane_id(), 128, g.k);
     wait_for_previous();
     if (norms && g.norm.gain)
-        few_norm<M, R>(g, ring.memory, rank * steps * WIDE_K, steps, warp, scales, gains);
-    few_ask<END>(r, g, row, tile);
-    few_ask<END>(next, g, row + 8 < end ? row + 8 : row, tile);
+        skinny_norm<M, R>(g, ring.memory, rank * steps * HOPPER_K, steps, warp, scales, gains);
+    skinny_ask<END>(r, g, row, tile);
+    skinny_ask<END>(next, g, row + 8 < end ? row + 8 : row, tile);
     if (norms && g.norm.gain && row < end) {
         r.scale = g.w_scale / scales[row].up;
         r.down = 1.0f / scales[row].ff;
     }
     sum();
     cluster_meet();
-    few_finish_rows<END>(g, sums, row, end, tile, r, next, [](few_row &, int) {});
+    skinny_finish_rows<END>(g, sums, row, end, tile, r, next, [](skinny_row &, int) {});
 }
 #endif
 
 /* What the kernels of few rows share: ask() for what can be brought near, load() by one thread, sum(). */
 #ifdef QWEN3_WGMMA
 template <class END, int R, class A, class L, class S>
-DEVICE void few_multiply_rows(const wide_args &g, A ask, L load, S sum) {
+DEVICE void skinny_multiply_rows(const hopper_args &g, A ask, L load, S sum) {
     constexpr int M = END::M;
     QWEN3_DYNAMIC_SHARED(raw);
-    const ring_of_tiles ring = make_ring(raw, few_memory<M, R>(g.stages), g.stages, 8);
-    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
-    const int warp = __shfl_sync(ALL, warp_id(), 0), k0 = rank * steps * WIDE_K;
+    const ring_of_tiles ring = make_ring(raw, skinny_memory<M, R>(g.stages), g.stages, 8);
+    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / HOPPER_K;
+    const int warp = __shfl_sync(ALL, warp_id(), 0), k0 = rank * steps * HOPPER_K;
     __syncthreads();
     if (warp < 8) ask(tile, k0, steps, warp / 4);
     let_next_start();
@@ -4115,54 +4120,54 @@ DEVICE void few_multiply_rows(const wide_args &g, A ask, L load, S sum) {
         __syncwarp();
         cluster_meet();
     } else
-        few_multiply<END, R>(g, ring, rank, tile, steps, warp,
-                             [&] { sum(ring, tile, k0, steps, warp / 4); });
+        skinny_multiply<END, R>(g, ring, rank, tile, steps, warp,
+                                [&] { sum(ring, tile, k0, steps, warp / 4); });
     cluster_sync();                     /* nobody leaves while its sums are read */
 }
 #endif
 
-/* few_product: as wide_product for 2 to 64 rows, where the weights' bytes are what counts; also STORE:
+/* skinny_product: as large_product for 2 to 64 rows, where the weights' bytes are what counts; also STORE:
    logits. R: 32 or 64, at least the rows. A cluster of g.parts blocks (1, 2, 4 or 8) shares a tile of M rows
    of W, 128 or, for ADD, 64: each of its blocks sums over a part of k, 128 elements by the tensor core at a
    time, and finishes some of the rows from all parts, in order. With norm.gain the input is RMSNorm(norm.x),
-   at most FEW_NORM rows of FEW_WIDTH elements, rounded as by wide_norm: each block does that for itself, and
-   there are as many stages as steps. Grid: tiles times parts; k is 64 times a multiple of parts; shared
-   memory for g.stages. */
+   at most SKINNY_NORM rows of SKINNY_WIDTH elements, rounded as by hopper_norm: each block does that for
+   itself, and there are as many stages as steps. Grid: tiles times parts; k is 64 times a multiple of parts;
+   shared memory for g.stages. */
 template <class END, int R>
-static __global__ void __launch_bounds__(FEW_THREADS, 2)
-    few_product_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-                       wide_args g) {
+static __global__ void __launch_bounds__(SKINNY_THREADS, 2)
+    skinny_product_kernel(const __grid_constant__ CUtensorMap x_map,
+                          const __grid_constant__ CUtensorMap w_map, hopper_args g) {
 #ifdef QWEN3_WGMMA
-    few_multiply_rows<END, R>(
+    skinny_multiply_rows<END, R>(
         g, [](int, int, int, int) {},
         [&](const ring_of_tiles &ring, int tile, int k0, int steps) {
-            few_load<END::M, R>(&x_map, &w_map, g, ring, tile, k0, steps);
+            skinny_load<END::M, R>(&x_map, &w_map, g, ring, tile, k0, steps);
         },
         [&](const ring_of_tiles &ring, int, int, int steps, int group) {
-            few_sum<END::M, R>(ring, steps, group);
+            skinny_sum<END::M, R>(ring, steps, group);
         });
 #else
     (void)x_map; (void)w_map; (void)g;
 #endif
 }
 
-/* few_block_product: the same with W in blocks, by tiles of 128 rows. What is summed is what block_decode
+/* skinny_block_product: the same with W in blocks, by tiles of 128 rows. What is summed is what block_decode
    makes of them. Their bytes come to the second-level cache while the kernel before still runs. */
 template <class END, int R>
-static __global__ void __launch_bounds__(FEW_THREADS, 2)
-    few_block_product_kernel(const __grid_constant__ CUtensorMap x_map,
-                             const __grid_constant__ stacked_blocks w, wide_args g) {
+static __global__ void __launch_bounds__(SKINNY_THREADS, 2)
+    skinny_block_product_kernel(const __grid_constant__ CUtensorMap x_map,
+                                const __grid_constant__ stacked_blocks w, hopper_args g) {
 #ifdef QWEN3_WGMMA
-    few_multiply_rows<END, R>(
+    skinny_multiply_rows<END, R>(
         g,
         [&](int tile, int k0, int steps, int group) {
-            few_ask_blocks(w, k0, steps, tile * g.step + group * g.half);
+            skinny_ask_blocks(w, k0, steps, tile * g.step + group * g.half);
         },
         [&](const ring_of_tiles &ring, int tile, int k0, int steps) {
-            few_load<WIDE_M, R>(&x_map, NULL, g, ring, tile, k0, steps);
+            skinny_load<HOPPER_M, R>(&x_map, NULL, g, ring, tile, k0, steps);
         },
         [&](const ring_of_tiles &ring, int tile, int k0, int steps, int group) {
-            few_sum_blocks<R>(ring, steps, k0, group, w, tile * g.step + group * g.half);
+            skinny_sum_blocks<R>(ring, steps, k0, group, w, tile * g.step + group * g.half);
         });
 #else
     (void)x_map; (void)w; (void)g;
@@ -4175,19 +4180,19 @@ static qwen3_result hopper_round(const pass *p, const matrix &w, const float *fr
     cuda_ctx *c = p->c;
     return launched(p,
                     launch_early(p->early, p->s, grid1(n), row_threads(w.ld, 4, n), 0,
-                                 round_rows_kernel<half_t>, c->wide_act, c->act_scale, from, ld, w.cols, w.ld,
-                                 (size_t)0),
+                                 round_rows_kernel<half_t>, c->hopper_act, c->act_scale, from, ld, w.cols,
+                                 w.ld, (size_t)0),
                     "round_rows");
 }
 
-static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_scale) {
-    wide_args a;
+static hopper_args hopper_arguments(const pass *p, const matrix &w, const float *in_scale) {
+    hopper_args a;
     memset(&a, 0, sizeof a);
     a.rows = p->n;
     a.k = w.cols;
-    a.n_tiles = w.rows / WIDE_N;
-    a.step = WIDE_N;
-    a.half = WIDE_N / 2;
+    a.n_tiles = w.rows / HOPPER_N;
+    a.step = HOPPER_N;
+    a.half = HOPPER_N / 2;
     a.w_scale = w.scale;
     a.in_scale = in_scale;
     return a;
@@ -4196,32 +4201,34 @@ static wide_args wide_arguments(const pass *p, const matrix &w, const float *in_
 /* About how many microseconds so many blocks, all at once, need for so many steps each: the busiest
    multiprocessor takes in 45 KB of W and x in one, memory gives 22.5 KB of W for each, and the rest of a
    kernel takes 3. */
-static float few_time(const pass *p, int blocks, int steps, int m, int r) {
-    const float w = (float)(m * WIDE_K * 2), x = (float)(r * WIDE_K * 2), n_sm = (float)p->c->m->n_sm;
+static float skinny_time(const pass *p, int blocks, int steps, int m, int r) {
+    const float w = (float)(m * HOPPER_K * 2), x = (float)(r * HOPPER_K * 2), n_sm = (float)p->c->m->n_sm;
     const float in = (float)ceil_div(blocks, p->c->m->n_sm) * (w + x) / 45e3f,
                 from = (float)blocks * w / n_sm / 22.5e3f;
     return 3 + (float)steps * (in > from ? in : from);
 }
 
 /* Tiles of m rows of W, each shared by so many blocks, each with so many steps. */
-struct few_plan { int m, parts, steps; float time; };
+struct skinny_plan { int m, parts, steps; float time; };
 
 /* The better of a plan and of what tiles of m rows allow. */
-static few_plan few_better(const pass *p, const wide_args &a, int m, int r, few_plan best) {
-    const int tiles = a.n_tiles * (WIDE_M / m), steps = a.k / WIDE_K;
-    for (int i = 0, parts = 1; parts <= FEW_PARTS && steps % parts == 0; i++, parts *= 2) {
-        const int room = p->c->few_room[i], left = tiles % room;
-        const float time = (float)(tiles / room) * few_time(p, room * parts, steps / parts, m, r) +
-                           (left ? few_time(p, left * parts, steps / parts, m, r) : 0);
+static skinny_plan skinny_better(const pass *p, const hopper_args &a, int m, int r, skinny_plan best) {
+    const int tiles = a.n_tiles * (HOPPER_M / m), steps = a.k / HOPPER_K;
+    for (int i = 0, parts = 1; parts <= SKINNY_PARTS && steps % parts == 0; i++, parts *= 2) {
+        const int room = p->c->skinny_room[i], left = tiles % room;
+        const float time = (float)(tiles / room) * skinny_time(p, room * parts, steps / parts, m, r) +
+                           (left ? skinny_time(p, left * parts, steps / parts, m, r) : 0);
         if (best.m == 0 || time <= best.time) best = {m, parts, steps / parts, time};
     }
     return best;
 }
 
 /* Few rows of few elements are normed where they are multiplied: all of x has a place beside the weights. */
-static bool few_norms_itself(const pass *p, const matrix &w) {
-    const few_plan none = {0, 0, 0, 0}, plan = few_better(p, wide_arguments(p, w, NULL), WIDE_M, 32, none);
-    return p->n <= FEW_NORM && w.cols <= FEW_WIDTH && few_stages<WIDE_M, 32>(plan.steps) == plan.steps;
+static bool skinny_norms_itself(const pass *p, const matrix &w) {
+    const skinny_plan none = {0, 0, 0, 0},
+                      plan = skinny_better(p, hopper_arguments(p, w, NULL), HOPPER_M, 32, none);
+    return p->n <= SKINNY_NORM && w.cols <= SKINNY_WIDTH &&
+           skinny_stages<HOPPER_M, 32>(plan.steps) == plan.steps;
 }
 
 /* W as F16 for one of these kernels: as it is, or in the scratch. They ask for weights before the kernel
@@ -4238,111 +4245,112 @@ static qwen3_result make_ready(const pass *p, const matrix &w, int first, int ro
 }
 
 template <class END, int R>
-static qwen3_result launch_few_product(const pass *p, const stored_map &in, const matrix &w, wide_args a,
-                                       few_plan plan) {
+static qwen3_result launch_skinny_product(const pass *p, const stored_map &in, const matrix &w, hopper_args a,
+                                          skinny_plan plan) {
     a.parts = plan.parts;
-    a.stages = few_stages<END::M, R>(plan.steps);
+    a.stages = skinny_stages<END::M, R>(plan.steps);
     return launched(p,
-                    launch_clusters(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), FEW_THREADS,
-                                    few_product_shared<END::M, R>(a.stages), few_product_kernel<END, R>,
+                    launch_clusters(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), SKINNY_THREADS,
+                                    skinny_product_shared<END::M, R>(a.stages), skinny_product_kernel<END, R>,
                                     get_map(in), get_map(w.map), a),
-                    "few_product");
+                    "skinny_product");
 }
 
 template <class END, int R>
-static qwen3_result few_product_of(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
-    const few_plan none = {0, 0, 0, 0}, plan = few_better(p, a, WIDE_M, R, none);
+static qwen3_result skinny_product_of(const pass *p, const stored_map &in, const matrix &w, hopper_args a) {
+    const skinny_plan none = {0, 0, 0, 0}, plan = skinny_better(p, a, HOPPER_M, R, none);
     stacked_blocks blocks;
-    if (w.n_parts == 0) return launch_few_product<END, R>(p, in, w, a, plan);
+    if (w.n_parts == 0) return launch_skinny_product<END, R>(p, in, w, a, plan);
     memset(&blocks, 0, sizeof blocks);
     for (int i = 0; i < w.n_parts; i++) blocks.parts[i] = w.parts[i];
     blocks.up = 1 / w.scale;
     a.parts = plan.parts;
-    a.stages = few_stages<WIDE_M, R>(plan.steps);
+    a.stages = skinny_stages<HOPPER_M, R>(plan.steps);
     return launched(p,
-                    launch_clusters(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), FEW_THREADS,
-                                    few_product_shared<WIDE_M, R>(a.stages), few_block_product_kernel<END, R>,
-                                    get_map(in), blocks, a),
-                    "few_block_product");
+                    launch_clusters(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), SKINNY_THREADS,
+                                    skinny_product_shared<HOPPER_M, R>(a.stages),
+                                    skinny_block_product_kernel<END, R>, get_map(in), blocks, a),
+                    "skinny_block_product");
 }
 template <class END>
-static qwen3_result few_product(const pass *p, const stored_map &in, const matrix &w, const wide_args &a) {
-    return a.rows <= 32 ? few_product_of<END, 32>(p, in, w, a) : few_product_of<END, 64>(p, in, w, a);
+static qwen3_result skinny_product(const pass *p, const stored_map &in, const matrix &w,
+                                   const hopper_args &a) {
+    return a.rows <= 32 ? skinny_product_of<END, 32>(p, in, w, a) : skinny_product_of<END, 64>(p, in, w, a);
 }
 
 /* x += W in, by tiles of 128 or of 64 rows of W */
 template <int R>
-static qwen3_result few_add_of(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
-    const few_plan none = {0, 0, 0, 0};
-    const few_plan plan = few_better(p, a, WIDE_M / 2, R, few_better(p, a, WIDE_M, R, none));
-    if (plan.m == WIDE_M) return launch_few_product<to_residual<WIDE_M>, R>(p, in, w, a, plan);
+static qwen3_result skinny_add_of(const pass *p, const stored_map &in, const matrix &w, hopper_args a) {
+    const skinny_plan none = {0, 0, 0, 0};
+    const skinny_plan plan = skinny_better(p, a, HOPPER_M / 2, R, skinny_better(p, a, HOPPER_M, R, none));
+    if (plan.m == HOPPER_M) return launch_skinny_product<to_residual<HOPPER_M>, R>(p, in, w, a, plan);
     a.n_tiles *= 2;
     a.step /= 2;
-    return launch_few_product<to_residual<WIDE_M / 2>, R>(p, in, w, a, plan);
+    return launch_skinny_product<to_residual<HOPPER_M / 2>, R>(p, in, w, a, plan);
 }
-static qwen3_result few_add(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+static qwen3_result skinny_add(const pass *p, const stored_map &in, const matrix &w, hopper_args a) {
     a.x = p->c->x;
     a.ldx = p->c->embd_ld;
-    if (w.n_parts > 0) return few_product<to_residual<> >(p, in, w, a);
-    return a.rows <= 32 ? few_add_of<32>(p, in, w, a) : few_add_of<64>(p, in, w, a);
+    if (w.n_parts > 0) return skinny_product<to_residual<> >(p, in, w, a);
+    return a.rows <= 32 ? skinny_add_of<32>(p, in, w, a) : skinny_add_of<64>(p, in, w, a);
 }
 
-static int wide_pairs(const pass *p) { return ceil_div(p->n, 2 * WIDE_M); }
+static int large_pairs(const pass *p) { return ceil_div(p->n, 2 * HOPPER_M); }
 
 template <class END, int N, int P>
-static qwen3_result launch_wide_product(const pass *p, const stored_map &in, const stored_map &w,
-                                        const wide_args &a) {
-    const int clusters = least(wide_pairs(p) * (a.n_tiles - a.whole), p->c->m->n_sm / 2);
+static qwen3_result launch_large_product(const pass *p, const stored_map &in, const stored_map &w,
+                                         const hopper_args &a) {
+    const int clusters = least(large_pairs(p) * (a.n_tiles - a.whole), p->c->m->n_sm / 2);
     return launched(p,
-                    launch_clusters(p->early, WIDE_CLUSTER, p->s, grid1(2 * clusters), WIDE_THREADS,
-                                    wide_product_shared<N, P>(), wide_product_kernel<END, N, P>, get_map(in),
-                                    get_map(w), a),
-                    "wide_product");
+                    launch_clusters(p->early, LARGE_CLUSTER, p->s, grid1(2 * clusters), LARGE_THREADS,
+                                    large_product_shared<N, P>(), large_product_kernel<END, N, P>,
+                                    get_map(in), get_map(w), a),
+                    "large_product");
 }
 
 /* How long the busiest cluster works on so many columns of parts, of which the first go in `whole` tiles of
    two: in the time of one part. Two take 1.8 (measured). */
-static float wide_time(const pass *p, int columns, int whole) {
-    const int clusters = p->c->m->n_sm / 2, pairs = wide_pairs(p);
+static float large_time(const pass *p, int columns, int whole) {
+    const int clusters = p->c->m->n_sm / 2, pairs = large_pairs(p);
     return (float)ceil_div(pairs * (columns - whole), clusters) +
            0.8f * (float)ceil_div(pairs * whole, clusters);
 }
 
 /* The fastest number of tiles of two: none, all, or as many as keep all clusters busy. */
-static int wide_whole(const pass *p, int columns) {
+static int large_whole(const pass *p, int columns) {
     const int all = columns / 2, fill = p->c->m->n_sm / 2,
-              turns = wide_pairs(p) * all / fill * fill / wide_pairs(p);
-    const int best = wide_time(p, columns, turns) < wide_time(p, columns, all) ? turns : all;
-    return wide_time(p, columns, best) < wide_time(p, columns, 0) ? best : 0;
+              turns = large_pairs(p) * all / fill * fill / large_pairs(p);
+    const int best = large_time(p, columns, turns) < large_time(p, columns, all) ? turns : all;
+    return large_time(p, columns, best) < large_time(p, columns, 0) ? best : 0;
 }
 
 template <class END>
-static qwen3_result wide_product(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
+static qwen3_result large_product(const pass *p, const stored_map &in, const matrix &w, hopper_args a) {
     ready r;
     TRY(make_ready(p, w, 0, w.rows, &r));
-    a.whole = wide_whole(p, a.n_tiles);
-    return a.whole > 0 ? launch_wide_product<END, WIDE_N, 2>(&r.p, in, r.w->map, a)
-                       : launch_wide_product<END, WIDE_N, 1>(&r.p, in, r.w->map, a);
+    a.whole = large_whole(p, a.n_tiles);
+    return a.whole > 0 ? launch_large_product<END, HOPPER_N, 2>(&r.p, in, r.w->map, a)
+                       : launch_large_product<END, HOPPER_N, 1>(&r.p, in, r.w->map, a);
 }
 
 /* x += W in, in the tiles that are done first: 2,560 columns of 2,048 rows are 2.4 turns of 128, but 1.9 of
    160. */
-static qwen3_result wide_add(const pass *p, const stored_map &in, const matrix &w, wide_args a) {
-    const float more = (float)WIDE_N_MORE / WIDE_N * wide_time(p, w.rows / WIDE_N_MORE, 0);
+static qwen3_result large_add(const pass *p, const stored_map &in, const matrix &w, hopper_args a) {
+    const float more = (float)HOPPER_N_MORE / HOPPER_N * large_time(p, w.rows / HOPPER_N_MORE, 0);
     a.x = p->c->x;
     a.ldx = p->c->embd_ld;
-    if (w.rows % WIDE_N_MORE || wide_time(p, a.n_tiles, wide_whole(p, a.n_tiles)) <= more)
-        return wide_product<to_residual<> >(p, in, w, a);
+    if (w.rows % HOPPER_N_MORE || large_time(p, a.n_tiles, large_whole(p, a.n_tiles)) <= more)
+        return large_product<to_residual<> >(p, in, w, a);
     ready r;
     TRY(make_ready(p, w, 0, w.rows, &r));
-    a.n_tiles = w.rows / WIDE_N_MORE;
-    a.step = WIDE_N_MORE;
-    a.half = WIDE_N_MORE / 2;
-    return launch_wide_product<to_residual<>, WIDE_N_MORE, 1>(&r.p, in, r.w->map_more, a);
+    a.n_tiles = w.rows / HOPPER_N_MORE;
+    a.step = HOPPER_N_MORE;
+    a.half = HOPPER_N_MORE / 2;
+    return launch_large_product<to_residual<>, HOPPER_N_MORE, 1>(&r.p, in, r.w->map_more, a);
 }
 
 /* The norm that the product is to do itself, if it is. */
-static void set_norm(const pass *p, const input &h, const matrix &w, wide_args *a) {
+static void set_norm(const pass *p, const input &h, const matrix &w, hopper_args *a) {
     if (!h.gain) return;
     a->norm = norm_arguments(p, h.gain, w);
     a->in_scale = a->out_scale = NULL;
@@ -4667,7 +4675,7 @@ template <class T, int N> DEVICE void store_head_at(T *to, const head_part<N> &p
    norm_rope_head. q is kept as F16 (g.out) for the attention that reads an F16 cache, and as float32 for
    others. All lanes; those of rows that the batch has not store nothing. */
 template <class T, int N>
-DEVICE void finish_head(const wide_args &g, head_part<N> &p, const head_part<N> &gain,
+DEVICE void finish_head(const hopper_args &g, head_part<N> &p, const head_part<N> &gain,
                         const head_angles<N> &angles, int row, int seq, int position, int head, float scale) {
     const qkv_args &a = g.qkv;
     const bool valid = N == 1 || row < g.rows;
@@ -4687,13 +4695,13 @@ DEVICE void finish_head(const wide_args &g, head_part<N> &p, const head_part<N> 
     else store_head_at(valid ? a.qkv + (size_t)row * a.ld + (size_t)head * HEAD_DIM : NULL, p);
 }
 
-template <class T> DEVICE void ask_row(const to_heads<T> &, wide_row &w, const wide_args &g, int i) {
+template <class T> DEVICE void ask_row(const to_heads<T> &, large_row &w, const hopper_args &g, int i) {
     w.seq = g.qkv.rows[i].seq;
     w.position = g.qkv.rows[i].position;
 }
 template <class T, int PARTS, int M>
-DEVICE void finish_tile(const to_heads<T> &, const wide_args &g, const float (&acc)[PARTS][M],
-                        const wide_row &row, int r, int n, float scale) {
+DEVICE void finish_tile(const to_heads<T> &, const hopper_args &g, const float (&acc)[PARTS][M],
+                        const large_row &row, int r, int n, float scale) {
     const head_angles<8> angles = load_angles<4, 8>(g.qkv, HEAD_DIM / 2, row.position);
     UNROLL for (int part = 0; part < PARTS; part++) {
         head_part<8> p;
@@ -4708,7 +4716,7 @@ DEVICE void finish_tile(const to_heads<T> &, const wide_args &g, const float (&a
 }
 
 template <class T>
-DEVICE void ask_early(const to_heads<T> &, few_row &r, const wide_args &g, int i, int tile) {
+DEVICE void ask_early(const to_heads<T> &, skinny_row &r, const hopper_args &g, int i, int tile) {
     const qkv_args &a = g.qkv;
     r.at = a.rows[i];
     if (tile >= a.n_head + a.n_head_kv) return;
@@ -4716,34 +4724,35 @@ DEVICE void ask_early(const to_heads<T> &, few_row &r, const wide_args &g, int i
     r.angles = load_angles<32, 1>(a, HEAD_DIM / 2, r.at.position);
 }
 template <class T>
-DEVICE void finish_row(const to_heads<T> &, const wide_args &g, head_part<1> p, const few_row &r, int row,
-                       int tile) {
+DEVICE void finish_row(const to_heads<T> &, const hopper_args &g, head_part<1> p, const skinny_row &r,
+                       int row, int tile) {
     finish_head<T>(g, p, r.pair, r.angles, row, r.at.seq, r.at.position, tile, 1.0f);
 }
 #endif
 
-static wide_args heads_arguments(const pass *p, int layer, const input &h) {
+static hopper_args heads_arguments(const pass *p, int layer, const input &h) {
     const matrix &w = p->c->m->layers[layer].qkv;
-    wide_args a = wide_arguments(p, w, h.scale);
-    a.out = p->q_halves ? p->c->wide_q : NULL;
+    hopper_args a = hopper_arguments(p, w, h.scale);
+    a.out = p->q_halves ? p->c->hopper_q : NULL;
     a.ldo = p->c->q_dim;
     a.qkv = qkv_arguments(p, layer);
     set_norm(p, h, w, &a);
     return a;
 }
 
-static qwen3_result few_qkv(const pass *p, int layer, const input &h) {
-    const wide_args a = heads_arguments(p, layer, h);
+static qwen3_result skinny_qkv(const pass *p, int layer, const input &h) {
+    const hopper_args a = heads_arguments(p, layer, h);
     const matrix &w = p->c->m->layers[layer].qkv;
-    return p->c->desc.kv_type == QWEN3_KV_F16 ? few_product<to_heads<half_t> >(p, p->c->few_h_map, w, a) :
-                                                few_product<to_heads<void> >(p, p->c->few_h_map, w, a);
+    return p->c->desc.kv_type == QWEN3_KV_F16 ?
+               skinny_product<to_heads<half_t> >(p, p->c->skinny_h_map, w, a) :
+               skinny_product<to_heads<void> >(p, p->c->skinny_h_map, w, a);
 }
 
-static qwen3_result many_qkv(const pass *p, int layer, const input &h) {
-    const wide_args a = heads_arguments(p, layer, h);
+static qwen3_result large_qkv(const pass *p, int layer, const input &h) {
+    const hopper_args a = heads_arguments(p, layer, h);
     const matrix &w = p->c->m->layers[layer].qkv;
-    return p->c->desc.kv_type == QWEN3_KV_F16 ? wide_product<to_heads<half_t> >(p, p->c->wide_h_map, w, a) :
-                                                wide_product<to_heads<void> >(p, p->c->wide_h_map, w, a);
+    return p->c->desc.kv_type == QWEN3_KV_F16 ? large_product<to_heads<half_t> >(p, p->c->large_h_map, w, a) :
+                                                large_product<to_heads<void> >(p, p->c->large_h_map, w, a);
 }
 
 /* ================================================================================================
@@ -4799,7 +4808,7 @@ static attention_args attention_arguments(const pass *p, int layer) {
     a.kv = qkv_arguments(p, layer).kv;
     a.parts = c->parts;
     a.tickets = c->attn_tickets;
-    a.halves = p->halves ? c->wide_act : NULL;
+    a.halves = p->halves ? c->hopper_act : NULL;
     return a;
 }
 
@@ -5585,7 +5594,7 @@ static qwen3_result rows_attention(const pass *p, int layer) {
 }
 
 /* ---- many rows of a sequence on Hopper ---- */
-struct wide_attention_args {
+struct large_attention_args {
     half_t       *out;                  /* [rows, n_head, 128] */
     int           n_head, group, layer, max_seqs;
     float         scale;                /* 1 / sqrt(head_dim) */
@@ -5600,43 +5609,43 @@ const int ATTENTION_STAGES = 2;
 DEVICE void load_positions(unsigned char *to, const CUtensorMap *map, int head, int pos, int z,
                            mbarrier *full, mbarrier *empty, unsigned turn) {
     barrier_wait(empty, (turn / ATTENTION_STAGES & 1) ^ 1);
-    barrier_expect(full, 2 * (unsigned)WIDE_HALF);
+    barrier_expect(full, 2 * (unsigned)HOPPER_HALF);
     load_tile(to, map, head * HEAD_DIM, pos, z, full);
-    load_tile(to + WIDE_HALF, map, head * HEAD_DIM + WIDE_K, pos, z, full);
+    load_tile(to + HOPPER_HALF, map, head * HEAD_DIM + HOPPER_K, pos, z, full);
 }
 
 /* The tile's rows of q, (token, head) after (token, head). Those of tokens that it has not are never
    stored. */
-DEVICE void load_wide_q(unsigned char *to, const CUtensorMap *map, const attention_tile &tile, int kv_head,
-                        int group, mbarrier *full) {
-    barrier_expect(full, (unsigned)(WIDE_M / group * group * HEAD_DIM) * 2);
+DEVICE void load_large_q(unsigned char *to, const CUtensorMap *map, const attention_tile &tile, int kv_head,
+                         int group, mbarrier *full) {
+    barrier_expect(full, (unsigned)(HOPPER_M / group * group * HEAD_DIM) * 2);
     load_tile(to, map, 0, kv_head * group, tile.row0, full);
-    load_tile(to + WIDE_HALF, map, WIDE_K, kv_head * group, tile.row0, full);
+    load_tile(to + HOPPER_HALF, map, HOPPER_K, kv_head * group, tile.row0, full);
 }
 
 /* s = q k^T for 128 positions */
-DEVICE void wide_scores(float (&s)[64], const unsigned char *q, const unsigned char *k) {
+DEVICE void large_scores(float (&s)[64], const unsigned char *q, const unsigned char *k) {
     products_begin();
     UNROLL for (int j = 0; j < HEAD_DIM / 16; j++) {
-        const size_t at = WIDE_HALF * (size_t)(j / 4);
-        wide_multiply(s, operand(q + at) + 2 * (unsigned)(j % 4), operand(k + at) + 2 * (unsigned)(j % 4),
-                      j > 0);
+        const size_t at = HOPPER_HALF * (size_t)(j / 4);
+        wgmma(s, operand(q + at) + 2 * (unsigned)(j % 4), operand(k + at) + 2 * (unsigned)(j % 4),
+              j > 0);
     }
     products_commit();
 }
 
 /* o += p v for 128 positions */
-DEVICE void wide_values(float (&o)[64], const unsigned (&p)[8][4], const unsigned char *v) {
+DEVICE void large_values(float (&o)[64], const unsigned (&p)[8][4], const unsigned char *v) {
     products_begin();
-    UNROLL for (int j = 0; j < WIDE_POS / 16; j++)
-        wide_multiply(o, p[j], operand(v, (unsigned)WIDE_HALF) + 128 * (unsigned)j, 1);
+    UNROLL for (int j = 0; j < LARGE_POS / 16; j++)
+        wgmma(o, p[j], operand(v, (unsigned)HOPPER_HALF) + 128 * (unsigned)j, 1);
     products_commit();
 }
 
 struct softmax_rows { float top[2], sum[2], keep[2]; int last[2]; };    /* of this thread's two rows */
 
 /* Scores to weights times 2^14 (F16 then has the small ones, too), with what is known of the rows so far. */
-DEVICE void wide_softmax(float (&s)[64], softmax_rows &rows, int pos, bool mask, float scale) {
+DEVICE void large_softmax(float (&s)[64], softmax_rows &rows, int pos, bool mask, float scale) {
     UNROLL for (int r = 0; r < 2; r++) {
         float high = rows.top[r], part = 0;
         if (mask) {
@@ -5665,13 +5674,13 @@ DEVICE void weights_to_halves(unsigned (&p)[8][4], const float (&s)[64]) {
         UNROLL for (int j = 0; j < 4; j++) p[i][j] = round_halves(s[8 * i + 2 * j], s[8 * i + 2 * j + 1]);
 }
 
-static __device__ void wide_attend(const wide_attention_args &a, const attention_tile &tile,
-                                   unsigned char *memory, mbarrier *q_full, attention_stage *stages,
-                                   int kv_head, int group) {
-    unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
-    const unsigned char *q = memory + WIDE_HALF / 2 * (size_t)group;
+static __device__ void large_attend(const large_attention_args &a, const attention_tile &tile,
+                                    unsigned char *memory, mbarrier *q_full, attention_stage *stages,
+                                    int kv_head, int group) {
+    unsigned char *ks = memory + 2 * HOPPER_HALF, *vs = ks + ATTENTION_STAGES * 2 * HOPPER_HALF;
+    const unsigned char *q = memory + HOPPER_HALF / 2 * (size_t)group;
     const int first = 64 * group, row0 = first + warp_id() % 4 * 16 + lane_id() / 4;
-    const int n = tile.pos0 + tile.n_tokens, steps = ceil_div(n, WIDE_POS);
+    const int n = tile.pos0 + tile.n_tokens, steps = ceil_div(n, LARGE_POS);
     const float scale = a.scale * LOG2E;
     float s[64], o[64];
     unsigned p[8][4];
@@ -5685,26 +5694,26 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
     UNROLL for (int i = 0; i < 64; i++) s[i] = o[i] = 0;
     barrier_wait(q_full, 0);
     barrier_wait(&stages[0].k_full, 0);
-    wide_scores(s, q, ks);
+    large_scores(s, q, ks);
     products_wait<0>();
     products_done(s);
     if (lane_id() == 0) barrier_arrive(&stages[0].k_empty);
-    wide_softmax(s, rows, (steps - 1) * WIDE_POS, true, scale);
+    large_softmax(s, rows, (steps - 1) * LARGE_POS, true, scale);
     weights_to_halves(p, s);
     for (int step = 1; step < steps; step++) {          /* from the last positions to the first */
         const int at = step % ATTENTION_STAGES, before = (step - 1) % ATTENTION_STAGES;
-        const int pos = (steps - 1 - step) * WIDE_POS;
+        const int pos = (steps - 1 - step) * LARGE_POS;
         barrier_wait(&stages[at].k_full, (unsigned)(step / ATTENTION_STAGES) & 1);
         products_done(o);
         products_read(p);
-        wide_scores(s, q, ks + 2 * WIDE_HALF * (size_t)at);
+        large_scores(s, q, ks + 2 * HOPPER_HALF * (size_t)at);
         barrier_wait(&stages[before].v_full, (unsigned)((step - 1) / ATTENTION_STAGES) & 1);
-        wide_values(o, p, vs + 2 * WIDE_HALF * (size_t)before);
+        large_values(o, p, vs + 2 * HOPPER_HALF * (size_t)before);
         products_wait<1>();
         products_done(s);
         if (lane_id() == 0) barrier_arrive(&stages[at].k_empty);
-        if (pos + WIDE_POS - 1 > tile.pos0) wide_softmax(s, rows, pos, true, scale);
-        else wide_softmax(s, rows, pos, false, scale);
+        if (pos + LARGE_POS - 1 > tile.pos0) large_softmax(s, rows, pos, true, scale);
+        else large_softmax(s, rows, pos, false, scale);
         products_wait<0>();
         products_done(o);
         if (lane_id() == 0) barrier_arrive(&stages[before].v_empty);
@@ -5715,7 +5724,7 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
     barrier_wait(&stages[at].v_full, (unsigned)((steps - 1) / ATTENTION_STAGES) & 1);
     products_done(o);
     products_read(p);
-    wide_values(o, p, vs + 2 * WIDE_HALF * (size_t)at);
+    large_values(o, p, vs + 2 * HOPPER_HALF * (size_t)at);
     products_wait<0>();
     products_done(o);
     UNROLL for (int r = 0; r < 2; r++) {
@@ -5728,43 +5737,43 @@ static __device__ void wide_attend(const wide_attention_args &a, const attention
             w[j] = pack_halves(o[4 * j + 2 * r] * over, o[4 * j + 2 * r + 1] * over);
         store_words<16>(token < tile.n_tokens ? a.out + ((size_t)(tile.row0 + token) * a.n_head +
                                                          (size_t)(kv_head * a.group + row % a.group)) *
-                                                            HEAD_DIM :
+                                                             HEAD_DIM :
                                                 NULL,
                         w);
     }
 }
 
 /* The tile's positions, from the last to the first. */
-DEVICE void wide_attention_load(const CUtensorMap *k_map, const CUtensorMap *v_map,
-                                const wide_attention_args &a, const attention_tile &tile, unsigned char *ks,
-                                unsigned char *vs, attention_stage *stages, int kv_head) {
-    const int steps = ceil_div(tile.pos0 + tile.n_tokens, WIDE_POS), z = a.layer * a.max_seqs + tile.seq;
+DEVICE void large_attention_load(const CUtensorMap *k_map, const CUtensorMap *v_map,
+                                 const large_attention_args &a, const attention_tile &tile, unsigned char *ks,
+                                 unsigned char *vs, attention_stage *stages, int kv_head) {
+    const int steps = ceil_div(tile.pos0 + tile.n_tokens, LARGE_POS), z = a.layer * a.max_seqs + tile.seq;
     for (int step = 0; step <= steps; step++) {
         const int i = step % ATTENTION_STAGES, before = (step + ATTENTION_STAGES - 1) % ATTENTION_STAGES;
         if (step < steps)
-            load_positions(ks + 2 * WIDE_HALF * (size_t)i, k_map, kv_head, (steps - 1 - step) * WIDE_POS, z,
-                           &stages[i].k_full, &stages[i].k_empty, (unsigned)step);
+            load_positions(ks + 2 * HOPPER_HALF * (size_t)i, k_map, kv_head, (steps - 1 - step) * LARGE_POS,
+                           z, &stages[i].k_full, &stages[i].k_empty, (unsigned)step);
         if (step > 0)
-            load_positions(vs + 2 * WIDE_HALF * (size_t)before, v_map, kv_head, (steps - step) * WIDE_POS, z,
-                           &stages[before].v_full, &stages[before].v_empty, (unsigned)step - 1);
+            load_positions(vs + 2 * HOPPER_HALF * (size_t)before, v_map, kv_head, (steps - step) * LARGE_POS,
+                           z, &stages[before].v_full, &stages[before].v_empty, (unsigned)step - 1);
     }
 }
 #endif
 
-/* wide_attention: as attention_tile, head_dim 128 and an F16 cache. A tile is up to 128 (token, head) rows;
+/* large_attention: as attention_tile, head_dim 128 and an F16 cache. A tile is up to 128 (token, head) rows;
    grid (n_head_kv, tiles). q, the weights and the result are rounded once each to F16; scores, softmax and
    sums are float32. Positions go in steps of 128, backwards: only the first steps need the mask. Equals
    qwen3i_attention. */
-static __global__ void __launch_bounds__(WIDE_THREADS, 1)
-    wide_attention_kernel(const __grid_constant__ CUtensorMap q_map,
-                          const __grid_constant__ CUtensorMap k_map,
-                          const __grid_constant__ CUtensorMap v_map, wide_attention_args a,
-                          const attention_tile *tiles) {
+static __global__ void __launch_bounds__(LARGE_THREADS, 1)
+    large_attention_kernel(const __grid_constant__ CUtensorMap q_map,
+                           const __grid_constant__ CUtensorMap k_map,
+                           const __grid_constant__ CUtensorMap v_map, large_attention_args a,
+                           const attention_tile *tiles) {
 #ifdef QWEN3_WGMMA
     QWEN3_DYNAMIC_SHARED(raw);
     unsigned char *memory = raw + (1024 - shared_address(raw) % 1024) % 1024;
-    unsigned char *ks = memory + 2 * WIDE_HALF, *vs = ks + ATTENTION_STAGES * 2 * WIDE_HALF;
-    attention_stage *stages = (attention_stage *)(void *)(vs + ATTENTION_STAGES * 2 * WIDE_HALF);
+    unsigned char *ks = memory + 2 * HOPPER_HALF, *vs = ks + ATTENTION_STAGES * 2 * HOPPER_HALF;
+    attention_stage *stages = (attention_stage *)(void *)(vs + ATTENTION_STAGES * 2 * HOPPER_HALF);
     mbarrier *q_full = (mbarrier *)(void *)(stages + ATTENTION_STAGES);
     const attention_tile tile = tiles[gridDim.y - 1 - blockIdx.y];      /* the longest first */
     if (tid() == 0) {
@@ -5781,37 +5790,37 @@ static __global__ void __launch_bounds__(WIDE_THREADS, 1)
     if (warp_id() < 4) {
         fewer_registers<24>();
         if (tid() == 0) {
-            load_wide_q(memory, &q_map, tile, block_x(), a.group, q_full);
-            wide_attention_load(&k_map, &v_map, a, tile, ks, vs, stages, block_x());
+            load_large_q(memory, &q_map, tile, block_x(), a.group, q_full);
+            large_attention_load(&k_map, &v_map, a, tile, ks, vs, stages, block_x());
         }
     } else {
         more_registers<240>();
-        wide_attend(a, tile, memory, q_full, stages, block_x(), __shfl_sync(ALL, warp_id() / 4 - 1, 0));
+        large_attend(a, tile, memory, q_full, stages, block_x(), __shfl_sync(ALL, warp_id() / 4 - 1, 0));
     }
 #else
     (void)q_map; (void)k_map; (void)v_map; (void)a; (void)tiles;
 #endif
 }
 
-const size_t WIDE_ATTENTION_SHARED = 1024 + (2 + 2 * 2 * 2) * WIDE_HALF + 2 * 32 + 8;
+const size_t LARGE_ATTENTION_SHARED = 1024 + (2 + 2 * 2 * 2) * HOPPER_HALF + 2 * 32 + 8;
 
-static qwen3_result many_attention(const pass *p, int layer) {
+static qwen3_result large_attention(const pass *p, int layer) {
     const cuda_ctx *c = p->c;
     if (!p->q_halves) return rows_attention(p, layer);
     const attention_args from = attention_arguments(p, layer);
-    wide_attention_args a;
-    a.out = c->wide_act;
+    large_attention_args a;
+    a.out = c->hopper_act;
     a.n_head = from.n_head;
     a.group = c->group;
     a.layer = layer;
     a.max_seqs = c->desc.max_seqs;
     a.scale = from.scale;
     return launched(p,
-                    launch_early(p->early, p->s, grid2(from.n_head_kv, p->n_tiles), WIDE_THREADS,
-                                 WIDE_ATTENTION_SHARED, wide_attention_kernel, get_map(c->q_map),
+                    launch_early(p->early, p->s, grid2(from.n_head_kv, p->n_tiles), LARGE_THREADS,
+                                 LARGE_ATTENTION_SHARED, large_attention_kernel, get_map(c->q_map),
                                  get_map(c->k_map), get_map(c->v_map), a,
                                  (const attention_tile *)c->tile_list),
-                    "wide_attention");
+                    "large_attention");
 }
 
 /* ================================================================================================
@@ -5887,18 +5896,18 @@ static qwen3_result halve_attention(const pass *p, const matrix &w, const float 
     return p->halves ? QWEN3_OK : hopper_round(p, w, c->attn, c->q_dim, p->n);
 }
 
-static qwen3_result few_o_proj(const pass *p, int layer) {
+static qwen3_result skinny_o_proj(const pass *p, int layer) {
     const matrix &w = p->c->m->layers[layer].wo;
     const float *scale;
     TRY(halve_attention(p, w, &scale));
-    return few_add(p, p->c->few_a_map, w, wide_arguments(p, w, scale));
+    return skinny_add(p, p->c->skinny_a_map, w, hopper_arguments(p, w, scale));
 }
 
-static qwen3_result many_o_proj(const pass *p, int layer) {
+static qwen3_result large_o_proj(const pass *p, int layer) {
     const matrix &w = p->c->m->layers[layer].wo;
     const float *scale;
     TRY(halve_attention(p, w, &scale));
-    return wide_add(p, p->c->wide_a_map, w, wide_arguments(p, w, scale));
+    return large_add(p, p->c->large_a_map, w, hopper_arguments(p, w, scale));
 }
 
 /* ================================================================================================
@@ -6009,66 +6018,66 @@ static qwen3_result gemm_down(const pass *p, int layer) {
 
 /* ---- Hopper: how its products end ---- */
 #ifdef QWEN3_WGMMA
-DEVICE void wide_swiglu(const wide_args &g, const float (&acc)[64], int row, int r, int n, float scale,
-                        float down) {
+DEVICE void large_swiglu(const hopper_args &g, const float (&acc)[64], int row, int r, int n, float scale,
+                         float down) {
     unsigned w[8];
     UNROLL for (int j = 0; j < 8; j++) {
         const int gate = 4 * j + 2 * r, up = gate + 32;
         w[j] = pack_halves(silu_fast(acc[gate] * scale) * (acc[up] * scale) * down,
                            silu_fast(acc[gate + 1] * scale) * (acc[up + 1] * scale) * down);
     }
-    store_words<8>(row < g.rows ? g.out + (size_t)row * g.ldo + n * (WIDE_N / 2) : NULL, w);
+    store_words<8>(row < g.rows ? g.out + (size_t)row * g.ldo + n * (HOPPER_N / 2) : NULL, w);
 }
 
-DEVICE void ask_row(const to_mlp &, wide_row &w, const wide_args &g, int i) { w.out = g.out_scale[i]; }
+DEVICE void ask_row(const to_mlp &, large_row &w, const hopper_args &g, int i) { w.out = g.out_scale[i]; }
 template <int PARTS, int M>
-DEVICE void finish_tile(const to_mlp &, const wide_args &g, const float (&acc)[PARTS][M], const wide_row &row,
-                        int r, int n, float scale) {
+DEVICE void finish_tile(const to_mlp &, const hopper_args &g, const float (&acc)[PARTS][M],
+                        const large_row &row, int r, int n, float scale) {
     const float down = 1.0f / row.out;
-    UNROLL for (int p = 0; p < PARTS; p++) wide_swiglu(g, acc[p], row.at, r, n + p, scale, down);
+    UNROLL for (int p = 0; p < PARTS; p++) large_swiglu(g, acc[p], row.at, r, n + p, scale, down);
 }
 
-DEVICE void ask_late(const to_mlp &, few_row &r, const wide_args &g, int i, int) {
+DEVICE void ask_late(const to_mlp &, skinny_row &r, const hopper_args &g, int i, int) {
     r.down = g.out_scale ? 1.0f / g.out_scale[i] : 1.0f;
 }
-DEVICE void finish_row(const to_mlp &, const wide_args &g, const head_part<1> &p, const few_row &r, int row,
-                       int tile) {
+DEVICE void finish_row(const to_mlp &, const hopper_args &g, const head_part<1> &p, const skinny_row &r,
+                       int row, int tile) {
     const float2 lo = p.lo[0], hi = p.hi[0];
-    *(unsigned *)(void *)(g.out + (size_t)row * g.ldo + tile * (WIDE_M / 2) + 2 * lane_id()) =
+    *(unsigned *)(void *)(g.out + (size_t)row * g.ldo + tile * (HOPPER_M / 2) + 2 * lane_id()) =
         pack_halves(silu_fast(lo.x) * hi.x * r.down, silu_fast(lo.y) * hi.y * r.down);
 }
 #endif
 
-static wide_args mlp_arguments(const pass *p, int layer, const input &h) {
+static hopper_args mlp_arguments(const pass *p, int layer, const input &h) {
     cuda_ctx *c = p->c;
     const int n_ff = c->m->config.n_ff;
     const matrix &w = c->m->layers[layer].gate_up;
-    wide_args a = wide_arguments(p, w, h.scale);
-    a.step = WIDE_N / 2;
+    hopper_args a = hopper_arguments(p, w, h.scale);
+    a.step = HOPPER_N / 2;
     a.half = n_ff;
-    a.out = c->wide_m;
+    a.out = c->hopper_m;
     a.ldo = n_ff;
     a.out_scale = c->ff_scale;
     set_norm(p, h, w, &a);
     return a;
 }
 
-static qwen3_result few_mlp(const pass *p, int layer, const input &h) {
-    return few_product<to_mlp>(p, p->c->few_h_map, p->c->m->layers[layer].gate_up,
-                               mlp_arguments(p, layer, h));
+static qwen3_result skinny_mlp(const pass *p, int layer, const input &h) {
+    return skinny_product<to_mlp>(p, p->c->skinny_h_map, p->c->m->layers[layer].gate_up,
+                                  mlp_arguments(p, layer, h));
 }
-static qwen3_result many_mlp(const pass *p, int layer, const input &h) {
-    return wide_product<to_mlp>(p, p->c->wide_h_map, p->c->m->layers[layer].gate_up,
-                                mlp_arguments(p, layer, h));
+static qwen3_result large_mlp(const pass *p, int layer, const input &h) {
+    return large_product<to_mlp>(p, p->c->large_h_map, p->c->m->layers[layer].gate_up,
+                                 mlp_arguments(p, layer, h));
 }
 
-static qwen3_result few_down(const pass *p, int layer) {
+static qwen3_result skinny_down(const pass *p, int layer) {
     const matrix &w = p->c->m->layers[layer].w_down;
-    return few_add(p, p->c->few_m_map, w, wide_arguments(p, w, p->c->ff_scale));
+    return skinny_add(p, p->c->skinny_m_map, w, hopper_arguments(p, w, p->c->ff_scale));
 }
-static qwen3_result many_down(const pass *p, int layer) {
+static qwen3_result large_down(const pass *p, int layer) {
     const matrix &w = p->c->m->layers[layer].w_down;
-    return wide_add(p, p->c->wide_m_map, w, wide_arguments(p, w, p->c->ff_scale));
+    return large_add(p, p->c->large_m_map, w, hopper_arguments(p, w, p->c->ff_scale));
 }
 
 /* ================================================================================================
@@ -7235,12 +7244,12 @@ static qwen3_result gemm_head(const pass *p, int first, int n, bool keep_only) {
 
 /* ---- Hopper: how its products end ---- */
 #ifdef QWEN3_WGMMA
-DEVICE void ask_early(const to_logits &, few_row &r, const wide_args &g, int i, int) {
+DEVICE void ask_early(const to_logits &, skinny_row &r, const hopper_args &g, int i, int) {
     r.slot = g.outs ? g.outs[i].out_slot : i;
 }
-DEVICE void finish_row(const to_logits &, const wide_args &g, const head_part<1> &p, const few_row &r, int,
-                       int tile) {
-    const int at = tile * WIDE_M + 2 * lane_id();
+DEVICE void finish_row(const to_logits &, const hopper_args &g, const head_part<1> &p, const skinny_row &r,
+                       int, int tile) {
+    const int at = tile * HOPPER_M + 2 * lane_id();
     float *y = g.y + (size_t)r.slot * g.ldy + at;
     if (r.slot < 0) return;
     if (at < g.n) store_2(y, p.lo[0].x, p.lo[0].y);
@@ -7248,17 +7257,17 @@ DEVICE void finish_row(const to_logits &, const wide_args &g, const head_part<1>
 }
 #endif
 
-static qwen3_result few_head(const pass *p, int first, int n, bool keep_only) {
+static qwen3_result skinny_head(const pass *p, int first, int n, bool keep_only) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->head;
-    wide_args a = wide_arguments(p, w, c->act_scale);
+    hopper_args a = hopper_arguments(p, w, c->act_scale);
     a.rows = n;
     a.n = a.ldy = w.rows;
-    a.n_tiles = ceil_div(w.rows, WIDE_N);
+    a.n_tiles = ceil_div(w.rows, HOPPER_N);
     a.y = keep_only ? c->kept : c->logits;
     a.outs = keep_only ? c->rows + first : NULL;
     TRY(hopper_round(p, w, c->h, c->embd_ld, n));
-    TRY(few_product<to_logits>(p, c->few_h_map, w, a));
+    TRY(skinny_product<to_logits>(p, c->skinny_h_map, w, a));
     return keep_only ? QWEN3_OK : keep_logits(p, first, n, NULL);
 }
 
@@ -7755,7 +7764,7 @@ static qwen3_result gemm_norm(const pass *p, const float *gain, const matrix &w,
 }
 static qwen3_result hopper_norm(const pass *p, const float *gain, const matrix &w, input *h) {
     *h = {NULL, 0, p->c->act_scale, NULL};
-    return launched(p, launch_wide_norm(p, norm_arguments(p, gain, w)), "wide_norm");
+    return launched(p, launch_hopper_norm(p, norm_arguments(p, gain, w)), "hopper_norm");
 }
 
 /* Each of its blocks holds all of the input: */
@@ -7766,19 +7775,20 @@ static bool vector_norms_itself(const pass *p, const matrix &w) {
            stream_ring(p, vector_input(p, w, h, p->n), w) > 0;
 }
 
-const path VECTORS_WAY = {
+const path VECTOR_PATH = {
     vector_norm, vector_norms_itself, vector_qkv, rows_attention, vector_o_proj, vector_mlp, vector_down,
     vector_head, false, false
 };
-const path GEMM_WAY = {
+const path GEMM_PATH = {
     gemm_norm, NULL, gemm_qkv, rows_attention, gemm_o_proj, gemm_mlp, gemm_down, gemm_head, false, false
 };
-const path FEW_WAY = {
-    hopper_norm, few_norms_itself, few_qkv, rows_attention, few_o_proj, few_mlp, few_down, few_head, false,
-    true
+const path SKINNY_PATH = {
+    hopper_norm, skinny_norms_itself, skinny_qkv, rows_attention, skinny_o_proj, skinny_mlp, skinny_down,
+    skinny_head, false, true
 };
-const path MANY_WAY = {
-    hopper_norm, NULL, many_qkv, many_attention, many_o_proj, many_mlp, many_down, few_head, true, true
+const path LARGE_PATH = {
+    hopper_norm, NULL, large_qkv, large_attention, large_o_proj, large_mlp, large_down, skinny_head,
+    true, true
 };
 
 static void gemm_memory(cuda_ctx *c, arena *a);
@@ -7787,42 +7797,43 @@ static qwen3_result prepare_nothing(cuda_ctx *, const qwen3i_err *) { return QWE
 static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err);
 
 /* Up to SAME_ROWS rows alike: no product norms its input, as some do for so many rows and others not. */
-const path SAME_VECTORS_WAY = {
+const path SAME_VECTOR_PATH = {
     vector_norm, NULL, vector_qkv, rows_attention, vector_o_proj, vector_mlp, vector_down, vector_head, false,
     false
 };
-const path SAME_FEW_WAY = {
-    hopper_norm, NULL, few_qkv, rows_attention, few_o_proj, few_mlp, few_down, few_head, false, true
+const path SAME_SKINNY_PATH = {
+    hopper_norm, NULL, skinny_qkv, rows_attention, skinny_o_proj, skinny_mlp, skinny_down, skinny_head,
+    false, true
 };
 
 const path_set PORTABLE = {
-    {{MATVEC_ROWS, &VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, false, gemm_memory, prepare_nothing
+    {{MATVEC_ROWS, &VECTOR_PATH}, {INT_MAX, &GEMM_PATH}}, false, gemm_memory, prepare_nothing
 };
 const path_set HOPPER = {
-    {{FEW_LEAST - 1, &VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    {{SKINNY_LEAST - 1, &VECTOR_PATH}, {SKINNY_MOST, &SKINNY_PATH}, {INT_MAX, &LARGE_PATH}},
     true, hopper_memory, prepare_hopper
 };
 
 /* The same of invariant contexts. */
 const path_set SAME_PORTABLE = {
-    {{SAME_ROWS, &SAME_VECTORS_WAY}, {INT_MAX, &GEMM_WAY}}, false, gemm_memory, prepare_nothing
+    {{SAME_ROWS, &SAME_VECTOR_PATH}, {INT_MAX, &GEMM_PATH}}, false, gemm_memory, prepare_nothing
 };
 const path_set SAME_HOPPER = {
-    {{SAME_ROWS, &SAME_FEW_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    {{SAME_ROWS, &SAME_SKINNY_PATH}, {SKINNY_MOST, &SKINNY_PATH}, {INT_MAX, &LARGE_PATH}},
     true, hopper_memory, prepare_hopper
 };
 const path_set SAME_HOPPER_BLOCKS = {
-    {{SAME_ROWS, &SAME_VECTORS_WAY}, {FEW_MOST, &FEW_WAY}, {INT_MAX, &MANY_WAY}},
+    {{SAME_ROWS, &SAME_VECTOR_PATH}, {SKINNY_MOST, &SKINNY_PATH}, {INT_MAX, &LARGE_PATH}},
     true, hopper_memory, prepare_hopper
 };
 
 static qwen3_result norm(const pass *p, const float *gain, const matrix &w, input *h) {
     *h = {p->c->x, p->c->embd_ld, NULL, gain};
-    return p->way->norms_itself && p->way->norms_itself(p, w) ? QWEN3_OK : p->way->norm(p, gain, w, h);
+    return p->path->norms_itself && p->path->norms_itself(p, w) ? QWEN3_OK : p->path->norm(p, gain, w, h);
 }
 
 static qwen3_result head_logits(const pass *p, int first, int n, bool keep_only) {
-    return way_for(p->c, n)->head(p, first, n, keep_only && p->c->m->n_ranks == 1);
+    return path_for(p->c, n)->head(p, first, n, keep_only && p->c->m->n_ranks == 1);
 }
 
 /* The last layer's rows of which nothing is wanted leave it after its attention. */
@@ -7833,8 +7844,8 @@ static qwen3_result keep_wanted(pass *p) {
     kept.only_wanted = true;
     TRY(launched(p,
                  !p->halves  ? launch_keep_wanted(p, c->attn, (const float *)c->attn) :
-                 kept.halves ? launch_keep_wanted(p, c->wide_act, (const half_t *)c->wide_act) :
-                               launch_keep_wanted(p, c->attn, (const half_t *)c->wide_act),
+                 kept.halves ? launch_keep_wanted(p, c->hopper_act, (const half_t *)c->hopper_act) :
+                               launch_keep_wanted(p, c->attn, (const half_t *)c->hopper_act),
                  "keep_wanted"));
     *p = kept;
     return QWEN3_OK;
@@ -7846,19 +7857,19 @@ static qwen3_result decoder_layer(pass *p, int layer) {
     const bool last = layer == p->c->m->config.n_layer - 1;
     input h;
     TRY(norm(p, w->attn_norm, w->qkv, &h));         /* h = RMSNorm(x)                                    */
-    TRY(p->way->qkv(p, layer, h));                  /* q, k, v = W h; q, k = RoPE(RMSNorm(q, k)); cache  */
+    TRY(p->path->qkv(p, layer, h));                 /* q, k, v = W h; q, k = RoPE(RMSNorm(q, k)); cache  */
     if (last && p->n_outs == 0) return QWEN3_OK;
-    TRY(p->way->attention(p, layer));               /* a = softmax(q k / sqrt(d)) v                      */
+    TRY(p->path->attention(p, layer));              /* a = softmax(q k / sqrt(d)) v                      */
     if (last) TRY(keep_wanted(p));
     TRY(begin_sum(p));
-    TRY(p->way->o_proj(p, layer));                  /* x = x + Wo a                                      */
+    TRY(p->path->o_proj(p, layer));                 /* x = x + Wo a                                      */
     TRY(end_sum(p));
     if (w->router) TRY(experts_mlp(p, layer));      /* x = x + a sum of experts of RMSNorm(x)            */
     else {
         TRY(norm(p, w->mlp_norm, w->gate_up, &h));  /* h = RMSNorm(x)                                    */
-        TRY(p->way->mlp(p, layer, h));              /* m = silu(Wgate h) * (Wup h)                       */
+        TRY(p->path->mlp(p, layer, h));             /* m = silu(Wgate h) * (Wup h)                       */
         TRY(begin_sum(p));
-        TRY(p->way->down(p, layer));                /* x = x + Wdown m                                   */
+        TRY(p->path->down(p, layer));               /* x = x + Wdown m                                   */
     }
     return end_sum(p);
 }
@@ -7895,9 +7906,9 @@ static void gemm_memory(cuda_ctx *c, arena *a) {
 static void hopper_memory(cuda_ctx *c, arena *a) {
     const qwen3i_config *g = &c->m->config;
     const size_t rows = (size_t)c->max_rows;
-    c->wide_act = a->take<half_t>(rows * most(c->q_dim, g->n_embd));
-    c->wide_q = a->take<half_t>(c->wide_kv ? rows * c->q_dim : 0);
-    c->wide_m = a->take<half_t>(rows * g->n_ff);
+    c->hopper_act = a->take<half_t>(rows * most(c->q_dim, g->n_embd));
+    c->hopper_q = a->take<half_t>(c->hopper_kv ? rows * c->q_dim : 0);
+    c->hopper_m = a->take<half_t>(rows * g->n_ff);
     c->ff_scale = a->take<float>(rows);
 }
 
@@ -7949,8 +7960,8 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->freqs = a->take<float>(half);
     c->x = a->take<float>(rows * embd);
     c->h = a->take<float>((g->n_expert ? rows : narrow) * embd);
-    c->qkv = take_result(c, a, 1, (c->wide_kv ? narrow : rows) * c->qkv_ld);
-    c->attn = a->take<float>((c->wide_kv ? narrow : rows) * c->q_dim);
+    c->qkv = take_result(c, a, 1, (c->hopper_kv ? narrow : rows) * c->qkv_ld);
+    c->attn = a->take<float>((c->hopper_kv ? narrow : rows) * c->q_dim);
     c->ff = a->take<float>((size_t)least(c->max_rows, most_single(c)) * c->ff_ld);
     c->act_scale = a->take<float>(rows);
     c->scratch_size = largest_in_blocks(c->m);
@@ -8017,15 +8028,15 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
     c->act_ld = round_up(most(most(g->n_embd, g->n_ff), c->q_dim), 8);
     c->tiles = g->head_dim == HEAD_DIM && c->group <= TILE_ROWS &&
                (desc->kv_type == QWEN3_KV_F16 || (desc->kv_type == QWEN3_KV_BF16 && m->capability >= 80));
-    c->wide = paths->hopper;
-    c->wide_kv = c->wide && desc->kv_type == QWEN3_KV_F16;
-    c->narrow_rows = c->wide ? least(c->max_rows, most(desc->max_seqs, FEW_MOST)) : c->max_rows;
+    c->hopper = paths->hopper;
+    c->hopper_kv = c->hopper && desc->kv_type == QWEN3_KV_F16;
+    c->narrow_rows = c->hopper ? least(c->max_rows, most(desc->max_seqs, SKINNY_MOST)) : c->max_rows;
 }
 
 static const path_set *paths_of(const cuda_model *m, const qwen3_ctx_desc *desc) {
-    const bool blocks = m->wide && m->layers[0].gate_up.n_parts > 0;
-    if (desc->invariant) return !m->wide ? &SAME_PORTABLE : blocks ? &SAME_HOPPER_BLOCKS : &SAME_HOPPER;
-    return m->wide ? &HOPPER : &PORTABLE;
+    const bool blocks = m->hopper && m->layers[0].gate_up.n_parts > 0;
+    if (desc->invariant) return !m->hopper ? &SAME_PORTABLE : blocks ? &SAME_HOPPER_BLOCKS : &SAME_HOPPER;
+    return m->hopper ? &HOPPER : &PORTABLE;
 }
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
@@ -8091,12 +8102,12 @@ static qwen3_result take_memory(cuda_ctx *c, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
-template <int R> static qwen3_result allow_few_shared(const qwen3i_err *err) {
-    const size_t bytes = FEW_SHARED;
-    TRY(allow_shared(few_product_kernel<to_residual<WIDE_M / 2>, R>, bytes, err));
-#define ALLOW(END) TRY(allow_shared(few_product_kernel<END, R>, bytes, err)); \
-                   TRY(allow_shared(few_block_product_kernel<END, R>, bytes, err))
-    ALLOW(to_residual<WIDE_M>);
+template <int R> static qwen3_result allow_skinny_shared(const qwen3i_err *err) {
+    const size_t bytes = SKINNY_SHARED;
+    TRY(allow_shared(skinny_product_kernel<to_residual<HOPPER_M / 2>, R>, bytes, err));
+#define ALLOW(END) TRY(allow_shared(skinny_product_kernel<END, R>, bytes, err)); \
+                   TRY(allow_shared(skinny_block_product_kernel<END, R>, bytes, err))
+    ALLOW(to_residual<HOPPER_M>);
     ALLOW(to_heads<half_t>);
     ALLOW(to_heads<void>);
     ALLOW(to_mlp);
@@ -8107,7 +8118,7 @@ template <int R> static qwen3_result allow_few_shared(const qwen3i_err *err) {
 
 /* A cluster lies within one of the chip's groups of multiprocessors: of 264 places for blocks, 30 clusters of
    8 find one. */
-static qwen3_result find_few_room(cuda_ctx *c, const qwen3i_err *err) {
+static qwen3_result find_skinny_room(cuda_ctx *c, const qwen3i_err *err) {
     for (int i = 0; i < 4; i++) {
         cudaLaunchConfig_t config = cudaLaunchConfig_t();
         cudaLaunchAttribute cluster;
@@ -8115,23 +8126,23 @@ static qwen3_result find_few_room(cuda_ctx *c, const qwen3i_err *err) {
         cluster.val.clusterDim.x = 1u << i;
         cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
         config.gridDim = dim3(1u << i);
-        config.blockDim = dim3((unsigned)FEW_THREADS);
-        config.dynamicSmemBytes = FEW_SHARED;
+        config.blockDim = dim3((unsigned)SKINNY_THREADS);
+        config.dynamicSmemBytes = SKINNY_SHARED;
         config.attrs = &cluster;
         config.numAttrs = 1;
-        CUDA_TRY(cudaOccupancyMaxActiveClusters(&c->few_room[i], few_product_kernel<to_mlp, FEW_MOST>,
-                                                &config));
-        c->few_room[i] = most(c->few_room[i], 1);
+        CUDA_TRY(cudaOccupancyMaxActiveClusters(&c->skinny_room[i],
+                                                skinny_product_kernel<to_mlp, SKINNY_MOST>, &config));
+        c->skinny_room[i] = most(c->skinny_room[i], 1);
     }
     return QWEN3_OK;
 }
 
-template <int P> static qwen3_result allow_wide_shared(const qwen3i_err *err) {
-    const size_t bytes = wide_product_shared<WIDE_N, P>();
-    TRY(allow_shared(wide_product_kernel<to_residual<>, WIDE_N, P>, bytes, err));
-    TRY(allow_shared(wide_product_kernel<to_heads<half_t>, WIDE_N, P>, bytes, err));
-    TRY(allow_shared(wide_product_kernel<to_heads<void>, WIDE_N, P>, bytes, err));
-    return allow_shared(wide_product_kernel<to_mlp, WIDE_N, P>, bytes, err);
+template <int P> static qwen3_result allow_large_shared(const qwen3i_err *err) {
+    const size_t bytes = large_product_shared<HOPPER_N, P>();
+    TRY(allow_shared(large_product_kernel<to_residual<>, HOPPER_N, P>, bytes, err));
+    TRY(allow_shared(large_product_kernel<to_heads<half_t>, HOPPER_N, P>, bytes, err));
+    TRY(allow_shared(large_product_kernel<to_heads<void>, HOPPER_N, P>, bytes, err));
+    return allow_shared(large_product_kernel<to_mlp, HOPPER_N, P>, bytes, err);
 }
 
 /* What lies in the scratch, as TMA finds it; of a head as many rows as there is room for. */
@@ -8154,25 +8165,25 @@ static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     const qwen3i_config *g = &c->m->config;
     const u64 rows = (u64)c->max_rows, ctx = (u64)c->desc.max_ctx,
               sets = (u64)c->desc.max_seqs * (u64)g->n_layer;
-    TRY(make_map(&c->wide_h_map, c->wide_act, (u64)g->n_embd, rows, WIDE_M, err));
-    TRY(make_map(&c->wide_a_map, c->wide_act, (u64)c->q_dim, rows, WIDE_M, err));
-    TRY(make_map(&c->wide_m_map, c->wide_m, (u64)g->n_ff, rows, WIDE_M, err));
-    TRY(make_map(&c->few_h_map, c->wide_act, (u64)g->n_embd, rows, FEW_X_TILE, err));
-    TRY(make_map(&c->few_a_map, c->wide_act, (u64)c->q_dim, rows, FEW_X_TILE, err));
-    TRY(make_map(&c->few_m_map, c->wide_m, (u64)g->n_ff, rows, FEW_X_TILE, err));
+    TRY(make_map(&c->large_h_map, c->hopper_act, (u64)g->n_embd, rows, HOPPER_M, err));
+    TRY(make_map(&c->large_a_map, c->hopper_act, (u64)c->q_dim, rows, HOPPER_M, err));
+    TRY(make_map(&c->large_m_map, c->hopper_m, (u64)g->n_ff, rows, HOPPER_M, err));
+    TRY(make_map(&c->skinny_h_map, c->hopper_act, (u64)g->n_embd, rows, SKINNY_X_TILE, err));
+    TRY(make_map(&c->skinny_a_map, c->hopper_act, (u64)c->q_dim, rows, SKINNY_X_TILE, err));
+    TRY(make_map(&c->skinny_m_map, c->hopper_m, (u64)g->n_ff, rows, SKINNY_X_TILE, err));
     TRY(prepare_halves(c, err));
-    TRY(allow_few_shared<32>(err));
-    TRY(allow_few_shared<64>(err));
-    TRY(find_few_room(c, err));
-    TRY(allow_wide_shared<1>(err));
-    TRY(allow_wide_shared<2>(err));
-    TRY(allow_shared(wide_product_kernel<to_residual<>, WIDE_N_MORE, 1>,
-                     wide_product_shared<WIDE_N_MORE, 1>(), err));
-    if (!c->wide_kv) return QWEN3_OK;
-    TRY(make_map(&c->q_map, c->wide_q, HEAD_DIM, (u64)g->n_head, rows, c->group, WIDE_M / c->group, err));
-    TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
-    TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, WIDE_POS, 1, err));
-    TRY(allow_shared(wide_attention_kernel, WIDE_ATTENTION_SHARED, err));
+    TRY(allow_skinny_shared<32>(err));
+    TRY(allow_skinny_shared<64>(err));
+    TRY(find_skinny_room(c, err));
+    TRY(allow_large_shared<1>(err));
+    TRY(allow_large_shared<2>(err));
+    TRY(allow_shared(large_product_kernel<to_residual<>, HOPPER_N_MORE, 1>,
+                     large_product_shared<HOPPER_N_MORE, 1>(), err));
+    if (!c->hopper_kv) return QWEN3_OK;
+    TRY(make_map(&c->q_map, c->hopper_q, HEAD_DIM, (u64)g->n_head, rows, c->group, HOPPER_M / c->group, err));
+    TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, LARGE_POS, 1, err));
+    TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, LARGE_POS, 1, err));
+    TRY(allow_shared(large_attention_kernel, LARGE_ATTENTION_SHARED, err));
     return QWEN3_OK;
 }
 
@@ -8209,10 +8220,10 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
         cudaMemsetAsync(c->qkv_tickets, 0, (size_t)(g->n_head + g->n_head_kv) * sizeof(unsigned), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->attn_tickets, 0, attention_tickets(c) * sizeof(unsigned), c->stream));
     /* tiles are read whole, whatever is in the rows that a batch has not */
-    if (c->wide) {
-        CUDA_TRY(
-            cudaMemsetAsync(c->wide_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2, c->stream));
-        CUDA_TRY(cudaMemsetAsync(c->wide_m, 0, (size_t)c->max_rows * g->n_ff * 2, c->stream));
+    if (c->hopper) {
+        CUDA_TRY(cudaMemsetAsync(c->hopper_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2,
+                                 c->stream));
+        CUDA_TRY(cudaMemsetAsync(c->hopper_m, 0, (size_t)c->max_rows * g->n_ff * 2, c->stream));
     }
     /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
     for (const auto &r : c->results)
@@ -8329,7 +8340,7 @@ template <class T> static cudaError_t send(cuda_ctx *c, T *to, const T *from, in
 /* The tiles of attention: consecutive tokens of one sequence. Returns how many. */
 static int make_tiles(const cuda_ctx *c, const qwen3i_batch *b, attention_tile *tiles) {
     const int most_tokens =
-        (c->wide_kv && way_for(c, b->n_rows)->tiles_of_halves ? WIDE_POS : TILE_ROWS) / c->group;
+        (c->hopper_kv && path_for(c, b->n_rows)->tiles_of_halves ? LARGE_POS : TILE_ROWS) / c->group;
     int n = 0;
     for (int i = 0; i < b->n_rows; i += tiles[n++].n_tokens) {
         attention_tile *t = &tiles[n];

@@ -39,7 +39,7 @@ static __global__ void __launch_bounds__(512) read_kernel(unsigned *sum, const u
     if (total == 1) *sum = total;
 }
 
-/* ff_scale: for rows of h that wide_norm has not made. in [rows, width]; one block a row. */
+/* ff_scale: for rows of h that hopper_norm has not made. in [rows, width]; one block a row. */
 static __global__ void ff_scale_kernel(float *ff_scale, const float *bounds, const float *in, int width) {
     __shared__ float shared[32];
     float sum = 0;
@@ -62,7 +62,7 @@ static const char *lab_no_device() {
 
 static int lab_own_products(const void *ctx_state, int rows) {
     const cuda_ctx *c = (const cuda_ctx *)ctx_state;
-    return way_for(c, rows) == &FEW_WAY || way_for(c, rows) == &MANY_WAY;
+    return path_for(c, rows) == &SKINNY_PATH || path_for(c, rows) == &LARGE_PATH;
 }
 
 struct timer {                          /* of the device, over what is enqueued between start and stop */
@@ -143,7 +143,7 @@ static lab_view lab_place(const pass *p, lab_buffer buffer) {
     const qwen3i_config *g = &c->m->config;
     const layer_weights *w = &c->m->layers[0];
     lab_view v = {c->x, g->n_embd, c->embd_ld, NULL};
-    const bool act = p->way != &VECTORS_WAY;
+    const bool act = p->path != &VECTOR_PATH;
     switch (buffer) {
         case LAB_H: v.data = c->h; if (act) v.act = &w->qkv; break;
         case LAB_Q: v.data = c->qkv; v.width = c->q_dim; v.ld = c->qkv_ld; break;
@@ -164,24 +164,24 @@ static lab_view lab_place(const pass *p, lab_buffer buffer) {
 static input lab_input(const pass *p) {
     const cuda_ctx *c = p->c;
     const input rows = {c->h, c->embd_ld, NULL, NULL}, made = {NULL, 0, c->act_scale, NULL}, floats = {NULL, 0, NULL, NULL};
-    return p->way == &VECTORS_WAY ? rows : c->m->layers[0].qkv.type == QWEN3I_F32 ? floats : made;
+    return p->path == &VECTOR_PATH ? rows : c->m->layers[0].qkv.type == QWEN3I_F32 ? floats : made;
 }
 
 /* The rows of a batch that goes through the kernels for Hopper; scale NULL: they are F16 as they are. */
-struct wide_view { half_t *rows; float *scale; int width; };
+struct hopper_view { half_t *rows; float *scale; int width; };
 
-static bool wide_buffer(const pass *p, lab_buffer buffer, wide_view *v) {
+static bool hopper_buffer(const pass *p, lab_buffer buffer, hopper_view *v) {
     const cuda_ctx *c = p->c;
-    const wide_view h = {c->wide_act, c->act_scale, c->m->config.n_embd}, q = {c->wide_q, NULL, c->q_dim},
-                    a = {c->wide_act, NULL, c->q_dim}, m = {c->wide_m, c->ff_scale, c->m->config.n_ff};
-    if ((p->way != &MANY_WAY && p->way != &FEW_WAY) || buffer == LAB_X || buffer == LAB_LOGITS) return false;
+    const hopper_view h = {c->hopper_act, c->act_scale, c->m->config.n_embd}, q = {c->hopper_q, NULL, c->q_dim},
+                    a = {c->hopper_act, NULL, c->q_dim}, m = {c->hopper_m, c->ff_scale, c->m->config.n_ff};
+    if ((p->path != &LARGE_PATH && p->path != &SKINNY_PATH) || buffer == LAB_X || buffer == LAB_LOGITS) return false;
     if ((buffer == LAB_Q && !p->q_halves) || (buffer == LAB_A && !p->halves)) return false;
     *v = buffer == LAB_H ? h : buffer == LAB_Q ? q : buffer == LAB_A ? a : m;
     return true;
 }
 
-static qwen3_result copy_wide(const pass *p, lab_buffer buffer, const wide_view &v, float *floats,
-                              const float *from, float *to) {
+static qwen3_result copy_hopper(const pass *p, lab_buffer buffer, const hopper_view &v, float *floats,
+                                const float *from, float *to) {
     const cuda_ctx *c = p->c;
     const size_t bytes = (size_t)p->n * v.width * sizeof(float);
     const qwen3i_err *err = p->err;
@@ -202,10 +202,10 @@ static qwen3_result copy_wide(const pass *p, lab_buffer buffer, const wide_view 
 }
 
 /* To or from such rows, whichever is not NULL. */
-static qwen3_result lab_wide(const pass *p, lab_buffer buffer, const wide_view &v, const float *from, float *to) {
+static qwen3_result lab_hopper(const pass *p, lab_buffer buffer, const hopper_view &v, const float *from, float *to) {
     char *floats = NULL;
     TRY(device_alloc(&floats, (size_t)p->n * v.width * sizeof(float), "a test", p->err));
-    const qwen3_result r = copy_wide(p, buffer, v, (float *)(void *)floats, from, to);
+    const qwen3_result r = copy_hopper(p, buffer, v, (float *)(void *)floats, from, to);
     cudaFree(floats);
     return r;
 }
@@ -215,9 +215,9 @@ static qwen3_result lab_put(void *ctx_state, lab_buffer buffer, const float *fro
     device_guard guard(c->m->device);
     const pass p = make_pass(c, c->stream, lab_batch.rows, lab_batch.tiles, err);
     const lab_view v = lab_place(&p, buffer);
-    wide_view wide;
+    hopper_view wide;
     CUDA_TRY(guard.status);
-    if (wide_buffer(&p, buffer, &wide)) return lab_wide(&p, buffer, wide, from, NULL);
+    if (hopper_buffer(&p, buffer, &wide)) return lab_hopper(&p, buffer, wide, from, NULL);
     CUDA_TRY(cudaMemset2DAsync(v.data, (size_t)v.ld * 4, 0, (size_t)v.width * 4, (size_t)p.n, c->stream));
     CUDA_TRY(cudaMemcpy2DAsync(v.data, (size_t)v.ld * 4, from, (size_t)v.width * 4, (size_t)v.width * 4, (size_t)p.n,
                                cudaMemcpyHostToDevice, c->stream));
@@ -231,9 +231,9 @@ static qwen3_result lab_get(void *ctx_state, lab_buffer buffer, float *to, const
     device_guard guard(c->m->device);
     const pass p_ = make_pass(c, c->stream, lab_batch.rows, lab_batch.tiles, err), *p = &p_;
     const lab_view v = lab_place(p, buffer);
-    wide_view wide;
+    hopper_view wide;
     CUDA_TRY(guard.status);
-    if (wide_buffer(p, buffer, &wide)) return lab_wide(p, buffer, wide, NULL, to);
+    if (hopper_buffer(p, buffer, &wide)) return lab_hopper(p, buffer, wide, NULL, to);
     if (v.act && v.act->type == QWEN3I_F32)
         RUN(grid1(p->n), 256, 0, act_to_float_kernel<float>, v.data, (const float *)c->act, (const float *)NULL,
             v.width, v.ld, (size_t)0);
@@ -254,14 +254,14 @@ static qwen3_result lab_one(const pass *p, lab_op op, int layer) {
     if (w->router && op == LAB_DOWN) return QWEN3_OK;
     switch (op) {
         case LAB_EMBED:     return embed(p);
-        case LAB_NORM:      return p->way->norm(p, w->attn_norm, w->qkv, &h);
-        case LAB_QKV_ROPE:  return p->way->qkv(p, layer, h);
-        case LAB_NORM_QKV:  TRY(norm(p, w->attn_norm, w->qkv, &h)); return p->way->qkv(p, layer, h);
-        case LAB_ATTENTION: return p->way->attention(p, layer);
-        case LAB_O_PROJ:    return p->way->o_proj(p, layer);
-        case LAB_MLP:       return p->way->mlp(p, layer, h);
-        case LAB_NORM_MLP:  TRY(norm(p, w->mlp_norm, w->gate_up, &h)); return p->way->mlp(p, layer, h);
-        case LAB_DOWN:      return p->way->down(p, layer);
+        case LAB_NORM:      return p->path->norm(p, w->attn_norm, w->qkv, &h);
+        case LAB_QKV_ROPE:  return p->path->qkv(p, layer, h);
+        case LAB_NORM_QKV:  TRY(norm(p, w->attn_norm, w->qkv, &h)); return p->path->qkv(p, layer, h);
+        case LAB_ATTENTION: return p->path->attention(p, layer);
+        case LAB_O_PROJ:    return p->path->o_proj(p, layer);
+        case LAB_MLP:       return p->path->mlp(p, layer, h);
+        case LAB_NORM_MLP:  TRY(norm(p, w->mlp_norm, w->gate_up, &h)); return p->path->mlp(p, layer, h);
+        case LAB_DOWN:      return p->path->down(p, layer);
         case LAB_HEAD:      TRY(head_norm(p, 0, n)); return head_logits(p, 0, n, false);
         case LAB_STEP:      return run_step(p->c, p->n, p->err);
     }
@@ -433,14 +433,14 @@ static qwen3_result standard_mlp(const pass *p, int layer, const input &) {
     return round_rows(p, down, c->ff, c->ff_ld, p->n);
 }
 
-const path STANDARD_WAY = {gemm_norm, NULL, standard_qkv, rows_attention, gemm_o_proj, standard_mlp, gemm_down, gemm_head, false, false};
+const path STANDARD_PATH = {gemm_norm, NULL, standard_qkv, rows_attention, gemm_o_proj, standard_mlp, gemm_down, gemm_head, false, false};
 
 static void standard_memory(cuda_ctx *c, arena *a) {
     gemm_memory(c, a);
     c->ff = a->take<float>((size_t)c->max_rows * c->ff_ld);
 }
 
-const path_set STANDARD = {{{INT_MAX, &STANDARD_WAY}}, false, standard_memory, prepare_nothing};
+const path_set STANDARD = {{{INT_MAX, &STANDARD_PATH}}, false, standard_memory, prepare_nothing};
 
 static qwen3_result create_standard_ctx(void **ctx_state, void *model_state, const qwen3_model *model,
                                         const qwen3_ctx_desc *desc, const qwen3i_err *err) {

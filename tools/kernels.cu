@@ -174,7 +174,7 @@ extern "C" const char *lab_logits(lab_model *l, const int *tokens, int n, float 
    has in registers or shared memory anyway. Same inner loops as the separate side, same rotation, same cache:
 
    - 1 row: as stream_qkv_heads and stream_qkv_rope; each warp adds up the squares of x as it multiplies by it.
-   - On Hopper 2 to 64 rows as few_product, and more as wide_product: the multiplying warps read the tiles of x while the
+   - On Hopper 2 to 64 rows as skinny_product, and more as large_product: the multiplying warps read the tiles of x while the
      tensor core works on them. The input is the residual in F16 times a power of two for each row, which the kernel
      before is taken to have written: making it is not timed. (A kernel that writes a tile of a row does not know the
      row's largest element, so this favours the fused side a little.)
@@ -363,40 +363,40 @@ template <int LANES> __device__ __forceinline__ float join_squares(float v) {
     return v;
 }
 /* What the sums of a row are times; squares: of x / down. */
-__device__ __forceinline__ float fused_scale(const wide_args &g, float w_scale, float down, float squares) {
+__device__ __forceinline__ float fused_scale(const hopper_args &g, float w_scale, float down, float squares) {
     return w_scale * down / sqrtf(squares * down * down / (float)g.k + g.qkv.eps);
 }
 
-/* few_sum, and the squares of the block's part of each row of x: beside the sums of the row, which are FEW_LD apart. */
-template <int R> __device__ void fused_few_sum(const ring_of_tiles &ring, int steps, int group) {
+/* skinny_sum, and the squares of the block's part of each row of x: beside the sums of the row, which are SKINNY_LD apart. */
+template <int R> __device__ void fused_skinny_sum(const ring_of_tiles &ring, int steps, int group) {
     const int mine = squares_at<4>(tid() / 4, tid() % 4);
     float squares = 0;
-    few_sum<WIDE_M, R>(ring, steps, group,
-                       [&](const unsigned char *x) { if (tid() < 4 * R) add_squares<4>(squares, x, mine); });
+    skinny_sum<HOPPER_M, R>(ring, steps, group,
+                            [&](const unsigned char *x) { if (tid() < 4 * R) add_squares<4>(squares, x, mine); });
     squares = join_squares<4>(squares);
     if (tid() < 4 * R && tid() % 4 == 0)
-        store_2((float *)(void *)ring.memory + tid() / 4 * FEW_LD + WIDE_M, squares, 0);
+        store_2((float *)(void *)ring.memory + tid() / 4 * SKINNY_LD + HOPPER_M, squares, 0);
 }
 
-/* few_multiply; r.scale is only the input's until the sums are there. The squares are joined for all of the warp's rows at
+/* skinny_multiply; r.scale is only the input's until the sums are there. The squares are joined for all of the warp's rows at
    once: lanes of the same l / parts have the parts of one of them. */
-template <int R> __device__ __forceinline__ void fused_few_multiply(const wide_args &g, const ring_of_tiles &ring,
-                                                                    int rank, int tile, int steps, int warp, float w_scale) {
+template <int R> __device__ __forceinline__ void fused_skinny_multiply(const hopper_args &g, const ring_of_tiles &ring,
+                                                                       int rank, int tile, int steps, int warp, float w_scale) {
     const int n = R / g.parts, end = least(rank * n + n, g.rows), row = rank * n + warp;
     const int mine = least(row + lane_id() / g.parts * 8, end - 1);
     const float *sums = (const float *)(const void *)ring.memory;
     float2 squares = make_float2(0, 0);
-    few_row r, next;
-    few_ask_early<to_heads<float> >(r, g, row, tile);
-    few_ask_early<to_heads<float> >(next, g, row + 8, tile);
+    skinny_row r, next;
+    skinny_ask_early<to_heads<float> >(r, g, row, tile);
+    skinny_ask_early<to_heads<float> >(next, g, row + 8, tile);
     wait_for_previous();
-    few_ask<to_heads<float> >(r, g, row, tile);
-    few_ask<to_heads<float> >(next, g, row + 8, tile);
-    fused_few_sum<R>(ring, steps, warp / 4);
+    skinny_ask<to_heads<float> >(r, g, row, tile);
+    skinny_ask<to_heads<float> >(next, g, row + 8, tile);
+    fused_skinny_sum<R>(ring, steps, warp / 4);
     cluster_meet();
-    if (row < end) load_from_block(squares, sums + mine * FEW_LD + WIDE_M, (unsigned)(lane_id() % g.parts));
+    if (row < end) load_from_block(squares, sums + mine * SKINNY_LD + HOPPER_M, (unsigned)(lane_id() % g.parts));
     for (int o = 1; o < g.parts; o *= 2) squares.x += __shfl_xor_sync(ALL, squares.x, o);
-    few_finish_rows<to_heads<float> >(g, sums + 2 * lane_id(), row, end, tile, r, next, [&](few_row &at, int i) {
+    skinny_finish_rows<to_heads<float> >(g, sums + 2 * lane_id(), row, end, tile, r, next, [&](skinny_row &at, int i) {
         at.scale = fused_scale(g, w_scale, at.scale, __shfl_sync(ALL, squares.x, i * g.parts));
     });
 }
@@ -408,49 +408,49 @@ struct input_squares {
     __device__ __forceinline__ void begin() { sum = 0; }
     __device__ __forceinline__ void see(const unsigned char *x) { add_squares<2>(sum, x, mine); }
     __device__ __forceinline__ void end() { sum = join_squares<2>(sum); }
-    __device__ __forceinline__ float of(const wide_args &g, float in, int r) const {
+    __device__ __forceinline__ float of(const hopper_args &g, float in, int r) const {
         return fused_scale(g, w_scale, in, __shfl_sync(ALL, sum, lane_id() / 4 * 2 + 16 * r));
     }
 };
 #endif
 
-/* few_product_kernel and wide_product_kernel on the residual in F16: x = in * in_scale, whose RMSNorm is meant.
+/* skinny_product_kernel and large_product_kernel on the residual in F16: x = in * in_scale, whose RMSNorm is meant.
    g.w_scale is 1, W = w * w_scale. */
-template <int R> __global__ void __launch_bounds__(FEW_THREADS, 2)
-    fused_few_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g,
-                     float w_scale) {
+template <int R> __global__ void __launch_bounds__(SKINNY_THREADS, 2)
+    fused_skinny_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, hopper_args g,
+                        float w_scale) {
 #ifdef QWEN3_WGMMA
     QWEN3_DYNAMIC_SHARED(raw);
-    const ring_of_tiles ring = make_ring(raw, few_memory<WIDE_M, R>(g.stages), g.stages, 8);
-    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / WIDE_K;
+    const ring_of_tiles ring = make_ring(raw, skinny_memory<HOPPER_M, R>(g.stages), g.stages, 8);
+    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / HOPPER_K;
     const int warp = __shfl_sync(ALL, warp_id(), 0);
     __syncthreads();
     let_next_start();
     if (warp == 8) {
         if (lane_id() == 0)
-            few_load<WIDE_M, R>(&x_map, &w_map, g, ring, tile, rank * steps * WIDE_K, steps);
+            skinny_load<HOPPER_M, R>(&x_map, &w_map, g, ring, tile, rank * steps * HOPPER_K, steps);
         __syncwarp();
         cluster_meet();
-    } else fused_few_multiply<R>(g, ring, rank, tile, steps, warp, w_scale);
+    } else fused_skinny_multiply<R>(g, ring, rank, tile, steps, warp, w_scale);
     cluster_sync();
 #else
     (void)x_map; (void)w_map; (void)g; (void)w_scale;
 #endif
 }
 
-template <int P> __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(WIDE_THREADS, 1)
-    fused_wide_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, wide_args g,
-                      float w_scale) {
+template <int P> __global__ void QWEN3_CLUSTER_OF_2 __launch_bounds__(LARGE_THREADS, 1)
+    fused_large_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map, hopper_args g,
+                       float w_scale) {
 #ifdef QWEN3_WGMMA
     const int row = (warp_id() - 4) * 16 + lane_id() / 2;
     const input_squares scales = {squares_at<2>(row, lane_id() % 2), w_scale, 0};
-    wide_multiply_rows<to_heads<float>, WIDE_N, P>(&x_map, &w_map, g, scales);
+    large_multiply_rows<to_heads<float>, HOPPER_N, P>(&x_map, &w_map, g, scales);
 #else
     (void)x_map; (void)w_map; (void)g; (void)w_scale;
 #endif
 }
 
-/* What stream_qkv, few_product and launch_wide_product do. */
+/* What stream_qkv, skinny_product and launch_large_product do. */
 template <int RING> cudaError_t fused_stream(const pass *p, const matvec_in &in, const qkv_args &a, const float *scale) {
     const int parts = head_parts(p, a), blocks = parts * (a.n_head + 2 * a.n_head_kv);
     const size_t shared = stream_shared(in, RING) + 2 * sizeof(mbarrier) + (size_t)a.head_dim * sizeof(float);
@@ -463,27 +463,27 @@ template <int RING> cudaError_t fused_stream(const pass *p, const matvec_in &in,
 #undef CALL
 }
 
-template <int R> cudaError_t fused_few(const pass *p, const matrix &w, wide_args a) {
-    const few_plan none = {0, 0, 0, 0}, plan = few_better(p, a, WIDE_M, R, none);
+template <int R> cudaError_t fused_skinny(const pass *p, const matrix &w, hopper_args a) {
+    const skinny_plan none = {0, 0, 0, 0}, plan = skinny_better(p, a, HOPPER_M, R, none);
     a.parts = plan.parts;
-    a.stages = few_stages<WIDE_M, R>(plan.steps);
-    return launch_shared(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), FEW_THREADS, few_product_shared<WIDE_M, R>(a.stages),
-                         fused_few_kernel<R>, get_map(p->c->few_h_map), get_map(w.map), a, w.scale);
+    a.stages = skinny_stages<HOPPER_M, R>(plan.steps);
+    return launch_shared(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), SKINNY_THREADS, skinny_product_shared<HOPPER_M, R>(a.stages),
+                         fused_skinny_kernel<R>, get_map(p->c->skinny_h_map), get_map(w.map), a, w.scale);
 }
 
-template <int P> cudaError_t fused_wide(const pass *p, const matrix &w, const wide_args &a) {
-    const int clusters = least(wide_pairs(p) * (a.n_tiles - a.whole), p->c->m->n_sm / 2);
-    return launch_shared(p->early, WIDE_CLUSTER, p->s, grid1(2 * clusters), WIDE_THREADS, wide_product_shared<WIDE_N, P>(),
-                         fused_wide_kernel<P>, get_map(p->c->wide_h_map), get_map(w.map), a, w.scale);
+template <int P> cudaError_t fused_large(const pass *p, const matrix &w, const hopper_args &a) {
+    const int clusters = least(large_pairs(p) * (a.n_tiles - a.whole), p->c->m->n_sm / 2);
+    return launch_shared(p->early, LARGE_CLUSTER, p->s, grid1(2 * clusters), LARGE_THREADS, large_product_shared<HOPPER_N, P>(),
+                         fused_large_kernel<P>, get_map(p->c->large_h_map), get_map(w.map), a, w.scale);
 }
 
 cudaError_t fused_product(const pass *p, const matrix &w, const qkv_args &qkv) {
-    wide_args a = wide_arguments(p, w, p->c->act_scale);
+    hopper_args a = hopper_arguments(p, w, p->c->act_scale);
     a.w_scale = 1;
     a.qkv = qkv;
-    a.whole = p->way == &MANY_WAY ? wide_whole(p, a.n_tiles) : 0;
-    if (p->way == &MANY_WAY) return a.whole > 0 ? fused_wide<2>(p, w, a) : fused_wide<1>(p, w, a);
-    return p->n <= 32 ? fused_few<32>(p, w, a) : fused_few<64>(p, w, a);
+    a.whole = p->path == &LARGE_PATH ? large_whole(p, a.n_tiles) : 0;
+    if (p->path == &LARGE_PATH) return a.whole > 0 ? fused_large<2>(p, w, a) : fused_large<1>(p, w, a);
+    return p->n <= 32 ? fused_skinny<32>(p, w, a) : fused_skinny<64>(p, w, a);
 }
 
 template <int R, int NR> cudaError_t launch_fused(const pass *p, const matvec_in &in, const qkv_args &a,
@@ -500,8 +500,8 @@ qwen3_result fused_qkv(const pass *p, int layer, const float *scales) {
     matrix w = c->m->layers[layer].qkv;
     const qkv_args a = qkv_arguments(p, layer);
     w.terms = 1;
-    if (p->way == &MANY_WAY || p->way == &FEW_WAY) return launched(p, fused_product(p, w, a), "fused_product");
-    if (p->way != &VECTORS_WAY) {
+    if (p->path == &LARGE_PATH || p->path == &SKINNY_PATH) return launched(p, fused_product(p, w, a), "fused_product");
+    if (p->path != &VECTOR_PATH) {
         TRY(act_product(p, c->qkv, a.ld, w, 0, w.rows));
         return launched(p, launch(p->s, grid1(p->n), 256, 0, fused_store_kernel<float>, a, (const half_t *)c->act,
                                   (const float *)c->act_scale, g->n_embd, w.ld, g->rms_eps), "fused_store");
@@ -697,8 +697,8 @@ qwen3_result trial_once(trial *t, pass *p, int layer, way how) {
     if (how == SEPARATE_1) w.terms = 1;
     input h;
     const float *gain = c->m->layers[layer].attn_norm;      /* in a step kernels may norm their input themselves */
-    qwen3_result r = how == SEPARATE_OWN ? p->way->norm(p, gain, w, &h) : norm(p, gain, w, &h);
-    if (r == QWEN3_OK) r = p->way->qkv(p, layer, h);
+    qwen3_result r = how == SEPARATE_OWN ? p->path->norm(p, gain, w, &h) : norm(p, gain, w, &h);
+    if (r == QWEN3_OK) r = p->path->qkv(p, layer, h);
     w.terms = terms;
     return r;
 }
@@ -709,9 +709,9 @@ qwen3_result trial_put(trial *t, pass *p, const float *x) {
     matrix one = c->m->layers[0].qkv;
     one.terms = 1;
     TRY(lab_put(c, LAB_X, x, &lab_err));
-    if (p->way == &MANY_WAY || p->way == &FEW_WAY)
+    if (p->path == &LARGE_PATH || p->path == &SKINNY_PATH)
         return hopper_round(p, one, c->x, c->embd_ld, p->n);
-    return p->way == &VECTORS_WAY ? QWEN3_OK : round_rows(p, one, c->x, c->embd_ld, p->n);
+    return p->path == &VECTOR_PATH ? QWEN3_OK : round_rows(p, one, c->x, c->embd_ld, p->n);
 }
 
 /* Microseconds of one: a graph of one a layer, replayed; the median of nine. */
@@ -773,7 +773,7 @@ qwen3_result trial_errors_of(trial *t, int n, trial_errors *e) {
         scales[r] = 1.0f / sqrtf(sum / (float)embd + 1e-6f);
     }
     e->after = e->folded;
-    if (p.way == &VECTORS_WAY) {
+    if (p.path == &VECTOR_PATH) {
         CUDA_TRY(cudaMemcpy(t->c->act_scale, scales.data(), (size_t)n * 4, cudaMemcpyHostToDevice));
         TRY(trial_put(t, &p, other.data()));
         TRY(fused_qkv(&p, 0, t->c->act_scale));

@@ -29,7 +29,7 @@ WARPS, REGISTERS = 'sm__warps_active.avg.pct_of_peak_sustained_active', 'launch_
 
 # What one row goes through; the prefill before it has none of these but for its last row (embedding, norm, head).
 DECODE = '^(stream_.*|vector_product|attention_decode|attention_split|rmsnorm|embed|choose|best|adjust|keep_logits)_kernel'
-PREFILL = '^(wide_.*|attention_tile|few_product|rmsnorm|embed)_kernel'
+PREFILL = '^(large_.*|attention_tile|skinny_product|rmsnorm|embed)_kernel'
 LAYERS = {'0.6B': 28, '1.7B': 28, '4B': 36, '8B': 36}
 A_LAYER, BESIDE = 7, 10                 # most launches of a decode step in each layer, and before and after the layers
 

@@ -171,12 +171,12 @@ template <int N> emulated::product emulated_product(float (&d)[N], uint64_t b, i
     p.b = b;
     return p;
 }
-template <int N> void wide_multiply(float (&d)[N], uint64_t a, uint64_t b, int add) {
+template <int N> void wgmma(float (&d)[N], uint64_t a, uint64_t b, int add) {
     emulated::product p = emulated_product(d, b, add);
     p.a = a;
     emulated_thread().products.push_back(p);
 }
-static inline void wide_multiply(float (&d)[64], const unsigned (&a)[4], uint64_t b, int add) {
+static inline void wgmma(float (&d)[64], const unsigned (&a)[4], uint64_t b, int add) {
     emulated::product p = emulated_product(d, b, add);
     const uint64_t words[4] = {a[0], a[1], a[2], a[3]};
     const uint64_t (*all)[8] = emulated::exchange(words, 4);
