@@ -7001,7 +7001,7 @@ DEVICE void group_multiply(float (&part)[2][4][4], half_t *stage, int m, int n) 
    rows of W. The tensor cores add up 128 elements, the rest is added in float32. Grid: tiles of W, experts,
    tiles of entries, of which a block takes every gridDim.z-th. Equals qwen3i_matmul but for the rounding of
    x. */
-static __global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(256, 2)
     group_product_kernel(expert_args a, const half_t *x, const float *x_scale) {
     QWEN3_DYNAMIC_SHARED(memory);
     __shared__ int entry[GROUP_M], rows[GROUP_M];
