@@ -9463,7 +9463,8 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
       #include <avx512vldqintrin.h>
       #include <avx512vnniintrin.h>
     #endif
-  #elif defined(__x86_64__) && defined(__GNUC__) && (!defined(__MINGW32__) || defined(__clang__) || defined(QWEN3_UNALIGNED_MOVES))
+  #elif defined(__x86_64__) && defined(__GNUC__) && \
+      (!defined(__MINGW32__) || defined(__clang__) || defined(QWEN3_UNALIGNED_MOVES))
     #define QWEN3I_X86      /* MinGW's gcc does not align the stack for AVX registers: only where asked for */
     #include <cpuid.h>
     #include <immintrin.h>
@@ -9495,13 +9496,13 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
 
 /* ---- what products of blocks are made of ------------------------------------------------------
    A row of x becomes whole numbers of 15 bits and a sign, once, from that row alone; w is unpacked to whole
-   numbers of at most 8 bits. Sums of products of a group are then exact, whatever their order, and each enters
-   the row's result by one product and one fused multiply-add, in order of columns. */
+   numbers of at most 8 bits. Sums of products of a group are then exact, whatever their order, and each
+   enters the row's result by one product and one fused multiply-add, in order of columns. */
 #define QWEN3I_PART 16                  /* columns of x with one scale */
-#define QWEN3I_ROUNDED_MAX 32639        /* so that 256 times a signed byte and another one make up any number */
+#define QWEN3I_ROUNDED_MAX 32639        /* 256 times a signed byte and another one make up any number */
 typedef struct qwen3i_rounded {
-    int16_t q[QWEN3I_PART];             /* x = d * q. Of each four columns the order is 0, 2, 1, 3; or, as digits: the four
-                                           upper bytes, then the four lower ones, from -128 to 127 */
+    int16_t q[QWEN3I_PART];             /* x = d * q. Of each four columns the order is 0, 2, 1, 3; or, as
+                                           digits: four upper bytes, then four lower ones, -128 to 127 */
     float   d;
     int32_t sum;                        /* of q */
 } qwen3i_rounded;
@@ -9514,7 +9515,8 @@ typedef struct qwen3i_panel {
 
 static int qwen3i_parts(int cols) { return cols / QWEN3I_PART + (cols % QWEN3I_PART > 0); }
 
-typedef struct qwen3i_strip {           /* 16 rows of w, ld bytes apart; what lies from next to end is fetched meanwhile */
+/* 16 rows of w, ld bytes apart; what lies from next to end is fetched meanwhile */
+typedef struct qwen3i_strip {
     size_t         ld;
     const uint8_t *next, *end;
 } qwen3i_strip;
@@ -9539,16 +9541,18 @@ typedef struct qwen3i_simd {
        elements; w of numbers: F32, F16 or BF16 */
     void (*dot)(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
                 const float *x, size_t ldx, int n_x, int n_cols, int add);
-    /* y[r] = w[r] . x, or += if add, for n_w rows of w in Q8_0 or FP8, all of whose blocks are full, and one row of
-       x: the same bits as dot gives when they have become float32 */
+    /* y[r] = w[r] . x, or += if add, for n_w rows of w in Q8_0 or FP8, all of whose blocks are full, and one
+       row of x: the same bits as dot gives when they have become float32 */
     void (*dot_bytes)(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, const float *x,
                       int n_cols, int add);
-    /* x [n] to parts, as dot_blocks wants them; columns beyond n are zeros. If x is not finite, neither are its products. */
+    /* x [n] to parts, as dot_blocks wants them; columns beyond n are zeros. If x is not finite, neither
+       are its products. */
     void (*round_row)(qwen3i_rounded *y, const float *x, int n);
-    /* The same as dot with w in other blocks, of whole numbers, row_bytes apart, and x as round_row makes it; panels has
-       room for QWEN3I_PANELS of them */
+    /* The same as dot with w in other blocks, of whole numbers, row_bytes apart, and x as round_row makes it;
+       panels has room for QWEN3I_PANELS of them */
     void (*dot_blocks)(float *y, size_t ldy, const void *w, size_t row_bytes, qwen3i_type type, int n_w,
-                       const qwen3i_rounded *x, size_t ldx, int n_x, int n_cols, int add, qwen3i_panel *panels);
+                       const qwen3i_rounded *x, size_t ldx, int n_x, int n_cols, int add,
+                       qwen3i_panel *panels);
     /* y[t * ldy + d] += sum over r of p[t * ldp + r] * v[r * ldv + d], in order of r; n_p rows of p, d <
        n_cols */
     void (*mix)(float *y, size_t ldy, const float *p, size_t ldp, int n_p,
@@ -9578,10 +9582,10 @@ typedef struct qwen3i_simd {
 #define QWEN3I_EXP_HIGH 88.3f
 
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v and the
-   functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, all_half (a half in all lanes), store,
-   store_bf16, store_f16, add, mul, div, max, min, fma(a, b, c) = a * b + c, round, exp2i (2^n for whole n),
-   drop_below (0 where x < low), sum (of R vectors, by the tree). A tile is R rows of w times up to C rows of
-   x. */
+   functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, all_half (a
+   half in all lanes), store, store_bf16, store_f16, add, mul, div, max, min, fma(a, b, c) = a * b + c, round,
+   exp2i (2^n for whole n), drop_below (0 where x < low), sum (of R vectors, by the tree). A tile is R rows of
+   w times up to C rows of x. */
 #define QWEN3I_DEFINE_KERNELS(V, TARGET, R, C) \
 /* n lanes, or all 16 if n is more; when loading, the others are 0 */ \
 TARGET QWEN3I_INLINE V##_v V##_load_n(const float *p, int n) { \
@@ -9627,19 +9631,25 @@ TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n
     if (qwen3i_is_block(type) && !qwen3i_is_bytes(type)) { qwen3i_decode(y, x, type, n); return; } \
     for (i = 0; i < n; i += 16) { \
         V##_v v; \
-        if (type == QWEN3I_FP8) v = V##_bytes(b + i / 128 * 132 + 4 + i % 128, V##_set1(qwen3i_f32_at(b + i / 128 * 132)), type); \
-        else if (type == QWEN3I_Q8_0) v = V##_bytes(b + i / 32 * 34 + 2 + i % 32, V##_all_half(b + i / 32 * 34), type); \
+        if (type == QWEN3I_FP8) \
+            v = V##_bytes(b + i / 128 * 132 + 4 + i % 128, V##_set1(qwen3i_f32_at(b + i / 128 * 132)), \
+                          type); \
+        else if (type == QWEN3I_Q8_0) \
+            v = V##_bytes(b + i / 32 * 34 + 2 + i % 32, V##_all_half(b + i / 32 * 34), type); \
         else v = V##_from_n(x, (size_t)i, type, n - i); \
         V##_store_n(y + i, v, n - i); \
     } \
 } \
-/* R rows in Q8_0 or FP8 at a time against one row of x: the sums of V_dot, without a panel. The type is a constant here. */ \
-TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, int elements, \
+/* R rows in Q8_0 or FP8 at a time against one row of x: the sums of V_dot, without a panel. The type is \
+   a constant here. */ \
+TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, \
+                                           int elements, \
                                            int head, int n_w, const float *x, int n_cols, int add) { \
     const uint8_t *next = w + 2 * R * row_bytes;    /* what is fetched meanwhile, in order of addresses */ \
     for (int r0 = 0; r0 < n_w; r0 += R) { \
         const uint8_t *at[R]; \
-        QWEN3I_UNROLL for (int r = 0; r < R; r++) at[r] = w + (size_t)qwen3i_min(r0 + r, n_w - 1) * row_bytes; \
+        QWEN3I_UNROLL for (int r = 0; r < R; r++) \
+            at[r] = w + (size_t)qwen3i_min(r0 + r, n_w - 1) * row_bytes; \
         for (int k = 0; k < n_cols; k += QWEN3I_K_BLOCK) { \
             V##_v acc[R]; \
             float sums[R]; \
@@ -9647,7 +9657,8 @@ TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t ro
             QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[r] = V##_zero(); \
             for (int c = k; c < end; c += elements) { \
                 QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
-                    const V##_v d = type == QWEN3I_FP8 ? V##_set1(qwen3i_f32_at(at[r])) : V##_all_half(at[r]); \
+                    const V##_v d = type == QWEN3I_FP8 ? V##_set1(qwen3i_f32_at(at[r])) : \
+                                    V##_all_half(at[r]); \
                     QWEN3I_UNROLL for (int j = 0; j < elements; j += 16) \
                         acc[r] = V##_fma(V##_bytes(at[r] + head + j, d, type), V##_load(x + c + j), acc[r]); \
                     at[r] += elements + head; \
@@ -9661,26 +9672,31 @@ TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t ro
         } \
     } \
 } \
-TARGET static void V##_dot_bytes(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, const float *x, \
+TARGET static void V##_dot_bytes(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, \
+                                 const float *x, \
                                  int n_cols, int add) { \
-    if (type == QWEN3I_FP8) V##_dot_bytes_of(y, (const uint8_t *)w, row_bytes, QWEN3I_FP8, 128, 4, n_w, x, n_cols, add); \
+    if (type == QWEN3I_FP8) V##_dot_bytes_of(y, (const uint8_t *)w, row_bytes, QWEN3I_FP8, 128, 4, n_w, x, \
+                                             n_cols, add); \
     else V##_dot_bytes_of(y, (const uint8_t *)w, row_bytes, QWEN3I_Q8_0, 32, 2, n_w, x, n_cols, add); \
 } \
-/* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose results \
-   belong `apart` floats apart: y[t * ldy + r * apart] = (add ? y : 0) + w[r] . x[t]. What lies `ahead` bytes \
-   further on is fetched meanwhile. */ \
+/* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose \
+   results belong `apart` floats apart: y[t * ldy + r * apart] = (add ? y : 0) + w[r] . x[t]. What lies \
+   `ahead` bytes further on is fetched meanwhile. */ \
 TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *w, size_t stride, \
                                    size_t ahead, \
                                    qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
                                        int add) { \
     V##_v acc[C][R], wv[R], xv; \
     float sums[R]; \
-    size_t w_at[R], x_at[C], step = 16 * qwen3i_type_size(type);    /* bytes: few pointers, so that none is spilled */ \
+    /* bytes: few pointers, so that none is spilled */ \
+    size_t w_at[R], x_at[C], step = 16 * qwen3i_type_size(type); \
     const char *xs = (const char *)x, *next = w + ahead, *end = w + (size_t)n / 16 * step; \
     int r, t; \
     QWEN3I_UNROLL for (r = 0; r < R; r++) w_at[r] = (size_t)qwen3i_min(r, n_w - 1) * stride; \
     QWEN3I_UNROLL for (t = 0; t < n_x; t++) x_at[t] = (size_t)t * ldx * 4; \
-    QWEN3I_UNROLL for (t = 0; t < n_x; t++) { QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_zero(); } \
+    QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
+        QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_zero(); \
+    } \
     for (; w != end; w += step, next += step, xs += 64) { \
         QWEN3I_UNROLL for (r = 0; r < R; r++) { \
             wv[r] = V##_from(w + w_at[r], 0, type); \
@@ -9699,8 +9715,8 @@ TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *
         else for (r = 0; r < n_w; r++) y[r * apart] = add ? y[r * apart] + sums[r] : sums[r]; \
     } \
 } \
-/* One tile of w against n_x rows of x. n_x becomes a constant, so that each size gets its own code; it is at most C \
-   even in code that is never reached, for analysers. */ \
+/* One tile of w against n_x rows of x. n_x becomes a constant, so that each size gets its own code; it is \
+   at most C even in code that is never reached, for analysers. */ \
 TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char *w, size_t stride, \
                                      size_t ahead, \
                                      qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
@@ -9713,8 +9729,8 @@ TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char
     else                        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, add); \
 } \
 /* Many rows of x: a tile of them stays in the first-level cache while the block of w streams past it from \
-   the second. Few: w comes from memory, and each tile of it meets all of x at once. One or two: memory is the \
-   limit, and it likes R streams best, each through a part of the block. */ \
+   the second. Few: w comes from memory, and each tile of it meets all of x at once. One or two: memory is \
+   the limit, and it likes R streams best, each through a part of the block. */ \
 TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t row_bytes, \
                                        qwen3i_type type, \
                                        int n_w, const float *x, size_t ldx, int n_x, int n_cols, int add) { \
@@ -9725,7 +9741,8 @@ TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size
     for (i = 0; i < tiles; i += step) \
         for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
             for (t = 0; t < n_x; t += m) { \
-                m = n_x - t >= C && n_x - t != 8 ? C : n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1; /* 8: 4 + 4 */ \
+                /* 8: 4 + 4 */ \
+                m = n_x - t >= C && n_x - t != 8 ? C : n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
                 for (j = i; j < i + step; j++) { \
                     int r = apart > 1 ? j : j * R; \
                     V##_tile_n(y + (size_t)t * ldy + r, ldy, apart, \
@@ -9755,11 +9772,12 @@ TARGET static void V##_dot(float *y, size_t ldy, const void *w, size_t ldw, qwen
     const char *rows = (const char *)w; \
     size_t row_bytes = ldw * qwen3i_type_size(type); \
     int n = n_cols / 16 * 16; \
-    switch (type) { \
-        case QWEN3I_BF16: V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_BF16, n_w, x, ldx, n_x, n, add); break; \
-        case QWEN3I_F16:  V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F16, n_w, x, ldx, n_x, n, add); break; \
-        default:          V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F32, n_w, x, ldx, n_x, n, add); break; \
-    } \
+    if (type == QWEN3I_BF16)     V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_BF16, n_w, x, ldx, n_x, n, \
+                                              add); \
+    else if (type == QWEN3I_F16) V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F16, n_w, x, ldx, n_x, n, \
+                                              add); \
+    else                         V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F32, n_w, x, ldx, n_x, n, \
+                                              add); \
     if (n < n_cols) V##_dot_rest(y, ldy, rows, row_bytes, type, n_w, x, ldx, n_x, n, n_cols, n > 0 || add); \
 } \
 /* n_p rows of y, 16 * R columns of each; v is [n_v, 16 * R] in float32 */ \
@@ -9873,20 +9891,24 @@ TARGET static void V##_store_row(void *y, const float *x, qwen3i_type type, int 
     for (; i < n; i++) h[i] = type == QWEN3I_F16 ? qwen3i_f32_to_f16(x[i]) : qwen3i_f32_to_bf16(x[i]); \
 }
 
-/* Blocks of 16 rows, `ld` bytes apart, to a panel, to the bits that WEIGHT FORMATS gives: words of 4 bytes are turned so
-   that those of 16 rows lie side by side, and unpacked so. V_i is 16 of them; V_turn(v, b, ld) makes v[4] of 16
-   bytes of each row; V_words, keep load and store; V_all repeats a word; and, or, shl, shr are on words, less and
-   pick(table, v) on bytes; V_float makes numbers, V_half takes the lower half as one, V_as_float the bits. */
+/* Blocks of 16 rows, `ld` bytes apart, to a panel, to the bits that WEIGHT FORMATS gives: words of 4 bytes
+   are transposed, so that those of 16 rows lie side by side, and unpacked so. V_i is 16 of them;
+   V_transpose(v, b, ld) makes v[4] of 16 bytes of each row; V_words, keep load and store; V_all repeats a
+   word; and, or, shl, shr
+   are on words, less and pick(table, v) on bytes; V_float makes numbers, V_half takes the lower half as one,
+   V_as_float the bits. */
 #define QWEN3I_DEFINE_FORMATS(V, TARGET) \
 TARGET QWEN3I_INLINE void V##_take(V##_i *v, const uint8_t *b, qwen3i_strip *strip) { \
-    V##_turn(v, b, strip->ld); \
+    V##_transpose(v, b, strip->ld); \
     qwen3i_fetch(strip, 128); \
 } \
 TARGET QWEN3I_INLINE V##_v V##_byte(V##_i v, int j) { return V##_float(V##_and(V##_shr(v, 8 * j), 255)); } \
 TARGET QWEN3I_INLINE V##_v V##_negative(V##_v v) { return V##_mul(v, V##_set1(-1)); } \
 TARGET QWEN3I_INLINE V##_v V##_plus(V##_v v, float f) { return V##_add(v, V##_set1(f)); } \
-/* 16 bytes: low halves are columns from `low` on, high ones from `high` on, less a number, or out of a table */ \
-TARGET QWEN3I_INLINE void V##_nibbles(qwen3i_panel *p, int low, int high, const uint8_t *b, qwen3i_strip *strip, V##_i less) { \
+/* 16 bytes: low halves are columns from `low` on, high ones from `high` on, less a number, \
+   or out of a table */ \
+TARGET QWEN3I_INLINE void V##_nibbles(qwen3i_panel *p, int low, int high, const uint8_t *b, \
+                                      qwen3i_strip *strip, V##_i less) { \
     V##_i v[4]; \
     V##_take(v, b, strip); \
     QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
@@ -9894,21 +9916,25 @@ TARGET QWEN3I_INLINE void V##_nibbles(qwen3i_panel *p, int low, int high, const 
         V##_keep(p->q[high / 4 + i], V##_less(V##_and(V##_shr(v[i], 4), 0x0F0F0F0F), less)); \
     } \
 } \
-TARGET QWEN3I_INLINE void V##_pick_nibbles(qwen3i_panel *p, int low, int high, V##_i v, const int8_t *table) { \
+TARGET QWEN3I_INLINE void V##_pick_nibbles(qwen3i_panel *p, int low, int high, V##_i v, \
+                                           const int8_t *table) { \
     V##_keep(p->q[low / 4], V##_pick(table, V##_and(v, 0x0F0F0F0F))); \
     V##_keep(p->q[high / 4], V##_pick(table, V##_and(V##_shr(v, 4), 0x0F0F0F0F))); \
 } \
-TARGET QWEN3I_INLINE void V##_picks(qwen3i_panel *p, int low, int high, const uint8_t *b, qwen3i_strip *strip, \
+TARGET QWEN3I_INLINE void V##_picks(qwen3i_panel *p, int low, int high, const uint8_t *b, \
+                                    qwen3i_strip *strip, \
                                     const int8_t *table) { \
     V##_i v[4]; \
     V##_take(v, b, strip); \
     QWEN3I_UNROLL for (int i = 0; i < 4; i++) V##_pick_nibbles(p, low + 4 * i, high + 4 * i, v[i], table); \
 } \
 /* Fields of 16 bytes, whose lowest bit is `shift`, join 16 columns from c on; then these become less. */ \
-TARGET QWEN3I_INLINE void V##_join(qwen3i_panel *p, int c, const V##_i *v, int shift, int mask, int left, int less) { \
+TARGET QWEN3I_INLINE void V##_join(qwen3i_panel *p, int c, const V##_i *v, int shift, int mask, int left, \
+                                   int less) { \
     QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
         V##_i field = V##_shl(V##_and(V##_shr(v[i], shift), mask * 0x01010101), left); \
-        V##_keep(p->q[c / 4 + i], V##_less(V##_or(V##_words(p->q[c / 4 + i]), field), V##_all(less * 0x01010101))); \
+        V##_keep(p->q[c / 4 + i], \
+                 V##_less(V##_or(V##_words(p->q[c / 4 + i]), field), V##_all(less * 0x01010101))); \
     } \
 } \
 /* Bits of a word join 32 columns from c on, as their fifth. */ \
@@ -9926,7 +9952,8 @@ TARGET QWEN3I_INLINE void V##_copy16(qwen3i_panel *p, int c, const uint8_t *b, q
     QWEN3I_UNROLL for (int i = 0; i < 4; i++) V##_keep(p->q[c / 4 + i], v[i]); \
 } \
 /* Blocks of 32 whose columns are c .. c + 31 */ \
-TARGET static void V##_panel32(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, qwen3i_type type) { \
+TARGET static void V##_panel32(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, \
+                               qwen3i_type type) { \
     const V##_i none = V##_all(0); \
     V##_i v[4]; \
     V##_v d; \
@@ -9957,7 +9984,8 @@ TARGET static void V##_panel32(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_
     if (type == QWEN3I_Q4_1 || type == QWEN3I_Q5_1) V##_store(p->m[c / 32], V##_half(V##_shr(v[0], 16))); \
 } \
 /* Eight blocks of Q4_0 or IQ4_NL, 36 words of which every other block begins within one */ \
-TARGET QWEN3I_INLINE void V##_panel_18(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip, const int8_t *table) { \
+TARGET QWEN3I_INLINE void V##_panel_18(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip, \
+                                       const int8_t *table) { \
     V##_i v[36]; \
     V##_take(v, b, strip); \
     QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
@@ -9985,12 +10013,14 @@ TARGET QWEN3I_INLINE void V##_panel_nvfp4(qwen3i_panel *p, int c, const uint8_t 
         } \
     } \
     for (int j = 0; j < 4; j++) { \
-        for (int r = 0; r < 16; r++) scales[r] = qwen3i_ue4m3_to_f32(b[(size_t)r * strip->ld + (size_t)j]) / 2; \
+        for (int r = 0; r < 16; r++) \
+            scales[r] = qwen3i_ue4m3_to_f32(b[(size_t)r * strip->ld + (size_t)j]) / 2; \
         memcpy(p->d[c / 16 + j], scales, sizeof scales); \
     } \
 } \
 /* Blocks of 128: INT4 is one scale for four of INT4S. */ \
-TARGET QWEN3I_INLINE void V##_panel128(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, qwen3i_type type) { \
+TARGET QWEN3I_INLINE void V##_panel128(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, \
+                                       qwen3i_type type) { \
     V##_i v[4], zero; \
     V##_v d; \
     V##_take(v, b, strip); \
@@ -10081,7 +10111,9 @@ TARGET QWEN3I_INLINE void V##_panel_q6_k(qwen3i_panel *p, const uint8_t *b, qwen
     d = V##_half(V##_shr(v[3], 16)); \
     V##_take(v, b + 192, strip); \
     QWEN3I_UNROLL for (int i = 0; i < 16; i++) \
-        V##_store(p->d[i], V##_mul(d, V##_plus(V##_byte(V##_less(v[i / 4], V##_all((int)0x80808080u)), i % 4), -128))); \
+        V##_store(p->d[i], V##_mul(d, \
+                                   V##_plus(V##_byte(V##_less(v[i / 4], V##_all((int)0x80808080u)), i % 4), \
+                                            -128))); \
     for (int i = 0; i < 4; i++) {       /* 16 bytes of high pairs are 64 columns, in four parts of 128 */ \
         const int c = 128 * (i / 2) + 16 * (i % 2); \
         V##_take(v, b + 128 + 16 * i, strip); \
@@ -10108,12 +10140,14 @@ TARGET QWEN3I_INLINE void V##_panel_iq4_xs(qwen3i_panel *p, const uint8_t *b, qw
     } \
 } \
 /* n_cols columns, from the beginning of a block on; so many rows that there may be no 16 are repeated. */ \
-TARGET static void V##_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *strip, qwen3i_type type, int n_rows, int n_cols) { \
+TARGET static void V##_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *strip, qwen3i_type type, \
+                             int n_rows, int n_cols) { \
     const qwen3i_format *f = qwen3i_format_of(type); \
     const int bytes = (n_cols + f->elements - 1) / f->elements * f->bytes; \
     uint8_t copy[16][QWEN3I_MAX_ROW]; \
     if (n_rows < 16) { \
-        for (int r = 0; r < 16; r++) memcpy(copy[r], w + (size_t)qwen3i_min(r, n_rows - 1) * strip->ld, (size_t)bytes); \
+        for (int r = 0; r < 16; r++) \
+            memcpy(copy[r], w + (size_t)qwen3i_min(r, n_rows - 1) * strip->ld, (size_t)bytes); \
         w = copy[0]; \
         strip->ld = QWEN3I_MAX_ROW; \
     } \
@@ -10135,10 +10169,11 @@ TARGET static void V##_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *st
         } \
 }
 
-/* Products with blocks. U is the prefix of the instruction set's operations on whole numbers, beside V's: the types
-   U_w (four columns of a panel, widened), U_x (four columns of a row of x) and U_sums, and the functions V_cut (V_v to
-   V_i, towards 0), U_order (see qwen3i_order), U_wide, spread, none(whole), dot4 (adds the products of four columns) and
-   total(sums), with whole the sum of x. A tile is R panels times up to C rows of x. */
+/* Products with blocks. U is the prefix of the instruction set's operations on whole numbers, beside V's: the
+   types U_w (four columns of a panel, widened), U_x (four columns of a row of x) and U_sums, and the
+   functions V_cut (V_v to V_i, towards 0), U_order (see qwen3i_order), U_widen4, spread, none(whole), dot4
+   (adds the products of four columns) and total(sums), with whole the sum of x. A tile is R panels times up
+   to C rows of x. */
 #define QWEN3I_DEFINE_BLOCKS(V, U, TARGET, R, C) \
 TARGET static void U##_round_row(qwen3i_rounded *y, const float *x, int n) { \
     for (; n > 0; n -= QWEN3I_PART, x += QWEN3I_PART, y++) { \
@@ -10158,13 +10193,16 @@ TARGET static void U##_round_row(qwen3i_rounded *y, const float *x, int n) { \
     } \
 } \
 /* One tile over n columns; w: of R panels' columns, whose groups are `group` columns */ \
-TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_panel *w, int n_w, int group, int offsets, \
+TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_panel *w, int n_w, int group, \
+                                         int offsets, \
                                          const qwen3i_rounded *x, size_t ldx, int n_x, int n, int add, \
                                          qwen3i_strip *strip) { \
     V##_v acc[C][R], d[R]; \
     U##_sums sums[C][R]; \
     U##_w wv[R]; \
-    QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[t][r] = V##_zero(); } \
+    QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { \
+        QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[t][r] = V##_zero(); \
+    } \
     for (int c = 0; c < n; c += QWEN3I_PART, x++) { \
         const int8_t *q = w->q[c / 4][0]; \
         const int g = c / group; \
@@ -10174,7 +10212,8 @@ TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_pane
             QWEN3I_UNROLL for (int r = 0; r < R; r++) sums[t][r] = none; \
         } \
         QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
-            QWEN3I_UNROLL for (int r = 0; r < R; r++) wv[r] = U##_wide(q + (size_t)r * sizeof *w + 64 * i); \
+            QWEN3I_UNROLL for (int r = 0; r < R; r++) \
+                wv[r] = U##_widen4(q + (size_t)r * sizeof *w + 64 * i); \
             QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { \
                 U##_x xv = U##_spread(x[(size_t)t * ldx].q + 4 * i); \
                 if (i == 0) QWEN3I_PREFETCH(x + (size_t)(t + n_x) * ldx);       /* for the next tile */ \
@@ -10197,44 +10236,52 @@ TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_pane
     QWEN3I_UNROLL for (int t = 0; t < n_x; t++, y += ldy) { \
         QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
             const int m = n_w - 16 * r; \
-            if (m > 0) V##_store_n(y + 16 * r, add ? V##_add(V##_load_n(y + 16 * r, m), acc[t][r]) : acc[t][r], m); \
+            if (m > 0) V##_store_n(y + 16 * r, \
+                                   add ? V##_add(V##_load_n(y + 16 * r, m), acc[t][r]) : acc[t][r], m); \
         } \
     } \
 } \
-TARGET static void U##_dot_blocks(float *y, size_t ldy, const void *w, size_t row_bytes, qwen3i_type type, int n_w, \
+TARGET static void U##_dot_blocks(float *y, size_t ldy, const void *w, size_t row_bytes, qwen3i_type type, \
+                                  int n_w, \
                                   const qwen3i_rounded *x, size_t ldx, int n_x, int n_cols, int add, \
                                   qwen3i_panel *panels) { \
     const qwen3i_format *f = qwen3i_format_of(type); \
     const int group = qwen3i_group_of(type), offsets = qwen3i_has_offsets(type); \
     for (int r = 0; r < n_w; r += 16 * R) \
         for (int k = 0, n_k; k < n_cols; k += n_k) { \
-            const uint8_t *at = (const uint8_t *)w + (size_t)r * row_bytes + (size_t)(k / f->elements) * (size_t)f->bytes; \
+            const uint8_t *at = (const uint8_t *)w + (size_t)r * row_bytes + \
+                                (size_t)(k / f->elements) * (size_t)f->bytes; \
             const int n_r = qwen3i_min(16 * R, n_w - r), join = add || k > 0; \
             n_k = qwen3i_min(QWEN3I_MAX_BLOCK, n_cols - k); \
             qwen3i_strip strip; \
-            strip.next = (const uint8_t *)w + (size_t)(r + 16 * R) * row_bytes + 16 * R * row_bytes * (size_t)k / (size_t)n_cols; \
+            strip.next = (const uint8_t *)w + (size_t)(r + 16 * R) * row_bytes + \
+                         16 * R * row_bytes * (size_t)k / (size_t)n_cols; \
             strip.end = strip.next + 16 * R * row_bytes * (size_t)n_k / (size_t)n_cols; \
             for (int i = 0; i < R; i++) { \
                 const int first = 16 * i < n_r ? 16 * i : 0; \
                 strip.ld = row_bytes; \
-                V##_panel(panels + i, at + (size_t)first * row_bytes, &strip, type, qwen3i_min(16, n_r - first), n_k); \
+                V##_panel(panels + i, at + (size_t)first * row_bytes, &strip, type, \
+                          qwen3i_min(16, n_r - first), n_k); \
             } \
             for (int t = 0, m; t < n_x; t += m) { \
                 const qwen3i_rounded *xt = x + (size_t)t * ldx + k / QWEN3I_PART; \
                 float *yt = y + (size_t)t * ldy + r; \
                 m = n_x - t >= C ? C : n_x - t >= 2 ? 2 : 1; \
-                if (m == C) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C, n_k, join, &strip); \
-                else if (m == 2) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C > 2 ? 2 : 1, n_k, join, &strip); \
+                if (m == C) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C, n_k, join, \
+                                           &strip); \
+                else if (m == 2) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, \
+                                                C > 2 ? 2 : 1, n_k, join, &strip); \
                 else U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, 1, n_k, join, &strip); \
             } \
         } \
 }
 
 /* The table of an instruction set */
-#define QWEN3I_KERNELS(V, U, DOT) {U##_name, DOT, V##_dot_bytes, U##_round_row, U##_dot_blocks, V##_mix, V##_softmax, V##_rmsnorm, \
-                              V##_silu_mul, V##_exp, V##_load_row, V##_store_row}
+#define QWEN3I_KERNELS(V, U, DOT) \
+    {U##_name, DOT, V##_dot_bytes, U##_round_row, U##_dot_blocks, V##_mix, V##_softmax, V##_rmsnorm, \
+     V##_silu_mul, V##_exp, V##_load_row, V##_store_row}
 
-/* ---- plain C lanes: gcc's and clang's vectors of four where they have no fused multiply-add, else floats ---- */
+/* ---- plain C lanes: vectors of four where gcc and clang have no fused multiply-add, else floats -- */
 #if defined(__GNUC__) && !defined(FP_FAST_FMAF)
 typedef float qwen3i_quad __attribute__((vector_size(16)));
 #else
@@ -10372,7 +10419,8 @@ QWEN3I_INLINE void qwen3i_plain_sum(float *sums, qwen3i_plain_v *rows) {
     sums[0] = x[0];
 }
 
-/* E4M3's exponent and fraction in those of a float are the number times 2^-120; so for all instruction sets */
+/* E4M3's exponent and fraction in those of a float are the number times 2^-120; so for all
+   instruction sets */
 #define QWEN3I_E4M3_UNIT 1.329227995784916e36f
 QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_e4m3(const uint8_t *p) {
     float y[16];
@@ -10381,12 +10429,14 @@ QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_e4m3(const uint8_t *p) {
     return qwen3i_plain_load(y);
 }
 
-QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_all_half(const uint8_t *b) { return qwen3i_plain_set1(qwen3i_half_at(b)); }
+QWEN3I_INLINE qwen3i_plain_v qwen3i_plain_all_half(const uint8_t *b) {
+    return qwen3i_plain_set1(qwen3i_half_at(b));
+}
 
 typedef struct qwen3i_plain_i { int32_t at[16]; } qwen3i_plain_i;
 typedef const int8_t *qwen3i_plain_w;
 typedef const int16_t *qwen3i_plain_x;
-QWEN3I_INLINE qwen3i_plain_w qwen3i_plain_wide(const int8_t *w) { return w; }
+QWEN3I_INLINE qwen3i_plain_w qwen3i_plain_widen4(const int8_t *w) { return w; }
 QWEN3I_INLINE qwen3i_plain_x qwen3i_plain_spread(const int16_t *x) { return x; }
 
 QWEN3I_INLINE qwen3i_plain_i qwen3i_plain_all(int32_t a) {
@@ -10398,7 +10448,8 @@ QWEN3I_INLINE qwen3i_plain_i qwen3i_plain_all(int32_t a) {
 
 QWEN3I_INLINE qwen3i_plain_i qwen3i_plain_dot4(qwen3i_plain_i sum, qwen3i_plain_w w, qwen3i_plain_x x) {
     int i;
-    QWEN3I_LANES sum.at[i] += w[4 * i] * x[0] + w[4 * i + 2] * x[1] + w[4 * i + 1] * x[2] + w[4 * i + 3] * x[3];
+    QWEN3I_LANES sum.at[i] += w[4 * i] * x[0] + w[4 * i + 2] * x[1] + w[4 * i + 1] * x[2] +
+                              w[4 * i + 3] * x[3];
     return sum;
 }
 
@@ -10421,7 +10472,8 @@ QWEN3I_INLINE qwen3i_plain_i qwen3i_plain_cut(qwen3i_plain_v v) {
 QWEN3I_INLINE void qwen3i_plain_keep(int32_t *p, qwen3i_plain_i v) { memcpy(p, &v, sizeof v); }
 
 /* n_cols columns of up to 16 rows to a panel, by WEIGHT FORMATS */
-static void qwen3i_plain_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *strip, qwen3i_type type, int n_rows, int n_cols) {
+static void qwen3i_plain_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *strip, qwen3i_type type,
+                               int n_rows, int n_cols) {
     const qwen3i_format *f = qwen3i_format_of(type);
     const int group = qwen3i_group_of(type), offsets = qwen3i_has_offsets(type);
     qwen3i_unpacked u;
@@ -10454,7 +10506,8 @@ static const qwen3i_simd qwen3i_plain_kernels = QWEN3I_KERNELS(qwen3i_plain, qwe
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
   #pragma GCC diagnostic push
-  #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"    /* the undefined operands of gcc's own intrinsics */
+  /* the undefined operands of gcc's own intrinsics */
+  #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
   #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 /* gcc would make a tree of a chain of whole sums, whose leaves wait in memory. */
@@ -10536,7 +10589,8 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_load_i8(const int8_t *p) {
 }
 
 QWEN3I_AVX2 QWEN3I_INLINE __m256 qwen3i_avx2_eight_e4m3(const uint8_t *p) {
-    __m256i v = _mm256_slli_epi32(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)), 20);
+    __m256i v = _mm256_slli_epi32(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)p)),
+                                  20);
     v = _mm256_and_si256(v, _mm256_set1_epi32((int)0x87F00000u));
     return _mm256_mul_ps(_mm256_castsi256_ps(v), _mm256_set1_ps(QWEN3I_E4M3_UNIT));
 }
@@ -10610,7 +10664,7 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_v qwen3i_avx2_as_float(qwen3i_avx2_i v) {
     return qwen3i_avx2_pair(_mm256_castsi256_ps(v.lo), _mm256_castsi256_ps(v.hi));
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_w qwen3i_avx2_wide(const int8_t *p) {
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_w qwen3i_avx2_widen4(const int8_t *p) {
     const __m256i lo = _mm256_loadu_si256((const __m256i *)(const void *)p),
                   hi = _mm256_loadu_si256((const __m256i *)(const void *)(p + 32));
     qwen3i_avx2_w w;
@@ -10631,7 +10685,8 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_x qwen3i_avx2_spread(const int16_t *p) {
     return x;
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_dot4(qwen3i_avx2_i sum, qwen3i_avx2_w w, qwen3i_avx2_x x) {
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_i qwen3i_avx2_dot4(qwen3i_avx2_i sum, qwen3i_avx2_w w,
+                                                         qwen3i_avx2_x x) {
     sum.lo = _mm256_add_epi32(sum.lo, _mm256_madd_epi16(w.even.lo, x.even));
     sum.hi = _mm256_add_epi32(sum.hi, _mm256_madd_epi16(w.even.hi, x.even));
     QWEN3I_IN_ORDER(sum.lo);
@@ -10679,7 +10734,7 @@ QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_turn8(__m256i *y, const char *p, size
     y[3] = _mm256_unpackhi_epi64(AB, CD);
 }
 
-QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_turn(qwen3i_avx2_i *y, const uint8_t *b, size_t ld) {
+QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_transpose(qwen3i_avx2_i *y, const uint8_t *b, size_t ld) {
     __m256i lo[4], hi[4];
     qwen3i_avx2_turn8(lo, (const char *)b, ld);
     qwen3i_avx2_turn8(hi, (const char *)b + 8 * ld, ld);
@@ -10796,7 +10851,8 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_load_i8(const int8_t *p) {
 }
 
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_e4m3(const uint8_t *p) {
-    __m512i v = _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)), 20);
+    __m512i v = _mm512_slli_epi32(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(const void *)p)),
+                                  20);
     v = _mm512_and_si512(v, _mm512_set1_epi32((int)0x87F00000u));
     return _mm512_mul_ps(_mm512_castsi512_ps(v), _mm512_set1_ps(QWEN3I_E4M3_UNIT));
 }
@@ -10809,15 +10865,20 @@ typedef qwen3i_avx512_w qwen3i_avx512_x;
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_all(int a) { return _mm512_set1_epi32(a); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_words(const void *p) { return _mm512_loadu_si512(p); }
 QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_keep(void *p, __m512i v) { _mm512_storeu_si512(p, v); }
-QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shr(__m512i v, int n) { return _mm512_srli_epi32(v, (unsigned)n); }
-QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shl(__m512i v, int n) { return _mm512_slli_epi32(v, (unsigned)n); }
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shr(__m512i v, int n) {
+    return _mm512_srli_epi32(v, (unsigned)n);
+}
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_shl(__m512i v, int n) {
+    return _mm512_slli_epi32(v, (unsigned)n);
+}
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_and(__m512i v, int mask) {
     return _mm512_and_si512(v, _mm512_set1_epi32(mask));
 }
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_or(__m512i a, __m512i b) { return _mm512_or_si512(a, b); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_less(__m512i a, __m512i b) { return _mm512_sub_epi8(a, b); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_pick(const int8_t *table, __m512i v) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)table)), v);
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)table)),
+                               v);
 }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_as_float(__m512i v) { return _mm512_castsi512_ps(v); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_half(__m512i v) {
@@ -10826,7 +10887,7 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_half(__m512i v) {
 QWEN3I_AVX512 QWEN3I_INLINE __m512 qwen3i_avx512_float(__m512i v) { return _mm512_cvtepi32_ps(v); }
 QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_cut(__m512 v) { return _mm512_cvttps_epi32(v); }
 
-QWEN3I_AVX512 QWEN3I_INLINE qwen3i_avx512_w qwen3i_avx512_wide(const int8_t *p) {
+QWEN3I_AVX512 QWEN3I_INLINE qwen3i_avx512_w qwen3i_avx512_widen4(const int8_t *p) {
     const __m512i v = _mm512_loadu_si512(p);
     qwen3i_avx512_w w;
     w.even = _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8);
@@ -10859,7 +10920,7 @@ QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_four_rows(const char *p, size_
     return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *)(const void *)(p + 12 * ld)), 3);
 }
 
-QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_turn(__m512i *y, const uint8_t *from, size_t ld) {
+QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_transpose(__m512i *y, const uint8_t *from, size_t ld) {
     const char *p = (const char *)from;
     const __m512i a = qwen3i_avx512_four_rows(p, ld), b = qwen3i_avx512_four_rows(p + ld, ld),
                   c = qwen3i_avx512_four_rows(p + 2 * ld, ld), d = qwen3i_avx512_four_rows(p + 3 * ld, ld);
@@ -10913,17 +10974,18 @@ typedef qwen3i_avx512_i qwen3i_avx512_sums;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
 QWEN3I_DEFINE_FORMATS(qwen3i_avx512, QWEN3I_AVX512)
 QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_avx512, QWEN3I_AVX512, 2, 4)
-static const qwen3i_simd qwen3i_avx512_kernels = QWEN3I_KERNELS(qwen3i_avx512, qwen3i_avx512, qwen3i_avx512_dot);
+static const qwen3i_simd qwen3i_avx512_kernels =
+    QWEN3I_KERNELS(qwen3i_avx512, qwen3i_avx512, qwen3i_avx512_dot);
 
 /* ---- AVX-512 with instructions that multiply and add whole numbers ---- */
 #define QWEN3I_VNNI_SETS "avx512vnni," QWEN3I_AVX512_SETS
 #define QWEN3I_VNNI QWEN3I_TARGET(QWEN3I_VNNI_SETS)
 #define qwen3i_vnni_name "AVX-512 VNNI"
-typedef __m512i qwen3i_vnni_w;          /* with 128 added, as these instructions multiply numbers with signs by others */
+typedef __m512i qwen3i_vnni_w;          /* with 128 added: these instructions multiply signed by unsigned */
 typedef struct qwen3i_vnni_x { __m512i high, low; } qwen3i_vnni_x;
 typedef qwen3i_vnni_x qwen3i_vnni_sums;
 
-QWEN3I_VNNI QWEN3I_INLINE __m512i qwen3i_vnni_wide(const int8_t *p) {
+QWEN3I_VNNI QWEN3I_INLINE __m512i qwen3i_vnni_widen4(const int8_t *p) {
     return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi32((int)0x80808080u));
 }
 
@@ -11079,12 +11141,14 @@ QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_##name(qwen3i_neon_i v, parameter) { \
     QWEN3I_QUADS v.val[i] = expression; \
     return v; \
 }
-QWEN3I_NEON_WHOLE(shr, int n, vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(v.val[i]), vdupq_n_s32(-n))))
+QWEN3I_NEON_WHOLE(shr, int n,
+                  vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(v.val[i]), vdupq_n_s32(-n))))
 QWEN3I_NEON_WHOLE(shl, int n, vshlq_s32(v.val[i], vdupq_n_s32(n)))
 QWEN3I_NEON_WHOLE(and, int mask, vandq_s32(v.val[i], vdupq_n_s32(mask)))
 QWEN3I_NEON_WHOLE(or, qwen3i_neon_i w, vorrq_s32(v.val[i], w.val[i]))
 QWEN3I_NEON_WHOLE(less, qwen3i_neon_i w,
-                  vreinterpretq_s32_s8(vsubq_s8(vreinterpretq_s8_s32(v.val[i]), vreinterpretq_s8_s32(w.val[i]))))
+                  vreinterpretq_s32_s8(vsubq_s8(vreinterpretq_s8_s32(v.val[i]),
+                                                vreinterpretq_s8_s32(w.val[i]))))
 
 QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_pick(const int8_t *table, qwen3i_neon_i v) {
     const int8x16_t t = vld1q_s8(table);
@@ -11100,7 +11164,9 @@ QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_all(int32_t a) {
     return y;
 }
 
-QWEN3I_INLINE int32x4_t qwen3i_neon_four_words(const void *p) { return vreinterpretq_s32_s8(vld1q_s8((const int8_t *)p)); }
+QWEN3I_INLINE int32x4_t qwen3i_neon_four_words(const void *p) {
+    return vreinterpretq_s32_s8(vld1q_s8((const int8_t *)p));
+}
 
 QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_words(const void *p) {
     qwen3i_neon_i y;
@@ -11128,7 +11194,7 @@ QWEN3I_INLINE qwen3i_neon_v qwen3i_neon_as_float(qwen3i_neon_i v) {
     return y;
 }
 
-QWEN3I_INLINE qwen3i_neon_w qwen3i_neon_wide(const int8_t *p) {
+QWEN3I_INLINE qwen3i_neon_w qwen3i_neon_widen4(const int8_t *p) {
     qwen3i_neon_w w;
     int i;
     QWEN3I_QUADS {
@@ -11169,7 +11235,7 @@ QWEN3I_INLINE qwen3i_neon_i qwen3i_neon_cut(qwen3i_neon_v v) {
     return y;
 }
 
-QWEN3I_INLINE void qwen3i_neon_turn(qwen3i_neon_i *y, const uint8_t *b, size_t ld) {
+QWEN3I_INLINE void qwen3i_neon_transpose(qwen3i_neon_i *y, const uint8_t *b, size_t ld) {
     int i;
     QWEN3I_QUADS {
         const uint8_t *p = b + 4 * (size_t)i * ld;
@@ -11236,7 +11302,7 @@ static const qwen3i_simd qwen3i_neon_kernels = QWEN3I_KERNELS(qwen3i_neon, qwen3
 #endif /* QWEN3I_NEON */
 
 #ifdef QWEN3I_WASM
-/* ---- WebAssembly lanes: four registers; the same bits as plain C, since neither fuses products and sums ---- */
+/* ---- WebAssembly lanes: four registers; plain C's bits, since neither fuses products and sums ---- */
 #define qwen3i_wasm_load_once qwen3i_wasm_load
 #define qwen3i_wasm_name "WebAssembly SIMD"
 #define QWEN3I_WASM_QUADS for (i = 0; i < 4; i++)
@@ -11301,7 +11367,9 @@ QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load_bf16(const uint16_t *p) {
     return y;
 }
 
-QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_all_half(const uint8_t *b) { return qwen3i_wasm_set1(qwen3i_half_at(b)); }
+QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_all_half(const uint8_t *b) {
+    return qwen3i_wasm_set1(qwen3i_half_at(b));
+}
 
 QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_load_i8(const int8_t *p) {
     v128_t low = wasm_i16x8_load8x8(p), high = wasm_i16x8_load8x8(p + 8);
@@ -11435,7 +11503,7 @@ QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_as_float(qwen3i_wasm_i v) {
     return y;
 }
 
-QWEN3I_INLINE qwen3i_wasm_w qwen3i_wasm_wide(const int8_t *p) {
+QWEN3I_INLINE qwen3i_wasm_w qwen3i_wasm_widen4(const int8_t *p) {
     qwen3i_wasm_w w;
     int i;
     QWEN3I_WASM_QUADS {
@@ -11455,7 +11523,8 @@ QWEN3I_INLINE qwen3i_wasm_x qwen3i_wasm_spread(const int16_t *p) {
 
 QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_dot4(qwen3i_wasm_i sum, qwen3i_wasm_w w, qwen3i_wasm_x x) {
     int i;
-    QWEN3I_WASM_QUADS sum.q[i] = wasm_i32x4_add(wasm_i32x4_add(sum.q[i], wasm_i32x4_dot_i16x8(w.even[i], x.even)),
+    QWEN3I_WASM_QUADS
+        sum.q[i] = wasm_i32x4_add(wasm_i32x4_add(sum.q[i], wasm_i32x4_dot_i16x8(w.even[i], x.even)),
                                                 wasm_i32x4_dot_i16x8(w.odd[i], x.odd));
     return sum;
 }
@@ -11474,7 +11543,7 @@ QWEN3I_INLINE qwen3i_wasm_i qwen3i_wasm_cut(qwen3i_wasm_v v) {
     return y;
 }
 
-QWEN3I_INLINE void qwen3i_wasm_turn(qwen3i_wasm_i *y, const uint8_t *from, size_t ld) {
+QWEN3I_INLINE void qwen3i_wasm_transpose(qwen3i_wasm_i *y, const uint8_t *from, size_t ld) {
     int i;
     QWEN3I_WASM_QUADS {
         const uint8_t *p = from + 4 * (size_t)i * ld;
@@ -11497,11 +11566,12 @@ QWEN3I_DEFINE_KERNELS(qwen3i_wasm, , 1, 2)
 QWEN3I_DEFINE_FORMATS(qwen3i_wasm, )
 QWEN3I_DEFINE_BLOCKS(qwen3i_wasm, qwen3i_wasm, , 1, 2)
 
-/* ---- many rows of x: tiles whose sums stay in the 16 registers of x86, as they take four lanes at a time ---- */
+/* ---- many rows of x: four lanes at a time, so that a tile's sums stay in x86's 16 registers ------ */
 enum { QWEN3I_WASM_W = 2, QWEN3I_WASM_X = 4 };     /* rows of w and of x in a tile */
 
 /* Rows of w [n_w, n] become to [4 quarters of the lanes, n / 16, W], the order in which tiles read them. */
-static void qwen3i_wasm_turn_rows(v128_t *to, const char *w, size_t row_bytes, qwen3i_type type, int n_w, int n) {
+static void qwen3i_wasm_transpose_rows(v128_t *to, const char *w, size_t row_bytes, qwen3i_type type,
+                                       int n_w, int n) {
     int r, c, i;
     for (r = 0; r < QWEN3I_WASM_W; r++) {
         const char *row = w + (size_t)qwen3i_min(r, n_w - 1) * row_bytes;
@@ -11512,9 +11582,9 @@ static void qwen3i_wasm_turn_rows(v128_t *to, const char *w, size_t row_bytes, q
     }
 }
 
-/* y[t * ldy + r] = (add ? y : 0) + w[r] . x[t], with the sums of V_tile; w as turned, n_x a constant */
-QWEN3I_INLINE void qwen3i_wasm_many_tile(float *y, size_t ldy, const v128_t *w, int n_w, const float *x, size_t ldx,
-                                         int n_x, int n, int add) {
+/* y[t * ldy + r] = (add ? y : 0) + w[r] . x[t], with the sums of V_tile; w transposed, n_x a constant */
+QWEN3I_INLINE void qwen3i_wasm_many_tile(float *y, size_t ldy, const v128_t *w, int n_w, const float *x,
+                                         size_t ldx, int n_x, int n, int add) {
     qwen3i_wasm_v lanes[QWEN3I_WASM_X][QWEN3I_WASM_W];
     float sum;
     int i, r, t, c;
@@ -11544,7 +11614,7 @@ QWEN3I_INLINE void qwen3i_wasm_many_tile(float *y, size_t ldy, const v128_t *w, 
 /* V_dot's sums, bit for bit */
 static void qwen3i_wasm_dot_many(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
                                  const float *x, size_t ldx, int n_x, int n_cols, int add) {
-    v128_t turned[QWEN3I_K_BLOCK / 4 * QWEN3I_WASM_W];
+    v128_t transposed[QWEN3I_K_BLOCK / 4 * QWEN3I_WASM_W];
     const size_t size = qwen3i_type_size(type);
     int r, k, t, m;
     if (n_x < QWEN3I_WASM_X || n_cols % 16 != 0) {
@@ -11555,13 +11625,14 @@ static void qwen3i_wasm_dot_many(float *y, size_t ldy, const void *w, size_t ldw
         for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) {
             const int n = qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), rows = qwen3i_min(QWEN3I_WASM_W, n_w - r);
             const char *from_w = (const char *)w + ((size_t)r * ldw + (size_t)k) * size;
-            qwen3i_wasm_turn_rows(turned, from_w, ldw * size, type, rows, n);
+            qwen3i_wasm_transpose_rows(transposed, from_w, ldw * size, type, rows, n);
             for (t = 0; t < n_x; t += m) {
                 float *to = y + (size_t)t * ldy + r;
                 const float *from = x + (size_t)t * ldx + k;
                 m = n_x - t >= QWEN3I_WASM_X ? QWEN3I_WASM_X : 1;
-                if (m > 1) qwen3i_wasm_many_tile(to, ldy, turned, rows, from, ldx, QWEN3I_WASM_X, n, k > 0 || add);
-                else qwen3i_wasm_many_tile(to, ldy, turned, rows, from, ldx, 1, n, k > 0 || add);
+                if (m > 1) qwen3i_wasm_many_tile(to, ldy, transposed, rows, from, ldx, QWEN3I_WASM_X, n,
+                                                 k > 0 || add);
+                else qwen3i_wasm_many_tile(to, ldy, transposed, rows, from, ldx, 1, n, k > 0 || add);
             }
         }
 }
@@ -12048,8 +12119,8 @@ typedef struct qwen3i_cpu {
     qwen3i_pool           pool;
     void                 *memory;       /* holds all that follows */
     uint64_t              memory_size;
-    char  *k, *v;                       /* [n_layer, max_seqs, n_head_kv, max_ctx, head_dim] in the KV type: attention
-                                           reads a head's positions as one stream */
+    char  *k, *v;                       /* [n_layer, max_seqs, n_head_kv, max_ctx, head_dim] in the KV type:
+                                           attention reads a head's positions as one stream */
     float *kept;                        /* [max_seqs, n_vocab] logits after each sequence's last token */
     float *x, *h;                       /* [rows, n_embd]: residual stream, normalised (qwen3i_cpu_rows) */
     float *q, *a;                       /* [rows, n_head * head_dim]: queries, attention's result */
