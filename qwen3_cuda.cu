@@ -948,10 +948,12 @@ struct cuda_ctx {
 
     communicator comm;                          /* see RANKS */
     rank_group  *ranks;                         /* of rank 0: the others, if they are in this process */
-    char        *gathered;                      /* of all ranks: logits [n_ranks, head_rows, n_vocab / n_ranks]; ... */
+    /* of all ranks: logits [n_ranks, head_rows, n_vocab / n_ranks]; ... */
+    char        *gathered;
     size_t       gathered_size;                 /* ... keys and values; bytes */
     int         *stopped;                       /* on the device: has the caller of a rank cancelled? */
-    int        (*cancel)(void *user);           /* the caller's of rank 0, or of each process: asked for between steps */
+    /* the caller's of rank 0, or of each process: asked for between steps */
+    int        (*cancel)(void *user);
     void        *cancel_user;
 
     /* pinned host memory */
@@ -5868,7 +5870,8 @@ static qwen3_result gather_logits(const pass *p, int n) {
     const int width = c->m->head.rows;
     if (c->m->n_ranks == 1) return QWEN3_OK;
     NCCL_TRY(ncclAllGather(c->logits, c->gathered, (size_t)n * width, ncclFloat, c->comm, p->s));
-    RUN(grid2(c->m->n_ranks, n), 1024, 0, spread_kernel, c->logits, (const float *)(void *)c->gathered, width);
+    RUN(grid2(c->m->n_ranks, n), 1024, 0, spread_kernel, c->logits, (const float *)(void *)c->gathered,
+        width);
 #else
     (void)p; (void)n;
 #endif
@@ -8973,7 +8976,8 @@ static qwen3_result gather_kv(cuda_ctx *c, char *to, const char *cache, int n_po
     kv_share(c, 0, &row);
     for (int first = 0; first < n_pos; first += step) {
         const size_t n = (size_t)least(step, n_pos - first);
-        NCCL_TRY(ncclAllGather(cache + (size_t)first * own, c->gathered, n * own, ncclChar, c->comm, c->stream));
+        NCCL_TRY(ncclAllGather(cache + (size_t)first * own, c->gathered, n * own, ncclChar, c->comm,
+                               c->stream));
         for (size_t r = 0; r < ranks; r++)
             CUDA_TRY(cudaMemcpy2DAsync(to + (size_t)first * row + kv_share(c, (int)r, &row), row,
                                        c->gathered + r * n * own, own, own, n, cudaMemcpyDeviceToHost,
