@@ -241,9 +241,9 @@ static int command(chat *c, char *line) {
 static int talk(chat *c) {
     string line = {NULL, 0, 0}; int ok = 1;
     const qwen3_info f = qwen3_get_info(c->model);
-    if (c->terminal) fprintf(stderr, "%.0f million parameters, %s, %.0f MB, on %s (%s). %s",
+    if (c->terminal) fprintf(stderr, "%.0f million parameters, %s, %.0f MB (%.2f bits a weight), on %s (%s). %s",
                              (double)f.n_params * 1e-6, f.weight_type, (double)f.weight_bytes * 1e-6,
-                             f.backend_name, f.device_name, commands);
+                             8 * (double)f.weight_bytes / (double)f.n_params, f.backend_name, f.device_name, commands);
     while (c->terminal || !interrupted) {
         if (c->terminal) { fputs("\n> ", stdout); fflush(stdout); }
         if (!read_until(&line, stdin, '\n')) break;

@@ -92,6 +92,16 @@ class ExampleTest(unittest.TestCase):
         self.assertEqual(wrong.returncode, 1)
         self.assertIn(b'nowhere', wrong.stderr)
 
+    def test_what_was_loaded(self):
+        """In a terminal: the type of most weights, the size, bits a weight"""
+        small = os.path.join(ROOT, 'tests', 'data', 'gguf', 'small.gguf')
+        for model, said in (DEMO, b'BF16, 9 MB (16.00 bits a weight)'), (small, b'Q8_0, 0 MB (8.80 bits a weight)'):
+            terminal = Terminal(model, '--cpu')
+            terminal.wait_for(said)
+            terminal.wait_for(b'> ')
+            terminal.type(b'/quit\n')
+            self.assertEqual(terminal.status(), 0)
+
     def test_one_compiler_call_is_enough(self):
         for name in 'example.c', 'qwen3.h':
             shutil.copy(os.path.join(ROOT, name), self.dir)
