@@ -681,7 +681,9 @@ typedef struct qwen3_grammar_desc {
     int         flags;                  /* QWEN3_GRAMMAR_*                                          */
     int64_t     max_steps;              /* that compiling may take, some 10 ns each; 0: 40 million  */
     size_t      max_bytes;              /* of the compiled grammar; 0: 64 MiB. Compiling needs a few times */
-} qwen3_grammar_desc;                   /* that for itself                                          */
+                                        /* that for itself                                          */
+    int64_t     mask_steps;             /* that finding a step's tokens may take, some 10 ns each; 0: 1    */
+} qwen3_grammar_desc;                   /* million. Then tokens are left out, never all that may come */
 
 /* A grammar holds for the answer: while the model thinks, everything may come. A reply ends only where its
    grammar may end. Near max_tokens or the end of the context it is led to its shortest end in time. Names of
@@ -12897,6 +12899,7 @@ static double qwen3i_log_sum_exp(const float *logits, int n) {
 #define QWEN3I_RAW_STATES 65000         /* most states of one automaton */
 #define QWEN3I_MAX_STEPS  40000000      /* that compiling may take: a fraction of a second */
 #define QWEN3I_MAX_BYTES  ((size_t)64 << 20)    /* of a compiled grammar */
+#define QWEN3I_MASK_STEPS 1000000               /* that a mask may take */
 
 #define QWEN3I_ARRAY(T, buf) ((T *)(void *)(buf).p)
 #define QWEN3I_LEN(T, buf)   ((int)((buf).n / sizeof(T)))
@@ -12913,7 +12916,7 @@ typedef struct qwen3i_state {           /* of a deterministic automaton; state n
     unsigned char anything;             /* there, any character may follow */
     int      label;                     /* of a final one: which key of an object this is */
     int      distance, chars;           /* bytes to the nearest final one, whole characters likewise */
-    /* labels within reach: names low..high - 1; bytes to that of any other key */
+    /* labels within reach: names low..high - 1; bytes to the end of any other key, in the end with its value */
     int      low, high, open;
 } qwen3i_state;
 typedef struct qwen3i_dfa { int first, n_states; } qwen3i_dfa;
@@ -12935,7 +12938,8 @@ struct qwen3_grammar {                  /* immutable once compiled */
     const qwen3_model *model;
     const struct qwen3i_index *vocab;
     uint64_t    serial;                 /* hash of its text: tells cached masks apart */
-    int         flags, kind, max_depth;
+    int         flags, kind;
+    int64_t     mask_steps;
     qwen3i_buf  dfas, states, edges, rows;
     qwen3i_buf  lexemes, nodes, lists, objects, members, arrays;
     int         root, plain;            /* node; the automaton of any string */
@@ -13334,13 +13338,20 @@ static void qwen3i_dfa_row(qwen3i_compiler *c, qwen3i_state *s) {
     qwen3i_push(c, &c->g->rows, row, sizeof row);
 }
 
+static void qwen3i_dfa_settle(qwen3i_compiler *c, qwen3i_dfa d) {
+    qwen3i_state *all = QWEN3I_ARRAY(qwen3i_state, c->g->states) + d.first;
+    int i, changed;
+    do for (changed = 0, i = d.n_states - 1; i >= 0; i--) changed |= qwen3i_state_update(c->g, all, &all[i]);
+    while (changed && qwen3i_spend(c, d.n_states));
+}
+
 /* Find the distances and take out what leads nowhere. n_names: labels below are names. Returns whether
    anything is left. */
 static int qwen3i_dfa_end(qwen3i_compiler *c, int dfa, int n_names) {
     const qwen3i_dfa d = QWEN3I_ARRAY(qwen3i_dfa, c->g->dfas)[dfa];
     qwen3i_state *all = QWEN3I_ARRAY(qwen3i_state, c->g->states) + d.first;
     qwen3i_edge *edges = QWEN3I_ARRAY(qwen3i_edge, c->g->edges);
-    int i, k, changed;
+    int i, k;
     if (c->result != QWEN3_OK) return 0;
     for (i = 0; i < d.n_states; i++) {
         qwen3i_state *s = &all[i];
@@ -13349,8 +13360,7 @@ static int qwen3i_dfa_end(qwen3i_compiler *c, int dfa, int n_names) {
         s->high = s->final && s->label < n_names ? s->label + 1 : 0;
         s->open = s->final && s->label >= n_names ? 0 : QWEN3I_FAR;
     }
-    do for (changed = 0, i = d.n_states - 1; i >= 0; i--) changed |= qwen3i_state_update(c->g, all, &all[i]);
-    while (changed && qwen3i_spend(c, d.n_states));
+    qwen3i_dfa_settle(c, d);
     for (i = 0; i < d.n_states; i++) {
         int kept = 0;
         for (k = 0; k < all[i].n_edges; k++)
@@ -15880,7 +15890,7 @@ static int qwen3i_object_cost(const qwen3_grammar *g, qwen3i_object *o) {
             o->filler = qwen3i_max(o->filler, all + 1);
         }
     }
-    if (o->max >= 0 && n > o->max) return QWEN3I_FAR;
+    if (o->max >= 0 && qwen3i_max(n, o->min) > o->max) return QWEN3I_FAR;
     if (o->min > n && available + other < o->min - n) return QWEN3I_FAR;
     return o->min > n ? qwen3i_near(cost, (o->min - n) * o->filler - (n == 0)) : cost;
 }
@@ -15942,6 +15952,11 @@ static void qwen3i_prune_object(qwen3i_compiler *c, qwen3i_object *o) {
         if (s->final && !m[s->label].value) s->final = 0;
     }
     if (o->dfa && !qwen3i_dfa_end(c, o->dfa, o->n_names)) o->dfa = 0;
+    for (i = 0; i < d.n_states; i++) {              /* other keys: those with the shortest values count */
+        qwen3i_state *s = &QWEN3I_ARRAY(qwen3i_state, c->g->states)[d.first + i];
+        s->open = s->final && s->label >= o->n_names ? QWEN3I_NODE(c->g, m[s->label].value)->cost : QWEN3I_FAR;
+    }
+    if (o->dfa) qwen3i_dfa_settle(c, d);
     for (i = 0, o->all_open = o->dfa != 0; i < d.n_states && o->dfa; i++) {
         const qwen3i_state *s = qwen3i_state_at(c->g, o->dfa, i);
         if (s->distance < QWEN3I_FAR && !s->final && s->open >= QWEN3I_FAR) o->all_open = 0;
@@ -16326,10 +16341,12 @@ static void qwen3i_bnf_check(qwen3i_compiler *c) {
 #define QWEN3I_MAX_WAYS 8192
 
 /* ---- running the machine --------------------------------------------------------------------- */
+#define QWEN3I_GUIDE_THREADS 256        /* of a set */
+#define QWEN3I_GUIDE_FRAMES  16384      /* numbers: about 2,000 levels */
 /* where in an object or list */
 enum { QWEN3I_FIRST, QWEN3I_KEY, QWEN3I_IN_KEY, QWEN3I_COLON, QWEN3I_NEXT };
-/* the parts of a frame; then its bits */
-enum { QWEN3I_UP, QWEN3I_AT, QWEN3I_COUNT_OF, QWEN3I_COST, QWEN3I_SEEN };
+/* the parts of a frame; an object's has required keys that must still come, keys that differ for sure, bits */
+enum { QWEN3I_UP, QWEN3I_AT, QWEN3I_DEPTH, QWEN3I_HASH, QWEN3I_COUNT_OF, QWEN3I_COST, QWEN3I_REQUIRED, QWEN3I_DISTINCT, QWEN3I_SEEN };
 
 typedef struct qwen3i_thread {
     int node, phase;
@@ -16344,8 +16361,11 @@ typedef struct qwen3i_machine {         /* a set of threads is a slice of the po
     int           *frames;              /* records; each names an earlier one or -1 */
     int            n_frames, cap_frames;
     qwen3i_thread *pool;
-    int            n_pool, cap_pool, base;  /* base: of the set that is being made */
-    int            ways;                /* followed without a byte, in this step: bounds hostile grammars */
+    int            n_pool, cap_pool, base;  /* base: of the set that is being made; */
+    uint32_t       stamp;                   /* its number, and where its threads are after the first few */
+    struct { uint32_t stamp; int thread; } slots[512];
+    int            ways;                /* followed without a byte, in this step: bounds hostile grammars, */
+    int64_t        steps;               /* as do the steps of a mask */
 } qwen3i_machine;
 
 static const qwen3i_object *qwen3i_object_of(const qwen3_grammar *g, int node) {
@@ -16355,18 +16375,26 @@ static const qwen3i_items *qwen3i_items_at(const qwen3_grammar *g, int node) {
     return &QWEN3I_ARRAY(qwen3i_items, g->arrays)[QWEN3I_NODE(g, node)->a];
 }
 static int qwen3i_frame_size(const qwen3_grammar *g, int node) {
-    return QWEN3I_SEEN + (QWEN3I_NODE(g, node)->kind == QWEN3I_MEMBERS ? qwen3i_object_of(g, node)->n_words :
-                          0);
+    return QWEN3I_NODE(g, node)->kind != QWEN3I_MEMBERS ? QWEN3I_REQUIRED :
+           QWEN3I_SEEN + qwen3i_object_of(g, node)->n_words;
 }
 static int qwen3i_after(const qwen3i_machine *m, int frame) {
     return frame < 0 ? 0 : m->frames[frame + QWEN3I_COST];
+}
+
+static uint32_t qwen3i_hash_in(uint32_t hash, int x) {
+    hash = (hash ^ (uint32_t)x) * 0x9E3779B1u;
+    return hash ^ hash >> 15;
+}
+static uint32_t qwen3i_frame_hash(const qwen3i_machine *m, int frame) {
+    return frame < 0 ? 0 : (uint32_t)m->frames[frame + QWEN3I_HASH];
 }
 
 /* Are two frames, and all that they return to, the same? */
 static int qwen3i_frame_same(const qwen3i_machine *m, int a, int b) {
     while (a != b) {
         const int *x = m->frames + a, *y = m->frames + b;
-        if (a < 0 || b < 0 || x[QWEN3I_AT] != y[QWEN3I_AT]) return 0;
+        if (a < 0 || b < 0 || x[QWEN3I_HASH] != y[QWEN3I_HASH] || x[QWEN3I_AT] != y[QWEN3I_AT]) return 0;
         if (memcmp(x + QWEN3I_COUNT_OF, y + QWEN3I_COUNT_OF,
                    ((size_t)qwen3i_frame_size(m->g, x[QWEN3I_AT]) - QWEN3I_COUNT_OF) *
                        sizeof *x) != 0) return 0;
@@ -16376,30 +16404,53 @@ static int qwen3i_frame_same(const qwen3i_machine *m, int a, int b) {
     return 1;
 }
 
+static int qwen3i_thread_same(const qwen3i_machine *m, const qwen3i_thread *a, const qwen3i_thread *b) {
+    return a->node == b->node && a->phase == b->phase && a->state == b->state && a->count == b->count &&
+           qwen3i_frame_same(m, a->frame, b->frame);
+}
+
+/* Begin a set on top of the pool. */
+static void qwen3i_set_begin(qwen3i_machine *m) {
+    m->base = m->n_pool;
+    m->ways = 0;
+    m->stamp++;
+}
+
 /* Add a thread to the set being made, unless it is there. What does not fit is left out: less is allowed,
    never more. */
 static void qwen3i_thread_add(qwen3i_machine *m, int node, int phase, int state, int count, int frame) {
-    qwen3i_thread *t;
+    enum { FEW = 8 };
+    const int n = m->n_pool - m->base;
+    qwen3i_thread t;
+    uint32_t at;
     int i;
-    for (i = m->base; i < m->n_pool; i++) {
-        t = &m->pool[i];
-        if (t->node == node && t->phase == phase && t->state == state && t->count == count &&
-            qwen3i_frame_same(m, t->frame, frame)) return;
+    t.node = node; t.phase = phase; t.state = state; t.count = count; t.frame = frame;
+    m->steps++;
+    for (i = 0; i < FEW && i < n; i++) if (qwen3i_thread_same(m, &m->pool[m->base + i], &t)) return;
+    if (m->n_pool == m->cap_pool || n >= QWEN3I_GUIDE_THREADS) return;
+    if (n >= FEW) {
+        at = qwen3i_hash_in(qwen3i_hash_in(qwen3i_hash_in(qwen3i_frame_hash(m, frame), node), state), count ^ phase << 24);
+        for (; m->slots[at %= 512].stamp == m->stamp; at++)
+            if (qwen3i_thread_same(m, &m->pool[m->slots[at].thread], &t)) return;
+        m->slots[at].stamp = m->stamp;
+        m->slots[at].thread = m->n_pool;
     }
-    if (m->n_pool == m->cap_pool || m->n_pool - m->base >= 256) return;
-    t = &m->pool[m->n_pool++];
-    t->node = node; t->phase = phase; t->state = state; t->count = count; t->frame = frame;
+    m->pool[m->n_pool++] = t;
 }
 
-/* A new frame, a copy of another one if from >= 0; -1: there is no room. */
+/* Numbers of a frame and all that it returns to. */
+static int qwen3i_frame_depth(const int *frames, int frame) { return frame < 0 ? 0 : frames[frame + QWEN3I_DEPTH]; }
+
+/* A new frame, a copy of another one if from >= 0; -1: there is no room, or none for its thread. */
 static int qwen3i_frame_new(qwen3i_machine *m, int up, int node, int from) {
-    const int size = qwen3i_frame_size(m->g, node), at = m->n_frames;
-    if (size > m->cap_frames - at) return -1;
+    const int size = qwen3i_frame_size(m->g, node), at = m->n_frames, depth = size + qwen3i_frame_depth(m->frames, up);
+    if (size > m->cap_frames - at || depth > QWEN3I_GUIDE_FRAMES || m->n_pool - m->base >= QWEN3I_GUIDE_THREADS) return -1;
     m->n_frames += size;
     if (from >= 0) memcpy(m->frames + at, m->frames + from, (size_t)size * sizeof(int));
     else memset(m->frames + at, 0, (size_t)size * sizeof(int));
     m->frames[at + QWEN3I_UP] = up;
     m->frames[at + QWEN3I_AT] = node;
+    m->frames[at + QWEN3I_DEPTH] = depth;
     return at;
 }
 
@@ -16408,40 +16459,24 @@ static int qwen3i_seen(const int *frame, int i) {
     return (int)((unsigned)frame[QWEN3I_SEEN + i / 32] >> (i % 32) & 1u);
 }
 
-/* Members that must still come: required ones, and enough to make up the number. *distinct: keys that differ
-   for sure. */
-static int qwen3i_needed(const qwen3_grammar *g, const int *frame, int *distinct) {
-    const qwen3i_object *o = qwen3i_object_of(g, frame[QWEN3I_AT]);
-    const qwen3i_property *m = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
-    int i, required = 0;
-    *distinct = qwen3i_seen(frame, o->n_names);
-    for (i = 0; i < o->n_names; i++) {
-        if (qwen3i_seen(frame, i)) ++*distinct;
-        else required += m[i].required;
-    }
-    return qwen3i_max(required, o->min - *distinct);
+/* Members that must still come: required ones, and enough to make up the number. */
+static int qwen3i_needed(const qwen3_grammar *g, const int *frame) {
+    return qwen3i_max(frame[QWEN3I_REQUIRED], qwen3i_object_of(g, frame[QWEN3I_AT])->min - frame[QWEN3I_DISTINCT]);
 }
 
-/* May a key with this label come now? */
+/* May a key with this label come now, and is there room for those that must come after it? */
 static int qwen3i_key_allowed(const qwen3_grammar *g, const int *frame, int label) {
     const qwen3i_object *o = qwen3i_object_of(g, frame[QWEN3I_AT]);
-    const qwen3i_property *m = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
-    int distinct, needed, is_new = 1;
-    if (!m[label].value || (label < o->n_names && qwen3i_seen(frame, label))) return 0;
-    if (o->max < 0) return 1;
-    needed = qwen3i_needed(g, frame, &distinct);
-    if (label >= o->n_names) is_new = !qwen3i_seen(frame, o->n_names);
-    if (m[label].required || (is_new && o->min - distinct == needed && needed > 0)) {
-        int i, required = 0;
-        for (i = 0; i < o->n_names; i++) required += m[i].required && !qwen3i_seen(frame, i);
-        needed = qwen3i_max(required - m[label].required, o->min - distinct - is_new);
-    }
-    return qwen3i_max(needed, 0) <= o->max - frame[QWEN3I_COUNT_OF] - 1;
+    const qwen3i_property *m = &QWEN3I_ARRAY(qwen3i_property, g->members)[o->members + label];
+    const int named = label < o->n_names, seen = qwen3i_seen(frame, qwen3i_min(label, o->n_names));
+    if (!m->value || (named && seen)) return 0;
+    return o->max < 0 || qwen3i_max(frame[QWEN3I_REQUIRED] - (named && m->required),
+                                    o->min - frame[QWEN3I_DISTINCT] - !seen) < o->max - frame[QWEN3I_COUNT_OF];
 }
 
 /* May any of the keys come that are within reach of this state? */
-static int qwen3i_key_alive(const qwen3_grammar *g, const int *frame, const qwen3i_object *o,
-                            const qwen3i_state *s) {
+static int qwen3i_key_alive(const qwen3_grammar *g, const int *frame, const qwen3i_state *s) {
+    const qwen3i_object *o = qwen3i_object_of(g, frame[QWEN3I_AT]);
     int i;
     if (s->open < QWEN3I_FAR) {
         if (o->max < 0) return 1;
@@ -16455,21 +16490,25 @@ static int qwen3i_member_cost(const qwen3_grammar *g, const qwen3i_property *m, 
     return qwen3i_near(key + 1, m->value ? QWEN3I_NODE(g, m->value)->cost : QWEN3I_FAR);
 }
 
-/* Bytes from after a value in this frame to the end. */
+/* Set what follows from the rest of a frame: bytes from after a value in it to the end, and its hash. */
 static void qwen3i_frame_cost(qwen3i_machine *m, int at) {
     const qwen3_grammar *g = m->g;
-    int *f = m->frames + at, cost = qwen3i_after(m, f[QWEN3I_UP]), i, distinct, needed;
+    uint32_t hash;
+    int *f = m->frames + at, cost = qwen3i_after(m, f[QWEN3I_UP]), i;
     const qwen3i_node *n = QWEN3I_NODE(g, f[QWEN3I_AT]);
     if (n->kind == QWEN3I_MEMBERS) {
         const qwen3i_object *o = qwen3i_object_of(g, f[QWEN3I_AT]);
         const qwen3i_property *all = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
-        needed = qwen3i_needed(g, f, &distinct);
-        for (i = 0; i < o->n_names; i++)
-            if (all[i].required && !qwen3i_seen(f, i)) {
-                needed--;
+        f[QWEN3I_REQUIRED] = 0;
+        f[QWEN3I_DISTINCT] = qwen3i_seen(f, o->n_names);
+        for (i = 0; i < o->n_names; i++) {
+            if (qwen3i_seen(f, i)) f[QWEN3I_DISTINCT]++;
+            else if (all[i].required) {
+                f[QWEN3I_REQUIRED]++;
                 cost = qwen3i_near(cost, 1 + qwen3i_member_cost(g, &all[i], all[i].key));
             }
-        cost = qwen3i_near(cost, 1 + qwen3i_max(needed, 0) * o->filler);
+        }
+        cost = qwen3i_near(cost, 1 + (qwen3i_needed(g, f) - f[QWEN3I_REQUIRED]) * o->filler);
     } else if (n->kind == QWEN3I_ITEMS) {
         const qwen3i_items *a = qwen3i_items_at(g, f[QWEN3I_AT]);
         int64_t more;
@@ -16479,6 +16518,10 @@ static void qwen3i_frame_cost(qwen3i_machine *m, int at) {
         cost = more >= QWEN3I_FAR ? QWEN3I_FAR : qwen3i_near(cost, 1 + (int)more);
     } else cost = qwen3i_near(cost, QWEN3I_NODE(g, n->next)->cost);
     f[QWEN3I_COST] = cost;
+    hash = qwen3i_frame_hash(m, f[QWEN3I_UP]);
+    f[QWEN3I_HASH] = f[QWEN3I_AT];
+    for (i = qwen3i_frame_size(g, f[QWEN3I_AT]); i-- > QWEN3I_HASH;) hash = qwen3i_hash_in(hash, f[i]);
+    f[QWEN3I_HASH] = (int)hash;
 }
 
 /* ---- steps ----------------------------------------------------------------------------------- */
@@ -16588,21 +16631,20 @@ static void qwen3i_step_key(qwen3i_machine *m, const qwen3i_thread t, unsigned c
     if (state < 0) return;
     s = qwen3i_state_at(m->g, o->dfa, state);
     if (s->final) qwen3i_key_end(m, t, s->label);
-    else if (qwen3i_key_alive(m->g, m->frames + t.frame, o, s))
+    else if (qwen3i_key_alive(m->g, m->frames + t.frame, s))
         qwen3i_thread_add(m, t.node, QWEN3I_IN_KEY, state, t.count + 1, t.frame);
 }
 
 static void qwen3i_step_object(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
     const qwen3i_object *o = qwen3i_object_of(m->g, t.node);
     const int *frame = m->frames + t.frame;
-    int distinct;
     if (t.phase != QWEN3I_IN_KEY && qwen3i_step_space(m, t, byte)) return;
     if (t.phase == QWEN3I_COLON) { if (byte == ':') qwen3i_thread_add(m, t.state, 0, 0, 0, t.frame); return; }
     if (t.phase == QWEN3I_NEXT && byte == ',' && o->dfa && (o->max < 0 || frame[QWEN3I_COUNT_OF] < o->max) &&
-        qwen3i_key_alive(m->g, frame, o, qwen3i_state_at(m->g, o->dfa, 0)))
+        qwen3i_key_alive(m->g, frame, qwen3i_state_at(m->g, o->dfa, 0)))
         qwen3i_thread_add(m, t.node, QWEN3I_KEY, 0, 0, t.frame);
     if ((t.phase == QWEN3I_NEXT || t.phase == QWEN3I_FIRST) && byte == '}' &&
-        qwen3i_needed(m->g, frame, &distinct) <= 0)
+        qwen3i_needed(m->g, frame) <= 0)
         qwen3i_resume(m, frame[QWEN3I_UP], 0);
     if (t.phase == QWEN3I_IN_KEY) qwen3i_step_key(m, t, byte);
     else if (byte == '"' && t.phase != QWEN3I_NEXT) {
@@ -16672,8 +16714,8 @@ static void qwen3i_step_thread(qwen3i_machine *m, const qwen3i_thread t, unsigne
 /* The set after a byte, on top of the pool: how many threads. */
 static int qwen3i_advance(qwen3i_machine *m, qwen3i_span set, unsigned char byte) {
     int i;
-    m->base = m->n_pool;
-    m->ways = 0;
+    qwen3i_set_begin(m);
+    m->steps += 4 * set.n;
     for (i = 0; i < set.n; i++) qwen3i_step_thread(m, m->pool[set.first + i], byte);
     return m->n_pool - m->base;
 }
@@ -16685,22 +16727,23 @@ static int qwen3i_key_cost_from(const qwen3i_machine *m, const qwen3i_thread t) 
     const qwen3i_property *all = QWEN3I_ARRAY(qwen3i_property, g->members) + o->members;
     const qwen3i_state *s = qwen3i_state_at(g, o->dfa, t.state);
     const int *frame = m->frames + t.frame;
-    int i, best = QWEN3I_FAR, distinct, required = 0, filler;
-    for (i = 0; i < o->n_names; i++) required += all[i].required && !qwen3i_seen(frame, i);
-    filler = qwen3i_needed(g, frame, &distinct) > required ? o->filler : 0;     /* that this member makes up for */
+    /* that this member makes up for */
+    const int filler = qwen3i_needed(g, frame) > frame[QWEN3I_REQUIRED] ? o->filler : 0;
+    int i, best = QWEN3I_FAR;
     for (i = s->low; i < s->high; i++)
         if (qwen3i_key_allowed(g, frame, i))
             best = qwen3i_min(best, qwen3i_member_cost(g, &all[i], all[i].key) - t.count -
                                     (all[i].required ? 1 + qwen3i_member_cost(g, &all[i], all[i].key) : filler));
     for (i = o->n_names; i < o->n_labels && s->open < QWEN3I_FAR; i++)
-        if (qwen3i_key_allowed(g, frame, i)) best = qwen3i_min(best, qwen3i_member_cost(g, &all[i], s->open) - (qwen3i_seen(frame, o->n_names) ? 0 : filler));
+        if (qwen3i_key_allowed(g, frame, i))
+            best = qwen3i_min(best, 1 + s->open - (qwen3i_seen(frame, o->n_names) ? 0 : filler));
     return qwen3i_near(best, frame[QWEN3I_COST]);
 }
 
 static int qwen3i_thread_cost(const qwen3i_machine *m, const qwen3i_thread t) {
     const qwen3_grammar *g = m->g;
     const qwen3i_node *n = QWEN3I_NODE(g, t.node);
-    int cost, missing, distinct;
+    int cost, missing;
     if (n->kind == QWEN3I_END) return 0;
     if (n->kind == QWEN3I_LEXEME) {
         const qwen3i_lexeme *x = &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a];
@@ -16713,7 +16756,7 @@ static int qwen3i_thread_cost(const qwen3i_machine *m, const qwen3i_thread t) {
     if (n->kind == QWEN3I_ITEMS || t.phase == QWEN3I_NEXT) return cost;
     if (t.phase == QWEN3I_COLON) return qwen3i_near(cost, 1 + QWEN3I_NODE(g, t.state)->cost);
     if (t.phase == QWEN3I_IN_KEY) return qwen3i_key_cost_from(m, t);
-    missing = qwen3i_needed(g, m->frames + t.frame, &distinct) > 0;
+    missing = qwen3i_needed(g, m->frames + t.frame) > 0;
     if (t.phase == QWEN3I_FIRST) return cost - missing;
     return missing ? cost - 1 : qwen3i_near(cost, qwen3i_object_of(g, t.node)->filler);
 }
@@ -16844,9 +16887,9 @@ static int qwen3i_tree_build(const qwen3_allocator *a, qwen3i_tree *t, const qwe
 /* ---- masks: which tokens may come ------------------------------------------------------------ */
 #define QWEN3I_MAX_CROSSINGS 4096
 
-/* what a state inside a string allows: does not depend on what is around it */
+/* what a state inside a string or a key allows: depends on nothing around it but, for a key, on the keys seen */
 typedef struct qwen3i_cached {
-    uint64_t serial, used;              /* 0: nothing is here */
+    uint64_t serial, used, seen;        /* used 0: nothing is here */
     int      dfa, state, n;
     uint32_t *mask;
     const uint32_t *inside;             /* that mask, or the vocabulary's */
@@ -16862,6 +16905,7 @@ typedef struct qwen3i_masker {          /* scratch of a context, made when a gra
     qwen3i_cached  cached[QWEN3I_CACHED];
     uint64_t       clock;
     qwen3i_level  *levels;              /* [depth + 1] */
+    qwen3i_crossing *room;              /* [MAX_CROSSINGS] to sort them */
     unsigned char *suffix_ok;           /* [suffixes] */
     uint32_t      *mask;                /* the result, */
     const struct qwen3i_guide *guide;   /* of this place; NULL: of none */
@@ -16872,6 +16916,9 @@ typedef struct qwen3i_masker {          /* scratch of a context, made when a gra
 } qwen3i_masker;
 
 static void qwen3i_allow(uint32_t *mask, int32_t token) { mask[token >> 5] |= 1u << (token & 31); }
+
+/* Has the mask taken as many steps as it may? Every walk ends then. */
+static int qwen3i_spent(const qwen3i_masker *k) { return k->m.steps > k->m.g->mask_steps; }
 
 /* Walk the part [begin, end) of a tree, below a node of this depth where the machine is in `set`. Tokens go
    to the mask; with suffixes, they go to k->suffix_ok. */
@@ -16911,9 +16958,10 @@ static void qwen3i_walk_lexeme(qwen3i_masker *k, const qwen3i_tree *t, const qwe
     rest.first = pool;
     rest.n = 0;
     top_frames = frames;
-    for (i = begin; i < end;) {
+    for (i = begin; i < end && !qwen3i_spent(k);) {
         const qwen3i_branch *b = &t->nodes[i];
         int state = k->levels[b->depth - 1].state, count = k->levels[b->depth - 1].count, deep = 0;
+        k->m.steps++;
         /* what follows the lexeme may begin here */
         if (qwen3i_state_at(g, x->dfa, state)->final && b->depth - 1 > depth) {
             if (known && first[b->byte]) {
@@ -16929,8 +16977,7 @@ static void qwen3i_walk_lexeme(qwen3i_masker *k, const qwen3i_tree *t, const qwe
         if (b->token >= 0) qwen3i_found(k, t, b->token);
         if (s->final && !known) {
             known = 1;
-            k->m.base = k->m.n_pool;
-            k->m.ways = 0;
+            qwen3i_set_begin(&k->m);
             qwen3i_proceed(&k->m, n->next, thread.frame, 0);
             rest.n = k->m.n_pool - pool;
             top_frames = k->m.n_frames;
@@ -16951,7 +16998,7 @@ static void qwen3i_walk(qwen3i_masker *k, const qwen3i_tree *t, qwen3i_span set,
     uint32_t i;
     k->levels[depth].set = set;
     k->levels[depth].frames = frames;
-    for (i = begin; i < end;) {
+    for (i = begin; i < end && !qwen3i_spent(k);) {
         const qwen3i_branch *b = &t->nodes[i];
         const qwen3i_level up = k->levels[b->depth - 1];
         qwen3i_span next;
@@ -16974,9 +17021,9 @@ static void qwen3i_walk(qwen3i_masker *k, const qwen3i_tree *t, qwen3i_span set,
     k->m.n_frames = frames;
 }
 
-/* Walk with an automaton of strings alone: the tokens that stay inside. */
+/* Walk with an automaton of strings, or of the keys that a frame allows, alone: the tokens that stay inside. */
 static void qwen3i_walk_inside(const qwen3_grammar *g, const qwen3i_index *v, int dfa, int state,
-                               qwen3i_level *levels, uint32_t *mask) {
+                               const int *frame, qwen3i_level *levels, uint32_t *mask) {
     const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[dfa];
     const qwen3i_branch *t = v->tree.nodes;
     uint32_t i;
@@ -16985,7 +17032,8 @@ static void qwen3i_walk_inside(const qwen3_grammar *g, const qwen3i_index *v, in
     for (i = 0; i < v->tree.n;) {
         const qwen3i_branch b = t[i];
         const int next = qwen3i_dfa_step(g, d, levels[b.depth - 1].state, b.byte);
-        if (next < 0 || qwen3i_state_at(g, dfa, next)->final) { i = b.skip; continue; }
+        const qwen3i_state *s = next < 0 ? NULL : qwen3i_state_at(g, dfa, next);
+        if (!s || s->final || (frame && !qwen3i_key_alive(g, frame, s))) { i = b.skip; continue; }
         if (b.token >= 0) qwen3i_allow(mask, b.token);
         levels[b.depth].state = next;
         i++;
@@ -17016,21 +17064,37 @@ static int qwen3i_walk_quotes(const qwen3_grammar *g, const qwen3i_index *v, int
     return n;
 }
 
-static int qwen3i_compare_crossings(const void *a, const void *b) {
-    const qwen3i_crossing *x = (const qwen3i_crossing *)a, *y = (const qwen3i_crossing *)b;
-    return x->state != y->state ? (x->state > y->state) - (x->state < y->state) :
-           (x->first > y->first) - (x->first < y->first);
+/* Sort crossings, found in the vocabulary's order, by state: its low byte, then its high one. */
+static void qwen3i_crossings_sort(qwen3i_crossing *x, qwen3i_crossing *room, int n) {
+    int shift, i;
+    for (shift = 0; shift < 16; shift += 8) {
+        qwen3i_crossing *from = shift ? room : x, *to = shift ? x : room;
+        int at[257];
+        memset(at, 0, sizeof at);
+        for (i = 0; i < n; i++) at[(from[i].state >> shift & 255) + 1]++;
+        for (i = 1; i < 257; i++) at[i] += at[i - 1];
+        for (i = 0; i < n; i++) to[at[from[i].state >> shift & 255]++] = from[i];
+    }
 }
 
-/* What a string's state allows, from the cache. NULL: it cannot be kept. */
-static qwen3i_cached *qwen3i_lookup(qwen3i_masker *k, int dfa, int state) {
+/* What of a frame says which keys may come; 0: any that the automaton has. */
+static uint64_t qwen3i_keys_seen(const qwen3_grammar *g, const int *frame) {
+    const qwen3i_object *o = qwen3i_object_of(g, frame[QWEN3I_AT]);
+    const uint64_t count = o->max < 0 ? 0 : (uint64_t)frame[QWEN3I_COUNT_OF];
+    if (o->all_open && o->max < 0) return 0;
+    return qwen3i_hash(count, frame + QWEN3I_SEEN, (size_t)o->n_words * sizeof *frame) | 1;
+}
+
+/* What the state of a string, or of a key in a frame, allows, from the cache. NULL: it cannot be kept. */
+static qwen3i_cached *qwen3i_lookup(qwen3i_masker *k, int dfa, int state, const int *frame) {
     const qwen3i_index *v = k->v;
     const qwen3i_state *s = qwen3i_state_at(k->m.g, dfa, state);
+    const uint64_t seen = frame ? qwen3i_keys_seen(k->m.g, frame) : 0;
     qwen3i_cached *oldest = &k->cached[0];
     int i, n;
     for (i = 0; i < QWEN3I_CACHED; i++) {
         qwen3i_cached *e = &k->cached[i];
-        if (e->serial == k->m.g->serial && e->dfa == dfa && e->state == state && e->used) {
+        if (e->serial == k->m.g->serial && e->dfa == dfa && e->state == state && e->seen == seen && e->used) {
             e->used = ++k->clock;
             return e;
         }
@@ -17040,12 +17104,13 @@ static qwen3i_cached *qwen3i_lookup(qwen3i_masker *k, int dfa, int state) {
     n = qwen3i_walk_quotes(k->m.g, v, dfa, state, k->levels, oldest->crossings);
     if (n < 0) return NULL;
     oldest->inside = oldest->mask;
-    if (s->anything && s->boundary) oldest->inside = v->any_mask;
-    else qwen3i_walk_inside(k->m.g, v, dfa, state, k->levels, oldest->mask);
-    qwen3i_sort(oldest->crossings, (size_t)n, sizeof *oldest->crossings, qwen3i_compare_crossings);
+    if (s->anything && s->boundary && !seen) oldest->inside = v->any_mask;
+    else qwen3i_walk_inside(k->m.g, v, dfa, state, seen ? frame : NULL, k->levels, oldest->mask);
+    qwen3i_crossings_sort(oldest->crossings, k->room, n);
     oldest->serial = k->m.g->serial;
     oldest->dfa = dfa;
     oldest->state = state;
+    oldest->seen = seen;
     oldest->n = n;
     oldest->used = ++k->clock;
     return oldest;
@@ -17060,14 +17125,14 @@ static void qwen3i_cross(qwen3i_masker *k, const qwen3i_thread t, const qwen3i_c
               is_key = QWEN3I_NODE(g, t.node)->kind == QWEN3I_MEMBERS;
     int i, done = -1;
     uint32_t j;
-    for (i = 0; i < n; i++) {
+    for (i = 0; i < n && !qwen3i_spent(k); i++) {
         if (x[i].state != done) {
             qwen3i_span set;
             done = x[i].state;
             memset(k->suffix_ok, 0, k->v->suffixes.n + 1);
-            k->m.base = set.first = k->m.n_pool = pool;
+            set.first = k->m.n_pool = pool;
             k->m.n_frames = frames;
-            k->m.ways = 0;
+            qwen3i_set_begin(&k->m);
             if (is_key)
                 qwen3i_key_end(&k->m, t, qwen3i_state_at(g, qwen3i_object_of(g, t.node)->dfa, done)->label);
             else qwen3i_proceed(&k->m, QWEN3I_NODE(g, t.node)->next, t.frame, 0);
@@ -17075,6 +17140,7 @@ static void qwen3i_cross(qwen3i_masker *k, const qwen3i_thread t, const qwen3i_c
             k->suffix_ok[0] = set.n > 0;        /* nothing behind the quote */
             if (set.n > 0) qwen3i_walk(k, &k->v->suffixes, set, 0, k->v->suffixes.n, 0);
         }
+        k->m.steps += 1 + x[i].n / 4;
         for (j = x[i].first; j < x[i].first + x[i].n; j++) {
             const qwen3i_tail *tail = &k->v->tails[j];
             if (k->suffix_ok[tail->suffix] && tail->chars >= low && tail->chars <= high)
@@ -17104,11 +17170,11 @@ static int qwen3i_mask_string(qwen3i_masker *k, const qwen3i_thread t) {
     const qwen3i_lexeme *x = n->kind == QWEN3I_LEXEME ? &QWEN3I_ARRAY(qwen3i_lexeme, g->lexemes)[n->a] : NULL;
     const int counted = x && (x->min > 0 || x->max >= 0), dfa = x ? x->dfa : qwen3i_object_of(g, t.node)->dfa;
     const qwen3i_state *s = qwen3i_state_at(g, dfa, t.state);
+    const int *frame = x ? NULL : k->m.frames + t.frame;
     int low = 0, high = INT_MAX;
     qwen3i_cached *e;
     if (x && (t.state == 0 || !x->quoted)) return 0;
-    if (!x && (t.phase != QWEN3I_IN_KEY || !qwen3i_object_of(g, t.node)->all_open)) return 0;
-    if (!x && !qwen3i_key_alive(g, k->m.frames + t.frame, qwen3i_object_of(g, t.node), s)) return 0;
+    if (!x && (t.phase != QWEN3I_IN_KEY || s->open >= QWEN3I_FAR)) return 0;        /* few names: a short walk */
     if (counted && !s->boundary) return 0;
     if (counted) { low = x->min - t.count; high = x->max < 0 ? INT_MAX : x->max - t.count; }
     if (counted && x->longest > 1 && high < v->max_chars + x->longest) return 0;    /* it may need them */
@@ -17117,21 +17183,36 @@ static int qwen3i_mask_string(qwen3i_masker *k, const qwen3i_thread t) {
         qwen3i_cross(k, t, v->plain_crossings, v->n_plain_crossings, low, high);
         return 1;
     }
-    e = qwen3i_lookup(k, dfa, t.state);
+    e = qwen3i_lookup(k, dfa, t.state, frame);
+    k->m.steps += 1000;                 /* found or made: masks do not depend on what is kept */
     if (!e) return 0;
     qwen3i_mask_inside(k, e->inside, high);
     qwen3i_cross(k, t, e->crossings, e->n, low, high);
     return 1;
 }
 
-/* The mask of a set at the bottom of the pool: tokens whose bytes may come next. */
+/* Tokens of one byte: enough to go on. */
+static void qwen3i_mask_bytes(qwen3i_masker *k, qwen3i_span set) {
+    const qwen3i_branch *t = k->v->tree.nodes;
+    const int pool = k->m.n_pool, frames = k->m.n_frames;
+    uint32_t i;
+    for (i = 0; i < k->v->tree.n; i = t[i].skip) {
+        if (t[i].token >= 0 && qwen3i_advance(&k->m, set, t[i].byte) > 0) qwen3i_allow(k->mask, t[i].token);
+        k->m.n_pool = pool;
+        k->m.n_frames = frames;
+    }
+}
+
+/* The mask of a set at the bottom of the pool: tokens whose bytes may come next. Those that are not found
+   within the steps allowed are left out. */
 static void qwen3i_mask_make(qwen3i_masker *k, int n_threads) {
     qwen3i_span rest;
     int i;
     k->m.n_pool = n_threads;
+    k->m.steps = 0;
     memset(k->mask, 0, (size_t)k->v->n_words * sizeof *k->mask);
     rest.first = k->m.n_pool;
-    for (i = 0; i < n_threads; i++) {
+    for (i = 0; i < n_threads && !qwen3i_spent(k); i++) {
         const qwen3i_thread t = k->m.pool[i];
         const int kind = QWEN3I_NODE(k->m.g, t.node)->kind;
         if ((kind == QWEN3I_LEXEME || kind == QWEN3I_MEMBERS) && qwen3i_mask_string(k, t)) continue;
@@ -17141,6 +17222,10 @@ static void qwen3i_mask_make(qwen3i_masker *k, int n_threads) {
     rest.n = k->m.n_pool - rest.first;
     if (rest.n > 0) qwen3i_walk(k, &k->v->tree, rest, 0, k->v->tree.n, 0);
     k->m.n_pool = n_threads;
+    if (!qwen3i_spent(k)) return;
+    rest.first = 0;
+    rest.n = n_threads;
+    qwen3i_mask_bytes(k, rest);
 }
 
 /* ---- the vocabulary's index ------------------------------------------------------------------ */
@@ -17308,9 +17393,9 @@ static qwen3_result qwen3i_index_fill(qwen3i_index *v, const qwen3_model *model,
     if (r != QWEN3_OK) return r;
     v->plain_state = qwen3i_dfa_step(g, &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[g->plain], 0, '"');
     v->n_plain_crossings = qwen3i_walk_quotes(g, v, g->plain, v->plain_state, levels, v->plain_crossings);
-    qwen3i_walk_inside(g, v, g->plain, v->plain_state, levels, v->plain_mask);
+    qwen3i_walk_inside(g, v, g->plain, v->plain_state, NULL, levels, v->plain_mask);
     keys = QWEN3I_ARRAY(qwen3i_object, g->objects)[1].dfa;
-    qwen3i_walk_inside(g, v, keys, qwen3i_dfa_step(g, &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[keys], 0, '"'),
+    qwen3i_walk_inside(g, v, keys, qwen3i_dfa_step(g, &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[keys], 0, '"'), NULL,
                        levels, v->any_mask);
     if (v->n_plain_crossings < 0) return QWEN3_ERR_UNSUPPORTED;
     qwen3i_index_count(v, levels);
@@ -17442,6 +17527,7 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
     qwen3i_compiler_begin(&c, all);
     g->flags = desc->flags;
     g->kind = (int)desc->kind;
+    g->mask_steps = desc->mask_steps > 0 ? desc->mask_steps : QWEN3I_MASK_STEPS;
     g->serial = qwen3i_grammar_serial(desc, only);
     if (c.result == QWEN3_OK) {
         if (desc->kind == QWEN3_GRAMMAR_JSON_SCHEMA)
@@ -17502,8 +17588,6 @@ QWEN3_API qwen3_result qwen3_grammar_create(qwen3_grammar **out, const qwen3_mod
 }
 
 /* ---- a sequence's place in its grammar ------------------------------------------------------- */
-#define QWEN3I_GUIDE_THREADS 256
-#define QWEN3I_GUIDE_FRAMES  16384      /* numbers: about 2,000 levels */
 #define QWEN3I_POOL_THREADS  32768
 #define QWEN3I_POOL_FRAMES   (1 << 18)
 
@@ -17534,7 +17618,7 @@ static qwen3i_span qwen3i_guide_load(qwen3i_masker *k, const qwen3i_guide *s) {
 static int qwen3i_guide_frame(qwen3i_masker *k, qwen3i_guide *s, int frame) {
     int *f = k->m.frames, *path = f + k->m.n_frames, n = 0, up, size;
     for (up = frame; up >= 0 && f[up + QWEN3I_AT] >= 0; up = f[up + QWEN3I_UP]) {
-        if (k->m.n_frames + n >= k->m.cap_frames) return -2;
+        if (k->m.n_frames + n >= QWEN3I_POOL_FRAMES + QWEN3I_GUIDE_FRAMES) return -2;
         path[n++] = up;
     }
     up = up < 0 ? -1 : -1 - f[up + QWEN3I_AT];      /* where it went already */
@@ -17570,7 +17654,8 @@ static void qwen3i_guide_begin(qwen3i_masker *k, qwen3i_guide *s, const qwen3_gr
     int i;
     s->g = k->m.g = g;
     s->serial = g->serial;
-    k->m.n_pool = k->m.base = k->m.n_frames = k->m.ways = set.first = 0;
+    k->m.n_pool = k->m.n_frames = set.first = 0;
+    qwen3i_set_begin(&k->m);
     qwen3i_proceed(&k->m, g->root, -1, 0);
     for (i = 0; i < k->m.n_pool; i++)
         if (QWEN3I_NODE(g, k->m.pool[i].node)->kind == QWEN3I_VALUE) k->m.pool[i].state = 1;
@@ -17578,16 +17663,36 @@ static void qwen3i_guide_begin(qwen3i_masker *k, qwen3i_guide *s, const qwen3_gr
     qwen3i_guide_store(k, s, set);
 }
 
-/* The place after these bytes. 0: they are not part of the grammar, and the guide is as it was. */
-static int qwen3i_guide_bytes(qwen3i_masker *k, qwen3i_guide *s, const char *p, int n) {
-    qwen3i_span set = qwen3i_guide_load(k, s);
+static qwen3i_span qwen3i_advance_all(qwen3i_machine *m, qwen3i_span set, const char *p, int n) {
     int i;
     for (i = 0; i < n && set.n > 0; i++) {
-        const int count = qwen3i_advance(&k->m, set, (unsigned char)p[i]);
-        set.first = k->m.base;
-        set.n = count;
+        set.n = qwen3i_advance(m, set, (unsigned char)p[i]);
+        set.first = m->base;
     }
+    return set;
+}
+
+/* The machine after these bytes, from where the guide is. Where all threads together become too many, so that
+   the right one was left out, one of them will do: the mask follows some alone, too. */
+static qwen3i_span qwen3i_guide_after(qwen3i_masker *k, const qwen3i_guide *s, const char *p, int n) {
+    qwen3i_span set = qwen3i_advance_all(&k->m, qwen3i_guide_load(k, s), p, n), one;
+    for (one.first = 0; set.n == 0 && one.first < s->n_threads && s->n_threads > 1; one.first++) {
+        qwen3i_guide_load(k, s);
+        one.n = 1;
+        set = qwen3i_advance_all(&k->m, one, p, n);
+    }
+    return set;
+}
+
+/* The place after these bytes. 0: they are not part of the grammar, and the guide is as it was. */
+static int qwen3i_guide_bytes(qwen3i_masker *k, qwen3i_guide *s, const char *p, int n) {
+    const qwen3i_span set = qwen3i_guide_after(k, s, p, n);
     return set.n > 0 && qwen3i_guide_store(k, s, set);
+}
+
+/* Is it nested so deep that it must be led out? */
+static int qwen3i_guide_deep(const qwen3i_guide *s) {
+    return s->n_threads > 0 && qwen3i_frame_depth(s->frames, s->threads[0].frame) > QWEN3I_GUIDE_FRAMES / 4 * 3;
 }
 
 /* The mask of the tokens that may come next, in k->mask. Returns whether the text may end here. */
@@ -17599,14 +17704,7 @@ static int qwen3i_guide_mask(qwen3i_masker *k, const qwen3i_guide *s) {
 
 /* Bytes of the shortest way to the end after a text; FAR: it does not fit. */
 static int qwen3i_guide_cost(qwen3i_masker *k, const qwen3i_guide *s, const char *p, int n) {
-    qwen3i_span set = qwen3i_guide_load(k, s);
-    int i;
-    for (i = 0; i < n && set.n > 0; i++) {
-        const int count = qwen3i_advance(&k->m, set, (unsigned char)p[i]);
-        set.first = k->m.base;
-        set.n = count;
-    }
-    return qwen3i_set_cost(&k->m, set);
+    return qwen3i_set_cost(&k->m, qwen3i_guide_after(k, s, p, n));
 }
 
 /* The longest token on the shortest way to the end; -1: this is the end. */
@@ -17675,8 +17773,10 @@ static void qwen3i_masker_carve(qwen3i_masker *k, char *base, size_t *used) {
     const size_t words = (size_t)k->v->n_words;
     int i;
     k->m.pool = (qwen3i_thread *)qwen3i_masker_part(base, used, QWEN3I_POOL_THREADS, sizeof *k->m.pool);
-    k->m.frames = (int *)qwen3i_masker_part(base, used, QWEN3I_POOL_FRAMES, sizeof *k->m.frames);
+    k->m.frames = (int *)qwen3i_masker_part(base, used, QWEN3I_POOL_FRAMES + QWEN3I_GUIDE_FRAMES,
+                                         sizeof *k->m.frames);
     k->levels = (qwen3i_level *)qwen3i_masker_part(base, used, (size_t)k->v->depth + 2, sizeof *k->levels);
+    k->room = (qwen3i_crossing *)qwen3i_masker_part(base, used, QWEN3I_MAX_CROSSINGS, sizeof *k->room);
     k->suffix_ok = (unsigned char *)qwen3i_masker_part(base, used, (size_t)k->v->suffixes.n + 1, 1);
     k->mask = (uint32_t *)qwen3i_masker_part(base, used, words, sizeof *k->mask);
     for (i = 0; i < QWEN3I_CACHED; i++) {
@@ -18538,7 +18638,7 @@ static void qwen3i_lead_to_end(qwen3_ctx *c, const qwen3i_guide *guide, int room
     if (qwen3i_is_eos(c->model, *t) || qwen3i_added_of(c->model->tokenizer, *t)) return;
     is_call = guide->g->kind == QWEN3_GRAMMAR_TOOLS;
     cost = qwen3i_guide_cost(c->masker, guide, p, n);
-    if (cost + is_call <= room - 1) return;
+    if (cost + is_call <= room - 1 && !qwen3i_guide_deep(guide)) return;
     *t = qwen3i_guide_shortest(c->masker, guide);
     if (*t < 0) *t = is_call ? guide->g->call_end : c->model->eos[0];
 }
