@@ -329,7 +329,7 @@ static void hold(chat *c, const char *what, int kind) {
     string s = {NULL, 0, 0};
     if (kind == QWEN3_GRAMMAR_REGEX) append(&s, what, strlen(what));
     else if (!read_file(&s, what)) exit(2);
-    const qwen3_grammar_desc d = {(qwen3_grammar_kind)kind, s.bytes, s.n, 0, 0, 0};
+    const qwen3_grammar_desc d = {(qwen3_grammar_kind)kind, s.bytes, s.n, 0, 0, 0, 0};
     if (qwen3_grammar_create(&c->grammar, c->model, &d, err, sizeof err) != QWEN3_OK) die(2, what, err);
 }
 

@@ -14725,6 +14725,38 @@ static qwen3i_span qwen3i_apply_dependencies(qwen3i_compiler *c, qwen3i_span in,
     return out;
 }
 
+/* The object has this key, with a value that fails. */
+static qwen3i_span qwen3i_apply_failing(qwen3i_compiler *c, qwen3i_span in, int key, int schema) {
+    in = qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_PROPERTY, key,
+                         QWEN3I_TERM(schema, QWEN3I_FAILS));
+    return qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, key, 1);
+}
+
+/* additionalProperties fails for some key: for one of the first few that other rules name. More is left out. */
+static qwen3i_span qwen3i_apply_others_fail(qwen3i_compiler *c, qwen3i_span in, int schema, int node) {
+    const int names = qwen3i_dom_get(c, schema, "properties");
+    qwen3i_span out = in, one;
+    int i, k, rule, tried = 0;
+    out.n = 0;
+    if (in.n > 16 || qwen3i_dom_get(c, schema, "patternProperties")) return out;
+    for (i = 0; i < in.n; i++) {
+        one.first = in.first + i;
+        one.n = 1;
+        QWEN3I_EACH_RULE(rule, qwen3i_shape_at(c, one.first)->object) {
+            const qwen3i_rule r = *qwen3i_rule_at(c, rule);
+            const int list = r.kind == QWEN3I_R_EQUAL ? r.a :
+                             r.kind == QWEN3I_R_GROUP ? qwen3i_dom_get(c, r.a, "properties") : 0;
+            if (!list || qwen3i_dom_at(c, list)->type != '{') continue;
+            QWEN3I_EACH(k, list) {
+                if (names && qwen3i_dom_find(c, names, qwen3i_dom_key(c, k))) continue;
+                if (tried++ == 8) return out;
+                out = qwen3i_shapes_join(c, out, qwen3i_apply_failing(c, one, k, node));
+            }
+        }
+    }
+    return out;
+}
+
 /* properties, patternProperties and additionalProperties say together what they say: one rule, at the first
    of them. */
 static qwen3i_span qwen3i_apply_properties(qwen3i_compiler *c, qwen3i_span in, int schema, int node,
@@ -14741,13 +14773,10 @@ static qwen3i_span qwen3i_apply_properties(qwen3i_compiler *c, qwen3i_span in, i
         return qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_OBJECT, QWEN3I_R_GROUP, schema, 0);
     }
     out.n = 0;
+    if (qwen3i_is(qwen3i_dom_key(c, node), "additionalProperties"))
+        return qwen3i_apply_others_fail(c, in, schema, node);
     if (!qwen3i_is(qwen3i_dom_key(c, node), "properties")) return out;
-    QWEN3I_EACH(k, node) {
-        qwen3i_span part = qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_PROPERTY, k,
-                                           QWEN3I_TERM(k, QWEN3I_FAILS));
-        out = qwen3i_shapes_join(c, out, qwen3i_restrict(c, part, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT,
-                                                         QWEN3I_R_REQUIRED, k, 1));
-    }
+    QWEN3I_EACH(k, node) out = qwen3i_shapes_join(c, out, qwen3i_apply_failing(c, in, k, k));
     return out;
 }
 

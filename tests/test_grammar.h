@@ -107,6 +107,9 @@ static void test_grammar_schema(void) {
         {"{\"anyOf\":[{\"type\":\"string\",\"maxLength\":2},{\"type\":\"integer\"},{\"enum\":[\"long one\"]}]}", "\"ab\"\n7\n\"long one\"", "\"abc\"\n1.5\n\"long\""},
         {"{\"oneOf\":[{\"type\":\"integer\"},{\"type\":\"number\",\"minimum\":2}]}", "1\n2.5\n3.5", "3\n1.5\n\"\""},
         {"{\"type\":\"object\",\"oneOf\":[{\"required\":[\"a\"]},{\"required\":[\"b\"]}]}", "{\"a\":1}\n{\"b\":1,\"c\":2}", "{}\n{\"a\":1,\"b\":1}\n{\"c\":1}"},
+        {"{\"type\":\"object\",\"oneOf\":[{\"properties\":{\"a\":{}},\"additionalProperties\":false},{\"properties\":{\"b\":{}},\"additionalProperties\":false}]}",
+         "{\"a\":1}\n{\"b\":{}}", "{}\n{\"a\":1,\"b\":1}\n{\"c\":1}"},
+        {"{\"enum\":[{\"a\":1}],\"not\":{\"additionalProperties\":{\"type\":\"boolean\"}}}", "{\"a\":1}", "{}\n{\"a\":true}"},
         {"{\"not\":{\"type\":[\"object\",\"string\",\"array\"]}}", "1\nnull\ntrue", "\"\"\n{}\n[]"},
         {"{\"type\":\"string\",\"not\":{\"enum\":[\"a\",\"b\"]}}", "\"c\"\n\"ab\"\n\"\"", "\"a\"\n\"b\""},
         {"{\"type\":\"integer\",\"not\":{\"const\":5}}", "4\n55\n-5", "5"},
@@ -184,6 +187,9 @@ static void test_grammar_masks(void) {
         {0, "{\"type\":\"object\",\"properties\":{\"the\":{},\"they\":{\"type\":\"integer\"}},\"additionalProperties\":false}", "{\"they\": 12, \"the\": {}}"},
         {0, "{\"type\":\"string\",\"pattern\":\"[0-9]{6,6}\",\"minLength\":6,\"maxLength\":7}", "\"123456\""},
         {0, "{\"type\":\"object\",\"properties\":{\"the\":{\"type\":\"integer\"}},\"maxProperties\":2}", "{\"the\": 12, \"x\": {}}"},
+        {0, "{\"type\":\"object\",\"properties\":{\"the\":{}},\"required\":[\"the\"],\"maxProperties\":1}", "{\"the\": 12}"},
+        {0, "{\"type\":\"object\",\"properties\":{\"the\":{},\"A-1\":{}},\"patternProperties\":{\"^[a-z]+$\":{}},\"additionalProperties\":false}",
+         "{\"the\": 1, \"fox\": 2, \"A-1\": 3}"},
         {1, "([a-z]+ )*[a-z]+[.!?]", "the quick fox."},
         {2, "root ::= l\nl ::= \"(\" [a-z ]+ (l | \".\")* \")\"", "(the fox(jumps).)"}
     };
@@ -212,6 +218,66 @@ static void test_grammar_masks(void) {
             if (at < strlen(cases[i].text)) CHECK(qwen3i_guide_bytes(b.k, &b.guide, cases[i].text + at, 1));
         }
     }
+    grammar_close(&b);
+}
+
+/* The shortest way to the end is as long as it is said to be at every step, and no longer. */
+static void test_grammar_shortest(void) {
+    static const char *const cases[] = {
+        "{\"patternProperties\":{\"^.*$\":{\"type\":\"object\",\"required\":[\"path\"]}},\"required\":[\"zz\"],\"type\":\"object\"}",
+        "{\"type\":\"object\",\"properties\":{\"a\":{\"const\":123456}},\"required\":[\"a\",\"b\"],\"additionalProperties\":{\"type\":\"array\",\"minItems\":3}}",
+        "{\"anyOf\":[{\"minProperties\":1,\"maxProperties\":0,\"type\":\"object\"},{\"required\":[\"the\"],\"type\":\"object\"}]}",
+        "{\"type\":\"array\",\"items\":{\"anyOf\":[{\"type\":\"string\",\"minLength\":9},{\"minimum\":1000,\"type\":\"integer\"}]},\"minItems\":2}"
+    };
+    grammar_bench b;
+    char err[400];
+    int i, n, cost, room;
+    if (!grammar_open(&b)) return;
+    for (i = 0; i < (int)(sizeof cases / sizeof *cases); i++) {
+        if (!CHECK_MSG(grammar_set(&b, 0, cases[i], 0, err, sizeof err) == QWEN3_OK, "%s: %s", cases[i], err)) continue;
+        qwen3i_guide_begin(b.k, &b.guide, b.g);
+        for (room = 200; (cost = qwen3i_guide_cost(b.k, &b.guide, NULL, 0)) > 0 && room > 0; room--) {
+            const qwen3_token t = qwen3i_guide_shortest(b.k, &b.guide);
+            const char *p = t < 0 ? NULL : qwen3i_token_bytes(b.f.model, t, &n);
+            if (!CHECK(p && qwen3i_guide_bytes(b.k, &b.guide, p, n))) break;
+            CHECK_MSG(qwen3i_guide_cost(b.k, &b.guide, NULL, 0) <= cost - n, "%s", cases[i]);
+        }
+        CHECK_MSG(cost == 0, "%s: no end", cases[i]);
+    }
+    grammar_close(&b);
+}
+
+/* Where a mask may not take the steps it needs, some tokens are left out; those that are there go on, to an end. */
+static void test_grammar_mask_steps(void) {
+    static const char grammar[] = "root ::= (a | b | c)* \".\"\na ::= [a-z]* b\nb ::= [b-y]* c\nc ::= \" \" | [c-x]+ \"-\" | \"(\" root \")\"";
+    grammar_bench b;
+    qwen3_grammar_desc desc;
+    char err[400];
+    int i, n, t, whole = 0, cut = 0;
+    if (!grammar_open(&b)) return;
+    memset(&desc, 0, sizeof desc);
+    desc.kind = QWEN3_GRAMMAR_GBNF;
+    desc.text = grammar;
+    desc.n_bytes = sizeof grammar - 1;
+    for (desc.mask_steps = 0; desc.mask_steps < 2; desc.mask_steps++) {
+        CHECK(qwen3_grammar_create(&b.g, b.f.model, &desc, err, sizeof err) == QWEN3_OK);
+        if (!b.k) b.k = qwen3i_masker_make(&b.a, b.g->vocab);
+        qwen3i_guide_begin(b.k, &b.guide, b.g);
+        qwen3i_guide_mask(b.k, &b.guide);
+        for (t = 0; t < b.f.info.n_tokens; t++)
+            if (b.k->mask[t >> 5] >> (t & 31) & 1u) { if (desc.mask_steps) cut++; else whole++; }
+        for (i = 0; i < 40; i++) {
+            qwen3i_guide_mask(b.k, &b.guide);
+            for (t = i * 7 % b.f.info.n_tokens; !(b.k->mask[t >> 5] >> (t & 31) & 1u); t = (t + 1) % b.f.info.n_tokens) {}
+            { const char *p = qwen3i_token_bytes(b.f.model, t, &n); CHECK_MSG(qwen3i_guide_bytes(b.k, &b.guide, p, n), "step %d: %d %.*s, %d threads %d", i, t, n, p, b.guide.n_threads, (int)desc.mask_steps); }
+        }
+        while ((t = qwen3i_guide_shortest(b.k, &b.guide)) >= 0 && i++ < 400)
+            { const char *p = qwen3i_token_bytes(b.f.model, t, &n); CHECK_MSG(qwen3i_guide_bytes(b.k, &b.guide, p, n), "step %d: %d %.*s, %d threads %d", i, t, n, p, b.guide.n_threads, (int)desc.mask_steps); }
+        CHECK(qwen3i_guide_mask(b.k, &b.guide));
+        qwen3_grammar_free(b.g);
+        b.g = NULL;
+    }
+    CHECK_MSG(cut > 0 && cut < whole, "%d of %d", cut, whole);
     grammar_close(&b);
 }
 
@@ -674,5 +740,7 @@ static void suite_grammar(void) {
     RUN(test_grammar_memory_everywhere);
     RUN(test_grammar_warnings);
     RUN(test_grammar_limits);
+    RUN(test_grammar_shortest);
+    RUN(test_grammar_mask_steps);
 }
 #endif
