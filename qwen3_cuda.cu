@@ -13,9 +13,8 @@
      same two bytes and the same value for everything within 2^32 of the matrix's largest (below that the
      error is under 2^-40 of the largest). So there is one 16-bit format, every tensor core since sm_75
      multiplies it, and what is rounded to it loses 2^-12 instead of 2^-9. Quantised weights stay as they
-     are, but for where the parts of a block lie. One row (below Hopper up to 8) is multiplied by their whole
-     numbers; up to 64 rows on Hopper they become F16 on their way to the tensor cores; for more the matrix
-     in hand does in a scratch.
+     are, but for where the parts of a block lie. Up to 8 rows are multiplied by their whole numbers; for
+     more the matrix in hand becomes F16 in a scratch.
    INPUTS   of a product with at most 8 rows (on Hopper 1) stay float32. With more rows and 16-bit weights
      each row is rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size.
      With quantised weights few rows become whole numbers of 16 bits instead, with a scale for each 32.
@@ -781,7 +780,6 @@ struct stored_map { u64 words[sizeof(CUtensorMap) / 8]; };
 
 /* Rows of a matrix in blocks, row_bytes apart, of any format: see BLOCKS. */
 struct block_part { unsigned char *data; int rows, type, units, row_bytes; };
-struct stacked_blocks { block_part parts[3]; float up; };      /* up: see skinny_block_product */
 
 /* W [rows, cols] = data * scale; rows ld apart, zero from cols to ld */
 struct matrix {
@@ -1307,7 +1305,7 @@ DEVICE unit_scales both(float d, float m) { const unit_scales s = {{d, d}, {m, m
 /* Of 32 elements g of a block of Q4_K and Q5_K: see store_scales_k. */
 DEVICE unit_scales scales_k(const unsigned char *h, int g) {
     const uint4 v = *(const uint4 *)(const void *)h;
-    const unsigned low = (g < 4 ? v.y : v.z) >> 8 * (g & 3), s = low & 63u,
+    const unsigned low = (g < 4 ? v.y : v.z) >> 8 * (g % 4), s = low & 63u,
                    o = (low >> 6 & 3u) | (v.w >> 4 * g << 2 & 60u);
     return both(__half2float(__ushort_as_half((unsigned short)(v.x & 0xFFFFu))) * (float)s,
                 -__half2float(__ushort_as_half((unsigned short)(v.x >> 16))) * (float)o);
@@ -1361,8 +1359,7 @@ template <int T> DEVICE unit_scales scales_at(const unsigned char *h, int g) {
     } else return both(half_at(h), none);
 }
 template <int T> DEVICE unit_scales load_scales(const unsigned char *tile, int n, int i) {
-    const unsigned u = (unsigned)i, each = (unsigned)units_of(T);
-    return scales_at<T>(tile + scale_plane(T, n) + u / each * (unsigned)scale_bytes(T), (int)(u % each));
+    return scales_at<T>(tile + scale_plane(T, n) + i / units_of(T) * scale_bytes(T), i % units_of(T));
 }
 
 /* Four numbers of E4M3 as F16, 2^8 times too small. */
@@ -1387,16 +1384,11 @@ template <int T> DEVICE void load_floats(float (&f)[4], const unsigned char *til
         }
 }
 
-/* Byte k of a word, whose signs are turned, as a number: its bits are those of one from 2^23 on. */
-DEVICE float code_at(unsigned turned, int k) {
-    return __uint_as_float(__byte_perm(turned, 0x4B000000u, 0x7650u | (unsigned)k)) - 8388736.0f;
-}
-
-/* The elements of a unit as the CPU decodes them, times up, a power of two: only the sum is rounded. */
-template <int T> DEVICE void unit_values(float (&v)[32], const unsigned char *tile, int n, int i, float up) {
+/* The elements of a unit as the CPU decodes them: only the sum is rounded. */
+template <int T> DEVICE void unit_values(float (&v)[32], const unsigned char *tile, int n, int i) {
     if constexpr (is_float(T)) {
-        float d = up;
-        if constexpr (T == QWEN3I_FP8) d = 256 * up * load_scales<T>(tile, n, i).d[0];
+        float d = 1;
+        if constexpr (T == QWEN3I_FP8) d = 256 * load_scales<T>(tile, n, i).d[0];
         UNROLL for (int j = 0; j < 8; j++) {
             float f[4];
             load_floats<T>(f, tile, n, i, j);
@@ -1406,21 +1398,15 @@ template <int T> DEVICE void unit_values(float (&v)[32], const unsigned char *ti
         unsigned q[8];
         const unit_scales s = load_scales<T>(tile, n, i);
         unit_codes<T>(q, tile, n, i);
-        UNROLL for (int j = 0; j < 8; j++) q[j] ^= 0x80808080u;
         UNROLL for (int e = 0; e < 32; e++)
-            v[e] = fmaf(s.d[e / 16] * up, code_at(q[e / 4], e % 4), s.m[e / 16] * up);
+            v[e] = fmaf(s.d[e / 16], (float)(signed char)(q[e / 4] >> 8 * (e % 4) & 255u), s.m[e / 16]);
     }
 }
 
-/* use(those of unit u of row r), by each format's own code. */
+/* The same of unit u of row r. */
 #define QWEN3_CASE(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: { \
-        float v[32]; \
-        unit_values<QWEN3I_##name>(v, tile, n, u - first, up); \
-        use(v); \
-        break; \
-    }
-template <class F> DEVICE void part_values(const block_part &p, int r, int u, float up, F use) {
+    case QWEN3I_##name: unit_values<QWEN3I_##name>(v, tile, n, u - first); break;
+DEVICE void part_values(float (&v)[32], const block_part &p, int r, int u) {
     const int each = tile_units(p.type), first = u / each * each, n = least(each, p.units - first);
     const unsigned char *tile = p.data + (size_t)r * p.row_bytes + u / each * tile_bytes(p.type, each);
     switch (p.type) { QWEN3I_TYPES(QWEN3_CASE) default: break; }
@@ -1439,8 +1425,7 @@ static __global__ void __launch_bounds__(256)
     float v[32], largest = 0;
     wait_for_previous();
     if (out.rows) let_next_start();     /* but nobody may read F16 early */
-    part_values(p, out.rows ? out.rows[row].token : first + row, u, out.halves ? out.up : 1.0f,
-                [&](const float (&values)[32]) { UNROLL for (int e = 0; e < 32; e++) v[e] = values[e]; });
+    part_values(v, p, out.rows ? out.rows[row].token : first + row, u);
     UNROLL for (int e = 0; e < 32; e++) {
         v[e] = 32 * u + e < cols ? v[e] : 0.0f;
         largest = fmaxf(largest, fabsf(v[e]));
@@ -1454,6 +1439,7 @@ static __global__ void __launch_bounds__(256)
     if (out.floats)
         UNROLL for (int e = 0; e < 32; e++) if (32 * u + e < ld) out.floats[to + e] = v[e];
     if (!out.halves) return;
+    UNROLL for (int e = 0; e < 32; e++) v[e] *= out.up;
     UNROLL for (int e = 0; e < 32; e += 8)
         if (32 * u + e < ld)
             *(uint4 *)(void *)(out.halves + to + e) =
@@ -3851,21 +3837,19 @@ template <int M, int R> static size_t skinny_product_shared(int stages) {
 }
 
 #ifdef QWEN3_WGMMA
-/* Steps of 64 elements, from k0 on, of a tile of W, unless it is quantised, and of x, unless the block makes
-   it itself. */
+/* Steps of 64 elements, from k0 on, of a tile of W and, unless the block makes it itself, of x. */
 template <int M, int R>
 static __device__ void skinny_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const hopper_args &g,
                                    const ring_of_tiles &ring, int tile, int k0, int steps) {
     typedef skinny_tile<M, R> shape;
     const bool with_x = !g.norm.gain;
-    if (w_map) prefetch_map(w_map);
+    prefetch_map(w_map);
     prefetch_map(x_map);
     fill_ring<shape::BYTES>(
         ring, steps, with_x,
         [&](int i, unsigned char *to, mbarrier *full) {
             const int k = k0 + i * HOPPER_K;
-            barrier_expect(full, (with_x ? shape::BYTES - shape::W_BYTES : 0) + (w_map ? shape::W_BYTES : 0));
-            if (!w_map) return;
+            barrier_expect(full, with_x ? shape::BYTES : shape::W_BYTES);
             load_tile(to, w_map, k, tile * g.step, full);
             if (M == HOPPER_M) load_tile(to + HOPPER_HALF / 2, w_map, k, tile * g.step + g.half, full);
         },
@@ -3903,21 +3887,6 @@ DEVICE void skinny_norm(const hopper_args &g, unsigned char *memory, int k0, int
     group_sync(1, 256);
 }
 
-/* A warpgroup's sums of N rows of x to [R, SKINNY_LD] over the stages */
-template <int M, int N2>
-DEVICE void skinny_store_sums(const float (&acc)[N2], const ring_of_tiles &ring, int group) {
-    const int N = 2 * N2;
-    group_sync(1, 256);                 /* nobody reads the stages any more */
-    float *to = (float *)(void *)ring.memory +
-                (lane_id() % 4 * 2 + (M == HOPPER_M ? 0 : N * group)) * SKINNY_LD +
-                (M == HOPPER_M ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
-    UNROLL for (int j = 0; j < N / 8; j++)
-        UNROLL for (int e = 0; e < 2; e++) {
-            to[(8 * j + e) * SKINNY_LD] = acc[4 * j + e];
-            to[(8 * j + e) * SKINNY_LD + 8] = acc[4 * j + 2 + e];
-        }
-}
-
 /* 64 rows of W times rows of x, over the block's part of k, to sums [R, SKINNY_LD] over the stages. Of a tile
    of 128 rows of W each warpgroup has half and all rows of x; of one of 64 it has all, and half of the rows
    of x. see() is called with each tile of x while it is multiplied. */
@@ -3933,69 +3902,15 @@ static __device__ void skinny_sum(const ring_of_tiles &ring, int steps, int grou
     sum_tiles<tile, false>(
         acc, part, ring, at, steps, w_at, x_at, [&](const unsigned char *now) { see(now + tile::X_AT); },
         [](ring_stage *s) { if (lane_id() == 0) barrier_arrive(&s->empty); });
-    skinny_store_sums<M>(acc[0], ring, group);
-}
-
-/* The part with row *row of all, of which it becomes *row; past the end the last one. */
-DEVICE const block_part &part_with(const stacked_blocks &w, int *row) {
-    int i = 0;
-    while (i < 2 && *row >= w.parts[i].rows && w.parts[i + 1].rows > 0) *row -= w.parts[i++].rows;
-    return w.parts[i];
-}
-
-/* Brings what skinny_sum_blocks will read to the second-level cache. */
-static __device__ void skinny_ask_blocks(const stacked_blocks &w, int k0, int steps, int row) {
-    const block_part &p = part_with(w, &row);
-    const int each = tile_units(p.type), full = tile_bytes(p.type, each);
-    const int end = least(p.row_bytes, ceil_div((k0 + steps * HOPPER_K) / 32, each) * full);
-    const unsigned char *from = p.data + (size_t)least(row + tid() % 128 / 2, p.rows - 1) * p.row_bytes;
-    for (int at = k0 / 32 / each * full + tid() % 2 * 128; at < end; at += 256) prefetch(from + at);
-}
-
-/* The same for weights in blocks: W of a step is what the warpgroup has made of them, a unit a thread, in the
-   same place, from row `row` of W on. */
-template <int R>
-static __device__ void skinny_sum_blocks(const ring_of_tiles &ring, int steps, int k0, int group,
-                                         const stacked_blocks &w, int row) {
-    typedef skinny_tile<HOPPER_M, R> tile;
-    const int in_step = tid() % 2, line = tid() % 128 / 2;
-    const block_part &p = part_with(w, &row);
-    const int mine = least(row + line, p.rows - 1);
-    unsigned char *const to = ring.memory + (int)HOPPER_HALF / 2 * group + 128 * line;
-    float acc[R / 2], part[R / 2];
-    ring_place make = {0, 0}, at = {0, 0};
-    UNROLL for (int i = 0; i < R / 2; i++) acc[i] = part[i] = 0;
-    NO_UNROLL for (int done = 0; done < steps; done += SUM_STEPS) {
-        const int n = least(SUM_STEPS, steps - done);
-        ring_place first = at;
-        NO_UNROLL for (int i = 0; i < n; i++, make.advance(ring.n)) {
-            unsigned h[16];
-            part_values(p, mine, (k0 + (done + i) * HOPPER_K) / 32 + in_step, w.up, [&](const float(&v)[32]) {
-                UNROLL
-                for (int e = 0; e < 16; e++) h[e] = round_halves(v[2 * e], v[2 * e + 1]);
-            });
-            UNROLL for (int j = 0; j < 4; j++)
-                *(uint4 *)(void *)(to + tile::BYTES * make.slot + 16 * ((4 * in_step + j) ^ (line & 7))) =
-                    make_uint4(h[4 * j], h[4 * j + 1], h[4 * j + 2], h[4 * j + 3]);
+    group_sync(1, 256);                 /* nobody reads the stages any more */
+    float *to = (float *)(void *)ring.memory +
+                (lane_id() % 4 * 2 + (M == HOPPER_M ? 0 : N * group)) * SKINNY_LD +
+                (M == HOPPER_M ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
+    UNROLL for (int j = 0; j < N / 8; j++)
+        UNROLL for (int e = 0; e < 2; e++) {
+            to[(8 * j + e) * SKINNY_LD] = acc[0][4 * j + e];
+            to[(8 * j + e) * SKINNY_LD + 8] = acc[0][4 * j + 2 + e];
         }
-        stores_ready();
-        group_sync(2 + group, 128);
-        NO_UNROLL for (int i = 0; i < n; i++, at.advance(ring.n)) {
-            const unsigned char *now = ring.memory + tile::BYTES * at.slot;
-            barrier_wait(&ring.stages[at.slot].full, at.parity);
-            products_begin();
-            UNROLL for (int j = 0; j < HOPPER_K / 16; j++)
-                wgmma(part, operand(now + (int)HOPPER_HALF / 2 * group) + 2 * (unsigned)j,
-                      operand(now + tile::X_AT) + 2 * (unsigned)j, i + j > 0);
-            products_commit();
-        }
-        products_wait<0>();
-        products_done(part);
-        NO_UNROLL for (int i = 0; i < n; i++, first.advance(ring.n))
-            if (lane_id() == 0) barrier_arrive(&ring.stages[first.slot].empty);
-        UNROLL for (int i = 0; i < R / 2; i++) acc[i] += part[i];
-    }
-    skinny_store_sums<HOPPER_M>(acc, ring, group);
 }
 
 /* What a lane needs to finish a row, beside its sums. pair: of ADD the residual, of QKV the gains. */
@@ -4076,9 +3991,9 @@ DEVICE void skinny_finish_rows(const hopper_args &g, const float *sums, int row,
 
 /* The warps that multiply. They are short-lived, so what they do once must not be much code: it comes from
    afar, too. */
-template <class END, int R, class S>
+template <class END, int R>
 DEVICE void skinny_multiply(const hopper_args &g, const ring_of_tiles &ring, int rank, int tile, int steps,
-                            int warp, S sum) {
+                         int warp) {
     constexpr bool norms = R == 32 && END::NORMS;
     constexpr int M = END::M;
     __shared__ row_scale scales[SKINNY_NORM];
@@ -4099,32 +4014,9 @@ DEVICE void skinny_multiply(const hopper_args &g, const ring_of_tiles &ring, int
         r.scale = g.w_scale / scales[row].up;
         r.down = 1.0f / scales[row].ff;
     }
-    sum();
+    skinny_sum<M, R>(ring, steps, warp / 4);
     cluster_meet();
     skinny_finish_rows<END>(g, sums, row, end, tile, r, next, [](skinny_row &, int) {});
-}
-#endif
-
-/* What the kernels of few rows share: ask() for what can be brought near, load() by one thread, sum(). */
-#ifdef QWEN3_WGMMA
-template <class END, int R, class A, class L, class S>
-DEVICE void skinny_multiply_rows(const hopper_args &g, A ask, L load, S sum) {
-    constexpr int M = END::M;
-    QWEN3_DYNAMIC_SHARED(raw);
-    const ring_of_tiles ring = make_ring(raw, skinny_memory<M, R>(g.stages), g.stages, 8);
-    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / HOPPER_K;
-    const int warp = __shfl_sync(ALL, warp_id(), 0), k0 = rank * steps * HOPPER_K;
-    __syncthreads();
-    if (warp < 8) ask(tile, k0, steps, warp / 4);
-    let_next_start();
-    if (warp == 8) {
-        if (lane_id() == 0) load(ring, tile, k0, steps);
-        __syncwarp();
-        cluster_meet();
-    } else
-        skinny_multiply<END, R>(g, ring, rank, tile, steps, warp,
-                                [&] { sum(ring, tile, k0, steps, warp / 4); });
-    cluster_sync();                     /* nobody leaves while its sums are read */
 }
 #endif
 
@@ -4140,39 +4032,22 @@ static __global__ void __launch_bounds__(SKINNY_THREADS, 2)
     skinny_product_kernel(const __grid_constant__ CUtensorMap x_map,
                           const __grid_constant__ CUtensorMap w_map, hopper_args g) {
 #ifdef QWEN3_WGMMA
-    skinny_multiply_rows<END, R>(
-        g, [](int, int, int, int) {},
-        [&](const ring_of_tiles &ring, int tile, int k0, int steps) {
-            skinny_load<END::M, R>(&x_map, &w_map, g, ring, tile, k0, steps);
-        },
-        [&](const ring_of_tiles &ring, int, int, int steps, int group) {
-            skinny_sum<END::M, R>(ring, steps, group);
-        });
+    constexpr int M = END::M;
+    QWEN3_DYNAMIC_SHARED(raw);
+    const ring_of_tiles ring = make_ring(raw, skinny_memory<M, R>(g.stages), g.stages, 8);
+    const int rank = block_x() % g.parts, tile = block_x() / g.parts, steps = g.k / g.parts / HOPPER_K;
+    const int warp = __shfl_sync(ALL, warp_id(), 0);
+    __syncthreads();
+    let_next_start();
+    if (warp == 8) {
+        if (lane_id() == 0)
+            skinny_load<M, R>(&x_map, &w_map, g, ring, tile, rank * steps * HOPPER_K, steps);
+        __syncwarp();
+        cluster_meet();
+    } else skinny_multiply<END, R>(g, ring, rank, tile, steps, warp);
+    cluster_sync();                     /* nobody leaves while its sums are read */
 #else
     (void)x_map; (void)w_map; (void)g;
-#endif
-}
-
-/* skinny_block_product: the same with W in blocks, by tiles of 128 rows. What is summed is what block_decode
-   makes of them. Their bytes come to the second-level cache while the kernel before still runs. */
-template <class END, int R>
-static __global__ void __launch_bounds__(SKINNY_THREADS, 2)
-    skinny_block_product_kernel(const __grid_constant__ CUtensorMap x_map,
-                                const __grid_constant__ stacked_blocks w, hopper_args g) {
-#ifdef QWEN3_WGMMA
-    skinny_multiply_rows<END, R>(
-        g,
-        [&](int tile, int k0, int steps, int group) {
-            skinny_ask_blocks(w, k0, steps, tile * g.step + group * g.half);
-        },
-        [&](const ring_of_tiles &ring, int tile, int k0, int steps) {
-            skinny_load<HOPPER_M, R>(&x_map, NULL, g, ring, tile, k0, steps);
-        },
-        [&](const ring_of_tiles &ring, int tile, int k0, int steps, int group) {
-            skinny_sum_blocks<R>(ring, steps, k0, group, w, tile * g.step + group * g.half);
-        });
-#else
-    (void)x_map; (void)w; (void)g;
 #endif
 }
 
@@ -4258,26 +4133,15 @@ static qwen3_result launch_skinny_product(const pass *p, const stored_map &in, c
                     "skinny_product");
 }
 
-template <class END, int R>
-static qwen3_result skinny_product_of(const pass *p, const stored_map &in, const matrix &w, hopper_args a) {
-    const skinny_plan none = {0, 0, 0, 0}, plan = skinny_better(p, a, HOPPER_M, R, none);
-    stacked_blocks blocks;
-    if (w.n_parts == 0) return launch_skinny_product<END, R>(p, in, w, a, plan);
-    memset(&blocks, 0, sizeof blocks);
-    for (int i = 0; i < w.n_parts; i++) blocks.parts[i] = w.parts[i];
-    blocks.up = 1 / w.scale;
-    a.parts = plan.parts;
-    a.stages = skinny_stages<HOPPER_M, R>(plan.steps);
-    return launched(p,
-                    launch_clusters(p->early, a.parts, p->s, grid1(a.n_tiles * a.parts), SKINNY_THREADS,
-                                    skinny_product_shared<HOPPER_M, R>(a.stages),
-                                    skinny_block_product_kernel<END, R>, get_map(in), blocks, a),
-                    "skinny_block_product");
-}
 template <class END>
 static qwen3_result skinny_product(const pass *p, const stored_map &in, const matrix &w,
                                    const hopper_args &a) {
-    return a.rows <= 32 ? skinny_product_of<END, 32>(p, in, w, a) : skinny_product_of<END, 64>(p, in, w, a);
+    const skinny_plan none = {0, 0, 0, 0};
+    ready r;
+    TRY(make_ready(p, w, 0, w.rows, &r));
+    return a.rows <= 32 ?
+               launch_skinny_product<END, 32>(&r.p, in, *r.w, a, skinny_better(p, a, HOPPER_M, 32, none)) :
+               launch_skinny_product<END, 64>(&r.p, in, *r.w, a, skinny_better(p, a, HOPPER_M, 64, none));
 }
 
 /* x += W in, by tiles of 128 or of 64 rows of W */
@@ -4291,10 +4155,11 @@ static qwen3_result skinny_add_of(const pass *p, const stored_map &in, const mat
     return launch_skinny_product<to_residual<HOPPER_M / 2>, R>(p, in, w, a, plan);
 }
 static qwen3_result skinny_add(const pass *p, const stored_map &in, const matrix &w, hopper_args a) {
+    ready r;
+    TRY(make_ready(p, w, 0, w.rows, &r));
     a.x = p->c->x;
     a.ldx = p->c->embd_ld;
-    if (w.n_parts > 0) return skinny_product<to_residual<> >(p, in, w, a);
-    return a.rows <= 32 ? skinny_add_of<32>(p, in, w, a) : skinny_add_of<64>(p, in, w, a);
+    return a.rows <= 32 ? skinny_add_of<32>(&r.p, in, *r.w, a) : skinny_add_of<64>(&r.p, in, *r.w, a);
 }
 
 static int large_pairs(const pass *p) { return ceil_div(p->n, 2 * HOPPER_M); }
@@ -6165,14 +6030,12 @@ static qwen3_result matvec(const pass *p, float *y, int ldy, const row_info *out
    ================================================================================================ */
 /* x comes as whole numbers of 16 bits with a scale for each 32, which the chip multiplies as two bytes, four
    at a time: all sums of a unit are exact. Where codes are numbers in floating point, x stays float32. A
-   block has rows of W next to each other, and their tiles, column by column and rows two at a time, are
-   shared evenly by its warps, so that a lane keeps its unit of x while rows go by; tiles come by a ring as in
-   weight_stream, but the warp copies them together. Sums of tiles meet in shared memory. */
+   warp takes rows of W two at a time, for one row of x or for four; tiles come by a ring as in
+   weight_stream, but the warp copies them together. */
 /* With one row of x two kernels' blocks fit on a multiprocessor. */
-template <int R> struct block_shape { enum { WARPS = R == 1 ? 12 : 8, BLOCKS = R == 1 ? 2 : 1 }; };
+template <int R> struct block_shape { enum { WARPS = 8, BLOCKS = R == 1 ? 2 : 1 }; };
 const int BLOCK_ROWS  = 4;              /* of x, at most */
-const int BLOCK_RING  = 8 << 10;        /* bytes of a warp's */
-const int BLOCK_SUMS  = 4 << 10;        /* bytes of the sums of tiles */
+const int BLOCK_RING  = 10 << 10;       /* bytes of a warp's */
 const int INT_PLANES = 5, FLOAT_PLANES = 8;     /* of 32 units of x: 16 bytes of each in a plane */
 const int MOST_INT   = 32639;           /* 127 * 256 + 127 */
 
@@ -6184,118 +6047,79 @@ struct block_in {
     const float *gain;                  /* [k]: x is one row, to be normalised first; NULL: it is */
     float        eps;
 };
-/* Rows of W that a block multiplies two at a time, the second of the last two maybe not there: the first two,
-   the bytes from them to the next two, and the slot of the first one's sums, `each` more for each row: one
-   past the end is written, too. */
-struct block_rows { const unsigned char *a, *b; int n, stride, slot, each; };
+/* What a warp multiplies at a time: at most 32 rows of one part from each of two places. */
+struct block_rows { const unsigned char *a, *b; int n_a, n_b; };
 
 static __host__ __device__ inline size_t block_x_bytes(const block_in &in) {
     return (size_t)round_up(in.units, 32) * 16 *
            (size_t)((in.ints ? INT_PLANES : 0) + (in.floats ? FLOAT_PLANES : 0));
 }
-/* Tiles of a row */
-static __host__ __device__ inline int block_columns(const block_part &p) {
-    return ceil_div(p.units, tile_units(p.type));
-}
-static int most_columns(const block_in &in) {
-    int n = 1;
-    for (int i = 0; i < 3; i++) if (in.parts[i].data) n = most(n, block_columns(in.parts[i]));
-    return n;
-}
 static size_t block_memory(const block_in &in, int rows, int warps) {
-    const size_t sums = BLOCK_SUMS + (size_t)(6 * rows * most_columns(in)) * sizeof(float);
-    return (size_t)warps * BLOCK_RING + (size_t)rows * block_x_bytes(in) + 32 * sizeof(float) + sums;
+    return (size_t)warps * BLOCK_RING + (size_t)rows * block_x_bytes(in) + 32 * sizeof(float);
 }
 /* Which 16 bytes those of plane k of unit u are. */
 template <int PLANES> DEVICE int x_at(int u, int k) { return (u / 32 * PLANES + k) * 32 + u % 32; }
 /* x comes after the rings. */
 DEVICE unsigned char *block_planes(unsigned char *memory) { return memory + n_threads() / 32 * BLOCK_RING; }
 
-/* 16 x's as whole numbers: x * up, whose low bytes and whose high ones, with a sign, go to *low and *high;
-   their sum. Added to 1.5 * 2^23 a number is rounded, and its last bits are it. */
-DEVICE int block_whole(uint4 *low, uint4 *high, const float4 (&v)[4], float up) {
-    const float shift = 12582912.0f;
-    unsigned l[4], h[4], sum = 0;
-    UNROLL for (int i = 0; i < 4; i++) {
-        const unsigned a = __float_as_uint(fmaf(v[i].x, up, shift)),
-                       b = __float_as_uint(fmaf(v[i].y, up, shift)),
-                       c = __float_as_uint(fmaf(v[i].z, up, shift)),
-                       d = __float_as_uint(fmaf(v[i].w, up, shift));
-        l[i] = __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
-        h[i] = __byte_perm(__byte_perm(a + 128, b + 128, 0x0051),
-                           __byte_perm(c + 128, d + 128, 0x0051), 0x5410);
-        sum += a + b + c + d;
-    }
-    *low = make_uint4(l[0], l[1], l[2], l[3]);
-    *high = make_uint4(h[0], h[1], h[2], h[3]);
-    return (int)(sum - 16u * __float_as_uint(shift));
-}
-DEVICE float largest_of(float4 v) {
-    return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-}
-
-/* Half h of the units of x, 16 elements, to their planes. Two neighbouring lanes have a unit; all lanes take
-   part. */
-DEVICE void block_store_x(const block_in &in, unsigned char *planes, int h, const float4 (&v)[4]) {
-    const int u = h / 2, half = h % 2, n = in.units;
+/* Elements 4 q .. 4 q + 3 of x to their planes. Eight neighbouring lanes have a unit; all lanes take part. */
+DEVICE void block_store_x(const block_in &in, unsigned char *planes, int q, float4 v) {
+    const int u = q / 8, w = q % 8, n = in.units;
     if (in.ints) {
-        float top = fmaxf(fmaxf(largest_of(v[0]), largest_of(v[1])),
-                          fmaxf(largest_of(v[2]), largest_of(v[3])));
-        top = fmaxf(top, __shfl_xor_sync(ALL, top, 1));
+        float top = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+        UNROLL for (int o = 1; o < 8; o *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
         const float up = top > 0 ? (float)MOST_INT / top : 0.0f, down = top * (1.0f / (float)MOST_INT);
-        uint4 low, high, *to = (uint4 *)(void *)planes;
-        const int sum = block_whole(&low, &high, v, up), other = __shfl_xor_sync(ALL, sum, 1);
+        const int a = __float2int_rn(v.x * up), b = __float2int_rn(v.y * up), c = __float2int_rn(v.z * up),
+                  d = __float2int_rn(v.w * up);
+        int sum = a + b + c + d;
+        sum += __shfl_xor_sync(ALL, sum, 1);
+        sum += __shfl_xor_sync(ALL, sum, 2);
+        const int other = __shfl_xor_sync(ALL, sum, 4);
+        const unsigned low = ((unsigned)a & 255u) | ((unsigned)b & 255u) << 8 | ((unsigned)c & 255u) << 16 |
+                             (unsigned)d << 24,
+                       high = ((unsigned)(a + 128) >> 8 & 255u) | ((unsigned)(b + 128) & 0xFF00u) |
+                              ((unsigned)(c + 128) & 0xFF00u) << 8 | ((unsigned)(d + 128) & 0xFF00u) << 16;
+        unsigned *words = (unsigned *)(void *)planes;
         if (u < n) {
-            to[x_at<INT_PLANES>(u, half)] = high;
-            to[x_at<INT_PLANES>(u, 2 + half)] = low;
-            if (half == 0)
+            words[4 * x_at<INT_PLANES>(u, w / 4) + w % 4] = high;
+            words[4 * x_at<INT_PLANES>(u, 2 + w / 4) + w % 4] = low;
+            if (w == 0)
                 ((float4 *)(void *)planes)[x_at<INT_PLANES>(u, 4)] =
                     make_float4(down, (float)sum * down, (float)other * down, (float)(sum + other) * down);
         }
         planes += INT_PLANES * 16 * round_up(n, 32);
     }
-    if (in.floats && u < n)
-        UNROLL for (int i = 0; i < 4; i++)
-            ((float4 *)(void *)planes)[x_at<FLOAT_PLANES>(u, 4 * half + i)] = v[i];
+    if (in.floats && u < n) ((float4 *)(void *)planes)[x_at<FLOAT_PLANES>(u, w)] = v;
 }
 
-/* The RMSNorm of x, C halves of units a thread, as stage_normed. */
+/* RMSNorm(in.x) to its planes. */
 template <int C> DEVICE void block_stage_normed(const block_in &in, unsigned char *planes, float *shared) {
-    float4 g[C][4], v[C][4];
-    float sum = 0;
-    UNROLL for (int u = 0; u < C; u++) load_vectors<4>(g[u], in.gain, 4 * (tid() + u * n_threads()), 1, in.k);
-    wait_for_previous();
-    UNROLL for (int u = 0; u < C; u++) load_vectors<4>(v[u], in.x, 4 * (tid() + u * n_threads()), 1, in.k);
-    UNROLL for (int u = 0; u < C; u++) UNROLL for (int i = 0; i < 4; i++)
-        sum += v[u][i].x * v[u][i].x + v[u][i].y * v[u][i].y + v[u][i].z * v[u][i].z + v[u][i].w * v[u][i].w;
-    const float r = rms_scale(block_sum(sum, shared), (float)in.k, in.eps);
-    UNROLL for (int u = 0; u < C; u++) {
-        UNROLL for (int i = 0; i < 4; i++)
-            v[u][i] = make_float4(v[u][i].x * r * g[u][i].x, v[u][i].y * r * g[u][i].y,
-                                  v[u][i].z * r * g[u][i].z, v[u][i].w * r * g[u][i].w);
-        if (2 * in.units > tid() - lane_id() + u * n_threads())
-            block_store_x(in, planes, tid() + u * n_threads(), v[u]);
-    }
+    float4 v[C];
+    load_normed<C>(v, in, shared);
+    UNROLL for (int u = 0; u < C; u++) block_store_x(in, planes, tid() + u * n_threads(), v[u]);
 }
-const int BLOCK_NORM = 2;               /* halves of units a thread */
 
 /* R rows of x to shared memory, zero past k, the last one instead of those that are not there; with a gain
    the RMSNorm of one, as stage_vector. */
 template <int R> static __device__ NO_INLINE void block_stage(const block_in &in) {
     QWEN3_DYNAMIC_SHARED(memory);
     unsigned char *planes = block_planes(memory);
+    const int step = n_threads();
     if (R == 1 && in.gain) {
         float *shared = (float *)(void *)(planes + block_x_bytes(in));
-        if (in.k <= 16 * n_threads()) block_stage_normed<1>(in, planes, shared);
-        else block_stage_normed<BLOCK_NORM>(in, planes, shared);
+        if (in.k <= 8 * step) block_stage_normed<2>(in, planes, shared);
+        else if (in.k <= 16 * step) block_stage_normed<4>(in, planes, shared);
+        else block_stage_normed<STREAM_NORM>(in, planes, shared);
     } else {
         wait_for_previous();
         NO_UNROLL for (int r = 0; r < R; r++, planes += block_x_bytes(in)) {
             const float *x = in.x + (size_t)least(r, in.rows - 1) * in.ldx;
-            NO_UNROLL for (int h = tid(); h - lane_id() < 2 * in.units; h += n_threads()) {
+            NO_UNROLL for (int q = tid(); q - lane_id() < 8 * in.units; q += 4 * step) {
                 float4 v[4];
-                UNROLL for (int i = 0; i < 4; i++) v[i] = load_up_to_4(x, 16 * h + 4 * i, in.k);
-                block_store_x(in, planes, h, v);
+                UNROLL for (int u = 0; u < 4; u++) v[u] = load_up_to_4(x, 4 * (q + u * step), in.k);
+                UNROLL for (int u = 0; u < 4; u++)
+                    if (q + u * step - lane_id() < 8 * in.units)
+                        block_store_x(in, planes, q + u * step, v[u]);
             }
         }
     }
@@ -6335,231 +6159,215 @@ template <int T> DEVICE float unit_dot(const unsigned (&q)[8], const unit_scales
     return sum;
 }
 
-/* sums[j][r] = the sum over unit i of tile j of two, each of n units, and of row r of x, whose unit begins
-   at x + r * ld; tiles are FULL bytes apart. before() is called when what is needed is on its way. */
-template <int T, int R, int FULL, class F>
-DEVICE void add_ints(float (&sums)[2][R], const unsigned char *tile, int n, int i, const unit_ints &x0,
-                     const unsigned char *x, int ld, F before) {
+/* sums[j][r] += the sum over unit i of tile j of two, each of n units, and of row r of x, whose unit begins
+   at x + r * ld; tiles are `full` bytes apart. */
+template <int T, int R>
+DEVICE void add_ints(float (&sums)[2][R], const unsigned char *tile, int full, int n, int i,
+                     const unsigned char *x, int ld) {
     unsigned q[2][8];
     unit_scales s[2];
     UNROLL for (int j = 0; j < 2; j++) {
-        s[j] = load_scales<T>(tile + j * FULL, n, i);
-        unit_codes<T>(q[j], tile + j * FULL, n, i);
+        s[j] = load_scales<T>(tile + j * full, n, i);
+        unit_codes<T>(q[j], tile + j * full, n, i);
     }
-    before();
     UNROLL for (int r = 0; r < R; r++) {
-        const unit_ints v = R == 1 ? x0 : load_ints(x + r * ld);
-        UNROLL for (int j = 0; j < 2; j++) sums[j][r] = unit_dot<T>(q[j], s[j], v);
+        const unit_ints v = load_ints(x + r * ld);
+        UNROLL for (int j = 0; j < 2; j++) sums[j][r] += unit_dot<T>(q[j], s[j], v);
     }
 }
 /* The same with float32 x: elements one after the other */
-template <int T, int R, int FULL>
-DEVICE void add_floats(float (&sums)[2][R], const unsigned char *tile, int n, int i, const unsigned char *x,
-                       int ld) {
+template <int T, int R>
+DEVICE void add_floats(float (&sums)[2][R], const unsigned char *tile, int full, int n, int i,
+                       const unsigned char *x, int ld) {
     UNROLL for (int j = 0; j < 2; j++) {
         float sum[R];
         UNROLL for (int r = 0; r < R; r++) sum[r] = 0;
         UNROLL for (int k = 0; k < 8; k++) {
             float f[4];
-            load_floats<T>(f, tile + j * FULL, n, i, k);
+            load_floats<T>(f, tile + j * full, n, i, k);
             UNROLL for (int r = 0; r < R; r++) {
                 const float4 v = ((const float4 *)(const void *)(x + r * ld))[32 * k];
                 sum[r] += f[0] * v.x; sum[r] += f[1] * v.y; sum[r] += f[2] * v.z; sum[r] += f[3] * v.w;
             }
         }
         float d = 1;
-        if constexpr (T == QWEN3I_FP8) d = 256 * load_scales<T>(tile + j * FULL, n, i).d[0];
-        UNROLL for (int r = 0; r < R; r++) sums[j][r] = sum[r] * d;
+        if constexpr (T == QWEN3I_FP8) d = 256 * load_scales<T>(tile + j * full, n, i).d[0];
+        UNROLL for (int r = 0; r < R; r++) sums[j][r] += sum[r] * d;
     }
 }
 
-/* Over the warp: of a in lanes 0 to 15, of b in the others. */
-DEVICE float sum_two(float a, float b) {
-    const bool low = lane_id() < 16;
-    const float other = __shfl_xor_sync(ALL, low ? b : a, 16);
-    float v = (low ? a : b) + other;
-    UNROLL for (int o = 8; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
-    return v;
-}
+/* Of row r of x: the sums of this lane's row from each of the two places. */
+template <int R> struct block_result { float2 of[R]; };
 
-/* Where tiles come from, and which of how many is next. */
-struct tile_source {
-    const unsigned char *a, *b;         /* of the two rows; this lane's */
-    int pair, offset, left;             /* offset: of the tile in its row; left: bytes of it */
-    __device__ __forceinline__ void find(const block_rows &rows, int row_bytes, int full) {
-        const size_t at = (size_t)pair * (size_t)rows.stride + (size_t)offset + 16 * (size_t)lane_id();
-        a = rows.a + at;
-        b = rows.b + at;
-        left = least(full, row_bytes - offset) - 16 * lane_id();
-    }
-};
-
-/* sums[(slot * R + r) * columns + column] = that of a row's tile and of row r of x, for the tiles that are
-   this warp's. stage: x is not there yet. Order: lanes are added by exchange. */
+/* Lane l gets the sums of row l from each of the two places. stage: x is not there yet. Order: lane i takes
+   unit i of each tile in turn; lanes are added by exchange. */
 template <int T, int R>
-static __device__ NO_INLINE void block_sums_of(const block_in &in, const block_rows rows, int units,
-                                               int row_bytes, float *sums, bool stage) {
+static __device__ NO_INLINE block_result<R> block_sums_of(const block_in &in, block_rows rows, int units,
+                                                          int row_bytes, bool stage) {
     constexpr int EACH = tile_units(T), FULL = tile_bytes(T, EACH), ROOM = BLOCK_RING / (2 * FULL),
                   DEPTH = ROOM < 8 ? ROOM : 8;
     static_assert(DEPTH >= 2, "while one is multiplied, the next must come");
     QWEN3_DYNAMIC_SHARED(memory);
-    const int lane = lane_id(), pairs = (rows.n + 1) / 2, columns = ceil_div(units, EACH),
-              warps = n_threads() / 32, items = pairs * columns;
-    const int first = warp_id() * items / warps, end = (warp_id() + 1) * items / warps;
+    const int n = rows.n_a + rows.n_b, lane = lane_id();
     unsigned char *const ring = memory + warp_id() * BLOCK_RING, *const ring_end = ring + DEPTH * 2 * FULL;
-    unsigned char *put = ring, *take = ring;    /* the stages that are fetched and multiplied next */
-    int column = first / pairs, pair = first - column * pairs, fetched = first;
-    tile_source from = {NULL, NULL, pair, column * FULL, 0};
-    from.find(rows, row_bytes, FULL);
-    const auto fetch = [&]() {
-        if (fetched < end) {
-            const unsigned char *b = 2 * from.pair + 1 < rows.n ? from.b : from.a;
-            UNROLL for (int i = 0; i < FULL; i += 512)
-                if (i < from.left) {
-                    copy_once(put + 16 * lane + i, from.a + i, true);
-                    copy_once(put + 16 * lane + FULL + i, b + i, true);
-                }
-            fetched++;
-            from.a += rows.stride;
-            from.b += rows.stride;
-            if (++from.pair == pairs) {
-                from.pair = 0;
-                from.offset += FULL;
-                from.find(rows, row_bytes, FULL);
-            }
+    unsigned char *put = ring + 16 * lane;      /* the stages that are fetched and multiplied next */
+    const unsigned char *take = ring, *from[2] = {rows.a, rows.a};
+    int row = 0, left = n > 0 ? row_bytes : 0;  /* of the rows that are fetched: the first, bytes to come */
+    const auto find = [&]() {
+        UNROLL for (int j = 0; j < 2; j++) {
+            const int r = row + j < n ? row + j : row;
+            from[j] = r < rows.n_a ? rows.a + r * row_bytes : rows.b + (r - rows.n_a) * row_bytes;
+            from[j] += 16 * lane;
         }
-        copy_commit();
     };
-    NO_UNROLL for (int i = 0; i < DEPTH - 1; i++, put += 2 * FULL) fetch();
+    const auto fetch = [&]() {
+        const int mine = least(left, FULL) - 16 * lane;
+        UNROLL for (int i = 0; i < FULL; i += 512)
+            if (i < mine) {
+                copy_once(put + i, from[0] + i, true);
+                copy_once(put + FULL + i, from[1] + i, true);
+            }
+        copy_commit();
+        put = put + 2 * FULL < ring_end ? put + 2 * FULL : ring + 16 * lane;
+        left -= FULL;
+        from[0] += FULL;
+        from[1] += FULL;
+        if (left <= 0) {
+            row += 2;
+            left = row < n ? row_bytes : 0;
+            if (row < n) find();
+        }
+    };
+    find();
+    NO_UNROLL for (int i = 0; i < DEPTH - 1; i++) fetch();
     if (stage) {
         let_next_start();
         block_stage<R>(in);
     }
     const unsigned char *planes = block_planes(memory);
-    const int ld = (int)block_x_bytes(in), step = 2 * rows.each * R * columns;
+    const int ld = (int)block_x_bytes(in);
     if (is_float(T) && in.ints) planes += INT_PLANES * 16 * round_up(in.units, 32);
-    const unsigned char *x = planes;
-    unit_ints x0 = {};
-    int there = 0, unit = 0;
-    float last[2][R];                   /* the sums of the lanes of the tiles before; where theirs go */
-    float *to = NULL, *next = sums + (rows.slot + (2 * pair + lane / 16) * rows.each) * R * columns + column;
-    const auto add_lanes = [&]() {
-        UNROLL for (int r = 0; r < R; r++) {
-            const float sum = sum_two(last[0][r], last[1][r]);
-            if (to) to[r * columns] = sum;
+    block_result<R> result;
+    UNROLL for (int x = 0; x < R; x++) result.of[x] = make_float2(0, 0);
+    NO_UNROLL for (int r = 0; r < n; r += 2) {
+        float sums[2][R];
+        UNROLL for (int x = 0; x < R; x++) sums[0][x] = sums[1][x] = 0;
+        NO_UNROLL for (int first = 0; first < units; first += EACH) {
+            const int there = least(EACH, units - first);
+            copy_wait<DEPTH - 2>();
+            __syncwarp();
+            if (lane < there) {
+                if constexpr (is_float(T))
+                    add_floats<T, R>(sums, take, FULL, there, lane,
+                                     planes + x_at<FLOAT_PLANES>(first + lane, 0) * 16, ld);
+                else
+                    add_ints<T, R>(sums, take, FULL, there, lane,
+                                   planes + (first * INT_PLANES + lane) * 16, ld);
+            }
+            fetch();                    /* where the tiles before were, which all lanes have multiplied */
+            take = take + 2 * FULL < ring_end ? take + 2 * FULL : ring;
         }
-    };
-    UNROLL for (int i = 0; i < 2 * R; i++) last[i / R][i % R] = 0;
-    pair--;
-    NO_UNROLL for (int left = end - first; left > 0; left--) {
-        float now[2][R];
-        if (++pair == pairs || left == end - first) {   /* the next tile of x */
-            if (pair == pairs) { pair = 0; column++; next += 1 - pairs * step; }
-            there = least(EACH, units - column * EACH);
-            unit = least(lane, there - 1);
-            if constexpr (is_float(T)) x = planes + x_at<FLOAT_PLANES>(column * EACH + unit, 0) * 16;
-            else x = planes + (column * EACH * INT_PLANES + unit) * 16;
-            if constexpr (R == 1 && !is_float(T)) x0 = lane < there ? load_ints(x) : unit_ints();
-        }
-        copy_wait<DEPTH - 2>();
-        __syncwarp();
-        if constexpr (is_float(T)) {
-            add_lanes();
-            add_floats<T, R, FULL>(now, take, there, unit, x, ld);
-        } else add_ints<T, R, FULL>(now, take, there, unit, x0, x, ld, add_lanes);
-        UNROLL for (int k = 0; k < 2 * R; k++)
-            last[k / R][k % R] = (R == 1 && !is_float(T)) || lane < there ? now[k / R][k % R] : 0.0f;
-        to = lane % 16 == 0 ? next : NULL;
-        next += step;
-        fetch();                        /* where the tiles before were, which all lanes have multiplied */
-        put = take;
-        take = take + 2 * FULL < ring_end ? take + 2 * FULL : ring;
+        UNROLL for (int x = 0; x < R; x++)
+            UNROLL for (int j = 0; j < 2; j++) {
+                const float sum = warp_sum(sums[j][x]);
+                const int i = r + j;
+                if (i < rows.n_a && i == lane) result.of[x].x = sum;
+                if (i >= rows.n_a && i - rows.n_a == lane) result.of[x].y = sum;
+            }
     }
-    add_lanes();
     copy_wait<0>();
     __syncwarp();
+    return result;
 }
 
 #define QWEN3_CASE(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: block_sums_of<QWEN3I_##name, R>(in, rows, p.units, p.row_bytes, sums, stage); break;
+    case QWEN3I_##name: return block_sums_of<QWEN3I_##name, R>(in, rows, p.units, p.row_bytes, stage);
 template <int R>
-static __device__ NO_INLINE void block_sums(const block_in &in, const block_part &p, const block_rows rows,
-                                            float *sums, bool stage) {
-    switch (p.type) { QWEN3I_TYPES(QWEN3_CASE) default: break; }
+DEVICE block_result<R> block_sums(const block_in &in, const block_part &p, const block_rows &rows,
+                                  bool stage) {
+    switch (p.type) { QWEN3I_TYPES(QWEN3_CASE) default: return block_result<R>(); }
 }
 #undef QWEN3_CASE
 
-/* Sums of rows [mine.first, mine.end) of all parts: row i of part p has slot i - mine.first + p. */
-template <int R> DEVICE void block_multiply(const block_in &in, row_range mine, float *sums) {
+/* The sums of rows [mine.first, mine.end): done(r, row, n, sum) with lane l's of rows row + l, l < n, up to
+   32 at a time, and of row r of x. All warps call this once. */
+template <int R, class F> DEVICE void block_multiply(const block_in &in, row_range mine, F done) {
     bool stage = true;
     int part = 0, base = 0;
-    for (int row = mine.first; row < mine.end; stage = false) {
+    for (int row = mine.first; row < mine.end; ) {
         while (row - base >= in.parts[part].rows) base += in.parts[part++].rows;
         const block_part &p = in.parts[part];
-        const int n = least(mine.end, base + p.rows) - row;
+        const int n = least(64, least(mine.end, base + p.rows) - row), half = least(32, n);
         const unsigned char *from = p.data + (size_t)(row - base) * p.row_bytes;
-        const block_rows rows = {from, from + p.row_bytes, n, 2 * p.row_bytes, row - mine.first + part, 1};
-        block_sums<R>(in, p, rows, sums, stage);
+        const block_rows rows = {from, from + (size_t)half * p.row_bytes, half, n - half};
+        const block_result<R> sums = block_sums<R>(in, p, rows, stage);
+        UNROLL for (int r = 0; r < R; r++) {
+            done(r, row, half, sums.of[r].x);
+            done(r, row + half, n - half, sums.of[r].y);
+        }
         row += n;
+        stage = false;
+    }
+    if (stage) {
+        let_next_start();
+        block_stage<R>(in);
     }
 }
-/* Pairs of a row of gate, slot 2 i, and one of up, slot 2 i + 1 */
-template <int R> DEVICE void block_multiply_pairs(const block_in &in, row_range mine, float *sums) {
+
+/* This warp's of n rows, and this block's: as warp_share, for any number of warps. */
+DEVICE int block_share_begin(int warp, int n) {
+    return (int)((long long)warp * n / ((int)gridDim.x * (n_threads() / 32)));
+}
+DEVICE row_range block_warp_share(int n) {
+    const int warp = block_x() * (n_threads() / 32) + warp_id();
+    const row_range r = {block_share_begin(warp, n), block_share_begin(warp + 1, n)};
+    return r;
+}
+
+/* Pairs of a row of gate and one of up: done(r, row, n, sums). */
+template <int R, class F> DEVICE void block_multiply_pairs(const block_in &in, row_range mine, F done) {
     const block_part &gate = in.parts[0], &up = in.parts[1];
-    const int n = mine.end - mine.first;
-    const unsigned char *g = gate.data + (size_t)mine.first * gate.row_bytes,
-                        *u = up.data + (size_t)mine.first * up.row_bytes;
-    if (gate.type == up.type) {
-        const block_rows both = {g, u, 2 * n, gate.row_bytes, 0, 1};
-        block_sums<R>(in, gate, both, sums, true);
-        return;
+    const bool same = gate.type == up.type;
+    bool stage = true;
+    for (int row = mine.first; row < mine.end || stage; row += 32, stage = false) {
+        const int n = mine.end > row ? least(32, mine.end - row) : 0;
+        const unsigned char *g = gate.data + (size_t)row * gate.row_bytes,
+                            *u = up.data + (size_t)row * up.row_bytes;
+        const block_rows first = {g, u, n, same ? n : 0}, second = {u, u, 0, n};
+        block_result<R> sums = block_sums<R>(in, gate, first, stage);
+        if (!same) {
+            const block_result<R> others = block_sums<R>(in, up, second, false);
+            UNROLL for (int r = 0; r < R; r++) sums.of[r].y = others.of[r].y;
+        }
+        UNROLL for (int r = 0; r < R; r++) done(r, row, n, sums.of[r]);
     }
-    const block_rows gates = {g, g + gate.row_bytes, n, 2 * gate.row_bytes, 0, 2},
-                     ups = {u, u + up.row_bytes, n, 2 * up.row_bytes, 1, 2};
-    block_sums<R>(in, gate, gates, sums, true);
-    block_sums<R>(in, up, ups, sums, false);
 }
 
-/* The sum of row r of x in slot i, tiles in order */
-template <int R> DEVICE float block_sum_at(const float *sums, int i, int r, int columns) {
-    float sum = 0;
-    for (int c = 0; c < columns; c++) sum += sums[(i * R + r) * columns + c];
-    return sum;
-}
-
-/* block_product: up to R rows of x times a matrix in blocks. The grid shares its rows, or pairs of them,
-   evenly. One kernel for all ends, and a function in it for each format, which others would only repeat.
-   Order: tiles of a row one after the other. Equals qwen3i_matmul, and what vector_product does after it. */
+/* block_product: up to R rows of x times a matrix in blocks. The warps of the grid share its rows, or pairs
+   of them, evenly. One kernel for all ends, and a function in it for each format, which others would only
+   repeat. Equals qwen3i_matmul, and what vector_product does after it. */
 template <int R>
 static __global__ void __launch_bounds__(32 * block_shape<R>::WARPS, block_shape<R>::BLOCKS)
     block_product_kernel(const __grid_constant__ block_in in, const __grid_constant__ vector_end e) {
-    QWEN3_DYNAMIC_SHARED(memory);
     __shared__ int finished[STREAM_HEADS];
-    float *sums = (float *)(void *)(block_planes(memory) + R * block_x_bytes(in)) + 32;
-    const int n = e.kind == END_MLP ? in.parts[0].rows : in.n, blocks = (int)gridDim.x;
-    const row_range mine = {(int)((long long)block_x() * n / blocks),
-                            (int)((long long)(block_x() + 1) * n / blocks)};
-    row_angles angles;                     /* written long before, so there is nothing to wait for */
+    const int warps = n_threads() / 32;
+    row_angles angles;                  /* written long before, so there is nothing to wait for */
     if (e.kind == END_HEADS) angles = load_row_angles(e.qkv, warp_id() < in.rows ? warp_id() : 0);
-    if (e.kind == END_MLP) block_multiply_pairs<R>(in, mine, sums);
-    else block_multiply<R>(in, mine, sums);
-    __syncthreads();
-    for (int i = tid(); i < mine.end - mine.first; i += n_threads()) {
-        const int row = mine.first + i;
-        if (e.kind == END_MLP) {
-            const int gate = block_columns(in.parts[0]), up = block_columns(in.parts[1]);
-            for (int r = 0; r < in.rows; r++)
-                e.y[(size_t)r * e.ldy + row] = silu(block_sum_at<R>(sums, 2 * i, r, gate)) *
-                                               block_sum_at<R>(sums, 2 * i + 1, r, up);
-            continue;
-        }
-        int part = 0, base = 0;
-        while (row - base >= in.parts[part].rows) base += in.parts[part++].rows;
-        const int columns = block_columns(in.parts[part]);
-        for (int r = 0; r < in.rows; r++) finish_sum(e, r, row, block_sum_at<R>(sums, i + part, r, columns));
+    if (e.kind == END_MLP) {
+        block_multiply_pairs<R>(in, block_warp_share(in.parts[0].rows),
+                                [&](int r, int row, int n, float2 sums) {
+            if (lane_id() < n && r < in.rows)
+                e.y[(size_t)r * e.ldy + row + lane_id()] = silu(sums.x) * sums.y;
+        });
+        return;
     }
-    if (e.kind == END_HEADS)
-        finish_heads(mine, in.rows, e.qkv, e.tickets, finished, least(STREAM_HEADS, n_threads()), angles);
+    block_multiply<R>(in, block_warp_share(in.n), [&](int r, int row, int n, float sum) {
+        if (r < in.rows && lane_id() < n) finish_sum(e, r, row + lane_id(), sum);
+    });
+    if (e.kind != END_HEADS) return;
+    const row_range mine = {block_share_begin(block_x() * warps, in.n),
+                            block_share_begin((block_x() + 1) * warps, in.n)};
+    finish_heads(mine, in.rows, e.qkv, e.tickets, finished, least(STREAM_HEADS, n_threads()), angles);
 }
 
 static block_in block_input(const pass *p, const matrix &w, const input &h, int row, int rows) {
@@ -6581,16 +6389,11 @@ static block_in block_input(const pass *p, const matrix &w, const input &h, int 
     return in;
 }
 
-/* Warps of a block: as many as there is room for, if possible twice on a multiprocessor; at least as many as
-   the rows of x, of which each wants one; 0: there is no room. */
+/* Warps of a block: as many as shared memory has room for; 0: not even one. More than one need not be more
+   than the rows of x, of which each wants one. */
 template <int R> static int block_warps(const pass *p, const block_in &in) {
-    const cuda_model *m = p->c->m;
-    const size_t all = m->block_shared - 2048, half = least(all, m->sm_shared / 2 - 2048);
-    const int most_warps = block_shape<R>::WARPS;
-    int warps = most_warps;
-    while (R == 1 && warps > 0 && block_memory(in, R, warps) > half) warps--;
-    if (warps >= 6 && R == 1) return warps;
-    for (warps = most_warps; warps > 0 && block_memory(in, R, warps) > all; ) warps--;
+    int warps = block_shape<R>::WARPS;
+    while (warps > 0 && block_memory(in, R, warps) > p->c->m->block_shared) warps /= 2;
     return warps >= R ? warps : 0;
 }
 
@@ -6598,7 +6401,7 @@ template <int R> static int block_warps(const pass *p, const block_in &in) {
 static bool block_norms_itself(const pass *p, const matrix &w) {
     const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
     return goes_alone(p->c, p->n) && w.cols % 4 == 0 &&
-           w.cols <= BLOCK_NORM * 16 * 32 * block_warps<1>(p, block_input(p, w, h, 0, 1));
+           w.cols <= STREAM_NORM * 4 * 32 * block_warps<1>(p, block_input(p, w, h, 0, 1));
 }
 
 /* units: rows, or pairs of them */
@@ -6608,11 +6411,7 @@ static qwen3_result launch_block(const pass *p, const block_in &in, const vector
     if (warps == 0)
         return qwen3i_fail(p->err, QWEN3_ERR_UNSUPPORTED,
                            "CUDA: rows of %d elements in blocks are too long for %s", in.k, p->c->m->name);
-    const int fill = p->c->m->n_sm, each = e.kind == END_MLP ? 2 : 1,
-              room = most(1, BLOCK_SUMS / (int)sizeof(float) / (R * most_columns(in) * each)),
-              times = ceil_div(ceil_div(units, fill), room);      /* rows of a block: at most room */
-    const int blocks = least(fill * times, ceil_div(units, least(4, room)));
-    return launched(p, launch_shared(p->early, 1, p->s, grid1(blocks),
+    return launched(p, launch_shared(p->early, 1, p->s, grid1(least(p->c->m->n_sm, ceil_div(units, warps))),
                                      32 * warps, block_memory(in, R, warps), block_product_kernel<R>, in, e),
                     "block_product");
 }
@@ -7270,7 +7069,14 @@ static qwen3_result skinny_head(const pass *p, int first, int n, bool keep_only)
     a.y = keep_only ? c->kept : c->logits;
     a.outs = keep_only ? c->rows + first : NULL;
     TRY(hopper_round(p, w, c->h, c->embd_ld, n));
-    TRY(skinny_product<to_logits>(p, c->skinny_h_map, w, a));
+    if (w.n_parts == 0) TRY(skinny_product<to_logits>(p, c->skinny_h_map, w, a));
+    for (int i = 0; w.n_parts > 0 && i < w.rows; i += c->halves[HEAD_KIND].rows, a.y += a.n) {
+        ready r;
+        a.n = least(c->halves[HEAD_KIND].rows, w.rows - i);
+        a.n_tiles = ceil_div(a.n, HOPPER_N);
+        TRY(make_ready(p, w, i, a.n, &r));
+        TRY(skinny_product<to_logits>(&r.p, c->skinny_h_map, *r.w, a));
+    }
     return keep_only ? QWEN3_OK : keep_logits(p, first, n, NULL);
 }
 
@@ -7817,6 +7623,12 @@ const path_set HOPPER = {
     true, hopper_memory, prepare_hopper
 };
 
+/* With weights in blocks fewer than some rows are faster by their whole numbers than through F16. */
+const path_set HOPPER_BLOCKS = {
+    {{MATVEC_ROWS, &VECTOR_PATH}, {SKINNY_MOST, &SKINNY_PATH}, {INT_MAX, &LARGE_PATH}},
+    true, hopper_memory, prepare_hopper
+};
+
 /* The same of invariant contexts. */
 const path_set SAME_PORTABLE = {
     {{SAME_ROWS, &SAME_VECTOR_PATH}, {INT_MAX, &GEMM_PATH}}, false, gemm_memory, prepare_nothing
@@ -8039,7 +7851,7 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
 static const path_set *paths_of(const cuda_model *m, const qwen3_ctx_desc *desc) {
     const bool blocks = m->hopper && m->layers[0].gate_up.n_parts > 0;
     if (desc->invariant) return !m->hopper ? &SAME_PORTABLE : blocks ? &SAME_HOPPER_BLOCKS : &SAME_HOPPER;
-    return m->hopper ? &HOPPER : &PORTABLE;
+    return !m->hopper ? &PORTABLE : blocks ? &HOPPER_BLOCKS : &HOPPER;
 }
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
@@ -8108,15 +7920,11 @@ static qwen3_result take_memory(cuda_ctx *c, const qwen3i_err *err) {
 template <int R> static qwen3_result allow_skinny_shared(const qwen3i_err *err) {
     const size_t bytes = SKINNY_SHARED;
     TRY(allow_shared(skinny_product_kernel<to_residual<HOPPER_M / 2>, R>, bytes, err));
-#define ALLOW(END) TRY(allow_shared(skinny_product_kernel<END, R>, bytes, err)); \
-                   TRY(allow_shared(skinny_block_product_kernel<END, R>, bytes, err))
-    ALLOW(to_residual<HOPPER_M>);
-    ALLOW(to_heads<half_t>);
-    ALLOW(to_heads<void>);
-    ALLOW(to_mlp);
-    ALLOW(to_logits);
-#undef ALLOW
-    return QWEN3_OK;
+    TRY(allow_shared(skinny_product_kernel<to_residual<HOPPER_M>, R>, bytes, err));
+    TRY(allow_shared(skinny_product_kernel<to_heads<half_t>, R>, bytes, err));
+    TRY(allow_shared(skinny_product_kernel<to_heads<void>, R>, bytes, err));
+    TRY(allow_shared(skinny_product_kernel<to_mlp, R>, bytes, err));
+    return allow_shared(skinny_product_kernel<to_logits, R>, bytes, err);
 }
 
 /* A cluster lies within one of the chip's groups of multiprocessors: of 264 places for blocks, 30 clusters of
