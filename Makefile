@@ -1,7 +1,7 @@
 # make            build everything (with CUDA if there is a GPU, and nvcc on the PATH)
 # make run        chat with the demo model, or MODEL=path/to/Qwen3-0.6B
 # make test       run the tests
-# make cuda       build everything with CUDA, GPU or not: takes minutes
+# make cuda       build everything with CUDA, GPU or not: takes minutes; NCCL=1: several GPUs can share a model
 # make help       all targets
 CFLAGS   ?= -O3
 WARN      = -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion
@@ -28,10 +28,14 @@ CUDA_OBJ  = build/qwen3_cuda.o
 CUDA_LAB  = build/cuda_lab.o
 CUDA_DEF  = -DQWEN3_WITH_CUDA
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
-NCCL     ?= $(if $(wildcard $(CUDA_HOME)/include/nccl.h),1)
+ifneq ($(NCCL),)
+ifeq ($(wildcard $(CUDA_HOME)/include/nccl.h /usr/include/nccl.h /usr/local/include/nccl.h),)
+$(error NCCL=1, but there is no nccl.h in $(CUDA_HOME)/include, /usr/include or /usr/local/include)
+endif
+endif
 LDLIBS   += -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -L$(CUDA_HOME)/lib -Wl,-rpath,$(CUDA_HOME)/lib \
-            $(if $(NO_CUBLASLT),,-lcublasLt) $(if $(filter 1,$(NCCL)),-lnccl) -lcudart -lstdc++
-NVCCFLAGS += $(if $(NO_CUBLASLT),-DQWEN3_CUDA_NO_CUBLASLT) $(if $(filter 1,$(NCCL)),-DQWEN3_CUDA_NCCL)
+            $(if $(NO_CUBLASLT),,-lcublasLt) $(if $(NCCL),-lnccl) -lcudart -lstdc++
+NVCCFLAGS += $(if $(NO_CUBLASLT),-DQWEN3_CUDA_NO_CUBLASLT) $(if $(NCCL),-DQWEN3_CUDA_NCCL)
 endif
 
 all: example bench build/check lib
@@ -123,7 +127,7 @@ clean:
 help:
 	@echo "all       example, bench, build/check and the libraries, $(if $(CUDA),with CUDA,for the CPU)"
 	@echo "cuda      the same with CUDA (nvcc: $(or $(NVCC),none found)); otherwise it is built where a GPU is found"
-	@echo "          CUDA=1, CUDA=0: with and without for any target; a first build with CUDA takes minutes"
+	@echo "          CUDA=1, CUDA=0: with and without for any target; a first build with CUDA takes minutes; NCCL=1: several GPUs"
 	@echo "run       chat with MODEL (default: the demo); ARGS=... are passed on"
 	@echo "test      build and run the tests"
 	@echo "build/check   is a model's cache precise enough? build/check MODEL"
