@@ -5701,12 +5701,14 @@ static __global__ void clear_kernel(float *x, size_t n) {
         x[i] = 0;
 }
 
+#ifdef QWEN3_CUDA_NCCL
 /* spread: logits[row, rank * width + i] = gathered[rank, row, i]. Grid (ranks, rows). */
 static __global__ void spread_kernel(float *logits, const float *gathered, int width) {
     const size_t from = ((size_t)blockIdx.x * gridDim.y + blockIdx.y) * width,
                  to = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * width;
     for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) logits[to + i] = gathered[from + i];
 }
+#endif
 
 /* x is added to on the first rank only: before x = x + W a the others have zeros there, ... */
 static qwen3_result begin_sum(const pass *p) {
@@ -8098,7 +8100,9 @@ struct rank_group {
     std::atomic<bool> broken;           /* a rank has failed: no sum comes any more */
 };
 
+#ifdef QWEN3_CUDA_NCCL
 static bool is_broken(const cuda_ctx *c) { return c->ranks && c->ranks->broken; }
+#endif
 
 /* After an error the others must not wait for this rank's part of a sum. */
 static void give_up(cuda_ctx *c) {
@@ -8565,6 +8569,7 @@ template <class F> static qwen3_result each_rank(cuda_ctx *c, const F &f) {
     return QWEN3_OK;
 }
 
+#ifdef QWEN3_CUDA_NCCL
 /* A thread of a group, for as long as it is there */
 static void serve(rank_group *g, int rank) {
     fellow *own = &g->fellows[rank];
@@ -8582,6 +8587,7 @@ static void serve(rank_group *g, int rank) {
         if (--g->at_work == 0) g->ended.notify_one();
     }
 }
+#endif
 
 static void end_group(rank_group *g, const qwen3_allocator *a, int max_seqs) {
     g->lock.lock();
