@@ -2438,10 +2438,11 @@ static void qwen3i_unpack_scales_k(float *d, float *m, const uint8_t *b) {
     }
 }
 
-/* A value out of 16 for four bits */
-static const int8_t qwen3i_iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69,
-                                             89, 113};
-static const int8_t qwen3i_q4_0_values[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+/* A value out of 16 for four bits: of IQ4_NL and IQ4_XS, and of Q4_0 */
+static const int8_t qwen3i_four_bits[2][16] = {
+    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113},
+    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7}
+};
 /* twice E2M1's */
 static const int8_t qwen3i_fp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
@@ -2497,7 +2498,7 @@ static void qwen3i_unpack_q5_1(int8_t *q, float *d, float *m, const uint8_t *b) 
 static void qwen3i_unpack_iq4_nl(int8_t *q, float *d, float *m, const uint8_t *b) {
     (void)m;
     qwen3i_unpack_nibbles(q, b + 2, 16, 0);
-    qwen3i_unpack_values(q, 32, qwen3i_iq4_values);
+    qwen3i_unpack_values(q, 32, qwen3i_four_bits[0]);
     d[0] = qwen3i_half_at(b);
 }
 
@@ -2623,7 +2624,7 @@ static void qwen3i_unpack_iq4_xs(int8_t *q, float *d, float *m, const uint8_t *b
         qwen3i_unpack_nibbles(q + 32 * k, b + 8 + 16 * k, 16, 0);
         d[k] = scale * (float)((low | high << 4) - 32);
     }
-    qwen3i_unpack_values(q, 256, qwen3i_iq4_values);
+    qwen3i_unpack_values(q, 256, qwen3i_four_bits[0]);
 }
 
 /* ---- the table ------------------------------------------------------------------------------- */
@@ -9962,12 +9963,12 @@ TARGET static void V##_panel32(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_
     V##_take(v, b, strip); \
     d = V##_half(v[0]); \
     switch (type) { \
-        case QWEN3I_Q4_0: V##_picks(p, c, c + 16, b + 2, strip, qwen3i_q4_0_values); break; \
+        case QWEN3I_Q4_0: V##_picks(p, c, c + 16, b + 2, strip, qwen3i_four_bits[1]); break; \
         case QWEN3I_Q4_1: V##_nibbles(p, c, c + 16, b + 4, strip, none); break; \
         case QWEN3I_Q5_0: V##_nibbles(p, c, c + 16, b + 6, strip, none); \
                           V##_fives(p, c, V##_or(V##_shr(v[0], 16), V##_shl(v[1], 16)), 16); break; \
         case QWEN3I_Q5_1: V##_nibbles(p, c, c + 16, b + 8, strip, none); V##_fives(p, c, v[1], 0); break; \
-        case QWEN3I_IQ4_NL: V##_picks(p, c, c + 16, b + 2, strip, qwen3i_iq4_values); break; \
+        case QWEN3I_IQ4_NL: V##_picks(p, c, c + 16, b + 2, strip, qwen3i_four_bits[0]); break; \
         case QWEN3I_INT4S: { \
             V##_i zero = V##_and(v[0], 127); \
             zero = V##_or(zero, V##_shl(zero, 8)); \
@@ -10138,7 +10139,7 @@ TARGET QWEN3I_INLINE void V##_panel_iq4_xs(qwen3i_panel *p, const uint8_t *b, qw
     for (int k = 0; k < 8; k++) { \
         V##_i low = V##_and(V##_shr(v[1], 4 * k), 15), high = V##_and(V##_shr(v[0], 16 + 2 * k), 3); \
         V##_store(p->d[k], V##_mul(d, V##_plus(V##_float(V##_or(low, V##_shl(high, 4))), -32))); \
-        V##_picks(p, 32 * k, 32 * k + 16, b + 8 + 16 * k, strip, qwen3i_iq4_values); \
+        V##_picks(p, 32 * k, 32 * k + 16, b + 8 + 16 * k, strip, qwen3i_four_bits[0]); \
     } \
 } \
 /* n_cols columns, from the beginning of a block on; so many rows that there may be no 16 are repeated. */ \
@@ -10154,7 +10155,7 @@ TARGET static void V##_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *st
         strip->ld = QWEN3I_MAX_ROW; \
     } \
     if (n_cols == 256 && f->bytes == 18) { \
-        V##_panel_18(p, w, strip, type == QWEN3I_Q4_0 ? qwen3i_q4_0_values : qwen3i_iq4_values); \
+        V##_panel_18(p, w, strip, type == QWEN3I_Q4_0 ? qwen3i_four_bits[1] : qwen3i_four_bits[0]); \
         return; \
     } \
     for (int c = 0; c < n_cols; c += f->elements, w += f->bytes) \
