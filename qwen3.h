@@ -8538,7 +8538,13 @@ static const char *qwen3i_main_type(const uint64_t *of_type) {
     return qwen3i_format_of((qwen3i_type)most)->name;
 }
 
+/* The backend's part of a load is its second half. */
+static int qwen3i_backend_progress(float done, void *loader) {
+    return qwen3i_progress((const qwen3i_loader *)loader, (double)done) != QWEN3_OK;
+}
+
 static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
+    qwen3_load_desc own;
     qwen3_model *m = l->model;
     qwen3i_tensors tensors;
     qwen3i_binder b;
@@ -8570,8 +8576,11 @@ static qwen3_result qwen3i_load_weights(qwen3i_loader *l) {
     m->info.weight_type = qwen3i_main_type(b.of_type);
     m->info.weight_bytes = b.n_bytes;
     m->info.fingerprint = b.fingerprint;
-    l->done = 0.5f;
-    if (r == QWEN3_OK) r = m->backend->model_create(&m->backend_state, m, l->desc, l->err);
+    l->done = l->step = 0.5f;
+    own = *l->desc;
+    if (own.progress) own.progress = qwen3i_backend_progress;
+    own.progress_user = l;
+    if (r == QWEN3_OK) r = m->backend->model_create(&m->backend_state, m, &own, l->err);
     return r;
 }
 

@@ -2297,22 +2297,33 @@ static int report_part(float done, void *part) {
     return p->desc->progress(((float)p->i + done) / (float)p->n, p->desc->progress_user);
 }
 
-static qwen3_result create_fellows(cuda_model *m, const qwen3i_model_view *view, const qwen3_load_desc *desc,
-                                   const qwen3i_err *err) {
+/* The ranks of this process, one after the other; rank 0 has the others as its fellows. */
+static qwen3_result create_group(cuda_model **first, const qwen3i_model_view *view,
+                                 const qwen3_load_desc *desc, const qwen3i_err *err) {
     ncclComm_t comms[MOST_RANKS] = {NULL};
-    const int n = m->n_ranks;
+    cuda_model *m = NULL;
+    const int n = desc->n_devices;
     qwen3_load_desc part = *desc;
     partial_progress progress = {desc, 0, n};
-    m->fellows = (cuda_model **)host_alloc(&m->allocator, (size_t)n * sizeof *m->fellows);
-    if (!m->fellows) return no_host_memory(err, (size_t)n * sizeof *m->fellows);
-    m->fellows[0] = m;
+    if (n > MOST_RANKS)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: n_devices is %d; up to %d share a model", n,
+                           MOST_RANKS);
     part.progress = desc->progress ? report_part : NULL;
     part.progress_user = &progress;
-    for (progress.i = 1; progress.i < n; progress.i++)
-        TRY(create_share(&m->fellows[progress.i], view, desc->devices[progress.i], progress.i, n, &part,
-                         err));
+    for (; progress.i < n; progress.i++) {
+        TRY(create_share(&m, view, desc->devices[progress.i], progress.i, n, &part, err));
+        if (progress.i == 0) {
+            *first = m;
+            m->fellows = (cuda_model **)host_alloc(&m->allocator, (size_t)n * sizeof *m->fellows);
+            if (!m->fellows) return no_host_memory(err, (size_t)n * sizeof *m->fellows);
+        }
+        (*first)->fellows[progress.i] = m;
+    }
     NCCL_TRY(ncclCommInitAll(comms, n, desc->devices));
-    for (int i = 0; i < n; i++) m->fellows[i]->comm = comms[i];
+    for (int i = 0; i < n; i++) (*first)->fellows[i]->comm = comms[i];
+    char name[sizeof m->name - 16];
+    snprintf(name, sizeof name, "%s", (*first)->name);
+    snprintf((*first)->name, sizeof m->name, "%d x %s", n, name);
     return QWEN3_OK;
 }
 
@@ -2328,18 +2339,18 @@ static qwen3_result join_ranks(cuda_model *m, const qwen3_load_desc *desc, const
 
 static qwen3_result create_model_from(void **model_state, const qwen3i_model_view *view,
                                       const qwen3_load_desc *desc, const qwen3i_err *err) {
-    const bool group = desc->n_devices > 1;
-    const int n = group ? desc->n_devices : most(desc->n_ranks, 1);
+    const int device = desc->n_devices > 0 ? desc->devices[0] : desc->device;
     cuda_model *m = NULL;
+    qwen3_result r;
     *model_state = NULL;
-    if (group && n > MOST_RANKS)
-        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: n_devices is %d; up to %d share a model", n,
-                           MOST_RANKS);
-    TRY(create_share(&m, view, desc->n_devices > 0 ? desc->devices[0] : desc->device, group ? 0 : desc->rank,
-                     n, desc, err));
-    qwen3_result r = QWEN3_OK;
 #ifdef QWEN3_CUDA_NCCL
-    if (n > 1) r = group ? create_fellows(m, view, desc, err) : join_ranks(m, desc, err);
+    if (desc->n_devices > 1) r = create_group(&m, view, desc, err);
+    else {
+        r = create_share(&m, view, device, desc->rank, most(desc->n_ranks, 1), desc, err);
+        if (r == QWEN3_OK && m->n_ranks > 1) r = join_ranks(m, desc, err);
+    }
+#else
+    r = create_share(&m, view, device, 0, 1, desc, err);
 #endif
     if (r == QWEN3_OK) *model_state = m;
     else free_model(m);
@@ -8097,17 +8108,18 @@ struct rank_group {
     long     turn;
     int      at_work;
     bool     over;
-    std::atomic<bool> broken;           /* a rank has failed: no sum comes any more */
+    std::atomic<int> broken_by;         /* the rank that failed first, so that no sum comes any more; or -1 */
 };
 
 #ifdef QWEN3_CUDA_NCCL
-static bool is_broken(const cuda_ctx *c) { return c->ranks && c->ranks->broken; }
+static bool is_broken(const cuda_ctx *c) { return c->ranks && c->ranks->broken_by >= 0; }
 #endif
 
 /* After an error the others must not wait for this rank's part of a sum. */
 static void give_up(cuda_ctx *c) {
 #ifdef QWEN3_CUDA_NCCL
-    if (c->ranks) c->ranks->broken = true;
+    int nobody = -1;
+    if (c->ranks) c->ranks->broken_by.compare_exchange_strong(nobody, c->m->rank);
     if (c->comm) ncclCommAbort(c->comm);
     c->comm = NULL;
 #else
@@ -8319,7 +8331,7 @@ static qwen3_result end_failed(cuda_ctx *c, qwen3_result r) {
 static qwen3_result forward_own(cuda_ctx *c, const qwen3i_batch *b, const qwen3i_err *err) {
     device_guard guard(c->m->device);
     int n_tiles;
-    CUDA_TRY(guard.status);
+    if (guard.status != cudaSuccess) return end_failed(c, cuda_fail(err, guard.status, "cudaSetDevice"));
     c->ahead.n = 0;
     qwen3_result r = upload_batch(c, b, &n_tiles, err);
     if (r == QWEN3_OK) r = is_step(c, b) ? run_step(c, b->n_rows, err) : run_batch(c, b, n_tiles, err);
@@ -8509,7 +8521,7 @@ static qwen3_result take_choices(cuda_ctx *c, qwen3i_next *items, int n, const i
 static qwen3_result next_own(cuda_ctx *c, qwen3i_next *items, int n, const qwen3i_err *err) {
     device_guard guard(c->m->device);
     int slot = c->ahead.slot;
-    CUDA_TRY(guard.status);
+    if (guard.status != cudaSuccess) return end_failed(c, cuda_fail(err, guard.status, "cudaSetDevice"));
     qwen3_result r = QWEN3_OK;
     if (!ahead_fits(c, items, n)) {
         c->ahead.n = 0;
@@ -8542,7 +8554,7 @@ template <class F> static qwen3_result run_job(const void *f, cuda_ctx *c, int r
 template <class F> static qwen3_result together(cuda_ctx *c, const F &f, const qwen3i_err *err) {
     rank_group *g = c->ranks;
     if (!g) return f(c, 0, err);
-    if (g->broken)
+    if (g->broken_by >= 0)
         return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: a device has failed before: free the context");
     const rank_job job = {run_job<F>, &f};
     std::unique_lock<std::mutex> held(g->lock);
@@ -8554,17 +8566,17 @@ template <class F> static qwen3_result together(cuda_ctx *c, const F &f, const q
     qwen3_result r = f(c, 0, err);
     held.lock();
     while (g->at_work > 0) g->ended.wait(held);
-    for (int i = 1; i < g->n && r == QWEN3_OK; i++)
-        if (g->fellows[i].result != QWEN3_OK)
-            r = qwen3i_fail(err, g->fellows[i].result, "%s", g->fellows[i].text);
-    return r;
+    /* all have the same result, or one has failed and the others say no more than that */
+    const fellow *cause = &g->fellows[g->broken_by > 0 ? (int)g->broken_by : 0];
+    return cause->c == c ? r : qwen3i_fail(err, cause->result, "device %d: %s", cause->c->m->device, cause->text);
 }
 /* The same one after the other: f has no sum over ranks. */
-template <class F> static qwen3_result each_rank(cuda_ctx *c, const F &f) {
+template <class F> static qwen3_result each_rank(cuda_ctx *c, const F &f, const qwen3i_err *err) {
     for (int i = 0; i < (c->ranks ? c->ranks->n : 1); i++) {
         cuda_ctx *own = c->ranks ? c->ranks->fellows[i].c : c;
         device_guard guard(own->m->device);
-        TRY(guard.status == cudaSuccess ? f(own) : QWEN3_ERR_DEVICE);
+        CUDA_TRY(guard.status);
+        TRY(f(own));
     }
     return QWEN3_OK;
 }
@@ -8615,11 +8627,12 @@ static void free_ctx(void *ctx_state) {
 /* A communicator of this context's own for each of its ranks in this process */
 static qwen3_result split_ranks(cuda_ctx *c, const qwen3i_err *err) {
     ncclResult_t e = ncclGroupStart();
-    each_rank(c, [&](cuda_ctx *own) {
+    const qwen3_result r = each_rank(c, [&](cuda_ctx *own) {
         if (e == ncclSuccess) e = ncclCommSplit(own->m->comm, 0, own->m->rank, &own->comm, NULL);
         return QWEN3_OK;
-    });
+    }, err);
     const ncclResult_t ended = ncclGroupEnd();
+    TRY(r);
     NCCL_TRY(e);
     NCCL_TRY(ended);
     return QWEN3_OK;
@@ -8647,6 +8660,7 @@ static qwen3_result begin_group(cuda_ctx *c, const qwen3_model *model, const qwe
     if (!memory) return no_host_memory(err, sizeof(rank_group));
     c->ranks = new (memory) rank_group();
     c->ranks->n = c->m->n_ranks;
+    c->ranks->broken_by = -1;
     c->ranks->fellows[0].c = c;
     theirs.cancel = NULL;
     theirs.stream = NULL;
@@ -8697,7 +8711,10 @@ static qwen3_result check_cancelled(cuda_ctx *c, const qwen3i_err *err) {
 #ifdef QWEN3_CUDA_NCCL
     if (c->m->n_ranks > 1 && !c->ranks && !c->comm)
         return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: a rank has failed before: free the context");
-    if (c->m->n_ranks > 1 && !c->ranks && c->cancel) TRY(agree(c, &stop, err));
+    if (c->m->n_ranks > 1 && !c->ranks && c->cancel) {
+        const qwen3_result r = agree(c, &stop, err);
+        if (r != QWEN3_OK) return end_failed(c, r);
+    }
 #endif
     return stop ? qwen3i_fail(err, QWEN3_STOPPED, "cancelled") : QWEN3_OK;
 }
@@ -8745,7 +8762,7 @@ static qwen3_result set_logits(void *ctx_state, int seq, const float *from, cons
                                              (size_t)c->m->config.n_vocab * sizeof(float),
                                              cudaMemcpyHostToDevice, c->stream),
                              err);
-    });
+    }, err);
 }
 
 static size_t kv_row_bytes(const cuda_ctx *c) {
@@ -8771,7 +8788,7 @@ static qwen3_result seq_copy(void *ctx_state, int dst, int src, int n_pos, const
                                  (size_t)c->m->config.n_vocab * sizeof(float), cudaMemcpyDeviceToDevice,
                                  c->stream));
         return QWEN3_OK;
-    });
+    }, err);
 }
 
 /* Where a rank's heads are in rows of all, whose bytes are *row. */
@@ -8824,7 +8841,7 @@ static qwen3_result kv_read(void *ctx_state, int seq, int layer, int n_pos, void
             e = cudaMemcpy2DAsync((char *)v + to, row, c->v + at, own, own, n, cudaMemcpyDeviceToHost,
                                   c->stream);
         return finish_copies(c, e, err);
-    });
+    }, err);
 }
 
 static qwen3_result kv_write(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v,
@@ -8840,7 +8857,7 @@ static qwen3_result kv_write(void *ctx_state, int seq, int layer, int n_pos, con
             e = cudaMemcpy2DAsync(c->v + at, own, (const char *)v + from, row, own, n, cudaMemcpyHostToDevice,
                                   c->stream);
         return finish_copies(c, e, err);
-    });
+    }, err);
 }
 
 } /* namespace */

@@ -135,6 +135,28 @@ static void test_ranks_cancel(void) {
     fixture_close(&f);
 }
 
+/* Loading goes on from device to device, never back, and says how many there are. */
+static int ranks_progress(float done, void *before) {
+    CHECK_MSG(done >= *(float *)before, "from %g back to %g", (double)*(float *)before, (double)done);
+    *(float *)before = done;
+    return 0;
+}
+
+static void test_ranks_loading(void) {
+    char path[1024], err[512] = "";
+    model_path(path, sizeof path, "chat", "");
+    for (int n = 1; n <= 2; n++) {
+        qwen3_load_desc desc = ranks_load(path, n);
+        qwen3_model *model = NULL;
+        float done = 0;
+        desc.progress = ranks_progress;
+        desc.progress_user = &done;
+        CHECK_MSG(qwen3_load(&model, &desc, err, sizeof err) == QWEN3_OK, "%s", err);
+        CHECK(done == 1.0f && model && (n == 1 || strncmp(qwen3_get_info(model).device_name, "2 x ", 4) == 0));
+        qwen3_free(model);
+    }
+}
+
 static void ranks_refused(qwen3_load_desc desc, qwen3_result want, const char *says) {
     char err[512] = "";
     qwen3_model *model = NULL;
@@ -264,7 +286,10 @@ static qwen3_result ranks_whole_run(const char *path) {
     if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, &desc, err, sizeof err);
     if (r == QWEN3_OK) r = eval(ctx, 0, prompt, 20, NULL);
     for (i = 0; i < 3 && r == QWEN3_OK; i++) r = qwen3_next(ctx, 0, NULL, &t);
-    if (ctx) CHECK((r >= 0) == (qwen3_ctx_error(ctx)[0] == '\0'));
+    if (ctx) {                          /* which says why, whichever device it was */
+        CHECK((r >= 0) == (qwen3_ctx_error(ctx)[0] == '\0'));
+        CHECK_MSG(!strstr(qwen3_ctx_error(ctx), "another rank"), "'%s'", qwen3_ctx_error(ctx));
+    }
     qwen3_ctx_free(ctx);
     qwen3_free(model);
     return r;
@@ -306,6 +331,7 @@ static void suite_ranks(void) {
     RUN(test_ranks_next);
     RUN(test_ranks_states);
     RUN(test_ranks_cancel);
+    RUN(test_ranks_loading);
     RUN(test_ranks_refuses);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
     RUN(test_ranks_processes);
