@@ -12926,7 +12926,8 @@ typedef struct qwen3i_state {           /* of a deterministic automaton; state n
     unsigned char anything;             /* there, any character may follow */
     int      label;                     /* of a final one: which key of an object this is */
     int      distance, chars;           /* bytes to the nearest final one, whole characters likewise */
-    /* labels within reach: names low..high - 1; bytes to the end of any other key, in the end with its value */
+    /* labels within reach: names low..high - 1; bytes to the end of any other key, in the end with its
+       value */
     int      low, high, open;
 } qwen3i_state;
 typedef struct qwen3i_dfa { int first, n_states; } qwen3i_dfa;
@@ -12959,7 +12960,7 @@ struct qwen3_grammar {                  /* immutable once compiled */
 typedef struct qwen3i_compiler {
     qwen3_grammar     *g;
     qwen3_result       result;          /* after a failure nothing more is done */
-    int                refused;         /* that was a keyword, or a part of an expression, that is not enforced */
+    int                refused;         /* that was a keyword, or part of a pattern, that is not enforced */
     char               message[400];    /* what the failure was */
     int64_t            steps, max_steps;
     size_t             max_bytes;
@@ -13528,8 +13529,8 @@ static int qwen3i_product(qwen3i_compiler *c, int a, int b, int mode) {
 #define QWEN3I_MAX_NESTING 128
 #define QWEN3I_NO_LIMIT    (-1)
 
-enum { QWEN3I_AST_EMPTY, QWEN3I_AST_CLASS, QWEN3I_AST_CAT, QWEN3I_AST_ALT, QWEN3I_AST_REPEAT, QWEN3I_AST_START, QWEN3I_AST_END,
-       QWEN3I_AST_RULE };
+enum { QWEN3I_AST_EMPTY, QWEN3I_AST_CLASS, QWEN3I_AST_CAT, QWEN3I_AST_ALT, QWEN3I_AST_REPEAT,
+       QWEN3I_AST_START, QWEN3I_AST_END, QWEN3I_AST_RULE };
 typedef struct qwen3i_ast {
     /* CAT, ALT, REPEAT: the first child; the next child of the parent; 0: none */
     int kind, child, next;
@@ -13999,8 +14000,10 @@ static int qwen3i_nfa_any_string(qwen3i_compiler *c) {
 #define QWEN3I_RE_YEAR "(?:[1-9]\\d{3}|0[1-9]\\d\\d|00[1-9]\\d|000[1-9])"
 #define QWEN3I_RE_LEAP "(?:\\d\\d(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
 #define QWEN3I_RE_DATE "(?:" QWEN3I_RE_YEAR "-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12]\\d|3[01])|" \
-                       "(?:0[469]|11)-(?:0[1-9]|[12]\\d|30)|02-(?:0[1-9]|1\\d|2[0-8]))|" QWEN3I_RE_LEAP "-02-29)"
-#define QWEN3I_RE_TIME "(?:[01]\\d|2[0-3]):[0-5]\\d:[0-5]\\d(?:\\.\\d+)?(?:[Zz]|[+-](?:[01]\\d|2[0-3]):[0-5]\\d)"
+                       "(?:0[469]|11)-(?:0[1-9]|[12]\\d|30)|02-(?:0[1-9]|1\\d|2[0-8]))|" \
+                       QWEN3I_RE_LEAP "-02-29)"
+#define QWEN3I_RE_TIME "(?:[01]\\d|2[0-3]):[0-5]\\d:[0-5]\\d(?:\\.\\d+)?" \
+                       "(?:[Zz]|[+-](?:[01]\\d|2[0-3]):[0-5]\\d)"
 #define QWEN3I_RE_LABEL "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 #define QWEN3I_RE_HOST QWEN3I_RE_LABEL "(?:\\." QWEN3I_RE_LABEL ")*"
 #define QWEN3I_RE_ATOM "[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
@@ -14008,7 +14011,8 @@ static int qwen3i_nfa_any_string(qwen3i_compiler *c) {
 #define QWEN3I_RE_IPV4 QWEN3I_RE_BYTE "(?:\\." QWEN3I_RE_BYTE "){3}"
 #define QWEN3I_RE_H16  "[0-9A-Fa-f]{1,4}"
 #define QWEN3I_RE_LS32 "(?:" QWEN3I_RE_H16 ":" QWEN3I_RE_H16 "|" QWEN3I_RE_IPV4 ")"
-#define QWEN3I_RE_IPV6 "(?:" QWEN3I_RE_H16 ":){6}" QWEN3I_RE_LS32 "|::(?:" QWEN3I_RE_H16 ":){5}" QWEN3I_RE_LS32 \
+#define QWEN3I_RE_IPV6 "(?:" QWEN3I_RE_H16 ":){6}" QWEN3I_RE_LS32 \
+    "|::(?:" QWEN3I_RE_H16 ":){5}" QWEN3I_RE_LS32 \
     "|(?:" QWEN3I_RE_H16 ")?::(?:" QWEN3I_RE_H16 ":){4}" QWEN3I_RE_LS32 \
     "|(?:(?:" QWEN3I_RE_H16 ":){0,1}" QWEN3I_RE_H16 ")?::(?:" QWEN3I_RE_H16 ":){3}" QWEN3I_RE_LS32 \
     "|(?:(?:" QWEN3I_RE_H16 ":){0,2}" QWEN3I_RE_H16 ")?::(?:" QWEN3I_RE_H16 ":){2}" QWEN3I_RE_LS32 \
@@ -14017,13 +14021,20 @@ static int qwen3i_nfa_any_string(qwen3i_compiler *c) {
     "|(?:(?:" QWEN3I_RE_H16 ":){0,5}" QWEN3I_RE_H16 ")?::" QWEN3I_RE_H16 \
     "|(?:(?:" QWEN3I_RE_H16 ":){0,6}" QWEN3I_RE_H16 ")?::"
 #define QWEN3I_RE_PCHAR(more, colon) "(?:[A-Za-z0-9._~!$&'()*+,;=" colon more "-]|%[0-9A-Fa-f]{2})"
-#define QWEN3I_RE_AUTHORITY(more) "//(?:" QWEN3I_RE_PCHAR(more, ":") "*@)?" QWEN3I_RE_PCHAR(more, "") "*(?::\\d*)?"
+#define QWEN3I_RE_AUTHORITY(more) \
+    "//(?:" QWEN3I_RE_PCHAR(more, ":") "*@)?" QWEN3I_RE_PCHAR(more, "") "*(?::\\d*)?"
 #define QWEN3I_RE_SEGMENTS(more) "(?:/" QWEN3I_RE_PCHAR(more, ":@") "*)*"
-#define QWEN3I_RE_TAIL(more) "(?:\\?(?:" QWEN3I_RE_PCHAR(more, ":@/?") ")*)?(?:#(?:" QWEN3I_RE_PCHAR(more, ":@/?") ")*)?"
-#define QWEN3I_RE_ROOTED(more) QWEN3I_RE_AUTHORITY(more) QWEN3I_RE_SEGMENTS(more) "|/(?:" QWEN3I_RE_PCHAR(more, ":@") "+" QWEN3I_RE_SEGMENTS(more) ")?"
-#define QWEN3I_RE_URI(more) "[A-Za-z][A-Za-z0-9+.-]*:(?:" QWEN3I_RE_ROOTED(more) "|" QWEN3I_RE_PCHAR(more, ":@") "+" QWEN3I_RE_SEGMENTS(more) ")?" \
+#define QWEN3I_RE_TAIL(more) \
+    "(?:\\?(?:" QWEN3I_RE_PCHAR(more, ":@/?") ")*)?(?:#(?:" QWEN3I_RE_PCHAR(more, ":@/?") ")*)?"
+#define QWEN3I_RE_ROOTED(more) \
+    QWEN3I_RE_AUTHORITY(more) QWEN3I_RE_SEGMENTS(more) \
+    "|/(?:" QWEN3I_RE_PCHAR(more, ":@") "+" QWEN3I_RE_SEGMENTS(more) ")?"
+#define QWEN3I_RE_URI(more) \
+    "[A-Za-z][A-Za-z0-9+.-]*:(?:" QWEN3I_RE_ROOTED(more) \
+    "|" QWEN3I_RE_PCHAR(more, ":@") "+" QWEN3I_RE_SEGMENTS(more) ")?" QWEN3I_RE_TAIL(more)
+#define QWEN3I_RE_RELATIVE(more) \
+    "(?:" QWEN3I_RE_ROOTED(more) "|" QWEN3I_RE_PCHAR(more, "@") "+" QWEN3I_RE_SEGMENTS(more) ")?" \
     QWEN3I_RE_TAIL(more)
-#define QWEN3I_RE_RELATIVE(more) "(?:" QWEN3I_RE_ROOTED(more) "|" QWEN3I_RE_PCHAR(more, "@") "+" QWEN3I_RE_SEGMENTS(more) ")?" QWEN3I_RE_TAIL(more)
 #define QWEN3I_RE_UCS "\\u00A0-\\uD7FF\\uF900-\\uFDCF\\uFDF0-\\uFFEF"
 #define QWEN3I_RE_POINTER "(?:/(?:[^~/]|~[01])*)*"
 #define QWEN3I_RE_CLOCK "T(?:\\d+H(?:\\d+M(?:\\d+S)?)?|\\d+M(?:\\d+S)?|\\d+S)"
@@ -14034,14 +14045,17 @@ typedef struct qwen3i_text_format { const char *name, *expression; } qwen3i_text
    supported. */
 static const qwen3i_text_format *qwen3i_text_format_find(qwen3i_str name) {
     static const qwen3i_text_format formats[] = {
-        {"date", QWEN3I_RE_DATE}, {"time", QWEN3I_RE_TIME}, {"date-time", QWEN3I_RE_DATE "[Tt]" QWEN3I_RE_TIME},
+        {"date", QWEN3I_RE_DATE}, {"time", QWEN3I_RE_TIME},
+        {"date-time", QWEN3I_RE_DATE "[Tt]" QWEN3I_RE_TIME},
         {"email", QWEN3I_RE_ATOM "(?:\\." QWEN3I_RE_ATOM ")*@" QWEN3I_RE_HOST}, {"hostname", QWEN3I_RE_HOST},
         {"uuid", "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}"},
-        {"ipv4", QWEN3I_RE_IPV4}, {"ipv6", QWEN3I_RE_IPV6}, {"uri", QWEN3I_RE_URI("")}, {"iri", QWEN3I_RE_URI(QWEN3I_RE_UCS)},
+        {"ipv4", QWEN3I_RE_IPV4}, {"ipv6", QWEN3I_RE_IPV6}, {"uri", QWEN3I_RE_URI("")},
+        {"iri", QWEN3I_RE_URI(QWEN3I_RE_UCS)},
         {"uri-reference", QWEN3I_RE_URI("") "|" QWEN3I_RE_RELATIVE("")}, {"json-pointer", QWEN3I_RE_POINTER},
         {"iri-reference", QWEN3I_RE_URI(QWEN3I_RE_UCS) "|" QWEN3I_RE_RELATIVE(QWEN3I_RE_UCS)},
         {"relative-json-pointer", "(?:0|[1-9]\\d*)(?:#|" QWEN3I_RE_POINTER ")"},
-        {"duration", "P(?:\\d+W|(?:\\d+Y(?:\\d+M(?:\\d+D)?)?|\\d+M(?:\\d+D)?|\\d+D)(?:" QWEN3I_RE_CLOCK ")?|" QWEN3I_RE_CLOCK ")"},
+        {"duration", "P(?:\\d+W|(?:\\d+Y(?:\\d+M(?:\\d+D)?)?|\\d+M(?:\\d+D)?|\\d+D)"
+                     "(?:" QWEN3I_RE_CLOCK ")?|" QWEN3I_RE_CLOCK ")"},
         {"regex", NULL}, {"idn-email", NULL}, {"idn-hostname", NULL}, {"uri-template", NULL}};
     int i;
     for (i = 0; i < QWEN3I_COUNT(formats); i++)
@@ -14175,7 +14189,8 @@ static int qwen3i_nfa_limit(qwen3i_compiler *c, const qwen3i_bound *b, int above
     if (b->negative) same = qwen3i_nfa_minus(c, same);
     if (above != b->negative) return same;
     all = qwen3i_nfa_whole(c, qwen3i_nfa_fraction(c, out));
-    if (b->n_whole == 1 && b->whole[0] == '0' && b->n_fraction == 0 && !inclusive)      /* -0 is not below 0 */
+    /* -0 is not below 0 */
+    if (b->n_whole == 1 && b->whole[0] == '0' && b->n_fraction == 0 && !inclusive)
         all = qwen3i_nfa_beyond(c, b, 1, 0, out);
     return qwen3i_nfa_split(c, same, b->negative ? all : qwen3i_nfa_minus(c, all));
 }
@@ -14410,8 +14425,8 @@ static int qwen3i_schema_bad(qwen3i_compiler *c, int node, qwen3_result code, co
 }
 
 /* ---- JSON Schema: what a set of schemas allows, as alternatives ------------------------------ */
-enum { QWEN3I_T_NULL = 1, QWEN3I_T_FALSE = 2, QWEN3I_T_TRUE = 4, QWEN3I_T_NUMBER = 8, QWEN3I_T_STRING = 16, QWEN3I_T_LIST = 32, QWEN3I_T_OBJECT = 64,
-       QWEN3I_T_ALL_TYPES = 127 };
+enum { QWEN3I_T_NULL = 1, QWEN3I_T_FALSE = 2, QWEN3I_T_TRUE = 4, QWEN3I_T_NUMBER = 8, QWEN3I_T_STRING = 16,
+       QWEN3I_T_LIST = 32, QWEN3I_T_OBJECT = 64, QWEN3I_T_ALL_TYPES = 127 };
 
 /* A term is a value of the document with a meaning: a schema that holds, or not; a value that is equal, or
    not. */
@@ -14419,8 +14434,9 @@ enum { QWEN3I_HOLDS, QWEN3I_FAILS, QWEN3I_EQUALS, QWEN3I_DIFFERS };
 #define QWEN3I_TERM(node, kind) ((node) * 4 + (kind))
 #define QWEN3I_NEVER (-1)               /* the term that nothing satisfies */
 
-enum { QWEN3I_R_WHOLE, QWEN3I_R_NOT_WHOLE, QWEN3I_R_MIN, QWEN3I_R_MAX, QWEN3I_R_MULTIPLE, QWEN3I_R_ONE_OF, QWEN3I_R_NONE_OF,
-       QWEN3I_R_PATTERN, QWEN3I_R_NOT_PATTERN, QWEN3I_R_FORMAT, QWEN3I_R_NOT_FORMAT, QWEN3I_R_MIN_COUNT, QWEN3I_R_MAX_COUNT,
+enum { QWEN3I_R_WHOLE, QWEN3I_R_NOT_WHOLE, QWEN3I_R_MIN, QWEN3I_R_MAX, QWEN3I_R_MULTIPLE,
+       QWEN3I_R_ONE_OF, QWEN3I_R_NONE_OF, QWEN3I_R_PATTERN, QWEN3I_R_NOT_PATTERN, QWEN3I_R_FORMAT,
+       QWEN3I_R_NOT_FORMAT, QWEN3I_R_MIN_COUNT, QWEN3I_R_MAX_COUNT,
        QWEN3I_R_GROUP, QWEN3I_R_EQUAL, QWEN3I_R_ITEM, QWEN3I_R_PROPERTY, QWEN3I_R_REQUIRED,
            QWEN3I_R_FORBIDDEN, QWEN3I_R_NAMES };
 /* a list of them, that grows at its head */
@@ -14582,8 +14598,10 @@ static const qwen3i_keyword *qwen3i_keyword_of(qwen3i_str key) {
 }
 
 static int qwen3i_type_name(qwen3i_compiler *c, int node, int *whole) {
-    static const struct { const char *name; int types; } names[] = {{"null", QWEN3I_T_NULL}, {"boolean", QWEN3I_T_TRUE | QWEN3I_T_FALSE},
-        {"number", QWEN3I_T_NUMBER}, {"integer", 0}, {"string", QWEN3I_T_STRING}, {"array", QWEN3I_T_LIST}, {"object", QWEN3I_T_OBJECT}};
+    static const struct { const char *name; int types; } names[] = {
+        {"null", QWEN3I_T_NULL}, {"boolean", QWEN3I_T_TRUE | QWEN3I_T_FALSE}, {"number", QWEN3I_T_NUMBER},
+        {"integer", 0}, {"string", QWEN3I_T_STRING}, {"array", QWEN3I_T_LIST}, {"object", QWEN3I_T_OBJECT}
+    };
     int i;
     for (i = 0; i < QWEN3I_COUNT(names) && qwen3i_dom_at(c, node)->type == '"'; i++)
         if (qwen3i_is(qwen3i_dom_text(c, node), names[i].name)) { *whole |= i == 3; return names[i].types; }
@@ -14742,7 +14760,8 @@ static qwen3i_span qwen3i_apply_failing(qwen3i_compiler *c, qwen3i_span in, int 
     return qwen3i_restrict(c, in, QWEN3I_T_OBJECT, QWEN3I_T_OBJECT, QWEN3I_R_REQUIRED, key, 1);
 }
 
-/* additionalProperties fails for some key: for one of the first few that other rules name. More is left out. */
+/* additionalProperties fails for some key: for one of the first few that other rules name. More is left
+   out. */
 static qwen3i_span qwen3i_apply_others_fail(qwen3i_compiler *c, qwen3i_span in, int schema, int node) {
     const int names = qwen3i_dom_get(c, schema, "properties");
     qwen3i_span out = in, one;
@@ -15132,7 +15151,8 @@ static int qwen3i_term_simple(qwen3i_compiler *c, int term) {
         if (d->type == 't' || (d->type == '{' && !d->first)) return 0;
         if (d->type == 'f') return QWEN3I_NEVER;
         ref = d->type == '{' ? qwen3i_dom_get(c, term >> 2, "$ref") : 0;
-        if (!ref || qwen3i_dom_at(c, ref)->type != '"' || (d->first != d->last && !qwen3i_old_draft(c, term >> 2)))
+        if (!ref || qwen3i_dom_at(c, ref)->type != '"' ||
+            (d->first != d->last && !qwen3i_old_draft(c, term >> 2)))
             break;
         term = QWEN3I_TERM(qwen3i_resolve(c, ref), QWEN3I_HOLDS);
         if (c->result != QWEN3_OK) return 0;
@@ -15993,7 +16013,8 @@ static void qwen3i_prune_object(qwen3i_compiler *c, qwen3i_object *o) {
     if (o->dfa && !qwen3i_dfa_end(c, o->dfa, o->n_names)) o->dfa = 0;
     for (i = 0; i < d.n_states; i++) {              /* other keys: those with the shortest values count */
         qwen3i_state *s = &QWEN3I_ARRAY(qwen3i_state, c->g->states)[d.first + i];
-        s->open = s->final && s->label >= o->n_names ? QWEN3I_NODE(c->g, m[s->label].value)->cost : QWEN3I_FAR;
+        s->open = s->final && s->label >= o->n_names ? QWEN3I_NODE(c->g, m[s->label].value)->cost :
+                                                       QWEN3I_FAR;
     }
     if (o->dfa) qwen3i_dfa_settle(c, d);
     for (i = 0, o->all_open = o->dfa != 0; i < d.n_states && o->dfa; i++) {
@@ -16384,8 +16405,10 @@ static void qwen3i_bnf_check(qwen3i_compiler *c) {
 #define QWEN3I_GUIDE_FRAMES  16384      /* numbers: about 2,000 levels */
 /* where in an object or list */
 enum { QWEN3I_FIRST, QWEN3I_KEY, QWEN3I_IN_KEY, QWEN3I_COLON, QWEN3I_NEXT };
-/* the parts of a frame; an object's has required keys that must still come, keys that differ for sure, bits */
-enum { QWEN3I_UP, QWEN3I_AT, QWEN3I_DEPTH, QWEN3I_HASH, QWEN3I_COUNT_OF, QWEN3I_COST, QWEN3I_REQUIRED, QWEN3I_DISTINCT, QWEN3I_SEEN };
+/* the parts of a frame; an object's has required keys that must still come, keys that differ for sure,
+   bits */
+enum { QWEN3I_UP, QWEN3I_AT, QWEN3I_DEPTH, QWEN3I_HASH, QWEN3I_COUNT_OF, QWEN3I_COST,
+       QWEN3I_REQUIRED, QWEN3I_DISTINCT, QWEN3I_SEEN };
 
 typedef struct qwen3i_thread {
     int node, phase;
@@ -16458,17 +16481,18 @@ static void qwen3i_set_begin(qwen3i_machine *m) {
 /* Add a thread to the set being made, unless it is there. What does not fit is left out: less is allowed,
    never more. */
 static void qwen3i_thread_add(qwen3i_machine *m, int node, int phase, int state, int count, int frame) {
-    enum { FEW = 8 };
+    enum { QWEN3I_UNHASHED = 8 };       /* so many are compared one by one, the rest by the table */
     const int n = m->n_pool - m->base;
     qwen3i_thread t;
     uint32_t at;
     int i;
     t.node = node; t.phase = phase; t.state = state; t.count = count; t.frame = frame;
     m->steps++;
-    for (i = 0; i < FEW && i < n; i++) if (qwen3i_thread_same(m, &m->pool[m->base + i], &t)) return;
+    for (i = 0; i < QWEN3I_UNHASHED && i < n; i++) if (qwen3i_thread_same(m, &m->pool[m->base + i], &t)) return;
     if (m->n_pool == m->cap_pool || n >= QWEN3I_GUIDE_THREADS) return;
-    if (n >= FEW) {
-        at = qwen3i_hash_in(qwen3i_hash_in(qwen3i_hash_in(qwen3i_frame_hash(m, frame), node), state), count ^ phase << 24);
+    if (n >= QWEN3I_UNHASHED) {
+        at = qwen3i_hash_in(qwen3i_hash_in(qwen3i_hash_in(qwen3i_frame_hash(m, frame), node), state),
+                            count ^ phase << 24);
         for (; m->slots[at %= 512].stamp == m->stamp; at++)
             if (qwen3i_thread_same(m, &m->pool[m->slots[at].thread], &t)) return;
         m->slots[at].stamp = m->stamp;
@@ -16478,12 +16502,17 @@ static void qwen3i_thread_add(qwen3i_machine *m, int node, int phase, int state,
 }
 
 /* Numbers of a frame and all that it returns to. */
-static int qwen3i_frame_depth(const int *frames, int frame) { return frame < 0 ? 0 : frames[frame + QWEN3I_DEPTH]; }
+static int qwen3i_frame_depth(const int *frames, int frame) {
+    return frame < 0 ? 0 : frames[frame + QWEN3I_DEPTH];
+}
 
 /* A new frame, a copy of another one if from >= 0; -1: there is no room, or none for its thread. */
 static int qwen3i_frame_new(qwen3i_machine *m, int up, int node, int from) {
-    const int size = qwen3i_frame_size(m->g, node), at = m->n_frames, depth = size + qwen3i_frame_depth(m->frames, up);
-    if (size > m->cap_frames - at || depth > QWEN3I_GUIDE_FRAMES || m->n_pool - m->base >= QWEN3I_GUIDE_THREADS) return -1;
+    const int size = qwen3i_frame_size(m->g, node), at = m->n_frames,
+              depth = size + qwen3i_frame_depth(m->frames, up);
+    if (size > m->cap_frames - at || depth > QWEN3I_GUIDE_FRAMES ||
+        m->n_pool - m->base >= QWEN3I_GUIDE_THREADS)
+        return -1;
     m->n_frames += size;
     if (from >= 0) memcpy(m->frames + at, m->frames + from, (size_t)size * sizeof(int));
     else memset(m->frames + at, 0, (size_t)size * sizeof(int));
@@ -16500,7 +16529,8 @@ static int qwen3i_seen(const int *frame, int i) {
 
 /* Members that must still come: required ones, and enough to make up the number. */
 static int qwen3i_needed(const qwen3_grammar *g, const int *frame) {
-    return qwen3i_max(frame[QWEN3I_REQUIRED], qwen3i_object_of(g, frame[QWEN3I_AT])->min - frame[QWEN3I_DISTINCT]);
+    return qwen3i_max(frame[QWEN3I_REQUIRED],
+                      qwen3i_object_of(g, frame[QWEN3I_AT])->min - frame[QWEN3I_DISTINCT]);
 }
 
 /* May a key with this label come now, and is there room for those that must come after it? */
@@ -16509,8 +16539,9 @@ static int qwen3i_key_allowed(const qwen3_grammar *g, const int *frame, int labe
     const qwen3i_property *m = &QWEN3I_ARRAY(qwen3i_property, g->members)[o->members + label];
     const int named = label < o->n_names, seen = qwen3i_seen(frame, qwen3i_min(label, o->n_names));
     if (!m->value || (named && seen)) return 0;
-    return o->max < 0 || qwen3i_max(frame[QWEN3I_REQUIRED] - (named && m->required),
-                                    o->min - frame[QWEN3I_DISTINCT] - !seen) < o->max - frame[QWEN3I_COUNT_OF];
+    return o->max < 0 ||
+           qwen3i_max(frame[QWEN3I_REQUIRED] - (named && m->required),
+                      o->min - frame[QWEN3I_DISTINCT] - !seen) < o->max - frame[QWEN3I_COUNT_OF];
 }
 
 /* May any of the keys come that are within reach of this state? */
@@ -16571,7 +16602,10 @@ static void qwen3i_resume(qwen3i_machine *m, int frame, int depth) {
     int node;
     if (frame < 0) { qwen3i_thread_add(m, 0, 0, 0, 0, -1); return; }
     node = m->frames[frame + QWEN3I_AT];
-    if (QWEN3I_NODE(m->g, node)->kind == QWEN3I_CALL) { qwen3i_proceed(m, QWEN3I_NODE(m->g, node)->next, m->frames[frame + QWEN3I_UP], depth + 1); return; }
+    if (QWEN3I_NODE(m->g, node)->kind == QWEN3I_CALL) {
+        qwen3i_proceed(m, QWEN3I_NODE(m->g, node)->next, m->frames[frame + QWEN3I_UP], depth + 1);
+        return;
+    }
     qwen3i_thread_add(m, node, QWEN3I_NEXT, 0, 0, frame);
 }
 
@@ -16632,7 +16666,7 @@ static void qwen3i_step_lexeme(qwen3i_machine *m, const qwen3i_thread t, unsigne
     if (s->final) qwen3i_proceed(m, n->next, t.frame, 0);
 }
 
-#define QWEN3I_MAX_BLANKS 120           /* in a run of white space, and one newline: models can get lost in more */
+#define QWEN3I_MAX_BLANKS 120           /* in white space, and one newline: models can get lost in more */
 #define QWEN3I_NEWLINE    1000
 
 /* White space between the parts of JSON: does the thread stay where it is? Its count is that of the run. */
@@ -16735,7 +16769,8 @@ static void qwen3i_step_value(qwen3i_machine *m, const qwen3i_thread t, unsigned
         at = qwen3i_frame_new(m, t.frame, node, -1);
         if (at < 0) continue;
         qwen3i_frame_cost(m, at);
-        if (kind == QWEN3I_MEMBERS || qwen3i_items_at(m->g, node)->min == 0) qwen3i_thread_add(m, node, QWEN3I_FIRST, 0, 0, at);
+        if (kind == QWEN3I_MEMBERS || qwen3i_items_at(m->g, node)->min == 0)
+            qwen3i_thread_add(m, node, QWEN3I_FIRST, 0, 0, at);
         if (kind == QWEN3I_ITEMS) qwen3i_begin_item(m, node, at);
     }
 }
@@ -16771,8 +16806,9 @@ static int qwen3i_key_cost_from(const qwen3i_machine *m, const qwen3i_thread t) 
     int i, best = QWEN3I_FAR;
     for (i = s->low; i < s->high; i++)
         if (qwen3i_key_allowed(g, frame, i))
-            best = qwen3i_min(best, qwen3i_member_cost(g, &all[i], all[i].key) - t.count -
-                                    (all[i].required ? 1 + qwen3i_member_cost(g, &all[i], all[i].key) : filler));
+            best = qwen3i_min(best,
+                              qwen3i_member_cost(g, &all[i], all[i].key) - t.count -
+                              (all[i].required ? 1 + qwen3i_member_cost(g, &all[i], all[i].key) : filler));
     for (i = o->n_names; i < o->n_labels && s->open < QWEN3I_FAR; i++)
         if (qwen3i_key_allowed(g, frame, i))
             best = qwen3i_min(best, 1 + s->open - (qwen3i_seen(frame, o->n_names) ? 0 : filler));
@@ -16926,7 +16962,8 @@ static int qwen3i_tree_build(const qwen3_allocator *a, qwen3i_tree *t, const qwe
 /* ---- masks: which tokens may come ------------------------------------------------------------ */
 #define QWEN3I_MAX_CROSSINGS 4096
 
-/* what a state inside a string or a key allows: depends on nothing around it but, for a key, on the keys seen */
+/* what a state inside a string or a key allows: depends on nothing around it but, for a key, on the keys
+   seen */
 typedef struct qwen3i_cached {
     uint64_t serial, used, seen;        /* used 0: nothing is here */
     int      dfa, state, n;
@@ -17060,7 +17097,8 @@ static void qwen3i_walk(qwen3i_masker *k, const qwen3i_tree *t, qwen3i_span set,
     k->m.n_frames = frames;
 }
 
-/* Walk with an automaton of strings, or of the keys that a frame allows, alone: the tokens that stay inside. */
+/* Walk with an automaton of strings, or of the keys that a frame allows, alone: the tokens that stay
+   inside. */
 static void qwen3i_walk_inside(const qwen3_grammar *g, const qwen3i_index *v, int dfa, int state,
                                const int *frame, qwen3i_level *levels, uint32_t *mask) {
     const qwen3i_dfa *d = &QWEN3I_ARRAY(qwen3i_dfa, g->dfas)[dfa];
@@ -17213,7 +17251,7 @@ static int qwen3i_mask_string(qwen3i_masker *k, const qwen3i_thread t) {
     int low = 0, high = INT_MAX;
     qwen3i_cached *e;
     if (x && (t.state == 0 || !x->quoted)) return 0;
-    if (!x && (t.phase != QWEN3I_IN_KEY || s->open >= QWEN3I_FAR)) return 0;        /* few names: a short walk */
+    if (!x && (t.phase != QWEN3I_IN_KEY || s->open >= QWEN3I_FAR)) return 0;    /* few names: a short walk */
     if (counted && !s->boundary) return 0;
     if (counted) { low = x->min - t.count; high = x->max < 0 ? INT_MAX : x->max - t.count; }
     if (counted && x->longest > 1 && high < v->max_chars + x->longest) return 0;    /* it may need them */
@@ -17481,8 +17519,9 @@ enum { QWEN3I_GRAMMAR_BUFS = 10, QWEN3I_COMPILER_BUFS = QWEN3I_GRAMMAR_BUFS + 23
 
 static void qwen3i_grammar_bufs(qwen3_grammar *g, qwen3i_buf **all) {
     qwen3i_buf *list[QWEN3I_GRAMMAR_BUFS];
-    list[0] = &g->dfas; list[1] = &g->states; list[2] = &g->edges; list[3] = &g->rows; list[4] = &g->lexemes;
-    list[5] = &g->nodes; list[6] = &g->lists; list[7] = &g->objects; list[8] = &g->members; list[9] = &g->arrays;
+    list[0] = &g->dfas; list[1] = &g->states; list[2] = &g->edges; list[3] = &g->rows;
+    list[4] = &g->lexemes; list[5] = &g->nodes; list[6] = &g->lists; list[7] = &g->objects;
+    list[8] = &g->members; list[9] = &g->arrays;
     memcpy(all, list, sizeof list);
 }
 
@@ -17731,7 +17770,8 @@ static int qwen3i_guide_bytes(qwen3i_masker *k, qwen3i_guide *s, const char *p, 
 
 /* Is it nested so deep that it must be led out? */
 static int qwen3i_guide_deep(const qwen3i_guide *s) {
-    return s->n_threads > 0 && qwen3i_frame_depth(s->frames, s->threads[0].frame) > QWEN3I_GUIDE_FRAMES / 4 * 3;
+    return s->n_threads > 0 &&
+           qwen3i_frame_depth(s->frames, s->threads[0].frame) > QWEN3I_GUIDE_FRAMES / 4 * 3;
 }
 
 /* The mask of the tokens that may come next, in k->mask. Returns whether the text may end here. */
@@ -19445,8 +19485,8 @@ static void qwen3i_guessed(qwen3i_pace *p, qwen3i_draft *d) {
     d->idle = 0;
 }
 
-/* Guess what follows the sequence and the token that was chosen: at most so many tokens. asked_ms: += how long
-   the draft's model took. */
+/* Guess what follows the sequence and the token that was chosen: at most so many tokens. asked_ms: += how
+   long the draft's model took. */
 static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_token chosen, int most,
                                  double *asked_ms, const qwen3i_err *err) {
     qwen3i_seq *seq = &c->seqs[s->seq];
@@ -19487,8 +19527,8 @@ static qwen3_item qwen3i_guessed_item(const qwen3_ctx *c, int seq, int *n_guesse
     return item;
 }
 
-/* The stream takes the token that was chosen, and its guesses as far as they are chosen, too. The sequence then
-   ends where it would without those that are not. */
+/* The stream takes the token that was chosen, and its guesses as far as they are chosen, too. The sequence
+   then ends where it would without those that are not. */
 static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *next,
                                   const qwen3i_err *err) {
     qwen3i_seq *seq = &c->seqs[s->seq];

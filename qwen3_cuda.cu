@@ -8568,7 +8568,8 @@ template <class F> static qwen3_result together(cuda_ctx *c, const F &f, const q
     while (g->at_work > 0) g->ended.wait(held);
     /* all have the same result, or one has failed and the others say no more than that */
     const fellow *cause = &g->fellows[g->broken_by > 0 ? (int)g->broken_by : 0];
-    return cause->c == c ? r : qwen3i_fail(err, cause->result, "device %d: %s", cause->c->m->device, cause->text);
+    if (cause->c == c) return r;
+    return qwen3i_fail(err, cause->result, "device %d: %s", cause->c->m->device, cause->text);
 }
 /* The same one after the other: f has no sum over ranks. */
 template <class F> static qwen3_result each_rank(cuda_ctx *c, const F &f, const qwen3i_err *err) {
