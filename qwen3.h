@@ -16488,7 +16488,8 @@ static void qwen3i_thread_add(qwen3i_machine *m, int node, int phase, int state,
     int i;
     t.node = node; t.phase = phase; t.state = state; t.count = count; t.frame = frame;
     m->steps++;
-    for (i = 0; i < QWEN3I_UNHASHED && i < n; i++) if (qwen3i_thread_same(m, &m->pool[m->base + i], &t)) return;
+    for (i = 0; i < QWEN3I_UNHASHED && i < n; i++)
+        if (qwen3i_thread_same(m, &m->pool[m->base + i], &t)) return;
     if (m->n_pool == m->cap_pool || n >= QWEN3I_GUIDE_THREADS) return;
     if (n >= QWEN3I_UNHASHED) {
         at = qwen3i_hash_in(qwen3i_hash_in(qwen3i_hash_in(qwen3i_frame_hash(m, frame), node), state),
