@@ -2321,9 +2321,9 @@ static qwen3_result create_group(cuda_model **first, const qwen3i_model_view *vi
     }
     NCCL_TRY(ncclCommInitAll(comms, n, desc->devices));
     for (int i = 0; i < n; i++) (*first)->fellows[i]->comm = comms[i];
-    char name[sizeof m->name - 16];
-    snprintf(name, sizeof name, "%s", (*first)->name);
-    snprintf((*first)->name, sizeof m->name, "%d x %s", n, name);
+    char name[sizeof m->name];
+    memcpy(name, (*first)->name, sizeof name);
+    snprintf((*first)->name, sizeof m->name, "%d x %.200s", n, name);
     return QWEN3_OK;
 }
 
