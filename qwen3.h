@@ -16406,9 +16406,9 @@ static void qwen3i_bnf_check(qwen3i_compiler *c) {
 /* where in an object or list */
 enum { QWEN3I_FIRST, QWEN3I_KEY, QWEN3I_IN_KEY, QWEN3I_COLON, QWEN3I_NEXT };
 /* the parts of a frame; an object's has required keys that must still come, keys that differ for sure,
-   bits */
+   bits. A fork, at node 0, is two frames to return to: the one above, not a fork itself, and OTHER. */
 enum { QWEN3I_UP, QWEN3I_AT, QWEN3I_DEPTH, QWEN3I_HASH, QWEN3I_COUNT_OF, QWEN3I_COST,
-       QWEN3I_REQUIRED, QWEN3I_DISTINCT, QWEN3I_SEEN };
+       QWEN3I_REQUIRED, QWEN3I_DISTINCT, QWEN3I_SEEN, QWEN3I_OTHER = QWEN3I_COUNT_OF };
 
 typedef struct qwen3i_thread {
     int node, phase;
@@ -16452,7 +16452,11 @@ static uint32_t qwen3i_frame_hash(const qwen3i_machine *m, int frame) {
     return frame < 0 ? 0 : (uint32_t)m->frames[frame + QWEN3I_HASH];
 }
 
-/* Are two frames, and all that they return to, the same? */
+static int qwen3i_is_fork(const qwen3i_machine *m, int frame) {
+    return frame >= 0 && m->frames[frame + QWEN3I_AT] == 0;
+}
+
+/* Are two frames, and all that they return to, the same? Forks are if they are known to be. */
 static int qwen3i_frame_same(const qwen3i_machine *m, int a, int b) {
     while (a != b) {
         const int *x = m->frames + a, *y = m->frames + b;
@@ -16466,11 +16470,6 @@ static int qwen3i_frame_same(const qwen3i_machine *m, int a, int b) {
     return 1;
 }
 
-static int qwen3i_thread_same(const qwen3i_machine *m, const qwen3i_thread *a, const qwen3i_thread *b) {
-    return a->node == b->node && a->phase == b->phase && a->state == b->state && a->count == b->count &&
-           qwen3i_frame_same(m, a->frame, b->frame);
-}
-
 /* Begin a set on top of the pool. */
 static void qwen3i_set_begin(qwen3i_machine *m) {
     m->base = m->n_pool;
@@ -16478,31 +16477,7 @@ static void qwen3i_set_begin(qwen3i_machine *m) {
     m->stamp++;
 }
 
-/* Add a thread to the set being made, unless it is there. What does not fit is left out: less is allowed,
-   never more. */
-static void qwen3i_thread_add(qwen3i_machine *m, int node, int phase, int state, int count, int frame) {
-    enum { QWEN3I_UNHASHED = 8 };       /* so many are compared one by one, the rest by the table */
-    const int n = m->n_pool - m->base;
-    qwen3i_thread t;
-    uint32_t at;
-    int i;
-    t.node = node; t.phase = phase; t.state = state; t.count = count; t.frame = frame;
-    m->steps++;
-    for (i = 0; i < QWEN3I_UNHASHED && i < n; i++)
-        if (qwen3i_thread_same(m, &m->pool[m->base + i], &t)) return;
-    if (m->n_pool == m->cap_pool || n >= QWEN3I_GUIDE_THREADS) return;
-    if (n >= QWEN3I_UNHASHED) {
-        at = qwen3i_hash_in(qwen3i_hash_in(qwen3i_hash_in(qwen3i_frame_hash(m, frame), node), state),
-                            count ^ phase << 24);
-        for (; m->slots[at %= 512].stamp == m->stamp; at++)
-            if (qwen3i_thread_same(m, &m->pool[m->slots[at].thread], &t)) return;
-        m->slots[at].stamp = m->stamp;
-        m->slots[at].thread = m->n_pool;
-    }
-    m->pool[m->n_pool++] = t;
-}
-
-/* Numbers of a frame and all that it returns to. */
+/* Numbers of a frame and the longest way from it to the end. */
 static int qwen3i_frame_depth(const int *frames, int frame) {
     return frame < 0 ? 0 : frames[frame + QWEN3I_DEPTH];
 }
@@ -16521,6 +16496,57 @@ static int qwen3i_frame_new(qwen3i_machine *m, int up, int node, int from) {
     m->frames[at + QWEN3I_AT] = node;
     m->frames[at + QWEN3I_DEPTH] = depth;
     return at;
+}
+
+/* What returns to a as well as to b: forks, one for each frame but the last, none of them twice. */
+static int qwen3i_frame_join(qwen3i_machine *m, int a, int b) {
+    int at, *f;
+    for (; qwen3i_is_fork(m, b) && a != b; b = m->frames[b + QWEN3I_OTHER])
+        a = qwen3i_frame_join(m, a, m->frames[b + QWEN3I_UP]);
+    for (at = a; qwen3i_is_fork(m, at) && at != b; at = m->frames[at + QWEN3I_OTHER], m->steps++)
+        if (qwen3i_frame_same(m, m->frames[at + QWEN3I_UP], b)) return a;
+    if (qwen3i_frame_same(m, at, b)) return a;
+    at = qwen3i_frame_new(m, b, 0, -1);
+    if (at < 0) return a;
+    f = m->frames + at;
+    f[QWEN3I_OTHER] = a;
+    f[QWEN3I_DEPTH] = qwen3i_max(f[QWEN3I_DEPTH], qwen3i_frame_depth(m->frames, a));
+    f[QWEN3I_COST] = qwen3i_min(qwen3i_after(m, a), qwen3i_after(m, b));
+    f[QWEN3I_HASH] = (int)qwen3i_hash_in(qwen3i_frame_hash(m, a), (int)qwen3i_frame_hash(m, b));
+    return at;
+}
+
+/* Is t the thread a, or can that become both? */
+static int qwen3i_thread_takes(qwen3i_machine *m, qwen3i_thread *a, const qwen3i_thread *t, int joins) {
+    if (a->node != t->node || a->phase != t->phase || a->state != t->state || a->count != t->count) return 0;
+    if (!joins) return qwen3i_frame_same(m, a->frame, t->frame);
+    a->frame = qwen3i_frame_join(m, a->frame, t->frame);
+    return 1;
+}
+
+/* Add a thread to the set being made, unless it is there. Threads that differ only in what they return to are
+   one. What does not fit is left out: less is allowed, never more. */
+static void qwen3i_thread_add(qwen3i_machine *m, int node, int phase, int state, int count, int frame) {
+    enum { QWEN3I_UNHASHED = 8 };       /* so many are compared one by one, the rest by the table */
+    const int n = m->n_pool - m->base, kind = QWEN3I_NODE(m->g, node)->kind,
+              joins = kind == QWEN3I_LEXEME || kind == QWEN3I_VALUE;
+    qwen3i_thread t;
+    uint32_t at;
+    int i;
+    t.node = node; t.phase = phase; t.state = state; t.count = count; t.frame = frame;
+    m->steps++;
+    for (i = 0; i < QWEN3I_UNHASHED && i < n; i++)
+        if (qwen3i_thread_takes(m, &m->pool[m->base + i], &t, joins)) return;
+    if (m->n_pool == m->cap_pool || n >= QWEN3I_GUIDE_THREADS) return;
+    if (n >= QWEN3I_UNHASHED) {
+        at = joins ? 0 : qwen3i_frame_hash(m, frame);
+        at = qwen3i_hash_in(qwen3i_hash_in(qwen3i_hash_in(at, node), state), count ^ phase << 24);
+        for (; m->slots[at %= 512].stamp == m->stamp; at++)
+            if (qwen3i_thread_takes(m, &m->pool[m->slots[at].thread], &t, joins)) return;
+        m->slots[at].stamp = m->stamp;
+        m->slots[at].thread = m->n_pool;
+    }
+    m->pool[m->n_pool++] = t;
 }
 
 /* ---- objects: which keys may still come ------------------------------------------------------ */
@@ -16601,6 +16627,8 @@ static void qwen3i_proceed(qwen3i_machine *m, int node, int frame, int depth);
 
 static void qwen3i_resume(qwen3i_machine *m, int frame, int depth) {
     int node;
+    for (; qwen3i_is_fork(m, frame) && ++m->ways <= QWEN3I_MAX_WAYS; frame = m->frames[frame + QWEN3I_OTHER])
+        qwen3i_resume(m, m->frames[frame + QWEN3I_UP], depth);
     if (frame < 0) { qwen3i_thread_add(m, 0, 0, 0, 0, -1); return; }
     node = m->frames[frame + QWEN3I_AT];
     if (QWEN3I_NODE(m->g, node)->kind == QWEN3I_CALL) {
@@ -17693,36 +17721,60 @@ static qwen3i_span qwen3i_guide_load(qwen3i_masker *k, const qwen3i_guide *s) {
     return set;
 }
 
-/* Copy a frame and all it returns to, each once; its place in the guide, or -2: there is no room. */
-static int qwen3i_guide_frame(qwen3i_masker *k, qwen3i_guide *s, int frame) {
-    int *f = k->m.frames, *path = f + k->m.n_frames, n = 0, up, size;
-    for (up = frame; up >= 0 && f[up + QWEN3I_AT] >= 0; up = f[up + QWEN3I_UP]) {
-        if (k->m.n_frames + n >= QWEN3I_POOL_FRAMES + QWEN3I_GUIDE_FRAMES) return -2;
-        path[n++] = up;
+/* Mark a frame and all it returns to, as far as there is room: those above first. A mark is a negative node.
+   Returns how much room is left. */
+static int qwen3i_frames_mark(qwen3i_machine *m, int frame, int room) {
+    int *f = m->frames, *stack = f + m->n_frames, n = 0;
+    for (;;) {
+        const int fork = qwen3i_is_fork(m, frame),
+                  size = frame < 0 || f[frame + QWEN3I_AT] < 0 ? INT_MAX :
+                         qwen3i_frame_size(m->g, f[frame + QWEN3I_AT]);
+        if (size <= room) {
+            room -= size;
+            f[frame + QWEN3I_AT] = ~f[frame + QWEN3I_AT];
+            if (fork) stack[n++] = f[frame + QWEN3I_OTHER];
+            frame = f[frame + QWEN3I_UP];
+        } else if (n > 0) frame = stack[--n];
+        else return room;
     }
-    up = up < 0 ? -1 : -1 - f[up + QWEN3I_AT];      /* where it went already */
-    while (n > 0) {
-        const int at = path[--n];
-        size = qwen3i_frame_size(k->m.g, f[at + QWEN3I_AT]);
-        if (size > QWEN3I_GUIDE_FRAMES - s->n_frames) return -2;
-        memcpy(s->frames + s->n_frames, f + at, (size_t)size * sizeof *f);
-        s->frames[s->n_frames + QWEN3I_UP] = up;
-        f[at + QWEN3I_AT] = -1 - s->n_frames;
-        up = s->n_frames;
-        s->n_frames += size;
-    }
-    return up;
+}
+
+/* The place of a frame in the guide; -2: it has none. */
+static int qwen3i_frame_moved(const qwen3i_machine *m, int frame) {
+    return frame < 0 ? -1 : m->frames[frame + QWEN3I_DEPTH];
+}
+
+/* Copy a marked frame, after the elder ones; its place in the guide, -2: what it returns to has none. */
+static int qwen3i_frame_copy(const qwen3i_machine *m, qwen3i_guide *s, int frame, int node) {
+    int *to = s->frames + s->n_frames;
+    const int *f = m->frames + frame, size = qwen3i_frame_size(m->g, node),
+              up = qwen3i_frame_moved(m, f[QWEN3I_UP]),
+              other = node ? -1 : qwen3i_frame_moved(m, f[QWEN3I_OTHER]);
+    if (other == -2) return up;
+    if (up == -2) return node ? -2 : other;
+    memcpy(to, f, (size_t)size * sizeof *f);
+    to[QWEN3I_AT] = node;
+    to[QWEN3I_UP] = up;
+    if (!node) to[QWEN3I_OTHER] = other;
+    s->n_frames += size;
+    return s->n_frames - size;
 }
 
 /* Take over a set of the machine, with the frames that it needs. The machine is used up. Returns how many
    threads it has. */
 static int qwen3i_guide_store(qwen3i_masker *k, qwen3i_guide *s, qwen3i_span set) {
-    int i;
+    int *f = k->m.frames, i, size, room = QWEN3I_GUIDE_FRAMES;
     s->n_threads = s->n_frames = 0;
     s->version++;
+    for (i = 0; i < set.n; i++) room = qwen3i_frames_mark(&k->m, k->m.pool[set.first + i].frame, room);
+    for (i = 0; i < k->m.n_frames; i += size) {
+        const int marked = f[i + QWEN3I_AT] < 0, node = marked ? ~f[i + QWEN3I_AT] : f[i + QWEN3I_AT];
+        size = qwen3i_frame_size(k->m.g, node);
+        f[i + QWEN3I_DEPTH] = marked ? qwen3i_frame_copy(&k->m, s, i, node) : -2;
+    }
     for (i = 0; i < set.n && s->n_threads < QWEN3I_GUIDE_THREADS; i++) {
         qwen3i_thread t = k->m.pool[set.first + i];
-        t.frame = qwen3i_guide_frame(k, s, t.frame);
+        t.frame = qwen3i_frame_moved(&k->m, t.frame);
         if (t.frame > -2) s->threads[s->n_threads++] = t;
     }
     return s->n_threads;

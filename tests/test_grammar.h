@@ -191,7 +191,10 @@ static void test_grammar_masks(void) {
         {0, "{\"type\":\"object\",\"properties\":{\"the\":{},\"A-1\":{}},\"patternProperties\":{\"^[a-z]+$\":{}},\"additionalProperties\":false}",
          "{\"the\": 1, \"fox\": 2, \"A-1\": 3}"},
         {1, "([a-z]+ )*[a-z]+[.!?]", "the quick fox."},
-        {2, "root ::= l\nl ::= \"(\" [a-z ]+ (l | \".\")* \")\"", "(the fox(jumps).)"}
+        {2, "root ::= l\nl ::= \"(\" [a-z ]+ (l | \".\")* \")\"", "(the fox(jumps).)"},
+        {0, "{\"anyOf\":[{\"required\":[\"a\"]},{\"required\":[\"b\"]},{\"minProperties\":3}],\"type\":\"object\",\"additionalProperties\":{\"items\":{}}}",
+         "{\"z\": [\"the\", {}], \"b\": 12}"},
+        {2, "root ::= x \"a.\" | x \" the\" | \"(\" x\nx ::= \"(\" x \")\" | [0-9]+", "((12)) the"}
     };
     static uint32_t mask[1 << 12];
     static qwen3i_guide before;
@@ -217,6 +220,36 @@ static void test_grammar_masks(void) {
             CHECK_MSG(wrong == 0, "%s after %d bytes: %d tokens", cases[i].grammar, (int)at, wrong);
             if (at < strlen(cases[i].text)) CHECK(qwen3i_guide_bytes(b.k, &b.guide, cases[i].text + at, 1));
         }
+    }
+    grammar_close(&b);
+}
+
+/* Alternatives that differ only in what follows are one thread until it does, however deep they are. */
+static void test_grammar_forks(void) {
+    enum { WAYS = 60, DEEP = 100 };
+    static char schema[WAYS * 200], text[DEEP * 8 + 100];
+    grammar_bench b;
+    char err[400];
+    int i, n = sprintf(schema, "{\"$defs\":{\"v\":{\"type\":[\"array\",\"integer\"],\"items\":{\"$ref\":\"#/$defs/v\"}}},\"anyOf\":[");
+    for (i = 0; i < WAYS; i++)
+        n += sprintf(schema + n, "%s{\"type\":\"object\",\"properties\":{\"a\":{\"$ref\":\"#/$defs/v\"},\"k%d\":{\"const\":%d}},"
+                     "\"required\":[\"k%d\"],\"additionalProperties\":false}", i ? "," : "", i, i, i);
+    sprintf(schema + n, "]}");
+    if (!grammar_open(&b)) return;
+    CHECK_MSG(grammar_set(&b, 0, schema, 0, err, sizeof err) == QWEN3_OK, "%s", err);
+    for (i = 0; b.g && i < WAYS; i++) {
+        n = sprintf(text, "{\"a\":-");
+        CHECK(!grammar_accepts(&b, text, (size_t)n) && b.guide.n_threads == 1);
+        n = sprintf(text, "{\"a\":");
+        memset(text + n, '[', DEEP);
+        n += DEEP;
+        CHECK(!grammar_accepts(&b, text, (size_t)n) && b.guide.n_threads == 2);      /* an item, or the list's end */
+        memset(text + n, ']', DEEP);
+        n += DEEP;
+        n += sprintf(text + n, ",\"k%d\":%d}", i, i);
+        CHECK_MSG(grammar_accepts(&b, text, (size_t)n), "refused: %s", text);
+        text[n - 2]++;
+        CHECK_MSG(!grammar_accepts(&b, text, (size_t)n), "accepted: %s", text);
     }
     grammar_close(&b);
 }
@@ -267,12 +300,16 @@ static void test_grammar_mask_steps(void) {
         for (t = 0; t < b.f.info.n_tokens; t++)
             if (b.k->mask[t >> 5] >> (t & 31) & 1u) { if (desc.mask_steps) cut++; else whole++; }
         for (i = 0; i < 40; i++) {
+            const char *p;
             qwen3i_guide_mask(b.k, &b.guide);
             for (t = i * 7 % b.f.info.n_tokens; !(b.k->mask[t >> 5] >> (t & 31) & 1u); t = (t + 1) % b.f.info.n_tokens) {}
-            { const char *p = qwen3i_token_bytes(b.f.model, t, &n); CHECK_MSG(qwen3i_guide_bytes(b.k, &b.guide, p, n), "step %d: %d %.*s, %d threads %d", i, t, n, p, b.guide.n_threads, (int)desc.mask_steps); }
+            p = qwen3i_token_bytes(b.f.model, t, &n);
+            CHECK_MSG(qwen3i_guide_bytes(b.k, &b.guide, p, n), "step %d: %.*s", i, n, p);
         }
-        while ((t = qwen3i_guide_shortest(b.k, &b.guide)) >= 0 && i++ < 400)
-            { const char *p = qwen3i_token_bytes(b.f.model, t, &n); CHECK_MSG(qwen3i_guide_bytes(b.k, &b.guide, p, n), "step %d: %d %.*s, %d threads %d", i, t, n, p, b.guide.n_threads, (int)desc.mask_steps); }
+        while ((t = qwen3i_guide_shortest(b.k, &b.guide)) >= 0 && i++ < 400) {
+            const char *p = qwen3i_token_bytes(b.f.model, t, &n);
+            CHECK_MSG(qwen3i_guide_bytes(b.k, &b.guide, p, n), "step %d: %.*s", i, n, p);
+        }
         CHECK(qwen3i_guide_mask(b.k, &b.guide));
         qwen3_grammar_free(b.g);
         b.g = NULL;
@@ -740,6 +777,7 @@ static void suite_grammar(void) {
     RUN(test_grammar_memory_everywhere);
     RUN(test_grammar_warnings);
     RUN(test_grammar_limits);
+    RUN(test_grammar_forks);
     RUN(test_grammar_shortest);
     RUN(test_grammar_mask_steps);
 }

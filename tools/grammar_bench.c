@@ -95,6 +95,7 @@ int main(int argc, char **argv) {
     memset(&a, 0, sizeof a);
     load.path = argc > 1 ? argv[1] : ".";
     load.flags = QWEN3_LOAD_VOCAB_ONLY;
+    setvbuf(stdout, NULL, _IOLBF, 1 << 16);
     if (qwen3_load(&model, &load, err, sizeof err) != QWEN3_OK) { fprintf(stderr, "%s\n", err); return 1; }
     while (scanf(" %c", &kind) == 1) {
         qwen3_grammar_desc desc;

@@ -93,4 +93,5 @@ def main():
         score(rows, open(sys.argv[2], errors='replace'))
 
 
-main()
+if __name__ == '__main__':
+    main()

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""The same schemas and texts through llguidance and xgrammar as through grammar_bench, one thread.
-usage: grammar_compare.py MODEL SCHEMAS.jsonl LIBRARY [FIRST LAST]     pip install llguidance xgrammar tokenizers numpy
-A line of SCHEMAS has name, schema, and tests with valid and data. Prints one line of JSON."""
-import json, sys, time
+"""The same schemas and texts through qwen3.h, llguidance and xgrammar: by turns, schema by schema, one thread each.
+usage: grammar_compare.py MODEL SCHEMAS.jsonl GRAMMAR_BENCH [EVERY [NAME...]]    pip install llguidance xgrammar tokenizers numpy
+A line of SCHEMAS has name, schema, and tests with valid and data. EVERY: only each such line. Prints a table; on the way, too.
+Times are the thread's own. A library that crashes, or takes more than LIMIT seconds for a schema, is started again."""
+import collections, json, signal, subprocess, sys, time
 
-import numpy as np
+from grammar_cases import STYLES, dump, write_cases
+
+LIMIT = 60
 
 
 class Guidance:
@@ -16,15 +19,12 @@ class Guidance:
         self.mask = masks.allocate_token_bitmask(1, self.tokenizer.vocab_size)
 
     def compile(self, schema):
-        grammar = self.lib.LLMatcher.grammar_from_json_schema(schema)
-        error = self.lib.LLMatcher.validate_grammar(grammar, self.tokenizer)
-        if error:
-            raise ValueError(error)
-        self.grammar = grammar
-        self.matcher = self.lib.LLMatcher(self.tokenizer, grammar)
+        self.matcher = self.lib.LLMatcher(self.tokenizer, self.lib.LLMatcher.grammar_from_json_schema(schema))
+        if self.matcher.is_error():
+            raise ValueError(self.matcher.get_error())
 
     def begin(self):
-        self.matcher = self.lib.LLMatcher(self.tokenizer, self.grammar)
+        self.matcher.reset()
 
     def fill(self):
         self.masks.fill_next_token_bitmask(self.matcher, self.mask, 0)
@@ -49,10 +49,11 @@ class XGrammar:
         self.mask = xgrammar.allocate_token_bitmask(1, 151936)
 
     def compile(self, schema):
-        self.grammar = self.compiler.compile_json_schema(schema, any_whitespace=True, strict_mode=False)
+        grammar = self.compiler.compile_json_schema(schema, any_whitespace=True, strict_mode=False)
+        self.matcher = self.lib.GrammarMatcher(grammar, terminate_without_stop_token=False)
 
     def begin(self):
-        self.matcher = self.lib.GrammarMatcher(self.grammar, terminate_without_stop_token=False)
+        self.matcher.reset()
 
     def fill(self):
         self.matcher.fill_next_token_bitmask(self.mask)
@@ -65,50 +66,139 @@ class XGrammar:
 
 
 def follow(library, tokens, mask_us):
+    import numpy as np
     library.begin()
     for token in tokens:
         start = time.thread_time()
         library.fill()
-        mask_us.append(1e6 * (time.thread_time() - start))
-        if not (int(np.asarray(library.mask).reshape(-1)[token >> 5]) >> (token & 31)) & 1 or not library.accept(token):
+        mask_us.append(round(1e6 * (time.thread_time() - start), 1))
+        if not int(np.asarray(library.mask).reshape(-1)[token >> 5]) >> (token & 31) & 1 or not library.accept(token):
             return False
     return bool(library.ends())
 
 
-def main():
+def work(name, model):
+    """Schemas from stdin; of each a line: the time of its compilation, those of its masks, and which texts it accepts."""
     from tokenizers import Tokenizer
-    model, path, name = sys.argv[1:4]
-    first, last = (int(sys.argv[4]), int(sys.argv[5])) if len(sys.argv) > 5 else (0, 1 << 30)
     encode = Tokenizer.from_file(model + '/tokenizer.json')
     library = {'llguidance': Guidance, 'xgrammar': XGrammar}[name](model)
-    mask_us, compile_us, count = [], [], dict(schemas=0, errors=0, passed=0, refused=0, accepted=0)
-    for line in list(open(path))[first:last]:
-        row = json.loads(line)
-        count['schemas'] += 1
-        start = time.thread_time()
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)
+        row, masks, accepted = json.loads(line), [], []
+        schema, start = json.dumps(row['schema']), time.thread_time()
         try:
-            library.compile(json.dumps(row['schema'], ensure_ascii=False))
-            library.begin()
+            library.compile(schema)
         except Exception:
-            count['errors'] += 1
+            accepted = None
+        us = round(1e6 * (time.thread_time() - start), 1)
+        for text in texts_of(row) if accepted is not None else []:
+            tokens = encode.encode(text.decode('utf-8', 'replace'), add_special_tokens=False).ids
+            try:
+                accepted.append(follow(library, tokens, masks))
+            except Exception:
+                accepted.append(False)
+        print(json.dumps([us, masks, accepted]), flush=True)
+
+
+def texts_of(row):
+    return [dump(test['data'], **style) for test in row['tests'] for style in STYLES]
+
+
+class Worker:
+    """A library in a process of its own; run() is None if it died."""
+    def __init__(self, name, model, bench):
+        self.bench = name == 'qwen3.h'
+        self.command = [bench, model] if self.bench else [sys.executable, __file__, '--work', name, model]
+        self.process = None
+
+    def read(self):
+        return self.process.stdout.readline().split()
+
+    def ask_bench(self, row):
+        write_cases([row], self.process.stdin)
+        self.process.stdin.flush()
+        words, masks, accepted = self.read(), [], []
+        if words[0] == b'E':
+            return float(words[1]), masks, None
+        us = float(words[1])
+        while len(accepted) < 2 * len(row['tests']):
+            words = self.read()
+            if words[0] == b'M':
+                masks += map(float, words[1:])
+            elif words[0] == b'R':
+                accepted.append(words[1] == b'1')
+        return us, masks, accepted
+
+    def run(self, row):
+        if not self.process:
+            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            if self.bench:
+                return self.ask_bench(row)
+            self.process.stdin.write(json.dumps(row).encode() + b'\n')
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (OSError, IndexError, ValueError):
+            self.process.kill()
+            self.process = None
+
+
+class Total:
+    def __init__(self):
+        self.count, self.masks, self.compiles = collections.Counter(), collections.Counter(), []
+
+    def add(self, row, result):
+        self.count['schemas'] += 1
+        if not result:
+            self.count['died'] += 1
+            return
+        us, masks, accepted = result
+        self.compiles.append(us)
+        self.masks.update(masks)
+        if accepted is None:
+            return
+        self.count['compile'] += 1
+        wanted = [test['valid'] for test in row['tests'] for _ in STYLES]
+        self.count['passing'] += accepted == wanted
+        self.count['valid refused'] += sum(w and not a for w, a in zip(wanted, accepted))
+        self.count['invalid accepted'] += sum(a and not w for w, a in zip(wanted, accepted))
+
+    def row(self, name):
+        n, count, at, left = sum(self.masks.values()), self.count, {}, 0
+        for us in sorted(self.masks):
+            left += self.masks[us]
+            if left > n * .99:
+                at.setdefault('99', us)
+        mean = sum(us * times for us, times in self.masks.items()) / max(n, 1)
+        compiles = sorted(self.compiles) or [0]
+        part = lambda share: compiles[min(len(compiles) - 1, int(len(compiles) * share))] / 1000
+        return '| %s | %d | %d | %d | %d | %d | %d | %d | %.1f us | %.0f us | %.1f ms | %.2f ms | %.1f ms | %.0f ms |' % (
+            name, count['schemas'], count['died'], count['compile'], count['passing'], count['invalid accepted'],
+            count['valid refused'], n, mean, at.get('99', 0), max(self.masks or [0]) / 1000, part(.5), part(.99), part(1))
+
+
+HEAD = ('| | schemas | died | compile | passing | invalid accepted | valid refused | masks | mean | 99 % | largest '
+        '| compile median | 99 % | longest |\n|' + '---|' * 14)
+
+
+def main():
+    if sys.argv[1] == '--work':
+        return work(*sys.argv[2:4])
+    model, path, bench = sys.argv[1:4]
+    every = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+    names = sys.argv[5:] or ['qwen3.h', 'llguidance', 'xgrammar']
+    workers = {name: Worker(name, model, bench) for name in names}
+    totals = {name: Total() for name in names}
+    table = lambda: '\n'.join([HEAD] + [totals[name].row(name) for name in names])
+    for i, line in enumerate(open(path)):
+        if i % every:
             continue
-        finally:
-            compile_us.append(1e6 * (time.thread_time() - start))
-        ok = True
-        for test in row['tests']:
-            for style in (dict(separators=(',', ':')), dict(indent=4)):
-                text = json.dumps(test['data'], ensure_ascii=False, **style)
-                good = follow(library, encode.encode(text, add_special_tokens=False).ids, mask_us)
-                if good != test['valid']:
-                    ok = False
-                    count['refused' if test['valid'] else 'accepted'] += 1
-        count['passed'] += ok
-    mask_us.sort()
-    compile_us.sort()
-    at = lambda values, share: round(values[min(len(values) - 1, int(len(values) * share))], 1)
-    print(json.dumps(dict(library=name, **count, masks=len(mask_us), mask_us=dict(
-        mean=round(sum(mask_us) / len(mask_us), 1), p50=at(mask_us, .5), p99=at(mask_us, .99), most=at(mask_us, 1)),
-        compile_us=dict(median=at(compile_us, .5), p99=at(compile_us, .99), most=at(compile_us, 1)))))
+        row = json.loads(line)
+        for name in names:
+            totals[name].add(row, workers[name].run(row))
+        if totals[names[0]].count['schemas'] % 500 == 0:
+            print(table(), flush=True, file=sys.stderr)
+    print(table())
 
 
 main()
