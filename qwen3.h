@@ -16893,6 +16893,8 @@ typedef struct qwen3i_tail { int32_t token; int32_t suffix; uint16_t chars; } qw
 /* tails after a string's final state */
 typedef struct qwen3i_crossing { uint32_t first, n; int state; } qwen3i_crossing;
 
+#define QWEN3I_SHORT_CHARS 16           /* of a token that is short: nearly all are */
+
 typedef struct qwen3i_index {           /* built once a model */
     qwen3_allocator allocator;
     int             n_words;            /* of a mask: 32 tokens each */
@@ -16907,8 +16909,9 @@ typedef struct qwen3i_index {           /* built once a model */
     qwen3i_tail    *tails;
     uint32_t        n_tails;
     unsigned char  *chars;              /* [n_vocab] characters that a token makes a string longer */
-    int32_t        *by_chars;           /* [n_text] tokens in order of that */
-    int             n_text;
+    int32_t        *by_chars;           /* [n_text] tokens in order of that, of which short_end are short, */
+    int             n_text, short_end;
+    uint32_t       *short_masks;        /* [SHORT_CHARS + 1][n_words] and those of at most so many characters */
     const struct qwen3_grammar *plain;  /* any string, and what it allows between two characters: */
     uint32_t       *plain_mask;
     qwen3i_crossing *plain_crossings;
@@ -17261,8 +17264,11 @@ static void qwen3i_cross(qwen3i_masker *k, const qwen3i_thread t, const qwen3i_c
 static void qwen3i_mask_inside(qwen3i_masker *k, const uint32_t *inside, int room) {
     const qwen3i_index *v = k->v;
     int i;
+    const uint32_t *few = v->short_masks + (size_t)qwen3i_min(qwen3i_max(room, 0), QWEN3I_SHORT_CHARS) *
+                          (size_t)v->n_words;
     if (room >= v->max_chars) { for (i = 0; i < v->n_words; i++) k->mask[i] |= inside[i]; return; }
-    for (i = 0; i < v->n_text && v->chars[v->by_chars[i]] <= room; i++) {
+    for (i = 0; i < v->n_words; i++) k->mask[i] |= inside[i] & few[i];
+    for (i = v->short_end; i < v->n_text && v->chars[v->by_chars[i]] <= room; i++) {
         const int32_t token = v->by_chars[i];
         if (inside[token >> 5] >> (token & 31) & 1u) qwen3i_allow(k->mask, token);
     }
@@ -17339,8 +17345,10 @@ static void qwen3i_grammar_free(qwen3_grammar *g);
 
 static void qwen3i_index_free(qwen3i_index *v) {
     qwen3_allocator a;
+    size_t n_short;
     if (!v) return;
     a = v->allocator;
+    n_short = (size_t)v->n_words * (QWEN3I_SHORT_CHARS + 1);
     qwen3i_free(&a, v->tree.nodes, v->tree.n * sizeof *v->tree.nodes);
     qwen3i_free(&a, v->suffixes.nodes, v->suffixes.n * sizeof *v->suffixes.nodes);
     qwen3i_free(&a, v->quoted.nodes, v->quoted.n * sizeof *v->quoted.nodes);
@@ -17349,6 +17357,7 @@ static void qwen3i_index_free(qwen3i_index *v) {
     qwen3i_free(&a, v->tails, v->n_tails * sizeof *v->tails);
     qwen3i_free(&a, v->chars, (size_t)v->n_words * 32);
     qwen3i_free(&a, v->by_chars, (size_t)v->n_words * 32 * sizeof *v->by_chars);
+    qwen3i_free(&a, v->short_masks, n_short * sizeof *v->short_masks);
     qwen3i_free(&a, v->plain_mask, (size_t)v->n_words * sizeof *v->plain_mask);
     qwen3i_free(&a, v->plain_crossings, QWEN3I_MAX_CROSSINGS * sizeof *v->plain_crossings);
     qwen3i_grammar_free((qwen3_grammar *)(void *)v->plain);
@@ -17455,12 +17464,17 @@ static void qwen3i_index_count(qwen3i_index *v, qwen3i_level *levels) {
 }
 
 static void qwen3i_index_order(qwen3i_index *v) {
-    int count[257], i, n = v->n_words * 32;
+    int count[257], i, n = v->n_words * 32, chars;
     memset(count, 0, sizeof count);
-    for (i = 0; i < n; i++) if (v->chars[i]) { count[v->chars[i] +
-                                                     1]++; v->max_chars = qwen3i_max(v->max_chars,
-                                                             v->chars[i]); }
+    for (i = 0; i < n; i++) {
+        chars = v->chars[i];
+        if (!chars) continue;
+        count[chars + 1]++;
+        v->max_chars = qwen3i_max(v->max_chars, chars);
+        for (; chars <= QWEN3I_SHORT_CHARS; chars++) qwen3i_allow(v->short_masks + chars * v->n_words, i);
+    }
     for (i = 1; i < 257; i++) count[i] += count[i - 1];
+    v->short_end = count[QWEN3I_SHORT_CHARS + 1];
     for (i = 0; i < n; i++) if (v->chars[i]) v->by_chars[count[v->chars[i]]++] = i;
     v->n_text = count[256];
 }
@@ -17482,13 +17496,15 @@ static qwen3_result qwen3i_index_fill(qwen3i_index *v, const qwen3_model *model,
     if (!qwen3i_index_tails(v, model, path)) return QWEN3_ERR_MEMORY;
     v->chars = (unsigned char *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words, 32);
     v->by_chars = (int32_t *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words * 32, sizeof *v->by_chars);
+    v->short_masks = (uint32_t *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words,
+                                                   (QWEN3I_SHORT_CHARS + 1) * sizeof *v->short_masks);
     v->plain_mask = (uint32_t *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words, sizeof *v->plain_mask);
     v->any_mask = (uint32_t *)qwen3i_alloc_zero(&v->allocator, (size_t)v->n_words, sizeof *v->any_mask);
     v->plain_crossings = (qwen3i_crossing *)qwen3i_alloc_array(&v->allocator, QWEN3I_MAX_CROSSINGS,
                                                                sizeof *v->plain_crossings);
     g = (qwen3_grammar *)qwen3i_alloc_zero(&v->allocator, 1, sizeof *g);
     v->plain = g;
-    if (!v->chars || !v->by_chars || !v->plain_mask || !v->any_mask || !v->plain_crossings || !g)
+    if (!v->chars || !v->by_chars || !v->short_masks || !v->plain_mask || !v->any_mask || !v->plain_crossings || !g)
         return QWEN3_ERR_MEMORY;
     memset(&desc, 0, sizeof desc);
     desc.kind = QWEN3_GRAMMAR_JSON_SCHEMA;
