@@ -1341,12 +1341,15 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
 #if defined(__GNUC__) || defined(__clang__)
   #define QWEN3I_UNUSED __attribute__((unused))
   #define QWEN3I_INLINE static inline __attribute__((always_inline, unused))
+  #define QWEN3I_APART static __attribute__((noinline, unused))    /* one copy */
 #elif defined(_MSC_VER)
   #define QWEN3I_UNUSED
   #define QWEN3I_INLINE static __forceinline
+  #define QWEN3I_APART static __declspec(noinline)
 #else
   #define QWEN3I_UNUSED
   #define QWEN3I_INLINE static inline
+  #define QWEN3I_APART static
 #endif
 #define QWEN3I_COUNT(a) ((int)(sizeof(a) / sizeof *(a)))
 #ifdef QWEN3_NO_GRAMMAR
@@ -9498,6 +9501,15 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
   #define QWEN3I_UNROLL
 #endif
 
+/* Where it is only a little faster: not in what is compiled for size */
+#ifdef __OPTIMIZE_SIZE__
+  #define QWEN3I_UNROLL_MORE
+  #define QWEN3I_PIECE QWEN3I_APART
+#else
+  #define QWEN3I_UNROLL_MORE QWEN3I_UNROLL
+  #define QWEN3I_PIECE QWEN3I_INLINE
+#endif
+
 #if defined(__GNUC__)
   #define QWEN3I_PREFETCH(p) __builtin_prefetch(p)
   #define QWEN3I_PREFETCH_FAR(p) __builtin_prefetch(p, 0, 0)       /* to be used once */
@@ -9908,19 +9920,18 @@ TARGET static void V##_store_row(void *y, const float *x, qwen3i_type type, int 
    V_transpose(v, b, ld) makes v[4] of 16 bytes of each row; V_words, keep load and store; V_all repeats a
    word; and, or, shl, shr
    are on words, less and pick(table, v) on bytes; V_float makes numbers, V_half takes the lower half as one,
-   V_as_float the bits. */
-#define QWEN3I_DEFINE_FORMATS(V, TARGET) \
-TARGET QWEN3I_INLINE void V##_take(V##_i *v, const uint8_t *b, qwen3i_strip *strip) { \
+   V_as_float the bits. First what formats are made of. */
+#define QWEN3I_DEFINE_UNPACKING(V, TARGET) \
+TARGET QWEN3I_PIECE void V##_take(V##_i *v, const uint8_t *b, qwen3i_strip *strip) { \
     V##_transpose(v, b, strip->ld); \
     qwen3i_fetch(strip, 128); \
 } \
 TARGET QWEN3I_INLINE V##_v V##_byte(V##_i v, int j) { return V##_float(V##_and(V##_shr(v, 8 * j), 255)); } \
 TARGET QWEN3I_INLINE V##_v V##_negative(V##_v v) { return V##_mul(v, V##_set1(-1)); } \
 TARGET QWEN3I_INLINE V##_v V##_plus(V##_v v, float f) { return V##_add(v, V##_set1(f)); } \
-/* 16 bytes: low halves are columns from `low` on, high ones from `high` on, less a number, \
-   or out of a table */ \
-TARGET QWEN3I_INLINE void V##_nibbles(qwen3i_panel *p, int low, int high, const uint8_t *b, \
-                                      qwen3i_strip *strip, V##_i less) { \
+/* 16 bytes: low halves are columns from `low` on, high ones from `high` on, less a number */ \
+TARGET QWEN3I_PIECE void V##_nibbles(qwen3i_panel *p, int low, int high, const uint8_t *b, \
+                                     qwen3i_strip *strip, V##_i less) { \
     V##_i v[4]; \
     V##_take(v, b, strip); \
     QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
@@ -9928,79 +9939,30 @@ TARGET QWEN3I_INLINE void V##_nibbles(qwen3i_panel *p, int low, int high, const 
         V##_keep(p->q[high / 4 + i], V##_less(V##_and(V##_shr(v[i], 4), 0x0F0F0F0F), less)); \
     } \
 } \
+/* ... or out of a table */ \
 TARGET QWEN3I_INLINE void V##_pick_nibbles(qwen3i_panel *p, int low, int high, V##_i v, \
                                            const int8_t *table) { \
     V##_keep(p->q[low / 4], V##_pick(table, V##_and(v, 0x0F0F0F0F))); \
     V##_keep(p->q[high / 4], V##_pick(table, V##_and(V##_shr(v, 4), 0x0F0F0F0F))); \
 } \
-TARGET QWEN3I_INLINE void V##_picks(qwen3i_panel *p, int low, int high, const uint8_t *b, \
-                                    qwen3i_strip *strip, \
-                                    const int8_t *table) { \
-    V##_i v[4]; \
-    V##_take(v, b, strip); \
-    QWEN3I_UNROLL for (int i = 0; i < 4; i++) V##_pick_nibbles(p, low + 4 * i, high + 4 * i, v[i], table); \
-} \
 /* Fields of 16 bytes, whose lowest bit is `shift`, join 16 columns from c on; then these become less. */ \
-TARGET QWEN3I_INLINE void V##_join(qwen3i_panel *p, int c, const V##_i *v, int shift, int mask, int left, \
-                                   int less) { \
+TARGET QWEN3I_PIECE void V##_join(qwen3i_panel *p, int c, const V##_i *v, int shift, int mask, int left, \
+                                  int less) { \
     QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
         V##_i field = V##_shl(V##_and(V##_shr(v[i], shift), mask * 0x01010101), left); \
         V##_keep(p->q[c / 4 + i], \
                  V##_less(V##_or(V##_words(p->q[c / 4 + i]), field), V##_all(less * 0x01010101))); \
     } \
-} \
-/* Bits of a word join 32 columns from c on, as their fifth. */ \
-TARGET QWEN3I_INLINE void V##_fives(qwen3i_panel *p, int c, V##_i bits, int less) { \
-    for (int i = 0; i < 8; i++) { \
-        V##_i v = V##_and(V##_shr(bits, 4 * i), 15); \
-        v = V##_or(V##_or(v, V##_shl(v, 7)), V##_or(V##_shl(v, 14), V##_shl(v, 21))); \
-        v = V##_or(V##_words(p->q[c / 4 + i]), V##_shl(V##_and(v, 0x01010101), 4)); \
-        V##_keep(p->q[c / 4 + i], V##_less(v, V##_all(less * 0x01010101))); \
-    } \
-} \
-TARGET QWEN3I_INLINE void V##_copy16(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip) { \
-    V##_i v[4]; \
-    V##_take(v, b, strip); \
-    QWEN3I_UNROLL for (int i = 0; i < 4; i++) V##_keep(p->q[c / 4 + i], v[i]); \
-} \
-/* Blocks of 32 whose columns are c .. c + 31 */ \
-TARGET static void V##_panel32(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, \
-                               qwen3i_type type) { \
-    const V##_i none = V##_all(0); \
-    V##_i v[4]; \
-    V##_v d; \
-    V##_take(v, b, strip); \
-    d = V##_half(v[0]); \
-    switch (type) { \
-        case QWEN3I_Q4_0: V##_picks(p, c, c + 16, b + 2, strip, qwen3i_four_bits[1]); break; \
-        case QWEN3I_Q4_1: V##_nibbles(p, c, c + 16, b + 4, strip, none); break; \
-        case QWEN3I_Q5_0: V##_nibbles(p, c, c + 16, b + 6, strip, none); \
-                          V##_fives(p, c, V##_or(V##_shr(v[0], 16), V##_shl(v[1], 16)), 16); break; \
-        case QWEN3I_Q5_1: V##_nibbles(p, c, c + 16, b + 8, strip, none); V##_fives(p, c, v[1], 0); break; \
-        case QWEN3I_IQ4_NL: V##_picks(p, c, c + 16, b + 2, strip, qwen3i_four_bits[0]); break; \
-        case QWEN3I_INT4S: { \
-            V##_i zero = V##_and(v[0], 127); \
-            zero = V##_or(zero, V##_shl(zero, 8)); \
-            V##_nibbles(p, c, c + 16, b + 4, strip, V##_or(zero, V##_shl(zero, 16))); \
-            d = V##_as_float(V##_and(v[0], ~255)); \
-            break; \
-        } \
-        default: { \
-            float scales[16]; \
-            for (int r = 0; r < 16; r++) scales[r] = qwen3i_e8m0_half(b[(size_t)r * strip->ld]); \
-            V##_picks(p, c, c + 16, b + 1, strip, qwen3i_fp4_values); \
-            d = V##_load(scales); \
-        } \
-    } \
-    V##_store(p->d[c / 32], d); \
-    if (type == QWEN3I_Q4_1 || type == QWEN3I_Q5_1) V##_store(p->m[c / 32], V##_half(V##_shr(v[0], 16))); \
-} \
+}
+
+/* The formats of most files: Q4_0, IQ4_NL, Q4_K, Q5_K, Q6_K. RARE unpacks all others. */
+#define QWEN3I_DEFINE_FORMATS(V, RARE, TARGET) \
 /* Eight blocks of Q4_0 or IQ4_NL, 36 words of which every other block begins within one */ \
-TARGET QWEN3I_INLINE void V##_panel_18(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip, \
-                                       const int8_t *table) { \
+TARGET static void V##_panel_18(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip, \
+                                const int8_t *table) { \
     V##_i v[36]; \
     V##_take(v, b, strip); \
-    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+    QWEN3I_UNROLL_MORE for (int j = 0; j < 4; j++) { \
         const V##_i *w = v + 9 * j; \
         V##_take(v + 8 * j + 4, b + 32 * j + 16, strip); \
         V##_take(v + 8 * j + 8, b + 32 * j + 32, strip); \
@@ -10013,85 +9975,9 @@ TARGET QWEN3I_INLINE void V##_panel_18(qwen3i_panel *p, const uint8_t *b, qwen3i
         } \
     } \
 } \
-TARGET QWEN3I_INLINE void V##_panel_nvfp4(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip) { \
-    float scales[16]; \
-    V##_i v[4]; \
-    for (int h = 0; h < 2; h++) { \
-        V##_take(v, b + 4 + 16 * h, strip); \
-        QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
-            int8_t (*to)[16][4] = &p->q[c / 4 + 8 * h + i / 2 * 4 + i % 2]; \
-            V##_keep(to[0], V##_pick(qwen3i_fp4_values, V##_and(v[i], 0x0F0F0F0F))); \
-            V##_keep(to[2], V##_pick(qwen3i_fp4_values, V##_and(V##_shr(v[i], 4), 0x0F0F0F0F))); \
-        } \
-    } \
-    for (int j = 0; j < 4; j++) { \
-        for (int r = 0; r < 16; r++) \
-            scales[r] = qwen3i_ue4m3_to_f32(b[(size_t)r * strip->ld + (size_t)j]) / 2; \
-        memcpy(p->d[c / 16 + j], scales, sizeof scales); \
-    } \
-} \
-/* Blocks of 128: INT4 is one scale for four of INT4S. */ \
-TARGET QWEN3I_INLINE void V##_panel128(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, \
-                                       qwen3i_type type) { \
-    V##_i v[4], zero; \
-    V##_v d; \
-    V##_take(v, b, strip); \
-    d = V##_as_float(V##_and(v[0], ~255)); \
-    zero = V##_and(v[0], 127); \
-    zero = V##_or(zero, V##_shl(zero, 8)); \
-    zero = V##_or(zero, V##_shl(zero, 16)); \
-    for (int k = 0; k < 4; k++) { \
-        if (type == QWEN3I_INT4) V##_nibbles(p, c + 32 * k, c + 32 * k + 16, b + 4 + 16 * k, strip, zero); \
-        else { \
-            V##_copy16(p, c + 32 * k, b + 4 + 32 * k, strip); \
-            V##_copy16(p, c + 32 * k + 16, b + 20 + 32 * k, strip); \
-            V##_store(p->m[c / 32 + k], V##_mul(V##_negative(d), V##_plus(V##_byte(v[0], 0), -128))); \
-        } \
-        V##_store(p->d[c / 32 + k], d); \
-    } \
-} \
-TARGET QWEN3I_INLINE void V##_panel_q2_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
-    V##_i v[4], s[4]; \
-    V##_v d, m; \
-    V##_take(v, b + 68, strip); \
-    V##_take(s, b, strip); \
-    d = V##_half(v[3]); \
-    m = V##_negative(V##_half(V##_shr(v[3], 16))); \
-    for (int i = 0; i < 16; i++) { \
-        V##_i scale = V##_shr(s[i / 4], i % 4 * 8); \
-        V##_store(p->d[i], V##_mul(d, V##_float(V##_and(scale, 15)))); \
-        V##_store(p->m[i], V##_mul(m, V##_float(V##_and(V##_shr(scale, 4), 15)))); \
-    } \
-    memset(p->q, 0, sizeof p->q); \
-    for (int i = 0; i < 4; i++) { \
-        V##_take(v, b + 16 + 16 * i, strip); \
-        for (int k = 0; k < 4; k++) V##_join(p, 128 * (i / 2) + 32 * k + 16 * (i % 2), v, 2 * k, 3, 0, 0); \
-    } \
-} \
-TARGET QWEN3I_INLINE void V##_panel_q3_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
-    V##_i v[4], high[4], u[3]; \
-    V##_v d; \
-    V##_take(v, b + 94, strip); \
-    d = V##_half(V##_shr(v[3], 16)); \
-    for (int i = 0; i < 3; i++) u[i] = V##_or(V##_shr(v[i], 16), V##_shl(v[i + 1], 16)); \
-    for (int i = 0; i < 16; i++) { \
-        V##_i low = V##_and(V##_shr(u[i / 4 % 2], 8 * (i % 4) + 4 * (i / 8)), 15); \
-        V##_i upper = V##_and(V##_shr(u[2], 8 * (i % 4) + 2 * (i / 4)), 3); \
-        V##_store(p->d[i], V##_mul(d, V##_plus(V##_float(V##_or(low, V##_shl(upper, 4))), -32))); \
-    } \
-    memset(p->q, 0, sizeof p->q); \
-    for (int i = 0; i < 4; i++) { \
-        V##_take(v, b + 32 + 16 * i, strip); \
-        V##_take(high, b + 16 * (i % 2), strip); \
-        for (int k = 0; k < 4; k++) { \
-            const int c = 128 * (i / 2) + 32 * k + 16 * (i % 2); \
-            V##_join(p, c, v, 2 * k, 3, 0, 0); \
-            V##_join(p, c, high, 4 * (i / 2) + k, 1, 2, 4); \
-        } \
-    } \
-} \
 /* Q4_K, Q5_K */ \
-TARGET QWEN3I_INLINE void V##_panel_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip, int fives) { \
+TARGET static void V##_panel_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip, int fives) { \
+    const V##_i none = V##_all(0); \
     V##_i v[4], s[4]; \
     V##_v d, m; \
     V##_take(v, b, strip); \
@@ -10101,7 +9987,7 @@ TARGET QWEN3I_INLINE void V##_panel_k(qwen3i_panel *p, const uint8_t *b, qwen3i_
     s[1] = V##_or(V##_and(v[3], 0x0F0F0F0F), V##_shl(V##_and(V##_shr(v[1], 6), 0x03030303), 4)); \
     s[2] = V##_and(v[2], 0x3F3F3F3F); \
     s[3] = V##_or(V##_and(V##_shr(v[3], 4), 0x0F0F0F0F), V##_shl(V##_and(V##_shr(v[2], 6), 0x03030303), 4)); \
-    QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
+    QWEN3I_UNROLL_MORE for (int i = 0; i < 4; i++) { \
         V##_store(p->d[i], V##_mul(d, V##_byte(s[0], i))); \
         V##_store(p->d[i + 4], V##_mul(d, V##_byte(s[1], i))); \
         V##_store(p->m[i], V##_mul(m, V##_byte(s[2], i))); \
@@ -10109,46 +9995,36 @@ TARGET QWEN3I_INLINE void V##_panel_k(qwen3i_panel *p, const uint8_t *b, qwen3i_
     } \
     for (int i = 0; i < 8; i++) { \
         const int c = 64 * (i / 2) + 16 * (i % 2); \
-        V##_nibbles(p, c, c + 32, b + (fives ? 48 : 16) + 16 * i, strip, V##_all(0)); \
+        V##_nibbles(p, c, c + 32, b + (fives ? 48 : 16) + 16 * i, strip, none); \
     } \
     for (int i = 0; fives && i < 2; i++) { \
         V##_take(v, b + 16 + 16 * i, strip); \
         for (int k = 0; k < 8; k++) V##_join(p, 32 * k + 16 * i, v, k, 1, 4, 0); \
     } \
 } \
-TARGET QWEN3I_INLINE void V##_panel_q6_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
+TARGET static void V##_panel_q6_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
     V##_i v[4], low[2][4]; \
     V##_v d; \
     V##_take(v, b + 194, strip); \
     d = V##_half(V##_shr(v[3], 16)); \
     V##_take(v, b + 192, strip); \
-    QWEN3I_UNROLL for (int i = 0; i < 16; i++) \
-        V##_store(p->d[i], V##_mul(d, \
-                                   V##_plus(V##_byte(V##_less(v[i / 4], V##_all((int)0x80808080u)), i % 4), \
-                                            -128))); \
+    QWEN3I_UNROLL_MORE for (int j = 0; j < 4; j++) { \
+        const V##_i scales = V##_less(v[j], V##_all((int)0x80808080u)); \
+        QWEN3I_UNROLL for (int i = 0; i < 4; i++) \
+            V##_store(p->d[4 * j + i], V##_mul(d, V##_plus(V##_byte(scales, i), -128))); \
+    } \
     for (int i = 0; i < 4; i++) {       /* 16 bytes of high pairs are 64 columns, in four parts of 128 */ \
         const int c = 128 * (i / 2) + 16 * (i % 2); \
         V##_take(v, b + 128 + 16 * i, strip); \
         V##_take(low[0], b + c / 2 + i % 2 * 8, strip); \
         V##_take(low[1], b + c / 2 + i % 2 * 8 + 32, strip); \
-        QWEN3I_UNROLL for (int k = 0; k < 4; k++) { \
+        QWEN3I_UNROLL_MORE for (int k = 0; k < 4; k++) { \
             QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
                 V##_i field = V##_shl(V##_and(V##_shr(v[j], 2 * k), 0x03030303), 4); \
                 V##_i q = V##_or(V##_and(V##_shr(low[k % 2][j], k / 2 * 4), 0x0F0F0F0F), field); \
                 V##_keep(p->q[c / 4 + 8 * k + j], V##_less(q, V##_all(0x20202020))); \
             } \
         } \
-    } \
-} \
-TARGET QWEN3I_INLINE void V##_panel_iq4_xs(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
-    V##_i v[4]; \
-    V##_v d; \
-    V##_take(v, b, strip); \
-    d = V##_half(v[0]); \
-    for (int k = 0; k < 8; k++) { \
-        V##_i low = V##_and(V##_shr(v[1], 4 * k), 15), high = V##_and(V##_shr(v[0], 16 + 2 * k), 3); \
-        V##_store(p->d[k], V##_mul(d, V##_plus(V##_float(V##_or(low, V##_shl(high, 4))), -32))); \
-        V##_picks(p, 32 * k, 32 * k + 16, b + 8 + 16 * k, strip, qwen3i_four_bits[0]); \
     } \
 } \
 /* n_cols columns, from the beginning of a block on; so many rows that there may be no 16 are repeated. */ \
@@ -10163,22 +10039,170 @@ TARGET static void V##_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *st
         w = copy[0]; \
         strip->ld = QWEN3I_MAX_ROW; \
     } \
-    if (n_cols == 256 && f->bytes == 18) { \
+    if (type == QWEN3I_Q4_K || type == QWEN3I_Q5_K) V##_panel_k(p, w, strip, type == QWEN3I_Q5_K); \
+    else if (type == QWEN3I_Q6_K) V##_panel_q6_k(p, w, strip); \
+    else if (n_cols == 256 && f->bytes == 18) \
         V##_panel_18(p, w, strip, type == QWEN3I_Q4_0 ? qwen3i_four_bits[1] : qwen3i_four_bits[0]); \
-        return; \
+    else for (int c = 0; c < n_cols; c += f->elements, w += f->bytes) \
+        RARE##_panel_rare(p, c, w, strip, type); \
+}
+
+/* The other formats, on x86 by AVX2 for all sets, of pieces that are called. One row of x pays up to half of
+   its time for that where memory is no limit, many rows 1 to 5 %. */
+#define QWEN3I_DEFINE_RARE(V, TARGET) \
+TARGET QWEN3I_APART void V##_rows(V##_i *v, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_take(v, b, strip); \
+} \
+TARGET QWEN3I_APART void V##_halves(qwen3i_panel *p, int low, int high, const uint8_t *b, \
+                                    qwen3i_strip *strip, const V##_i *less) { \
+    V##_nibbles(p, low, high, b, strip, *less); \
+} \
+TARGET QWEN3I_APART void V##_merge(qwen3i_panel *p, int c, const V##_i *v, int shift, int mask, int left, \
+                                   int less) { \
+    V##_join(p, c, v, shift, mask, left, less); \
+} \
+TARGET QWEN3I_APART void V##_picks(qwen3i_panel *p, int low, int high, const uint8_t *b, \
+                                   qwen3i_strip *strip, const int8_t *table) { \
+    V##_i v[4]; \
+    V##_take(v, b, strip); \
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++) V##_pick_nibbles(p, low + 4 * i, high + 4 * i, v[i], table); \
+} \
+/* Bits of a word join 32 columns from c on, as their fifth. */ \
+TARGET QWEN3I_APART void V##_fives(qwen3i_panel *p, int c, const V##_i *bits, int less) { \
+    for (int i = 0; i < 8; i++) { \
+        V##_i v = V##_and(V##_shr(*bits, 4 * i), 15); \
+        v = V##_or(V##_or(v, V##_shl(v, 7)), V##_or(V##_shl(v, 14), V##_shl(v, 21))); \
+        v = V##_or(V##_words(p->q[c / 4 + i]), V##_shl(V##_and(v, 0x01010101), 4)); \
+        V##_keep(p->q[c / 4 + i], V##_less(v, V##_all(less * 0x01010101))); \
     } \
-    for (int c = 0; c < n_cols; c += f->elements, w += f->bytes) \
-        switch (type) { \
-            case QWEN3I_Q2_K: V##_panel_q2_k(p, w, strip); break; \
-            case QWEN3I_Q3_K: V##_panel_q3_k(p, w, strip); break; \
-            case QWEN3I_Q4_K: V##_panel_k(p, w, strip, 0); break; \
-            case QWEN3I_Q5_K: V##_panel_k(p, w, strip, 1); break; \
-            case QWEN3I_Q6_K: V##_panel_q6_k(p, w, strip); break; \
-            case QWEN3I_IQ4_XS: V##_panel_iq4_xs(p, w, strip); break; \
-            case QWEN3I_NVFP4: V##_panel_nvfp4(p, c, w, strip); break; \
-            case QWEN3I_INT4: case QWEN3I_INT8: V##_panel128(p, c, w, strip, type); break; \
-            default: V##_panel32(p, c, w, strip, type); break; \
+} \
+/* The lowest byte of each word in all four */ \
+TARGET QWEN3I_INLINE V##_i V##_spread_byte(V##_i v) { \
+    v = V##_or(v, V##_shl(v, 8)); \
+    return V##_or(v, V##_shl(v, 16)); \
+} \
+/* Blocks of 32 whose columns are c .. c + 31 */ \
+TARGET static void V##_panel32(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, \
+                               qwen3i_type type) { \
+    V##_i v[4], more = V##_all(0); \
+    V##_v d; \
+    V##_rows(v, b, strip); \
+    d = V##_half(v[0]); \
+    switch (type) { \
+        case QWEN3I_Q4_0: V##_picks(p, c, c + 16, b + 2, strip, qwen3i_four_bits[1]); break; \
+        case QWEN3I_Q4_1: V##_halves(p, c, c + 16, b + 4, strip, &more); break; \
+        case QWEN3I_Q5_0: V##_halves(p, c, c + 16, b + 6, strip, &more); \
+                          more = V##_or(V##_shr(v[0], 16), V##_shl(v[1], 16)); \
+                          V##_fives(p, c, &more, 16); break; \
+        case QWEN3I_Q5_1: V##_halves(p, c, c + 16, b + 8, strip, &more); V##_fives(p, c, v + 1, 0); break; \
+        case QWEN3I_IQ4_NL: V##_picks(p, c, c + 16, b + 2, strip, qwen3i_four_bits[0]); break; \
+        case QWEN3I_INT4S: more = V##_spread_byte(V##_and(v[0], 127)); \
+                           V##_halves(p, c, c + 16, b + 4, strip, &more); \
+                           d = V##_as_float(V##_and(v[0], ~255)); break; \
+        default: { \
+            float scales[16]; \
+            for (int r = 0; r < 16; r++) scales[r] = qwen3i_e8m0_half(b[(size_t)r * strip->ld]); \
+            V##_picks(p, c, c + 16, b + 1, strip, qwen3i_fp4_values); \
+            d = V##_load(scales); \
         } \
+    } \
+    V##_store(p->d[c / 32], d); \
+    if (type == QWEN3I_Q4_1 || type == QWEN3I_Q5_1) V##_store(p->m[c / 32], V##_half(V##_shr(v[0], 16))); \
+} \
+TARGET static void V##_panel_nvfp4(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_i v[4]; \
+    for (int h = 0; h < 2; h++) { \
+        V##_rows(v, b + 4 + 16 * h, strip); \
+        for (int i = 0; i < 4; i++) { \
+            const int to = c + 32 * h + i / 2 * 16 + i % 2 * 4; \
+            V##_pick_nibbles(p, to, to + 8, v[i], qwen3i_fp4_values); \
+        } \
+    } \
+    for (int j = 0; j < 4; j++) \
+        for (int r = 0; r < 16; r++) \
+            p->d[c / 16 + j][r] = qwen3i_ue4m3_to_f32(b[(size_t)r * strip->ld + (size_t)j]) / 2; \
+} \
+/* Blocks of 128: INT4 is one scale for four of INT4S. */ \
+TARGET static void V##_panel128(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, \
+                                qwen3i_type type) { \
+    V##_i v[4], zero; \
+    V##_v d; \
+    V##_rows(v, b, strip); \
+    d = V##_as_float(V##_and(v[0], ~255)); \
+    zero = V##_spread_byte(V##_and(v[0], 127)); \
+    for (int k = 0; k < 4; k++) { \
+        const int at = c + 32 * k; \
+        V##_store(p->d[at / 32], d); \
+        if (type == QWEN3I_INT4) V##_halves(p, at, at + 16, b + 4 + 16 * k, strip, &zero); \
+        else V##_store(p->m[at / 32], V##_mul(V##_negative(d), V##_plus(V##_byte(v[0], 0), -128))); \
+    } \
+    for (int k = 0; type == QWEN3I_INT8 && k < 8; k++) { \
+        V##_rows(v, b + 4 + 16 * k, strip); \
+        for (int i = 0; i < 4; i++) V##_keep(p->q[c / 4 + 4 * k + i], v[i]); \
+    } \
+} \
+TARGET static void V##_panel_q2_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_i v[4], s[4]; \
+    V##_v d, m; \
+    V##_rows(v, b + 68, strip); \
+    V##_rows(s, b, strip); \
+    d = V##_half(v[3]); \
+    m = V##_negative(V##_half(V##_shr(v[3], 16))); \
+    for (int i = 0; i < 16; i++) { \
+        V##_i scale = V##_shr(s[i / 4], i % 4 * 8); \
+        V##_store(p->d[i], V##_mul(d, V##_float(V##_and(scale, 15)))); \
+        V##_store(p->m[i], V##_mul(m, V##_float(V##_and(V##_shr(scale, 4), 15)))); \
+    } \
+    memset(p->q, 0, sizeof p->q); \
+    for (int i = 0; i < 4; i++) { \
+        V##_rows(v, b + 16 + 16 * i, strip); \
+        for (int k = 0; k < 4; k++) V##_merge(p, 128 * (i / 2) + 32 * k + 16 * (i % 2), v, 2 * k, 3, 0, 0); \
+    } \
+} \
+TARGET static void V##_panel_q3_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_i v[4], high[4], u[3]; \
+    V##_v d; \
+    V##_rows(v, b + 94, strip); \
+    d = V##_half(V##_shr(v[3], 16)); \
+    for (int i = 0; i < 3; i++) u[i] = V##_or(V##_shr(v[i], 16), V##_shl(v[i + 1], 16)); \
+    for (int i = 0; i < 16; i++) { \
+        V##_i low = V##_and(V##_shr(u[i / 4 % 2], 8 * (i % 4) + 4 * (i / 8)), 15); \
+        V##_i upper = V##_and(V##_shr(u[2], 8 * (i % 4) + 2 * (i / 4)), 3); \
+        V##_store(p->d[i], V##_mul(d, V##_plus(V##_float(V##_or(low, V##_shl(upper, 4))), -32))); \
+    } \
+    memset(p->q, 0, sizeof p->q); \
+    for (int i = 0; i < 4; i++) { \
+        V##_rows(v, b + 32 + 16 * i, strip); \
+        V##_rows(high, b + 16 * (i % 2), strip); \
+        for (int k = 0; k < 4; k++) { \
+            const int c = 128 * (i / 2) + 32 * k + 16 * (i % 2); \
+            V##_merge(p, c, v, 2 * k, 3, 0, 0); \
+            V##_merge(p, c, high, 4 * (i / 2) + k, 1, 2, 4); \
+        } \
+    } \
+} \
+TARGET static void V##_panel_iq4_xs(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_i v[4]; \
+    V##_v d; \
+    V##_rows(v, b, strip); \
+    d = V##_half(v[0]); \
+    for (int k = 0; k < 8; k++) { \
+        V##_i low = V##_and(V##_shr(v[1], 4 * k), 15), high = V##_and(V##_shr(v[0], 16 + 2 * k), 3); \
+        V##_store(p->d[k], V##_mul(d, V##_plus(V##_float(V##_or(low, V##_shl(high, 4))), -32))); \
+        V##_picks(p, 32 * k, 32 * k + 16, b + 8 + 16 * k, strip, qwen3i_four_bits[0]); \
+    } \
+} \
+/* One block, whose columns begin at c */ \
+TARGET static void V##_panel_rare(qwen3i_panel *p, int c, const uint8_t *b, qwen3i_strip *strip, \
+                                  qwen3i_type type) { \
+    switch (type) { \
+        case QWEN3I_Q2_K: V##_panel_q2_k(p, b, strip); break; \
+        case QWEN3I_Q3_K: V##_panel_q3_k(p, b, strip); break; \
+        case QWEN3I_IQ4_XS: V##_panel_iq4_xs(p, b, strip); break; \
+        case QWEN3I_NVFP4: V##_panel_nvfp4(p, c, b, strip); break; \
+        case QWEN3I_INT4: case QWEN3I_INT8: V##_panel128(p, c, b, strip, type); break; \
+        default: V##_panel32(p, c, b, strip, type); break; \
+    } \
 }
 
 /* Products with blocks. U is the prefix of the instruction set's operations on whole numbers, beside V's: the
@@ -10811,7 +10835,9 @@ typedef qwen3i_avx2_i qwen3i_avx2_sums;
 #define qwen3i_avx2_total(sums) (sums)
 #define qwen3i_avx2_order qwen3i_avx2_ordered
 QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
-QWEN3I_DEFINE_FORMATS(qwen3i_avx2, QWEN3I_AVX2)
+QWEN3I_DEFINE_UNPACKING(qwen3i_avx2, QWEN3I_AVX2)
+QWEN3I_DEFINE_RARE(qwen3i_avx2, QWEN3I_AVX2)
+QWEN3I_DEFINE_FORMATS(qwen3i_avx2, qwen3i_avx2, QWEN3I_AVX2)
 QWEN3I_DEFINE_BLOCKS(qwen3i_avx2, qwen3i_avx2, QWEN3I_AVX2, 1, 4)
 static const qwen3i_simd qwen3i_avx2_kernels = QWEN3I_KERNELS(qwen3i_avx2, qwen3i_avx2, qwen3i_avx2_dot);
 
@@ -10984,7 +11010,8 @@ typedef qwen3i_avx512_i qwen3i_avx512_sums;
 #define qwen3i_avx512_total(sums) (sums)
 #define qwen3i_avx512_order qwen3i_avx2_ordered
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
-QWEN3I_DEFINE_FORMATS(qwen3i_avx512, QWEN3I_AVX512)
+QWEN3I_DEFINE_UNPACKING(qwen3i_avx512, QWEN3I_AVX512)
+QWEN3I_DEFINE_FORMATS(qwen3i_avx512, qwen3i_avx2, QWEN3I_AVX512)
 QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_avx512, QWEN3I_AVX512, 2, 4)
 static const qwen3i_simd qwen3i_avx512_kernels =
     QWEN3I_KERNELS(qwen3i_avx512, qwen3i_avx512, qwen3i_avx512_dot);
@@ -11308,7 +11335,9 @@ typedef qwen3i_neon_i qwen3i_neon_sums;
 #define qwen3i_neon_total(sums) (sums)
 #define qwen3i_neon_order qwen3i_order
 QWEN3I_DEFINE_KERNELS(qwen3i_neon, , 2, 3)
-QWEN3I_DEFINE_FORMATS(qwen3i_neon, )
+QWEN3I_DEFINE_UNPACKING(qwen3i_neon, )
+QWEN3I_DEFINE_RARE(qwen3i_neon, )
+QWEN3I_DEFINE_FORMATS(qwen3i_neon, qwen3i_neon, )
 QWEN3I_DEFINE_BLOCKS(qwen3i_neon, qwen3i_neon, , 1, 2)
 static const qwen3i_simd qwen3i_neon_kernels = QWEN3I_KERNELS(qwen3i_neon, qwen3i_neon, qwen3i_neon_dot);
 #endif /* QWEN3I_NEON */
@@ -11575,7 +11604,9 @@ typedef qwen3i_wasm_i qwen3i_wasm_sums;
 #define qwen3i_wasm_total(sums) (sums)
 #define qwen3i_wasm_order qwen3i_order
 QWEN3I_DEFINE_KERNELS(qwen3i_wasm, , 1, 2)
-QWEN3I_DEFINE_FORMATS(qwen3i_wasm, )
+QWEN3I_DEFINE_UNPACKING(qwen3i_wasm, )
+QWEN3I_DEFINE_RARE(qwen3i_wasm, )
+QWEN3I_DEFINE_FORMATS(qwen3i_wasm, qwen3i_wasm, )
 QWEN3I_DEFINE_BLOCKS(qwen3i_wasm, qwen3i_wasm, , 1, 2)
 
 /* ---- many rows of x: four lanes at a time, so that a tile's sums stay in x86's 16 registers ------ */
