@@ -9501,11 +9501,14 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
   #define QWEN3I_UNROLL
 #endif
 
-/* Where it is only a little faster: not in what is compiled for size */
+/* Compiled for size: fewer variants of what is written once, and calls of what is only a little faster in
+   place */
 #ifdef __OPTIMIZE_SIZE__
+  #define QWEN3I_SMALL 1
   #define QWEN3I_UNROLL_MORE
   #define QWEN3I_PIECE QWEN3I_APART
 #else
+  #define QWEN3I_SMALL 0
   #define QWEN3I_UNROLL_MORE QWEN3I_UNROLL
   #define QWEN3I_PIECE QWEN3I_INLINE
 #endif
@@ -9612,17 +9615,22 @@ typedef struct qwen3i_simd {
    w times up to C rows of x. */
 #define QWEN3I_DEFINE_KERNELS(V, TARGET, R, C) \
 /* n lanes, or all 16 if n is more; when loading, the others are 0 */ \
-TARGET QWEN3I_INLINE V##_v V##_load_n(const float *p, int n) { \
+TARGET QWEN3I_APART V##_v V##_load_part(const float *p, int n) { \
     float part[16] = {0}; \
-    if (n >= 16) return V##_load(p); \
     memcpy(part, p, (size_t)n * 4); \
     return V##_load(part); \
 } \
-TARGET QWEN3I_INLINE void V##_store_n(float *p, V##_v v, int n) { \
+TARGET QWEN3I_INLINE V##_v V##_load_n(const float *p, int n) { \
+    return n >= 16 ? V##_load(p) : V##_load_part(p, n); \
+} \
+TARGET QWEN3I_APART void V##_store_part(float *p, V##_v v, int n) { \
     float part[16]; \
-    if (n >= 16) { V##_store(p, v); return; } \
     V##_store(part, v); \
     memcpy(p, part, (size_t)n * 4); \
+} \
+TARGET QWEN3I_INLINE void V##_store_n(float *p, V##_v v, int n) { \
+    if (n >= 16) V##_store(p, v); \
+    else V##_store_part(p, v, n); \
 } \
 /* elements i .. i + 15 of a row */ \
 TARGET QWEN3I_INLINE V##_v V##_from(const void *row, size_t i, qwen3i_type type) { \
@@ -9630,10 +9638,9 @@ TARGET QWEN3I_INLINE V##_v V##_from(const void *row, size_t i, qwen3i_type type)
     if (type == QWEN3I_F16)  return V##_load_f16((const uint16_t *)row + i); \
     return V##_load((const float *)row + i); \
 } \
-/* the same for n lanes */ \
-TARGET QWEN3I_INLINE V##_v V##_from_n(const void *row, size_t i, qwen3i_type type, int n) { \
+/* the same for n lanes, fewer than 16 */ \
+TARGET QWEN3I_APART V##_v V##_from_n(const void *row, size_t i, qwen3i_type type, int n) { \
     float part[16] = {0};               /* of any type */ \
-    if (n >= 16) return V##_from(row, i, type); \
     memcpy(part, (const char *)row + i * qwen3i_type_size(type), (size_t)n * qwen3i_type_size(type)); \
     return V##_from(part, 0, type); \
 } \
@@ -9660,7 +9667,7 @@ TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n
                           type); \
         else if (type == QWEN3I_Q8_0) \
             v = V##_bytes(b + i / 32 * 34 + 2 + i % 32, V##_all_half(b + i / 32 * 34), type); \
-        else v = V##_from_n(x, (size_t)i, type, n - i); \
+        else v = n - i >= 16 ? V##_from(x, (size_t)i, type) : V##_from_n(x, (size_t)i, type, n - i); \
         V##_store_n(y + i, v, n - i); \
     } \
 } \
@@ -9683,7 +9690,7 @@ TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t ro
                 QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
                     const V##_v d = type == QWEN3I_FP8 ? V##_set1(qwen3i_f32_at(at[r])) : \
                                     V##_all_half(at[r]); \
-                    QWEN3I_UNROLL for (int j = 0; j < elements; j += 16) \
+                    QWEN3I_UNROLL_MORE for (int j = 0; j < elements; j += 16) \
                         acc[r] = V##_fma(V##_bytes(at[r] + head + j, d, type), V##_load(x + c + j), acc[r]); \
                     at[r] += elements + head; \
                 } \
@@ -9745,7 +9752,8 @@ TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char
                                      size_t ahead, \
                                      qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
                                          int add) { \
-    if (n_x == C)               V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C, n, add); \
+    if (QWEN3I_SMALL && n_x != C) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, add); \
+    else if (n_x == C)          V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C, n, add); \
     else if (n_x == 4 && C > 4) \
         V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 4 ? 4 : 1, n, add); \
     else if (n_x == 2 && C > 2) \
@@ -9766,7 +9774,8 @@ TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size
         for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
             for (t = 0; t < n_x; t += m) { \
                 /* 8: 4 + 4 */ \
-                m = n_x - t >= C && n_x - t != 8 ? C : n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
+                m = n_x - t >= C && (QWEN3I_SMALL || n_x - t != 8) ? C : QWEN3I_SMALL ? 1 : \
+                    n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
                 for (j = i; j < i + step; j++) { \
                     int r = apart > 1 ? j : j * R; \
                     V##_tile_n(y + (size_t)t * ldy + r, ldy, apart, \
@@ -9796,7 +9805,8 @@ TARGET static void V##_dot(float *y, size_t ldy, const void *w, size_t ldw, qwen
     const char *rows = (const char *)w; \
     size_t row_bytes = ldw * qwen3i_type_size(type); \
     int n = n_cols / 16 * 16; \
-    if (type == QWEN3I_BF16)     V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_BF16, n_w, x, ldx, n_x, n, \
+    if (QWEN3I_SMALL)            V##_dot_type(y, ldy, rows, row_bytes, type, n_w, x, ldx, n_x, n, add); \
+    else if (type == QWEN3I_BF16) V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_BF16, n_w, x, ldx, n_x, n, \
                                               add); \
     else if (type == QWEN3I_F16) V##_dot_type(y, ldy, rows, row_bytes, QWEN3I_F16, n_w, x, ldx, n_x, n, \
                                               add); \
@@ -9831,10 +9841,10 @@ TARGET static void V##_mix_block(float *y, size_t ldy, const float *p, size_t ld
     for (t = 0; t < n_p; t += m, y += (size_t)m * ldy, p += (size_t)m * ldp) { \
         float *to = n_cols == 16 * R ? y : part; \
         size_t ld = to == y ? ldy : 16 * R; \
-        m = n_p - t >= C ? C : n_p - t >= 2 ? 2 : 1; \
+        m = n_p - t >= C ? C : !QWEN3I_SMALL && n_p - t >= 2 ? 2 : 1; \
         for (i = 0; to == part && i < m; i++) memcpy(part + 16 * R * i, y + (size_t)i * ldy, bytes); \
         if (m == C)               V##_mix_tile(to, ld, p, ldp, C, block, n_v); \
-        else if (m == 2 && C > 2) V##_mix_tile(to, ld, p, ldp, C > 2 ? 2 : 1, block, n_v); \
+        else if (!QWEN3I_SMALL && m == 2) V##_mix_tile(to, ld, p, ldp, C > 2 ? 2 : 1, block, n_v); \
         else                      V##_mix_tile(to, ld, p, ldp, 1, block, n_v); \
         for (i = 0; to == part && i < m; i++) memcpy(y + (size_t)i * ldy, part + 16 * R * i, bytes); \
     } \
@@ -9918,9 +9928,8 @@ TARGET static void V##_store_row(void *y, const float *x, qwen3i_type type, int 
 /* Blocks of 16 rows, `ld` bytes apart, to a panel, to the bits that WEIGHT FORMATS gives: words of 4 bytes
    are transposed, so that those of 16 rows lie side by side, and unpacked so. V_i is 16 of them;
    V_transpose(v, b, ld) makes v[4] of 16 bytes of each row; V_words, keep load and store; V_all repeats a
-   word; and, or, shl, shr
-   are on words, less and pick(table, v) on bytes; V_float makes numbers, V_half takes the lower half as one,
-   V_as_float the bits. First what formats are made of. */
+   word; and, or, shl, shr are on words, less and pick(table, v) on bytes; V_float makes numbers, V_half takes
+   the lower half as one, V_as_float the bits. First what formats are made of. */
 #define QWEN3I_DEFINE_UNPACKING(V, TARGET) \
 TARGET QWEN3I_PIECE void V##_take(V##_i *v, const uint8_t *b, qwen3i_strip *strip) { \
     V##_transpose(v, b, strip->ld); \
@@ -10302,10 +10311,10 @@ TARGET static void U##_dot_blocks(float *y, size_t ldy, const void *w, size_t ro
             for (int t = 0, m; t < n_x; t += m) { \
                 const qwen3i_rounded *xt = x + (size_t)t * ldx + k / QWEN3I_PART; \
                 float *yt = y + (size_t)t * ldy + r; \
-                m = n_x - t >= C ? C : n_x - t >= 2 ? 2 : 1; \
+                m = n_x - t >= C ? C : !QWEN3I_SMALL && n_x - t >= 2 ? 2 : 1; \
                 if (m == C) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C, n_k, join, \
                                            &strip); \
-                else if (m == 2) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, \
+                else if (!QWEN3I_SMALL && m == 2) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, \
                                                 C > 2 ? 2 : 1, n_k, join, &strip); \
                 else U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, 1, n_k, join, &strip); \
             } \
@@ -10530,8 +10539,8 @@ typedef qwen3i_plain_i qwen3i_plain_sums;
 #define qwen3i_plain_none(whole) ((void)(whole), qwen3i_plain_all(0))
 #define qwen3i_plain_total(sums) (sums)
 #define qwen3i_plain_order qwen3i_order
-QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, 2)
-QWEN3I_DEFINE_BLOCKS(qwen3i_plain, qwen3i_plain, , 1, 2)
+QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, (QWEN3I_SMALL ? 1 : 2))
+QWEN3I_DEFINE_BLOCKS(qwen3i_plain, qwen3i_plain, , 1, (QWEN3I_SMALL ? 1 : 2))
 static const qwen3i_simd qwen3i_plain_kernels = QWEN3I_KERNELS(qwen3i_plain, qwen3i_plain, qwen3i_plain_dot);
 
 #ifdef QWEN3I_X86
