@@ -789,6 +789,7 @@ struct matrix {
     /* not 0: instead of data, these below each other; scale is that of their elements as F16 */
     int         n_parts;
     block_part  parts[3];
+    int         each;                   /* of experts: rows of a part that are one's; else 0 */
     int         kind;                   /* q k v, output, gate and up, down, embedding or head */
     int         terms;                  /* 16-bit terms of its input when there are many rows */
     float       scale;
@@ -1413,8 +1414,10 @@ DEVICE void part_values(float (&v)[32], const block_part &p, int r, int u) {
 }
 #undef QWEN3_CASE
 /* What block_decode makes of rows: F16 times up; the elements, of the rows' tokens; the largest |w|, as
-   bits. */
-struct block_decoded { half_t *halves; float up; float *floats; const row_info *rows; unsigned *top; };
+   bits. each: not 0: so many rows lie below each other, then as many are another's. */
+struct block_decoded {
+    half_t *halves; float up; float *floats; const row_info *rows; unsigned *top; int each;
+};
 
 /* block_decode: out[i, :] = row first + i, zero from cols to ld; *top is less before. A thread a unit of one
    of n rows. Exact but for one rounding to F16. Equal to qwen3i_decode, qwen3i_embed. */
@@ -1435,7 +1438,7 @@ static __global__ void __launch_bounds__(256)
         if (lane_id() == 0) atomicMax(out.top, __float_as_uint(largest));
     }
     if (i >= n) return;
-    const size_t to = (size_t)row * ld + 32 * u;
+    const size_t to = (size_t)(out.each ? row + row / out.each * out.each : row) * ld + 32 * u;
     if (out.floats)
         UNROLL for (int e = 0; e < 32; e++) if (32 * u + e < ld) out.floats[to + e] = v[e];
     if (!out.halves) return;
@@ -1461,11 +1464,22 @@ static qwen3_result decode_rows(half_t *to, cudaStream_t s, const matrix &w, int
         const block_part &p = w.parts[i];
         if (first >= p.rows) continue;
         const int count = least(n, p.rows - first);
-        const block_decoded out = {to, 1 / w.scale, NULL, NULL, NULL};
+        const block_decoded out = {to, 1 / w.scale, NULL, NULL, NULL, 0};
         CUDA_TRY(launch_decode(false, s, out, p, first, count, w.cols, w.ld));
         to += (size_t)count * w.ld;
         n -= count;
         first += count;
+    }
+    return QWEN3_OK;
+}
+
+/* All experts' of W, each one's gate and up below each other. */
+static qwen3_result decode_experts(half_t *to, cudaStream_t s, const matrix &w, const qwen3i_err *err) {
+    for (int i = 0; i < w.n_parts; i++) {
+        const block_part &p = w.parts[i];
+        const block_decoded out = {to + (size_t)i * w.each * w.ld, 1 / w.scale, NULL, NULL, NULL,
+                                   w.n_parts > 1 ? w.each : 0};
+        CUDA_TRY(launch_decode(false, s, out, p, 0, p.rows, w.cols, w.ld));
     }
     return QWEN3_OK;
 }
@@ -1592,8 +1606,12 @@ static int model_group(cuda_model *m, const qwen3i_weights *w, int i, weight_gro
     return 1;
 }
 
-static void lay_out_part(block_part *p, const qwen3i_matrix &w, arena *a) {
-    p->rows = w.rows;
+/* Parts that it has in blocks: experts' gates lie below each other, their ups, and their downs. */
+static int group_parts(const weight_group &g) { return !g.experts ? g.n : g.from[1] ? 2 : 1; }
+
+/* n matrices as w, below each other */
+static void lay_out_part(block_part *p, const qwen3i_matrix &w, int n, arena *a) {
+    p->rows = n * w.rows;
     p->type = (int)w.type;
     p->units = block_units(p->type, w.cols);
     p->row_bytes = block_row_bytes(p->type, w.cols);
@@ -1614,9 +1632,11 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
         g.to->terms = g.from[2] && g.to->type != QWEN3I_F32 ? 2 : 1;
         g.to->rows = 0;
         for (int i = 0; i < g.n; i++) g.to->rows += group_from(g, i).rows;
-        g.to->n_parts = has_blocks(g) ? g.n : 0;
+        g.to->n_parts = has_blocks(g) ? group_parts(g) : 0;
+        g.to->each = g.experts ? group_from(g, 0).rows : 0;
         g.to->kind = n < 4 * m->config.n_layer ? n % 4 : HEAD_KIND;
-        for (int i = 0; i < g.to->n_parts; i++) lay_out_part(&g.to->parts[i], *g.from[i], a);
+        for (int i = 0; i < g.to->n_parts; i++)
+            lay_out_part(&g.to->parts[i], group_from(g, i), g.n / g.to->n_parts, a);
         if (g.to->n_parts > 0) continue;
         g.to->data = a->take<char>((u64)g.to->rows * (u64)g.to->ld, qwen3i_type_size(g.to->type));
     }
@@ -1785,10 +1805,12 @@ static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *
         char *to = (char *)g.to->data;
         for (int k = 0; k < g.n; k++) {
             const qwen3i_matrix &from = group_from(g, k);
-            if (g.to->n_parts > 0)
-                TRY(add_pieces(u, (char *)g.to->parts[k].data, from.type, (size_t)g.to->parts[k].row_bytes,
-                               from, beside, err));
-            else TRY(add_pieces(u, to, g.to->type, row, from, beside, err));
+            if (g.to->n_parts > 0) {
+                const block_part &p = g.to->parts[k % g.to->n_parts];
+                const size_t first = (size_t)(k / g.to->n_parts) * (size_t)from.rows;
+                TRY(add_pieces(u, (char *)p.data + first * (size_t)p.row_bytes, from.type,
+                               (size_t)p.row_bytes, from, beside, err));
+            } else TRY(add_pieces(u, to, g.to->type, row, from, beside, err));
             to += (size_t)from.rows * row;
         }
         if (u->pieces) u->pieces[u->n - 1].ends = i;
@@ -1837,7 +1859,7 @@ static qwen3_result convert_blocks(uploader *u, const cuda_model *m, const matri
         if (is_block(p.type))
             CUDA_TRY(launch_shared(false, 1, u->converting, grid, 128, (size_t)p.row_bytes, repack_kernel,
                                    p));
-        const block_decoded out = {NULL, 1, NULL, NULL, top};
+        const block_decoded out = {NULL, 1, NULL, NULL, top, 0};
         CUDA_TRY(launch_decode(false, u->converting, out, p, 0, p.rows, w.cols, w.ld));
     }
     return QWEN3_OK;
@@ -1980,13 +2002,12 @@ static qwen3_result bound_rows(uploader *u, const matrix &w, const half_t *data,
 
 /* Of those that lie in blocks: one after the other through memory that is needed no longer. */
 static qwen3_result bound_blocks(uploader *u, const cuda_model *m, const qwen3i_err *err) {
-    const matrix &any = m->layers[0].gate_up;
     char *memory = NULL;
     qwen3_result r = QWEN3_OK;
     for (int i = 0; i < m->config.n_layer && r == QWEN3_OK; i++) {
         const matrix &w = m->layers[i].gate_up;
-        if (w.n_parts == 0) continue;
-        if (!memory) TRY(device_alloc(&memory, (u64)any.rows * any.ld * sizeof(half_t), "loading", err));
+        if (w.n_parts == 0 || w.each > 0) continue;
+        if (!memory) TRY(device_alloc(&memory, (u64)w.rows * w.ld * sizeof(half_t), "loading", err));
         half_t *data = (half_t *)(void *)memory;
         r = decode_rows(data, u->stream, w, 0, w.rows, err);
         if (r == QWEN3_OK) r = bound_rows(u, w, data, err);
@@ -2099,11 +2120,11 @@ static qwen3_result check_shapes(const qwen3i_config *c, const qwen3i_err *err) 
 static qwen3_result check_rows(cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
     weight_group g;
     for (int i = 0; model_group(m, w, i, &g); i++)
-        for (int k = 0; k < g.n; k++) {
+        for (int k = 0, parts = group_parts(g); k < g.n; k++) {
             const qwen3i_matrix &from = group_from(g, k);
-            if (is_block(from.type) && g.experts)
+            if (k >= parts && from.type != group_from(g, k % parts).type && has_blocks(g))
                 return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
-                                   "CUDA: experts in blocks are run by the CPU; here F32, F16 and BF16 are");
+                                   "CUDA: layer %d has experts of several formats", i / 4);
             if (is_block(from.type) && stored_row_bytes((int)from.type, from.cols) > m->block_shared / 2)
                 return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
                                    "CUDA: a matrix has rows of %d elements in blocks", from.cols);
@@ -2419,7 +2440,7 @@ template <class W> static cudaError_t launch_embed(const pass *p, const matrix &
 static qwen3_result embed(const pass *p) {
     const matrix &w = p->c->m->embed;
     if (w.n_parts > 0) {
-        const block_decoded out = {NULL, 1, p->c->x, p->c->rows, NULL};
+        const block_decoded out = {NULL, 1, p->c->x, p->c->rows, NULL, 0};
         return launched(p, launch_decode(p->early, p->s, out, w.parts[0], 0, p->n, w.cols, w.ld), "embed");
     }
 #define CALL(T) launch_embed<T>(p, w)
@@ -6112,6 +6133,17 @@ template <int C> DEVICE void block_stage_normed(const block_in &in, unsigned cha
     UNROLL for (int u = 0; u < C; u++) block_store_x(in, planes, tid() + u * n_threads(), v[u]);
 }
 
+/* A row of x to its planes, zero past k. */
+DEVICE void block_stage_row(const block_in &in, unsigned char *planes, const float *x) {
+    const int step = n_threads();
+    NO_UNROLL for (int q = tid(); q - lane_id() < 8 * in.units; q += 4 * step) {
+        float4 v[4];
+        UNROLL for (int u = 0; u < 4; u++) v[u] = load_up_to_4(x, 4 * (q + u * step), in.k);
+        UNROLL for (int u = 0; u < 4; u++)
+            if (q + u * step - lane_id() < 8 * in.units) block_store_x(in, planes, q + u * step, v[u]);
+    }
+}
+
 /* R rows of x to shared memory, zero past k, the last one instead of those that are not there; with a gain
    the RMSNorm of one, as stage_vector. */
 template <int R> static __device__ NO_INLINE void block_stage(const block_in &in) {
@@ -6125,16 +6157,8 @@ template <int R> static __device__ NO_INLINE void block_stage(const block_in &in
         else block_stage_normed<STREAM_NORM>(in, planes, shared);
     } else {
         wait_for_previous();
-        NO_UNROLL for (int r = 0; r < R; r++, planes += block_x_bytes(in)) {
-            const float *x = in.x + (size_t)least(r, in.rows - 1) * in.ldx;
-            NO_UNROLL for (int q = tid(); q - lane_id() < 8 * in.units; q += 4 * step) {
-                float4 v[4];
-                UNROLL for (int u = 0; u < 4; u++) v[u] = load_up_to_4(x, 4 * (q + u * step), in.k);
-                UNROLL for (int u = 0; u < 4; u++)
-                    if (q + u * step - lane_id() < 8 * in.units)
-                        block_store_x(in, planes, q + u * step, v[u]);
-            }
-        }
+        NO_UNROLL for (int r = 0; r < R; r++, planes += block_x_bytes(in))
+            block_stage_row(in, planes, in.x + (size_t)least(r, in.rows - 1) * in.ldx);
     }
     __syncthreads();
 }
@@ -6303,9 +6327,9 @@ DEVICE block_result<R> block_sums(const block_in &in, const block_part &p, const
 #undef QWEN3_CASE
 
 /* The sums of rows [mine.first, mine.end): done(r, row, n, sum) with lane l's of rows row + l, l < n, up to
-   32 at a time, and of row r of x. All warps call this once. */
-template <int R, class F> DEVICE void block_multiply(const block_in &in, row_range mine, F done) {
-    bool stage = true;
+   32 at a time, and of row r of x. stage: x is not there yet; then all warps call this, once. */
+template <int R, class F>
+DEVICE void block_multiply(const block_in &in, row_range mine, F done, bool stage = true) {
     int part = 0, base = 0;
     for (int row = mine.first; row < mine.end; ) {
         while (row - base >= in.parts[part].rows) base += in.parts[part++].rows;
@@ -6338,10 +6362,10 @@ DEVICE row_range block_warp_share(int n) {
 }
 
 /* Pairs of a row of gate and one of up: done(r, row, n, sums). */
-template <int R, class F> DEVICE void block_multiply_pairs(const block_in &in, row_range mine, F done) {
+template <int R, class F>
+DEVICE void block_multiply_pairs(const block_in &in, row_range mine, F done, bool stage = true) {
     const block_part &gate = in.parts[0], &up = in.parts[1];
     const bool same = gate.type == up.type;
-    bool stage = true;
     for (int row = mine.first; row < mine.end || stage; row += 32, stage = false) {
         const int n = mine.end > row ? least(32, mine.end - row) : 0;
         const unsigned char *g = gate.data + (size_t)row * gate.row_bytes,
@@ -6768,6 +6792,37 @@ static __global__ void __launch_bounds__(256)
     if (lane == 0) x[row] += sum;
 }
 
+/* block_experts: the same of matrices in blocks, R entries at a time; in.parts: all experts' gates and ups,
+   or their downs. Grid: warps share an expert's rows, or pairs of them; experts, or one row's picks. */
+template <int R, bool GLU>
+static __global__ void __launch_bounds__(32 * block_shape<R>::WARPS, block_shape<R>::BLOCKS)
+    block_experts_kernel(const __grid_constant__ block_in in, expert_args a) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    wait_for_previous();
+    const int n = expert_count(a), each = GLU ? a.rows / 2 : a.rows, before = expert_index(a) * each;
+    row_range mine = block_warp_share(each);
+    mine.first += before;
+    mine.end += before;
+    NO_UNROLL for (int first = 0; first < n; first += R) {
+        const auto entry = [&](int r) { return expert_entry(a, least(first + r, n - 1)); };
+        const auto put = [&](int r, int row, int rows, float y) {
+            if (lane_id() < rows && first + r < n)
+                a.y[(size_t)entry(r) * a.ldy + row - before + lane_id()] = y;
+        };
+        __syncthreads();                /* nobody reads the rows before any more */
+        NO_UNROLL for (int r = 0; r < R; r++)
+            block_stage_row(in, block_planes(memory) + r * block_x_bytes(in),
+                            a.x + (size_t)(entry(r) / a.per) * a.ldx);
+        __syncthreads();
+        if (GLU)
+            block_multiply_pairs<R>(in, mine, [&](int r, int row, int rows, float2 sums) {
+                put(r, row, rows, silu(sums.x) * sums.y);
+            }, false);
+        else block_multiply<R>(in, mine, put, false);
+    }
+    let_next_start();
+}
+
 /* ---- many rows: tiles by the tensor cores ---- */
 const int GROUP_M = 64, GROUP_N = 128, GROUP_K = 64;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
@@ -6892,6 +6947,33 @@ template <class W, bool GLU> static cudaError_t launch_experts(const pass *p, co
                                     launch_experts_of<W, 8, GLU>(p, a);
 }
 
+/* As many blocks as are at work at once, if each expert that may be picked gets as many. */
+template <int R, bool GLU>
+static qwen3_result launch_block_experts(const pass *p, const block_in &in, const expert_args &a) {
+    const qwen3i_config *g = &p->c->m->config;
+    const int n = g->n_expert, used = g->n_expert_used, warps = block_warps<R>(p, in),
+              room = block_shape<R>::BLOCKS * p->c->m->n_sm,
+              blocks = least(ceil_div(room, least(n, p->n * used)),
+                             ceil_div(GLU ? a.rows / 2 : a.rows, most(warps, 1)));
+    if (warps == 0)
+        return qwen3i_fail(p->err, QWEN3_ERR_UNSUPPORTED,
+                           "CUDA: experts' rows of %d elements in blocks are too long for %s", in.k,
+                           p->c->m->name);
+    return launched(p,
+                    launch_shared(p->early, 1, p->s, grid2(blocks, a.lists ? n : used), 32 * warps,
+                                  block_memory(in, R, warps), block_experts_kernel<R, GLU>, in, a),
+                    "block_experts");
+}
+
+/* Several rows, unless their inputs do not fit */
+template <bool GLU>
+static qwen3_result block_experts(const pass *p, const matrix &w, const expert_args &a) {
+    const input h = {a.x, a.ldx, NULL, NULL};
+    const block_in in = block_input(p, w, h, 0, 1);
+    return a.lists && block_warps<BLOCK_ROWS>(p, in) > 0 ? launch_block_experts<BLOCK_ROWS, GLU>(p, in, a) :
+                                                           launch_block_experts<1, GLU>(p, in, a);
+}
+
 /* h = RMSNorm(x), and which experts it picks, of one row */
 static qwen3_result route_one(const pass *p, const layer_weights &l) {
     cuda_ctx *c = p->c;
@@ -6930,7 +7012,11 @@ static qwen3_result route(const pass *p, const layer_weights &l) {
 /* y = W x of all entries by tiles, x rounded to F16 */
 static qwen3_result group_product(const pass *p, const matrix &w, int rows, int per, const half_t *x,
                                   const float *x_scale, float *y, int ldy) {
-    const expert_args a = expert_arguments(p, w, rows, NULL, w.ld, per, y, ldy);
+    expert_args a = expert_arguments(p, w, rows, NULL, w.ld, per, y, ldy);
+    if (w.n_parts > 0) {
+        a.w = p->c->scratch;
+        TRY(decode_experts(p->c->scratch, p->s, w, p->err));
+    }
     const dim3 grid((unsigned)ceil_div(rows, GROUP_N), (unsigned)p->c->m->config.n_expert,
                     (unsigned)least(ceil_div(p->n, GROUP_M), 4));
     return launched(p, launch_shared(false, 1, p->s, grid, 256, group_shared(p->c->m->capability),
@@ -6958,6 +7044,7 @@ static qwen3_result experts_down(const pass *p, const layer_weights &l) {
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
     const expert_args a = expert_arguments(p, l.w_down, g->n_embd, e.m, l.w_down.ld, 1, e.y, e.ldy);
+    if (l.w_down.n_parts > 0) return block_experts<false>(p, l.w_down, a);
 #define CALL(T) !goes_alone(c, p->n) ? launch_experts<T, false>(p, a) : \
         launch_early(p->early, p->s, grid1(ceil_div(a.rows, 8)), 256, 0, expert_sum_kernel<T>, a, \
                      (const float *)e.share, g->n_expert_used, c->x)
@@ -6979,10 +7066,11 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
         const expert_args up = expert_arguments(p, l.gate_up, 2 * g->n_ff_expert, c->h, c->embd_ld,
                                                 g->n_expert_used, e.m, l.w_down.ld);
 #define CALL(T) launch_experts<T, true>(p, up)
-        TRY(launched(p, BY_WEIGHT_TYPE(l.gate_up, CALL), "experts"));
+        if (l.gate_up.n_parts > 0) TRY(block_experts<true>(p, l.gate_up, up));
+        else TRY(launched(p, BY_WEIGHT_TYPE(l.gate_up, CALL), "experts"));
 #undef CALL
         TRY(experts_down(p, l));
-        if (goes_alone(c, p->n)) return QWEN3_OK;
+        if (goes_alone(c, p->n) && l.w_down.n_parts == 0) return QWEN3_OK;
     }
     return launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(g->n_embd, 1, p->n), 0,
                                     mix_experts_kernel, c->x, (const float *)e.y, (const float *)e.share,
@@ -7862,7 +7950,8 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
 }
 
 static const path_set *paths_of(const cuda_model *m, const qwen3_ctx_desc *desc) {
-    const bool blocks = m->hopper && m->layers[0].gate_up.n_parts > 0;
+    const layer_weights &l = m->layers[0];
+    const bool blocks = m->hopper && (l.router ? l.wo : l.gate_up).n_parts > 0;
     if (desc->invariant) return !m->hopper ? &SAME_PORTABLE : blocks ? &SAME_HOPPER_BLOCKS : &SAME_HOPPER;
     return !m->hopper ? &PORTABLE : blocks ? &HOPPER_BLOCKS : &HOPPER;
 }
@@ -7971,9 +8060,11 @@ template <int P> static qwen3_result allow_large_shared(const qwen3i_err *err) {
 
 /* What lies in the scratch, as TMA finds it; of a head as many rows as there is room for. */
 static qwen3_result prepare_halves(cuda_ctx *c, const qwen3i_err *err) {
-    const layer_weights &l = c->m->layers[0];
-    for (const matrix *w : {&l.qkv, &l.wo, &l.gate_up, &l.w_down, &c->m->head}) {
+    const layer_weights *l = c->m->layers, *dense = l;
+    while (dense->router && dense + 1 < l + c->m->config.n_layer) dense++;
+    for (const matrix *w : {&l->qkv, &l->wo, &dense->gate_up, &dense->w_down, &c->m->head}) {
         if (c->scratch_size == 0) break;
+        if (w->each > 0) continue;      /* experts go through no such map */
         matrix *h = &c->halves[w->kind];
         const size_t room = c->scratch_size / ((size_t)w->ld * sizeof(half_t));
         *h = *w;

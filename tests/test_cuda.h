@@ -1039,9 +1039,9 @@ static void test_cuda_experts(void) {
 }
 
 /* A mixture of one layer, larger than what lies in the repository */
-enum { ODD_EMBD = 1096, ODD_FF = 200, ODD_N = 7, ODD_VOCAB = 64 };
+enum { ODD_EMBD = 1120, ODD_FF = 224, ODD_N = 7, ODD_VOCAB = 64 };
 
-static void experts_odd(experts_model *out, qwen3i_type type, const qwen3_backend *backend) {
+static void experts_odd(experts_model *out, qwen3i_type type, int quantize, const qwen3_backend *backend) {
     const size_t pool = (size_t)ODD_N * 3 * ODD_FF * ODD_EMBD + 4 * ODD_EMBD * ODD_EMBD, size = qwen3i_type_size(type);
     char *w = (char *)malloc(pool * size), *at = w;
     float *ones = floats(ODD_EMBD), *router = floats((size_t)ODD_N * ODD_EMBD);
@@ -1090,7 +1090,7 @@ static void experts_odd(experts_model *out, qwen3i_type type, const qwen3_backen
     experts_make(&out->file, &m, 0);
     out->bytes = gg_write(&out->file);
     file.name = "m.gguf"; file.data = out->bytes.p; file.size = out->bytes.n;
-    d.files = &file; d.n_files = 1; d.backend = backend;
+    d.files = &file; d.n_files = 1; d.backend = backend; d.quantize = quantize;
     out->model = NULL;
     CHECK_MSG(qwen3_load(&out->model, &d, err, sizeof err) == QWEN3_OK, "%s", err);
     free(w);
@@ -1101,30 +1101,86 @@ static void experts_odd(experts_model *out, qwen3i_type type, const qwen3_backen
 /* Sizes that are no multiples of any tile, and exceed each: beside the CPU */
 static void test_cuda_experts_odd(void) {
     static const int chunks[] = {1, 6, 40};
-    static const qwen3i_type types[] = {QWEN3I_F32, QWEN3I_BF16};
+    static const struct { const char *name; qwen3i_type type; int quantize; double few, many; } kinds[] = {
+        {"F32", QWEN3I_F32, 0, 3e-6, 3e-6}, {"BF16", QWEN3I_BF16, 0, 3e-6, 1e-3}, {"Q8_0", QWEN3I_BF16, 1, 2e-4, 3e-3}
+    };
     qwen3_token tokens[40];
     uint64_t rng = 3;
     int t, k;
     random_tokens(&rng, tokens, 40, ODD_VOCAB);
-    for (t = 0; t < 2; t++) {
+    for (t = 0; t < 3; t++) {
         experts_model cpu, gpu;
         float *want, *got = floats(40 * ODD_VOCAB);
-        experts_odd(&cpu, types[t], NULL);
-        experts_odd(&gpu, types[t], qwen3_cuda_backend());
+        experts_odd(&cpu, kinds[t].type, kinds[t].quantize, NULL);
+        experts_odd(&gpu, kinds[t].type, kinds[t].quantize, qwen3_cuda_backend());
         want = cpu.model ? plain_logits(cpu.model, tokens, 40, QWEN3_KV_F32) : NULL;
         for (k = 0; k < 3 && gpu.model && want; k++) {
             qwen3_ctx *ctx = ctx_open(gpu.model, 64, 1, chunks[k], QWEN3_KV_F32);
             double e;
             if (ctx) CHECK_OK(ctx, eval(ctx, 0, tokens, 40, got));
             e = cuda_error(got, want, 40 * ODD_VOCAB);
-            if (test_verbose) printf("    %s, chunks of %d: %.2e\n", t ? "BF16" : "F32", chunks[k], e);
-            CHECK_MSG(e <= (t && k == 2 ? 1e-3 : 3e-6), "%s, chunks of %d: off by %.3g", t ? "BF16" : "F32", chunks[k], e);
+            if (test_verbose) printf("    %s, chunks of %d: %.2e\n", kinds[t].name, chunks[k], e);
+            CHECK_MSG(e <= (k == 2 ? kinds[t].many : kinds[t].few), "%s, chunks of %d: off by %.3g", kinds[t].name, chunks[k], e);
             qwen3_ctx_free(ctx);
         }
         free(want);
         free(got);
         experts_free(&cpu);
         experts_free(&gpu);
+    }
+}
+
+/* Experts in blocks of each format, and with numbers beside them: one row, few and many at a time beside their values in float32 on
+   the CPU, whose inputs are not rounded; the same bits whatever is beside a row. */
+static void test_cuda_experts_blocks(void) {
+    static const int chunks[] = {1, 6, 30};
+    qwen3_token tokens[30];
+    uint64_t rng = 3;
+    int type, k, mixed;
+    random_tokens(&rng, tokens, 30, 64);
+    for (type = QWEN3I_Q8_0; type < QWEN3I_N_TYPES; type++) for (mixed = 0; mixed < (type == QWEN3I_Q4_K ? 2 : 1); mixed++) {
+        const char *name = qwen3i_format_of((qwen3i_type)type)->name;
+        experts_model x, twin;
+        qwen3_load_desc d;
+        qwen3_file file;
+        qwen3_model *gpu = NULL;
+        float *want, *got = floats(30 * 64), *alone = floats(30 * 64);
+        char err[256] = "";
+        if (qwen3i_format_of((qwen3i_type)type)->gguf < 0) continue;
+        experts_of_type(&x, (qwen3i_type)type, mixed ? EX_UP : 0);
+        experts_of_type(&twin, (qwen3i_type)type, EX_TWIN);
+        memset(&d, 0, sizeof d);
+        file.name = "m.gguf"; file.data = x.bytes.p; file.size = x.bytes.n;
+        d.files = &file; d.n_files = 1; d.backend = qwen3_cuda_backend();
+        CHECK_MSG(qwen3_load(&gpu, &d, err, sizeof err) == QWEN3_OK, "%s: %s", name, err);
+        want = twin.model ? plain_logits(twin.model, tokens, 30, QWEN3_KV_F32) : NULL;
+        for (k = 0; k < 3 && gpu && want; k++) {
+            qwen3_ctx *ctx = ctx_open(gpu, 32, 1, chunks[k], QWEN3_KV_F32);
+            double e;
+            if (ctx) CHECK_OK(ctx, eval(ctx, 0, tokens, 30, got));
+            e = cuda_error(got, want, 30 * 64);
+            if (test_verbose) printf("    %-8s chunks of %d: %.2e\n", name, chunks[k], e);
+            CHECK_MSG(e <= (k == 2 ? 2e-3 : 1e-4), "%s, chunks of %d: off by %.3g", name, chunks[k], e);
+            qwen3_ctx_free(ctx);
+        }
+        if (gpu && want && type == QWEN3I_Q4_K) {   /* two rows beside two different fives */
+            qwen3_ctx_desc desc = ctx_desc(32, 2, 0, QWEN3_KV_F32);
+            int way;
+            for (way = 0; way < 2; way++) {
+                qwen3_ctx *ctx = ctx_open_desc(gpu, &desc);
+                qwen3_item items[2];
+                items[0] = item_of(0, tokens, 2);
+                items[1] = item_of(1, tokens + 9 * way, 5);
+                if (ctx) CHECK_OK(ctx, qwen3_eval(ctx, items, 2));
+                if (ctx && !way) memcpy(alone, qwen3_logits(ctx, 0), 64 * sizeof *alone);
+                if (ctx && way) CHECK_MSG(same_logits(ctx, 0, alone, 64), "%s: other bits beside another", name);
+                qwen3_ctx_free(ctx);
+            }
+        }
+        qwen3_free(gpu);
+        free(want); free(got); free(alone);
+        experts_free(&x);
+        experts_free(&twin);
     }
 }
 
@@ -1947,6 +2003,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_models_exact);
     RUN(test_cuda_experts);
     RUN(test_cuda_experts_odd);
+    RUN(test_cuda_experts_blocks);
     RUN(test_cuda_models_fused);
     RUN(test_cuda_models_standard);
     RUN(test_cuda_models_f16);

@@ -333,8 +333,10 @@ typedef struct experts_model {          /* one layer; everything but experts in 
     qwen3_model *model;
 } experts_model;
 
-/* The file of a model whose experts have the type, or, twin, their values */
-static void experts_of_type(experts_model *out, qwen3i_type type, int twin) {
+enum { EX_UP = 2, EX_TWIN = 7 };
+
+/* The file of a model whose experts have the type or, of gate, up and down those whose bits are set, its values */
+static void experts_of_type(experts_model *out, qwen3i_type type, int values_of) {
     const size_t row = (size_t)qwen3i_row_bytes(type, EX_EMBD), n = (size_t)EX_N * EX_FF;
     static float dense[EX_EMBD * EX_EMBD], values[3][EX_N * EX_FF * EX_EMBD];
     float ones[EX_EMBD];
@@ -368,8 +370,8 @@ static void experts_of_type(experts_model *out, qwen3i_type type, int twin) {
         experts_blocks(b, type, (int)(n * row / (size_t)qwen3i_format_of(type)->bytes), &state);
         for (i = 0; i < n; i++) qwen3i_decode(values[k] + i * EX_EMBD, b + i * row, type, EX_EMBD);
         for (x = 0; x < EX_N; x++) {
-            w[k][x].rows = EX_FF; w[k][x].cols = EX_EMBD; w[k][x].type = twin ? QWEN3I_F32 : type;
-            w[k][x].data = twin ? (const void *)(values[k] + x * EX_FF * EX_EMBD) : (const void *)(b + (size_t)x * EX_FF * row);
+            w[k][x].rows = EX_FF; w[k][x].cols = EX_EMBD; w[k][x].type = values_of >> k & 1 ? QWEN3I_F32 : type;
+            w[k][x].data = values_of >> k & 1 ? (const void *)(values[k] + x * EX_FF * EX_EMBD) : (const void *)(b + (size_t)x * EX_FF * row);
         }
     }
     experts_make(&out->file, &m, 0);
@@ -400,7 +402,7 @@ static void test_experts_formats(void) {
         float *a, *b;
         if (qwen3i_format_of((qwen3i_type)type)->gguf < 0) continue;
         experts_of_type(&x, (qwen3i_type)type, 0);
-        experts_of_type(&twin, (qwen3i_type)type, 1);
+        experts_of_type(&twin, (qwen3i_type)type, EX_TWIN);
         a = experts_logits(x.model);
         b = experts_logits(twin.model);
         if (a && b) CHECK_MSG(experts_off(a, b, 6 * 64) < 0.01 && cpu_finite(b, 6 * 64), "%s: off by %g", qwen3i_format_of((qwen3i_type)type)->name, experts_off(a, b, 6 * 64));
@@ -436,7 +438,7 @@ static void test_experts_quantize(void) {
     float *logits[3];
     uint64_t fingerprint[3];
     int how;
-    experts_of_type(&x, QWEN3I_Q8_0, 1);
+    experts_of_type(&x, QWEN3I_Q8_0, EX_TWIN);
     for (how = 0; how < 3; how++) {
         qwen3_model *m = NULL;
         qwen3_load_desc d;
