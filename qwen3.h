@@ -1866,7 +1866,9 @@ static int qwen3i_json_scalar(qwen3i_json *j) {
         case 'N': if (qwen3i_json_word(j, "NaN")) return 1; break;         /* as Python writes them */
         case 'I': if (qwen3i_json_word(j, "Infinity")) return 1; break;
         case '\0': return qwen3i_json_bad(j, "unexpected end");
-        default: return qwen3i_json_word(j, "-Infinity") || qwen3i_json_number(j, &number);
+        default:
+            if (*j->p != '-' && (*j->p < '0' || *j->p > '9')) break;
+            return qwen3i_json_word(j, "-Infinity") || qwen3i_json_number(j, &number);
     }
     return qwen3i_json_bad(j, "a value was expected");
 }
@@ -13717,6 +13719,7 @@ static uint32_t qwen3i_regex_member(qwen3i_regex *r, int *is_set) {
 
 /* [...], after its bracket. */
 static qwen3i_span qwen3i_regex_set(qwen3i_regex *r) {
+    const char *open = r->p - 1;
     int first = QWEN3I_LEN(qwen3i_chars, r->c->ranges), negated = r->p < r->end && *r->p == '^', is_set,
         other_set;
     r->p += negated;
@@ -13730,8 +13733,8 @@ static qwen3i_span qwen3i_regex_set(qwen3i_regex *r) {
         }
         if (!is_set) qwen3i_set_add(r->c, low, high);
     }
-    if (r->p >= r->end) qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a [ is not closed");
-    else r->p++;
+    if (r->p < r->end) r->p++;
+    else { r->p = open; qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a [ is not closed"); }
     return qwen3i_set_end(r->c, first, negated);
 }
 
@@ -13751,6 +13754,7 @@ static int qwen3i_regex_alternatives(qwen3i_regex *r, int nested);
 
 /* (...), after its parenthesis. */
 static int qwen3i_regex_group(qwen3i_regex *r) {
+    const char *open = r->p - 1;
     int a;
     if (!r->bnf && r->end - r->p > 1 && *r->p == '?') {
         r->p++;
@@ -13760,9 +13764,9 @@ static int qwen3i_regex_group(qwen3i_regex *r) {
         else return qwen3i_regex_bad(r, QWEN3_ERR_UNSUPPORTED, "lookahead and lookbehind are not supported");
     }
     a = qwen3i_regex_alternatives(r, 1);
-    if (r->p >= r->end || *r->p != ')') return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a ( is not closed");
-    r->p++;
-    return a;
+    if (r->p < r->end && *r->p == ')') { r->p++; return a; }
+    r->p = open;
+    return qwen3i_regex_bad(r, QWEN3_ERR_FORMAT, "a ( is not closed");
 }
 
 static int qwen3i_regex_atom(qwen3i_regex *r) {
@@ -14645,7 +14649,9 @@ static int qwen3i_type_name(qwen3i_compiler *c, int node, int *whole) {
     int i;
     for (i = 0; i < QWEN3I_COUNT(names) && qwen3i_dom_at(c, node)->type == '"'; i++)
         if (qwen3i_is(qwen3i_dom_text(c, node), names[i].name)) { *whole |= i == 3; return names[i].types; }
-    return qwen3i_schema_bad(c, node, QWEN3_ERR_FORMAT, "unknown type");
+    return qwen3i_schema_bad(c, node, QWEN3_ERR_FORMAT, "there is no type \"%.*s\"",
+                             (int)qwen3i_min_size(qwen3i_dom_text(c, node).n, 80),
+                             qwen3i_dom_text(c, node).p);
 }
 
 static qwen3i_span qwen3i_apply_type(qwen3i_compiler *c, qwen3i_span in, int node, int negated) {
@@ -16120,6 +16126,40 @@ static int qwen3i_schema_node(qwen3i_compiler *c, int schema, int other) {
     return qwen3i_value_node(c, value);
 }
 
+/* Does nothing finite satisfy a schema by itself, as far as it is known? After qwen3i_finish. */
+static int qwen3i_hopeless(qwen3i_compiler *c, int schema) {
+    const int first = QWEN3I_LEN(int, c->terms);
+    int value, node;
+    qwen3i_push_term(c, QWEN3I_TERM(schema, QWEN3I_HOLDS));
+    value = qwen3i_pop_terms(c, first);
+    if (value < 0) return 1;
+    node = QWEN3I_ARRAY(int, c->value_nodes)[value];
+    return node ? QWEN3I_NODE(c->g, node)->cost >= QWEN3I_FAR : qwen3i_is_empty(c, value);
+}
+
+/* The part of a hopeless schema because of which it is so, if one is; 0: it is so by itself. */
+static int qwen3i_culprit_in(qwen3i_compiler *c, int schema) {
+    const int properties = qwen3i_dom_get(c, schema, "properties"), ref = qwen3i_dom_get(c, schema, "$ref"),
+              items = qwen3i_dom_get(c, schema, "items"), least = qwen3i_dom_get(c, schema, "minItems");
+    int k, part;
+    if (ref) return qwen3i_resolve(c, ref);
+    QWEN3I_EACH(k, qwen3i_dom_get(c, schema, "required")) {
+        part = qwen3i_dom_find(c, properties, qwen3i_dom_text(c, k));
+        if (part && qwen3i_hopeless(c, part)) return part;
+    }
+    QWEN3I_EACH(k, qwen3i_dom_get(c, schema, "allOf")) if (qwen3i_hopeless(c, k)) return k;
+    if (!items || qwen3i_dom_at(c, items)->type == '[' || !least) return 0;
+    return !qwen3i_is(qwen3i_dom_text(c, least), "0") && qwen3i_hopeless(c, items) ? items : 0;
+}
+
+/* Nothing finite satisfies the schema: say where. */
+static void qwen3i_schema_hopeless(qwen3i_compiler *c) {
+    int schema, part = 1, depth = 0;
+    do schema = part;
+    while (depth++ < 32 && (part = qwen3i_culprit_in(c, schema)) != 0);
+    qwen3i_schema_bad(c, schema, QWEN3_ERR_FORMAT, "nothing finite satisfies this schema");
+}
+
 /* Make the values that nodes stand for, and those that they ask for. */
 static void qwen3i_build_pending(qwen3i_compiler *c) {
     int i;
@@ -16226,6 +16266,7 @@ static int qwen3i_bnf_find(qwen3i_compiler *c, qwen3i_str name) {
 }
 
 static int qwen3i_bnf_literal(qwen3i_regex *r) {
+    const char *open = r->p;
     int first = 0, last = 0, a;
     uint32_t code;
     for (r->p++; r->p < r->end && *r->p != '"' && r->c->result == QWEN3_OK; last = a) {
@@ -16235,7 +16276,7 @@ static int qwen3i_bnf_literal(qwen3i_regex *r) {
         if (r->c->result != QWEN3_OK) return 0;
         if (last) qwen3i_ast_at(r->c, last)->next = a; else first = a;
     }
-    if (r->p >= r->end) return qwen3i_bnf_bad(r, "a text is not closed");
+    if (r->p >= r->end) { r->p = open; return qwen3i_bnf_bad(r, "a text is not closed"); }
     r->p++;
     return qwen3i_ast_add(r->c, first ? QWEN3I_AST_CAT : QWEN3I_AST_EMPTY, first);
 }
@@ -16399,12 +16440,13 @@ static int qwen3i_compile_bnf(qwen3i_compiler *c, const char *text, size_t n) {
     return c->result == QWEN3_OK ? qwen3i_bnf_rule(c, start)->node : 0;
 }
 
-/* Does a way without bytes lead from a node back to it? Then the machine would not end: a left recursion. */
+/* Does a way without bytes lead from a node back to it? Then the machine would not end: a left recursion.
+   Returns the node to which it leads. */
 static int qwen3i_bnf_loops(qwen3i_compiler *c, int node, unsigned char *seen, int depth) {
     const qwen3_grammar *g = c->g;
     const qwen3i_node *n = QWEN3I_NODE(g, node);
     int i, loops = 0;
-    if (seen[node] == QWEN3I_SEEING || depth > 3000) return 1;
+    if (seen[node] == QWEN3I_SEEING || depth > 3000) return node;
     if (seen[node]) return 0;
     seen[node] = QWEN3I_SEEING;
     if (n->kind == QWEN3I_CHOICE)
@@ -16421,20 +16463,22 @@ static int qwen3i_bnf_loops(qwen3i_compiler *c, int node, unsigned char *seen, i
     return loops;
 }
 
+/* No rule may be a left recursion: the message names the one to which it comes back. */
 static void qwen3i_bnf_check(qwen3i_compiler *c) {
     const qwen3_grammar *g = c->g;
     const size_t n = g->nodes.n / sizeof(qwen3i_node);
-    unsigned char *seen = c->result == QWEN3_OK ? (unsigned char *)qwen3i_alloc_zero(&g->allocator, n, 1) :
-                          NULL;
-    int i;
-    if (c->result == QWEN3_OK && !seen) qwen3i_out_of_memory(c);
-    for (i = 0; i < QWEN3I_LEN(qwen3i_rule_of, c->bnf) && c->result == QWEN3_OK; i++) {
-        const qwen3i_rule_of *rule = qwen3i_bnf_rule(c, i);
-        if (qwen3i_bnf_loops(c, rule->node, seen, 0))
-            qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED,
-                          "rule \"%.*s\": left recursion, or a repetition of nothing",
-                              (int)qwen3i_min_size(rule->name.n, 80), rule->name.p);
-    }
+    const int n_rules = QWEN3I_LEN(qwen3i_rule_of, c->bnf);
+    unsigned char *seen;
+    int i, k, node = 0;
+    if (c->result != QWEN3_OK) return;
+    seen = (unsigned char *)qwen3i_alloc_zero(&g->allocator, n, 1);
+    if (!seen) { qwen3i_out_of_memory(c); return; }
+    for (i = 0; i < n_rules && !node; i++) node = qwen3i_bnf_loops(c, qwen3i_bnf_rule(c, i)->node, seen, 0);
+    for (k = 0; node && k < n_rules; k++) if (qwen3i_bnf_rule(c, k)->node == node) i = k + 1;
+    if (node)
+        qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "rule \"%.*s\": left recursion, or a repetition of nothing",
+                      (int)qwen3i_min_size(qwen3i_bnf_rule(c, i - 1)->name.n, 80),
+                      qwen3i_bnf_rule(c, i - 1)->name.p);
     qwen3i_free(&g->allocator, seen, n);
 }
 
@@ -16951,7 +16995,7 @@ typedef struct qwen3i_index {           /* built once a model */
     unsigned char  *chars;              /* [n_vocab] characters that a token makes a string longer */
     int32_t        *by_chars;           /* [n_text] tokens in order of that, of which short_end are short, */
     int             n_text, short_end;
-    uint32_t       *short_masks;        /* [SHORT_CHARS + 1][n_words] and those of at most so many characters */
+    uint32_t       *short_masks;        /* [SHORT_CHARS + 1][n_words] those of at most so many characters */
     const struct qwen3_grammar *plain;  /* any string, and what it allows between two characters: */
     uint32_t       *plain_mask;
     qwen3i_crossing *plain_crossings;
@@ -17544,7 +17588,8 @@ static qwen3_result qwen3i_index_fill(qwen3i_index *v, const qwen3_model *model,
                                                                sizeof *v->plain_crossings);
     g = (qwen3_grammar *)qwen3i_alloc_zero(&v->allocator, 1, sizeof *g);
     v->plain = g;
-    if (!v->chars || !v->by_chars || !v->short_masks || !v->plain_mask || !v->any_mask || !v->plain_crossings || !g)
+    if (!v->chars || !v->by_chars || !v->short_masks || !v->plain_mask || !v->any_mask ||
+        !v->plain_crossings || !g)
         return QWEN3_ERR_MEMORY;
     memset(&desc, 0, sizeof desc);
     desc.kind = QWEN3_GRAMMAR_JSON_SCHEMA;
@@ -17704,8 +17749,10 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
     if (c.result == QWEN3_OK) qwen3i_finish(&c);
     if (desc->kind == QWEN3_GRAMMAR_GBNF) qwen3i_bnf_check(&c);
     g->plain = c.any_string[0];
-    if (c.result == QWEN3_OK && QWEN3I_NODE(g, g->root)->cost >= QWEN3I_FAR)
-        qwen3i_reject(&c, QWEN3_ERR_FORMAT, "nothing finite satisfies this grammar");
+    if (c.result == QWEN3_OK && QWEN3I_NODE(g, g->root)->cost >= QWEN3I_FAR) {
+        if (desc->kind == QWEN3_GRAMMAR_JSON_SCHEMA) qwen3i_schema_hopeless(&c);
+        else qwen3i_reject(&c, QWEN3_ERR_FORMAT, "nothing finite satisfies this grammar");
+    }
     for (i = QWEN3I_GRAMMAR_BUFS; i < QWEN3I_COMPILER_BUFS; i++) qwen3i_buf_free(all[i]);
     return c.result == QWEN3_OK ? QWEN3_OK : qwen3i_fail(err, c.result, "%s", c.message);
 }
@@ -18834,7 +18881,7 @@ static void qwen3i_lead_to_end(qwen3_ctx *c, const qwen3i_guide *guide, int room
 /* The same where there may be no grammar. */
 static qwen3_result qwen3i_next_allowed(qwen3_ctx *c, qwen3i_next *next, const uint32_t **mask,
                                         const qwen3i_err *err) {
-    const int left = c->desc.max_ctx - c->seqs[next->seq].len;
+    const int left = c->desc.max_ctx - c->seqs[next->seq].len - 1;     /* the end is chosen where one is left */
     qwen3i_next_grammars(next);
     next->room = next->room > 0 ? qwen3i_min(next->room, left) : left;
     *mask = NULL;

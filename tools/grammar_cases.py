@@ -12,14 +12,14 @@ def dump(value, **style):
     return json.dumps(value, ensure_ascii=False, **style).encode('utf-8', 'surrogatepass')
 
 
-def write_cases(rows, out):
-    for row in rows:
-        schema = dump(row['schema'])
-        out.write(b'S %d\n%s\n' % (len(schema), schema))
-        for test in row['tests']:
-            for style in STYLES:
-                text = dump(test['data'], **style)
-                out.write(b'T %d %d\n%s\n' % (test['valid'], len(text), text))
+def cases_of(row):
+    """The schema, then each of its texts."""
+    schema = dump(row['schema'])
+    yield b'S %d\n%s\n' % (len(schema), schema)
+    for test in row['tests']:
+        for style in STYLES:
+            text = dump(test['data'], **style)
+            yield b'T %d %d\n%s\n' % (test['valid'], len(text), text)
 
 
 def summary(values):
@@ -86,7 +86,8 @@ def judge(rows, data):
 def main():
     rows = [json.loads(line) for line in open(sys.argv[1])]
     if len(sys.argv) == 2:
-        write_cases(rows, sys.stdout.buffer)
+        for row in rows:
+            sys.stdout.buffer.writelines(cases_of(row))
     elif '--judge' in sys.argv:
         judge(rows, open(sys.argv[2], 'rb').read())
     else:

@@ -5,7 +5,7 @@ A line of SCHEMAS has name, schema, and tests with valid and data. EVERY: only e
 Times are the thread's own. A library that crashes, or takes more than LIMIT seconds for a schema, is started again."""
 import collections, json, signal, subprocess, sys, time
 
-from grammar_cases import STYLES, dump, write_cases
+from grammar_cases import STYLES, cases_of, dump
 
 LIMIT = 60
 
@@ -111,22 +111,27 @@ class Worker:
         self.command = [bench, model] if self.bench else [sys.executable, __file__, '--work', name, model]
         self.process = None
 
+    def tell(self, data):
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
+
     def read(self):
         return self.process.stdout.readline().split()
 
     def ask_bench(self, row):
-        write_cases([row], self.process.stdin)
-        self.process.stdin.flush()
+        schema, *texts = cases_of(row)
+        self.tell(schema)
         words, masks, accepted = self.read(), [], []
         if words[0] == b'E':
             return float(words[1]), masks, None
         us = float(words[1])
-        while len(accepted) < 2 * len(row['tests']):
+        for text in texts:
+            self.tell(text)
             words = self.read()
-            if words[0] == b'M':
-                masks += map(float, words[1:])
-            elif words[0] == b'R':
-                accepted.append(words[1] == b'1')
+            while words[0] != b'R':
+                masks += map(float, words[1:] if words[0] == b'M' else ())
+                words = self.read()
+            accepted.append(words[1] == b'1')
         return us, masks, accepted
 
     def run(self, row):
@@ -135,8 +140,7 @@ class Worker:
         try:
             if self.bench:
                 return self.ask_bench(row)
-            self.process.stdin.write(json.dumps(row).encode() + b'\n')
-            self.process.stdin.flush()
+            self.tell(json.dumps(row).encode() + b'\n')
             return json.loads(self.process.stdout.readline())
         except (OSError, IndexError, ValueError):
             self.process.kill()
