@@ -14482,7 +14482,7 @@ enum { QWEN3I_R_WHOLE, QWEN3I_R_NOT_WHOLE, QWEN3I_R_MIN, QWEN3I_R_MAX, QWEN3I_R_
        QWEN3I_R_ONE_OF, QWEN3I_R_NONE_OF, QWEN3I_R_PATTERN, QWEN3I_R_NOT_PATTERN, QWEN3I_R_FORMAT,
        QWEN3I_R_NOT_FORMAT, QWEN3I_R_MIN_COUNT, QWEN3I_R_MAX_COUNT,
        QWEN3I_R_GROUP, QWEN3I_R_EQUAL, QWEN3I_R_ITEM, QWEN3I_R_PROPERTY, QWEN3I_R_REQUIRED,
-           QWEN3I_R_FORBIDDEN, QWEN3I_R_NAMES };
+           QWEN3I_R_FORBIDDEN, QWEN3I_R_NAMES, QWEN3I_R_UNIQUE };
 /* a list of them, that grows at its head */
 typedef struct qwen3i_rule { int kind, a, b, next; } qwen3i_rule;
 
@@ -14905,8 +14905,8 @@ static qwen3i_span qwen3i_apply_enforced(qwen3i_compiler *c, qwen3i_span in, int
                                                     QWEN3I_R_NAMES, node, 0);
         case QWEN3I_K_UNIQUE:
             if (qwen3i_dom_at(c, node)->type != 't') return negated ? none : in;
-            if (negated) return none;
-            break;                      /* refused */
+            return negated ? none : qwen3i_restrict(c, in, QWEN3I_T_ALL_TYPES, QWEN3I_T_LIST,
+                                                    QWEN3I_R_UNIQUE, node, 0);
         case QWEN3I_K_REFUSED: break;
         default: return negated ? none : in;
     }
@@ -15396,6 +15396,7 @@ typedef struct qwen3i_property { int value, required, key; } qwen3i_property;
 typedef struct qwen3i_object {
     int dfa, members, n_names, n_labels, min, max, n_words, all_open;
     int filler;                         /* bytes of a member that is there only to make up the number */
+    int is_list;                        /* its names are strings, of which a list has each at most once */
 } qwen3i_object;
 /* nodes of the first items at first; of the others */
 typedef struct qwen3i_items { int first, n, rest, min, max; } qwen3i_items;
@@ -15662,8 +15663,22 @@ typedef struct qwen3i_keys {            /* of one object, while its automaton is
     qwen3i_buf names;                   /* qwen3i_str, in order */
     qwen3i_buf members;                 /* qwen3i_property: the names', then one for each kind of other key */
     qwen3i_buf patterns;                /* the nodes of patternProperties, by mark */
-    int rules, n_names;
+    int rules, n_names, closed;         /* closed: there are no others */
 } qwen3i_keys;
+
+static qwen3i_keys qwen3i_keys_make(const qwen3i_compiler *c, int rules) {
+    qwen3i_keys k;
+    memset(&k, 0, sizeof k);
+    k.names = k.members = k.patterns = qwen3i_buf_make(&c->g->allocator);
+    k.rules = rules;
+    return k;
+}
+
+static void qwen3i_keys_free(qwen3i_keys *k) {
+    qwen3i_buf_free(&k->names);
+    qwen3i_buf_free(&k->members);
+    qwen3i_buf_free(&k->patterns);
+}
 
 static void qwen3i_keys_add(qwen3i_compiler *c, qwen3i_keys *k, qwen3i_str name) {
     qwen3i_push(c, &k->names, &name, sizeof name);
@@ -15691,10 +15706,20 @@ static int qwen3i_compare_keys(const void *a, const void *b) {
     return (x.n > y.n) - (x.n < y.n);
 }
 
+/* Names in order, each once. */
+static void qwen3i_keys_sort(qwen3i_keys *k) {
+    qwen3i_str *names = QWEN3I_ARRAY(qwen3i_str, k->names);
+    const int n = QWEN3I_LEN(qwen3i_str, k->names);
+    int i;
+    k->n_names = 0;
+    qwen3i_sort(names, (size_t)n, sizeof *names, qwen3i_compare_keys);
+    for (i = 0; i < n; i++)
+        if (k->n_names == 0 || !qwen3i_same(names[i], names[k->n_names - 1])) names[k->n_names++] = names[i];
+}
+
 /* All names that an object's rules mention, and its patterns. */
 static void qwen3i_keys_collect(qwen3i_compiler *c, qwen3i_keys *k) {
-    qwen3i_str *names;
-    int i, n, kept = 0;
+    int i;
     QWEN3I_EACH_RULE(i, k->rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_GROUP) {
@@ -15705,12 +15730,7 @@ static void qwen3i_keys_collect(qwen3i_compiler *c, qwen3i_keys *k) {
         if (r.kind == QWEN3I_R_PROPERTY || r.kind == QWEN3I_R_REQUIRED || r.kind == QWEN3I_R_FORBIDDEN)
             qwen3i_keys_add(c, k, qwen3i_rule_name(c, &r));
     }
-    names = QWEN3I_ARRAY(qwen3i_str, k->names);
-    n = QWEN3I_LEN(qwen3i_str, k->names);
-    qwen3i_sort(names, (size_t)n, sizeof *names, qwen3i_compare_keys);
-    for (i = 0; i < n; i++)
-        if (kept == 0 || !qwen3i_same(names[i], names[kept - 1])) names[kept++] = names[i];
-    k->n_names = kept;
+    qwen3i_keys_sort(k);
 }
 
 static int qwen3i_key_required(qwen3i_compiler *c, int rules, qwen3i_str name) {
@@ -15770,7 +15790,7 @@ static int qwen3i_key_label(qwen3i_compiler *c, const int *marks, int n, void *u
 /* The automaton of an object's keys, with their quotes. */
 static int qwen3i_keys_dfa(qwen3i_compiler *c, qwen3i_keys *k) {
     int i, s = 0, n_patterns = QWEN3I_LEN(int, k->patterns), zero = 0;
-    const int any = qwen3i_other_value(c, k, &zero, 0);
+    const int any = k->closed ? -1 : qwen3i_other_value(c, k, &zero, 0);
     qwen3i_nfa_reset(c);
     for (i = 0; i < k->n_names && c->result == QWEN3_OK; i++)
         s = qwen3i_nfa_split(c, s, qwen3i_nfa_literal(c, QWEN3I_ARRAY(qwen3i_str, k->names)[i],
@@ -15825,15 +15845,32 @@ static int qwen3i_keys_named(qwen3i_compiler *c, int rules, int dfa) {
     return dfa;
 }
 
+/* The node of an object with these keys, which are freed. */
+static int qwen3i_members_node(qwen3i_compiler *c, qwen3i_keys *k, qwen3i_object o) {
+    int i, node;
+    o.dfa = qwen3i_keys_named(c, k->rules, qwen3i_keys_dfa(c, k));
+    if (o.dfa) qwen3i_dfa_end(c, o.dfa, k->n_names);
+    o.n_names = k->n_names;
+    o.n_labels = QWEN3I_LEN(qwen3i_property, k->members);
+    o.n_words = (k->n_names + 1 + 31) / 32;         /* one more: was there any other key */
+    o.members = QWEN3I_LEN(qwen3i_property, c->g->members);
+    /* names that propertyNames forbids are not there */
+    for (i = 0; i < o.n_names && c->result == QWEN3_OK; i++) {
+        qwen3i_property *p = &QWEN3I_ARRAY(qwen3i_property, k->members)[i];
+        if (qwen3i_dfa_match(c, o.dfa, QWEN3I_ARRAY(qwen3i_str, k->names)[i]) < 0) p->value = 0;
+    }
+    qwen3i_append_all(c, &c->g->members, k->members.p, k->members.n);
+    node = qwen3i_node_add(c, QWEN3I_MEMBERS, qwen3i_push(c, &c->g->objects, &o, sizeof o), 0, QWEN3I_RETURN);
+    qwen3i_keys_free(k);
+    return node;
+}
+
 static int qwen3i_object_node(qwen3i_compiler *c, int rules) {
     qwen3i_object o;
-    qwen3i_keys k;
+    qwen3i_keys k = qwen3i_keys_make(c, rules);
     qwen3i_property m;
-    int i, node = 0;
+    int i;
     memset(&o, 0, sizeof o);
-    memset(&k, 0, sizeof k);
-    k.names = k.members = k.patterns = qwen3i_buf_make(&c->g->allocator);
-    k.rules = rules;
     o.max = QWEN3I_NO_LIMIT;
     QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
@@ -15848,35 +15885,73 @@ static int qwen3i_object_node(qwen3i_compiler *c, int rules) {
         m.key = qwen3i_key_cost(name);
         qwen3i_push(c, &k.members, &m, sizeof m);
     }
-    o.dfa = qwen3i_keys_named(c, rules, qwen3i_keys_dfa(c, &k));
-    if (o.dfa) qwen3i_dfa_end(c, o.dfa, k.n_names);
-    o.n_names = k.n_names;
-    o.n_labels = QWEN3I_LEN(qwen3i_property, k.members);
-    o.n_words = (k.n_names + 1 + 31) / 32;          /* one more: was there any other key */
-    o.members = QWEN3I_LEN(qwen3i_property, c->g->members);
-    /* names that propertyNames forbids are not there */
-    for (i = 0; i < o.n_names && c->result == QWEN3_OK; i++) {
-        qwen3i_property *p = &QWEN3I_ARRAY(qwen3i_property, k.members)[i];
-        if (qwen3i_dfa_match(c, o.dfa, QWEN3I_ARRAY(qwen3i_str, k.names)[i]) < 0) p->value = 0;
+    return qwen3i_members_node(c, &k, o);
+}
+
+/* The strings that satisfy a set of terms, if all that does is strings that the schema names; else 0. */
+static int qwen3i_value_names(qwen3i_compiler *c, int value, qwen3i_keys *k) {
+    const size_t shapes = c->shapes.n;
+    const qwen3i_span list = qwen3i_expand(c, value);
+    int i, j, v, all = 1;
+    for (i = 0; i < list.n && all; i++) {
+        const qwen3i_shape s = *qwen3i_shape_at(c, list.first + i);
+        int named = 0;
+        QWEN3I_EACH_RULE(j, s.string) {
+            const qwen3i_rule r = *qwen3i_rule_at(c, j);
+            if (r.kind != QWEN3I_R_ONE_OF || named++) continue;
+            for (v = qwen3i_rule_first(c, &r); v; v = qwen3i_rule_next(c, &r, v))
+                if (qwen3i_dom_at(c, v)->type == '"' && qwen3i_string_keeps(c, s.string, v))
+                    qwen3i_keys_add(c, k, qwen3i_dom_text(c, v));
+        }
+        all = named && !(s.types & ~QWEN3I_T_STRING);
     }
-    qwen3i_append_all(c, &c->g->members, k.members.p, k.members.n);
-    node = qwen3i_node_add(c, QWEN3I_MEMBERS, qwen3i_push(c, &c->g->objects, &o, sizeof o), 0, QWEN3I_RETURN);
-    qwen3i_buf_free(&k.names);
-    qwen3i_buf_free(&k.members);
-    qwen3i_buf_free(&k.patterns);
-    return node;
+    c->shapes.n = shapes;
+    return all;
+}
+
+/* A list of different strings that the schema names: the machine has it as an object's keys. 0: it is not
+   such. */
+static int qwen3i_unique_node(qwen3i_compiler *c, int value, qwen3i_items items) {
+    qwen3i_keys k = qwen3i_keys_make(c, 0);
+    qwen3i_property m;
+    qwen3i_object o;
+    int i;
+    if (value >= 0 && !qwen3i_value_names(c, value, &k)) { qwen3i_keys_free(&k); return 0; }
+    memset(&o, 0, sizeof o);
+    qwen3i_keys_sort(&k);
+    k.closed = o.is_list = 1;
+    o.min = items.min;
+    o.max = items.max < 0 ? k.n_names : qwen3i_min(items.max, k.n_names);
+    for (i = 0; i < k.n_names && c->result == QWEN3_OK; i++) {
+        m.value = QWEN3I_RETURN;        /* nothing comes behind it, nor a colon */
+        m.required = 0;
+        m.key = qwen3i_key_cost(QWEN3I_ARRAY(qwen3i_str, k.names)[i]) - 1;
+        qwen3i_push(c, &k.members, &m, sizeof m);
+    }
+    return qwen3i_members_node(c, &k, o);
+}
+
+/* "uniqueItems" that cannot be held to: an error, or a warning. */
+static void qwen3i_refuse_unique(qwen3i_compiler *c, int node) {
+    char path[200];
+    if (!(c->g->flags & QWEN3_GRAMMAR_WARN))
+        qwen3i_schema_bad(c, node, QWEN3_ERR_UNSUPPORTED,
+                          "uniqueItems is supported where the items are strings of an enum");
+    else qwen3i_log(&c->g->model->logger, QWEN3_LOG_WARN, "grammar: not enforced: %s",
+                    qwen3i_dom_path(c, node, path, sizeof path));
 }
 
 #define QWEN3I_MAX_TUPLE 4096
 
 static int qwen3i_list_node(qwen3i_compiler *c, int rules) {
     qwen3i_items items;
-    int i, tuple, rest, n = 0;
+    int i, tuple, rest, n = 0, unique = 0;
     items.first = 0; items.min = 0; items.max = QWEN3I_NO_LIMIT;
     QWEN3I_EACH_RULE(i, rules) {
         const qwen3i_rule r = *qwen3i_rule_at(c, i);
         if (r.kind == QWEN3I_R_MIN_COUNT) items.min = qwen3i_max(items.min, r.a);
         if (r.kind == QWEN3I_R_MAX_COUNT) items.max = items.max < 0 ? r.a : qwen3i_min(items.max, r.a);
+        if (r.kind == QWEN3I_R_UNIQUE) unique = r.a;
         if (r.kind == QWEN3I_R_ITEM) n = qwen3i_max(n, r.a + 1);
         if (r.kind == QWEN3I_R_GROUP) qwen3i_items_of(c, r.a, &tuple, &rest);
         else if (r.kind == QWEN3I_R_EQUAL) {
@@ -15889,6 +15964,11 @@ static int qwen3i_list_node(qwen3i_compiler *c, int rules) {
     if (n > QWEN3I_MAX_TUPLE)
         return qwen3i_reject(c, QWEN3_ERR_UNSUPPORTED, "%s: a list with more than %d places",
                              c->where ? c->where : "/", QWEN3I_MAX_TUPLE);
+    if (unique && (items.max < 0 || items.max > 1)) {
+        i = n == 0 ? qwen3i_unique_node(c, qwen3i_item_value(c, rules, 0), items) : 0;
+        if (i) return i;
+        qwen3i_refuse_unique(c, unique);
+    }
     items.n = n;
     items.rest = qwen3i_value_node(c, qwen3i_item_value(c, rules, n));
     for (i = 0; i < n && c->result == QWEN3_OK; i++) {
@@ -16806,7 +16886,8 @@ static void qwen3i_key_end(qwen3i_machine *m, const qwen3i_thread t, int label) 
     m->frames[at + QWEN3I_SEEN + bit / 32] = (int)((unsigned)m->frames[at + QWEN3I_SEEN + bit / 32] |
                                                    1u << (bit % 32));
     qwen3i_frame_cost(m, at);
-    qwen3i_thread_add(m, t.node, QWEN3I_COLON, member->value, 0, at);
+    if (o->is_list) qwen3i_thread_add(m, t.node, QWEN3I_NEXT, 0, 0, at);
+    else qwen3i_thread_add(m, t.node, QWEN3I_COLON, member->value, 0, at);
 }
 
 static void qwen3i_step_key(qwen3i_machine *m, const qwen3i_thread t, unsigned char byte) {
@@ -16829,7 +16910,7 @@ static void qwen3i_step_object(qwen3i_machine *m, const qwen3i_thread t, unsigne
     if (t.phase == QWEN3I_NEXT && byte == ',' && o->dfa && (o->max < 0 || frame[QWEN3I_COUNT_OF] < o->max) &&
         qwen3i_key_alive(m->g, frame, qwen3i_state_at(m->g, o->dfa, 0)))
         qwen3i_thread_add(m, t.node, QWEN3I_KEY, 0, 0, t.frame);
-    if ((t.phase == QWEN3I_NEXT || t.phase == QWEN3I_FIRST) && byte == '}' &&
+    if ((t.phase == QWEN3I_NEXT || t.phase == QWEN3I_FIRST) && byte == (o->is_list ? ']' : '}') &&
         qwen3i_needed(m->g, frame) <= 0)
         qwen3i_resume(m, frame[QWEN3I_UP], 0);
     if (t.phase == QWEN3I_IN_KEY) qwen3i_step_key(m, t, byte);
@@ -16878,7 +16959,8 @@ static void qwen3i_step_value(qwen3i_machine *m, const qwen3i_thread t, unsigned
         const int node = QWEN3I_ARRAY(int, m->g->lists)[n->a + i], kind = QWEN3I_NODE(m->g, node)->kind;
         entry.node = node; entry.phase = 0; entry.state = 0; entry.count = -1; entry.frame = t.frame;
         if (kind == QWEN3I_LEXEME) qwen3i_step_lexeme(m, entry, byte);
-        if (byte != (kind == QWEN3I_MEMBERS ? '{' : '[') || kind == QWEN3I_LEXEME) continue;
+        if (kind == QWEN3I_LEXEME) continue;
+        if (byte != (kind == QWEN3I_MEMBERS && !qwen3i_object_of(m->g, node)->is_list ? '{' : '[')) continue;
         at = qwen3i_frame_new(m, t.frame, node, -1);
         if (at < 0) continue;
         qwen3i_frame_cost(m, at);
@@ -18881,7 +18963,8 @@ static void qwen3i_lead_to_end(qwen3_ctx *c, const qwen3i_guide *guide, int room
 /* The same where there may be no grammar. */
 static qwen3_result qwen3i_next_allowed(qwen3_ctx *c, qwen3i_next *next, const uint32_t **mask,
                                         const qwen3i_err *err) {
-    const int left = c->desc.max_ctx - c->seqs[next->seq].len - 1;     /* the end is chosen where one is left */
+    /* the end of the turn is chosen where a position is left */
+    const int left = c->desc.max_ctx - c->seqs[next->seq].len - 1;
     qwen3i_next_grammars(next);
     next->room = next->room > 0 ? qwen3i_min(next->room, left) : left;
     *mask = NULL;

@@ -7245,13 +7245,22 @@ static __global__ void adjust_kernel(float *copy, const choice *choices, const l
 }
 
 /* copy_logits: copy[row, :] = kept[slot of row, :] for the rows to adjust, no number where the mask forbids
-   a token. Grid (blocks, rows). */
+   a token. A warp reads 32 words of the mask, which is far away, at once. Grid (blocks, rows). */
 static __global__ void copy_logits_kernel(float *copy, const float *kept, const choice *choices, int n) {
     const choice *c = &choices[blockIdx.y];
+    const int lane = lane_id(), step = (int)(gridDim.x * blockDim.x / 32) * 1024;
     if (!c->adjust) return;
-    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += (int)(gridDim.x * blockDim.x))
-        copy[(size_t)blockIdx.y * n + i] = c->mask && !(c->mask[i / 32] >> (i % 32) & 1u) ?
-                                           -INFINITY : kept[(size_t)c->slot * n + i];
+    const float *from = kept + (size_t)c->slot * n;
+    float *to = copy + (size_t)blockIdx.y * n;
+    for (int first = (warp_id() * (int)gridDim.x + (int)blockIdx.x) * 1024; first < n; first += step) {
+        const int at = first / 32 + lane;
+        const unsigned words = c->mask && at * 32 < n ? c->mask[at] : ~0u;
+        UNROLL for (int j = 0; j < 32; j++) {
+            const unsigned word = __shfl_sync(ALL, words, j);
+            const int i = first + 32 * j + lane;
+            if (i < n) to[i] = word >> lane & 1u ? from[i] : -INFINITY;
+        }
+    }
 }
 
 DEVICE const float *choice_logits(const choice &c, const float *kept, const float *copy, int row, int n) {

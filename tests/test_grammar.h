@@ -95,6 +95,11 @@ static void test_grammar_schema(void) {
         {"{\"type\":\"object\",\"properties\":{\"a\":{},\"ab\":{}},\"additionalProperties\":false}", "{}\n{\"ab\":1,\"a\":2}", "{\"b\":1}\n{\"a\":1,\"a\":1}\n{\"a\":1,\"b\":1}"},
         {"{\"type\":\"object\",\"patternProperties\":{\"^n_\":{\"type\":\"number\"},\"_s$\":{\"type\":\"integer\"}},\"additionalProperties\":{\"type\":\"string\"}}",
          "{\"n_a\":1.5,\"x\":\"y\",\"n_s\":3}", "{\"n_a\":\"x\"}\n{\"x\":1}\n{\"n_s\":1.5}"},
+        {"{\"type\":\"array\",\"uniqueItems\":true,\"items\":{\"enum\":[\"a\",\"ab\",\"\\n\"]},\"minItems\":2}",
+         "[\"a\",\"ab\"]\n[ \"ab\" , \"\\n\", \"a\" ]", "[]\n[\"a\"]\n[\"a\",\"a\"]\n[\"a\",\"ab\",\"a\"]\n[\"a\",\"ab\",\"\\n\",\"a\"]\n[\"b\",\"a\"]\n[,\"a\"]\n[\"a\":1]"},
+        {"{\"type\":\"array\",\"uniqueItems\":true,\"items\":{\"allOf\":[{\"enum\":[\"a\",\"b\",\"c\",1]},{\"type\":\"string\",\"not\":{\"const\":\"b\"}}]},\"maxItems\":9}",
+         "[]\n[\"a\"]\n[\"c\",\"a\"]", "[\"b\"]\n[1]\n[\"c\",\"c\"]\n[\"a\",\"c\",\"b\"]\n{}"},
+        {"{\"type\":\"array\",\"uniqueItems\":true,\"items\":{\"type\":\"string\"},\"maxItems\":1}", "[]\n[\"a\"]", "[\"a\",\"b\"]"},
         {"{\"type\":\"object\",\"propertyNames\":{\"pattern\":\"^[a-c]+$\"},\"minProperties\":1}", "{\"a\":1}\n{\"abc\":1,\"c\":2}", "{}\n{\"d\":1}\n{\"\":1}"},
         {"{\"type\":\"object\",\"properties\":{\"a\":{},\"b\":{},\"c\":{}},\"required\":[\"c\"],\"additionalProperties\":false,\"maxProperties\":2}",
          "{\"c\":1}\n{\"a\":1,\"c\":1}", "{\"a\":1}\n{\"a\":1,\"b\":1}\n{\"a\":1,\"b\":1,\"c\":1}"},
@@ -192,6 +197,7 @@ static void test_grammar_masks(void) {
          "{\"the\": 1, \"fox\": 2, \"A-1\": 3}"},
         {1, "([a-z]+ )*[a-z]+[.!?]", "the quick fox."},
         {2, "root ::= l\nl ::= \"(\" [a-z ]+ (l | \".\")* \")\"", "(the fox(jumps).)"},
+        {0, "{\"items\":{\"enum\":[\"the\",\"they\",\"them\"]},\"uniqueItems\":true,\"minItems\":2,\"type\":\"array\"}", "[\"they\", \"the\", \"them\"]"},
         {0, "{\"anyOf\":[{\"required\":[\"a\"]},{\"required\":[\"b\"]},{\"minProperties\":3}],\"type\":\"object\",\"additionalProperties\":{\"items\":{}}}",
          "{\"z\": [\"the\", {}], \"b\": 12}"},
         {2, "root ::= x \"a.\" | x \" the\" | \"(\" x\nx ::= \"(\" x \")\" | [0-9]+", "((12)) the"}
@@ -259,6 +265,7 @@ static void test_grammar_shortest(void) {
     static const char *const cases[] = {
         "{\"patternProperties\":{\"^.*$\":{\"type\":\"object\",\"required\":[\"path\"]}},\"required\":[\"zz\"],\"type\":\"object\"}",
         "{\"type\":\"object\",\"properties\":{\"a\":{\"const\":123456}},\"required\":[\"a\",\"b\"],\"additionalProperties\":{\"type\":\"array\",\"minItems\":3}}",
+        "{\"items\":{\"enum\":[\"the\",\"they\",\"them\",\"a\"]},\"uniqueItems\":true,\"minItems\":3,\"type\":\"array\"}",
         "{\"anyOf\":[{\"minProperties\":1,\"maxProperties\":0,\"type\":\"object\"},{\"required\":[\"the\"],\"type\":\"object\"}]}",
         "{\"type\":\"array\",\"items\":{\"anyOf\":[{\"type\":\"string\",\"minLength\":9},{\"minimum\":1000,\"type\":\"integer\"}]},\"minItems\":2}"
     };
