@@ -2012,6 +2012,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_invariant);
     RUN(test_cuda_invariant_hopper);
     RUN(test_cuda_invariant_speculation);
+    RUN(test_cuda_invariant_prompts);
     RUN(test_cuda_next);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
     RUN(test_cuda_next_hopper);

@@ -178,6 +178,23 @@ static void same_speculate(const char *name, int each) {
     fixture_close(&other);
 }
 
+/* 200 prompts of 256 tokens where there is a GPU. The draft is of the CPU. */
+static void test_cuda_invariant_prompts(void) {
+    grammar_bench b;
+    fixture other;
+    memset(&b, 0, sizeof b);
+    if (!cuda_fixture(&b.f, "chat")) return;
+    if (fixture_open(&other, "chat")) {
+#ifdef QWEN3_TEST_CUDA_ON_CPU
+        speculate_on_prompts(&b, &other, 1);
+#else
+        speculate_on_prompts(&b, &other, 200);
+#endif
+        fixture_close(&other);
+    }
+    grammar_close(&b);
+}
+
 static void test_cuda_invariant_speculation(void) {
     same_speculate("chat", 1);
     cuda_on_cpu_chip(90);
