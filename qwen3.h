@@ -899,6 +899,7 @@ typedef struct qwen3i_out {             /* what is wanted of one row of a batch;
     int    row;
     int    keep_seq;                    /* >= 0: these logits become that sequence's; -1: no */
     float *logits;                      /* [n_vocab] */
+    int    later;                       /* these logits are asked for by row_logits() and keep_row() */
     float *hidden;                      /* [n_embd], after the final norm */
     float *logprob;                     /* ln P(target) under this row's logits */
     qwen3_token target;
@@ -961,6 +962,11 @@ struct qwen3_backend {
     qwen3_result (*kv_write)(void *ctx_state, int seq, int layer, int n_pos, const void *k, const void *v,
                              const qwen3i_err *err);
     qwen3_result (*set_logits)(void *ctx_state, int seq, const float *logits, const qwen3i_err *err);
+    /* Of the last forward, which had at most QWEN3I_SAME_ROWS outs, until the next call of another function:
+       the logits of an out with `later`, on the host until the next call, and as what a sequence keeps.
+       NULL, both of them: forward delivers them. */
+    qwen3_result (*row_logits)(void *ctx_state, int out, const float **logits, const qwen3i_err *err);
+    qwen3_result (*keep_row)(void *ctx_state, int seq, int out, const qwen3i_err *err);
     int         block_types;            /* does it multiply by any format? 0: only F32, F16 and BF16 */
     int         experts;                /* does it run layers whose MLP is a mixture of experts? */
     int         orders;                 /* does it run layers with an order of inputs? */
@@ -12700,6 +12706,7 @@ static const qwen3_backend *qwen3i_cpu_backend(void) {
         qwen3i_cpu_memory, qwen3i_cpu_create, qwen3i_cpu_free, qwen3i_cpu_forward, qwen3i_cpu_logits,
         NULL,                           /* next: sampling is the core's */
         qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits,
+        NULL, NULL,                     /* rows' logits are on the host at once */
         1, 1, 1, 0, NULL, NULL          /* block_types, experts, orders, devices; nothing to start */
     };
     return &backend;
@@ -18140,12 +18147,15 @@ QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *cfg, d
    ================================================================================================ */
 #define QWEN3I_MAX_DRAFT 16
 #define QWEN3I_PATIENCE  64             /* see qwen3i_draft */
+#define QWEN3I_TRIALS    16
 
 typedef struct qwen3i_draft {           /* what a sequence speculates with */
     float      *logits;                 /* [most + 1, n_vocab] of a step's rows */
     int         most, n;                /* guesses that there is room for; those of this step, */
     qwen3_token tokens[1 + QWEN3I_MAX_DRAFT];   /* behind the token that was chosen before them */
-    double      rate;                   /* share of the guesses that were right lately */
+    int         out;                    /* of the step's batch, with the logits that follow that token */
+    double      rate;                   /* share of the guesses that were right lately, */
+    int         trials;                 /* and of how many at most QWEN3I_TRIALS */
     int         idle, patience;         /* steps since the last guess; after so many one is tried */
 } qwen3i_draft;
 
@@ -18172,6 +18182,7 @@ typedef struct qwen3i_pace {            /* how much to evaluate at once */
     int    starved;
     double prompt_ms, decode_ms;        /* a prompt's row, a decode step, as last measured */
     int    prompt_rows;                 /* in the step that prompt_ms is of */
+    int    later;                       /* the step leaves its rows' logits with the backend */
     /* lately: a step of one sequence with so many guesses (0: not known), and a guess of a draft's model */
     double step_ms[1 + QWEN3I_MAX_DRAFT], draft_ms;
     int    chosen_there;                /* the backend, which works ahead, chose the last step's tokens */
@@ -18478,11 +18489,12 @@ static int qwen3i_want(const qwen3_ctx *c, const qwen3_item *item, int k, int ro
     memset(out, 0, sizeof *out);
     out->row = row;
     out->keep_seq = keep ? item->seq : -1;
-    if (item->all_logits) out->logits = item->all_logits + (size_t)k * vocab;
+    if (item->all_logits && c->pace.later) out->later = 1;
+    else if (item->all_logits) out->logits = item->all_logits + (size_t)k * vocab;
     if (item->all_hidden) out->hidden = item->all_hidden + (size_t)k * embd;
     else if (last)        out->hidden = item->hidden;
     if (item->logprobs && !last) { out->logprob = &item->logprobs[k + 1]; out->target = item->tokens[k + 1]; }
-    return keep || out->logits || out->hidden || out->logprob;
+    return keep || out->logits || out->later || out->hidden || out->logprob;
 }
 
 /* hidden and all_hidden both wanted: the last row of one is the other. */
@@ -19632,6 +19644,7 @@ static qwen3_result qwen3i_draft_begin(qwen3_ctx *c, int seq, const qwen3_gen_de
     d->n = d->idle = 0;
     d->patience = QWEN3I_PATIENCE;
     d->rate = 0.7;
+    d->trials = 2;                      /* what is assumed counts as much */
     if (most <= d->most) return QWEN3_OK;
     qwen3i_draft_free(c, d);
     d->logits = (float *)qwen3i_alloc(&c->desc.allocator, qwen3i_draft_bytes(c, most));
@@ -19664,7 +19677,7 @@ static int qwen3i_draft_count(const qwen3i_pace *p, const qwen3i_draft *d, int m
         tokens += chance;
         if (tokens > best * ms) { best = tokens / ms; count = n; }
     }
-    return count == 0 && d->idle >= d->patience ? most : count;
+    return count == 0 && d->idle >= d->patience ? qwen3i_min(most, 4) : count;
 }
 
 /* Prompt lookup: what followed when the sequence's last tokens were said before. The longest match counts, of
@@ -19713,7 +19726,7 @@ static int qwen3i_may_guess(qwen3_ctx *c, const qwen3_stream *s) {
     if (!c->model->backend->next || c->pace.always_guess) return 1;
     if (s->gen.draft && qwen3i_draft_count(&c->pace, d, s->gen.draft_tokens, 1) > 0) return 1;
     if (qwen3i_draft_count(&c->pace, d, s->gen.draft_tokens, 0) == 0) return 0;
-    return c->pace.answer || qwen3i_draft_lookup(seq->tokens, seq->len, &next, 1) > 0;
+    return (c->pace.answer && !s->gen.draft) || qwen3i_draft_lookup(seq->tokens, seq->len, &next, 1) > 0;
 }
 
 /* What was tried is measured anew, and tried the less often the more often that was in vain. */
@@ -19754,16 +19767,37 @@ static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_toke
 }
 
 /* The token that was chosen, with the guesses behind it. */
-static qwen3_item qwen3i_guessed_item(const qwen3_ctx *c, int seq, int *n_guesses) {
-    const qwen3i_draft *d = &c->seqs[seq].draft;
+static qwen3_item qwen3i_guessed_item(qwen3_ctx *c, int seq, int out) {
+    qwen3i_draft *d = &c->seqs[seq].draft;
     qwen3_item item;
     memset(&item, 0, sizeof item);
     item.seq = seq;
     item.tokens = d->tokens;
     item.n = 1 + d->n;
+    d->out = out;
     item.all_logits = d->n > 0 ? d->logits : NULL;
-    *n_guesses += d->n;
     return item;
+}
+
+/* The logits that follow the k-th token of a sequence's part of the step */
+static qwen3_result qwen3i_guess_logits(qwen3_ctx *c, const qwen3i_draft *d, int k, const float **logits,
+                                        const qwen3i_err *err) {
+    *logits = d->logits + (size_t)k * (size_t)c->model->config.n_vocab;
+    return c->pace.later ? c->model->backend->row_logits(c->state, d->out + k, logits, err) : QWEN3_OK;
+}
+
+/* They become what the sequence keeps. */
+static qwen3_result qwen3i_keep_guess(qwen3_ctx *c, int seq, int k, const qwen3i_err *err) {
+    const qwen3i_draft *d = &c->seqs[seq].draft;
+    if (c->pace.later) return c->model->backend->keep_row(c->state, seq, d->out + k, err);
+    return c->model->backend->set_logits(c->state, seq, d->logits + (size_t)k * (size_t)c->model->config.n_vocab,
+                                         err);
+}
+
+/* Was this guess right? */
+static void qwen3i_learn(qwen3i_draft *d, int right) {
+    d->trials = qwen3i_min(d->trials + 1, QWEN3I_TRIALS);
+    d->rate += (right - d->rate) / d->trials;
 }
 
 /* The stream takes the token that was chosen, and its guesses as far as they are chosen, too. The sequence
@@ -19772,7 +19806,6 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
                                   const qwen3i_err *err) {
     qwen3i_seq *seq = &c->seqs[s->seq];
     qwen3i_draft *d = &seq->draft;
-    const size_t vocab = (size_t)c->model->config.n_vocab;
     const int len = next->n, evaluated = seq->len - len;
     qwen3_result r = QWEN3_OK, kept;
     int k;
@@ -19781,12 +19814,14 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     d->n = evaluated - 1;
     for (k = 0; k < d->n && qwen3i_answers(s) && s->forced < 0; k++) {
         const uint64_t rng = next->sampler ? next->sampler->rng : 0;
+        const float *logits;
         int right;
         seq->len = len + 1 + k;
         next->room = qwen3i_left(s);
-        r = qwen3i_choose_next(c, next, d->logits + (size_t)k * vocab, err);
+        r = qwen3i_guess_logits(c, d, k, &logits, err);
+        if (r == QWEN3_OK) r = qwen3i_choose_next(c, next, logits, err);
         right = r == QWEN3_OK && next->out == d->tokens[1 + k] && !next->ended;
-        if (r == QWEN3_OK) d->rate += (right - d->rate) / 6;
+        if (r == QWEN3_OK) qwen3i_learn(d, right);
         if (!right && next->sampler) next->sampler->rng = rng;      /* it is chosen again in the next step */
         if (!right) break;
         qwen3i_feed(s, next->out);
@@ -19796,7 +19831,7 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     c->stats.n_accepted += k;
     if (k == d->n && seq->fresh) return r;
     qwen3i_truncate(seq, len + 1 + k);
-    kept = c->model->backend->set_logits(c->state, s->seq, d->logits + (size_t)k * vocab, err);
+    kept = qwen3i_keep_guess(c, s->seq, k, err);
     seq->fresh = kept == QWEN3_OK;
     return r == QWEN3_OK ? kept : r;
 }
@@ -19829,10 +19864,14 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
         r = qwen3i_sample(c, &next[k], err);
         if (r == QWEN3_OK && !next[k].ended)
             r = qwen3i_guess(c, streams[i], next[k].out, room - n_guesses, &asked_ms, err);
-        if (r == QWEN3_OK && !next[k].ended)
-            c->items[n_items++] = qwen3i_guessed_item(c, next[k].seq, &n_guesses);
+        if (r == QWEN3_OK && !next[k].ended) {
+            c->items[n_items] = qwen3i_guessed_item(c, next[k].seq, n_items + n_guesses);
+            n_guesses += c->items[n_items++].n - 1;
+        }
         k++;
     }
+    c->pace.later = c->model->backend->row_logits &&
+                    n_items + n_guesses <= qwen3i_min(c->pace.rows, QWEN3I_SAME_ROWS);
     if (r == QWEN3_OK && n_items > 0) r = qwen3i_eval(c, c->items, n_items, err);
     for (i = k = 0; k < active; i++) {                  /* of a step that failed, too, what is complete */
         if (streams[i]->seq != next[k].seq) continue;
@@ -19842,6 +19881,7 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
         } else if (next[k].sampler) next[k].sampler->rng = c->rngs[k];
         k++;
     }
+    c->pace.later = 0;
     if (n_guesses > 0) qwen3i_count_guessed(&c->stats, &before, qwen3i_now_ms() - start);
     if (r == QWEN3_OK && n_items == 1 && (n_guesses > 0 || !c->model->backend->next))
         qwen3i_smooth(&c->pace.step_ms[n_guesses], qwen3i_now_ms() - start - asked_ms);

@@ -8357,7 +8357,7 @@ static bool is_step(const cuda_ctx *c, const qwen3i_batch *b) {
     if (b->n_rows > c->desc.max_seqs || b->n_outs != b->n_rows || !one_row_each(b)) return false;
     for (int i = 0; i < b->n_outs; i++) {
         const qwen3i_out *o = &b->outs[i];
-        if (o->row != i || o->keep_seq < 0 || o->logits || o->hidden || o->logprob) return false;
+        if (o->row != i || o->keep_seq < 0 || o->logits || o->later || o->hidden || o->logprob) return false;
     }
     return true;
 }
@@ -8370,8 +8370,8 @@ static qwen3_result deliver(const pass *p, const qwen3i_out *outs, int first, in
     const bool mine = !c->ranks || c->m->rank == 0;
     bool any = false, more = false, probs = false;
     for (int i = first; i < first + n; i++) {
-        any = any || outs[i].keep_seq >= 0 || outs[i].logits || outs[i].logprob;
-        more = more || outs[i].logits || outs[i].logprob;
+        more = more || outs[i].logits || outs[i].later || outs[i].logprob;
+        any = any || outs[i].keep_seq >= 0 || more;
         probs = probs || outs[i].logprob;
     }
     TRY(head_norm(p, first, n));
@@ -8866,6 +8866,26 @@ static qwen3_result set_logits(void *ctx_state, int seq, const float *from, cons
     }, err);
 }
 
+/* What deliver left in c->logits */
+static qwen3_result row_logits(void *ctx_state, int out, const float **logits, const qwen3i_err *err) {
+    cuda_ctx *c = (cuda_ctx *)ctx_state;
+    const size_t vocab = (size_t)c->m->config.n_vocab;
+    device_guard guard(c->m->device);
+    CUDA_TRY(guard.status);
+    *logits = c->host_logits;
+    return finish_copies(c, cudaMemcpyAsync(c->host_logits, c->logits + (size_t)out * vocab, vocab * sizeof(float),
+                                            cudaMemcpyDeviceToHost, c->stream), err);
+}
+
+static qwen3_result keep_row(void *ctx_state, int seq, int out, const qwen3i_err *err) {
+    return each_rank((cuda_ctx *)ctx_state, [=](cuda_ctx *c) {
+        const size_t vocab = (size_t)c->m->config.n_vocab;
+        CUDA_TRY(cudaMemcpyAsync(kept_logits(c, seq), c->logits + (size_t)out * vocab, vocab * sizeof(float),
+                                 cudaMemcpyDeviceToDevice, c->stream));
+        return QWEN3_OK;
+    }, err);
+}
+
 static size_t kv_row_bytes(const cuda_ctx *c) {
     return (size_t)c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
 }
@@ -8968,6 +8988,7 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
         QWEN3_VERSION, "cuda", 2048,
         create_model, free_model, device_name,
         ctx_memory, create_ctx, free_ctx, forward, logits, next, seq_copy, kv_read, kv_write, set_logits,
+        row_logits, keep_row,
         1, 1, 0,                        /* matrices in blocks, experts; orders of inputs stay on the CPU */
 #ifdef QWEN3_CUDA_NCCL
         1,                              /* several devices */
