@@ -436,6 +436,9 @@ static void run_draft(bench *b, const char *name, int n, int ctx, double share) 
     }
     printf("%-14s guesses right %.2f: %10.1f tok/s, without %.1f: %.2f times; %d of %d accepted\n", name, share, n / drafted,
            n / plain, plain / drafted, (int)(after.n_accepted - before.n_accepted), (int)(after.n_drafted - before.n_drafted));
+    printf("    a guess %.2f ms, a step with 0, 1, ... guesses", b->ctx->pace.draft_ms);
+    for (i = 0; i <= 8; i++) printf(" %.2f", b->ctx->pace.step_ms[i]);
+    printf(" ms (0: not tried)\n");
     fflush(stdout);
     free(answer);
 }

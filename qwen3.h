@@ -11360,9 +11360,21 @@ static const qwen3i_simd qwen3i_neon_kernels = QWEN3I_KERNELS(qwen3i_neon, qwen3
 #endif /* QWEN3I_NEON */
 
 #ifdef QWEN3I_WASM
-/* ---- WebAssembly lanes: four registers; plain C's bits, since neither fuses products and sums ---- */
+/* ---- WebAssembly lanes: four registers. Plain C's bits, since neither fuses products and sums; with relaxed
+   SIMD (-mrelaxed-simd) those of AVX2 and NEON, where the engine fuses them, as it does if the processor can - */
 #define qwen3i_wasm_load_once qwen3i_wasm_load
-#define qwen3i_wasm_name "WebAssembly SIMD"
+#ifdef __wasm_relaxed_simd__
+  #define qwen3i_wasm_name "WebAssembly relaxed SIMD"
+  #if __clang_major__ < 16              /* its number of the instruction is a draft's: see web/build.sh */
+    #define qwen3i_wasm_madd(a, b, c) \
+        ((v128_t)__builtin_wasm_fma_f32x4((__f32x4)(a), (__f32x4)(b), (__f32x4)(c)))
+  #else
+    #define qwen3i_wasm_madd wasm_f32x4_relaxed_madd
+  #endif
+#else
+  #define qwen3i_wasm_name "WebAssembly SIMD"
+  #define qwen3i_wasm_madd(a, b, c) wasm_f32x4_add(c, wasm_f32x4_mul(a, b))
+#endif
 #define QWEN3I_WASM_QUADS for (i = 0; i < 4; i++)
 typedef struct qwen3i_wasm_v { v128_t q[4]; } qwen3i_wasm_v;
 
@@ -11400,7 +11412,9 @@ QWEN3I_WASM_BINARY(max, wasm_f32x4_pmax(b.q[i], a.q[i]))     /* a > b ? a : b */
 QWEN3I_WASM_BINARY(min, wasm_f32x4_pmin(b.q[i], a.q[i]))     /* a < b ? a : b */
 
 QWEN3I_INLINE qwen3i_wasm_v qwen3i_wasm_fma(qwen3i_wasm_v a, qwen3i_wasm_v b, qwen3i_wasm_v c) {
-    return qwen3i_wasm_add(c, qwen3i_wasm_mul(a, b));
+    int i;
+    QWEN3I_WASM_QUADS c.q[i] = qwen3i_wasm_madd(a.q[i], b.q[i], c.q[i]);
+    return c;
 }
 
 QWEN3I_INLINE v128_t qwen3i_wasm_whole(v128_t x) {     /* to the nearest integer, halves away from zero */
@@ -11657,7 +11671,7 @@ QWEN3I_INLINE void qwen3i_wasm_many_tile(float *y, size_t ldy, const v128_t *w, 
             QWEN3I_UNROLL for (t = 0; t < n_x; t++) {
                 v128_t xv = wasm_v128_load(x + (size_t)t * ldx + c);
                 QWEN3I_UNROLL for (r = 0; r < QWEN3I_WASM_W; r++)
-                    acc[t][r] = wasm_f32x4_add(acc[t][r], wasm_f32x4_mul(w[r], xv));
+                    acc[t][r] = qwen3i_wasm_madd(w[r], xv, acc[t][r]);
             }
         }
         QWEN3I_UNROLL for (t = 0; t < n_x; t++) {
@@ -12789,12 +12803,23 @@ static int qwen3i_all_candidates(const float *logits, int n, const qwen3i_sample
     return count;
 }
 
+/* Is any of 32 numbers above? Without branches, as hardly any is. */
+static int qwen3i_any_above(const float *x, float least) {
+    int i, any = 0;
+    for (i = 0; i < 32; i++) any |= x[i] > least;
+    return any;
+}
+
 /* The k that rank first, in order of rank. O(n log k) at worst, O(n) in practice. Returns how many. */
 static int qwen3i_select_top(const float *logits, int n, int k, const qwen3i_sampler_scratch *s,
                              qwen3i_candidate *out) {
     qwen3i_candidate c;
     int count = 0;
     for (c.id = 0; c.id < n; c.id++) {
+        if (count == k && n - c.id >= 32 && !qwen3i_any_above(logits + c.id, out[0].logit)) {
+            c.id += 31;
+            continue;
+        }
         c.logit = logits[c.id];
         if (count == k && !(c.logit > out[0].logit)) continue;      /* ids ascend: a tie ranks after */
         if (!qwen3i_allowed(c.logit) || !qwen3i_may_come(s, c.id)) continue;
@@ -18185,6 +18210,7 @@ typedef struct qwen3i_pace {            /* how much to evaluate at once */
     int    later;                       /* the step leaves its rows' logits with the backend */
     /* lately: a step of one sequence with so many guesses (0: not known), and a guess of a draft's model */
     double step_ms[1 + QWEN3I_MAX_DRAFT], draft_ms;
+    int    warm[1 + QWEN3I_MAX_DRAFT];  /* there was such a step: a first one makes plans, and is not counted */
     int    chosen_there;                /* the backend, which works ahead, chose the last step's tokens */
     int    always_guess;                /* whatever it costs: for tests, */
     const qwen3_token *answer;          /* [max_ctx] as is this: guesses instead of others; NULL: none */
@@ -19610,7 +19636,11 @@ QWEN3_API int qwen3_reply_parse(const char *text, size_t n_bytes, int kind, qwen
 }
 
 /* ---- speculation: several tokens a step, and the same text ------------------------------------ */
-static void qwen3i_smooth(double *x, double latest) { *x = *x > 0 ? *x + (latest - *x) / 4 : latest; }
+/* A time as it was lately: it falls at once and rises slowly, as now and then something else delays a step. */
+static void qwen3i_smooth(double *x, double latest) {
+    if (*x > 0 && latest > *x) latest = *x + ((latest < 1.5 * *x ? latest : 1.5 * *x) - *x) / 4;
+    *x = latest;
+}
 
 /* Do two models mean the same by each token? */
 static int qwen3i_same_vocabulary(const qwen3_model *a, const qwen3_model *b) {
@@ -19746,6 +19776,7 @@ static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_toke
     const qwen3_token *answer = c->pace.answer;
     const int n = seq->len + 1;
     const double start = qwen3i_now_ms();
+    int behind;                         /* the draft's model: it has to be told so many tokens first */
     qwen3_result r = QWEN3_OK;
     most = qwen3i_min(qwen3i_min(most, s->gen.draft_tokens), qwen3i_min(d->most, c->desc.max_ctx - n));
     if (s->gen.max_tokens > 0) most = qwen3i_min(most, s->gen.max_tokens - s->n_tokens - 1);
@@ -19757,9 +19788,11 @@ static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_toke
     else if (!s->gen.draft) d->n = most;
     if (d->n > 0) d->n = qwen3i_draft_count(&c->pace, d, d->n, 0);
     else if (s->gen.draft && (most = qwen3i_draft_count(&c->pace, d, most, 1)) > 0) {
+        behind = n - s->gen.draft->seqs[s->seq].len;
         r = qwen3i_draft_ask(s->gen.draft, s->seq, seq->tokens, n, d->tokens + 1, most, &d->n, err);
         *asked_ms += qwen3i_now_ms() - start;
-        if (d->n > 0) qwen3i_smooth(&c->pace.draft_ms, (qwen3i_now_ms() - start) / d->n);
+        if (d->n > 0 && behind <= QWEN3I_MAX_DRAFT)
+            qwen3i_smooth(&c->pace.draft_ms, (qwen3i_now_ms() - start) / d->n);
     }
     if (answer) memcpy(d->tokens + 1, answer + n, (size_t)d->n * sizeof *d->tokens);
     if (d->n > 0) qwen3i_guessed(&c->pace, d);
@@ -19883,8 +19916,10 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
     }
     c->pace.later = 0;
     if (n_guesses > 0) qwen3i_count_guessed(&c->stats, &before, qwen3i_now_ms() - start);
-    if (r == QWEN3_OK && n_items == 1 && (n_guesses > 0 || !c->model->backend->next))
-        qwen3i_smooth(&c->pace.step_ms[n_guesses], qwen3i_now_ms() - start - asked_ms);
+    if (r == QWEN3_OK && n_items == 1 && (n_guesses > 0 || !c->model->backend->next)) {
+        if (c->pace.warm[n_guesses]) qwen3i_smooth(&c->pace.step_ms[n_guesses], qwen3i_now_ms() - start - asked_ms);
+        c->pace.warm[n_guesses] = 1;
+    }
     c->pace.chosen_there = 0;
     return r;
 }

@@ -24,10 +24,13 @@ if(_qwen3_cuda AND NOT TARGET qwen3::cuda)
   find_dependency(CUDAToolkit)
   add_library(qwen3::cuda STATIC IMPORTED)
   set_target_properties(qwen3::cuda PROPERTIES IMPORTED_LOCATION "${_qwen3_cuda}")
-  set_property(TARGET qwen3::cuda PROPERTY INTERFACE_LINK_LIBRARIES qwen3::qwen3 $<TARGET_NAME_IF_EXISTS:CUDA::cublasLt>
-                                           CUDA::cudart $<$<NOT:$<PLATFORM_ID:Windows>>:stdc++>)
-  file(STRINGS "${_qwen3_cuda}" _qwen3_nccl REGEX "ncclAllReduce" LIMIT_COUNT 1)      # was it built with NCCL?
-  if(_qwen3_nccl)
+  set_property(TARGET qwen3::cuda PROPERTY INTERFACE_LINK_LIBRARIES qwen3::qwen3 CUDA::cudart
+                                           $<$<NOT:$<PLATFORM_ID:Windows>>:stdc++>)
+  file(STRINGS "${_qwen3_cuda}" _qwen3_uses REGEX "ncclAllReduce|cublasLtMatmul")     # what was it built with?
+  if(_qwen3_uses MATCHES "cublasLtMatmul")
+    set_property(TARGET qwen3::cuda APPEND PROPERTY INTERFACE_LINK_LIBRARIES CUDA::cublasLt)
+  endif()
+  if(_qwen3_uses MATCHES "ncclAllReduce")
     find_library(QWEN3_NCCL_LIBRARY nccl HINTS "${CUDAToolkit_LIBRARY_DIR}" REQUIRED)
     set_property(TARGET qwen3::cuda APPEND PROPERTY INTERFACE_LINK_LIBRARIES "${QWEN3_NCCL_LIBRARY}")
   endif()

@@ -26,13 +26,14 @@ runs "$dir/static"
 name='soname and exported names'
 objdump -p "$lib" | grep -q 'SONAME *libqwen3.so.1.0$'
 nm -D --defined-only "$lib" | awk '{ print $3 }' >"$dir/names"
-[ "$(wc -l <"$dir/names")" -gt 30 ] && ! grep -v '^qwen3_' "$dir/names"
+[ "$(wc -l <"$dir/names")" -gt 30 ]
+if grep -v '^qwen3_' "$dir/names"; then exit 1; fi
 echo "ok    $name: $(wc -l <"$dir/names")"
 
 name='a library of another version is refused'
 sed 's/#define QWEN3_VERSION 100/#define QWEN3_VERSION 110/' qwen3.h >"$dir/qwen3.h"
 cc -I"$dir" $consumer/consumer.c -o "$dir/newer" -L"$dir/made/lib" -lqwen3
-! LD_LIBRARY_PATH=$dir/made/lib "$dir/newer" "$root/demo" >"$dir/said"
+if LD_LIBRARY_PATH=$dir/made/lib "$dir/newer" "$root/demo" >"$dir/said"; then exit 1; fi
 grep -q 'compiled for version 1.1, the library is version 1.0' "$dir/said"
 echo "ok    $name"
 
@@ -51,7 +52,7 @@ for shared in OFF ON; do
     runs "$dir/again$shared/consumer"
 done
 nm -D --defined-only "$dir/installedON/lib/libqwen3.so" | awk '{ print $3 }' | cmp - "$dir/names"
-! cmake -S $consumer -B "$dir/none" -DCMAKE_PREFIX_PATH="$dir/made" -Dqwen3_FIND_REQUIRED_cuda=1 >"$dir/log" 2>&1
+if cmake -S $consumer -B "$dir/none" -DCMAKE_PREFIX_PATH="$dir/made" -Dqwen3_FIND_REQUIRED_cuda=1 >"$dir/log" 2>&1; then exit 1; fi
 
 name='add_subdirectory'
 mkdir "$dir/parent"
@@ -65,6 +66,55 @@ target_link_libraries(consumer PRIVATE qwen3::qwen3)
 END
 cmake -S "$dir/parent" -B "$dir/sub" -DCMAKE_C_FLAGS_RELEASE=-O1 >"$dir/log" && cmake --build "$dir/sub" >>"$dir/log"
 runs "$dir/sub/consumer"
+
+cat >"$dir/gpu.c" <<'END'
+#include <qwen3.h>
+#include <stdio.h>
+int main(int argc, char **argv) {       /* loads onto a GPU, or says that there is none */
+    static qwen3_load_desc load;
+    qwen3_model *model;
+    char err[256] = "loaded";
+    qwen3_result r;
+    load.path = argv[argc - 1];
+    load.backend = qwen3_cuda_backend();
+    r = qwen3_load(&model, &load, err, sizeof err);
+    puts(err);
+    qwen3_free(model);
+    return r != QWEN3_OK && r != QWEN3_ERR_DEVICE;
+}
+END
+gpu_consumer() {                        # gpu_consumer PREFIX: what find_package needs to link qwen3::cuda
+    mkdir -p "$1.gpu" && cp "$dir/gpu.c" "$1.gpu"
+    cat >"$1.gpu/CMakeLists.txt" <<'END'
+cmake_minimum_required(VERSION 3.18)
+project(gpu LANGUAGES C)
+find_package(qwen3 1.0 REQUIRED COMPONENTS cuda CONFIG)
+add_executable(gpu gpu.c)
+target_link_libraries(gpu PRIVATE qwen3::cuda)
+END
+    cmake -S "$1.gpu" -B "$1.gpu" -DCMAKE_PREFIX_PATH="$1" >"$dir/log" && cmake --build "$1.gpu" >>"$dir/log"
+    "$1.gpu/gpu" demo >"$dir/said"
+    ldd "$1.gpu/gpu" >"$dir/needs"
+}
+if command -v nvcc >/dev/null; then     # for one kind of GPU, left to the driver to translate
+    nccl=; [ ! -f "$(dirname "$(dirname "$(realpath "$(command -v nvcc)")")")/include/nccl.h" ] || nccl=1
+    name="make install CUDA=1 NCCL=$nccl, find_package"
+    make -s install PREFIX="$dir/cuda" CUDA=1 NCCL=$nccl NVCCFLAGS="-O1 -std=c++17 ${nccl:+-DQWEN3_CUDA_NCCL}" \
+        CUDA_ARCH=-gencode=arch=compute_90a,code=compute_90a >"$dir/log"
+    gpu_consumer "$dir/cuda"
+    [ -z "$nccl" ] || grep -q nccl "$dir/needs"
+    grep -q cublasLt "$dir/needs"
+    echo "ok    $name"
+
+    name='cmake --install with CUDA, without NCCL and cuBLASLt, find_package'
+    cmake -S . -B "$dir/plain" -DQWEN3_CUDA=ON -DQWEN3_CUDA_NO_CUBLASLT=ON -DCMAKE_CUDA_ARCHITECTURES=90a-virtual \
+        -DCMAKE_INSTALL_LIBDIR=lib -DCMAKE_C_FLAGS_RELEASE=-O1 -DCMAKE_CUDA_FLAGS_RELEASE=-O1 >"$dir/log"
+    cmake --build "$dir/plain" >>"$dir/log"
+    cmake --install "$dir/plain" --prefix "$dir/nolt" >>"$dir/log"
+    gpu_consumer "$dir/nolt"
+    if grep 'nccl\|cublas' "$dir/needs"; then exit 1; fi
+    echo "ok    $name"
+else echo 'skip  CUDA: nvcc is not installed'; fi
 
 name='Conan'
 if command -v conan >/dev/null; then

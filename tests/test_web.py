@@ -27,6 +27,7 @@ sys.path.insert(0, str(TOP / "web"))
 import serve  # noqa: E402
 
 passed, failed = 0, 0
+HAS_FMA = os.uname().machine == "aarch64" or " fma " in pathlib.Path("/proc/cpuinfo").read_text()
 
 
 def check(name, ok, detail=""):
@@ -402,7 +403,8 @@ def check_page(browser, isolated, made, screenshot):
         check(f"{kind}: the demo loads", page.loaded(60), page.error())
         threads = f"{os.cpu_count()} threads" if isolated and os.cpu_count() > 1 else "1 thread"
         said = page.find("model").text
-        check(f"{kind}: it says what it loaded", all(part in said for part in ("million", "MB", threads)), said)
+        simd = "WebAssembly relaxed SIMD" if HAS_FMA else "WebAssembly SIMD"
+        check(f"{kind}: it says what it loaded", all(part in said for part in ("million", "MB", threads, simd)), said)
         check_talk(page, kind, screenshot)
         with tempfile.TemporaryDirectory() as folder:
             check_files(page, kind, made, pathlib.Path(folder))

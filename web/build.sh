@@ -1,6 +1,7 @@
 #!/bin/sh
 # Build the web page into build/web. Emscripten comes from the system's packages; it is installed if it is missing
-# and we may. Two programs: one thread, and threads for pages that are cross-origin isolated.
+# and we may. Four programs: one thread, and threads for pages that are cross-origin isolated; with plain SIMD, and with
+# relaxed SIMD for browsers that fuse multiplications and additions.
 set -eu
 cd "$(dirname "$0")/.."
 out=build/web
@@ -21,8 +22,12 @@ build() {                               # build NAME FLAGS...
         -sEXPORTED_RUNTIME_METHODS=UTF8ToString,stringToUTF8,lengthBytesUTF8 \
         -sALLOW_MEMORY_GROWTH -sMAXIMUM_MEMORY=4GB -sTOTAL_STACK=1MB
 }
+threads='-pthread -Wno-pthreads-mem-growth -sPTHREAD_POOL_SIZE=navigator.hardwareConcurrency'
 build qwen3
-build qwen3_threads -pthread -Wno-pthreads-mem-growth -sPTHREAD_POOL_SIZE=navigator.hardwareConcurrency
+build qwen3_threads $threads
+build qwen3_relaxed -mrelaxed-simd
+build qwen3_threads_relaxed $threads -mrelaxed-simd
+python3 web/relaxed.py "$out/qwen3_relaxed.wasm" "$out/qwen3_threads_relaxed.wasm"
 cp web/index.html web/page.js web/worker.js "$out/"
 cp demo/*.json demo/system.txt demo/model.safetensors "$out/demo/"
 du -ch "$out"/*.js "$out"/*.wasm | tail -1

@@ -15,7 +15,19 @@ class Cancelled extends Error {}
 
 // On an isolated page memory may be shared between threads; on others there is one thread.
 const THREADS = self.crossOriginIsolated ? Math.max(1, navigator.hardwareConcurrency || 1) : 1;
-const SCRIPT = THREADS > 1 ? 'qwen3_threads.js' : 'qwen3.js';
+
+// Does relaxed SIMD multiply and add at once here? f(a, b, c) = lane 0 of f32x4.relaxed_madd(a, b, c). If it does, the
+// program that uses it gives the bits of native ones.
+function fuses() {
+  const lane = i => [0x20, i, 0xfd, 0x13];              // local.get i, f32x4.splat
+  const code = [0, ...lane(0), ...lane(1), ...lane(2), 0xfd, 0x85, 2, 0xfd, 0x1f, 0, 0x0b];
+  const bytes = [0, 0x61, 0x73, 0x6d, 1, 0, 0, 0, 1, 8, 1, 0x60, 3, 0x7d, 0x7d, 0x7d, 1, 0x7d, 3, 2, 1, 0,
+    7, 5, 1, 1, 0x66, 0, 0, 10, code.length + 2, 1, code.length, ...code];
+  const module = new Uint8Array(bytes), a = 1 + 2 ** -12;
+  return WebAssembly.validate(module) &&
+    new WebAssembly.Instance(new WebAssembly.Module(module)).exports.f(a, a, -1 - 2 ** -11) === 2 ** -24;
+}
+const SCRIPT = `qwen3${THREADS > 1 ? '_threads' : ''}${fuses() ? '_relaxed' : ''}.js`;
 importScripts(SCRIPT);      // defines Qwen3(settings), which compiles the program
 
 const text = pointer => program.UTF8ToString(pointer);

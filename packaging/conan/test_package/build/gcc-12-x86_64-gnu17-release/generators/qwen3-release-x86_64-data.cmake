@@ -1,0 +1,60 @@
+########### AGGREGATED COMPONENTS AND DEPENDENCIES FOR THE MULTI CONFIG #####################
+#############################################################################################
+
+set(qwen3_COMPONENT_NAMES "")
+if(DEFINED qwen3_FIND_DEPENDENCY_NAMES)
+  list(APPEND qwen3_FIND_DEPENDENCY_NAMES )
+  list(REMOVE_DUPLICATES qwen3_FIND_DEPENDENCY_NAMES)
+else()
+  set(qwen3_FIND_DEPENDENCY_NAMES )
+endif()
+
+########### VARIABLES #######################################################################
+#############################################################################################
+set(qwen3_PACKAGE_FOLDER_RELEASE "/tmp/web/conan/p/b/qwen30107813c88fd6/p")
+set(qwen3_BUILD_MODULES_PATHS_RELEASE )
+
+
+set(qwen3_INCLUDE_DIRS_RELEASE "${qwen3_PACKAGE_FOLDER_RELEASE}/include")
+set(qwen3_RES_DIRS_RELEASE )
+set(qwen3_DEFINITIONS_RELEASE )
+set(qwen3_SHARED_LINK_FLAGS_RELEASE )
+set(qwen3_EXE_LINK_FLAGS_RELEASE )
+set(qwen3_OBJECTS_RELEASE )
+set(qwen3_COMPILE_DEFINITIONS_RELEASE )
+set(qwen3_COMPILE_OPTIONS_C_RELEASE )
+set(qwen3_COMPILE_OPTIONS_CXX_RELEASE )
+set(qwen3_LIB_DIRS_RELEASE "${qwen3_PACKAGE_FOLDER_RELEASE}/lib")
+set(qwen3_BIN_DIRS_RELEASE )
+set(qwen3_LIBRARY_TYPE_RELEASE STATIC)
+set(qwen3_IS_HOST_WINDOWS_RELEASE 0)
+set(qwen3_LIBS_RELEASE qwen3)
+set(qwen3_SYSTEM_LIBS_RELEASE m pthread)
+set(qwen3_FRAMEWORK_DIRS_RELEASE )
+set(qwen3_FRAMEWORKS_RELEASE )
+set(qwen3_BUILD_DIRS_RELEASE )
+set(qwen3_NO_SONAME_MODE_RELEASE FALSE)
+
+
+# COMPOUND VARIABLES
+set(qwen3_COMPILE_OPTIONS_RELEASE)
+if (NOT "${qwen3_COMPILE_OPTIONS_CXX_RELEASE}" STREQUAL "")
+    list(APPEND qwen3_COMPILE_OPTIONS_RELEASE
+        "$<$<COMPILE_LANGUAGE:CXX>:${qwen3_COMPILE_OPTIONS_CXX_RELEASE}>")
+endif ()
+if (NOT "${qwen3_COMPILE_OPTIONS_C_RELEASE}" STREQUAL "")
+    list(APPEND qwen3_COMPILE_OPTIONS_RELEASE
+        "$<$<COMPILE_LANGUAGE:C>:${qwen3_COMPILE_OPTIONS_C_RELEASE}>")
+endif ()
+set(qwen3_LINKER_FLAGS_RELEASE)
+if (NOT "${qwen3_SHARED_LINK_FLAGS_RELEASE}" STREQUAL "")
+    list(APPEND qwen3_LINKER_FLAGS_RELEASE
+        "$<$<OR:$<STREQUAL:$<TARGET_PROPERTY:TYPE>,SHARED_LIBRARY>,$<STREQUAL:$<TARGET_PROPERTY:TYPE>,MODULE_LIBRARY>>:${qwen3_SHARED_LINK_FLAGS_RELEASE}>")
+endif ()
+if (NOT "${qwen3_EXE_LINK_FLAGS_RELEASE}" STREQUAL "")
+    list(APPEND qwen3_LINKER_FLAGS_RELEASE
+        "$<$<STREQUAL:$<TARGET_PROPERTY:TYPE>,EXECUTABLE>:${qwen3_EXE_LINK_FLAGS_RELEASE}>")
+endif ()
+
+
+set(qwen3_COMPONENTS_RELEASE )
