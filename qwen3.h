@@ -18210,7 +18210,7 @@ typedef struct qwen3i_pace {            /* how much to evaluate at once */
     int    later;                       /* the step leaves its rows' logits with the backend */
     /* lately: a step of one sequence with so many guesses (0: not known), and a guess of a draft's model */
     double step_ms[1 + QWEN3I_MAX_DRAFT], draft_ms;
-    int    warm[1 + QWEN3I_MAX_DRAFT];  /* there was such a step: a first one makes plans, and is not counted */
+    int    warm[1 + QWEN3I_MAX_DRAFT];  /* there was one before: the first may have to prepare itself */
     int    chosen_there;                /* the backend, which works ahead, chose the last step's tokens */
     int    always_guess;                /* whatever it costs: for tests, */
     const qwen3_token *answer;          /* [max_ctx] as is this: guesses instead of others; NULL: none */
@@ -19916,8 +19916,10 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
     }
     c->pace.later = 0;
     if (n_guesses > 0) qwen3i_count_guessed(&c->stats, &before, qwen3i_now_ms() - start);
-    if (r == QWEN3_OK && n_items == 1 && (n_guesses > 0 || !c->model->backend->next)) {
-        if (c->pace.warm[n_guesses]) qwen3i_smooth(&c->pace.step_ms[n_guesses], qwen3i_now_ms() - start - asked_ms);
+    /* what a backend began ahead of the step before has to end first */
+    if (r == QWEN3_OK && n_items == 1 && !c->pace.chosen_there && (n_guesses > 0 || !c->model->backend->next)) {
+        const double ms = qwen3i_now_ms() - start - asked_ms;
+        if (c->pace.warm[n_guesses]) qwen3i_smooth(&c->pace.step_ms[n_guesses], ms);
         c->pace.warm[n_guesses] = 1;
     }
     c->pace.chosen_there = 0;
