@@ -11361,7 +11361,8 @@ static const qwen3i_simd qwen3i_neon_kernels = QWEN3I_KERNELS(qwen3i_neon, qwen3
 
 #ifdef QWEN3I_WASM
 /* ---- WebAssembly lanes: four registers. Plain C's bits, since neither fuses products and sums; with relaxed
-   SIMD (-mrelaxed-simd) those of AVX2 and NEON, where the engine fuses them, as it does if the processor can - */
+   SIMD (-mrelaxed-simd) those of AVX2 and NEON, where the engine fuses them, as it does if the processor
+   can ---- */
 #define qwen3i_wasm_load_once qwen3i_wasm_load
 #ifdef __wasm_relaxed_simd__
   #define qwen3i_wasm_name "WebAssembly relaxed SIMD"
@@ -19636,7 +19637,7 @@ QWEN3_API int qwen3_reply_parse(const char *text, size_t n_bytes, int kind, qwen
 }
 
 /* ---- speculation: several tokens a step, and the same text ------------------------------------ */
-/* A time as it was lately: it falls at once and rises slowly, as now and then something else delays a step. */
+/* A time as it was lately: it falls at once and rises slowly, as now and then a step is delayed. */
 static void qwen3i_smooth(double *x, double latest) {
     if (*x > 0 && latest > *x) latest = *x + ((latest < 1.5 * *x ? latest : 1.5 * *x) - *x) / 4;
     *x = latest;
@@ -19823,8 +19824,8 @@ static qwen3_result qwen3i_guess_logits(qwen3_ctx *c, const qwen3i_draft *d, int
 static qwen3_result qwen3i_keep_guess(qwen3_ctx *c, int seq, int k, const qwen3i_err *err) {
     const qwen3i_draft *d = &c->seqs[seq].draft;
     if (c->pace.later) return c->model->backend->keep_row(c->state, seq, d->out + k, err);
-    return c->model->backend->set_logits(c->state, seq, d->logits + (size_t)k * (size_t)c->model->config.n_vocab,
-                                         err);
+    return c->model->backend->set_logits(c->state, seq,
+                                         d->logits + (size_t)k * (size_t)c->model->config.n_vocab, err);
 }
 
 /* Was this guess right? */
@@ -19917,7 +19918,8 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
     c->pace.later = 0;
     if (n_guesses > 0) qwen3i_count_guessed(&c->stats, &before, qwen3i_now_ms() - start);
     /* what a backend began ahead of the step before has to end first */
-    if (r == QWEN3_OK && n_items == 1 && !c->pace.chosen_there && (n_guesses > 0 || !c->model->backend->next)) {
+    if (r == QWEN3_OK && n_items == 1 && !c->pace.chosen_there &&
+        (n_guesses > 0 || !c->model->backend->next)) {
         const double ms = qwen3i_now_ms() - start - asked_ms;
         if (c->pace.warm[n_guesses]) qwen3i_smooth(&c->pace.step_ms[n_guesses], ms);
         c->pace.warm[n_guesses] = 1;

@@ -8873,8 +8873,10 @@ static qwen3_result row_logits(void *ctx_state, int out, const float **logits, c
     device_guard guard(c->m->device);
     CUDA_TRY(guard.status);
     *logits = c->host_logits;
-    return finish_copies(c, cudaMemcpyAsync(c->host_logits, c->logits + (size_t)out * vocab, vocab * sizeof(float),
-                                            cudaMemcpyDeviceToHost, c->stream), err);
+    return finish_copies(c,
+                         cudaMemcpyAsync(c->host_logits, c->logits + (size_t)out * vocab,
+                                         vocab * sizeof(float), cudaMemcpyDeviceToHost, c->stream),
+                         err);
 }
 
 static qwen3_result keep_row(void *ctx_state, int seq, int out, const qwen3i_err *err) {
