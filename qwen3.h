@@ -309,9 +309,10 @@ typedef struct qwen3_logger {           /* no function: silence. One line a call
 } qwen3_logger;
 
 /* The files of a model, in the order in which they are asked for: config.json; if they are there
-   generation_config.json, tokenizer_config.json, added_tokens.json; tokenizer.json, or else vocab.json and
-   merges.txt (without either the model has no text); chat_template.jinja if it is there; then
-   model.safetensors, or else model.safetensors.index.json and the shards that it names. */
+   generation_config.json, modules.json, 1_Pooling/config.json, tokenizer_config.json, added_tokens.json;
+   tokenizer.json, or else vocab.json and merges.txt (without either the model has no text);
+   chat_template.jinja if it is there; then model.safetensors, or else model.safetensors.index.json and the
+   shards that it names. */
 typedef struct qwen3_file {             /* a model file that is already in memory; borrowed: keep it */
     const char *name;                   /* alive until qwen3_free. The name has no directory:        */
     const void *data;                   /* "config.json", "model.safetensors", ...                   */

@@ -130,6 +130,45 @@ static void check_same_model(const fixture *f, const qwen3_load_desc *d) {
     qwen3_free(m);
 }
 
+/* The files that the header lists, in its order. Without any but config.json, so that the others are asked
+   for, but what belongs to one that is not there (merges.txt, chat_template.jinja) */
+typedef struct asked_files { model_files files; char names[600]; } asked_files;
+static int64_t asked_size(void *user, const char *name) {
+    asked_files *asked = (asked_files *)user;
+    int i;
+    if (!strstr(asked->names, name)) {
+        strcat(asked->names, name);
+        strcat(asked->names, " ");
+    }
+    for (i = 0; i < asked->files.n && strcmp(name, "config.json") == 0; i++)
+        if (strcmp(asked->files.file[i].name, name) == 0) return (int64_t)asked->files.file[i].size;
+    return -1;
+}
+static int asked_read(void *user, const char *name, uint64_t offset, void *dst, size_t size) {
+    load_io io;
+    memset(&io, 0, sizeof io);
+    io.files = ((asked_files *)user)->files;
+    return load_io_read(&io, name, offset, dst, size);
+}
+
+static void test_api_load_files_asked(void) {
+    asked_files asked;
+    qwen3_load_desc d;
+    qwen3_model *m;
+    char err[256] = "";
+    memset(&asked, 0, sizeof asked);
+    if (!model_files_read(&asked.files, "chat")) return;
+    memset(&d, 0, sizeof d);
+    d.io.size = asked_size;
+    d.io.read = asked_read;
+    d.io.user = &asked;
+    CHECK(qwen3_load(&m, &d, err, sizeof err) == QWEN3_ERR_IO && strstr(err, "model.safetensors"));
+    CHECK_MSG(strcmp(asked.names, "config.json generation_config.json modules.json 1_Pooling/config.json "
+                     "tokenizer_config.json added_tokens.json tokenizer.json vocab.json "
+                     "model.safetensors model.safetensors.index.json ") == 0, "%s: %s", asked.names, err);
+    model_files_free(&asked.files);
+}
+
 static void test_api_load_sources(void) {
     static const char *const models[] = {"sharded", "mixed", "chat"};
     int i;
@@ -1408,6 +1447,7 @@ static void suite_api(void) {
     RUN(test_api_info);
     RUN(test_api_fingerprints);
     RUN(test_api_fingerprint_of_config);
+    RUN(test_api_load_files_asked);
     RUN(test_api_load_sources);
     RUN(test_api_load_unaligned);
     RUN(test_api_vocab_only);
