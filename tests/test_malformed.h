@@ -238,7 +238,7 @@ static void test_malformed_config(void) {
         {"\"eos_token_id\":257", "\"x\":[1,2", BAD, "'x'"}, {"\"eos_token_id\":257", "\"x\":[1 2]", BAD, "'x'|','"},
         {"\"eos_token_id\":257", "\"x\":[1}", BAD, "'x'|','"},
         {"\"eos_token_id\":257", "\"x\":tru", BAD, "'x'|value"}, {"\"eos_token_id\":257", "\"x\":-", BAD, "'x'|number"},
-        {"\"eos_token_id\":257", "\"x\":.5", BAD, "'x'|number"},
+        {"\"eos_token_id\":257", "\"x\":.5", BAD, "'x'|value"},
         {"\"eos_token_id\":257", "\"{20000*k}\":1", GOOD, ""},
         {"\"eos_token_id\":257", "\"x\":\"{20000*\\u00e9}\"", GOOD, ""},
         {"\"vocab_size\":264", "\"vocab_size\":300", BAD, "model.embed_tokens.weight|[264, 4]|[300, 4]"},
