@@ -10323,8 +10323,9 @@ TARGET static void U##_dot_blocks(float *y, size_t ldy, const void *w, size_t ro
                 m = n_x - t >= C ? C : !QWEN3I_SMALL && n_x - t >= 2 ? 2 : 1; \
                 if (m == C) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C, n_k, join, \
                                            &strip); \
-                else if (!QWEN3I_SMALL && m == 2) U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, \
-                                                C > 2 ? 2 : 1, n_k, join, &strip); \
+                else if (!QWEN3I_SMALL && m == 2) \
+                    U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, C > 2 ? 2 : 1, n_k, join, \
+                                   &strip); \
                 else U##_block_tile(yt, ldy, panels, n_r, group, offsets, xt, ldx, 1, n_k, join, &strip); \
             } \
         } \
