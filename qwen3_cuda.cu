@@ -13,11 +13,12 @@
      same two bytes and the same value for everything within 2^32 of the matrix's largest (below that the
      error is under 2^-40 of the largest). So there is one 16-bit format, every tensor core since sm_75
      multiplies it, and what is rounded to it loses 2^-12 instead of 2^-9. Quantised weights stay as they
-     are, but for where the parts of a block lie. Up to 8 rows are multiplied by their whole numbers; for
-     more the matrix in hand becomes F16 in a scratch.
+     are, but for where the parts of a block lie. Up to 4 rows are multiplied by their whole numbers, 5 to
+     32 as F16 by tensor cores that take the codes as they are; for more, and without 160 KB of shared
+     memory from 9 on, the matrix in hand becomes F16 in a scratch.
    INPUTS   of a product with at most 8 rows (on Hopper 1) stay float32. With more rows and 16-bit weights
      each row is rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size.
-     With quantised weights few rows become whole numbers of 16 bits instead, with a scale for each 32.
+     With quantised weights up to 4 rows become whole numbers of 16 bits instead, with a scale for each 32.
      The input of q, k and v keeps 22 bits, as two such terms and two products: the gains of the norms after
      it, up to 100 in real models, blow up what is lost there before the softmax. (On Hopper it is rounded
      once, too: beside the rounding of the cache that makes no difference that matters: docs/PERFORMANCE.md.)
@@ -35,9 +36,9 @@
    WORDS    A row is a token's vector (a row of x) or a row of a matrix; a tile is what a block multiplies at
      a time, a ring the stages in shared memory that tiles come to by asynchronous copies. In names vector_ is
      1 to 8 rows, their weights in registers; stream_ is one row, its weights by a ring; block_ is quantised
-     weights by 1 to 8 rows; gemm_ is any number of rows by cuBLASLt. On Hopper skinny_ is a batch of 2 to 64
-     rows, where the bytes of the weights count, large_ is more rows, where the speed of the tensor cores
-     does, and hopper_ is what both share. halves are F16.
+     weights by 1 to 8 rows, few_ by 5 to 32 on tensor cores; gemm_ is any number of rows by cuBLASLt. On
+     Hopper skinny_ is a batch of 2 to 64 rows, where the bytes of the weights count, large_ is more rows,
+     where the speed of the tensor cores does, and hopper_ is what both share. halves are F16.
 
    Rooms: errors, memory, launching; device helpers; model and context; weights; then the operations, each
    with its kernels and what launches them: rows, norm, product, Q K V, attention, output, MLP, experts,
@@ -386,6 +387,20 @@ DEVICE void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigne
 #else
     (void)d; (void)a; (void)b0; (void)b1;       /* never launched there */
 #endif
+}
+
+/* (a & b) | c, at once */
+DEVICE unsigned and_or(unsigned a, unsigned b, unsigned c) {
+    unsigned d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+/* Two F16 plus two */
+DEVICE unsigned add_halves(unsigned a, unsigned b) {
+    unsigned sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
 }
 
 /* Clusters (sm_90 on): blocks that run side by side and reach each other's shared memory. All threads of all
@@ -790,6 +805,8 @@ struct matrix {
     int         n_parts;
     block_part  parts[3];
     int         each;                   /* of experts: rows of a part that are one's; else 0 */
+    /* all of them are blocks; of gate and up, and of down: so are both's */
+    bool        few;
     int         kind;                   /* q k v, output, gate and up, down, embedding or head */
     int         terms;                  /* 16-bit terms of its input when there are many rows */
     float       scale;
@@ -936,6 +953,7 @@ struct cuda_ctx {
     float  *parts;
     unsigned *qkv_tickets, *attn_tickets;
     half_t *scratch; size_t scratch_size;       /* rows of a matrix in blocks as F16; bytes */
+    char   *few; unsigned *few_tickets;         /* input of few rows with weights in blocks; [n_sm] */
     matrix  halves[KINDS];                      /* on Hopper: a matrix of each kind that lies there */
     void   *workspace;                          /* of cuBLASLt */
     size_t  workspace_size;
@@ -1016,7 +1034,7 @@ struct path_step { int rows; const struct path *path; };        /* up to so many
 
 /* The ways of a context, from few rows to many, and the memory that they need. */
 struct path_set {
-    path_step    steps[3];
+    path_step    steps[4];
     bool         hopper;                /* many rows go through the kernels for Hopper */
     void         (*memory)(cuda_ctx *c, arena *a);
     qwen3_result (*prepare)(cuda_ctx *c, const qwen3i_err *err);
@@ -1132,7 +1150,7 @@ static constexpr __host__ __device__ int tile_units(int type) {
 }
 static constexpr __host__ __device__ int tile_bytes(int type, int n) {
     const int scales = n / units_of(type) * scale_bytes(type);
-    return is_block(type) ? (scale_plane(type, n) + scales + 15) / 16 * 16 : 32 * n * block_bytes(type);
+    return is_block(type) ? (scale_plane(type, n) + scales + 15) & ~15 : 32 * n * block_bytes(type);
 }
 /* Of a row of so many elements: units; bytes on the device; bytes in a file. */
 static int block_units(int type, int cols) {
@@ -1180,17 +1198,24 @@ static __device__ unsigned block_code(int type, const unsigned char *b, int e) {
     }
 }
 
-/* Words of `bits` bits a code for unit i of n: word w has, in bits `bits` * s on of byte b, that of element
-   32 / bits * w + 4 s + b. from: the first element's place; shift: of the bits in the code. */
+/* Where in a unit a place of a plane is: four codes, in the bytes of a word, are elements 4 j on. One half of
+   a unit is at the even places, so that each of the four lanes that share a row of a tensor core's operand
+   finds what it has of both halves in the same words. */
+static constexpr __host__ __device__ int place_of(int j) { return 2 * (j % 4) + j / 4; }
+static constexpr __host__ __device__ int at_place(int p) { return p / 2 + 4 * (p % 2); }
+
+/* Words of `bits` bits a code for unit i of n: place p of four codes has bits `bits` * p % 8 on of each byte
+   of word `bits` * p / 8. from: the first element's place; shift: of the bits in the code. */
 DEVICE void store_plane(unsigned char *plane, int n, int i, int bits, int type, const unsigned char *block,
                         int from, int shift) {
     for (int w = 0; w < bits; w++) {
         unsigned word = 0;
         for (int k = 0; k < 32 / bits; k++) {
-            const unsigned code = block_code(type, block, from + 32 / bits * w + k);
+            const unsigned code =
+                block_code(type, block, from + 4 * at_place(8 / bits * w + k / 4) + k % 4);
             word |= (code >> shift & ((1u << bits) - 1)) << (8 * (k % 4) + bits * (k / 4));
         }
-        const int at = bits == 8 ? w / 4 * 16 * n + 16 * i + 4 * (w % 4) : 4 * bits * i + 4 * w;
+        const int at = bits == 8 ? w % 2 * 16 * n + 16 * i + 4 * (w / 2) : 4 * bits * i + 4 * w;
         *(unsigned *)(void *)(plane + at) = word;
     }
 }
@@ -1259,7 +1284,8 @@ template <int BITS> DEVICE void load_plane(unsigned (&q)[8], const unsigned char
             w[0] = v.x; w[1] = v.y;
         } else
             w[0] = *(const unsigned *)(const void *)(plane + 4 * i);
-        UNROLL for (int j = 0; j < 8; j++) q[j] = w[j * BITS / 8] >> j * BITS % 8 & mask;
+        UNROLL for (int j = 0; j < 8; j++)
+            q[j] = w[place_of(j) * BITS / 8] >> place_of(j) * BITS % 8 & mask;
     }
 }
 
@@ -1273,15 +1299,18 @@ DEVICE void table_bytes(unsigned &low_four, unsigned &high_four, unsigned word, 
     low_four = __byte_perm(a, b, 0x6420);
     high_four = __byte_perm(a, b, 0x7531);
 }
-template <int T> DEVICE void table_codes(unsigned (&q)[8], const unsigned char *plane, int i) {
-    const uint4 v = *(const uint4 *)(const void *)(plane + 16 * i);
+template <int T> DEVICE void table_bytes(unsigned &low_four, unsigned &high_four, unsigned word) {
     const bool fp4 = T == QWEN3I_MXFP4 || T == QWEN3I_NVFP4;      /* twice E2M1 */
     const unsigned table[4] = {fp4 ? 0x03020100u : 0xBFAD9881u, fp4 ? 0x0C080604u : 0xF6EADDCFu,
                                fp4 ? 0xFDFEFF00u : 0x26190D01u, fp4 ? 0xF4F8FAFCu : 0x71594535u};
-    table_bytes(q[0], q[1], v.x, table);
-    table_bytes(q[2], q[3], v.y, table);
-    table_bytes(q[4], q[5], v.z, table);
-    table_bytes(q[6], q[7], v.w, table);
+    table_bytes(low_four, high_four, word, table);
+}
+template <int T> DEVICE void table_codes(unsigned (&q)[8], const unsigned char *plane, int i) {
+    const uint4 v = *(const uint4 *)(const void *)(plane + 16 * i);
+    table_bytes<T>(q[0], q[4], v.x);
+    table_bytes<T>(q[1], q[5], v.y);
+    table_bytes<T>(q[2], q[6], v.z);
+    table_bytes<T>(q[3], q[7], v.w);
 }
 
 /* The whole numbers of unit i of a tile of n, each eight bits with a sign, four in a word. */
@@ -1489,7 +1518,13 @@ static bool block_norms_itself(const pass *p, const matrix &w);
 static qwen3_result block_matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
                                  const input &h, int rows, bool add);
 static qwen3_result block_qkv(const pass *p, int layer, const input &h);
-static qwen3_result block_mlp(const pass *p, const matrix &w, const input &h);
+static qwen3_result block_mlp(const pass *p, int layer, const input &h);
+static bool few_serves(const cuda_ctx *c, const matrix &w, int rows);
+static bool few_possible(const cuda_model *m);
+static size_t few_bytes(int k);
+static bool few_pairs(const pass *p, int layer);
+static qwen3_result few_down(const pass *p, int layer);
+const int FEW_LEAST = 5, FEW_MOST = 32; /* rows that it takes */
 
 /* ================================================================================================
    WEIGHTS: to the device
@@ -1635,13 +1670,17 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
         g.to->n_parts = has_blocks(g) ? group_parts(g) : 0;
         g.to->each = g.experts ? group_from(g, 0).rows : 0;
         g.to->kind = n < 4 * m->config.n_layer ? n % 4 : HEAD_KIND;
-        for (int i = 0; i < g.to->n_parts; i++)
+        g.to->few = g.to->n_parts > 0;
+        for (int i = 0; i < g.to->n_parts; i++) {
             lay_out_part(&g.to->parts[i], group_from(g, i), g.n / g.to->n_parts, a);
+            g.to->few = g.to->few && is_block(g.to->parts[i].type);
+        }
         if (g.to->n_parts > 0) continue;
         g.to->data = a->take<char>((u64)g.to->rows * (u64)g.to->ld, qwen3i_type_size(g.to->type));
     }
     for (int i = 0; i < m->config.n_layer; i++) {
         layer_weights *l = &m->layers[i];
+        l->gate_up.few = l->w_down.few = l->gate_up.few && l->w_down.few;
         l->attn_norm = a->take<float>(n_embd);
         l->mlp_norm = a->take<float>(n_embd);
         l->q_norm = a->take<float>(head_dim);
@@ -4399,7 +4438,8 @@ DEVICE void finish_heads(row_range done, int rows, const qkv_args &a, unsigned *
         __syncthreads();
         __threadfence();
         for (int h = 0; h < n_heads; h++)
-            if (finished[h] && warp_id() < rows) norm_rope_head(a, warp_id(), head0 + h, 1.0f, angles);
+            for (int r = warp_id(); finished[h] && r < rows; r += n_threads() / 32)
+                norm_rope_head(a, r, head0 + h, 1.0f, r == warp_id() ? angles : load_row_angles(a, r));
     }
 }
 
@@ -5840,7 +5880,7 @@ template <int RING> static cudaError_t stream_mlp(const pass *p, const matvec_in
 static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].gate_up;
-    if (w.n_parts > 0) return block_mlp(p, w, h);
+    if (w.n_parts > 0) return block_mlp(p, layer, h);
     const matvec_in in = vector_input(p, w, h, p->n);
     const int ring = stream_ring(p, in, w);
 #define CALL(RING) stream_mlp<RING>(p, in, c->ff)
@@ -5851,6 +5891,7 @@ static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
 
 static qwen3_result vector_down(const pass *p, int layer) {
     cuda_ctx *c = p->c;
+    if (few_pairs(p, layer)) return few_down(p, layer);
     return matvec(p, c->x, c->embd_ld, NULL, c->m->layers[layer].w_down, c->ff, c->ff_ld, p->n, true);
 }
 
@@ -6178,10 +6219,10 @@ DEVICE int dot_16(const unsigned *q, uint4 x) {
 }
 
 /* Does each half of a unit have scales of its own? */
-static constexpr __device__ bool has_halves(int type) {
+static constexpr __host__ __device__ bool has_halves(int type) {
     return type == QWEN3I_Q6_K || type == QWEN3I_Q2_K || type == QWEN3I_Q3_K || type == QWEN3I_NVFP4;
 }
-static constexpr __device__ bool has_offset(int type) {
+static constexpr __host__ __device__ bool has_offset(int type) {
     return !(type == QWEN3I_Q8_0 || type == QWEN3I_IQ4_NL || type == QWEN3I_IQ4_XS || type == QWEN3I_MXFP4 ||
              type == QWEN3I_NVFP4 || type == QWEN3I_FP8);
 }
@@ -6467,18 +6508,692 @@ static qwen3_result block_rows_of(const pass *p, const matrix &w, const input &h
     return QWEN3_OK;
 }
 
+/* ---- 5 to 32 rows of x: by tensor cores ---- */
+/* A code is a whole number (or one of E4M3) that F16 holds exactly: the left operand of a product is made of
+   16 rows of codes in registers, the right one is x, rounded to F16 times a power of two of each row, 8 rows
+   of it at a time. A unit's sum is float32, and is multiplied by the unit's scale then. A warp takes a step
+   at a time: 16 rows of W (a tile) by 4 or 8 units, which come by a ring of its own. Blocks have whole tiles,
+   and all of k or a slice of it; the warps of a block take whole tiles while there is one for each, then
+   shares of those left. */
+const int FEW_WARPS  = 16;
+const int FEW_UNITS  = 8;               /* of a row: x comes in so many, and they are a step or two */
+const int FEW_RING   = 6912;            /* bytes of a warp's: three steps */
+const int FEW_SCALES = 1024;            /* the same of what a step is scaled by */
+const int FEW_HEAD   = FEW_WARPS * (FEW_RING + FEW_SCALES) + FEW_MOST * 4;     /* of shared memory before x */
+
+struct few_in {
+    block_part parts[3];
+    int        n_parts;
+    int        tile, n_tiles;           /* of W: the first, and how many */
+    int        steps, slices;           /* of a row; of k */
+    int        rows, sums;              /* of x; planes of its sums that are wanted */
+    const unsigned char *x;             /* [units, 8 NT, 32] F16, see few_round */
+    const float *x_sums, *x_scale;      /* [2][units, 8 NT]; [8 NT] */
+    float4    *partial;                 /* [slices, n_tiles, NT, 32] sums as a warp's lanes have them */
+    unsigned  *tickets;                 /* [blocks], zero before and after */
+};
+
+/* Is the middle of a format's codes taken off before they are multiplied? Then an offset may be left out. */
+static constexpr __host__ __device__ int code_center(int type) {
+    return type == QWEN3I_Q4_0 ? 8 : type == QWEN3I_Q5_0 ? 16 : type == QWEN3I_Q6_K ? 32 :
+           type == QWEN3I_Q3_K ? 4 : 0;
+}
+static constexpr __host__ __device__ bool few_offset(int type) {
+    return has_offset(type) && code_center(type) == 0;
+}
+static constexpr __host__ __device__ bool has_signs(int type) {
+    return has_table(type) || type == QWEN3I_Q8_0 || type == QWEN3I_INT8;
+}
+/* Copies of 16 bytes that hold the scales of n units, wherever they begin. */
+static constexpr __host__ __device__ int scale_pieces(int type, int n) {
+    const int bytes = (n + units_of(type) - 1) / units_of(type) * scale_bytes(type);
+    return type == QWEN3I_Q5_0 ? 2 : type == QWEN3I_Q5_1 ? n / 2 :
+           bytes <= 8 ? 1 : bytes % 16 == 0 ? bytes / 16 : 2;
+}
+/* A step of U units in the ring: 16 rows of both planes and the scales. */
+template <int T, int U, int RING> struct step_shape {
+    enum {
+        LOW = U * block_format_of(T).low / 4, HIGH = U * block_format_of(T).high / 4,
+        SCALES = scale_pieces(T, U), PITCH = 16 * ((LOW + HIGH + SCALES) | 1), BYTES = 16 * PITCH,
+        ROOM = RING / BYTES, DEPTH = ROOM < 8 ? ROOM : 8, UNITS = U
+    };
+};
+static constexpr __host__ __device__ int few_units(int type) {
+    const int pieces = 2 * (block_format_of(type).low + block_format_of(type).high) + scale_pieces(type, 8);
+    return type == QWEN3I_Q2_K || pieces > 9 ? 4 : 8;
+}
+template <int T> struct few_shape : step_shape<T, few_units(T), FEW_RING> {
+    enum { FIELDS = (has_halves(T) ? 2 : 1) * (few_offset(T) ? 2 : 1) };
+};
+
+/* Where a step lies in a row: its tile, that one's units, and its first unit. */
+struct few_place { int at, n, first; };
+template <int T, int U> DEVICE few_place few_place_of(int units, unsigned step) {
+    const int tile = (int)(step / (32u / U));
+    const few_place at = {tile * tile_bytes(T, 32), least(32, units - 32 * tile),
+                          (int)(step % (32u / U)) * U};
+    return at;
+}
+template <int T> DEVICE int few_scales_at(const few_place &at) {
+    return scale_plane(T, at.n) + (int)((unsigned)at.first / units_of(T)) * scale_bytes(T);
+}
+
+/* A lane copies piece lane % PIECES of 16 bytes of some of 16 rows: where these are from a tile's first row
+   on, which `last` more rows of the matrix follow. */
+template <int PIECES> struct copy_rows {
+    enum { STEP = 32 / PIECES, N = PIECES > 1 ? 16 / STEP : 1 };
+    unsigned at[N];
+    __device__ __forceinline__ void find(int row_bytes, int last) {
+        UNROLL for (int i = 0; i < N; i++)
+            at[i] = (unsigned)(least(lane_id() / PIECES + i * STEP, last) * row_bytes +
+                               lane_id() % PIECES * 16);
+    }
+    /* nothing past `left` bytes */
+    template <int PITCH>
+    __device__ __forceinline__ void copy(unsigned char *to, const unsigned char *from, int left) const {
+        const int piece = lane_id() % PIECES * 16;
+        to += lane_id() / PIECES * PITCH + piece;
+        UNROLL for (int i = 0; i < N; i++)
+            if (PIECES > 1 || lane_id() < 16) copy_once(to + i * STEP * PITCH, from + at[i], piece < left);
+    }
+};
+/* Brings steps of a tile of 16 rows of W, one after the other. */
+template <int T, class S> struct step_source {
+    enum { LOW = block_format_of(T).low == 8 ? S::LOW / 2 : S::LOW, HIGH = S::HIGH > 0 ? S::HIGH : 1 };
+    const unsigned char *tile;          /* its first row */
+    int units;                          /* of a row */
+    copy_rows<LOW> low;
+    copy_rows<HIGH> high;
+    copy_rows<S::SCALES> scales;
+
+    __device__ __forceinline__ void find(const unsigned char *data, int row_bytes, int rows, int row) {
+        tile = data + (size_t)row * row_bytes;
+        low.find(row_bytes, rows - 1 - row);
+        if (S::HIGH > 0) high.find(row_bytes, rows - 1 - row);
+        scales.find(row_bytes, rows - 1 - row);
+    }
+    __device__ __forceinline__ void fetch(unsigned char *to, int step) const {
+        const few_place at = few_place_of<T, S::UNITS>(units, step);
+        const unsigned char *from = tile + at.at;
+        const int bytes = tile_bytes(T, at.n), first = 4 * block_format_of(T).low * at.first,
+                  scale = few_scales_at<T>(at) / 16 * 16;
+        if constexpr (block_format_of(T).low == 8) {
+            low.template copy<S::PITCH>(to, from + first / 2, bytes - first / 2);
+            low.template copy<S::PITCH>(to + 8 * S::LOW, from + 16 * at.n + first / 2,
+                                        bytes - 16 * at.n - first / 2);
+        } else low.template copy<S::PITCH>(to, from + first, bytes - first);
+        if constexpr (S::HIGH > 0) {
+            const int plane = high_plane(T, at.n) + 4 * block_format_of(T).high * at.first;
+            high.template copy<S::PITCH>(to + 16 * S::LOW, from + plane, bytes - plane);
+        }
+        scales.template copy<S::PITCH>(to + 16 * (S::LOW + S::HIGH), from + scale, bytes - scale);
+    }
+};
+
+/* The scales of a step as float32, those of rows g and g + 8 of a unit side by side; zero past its units. */
+template <int T> DEVICE void few_scales(float *to, const unsigned char *stage, const few_place &at) {
+    typedef few_shape<T> S;
+    const int row = lane_id() % 16, u0 = lane_id() / 16 * (S::UNITS / 2), before = at.first % units_of(T);
+    const unsigned char *h = stage + row * S::PITCH + 16 * (S::LOW + S::HIGH) + few_scales_at<T>(at) % 16;
+    UNROLL for (int k = 0; k < S::UNITS / 2; k++) {
+        const int u = u0 + k;
+        const unsigned i = (unsigned)(before + u);
+        unit_scales s = scales_at<T>(h + i / units_of(T) * scale_bytes(T), (int)(i % units_of(T)));
+        const bool there = u < at.n - at.first;
+        UNROLL for (int i = 0; i < 2; i++) {
+            s.d[i] = there ? s.d[i] : 0;
+            s.m[i] = there ? s.m[i] : 0;
+        }
+        if (T == QWEN3I_FP8) s.d[0] *= 256;
+        float *out = to + ((u * 8 + row % 8) * 2 + row / 8) * S::FIELDS;
+        if constexpr (S::FIELDS == 1) *out = s.d[0];
+        else if constexpr (S::FIELDS == 4)
+            *(float4 *)(void *)out = make_float4(s.d[0], s.d[1], s.m[0], s.m[1]);
+        else *(float2 *)(void *)out = make_float2(s.d[0], has_halves(T) ? s.d[1] : s.m[0]);
+    }
+}
+/* Those of both rows of a lane: d and, if there are any, those of the other half or the offsets. */
+struct few_factors { float d[2], e[2], m[2], m2[2]; };
+template <int T> DEVICE few_factors few_factors_of(const float *scales, int unit) {
+    constexpr int F = few_shape<T>::FIELDS;
+    const float *at = scales + (unit * 8 + lane_id() / 4) * 2 * F;
+    few_factors f = {};
+    if constexpr (F == 1) {
+        const float2 v = *(const float2 *)(const void *)at;
+        f.d[0] = v.x; f.d[1] = v.y;
+    } else
+        UNROLL for (int r = 0; r < F / 2; r++) {
+            const float4 v = ((const float4 *)(const void *)at)[r];
+            if constexpr (F == 4) { f.d[r] = v.x; f.e[r] = v.y; f.m[r] = v.z; f.m2[r] = v.w; }
+            else {
+                f.d[0] = v.x; f.e[0] = f.m[0] = v.y;
+                f.d[1] = v.z; f.e[1] = f.m[1] = v.w;
+            }
+        }
+    return f;
+}
+
+/* Eight codes in the bytes of two words, and less their middle, as F16: elements 0 and 2, 1 and 3 of each. */
+template <int T> DEVICE void bytes_to_halves(unsigned (&h)[4], unsigned low, unsigned high) {
+    if constexpr (T == QWEN3I_FP8) {
+        const unsigned pairs[4] = {__byte_perm(low, 0, 0x2404), __byte_perm(low, 0, 0x3414),
+                                   __byte_perm(high, 0, 0x2404), __byte_perm(high, 0, 0x3414)};
+        UNROLL for (int i = 0; i < 4; i++)
+            h[i] = (pairs[i] & 0x80008000u) | (pairs[i] & 0x7F007F00u) >> 1;
+    } else {
+        const unsigned flip = has_signs(T) ? 0x80808080u : 0, magic = 0x64646464u,  /* 1024 + code */
+                       less = 0xE400E400u + (unsigned)(has_signs(T) ? 128 : code_center(T)) * 0x10001u;
+        low ^= flip;
+        high ^= flip;
+        h[0] = add_halves(__byte_perm(low, magic, 0x4240), less);
+        h[1] = add_halves(__byte_perm(low, magic, 0x4341), less);
+        h[2] = add_halves(__byte_perm(high, magic, 0x4240), less);
+        h[3] = add_halves(__byte_perm(high, magic, 0x4341), less);
+    }
+}
+/* The same of eight codes of four bits: 1024 + code, and 64 + code. */
+template <int T> DEVICE void nibbles_to_halves(unsigned (&h)[4], unsigned word) {
+    const unsigned c = (unsigned)code_center(T), less = 0xE400E400u + c * 0x10001u,
+                   less_high = 0xD400D400u + 16 * c * 0x10001u;
+    h[0] = add_halves(and_or(word, 0x000F000Fu, 0x64006400u), less);
+    h[2] = add_halves(and_or(word, 0x00F000F0u, 0x54005400u), less_high);
+    word >>= 8;
+    h[1] = add_halves(and_or(word, 0x000F000Fu, 0x64006400u), less);
+    h[3] = add_halves(and_or(word, 0x00F000F0u, 0x54005400u), less_high);
+}
+
+/* Of units u and u + 1 and of rows g and g + 8 the codes of elements 4 t on and of those 16 further, in the
+   bytes of two words; as they are stored, in the first, where these are all bits of a code and no table's. */
+static constexpr __device__ bool plain_nibbles(int type) {
+    return block_format_of(type).low == 4 && block_format_of(type).high == 0 && !has_table(type);
+}
+template <int T, class S> DEVICE void step_codes(unsigned (&q)[2][2][2], const unsigned char *stage, int u) {
+    constexpr block_format f = block_format_of(T);
+    const int lane = lane_id(), t = lane % 4;
+    if constexpr (f.low == 8)
+        UNROLL for (int v = 0; v < 2; v++) {
+            unsigned r[4];
+            load_matrices(r, stage + lane % 16 * S::PITCH + lane / 16 * 8 * S::LOW + 16 * (u + v));
+            UNROLL for (int i = 0; i < 4; i++) q[v][i % 2][i / 2] = r[i];
+        }
+    else if constexpr (f.low == 4) {
+        unsigned r[4];
+        load_matrices(r, stage + lane % 16 * S::PITCH + 16 * (lane / 16 + u));
+        UNROLL for (int i = 0; i < 4; i++) q[i / 2][i % 2][0] = r[i];
+    }
+    if constexpr (f.low < 8 && !plain_nibbles(T))
+    UNROLL for (int v = 0; v < 2; v++) UNROLL for (int r = 0; r < 2; r++) {
+        const unsigned char *row = stage + (lane / 4 + 8 * r) * S::PITCH;
+        unsigned &low = q[v][r][0], &high = q[v][r][1];
+        if constexpr (has_table(T)) { table_bytes<T>(low, high, low); continue; }
+        const unsigned mask = ((1u << f.low) - 1) * 0x01010101u;
+        if constexpr (f.low == 2) low = word_at(row + 8 * (u + v) + t / 2 * 4) >> t % 2 * 4;
+        high = low >> f.low & mask;
+        low &= mask;
+        if constexpr (f.high > 0) {
+            const unsigned char *at = row + 16 * S::LOW + 4 * f.high * (u + v);
+            const unsigned more = ((1u << f.high) - 1) * 0x01010101u,
+                           bits = f.high == 2 ? word_at(at + t / 2 * 4) >> t % 2 * 4 : word_at(at) >> 2 * t;
+            low |= (bits & more) << f.low;
+            high |= (bits >> f.high & more) << f.low;
+        }
+    }
+}
+template <int T> DEVICE void codes_to_halves(unsigned (&h)[4], const unsigned (&q)[2]) {
+    if constexpr (plain_nibbles(T)) nibbles_to_halves<T>(h, q[0]);
+    else bytes_to_halves<T>(h, q[0], q[1]);
+}
+
+/* acc[j] += 16 rows of W by a step's units times rows 8 j .. 8 j + 7 of x, in fragments of sums. x, sums: of
+   the step's first unit; planes of sums are `plane` apart. Order: the unit's 32 elements by the tensor core,
+   units in turn. */
+template <int T, int NT>
+DEVICE void few_multiply(float (&acc)[NT][4], const unsigned char *stage, const float *scales,
+                         const unsigned char *x, const float *sums, int plane) {
+    const int lane = lane_id();
+    x += lane / 4 * 64 + lane % 4 * 16;
+    sums += 2 * (lane % 4);
+    _Pragma("unroll (NT == 1 ? 2 : 1)") for (int u = 0; u < few_shape<T>::UNITS; u += 2) {
+        unsigned q[2][2][2];
+        step_codes<T, few_shape<T> >(q, stage, u);
+        UNROLL for (int v = 0; v < 2; v++) {
+            unsigned g[4], h[4];        /* of row g, of row g + 8 */
+            codes_to_halves<T>(g, q[v][0]);
+            codes_to_halves<T>(h, q[v][1]);
+            const few_factors f = few_factors_of<T>(scales, u + v);
+            const unsigned a[4] = {g[0], h[0], g[1], h[1]}, b[4] = {g[2], h[2], g[3], h[3]};
+            UNROLL for (int j = 0; j < NT; j++) {
+                const int at = (u + v) * 8 * NT + 8 * j;
+                const uint4 w = *(const uint4 *)(const void *)(x + at * 64);
+                float one[4] = {0, 0, 0, 0}, two[4] = {0, 0, 0, 0};
+                multiply(one, a, w.x, w.y, half_t());
+                if constexpr (has_halves(T)) multiply(two, b, w.z, w.w, half_t());
+                else multiply(one, b, w.z, w.w, half_t());
+                UNROLL for (int i = 0; i < 4; i++) acc[j][i] += one[i] * f.d[i / 2];
+                if constexpr (has_halves(T))
+                    UNROLL for (int i = 0; i < 4; i++) acc[j][i] += two[i] * f.e[i / 2];
+                if constexpr (few_offset(T)) {
+                    float2 all = *(const float2 *)(const void *)(sums + at);
+                    if constexpr (has_halves(T)) {
+                        const float2 first = *(const float2 *)(const void *)(sums + plane + at);
+                        all = make_float2(all.x - first.x, all.y - first.y);
+                        UNROLL for (int i = 0; i < 4; i++)
+                            acc[j][i] += f.m[i / 2] * (i % 2 ? first.y : first.x);
+                    }
+                    UNROLL for (int i = 0; i < 4; i++)
+                        acc[j][i] += (has_halves(T) ? f.m2 : f.m)[i / 2] * (i % 2 ? all.y : all.x);
+                }
+            }
+        }
+    }
+}
+
+/* The steps of a warp: whole tiles, FEW_WARPS apart, then `tail` steps of the tiles that are left. */
+struct few_walk { int steps, tail_tile, tail_step, tail; };
+struct few_cursor { int tile, step, left; };
+DEVICE few_cursor few_begin(few_walk &w, int steps, int n_tiles) {
+    const int rounds = n_tiles / FEW_WARPS, all = n_tiles % FEW_WARPS * steps,
+              from = warp_id() * all / FEW_WARPS, to = (warp_id() + 1) * all / FEW_WARPS;
+    const few_walk walk = {steps, rounds * FEW_WARPS + from / steps, from % steps, to - from};
+    const few_cursor c = {rounds > 0 ? warp_id() : walk.tail_tile, rounds > 0 ? 0 : walk.tail_step,
+                          rounds * steps + walk.tail};
+    w = walk;
+    return c;
+}
+DEVICE void few_next(few_cursor &c, const few_walk &w) {
+    c.left--;
+    c.step++;
+    if (c.left == w.tail) { c.tile = w.tail_tile; c.step = w.tail_step; }
+    else if (c.step == w.steps) { c.step = 0; c.tile += c.left > w.tail ? FEW_WARPS : 1; }
+}
+
+/* This block's slice of k, and its part of tiles. */
+DEVICE int few_slice(const few_in &in) { return block_x() % in.slices; }
+DEVICE row_range few_steps(const few_in &in) {
+    const int s = few_slice(in);
+    const row_range r = {s * in.steps / in.slices, (s + 1) * in.steps / in.slices};
+    return r;
+}
+DEVICE row_range few_share(const few_in &in) {
+    const long long group = block_x() / in.slices, groups = (int)gridDim.x / in.slices;
+    const row_range r = {(int)(group * in.n_tiles / groups), (int)((group + 1) * in.n_tiles / groups)};
+    return r;
+}
+
+/* The slice of x, its sums and scales to shared memory. */
+template <int NT> DEVICE void few_stage_x(const few_in &in, unsigned char *memory) {
+    const row_range s = few_steps(in);
+    const int units = FEW_UNITS * (s.end - s.first), first = FEW_UNITS * s.first;
+    unsigned char *x = memory + FEW_HEAD, *sums = x + units * 8 * NT * 64;
+    let_next_start();
+    wait_for_previous();
+    for (int i = tid(); i < units * 8 * NT * 4; i += n_threads())
+        copy_async(x + 16 * i, in.x + (size_t)first * 8 * NT * 64 + 16 * i, true);
+    for (int p = 0; p < in.sums; p++)
+        for (int i = tid(); i < units * NT * 2; i += n_threads())
+            copy_async(sums + (p * units * NT * 2 + i) * 16,
+                       in.x_sums + ((size_t)p * FEW_UNITS * in.steps + first) * 8 * NT + 4 * i, true);
+    if (tid() < 8 * NT) ((float *)(void *)(memory + FEW_HEAD))[tid() - FEW_MOST] = in.x_scale[tid()];
+    copy_commit();
+    copy_wait<0>();
+    __syncthreads();
+}
+
+/* Rows of one format that a block multiplies: tiles [first, first + n) of a part whose rows are row0 on of W;
+   the first is tile `index` of in's. */
+struct few_rows { int first, n, row0, index; };
+
+template <int T, int NT>
+static __device__ NO_INLINE void few_tiles(const few_in &in, block_part p, few_rows rows, bool stage) {
+    typedef few_shape<T> S;
+    QWEN3_DYNAMIC_SHARED(memory);
+    static_assert((int)S::DEPTH >= 3 && 2 * NT * 32 * 16 <= FEW_RING, "room for steps, and for sums");
+    static_assert(S::UNITS * 64 * S::FIELDS <= FEW_SCALES, "room for a step's scales");
+    const row_range slice = few_steps(in);
+    const int units = FEW_UNITS * (slice.end - slice.first), steps = units / S::UNITS,
+              first = slice.first * (FEW_UNITS / S::UNITS), lane = lane_id(), rest = rows.n % FEW_WARPS;
+    unsigned char *const ring = memory + warp_id() * FEW_RING, *const ring_end = ring + S::DEPTH * S::BYTES;
+    float *const scales = (float *)(void *)(memory + FEW_WARPS * FEW_RING + warp_id() * FEW_SCALES);
+    const unsigned char *const x = memory + FEW_HEAD;
+    const float *const sums = (const float *)(const void *)(x + units * 8 * NT * 64);
+    float4 *const partial = in.partial + ((size_t)few_slice(in) * in.n_tiles + rows.index) * NT * 32;
+    few_walk walk;
+    few_cursor c = few_begin(walk, steps, rows.n), ahead = c;
+    step_source<T, S> source;
+    source.units = p.units;
+    source.find(p.data, p.row_bytes, p.rows, 16 * (rows.first + ahead.tile));
+    unsigned char *put = ring;
+    const unsigned char *take = ring;
+    float acc[NT][4], held[NT][4];
+    UNROLL for (int j = 0; j < NT; j++) UNROLL for (int i = 0; i < 4; i++) acc[j][i] = held[j][i] = 0;
+    NO_UNROLL for (int n = 1; n < S::DEPTH || c.left > 0; n++) {
+        if (n >= S::DEPTH) {
+            copy_wait<S::DEPTH - 2>();
+            __syncwarp();
+        }
+        if (ahead.left > 0) {           /* to where the step before was, which all lanes have multiplied */
+            const int before = ahead.tile;
+            source.fetch(put, first + ahead.step);
+            few_next(ahead, walk);
+            if (ahead.tile != before)
+                source.find(p.data, p.row_bytes, p.rows, 16 * (rows.first + ahead.tile));
+        }
+        copy_commit();
+        put = put + S::BYTES < ring_end ? put + S::BYTES : ring;
+        if (n < S::DEPTH) {
+            if (n == S::DEPTH - 1 && stage) few_stage_x<NT>(in, memory);
+            continue;
+        }
+        few_scales<T>(scales, take, few_place_of<T, S::UNITS>(p.units, first + c.step));
+        __syncwarp();
+        few_multiply<T, NT>(acc, take, scales, x + c.step * S::UNITS * 8 * NT * 64,
+                            sums + c.step * S::UNITS * 8 * NT, units * 8 * NT);
+        take = take + S::BYTES < ring_end ? take + S::BYTES : ring;
+        const few_cursor was = c;
+        const bool whole = was.left > walk.tail;
+        few_next(c, walk);
+        if (was.step + 1 < steps || (!whole && c.left == 0)) continue;
+        UNROLL for (int j = 0; j < NT; j++) {
+            const float4 v = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
+            if (whole) partial[(was.tile * NT + j) * 32 + lane] = v;
+            UNROLL for (int i = 0; i < 4; i++) { held[j][i] = acc[j][i]; acc[j][i] = 0; }
+        }
+    }
+    copy_wait<0>();
+    __syncwarp();
+    if (rest == 0) return;
+    const int all = rest * steps;
+    UNROLL for (int j = 0; j < NT; j++) {
+        float4 *slot = (float4 *)(void *)ring + j * 32 + lane;
+        slot[0] = make_float4(held[j][0], held[j][1], held[j][2], held[j][3]);
+        slot[NT * 32] = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
+    }
+    __syncthreads();
+    NO_UNROLL for (int k = tid(); k < rest * NT * 32; k += n_threads()) {
+        const int tile = k / (NT * 32);
+        float4 sum = make_float4(0, 0, 0, 0);
+        NO_UNROLL for (int w = 0; w < FEW_WARPS; w++) {
+            const int from = w * all / FEW_WARPS, to = (w + 1) * all / FEW_WARPS;
+            if (to <= from || to <= tile * steps || from >= (tile + 1) * steps) continue;
+            const float4 v = ((const float4 *)(const void *)(memory + w * FEW_RING))[
+                ((to - 1) / steps == tile ? NT * 32 : 0) + k % (NT * 32)];
+            sum.x += v.x; sum.y += v.y; sum.z += v.z; sum.w += v.w;
+        }
+        partial[(rows.n - rest) * NT * 32 + k] = sum;
+    }
+    __syncthreads();
+}
+
+#define QWEN3_CASE(name, function, gguf, elements, bytes) case QWEN3I_##name: \
+    if constexpr (is_block(QWEN3I_##name)) few_tiles<QWEN3I_##name, NT>(in, p, rows, stage); break;
+template <int NT>
+DEVICE void few_tiles_of(const few_in &in, const block_part &p, const few_rows &rows, bool stage) {
+    switch (p.type) { QWEN3I_TYPES(QWEN3_CASE) default: break; }
+}
+#undef QWEN3_CASE
+
+/* f(part, rows of it) for all of a range of tiles, counted over all parts. */
+template <class F> DEVICE void few_each_part(const few_in &in, row_range tiles, F f) {
+    for (int i = 0, row0 = 0, tile0 = 0; i < in.n_parts; i++) {
+        const int n = ceil_div(in.parts[i].rows, 16), first = tiles.first > tile0 ? tiles.first - tile0 : 0,
+                  end = least(n, tiles.end - tile0);
+        const few_rows rows = {first, end - first, row0, tile0 + first - in.tile};
+        if (end > first) f(in.parts[i], rows);
+        row0 += in.parts[i].rows;
+        tile0 += n;
+    }
+}
+
+/* Element i of the sums of a part's tiles, as a lane of a warp has them, to its places. */
+template <int NT>
+static __device__ NO_INLINE void few_finish(const few_in &in, const vector_end &e, const block_part &p,
+                                            few_rows rows, int i, float4 sum, const float *x_scale) {
+    const int row = 16 * (rows.first + i / (NT * 32)) + i % 32 / 4, col = i / 32 % NT * 8 + i % 4 * 2;
+    const float v[4] = {sum.x, sum.y, sum.z, sum.w};
+    NO_UNROLL for (int j = 0; j < 4; j++) {
+        const int r = row + j / 2 * 8, c = col + j % 2;
+        const float value = j < 2 ? j ? v[1] : v[0] : j == 2 ? v[2] : v[3];
+        if (r < p.rows && c < in.rows) finish_sum(e, c, rows.row0 + r, value * x_scale[c]);
+    }
+}
+
+/* Is this the block of its group that ends last? Then it sees what the others have stored. */
+DEVICE bool few_last(const few_in &in, int *last) {
+    __threadfence();
+    __syncthreads();
+    if (tid() == 0) {
+        unsigned *ticket = in.tickets + block_x() / in.slices;
+        *last = atomicAdd(ticket, 1u) == (unsigned)in.slices - 1;
+        if (*last) *ticket = 0;
+    }
+    __syncthreads();
+    if (*last) __threadfence();
+    return *last;
+}
+
+/* few_product: x [rows, k], as few_round leaves it, times W in blocks, and then what vector_end says, but for
+   pairs. Grid: groups of blocks that share tiles, each with a slice of k; the one of a group that ends last
+   adds them up, in order. Equals qwen3i_matmul or qwen3i_matmul_add with x rounded, or what block_product
+   does. */
+template <int NT>
+static __global__ void __launch_bounds__(32 * FEW_WARPS, 1)
+    few_product_kernel(const __grid_constant__ few_in in, const __grid_constant__ vector_end e) {
+    __shared__ int finished[STREAM_HEADS], last;
+    QWEN3_DYNAMIC_SHARED(memory);
+    const row_range mine = few_share(in), tiles = {in.tile + mine.first, in.tile + mine.end};
+    row_range done = {0, 0};
+    row_angles angles;                  /* written long before, so there is nothing to wait for */
+    bool stage = true;
+    if (e.kind == END_HEADS) angles = load_row_angles(e.qkv, warp_id() < in.rows ? warp_id() : 0);
+    few_each_part(in, tiles, [&](const block_part &p, const few_rows &rows) {
+        if (stage) done.first = rows.row0 + 16 * rows.first;
+        done.end = rows.row0 + least(p.rows, 16 * (rows.first + rows.n));
+        few_tiles_of<NT>(in, p, rows, stage);
+        stage = false;
+    });
+    if (!few_last(in, &last)) return;
+    const float *x_scale = (const float *)(const void *)(memory + FEW_HEAD) - FEW_MOST;
+    const size_t step = (size_t)in.n_tiles * NT * 32;
+    few_each_part(in, tiles, [&](const block_part &p, const few_rows &rows) {
+        const float4 *from = in.partial + (size_t)rows.index * NT * 32;
+        NO_UNROLL for (int k = tid(), all = rows.n * NT * 32; k < all; k += 4 * n_threads()) {
+            float4 sum[4] = {};
+            NO_UNROLL for (int s = 0; s < in.slices; s++)
+                UNROLL for (int u = 0; u < 4; u++) {
+                    const int i = k + u * n_threads();
+                    const float4 v = __ldcg(from + s * step + (i < all ? i : k));
+                    sum[u].x += v.x; sum[u].y += v.y; sum[u].z += v.z; sum[u].w += v.w;
+                }
+            UNROLL for (int u = 0; u < 4; u++) {
+                const int i = k + u * n_threads();
+                if (i < all) few_finish<NT>(in, e, p, rows, i, sum[u], x_scale);
+            }
+        }
+    });
+    if (e.kind == END_HEADS)
+        finish_heads(done, in.rows, e.qkv, e.tickets, finished, least(STREAM_HEADS, n_threads()), angles);
+}
+
+/* few_round: x [rows, k] float32 to F16 times a power of two of each row, as few_multiply reads it: unit,
+   row, and of each lane that shares the row elements 4 t, 4 t + 2, 4 t + 1, 4 t + 3 and those 16 further; its sums
+   of units, and of their first halves, as rounded. gain: the RMSNorm of x; up > 0: silu(x[i]) * x[up + i]. A
+   block a row; rows that are not there are zero. Equals qwen3i_rmsnorm or qwen3i_swiglu, and one rounding. */
+struct few_round_args {
+    unsigned char *to; float *sums, *scale;
+    const float *x; int ldx, k, up, rows, units;
+    const float *gain; float eps;
+};
+static __global__ void __launch_bounds__(1024) few_round_kernel(few_round_args a) {
+    __shared__ float shared[32];
+    const int row = block_x(), cols = (int)gridDim.x;
+    const float *x = a.x + (size_t)(row < a.rows ? row : 0) * a.ldx;
+    /* v[i] * w[i] is element 4 q + i; of a norm, of r times it */
+    const auto load = [&](float (&v)[4], float (&w)[4], int q) {
+        const int left = row < a.rows ? a.k - 4 * q : 0;
+        load_4(v, x + 4 * q, left, left >= 4);
+        UNROLL for (int i = 0; i < 4; i++) w[i] = 1;
+        if (a.gain) load_4(w, a.gain + 4 * q, left, left >= 4);
+        if (a.up > 0) load_4(w, x + a.up + 4 * q, left, left >= 4 && a.up % 4 == 0);
+    };
+    float top = 0, sum = 0;
+    wait_for_previous();
+    let_next_start();
+    for (int q = tid(); 4 * q < a.k; q += n_threads()) {
+        float v[4], w[4];
+        load(v, w, q);
+        UNROLL for (int i = 0; i < 4; i++) {
+            sum += v[i] * v[i];
+            top = fmaxf(top, fabsf((a.up > 0 ? silu(v[i]) : v[i]) * w[i]));
+        }
+    }
+    top = block_max(top, shared);
+    const float r = a.gain ? rms_scale(block_sum(sum, shared), (float)a.k, a.eps) : 1.0f,
+                up = half_scale(top * r);
+    if (tid() == 0) a.scale[row] = 1 / up;
+    for (int q = tid(); q - lane_id() < 8 * a.units; q += n_threads()) {
+        const int u = q / 8, w8 = q % 8;
+        float v[4], w[4], half = 0;
+        half_t h[4];
+        load(v, w, q);
+        UNROLL for (int i = 0; i < 4; i++) {
+            h[i] = __float2half_rn((a.up > 0 ? silu(v[i]) : v[i] * r) * w[i] * up);
+            half += __half2float(h[i]);
+        }
+        half += __shfl_xor_sync(ALL, half, 1);
+        half += __shfl_xor_sync(ALL, half, 2);
+        const float other = __shfl_xor_sync(ALL, half, 4);
+        if (u >= a.units) continue;
+        const size_t at = (size_t)u * cols + row;
+        *(uint2 *)(void *)(a.to + at * 64 + w8 % 4 * 16 + w8 / 4 * 8) =
+            make_uint2((unsigned)__half_as_ushort(h[0]) | (unsigned)__half_as_ushort(h[2]) << 16,
+                       (unsigned)__half_as_ushort(h[1]) | (unsigned)__half_as_ushort(h[3]) << 16);
+        if (w8 == 0) {
+            a.sums[at] = half + other;
+            a.sums[(size_t)a.units * cols + at] = half;
+        }
+    }
+}
+
+/* Are products of so many rows with W done by these kernels? */
+static bool few_serves(const cuda_ctx *c, const matrix &w, int rows) {
+    const bool same = c->desc.invariant && rows <= SAME_ROWS;
+    return w.few && c->few && (rows >= FEW_LEAST || same) && rows <= FEW_MOST;
+}
+/* Rows of x that are multiplied: those that are not there are zero. */
+static int few_columns(const cuda_ctx *c, int rows) {
+    if (c->desc.invariant && rows <= SAME_ROWS) return SAME_ROWS;
+    return rows <= 8 ? 8 : rows <= 16 ? 16 : FEW_MOST;
+}
+/* Bytes of shared memory that a step's x takes. */
+static size_t few_step_bytes(int cols, int sums) { return (size_t)FEW_UNITS * cols * (64 + 4 * sums); }
+/* Bytes of x, of rows of so many elements, for the most rows. */
+static size_t few_bytes(int k) {
+    return (size_t)round_up(ceil_div(k, 32), FEW_UNITS) * FEW_MOST * (64 + 8) + FEW_MOST * sizeof(float);
+}
+/* Can the chip do this at all? */
+static bool few_possible(const cuda_model *m) {
+    return m->capability >= 80 && FEW_HEAD + few_step_bytes(FEW_MOST, 2) + 2048 <= m->block_shared;
+}
+
+/* Slices of k: as few as x has room for, or those that take the least time, roughly, in clocks: a step of a
+   block, what comes of x, and the sums of the slices. */
+static int few_slices(const pass *p, const few_in &in, int tiles, int cols) {
+    const int n_sm = p->c->m->n_sm;
+    const size_t each = few_step_bytes(cols, in.sums), room = p->c->m->block_shared - FEW_HEAD - 2048;
+    const int least_slices = ceil_div(in.steps, (int)least((size_t)in.steps, room / each));
+    int best = least_slices;
+    float best_time = 0;
+    for (int s = least_slices; s <= least(in.steps, n_sm); s++) {
+        const int steps = ceil_div(in.steps, s), mine = ceil_div(tiles, least(tiles, n_sm / s));
+        const float time = (float)ceil_div(mine * steps, FEW_WARPS) * (float)(1500 + 80 * cols) +
+                           (float)((size_t)steps * each) / 50 +
+                           (s > 1 ? 3500 + 0.3f * (float)(mine * cols * s) : 0);
+        if (s == least_slices || time < best_time) { best = s; best_time = time; }
+    }
+    return best;
+}
+
+template <int NT> static cudaError_t launch_few(const pass *p, const few_in &in, const vector_end &e) {
+    const size_t x = (size_t)ceil_div(in.steps, in.slices) * few_step_bytes(8 * NT, in.sums);
+    const int groups = least(p->c->m->n_sm / in.slices, in.n_tiles);
+    return launch_shared(p->early, 1, p->s, grid1(groups * in.slices), 32 * FEW_WARPS, FEW_HEAD + x,
+                         few_product_kernel<NT>, in, e);
+}
+
+/* Rows of h times W; up: elements from a row's gate to its up, whose SwiGLU the input is. */
+static qwen3_result few_product(const pass *p, const matrix &w, const input &h, int rows, int up,
+                                const vector_end &e) {
+    cuda_ctx *c = p->c;
+    const int cols = few_columns(c, rows);
+    few_round_args a = {};
+    few_in in = {};
+    int tiles = 0;
+    for (int i = 0; i < w.n_parts; i++) {
+        const int type = w.parts[i].type;
+        in.parts[i] = w.parts[i];
+        in.steps = most(in.steps, ceil_div(w.parts[i].units, FEW_UNITS));
+        in.sums = most(in.sums, !few_offset(type) ? 0 : has_halves(type) ? 2 : 1);
+        tiles += ceil_div(w.parts[i].rows, 16);
+    }
+    in.n_parts = w.n_parts;
+    in.rows = a.rows = rows;
+    a.units = FEW_UNITS * in.steps;
+    a.to = (unsigned char *)c->few;
+    a.sums = (float *)(void *)(a.to + (size_t)a.units * cols * 64);
+    a.scale = a.sums + (size_t)a.units * cols * 2;
+    a.x = h.x; a.ldx = h.ldx; a.k = w.cols; a.up = up; a.gain = h.gain; a.eps = c->m->config.rms_eps;
+    TRY(launched(p, launch_early(p->early, p->s, grid1(cols), least(1024, round_up(ceil_div(w.cols, 4), 32)),
+                                 0, few_round_kernel, a), "few_round"));
+    in.x = a.to; in.x_sums = a.sums; in.x_scale = a.scale;
+    in.tickets = c->few_tickets;
+    in.partial = (float4 *)(void *)c->scratch;
+    in.slices = few_slices(p, in, tiles, cols);
+    const int step =
+        (int)least((size_t)tiles, c->scratch_size / ((size_t)in.slices * cols * 16 * sizeof(float)));
+    for (in.tile = 0; in.tile < tiles; in.tile += step) {
+        in.n_tiles = least(step, tiles - in.tile);
+        TRY(launched(p, cols == 8 ? launch_few<1>(p, in, e) : cols == 16 ? launch_few<2>(p, in, e) :
+                                    launch_few<4>(p, in, e), "few_product"));
+    }
+    return QWEN3_OK;
+}
+
+/* Do a layer's gate, up and down go this way? Then the SwiGLU is made where down's input is rounded. */
+static bool few_pairs(const pass *p, int layer) {
+    return few_serves(p->c, p->c->m->layers[layer].gate_up, p->n);
+}
+static qwen3_result few_down(const pass *p, int layer) {
+    cuda_ctx *c = p->c;
+    const matrix &w = c->m->layers[layer].w_down;
+    const input h = {c->ff, 2 * c->ff_ld, NULL, NULL};
+    return few_product(p, w, h, p->n, c->m->layers[layer].gate_up.rows / 2,
+                       make_end(END_ADD, c->x, c->embd_ld, NULL));
+}
+
+/* Rows of h times W, whichever kernels serve; units: rows of W, or pairs of them. */
+static qwen3_result block_rows_times(const pass *p, const matrix &w, const input &h, int rows,
+                                     const vector_end &e, int units) {
+    return few_serves(p->c, w, rows) ? few_product(p, w, h, rows, 0, e) :
+                                       block_rows_of(p, w, h, rows, e, units);
+}
+
 static qwen3_result block_matvec(const pass *p, float *y, int ldy, const row_info *outs, const matrix &w,
                                  const input &h, int rows, bool add) {
-    return block_rows_of(p, w, h, rows, make_end(add ? END_ADD : END_STORE, y, ldy, outs), w.rows);
+    const vector_end e = make_end(add ? END_ADD : END_STORE, y, ldy, outs);
+    return block_rows_times(p, w, h, rows, e, w.rows);
 }
 
 static qwen3_result block_qkv(const pass *p, int layer, const input &h) {
     const matrix &w = p->c->m->layers[layer].qkv;
-    return block_rows_of(p, w, h, p->n, heads_end(p, layer), w.rows);
+    const vector_end e = heads_end(p, layer);
+    return block_rows_times(p, w, h, p->n, e, w.rows);
 }
 
-static qwen3_result block_mlp(const pass *p, const matrix &w, const input &h) {
-    return block_rows_of(p, w, h, p->n, make_end(END_MLP, p->c->ff, p->c->ff_ld, NULL), w.parts[0].rows);
+static qwen3_result block_mlp(const pass *p, int layer, const input &h) {
+    const matrix &w = p->c->m->layers[layer].gate_up;
+    if (few_pairs(p, layer))
+        return few_product(p, w, h, p->n, 0, make_end(END_STORE, p->c->ff, 2 * p->c->ff_ld, NULL));
+    return block_rows_times(p, w, h, p->n, make_end(END_MLP, p->c->ff, p->c->ff_ld, NULL), w.parts[0].rows);
 }
 
 /* ================================================================================================
@@ -7125,9 +7840,15 @@ static qwen3_result keep_logits(const pass *p, int first, int n, const float *sc
     return QWEN3_OK;
 }
 
+static qwen3_result gemm_head(const pass *p, int first, int n, bool keep_only);
+static qwen3_result skinny_head(const pass *p, int first, int n, bool keep_only);
+
+/* Weights in blocks may come with a head of others. */
 static qwen3_result vector_head(const pass *p, int first, int n, bool keep_only) {
     cuda_ctx *c = p->c;
     const int vocab = c->m->head.rows;
+    if (n > most_single(c) && c->m->head.n_parts == 0)
+        return c->hopper ? skinny_head(p, first, n, keep_only) : gemm_head(p, first, n, keep_only);
     if (keep_only)
         return matvec(p, c->kept, vocab, c->rows + first, c->m->head, c->h, c->embd_ld, n, false);
     TRY(matvec(p, c->logits, vocab, NULL, c->m->head, c->h, c->embd_ld, n, false));
@@ -7689,7 +8410,7 @@ static qwen3_result hopper_norm(const pass *p, const float *gain, const matrix &
 /* Each of its blocks holds all of the input: */
 static bool vector_norms_itself(const pass *p, const matrix &w) {
     const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
-    if (w.n_parts > 0) return block_norms_itself(p, w);
+    if (w.n_parts > 0) return few_serves(p->c, w, p->n) || block_norms_itself(p, w);
     return w.cols % 4 == 0 && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS &&
            stream_ring(p, vector_input(p, w, h, p->n), w) > 0;
 }
@@ -7733,9 +8454,12 @@ const path_set HOPPER = {
     true, hopper_memory, prepare_hopper
 };
 
-/* With weights in blocks fewer than some rows are faster by their whole numbers than through F16. */
-const path_set HOPPER_BLOCKS = {
-    {{MATVEC_ROWS, &VECTOR_PATH}, {SKINNY_MOST, &SKINNY_PATH}, {INT_MAX, &LARGE_PATH}},
+/* With weights in blocks, where there are kernels for few rows of x times them. */
+const path_set FEW_PORTABLE = {
+    {{FEW_MOST, &VECTOR_PATH}, {INT_MAX, &GEMM_PATH}}, false, gemm_memory, prepare_nothing
+};
+const path_set FEW_HOPPER = {
+    {{FEW_MOST, &VECTOR_PATH}, {SKINNY_MOST, &SKINNY_PATH}, {INT_MAX, &LARGE_PATH}},
     true, hopper_memory, prepare_hopper
 };
 
@@ -7747,8 +8471,13 @@ const path_set SAME_HOPPER = {
     {{SAME_ROWS, &SAME_SKINNY_PATH}, {SKINNY_MOST, &SKINNY_PATH}, {INT_MAX, &LARGE_PATH}},
     true, hopper_memory, prepare_hopper
 };
-const path_set SAME_HOPPER_BLOCKS = {
-    {{SAME_ROWS, &SAME_VECTOR_PATH}, {SKINNY_MOST, &SKINNY_PATH}, {INT_MAX, &LARGE_PATH}},
+const path_set SAME_FEW_PORTABLE = {
+    {{SAME_ROWS, &SAME_VECTOR_PATH}, {FEW_MOST, &VECTOR_PATH}, {INT_MAX, &GEMM_PATH}},
+    false, gemm_memory, prepare_nothing
+};
+const path_set SAME_FEW_HOPPER = {
+    {{SAME_ROWS, &SAME_VECTOR_PATH}, {FEW_MOST, &VECTOR_PATH}, {SKINNY_MOST, &SKINNY_PATH},
+     {INT_MAX, &LARGE_PATH}},
     true, hopper_memory, prepare_hopper
 };
 
@@ -7874,6 +8603,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     const size_t rows = (size_t)c->max_rows, narrow = (size_t)c->narrow_rows;
     const size_t seqs = (size_t)c->desc.max_seqs, vocab = (size_t)g->n_vocab;
     const size_t embd = (size_t)c->embd_ld, half = (size_t)g->head_dim / 2, ctx = (size_t)c->desc.max_ctx;
+    const bool few = few_possible(c->m) && largest_in_blocks(c->m) > 0;
     const size_t part_rows = (size_t)most(MAX_SPLITS, 2 * c->m->n_sm / g->n_head_kv) * more_splits(c);
     const u64 kv_layer =
         qwen3i_size_mul(seqs * ctx, (u64)c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type));
@@ -7887,10 +8617,14 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->h = a->take<float>((g->n_expert ? rows : narrow) * embd);
     c->qkv = take_result(c, a, 1, (c->hopper_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->hopper_kv ? narrow : rows) * c->q_dim);
-    c->ff = a->take<float>((size_t)least(c->max_rows, most_single(c)) * c->ff_ld);
+    /* of few rows with weights in blocks gate and up */
+    c->ff = a->take<float>((size_t)most(least(c->max_rows, most_single(c)),
+                                        few ? 2 * least(c->max_rows, FEW_MOST) : 0) * c->ff_ld);
     c->act_scale = a->take<float>(rows);
-    c->scratch_size = largest_in_blocks(c->m);
+    c->scratch_size = most(largest_in_blocks(c->m), few ? (size_t)1 << 20 : 0);
     c->scratch = (half_t *)(void *)a->take<char>(c->scratch_size);
+    c->few = few ? a->take<char>(few_bytes(c->act_ld)) : NULL;
+    c->few_tickets = a->take<unsigned>(few ? (size_t)c->m->n_sm : 0);
     c->paths->memory(c, a);
     experts_memory(c, a);
     c->logits = take_result(c, a, 3, (size_t)head_rows(c) * vocab);
@@ -7960,9 +8694,10 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
 
 static const path_set *paths_of(const cuda_model *m, const qwen3_ctx_desc *desc) {
     const layer_weights &l = m->layers[0];
-    const bool blocks = m->hopper && (l.router ? l.wo : l.gate_up).n_parts > 0;
-    if (desc->invariant) return !m->hopper ? &SAME_PORTABLE : blocks ? &SAME_HOPPER_BLOCKS : &SAME_HOPPER;
-    return !m->hopper ? &PORTABLE : blocks ? &HOPPER_BLOCKS : &HOPPER;
+    const bool few = few_possible(m) && (l.router ? l.wo : l.gate_up).n_parts > 0, same = desc->invariant;
+    if (few && m->hopper) return same ? &SAME_FEW_HOPPER : &FEW_HOPPER;
+    if (few) return same ? &SAME_FEW_PORTABLE : &FEW_PORTABLE;
+    return m->hopper ? same ? &SAME_HOPPER : &HOPPER : same ? &SAME_PORTABLE : &PORTABLE;
 }
 
 static qwen3_memory ctx_memory(const void *model_state, const qwen3_model *, const qwen3_ctx_desc *desc) {
@@ -8142,6 +8877,8 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
         cudaMemsetAsync(c->kept, 0, (size_t)c->desc.max_seqs * KEPT * g->n_vocab * sizeof(float), c->stream));
     CUDA_TRY(
         cudaMemsetAsync(c->qkv_tickets, 0, (size_t)(g->n_head + g->n_head_kv) * sizeof(unsigned), c->stream));
+    if (c->few)
+        CUDA_TRY(cudaMemsetAsync(c->few_tickets, 0, (size_t)c->m->n_sm * sizeof(unsigned), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->attn_tickets, 0, attention_tickets(c) * sizeof(unsigned), c->stream));
     /* tiles are read whole, whatever is in the rows that a batch has not */
     if (c->hopper) {

@@ -210,6 +210,28 @@ static qwen3_result lab_hopper(const pass *p, lab_buffer buffer, const hopper_vi
     return r;
 }
 
+/* M of few rows with weights in blocks is gate and up until down's input is rounded: 128, which is its own silu(), and
+   m / 128; or what they give. */
+static qwen3_result lab_pairs(const pass *p, const float *from, float *to) {
+    const cuda_ctx *c = p->c;
+    const qwen3i_err *err = p->err;
+    const size_t ff = (size_t)c->m->config.n_ff, ld = 2 * (size_t)c->ff_ld, bytes = (size_t)p->n * ld * sizeof(float);
+    float *v = (float *)malloc(bytes);
+    if (!v) return no_host_memory(err, bytes);
+    cudaError_t e = cudaMemcpyAsync(v, c->ff, bytes, cudaMemcpyDeviceToHost, p->s);
+    if (e == cudaSuccess) e = cudaStreamSynchronize(p->s);
+    for (size_t r = 0; r < (size_t)p->n; r++)
+        for (size_t i = 0; i < ff; i++) {
+            float *gate = v + r * ld + i, *up = gate + ff;
+            if (from) { *gate = 128; *up = from[r * ff + i] / 128; }
+            else to[r * ff + i] = *gate / (1 + expf(-*gate)) * *up;
+        }
+    if (from && e == cudaSuccess) e = cudaMemcpyAsync(c->ff, v, bytes, cudaMemcpyHostToDevice, p->s);
+    if (e == cudaSuccess) e = cudaStreamSynchronize(p->s);
+    free(v);
+    return e == cudaSuccess ? QWEN3_OK : cuda_fail(err, e, "a test");
+}
+
 static qwen3_result lab_put(void *ctx_state, lab_buffer buffer, const float *from, const qwen3i_err *err) {
     cuda_ctx *c = (cuda_ctx *)ctx_state;
     device_guard guard(c->m->device);
@@ -218,6 +240,7 @@ static qwen3_result lab_put(void *ctx_state, lab_buffer buffer, const float *fro
     hopper_view wide;
     CUDA_TRY(guard.status);
     if (hopper_buffer(&p, buffer, &wide)) return lab_hopper(&p, buffer, wide, from, NULL);
+    if (buffer == LAB_M && p.path == &VECTOR_PATH && few_pairs(&p, 0)) return lab_pairs(&p, from, NULL);
     CUDA_TRY(cudaMemset2DAsync(v.data, (size_t)v.ld * 4, 0, (size_t)v.width * 4, (size_t)p.n, c->stream));
     CUDA_TRY(cudaMemcpy2DAsync(v.data, (size_t)v.ld * 4, from, (size_t)v.width * 4, (size_t)v.width * 4, (size_t)p.n,
                                cudaMemcpyHostToDevice, c->stream));
@@ -234,6 +257,7 @@ static qwen3_result lab_get(void *ctx_state, lab_buffer buffer, float *to, const
     hopper_view wide;
     CUDA_TRY(guard.status);
     if (hopper_buffer(p, buffer, &wide)) return lab_hopper(p, buffer, wide, NULL, to);
+    if (buffer == LAB_M && p->path == &VECTOR_PATH && few_pairs(p, 0)) return lab_pairs(p, NULL, to);
     if (v.act && v.act->type == QWEN3I_F32)
         RUN(grid1(p->n), 256, 0, act_to_float_kernel<float>, v.data, (const float *)c->act, (const float *)NULL,
             v.width, v.ld, (size_t)0);

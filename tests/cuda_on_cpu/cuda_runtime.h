@@ -439,6 +439,15 @@ static inline float emulated_element(unsigned pair, int i, __nv_bfloat16) {
     return __uint_as_float(pair >> (16 * i) << 16);
 }
 
+static inline unsigned and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
+static inline unsigned add_halves(unsigned a, unsigned b) {
+    unsigned sum = 0;
+    for (int i = 0; i < 2; i++)
+        sum |= (unsigned)__half_as_ushort(__float2half_rn(emulated_element(a, i, __half()) +
+                                                          emulated_element(b, i, __half()))) << (16 * i);
+    return sum;
+}
+
 /* d[16, 8] += a[16, 16] b[16, 8]: which lane holds what is the hardware's fragment layout of m16n8k16. */
 template <class T> void multiply(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T type) {
     const int lane = emulated::now().current % 32;
