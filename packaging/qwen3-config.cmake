@@ -3,6 +3,9 @@
 include(CMakeFindDependencyMacro)
 find_dependency(Threads)
 get_filename_component(_qwen3_lib "${CMAKE_CURRENT_LIST_DIR}/../.." ABSOLUTE)
+if(NOT EXISTS "${_qwen3_lib}/../include/qwen3.h")   # this file is in share/qwen3, as vcpkg has it
+  set(_qwen3_lib "${_qwen3_lib}/lib")
+endif()
 get_filename_component(_qwen3_include "${_qwen3_lib}/../include" ABSOLUTE)
 file(GLOB _qwen3_static "${_qwen3_lib}/libqwen3.a" "${_qwen3_lib}/qwen3.lib")
 file(GLOB _qwen3_shared "${_qwen3_lib}/libqwen3.so" "${_qwen3_lib}/libqwen3.dylib")

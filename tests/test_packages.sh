@@ -127,4 +127,14 @@ else echo "skip  $name: not installed"; fi
 
 name='vcpkg'
 python3 -c 'import json; assert json.load(open("packaging/vcpkg/vcpkg.json"))["version"] == "1.0.0"'
-echo "ok    $name: its manifest is JSON; vcpkg itself is not run here"
+if command -v vcpkg >/dev/null && [ -n "${VCPKG_ROOT:-}" ]; then        # its formatter, its checks of a port, and a consumer
+    cp packaging/vcpkg/vcpkg.json "$dir/vcpkg.json"
+    vcpkg format-manifest "$dir/vcpkg.json" >"$dir/log"
+    cmp "$dir/vcpkg.json" packaging/vcpkg/vcpkg.json
+    VCPKG_FORCE_SYSTEM_BINARIES=1 vcpkg install qwen3 --overlay-ports=packaging/vcpkg --x-install-root="$dir/vcpkg" \
+        --x-buildtrees-root="$dir/vcpkg.build" --x-packages-root="$dir/vcpkg.packages" >"$dir/log" || { tail "$dir/log"; exit 1; }
+    if grep warning: "$dir/log"; then exit 1; fi
+    cmake -S $consumer -B "$dir/ported" -DCMAKE_TOOLCHAIN_FILE="$VCPKG_ROOT/scripts/buildsystems/vcpkg.cmake" \
+        -DVCPKG_INSTALLED_DIR="$dir/vcpkg" -DVCPKG_MANIFEST_MODE=OFF >"$dir/log" && cmake --build "$dir/ported" >>"$dir/log"
+    runs "$dir/ported/consumer"
+else echo "ok    $name: its manifest is JSON; no vcpkg with VCPKG_ROOT here to check the rest"; fi
