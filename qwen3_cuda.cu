@@ -896,6 +896,8 @@ struct run_ahead {                      /* a step that was begun before it was a
     u64          *bias_hashes;          /* [max_seqs] */
 };
 
+struct expert_tile { int expert, rows; };       /* rows that are there; expert -1: no tile is any more */
+
 struct expert_buffers {                 /* of layers with experts; an entry is a row and one of its picks */
     float  *logits;                     /* [max_rows, n_expert] */
     int    *picked;                     /* [entries] experts, in order */
@@ -904,6 +906,13 @@ struct expert_buffers {                 /* of layers with experts; an entry is a
     float  *m, *y; int ldy;             /* [entries of few rows, ff], [entries, ldy] */
     half_t *act, *m16;                  /* the inputs of the products of many rows, and what they stand for */
     float  *act_scale, *m_scale;
+    /* On Hopper, instead, by tiles of HOPPER_M entries of one expert: how many there may be, 0 if its kernel
+       does not serve; which; the entry of each of their rows, or -1; maps of act, of m16, and of matrices in
+       the scratch. */
+    int          n_tiles;
+    expert_tile *tiles;
+    int         *entry;
+    stored_map   act_map, m_map, up_map, down_map;
 };
 
 struct cuda_ctx {
@@ -1552,13 +1561,15 @@ static __global__ void bf16_to_f16_kernel(unsigned short *w, size_t n, const uns
         w[i] = __half_as_ushort(__float2half_rn(__uint_as_float((unsigned)w[i] << 16) * up));
 }
 
-/* row_norms: *most = the largest norm of n rows of W = w * scale, one warp a row; *most is 0 before. */
-static __global__ void row_norms_kernel(float *most, const half_t *w, int n, int k, int ld, float scale) {
-    const int row = block_x() * (n_threads() / 32) + warp_id();
+/* row_norms: *most = the largest norm of n rows of W = w * scale, one warp a row; *most is 0 before. After
+   each `each` rows as many are left out. */
+static __global__ void row_norms_kernel(float *most, const half_t *w, int n, int each, int k, int ld,
+                                        float scale) {
+    const int i = block_x() * (n_threads() / 32) + warp_id(), row = i + i / each * each;
     float sum = 0;
-    if (row >= n) return;
-    for (int i = lane_id(); i < k; i += 32) {
-        const float v = to_float(w[(size_t)row * ld + i]) * scale;
+    if (i >= n) return;
+    for (int j = lane_id(); j < k; j += 32) {
+        const float v = to_float(w[(size_t)row * ld + j]) * scale;
         sum += v * v;
     }
     sum = sqrtf(warp_sum(sum));
@@ -2025,30 +2036,36 @@ static bool fits_hopper(const cuda_model *m) {
 /* Maps of a matrix of F16 */
 static qwen3_result map_matrix(matrix *w, const qwen3i_err *err) {
     TRY(make_map(&w->map, w->data, (u64)w->ld, (u64)w->rows, HOPPER_N / 2, err));
-    if (w->kind == HEAD_KIND) return QWEN3_OK;
+    if (w->kind == HEAD_KIND || w->each > 0) return QWEN3_OK;
     return make_map(&w->map_more, w->data, (u64)w->ld, (u64)w->rows, HOPPER_N_MORE / 2, err);
 }
 
 /* The largest norms of a row of gate and of one of up */
 static qwen3_result bound_rows(uploader *u, const matrix &w, const half_t *data, const qwen3i_err *err) {
-    const int n_ff = w.rows / 2;
+    const int n = w.rows / 2, each = w.each > 0 ? w.each : n;
     CUDA_TRY(cudaMemsetAsync(w.bounds, 0, 2 * sizeof(float), u->stream));
     for (int k = 0; k < 2; k++)
-        CUDA_TRY(launch(u->stream, dim3((unsigned)ceil_div(n_ff, 8)), 256, 0, row_norms_kernel, w.bounds + k,
-                        data + (size_t)k * n_ff * w.ld, n_ff, w.cols, w.ld, w.scale));
+        CUDA_TRY(launch(u->stream, dim3((unsigned)ceil_div(n, 8)), 256, 0, row_norms_kernel, w.bounds + k,
+                        data + (size_t)k * each * w.ld, n, each, w.cols, w.ld, w.scale));
     return QWEN3_OK;
 }
 
 /* Of those that lie in blocks: one after the other through memory that is needed no longer. */
 static qwen3_result bound_blocks(uploader *u, const cuda_model *m, const qwen3i_err *err) {
     char *memory = NULL;
+    size_t bytes = 0;
     qwen3_result r = QWEN3_OK;
+    for (int i = 0; i < m->config.n_layer; i++) {
+        const matrix &w = m->layers[i].gate_up;
+        if (w.n_parts > 0) bytes = most(bytes, (size_t)w.rows * w.ld * sizeof(half_t));
+    }
+    if (bytes > 0) TRY(device_alloc(&memory, bytes, "loading", err));
     for (int i = 0; i < m->config.n_layer && r == QWEN3_OK; i++) {
         const matrix &w = m->layers[i].gate_up;
-        if (w.n_parts == 0 || w.each > 0) continue;
-        if (!memory) TRY(device_alloc(&memory, (u64)w.rows * w.ld * sizeof(half_t), "loading", err));
+        if (w.n_parts == 0) continue;
         half_t *data = (half_t *)(void *)memory;
-        r = decode_rows(data, u->stream, w, 0, w.rows, err);
+        r = w.each > 0 ? decode_experts(data, u->stream, w, err) :
+                         decode_rows(data, u->stream, w, 0, w.rows, err);
         if (r == QWEN3_OK) r = bound_rows(u, w, data, err);
     }
     const cudaError_t e = cudaStreamSynchronize(u->stream);
@@ -2066,8 +2083,8 @@ static qwen3_result prepare_maps(uploader *u, cuda_model *m, const qwen3i_err *e
     for (int i = 0; i < m->config.n_layer; i++) {
         layer_weights *l = &m->layers[i];
         for (matrix *w : {&l->qkv, &l->wo, &l->gate_up, &l->w_down})
-            if (w->n_parts == 0 && (w->kind < 2 || !l->router)) TRY(map_matrix(w, err));
-        if (l->gate_up.n_parts == 0 && !l->router)
+            if (w->n_parts == 0 && (w->type == QWEN3I_F16 || !l->router)) TRY(map_matrix(w, err));
+        if (l->gate_up.n_parts == 0 && l->gate_up.type == QWEN3I_F16)
             TRY(bound_rows(u, l->gate_up, (const half_t *)l->gate_up.data, err));
     }
     TRY(bound_blocks(u, m, err));
@@ -7204,7 +7221,7 @@ static qwen3_result block_mlp(const pass *p, int layer, const input &h) {
 
 /* route: logits[row, i] = router[i] . h[row] in float32: one warp an expert, ROUTE_ROWS rows. Grid: experts
    by warps, rows. Equals qwen3i_matmul. */
-const int ROUTE_ROWS = 8;
+const int ROUTE_ROWS = 8, ROUTE_MANY = 16, ROUTE_EXPERTS = 4;
 static __global__ void __launch_bounds__(256)
     route_kernel(float *logits, const float *router, const float *h, int ldh, int rows, int n_expert,
                  int width) {
@@ -7224,6 +7241,36 @@ static __global__ void __launch_bounds__(256)
     UNROLL for (int r = 0; r < ROUTE_ROWS; r++) {
         const float sum = warp_sum(acc[r]);
         if (lane == 0 && first + r < rows) logits[(size_t)(first + r) * n_expert + expert] = sum;
+    }
+}
+
+/* route_many: the same for more rows: ROUTE_EXPERTS a warp, ROUTE_MANY rows; width is a multiple of 4. */
+static __global__ void __launch_bounds__(256, 2)
+    route_many_kernel(float *logits, const float *router, const float *h, int ldh, int rows, int n_expert,
+                      int width) {
+    const int E = ROUTE_EXPERTS, R = ROUTE_MANY, expert = (block_x() * 8 + warp_id()) * E,
+              first = block_y() * R, lane = lane_id();
+    float acc[E][R];
+    UNROLL for (int i = 0; i < E * R; i++) acc[i / R][i % R] = 0;
+    wait_for_previous();
+    let_next_start();
+    if (expert >= n_expert) return;
+    NO_UNROLL for (int k = 4 * lane; k < width; k += 128) {
+        float4 w[E];
+        UNROLL for (int e = 0; e < E; e++)
+            w[e] = *(const float4 *)(const void *)(router + (size_t)least(expert + e, n_expert - 1) * width + k);
+        UNROLL for (int r = 0; r < R; r++) {
+            const float4 x = *(const float4 *)(const void *)(h + (size_t)least(first + r, rows - 1) * ldh + k);
+            UNROLL for (int e = 0; e < E; e++) {
+                acc[e][r] += w[e].x * x.x; acc[e][r] += w[e].y * x.y;
+                acc[e][r] += w[e].z * x.z; acc[e][r] += w[e].w * x.w;
+            }
+        }
+    }
+    UNROLL for (int e = 0; e < E; e++) UNROLL for (int r = 0; r < R; r++) {
+        const float sum = warp_sum(acc[e][r]);
+        if (lane == 0 && expert + e < n_expert && first + r < rows)
+            logits[(size_t)(first + r) * n_expert + expert + e] = sum;
     }
 }
 
@@ -7636,6 +7683,199 @@ static __global__ void __launch_bounds__(256, 2)
     }
 }
 
+/* ---- Hopper: tiles of entries of one expert ---- */
+/* The t-th tile of all experts', and from which of the expert's entries on; expert -1: there are fewer. By a
+   warp. */
+DEVICE expert_tile find_tile(const int *counts, int n, int t, int *first) {
+    int before = 0;
+    for (int base = 0; base < n; base += 32) {
+        const int i = base + lane_id(), count = i < n ? counts[i] : 0, tiles = ceil_div(count, HOPPER_M);
+        int sum = tiles;
+        UNROLL for (int o = 1; o < 32; o *= 2) {
+            const int lower = __shfl_up_sync(ALL, sum, o);
+            sum += lane_id() >= o ? lower : 0;
+        }
+        const unsigned those = __ballot_sync(ALL, t < before + sum);
+        if (those) {
+            const int lane = 32 - __popc(those), at = t - before - __shfl_sync(ALL, sum - tiles, lane);
+            *first = at * HOPPER_M;
+            const expert_tile tile = {base + lane, least(__shfl_sync(ALL, count, lane) - *first, HOPPER_M)};
+            return tile;
+        }
+        before += __shfl_sync(ALL, sum, 31);
+    }
+    const expert_tile none = {-1, 0};
+    return none;
+}
+
+struct gather_args {
+    const int    *lists, *counts;
+    int           list_rows, n_expert, used, width;
+    const half_t *from;                 /* [rows, width], each row times scale[row] */
+    const float  *scale, *ff_scale;
+    expert_tile  *tiles;
+    int          *entry;
+    half_t       *to;                   /* [tiles, HOPPER_M, width] */
+    float        *to_scale, *m_scale;   /* [tiles, HOPPER_M] */
+};
+
+/* gather_entries: the rows of all entries in order of expert, each expert's from a tile's first row on.
+   Grid: tiles, GATHER_PARTS of each. */
+const int GATHER_PARTS = 4;
+static __global__ void __launch_bounds__(256) gather_entries_kernel(gather_args a) {
+    const int each = HOPPER_M / GATHER_PARTS, begin = block_y() * each;
+    int first = 0;
+    wait_for_previous();
+    let_next_start();
+    const expert_tile tile = find_tile(a.counts, a.n_expert, block_x(), &first);
+    if (tid() == 0 && block_y() == 0) a.tiles[block_x()] = tile;
+    if (tile.expert < 0) return;
+    for (int i = begin + warp_id(); i < begin + each; i += 8) {
+        const bool is = i < tile.rows;
+        const int entry = is ? a.lists[(size_t)tile.expert * a.list_rows + first + i] : -1, row = entry / a.used;
+        const size_t at = (size_t)block_x() * HOPPER_M + i;
+        if (lane_id() == 0) {
+            a.entry[at] = entry;
+            a.to_scale[at] = is ? a.scale[row] : 0;
+            a.m_scale[at] = is ? a.ff_scale[row] : 1;
+        }
+        if (!is) continue;
+        const uint4 *from = (const uint4 *)(const void *)(a.from + (size_t)row * a.width);
+        uint4 *to = (uint4 *)(void *)(a.to + at * a.width);
+        _Pragma("unroll 4") for (int k = lane_id(); k < a.width / 8; k += 32) to[k] = from[k];
+    }
+}
+
+/* What a product of tiles of entries reads and leaves. */
+struct group_args {
+    hopper_args        h;               /* rows: of all tiles; n_tiles: of 2 HOPPER_N rows of W */
+    const expert_tile *tiles;           /* [h.rows / HOPPER_M] */
+    int                each;            /* rows of W of an expert */
+    const int         *entry;           /* y[entry, :] */
+    float             *y; int ldy;
+};
+struct to_entries : product_end {};
+
+#ifdef QWEN3_WGMMA
+typedef large_tile<HOPPER_N, 2> group_tile;
+
+/* Turn u of all blocks': a tile of entries and one of W; false: there is none any more. */
+DEVICE bool group_turn(const group_args &g, int u, int *at, int *column, expert_tile *tile) {
+    *at = u / g.h.n_tiles;
+    *column = u % g.h.n_tiles;
+    if (*at >= g.h.rows / HOPPER_M) return false;
+    *tile = g.tiles[*at];
+    return tile->expert >= 0;
+}
+
+/* Tiles that are less than half full come as half of one. */
+static __device__ void group_load(const CUtensorMap *x_map, const CUtensorMap *w_map, const group_args &g,
+                                  const ring_of_tiles &ring) {
+    const unsigned half = HOPPER_HALF / 2;
+    ring_place place = {0, 1};
+    expert_tile tile;
+    int at, column, filled = 0;
+    for (int u = block_x(); group_turn(g, u, &at, &column, &tile); u += (int)gridDim.x) {
+        const bool both = tile.rows > HOPPER_M / 2;
+        const int row = tile.expert * g.each + 2 * column * g.h.step;
+        NO_UNROLL for (int k = 0; k < g.h.k; k += HOPPER_K, place.advance(ring.n), filled++) {
+            unsigned char *to = ring.memory + group_tile::BYTES * place.slot;
+            ring_stage *stage = &ring.stages[place.slot];
+            if (filled >= ring.n) barrier_wait(&stage->empty, place.parity);
+            barrier_expect(&stage->full, (unsigned)group_tile::BYTES - (both ? 0 : half));
+            UNROLL for (int p = 0; p < 4; p++)
+                load_tile(to + half * p, w_map, k, row + p / 2 * g.h.step + p % 2 * g.h.half, &stage->full);
+            load_tile(to + group_tile::X_AT, x_map, k, at * HOPPER_M, &stage->full);
+            if (both)
+                load_tile(to + group_tile::X_AT + half, x_map, k, at * HOPPER_M + HOPPER_M / 2, &stage->full);
+        }
+    }
+}
+
+DEVICE void group_finish(const to_mlp &, const group_args &g, const float (&acc)[64], int at, bool is, int r,
+                         int n, float scale) {
+    large_swiglu(g.h, acc, is ? at : g.h.rows, r, n, scale, 1.0f / g.h.out_scale[at]);
+}
+DEVICE void group_finish(const to_entries &, const group_args &g, const float (&acc)[64], int at, bool is,
+                         int r, int n, float scale) {
+    if (!is) return;
+    float *y = g.y + (size_t)g.entry[at] * g.ldy + n * HOPPER_N + 2 * (lane_id() % 4);
+    UNROLL for (int j = 0; j < 16; j++)
+        *(float2 *)(void *)(y + 8 * j) = make_float2(acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
+}
+
+/* Of a full tile each warpgroup has half of the rows, else half of the columns. */
+template <class END, int PARTS>
+static __device__ void group_multiply_tile(const group_args &g, float (&part)[64], const ring_of_tiles &ring,
+                                           ring_place &place, int group, int at, int column, int rows) {
+    const int first = (PARTS == 2 ? 64 * group : 0) + warp_id() % 4 * 16 + lane_id() / 4;
+    float acc[PARTS][64];
+    sum_tiles<group_tile, true>(
+        acc, part, ring, place, g.h.k / HOPPER_K,
+        group_tile::X_AT + (PARTS == 2 ? (int)HOPPER_HALF / 2 * group : 0),
+        PARTS == 2 ? 0 : group_tile::W_BYTES * group, [](const unsigned char *) {},
+        [](ring_stage *s) { if (lane_id() == 0) barrier_arrive(&s->empty); });
+    UNROLL for (int r = 0; r < 2; r++) {
+        const int row = at * HOPPER_M + first + 8 * r;
+        const float scale = g.h.w_scale * g.h.in_scale[row];
+        UNROLL for (int p = 0; p < PARTS; p++)
+            group_finish(END(), g, acc[p], row, first + 8 * r < rows, r,
+                         2 * column + (PARTS == 2 ? p : group), scale);
+    }
+}
+
+template <class END>
+static __device__ void group_multiply_tiles(const group_args &g, const ring_of_tiles &ring, int group) {
+    float part[64];
+    ring_place place = {0, 0};
+    expert_tile tile;
+    int at, column;
+    UNROLL for (int i = 0; i < 64; i++) part[i] = 0;
+    for (int u = block_x(); group_turn(g, u, &at, &column, &tile); u += (int)gridDim.x)
+        if (tile.rows > HOPPER_M / 2)
+            group_multiply_tile<END, 2>(g, part, ring, place, group, at, column, tile.rows);
+        else group_multiply_tile<END, 1>(g, part, ring, place, group, at, column, tile.rows);
+}
+#endif
+
+/* group_hopper: as large_product, of tiles of entries, each by the rows of its expert; to_mlp, or y[entry, :]
+   = W m. Blocks take turns of tiles of 128 entries by 256 rows of W: all of an expert's one after the other,
+   so that its weights come from memory once. Order: that of large_product. */
+template <class END>
+static __global__ void __launch_bounds__(LARGE_THREADS, 1)
+    group_hopper_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
+                        group_args g) {
+#ifdef QWEN3_WGMMA
+    QWEN3_DYNAMIC_SHARED(raw);
+    const ring_of_tiles ring = make_ring(raw, (size_t)group_tile::STAGES * group_tile::BYTES,
+                                         group_tile::STAGES, 8);
+    __syncthreads();
+    let_next_start();
+    wait_for_previous();
+    if (warp_id() < 4) {
+        fewer_registers<40>();
+        if (tid() == 0) group_load(&x_map, &w_map, g, ring);
+        __syncwarp();
+    } else {
+        more_registers<232>();
+        group_multiply_tiles<END>(g, ring, __shfl_sync(ALL, warp_id() / 4 - 1, 0));
+    }
+#else
+    (void)x_map; (void)w_map; (void)g;
+#endif
+}
+
+/* Do the kernels for Hopper serve, where weights are F16? */
+static bool group_fits_hopper(const cuda_ctx *c) {
+    const qwen3i_config *g = &c->m->config;
+    return c->hopper && g->n_ff_expert % (2 * HOPPER_N / 2) == 0 && g->n_embd % (2 * HOPPER_N) == 0;
+}
+/* The most tiles that entries of so many rows may take. */
+static int group_tiles(const cuda_ctx *c, int rows) {
+    const int entries = rows * c->m->config.n_expert_used, n = c->m->config.n_expert;
+    return least(entries, entries / HOPPER_M + n);
+}
+
 /* ---- launching them ---- */
 static expert_args expert_arguments(const pass *p, const matrix &w, int rows, const float *x, int ldx,
                                     int per, float *y, int ldy) {
@@ -7710,10 +7950,12 @@ static qwen3_result route(const pass *p, const layer_weights &l) {
     if (goes_alone(c, p->n)) return route_one(p, l);
     input normed;
     TRY(vector_norm(p, l.mlp_norm, l.gate_up, &normed));
+    const bool many = p->n > GROUP_LEAST && g->n_embd % 4 == 0;
+    const dim3 grid = many ? grid2(ceil_div(g->n_expert, 8 * ROUTE_EXPERTS), ceil_div(p->n, ROUTE_MANY)) :
+                             grid2(ceil_div(g->n_expert, 8), ceil_div(p->n, ROUTE_ROWS));
     TRY(launched(p,
-                 launch_early(p->early, p->s, grid2(ceil_div(g->n_expert, 8), ceil_div(p->n, ROUTE_ROWS)),
-                              256, 0, route_kernel, e.logits, (const float *)l.router, normed.x,
-                              normed.ldx, p->n, g->n_expert, g->n_embd),
+                 launch_early(p->early, p->s, grid, 256, 0, many ? route_many_kernel : route_kernel, e.logits,
+                              (const float *)l.router, normed.x, normed.ldx, p->n, g->n_expert, g->n_embd),
                  "route"));
     TRY(launched(p,
                  launch_early(p->early, p->s, grid1(ceil_div(p->n, 8)), 256, 0, pick_experts_kernel, e.picked,
@@ -7753,6 +7995,64 @@ static qwen3_result group_mlp(const pass *p, const layer_weights &l) {
     return group_product(p, l.w_down, g->n_embd, 1, e.m16, e.m_scale, e.y, ldy);
 }
 
+/* Rows as F16, in order of expert */
+static qwen3_result gather_entries(const pass *p, const layer_weights &l, int tiles) {
+    const cuda_ctx *c = p->c;
+    const expert_buffers &e = c->experts;
+    const gather_args a = {e.lists, e.counts, c->max_rows, c->m->config.n_expert, c->m->config.n_expert_used,
+                           c->m->config.n_embd, c->hopper_act, c->act_scale, c->ff_scale, e.tiles, e.entry,
+                           e.act, e.act_scale, e.m_scale};
+    TRY(launched(p, launch_hopper_norm(p, norm_arguments(p, l.mlp_norm, l.gate_up)), "hopper_norm"));
+    return launched(p, launch_early(p->early, p->s, grid2(tiles, GATHER_PARTS), 256, 0, gather_entries_kernel,
+                                    a), "gather_entries");
+}
+
+template <class END>
+static qwen3_result group_hopper(const pass *p, const matrix &w, const stored_map &in, const stored_map &map,
+                                 const group_args &a) {
+    const int turns = a.h.rows / HOPPER_M * a.h.n_tiles;
+    if (w.n_parts > 0) TRY(decode_experts(p->c->scratch, p->s, w, p->err));
+    return launched(p,
+                    launch_clusters(p->early && w.n_parts == 0, 1, p->s, grid1(least(turns, p->c->m->n_sm)),
+                                    LARGE_THREADS, large_product_shared<HOPPER_N, 2>(),
+                                    group_hopper_kernel<END>, get_map(in),
+                                    get_map(w.n_parts > 0 ? map : w.map), a),
+                    "group_hopper");
+}
+
+/* y = Wdown(silu(Wgate h) * (Wup h)) of all entries */
+static qwen3_result hopper_experts(const pass *p, const layer_weights &l) {
+    const cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const expert_buffers &e = c->experts;
+    const int tiles = group_tiles(c, p->n), ff = g->n_ff_expert;
+    group_args up = {hopper_arguments(p, l.gate_up, e.act_scale), e.tiles, 2 * ff, e.entry, NULL, 0}, down = up;
+    TRY(gather_entries(p, l, tiles));
+    up.h.rows = down.h.rows = tiles * HOPPER_M;
+    up.h.n_tiles = ff / HOPPER_N;
+    up.h.step = HOPPER_N / 2;
+    up.h.half = ff;
+    up.h.out = e.m16;
+    up.h.ldo = ff;
+    up.h.out_scale = e.m_scale;
+    down.h.k = ff;
+    down.h.n_tiles = g->n_embd / (2 * HOPPER_N);
+    down.h.w_scale = l.w_down.scale;
+    down.h.in_scale = e.m_scale;
+    down.each = g->n_embd;
+    down.y = e.y;
+    down.ldy = e.ldy;
+    TRY(group_hopper<to_mlp>(p, l.gate_up, e.act_map, e.up_map, up));
+    return group_hopper<to_entries>(p, l.w_down, e.m_map, e.down_map, down);
+}
+
+/* Few rows of weights in blocks are faster as they are. */
+static bool goes_to_hopper(const pass *p, const layer_weights &l) {
+    const bool blocks = l.gate_up.n_parts > 0 || l.w_down.n_parts > 0;
+    return p->c->experts.n_tiles > 0 && !goes_alone(p->c, p->n) && (!blocks || p->n > GROUP_LEAST) &&
+           l.gate_up.type == QWEN3I_F16 && l.w_down.type == QWEN3I_F16;
+}
+
 /* y = W m of all entries, or, of one row, x = x + their sum */
 static qwen3_result experts_down(const pass *p, const layer_weights &l) {
     cuda_ctx *c = p->c;
@@ -7775,7 +8075,9 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
     const expert_buffers &e = c->experts;
     TRY(route(p, l));
     TRY(begin_sum(p));
-    if (p->n > GROUP_LEAST && l.gate_up.type == QWEN3I_F16 && l.w_down.type == QWEN3I_F16)
+    if (goes_to_hopper(p, l)) TRY(hopper_experts(p, l));
+    else if (c->experts.n_tiles == 0 && p->n > GROUP_LEAST && l.gate_up.type == QWEN3I_F16 &&
+             l.w_down.type == QWEN3I_F16)
         TRY(group_mlp(p, l));
     else {
         const expert_args up = expert_arguments(p, l.gate_up, 2 * g->n_ff_expert, c->h, c->embd_ld,
@@ -8583,6 +8885,7 @@ static void experts_memory(cuda_ctx *c, arena *a) {
     const size_t rows = (size_t)c->max_rows, entries = rows * (size_t)g->n_expert_used;
     const size_t n = (size_t)g->n_expert, ff = (size_t)round_up(g->n_ff_expert, 8);
     expert_buffers *e = &c->experts;
+    e->n_tiles = 0;
     if (n == 0) return;
     e->ldy = most(c->embd_ld, 2 * (int)ff);
     e->logits = a->take<float>(rows, n);
@@ -8592,10 +8895,15 @@ static void experts_memory(cuda_ctx *c, arena *a) {
     e->counts = a->take<int>(n);
     e->m = a->take<float>(entries, ff);
     e->y = a->take<float>(entries, (u64)e->ldy);
-    e->act = a->take<half_t>(rows, (u64)c->embd_ld);
-    e->m16 = a->take<half_t>(entries, ff);
-    e->act_scale = a->take<float>(rows);
-    e->m_scale = a->take<float>(entries);
+    e->n_tiles = group_fits_hopper(c) ? group_tiles(c, c->max_rows) : 0;
+    const size_t tiled = (size_t)e->n_tiles * HOPPER_M, in = e->n_tiles ? tiled : rows,
+                 out = e->n_tiles ? tiled : entries;
+    e->act = a->take<half_t>(in, (u64)c->embd_ld);
+    e->m16 = a->take<half_t>(out, ff);
+    e->act_scale = a->take<float>(in);
+    e->m_scale = a->take<float>(out);
+    e->tiles = a->take<expert_tile>((size_t)e->n_tiles);
+    e->entry = a->take<int>(tiled);
 }
 
 static void lay_out_device(cuda_ctx *c, arena *a) {
@@ -8820,6 +9128,23 @@ static qwen3_result prepare_halves(cuda_ctx *c, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
+/* What tiles of experts are read through. */
+static qwen3_result prepare_experts(cuda_ctx *c, const qwen3i_err *err) {
+    const qwen3i_config *g = &c->m->config;
+    expert_buffers *e = &c->experts;
+    const u64 rows = (u64)e->n_tiles * HOPPER_M;
+    if (e->n_tiles == 0) return QWEN3_OK;
+    TRY(make_map(&e->act_map, e->act, (u64)g->n_embd, rows, HOPPER_M / 2, err));
+    TRY(make_map(&e->m_map, e->m16, (u64)g->n_ff_expert, rows, HOPPER_M / 2, err));
+    for (int i = 0; i < g->n_layer; i++)
+        for (const matrix *w : {&c->m->layers[i].gate_up, &c->m->layers[i].w_down})
+            if (w->each > 0 && w->n_parts > 0)
+                TRY(make_map(w->kind == DOWN_KIND ? &e->down_map : &e->up_map, c->scratch, (u64)w->ld,
+                             (u64)w->rows, HOPPER_N / 2, err));
+    TRY(allow_shared(group_hopper_kernel<to_mlp>, large_product_shared<HOPPER_N, 2>(), err));
+    return allow_shared(group_hopper_kernel<to_entries>, large_product_shared<HOPPER_N, 2>(), err);
+}
+
 static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     const qwen3i_config *g = &c->m->config;
     const u64 rows = (u64)c->max_rows, ctx = (u64)c->desc.max_ctx,
@@ -8831,6 +9156,7 @@ static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     TRY(make_map(&c->skinny_a_map, c->hopper_act, (u64)c->q_dim, rows, SKINNY_X_TILE, err));
     TRY(make_map(&c->skinny_m_map, c->hopper_m, (u64)g->n_ff, rows, SKINNY_X_TILE, err));
     TRY(prepare_halves(c, err));
+    TRY(prepare_experts(c, err));
     TRY(allow_skinny_shared<32>(err));
     TRY(allow_skinny_shared<64>(err));
     TRY(find_skinny_room(c, err));
@@ -8885,6 +9211,11 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
         CUDA_TRY(cudaMemsetAsync(c->hopper_act, 0, (size_t)c->max_rows * most(c->q_dim, g->n_embd) * 2,
                                  c->stream));
         CUDA_TRY(cudaMemsetAsync(c->hopper_m, 0, (size_t)c->max_rows * g->n_ff * 2, c->stream));
+        const size_t tiled = (size_t)c->experts.n_tiles * HOPPER_M * 2;
+        if (tiled > 0) {
+            CUDA_TRY(cudaMemsetAsync(c->experts.act, 0, tiled * c->embd_ld, c->stream));
+            CUDA_TRY(cudaMemsetAsync(c->experts.m16, 0, tiled * round_up(g->n_ff_expert, 8), c->stream));
+        }
     }
     /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
     for (const auto &r : c->results)

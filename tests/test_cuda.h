@@ -1040,13 +1040,15 @@ static void test_cuda_experts(void) {
 }
 
 /* A mixture of one layer, larger than what lies in the repository */
-enum { ODD_EMBD = 1120, ODD_FF = 224, ODD_N = 7, ODD_VOCAB = 64 };
+enum { ODD_VOCAB = 64, ODD_MOST = 7 };
+typedef struct { int embd, ff, head_dim, n, used, rows; } odd_shape;
 
-static void experts_odd(experts_model *out, qwen3i_type type, int quantize, const qwen3_backend *backend) {
-    const size_t pool = (size_t)ODD_N * 3 * ODD_FF * ODD_EMBD + 4 * ODD_EMBD * ODD_EMBD, size = qwen3i_type_size(type);
+static void experts_odd(experts_model *out, odd_shape s, qwen3i_type type, int quantize, const qwen3_backend *backend) {
+    const size_t embd = (size_t)s.embd, mlp = (size_t)s.ff * embd, head = (size_t)s.head_dim,
+                 pool = (size_t)s.n * 3 * mlp + (6 * head + ODD_VOCAB) * embd, size = qwen3i_type_size(type);
     char *w = (char *)malloc(pool * size), *at = w;
-    float *ones = floats(ODD_EMBD), *router = floats((size_t)ODD_N * ODD_EMBD);
-    qwen3i_matrix list[3][ODD_N];
+    float *ones = floats(embd), *router = floats((size_t)s.n * embd);
+    qwen3i_matrix list[3][ODD_MOST];
     qwen3i_experts e;
     qwen3i_layer l;
     qwen3_model m;
@@ -1059,31 +1061,32 @@ static void experts_odd(experts_model *out, qwen3i_type type, int quantize, cons
     memset(&m, 0, sizeof m);
     memset(&l, 0, sizeof l);
     memset(&d, 0, sizeof d);
-    m.config.n_layer = 1; m.config.n_embd = ODD_EMBD; m.config.n_head = 2; m.config.n_head_kv = 1; m.config.head_dim = 64; m.config.n_ff = ODD_FF;
-    m.config.max_ctx = 64; m.config.n_vocab = ODD_VOCAB; m.config.n_expert = ODD_N; m.config.n_expert_used = 3; m.config.n_ff_expert = ODD_FF;
+    m.config.n_layer = 1; m.config.n_embd = s.embd; m.config.n_head = 2; m.config.n_head_kv = 1; m.config.head_dim = s.head_dim; m.config.n_ff = s.ff;
+    m.config.max_ctx = 256; m.config.n_vocab = ODD_VOCAB; m.config.n_expert = s.n; m.config.n_expert_used = s.used; m.config.n_ff_expert = s.ff;
     m.config.rms_eps = 1e-6f; m.config.rope_theta = 10000; m.config.tied = 1;
-    for (i = 0; i < ODD_EMBD; i++) ones[i] = 1.0f + (float)(i % 5) * 0.1f;
-    for (i = 0; i < (size_t)ODD_N * ODD_EMBD; i++) router[i] = ((float)random_below(&rng, 2001) - 1000) * 2e-4f;
+    for (i = 0; i < embd; i++) ones[i] = 1.0f + (float)(i % 5) * 0.1f;
+    for (i = 0; i < (size_t)s.n * embd; i++) router[i] = ((float)random_below(&rng, 2001) - 1000) * 2e-4f;
     for (i = 0; i < pool; i++) {
         const float f = ((float)random_below(&rng, 2001) - 1000) * 6e-5f;
         const uint16_t h = qwen3i_f32_to_bf16(f);
         if (size == 4) memcpy(w + 4 * i, &f, 4); else memcpy(w + 2 * i, &h, 2);
     }
     l.attn_norm = l.mlp_norm = l.q_norm = l.k_norm = m.weights.final_norm = ones;
-    l.wq.data = at; l.wq.rows = 128; l.wq.cols = ODD_EMBD; l.wq.type = type;
+    l.wq.data = at; l.wq.rows = 2 * s.head_dim; l.wq.cols = s.embd; l.wq.type = type;
     l.wk = l.wv = m.weights.embed = e.router = l.wq;
-    l.wk.rows = l.wv.rows = m.weights.embed.rows = 64;
-    l.wk.data = at + 128 * ODD_EMBD * size;
-    l.wv.data = at + 192 * ODD_EMBD * size;
-    m.weights.embed.data = at + 256 * ODD_EMBD * size;
+    l.wk.rows = l.wv.rows = s.head_dim;
+    m.weights.embed.rows = ODD_VOCAB;
+    l.wk.data = at += 2 * head * embd * size;
+    l.wv.data = at += head * embd * size;
     l.wo = l.wq;
-    l.wo.data = at + 320 * ODD_EMBD * size; l.wo.rows = ODD_EMBD; l.wo.cols = 128;
-    e.router.data = router; e.router.rows = ODD_N; e.router.type = QWEN3I_F32;
-    at += 448 * ODD_EMBD * size;
-    for (k = 0; k < 3; k++) for (x = 0; x < ODD_N; x++, at += (size_t)ODD_FF * ODD_EMBD * size) {
+    l.wo.data = at += head * embd * size; l.wo.rows = s.embd; l.wo.cols = 2 * s.head_dim;
+    m.weights.embed.data = at += 2 * head * embd * size;
+    e.router.data = router; e.router.rows = s.n; e.router.type = QWEN3I_F32;
+    at += ODD_VOCAB * embd * size;
+    for (k = 0; k < 3; k++) for (x = 0; x < s.n; x++, at += mlp * size) {
         list[k][x].data = at; list[k][x].type = type;
-        list[k][x].rows = k < 2 ? ODD_FF : ODD_EMBD;
-        list[k][x].cols = k < 2 ? ODD_EMBD : ODD_FF;
+        list[k][x].rows = k < 2 ? s.ff : s.embd;
+        list[k][x].cols = k < 2 ? s.embd : s.ff;
     }
     l.experts = &e;
     m.weights.layers = &l;
@@ -1099,27 +1102,32 @@ static void experts_odd(experts_model *out, qwen3i_type type, int quantize, cons
     free(router);
 }
 
-/* Sizes that are no multiples of any tile, and exceed each: beside the CPU */
+/* Beside the CPU: sizes that are no multiples of any tile, and exceed each; those of Hopper's kernels, with tiles of entries that are
+   full, more than half full, and less. */
 static void test_cuda_experts_odd(void) {
-    static const int chunks[] = {1, 6, 40};
-    static const struct { const char *name; qwen3i_type type; int quantize; double few, many; } kinds[] = {
-        {"F32", QWEN3I_F32, 0, 3e-6, 3e-6}, {"BF16", QWEN3I_BF16, 0, 3e-6, 1e-3}, {"Q8_0", QWEN3I_BF16, 1, 2e-4, 3e-3}
+    static const odd_shape odd = {1120, 224, 64, 7, 3, 40}, hopper = {256, 128, 128, 3, 2, 230};
+    static const struct { const char *name; const odd_shape *shape; qwen3i_type type; int quantize; double few, many; } kinds[] = {
+        {"F32", &odd, QWEN3I_F32, 0, 3e-6, 3e-6}, {"BF16", &odd, QWEN3I_BF16, 0, 3e-6, 1e-3}, {"Q8_0", &odd, QWEN3I_BF16, 1, 2e-4, 3e-3},
+        {"BF16, Hopper", &hopper, QWEN3I_BF16, 0, 1e-3, 1e-3}, {"Q8_0, Hopper", &hopper, QWEN3I_BF16, 1, 2e-4, 3e-3}
     };
-    qwen3_token tokens[40];
+    qwen3_token tokens[256];
     uint64_t rng = 3;
     int t, k;
-    random_tokens(&rng, tokens, 40, ODD_VOCAB);
-    for (t = 0; t < 3; t++) {
+    random_tokens(&rng, tokens, 256, ODD_VOCAB);
+    for (t = 0; t < QWEN3I_COUNT(kinds); t++) {
+        const int rows = kinds[t].shape->rows, chunks[] = {1, 6, rows};
         experts_model cpu, gpu;
-        float *want, *got = floats(40 * ODD_VOCAB);
-        experts_odd(&cpu, kinds[t].type, kinds[t].quantize, NULL);
-        experts_odd(&gpu, kinds[t].type, kinds[t].quantize, qwen3_cuda_backend());
-        want = cpu.model ? plain_logits(cpu.model, tokens, 40, QWEN3_KV_F32) : NULL;
+        cuda_on_cpu_chip(kinds[t].shape == &hopper ? 90 : 80);
+        float *want, *got = floats((size_t)rows * ODD_VOCAB);
+        experts_odd(&cpu, *kinds[t].shape, kinds[t].type, kinds[t].quantize, NULL);
+        experts_odd(&gpu, *kinds[t].shape, kinds[t].type, kinds[t].quantize, qwen3_cuda_backend());
+        want = cpu.model ? plain_logits(cpu.model, tokens, rows, QWEN3_KV_F32) : NULL;
         for (k = 0; k < 3 && gpu.model && want; k++) {
-            qwen3_ctx *ctx = ctx_open(gpu.model, 64, 1, chunks[k], QWEN3_KV_F32);
+            const int n = k < 2 ? 20 : rows;
+            qwen3_ctx *ctx = ctx_open(gpu.model, 256, 1, chunks[k], QWEN3_KV_F32);
             double e;
-            if (ctx) CHECK_OK(ctx, eval(ctx, 0, tokens, 40, got));
-            e = cuda_error(got, want, 40 * ODD_VOCAB);
+            if (ctx) CHECK_OK(ctx, eval(ctx, 0, tokens, n, got));
+            e = cuda_error(got, want, (size_t)n * ODD_VOCAB);
             if (test_verbose) printf("    %s, chunks of %d: %.2e\n", kinds[t].name, chunks[k], e);
             CHECK_MSG(e <= (k == 2 ? kinds[t].many : kinds[t].few), "%s, chunks of %d: off by %.3g", kinds[t].name, chunks[k], e);
             qwen3_ctx_free(ctx);
@@ -1129,6 +1137,7 @@ static void test_cuda_experts_odd(void) {
         experts_free(&cpu);
         experts_free(&gpu);
     }
+    cuda_on_cpu_chip(80);
 }
 
 /* Experts in blocks of each format, and with numbers beside them: one row, few and many at a time beside their values in float32 on
