@@ -7255,12 +7255,13 @@ static __global__ void __launch_bounds__(256, 2)
     wait_for_previous();
     let_next_start();
     if (expert >= n_expert) return;
+    const auto of_expert = [&](int e) { return router + (size_t)least(expert + e, n_expert - 1) * width; };
+    const auto of_row = [&](int r) { return h + (size_t)least(first + r, rows - 1) * ldh; };
     NO_UNROLL for (int k = 4 * lane; k < width; k += 128) {
         float4 w[E];
-        UNROLL for (int e = 0; e < E; e++)
-            w[e] = *(const float4 *)(const void *)(router + (size_t)least(expert + e, n_expert - 1) * width + k);
+        UNROLL for (int e = 0; e < E; e++) w[e] = *(const float4 *)(const void *)(of_expert(e) + k);
         UNROLL for (int r = 0; r < R; r++) {
-            const float4 x = *(const float4 *)(const void *)(h + (size_t)least(first + r, rows - 1) * ldh + k);
+            const float4 x = *(const float4 *)(const void *)(of_row(r) + k);
             UNROLL for (int e = 0; e < E; e++) {
                 acc[e][r] += w[e].x * x.x; acc[e][r] += w[e].y * x.y;
                 acc[e][r] += w[e].z * x.z; acc[e][r] += w[e].w * x.w;
@@ -7277,12 +7278,26 @@ static __global__ void __launch_bounds__(256, 2)
 /* A probability that was picked has its sign set. */
 DEVICE bool is_picked(float p) { return __float_as_uint(p) >> 31; }
 
+/* The numbers of a row, 32 at a time, of which a lane has one: in registers, or where they were. */
+struct kept_numbers {
+    float v[4];
+    __device__ int steps(int) const { return 4; }
+    __device__ float &operator[](int j) { return v[j]; }
+};
+struct stored_numbers {
+    float *p;
+    __device__ int steps(int n) const { return ceil_div(n, 32); }
+    __device__ float &operator[](int j) { return p[32 * j + lane_id()]; }
+};
+
 /* Where a row's largest probability is that was not picked; of equal ones the first. By a warp. */
-DEVICE int most_probable(const float *p, int n) {
+template <class P> DEVICE int most_probable(P &p, int n) {
     float best = -1;
     int at = INT_MAX;
-    for (int i = lane_id(); i < n; i += 32)
-        if (!is_picked(p[i]) && p[i] > best) { best = p[i]; at = i; }
+    UNROLL for (int j = 0; j < p.steps(n); j++) {
+        const int i = 32 * j + lane_id();
+        if (i < n && !is_picked(p[j]) && p[j] > best) { best = p[j]; at = i; }
+    }
     UNROLL for (int o = 16; o > 0; o >>= 1) {
         const float other = __shfl_xor_sync(ALL, best, o);
         const int there = __shfl_xor_sync(ALL, at, o);
@@ -7291,36 +7306,47 @@ DEVICE int most_probable(const float *p, int n) {
     return at;
 }
 
-/* Softmax over the logits p [n] of a row, which it overwrites; the `used` most probable in order of index,
-   and their weights. By a warp. What is no number counts as 0. */
-DEVICE void pick_row(int *picked, float *share, float *p, int n, int used, int norm) {
+/* Softmax over the logits of a row, to p; the `used` most probable in order of index, and their weights. By a
+   warp. What is no number counts as 0. */
+template <class P>
+DEVICE void pick_of(P p, int *picked, float *share, const float *logits, int n, int used, int norm) {
     const int lane = lane_id();
     float top = LOWEST, all = 0, sum = 0;
-    for (int i = lane; i < n; i += 32) top = fmaxf(top, __ldcg(p + i));
+    UNROLL for (int j = 0; j < p.steps(n); j++) {
+        if (32 * j + lane < n) p[j] = __ldcg(logits + 32 * j + lane);
+        if (32 * j + lane < n) top = fmaxf(top, p[j]);
+    }
     top = warp_max(top);
-    for (int i = lane; i < n; i += 32) {
-        const float e = expf(__ldcg(p + i) - top);
-        p[i] = e >= 0 && e <= 1 ? e : 0.0f;
-        all += p[i];
+    UNROLL for (int j = 0; j < p.steps(n); j++) {
+        if (32 * j + lane >= n) continue;
+        const float e = expf(p[j] - top);
+        p[j] = e >= 0 && e <= 1 ? e : 0.0f;
+        all += p[j];
     }
     all = warp_sum(all);
     for (int k = 0; k < used; k++) {
         const int at = most_probable(p, n);
-        if (at % 32 == lane) p[at] = -p[at];
+        UNROLL for (int j = 0; j < p.steps(n); j++) if (32 * j + lane == at) p[j] = -p[j];
     }
-    for (int i = lane; i < n; i += 32) if (is_picked(p[i])) sum += -p[i];
+    UNROLL for (int j = 0; j < p.steps(n); j++) if (32 * j + lane < n && is_picked(p[j])) sum += -p[j];
     sum = warp_sum(sum);
     const float part = 1.0f / (norm ? sum : all);
-    for (int i = lane, base = 0; i - lane < n; i += 32) {
-        const bool is = i < n && is_picked(p[i < n ? i : 0]);
+    int base = 0;
+    UNROLL for (int j = 0; j < p.steps(n); j++) {
+        const bool is = 32 * j + lane < n && is_picked(p[j]);
         const unsigned those = __ballot_sync(ALL, is);
         const int at = base + __popc(those & ((1u << lane) - 1));
         if (is) {
-            picked[at] = i;
-            share[at] = -p[i] * part;
+            picked[at] = 32 * j + lane;
+            share[at] = -p[j] * part;
         }
         base += __popc(those);
     }
+}
+/* It may overwrite the logits. */
+DEVICE void pick_row(int *picked, float *share, float *logits, int n, int used, int norm) {
+    if (n <= 128) pick_of(kept_numbers(), picked, share, logits, n, used, norm);
+    else pick_of(stored_numbers{logits}, picked, share, logits, n, used, norm);
 }
 
 /* pick_experts: pick_row of each row. One warp a row. Equals qwen3i_route_rows. */
@@ -7334,7 +7360,7 @@ static __global__ void __launch_bounds__(256)
 }
 
 /* route_one: for one row all of it: h = RMSNorm(x), the logits, and, by the block that is the last to have
-   them, the choice. One warp an expert. ticket: zero before and after. Equals qwen3i_rmsnorm, qwen3i_matmul,
+   them, the choice. A block an expert. ticket: zero before and after. Equals qwen3i_rmsnorm, qwen3i_matmul,
    qwen3i_route_rows. */
 struct route_args {
     float       *h, *logits;            /* [n_embd], [n_expert] */
@@ -7345,21 +7371,33 @@ struct route_args {
     int          n_expert, n_embd, used, norm;
     float        eps;
 };
+const int ROUTE_EACH = 8;               /* elements of a row that a thread keeps */
 static __global__ void __launch_bounds__(256) route_one_kernel(route_args a) {
     __shared__ float shared[32];
     __shared__ bool last;
-    const int expert = block_x() * 8 + warp_id(), lane = lane_id();
-    const float *router = a.router + (size_t)(expert < a.n_expert ? expert : 0) * a.n_embd;
-    float sum = 0, acc = 0;
-    for (int k = lane * 32; k < a.n_embd; k += 32 * 32) prefetch(router + k);
+    const float *router = a.router + (size_t)block_x() * a.n_embd;
+    float w[ROUTE_EACH], gain[ROUTE_EACH], sum = 0, acc = 0;
+    UNROLL for (int j = 0; j < ROUTE_EACH; j++) {       /* before the kernel before has ended */
+        const int k = tid() + 256 * j, at = k < a.n_embd ? k : 0;
+        w[j] = router[at];
+        gain[j] = a.gain[at];
+    }
+    for (int k = tid() + 256 * ROUTE_EACH; k < a.n_embd; k += 256) prefetch(router + k);
     wait_for_previous();
     let_next_start();
-    _Pragma("unroll 8") for (int k = tid(); k < a.n_embd; k += 256) sum += a.x[k] * a.x[k];
+    UNROLL for (int j = 0; j < ROUTE_EACH; j++) {
+        const int k = tid() + 256 * j;
+        const float x = k < a.n_embd ? a.x[k] : 0;
+        sum += x * x;
+        acc += w[j] * (x * gain[j]);
+    }
+    for (int k = tid() + 256 * ROUTE_EACH; k < a.n_embd; k += 256) {
+        sum += a.x[k] * a.x[k];
+        acc += router[k] * (a.x[k] * a.gain[k]);
+    }
     const float r = rms_scale(block_sum(sum, shared), (float)a.n_embd, a.eps);
-    _Pragma("unroll 16") for (int k = lane; k < a.n_embd; k += 32)
-        acc += router[k] * (a.x[k] * r * a.gain[k]);
-    acc = warp_sum(acc);
-    if (lane == 0 && expert < a.n_expert) a.logits[expert] = acc;
+    acc = block_sum(acc, shared) * r;
+    if (tid() == 0) a.logits[block_x()] = acc;
     for (int k = block_x() * 256 + tid(); k < a.n_embd; k += (int)gridDim.x * 256)
         a.h[k] = a.x[k] * r * a.gain[k];
     __threadfence();
@@ -7732,7 +7770,8 @@ static __global__ void __launch_bounds__(256) gather_entries_kernel(gather_args 
     if (tile.expert < 0) return;
     for (int i = begin + warp_id(); i < begin + each; i += 8) {
         const bool is = i < tile.rows;
-        const int entry = is ? a.lists[(size_t)tile.expert * a.list_rows + first + i] : -1, row = entry / a.used;
+        const int entry = is ? a.lists[(size_t)tile.expert * a.list_rows + first + i] : -1,
+                  row = entry / a.used;
         const size_t at = (size_t)block_x() * HOPPER_M + i;
         if (lane_id() == 0) {
             a.entry[at] = entry;
@@ -7801,7 +7840,8 @@ DEVICE void group_finish(const to_entries &, const group_args &g, const float (&
     if (!is) return;
     float *y = g.y + (size_t)g.entry[at] * g.ldy + n * HOPPER_N + 2 * (lane_id() % 4);
     UNROLL for (int j = 0; j < 16; j++)
-        *(float2 *)(void *)(y + 8 * j) = make_float2(acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
+        *(float2 *)(void *)(y + 8 * j) =
+            make_float2(acc[4 * j + 2 * r] * scale, acc[4 * j + 2 * r + 1] * scale);
 }
 
 /* Of a full tile each warpgroup has half of the rows, else half of the columns. */
@@ -7937,7 +7977,7 @@ static qwen3_result route_one(const pass *p, const layer_weights &l) {
     const route_args a = {c->h, e.logits, c->x, l.mlp_norm, l.router, e.picked, e.share, c->qkv_tickets,
                           g->n_expert, g->n_embd, g->n_expert_used, g->norm_topk, g->rms_eps};
     return launched(p,
-                    launch_early(p->early, p->s, grid1(ceil_div(g->n_expert, 8)), 256, 0, route_one_kernel,
+                    launch_early(p->early, p->s, grid1(g->n_expert), 256, 0, route_one_kernel,
                                  a),
                     "route_one");
 }
@@ -8026,7 +8066,8 @@ static qwen3_result hopper_experts(const pass *p, const layer_weights &l) {
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
     const int tiles = group_tiles(c, p->n), ff = g->n_ff_expert;
-    group_args up = {hopper_arguments(p, l.gate_up, e.act_scale), e.tiles, 2 * ff, e.entry, NULL, 0}, down = up;
+    group_args up = {hopper_arguments(p, l.gate_up, e.act_scale), e.tiles, 2 * ff, e.entry, NULL, 0},
+               down = up;
     TRY(gather_entries(p, l, tiles));
     up.h.rows = down.h.rows = tiles * HOPPER_M;
     up.h.n_tiles = ff / HOPPER_N;
