@@ -98,11 +98,11 @@ const int SLOTS         = 16;           /* so many pieces are filled or on their
 #ifdef QWEN3_CUDA_EMULATED
 /* bytes of the scales that come back at a time: few, so that tests see pieces */
 const size_t SCALES_PIECE = 16;
-/* up to so many rows experts read each weight for a few, then by tiles */
-const int GROUP_LEAST   = 16;
+/* up to so many rows experts read each weight for a few, then by tiles; in blocks on Hopper */
+const int GROUP_LEAST   = 16, GROUP_LEAST_BLOCKS = 16;
 #else
 const size_t SCALES_PIECE = PIECE;
-const int GROUP_LEAST   = 64;
+const int GROUP_LEAST   = 64, GROUP_LEAST_BLOCKS = 32;
 #endif
 const int MOST_HELPERS  = 8;
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
@@ -8087,10 +8087,10 @@ static qwen3_result hopper_experts(const pass *p, const layer_weights &l) {
     return group_hopper<to_entries>(p, l.w_down, e.m_map, e.down_map, down);
 }
 
-/* Few rows of weights in blocks are faster as they are. */
+/* Fewer rows have few entries of an expert, and weights in blocks are faster as they are. */
 static bool goes_to_hopper(const pass *p, const layer_weights &l) {
     const bool blocks = l.gate_up.n_parts > 0 || l.w_down.n_parts > 0;
-    return p->c->experts.n_tiles > 0 && !goes_alone(p->c, p->n) && (!blocks || p->n > GROUP_LEAST) &&
+    return p->c->experts.n_tiles > 0 && p->n > (blocks ? GROUP_LEAST_BLOCKS : most_single(p->c)) &&
            l.gate_up.type == QWEN3I_F16 && l.w_down.type == QWEN3I_F16;
 }
 
