@@ -3,7 +3,7 @@
 usage: grammar_cases.py SCHEMAS.jsonl > cases;   grammar_bench MODEL < cases > results;   grammar_cases.py SCHEMAS.jsonl results
        grammar_bench MODEL 20 < cases > texts;   grammar_cases.py SCHEMAS.jsonl texts --judge     (pip install jsonschema)
 A line of SCHEMAS has name, schema, and tests with valid and data; each text is tried compact and with indentation."""
-import collections, json, sys
+import collections, json, re, sys
 
 STYLES = dict(separators=(',', ':')), dict(indent=4)
 
@@ -55,8 +55,16 @@ def score(rows, lines):
     print('compiling:', summary(compiles))
 
 
+class Ecma:
+    """Expressions as schemas mean them: $ is the end, and not, as in Python, before a newline at the end, too."""
+    @staticmethod
+    def search(pattern, text):
+        return re.search(re.sub(r'(\\.|\[(?:\\.|[^]])*])|\$', lambda m: m[1] or r'\Z', pattern), text)
+
+
 def judge(rows, data):
     import jsonschema
+    jsonschema._keywords.re = jsonschema._utils.re = Ecma
     count, at, rows = collections.Counter(), 0, iter(rows)
     while at < len(data):
         end = data.index(b'\n', at)
