@@ -102,7 +102,7 @@ const size_t SCALES_PIECE = 16;
 const int GROUP_LEAST   = 16, GROUP_LEAST_BLOCKS = 16;
 #else
 const size_t SCALES_PIECE = PIECE;
-const int GROUP_LEAST   = 64, GROUP_LEAST_BLOCKS = 32;
+const int GROUP_LEAST   = 64, GROUP_LEAST_BLOCKS = 24;
 #endif
 const int MOST_HELPERS  = 8;
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
