@@ -309,6 +309,14 @@ DEVICE uint4 load_stream(const void *p) {
     return v;
 }
 
+/* The same, and it is asked for before any wait that follows: the compiler may move the others behind it. */
+DEVICE uint4 load_ahead(const void *p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+
 /* Brings a line to the L2. */
 DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -634,6 +642,11 @@ DEVICE void load_tile(void *to, const CUtensorMap *map, int x, int y, int z, mba
                  "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(b))
                  : "memory");
 }
+/* So many bytes, a multiple of 16, in a row. */
+DEVICE void copy_bulk(void *to, const void *from, unsigned bytes, mbarrier *b) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(b)) : "memory");
+}
 /* To this place, and this barrier, in both blocks of the cluster. */
 DEVICE void load_tile_twice(void *to, const CUtensorMap *map, int x, int y, mbarrier *b) {
     asm volatile(
@@ -828,6 +841,7 @@ typedef void *communicator;
 struct layer_weights {
     float *attn_norm, *q_norm, *k_norm, *mlp_norm;
     matrix qkv, wo, gate_up, w_down;    /* q, k, v below each other, as are gate and up */
+    stored_map down_columns;            /* see two_mlp */
     float *router;          /* [n_expert, n_embd]; not NULL: gate_up and w_down are those of all experts */
 };
 
@@ -924,6 +938,7 @@ struct cuda_ctx {
     bool              own_stream, tiles;
     /* many rows go through the kernels for Hopper; attention, too; ... */
     bool              hopper, hopper_kv;
+    bool              two;                      /* one row takes two kernels a layer */
     /* clusters of 1, 2, 4, 8 blocks of skinny_product that run at once */
     int               skinny_room[4];
     /* ... and only up to so many need float32 rows of q and attention */
@@ -955,6 +970,7 @@ struct cuda_ctx {
     void   *act; float *act_scale;              /* [max_rows, act_ld] input of a product */
     /* [max_rows, n_embd or q_dim | q_dim | n_ff] the same on Hopper */
     half_t *hopper_act, *hopper_q, *hopper_m;
+    float  *two_parts;                          /* [2, TWO_PARTS, TWO_WIDTH] of x, that each half leaves */
     float  *ff_scale;                           /* [max_rows] of hopper_m */
     stored_map large_h_map, large_a_map, large_m_map, q_map, k_map, v_map;
     stored_map skinny_h_map, skinny_a_map, skinny_m_map;                 /* the same in smaller tiles */
@@ -1009,6 +1025,7 @@ struct pass {                           /* one batch on its way through the laye
     int                n_outs;          /* so many rows are wanted, the outs of c->rows; ... */
     bool               only_wanted;     /* ... they are all that is left, in order */
     bool               early;           /* kernels may start early: see launch_early */
+    bool               two;             /* layers go by two_kernels */
     const qwen3i_err  *err;
 };
 
@@ -1071,6 +1088,7 @@ static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwe
     p.n_outs = n;
     p.only_wanted = false;
     p.early = c->m->capability >= 90;
+    p.two = c->two && n_tiles == 0 && goes_alone(c, n);
     p.err = err;
     return p;
 }
@@ -1079,6 +1097,8 @@ static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwe
 #define BY_WEIGHT_TYPE(w, CALL) ((w).type == QWEN3I_F32 ? (CALL(float)) : (CALL(half_t)))
 #define BY_KV_TYPE(c, CALL) ((c)->desc.kv_type == QWEN3_KV_F32 ? CALL(float) : \
                              (c)->desc.kv_type == QWEN3_KV_BF16 ? CALL(bf16_t) : CALL(half_t))
+/* the same of a cache that is not F32 */
+#define BY_HALF_TYPE(c, CALL) ((c)->desc.kv_type == QWEN3_KV_BF16 ? CALL(bf16_t) : CALL(half_t))
 #define RUN(...) \
     do { \
         const cudaError_t e_ = launch(p->s, __VA_ARGS__); \
@@ -1977,15 +1997,16 @@ static qwen3_result fetch_scales(uploader *u, cuda_model *m, const qwen3i_weight
     return QWEN3_OK;
 }
 
-/* A map of [z, y, x] 16-bit elements at p, read in tiles of [tile_z, tile_y, 64]. */
-static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z, int tile_y, int tile_z,
-                             const qwen3i_err *err) {
+/* A map of [z, y, x] 16-bit elements at p, read in tiles of [tile_z, tile_y, tile_x], whose rows are swizzled
+   if they have the 128 bytes that this takes. */
+static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z, int tile_x, int tile_y,
+                             int tile_z, const qwen3i_err *err) {
     typedef CUresult (*encode)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                const cuuint64_t *, const cuuint32_t *, const cuuint32_t *,
                                CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
                                CUtensorMapFloatOOBfill);
     const cuuint64_t sizes[3] = {x, y, z}, strides[2] = {2 * x, 2 * x * y};
-    const cuuint32_t tile[3] = {(cuuint32_t)HOPPER_K, (cuuint32_t)tile_y, (cuuint32_t)tile_z},
+    const cuuint32_t tile[3] = {(cuuint32_t)tile_x, (cuuint32_t)tile_y, (cuuint32_t)tile_z},
                      steps[3] = {1, 1, 1};
     CUtensorMap map;
     cudaDriverEntryPointQueryResult found;
@@ -2000,7 +2021,8 @@ static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z
         return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: the driver has no cuTensorMapEncodeTiled");
     const CUresult r =
         ((encode)function)(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, z ? 3 : 2, (void *)p, sizes, strides, tile,
-                           steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           tile_x == HOPPER_K ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r != CUDA_SUCCESS)
         return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: cuTensorMapEncodeTiled: error %d", (int)r);
@@ -2010,7 +2032,7 @@ static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z
 
 static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, int tile_y,
                              const qwen3i_err *err) {
-    return make_map(out, p, x, y, 0, tile_y, 1, err);
+    return make_map(out, p, x, y, 0, HOPPER_K, tile_y, 1, err);
 }
 
 static CUtensorMap get_map(const stored_map &m) {
@@ -2073,6 +2095,8 @@ static qwen3_result bound_blocks(uploader *u, const cuda_model *m, const qwen3i_
     return r == QWEN3_OK && e != cudaSuccess ? cuda_fail(err, e, "loading") : r;
 }
 
+static qwen3_result map_columns(cuda_model *m, const qwen3i_err *err);
+
 static qwen3_result prepare_maps(uploader *u, cuda_model *m, const qwen3i_err *err) {
     int *answer = (int *)(void *)m->layers[0].gate_up.bounds, yes = 0;
     if (!fits_hopper(m)) return QWEN3_OK;
@@ -2091,7 +2115,7 @@ static qwen3_result prepare_maps(uploader *u, cuda_model *m, const qwen3i_err *e
     matrix &head = m->head.rows ? m->head : m->embed;
     if (head.n_parts == 0) TRY(map_matrix(&head, err));
     m->hopper = true;
-    return QWEN3_OK;
+    return map_columns(m, err);
 }
 
 /* A rank's rows of a matrix on the device */
@@ -7214,6 +7238,659 @@ static qwen3_result block_mlp(const pass *p, int layer, const input &h) {
 }
 
 /* ================================================================================================
+   TWO KERNELS A LAYER: one row of a small model on Hopper
+   ================================================================================================ */
+/* At 0.6B what a layer of one row costs is exchanges across the chip, not bytes. So each half of a layer is
+   one kernel. A cluster has some rows of its first matrix and the same columns of its second, so only the
+   second's sums cross the chip: x is the sum of a part from each cluster, which the next kernel's blocks all
+   add up in order. The halves take turns on two groups of multiprocessors: all weights of the one are on
+   their way to shared memory and registers while the other works. */
+const int TWO_WARPS   = 16, TWO_THREADS = 32 * TWO_WARPS;
+const int TWO_SLICE   = 64;                             /* columns of the first matrix that a warp has */
+const int TWO_WIDTH   = TWO_WARPS * TWO_SLICE;          /* n_embd */
+const int TWO_CLUSTER = 8;
+const int TWO_OUT     = TWO_WIDTH / TWO_CLUSTER;        /* elements of a part that a block finishes */
+const int TWO_PARTS   = 8;                              /* clusters, at most */
+const int TWO_HEADS   = 2;                              /* query heads of each key/value head */
+
+/* x = the sum of n parts [n, TWO_WIDTH] */
+struct sum_of_parts { const float *at; int n; };
+
+/* 32 columns of a product of 16 rows: w has 16 bytes of row lane / 4 and of row lane / 4 + 8, x as much of
+   what they are multiplied by, in columns 0 and 1 of it its two terms. */
+DEVICE void two_multiply(float (&d)[4], uint4 w, uint4 more, uint4 x) {
+    const unsigned first[4] = {w.x, more.x, w.y, more.y}, second[4] = {w.z, more.z, w.w, more.w};
+    multiply(d, first, x.x, x.y, half_t());
+    multiply(d, second, x.z, x.w, half_t());
+}
+
+/* Two values of each lane of a warp as two F16 terms, 64 of the first ones, then of the second ones; they
+   stand for this much. Together they are as exact as float32. */
+DEVICE float two_terms(unsigned *terms, float a, float b) {
+    const float up = half_scale(warp_max(fmaxf(fabsf(a), fabsf(b))));
+    a *= up;
+    b *= up;
+    terms[lane_id()] = pack(a, b, half_t());
+    terms[32 + lane_id()] = pack(a, b, half_t());
+    __syncwarp();
+    return 1.0f / up;
+}
+/* Columns 32 c on of them, as a product takes them; only of its column lane / 4, if that is `column` or the
+   next one. */
+DEVICE uint4 two_operand(const unsigned *terms, int c, int column) {
+    const int i = lane_id() / 4 - column;
+    return i == 0 || i == 1 ? *(const uint4 *)(const void *)(terms + 32 * i + 16 * c + 4 * (lane_id() % 4)) :
+                              make_uint4(0, 0, 0, 0);
+}
+
+/* What a warp knows of x: its columns of x times gain, as a product takes them, which stand for so much. */
+struct two_input { uint4 x[2]; float scale; };
+
+/* By all threads, after wait_for_previous(): the squares of each warp's columns are left in `squares`, the
+   elements of x that this block will finish in `own`. What is multiplied is x times gain; what makes that
+   RMSNorm(x) is one factor, which the sums get. */
+DEVICE two_input two_take(const sum_of_parts &in, float2 gain, float *own, float *squares,
+                          unsigned (*terms)[2 * 32]) {
+    const int at = 2 * tid(), mine = (int)(block_x() % TWO_CLUSTER) * TWO_OUT;
+    float2 part[TWO_PARTS];
+    UNROLL for (int i = 0; i < TWO_PARTS; i++)
+        part[i] = i < in.n ? __ldcg((const float2 *)(const void *)(in.at + i * TWO_WIDTH + at)) :
+                             make_float2(0, 0);
+    float2 x = part[0];
+    UNROLL for (int i = 1; i < TWO_PARTS; i++) { x.x += part[i].x; x.y += part[i].y; }
+    if (at >= mine && at < mine + TWO_OUT) *(float2 *)(void *)(own + at - mine) = x;
+    two_input t;
+    t.scale = two_terms(terms[warp_id()], x.x * gain.x, x.y * gain.y);
+    const float sum = warp_sum(x.x * x.x + x.y * x.y);
+    if (lane_id() == 0) squares[warp_id()] = sum;
+    UNROLL for (int c = 0; c < 2; c++) t.x[c] = two_operand(terms[warp_id()], c, 0);
+    return t;
+}
+DEVICE float two_rms(const float *squares, float eps) {
+    float sum = 0;
+    UNROLL for (int i = 0; i < TWO_WARPS; i++) sum += squares[i];
+    return rms_scale(sum, (float)TWO_WIDTH, eps);
+}
+
+/* Rows of a matrix TWO_WIDTH wide in shared memory: even rows of each 8 in one half, odd ones in the other,
+   64 bytes off, so that no bank is read twice at a time. */
+template <int ROWS> struct two_rows { unsigned char half[2][ROWS / 2 * TWO_WIDTH * 2 + 64]; };
+template <int ROWS> DEVICE unsigned char *two_row(two_rows<ROWS> &m, int row) {
+    return m.half[row % 2] + (row / 8 * 4 + row % 8 / 2) * TWO_WIDTH * 2;
+}
+/* This lane's 16 bytes of its warp's columns 32 c on of that row. */
+template <int ROWS> DEVICE uint4 two_weights(two_rows<ROWS> &m, int row, int c) {
+    const int at = TWO_SLICE * warp_id() + 32 * c + 8 * (lane_id() % 4);
+    return *(const uint4 *)(const void *)(two_row(m, row) + 2 * at);
+}
+
+/* ---- the half with attention: a cluster has a key/value head ---- */
+const int TWO_QKV       = (TWO_HEADS + 2) * HEAD_DIM / TWO_CLUSTER;    /* rows of q, k and v of a block */
+const int TWO_QKV_HELD  = 32;                           /* of which so many are in registers */
+const int TWO_RING      = 2;                            /* rounds of positions on their way */
+const int TWO_ROUND     = 64;                           /* positions of a round of a block */
+const int TWO_WO_PITCH  = TWO_HEADS * HEAD_DIM * 2 + 64;
+
+struct two_attention_args {
+    const half_t *w; int ldw; float scale;              /* q, k and v */
+    const half_t *wo; int ldwo; float wo_scale;
+    const float  *gain;
+    sum_of_parts  in;
+    float        *out;                                  /* [n_head_kv, TWO_WIDTH] */
+    qkv_args      a;
+};
+struct two_attention_shared {
+    two_rows<TWO_QKV - TWO_QKV_HELD> w;
+    unsigned char wo[TWO_OUT * TWO_WO_PITCH];
+    union {                                             /* each warp's own */
+        uint4 ring[TWO_RING][4][32];
+        float sums[2][TWO_HEADS * HEAD_DIM];            /* of each half of the warp */
+    } warp[TWO_WARPS];
+    unsigned terms[TWO_WARPS][2 * 32];
+    float own[TWO_OUT], squares[TWO_WARPS];
+    float part[TWO_WARPS][TWO_QKV + 2];
+    float qkv[TWO_HEADS + 2][HEAD_DIM];                 /* from all blocks */
+    float q[TWO_HEADS][HEAD_DIM];
+    half_t kv[2][HEAD_DIM];                             /* of the new position, as the cache has it */
+    float top[TWO_HEADS][TWO_WARPS], sum[TWO_HEADS][TWO_WARPS];
+    float all[TWO_CLUSTER][TWO_HEADS * HEAD_DIM], all_top[TWO_CLUSTER][TWO_HEADS],
+          all_sum[TWO_CLUSTER][TWO_HEADS];              /* from all blocks */
+    unsigned out_terms[TWO_HEADS * HEAD_DIM / TWO_SLICE][2 * 32];
+    float out_scale[TWO_HEADS * HEAD_DIM / TWO_SLICE];
+    float half[2][TWO_OUT];
+    mbarrier sent, merged, got, got_wo;
+};
+
+/* Which positions of the cache this block has, and lanes of them. */
+struct two_positions {
+    int seq, position, begin, end;
+    __device__ __forceinline__ two_positions(const row_info &row, int rank) {
+        const int length = round_up(ceil_div(row.position + 1, TWO_CLUSTER), 4);
+        seq = row.seq; position = row.position;
+        begin = rank * length;
+        end = least(begin + length, position + 1);
+    }
+    /* Of each half of this warp, two a round. */
+    __device__ __forceinline__ int at(int round, int i) const {
+        return begin + round * TWO_ROUND + 4 * warp_id() + 2 * i + lane_id() / 16;
+    }
+    __device__ __forceinline__ bool has_new() const { return position >= begin && position < end; }
+};
+
+#ifdef QWEN3_WGMMA
+/* Scores of two heads, the softmax of those so far, and the sum of values: of half a warp's positions, each
+   lane 8 elements. Lane i has the weights of head i / 4 % 2, of position i / 8 % 2 of its half. */
+template <class T> struct two_softmax {
+    float q[TWO_HEADS][8], sums[TWO_HEADS][8], top, sum;
+
+    __device__ __forceinline__ two_softmax(const float (*from)[HEAD_DIM]) {
+        UNROLL for (int h = 0; h < TWO_HEADS; h++)
+            UNROLL for (int i = 0; i < 8; i++) {
+                q[h][i] = from[h][8 * (lane_id() % 16) + i];
+                sums[h][i] = 0;
+            }
+        top = LOWEST;
+        sum = 0;
+    }
+    __device__ __forceinline__ float score(const float (&k)[2][8]) const {
+        const bool second = lane_id() & 8, other = lane_id() & 4;
+        float s[2][TWO_HEADS];
+        UNROLL for (int i = 0; i < 2; i++)
+            UNROLL for (int h = 0; h < TWO_HEADS; h++) {
+                s[i][h] = 0;
+                UNROLL for (int d = 0; d < 8; d++) s[i][h] += k[i][d] * q[h][d];
+            }
+        UNROLL for (int h = 0; h < TWO_HEADS; h++) {
+            const float give = second ? s[0][h] : s[1][h];
+            s[0][h] = (second ? s[1][h] : s[0][h]) + __shfl_xor_sync(ALL, give, 8);
+        }
+        const float give = other ? s[0][0] : s[0][1];
+        float v = (other ? s[0][1] : s[0][0]) + __shfl_xor_sync(ALL, give, 4);
+        v += __shfl_xor_sync(ALL, v, 2);
+        return v + __shfl_xor_sync(ALL, v, 1);
+    }
+    /* valid: is this lane's position one of the block's? */
+    __device__ __forceinline__ void add(const float (&k)[2][8], const float (&v)[2][8], bool valid) {
+        const float s = score(k);
+        float high = valid ? s : LOWEST;
+        high = fmaxf(high, __shfl_xor_sync(ALL, high, 8));
+        high = fmaxf(high, __shfl_xor_sync(ALL, high, 16));
+        high = fmaxf(top, high);
+        const float keep = exp2f(top - high), weight = valid ? exp2f(s - high) : 0.0f;
+        float more = weight + __shfl_xor_sync(ALL, weight, 8);
+        more += __shfl_xor_sync(ALL, more, 16);
+        top = high;
+        sum = sum * keep + more;
+        UNROLL for (int h = 0; h < TWO_HEADS; h++) {
+            const float old = __shfl_sync(ALL, keep, 4 * h);
+            UNROLL for (int d = 0; d < 8; d++) sums[h][d] *= old;
+            UNROLL for (int i = 0; i < 2; i++) {
+                const float w = __shfl_sync(ALL, weight, (lane_id() & 16) + 8 * i + 4 * h);
+                UNROLL for (int d = 0; d < 8; d++) sums[h][d] += w * v[i][d];
+            }
+        }
+    }
+};
+
+template <class T> DEVICE void two_load(float (&f)[2][8], const uint4 (*ring)[32], const half_t *made,
+                                        const two_positions &at, int round) {
+    UNROLL for (int i = 0; i < 2; i++) {
+        uint4 v = ring[i][lane_id()];
+        if (at.at(round, i) == at.position)
+            v = *(const uint4 *)(const void *)(made + 8 * (lane_id() % 16));
+        unpack(f[i], v, T());
+    }
+}
+
+/* Positions of a round to this lane's places. */
+template <class T>
+DEVICE void two_fetch(uint4 (*ring)[32], const qkv_args &a, const two_positions &at, int round, int head) {
+    UNROLL for (int i = 0; i < 2; i++) {
+        const int position = at.at(round, i);
+        const bool valid = position < at.end;
+        const size_t from = kv_at(a.kv, at.seq, valid ? position : 0) + (size_t)(head * HEAD_DIM) +
+                            8 * (size_t)(lane_id() % 16);
+        copy_async(&ring[i][lane_id()], (const T *)a.kv.k + from, valid);
+        copy_async(&ring[2 + i][lane_id()], (const T *)a.kv.v + from, valid);
+    }
+    copy_commit();
+}
+
+/* Head `i` of this cluster's q, q, k, v, by a warp: RMSNorm and rotate-half of all but v; q times what makes
+   scores exponents of 2; k and v rounded and, by the block that has the position, to the cache. */
+template <class T> DEVICE void two_finish_head(two_attention_shared &m, const qkv_args &a, int i, int head,
+                                               const head_part<1> &gain, const head_angles<1> &angles,
+                                               const two_positions &at) {
+    const bool is_q = i < TWO_HEADS;
+    head_part<1> p = load_head<32, 1>(m.qkv[i], HEAD_DIM / 2);
+    if (i <= TWO_HEADS) norm_rope<32>(p, gain, angles, HEAD_DIM, a.eps, 1.0f);
+    if (is_q) {
+        const float scale = LOG2E / sqrtf((float)HEAD_DIM);
+        p.lo[0].x *= scale; p.lo[0].y *= scale; p.hi[0].x *= scale; p.hi[0].y *= scale;
+        store_pairs<32>(m.q[i], HEAD_DIM / 2, p);
+        return;
+    }
+    T *cache = (T *)(i == TWO_HEADS ? a.kv.k : a.kv.v) + kv_at(a.kv, at.seq, at.position) + head * HEAD_DIM;
+    store_pairs<32>((T *)(void *)m.kv[i - TWO_HEADS], HEAD_DIM / 2, p);
+    if (at.has_new()) store_pairs<32>(cache, HEAD_DIM / 2, p);
+}
+
+/* two_attention: out[c, :] = the part of Wo a that cluster c's heads give, of RMSNorm(x), q, k and v, the
+   cache, and a = softmax(q k / sqrt(d)) v; part 0 plus x. Grid: clusters of TWO_CLUSTER, one a key/value
+   head. Equals qwen3i_rmsnorm, qwen3i_matmul of wq, wk, wv, qwen3i_rmsnorm a head, qwen3i_rope, one rounding
+   of k and v, qwen3i_attention and qwen3i_matmul_add. */
+template <class T>
+static __global__ void __launch_bounds__(TWO_THREADS, 1)
+    two_attention_kernel(const __grid_constant__ two_attention_args g) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    two_attention_shared &m = *(two_attention_shared *)(void *)memory;
+    const int t = tid(), warp = warp_id(), lane = lane_id(), quad = lane / 4;
+    const int head = block_x() / TWO_CLUSTER, rank = block_x() % TWO_CLUSTER;
+    const int first = rank / 2 < TWO_HEADS ? head * TWO_HEADS + rank / 2 :
+                      g.a.n_head + (rank / 2 - TWO_HEADS) * g.a.n_head_kv + head;
+    const half_t *w = g.w + (size_t)(first * HEAD_DIM + rank % 2 * TWO_QKV) * g.ldw;
+    let_next_start();
+    if (t == 0) {
+        barrier_init(&m.sent, 1); barrier_init(&m.merged, 1);
+        barrier_init(&m.got, 1); barrier_init(&m.got_wo, 1);
+        barriers_ready();
+        barrier_expect(&m.sent, sizeof m.qkv);
+        barrier_expect(&m.merged, sizeof m.all + sizeof m.all_top + sizeof m.all_sum);
+        barrier_expect(&m.got, (TWO_QKV - TWO_QKV_HELD) * TWO_WIDTH * 2);
+        barrier_expect(&m.got_wo, TWO_OUT * TWO_HEADS * HEAD_DIM * 2);
+    }
+    __syncthreads();
+    if (warp == 0) {
+        for (int i = lane; i < TWO_QKV - TWO_QKV_HELD; i += 32)
+            copy_bulk(two_row(m.w, i), w + (size_t)(TWO_QKV_HELD + i) * g.ldw, TWO_WIDTH * 2, &m.got);
+        for (int i = lane; i < TWO_OUT; i += 32)
+            copy_bulk(m.wo + i * TWO_WO_PITCH,
+                      g.wo + (size_t)(rank * TWO_OUT + i) * g.ldwo + head * TWO_HEADS * HEAD_DIM,
+                      TWO_HEADS * HEAD_DIM * 2, &m.got_wo);
+    }
+    __syncwarp();
+    cluster_arrive();
+    const two_positions at(g.a.rows[0], rank);
+    uint4 held[TWO_QKV_HELD / 16][4];
+    UNROLL for (int i = 0; i < TWO_QKV_HELD / 16; i++)
+        UNROLL for (int j = 0; j < 4; j++)
+            held[i][j] = load_ahead(w + (size_t)(16 * i + j % 2 * 8 + quad) * g.ldw + TWO_SLICE * warp +
+                                    j / 2 * 32 + lane % 4 * 8);
+    UNROLL for (int i = 0; i < TWO_RING; i++) two_fetch<T>(m.warp[warp].ring[i], g.a, at, i, head);
+    const float2 gain = ((const float2 *)(const void *)g.gain)[t];
+    const head_part<1> head_gains =
+        load_head<32, 1>(warp < TWO_HEADS ? g.a.q_norm : g.a.k_norm, warp <= TWO_HEADS ? HEAD_DIM / 2 : 0);
+    const head_angles<1> angles = load_angles<32, 1>(g.a, warp <= TWO_HEADS ? HEAD_DIM / 2 : 0, at.position);
+    wait_for_previous();
+
+    /* this block's rows of q, k and v to all blocks */
+    const two_input x = two_take(g.in, gain, m.own, m.squares, m.terms);
+    float d[TWO_QKV / 16][4] = {};
+    UNROLL for (int i = 0; i < TWO_QKV_HELD / 16; i++)
+        UNROLL for (int c = 0; c < 2; c++) two_multiply(d[i], held[i][2 * c], held[i][2 * c + 1], x.x[c]);
+    barrier_wait(&m.got, 0);
+    UNROLL for (int i = 0; i < (TWO_QKV - TWO_QKV_HELD) / 16; i++)
+        UNROLL for (int c = 0; c < 2; c++)
+            two_multiply(d[TWO_QKV_HELD / 16 + i], two_weights(m.w, 16 * i + quad, c),
+                         two_weights(m.w, 16 * i + 8 + quad, c), x.x[c]);
+    if (lane % 4 == 0)
+        UNROLL for (int i = 0; i < TWO_QKV / 16; i++) {
+            m.part[warp][16 * i + quad] = (d[i][0] + d[i][1]) * x.scale;
+            m.part[warp][16 * i + 8 + quad] = (d[i][2] + d[i][3]) * x.scale;
+        }
+    cluster_wait();                     /* all blocks have begun */
+    __syncthreads();
+    {
+        const int row = t / TWO_CLUSTER, to = t % TWO_CLUSTER;
+        float v = m.part[2 * to][row] + m.part[2 * to + 1][row];
+        UNROLL for (int o = 1; o < TWO_CLUSTER; o *= 2) v += __shfl_xor_sync(ALL, v, o);
+        send_to_block(&m.qkv[0][0] + rank * TWO_QKV + row, (unsigned)to,
+                      v * (two_rms(m.squares, g.a.eps) * g.scale), &m.sent);
+    }
+    barrier_wait(&m.sent, 0);
+    if (warp < TWO_HEADS + 2) two_finish_head<T>(m, g.a, warp, head, head_gains, angles, at);
+    __syncthreads();
+
+    /* this block's positions */
+    two_softmax<T> s(m.q);
+    for (int round = 0; at.begin + round * TWO_ROUND < at.end; round++) {
+        uint4 (*ring)[32] = m.warp[warp].ring[round % TWO_RING];
+        float k[2][8], v[2][8];
+        copy_wait<TWO_RING - 1>();
+        two_load<T>(k, ring, m.kv[0], at, round);
+        two_load<T>(v, ring + 2, m.kv[1], at, round);
+        s.add(k, v, at.at(round, lane / 8 % 2) < at.end);
+        two_fetch<T>(ring, g.a, at, round + TWO_RING, head);
+    }
+    copy_wait<0>();
+    __syncwarp();
+    UNROLL for (int h = 0; h < TWO_HEADS; h++)
+        UNROLL for (int i = 0; i < 8; i += 4)
+            *(float4 *)(void *)&m.warp[warp].sums[lane / 16][h * HEAD_DIM + lane % 16 * 8 + i] =
+                make_float4(s.sums[h][i], s.sums[h][i + 1], s.sums[h][i + 2], s.sums[h][i + 3]);
+    if (lane == 0 || lane == 4) { m.top[lane / 4][warp] = s.top; m.sum[lane / 4][warp] = s.sum; }
+    __syncthreads();
+
+    /* from all warps to all blocks, and from all blocks */
+    if (t < TWO_HEADS * HEAD_DIM) {
+        const int h = t / HEAD_DIM, i = lane % TWO_WARPS, b = t % TWO_CLUSTER;
+        float top = m.top[h][i], v = 0;
+        UNROLL for (int o = TWO_WARPS / 2; o > 0; o /= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
+        const float share = exp2f(m.top[h][i] - top);
+        float sum = m.sum[h][i] * share;
+        UNROLL for (int o = TWO_WARPS / 2; o > 0; o /= 2) sum += __shfl_xor_sync(ALL, sum, o);
+        UNROLL for (int k = 0; k < TWO_WARPS; k++)
+            v += __shfl_sync(ALL, share, k) * (m.warp[k].sums[0][t] + m.warp[k].sums[1][t]);
+        UNROLL for (int k = 0; k < TWO_CLUSTER; k++)
+            send_to_block(&m.all[rank][t], (unsigned)k, v, &m.merged);
+        if (t % HEAD_DIM < TWO_CLUSTER) {
+            send_to_block(&m.all_top[rank][h], (unsigned)b, top, &m.merged);
+            send_to_block(&m.all_sum[rank][h], (unsigned)b, sum, &m.merged);
+        }
+    }
+    barrier_wait(&m.merged, 0);
+    if (t < TWO_HEADS * HEAD_DIM / 2) {
+        const int h = 2 * t / HEAD_DIM, b = lane % TWO_CLUSTER;
+        float top = m.all_top[b][h];
+        UNROLL for (int o = TWO_CLUSTER / 2; o > 0; o /= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
+        const float share = exp2f(m.all_top[b][h] - top);
+        float sum = m.all_sum[b][h] * share;
+        UNROLL for (int o = TWO_CLUSTER / 2; o > 0; o /= 2) sum += __shfl_xor_sync(ALL, sum, o);
+        float2 a = make_float2(0, 0);
+        UNROLL for (int k = 0; k < TWO_CLUSTER; k++) {
+            const float2 v = *(const float2 *)(const void *)&m.all[k][2 * t];
+            const float f = __shfl_sync(ALL, share, k);
+            a.x += f * v.x;
+            a.y += f * v.y;
+        }
+        const float scale = two_terms(m.out_terms[warp], a.x / sum, a.y / sum);
+        if (lane == 0) m.out_scale[warp] = scale;
+    }
+    __syncthreads();
+
+    /* its rows of this cluster's columns of Wo, one head's by half of the warps */
+    barrier_wait(&m.got_wo, 0);
+    {
+        const int h = warp / 8, row = warp % 8 * 16 + quad;
+        const unsigned char *from = m.wo + row * TWO_WO_PITCH + h * HEAD_DIM * 2 + lane % 4 * 16;
+        float lo = 0, hi = 0, o[4][4] = {};
+        UNROLL for (int c = 0; c < 4; c++)
+            two_multiply(o[c], *(const uint4 *)(const void *)(from + 64 * c),
+                         *(const uint4 *)(const void *)(from + 8 * TWO_WO_PITCH + 64 * c),
+                         two_operand(m.out_terms[2 * h + c / 2], c % 2, 0));
+        UNROLL for (int c = 0; c < 4; c++) {
+            const float scale = m.out_scale[2 * h + c / 2];
+            lo += (o[c][0] + o[c][1]) * scale;
+            hi += (o[c][2] + o[c][3]) * scale;
+        }
+        if (lane % 4 == 0) { m.half[h][row] = lo; m.half[h][row + 8] = hi; }
+    }
+    __syncthreads();
+    if (t < TWO_OUT)
+        g.out[head * TWO_WIDTH + rank * TWO_OUT + t] =
+            (head == 0 ? m.own[t] : 0.0f) + (m.half[0][t] + m.half[1][t]) * g.wo_scale;
+}
+#else
+template <class T> static __global__ void two_attention_kernel(const __grid_constant__ two_attention_args) {}
+#endif
+
+/* ---- the half with the MLP ---- */
+const int TWO_UNITS = 7;                /* of 8 columns of m that a block has, at most ... */
+const int TWO_UNITS_HELD = 4;           /* ... of which so many units' rows of gate and up are in registers */
+const int TWO_DOWN  = TWO_UNITS * 16;   /* bytes of a block's columns of a row of down */
+const int TWO_BOX   = 256;              /* rows that come as one tile */
+
+struct two_mlp_args {
+    const half_t *w; int ldw; float scale;              /* gate and up */
+    float         down_scale;
+    const float  *gain;
+    float         eps;
+    int           n_ff;
+    sum_of_parts  in;
+    float        *out;                                  /* [clusters, TWO_WIDTH] */
+};
+struct two_mlp_shared {
+    unsigned char down[TWO_WIDTH * TWO_DOWN];
+    two_rows<(TWO_UNITS - TWO_UNITS_HELD) * 16> w;      /* 8 of gate, 8 of up ... */
+    unsigned terms[TWO_WARPS][2 * 32];
+    float own[TWO_OUT], squares[TWO_WARPS];
+    float2 part[TWO_WARPS][TWO_UNITS * 8];              /* gate and up */
+    float m[64];
+    float all[TWO_CLUSTER][TWO_OUT];                    /* from all blocks */
+    mbarrier sent, got, got_down;
+};
+
+#ifdef QWEN3_WGMMA
+/* two_mlp: out[c, :] = the part of Wdown (silu(Wgate h) * (Wup h)) that cluster c's columns give, of h =
+   RMSNorm(x); part 0 plus x. Grid: clusters of TWO_CLUSTER, TWO_UNITS * 8 columns a block. Equals
+   qwen3i_rmsnorm, qwen3i_swiglu and qwen3i_matmul_add. */
+static __global__ void __launch_bounds__(TWO_THREADS, 1)
+    two_mlp_kernel(const __grid_constant__ two_mlp_args g, const __grid_constant__ CUtensorMap down) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    two_mlp_shared &m = *(two_mlp_shared *)(void *)memory;
+    const int t = tid(), warp = warp_id(), lane = lane_id(), quad = lane / 4;
+    const int rank = block_x() % TWO_CLUSTER, unit0 = block_x() * TWO_UNITS, last = g.n_ff / 8 - 1;
+    /* row i of 16 of unit u: 8 of gate, 8 of up; past the end anything */
+    auto row = [&](int u, int i) {
+        return g.w + (size_t)(i / 8 * g.n_ff + least(unit0 + u, last) * 8 + i % 8) * g.ldw;
+    };
+    let_next_start();
+    if (t == 0) {
+        barrier_init(&m.sent, 1); barrier_init(&m.got, 1); barrier_init(&m.got_down, 1);
+        barriers_ready();
+        barrier_expect(&m.sent, sizeof m.all);
+        barrier_expect(&m.got, (TWO_UNITS - TWO_UNITS_HELD) * 16 * TWO_WIDTH * 2);
+        barrier_expect(&m.got_down, sizeof m.down);
+    }
+    __syncthreads();
+    if (warp == 0) {
+        for (int i = lane; i < (TWO_UNITS - TWO_UNITS_HELD) * 16; i += 32)
+            copy_bulk(two_row(m.w, i), row(TWO_UNITS_HELD + i / 16, i % 16), TWO_WIDTH * 2, &m.got);
+        if (lane < TWO_WIDTH / TWO_BOX)
+            load_tile(m.down + lane * TWO_BOX * TWO_DOWN, &down, unit0 * 8, lane * TWO_BOX, &m.got_down);
+    }
+    __syncwarp();
+    cluster_arrive();
+    uint4 held[TWO_UNITS_HELD][4];
+    UNROLL for (int i = 0; i < TWO_UNITS_HELD; i++)
+        UNROLL for (int j = 0; j < 4; j++)
+            held[i][j] = load_ahead(row(i, j % 2 * 8 + quad) + TWO_SLICE * warp + j / 2 * 32 + lane % 4 * 8);
+    const float2 gain = ((const float2 *)(const void *)g.gain)[t];
+    wait_for_previous();
+
+    /* gate and up, of each warp's columns */
+    const two_input x = two_take(g.in, gain, m.own, m.squares, m.terms);
+    float d[TWO_UNITS][4] = {};
+    UNROLL for (int i = 0; i < TWO_UNITS_HELD; i++)
+        UNROLL for (int c = 0; c < 2; c++) two_multiply(d[i], held[i][2 * c], held[i][2 * c + 1], x.x[c]);
+    barrier_wait(&m.got, 0);
+    UNROLL for (int i = 0; i < TWO_UNITS - TWO_UNITS_HELD; i++)
+        UNROLL for (int c = 0; c < 2; c++)
+            two_multiply(d[TWO_UNITS_HELD + i], two_weights(m.w, 16 * i + quad, c),
+                         two_weights(m.w, 16 * i + 8 + quad, c), x.x[c]);
+    if (lane % 4 == 0)
+        UNROLL for (int i = 0; i < TWO_UNITS; i++)
+            m.part[warp][8 * i + quad] =
+                make_float2((d[i][0] + d[i][1]) * x.scale, (d[i][2] + d[i][3]) * x.scale);
+    __syncthreads();
+
+    /* m, four threads an element, to terms in each warp */
+    if (t < 4 * 64) {
+        const int i = t / 4;
+        const bool valid = i < TWO_UNITS * 8 && unit0 * 8 + i < g.n_ff;
+        float gate = 0, up = 0;
+        if (valid) UNROLL for (int k = 0; k < TWO_WARPS / 4; k++) {
+            const float2 v = m.part[t % 4 * (TWO_WARPS / 4) + k][i];
+            gate += v.x;
+            up += v.y;
+        }
+        UNROLL for (int o = 1; o < 4; o *= 2) {
+            gate += __shfl_xor_sync(ALL, gate, o);
+            up += __shfl_xor_sync(ALL, up, o);
+        }
+        const float r = two_rms(m.squares, g.eps) * g.scale;
+        if (t % 4 == 0) m.m[i] = silu(gate * r) * (up * r);
+    }
+    __syncthreads();
+    const float scale = two_terms(m.terms[warp], m.m[2 * lane], m.m[2 * lane + 1]) * g.down_scale;
+
+    /* 64 rows of down a warp, 16 at a time; lane % 4 gets the sums of those, as its operand says. Rows 4 apart
+       are read together: no bank twice. */
+    barrier_wait(&m.got_down, 0);
+    const int order = quad / 2 + quad % 2 * 4;
+    float lo = 0, hi = 0;
+    UNROLL for (int i = 0; i < 4; i++) {
+        const unsigned char *from = m.down + (64 * warp + 16 * i + order) * TWO_DOWN + lane % 4 * 16;
+        float o[4] = {};
+        UNROLL for (int c = 0; c < 2; c++) {
+            uint4 v = make_uint4(0, 0, 0, 0), more = v;
+            if (4 * c + lane % 4 < TWO_UNITS) {
+                v = *(const uint4 *)(const void *)(from + 64 * c);
+                more = *(const uint4 *)(const void *)(from + 8 * TWO_DOWN + 64 * c);
+            }
+            two_multiply(o, v, more, two_operand(m.terms[warp], c, 2 * i));
+        }
+        lo += o[0] + o[1];
+        hi += o[2] + o[3];
+    }
+    cluster_wait();                     /* all blocks have begun */
+    {
+        const int to = 64 * warp / TWO_OUT, i = 64 * warp % TWO_OUT + lane % 4 * 16 + order;
+        send_to_block(&m.all[rank][i], (unsigned)to, lo * scale, &m.sent);
+        send_to_block(&m.all[rank][i + 8], (unsigned)to, hi * scale, &m.sent);
+    }
+    barrier_wait(&m.sent, 0);
+    if (t >= TWO_OUT) return;
+    float v = block_x() < TWO_CLUSTER ? m.own[t] : 0.0f;
+    UNROLL for (int i = 0; i < TWO_CLUSTER; i++) v += m.all[i][t];
+    g.out[block_x() / TWO_CLUSTER * TWO_WIDTH + rank * TWO_OUT + t] = v;
+}
+#else
+static __global__ void two_mlp_kernel(const __grid_constant__ two_mlp_args, const __grid_constant__ CUtensorMap) {}
+#endif
+
+/* add_parts: x = the sum of its parts. */
+static __global__ void add_parts_kernel(float *x, sum_of_parts in) {
+    wait_for_previous();
+    let_next_start();
+    float v = 0;
+    for (int i = 0; i < in.n; i++) v += __ldcg(in.at + i * TWO_WIDTH + tid());
+    x[tid()] = v;
+}
+
+/* The clusters of the half with the MLP. */
+static int two_mlp_clusters(const qwen3i_config *g) {
+    return ceil_div(ceil_div(g->n_ff, TWO_UNITS * 8), TWO_CLUSTER);
+}
+
+/* Are the shapes and types such that one row can go this way? */
+static bool fits_two(const cuda_model *m) {
+    const qwen3i_config *g = &m->config;
+    if (!m->hopper || m->n_ranks > 1 || g->n_expert > 0 || g->n_embd != TWO_WIDTH) return false;
+    if (g->n_head != TWO_HEADS * g->n_head_kv || g->n_head_kv > TWO_PARTS) return false;
+    if (two_mlp_clusters(g) > TWO_PARTS) return false;
+    for (int i = 0; i < g->n_layer; i++) {
+        const layer_weights &l = m->layers[i];
+        for (const matrix *w : {&l.qkv, &l.wo, &l.gate_up, &l.w_down}) if (w->n_parts > 0) return false;
+    }
+    return true;
+}
+
+/* Down as tiles of a block's columns */
+static qwen3_result map_columns(cuda_model *m, const qwen3i_err *err) {
+    for (int i = 0; fits_two(m) && i < m->config.n_layer; i++) {
+        layer_weights &l = m->layers[i];
+        TRY(make_map(&l.down_columns, l.w_down.data, (u64)l.w_down.ld, (u64)l.w_down.rows, 0, TWO_UNITS * 8,
+                     TWO_BOX, 1, err));
+    }
+    return QWEN3_OK;
+}
+
+/* How many clusters of a kernel with so much shared memory run at once */
+template <class... P>
+static qwen3_result count_clusters(int *room, void (*kernel)(P...), size_t shared, const qwen3i_err *err) {
+    cudaLaunchConfig_t config = cudaLaunchConfig_t();
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = TWO_CLUSTER;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = grid1(TWO_PARTS * TWO_CLUSTER);
+    config.blockDim = dim3(TWO_THREADS);
+    config.dynamicSmemBytes = shared;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    TRY(allow_shared(kernel, shared, err));
+    CUDA_TRY(cudaOccupancyMaxActiveClusters(room, kernel, &config));
+    return QWEN3_OK;
+}
+
+/* Both halves must find room side by side, or the one would wait where it should have its weights coming. */
+static qwen3_result prepare_two(cuda_ctx *c, const qwen3i_err *err) {
+    const qwen3i_config *g = &c->m->config;
+    const int clusters = two_mlp_clusters(g) + g->n_head_kv;
+    const size_t shared[2] = {sizeof(two_attention_shared), sizeof(two_mlp_shared)};
+    int room[2];
+    c->two = false;
+    if (!fits_two(c->m) || c->desc.kv_type == QWEN3_KV_F32) return QWEN3_OK;
+    if (shared[0] > c->m->block_shared || shared[1] > c->m->block_shared) return QWEN3_OK;
+#define CALL(T) count_clusters(&room[0], two_attention_kernel<T>, shared[0], err)
+    TRY(BY_HALF_TYPE(c, CALL));
+#undef CALL
+    TRY(count_clusters(&room[1], two_mlp_kernel, shared[1], err));
+    c->two = room[0] >= clusters && room[1] >= clusters;
+    return QWEN3_OK;
+}
+
+/* The parts of x that a half leaves */
+static float *two_parts(const cuda_ctx *c, int half) { return c->two_parts + half * TWO_PARTS * TWO_WIDTH; }
+static sum_of_parts two_sum(const cuda_ctx *c, int half) {
+    const sum_of_parts s = {two_parts(c, half), half ? two_mlp_clusters(&c->m->config) : c->m->config.n_head_kv};
+    return s;
+}
+
+static qwen3_result two_attention(const pass *p, int layer, const sum_of_parts &x) {
+    const cuda_ctx *c = p->c;
+    const layer_weights *w = &c->m->layers[layer];
+    const two_attention_args a = {
+        (const half_t *)w->qkv.data, w->qkv.ld, w->qkv.scale, (const half_t *)w->wo.data, w->wo.ld, w->wo.scale,
+        w->attn_norm, x, two_parts(c, 0), qkv_arguments(p, layer)
+    };
+#define CALL(T) launch_clusters(p->early, TWO_CLUSTER, p->s, grid1(c->m->config.n_head_kv * TWO_CLUSTER), \
+                                TWO_THREADS, sizeof(two_attention_shared), two_attention_kernel<T>, a)
+    return launched(p, BY_HALF_TYPE(c, CALL), "two_attention");
+#undef CALL
+}
+
+static qwen3_result two_mlp(const pass *p, int layer, const sum_of_parts &x) {
+    const cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const layer_weights *w = &c->m->layers[layer];
+    const two_mlp_args a = {
+        (const half_t *)w->gate_up.data, w->gate_up.ld, w->gate_up.scale, w->w_down.scale, w->mlp_norm,
+        g->rms_eps, g->n_ff, x, two_parts(c, 1)
+    };
+    return launched(p, launch_clusters(p->early, TWO_CLUSTER, p->s, grid1(two_mlp_clusters(g) * TWO_CLUSTER),
+                                       TWO_THREADS, sizeof(two_mlp_shared), two_mlp_kernel, a,
+                                       get_map(w->down_columns)), "two_mlp");
+}
+
+static qwen3_result add_parts(const pass *p, const sum_of_parts &x) {
+    return launched(p, launch_early(p->early, p->s, grid1(1), TWO_WIDTH, 0, add_parts_kernel, p->c->x, x),
+                    "add_parts");
+}
+
+/* A layer of one row: x comes from c->x and goes back there, but between layers it is in parts. */
+static qwen3_result two_kernels(const pass *p, int layer) {
+    const cuda_ctx *c = p->c;
+    const bool last = layer == c->m->config.n_layer - 1;
+    const sum_of_parts whole = {c->x, 1};
+    TRY(two_attention(p, layer, layer == 0 ? whole : two_sum(c, 1)));
+    if (last && p->n_outs == 0) return QWEN3_OK;
+    TRY(two_mlp(p, layer, two_sum(c, 0)));
+    return last ? add_parts(p, two_sum(c, 1)) : QWEN3_OK;
+}
+
+/* ================================================================================================
    EXPERTS: x = x + the sum over the experts that a row picks of weight * Wdown(silu(Wgate h) * (Wup h))
    ================================================================================================ */
 /* An entry is a row and one of its picks: row * used + pick. Experts' matrices lie below each other: gate and
@@ -8853,6 +9530,7 @@ static qwen3_result decoder_layer(pass *p, int layer) {
     const layer_weights *w = &p->c->m->layers[layer];
     const bool last = layer == p->c->m->config.n_layer - 1;
     input h;
+    if (p->two) return two_kernels(p, layer);
     TRY(norm(p, w->attn_norm, w->qkv, &h));         /* h = RMSNorm(x)                                    */
     TRY(p->path->qkv(p, layer, h));                 /* q, k, v = W h; q, k = RoPE(RMSNorm(q, k)); cache  */
     if (last && p->n_outs == 0) return QWEN3_OK;
@@ -8903,6 +9581,7 @@ static void gemm_memory(cuda_ctx *c, arena *a) {
 static void hopper_memory(cuda_ctx *c, arena *a) {
     const qwen3i_config *g = &c->m->config;
     const size_t rows = (size_t)c->max_rows;
+    c->two_parts = a->take<float>(2 * TWO_PARTS * TWO_WIDTH);
     c->hopper_act = a->take<half_t>(rows * most(c->q_dim, g->n_embd));
     c->hopper_q = a->take<half_t>(c->hopper_kv ? rows * c->q_dim : 0);
     c->hopper_m = a->take<half_t>(rows * g->n_ff);
@@ -9198,6 +9877,7 @@ static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     TRY(make_map(&c->skinny_m_map, c->hopper_m, (u64)g->n_ff, rows, SKINNY_X_TILE, err));
     TRY(prepare_halves(c, err));
     TRY(prepare_experts(c, err));
+    TRY(prepare_two(c, err));
     TRY(allow_skinny_shared<32>(err));
     TRY(allow_skinny_shared<64>(err));
     TRY(find_skinny_room(c, err));
@@ -9206,9 +9886,10 @@ static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err) {
     TRY(allow_shared(large_product_kernel<to_residual<>, HOPPER_N_MORE, 1>,
                      large_product_shared<HOPPER_N_MORE, 1>(), err));
     if (!c->hopper_kv) return QWEN3_OK;
-    TRY(make_map(&c->q_map, c->hopper_q, HEAD_DIM, (u64)g->n_head, rows, c->group, HOPPER_M / c->group, err));
-    TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, LARGE_POS, 1, err));
-    TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, LARGE_POS, 1, err));
+    TRY(make_map(&c->q_map, c->hopper_q, HEAD_DIM, (u64)g->n_head, rows, HOPPER_K, c->group,
+                 HOPPER_M / c->group, err));
+    TRY(make_map(&c->k_map, c->k, (u64)c->kv_dim, ctx, sets, HOPPER_K, LARGE_POS, 1, err));
+    TRY(make_map(&c->v_map, c->v, (u64)c->kv_dim, ctx, sets, HOPPER_K, LARGE_POS, 1, err));
     TRY(allow_shared(large_attention_kernel, LARGE_ATTENTION_SHARED, err));
     return QWEN3_OK;
 }

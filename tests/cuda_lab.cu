@@ -65,6 +65,8 @@ static int lab_own_products(const void *ctx_state, int rows) {
     return path_for(c, rows) == &SKINNY_PATH || path_for(c, rows) == &LARGE_PATH;
 }
 
+static int lab_two_kernels(const void *ctx_state) { return ((const cuda_ctx *)ctx_state)->two; }
+
 struct timer {                          /* of the device, over what is enqueued between start and stop */
     cudaEvent_t from, to;
     timer() : from(NULL), to(NULL) {}
@@ -270,6 +272,13 @@ static qwen3_result lab_get(void *ctx_state, lab_buffer buffer, float *to, const
     return QWEN3_OK;
 }
 
+/* Half a layer, from c->x to c->x. */
+static qwen3_result lab_half(const pass *p, int layer, int half) {
+    const sum_of_parts x = {p->c->x, 1};
+    TRY(half ? two_mlp(p, layer, x) : two_attention(p, layer, x));
+    return add_parts(p, two_sum(p->c, half));
+}
+
 static qwen3_result lab_one(const pass *p, lab_op op, int layer) {
     const layer_weights *w = &p->c->m->layers[layer];
     const int n = least(p->n, head_rows(p->c));
@@ -287,6 +296,8 @@ static qwen3_result lab_one(const pass *p, lab_op op, int layer) {
         case LAB_NORM_MLP:  TRY(norm(p, w->mlp_norm, w->gate_up, &h)); return p->path->mlp(p, layer, h);
         case LAB_DOWN:      return p->path->down(p, layer);
         case LAB_HEAD:      TRY(head_norm(p, 0, n)); return head_logits(p, 0, n, false);
+        case LAB_FIRST_HALF:  return lab_half(p, layer, 0);
+        case LAB_SECOND_HALF: return lab_half(p, layer, 1);
         case LAB_STEP:      return run_step(p->c, p->n, p->err);
     }
     return qwen3i_fail(p->err, QWEN3_ERR_ARG, "there is no operation %d", (int)op);
@@ -480,7 +491,7 @@ extern "C" const qwen3_backend *cuda_lab_standard(void) {
 }
 
 extern "C" const cuda_lab_functions *cuda_lab(void) {
-    static const cuda_lab_functions functions = { lab_no_device, lab_own_products, lab_rmsnorm, lab_set_rows, lab_put,
-                                                  lab_get, lab_run, lab_limits };
+    static const cuda_lab_functions functions = { lab_no_device, lab_two_kernels, lab_own_products, lab_rmsnorm, lab_set_rows,
+                                                  lab_put, lab_get, lab_run, lab_limits };
     return &functions;
 }

@@ -19,10 +19,13 @@ typedef enum lab_op {
     LAB_NORM_MLP,               /* the same from X                                       qwen3i_rmsnorm, ... */
     LAB_DOWN,                    /* X += Wdown M                                   qwen3i_matmul_add */
     LAB_HEAD,                    /* LOGITS = head rmsnorm(X)                       qwen3i_rmsnorm, qwen3i_matmul */
+    LAB_FIRST_HALF,              /* X = the layer's first half of X, and K and V, where a step takes two kernels a layer */
+    LAB_SECOND_HALF,             /* X = the second half of X                       qwen3i_rmsnorm, qwen3i_swiglu, ... */
     LAB_STEP                     /* all of a decode step, as next() does it        */
 } lab_op;
 typedef struct cuda_lab_functions {
     const char  *(*no_device)(void);    /* NULL if device 0 can be used, else why not */
+    int          (*two_kernels)(const void *ctx);           /* does one row take two kernels a layer? */
     int          (*own_products)(const void *ctx, int rows);    /* do products of so many rows go without cuBLASLt? */
     /* Row-wise RMSNorm by itself, from and to host memory; x of any type, in place on the device if it is F32. */
     qwen3_result (*rmsnorm)(float *y, const void *x, qwen3i_type type, const float *gain, int n, int width, float eps,

@@ -831,6 +831,110 @@ static void test_cuda_layer(void) {
     lab_check_layer(&shape, QWEN3_KV_F32, 3, 1);
 }
 
+/* ---- two kernels a layer ---- */
+/* A row's k or v to one sequence of the CPU's cache. */
+static void lab_cache_row(const lab *l, char *cache, const float *row, int position) {
+    const qwen3i_type type = (qwen3i_type)l->desc.kv_type;
+    const size_t dim = (size_t)l->model.config.head_dim, size = dim * qwen3i_type_size(type);
+    int h;
+    for (h = 0; h < l->model.config.n_head_kv; h++)
+        l->exec.simd->store(cache + ((size_t)h * (size_t)l->desc.max_ctx + (size_t)position) * size,
+                            row + (size_t)h * dim, type, (int)dim);
+}
+
+/* x += the layer's attention of x, a row after `position` others whose keys and values are in the cache; into which its
+   own go. */
+static void lab_first_half(const lab *l, float *x, char *cache_k, char *cache_v, int position) {
+    const qwen3i_config *c = &l->model.config;
+    const int half = c->head_dim / 2;
+    const int32_t seq = 0, at = position;
+    float *h = floats((size_t)c->n_embd), *q = floats((size_t)(c->n_head * c->head_dim)), *a = floats((size_t)(c->n_head * c->head_dim)),
+          *k = floats((size_t)(c->n_head_kv * c->head_dim)), *v = floats((size_t)(c->n_head_kv * c->head_dim)),
+          *scratch = floats((size_t)l->pool.n_lanes * qwen3i_attention_scratch(l->desc.max_ctx, c->head_dim));
+    float cosines[128], sines[128], freqs[128], scale;
+    qwen3i_attention_args args;
+    qwen3i_rmsnorm(&l->exec, h, x, l->layer.attn_norm, 1, c->n_embd, c->rms_eps);
+    qwen3i_matmul_qkv(&l->exec, q, k, v, &l->layer, h, 1);
+    scale = qwen3i_rope_freqs(freqs, c, 0);
+    qwen3i_rope_angles(cosines, sines, &at, 1, freqs, half, scale);
+    qwen3i_rmsnorm_heads(l->exec.simd, q, l->layer.q_norm, c->n_head, c->head_dim, c->rms_eps);
+    qwen3i_rmsnorm_heads(l->exec.simd, k, l->layer.k_norm, c->n_head_kv, c->head_dim, c->rms_eps);
+    qwen3i_rope(q, cosines, sines, c->n_head, c->head_dim);
+    qwen3i_rope(k, cosines, sines, c->n_head_kv, c->head_dim);
+    lab_cache_row(l, cache_k, k, position);
+    lab_cache_row(l, cache_v, v, position);
+    memset(&args, 0, sizeof args);
+    args.a = a; args.q = q; args.k = cache_k; args.v = cache_v; args.type = (qwen3i_type)l->desc.kv_type;
+    args.seqs = &seq; args.positions = &at; args.n = 1;
+    args.n_head = c->n_head; args.n_head_kv = c->n_head_kv; args.head_dim = c->head_dim; args.max_ctx = l->desc.max_ctx;
+    args.scratch = scratch;
+    qwen3i_attention(&l->exec, &args);
+    qwen3i_matmul_add(&l->exec, x, &l->layer.wo, a, 1);
+    free(h); free(q); free(a); free(k); free(v); free(scratch);
+}
+
+static void lab_check_halves(const lab_shape *s, qwen3i_type type, int kv_type, int before) {
+    qwen3_ctx_desc desc = ctx_desc(before + 2, 1, 1, kv_type);
+    lab *l = (lab *)malloc(sizeof *l);
+    lab_rows *r = (lab_rows *)malloc(sizeof *r);
+    if (lab_open(l, s, type, &desc)) {
+        const qwen3i_config *c = &l->model.config;
+        float *x = lab_values(l, (size_t)c->n_embd, 3), *want = floats((size_t)c->n_embd), *again = floats((size_t)c->n_embd),
+              *h = floats((size_t)c->n_embd), *m = floats((size_t)c->n_ff), *got;
+        char *k, *v;
+        lab_fill_cache(l, before + 1, &k, &v);
+        lab_make_rows(l, r, 1, 1, before);
+#ifdef QWEN3_TEST_CUDA_ON_CPU
+        CHECK(cuda_lab()->two_kernels(l->ctx));
+#endif
+        if (cuda_lab()->two_kernels(l->ctx)) {
+            memcpy(want, x, (size_t)c->n_embd * sizeof *x);
+            lab_first_half(l, want, k, v, before);
+            lab_put(l, LAB_X, x);
+            lab_run(l, LAB_FIRST_HALF);
+            lab_get(l, LAB_X, again);
+            lab_check(l, "first half", LAB_X, want, 1, c->n_embd, 4 * CUDA_EXACT);
+            got = lab_cached(l, r, 0, 1);
+            lab_put(l, LAB_X, x);
+            lab_run(l, LAB_FIRST_HALF);
+            want = floats((size_t)c->n_embd);
+            lab_get(l, LAB_X, want);
+            CHECK(same_floats(want, again, c->n_embd));
+            qwen3i_rmsnorm(&l->exec, h, x, l->layer.mlp_norm, 1, c->n_embd, c->rms_eps);
+            qwen3i_swiglu(&l->exec, m, &l->layer.w_gate, &l->layer.w_up, h, 1);
+            memcpy(want, x, (size_t)c->n_embd * sizeof *x);
+            qwen3i_matmul_add(&l->exec, want, &l->layer.w_down, m, 1);
+            lab_put(l, LAB_X, x);
+            lab_run(l, LAB_SECOND_HALF);
+            lab_check(l, "second half", LAB_X, want, 1, c->n_embd, 4 * CUDA_EXACT);
+            free(got);
+        } else free(want);
+        free(x); free(again); free(h); free(m); free(k); free(v);
+    }
+    lab_close(l);
+    free(r);
+    free(l);
+}
+
+/* A part of a round of positions, whole ones, more than are on their way; blocks without columns and without positions. */
+static void test_cuda_two_kernels(void) {
+    static const lab_shape shape = {1024, 4, 2, 128, 512, 128, 1};
+#ifndef QWEN3_TEST_CUDA_ON_CPU
+    static const lab_shape real = {1024, 16, 8, 128, 3072, 128, 1};
+    lab_check_halves(&real, QWEN3I_BF16, QWEN3_KV_F16, 511);
+    lab_check_halves(&real, QWEN3I_BF16, QWEN3_KV_F16, 9000);
+#endif
+    cuda_on_cpu_chip(90);
+    cuda_on_cpu_size(40);
+    lab_check_halves(&shape, QWEN3I_BF16, QWEN3_KV_F16, 0);
+    lab_check_halves(&shape, QWEN3I_F16, QWEN3_KV_BF16, 37);
+    lab_check_halves(&shape, QWEN3I_BF16, QWEN3_KV_F16, 511);
+    lab_check_halves(&shape, QWEN3I_BF16, QWEN3_KV_F16, 1700);
+    lab_check_layer(&shape, QWEN3_KV_F16, 1, 1);
+    cuda_on_cpu_size(5);
+    cuda_on_cpu_chip(80);
+}
+
 static void test_cuda_kernels_standard(void) {
     lab_check_all(&lab_small, QWEN3I_F32,  QWEN3_KV_F16,  LAB_STANDARD, 1, 1, 5);
     lab_check_all(&lab_odd,   QWEN3I_BF16, QWEN3_KV_F32,  LAB_STANDARD, 3, 3, 9);
@@ -2000,6 +2104,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_kernels_batched);
     RUN(test_cuda_kernels_hopper);
     RUN(test_cuda_layer);
+    RUN(test_cuda_two_kernels);
     RUN(test_cuda_wanted);
     RUN(test_cuda_kernels_standard);
 #ifdef QWEN3_TEST_CUDA_ON_CPU

@@ -6,11 +6,11 @@
 
 typedef uint32_t cuuint32_t;
 typedef uint64_t cuuint64_t;
-struct alignas(64) CUtensorMap { cuuint64_t base, size[3], stride[2], tile[3], rank, none[5]; };
+struct alignas(64) CUtensorMap { cuuint64_t base, size[3], stride[2], tile[3], rank, swizzle, none[4]; };
 enum CUresult { CUDA_SUCCESS = 0 };
 enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT16 };
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
-enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_128B };
+enum CUtensorMapSwizzle { CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_128B };
 enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_256B };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess, cudaDriverEntryPointSymbolNotFound };
@@ -18,17 +18,18 @@ enum { cudaEnableDefault };
 
 static CUresult emulated_encode(CUtensorMap *map, CUtensorMapDataType, cuuint32_t rank, void *base,
                                 const cuuint64_t *size, const cuuint64_t *stride, const cuuint32_t *tile,
-                                const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
                                 CUtensorMapFloatOOBfill) {
     memset(map, 0, sizeof *map);
     map->base = (cuuint64_t)(uintptr_t)base;
     map->rank = rank;
+    map->swizzle = swizzle;
     for (cuuint32_t i = 0; i < 3; i++) {
         map->size[i] = i < rank ? size[i] : 1;
         map->tile[i] = i < rank ? tile[i] : 1;
         if (i > 0 && i < rank) map->stride[i - 1] = stride[i - 1];
     }
-    return map->base % 16 || map->tile[0] != 64 || map->tile[1] > 256 || map->stride[0] % 16 || map->stride[1] % 16
+    return map->base % 16 || map->tile[0] > 256 || map->tile[0] % 8 || (swizzle && map->tile[0] > 64) || map->tile[1] > 256 || map->stride[0] % 16 || map->stride[1] % 16
                ? (CUresult)1 : CUDA_SUCCESS;
 }
 static inline cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **f, unsigned, unsigned long long,
@@ -58,17 +59,18 @@ inline float half_at(uintptr_t at) {
 }
 
 inline void load_tile(void *to, const CUtensorMap *m, const int (&from)[3], mbarrier *b) {
-    if ((uintptr_t)to % 1024) die("a tile that is loaded does not begin where its swizzle does");
-    const uint64_t rows = m->tile[1] * m->tile[2];
+    if ((uintptr_t)to % (m->swizzle ? 1024 : 128)) die("a tile that is loaded does not begin where it must");
+    const uint64_t rows = m->tile[1] * m->tile[2], width = m->tile[0];
     for (uint64_t row = 0; row < rows; row++)
-        for (uint64_t x = 0; x < 64; x++) {
+        for (uint64_t x = 0; x < width; x++) {
             const uint64_t at[3] = {from[0] + x, from[1] + row % m->tile[1], from[2] + row / m->tile[1]};
             unsigned short v = 0;
             if (at[0] < m->size[0] && at[1] < m->size[1] && at[2] < m->size[2])
                 memcpy(&v, (const char *)(uintptr_t)m->base + 2 * at[0] + m->stride[0] * at[1] + m->stride[1] * at[2], 2);
-            memcpy((void *)swizzled((uintptr_t)to + 128 * row + 2 * x), &v, 2);
+            const uintptr_t place = (uintptr_t)to + 2 * (width * row + x);
+            memcpy((void *)(m->swizzle ? swizzled(place) : place), &v, 2);
         }
-    b->bytes -= (int)(128 * rows);
+    b->bytes -= (int)(2 * width * rows);
     check(b);
 }
 
@@ -113,6 +115,12 @@ static inline void send_to_block(float *p, unsigned rank, float v, mbarrier *b) 
     *emulated::in_block(p, rank) = v;
     there->bytes -= 4;
     emulated::check(there);
+}
+static inline void copy_bulk(void *to, const void *from, unsigned bytes, mbarrier *b) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) emulated::die("a copy is not of whole 16 bytes");
+    memcpy(to, from, bytes);
+    b->bytes -= (int)bytes;
+    emulated::check(b);
 }
 static inline void cluster_sync() { emulated::meet(emulated::now().cluster, emulated::now().live); }
 static inline void cluster_meet() { cluster_sync(); }

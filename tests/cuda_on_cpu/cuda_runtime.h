@@ -389,6 +389,7 @@ static inline uint4 load_stream(const void *p) {
     memcpy(&v, p, 16);
     return v;
 }
+static inline uint4 load_ahead(const void *p) { return load_stream(p); }
 static inline void prefetch(const void *) {}
 static inline void cluster_arrive() { emulated::cluster_arrive(); }
 static inline void cluster_wait() { emulated::cluster_wait(); }
