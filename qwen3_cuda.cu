@@ -38,13 +38,14 @@
      1 to 8 rows, their weights in registers; stream_ is one row, its weights by a ring; block_ is quantised
      weights by 1 to 8 rows, few_ by 5 to 32 on tensor cores; gemm_ is any number of rows by cuBLASLt. On
      Hopper skinny_ is a batch of 2 to 64 rows, where the bytes of the weights count, large_ is more rows,
-     where the speed of the tensor cores does, and hopper_ is what both share. halves are F16.
+     where the speed of the tensor cores does, and hopper_ is what both share; two_ is one row, two kernels a
+     layer. halves are F16.
 
    Rooms: errors, memory, launching; device helpers; model and context; weights; then the operations, each
-   with its kernels and what launches them: rows, norm, product, Q K V, attention, output, MLP, experts,
-   logits, choice; then paths, creating a context, steps, the backend. A kernel's head comment gives shapes,
-   launch, order of the sums, and the function of qwen3.h that it equals. tests/cuda_lab.cu includes this file
-   and adds what only tests and benches want. */
+   with its kernels and what launches them: rows, norm, product, Q K V, attention, output, MLP, few rows, two
+   kernels a layer, experts, logits, choice; then paths, creating a context, steps, the backend. A kernel's
+   head comment gives shapes, launch, order of the sums, and the function of qwen3.h that it equals.
+   tests/cuda_lab.cu includes this file and adds what only tests and benches want. */
 
 #define QWEN3_BACKEND_INTERFACE
 #include "qwen3.h"
@@ -7734,8 +7735,8 @@ static __global__ void __launch_bounds__(TWO_THREADS, 1)
     __syncthreads();
     const float scale = two_terms(m.terms[warp], m.m[2 * lane], m.m[2 * lane + 1]) * g.down_scale;
 
-    /* 64 rows of down a warp, 16 at a time; lane % 4 gets the sums of those, as its operand says. Rows 4 apart
-       are read together: no bank twice. */
+    /* 64 rows of down a warp, 16 at a time; lane % 4 gets the sums of those, as its operand says. Rows 4
+       apart are read together: no bank twice. */
     barrier_wait(&m.got_down, 0);
     const int order = quad / 2 + quad % 2 * 4;
     float lo = 0, hi = 0;
@@ -7766,7 +7767,8 @@ static __global__ void __launch_bounds__(TWO_THREADS, 1)
     g.out[block_x() / TWO_CLUSTER * TWO_WIDTH + rank * TWO_OUT + t] = v;
 }
 #else
-static __global__ void two_mlp_kernel(const __grid_constant__ two_mlp_args, const __grid_constant__ CUtensorMap) {}
+static __global__ void two_mlp_kernel(const __grid_constant__ two_mlp_args,
+                                      const __grid_constant__ CUtensorMap) {}
 #endif
 
 /* add_parts: x = the sum of its parts. */
@@ -7844,7 +7846,8 @@ static qwen3_result prepare_two(cuda_ctx *c, const qwen3i_err *err) {
 /* The parts of x that a half leaves */
 static float *two_parts(const cuda_ctx *c, int half) { return c->two_parts + half * TWO_PARTS * TWO_WIDTH; }
 static sum_of_parts two_sum(const cuda_ctx *c, int half) {
-    const sum_of_parts s = {two_parts(c, half), half ? two_mlp_clusters(&c->m->config) : c->m->config.n_head_kv};
+    const qwen3i_config *g = &c->m->config;
+    const sum_of_parts s = {two_parts(c, half), half ? two_mlp_clusters(g) : g->n_head_kv};
     return s;
 }
 
@@ -7852,8 +7855,9 @@ static qwen3_result two_attention(const pass *p, int layer, const sum_of_parts &
     const cuda_ctx *c = p->c;
     const layer_weights *w = &c->m->layers[layer];
     const two_attention_args a = {
-        (const half_t *)w->qkv.data, w->qkv.ld, w->qkv.scale, (const half_t *)w->wo.data, w->wo.ld, w->wo.scale,
-        w->attn_norm, x, two_parts(c, 0), qkv_arguments(p, layer)
+        (const half_t *)w->qkv.data, w->qkv.ld, w->qkv.scale,
+        (const half_t *)w->wo.data, w->wo.ld, w->wo.scale, w->attn_norm,
+        x, two_parts(c, 0), qkv_arguments(p, layer)
     };
 #define CALL(T) launch_clusters(p->early, TWO_CLUSTER, p->s, grid1(c->m->config.n_head_kv * TWO_CLUSTER), \
                                 TWO_THREADS, sizeof(two_attention_shared), two_attention_kernel<T>, a)
