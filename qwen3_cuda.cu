@@ -7057,9 +7057,9 @@ static __global__ void __launch_bounds__(32 * FEW_WARPS, 1)
 }
 
 /* few_round: x [rows, k] float32 to F16 times a power of two of each row, as few_multiply reads it: unit,
-   row, and of each lane that shares the row elements 4 t, 4 t + 2, 4 t + 1, 4 t + 3 and those 16 further; its sums
-   of units, and of their first halves, as rounded. gain: the RMSNorm of x; up > 0: silu(x[i]) * x[up + i]. A
-   block a row; rows that are not there are zero. Equals qwen3i_rmsnorm or qwen3i_swiglu, and one rounding. */
+   row, and of each lane that shares the row elements 4 t, 4 t + 2, 4 t + 1, 4 t + 3 and those 16 further; its
+   sums of units, and of their first halves, as rounded. gain: the RMSNorm of x; up > 0: silu(x[i]) * x[up + i].
+   A block a row; rows that are not there are zero. Equals qwen3i_rmsnorm or qwen3i_swiglu, and one rounding. */
 struct few_round_args {
     unsigned char *to; float *sums, *scale;
     const float *x; int ldx, k, up, rows, units;
