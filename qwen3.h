@@ -9524,10 +9524,8 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
 
 #if defined(__GNUC__)
   #define QWEN3I_PREFETCH(p) __builtin_prefetch(p)
-  #define QWEN3I_PREFETCH_FAR(p) __builtin_prefetch(p, 0, 0)       /* to be used once */
 #else
   #define QWEN3I_PREFETCH(p) ((void)(p))
-  #define QWEN3I_PREFETCH_FAR(p) ((void)(p))
 #endif
 
 /* ---- what products of blocks are made of ------------------------------------------------------
@@ -9541,6 +9539,7 @@ typedef struct qwen3i_rounded {
                                            digits: four upper bytes, then four lower ones, -128 to 127 */
     float   d;
     int32_t sum;                        /* of q */
+    float   whole, pair;                /* d * sum; of this part and the next one together, if it is even */
 } qwen3i_rounded;
 
 /* 256 columns of 16 rows of w: qwen3i_unpacked with rows side by side */
@@ -9560,7 +9559,7 @@ typedef struct qwen3i_strip {
 /* In small portions: more at a time than the processor can wait for are dropped. */
 QWEN3I_INLINE void qwen3i_fetch(qwen3i_strip *s, int bytes) {
     if (s->next >= s->end) return;
-    QWEN3I_UNROLL for (int i = 0; i < bytes; i += 64) QWEN3I_PREFETCH_FAR(s->next + i);
+    QWEN3I_UNROLL for (int i = 0; i < bytes; i += 64) QWEN3I_PREFETCH(s->next + i);
     s->next += bytes;
 }
 
@@ -9993,23 +9992,28 @@ TARGET static void V##_panel_18(qwen3i_panel *p, const uint8_t *b, qwen3i_strip 
         } \
     } \
 } \
-/* Q4_K, Q5_K */ \
-TARGET static void V##_panel_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip, int fives) { \
-    const V##_i none = V##_all(0); \
-    V##_i v[4], s[4]; \
-    V##_v d, m; \
+/* Q4_K, Q5_K: s becomes 16 bytes, the scales and minimums of eight groups; dm[2] what they are multiplied \
+   by. */ \
+TARGET QWEN3I_INLINE void V##_scales_k(V##_i *s, V##_v *dm, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_i v[4]; \
     V##_take(v, b, strip); \
-    d = V##_half(v[0]); \
-    m = V##_negative(V##_half(V##_shr(v[0], 16))); \
+    dm[0] = V##_half(v[0]); \
+    dm[1] = V##_negative(V##_half(V##_shr(v[0], 16))); \
     s[0] = V##_and(v[1], 0x3F3F3F3F); \
     s[1] = V##_or(V##_and(v[3], 0x0F0F0F0F), V##_shl(V##_and(V##_shr(v[1], 6), 0x03030303), 4)); \
     s[2] = V##_and(v[2], 0x3F3F3F3F); \
     s[3] = V##_or(V##_and(V##_shr(v[3], 4), 0x0F0F0F0F), V##_shl(V##_and(V##_shr(v[2], 6), 0x03030303), 4)); \
+} \
+TARGET static void V##_panel_k(qwen3i_panel *p, const uint8_t *b, qwen3i_strip *strip, int fives) { \
+    const V##_i none = V##_all(0); \
+    V##_i v[4], s[4]; \
+    V##_v dm[2]; \
+    V##_scales_k(s, dm, b, strip); \
     QWEN3I_UNROLL_MORE for (int i = 0; i < 4; i++) { \
-        V##_store(p->d[i], V##_mul(d, V##_byte(s[0], i))); \
-        V##_store(p->d[i + 4], V##_mul(d, V##_byte(s[1], i))); \
-        V##_store(p->m[i], V##_mul(m, V##_byte(s[2], i))); \
-        V##_store(p->m[i + 4], V##_mul(m, V##_byte(s[3], i))); \
+        V##_store(p->d[i], V##_mul(dm[0], V##_byte(s[0], i))); \
+        V##_store(p->d[i + 4], V##_mul(dm[0], V##_byte(s[1], i))); \
+        V##_store(p->m[i], V##_mul(dm[1], V##_byte(s[2], i))); \
+        V##_store(p->m[i + 4], V##_mul(dm[1], V##_byte(s[3], i))); \
     } \
     for (int i = 0; i < 8; i++) { \
         const int c = 64 * (i / 2) + 16 * (i % 2); \
@@ -10223,6 +10227,136 @@ TARGET static void V##_panel_rare(qwen3i_panel *p, int c, const uint8_t *b, qwen
     } \
 }
 
+/* Products of one row of x: what is unpacked is multiplied at once, without a panel; the sums are those of
+   a tile. Weights are 0 to 127 here; what they become less is multiplied by the sum of x. V_transpose32 is
+   V_transpose of 32 bytes, U_small U_widen4 of such weights in registers. */
+#define QWEN3I_DEFINE_ONE(V, U, TARGET) \
+TARGET QWEN3I_INLINE void V##_take32(V##_i *v, const uint8_t *b, qwen3i_strip *strip) { \
+    V##_transpose32(v, b, strip->ld); \
+    qwen3i_fetch(strip, 512); \
+} \
+/* Whole numbers of 16 rows, 16 columns of each, times x; then they join the rest with their scale. */ \
+TARGET QWEN3I_INLINE V##_i U##_one_sum(const V##_i *q, const qwen3i_rounded *x, int less) { \
+    U##_sums sums = U##_start(-less * x->sum); \
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++) \
+        sums = U##_dot4(sums, U##_small(q[i]), U##_spread(x->q + 4 * i)); \
+    return U##_total(sums); \
+} \
+TARGET QWEN3I_INLINE V##_v U##_one_join(V##_v acc, V##_i whole, const qwen3i_rounded *x, V##_v d) { \
+    return V##_fma(V##_mul(V##_float(whole), V##_set1(x->d)), d, acc); \
+} \
+/* The low halves of 16 bytes, then the high ones */ \
+TARGET QWEN3I_INLINE V##_v U##_one_nibbles(V##_v acc, const V##_i *v, const qwen3i_rounded *x, V##_v d) { \
+    QWEN3I_UNROLL for (int k = 0; k < 2; k++, x++) { \
+        V##_i q[4]; \
+        QWEN3I_UNROLL for (int j = 0; j < 4; j++) q[j] = V##_and(V##_shr(v[j], 4 * k), 0x0F0F0F0F); \
+        acc = U##_one_join(acc, U##_one_sum(q, x, 8), x, d); \
+    } \
+    return acc; \
+} \
+/* Eight blocks, 36 words: of each two blocks nine, the first of which begins within a word */ \
+TARGET QWEN3I_INLINE V##_v U##_one_q4_0(const uint8_t *b, qwen3i_strip *strip, const qwen3i_rounded *x) { \
+    V##_v acc = V##_zero(); \
+    V##_i v[12], q[4]; \
+    V##_take(v, b, strip); \
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++, x += 4) { \
+        V##_take32(v + 4 - i, b + 16 + 32 * i, strip); \
+        QWEN3I_UNROLL for (int j = 0; j < 4; j++) q[j] = V##_or(V##_shr(v[j], 16), V##_shl(v[j + 1], 16)); \
+        acc = U##_one_nibbles(acc, q, x, V##_half(v[0])); \
+        acc = U##_one_nibbles(acc, v + 5, x + 2, V##_half(V##_shr(v[4], 16))); \
+        QWEN3I_UNROLL for (int j = 0; j < 3 - i; j++) v[j] = v[9 + j]; \
+    } \
+    return acc; \
+} \
+/* Q4_K, Q5_K: 32 bytes are 64 columns; of the fifth bits, h, two are used up at a time. */ \
+TARGET QWEN3I_INLINE V##_v U##_one_k(const uint8_t *b, qwen3i_strip *strip, const qwen3i_rounded *x, \
+                                     int fives) { \
+    V##_i s[4], v[8], h[8], q[4], pair = V##_all(0); \
+    V##_v dm[2], acc = V##_zero(); \
+    V##_scales_k(s, dm, b, strip); \
+    QWEN3I_UNROLL for (int i = 0; i < 8; i++) \
+        acc = V##_fma(V##_set1(x[2 * i].pair), V##_mul(dm[1], V##_byte(s[i / 4 + 2], i % 4)), acc); \
+    if (fives) V##_take32(h, b + 16, strip); \
+    b += fives ? 48 : 16; \
+    for (int i = 0; i < 4; i++, b += 32, x += 4) { \
+        pair = i == 0 ? s[0] : i == 2 ? s[1] : V##_shr(pair, 16); \
+        V##_take32(v, b, strip); \
+        QWEN3I_UNROLL for (int k = 0; k < 4; k++) { \
+            QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+                const int at = k % 2 * 4 + j; \
+                q[j] = V##_and(V##_shr(v[at], k / 2 * 4), 0x0F0F0F0F); \
+                if (fives) q[j] = V##_or(q[j], V##_and(V##_shl(h[at], 4 - k / 2), 0x10101010)); \
+            } \
+            acc = U##_one_join(acc, U##_one_sum(q, x + k, 0), x + k, \
+                               V##_mul(dm[0], V##_byte(pair, k / 2))); \
+        } \
+        QWEN3I_UNROLL for (int j = 0; fives && j < 8; j++) h[j] = V##_shr(h[j], 2); \
+    } \
+    return acc; \
+} \
+/* Byte i of s as a scale: d is 2^-24 times what it is multiplied by. */ \
+TARGET QWEN3I_INLINE V##_v U##_scale(V##_v d, const V##_i *s, int i) { \
+    return V##_mul(d, V##_float(V##_and(V##_shl(s[i / 4], 24 - i % 4 * 8), ~0xFFFFFF))); \
+} \
+/* Of high bytes pair k, of low ones the half that belongs to it: 16 columns */ \
+TARGET QWEN3I_INLINE V##_i U##_one_sixes(const V##_i *low, const V##_i *high, int k, \
+                                         const qwen3i_rounded *x) { \
+    V##_i q[4]; \
+    QWEN3I_UNROLL for (int j = 0; j < 4; j++) { \
+        const V##_i pair = k < 2 ? V##_shl(high[j], 4 - 2 * k) : V##_shr(high[j], 2 * k - 4); \
+        q[j] = V##_or(V##_and(V##_shr(low[j], k / 2 * 4), 0x0F0F0F0F), V##_and(pair, 0x30303030)); \
+    } \
+    return U##_one_sum(q, x, 32); \
+} \
+/* Twice 32 bytes of high pairs and 64 of low halves, which come in another order than columns; the last 18 \
+   bytes are scales and what they are multiplied by. */ \
+TARGET QWEN3I_INLINE V##_v U##_one_q6_k(const uint8_t *b, qwen3i_strip *strip, const qwen3i_rounded *x) { \
+    V##_i high[8], low[8], s[8], wait[4]; \
+    V##_v d, acc = V##_zero(); \
+    V##_take32(s, b + 178, strip); \
+    d = V##_mul(V##_half(V##_shr(s[7], 16)), V##_set1(1.0f / 16777216)); \
+    for (int i = 0; i < 2; i++, x += 8) { \
+        V##_take32(high, b + 128 + 32 * i, strip); \
+        QWEN3I_UNROLL for (int k = 0; k < 4; k++) { \
+            const int h = k % 2 * 4; \
+            if (h == 0) V##_take32(low, b + 64 * i + 16 * k, strip); \
+            acc = U##_one_join(acc, U##_one_sixes(low + h, high + h, k / 2, x + k), x + k, \
+                               U##_scale(d, s, 14 + k)); \
+            wait[k] = U##_one_sixes(low + h, high + h, k / 2 + 2, x + 4 + k); \
+        } \
+        QWEN3I_UNROLL for (int k = 4; k < 8; k++) \
+            acc = U##_one_join(acc, wait[k - 4], x + k, U##_scale(d, s, 14 + k)); \
+        QWEN3I_UNROLL for (int k = 3; k < 6; k++) s[k] = s[k + 2]; \
+    } \
+    return acc; \
+} \
+/* Returns how many rows are done: none in formats that only panels have. */ \
+TARGET static int U##_dot_one(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, int n_w, \
+                              const qwen3i_rounded *x, int n_cols, int add) { \
+    const qwen3i_format *f = qwen3i_format_of(type); \
+    const size_t bytes = (size_t)(256 / f->elements * f->bytes);   /* of 256 columns */ \
+    const int fives = type == QWEN3I_Q5_K, k_type = fives || type == QWEN3I_Q4_K; \
+    if (n_cols % 256 != 0 || !(k_type || type == QWEN3I_Q6_K || type == QWEN3I_Q4_0)) return 0; \
+    for (int r = 0; r < n_w / 16 * 16; r += 16, w += 16 * row_bytes) { \
+        V##_v sum = V##_zero(); \
+        for (int k = 0; k < n_cols / 256; k++) { \
+            const qwen3i_rounded *xk = x + k * 256 / QWEN3I_PART; \
+            const uint8_t *b = w + (size_t)k * bytes; \
+            V##_v acc; \
+            qwen3i_strip strip; \
+            strip.ld = row_bytes; \
+            strip.next = w + 16 * row_bytes + QWEN3I_AHEAD + 16 * (size_t)k * bytes; \
+            strip.end = strip.next + 16 * bytes; \
+            qwen3i_fetch(&strip, 128); \
+            if (k_type) acc = fives ? U##_one_k(b, &strip, xk, 1) : U##_one_k(b, &strip, xk, 0); \
+            else acc = type == QWEN3I_Q6_K ? U##_one_q6_k(b, &strip, xk) : U##_one_q4_0(b, &strip, xk); \
+            sum = k > 0 ? V##_add(sum, acc) : add ? V##_add(V##_load(y + r), acc) : acc; \
+        } \
+        V##_store(y + r, sum); \
+    } \
+    return n_w / 16 * 16; \
+}
+
 /* Products with blocks. U is the prefix of the instruction set's operations on whole numbers, beside V's: the
    types U_w (four columns of a panel, widened), U_x (four columns of a row of x) and U_sums, and the
    functions V_cut (V_v to V_i, towards 0), U_order (see qwen3i_order), U_widen4, spread, none(whole), dot4
@@ -10230,7 +10364,7 @@ TARGET static void V##_panel_rare(qwen3i_panel *p, int c, const uint8_t *b, qwen
    to C rows of x. */
 #define QWEN3I_DEFINE_BLOCKS(V, U, TARGET, R, C) \
 TARGET static void U##_round_row(qwen3i_rounded *y, const float *x, int n) { \
-    for (; n > 0; n -= QWEN3I_PART, x += QWEN3I_PART, y++) { \
+    for (int odd = 0; n > 0; n -= QWEN3I_PART, x += QWEN3I_PART, y++, odd = !odd) { \
         const V##_v v = V##_load_n(x, n); \
         uint32_t part[16], most = 0; \
         int32_t q[16]; \
@@ -10243,6 +10377,8 @@ TARGET static void U##_round_row(qwen3i_rounded *y, const float *x, int n) { \
         V##_keep(q, V##_cut(V##_fma(by > 0 ? v : V##_zero(), V##_set1(by), V##_set1(32768.5f)))); \
         y->sum = -32768 * QWEN3I_PART; \
         for (int i = 0; i < 16; i++) y->sum += q[i], q[i] -= 32768; \
+        y->whole = y->pair = y->d * (float)y->sum; \
+        if (odd) y[-1].pair += y->whole; \
         U##_order(y->q, q); \
     } \
 } \
@@ -10257,12 +10393,20 @@ TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_pane
     QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { \
         QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[t][r] = V##_zero(); \
     } \
+    for (int c = 0; offsets && c < n; c += group) { \
+        const qwen3i_rounded *xc = x + c / QWEN3I_PART; \
+        QWEN3I_UNROLL for (int r = 0; r < R; r++) d[r] = V##_load(w[r].m[c / group]); \
+        QWEN3I_UNROLL for (int t = 0; t < n_x; t++, xc += ldx) { \
+            const V##_v by = V##_set1(group == 2 * QWEN3I_PART ? xc->pair : xc->whole); \
+            QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[t][r] = V##_fma(by, d[r], acc[t][r]); \
+        } \
+    } \
     for (int c = 0; c < n; c += QWEN3I_PART, x++) { \
         const int8_t *q = w->q[c / 4][0]; \
         const int g = c / group; \
         qwen3i_fetch(strip, 256); \
         QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { \
-            const U##_sums none = U##_none(x[(size_t)t * ldx].sum); \
+            const U##_sums none = U##_start(-U##_added * x[(size_t)t * ldx].sum); \
             QWEN3I_UNROLL for (int r = 0; r < R; r++) sums[t][r] = none; \
         } \
         QWEN3I_UNROLL for (int i = 0; i < 4; i++) { \
@@ -10280,12 +10424,6 @@ TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_pane
             QWEN3I_UNROLL for (int r = 0; r < R; r++) \
                 acc[t][r] = V##_fma(V##_mul(V##_float(U##_total(sums[t][r])), by), d[r], acc[t][r]); \
         } \
-        if (!offsets) continue; \
-        QWEN3I_UNROLL for (int r = 0; r < R; r++) d[r] = V##_load(w[r].m[g]); \
-        QWEN3I_UNROLL for (int t = 0; t < n_x; t++) { \
-            V##_v by = V##_set1(x[(size_t)t * ldx].d * (float)x[(size_t)t * ldx].sum); \
-            QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[t][r] = V##_fma(by, d[r], acc[t][r]); \
-        } \
     } \
     QWEN3I_UNROLL for (int t = 0; t < n_x; t++, y += ldy) { \
         QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
@@ -10301,7 +10439,9 @@ TARGET static void U##_dot_blocks(float *y, size_t ldy, const void *w, size_t ro
                                   qwen3i_panel *panels) { \
     const qwen3i_format *f = qwen3i_format_of(type); \
     const int group = qwen3i_group_of(type), offsets = qwen3i_has_offsets(type); \
-    for (int r = 0; r < n_w; r += 16 * R) \
+    int r = QWEN3I_SMALL || n_x > 1 ? 0 : U##_dot_one(y, (const uint8_t *)w, row_bytes, type, n_w, x, \
+                                                              n_cols, add); \
+    for (; r < n_w; r += 16 * R) \
         for (int k = 0, n_k; k < n_cols; k += n_k) { \
             const uint8_t *at = (const uint8_t *)w + (size_t)r * row_bytes + \
                                 (size_t)(k / f->elements) * (size_t)f->bytes; \
@@ -10546,7 +10686,9 @@ static void qwen3i_plain_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *
 }
 
 typedef qwen3i_plain_i qwen3i_plain_sums;
-#define qwen3i_plain_none(whole) ((void)(whole), qwen3i_plain_all(0))
+#define qwen3i_plain_added 0
+#define qwen3i_plain_dot_one(...) 0
+#define qwen3i_plain_start qwen3i_plain_all
 #define qwen3i_plain_total(sums) (sums)
 #define qwen3i_plain_order qwen3i_order
 QWEN3I_DEFINE_KERNELS(qwen3i_plain, , 1, (QWEN3I_SMALL ? 1 : 2))
@@ -10730,6 +10872,14 @@ QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_w qwen3i_avx2_widen4(const int8_t *p) {
     return w;
 }
 
+QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_w qwen3i_avx2_small(qwen3i_avx2_i v) {
+    const __m256i even = _mm256_set1_epi16(255);
+    qwen3i_avx2_w w;
+    w.even = qwen3i_avx2_both(_mm256_and_si256(v.lo, even), _mm256_and_si256(v.hi, even));
+    w.odd = qwen3i_avx2_both(_mm256_srli_epi16(v.lo, 8), _mm256_srli_epi16(v.hi, 8));
+    return w;
+}
+
 QWEN3I_AVX2 QWEN3I_INLINE qwen3i_avx2_x qwen3i_avx2_spread(const int16_t *p) {
     float even, odd;                    /* not one load of both, which gcc would then take apart */
     qwen3i_avx2_x x;
@@ -10850,13 +11000,17 @@ QWEN3I_AVX2 QWEN3I_INLINE void qwen3i_avx2_sum(float *sums, const qwen3i_avx2_v 
 }
 
 typedef qwen3i_avx2_i qwen3i_avx2_sums;
-#define qwen3i_avx2_none(whole) ((void)(whole), qwen3i_avx2_all(0))
+#define qwen3i_avx2_added 0
+#define qwen3i_avx2_transpose32(y, b, ld) \
+    (qwen3i_avx2_transpose(y, b, ld), qwen3i_avx2_transpose((y) + 4, (b) + 16, ld))
+#define qwen3i_avx2_start qwen3i_avx2_all
 #define qwen3i_avx2_total(sums) (sums)
 #define qwen3i_avx2_order qwen3i_avx2_ordered
 QWEN3I_DEFINE_KERNELS(qwen3i_avx2, QWEN3I_AVX2, 2, 3)
 QWEN3I_DEFINE_UNPACKING(qwen3i_avx2, QWEN3I_AVX2)
 QWEN3I_DEFINE_RARE(qwen3i_avx2, QWEN3I_AVX2)
 QWEN3I_DEFINE_FORMATS(qwen3i_avx2, qwen3i_avx2, QWEN3I_AVX2)
+QWEN3I_DEFINE_ONE(qwen3i_avx2, qwen3i_avx2, QWEN3I_AVX2)
 QWEN3I_DEFINE_BLOCKS(qwen3i_avx2, qwen3i_avx2, QWEN3I_AVX2, 1, 4)
 static const qwen3i_simd qwen3i_avx2_kernels = QWEN3I_KERNELS(qwen3i_avx2, qwen3i_avx2, qwen3i_avx2_dot);
 
@@ -10989,6 +11143,32 @@ QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_transpose(__m512i *y, const uint8
     y[3] = _mm512_unpackhi_epi64(AB, CD);
 }
 
+QWEN3I_AVX512 QWEN3I_INLINE __m512i qwen3i_avx512_two_rows(const char *p, size_t ld) {
+    const __m256i low = _mm256_loadu_si256((const __m256i *)(const void *)p);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low),
+                              _mm256_loadu_si256((const __m256i *)(const void *)(p + 4 * ld)), 1);
+}
+
+/* Two words of 32 bytes of 16 rows are eight registers. */
+QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_transpose32(__m512i *y, const uint8_t *from, size_t ld) {
+    __m512i v[2][4];
+    QWEN3I_UNROLL for (int i = 0; i < 2; i++) {
+        const char *p = (const char *)from + 8 * (size_t)i * ld;
+        const __m512i a = qwen3i_avx512_two_rows(p, ld), b = qwen3i_avx512_two_rows(p + ld, ld),
+                      c = qwen3i_avx512_two_rows(p + 2 * ld, ld), d = qwen3i_avx512_two_rows(p + 3 * ld, ld);
+        const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d),
+                      AB = _mm512_unpackhi_epi32(a, b), CD = _mm512_unpackhi_epi32(c, d);
+        v[i][0] = _mm512_unpacklo_epi64(ab, cd);
+        v[i][1] = _mm512_unpackhi_epi64(ab, cd);
+        v[i][2] = _mm512_unpacklo_epi64(AB, CD);
+        v[i][3] = _mm512_unpackhi_epi64(AB, CD);
+    }
+    QWEN3I_UNROLL for (int i = 0; i < 4; i++) {
+        y[i] = _mm512_shuffle_i64x2(v[0][i], v[1][i], 0x88);
+        y[i + 4] = _mm512_shuffle_i64x2(v[0][i], v[1][i], 0xDD);
+    }
+}
+
 /* as qwen3i_f32_to_bf16, except for NaN */
 QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_store_bf16(uint16_t *p, __m512 v) {
     const __m512 top = _mm512_castsi512_ps(_mm512_set1_epi32(0x7F7F0000));
@@ -11025,7 +11205,9 @@ QWEN3I_AVX512 QWEN3I_INLINE void qwen3i_avx512_sum(float *sums, const __m512 *ro
 }
 
 typedef qwen3i_avx512_i qwen3i_avx512_sums;
-#define qwen3i_avx512_none(whole) ((void)(whole), qwen3i_avx512_all(0))
+#define qwen3i_avx512_added 0
+#define qwen3i_avx512_dot_one(...) 0
+#define qwen3i_avx512_start qwen3i_avx512_all
 #define qwen3i_avx512_total(sums) (sums)
 #define qwen3i_avx512_order qwen3i_avx2_ordered
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
@@ -11039,6 +11221,7 @@ static const qwen3i_simd qwen3i_avx512_kernels =
 #define QWEN3I_VNNI_SETS "avx512vnni," QWEN3I_AVX512_SETS
 #define QWEN3I_VNNI QWEN3I_TARGET(QWEN3I_VNNI_SETS)
 #define qwen3i_vnni_name "AVX-512 VNNI"
+#define qwen3i_vnni_added 128            /* to what qwen3i_vnni_widen4 loads */
 typedef __m512i qwen3i_vnni_w;          /* with 128 added: these instructions multiply signed by unsigned */
 typedef struct qwen3i_vnni_x { __m512i high, low; } qwen3i_vnni_x;
 typedef qwen3i_vnni_x qwen3i_vnni_sums;
@@ -11066,11 +11249,10 @@ QWEN3I_VNNI QWEN3I_INLINE void qwen3i_vnni_order(int16_t *to, const int32_t *q) 
                             _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14))));
 }
 
-/* The products of 128 are taken off first. */
-QWEN3I_VNNI QWEN3I_INLINE qwen3i_vnni_sums qwen3i_vnni_none(int32_t whole) {
+QWEN3I_VNNI QWEN3I_INLINE qwen3i_vnni_sums qwen3i_vnni_start(int32_t sum) {
     qwen3i_vnni_sums y;
     y.high = _mm512_setzero_si512();
-    y.low = _mm512_set1_epi32(-128 * whole);
+    y.low = _mm512_set1_epi32(sum);
     return y;
 }
 
@@ -11084,6 +11266,8 @@ QWEN3I_VNNI QWEN3I_INLINE __m512i qwen3i_vnni_total(qwen3i_vnni_sums y) {
     return _mm512_add_epi32(_mm512_slli_epi32(y.high, 8), y.low);
 }
 
+#define qwen3i_vnni_small(v) (v)
+QWEN3I_DEFINE_ONE(qwen3i_avx512, qwen3i_vnni, QWEN3I_VNNI)
 QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_vnni, QWEN3I_VNNI, 2, 4)
 static const qwen3i_simd qwen3i_vnni_kernels = QWEN3I_KERNELS(qwen3i_avx512, qwen3i_vnni, qwen3i_avx512_dot);
 #if defined(__GNUC__) && !defined(__clang__)
@@ -11350,7 +11534,9 @@ QWEN3I_INLINE void qwen3i_neon_sum(float *sums, const qwen3i_neon_v *rows) {
 }
 
 typedef qwen3i_neon_i qwen3i_neon_sums;
-#define qwen3i_neon_none(whole) ((void)(whole), qwen3i_neon_all(0))
+#define qwen3i_neon_added 0
+#define qwen3i_neon_dot_one(...) 0
+#define qwen3i_neon_start qwen3i_neon_all
 #define qwen3i_neon_total(sums) (sums)
 #define qwen3i_neon_order qwen3i_order
 QWEN3I_DEFINE_KERNELS(qwen3i_neon, , 2, 3)
@@ -11634,7 +11820,9 @@ QWEN3I_INLINE void qwen3i_wasm_transpose(qwen3i_wasm_i *y, const uint8_t *from, 
 }
 
 typedef qwen3i_wasm_i qwen3i_wasm_sums;
-#define qwen3i_wasm_none(whole) ((void)(whole), qwen3i_wasm_all(0))
+#define qwen3i_wasm_added 0
+#define qwen3i_wasm_dot_one(...) 0
+#define qwen3i_wasm_start qwen3i_wasm_all
 #define qwen3i_wasm_total(sums) (sums)
 #define qwen3i_wasm_order qwen3i_order
 QWEN3I_DEFINE_KERNELS(qwen3i_wasm, , 1, 2)

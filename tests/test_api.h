@@ -491,7 +491,7 @@ static uint64_t exact_context_bytes(const qwen3i_config *g, const qwen3_ctx_desc
     big_add_product(&sum, (uint64_t)qwen3i_pool_lanes(d), 24 * (scores + 2 * (uint64_t)g->head_dim) + 64 * (uint64_t)g->head_dim, 4);
     big_add_product(&sum, (uint64_t)qwen3i_pool_lanes(d), 64 * (1024 + 16), 4);        /* panels */
     const uint64_t most = q_dim > (uint64_t)g->n_ff ? q_dim : (uint64_t)g->n_ff;
-    big_add_product(&sum, rows, ((most > (uint64_t)g->n_embd ? most : (uint64_t)g->n_embd) + 15) / 16, 40);  /* rows of x as whole numbers */
+    big_add_product(&sum, rows, ((most > (uint64_t)g->n_embd ? most : (uint64_t)g->n_embd) + 15) / 16, 48);  /* rows of x as whole numbers */
     big_add_product(&sum, seqs, 1, sizeof(qwen3i_seq));
     big_add_product(&sum, seqs, ctx, sizeof(qwen3_token));
     big_add_product(&sum, ctx, 1, sizeof(qwen3_token));
