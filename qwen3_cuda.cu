@@ -6992,17 +6992,29 @@ static __device__ NO_INLINE void few_finish(const few_in &in, const vector_end &
                                             few_rows rows, int i, float4 sum, const float *x_scale) {
     const int row = 16 * (rows.first + i / (NT * 32)) + i % 32 / 4, col = i / 32 % NT * 8 + i % 4 * 2;
     const float v[4] = {sum.x, sum.y, sum.z, sum.w};
-    NO_UNROLL for (int j = 0; j < 4; j++) {
-        const int r = row + j / 2 * 8, c = col + j % 2;
-        const float value = j < 2 ? j ? v[1] : v[0] : j == 2 ? v[2] : v[3];
-        if (r < p.rows && c < in.rows) finish_sum(e, c, rows.row0 + r, value * x_scale[c]);
+    if (e.kind == END_HEADS) {
+        NO_UNROLL for (int j = 0; j < 4; j++) {
+            const int r = row + j / 2 * 8, c = col + j % 2;
+            const float value = j < 2 ? j ? v[1] : v[0] : j == 2 ? v[2] : v[3];
+            if (r < p.rows && c < in.rows) store_projection(e.qkv, c, rows.row0 + r, value * x_scale[c]);
+        }
+        return;
     }
+    float *to[4], old[4];               /* all loads are on their way before the first is waited for */
+    UNROLL for (int j = 0; j < 4; j++) {
+        const int r = row + j / 2 * 8, c = col + j % 2;
+        const int slot = r >= p.rows || c >= in.rows ? -1 : e.outs ? e.outs[c].out_slot : c;
+        to[j] = slot < 0 ? NULL : e.y + (size_t)slot * e.ldy + rows.row0 + r;
+        old[j] = to[j] && e.kind == END_ADD ? *to[j] : 0;
+    }
+    UNROLL for (int j = 0; j < 4; j++) if (to[j]) *to[j] = old[j] + v[j] * x_scale[col + j % 2];
 }
 
 /* Is this the block of its group that ends last? Then it sees what the others have stored. */
 DEVICE bool few_last(const few_in &in, int *last) {
-    __threadfence();
+    if (in.slices > 1) __threadfence();
     __syncthreads();
+    if (in.slices == 1) return true;
     if (tid() == 0) {
         unsigned *ticket = in.tickets + block_x() / in.slices;
         *last = atomicAdd(ticket, 1u) == (unsigned)in.slices - 1;
