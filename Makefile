@@ -13,7 +13,9 @@ NVCC     ?= $(shell command -v nvcc 2>/dev/null)
 CUDA     ?= $(if $(NVCC),$(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1))
 CUDA_ARCH ?= $(shell tools/cuda_arch.sh "$(NVCC)")
 LAB_ARCH ?= $(CUDA_ARCH)
-NVCCFLAGS = -O3 -std=c++17 --threads 0 -Xcompiler -Wall,-Wextra -Werror all-warnings
+NVCCFLAGS = -O3 -std=c++17 --threads 0 -Xcompiler -Wall,-Wextra -Werror all-warnings $(NVCC_SIZE)
+# kernels packed as small as this nvcc can
+NVCC_SIZE = $(shell "$(NVCC)" --help 2>/dev/null | grep -q -e --compress-mode && echo --compress-mode=size)
 LDLIBS    = -lm -lpthread
 DEPS      = qwen3.h Makefile
 

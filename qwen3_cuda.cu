@@ -310,14 +310,6 @@ DEVICE uint4 load_stream(const void *p) {
     return v;
 }
 
-/* The same, and it is asked for before any wait that follows: the compiler may move the others behind it. */
-DEVICE uint4 load_ahead(const void *p) {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-    return v;
-}
-
 /* Brings a line to the L2. */
 DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -589,6 +581,14 @@ const int LARGE_CLUSTER = 1;
 
 /* Instructions without a C++ name; the emulator brings its own. */
 #if defined(QWEN3_WGMMA) && !defined(QWEN3_CUDA_EMULATED)
+/* load_stream, asked for before any wait that follows: the compiler may move that one behind it. */
+DEVICE uint4 load_ahead(const void *p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+
 DEVICE void barrier_arrive(mbarrier *b) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(b)) : "memory");
 }
@@ -7269,6 +7269,7 @@ const int TWO_HEADS   = 2;                              /* query heads of each k
 /* x = the sum of n parts [n, TWO_WIDTH] */
 struct sum_of_parts { const float *at; int n; };
 
+#ifdef QWEN3_WGMMA
 /* 32 columns of a product of 16 rows: w has 16 bytes of row lane / 4 and of row lane / 4 + 8, x as much of
    what they are multiplied by, in columns 0 and 1 of it its two terms. */
 DEVICE void two_multiply(float (&d)[4], uint4 w, uint4 more, uint4 x) {
@@ -7324,6 +7325,7 @@ DEVICE float two_rms(const float *squares, float eps) {
     UNROLL for (int i = 0; i < TWO_WARPS; i++) sum += squares[i];
     return rms_scale(sum, (float)TWO_WIDTH, eps);
 }
+#endif
 
 /* Rows of a matrix TWO_WIDTH wide in shared memory: even rows of each 8 in one half, odd ones in the other,
    64 bytes off, so that no bank is read twice at a time. */
@@ -7341,7 +7343,6 @@ template <int ROWS> DEVICE uint4 two_weights(two_rows<ROWS> &m, int row, int c) 
 const int TWO_QKV       = (TWO_HEADS + 2) * HEAD_DIM / TWO_CLUSTER;    /* rows of q, k and v of a block */
 const int TWO_QKV_HELD  = 32;                           /* of which so many are in registers */
 const int TWO_RING      = 2;                            /* rounds of positions on their way */
-const int TWO_ROUND     = 64;                           /* positions of a round of a block */
 const int TWO_WO_PITCH  = TWO_HEADS * HEAD_DIM * 2 + 64;
 
 struct two_attention_args {
@@ -7374,6 +7375,9 @@ struct two_attention_shared {
     mbarrier sent, merged, got, got_wo;
 };
 
+#ifdef QWEN3_WGMMA
+const int TWO_ROUND     = 64;                           /* positions of a round of a block */
+
 /* Which positions of the cache this block has, and lanes of them. */
 struct two_positions {
     int seq, position, begin, end;
@@ -7390,7 +7394,6 @@ struct two_positions {
     __device__ __forceinline__ bool has_new() const { return position >= begin && position < end; }
 };
 
-#ifdef QWEN3_WGMMA
 /* Scores of two heads, the softmax of those so far, and the sum of values: of half a warp's positions, each
    lane 8 elements. Lane i has the weights of head i / 4 % 2, of position i / 8 % 2 of its half. */
 template <class T> struct two_softmax {
