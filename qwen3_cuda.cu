@@ -6068,12 +6068,15 @@ static qwen3_result large_down(const pass *p, int layer) {
 /* ================================================================================================
    VECTORS: 1 to 8 rows times a matrix, whatever follows it
    ================================================================================================ */
-/* Element i of a product's row r, if it is none of pairs. */
+/* Where element i of a product's row r goes, if it is none of q, k, v or of pairs; NULL: nobody wants it. */
+DEVICE float *place_of_sum(const vector_end &e, int r, int i) {
+    const int slot = e.outs ? e.outs[r].out_slot : r;
+    return slot >= 0 ? e.y + (size_t)slot * e.ldy + i : NULL;
+}
 DEVICE void finish_sum(const vector_end &e, int r, int i, float sum) {
     if (e.kind == END_HEADS) { store_projection(e.qkv, r, i, sum); return; }
-    const int slot = e.outs ? e.outs[r].out_slot : r;
-    float *out = e.y + (size_t)slot * e.ldy + i;
-    if (slot >= 0) *out = e.kind == END_ADD ? *out + sum : sum;
+    float *out = place_of_sum(e, r, i);
+    if (out) *out = e.kind == END_ADD ? *out + sum : sum;
 }
 
 /* vector_product: x [rows, in.ldx] float32, rows <= R, times W, and then what vector_end says. A warp has two
@@ -7003,8 +7006,7 @@ static __device__ NO_INLINE void few_finish(const few_in &in, const vector_end &
     float *to[4], old[4];               /* all loads are on their way before the first is waited for */
     UNROLL for (int j = 0; j < 4; j++) {
         const int r = row + j / 2 * 8, c = col + j % 2;
-        const int slot = r >= p.rows || c >= in.rows ? -1 : e.outs ? e.outs[c].out_slot : c;
-        to[j] = slot < 0 ? NULL : e.y + (size_t)slot * e.ldy + rows.row0 + r;
+        to[j] = r < p.rows && c < in.rows ? place_of_sum(e, c, rows.row0 + r) : NULL;
         old[j] = to[j] && e.kind == END_ADD ? *to[j] : 0;
     }
     UNROLL for (int j = 0; j < 4; j++) if (to[j]) *to[j] = old[j] + v[j] * x_scale[col + j % 2];

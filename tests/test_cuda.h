@@ -292,12 +292,12 @@ static double lab_exact(const lab *l, int n) {
     return (n > 8 || l->kernels == LAB_STANDARD) && !lab_own_products(l, n) ? CUDA_PRODUCT : CUDA_EXACT;
 }
 
-/* Of a product: with weights in blocks its input has whole numbers of 16 bits for one row; for more it is rounded, for
-   many the weights are, too. */
+/* Of a product: with weights in blocks its input has whole numbers of 16 bits for up to four rows; for more it is
+   rounded, for many the weights are, too. */
 static double lab_product(const lab *l, int n) {
     if (!qwen3i_is_block(l->layer.wq.type) && !qwen3i_is_block(l->layer.wv.type)) return lab_exact(l, n);
     if (lab_own_products(l, n)) return 2 * CUDA_ROUNDED;
-    return n > 1 || l->kernels == LAB_STANDARD ? CUDA_ROUNDED : CUDA_INTS;
+    return n > (l->desc.invariant ? 0 : 4) || l->kernels == LAB_STANDARD ? CUDA_ROUNDED : CUDA_INTS;
 }
 
 static int lab_rounds(const lab *l, int n);
@@ -843,13 +843,13 @@ static void lab_cache_row(const lab *l, char *cache, const float *row, int posit
 }
 
 /* x += the layer's attention of x, a row after `position` others whose keys and values are in the cache; into which its
-   own go. */
-static void lab_first_half(const lab *l, float *x, char *cache_k, char *cache_v, int position) {
+   own go, kv: [2, kv dim] in float32. */
+static void lab_first_half(const lab *l, float *x, char *cache_k, char *cache_v, int position, float *kv) {
     const qwen3i_config *c = &l->model.config;
     const int half = c->head_dim / 2;
     const int32_t seq = 0, at = position;
     float *h = floats((size_t)c->n_embd), *q = floats((size_t)(c->n_head * c->head_dim)), *a = floats((size_t)(c->n_head * c->head_dim)),
-          *k = floats((size_t)(c->n_head_kv * c->head_dim)), *v = floats((size_t)(c->n_head_kv * c->head_dim)),
+          *k = kv, *v = kv + c->n_head_kv * c->head_dim,
           *scratch = floats((size_t)l->pool.n_lanes * qwen3i_attention_scratch(l->desc.max_ctx, c->head_dim));
     float cosines[128], sines[128], freqs[128], scale;
     qwen3i_attention_args args;
@@ -870,7 +870,7 @@ static void lab_first_half(const lab *l, float *x, char *cache_k, char *cache_v,
     args.scratch = scratch;
     qwen3i_attention(&l->exec, &args);
     qwen3i_matmul_add(&l->exec, x, &l->layer.wo, a, 1);
-    free(h); free(q); free(a); free(k); free(v); free(scratch);
+    free(h); free(q); free(a); free(scratch);
 }
 
 static void lab_check_halves(const lab_shape *s, qwen3i_type type, int kv_type, int before) {
@@ -879,9 +879,11 @@ static void lab_check_halves(const lab_shape *s, qwen3i_type type, int kv_type, 
     lab_rows *r = (lab_rows *)malloc(sizeof *r);
     if (lab_open(l, s, type, &desc)) {
         const qwen3i_config *c = &l->model.config;
-        float *x = lab_values(l, (size_t)c->n_embd, 3), *want = floats((size_t)c->n_embd), *again = floats((size_t)c->n_embd),
-              *h = floats((size_t)c->n_embd), *m = floats((size_t)c->n_ff), *got;
+        const size_t kv_dim = (size_t)(c->n_head_kv * c->head_dim);
+        float *x = lab_values(l, (size_t)c->n_embd, 3), *kv = floats(2 * kv_dim), *want = floats((size_t)c->n_embd), *again = floats((size_t)c->n_embd),
+              *h = floats((size_t)c->n_embd), *m = floats((size_t)c->n_ff);
         char *k, *v;
+        int i;
         lab_fill_cache(l, before + 1, &k, &v);
         lab_make_rows(l, r, 1, 1, before);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
@@ -889,12 +891,17 @@ static void lab_check_halves(const lab_shape *s, qwen3i_type type, int kv_type, 
 #endif
         if (cuda_lab()->two_kernels(l->ctx)) {
             memcpy(want, x, (size_t)c->n_embd * sizeof *x);
-            lab_first_half(l, want, k, v, before);
+            lab_first_half(l, want, k, v, before, kv);
             lab_put(l, LAB_X, x);
             lab_run(l, LAB_FIRST_HALF);
             lab_get(l, LAB_X, again);
             lab_check(l, "first half", LAB_X, want, 1, c->n_embd, 4 * CUDA_EXACT);
-            got = lab_cached(l, r, 0, 1);
+            for (i = 0; i < 2; i++) {
+                float *got = lab_cached(l, r, 0, i);
+                CHECK_MSG(cuda_one_rounding(got, kv + (size_t)i * kv_dim, kv_dim, (qwen3i_type)kv_type, 20 * CUDA_EXACT),
+                          "the new position's %s after %d others", i ? "value" : "key", before);
+                free(got);
+            }
             lab_put(l, LAB_X, x);
             lab_run(l, LAB_FIRST_HALF);
             want = floats((size_t)c->n_embd);
@@ -907,9 +914,8 @@ static void lab_check_halves(const lab_shape *s, qwen3i_type type, int kv_type, 
             lab_put(l, LAB_X, x);
             lab_run(l, LAB_SECOND_HALF);
             lab_check(l, "second half", LAB_X, want, 1, c->n_embd, 4 * CUDA_EXACT);
-            free(got);
         } else free(want);
-        free(x); free(again); free(h); free(m); free(k); free(v);
+        free(x); free(kv); free(again); free(h); free(m); free(k); free(v);
     }
     lab_close(l);
     free(r);
@@ -1338,7 +1344,7 @@ static void test_cuda_models_blocks(void) {
                       *got = cuda_quantised_logits(names[i], quantize, qwen3_cuda_backend(), chunk, &vocab);
                 const double e = want && got ? parity_error(got, want, 43, vocab) : 1;
                 if (test_verbose) printf("    %s, quantized to %d, chunks of %d: %.2e\n", names[i], quantize, chunk, e);
-                CHECK_MSG(e < 1e-2, "%s, quantized to %d, chunks of %d: logits differ by %.2e",
+                CHECK_MSG(e < (chunk > 4 ? 1e-2 : 1e-3), "%s, quantized to %d, chunks of %d: logits differ by %.2e",
                           names[i], quantize, chunk, e);
                 free(want);
                 free(got);
