@@ -819,7 +819,8 @@ struct matrix {
     int         n_parts;
     block_part  parts[3];
     int         each;                   /* of experts: rows of a part that are one's; else 0 */
-    /* all of them are blocks; of gate and up, and of down: so are both's */
+    /* few_product may serve: all parts are in blocks. Gate and up are served only if down is, and down if
+       they are: what lies between has one form. */
     bool        few;
     int         kind;                   /* q k v, output, gate and up, down, embedding or head */
     int         terms;                  /* 16-bit terms of its input when there are many rows */
@@ -7072,8 +7073,9 @@ static __global__ void __launch_bounds__(32 * FEW_WARPS, 1)
 
 /* few_round: x [rows, k] float32 to F16 times a power of two of each row, as few_multiply reads it: unit,
    row, and of each lane that shares the row elements 4 t, 4 t + 2, 4 t + 1, 4 t + 3 and those 16 further; its
-   sums of units, and of their first halves, as rounded. gain: the RMSNorm of x; up > 0: silu(x[i]) * x[up + i].
-   A block a row; rows that are not there are zero. Equals qwen3i_rmsnorm or qwen3i_swiglu, and one rounding. */
+   sums of units, and of their first halves, as rounded. gain: the RMSNorm of x; up > 0: silu(x[i]) times
+   x[up + i]. A block a row; rows that are not there are zero. Equals qwen3i_rmsnorm or qwen3i_swiglu, and one
+   rounding. */
 struct few_round_args {
     unsigned char *to; float *sums, *scale;
     const float *x; int ldx, k, up, rows, units;
