@@ -114,6 +114,9 @@ const int MATVEC_WARPS  = 8;
 const int MATVEC_TILE   = 8192;         /* floats of x that a block holds at a time */
 const int HEAD_ROWS     = 64;           /* the most rows whose logits are computed at a time */
 const int MOST_RANKS    = 16;           /* of one process */
+const int PEER_ROWS     = 64;           /* sums over ranks of up to so many rows go by peer access, ... */
+const int PEER_BLOCKS   = 128;          /* ... by up to so many blocks */
+const int PEER_THREADS  = 128;
 const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
 const int SPLIT_WARPS   = 4;
 const int TILE_ROWS     = 64;           /* (token, head) rows and ...               */
@@ -300,6 +303,17 @@ DEVICE void let_next_start() {
 
 /* Instructions without a C++ name. An emulator may bring its own. */
 #ifndef QWEN3_CUDA_EMULATED
+/* What this block has written before its last barrier is there for all devices that see this value; ... */
+DEVICE void store_for_all(unsigned *p, unsigned v) {
+    __threadfence_system();
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+/* ... and who has seen it sees that, too. */
+DEVICE unsigned load_of_all(const unsigned *p) {
+    unsigned v;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
 #define QWEN3_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 /* 16 bytes that are read once: past the L1 cache. */
@@ -868,6 +882,10 @@ struct cuda_model {
 };
 
 struct rank_group;                      /* see RANKS */
+struct peer_ranks {                     /* of each rank, on its device: */
+    float    *parts[MOST_RANKS];        /* parts of two sums in turn, [2, n_ranks, PEER_ROWS, embd_ld] */
+    unsigned *flags[MOST_RANKS];        /* [n_ranks, PEER_BLOCKS] which sum a part is of */
+};
 
 struct row_info {                       /* row i of a batch, and what is wanted of it; in device memory */
     int token, seq, position;
@@ -991,6 +1009,12 @@ struct cuda_ctx {
     expert_buffers experts;
 
     communicator comm;                          /* see RANKS */
+    /* this one's own parts and flags, how many sums each block has done, and where those of the others are */
+    peer_ranks   peers;
+    bool         has_peers;                     /* all of them can be reached */
+    float       *peer_parts;
+    unsigned    *peer_flags, *peer_sums;
+    int         *abandoned;                     /* pinned: another rank's part may never come */
     rank_group  *ranks;                         /* of rank 0: the others, if they are in this process */
     /* of all ranks: logits [n_ranks, head_rows, n_vocab / n_ranks]; ... */
     char        *gathered;
@@ -5825,17 +5849,86 @@ static __global__ void spread_kernel(float *logits, const float *gathered, int w
 }
 #endif
 
+/* Sums of few rows by peer access, in one exchange: every rank writes its part to all others and adds up what
+   came, in order of rank. A block does the same elements in every sum and counts its sums, so parts of two
+   sums are enough: who writes the next but one has what all others wrote after they had read. */
+/* The block's part, x[first], x[first + step], ..., goes to all others as that of sum number `sum`. */
+static __device__ void post_part(const peer_ranks &to, const float4 *x, int n, size_t room, int rank,
+                                 int n_ranks, unsigned sum) {
+    const size_t slot = ((sum & 1) * (unsigned)n_ranks + (unsigned)rank) * room;
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += PEER_BLOCKS * PEER_THREADS)
+        for (int r = 0; r < n_ranks; r++)
+            if (r != rank) ((float4 *)(void *)to.parts[r])[slot + (size_t)i] = x[i];
+    __syncthreads();
+    const int r = (int)threadIdx.x;
+    if (r < n_ranks && r != rank) store_for_all(to.flags[r] + rank * PEER_BLOCKS + blockIdx.x, sum);
+}
+
+/* x[i] = sum of all parts, once they are there */
+static __device__ void add_parts(const peer_ranks &to, float4 *x, int n, size_t room, int rank, int n_ranks,
+                                 unsigned sum, const int *abandoned) {
+    const int other = (int)threadIdx.x;
+    if (other < n_ranks && other != rank) {
+        const unsigned *flag = to.flags[rank] + other * PEER_BLOCKS + blockIdx.x;
+        while ((int)(load_of_all(flag) - sum) < 0 && !load_of_all((const unsigned *)abandoned)) {}
+    }
+    __syncthreads();
+    const float4 *parts = (const float4 *)(void *)to.parts[rank] + (sum & 1) * (size_t)n_ranks * room;
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += PEER_BLOCKS * PEER_THREADS) {
+        float4 a = make_float4(0, 0, 0, 0);
+        for (int r = 0; r < n_ranks; r++) {
+            const float4 v = r == rank ? x[i] : __ldcg(parts + (size_t)r * room + i);
+            a.x += v.x; a.y += v.y; a.z += v.z; a.w += v.w;
+        }
+        x[i] = a;
+    }
+}
+
+/* x = sum of the x of all ranks. room: vectors of four of PEER_ROWS rows. Where blocks of a launch run one
+   after the other, all must have posted before one waits: two launches. */
+template <bool POST, bool ADD>
+static __global__ void peer_sum_kernel(peer_ranks to, float4 *x, int n, size_t room, int rank, int n_ranks,
+                                       unsigned *sums, const int *abandoned) {
+    let_next_start();
+    wait_for_previous();
+    const unsigned sum = sums[blockIdx.x] + 1;
+    if (POST) post_part(to, x, n, room, rank, n_ranks, sum);
+    if (!ADD) return;
+    add_parts(to, x, n, room, rank, n_ranks, sum, abandoned);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
 /* x is added to on the first rank only: before x = x + W a the others have zeros there, ... */
 static qwen3_result begin_sum(const pass *p) {
     if (p->c->m->rank == 0) return QWEN3_OK;
     RUN(grid1(p->n), 256, 0, clear_kernel, p->c->x, (size_t)p->n * p->c->embd_ld);
     return QWEN3_OK;
 }
+#ifdef QWEN3_CUDA_NCCL
+template <bool POST, bool ADD> static qwen3_result peer_sum_by(const pass *p) {
+    cuda_ctx *c = p->c;
+    const int n = p->n * c->embd_ld / 4;
+    return launched(p, launch_early(p->early, p->s, grid1(least(ceil_div(n, PEER_THREADS), PEER_BLOCKS)),
+                                    PEER_THREADS, 0, peer_sum_kernel<POST, ADD>, c->peers,
+                                    (float4 *)(void *)c->x, n, (size_t)PEER_ROWS * c->embd_ld / 4, c->m->rank,
+                                    c->m->n_ranks, c->peer_sums, (const int *)c->abandoned), "kernel launch");
+}
+static qwen3_result peer_sum(const pass *p) {
+#ifdef QWEN3_CUDA_EMULATED
+    TRY((peer_sum_by<true, false>(p)));
+    return peer_sum_by<false, true>(p);
+#else
+    return peer_sum_by<true, true>(p);
+#endif
+}
+#endif
+
 /* ... and after it all have the sum. */
 static qwen3_result end_sum(const pass *p) {
 #ifdef QWEN3_CUDA_NCCL
     const qwen3i_err *err = p->err;
     cuda_ctx *c = p->c;
+    if (c->has_peers && p->n <= PEER_ROWS) return peer_sum(p);
     if (c->m->n_ranks > 1)
         NCCL_TRY(ncclAllReduce(c->x, c->x, (size_t)p->n * c->embd_ld, ncclFloat, ncclSum, c->comm, p->s));
 #else
@@ -9683,6 +9776,12 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
                                                      (size_t)c->m->n_ranks * c->kv_dim * sizeof(float));
     c->gathered = a->take<char>(c->gathered_size);
     c->stopped = a->take<int>(1);
+    if (c->m->n_ranks > 1) {
+        const size_t ranks = (size_t)c->m->n_ranks;
+        c->peer_parts = a->take<float>(2 * ranks * PEER_ROWS * embd);
+        c->peer_flags = a->take<unsigned>(ranks * PEER_BLOCKS);
+        c->peer_sums = a->take<unsigned>((size_t)PEER_BLOCKS);
+    }
     c->logprobs = a->take<float>((size_t)head_rows(c));
     c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
     c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
@@ -9706,6 +9805,7 @@ static void lay_out_pinned(cuda_ctx *c, arena *a) {
         c->slots[i].masks = a->take<unsigned>(seqs * (size_t)ceil_div(c->m->config.n_vocab, 32));
     }
     c->host_logits = a->take<float>((size_t)c->m->config.n_vocab);
+    c->abandoned = a->take<int>(1);
 }
 
 static void lay_out_host(cuda_ctx *c, arena *a) {
@@ -9969,6 +10069,12 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     /* read whole */
     CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)choice_rows(c) * sizeof(candidates), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
+    *c->abandoned = 0;
+    if (c->peer_sums) {
+        CUDA_TRY(cudaMemsetAsync(c->peer_sums, 0, PEER_BLOCKS * sizeof(unsigned), c->stream));
+        CUDA_TRY(cudaMemsetAsync(c->peer_flags, 0, (size_t)c->m->n_ranks * PEER_BLOCKS * sizeof(unsigned),
+                                 c->stream));
+    }
     CUDA_TRY(cudaStreamSynchronize(c->stream));
     return QWEN3_OK;
 }
@@ -10033,6 +10139,10 @@ static void give_up(cuda_ctx *c) {
 #ifdef QWEN3_CUDA_NCCL
     int nobody = -1;
     if (c->ranks) c->ranks->broken_by.compare_exchange_strong(nobody, c->m->rank);
+    for (int i = 0; c->ranks && i < c->ranks->n; i++) {
+        const cuda_ctx *other = c->ranks->fellows[i].c;
+        if (other && other->abandoned) *(volatile int *)other->abandoned = 1;
+    }
     if (c->comm) ncclCommAbort(c->comm);
     c->comm = NULL;
 #else
@@ -10566,6 +10676,34 @@ static qwen3_result begin_fellow(rank_group *g, int i, cuda_ctx *first, const qw
     return f->items && f->samplers ? QWEN3_OK : no_host_memory(err, seqs * sizeof *f->items);
 }
 
+/* May kernels on one device write to the other's memory? */
+static bool reaches(int from, int to) {
+    int can = 0;
+    device_guard guard(from);
+    if (guard.status != cudaSuccess || cudaDeviceCanAccessPeer(&can, from, to) != cudaSuccess || !can)
+        return false;
+    const cudaError_t e = cudaDeviceEnablePeerAccess(to, 0);
+    if (e != cudaSuccess) cudaGetLastError();
+    return e == cudaSuccess || e == cudaErrorPeerAccessAlreadyEnabled;
+}
+
+/* Sums of few rows by peer access, if every device reaches all others; else NCCL does them, too. */
+static void find_peers(rank_group *g) {
+    peer_ranks all = peer_ranks();
+    bool can = true;
+    for (int i = 0; i < g->n; i++) {
+        const cuda_ctx *c = g->fellows[i].c;
+        all.parts[i] = c->peer_parts;
+        all.flags[i] = c->peer_flags;
+        for (int j = 0; j < g->n; j++)
+            can = can && (i == j || reaches(c->m->device, g->fellows[j].c->m->device));
+    }
+    for (int i = 0; i < g->n; i++) {
+        g->fellows[i].c->peers = all;
+        g->fellows[i].c->has_peers = can;
+    }
+}
+
 /* The others of a context of rank 0 */
 static qwen3_result begin_group(cuda_ctx *c, const qwen3_model *model, const qwen3_ctx_desc *desc,
                                 const qwen3i_err *err) {
@@ -10580,6 +10718,7 @@ static qwen3_result begin_group(cuda_ctx *c, const qwen3_model *model, const qwe
     theirs.stream = NULL;
     for (int i = 1; i < c->ranks->n; i++) TRY(begin_fellow(c->ranks, i, c, model, &theirs, err));
     TRY(split_ranks(c, err));
+    find_peers(c->ranks);
     for (int i = 1; i < c->ranks->n; i++)
         if (!begin_thread(&c->ranks->fellows[i].thread, [=] { serve(c->ranks, i); }))
             return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: no thread could be started for device %d",

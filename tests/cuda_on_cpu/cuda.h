@@ -3,6 +3,7 @@
 #ifndef CUDA_ON_CPU_DRIVER_H
 #define CUDA_ON_CPU_DRIVER_H
 #include "cuda_runtime.h"
+#include <sched.h>
 
 typedef uint32_t cuuint32_t;
 typedef uint64_t cuuint64_t;
@@ -107,6 +108,12 @@ static inline void barrier_expect(mbarrier *b, unsigned bytes) {
 }
 static inline void barrier_arrive(mbarrier *b) { b->left--; emulated::check(b); }
 static inline void barrier_arrive_at(mbarrier *b, unsigned rank) { barrier_arrive(emulated::in_block(b, rank)); }
+static inline void store_for_all(unsigned *p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline unsigned load_of_all(const unsigned *p) {
+    const unsigned v = __atomic_load_n(p, __ATOMIC_ACQUIRE);
+    sched_yield();
+    return v;
+}
 static inline void barrier_wait(mbarrier *b, unsigned parity) { while (b->phase == parity) emulated::yield(); }
 static inline void barriers_ready() {}
 /* Sent values are there at once; the barrier counts their bytes. */

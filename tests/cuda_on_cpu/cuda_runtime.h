@@ -471,6 +471,7 @@ enum cudaError_t {
     cudaErrorMemoryAllocation = 2,
     cudaErrorInsufficientDriver = 35,
     cudaErrorInvalidDevice = 101,
+    cudaErrorPeerAccessAlreadyEnabled = 704,
     cudaErrorNoDevice = 100,
     cudaErrorNotReady = 600
 };
@@ -558,6 +559,11 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     snprintf(p->name, sizeof p->name, "CUDA on CPU");
     return cudaSuccess;
 }
+static inline cudaError_t cudaDeviceCanAccessPeer(int *can, int from, int to) {
+    *can = from != to && to < emulated_devices;
+    return emulated_call();
+}
+static inline cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return emulated_call(); }
 template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, K *) { return cudaSuccess; }
 template <class K> cudaError_t cudaFuncSetAttribute(K *, cudaFuncAttribute, int) { return cudaSuccess; }
 
