@@ -983,8 +983,9 @@ struct cuda_ctx {
                                                     */
     float2 *rope;                               /* [max_ctx, head_dim / 2] */
     float  *freqs;
-    /* [max_rows, n_embd padded]: residual, normalised, a product */
-    float  *x, *h, *tmp;
+    /* [max_rows, n_embd padded]: residual, normalised, a product; what products add to: x, or zeros of its
+       own (see RANKS) */
+    float  *x, *h, *tmp, *sum;
     float  *qkv, *attn, *gate_up, *ff;          /* [max_rows, qkv_ld | q_dim | 2 n_ff | n_ff padded] */
     struct { float *at; size_t n; } results[4]; /* those of them, and logits, that cuBLASLt writes */
     void   *act; float *act_scale;              /* [max_rows, act_ld] input of a product */
@@ -3234,7 +3235,7 @@ static __global__ void scale_rows_kernel(float *x, const float *scale, int width
 static qwen3_result product_add(const pass *p, const matrix &w) {
     cuda_ctx *c = p->c;
     TRY(act_product(p, c->tmp, c->embd_ld, w, 0, w.rows));
-    RUN(grid1(p->n), row_threads(c->embd_ld, 4, p->n), 0, add_rows_kernel, c->x, (const float *)c->tmp,
+    RUN(grid1(p->n), row_threads(c->embd_ld, 4, p->n), 0, add_rows_kernel, c->sum, (const float *)c->tmp,
         act_scale(p, w), c->m->config.n_embd, c->embd_ld);
     return QWEN3_OK;
 }
@@ -4295,7 +4296,7 @@ static qwen3_result skinny_add_of(const pass *p, const stored_map &in, const mat
 static qwen3_result skinny_add(const pass *p, const stored_map &in, const matrix &w, hopper_args a) {
     ready r;
     TRY(make_ready(p, w, 0, w.rows, &r));
-    a.x = p->c->x;
+    a.x = p->c->sum;
     a.ldx = p->c->embd_ld;
     return a.rows <= 32 ? skinny_add_of<32>(&r.p, in, *r.w, a) : skinny_add_of<64>(&r.p, in, *r.w, a);
 }
@@ -4342,7 +4343,7 @@ static qwen3_result large_product(const pass *p, const stored_map &in, const mat
    160. */
 static qwen3_result large_add(const pass *p, const stored_map &in, const matrix &w, hopper_args a) {
     const float more = (float)HOPPER_N_MORE / HOPPER_N * large_time(p, w.rows / HOPPER_N_MORE, 0);
-    a.x = p->c->x;
+    a.x = p->c->sum;
     a.ldx = p->c->embd_ld;
     if (w.rows % HOPPER_N_MORE || large_time(p, a.n_tiles, large_whole(p, a.n_tiles)) <= more)
         return large_product<to_residual<> >(p, in, w, a);
@@ -5835,11 +5836,6 @@ static qwen3_result large_attention(const pass *p, int layer) {
    by columns: a rank multiplies what it has computed itself, and x = x + W a is a sum over ranks, which NCCL
    adds up, to the same bits on all. Logits are gathered, so every rank chooses, and chooses the same.
    ================================================================================================ */
-static __global__ void clear_kernel(float *x, size_t n) {
-    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += (size_t)gridDim.x * blockDim.x)
-        x[i] = 0;
-}
-
 #ifdef QWEN3_CUDA_NCCL
 /* spread: logits[row, rank * width + i] = gathered[rank, row, i]. Grid (ranks, rows). */
 static __global__ void spread_kernel(float *logits, const float *gathered, int width) {
@@ -5852,21 +5848,21 @@ static __global__ void spread_kernel(float *logits, const float *gathered, int w
 /* Sums of few rows by peer access, in one exchange: every rank writes its part to all others and adds up what
    came, in order of rank. A block does the same elements in every sum and counts its sums, so parts of two
    sums are enough: who writes the next but one has what all others wrote after they had read. */
-/* The block's part, x[first], x[first + step], ..., goes to all others as that of sum number `sum`. */
-static __device__ void post_part(const peer_ranks &to, const float4 *x, int n, size_t room, int rank,
+/* The block's elements of this rank's part go to all others as that of sum number `sum`. */
+static __device__ void post_part(const peer_ranks &to, const float4 *part, int n, size_t room, int rank,
                                  int n_ranks, unsigned sum) {
     const size_t slot = ((sum & 1) * (unsigned)n_ranks + (unsigned)rank) * room;
     for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += PEER_BLOCKS * PEER_THREADS)
         for (int r = 0; r < n_ranks; r++)
-            if (r != rank) ((float4 *)(void *)to.parts[r])[slot + (size_t)i] = x[i];
+            if (r != rank) ((float4 *)(void *)to.parts[r])[slot + (size_t)i] = part[i];
     __syncthreads();
     const int r = (int)threadIdx.x;
     if (r < n_ranks && r != rank) store_for_all(to.flags[r] + rank * PEER_BLOCKS + blockIdx.x, sum);
 }
 
-/* x[i] = sum of all parts, once they are there */
-static __device__ void add_parts(const peer_ranks &to, float4 *x, int n, size_t room, int rank, int n_ranks,
-                                 unsigned sum, const int *abandoned) {
+/* x = sum of all parts, once they are there; own: this rank's. */
+static __device__ void add_parts(const peer_ranks &to, float4 *x, float4 *own, int n, size_t room, int rank,
+                                 int n_ranks, unsigned sum, const int *abandoned) {
     const int other = (int)threadIdx.x;
     if (other < n_ranks && other != rank) {
         const unsigned *flag = to.flags[rank] + other * PEER_BLOCKS + blockIdx.x;
@@ -5877,41 +5873,38 @@ static __device__ void add_parts(const peer_ranks &to, float4 *x, int n, size_t 
     for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += PEER_BLOCKS * PEER_THREADS) {
         float4 a = make_float4(0, 0, 0, 0);
         for (int r = 0; r < n_ranks; r++) {
-            const float4 v = r == rank ? x[i] : __ldcg(parts + (size_t)r * room + i);
+            const float4 v = r == rank ? own[i] : __ldcg(parts + (size_t)r * room + i);
             a.x += v.x; a.y += v.y; a.z += v.z; a.w += v.w;
         }
+        if (own != x) own[i] = make_float4(0, 0, 0, 0);
         x[i] = a;
     }
 }
 
-/* x = sum of the x of all ranks. room: vectors of four of PEER_ROWS rows. Where blocks of a launch run one
-   after the other, all must have posted before one waits: two launches. */
+/* x = sum of what all ranks have in own, which is x itself or becomes zero. room: vectors of four of
+   PEER_ROWS rows. Where blocks of a launch run one after the other, all must post before one waits: in two
+   launches. */
 template <bool POST, bool ADD>
-static __global__ void peer_sum_kernel(peer_ranks to, float4 *x, int n, size_t room, int rank, int n_ranks,
-                                       unsigned *sums, const int *abandoned) {
+static __global__ void peer_sum_kernel(peer_ranks to, float4 *x, float4 *own, int n, size_t room, int rank,
+                                       int n_ranks, unsigned *sums, const int *abandoned) {
     let_next_start();
     wait_for_previous();
     const unsigned sum = sums[blockIdx.x] + 1;
-    if (POST) post_part(to, x, n, room, rank, n_ranks, sum);
+    if (POST) post_part(to, own, n, room, rank, n_ranks, sum);
     if (!ADD) return;
-    add_parts(to, x, n, room, rank, n_ranks, sum, abandoned);
+    add_parts(to, x, own, n, room, rank, n_ranks, sum, abandoned);
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-/* x is added to on the first rank only: before x = x + W a the others have zeros there, ... */
-static qwen3_result begin_sum(const pass *p) {
-    if (p->c->m->rank == 0) return QWEN3_OK;
-    RUN(grid1(p->n), 256, 0, clear_kernel, p->c->x, (size_t)p->n * p->c->embd_ld);
-    return QWEN3_OK;
-}
 #ifdef QWEN3_CUDA_NCCL
 template <bool POST, bool ADD> static qwen3_result peer_sum_by(const pass *p) {
     cuda_ctx *c = p->c;
     const int n = p->n * c->embd_ld / 4;
     return launched(p, launch_early(p->early, p->s, grid1(least(ceil_div(n, PEER_THREADS), PEER_BLOCKS)),
                                     PEER_THREADS, 0, peer_sum_kernel<POST, ADD>, c->peers,
-                                    (float4 *)(void *)c->x, n, (size_t)PEER_ROWS * c->embd_ld / 4, c->m->rank,
-                                    c->m->n_ranks, c->peer_sums, (const int *)c->abandoned), "kernel launch");
+                                    (float4 *)(void *)c->x, (float4 *)(void *)c->sum, n,
+                                    (size_t)PEER_ROWS * c->embd_ld / 4, c->m->rank, c->m->n_ranks,
+                                    c->peer_sums, (const int *)c->abandoned), "kernel launch");
 }
 static qwen3_result peer_sum(const pass *p) {
 #ifdef QWEN3_CUDA_EMULATED
@@ -5923,14 +5916,16 @@ static qwen3_result peer_sum(const pass *p) {
 }
 #endif
 
-/* ... and after it all have the sum. */
-static qwen3_result end_sum(const pass *p) {
+/* After x = x + W a, which the first rank has added to x, the others to zeros: x becomes the sum on all. */
+static qwen3_result sum_ranks(const pass *p) {
 #ifdef QWEN3_CUDA_NCCL
     const qwen3i_err *err = p->err;
     cuda_ctx *c = p->c;
+    const size_t n = (size_t)p->n * c->embd_ld;
+    if (c->m->n_ranks == 1) return QWEN3_OK;
     if (c->has_peers && p->n <= PEER_ROWS) return peer_sum(p);
-    if (c->m->n_ranks > 1)
-        NCCL_TRY(ncclAllReduce(c->x, c->x, (size_t)p->n * c->embd_ld, ncclFloat, ncclSum, c->comm, p->s));
+    NCCL_TRY(ncclAllReduce(c->sum, c->x, n, ncclFloat, ncclSum, c->comm, p->s));
+    if (c->sum != c->x) CUDA_TRY(cudaMemsetAsync(c->sum, 0, n * sizeof(float), p->s));
 #else
     (void)p;
 #endif
@@ -5958,7 +5953,7 @@ static qwen3_result gather_logits(const pass *p, int n) {
    ================================================================================================ */
 static qwen3_result vector_o_proj(const pass *p, int layer) {
     cuda_ctx *c = p->c;
-    return matvec(p, c->x, c->embd_ld, NULL, c->m->layers[layer].wo, c->attn, c->q_dim, p->n, true);
+    return matvec(p, c->sum, c->embd_ld, NULL, c->m->layers[layer].wo, c->attn, c->q_dim, p->n, true);
 }
 
 static qwen3_result gemm_o_proj(const pass *p, int layer) {
@@ -6028,7 +6023,7 @@ static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
 static qwen3_result vector_down(const pass *p, int layer) {
     cuda_ctx *c = p->c;
     if (few_pairs(p, layer)) return few_down(p, layer);
-    return matvec(p, c->x, c->embd_ld, NULL, c->m->layers[layer].w_down, c->ff, c->ff_ld, p->n, true);
+    return matvec(p, c->sum, c->embd_ld, NULL, c->m->layers[layer].w_down, c->ff, c->ff_ld, p->n, true);
 }
 
 /* ---- after a product by cuBLASLt ---- */
@@ -7318,7 +7313,7 @@ static qwen3_result few_down(const pass *p, int layer) {
     const matrix &w = c->m->layers[layer].w_down;
     const input h = {c->ff, 2 * c->ff_ld, NULL, NULL};
     return few_product(p, w, h, p->n, c->m->layers[layer].gate_up.rows / 2,
-                       make_end(END_ADD, c->x, c->embd_ld, NULL));
+                       make_end(END_ADD, c->sum, c->embd_ld, NULL));
 }
 
 /* Rows of h times W, whichever kernels serve; units: rows of W, or pairs of them. */
@@ -8896,7 +8891,7 @@ static qwen3_result experts_down(const pass *p, const layer_weights &l) {
     if (l.w_down.n_parts > 0) return block_experts<false>(p, l.w_down, a);
 #define CALL(T) !goes_alone(c, p->n) ? launch_experts<T, false>(p, a) : \
         launch_early(p->early, p->s, grid1(ceil_div(a.rows, 8)), 256, 0, expert_sum_kernel<T>, a, \
-                     (const float *)e.share, g->n_expert_used, c->x)
+                     (const float *)e.share, g->n_expert_used, c->sum)
     return launched(p, BY_WEIGHT_TYPE(l.w_down, CALL), "experts");
 #undef CALL
 }
@@ -8908,7 +8903,6 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
     const layer_weights &l = c->m->layers[layer];
     const expert_buffers &e = c->experts;
     TRY(route(p, l));
-    TRY(begin_sum(p));
     if (goes_to_hopper(p, l)) TRY(hopper_experts(p, l));
     else if (c->experts.n_tiles == 0 && p->n > GROUP_LEAST && l.gate_up.type == QWEN3I_F16 &&
              l.w_down.type == QWEN3I_F16)
@@ -8924,7 +8918,7 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
         if (goes_alone(c, p->n) && l.w_down.n_parts == 0) return QWEN3_OK;
     }
     return launched(p, launch_early(p->early, p->s, grid1(p->n), row_threads(g->n_embd, 1, p->n), 0,
-                                    mix_experts_kernel, c->x, (const float *)e.y, (const float *)e.share,
+                                    mix_experts_kernel, c->sum, (const float *)e.y, (const float *)e.share,
                                     g->n_expert_used, g->n_embd, c->embd_ld, e.ldy), "mix_experts");
 }
 
@@ -9652,17 +9646,15 @@ static qwen3_result decoder_layer(pass *p, int layer) {
     if (last && p->n_outs == 0) return QWEN3_OK;
     TRY(p->path->attention(p, layer));              /* a = softmax(q k / sqrt(d)) v                      */
     if (last) TRY(keep_wanted(p));
-    TRY(begin_sum(p));
     TRY(p->path->o_proj(p, layer));                 /* x = x + Wo a                                      */
-    TRY(end_sum(p));
+    TRY(sum_ranks(p));
     if (w->router) TRY(experts_mlp(p, layer));      /* x = x + a sum of experts of RMSNorm(x)            */
     else {
         TRY(norm(p, w->mlp_norm, w->gate_up, &h));  /* h = RMSNorm(x)                                    */
         TRY(p->path->mlp(p, layer, h));             /* m = silu(Wgate h) * (Wup h)                       */
-        TRY(begin_sum(p));
         TRY(p->path->down(p, layer));               /* x = x + Wdown m                                   */
     }
-    return end_sum(p);
+    return sum_ranks(p);
 }
 
 static int cancelled(const cuda_ctx *c) { return c->desc.cancel && c->desc.cancel(c->desc.cancel_user); }
@@ -9758,6 +9750,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->rope = a->take<float2>(ctx * half);
     c->freqs = a->take<float>(half);
     c->x = a->take<float>(rows * embd);
+    c->sum = c->m->rank > 0 ? a->take<float>(rows * embd) : c->x;
     c->h = a->take<float>((g->n_expert ? rows : narrow) * embd);
     c->qkv = take_result(c, a, 1, (c->hopper_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->hopper_kv ? narrow : rows) * c->q_dim);
@@ -10071,6 +10064,7 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
     *c->abandoned = 0;
     if (c->peer_sums) {
+        CUDA_TRY(cudaMemsetAsync(c->sum, 0, (size_t)c->max_rows * c->embd_ld * sizeof(float), c->stream));
         CUDA_TRY(cudaMemsetAsync(c->peer_sums, 0, PEER_BLOCKS * sizeof(unsigned), c->stream));
         CUDA_TRY(cudaMemsetAsync(c->peer_flags, 0, (size_t)c->m->n_ranks * PEER_BLOCKS * sizeof(unsigned),
                                  c->stream));
@@ -10676,32 +10670,34 @@ static qwen3_result begin_fellow(rank_group *g, int i, cuda_ctx *first, const qw
     return f->items && f->samplers ? QWEN3_OK : no_host_memory(err, seqs * sizeof *f->items);
 }
 
-/* May kernels on one device write to the other's memory? */
-static bool reaches(int from, int to) {
-    int can = 0;
+/* can: may kernels on one device write to the other's memory? */
+static qwen3_result reach(int from, int to, int *can, const qwen3i_err *err) {
     device_guard guard(from);
-    if (guard.status != cudaSuccess || cudaDeviceCanAccessPeer(&can, from, to) != cudaSuccess || !can)
-        return false;
+    CUDA_TRY(guard.status);
+    CUDA_TRY(cudaDeviceCanAccessPeer(can, from, to));
+    if (!*can) return QWEN3_OK;
     const cudaError_t e = cudaDeviceEnablePeerAccess(to, 0);
-    if (e != cudaSuccess) cudaGetLastError();
-    return e == cudaSuccess || e == cudaErrorPeerAccessAlreadyEnabled;
+    if (e != cudaErrorPeerAccessAlreadyEnabled) CUDA_TRY(e);
+    cudaGetLastError();
+    return QWEN3_OK;
 }
 
 /* Sums of few rows by peer access, if every device reaches all others; else NCCL does them, too. */
-static void find_peers(rank_group *g) {
+static qwen3_result find_peers(rank_group *g, const qwen3i_err *err) {
     peer_ranks all = peer_ranks();
-    bool can = true;
+    int can = 1;
     for (int i = 0; i < g->n; i++) {
         const cuda_ctx *c = g->fellows[i].c;
         all.parts[i] = c->peer_parts;
         all.flags[i] = c->peer_flags;
-        for (int j = 0; j < g->n; j++)
-            can = can && (i == j || reaches(c->m->device, g->fellows[j].c->m->device));
+        for (int j = 0; j < g->n && can; j++)
+            if (j != i) TRY(reach(c->m->device, g->fellows[j].c->m->device, &can, err));
     }
     for (int i = 0; i < g->n; i++) {
         g->fellows[i].c->peers = all;
-        g->fellows[i].c->has_peers = can;
+        g->fellows[i].c->has_peers = can != 0;
     }
+    return QWEN3_OK;
 }
 
 /* The others of a context of rank 0 */
@@ -10718,7 +10714,7 @@ static qwen3_result begin_group(cuda_ctx *c, const qwen3_model *model, const qwe
     theirs.stream = NULL;
     for (int i = 1; i < c->ranks->n; i++) TRY(begin_fellow(c->ranks, i, c, model, &theirs, err));
     TRY(split_ranks(c, err));
-    find_peers(c->ranks);
+    TRY(find_peers(c->ranks, err));
     for (int i = 1; i < c->ranks->n; i++)
         if (!begin_thread(&c->ranks->fellows[i].thread, [=] { serve(c->ranks, i); }))
             return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: no thread could be started for device %d",
