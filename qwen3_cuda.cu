@@ -117,6 +117,7 @@ const int MOST_RANKS    = 16;           /* of one process */
 const int PEER_ROWS     = 64;           /* sums over ranks of up to so many rows go by peer access, ... */
 const int PEER_BLOCKS   = 128;          /* ... by up to so many blocks */
 const int PEER_THREADS  = 128;
+const int PEER_PATIENCE = 4096;         /* polls before a block asks the host, over the bus, whether to go on */
 const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
 const int SPLIT_WARPS   = 4;
 const int TILE_ROWS     = 64;           /* (token, head) rows and ...               */
@@ -5866,7 +5867,8 @@ static __device__ void add_parts(const peer_ranks &to, float4 *x, float4 *own, i
     const int other = (int)threadIdx.x;
     if (other < n_ranks && other != rank) {
         const unsigned *flag = to.flags[rank] + other * PEER_BLOCKS + blockIdx.x;
-        while ((int)(load_of_all(flag) - sum) < 0 && !load_of_all((const unsigned *)abandoned)) {}
+        for (int polls = 1; (int)(load_of_all(flag) - sum) < 0; polls++)
+            if (polls % PEER_PATIENCE == 0 && load_of_all((const unsigned *)abandoned)) break;
     }
     __syncthreads();
     const float4 *parts = (const float4 *)(void *)to.parts[rank] + (sum & 1) * (size_t)n_ranks * room;
