@@ -853,6 +853,7 @@ typedef struct qwen3i_matrix {
     const void *data;
     int         rows, cols;
     qwen3i_type type;
+    float       factor;                 /* that the values are multiplied by; 0: they are not */
 } qwen3i_matrix;
 
 typedef struct qwen3i_experts {         /* of a layer whose MLP is a mixture */
@@ -971,6 +972,7 @@ struct qwen3_backend {
     int         block_types;            /* does it multiply by any format? 0: only F32, F16 and BF16 */
     int         experts;                /* does it run layers whose MLP is a mixture of experts? */
     int         orders;                 /* does it run layers with an order of inputs? */
+    int         factors;                /* does it multiply by matrices with a factor? */
     int         devices;                /* does it run on several devices? */
     /* The device starts, on a thread of its own, while files are read; what fails there model_create()
        reports.
@@ -3851,19 +3853,25 @@ static qwen3_result qwen3i_gguf_list_parts(qwen3i_loader *l, qwen3i_tensors *t) 
     return r;
 }
 
-/* Tensors that this library would leave out of the computation: biases, and factors of whole tensors but
-   1. */
+/* "blk.0.attn_q.scale" belongs to "blk.0.attn_q.weight". */
+static int qwen3i_gguf_is_factor(const qwen3i_tensors *t, qwen3i_str name) {
+    char weight[80];                    /* names have at most 64 bytes */
+    if (!qwen3i_str_ends(name, ".scale")) return 0;
+    snprintf(weight, sizeof weight, "%.*sweight", (int)(name.n - strlen("scale")), name.p);
+    return qwen3i_find_tensor(t, qwen3i_str_of(weight)) != NULL;
+}
+
+/* Tensors that this library would leave out of the computation: biases, and factors of nothing that is
+   there */
 static qwen3_result qwen3i_gguf_check_names(const qwen3i_tensors *t, const qwen3i_err *err) {
-    static const unsigned char one[4] = {0, 0, 0x80, 0x3F};     /* 1 as float32 */
     size_t i;
     for (i = 0; i < t->n; i++) {
-        const qwen3i_tensor *w = &t->list[i];
-        const int is_scale = qwen3i_str_ends(w->name, ".scale");
-        if (is_scale && w->end - w->begin == 4 && memcmp(w->data, one, 4) == 0) continue;
-        if (is_scale || qwen3i_str_ends(w->name, ".bias"))
-            return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%.*s': %s are not supported",
-                               w->file, QWEN3I_STR(w->name),
-                               is_scale ? "factors of whole tensors" : "biases");
+        const qwen3i_str name = t->list[i].name;
+        const int scale = qwen3i_str_ends(name, ".scale");
+        if (!qwen3i_str_ends(name, ".bias") && (!scale || qwen3i_gguf_is_factor(t, name))) continue;
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: tensor '%.*s'%s not supported", t->list[i].file,
+                           QWEN3I_STR(name), scale ? " multiplies none that is here: that is" :
+                                                     ": biases are");
     }
     return QWEN3_OK;
 }
@@ -7577,13 +7585,6 @@ static const void *qwen3i_align_tensor(qwen3_model *m, const qwen3i_tensor *t, s
     return copy;
 }
 
-/* NVFP4 in GGUF files may have a number that multiplies the whole matrix, which blocks have no room for. */
-static int qwen3i_has_scale(const qwen3i_binder *b, const char *name) {
-    char scale[QWEN3I_NAME];
-    snprintf(scale, sizeof scale, "%.*sscale", (int)(strlen(name) - strlen("weight")), name);
-    return qwen3i_find_tensor(b->tensors, qwen3i_str_of(scale)) != NULL;
-}
-
 /* The matrix has a format that the backend multiplies by, and its bytes are as many as that
    format asks for. */
 static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tensor *t, const char *name,
@@ -7598,10 +7599,6 @@ static qwen3_result qwen3i_check_type(const qwen3i_binder *b, const qwen3i_tenso
         return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
                            "%s: tensor '%s' has type %.*s; the %s backend supports "
                            "F32, F16 and BF16", t->file, name, QWEN3I_STR(t->dtype), backend->name);
-    if (w->type == QWEN3I_NVFP4 && qwen3i_has_scale(b, name))
-        return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
-                           "%s: tensor '%s' has type NVFP4 and a scale of its own, which is not "
-                           "supported", t->file, name);
     if (w->cols % qwen3i_format_of(w->type)->elements != 0)
         return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT,
                            "%s: tensor '%s' has type %.*s, but rows of %d elements, no multiple of %d",
@@ -7939,6 +7936,36 @@ static qwen3_result qwen3i_bind_fp8(qwen3i_binder *b, const char *name, const qw
     return r;
 }
 
+/* Files of NVFP4 have a float32 beside each matrix, "blk.0.attn_q.scale", that multiplies all of it; of
+   experts n of them. *factors NULL: there is none. */
+static qwen3_result qwen3i_find_factors(qwen3i_binder *b, const char *name, int n,
+                                        const unsigned char **factors) {
+    static const unsigned char one[4] = {0, 0, 0x80, 0x3F};     /* 1 as float32 */
+    const qwen3i_tensor *t = NULL;
+    qwen3_result r = QWEN3_OK;
+    int i, ones = 0;
+    *factors = NULL;
+    if (b->l->gguf_name) t = qwen3i_part(b, name, "scale", "F32", n, -1, 1, &r);
+    if (!t) return r;
+    for (i = 0; i < n; i++) {
+        const float f = qwen3i_float_from_bits(qwen3i_word_at(t->data, (uint64_t)i));
+        ones += memcmp(t->data + 4 * i, one, 4) == 0;
+        if (f == 0 || !qwen3i_numbers_finite(&f, QWEN3I_F32, 1))
+            return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: tensor '%.*s' holds 0, NaN or Inf", t->file,
+                               QWEN3I_STR(t->name));
+    }
+    if (ones == n) return QWEN3_OK;
+    *factors = t->data;
+    if (b->l->model->backend->factors) return QWEN3_OK;
+    return qwen3i_fail(b->l->err, QWEN3_ERR_UNSUPPORTED,
+                       "%s: tensor '%.*s' multiplies all of a matrix, which the %s backend does not support",
+                       t->file, QWEN3I_STR(t->name), b->l->model->backend->name);
+}
+
+static float qwen3i_factor_at(const unsigned char *factors, int i) {
+    return factors ? qwen3i_float_from_bits(qwen3i_word_at(factors, (uint64_t)i)) : 0.0f;
+}
+
 /* 1: the matrix is quantised, and *r says how binding it went. */
 static int qwen3i_bind_quantised(qwen3i_binder *b, const char *name, const qwen3i_tensor *t,
                                  qwen3i_matrix *out, qwen3_result *r) {
@@ -7974,6 +8001,7 @@ static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int st
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "tensor '%s' is too large", name);
     out->rows = (int)(n / (uint64_t)cols);
     out->cols = cols;
+    out->factor = 0;
     if (rows && b->l->model->quantization.packing && qwen3i_bind_quantised(b, name, t, out, &r)) return r;
     if (!t) return qwen3i_missing_tensor(b, name);
     out->type = qwen3i_type_of(t->dtype);
@@ -8002,10 +8030,14 @@ static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int st
     return QWEN3_OK;
 }
 
-/* Find a tensor of shape [rows, cols], or [cols] if rows is 0. */
+/* Find a tensor of shape [rows, cols], or [cols] if rows is 0, and its factor. */
 static qwen3_result qwen3i_bind_tensor(qwen3i_binder *b, const char *name, int rows, int cols,
                                        qwen3i_matrix *out) {
-    return qwen3i_bind_stack(b, name, 0, rows, cols, out);
+    const unsigned char *factor = NULL;
+    qwen3_result r = qwen3i_bind_stack(b, name, 0, rows, cols, out);
+    if (r == QWEN3_OK) r = qwen3i_find_factors(b, name, 1, &factor);
+    out->factor = qwen3i_factor_at(factor, 0);
+    return r;
 }
 
 typedef struct qwen3i_shrink_args {
@@ -8111,6 +8143,7 @@ static qwen3_result qwen3i_bind_floats(qwen3i_binder *b, int layer, int weight, 
         qwen3i_decode(values + (size_t)i * (size_t)cols,
                       (const char *)t.data + (size_t)i * (size_t)qwen3i_row_bytes(t.type, cols), t.type,
                           cols);
+    for (i = 0; t.factor != 0 && i < n; i++) values[i] *= t.factor;
     *out = values;
     return QWEN3_OK;
 }
@@ -8197,6 +8230,7 @@ static qwen3_result qwen3i_bind_all_experts(qwen3i_binder *b, int layer, int wei
     const qwen3i_config *cfg = &b->l->model->config;
     const int n = cfg->n_expert, two = weight == QWEN3I_W_ALL_GATE_UP, down = weight == QWEN3I_W_ALL_DOWN;
     const int rows = down ? cfg->n_embd : cfg->n_ff_expert, cols = down ? cfg->n_ff_expert : cfg->n_embd;
+    const unsigned char *factors = NULL;
     char name[QWEN3I_NAME];
     qwen3i_matrix all;
     qwen3_result r;
@@ -8204,8 +8238,12 @@ static qwen3_result qwen3i_bind_all_experts(qwen3i_binder *b, int layer, int wei
     qwen3i_weight_name(name, b->l->source, layer, weight);
     r = qwen3i_bind_expert(b, name, layer, down ? QWEN3I_W_DOWN : QWEN3I_W_GATE, n, (1 + two) * rows, cols,
                            &all);
-    for (i = 0; i < (1 + two) * n && r == QWEN3_OK; i++)
-        list[two ? i % 2 * n + i / 2 : i] = qwen3i_rows_of(&all, i * rows, rows);
+    if (r == QWEN3_OK) r = qwen3i_find_factors(b, name, n, &factors);
+    for (i = 0; i < (1 + two) * n && r == QWEN3_OK; i++) {
+        qwen3i_matrix *expert = &list[two ? i % 2 * n + i / 2 : i];
+        *expert = qwen3i_rows_of(&all, i * rows, rows);
+        expert->factor = qwen3i_factor_at(factors, two ? i / 2 : i);
+    }
     return r;
 }
 
@@ -12026,8 +12064,10 @@ static void qwen3i_embed(const qwen3i_exec *e, float *x, const qwen3i_matrix *em
     size_t row_bytes = (size_t)qwen3i_row_bytes(embed->type, embed->cols);
     const char *table = (const char *)embed->data;
     int i;
-    for (i = 0; i < n; i++, x += embed->cols)
+    for (i = 0; i < n; i++, x += embed->cols) {
         e->simd->load(x, table + (size_t)tokens[i] * row_bytes, embed->type, embed->cols);
+        for (int k = 0; embed->factor != 0 && k < embed->cols; k++) x[k] *= embed->factor;
+    }
 }
 
 typedef struct qwen3i_rmsnorm_args {
@@ -12159,7 +12199,8 @@ static void qwen3i_matmul_bytes(const qwen3i_matmul_args *a, const qwen3i_matrix
     }
 }
 
-/* Rows begin .. end - 1 of W x for rows t .. t + n - 1 of x; y points at row `begin` of the first result */
+/* Rows begin .. end - 1 of W x for rows t .. t + n - 1 of x; y points at row `begin` of the first result. What
+   is added to y has no factor. */
 static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
                                 int begin, int end, int t, int n, int lane) {
     const size_t cols = (size_t)w->cols, row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols);
@@ -12174,6 +12215,8 @@ static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix
     }
     else a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols,
                       a->add);
+    for (int i = 0; w->factor != 0 && i < n; i++, y += ldy)
+        for (int r = 0; r < end - begin; r++) y[r] *= w->factor;
 }
 
 static void qwen3i_round_rows(void *args, int begin, int end, int lane) {
@@ -12713,6 +12756,14 @@ static const float *qwen3i_in_order(const qwen3i_cpu *c, const int32_t *order, c
     return c->ordered;
 }
 
+/* x = x + W in; with a factor by way of h, which is not needed any more */
+static void qwen3i_add_to_x(qwen3i_cpu *c, const qwen3i_matrix *w, const float *in, int n) {
+    size_t j, size = (size_t)n * (size_t)w->rows;
+    if (w->factor == 0) { qwen3i_matmul_add(&c->exec, c->x, w, in, n); return; }
+    qwen3i_matmul(&c->exec, c->h, w, in, n);
+    for (j = 0; j < size; j++) c->x[j] += c->h[j];
+}
+
 /* One decoder layer: x [n_rows, n_embd] in place; the last one: x [n_outs, n_embd], see above */
 static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int layer) {
     const qwen3i_layer *w = &c->weights->layers[layer];
@@ -12730,15 +12781,14 @@ static void qwen3i_decoder_layer(qwen3i_cpu *c, const qwen3i_batch *batch, int l
     qwen3i_attend(&step);                                           /* a = softmax(q . k / sqrt(dim)) v  */
     if (layer == c->config->n_layer - 1 && qwen3i_only_wanted(c)) n = qwen3i_keep_wanted(c, batch);
     /* x = x + Wo a */
-    qwen3i_matmul_add(e, c->x, &w->wo, qwen3i_in_order(c, w->o_order, c->a, n, w->wo.cols), n);
+    qwen3i_add_to_x(c, &w->wo, qwen3i_in_order(c, w->o_order, c->a, n, w->wo.cols), n);
     qwen3i_rmsnorm(e, c->h, c->x, w->mlp_norm, n, n_embd, eps);     /* h = RMSNorm(x)                    */
     if (w->experts) qwen3i_experts_mlp(c, w->experts, n);           /* x = x + a sum of experts          */
     else {
         /* f = silu(Wgate h) * (Wup h) */
         qwen3i_swiglu(e, c->ff, &w->w_gate, &w->w_up, qwen3i_in_order(c, w->mlp_order, c->h, n, n_embd), n);
         /* x = x + Wdown f */
-        qwen3i_matmul_add(e, c->x, &w->w_down,
-                          qwen3i_in_order(c, w->down_order, c->ff, n, w->w_down.cols), n);
+        qwen3i_add_to_x(c, &w->w_down, qwen3i_in_order(c, w->down_order, c->ff, n, w->w_down.cols), n);
     }
     qwen3i_show(&step);
 }
@@ -12912,7 +12962,7 @@ static const qwen3_backend *qwen3i_cpu_backend(void) {
         NULL,                           /* next: sampling is the core's */
         qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits,
         NULL, NULL,                     /* rows' logits are on the host at once */
-        1, 1, 1, 0, NULL, NULL          /* block_types, experts, orders, devices; nothing to start */
+        1, 1, 1, 1, 0, NULL, NULL       /* block_types, experts, orders, factors, devices; nothing to start */
     };
     return &backend;
 }

@@ -1890,7 +1890,7 @@ static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, size_t o
 }
 
 static qwen3_result add_gain(uploader *u, float *to, const float *from, int n, const qwen3i_err *err) {
-    const qwen3i_matrix w = {from, 1, n, QWEN3I_F32};
+    const qwen3i_matrix w = {from, 1, n, QWEN3I_F32, 0};
     return add_pieces(u, (char *)to, QWEN3I_F32, (size_t)n * sizeof *to, w, 1, err);
 }
 
@@ -2270,13 +2270,13 @@ struct model_share {
 
 static qwen3i_matrix some_rows(const qwen3i_matrix &w, int first, int n) {
     const qwen3i_matrix part = {(const char *)w.data + (size_t)first * stored_row_bytes((int)w.type, w.cols),
-                                n, w.cols, w.type};
+                                n, w.cols, w.type, 0};
     return part;
 }
 /* Its rows are as far apart as w's. */
 static qwen3i_matrix some_cols(const qwen3i_matrix &w, int first, int n) {
     const qwen3i_matrix part = {(const char *)w.data + stored_row_bytes((int)w.type, first), w.rows, n,
-                                w.type};
+                                w.type, 0};
     return part;
 }
 
@@ -10941,7 +10941,7 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
         create_model, free_model, device_name,
         ctx_memory, create_ctx, free_ctx, forward, logits, next, seq_copy, kv_read, kv_write, set_logits,
         row_logits, keep_row,
-        1, 1, 0,                        /* matrices in blocks, experts; orders of inputs stay on the CPU */
+        1, 1, 0, 0,                     /* matrices in blocks, experts; orders and factors: on the CPU alone */
 #ifdef QWEN3_CUDA_NCCL
         1,                              /* several devices */
 #else

@@ -45,7 +45,7 @@ static void *cpu_typed(size_t n, qwen3i_type type, double scale) {
 static qwen3i_matrix cpu_matrix(int rows, int cols, qwen3i_type type, double scale) {
     qwen3i_matrix m;
     m.data = cpu_typed((size_t)rows * (size_t)cols, type, scale);
-    m.rows = rows; m.cols = cols; m.type = type;
+    m.rows = rows; m.cols = cols; m.type = type; m.factor = 0;
     return m;
 }
 

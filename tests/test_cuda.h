@@ -116,6 +116,7 @@ static qwen3i_matrix lab_matrix(lab *l, int rows, int cols, qwen3i_type type, fl
     f.m.rows = rows;
     f.m.cols = cols;
     f.m.type = type;
+    f.m.factor = 0;
     f.m.data = lab_own(l, malloc((size_t)rows * (size_t)cols * qwen3i_type_size(type)));
     qwen3i_parallel(&l->pool, rows, 16, lab_fill_rows, &f);
     return f.m;
@@ -1194,7 +1195,7 @@ static void experts_odd(experts_model *out, odd_shape s, qwen3i_type type, int q
     e.router.data = router; e.router.rows = s.n; e.router.type = QWEN3I_F32;
     at += ODD_VOCAB * embd * size;
     for (k = 0; k < 3; k++) for (x = 0; x < s.n; x++, at += mlp * size) {
-        list[k][x].data = at; list[k][x].type = type;
+        list[k][x].data = at; list[k][x].type = type; list[k][x].factor = 0;
         list[k][x].rows = k < 2 ? s.ff : s.embd;
         list[k][x].cols = k < 2 ? s.embd : s.ff;
     }

@@ -414,6 +414,42 @@ static void test_experts_formats(void) {
     }
 }
 
+/* A factor of each expert, in NVFP4 as files have it; the twin's values are multiplied by it, and rounded. */
+static void experts_factors(gg_file *f, const char *name, int multiply) {
+    const float factors[EX_N] = {0.3f, -1.7f, 1.0f, 2.5f, 0.01f};
+    char tensor[80];
+    int i;
+    snprintf(tensor, sizeof tensor, "blk.0.%s.%s", name, multiply ? "weight" : "scale");
+    if (!multiply) { gg_add(f, tensor, 0, EX_N, 0, factors, sizeof factors); return; }
+    float *values = (float *)(void *)gg_tensor_at(f, tensor)->data.p;
+    for (i = 0; i < EX_N * EX_FF * EX_EMBD; i++) values[i] *= factors[i / (EX_FF * EX_EMBD)];
+}
+
+static float *experts_logits_with_factors(experts_model *x, int multiply) {
+    static const char *const names[] = {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"};
+    int i;
+    for (i = 0; i < 3; i++) experts_factors(&x->file, names[i], multiply);
+    qwen3_free(x->model);
+    free(x->bytes.p);
+    x->model = gg_model_of(&x->file, &x->bytes);
+    return experts_logits(x->model);
+}
+
+static void test_experts_gguf_factors(void) {
+    experts_model x, twin;
+    float *a, *b;
+    experts_of_type(&x, QWEN3I_NVFP4, 0);
+    experts_of_type(&twin, QWEN3I_NVFP4, EX_TWIN);
+    a = experts_logits_with_factors(&x, 0);
+    b = experts_logits_with_factors(&twin, 1);
+    if (a && b) CHECK_MSG(experts_off(a, b, 6 * 64) < 1e-3 && cpu_finite(b, 6 * 64), "off by %g", experts_off(a, b, 6 * 64));
+    if (test_verbose && a && b) printf("      off by %.1e\n", experts_off(a, b, 6 * 64));
+    free(a);
+    free(b);
+    experts_free(&x);
+    experts_free(&twin);
+}
+
 /* ---- quantised directories: each kind, the router, too --------------------------------------------------------- */
 static void test_experts_packed(void) {
     int i;
@@ -496,6 +532,7 @@ static void suite_experts(void) {
     RUN(test_experts_gguf);
     RUN(test_experts_gguf_malformed);
     RUN(test_experts_formats);
+    RUN(test_experts_gguf_factors);
     RUN(test_experts_packed);
     RUN(test_experts_quantize);
     RUN(test_experts_memory);

@@ -99,7 +99,7 @@ static qwen3i_matrix formats_matrix(qwen3i_type type, int rows, int cols) {
         if (type >= QWEN3I_FP8) data[i + 3] = 0x3C, data[i + 2] &= 0x7F;
         if (type == QWEN3I_INT4 || type == QWEN3I_INT4S) data[i] %= 17;     /* zeros as files have them */
     }
-    w.data = data; w.rows = rows; w.cols = cols; w.type = type;
+    w.data = data; w.rows = rows; w.cols = cols; w.type = type; w.factor = 0;
     return w;
 }
 

@@ -409,6 +409,62 @@ static void test_gguf_of_gguf_py(void) {
     CHECK_MSG(top > 1 && off <= 1e-4 * top, "off by %g of %g", off, top);
 }
 
+/* ---- factors of whole tensors ---------------------------------------------------------------------------- */
+/* The tensor becomes a quarter of itself, with a factor of 4 beside it: no bit of any sum changes. */
+static void gg_give_factor(gg_file *f, int i) {
+    gg_tensor *w = &f->tensors[i];
+    const size_t size = w->type ? 2 : 4;        /* of an element, BF16 or F32; its exponent is high in the last byte */
+    char name[sizeof w->name];
+    size_t k;
+    for (k = size - 1; k < w->data.n; k += size) if (w->data.p[k] & 0x7F) w->data.p[k] = (char)(w->data.p[k] - 1);
+    snprintf(name, sizeof name, "%.*sscale", (int)(strlen(w->name) - strlen("weight")), w->name);
+    gg_add(f, name, 0, 1, 0, "\0\0\x80\x40", 4);
+}
+
+static void test_gguf_factors(void) {
+    static float want[GG_LOGITS], got[GG_LOGITS];
+    tiny_model t;
+    gg_file f;
+    int i, n;
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    for (i = 0, n = f.n_tensors; i <= n; i++) {
+        tiny_text bytes;
+        qwen3_model *m = gg_model_of(&f, &bytes);
+        gg_logits(m, i ? got : want);
+        if (i) CHECK_MSG(memcmp(got, want, sizeof want) == 0, "%s has a factor: other logits", f.tensors[i - 1].name);
+        qwen3_free(m);
+        free(bytes.p);
+        if (i < n) gg_give_factor(&f, i);
+    }
+    gg_free(&f);
+    tiny_free(&t);
+}
+
+static void test_gguf_factors_refused(void) {
+    qwen3_backend without = *qwen3i_cpu_backend();
+    qwen3_model *m = NULL;
+    qwen3_load_desc d;
+    qwen3_file file;
+    tiny_text bytes;
+    tiny_model t;
+    gg_file f;
+    char err[256] = "";
+    without.factors = 0;
+    without.name = "small";
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    gg_give_factor(&f, 2);
+    bytes = gg_write(&f);
+    memset(&d, 0, sizeof d);
+    file.name = "m.gguf"; file.data = bytes.p; file.size = bytes.n;
+    d.files = &file; d.n_files = 1; d.backend = &without;
+    CHECK_MSG(qwen3_load(&m, &d, err, sizeof err) == NOT && malformed_says(err, "m.gguf|blk.0.attn_q.scale|the small backend"), "%s", err);
+    free(bytes.p);
+    gg_free(&f);
+    tiny_free(&t);
+}
+
 /* ---- what must be refused --------------------------------------------------------------------------------------- */
 static void gg_case(const gg_file *f, const char *name, uint32_t kind, uint64_t v, qwen3_result want, const char *words) {
     gg_file copy = *f;                  /* shares the texts: only what is set is its own */
@@ -552,8 +608,14 @@ static void test_gguf_bad_tensors(void) {
     gg_add(&f, "blk.0.attn_q.bias", 0, 1, 0, "\0\0\0", 4); gg_check(&f, NOT, "attn_q.bias|biases");
     free(f.tensors[--f.n_tensors].data.p);
     gg_add(&f, "blk.0.attn_q.scale", 0, 1, 0, "\0\0\x80\x3F", 4); gg_check(&f, GOOD, "");
-    free(f.tensors[--f.n_tensors].data.p);
-    gg_add(&f, "blk.0.attn_q.scale", 0, 1, 0, "\0\0\0\x40", 4); gg_check(&f, NOT, "attn_q.scale|factors");
+    w = gg_tensor_at(&f, "blk.0.attn_q.scale");
+    w->data.p[3] = 0x40; w->data.p[2] = 0; gg_check(&f, GOOD, "");          /* 2, 0, infinity, NaN */
+    w->data.p[3] = 0; gg_check(&f, BAD, "attn_q.scale|0, NaN");
+    memcpy(w->data.p, "\0\0\x80\x7F", 4); gg_check(&f, BAD, "attn_q.scale|Inf");
+    memcpy(w->data.p, "\0\0\xC0\x7F", 4); gg_check(&f, BAD, "attn_q.scale|NaN");
+    w->type = 26; gg_check(&f, NOT, "attn_q.scale|I32|F32"); w->type = 0;
+    w->rank = 2; w->dims[1] = 1; gg_check(&f, BAD, "attn_q.scale|[1, 1], not [1]"); w->rank = 1;
+    snprintf(w->name, sizeof w->name, "blk.0.attn_x.scale"); gg_check(&f, NOT, "attn_x.scale|multiplies none");
     gg_free(&f);
     tiny_free(&t);
 }
@@ -751,6 +813,8 @@ static void suite_gguf(void) {
     RUN(test_gguf_bad_keys);
     RUN(test_gguf_bad_tokens);
     RUN(test_gguf_bad_tensors);
+    RUN(test_gguf_factors);
+    RUN(test_gguf_factors_refused);
     RUN(test_gguf_bad_parts);
     RUN(test_gguf_truncated);
     RUN(test_gguf_blocks);

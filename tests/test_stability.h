@@ -41,7 +41,7 @@ static void *stab_own(stab_model *m, void *p) { return m->owned[m->n_owned++] = 
 
 static qwen3i_matrix stab_matrix(stab_model *m, int rows, int cols, qwen3i_type type, double size) {
     qwen3i_matrix w;
-    w.rows = rows; w.cols = cols; w.type = type;
+    w.rows = rows; w.cols = cols; w.type = type; w.factor = 0;
     w.data = stab_own(m, cpu_typed((size_t)rows * (size_t)cols, type, size / sqrt((double)cols)));
     return w;
 }

@@ -6,7 +6,8 @@ llama.cpp is from them on the same file and text.
     make build/quantize && cc -O3 -march=native -I. tools/logits.c -o build/logits -lm -lpthread
     tools/check_formats.py MODEL_DIR TEXT --llama DIR       DIR has llama.cpp's llama-quantize and llama-perplexity
 
-Files of Q8_0, Q6_K, Q5_K_M, Q4_K_M and Q4_0 are made by tools/quantize.c, the others by llama-quantize. gguf-py's
+Files of Q8_0, Q6_K, Q5_K_M, Q4_K_M and Q4_0 are made by tools/quantize.c, of MXFP4 and NVFP4 here (the layers' matrices; NVFP4
+with a factor for each, as files have it), the others by llama-quantize. gguf-py's
 dequantisation of each goes into a float32 copy of the directory for transformers, and from there into a float32 GGUF for
 llama.cpp's own reference. It fails unless max |difference| <= 1e-4 max |logit|; --strict also asks that the mean KL
 divergence from transformers be at most 1/20 of llama.cpp's from its reference. llama-perplexity stores its reference in 16
@@ -16,6 +17,7 @@ import argparse
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -23,12 +25,13 @@ import tempfile
 import gguf
 import numpy as np
 import torch
-from gguf.quants import dequantize
+from gguf.quants import MXFP4, NVFP4, dequantize
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 OURS = ['Q8_0', 'Q6_K', 'Q5_K_M', 'Q4_K_M', 'Q4_0']
 THEIRS = ['Q4_1', 'Q5_0', 'Q5_1', 'Q2_K', 'Q3_K_M', 'IQ4_NL', 'IQ4_XS']
+FLOATS = ['MXFP4', 'NVFP4']
 LAYER = {'attn_norm': 'input_layernorm', 'ffn_norm': 'post_attention_layernorm', 'attn_q_norm': 'self_attn.q_norm',
          'attn_k_norm': 'self_attn.k_norm', 'attn_q': 'self_attn.q_proj', 'attn_k': 'self_attn.k_proj',
          'attn_v': 'self_attn.v_proj', 'attn_output': 'self_attn.o_proj', 'ffn_gate': 'mlp.gate_proj',
@@ -54,9 +57,45 @@ def float32_copy(model, file, directory):
     for name in os.listdir(model):
         if not name.endswith('.safetensors') and os.path.isfile(os.path.join(model, name)):
             shutil.copy(os.path.join(model, name), directory)
-    tensors = {hugging_face_name(t.name): np.ascontiguousarray(dequantize(t.data, t.tensor_type), np.float32)
-               for t in gguf.GGUFReader(file).tensors}
+    all_tensors = {t.name: dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors}
+    tensors = {hugging_face_name(name): np.ascontiguousarray(x * all_tensors.get(name.replace('.weight', '.scale'), 1), np.float32)
+               for name, x in all_tensors.items() if name.endswith('.weight')}
     save_file(tensors, os.path.join(directory, 'model.safetensors'), {'format': 'pt'})
+
+
+def to_nvfp4(x):
+    """Blocks, and the factor that puts the largest of their scales at the end of its range"""
+    x = x.reshape(-1, 4, 16)
+    factor = np.float32(np.abs(x).max() / (6 * 448))
+    scales = NVFP4.fp32_to_ue4m3(np.abs(x).max(-1) / 6 / factor)
+    d = NVFP4.ue4m3_to_fp32(scales)[..., None] * factor
+    codes = np.abs(x[..., None] / np.maximum(d, 1e-30)[..., None] - np.array(NVFP4.kvalues, np.float32)).argmin(-1).astype(np.uint8)
+    return np.concatenate([scales, (codes[..., :8] | codes[..., 8:] << 4).reshape(-1, 32)], -1), factor
+
+
+def float_blocks(source, file, name):
+    """The 16-bit GGUF file `source` with the matrices of its layers in MXFP4 or NVFP4"""
+    reader, kind = gguf.GGUFReader(source), gguf.GGMLQuantizationType[name]
+    tensors = []                        # name, shape as in the file, type, bytes
+    for t in reader.tensors:
+        shape, x = t.shape.tolist(), dequantize(t.data, t.tensor_type)
+        if len(shape) < 2 or not t.name.startswith('blk.'):
+            tensors.append((t.name, shape, t.tensor_type, t.data.tobytes()))
+            continue
+        blocks, factor = to_nvfp4(x) if name == 'NVFP4' else (MXFP4.quantize_blocks(x.reshape(-1, 32)), None)
+        tensors.append((t.name, shape, kind, blocks.tobytes()))
+        if factor:
+            tensors.append((t.name.replace('.weight', '.scale'), [1], gguf.GGMLQuantizationType.F32, factor.tobytes()))
+    keys = [f for f in reader.fields.values() if f.offset >= 24]
+    end = max(f.offset + sum(p.nbytes for p in f.parts) for f in keys)
+    head, at = [struct.pack('<4sIQQ', b'GGUF', 3, len(tensors), len(keys)), reader.data[24:end].tobytes()], 0
+    for key, shape, t, data in tensors:
+        head.append(struct.pack(f'<Q{len(key)}sI{len(shape)}QIQ', len(key), key.encode(), len(shape), *shape, t, at))
+        at += -(-len(data) // 32) * 32
+    with open(file, 'wb') as f:
+        f.write(b''.join(head))
+        for data in [b''] + [t[3] for t in tensors]:
+            f.write(data + bytes(-(f.tell() + len(data)) % 32))
 
 
 def log_softmax(x):
@@ -101,7 +140,8 @@ def check(args, name, tokens, work):
         run(args.quantize, args.model, file, 'AS_IS')
     else:
         run(args.quantize, args.model, f'{file}.16', 'AS_IS')
-        run(os.path.join(args.llama, 'llama-quantize'), f'{file}.16', file, name, '1')
+        if name in FLOATS: float_blocks(f'{file}.16', file, name)
+        else: run(os.path.join(args.llama, 'llama-quantize'), f'{file}.16', file, name, '1')
     float32_copy(args.model, file, exact)
     want, got = reference(exact, tokens), ours(args, file, tokens, work)
     off, top, kl = np.abs(want - got).max(), np.abs(want).max(), mean_kl(want, got)
@@ -128,7 +168,7 @@ def main():
         tokens = np.array(AutoTokenizer.from_pretrained(args.model)(f.read())['input_ids'][:args.tokens])
     print('| | type | max difference / max logit | mean KL | llama.cpp | ratio |')
     with tempfile.TemporaryDirectory() as work:
-        good = [check(args, name, tokens, work) for name in args.types or ['F32'] + OURS + (THEIRS if args.llama else [])]
+        good = [check(args, name, tokens, work) for name in args.types or ['F32'] + OURS + FLOATS + (THEIRS if args.llama else [])]
     sys.exit(not all(good))
 
 

@@ -549,7 +549,7 @@ unsigned short to_half(float v) { return __half_as_ushort(__float2half_rn(v)); }
 
 qwen3i_matrix trial_matrix(const unsigned short *data, int rows, int cols) {
     qwen3i_matrix m;
-    m.data = data; m.rows = rows; m.cols = cols; m.type = QWEN3I_F16;
+    m.data = data; m.rows = rows; m.cols = cols; m.type = QWEN3I_F16; m.factor = 0;
     return m;
 }
 

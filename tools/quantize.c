@@ -60,8 +60,27 @@ static void add_tensor(job *j, int layer, int weight, int rank, const void *data
     if (!t->type) t->type = type;
 }
 
+/* What all of each matrix is multiplied by, if anything: beside the tensor that was added last */
+static void add_factors(job *j, const qwen3i_matrix *list, int n) {
+    const tensor *of = &j->tensors[j->n_tensors - 1];
+    float *factors = NULL;
+    for (int i = 0; i < n; i++) {
+        if (list[i].factor == 0) continue;
+        if (!factors) {
+            factors = (float *)malloc((size_t)n * sizeof *factors);     /* to the end */
+            if (!factors) exit(fail("out of memory", ""));
+            for (int k = 0; k < n; k++) factors[k] = 1;
+        }
+        factors[i] = list[i].factor;
+    }
+    if (!factors) return;
+    add_tensor(j, 0, QWEN3I_W_FINAL_NORM, 1, factors, QWEN3I_F32, 1, n);
+    snprintf(j->tensors[j->n_tensors - 1].name, sizeof of->name, "%.*sscale", (int)(strlen(of->name) - strlen("weight")), of->name);
+}
+
 static void add_matrix(job *j, int layer, int weight, const qwen3i_matrix *m) {
     add_tensor(j, layer, weight, 2, m->data, m->type, m->rows, m->cols);
+    add_factors(j, m, 1);
 }
 
 /* A matrix of each expert; as: the weight whose type they get */
@@ -72,6 +91,7 @@ static void add_experts(job *j, int layer, int weight, int as, const qwen3i_matr
     qwen3i_weight_name(t->name, &qwen3i_gguf_file, layer, weight);
     t->all = list;
     t->rank = 3;
+    add_factors(j, list, n);
 }
 
 static void add_gains(job *j, int layer, int weight, const float *gains, int n) {
@@ -82,7 +102,7 @@ static int list_tensors(job *j) {
     const qwen3_model *m = j->model;
     const qwen3i_weights *w = &m->weights;
     const qwen3i_config *c = &m->config;
-    j->tensors = (tensor *)calloc((size_t)c->n_layer * 12 + 4, sizeof *j->tensors);
+    j->tensors = (tensor *)calloc(2 * (size_t)c->n_layer * 12 + 6, sizeof *j->tensors);
     if (!j->tensors) return fail("out of memory", "");
     add_matrix(j, -1, QWEN3I_W_EMBED, &w->embed);
     add_gains(j, -1, QWEN3I_W_FINAL_NORM, w->final_norm, c->n_embd);
