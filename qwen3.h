@@ -10088,7 +10088,7 @@ TARGET static void V##_panel_q6_k(qwen3i_panel *p, const uint8_t *b, qwen3i_stri
     } \
 } \
 /* n_cols columns, from the beginning of a block on; so many rows that there may be no 16 are repeated. */ \
-TARGET static void V##_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *strip, qwen3i_type type, \
+TARGET QWEN3I_APART void V##_panel(qwen3i_panel *p, const uint8_t *w, qwen3i_strip *strip, qwen3i_type type, \
                              int n_rows, int n_cols) { \
     const qwen3i_format *f = qwen3i_format_of(type); \
     const int bytes = (n_cols + f->elements - 1) / f->elements * f->bytes; \
@@ -10267,7 +10267,8 @@ TARGET static void V##_panel_rare(qwen3i_panel *p, int c, const uint8_t *b, qwen
 
 /* Products of one row of x: what is unpacked is multiplied at once, without a panel; the sums are those of
    a tile. Weights are 0 to 127 here; what they become less is multiplied by the sum of x. V_transpose32 is
-   V_transpose of 32 bytes, U_small U_widen4 of such weights in registers. */
+   V_transpose of 32 bytes, U_small U_widen4 of such weights in registers. Each format is a function by itself:
+   in one function they take gcc twice as long. */
 #define QWEN3I_DEFINE_ONE(V, U, TARGET) \
 TARGET QWEN3I_INLINE void V##_take32(V##_i *v, const uint8_t *b, qwen3i_strip *strip) { \
     V##_transpose32(v, b, strip->ld); \
@@ -10293,7 +10294,7 @@ TARGET QWEN3I_INLINE V##_v U##_one_nibbles(V##_v acc, const V##_i *v, const qwen
     return acc; \
 } \
 /* Eight blocks, 36 words: of each two blocks nine, the first of which begins within a word */ \
-TARGET QWEN3I_INLINE V##_v U##_one_q4_0(const uint8_t *b, qwen3i_strip *strip, const qwen3i_rounded *x) { \
+TARGET QWEN3I_APART V##_v U##_one_q4_0(const uint8_t *b, qwen3i_strip *strip, const qwen3i_rounded *x) { \
     V##_v acc = V##_zero(); \
     V##_i v[12], q[4]; \
     V##_take(v, b, strip); \
@@ -10332,6 +10333,12 @@ TARGET QWEN3I_INLINE V##_v U##_one_k(const uint8_t *b, qwen3i_strip *strip, cons
     } \
     return acc; \
 } \
+TARGET QWEN3I_APART V##_v U##_one_q4_k(const uint8_t *b, qwen3i_strip *strip, const qwen3i_rounded *x) { \
+    return U##_one_k(b, strip, x, 0); \
+} \
+TARGET QWEN3I_APART V##_v U##_one_q5_k(const uint8_t *b, qwen3i_strip *strip, const qwen3i_rounded *x) { \
+    return U##_one_k(b, strip, x, 1); \
+} \
 /* Byte i of s as a scale: d is 2^-24 times what it is multiplied by. */ \
 TARGET QWEN3I_INLINE V##_v U##_scale(V##_v d, const V##_i *s, int i) { \
     return V##_mul(d, V##_float(V##_and(V##_shl(s[i / 4], 24 - i % 4 * 8), ~0xFFFFFF))); \
@@ -10348,7 +10355,7 @@ TARGET QWEN3I_INLINE V##_i U##_one_sixes(const V##_i *low, const V##_i *high, in
 } \
 /* Twice 32 bytes of high pairs and 64 of low halves, which come in another order than columns; the last 18 \
    bytes are scales and what they are multiplied by. */ \
-TARGET QWEN3I_INLINE V##_v U##_one_q6_k(const uint8_t *b, qwen3i_strip *strip, const qwen3i_rounded *x) { \
+TARGET QWEN3I_APART V##_v U##_one_q6_k(const uint8_t *b, qwen3i_strip *strip, const qwen3i_rounded *x) { \
     V##_i high[8], low[8], s[8], wait[4]; \
     V##_v d, acc = V##_zero(); \
     V##_take32(s, b + 178, strip); \
@@ -10369,7 +10376,7 @@ TARGET QWEN3I_INLINE V##_v U##_one_q6_k(const uint8_t *b, qwen3i_strip *strip, c
     return acc; \
 } \
 /* Returns how many rows are done: none in formats that only panels have. */ \
-TARGET static int U##_dot_one(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, int n_w, \
+TARGET QWEN3I_APART int U##_dot_one(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, int n_w, \
                               const qwen3i_rounded *x, int n_cols, int add) { \
     const qwen3i_format *f = qwen3i_format_of(type); \
     const size_t bytes = (size_t)(256 / f->elements * f->bytes);   /* of 256 columns */ \
@@ -10386,7 +10393,7 @@ TARGET static int U##_dot_one(float *y, const uint8_t *w, size_t row_bytes, qwen
             strip.next = w + 16 * row_bytes + QWEN3I_AHEAD + 16 * (size_t)k * bytes; \
             strip.end = strip.next + 16 * bytes; \
             qwen3i_fetch(&strip, 128); \
-            if (k_type) acc = fives ? U##_one_k(b, &strip, xk, 1) : U##_one_k(b, &strip, xk, 0); \
+            if (k_type) acc = fives ? U##_one_q5_k(b, &strip, xk) : U##_one_q4_k(b, &strip, xk); \
             else acc = type == QWEN3I_Q6_K ? U##_one_q6_k(b, &strip, xk) : U##_one_q4_0(b, &strip, xk); \
             sum = k > 0 ? V##_add(sum, acc) : add ? V##_add(V##_load(y + r), acc) : acc; \
         } \
@@ -18112,6 +18119,7 @@ static qwen3_result qwen3i_grammar_compile(qwen3_grammar *g, const qwen3_grammar
     return c.result == QWEN3_OK ? QWEN3_OK : qwen3i_fail(err, c.result, "%s", c.message);
 }
 
+QWEN3I_COLD
 static qwen3_result qwen3i_grammar_make(qwen3_grammar **out, const qwen3_model *model,
                                         const qwen3_allocator *allocator, const qwen3_grammar_desc *desc,
                                         const char *only, const qwen3i_err *err) {
