@@ -8546,7 +8546,8 @@ static qwen3_result qwen3i_load_json(qwen3i_loader *l, const char *name, int req
     if (b.data) r = parse(l->model, name, &b, l->err);
     else if (required)
         r = qwen3i_fail(l->err, QWEN3_ERR_IO, "no %s %s%s: a Qwen3 model directory holds config.json, "
-                                              "model.safetensors and tokenizer.json",
+                                              "model.safetensors and tokenizer.json; a GGUF file is "
+                                              "named by itself",
                         name, path ? "in " : "given", path ? path : "");
     qwen3i_close(&l->model->allocator, &b);
     return r;

@@ -334,6 +334,16 @@ class DownloadTest(unittest.TestCase):
             self.assertFails("is not the name of a .gguf file", arguments=("-f", name, MODEL))
         self.assertEqual(self.hub.fetched(), [])
 
+    def test_gguf_files_are_listed_where_none_was_named(self):
+        del self.hub.files["config.json"]
+        names = ["Tiny-Q4_K_M.gguf", "Tiny-Q8_0-00001-of-00002.gguf"]
+        for name in (*names, "Tiny-Q8_0-00002-of-00002.gguf"):
+            self.hub.files[name] = noise(5000, name)
+        self.assertFails("the hub has no config.json", "FILE=NAME")
+        self.assertTrue(self.err.endswith("".join(f"\n    {name}" for name in names) + "\n"), self.err)
+        self.assertFails(f"\n    {names[0]}\n", arguments=("-f", "Tiny-Q9_9.gguf", MODEL))
+        self.assertEqual(self.hub.fetched(), [])
+
     def test_missing_shard(self):
         del self.hub.files[WEIGHTS]
         for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):

@@ -235,7 +235,9 @@ select_files() {
             return 1
         }
         function need(name) {
-            if (!take(name)) fail("the hub has no " name " for this model")
+            if (take(name)) return
+            if (ggufs != "") ggufs = "; FILE=NAME (make download) or -f NAME takes one of its GGUF files:" ggufs
+            fail("the hub has no " name " for this model" ggufs)
         }
         function keep(i,    name) {
             name = field[i, "path"]
@@ -251,6 +253,8 @@ select_files() {
                 split(name, part, /[-.]/)
                 shards = part[4] + 0
             }
+            if (name ~ /\.gguf$/ && (name !~ /-[0-9]+-of-[0-9]+\.gguf$/ || name ~ /-00001-of-/) && ++n_ggufs <= 50)
+                ggufs = ggufs "\n    " name
         }
 
         $1 !~ /^[0-9][0-9]?[0-9]?[0-9]?[.]/ { fail("the answer is not a list of files, or one of more than 9999") }
