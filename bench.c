@@ -38,6 +38,7 @@ static const char usage[] =
     "  --tokenizer FILE    of random weights: a tokenizer.json, which a grammar needs\n"
     "  --draft-model M a directory or SIZE, which is asked for these guesses first: what asking costs, not what it says\n"
     "  --invariant     a token's bits are the same alone and among others (CUDA; see qwen3_ctx_desc)\n"
+    "  --bf16          inputs of BF16 matrices are BF16, too (CPU; see qwen3_ctx_desc)\n"
     "  --chunk N --threads N --kv f32|f16|bf16|q8_0 --standard --cuda --cpu\n"
     "  --json          one JSON object a line\n"
     "  --fused-baseline    only: RMSNorm + QKV on the GPU beside a kernel that fuses them, for --random SIZE or all\n"
@@ -45,7 +46,7 @@ static const char usage[] =
 
 typedef struct options {
     const char *path, *random, *type, *tests, *batch, *kernels, *draft, *draft_model, *devices, *grammar, *tokenizer;
-    int layers, invariant, own_tests, first, start, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
+    int layers, invariant, bf16, own_tests, first, start, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
 } options;
 
 static void die(const char *what, const char *detail) {
@@ -80,6 +81,7 @@ static options parse(int argc, char **argv) {
         else if (!strcmp(a, "--first"))    o.first = 1;
         else if (!strcmp(a, "--start"))    o.start = 1;
         else if (!strcmp(a, "--invariant")) o.invariant = 1;
+        else if (!strcmp(a, "--bf16"))      o.bf16 = 1;
         else if (!strcmp(a, "--standard")) o.standard = 1;
         else if (!strcmp(a, "--cuda"))     o.cuda = 1;
         else if (!strcmp(a, "--cpu"))      o.cpu = 1;
@@ -512,6 +514,7 @@ static void create(bench *b, int ctx, int batch) {
     d.threads = b->opt.threads;
     create_ctx(&b->draft, b->draft_model, &d);
     d.invariant = b->opt.invariant;
+    d.bf16 = b->opt.bf16;
     create_ctx(&b->ctx, b->model, &d);
 }
 

@@ -561,6 +561,9 @@ typedef struct qwen3_ctx_desc {
                             /* 15 others, of whatever sequences: a reply does not depend on who else */
                             /* is served, and speculation is exact. Steps of one token are slower    */
                             /* then. The CPU always does so, for steps of any size                   */
+    int   bf16;             /* CPU: 1: the inputs of BF16 matrices become BF16, too, where the processor    */
+                            /* multiplies such numbers (AVX512_BF16; not in programs compiled for size): */
+                            /* prefill is about 1.5 times as fast, errors are a tenth of PyTorch's     */
     float yarn_factor;      /* 0: as config.json says; else YaRN scaling, e.g. 4 for 131,072 positions */
     int (*cancel)(void *user);  /* polled often while evaluating; nonzero: the call returns STOPPED. */
     void *cancel_user;          /* Steps that are complete are kept. A step that is cancelled is lost, */
@@ -9645,6 +9648,15 @@ typedef struct qwen3i_simd {
     void (*store)(void *y, const float *x, qwen3i_type type, int n);
 } qwen3i_simd;
 
+/* Products in which both sides are BF16, where a processor has instructions for them; sums are float32. Numbers
+   below 1.2e-38 count as 0. */
+typedef struct qwen3i_pairs {
+    /* as qwen3i_simd's dot; rows of w and x are cols apart, a multiple of 32 */
+    void (*dot)(float *y, size_t ldy, const void *w, int n_w, const uint16_t *x, int n_x, int cols, int add);
+    /* n numbers, a multiple of 16, to nearest even; NaN and Inf stay what they are */
+    void (*round)(uint16_t *y, const float *x, int n);
+} qwen3i_pairs;
+
 #define QWEN3I_MAX_ROW 288     /* bytes of 256 columns in blocks */
 #define QWEN3I_PANELS  2       /* the most that a tile has */
 #define QWEN3I_K_BLOCK 1024     /* columns that one tile sums up before they join the rest of the row:
@@ -9660,6 +9672,86 @@ typedef struct qwen3i_simd {
    half in all lanes), store, store_bf16, store_f16, add, mul, div, max, min, fma(a, b, c) = a * b + c, round,
    exp2i (2^n for whole n), drop_below (0 where x < low), sum (of R vectors, by the tree). A tile is R rows of
    w times up to C rows of x. */
+#define QWEN3I_DEFINE_TILES(V, TARGET, R, C) \
+/* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose \
+   results belong `apart` floats apart: y[t * ldy + r * apart] = (add ? y : 0) + w[r] . x[t]. What lies \
+   `ahead` bytes further on is fetched meanwhile. */ \
+TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *w, size_t stride, \
+                                   size_t ahead, \
+                                   qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
+                                       int add) { \
+    V##_v acc[C][R], wv[R], xv; \
+    float sums[R]; \
+    /* bytes: few pointers, so that none is spilled */ \
+    size_t w_at[R], x_at[C], step = 16 * qwen3i_type_size(type); \
+    const char *xs = (const char *)x, *next = w + ahead, *end = w + (size_t)n / 16 * step; \
+    int r, t; \
+    QWEN3I_UNROLL for (r = 0; r < R; r++) w_at[r] = (size_t)qwen3i_min(r, n_w - 1) * stride; \
+    QWEN3I_UNROLL for (t = 0; t < n_x; t++) x_at[t] = (size_t)t * ldx * 4; \
+    QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
+        QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_zero(); \
+    } \
+    for (; w != end; w += step, next += step, xs += 64) { \
+        QWEN3I_UNROLL for (r = 0; r < R; r++) { \
+            wv[r] = V##_from(w + w_at[r], 0, type); \
+            if (ahead) QWEN3I_PREFETCH(next + w_at[r]); \
+        } \
+        QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
+            xv = V##_load_once((const float *)(const void *)(xs + x_at[t])); \
+            QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_fma(wv[r], xv, acc[t][r]); \
+        } \
+    } \
+    QWEN3I_UNROLL for (t = 0; t < n_x; t++, y += ldy) { \
+        V##_sum(sums, acc[t]); \
+        if (n_w == R && apart == 1) { \
+            QWEN3I_UNROLL for (r = 0; r < R; r++) y[r] = add ? y[r] + sums[r] : sums[r]; \
+        } \
+        else for (r = 0; r < n_w; r++) y[r * apart] = add ? y[r * apart] + sums[r] : sums[r]; \
+    } \
+} \
+/* One tile of w against n_x rows of x. n_x becomes a constant, so that each size gets its own code; it is \
+   at most C even in code that is never reached, for analysers. */ \
+TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char *w, size_t stride, \
+                                     size_t ahead, \
+                                     qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
+                                         int add) { \
+    if (QWEN3I_SMALL && n_x != C) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, add); \
+    else if (n_x == C)          V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C, n, add); \
+    else if (n_x == 4 && C > 4) \
+        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 4 ? 4 : 1, n, add); \
+    else if (n_x == 2 && C > 2) \
+        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 2 ? 2 : 1, n, add); \
+    else                        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, add); \
+} \
+/* Many rows of x: a tile of them stays in the first-level cache while the block of w streams past it from \
+   the second. Few: w comes from memory, and each tile of it meets all of x at once. One or two: memory is \
+   the limit, and it likes R streams best, each through a part of the block. */ \
+TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t row_bytes, \
+                                       qwen3i_type type, \
+                                       int n_w, const float *x, size_t ldx, int n_x, int n_cols, int add) { \
+    int tiles = (n_w + R - 1) / R, few = n_x <= QWEN3I_FEW_ROWS, step = few ? 1 : tiles, i, j, t, k, m; \
+    int apart = n_x <= 2 && (size_t)tiles * row_bytes >= 2 * QWEN3I_AHEAD ? tiles : 1; \
+    size_t ahead = apart > 1 ? QWEN3I_AHEAD / 2 : type == QWEN3I_F32 && !few ? 512 : \
+                   R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
+    for (i = 0; i < tiles; i += step) \
+        for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
+            for (t = 0; t < n_x; t += m) { \
+                /* 8: 4 + 4 */ \
+                m = n_x - t >= C && (QWEN3I_SMALL || n_x - t != 8) ? C : QWEN3I_SMALL ? 1 : \
+                    n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
+                for (j = i; j < i + step; j++) { \
+                    int r = apart > 1 ? j : j * R; \
+                    V##_tile_n(y + (size_t)t * ldy + r, ldy, apart, \
+                               w + (size_t)r * row_bytes + (size_t)k * qwen3i_type_size(type), \
+                               (size_t)apart * row_bytes, ahead, type, \
+                                   qwen3i_min(R, (n_w - r + apart - 1) / apart), \
+                               x + (size_t)t * ldx + k, ldx, m, qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), \
+                                   k > 0 || add); \
+                } \
+            } \
+}
+
+/* The kernels but the products of numbers */
 #define QWEN3I_DEFINE_KERNELS(V, TARGET, R, C) \
 /* n lanes, or all 16 if n is more; when loading, the others are 0 */ \
 TARGET QWEN3I_APART V##_v V##_load_part(const float *p, int n) { \
@@ -9757,83 +9849,7 @@ TARGET static void V##_dot_bytes(float *y, const void *w, size_t row_bytes, qwen
                                              n_cols, add); \
     else V##_dot_bytes_of(y, (const uint8_t *)w, row_bytes, QWEN3I_Q8_0, 32, 2, n_w, x, n_cols, add); \
 } \
-/* One tile over n columns, a multiple of 16: n_w of at most R rows of w, `stride` bytes apart, whose \
-   results belong `apart` floats apart: y[t * ldy + r * apart] = (add ? y : 0) + w[r] . x[t]. What lies \
-   `ahead` bytes further on is fetched meanwhile. */ \
-TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *w, size_t stride, \
-                                   size_t ahead, \
-                                   qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
-                                       int add) { \
-    V##_v acc[C][R], wv[R], xv; \
-    float sums[R]; \
-    /* bytes: few pointers, so that none is spilled */ \
-    size_t w_at[R], x_at[C], step = 16 * qwen3i_type_size(type); \
-    const char *xs = (const char *)x, *next = w + ahead, *end = w + (size_t)n / 16 * step; \
-    int r, t; \
-    QWEN3I_UNROLL for (r = 0; r < R; r++) w_at[r] = (size_t)qwen3i_min(r, n_w - 1) * stride; \
-    QWEN3I_UNROLL for (t = 0; t < n_x; t++) x_at[t] = (size_t)t * ldx * 4; \
-    QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
-        QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_zero(); \
-    } \
-    for (; w != end; w += step, next += step, xs += 64) { \
-        QWEN3I_UNROLL for (r = 0; r < R; r++) { \
-            wv[r] = V##_from(w + w_at[r], 0, type); \
-            if (ahead) QWEN3I_PREFETCH(next + w_at[r]); \
-        } \
-        QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
-            xv = V##_load_once((const float *)(const void *)(xs + x_at[t])); \
-            QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_fma(wv[r], xv, acc[t][r]); \
-        } \
-    } \
-    QWEN3I_UNROLL for (t = 0; t < n_x; t++, y += ldy) { \
-        V##_sum(sums, acc[t]); \
-        if (n_w == R && apart == 1) { \
-            QWEN3I_UNROLL for (r = 0; r < R; r++) y[r] = add ? y[r] + sums[r] : sums[r]; \
-        } \
-        else for (r = 0; r < n_w; r++) y[r * apart] = add ? y[r * apart] + sums[r] : sums[r]; \
-    } \
-} \
-/* One tile of w against n_x rows of x. n_x becomes a constant, so that each size gets its own code; it is \
-   at most C even in code that is never reached, for analysers. */ \
-TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char *w, size_t stride, \
-                                     size_t ahead, \
-                                     qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
-                                         int add) { \
-    if (QWEN3I_SMALL && n_x != C) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, add); \
-    else if (n_x == C)          V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C, n, add); \
-    else if (n_x == 4 && C > 4) \
-        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 4 ? 4 : 1, n, add); \
-    else if (n_x == 2 && C > 2) \
-        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C > 2 ? 2 : 1, n, add); \
-    else                        V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, add); \
-} \
-/* Many rows of x: a tile of them stays in the first-level cache while the block of w streams past it from \
-   the second. Few: w comes from memory, and each tile of it meets all of x at once. One or two: memory is \
-   the limit, and it likes R streams best, each through a part of the block. */ \
-TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t row_bytes, \
-                                       qwen3i_type type, \
-                                       int n_w, const float *x, size_t ldx, int n_x, int n_cols, int add) { \
-    int tiles = (n_w + R - 1) / R, few = n_x <= QWEN3I_FEW_ROWS, step = few ? 1 : tiles, i, j, t, k, m; \
-    int apart = n_x <= 2 && (size_t)tiles * row_bytes >= 2 * QWEN3I_AHEAD ? tiles : 1; \
-    size_t ahead = apart > 1 ? QWEN3I_AHEAD / 2 : type == QWEN3I_F32 && !few ? 512 : \
-                   R * row_bytes > QWEN3I_AHEAD ? R * row_bytes : QWEN3I_AHEAD; \
-    for (i = 0; i < tiles; i += step) \
-        for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
-            for (t = 0; t < n_x; t += m) { \
-                /* 8: 4 + 4 */ \
-                m = n_x - t >= C && (QWEN3I_SMALL || n_x - t != 8) ? C : QWEN3I_SMALL ? 1 : \
-                    n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
-                for (j = i; j < i + step; j++) { \
-                    int r = apart > 1 ? j : j * R; \
-                    V##_tile_n(y + (size_t)t * ldy + r, ldy, apart, \
-                               w + (size_t)r * row_bytes + (size_t)k * qwen3i_type_size(type), \
-                               (size_t)apart * row_bytes, ahead, type, \
-                                   qwen3i_min(R, (n_w - r + apart - 1) / apart), \
-                               x + (size_t)t * ldx + k, ldx, m, qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), \
-                                   k > 0 || add); \
-                } \
-            } \
-} \
+QWEN3I_DEFINE_TILES(V, TARGET, R, C) \
 /* The last columns of a number that is not a multiple of 16 join last. */ \
 TARGET static void V##_dot_rest(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, \
                                 int n_w, \
@@ -11316,6 +11332,41 @@ QWEN3I_VNNI QWEN3I_INLINE __m512i qwen3i_vnni_total(qwen3i_vnni_sums y) {
 QWEN3I_DEFINE_ONE(qwen3i_avx512, qwen3i_vnni, QWEN3I_VNNI)
 QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_vnni, QWEN3I_VNNI, 2, 4)
 static const qwen3i_simd qwen3i_vnni_kernels = QWEN3I_KERNELS(qwen3i_avx512, qwen3i_vnni, qwen3i_avx512_dot);
+
+/* ---- AVX-512 with instructions that multiply and add pairs of BF16 numbers: a lane holds a pair, and what
+   counts elements of F32 counts pairs ---- */
+#if !QWEN3I_SMALL && ((defined(__clang__) && __clang_major__ >= 9) || \
+                       (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 10))
+#define QWEN3I_PAIRS_SETS "avx512bf16," QWEN3I_AVX512_SETS
+#define QWEN3I_PAIRS QWEN3I_TARGET(QWEN3I_PAIRS_SETS)
+#define qwen3i_pairs_v             __m512
+#define qwen3i_pairs_zero          qwen3i_avx512_zero
+#define qwen3i_pairs_load_once     qwen3i_avx512_load_once
+#define qwen3i_pairs_from(p, i, t) qwen3i_avx512_load((const float *)(const void *)(p))
+#define qwen3i_pairs_sum           qwen3i_avx512_sum
+
+QWEN3I_PAIRS QWEN3I_INLINE __m512 qwen3i_pairs_fma(__m512 w, __m512 x, __m512 sum) {
+    __m512bh a, b;                      /* a type of its own, or not: compilers differ */
+    memcpy(&a, &w, sizeof a);
+    memcpy(&b, &x, sizeof b);
+    return _mm512_dpbf16_ps(sum, a, b);
+}
+
+QWEN3I_DEFINE_TILES(qwen3i_pairs, QWEN3I_PAIRS, 4, 6)
+
+QWEN3I_PAIRS static void qwen3i_dot_pairs(float *y, size_t ldy, const void *w, int n_w, const uint16_t *x, int n_x,
+                                          int cols, int add) {
+    qwen3i_pairs_dot_type(y, ldy, (const char *)w, 2 * (size_t)cols, QWEN3I_F32, n_w,
+                          (const float *)(const void *)x, (size_t)cols / 2, n_x, cols / 2, add);
+}
+
+QWEN3I_PAIRS static void qwen3i_round_pairs(uint16_t *y, const float *x, int n) {
+    for (int i = 0; i < n; i += 16) {
+        const __m256bh v = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+        memcpy(y + i, &v, sizeof v);
+    }
+}
+#endif
 #if defined(__GNUC__) && !defined(__clang__)
   #pragma GCC diagnostic pop
 #endif
@@ -11951,16 +12002,17 @@ static const qwen3i_simd qwen3i_wasm_kernels = QWEN3I_KERNELS(qwen3i_wasm, qwen3
 #endif /* QWEN3I_WASM */
 
 #ifdef QWEN3I_X86
-/* registers a, b, c, d of cpuid, zero if the processor does not know the leaf */
-static void qwen3i_cpuid(unsigned leaf, unsigned *r) {
+/* registers a, b, c, d of cpuid, zero if the processor does not know the leaf; in its upper half: which part */
+static void qwen3i_cpuid(unsigned leaf_and_part, unsigned *r) {
+    const unsigned leaf = leaf_and_part & 0xFFFF, part = leaf_and_part >> 16;
 #if defined(_MSC_VER)
     int known[4], at[4];
     __cpuid(known, 0);
-    __cpuidex(at, (int)leaf, 0);
+    __cpuidex(at, (int)leaf, (int)part);
     for (int i = 0; i < 4; i++) r[i] = (unsigned)known[0] >= leaf ? (unsigned)at[i] : 0;
 #else
     memset(r, 0, 4 * sizeof *r);
-    __get_cpuid_count(leaf, 0, &r[0], &r[1], &r[2], &r[3]);
+    __get_cpuid_count(leaf, part, &r[0], &r[1], &r[2], &r[3]);
 #endif
 }
 
@@ -11982,7 +12034,8 @@ static int qwen3i_cpu_has(const char *sets) {
     static const struct { const char *name; unsigned leaf, reg, bit, saved; } known[] = {
         {"fma", 1, 2, 12, 0x06}, {"f16c", 1, 2, 29, 0x06}, {"avx2", 7, 1, 5, 0x06},
         {"avx512f", 7, 1, 16, 0xE6}, {"avx512dq", 7, 1, 17, 0xE6}, {"avx512bw", 7, 1, 30, 0xE6},
-        {"avx512vl", 7, 1, 31, 0xE6}, {"avx512vnni", 7, 2, 11, 0xE6}};
+        {"avx512vl", 7, 1, 31, 0xE6}, {"avx512vnni", 7, 2, 11, 0xE6},
+        {"avx512bf16", 1u << 16 | 7, 0, 5, 0xE6}};
     const unsigned saved = qwen3i_saved_registers();
     unsigned r[4];
     size_t n;
@@ -12045,6 +12098,15 @@ static const qwen3i_simd *qwen3i_simd_level(int level) {
     return level < n ? found[level] : NULL;
 }
 
+/* NULL: this machine has none, or the compiler does not know them. */
+static const qwen3i_pairs *qwen3i_find_pairs(void) {
+#if defined(QWEN3I_X86) && defined(QWEN3I_PAIRS_SETS)
+    static const qwen3i_pairs pairs = {qwen3i_dot_pairs, qwen3i_round_pairs};
+    if (qwen3i_cpu_has(QWEN3I_PAIRS_SETS)) return &pairs;
+#endif
+    return NULL;
+}
+
 /* ================================================================================================
    CPU BACKEND: the reference. float32 everywhere between the matrices; every row's result depends on
    that row alone, bit for bit, whatever the batch, the chunk size and the number of threads.
@@ -12063,6 +12125,7 @@ typedef struct qwen3i_exec {            /* who computes, and with which instruct
     const qwen3i_simd *simd;
     qwen3i_panels     *panels;          /* [lanes] */
     qwen3i_rounded    *parts;           /* [rows, qwen3i_parts(the most columns of a matrix)] */
+    const qwen3i_pairs *pairs;          /* for BF16 matrices; NULL: their inputs stay float32 */
 } qwen3i_exec;
 
 /* ---- embedding and norms ------------------------------------------------------------------------- */
@@ -12179,7 +12242,9 @@ typedef struct qwen3i_matmul_args {
     int                  n;
     int                  add;           /* to y, instead of replacing it */
     qwen3i_panels       *panels;        /* [lanes] */
-    qwen3i_rounded      *parts;         /* [n, qwen3i_parts(cols)]: x in whole numbers */
+    qwen3i_rounded      *parts;         /* [n, qwen3i_parts(cols)]: x in whole numbers, */
+    uint16_t            *halves;        /* or, in the same place, [n, cols] in BF16; NULL: it is not */
+    const qwen3i_pairs  *pairs;
 } qwen3i_matmul_args;
 
 /* A matrix in Q8_0 or FP8 becomes float32 panel by panel: a part that the second-level cache holds, or none
@@ -12221,6 +12286,8 @@ static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix
                             parts, n,
                             w->cols, a->add, panels->whole);
     }
+    else if (a->halves && w->type == QWEN3I_BF16)
+        a->pairs->dot(y, ldy, rows, end - begin, a->halves + (size_t)t * cols, n, w->cols, a->add);
     else a->simd->dot(y, ldy, rows, cols, w->type, end - begin, a->x + (size_t)t * cols, cols, n, w->cols,
                       a->add);
     for (int i = 0; w->factor != 0 && i < n; i++, y += ldy)
@@ -12236,16 +12303,29 @@ static void qwen3i_round_rows(void *args, int begin, int end, int lane) {
                            cols);
 }
 
+static void qwen3i_halve_rows(void *args, int begin, int end, int lane) {
+    const qwen3i_matmul_args *a = (const qwen3i_matmul_args *)args;
+    const size_t cols = (size_t)a->w[0]->cols;
+    (void)lane;
+    for (int i = begin; i < end; i++)
+        a->pairs->round(a->halves + (size_t)i * cols, a->x + (size_t)i * cols, (int)cols);
+}
+
 /* What products of x [n, cols] with n_w matrices of cols columns begin with */
 static qwen3i_matmul_args qwen3i_matmul_begin(const qwen3i_exec *e, const qwen3i_matrix *w0,
                                               const qwen3i_matrix *w1, const qwen3i_matrix *w2, int n_w,
                                               const float *x, int n, int add) {
     qwen3i_matmul_args a;
-    int i, blocks = 0;
+    int i, blocks = 0, halves = 0;
     a.simd = e->simd; a.panels = e->panels; a.parts = e->parts; a.n_w = n_w; a.x = x; a.n = n; a.add = add;
     a.w[0] = w0; a.w[1] = w1; a.w[2] = w2;
     for (i = 0; i < n_w; i++) blocks |= qwen3i_is_block(a.w[i]->type) && !qwen3i_is_bytes(a.w[i]->type);
+    for (i = 0; i < n_w; i++) halves |= a.w[i]->type == QWEN3I_BF16;
+    halves = halves && e->pairs && !blocks && w0->cols % 32 == 0;
+    a.pairs = e->pairs;
+    a.halves = halves ? (uint16_t *)(void *)e->parts : NULL;
     if (blocks) qwen3i_parallel(e->pool, n, 4, qwen3i_round_rows, &a);
+    if (halves) qwen3i_parallel(e->pool, n, 4, qwen3i_halve_rows, &a);
     return a;
 }
 
@@ -12558,6 +12638,7 @@ static qwen3_result qwen3i_cpu_create(void **ctx_state, void *model_state, const
     c->weights = view.weights;
     c->desc = *desc;
     c->exec.simd = qwen3i_simd_level(0);
+    c->exec.pairs = c->desc.bf16 ? qwen3i_find_pairs() : NULL;
     c->exec.pool = &c->pool;
     r = qwen3i_cpu_fill(c, err);
     if (r == QWEN3_OK) r = qwen3i_pool_create(&c->pool, desc, err);

@@ -206,6 +206,47 @@ static void test_cpu_dot(void) {
         }
 }
 
+/* Both sides in BF16: y += W x of any shape equals, bit for bit, the sums of each element's own two rows. */
+static void cpu_pairs_case(const qwen3i_pairs *pairs, int n_w, int n_x, int cols) {
+    uint16_t *w = (uint16_t *)cpu_typed((size_t)n_w * (size_t)cols, QWEN3I_BF16, 1.0);
+    uint16_t *x = (uint16_t *)malloc((size_t)n_x * (size_t)cols * sizeof *x);
+    float *from = cpu_floats((size_t)n_x * (size_t)cols, 1.0), *y = cpu_floats((size_t)n_w * (size_t)n_x, 1.0);
+    float *before = cpu_copy(y, (size_t)n_w * (size_t)n_x), one;
+    int r, t, k;
+    pairs->round(x, from, n_x * cols);
+    for (k = 0; k < n_x * cols; k++) CHECK(x[k] == qwen3i_f32_to_bf16(from[k]));
+    pairs->dot(y, (size_t)n_w, w, n_w, x, n_x, cols, 1);
+    for (t = 0; t < n_x; t++)
+        for (r = 0; r < n_w; r++) {
+            double sum = 0, size = 0;
+            for (k = 0; k < cols; k++) {
+                double p = (double)qwen3i_bf16_to_f32(w[r * cols + k]) * (double)qwen3i_bf16_to_f32(x[t * cols + k]);
+                sum += p;
+                size += fabs(p);
+            }
+            pairs->dot(&one, 1, w + r * cols, 1, x + t * cols, 1, cols, 0);
+            CHECK_MSG(fabs(sum - (double)one) <= 1e-6 * size, "%d columns: %g, not %g", cols, (double)one, sum);
+            one += cols > 2 * QWEN3I_K_BLOCK ? 0 : before[t * n_w + r];
+            if (cols <= 2 * QWEN3I_K_BLOCK) CHECK_MSG(cpu_same(&one, &y[t * n_w + r], 1), "%d x %d x %d: depends on the tile", n_w, n_x, cols);
+            else CHECK(fabs((double)y[t * n_w + r] - (double)before[t * n_w + r] - sum) <= 1e-6 * size);
+        }
+    free(w); free(x); free(from); free(y); free(before);
+}
+
+static void test_cpu_pairs(void) {
+    static const float odd[16] = {0.0f, -0.0f, 1e-40f, 3.4e38f, 1.00390625f, 1.01171875f};
+    static const int cols[] = {32, 64, 96, 1024, 2048, 4128};
+    const qwen3i_pairs *pairs = qwen3i_find_pairs();
+    uint16_t y[16];
+    int c, n;
+    if (!pairs) return;                 /* this machine has no such instructions */
+    for (c = 0; c < 6; c++)
+        for (n = 1; n <= 9; n++) cpu_pairs_case(pairs, 1 + (n * 5 + c) % 9, n, cols[c]);
+    cpu_pairs_case(pairs, 11, 29, 64);
+    pairs->round(y, odd, 16);           /* halves to even; what is too large and too small */
+    CHECK(y[0] == 0 && y[1] == 0x8000 && y[2] == 0 && y[3] == 0x7F80 && y[4] == 0x3F80 && y[5] == 0x3F82);
+}
+
 /* y += p v, alone and in any grouping of rows of p and v. */
 static void cpu_mix_case(const qwen3i_simd *simd, qwen3i_type type, int n_p, int n_v, int cols) {
     void *v = cpu_typed((size_t)n_v * (size_t)cols, type, 1.0);
@@ -1004,6 +1045,7 @@ static void suite_cpu(void) {
     RUN(test_cpu_formats_rows);
     RUN(test_cpu_exp);
     RUN(test_cpu_dot);
+    RUN(test_cpu_pairs);
     RUN(test_cpu_mix);
     RUN(test_cpu_softmax);
     RUN(test_cpu_rmsnorm);

@@ -248,6 +248,43 @@ static void check_chunks(const identity *id) {
 }
 static void test_identical_chunks(void) { for_each_identity(check_chunks); }
 
+/* With inputs in BF16: other bits where the processor has what that needs, not far away, and the same ones for any
+   step and number of threads. */
+static void test_identical_bf16(void) {
+    static const int chunks[] = {500, 1, 7};
+    qwen3_token tokens[IDENTITY_TOKENS];
+    float *plain, *want = NULL;
+    fixture f;
+    uint64_t seed = 42;
+    int i, n;
+    if (!fixture_open(&f, "plain")) return;
+    n = IDENTITY_TOKENS * f.info.n_vocab;
+    random_tokens(&seed, tokens, IDENTITY_TOKENS, f.info.n_vocab);
+    plain = plain_logits(f.model, tokens, IDENTITY_TOKENS, QWEN3_KV_F32);
+    for (i = 0; i < 3; i++) {
+        qwen3_ctx_desc d = ctx_desc(IDENTITY_TOKENS, 1, chunks[i], QWEN3_KV_F32);
+        float *got = floats((size_t)n);
+        qwen3_ctx *ctx;
+        d.bf16 = 1;
+        d.threads = 1 + i;
+        ctx = ctx_open_desc(f.model, &d);
+        if (ctx) CHECK_OK(ctx, eval(ctx, 0, tokens, IDENTITY_TOKENS, got));
+        if (i == 0) {
+            double off = 0, top = 0;
+            want = got;
+            for (int k = 0; k < n; k++) { off = fmax(off, fabs((double)got[k] - (double)plain[k])); top = fmax(top, fabs((double)plain[k])); }
+            CHECK_MSG((off > 0) == (qwen3i_find_pairs() != NULL) && off < 0.03 * top, "off by %g of %g", off, top);
+        } else {
+            CHECK_MSG(same_floats(got, want, n), "chunk %d: other bits", chunks[i]);
+            free(got);
+        }
+        qwen3_ctx_free(ctx);
+    }
+    free(want);
+    free(plain);
+    fixture_close(&f);
+}
+
 /* Several sequences in one call: what the neighbours are must not change a bit. Sequence s holds, after its
    first `shift` tokens of its own, nothing shared with the others; sequence 0 holds the tokens themselves. */
 static void check_batch_of(const identity *id, int n_seqs, int chunk) {
@@ -551,6 +588,7 @@ static void suite_parity(void) {
     RUN(test_parity_tells_config);
     RUN(test_parity_yarn_by_desc);
     RUN(test_identical_chunks);
+    RUN(test_identical_bf16);
     RUN(test_identical_batches);
     RUN(test_identical_sync);
     RUN(test_identical_truncate);

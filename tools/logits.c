@@ -1,5 +1,5 @@
 /* logits - writes the logits of every position of a token sequence, for comparison with other programs.
-   usage: logits MODEL_DIR TOKENS OUT [--cuda] [--standard] [--kv f32|f16|bf16|q8_0] [--chunk N] [--step N] [--generate N]
+   usage: logits MODEL_DIR TOKENS OUT [--cuda] [--standard] [--kv f32|f16|bf16|q8_0] [--bf16] [--chunk N] [--step N] [--generate N]
    TOKENS: int32 little-endian, evaluated --step (32) at a time; OUT: float32 [n, n_vocab]. --generate appends to TOKENS
    what the model goes on with, greedily. Build: cc -O3 -I. tools/logits.c -lm -lpthread */
 #define QWEN3_IMPLEMENTATION
@@ -57,7 +57,7 @@ int main(int argc, char **argv) {
     char err[512];
     FILE *in, *out;
     int i, bad, step = 32, n = 0;
-    if (argc < 4) return fail("usage", "logits MODEL_DIR TOKENS OUT [--cuda] [--standard] [--kv f32|f16|bf16|q8_0] [--chunk N] "
+    if (argc < 4) return fail("usage", "logits MODEL_DIR TOKENS OUT [--cuda] [--standard] [--kv f32|f16|bf16|q8_0] [--bf16] [--chunk N] "
                                        "[--step N] [--generate N]");
     load.path = argv[1];
     desc.kv_type = QWEN3_KV_F32;
@@ -74,6 +74,7 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--kv"))
             desc.kv_type = !strcmp(value, "f16") ? QWEN3_KV_F16 : !strcmp(value, "bf16") ? QWEN3_KV_BF16 :
                            !strcmp(value, "q8_0") ? QWEN3_KV_Q8_0 : QWEN3_KV_F32, i++;
+        else if (!strcmp(argv[i], "--bf16"))     desc.bf16 = 1;
         else if (!strcmp(argv[i], "--chunk"))    desc.prefill_chunk = atoi(value), i++;
         else if (!strcmp(argv[i], "--step"))     step = atoi(value), i++;
         else if (!strcmp(argv[i], "--generate")) n = atoi(value), i++;
