@@ -3056,7 +3056,7 @@ static const qwen3i_tensor *qwen3i_find_tensor(const qwen3i_tensors *t, qwen3i_s
 
 /* Bytes of an element, 0 for dtypes that this library does not know (they may lie in the file unused). */
 static unsigned qwen3i_dtype_size(qwen3i_str dtype) {
-    static const struct { const char *name; unsigned size; } known[] = {
+    static const struct { char name[8]; unsigned size; } known[] = {
         {"F64", 8}, {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4},
         {"F16", 2}, {"BF16", 2}, {"I16", 2},
         {"U16", 2}, {"I8", 1}, {"U8", 1}, {"BOOL", 1}, {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"F8_E8M0", 1}
@@ -3393,23 +3393,23 @@ static qwen3_result qwen3i_open_weights(qwen3i_loader *l, qwen3i_tensors *t) {
 #define QWEN3I_GGUF_RANK     4u
 
 /* The format's types of tensors by number: what a block holds and takes. No name: a number without a type. */
-typedef struct qwen3i_gguf_type { const char *name; int elements, bytes; } qwen3i_gguf_type;
+typedef struct qwen3i_gguf_type { char name[8]; int elements, bytes; } qwen3i_gguf_type;
 
 static const qwen3i_gguf_type *qwen3i_gguf_type_of(uint32_t number) {
     static const qwen3i_gguf_type types[] = {
         {"F32", 1, 4},          {"F16", 1, 2},          {"Q4_0", 32, 18},       {"Q4_1", 32, 20},
-        {NULL, 0, 0},           {NULL, 0, 0},           {"Q5_0", 32, 22},       {"Q5_1", 32, 24},
+        {"", 0, 0},           {"", 0, 0},           {"Q5_0", 32, 22},       {"Q5_1", 32, 24},
         {"Q8_0", 32, 34},       {"Q8_1", 32, 36},       {"Q2_K", 256, 84},      {"Q3_K", 256, 110},
         {"Q4_K", 256, 144},     {"Q5_K", 256, 176},     {"Q6_K", 256, 210},     {"Q8_K", 256, 292},
         {"IQ2_XXS", 256, 66},   {"IQ2_XS", 256, 74},    {"IQ3_XXS", 256, 98},   {"IQ1_S", 256, 50},
         {"IQ4_NL", 32, 18},     {"IQ3_S", 256, 110},    {"IQ2_S", 256, 82},     {"IQ4_XS", 256, 136},
         {"I8", 1, 1},           {"I16", 1, 2},          {"I32", 1, 4},          {"I64", 1, 8},
-        {"F64", 1, 8},          {"IQ1_M", 256, 56},     {"BF16", 1, 2},         {NULL, 0, 0},
-        {NULL, 0, 0},           {NULL, 0, 0},           {"TQ1_0", 256, 54},     {"TQ2_0", 256, 66},
-        {NULL, 0, 0},           {NULL, 0, 0},           {NULL, 0, 0},           {"MXFP4", 32, 17},
+        {"F64", 1, 8},          {"IQ1_M", 256, 56},     {"BF16", 1, 2},         {"", 0, 0},
+        {"", 0, 0},           {"", 0, 0},           {"TQ1_0", 256, 54},     {"TQ2_0", 256, 66},
+        {"", 0, 0},           {"", 0, 0},           {"", 0, 0},           {"MXFP4", 32, 17},
         {"NVFP4", 64, 36},      {"Q1_0", 128, 18},      {"Q2_0", 64, 18}
     };
-    return number < (uint32_t)QWEN3I_COUNT(types) && types[number].name ? &types[number] : NULL;
+    return number < (uint32_t)QWEN3I_COUNT(types) && types[number].elements ? &types[number] : NULL;
 }
 
 typedef enum qwen3i_gguf_kind {         /* of values, by the format's numbers */
@@ -7555,13 +7555,16 @@ static void qwen3i_shape_string(char *dst, size_t cap, const uint64_t *shape, in
     if (at < cap) snprintf(dst + at, cap - at, "]");
 }
 
-/* A float that is NaN or Inf has all exponent bits set: this holds under -ffast-math, too. */
+/* A float that is NaN or Inf has all exponent bits set: this holds under -ffast-math, too. The numbers are copied,
+   as objects of another type must not be read as whole numbers. */
 static int qwen3i_numbers_finite(const void *data, qwen3i_type type, uint64_t n) {
     const uint32_t mask = type == QWEN3I_F32 ? 0x7F800000u : type == QWEN3I_F16 ? 0x7C00u : 0x7F80u;
-    uint64_t i;
+    const unsigned char *p = (const unsigned char *)data;
+    uint32_t word;
+    uint16_t half;
     int bad = 0;
-    if (type == QWEN3I_F32) for (i = 0; i < n; i++) bad |= (((const uint32_t *)data)[i] & mask) == mask;
-    else                    for (i = 0; i < n; i++) bad |= (((const uint16_t *)data)[i] & mask) == mask;
+    if (type == QWEN3I_F32) for (; n > 0; n--, p += 4) memcpy(&word, p, 4), bad |= (word & mask) == mask;
+    else                    for (; n > 0; n--, p += 2) memcpy(&half, p, 2), bad |= (half & mask) == mask;
     return !bad;
 }
 
@@ -9924,7 +9927,7 @@ TARGET static void V##_mix(float *y, size_t ldy, const float *p, size_t ldp, int
                           type, qwen3i_min(QWEN3I_MIX_ROWS, n_v - r), qwen3i_min(16 * R, n_cols - d)); \
 } \
 /* e^x = 2^n e^r with |r| <= ln(2) / 2; e^r by a polynomial of degree 6 (error 1e-8 before rounding) */ \
-TARGET QWEN3I_INLINE V##_v V##_exp_v(V##_v x) { \
+TARGET QWEN3I_PIECE V##_v V##_exp_v(V##_v x) { \
     V##_v c = V##_min(V##_max(x, V##_set1(QWEN3I_EXP_LOW)), V##_set1(QWEN3I_EXP_HIGH)); \
     V##_v n = V##_round(V##_mul(c, V##_set1(1.44269504f))); \
     V##_v r = V##_fma(n, V##_set1(-0.693359375f), c), p; \
@@ -11275,7 +11278,12 @@ typedef qwen3i_avx512_i qwen3i_avx512_sums;
 QWEN3I_DEFINE_KERNELS(qwen3i_avx512, QWEN3I_AVX512, 4, 6)
 QWEN3I_DEFINE_UNPACKING(qwen3i_avx512, QWEN3I_AVX512)
 QWEN3I_DEFINE_FORMATS(qwen3i_avx512, qwen3i_avx2, QWEN3I_AVX512)
+#if QWEN3I_SMALL        /* half as fast with many rows, but 4 KB less; with VNNI there are others */
+  #define qwen3i_avx512_round_row  qwen3i_avx2_round_row
+  #define qwen3i_avx512_dot_blocks qwen3i_avx2_dot_blocks
+#else
 QWEN3I_DEFINE_BLOCKS(qwen3i_avx512, qwen3i_avx512, QWEN3I_AVX512, 2, 4)
+#endif
 static const qwen3i_simd qwen3i_avx512_kernels =
     QWEN3I_KERNELS(qwen3i_avx512, qwen3i_avx512, qwen3i_avx512_dot);
 
@@ -12031,7 +12039,7 @@ QWEN3I_TARGET("xsave") static unsigned qwen3i_saved_registers(void) {
 
 /* Does this machine have all of these sets? The string is the one that the kernels are compiled with. */
 static int qwen3i_cpu_has(const char *sets) {
-    static const struct { const char *name; unsigned leaf, reg, bit, saved; } known[] = {
+    static const struct { char name[12]; unsigned leaf, reg, bit, saved; } known[] = {
         {"fma", 1, 2, 12, 0x06}, {"f16c", 1, 2, 29, 0x06}, {"avx2", 7, 1, 5, 0x06},
         {"avx512f", 7, 1, 16, 0xE6}, {"avx512dq", 7, 1, 17, 0xE6}, {"avx512bw", 7, 1, 30, 0xE6},
         {"avx512vl", 7, 1, 31, 0xE6}, {"avx512vnni", 7, 2, 11, 0xE6},
@@ -14445,7 +14453,7 @@ static int qwen3i_nfa_any_string(qwen3i_compiler *c) {
 #define QWEN3I_RE_POINTER "(?:/(?:[^~/]|~[01])*)*"
 #define QWEN3I_RE_CLOCK "T(?:\\d+H(?:\\d+M(?:\\d+S)?)?|\\d+M(?:\\d+S)?|\\d+S)"
 
-typedef struct qwen3i_text_format { const char *name, *expression; } qwen3i_text_format;
+typedef struct qwen3i_text_format { char name[22]; const char *expression; } qwen3i_text_format;
 
 /* RFC 3339, 5321, 1123, 4122, 3986, 3987, 6901; ISO 8601 as in RFC 3339's appendix. NULL: known, but not
    supported. */
@@ -14974,7 +14982,7 @@ enum { QWEN3I_K_NONE, QWEN3I_K_TYPE, QWEN3I_K_ENUM, QWEN3I_K_CONST, QWEN3I_K_REF
 
 /* EACH: a: does one suffice? BOUND: a: a lower one, b: exclusive; COUNT: a: the least, b: of which type;
    STRING: a: rule */
-typedef struct qwen3i_keyword { const char *name; int kind, a, b; } qwen3i_keyword;
+typedef struct qwen3i_keyword { char name[22]; int kind, a, b; } qwen3i_keyword;
 
 static const qwen3i_keyword *qwen3i_keyword_of(qwen3i_str key) {
     static const qwen3i_keyword words[] = {
@@ -15004,7 +15012,7 @@ static const qwen3i_keyword *qwen3i_keyword_of(qwen3i_str key) {
 }
 
 static int qwen3i_type_name(qwen3i_compiler *c, int node, int *whole) {
-    static const struct { const char *name; int types; } names[] = {
+    static const struct { char name[8]; int types; } names[] = {
         {"null", QWEN3I_T_NULL}, {"boolean", QWEN3I_T_TRUE | QWEN3I_T_FALSE}, {"number", QWEN3I_T_NUMBER},
         {"integer", 0}, {"string", QWEN3I_T_STRING}, {"array", QWEN3I_T_LIST}, {"object", QWEN3I_T_OBJECT}
     };
