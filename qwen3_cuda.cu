@@ -94,8 +94,8 @@ const size_t WORKSPACE  = 0;            /* of cuBLASLt */
 #else
 const size_t WORKSPACE  = (size_t)32 << 20;
 #endif
-const size_t PIECE      = (size_t)2 << 20;      /* of an upload of weights */
-const int SLOTS         = 16;           /* so many pieces are filled or on their way */
+const size_t PIECE      = (size_t)1 << 20;      /* of an upload of weights */
+const int SLOTS         = 32;           /* so many pieces are filled or on their way */
 #ifdef QWEN3_CUDA_EMULATED
 /* bytes of the scales that come back at a time: few, so that tests see pieces */
 const size_t SCALES_PIECE = 16;
@@ -105,7 +105,7 @@ const int GROUP_LEAST   = 16, GROUP_LEAST_BLOCKS = 16;
 const size_t SCALES_PIECE = PIECE;
 const int GROUP_LEAST   = 64, GROUP_LEAST_BLOCKS = 24;
 #endif
-const int MOST_HELPERS  = 8;
+const int MOST_HELPERS  = 14;
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
 /* in an invariant context a row of up to so many has the bits that it has alone, ... */
 const int SAME_ROWS     = QWEN3I_SAME_ROWS;
@@ -1712,9 +1712,17 @@ static void lay_out_part(block_part *p, const qwen3i_matrix &w, int n, arena *a)
     p->data = a->take<unsigned char>((u64)p->rows, (u64)p->row_bytes);
 }
 
-/* Lay the weights out; a dry run measures them. tops: the largest |w| of each group, as bits. */
-static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsigned **tops) {
+static bool has_two_shape(const cuda_model *m);         /* see TWO KERNELS A LAYER */
+
+/* Are blocks kept as F16? Those of models whose layers one row goes through by two kernels each: exchanges
+   are what takes their time, not bytes. */
+static bool unpacks_blocks(const cuda_model *m) { return m->capability == 90 && has_two_shape(m); }
+
+/* Lay the weights out; a dry run measures them. packed: blocks that are unpacked; tops: the largest |w| of
+   each group, as bits. */
+static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, arena *packed, unsigned **tops) {
     const size_t n_embd = (size_t)m->config.n_embd, head_dim = (size_t)m->config.head_dim;
+    const bool unpack = unpacks_blocks(m);
     weight_group g;
     int n = 0;
     for (; model_group(m, w, n, &g); n++) {
@@ -1729,12 +1737,12 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, unsi
         g.to->n_parts = has_blocks(g) ? group_parts(g) : 0;
         g.to->each = g.experts ? group_from(g, 0).rows : 0;
         g.to->kind = n < 4 * m->config.n_layer ? n % 4 : HEAD_KIND;
-        g.to->few = g.to->n_parts > 0;
+        g.to->few = g.to->n_parts > 0 && !unpack;
         for (int i = 0; i < g.to->n_parts; i++) {
-            lay_out_part(&g.to->parts[i], group_from(g, i), g.n / g.to->n_parts, a);
+            lay_out_part(&g.to->parts[i], group_from(g, i), g.n / g.to->n_parts, unpack ? packed : a);
             g.to->few = g.to->few && is_block(g.to->parts[i].type);
         }
-        if (g.to->n_parts > 0) continue;
+        if (g.to->n_parts > 0 && !unpack) continue;
         g.to->data = a->take<char>((u64)g.to->rows * (u64)g.to->ld, qwen3i_type_size(g.to->type));
     }
     for (int i = 0; i < m->config.n_layer; i++) {
@@ -2025,6 +2033,17 @@ static qwen3_result fetch_scales(uploader *u, cuda_model *m, const qwen3i_weight
     return QWEN3_OK;
 }
 
+/* Blocks to F16, when its scale is known */
+static qwen3_result unpack_blocks(uploader *u, cuda_model *m, const qwen3i_weights *w,
+                                  const qwen3i_err *err) {
+    weight_group g;
+    for (int i = 0; unpacks_blocks(m) && model_group(m, w, i, &g); i++) {
+        TRY(decode_rows((half_t *)g.to->data, u->stream, *g.to, 0, g.to->rows, err));
+        g.to->n_parts = 0;
+    }
+    return QWEN3_OK;
+}
+
 /* A map of [z, y, x] 16-bit elements at p, read in tiles of [tile_z, tile_y, tile_x], whose rows are swizzled
    if they have the 128 bytes that this takes. */
 static qwen3_result make_map(stored_map *out, const void *p, u64 x, u64 y, u64 z, int tile_x, int tile_y,
@@ -2167,6 +2186,7 @@ static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weig
     CUDA_TRY(cudaMemsetAsync(tops, 0, (size_t)n_groups * sizeof *tops, u->converting));
     TRY(send_pieces(u, m, w, tops, err));
     TRY(fetch_scales(u, m, w, tops, n_groups, err));
+    TRY(unpack_blocks(u, m, w, err));
     if (m->n_ranks > 1 && m->head.rows == 0) m->head = own_rows(m->embed, m->rank, m->n_ranks);
     TRY(prepare_maps(u, m, err));
     if (m->head.rows == 0) m->head = m->embed;
@@ -2376,8 +2396,9 @@ static qwen3_result make_share(model_share *s, const qwen3i_model_view *view, cu
 
 static qwen3_result fill_model(cuda_model *m, const qwen3i_weights *weights, int device,
                                const qwen3_load_desc *desc, const qwen3i_err *err) {
-    arena measured(NULL);
+    arena measured(NULL), measured_packed(NULL);
     unsigned *tops = NULL;
+    char *packed = NULL;
     uploader u = uploader();
     TRY(check_shapes(&m->config, err));
     TRY(open_device(m, device, err));
@@ -2386,15 +2407,17 @@ static qwen3_result fill_model(cuda_model *m, const qwen3i_weights *weights, int
     device_guard guard(m->device);
     CUDA_TRY(guard.status);
     TRY(check_rows(m, weights, err));
-    lay_out_model(m, weights, &measured, &tops);
+    lay_out_model(m, weights, &measured, &measured_packed, &tops);
     TRY(device_alloc(&m->memory, measured.size(), "the model", err));
-    arena taken(m->memory);
-    lay_out_model(m, weights, &taken, &tops);
+    if (measured_packed.size() > 0) TRY(device_alloc(&packed, measured_packed.size(), "loading", err));
+    arena taken(m->memory), taken_packed(packed);
+    lay_out_model(m, weights, &taken, &taken_packed, &tops);
     u.desc = desc;
     u.allocator = &m->allocator;
     u.room = SLOTS;
     const qwen3_result r = upload_weights(&u, m, weights, tops, err);
     close_uploader(&u);
+    if (packed) cudaFree(packed);
     return r;
 }
 
@@ -7375,7 +7398,8 @@ DEVICE void two_multiply(float (&d)[4], uint4 w, uint4 more, uint4 x) {
 /* Two values of each lane of a warp as two F16 terms, 64 of the first ones, then of the second ones; they
    stand for this much. Together they are as exact as float32. */
 DEVICE float two_terms(unsigned *terms, float a, float b) {
-    const float up = half_scale(warp_max(fmaxf(fabsf(a), fabsf(b))));
+    const unsigned most_bits = __reduce_max_sync(ALL, __float_as_uint(fmaxf(fabsf(a), fabsf(b))));
+    const float up = half_scale(__uint_as_float(most_bits));    /* they order like the values */
     a *= up;
     b *= up;
     terms[lane_id()] = pack(a, b, half_t());
@@ -7435,7 +7459,6 @@ template <int ROWS> DEVICE uint4 two_weights(two_rows<ROWS> &m, int row, int c) 
 
 /* ---- the half with attention: a cluster has a key/value head ---- */
 const int TWO_QKV       = (TWO_HEADS + 2) * HEAD_DIM / TWO_CLUSTER;    /* rows of q, k and v of a block */
-const int TWO_QKV_HELD  = 32;                           /* of which so many are in registers */
 const int TWO_RING      = 2;                            /* rounds of positions on their way */
 const int TWO_WO_PITCH  = TWO_HEADS * HEAD_DIM * 2 + 64;
 
@@ -7448,7 +7471,6 @@ struct two_attention_args {
     qkv_args      a;
 };
 struct two_attention_shared {
-    two_rows<TWO_QKV - TWO_QKV_HELD> w;
     unsigned char wo[TWO_OUT * TWO_WO_PITCH];
     union {                                             /* each warp's own */
         uint4 ring[TWO_RING][4][32];
@@ -7466,7 +7488,7 @@ struct two_attention_shared {
     unsigned out_terms[TWO_HEADS * HEAD_DIM / TWO_SLICE][2 * 32];
     float out_scale[TWO_HEADS * HEAD_DIM / TWO_SLICE];
     float half[2][TWO_OUT];
-    mbarrier sent, merged, got, got_wo;
+    mbarrier sent, merged, got;
 };
 
 #ifdef QWEN3_WGMMA
@@ -7601,28 +7623,23 @@ static __global__ void __launch_bounds__(TWO_THREADS, 1)
     const half_t *w = g.w + (size_t)(first * HEAD_DIM + rank % 2 * TWO_QKV) * g.ldw;
     let_next_start();
     if (t == 0) {
-        barrier_init(&m.sent, 1); barrier_init(&m.merged, 1);
-        barrier_init(&m.got, 1); barrier_init(&m.got_wo, 1);
+        barrier_init(&m.sent, 1); barrier_init(&m.merged, 1); barrier_init(&m.got, 1);
         barriers_ready();
         barrier_expect(&m.sent, sizeof m.qkv);
         barrier_expect(&m.merged, sizeof m.all + sizeof m.all_top + sizeof m.all_sum);
-        barrier_expect(&m.got, (TWO_QKV - TWO_QKV_HELD) * TWO_WIDTH * 2);
-        barrier_expect(&m.got_wo, TWO_OUT * TWO_HEADS * HEAD_DIM * 2);
+        barrier_expect(&m.got, TWO_OUT * TWO_HEADS * HEAD_DIM * 2);
     }
     __syncthreads();
-    if (warp == 0) {
-        for (int i = lane; i < TWO_QKV - TWO_QKV_HELD; i += 32)
-            copy_bulk(two_row(m.w, i), w + (size_t)(TWO_QKV_HELD + i) * g.ldw, TWO_WIDTH * 2, &m.got);
+    if (warp == 0)
         for (int i = lane; i < TWO_OUT; i += 32)
             copy_bulk(m.wo + i * TWO_WO_PITCH,
                       g.wo + (size_t)(rank * TWO_OUT + i) * g.ldwo + head * TWO_HEADS * HEAD_DIM,
-                      TWO_HEADS * HEAD_DIM * 2, &m.got_wo);
-    }
+                      TWO_HEADS * HEAD_DIM * 2, &m.got);
     __syncwarp();
     cluster_arrive();
     const two_positions at(g.a.rows[0], rank);
-    uint4 held[TWO_QKV_HELD / 16][4];
-    UNROLL for (int i = 0; i < TWO_QKV_HELD / 16; i++)
+    uint4 held[TWO_QKV / 16][4];
+    UNROLL for (int i = 0; i < TWO_QKV / 16; i++)
         UNROLL for (int j = 0; j < 4; j++)
             held[i][j] = load_ahead(w + (size_t)(16 * i + j % 2 * 8 + quad) * g.ldw + TWO_SLICE * warp +
                                     j / 2 * 32 + lane % 4 * 8);
@@ -7636,13 +7653,8 @@ static __global__ void __launch_bounds__(TWO_THREADS, 1)
     /* this block's rows of q, k and v to all blocks */
     const two_input x = two_take(g.in, gain, m.own, m.squares, m.terms);
     float d[TWO_QKV / 16][4] = {};
-    UNROLL for (int i = 0; i < TWO_QKV_HELD / 16; i++)
+    UNROLL for (int i = 0; i < TWO_QKV / 16; i++)
         UNROLL for (int c = 0; c < 2; c++) two_multiply(d[i], held[i][2 * c], held[i][2 * c + 1], x.x[c]);
-    barrier_wait(&m.got, 0);
-    UNROLL for (int i = 0; i < (TWO_QKV - TWO_QKV_HELD) / 16; i++)
-        UNROLL for (int c = 0; c < 2; c++)
-            two_multiply(d[TWO_QKV_HELD / 16 + i], two_weights(m.w, 16 * i + quad, c),
-                         two_weights(m.w, 16 * i + 8 + quad, c), x.x[c]);
     if (lane % 4 == 0)
         UNROLL for (int i = 0; i < TWO_QKV / 16; i++) {
             m.part[warp][16 * i + quad] = (d[i][0] + d[i][1]) * x.scale;
@@ -7698,6 +7710,15 @@ static __global__ void __launch_bounds__(TWO_THREADS, 1)
             send_to_block(&m.all_sum[rank][h], (unsigned)b, sum, &m.merged);
         }
     }
+    /* meanwhile: this warp's rows of this cluster's columns of Wo, one head's by half of the warps */
+    const int half = warp / 8, out_row = warp % 8 * 16 + quad;
+    uint4 wo[4][2];
+    barrier_wait(&m.got, 0);
+    UNROLL for (int c = 0; c < 4; c++)
+        UNROLL for (int i = 0; i < 2; i++)
+            wo[c][i] = *(const uint4 *)(const void *)(m.wo + (out_row + 8 * i) * TWO_WO_PITCH +
+                                                      half * HEAD_DIM * 2 + lane % 4 * 16 + 64 * c);
+
     barrier_wait(&m.merged, 0);
     if (t < TWO_HEADS * HEAD_DIM / 2) {
         const int h = 2 * t / HEAD_DIM, b = lane % TWO_CLUSTER;
@@ -7718,23 +7739,15 @@ static __global__ void __launch_bounds__(TWO_THREADS, 1)
     }
     __syncthreads();
 
-    /* its rows of this cluster's columns of Wo, one head's by half of the warps */
-    barrier_wait(&m.got_wo, 0);
-    {
-        const int h = warp / 8, row = warp % 8 * 16 + quad;
-        const unsigned char *from = m.wo + row * TWO_WO_PITCH + h * HEAD_DIM * 2 + lane % 4 * 16;
-        float lo = 0, hi = 0, o[4][4] = {};
-        UNROLL for (int c = 0; c < 4; c++)
-            two_multiply(o[c], *(const uint4 *)(const void *)(from + 64 * c),
-                         *(const uint4 *)(const void *)(from + 8 * TWO_WO_PITCH + 64 * c),
-                         two_operand(m.out_terms[2 * h + c / 2], c % 2, 0));
-        UNROLL for (int c = 0; c < 4; c++) {
-            const float scale = m.out_scale[2 * h + c / 2];
-            lo += (o[c][0] + o[c][1]) * scale;
-            hi += (o[c][2] + o[c][3]) * scale;
-        }
-        if (lane % 4 == 0) { m.half[h][row] = lo; m.half[h][row + 8] = hi; }
+    float lo = 0, hi = 0, o[4][4] = {};
+    UNROLL for (int c = 0; c < 4; c++)
+        two_multiply(o[c], wo[c][0], wo[c][1], two_operand(m.out_terms[2 * half + c / 2], c % 2, 0));
+    UNROLL for (int c = 0; c < 4; c++) {
+        const float scale = m.out_scale[2 * half + c / 2];
+        lo += (o[c][0] + o[c][1]) * scale;
+        hi += (o[c][2] + o[c][3]) * scale;
     }
+    if (lane % 4 == 0) { m.half[half][out_row] = lo; m.half[half][out_row + 8] = hi; }
     __syncthreads();
     if (t < TWO_OUT)
         g.out[head * TWO_WIDTH + rank * TWO_OUT + t] =
@@ -7746,7 +7759,7 @@ template <class T> static __global__ void two_attention_kernel(const __grid_cons
 
 /* ---- the half with the MLP ---- */
 const int TWO_UNITS = 7;                /* of 8 columns of m that a block has, at most ... */
-const int TWO_UNITS_HELD = 4;           /* ... of which so many units' rows of gate and up are in registers */
+const int TWO_UNITS_HELD = 5;           /* ... of which so many units' rows of gate and up are in registers */
 const int TWO_DOWN  = TWO_UNITS * 16;   /* bytes of a block's columns of a row of down */
 const int TWO_BOX   = 256;              /* rows that come as one tile */
 
@@ -7822,6 +7835,17 @@ static __global__ void __launch_bounds__(TWO_THREADS, 1)
         UNROLL for (int i = 0; i < TWO_UNITS; i++)
             m.part[warp][8 * i + quad] =
                 make_float2((d[i][0] + d[i][1]) * x.scale, (d[i][2] + d[i][3]) * x.scale);
+
+    /* meanwhile: this warp's 64 rows of down, 16 at a time. Rows 4 apart are read together: no bank twice. */
+    const int order = quad / 2 + quad % 2 * 4;
+    uint4 rows[4][2][2];
+    barrier_wait(&m.got_down, 0);
+    UNROLL for (int i = 0; i < 4; i++)
+        UNROLL for (int c = 0; c < 2; c++)
+            UNROLL for (int j = 0; j < 2; j++)
+                rows[i][c][j] = 4 * c + lane % 4 >= TWO_UNITS ? make_uint4(0, 0, 0, 0) :
+                                *(const uint4 *)(const void *)(m.down + lane % 4 * 16 + 64 * c +
+                                                               (64 * warp + 16 * i + 8 * j + order) * TWO_DOWN);
     __syncthreads();
 
     /* m, four threads an element, to terms in each warp */
@@ -7844,22 +7868,12 @@ static __global__ void __launch_bounds__(TWO_THREADS, 1)
     __syncthreads();
     const float scale = two_terms(m.terms[warp], m.m[2 * lane], m.m[2 * lane + 1]) * g.down_scale;
 
-    /* 64 rows of down a warp, 16 at a time; lane % 4 gets the sums of those, as its operand says. Rows 4
-       apart are read together: no bank twice. */
-    barrier_wait(&m.got_down, 0);
-    const int order = quad / 2 + quad % 2 * 4;
+    /* lane % 4 gets the sums of those 16 rows, as its operand says */
     float lo = 0, hi = 0;
     UNROLL for (int i = 0; i < 4; i++) {
-        const unsigned char *from = m.down + (64 * warp + 16 * i + order) * TWO_DOWN + lane % 4 * 16;
         float o[4] = {};
-        UNROLL for (int c = 0; c < 2; c++) {
-            uint4 v = make_uint4(0, 0, 0, 0), more = v;
-            if (4 * c + lane % 4 < TWO_UNITS) {
-                v = *(const uint4 *)(const void *)(from + 64 * c);
-                more = *(const uint4 *)(const void *)(from + 8 * TWO_DOWN + 64 * c);
-            }
-            two_multiply(o, v, more, two_operand(m.terms[warp], c, 2 * i));
-        }
+        UNROLL for (int c = 0; c < 2; c++)
+            two_multiply(o, rows[i][c][0], rows[i][c][1], two_operand(m.terms[warp], c, 2 * i));
         lo += o[0] + o[1];
         hi += o[2] + o[3];
     }
@@ -7880,13 +7894,17 @@ static __global__ void two_mlp_kernel(const __grid_constant__ two_mlp_args,
                                       const __grid_constant__ CUtensorMap) {}
 #endif
 
-/* add_parts: x = the sum of its parts. */
-static __global__ void add_parts_kernel(float *x, sum_of_parts in) {
+/* add_parts: x = the sum of its parts, h = RMSNorm(x). Equals qwen3i_rmsnorm. */
+static __global__ void __launch_bounds__(TWO_WIDTH)
+    add_parts_kernel(float *x, float *h, sum_of_parts in, const float *gain, float eps) {
+    __shared__ float shared[32];
+    const float g = gain[tid()];
     wait_for_previous();
     let_next_start();
     float v = 0;
     for (int i = 0; i < in.n; i++) v += __ldcg(in.at + i * TWO_WIDTH + tid());
     x[tid()] = v;
+    h[tid()] = v * rms_scale(block_sum(v * v, shared), (float)TWO_WIDTH, eps) * g;
 }
 
 /* The clusters of the half with the MLP. */
@@ -7894,18 +7912,14 @@ static int two_mlp_clusters(const qwen3i_config *g) {
     return ceil_div(ceil_div(g->n_ff, TWO_UNITS * 8), TWO_CLUSTER);
 }
 
-/* Are the shapes and types such that one row can go this way? */
-static bool fits_two(const cuda_model *m) {
+/* Are the shapes such that one row can go this way? */
+static bool has_two_shape(const cuda_model *m) {
     const qwen3i_config *g = &m->config;
-    if (!m->hopper || m->n_ranks > 1 || g->n_expert > 0 || g->n_embd != TWO_WIDTH) return false;
-    if (g->n_head != TWO_HEADS * g->n_head_kv || g->n_head_kv > TWO_PARTS) return false;
-    if (two_mlp_clusters(g) > TWO_PARTS) return false;
-    for (int i = 0; i < g->n_layer; i++) {
-        const layer_weights &l = m->layers[i];
-        for (const matrix *w : {&l.qkv, &l.wo, &l.gate_up, &l.w_down}) if (w->n_parts > 0) return false;
-    }
-    return true;
+    return m->n_ranks == 1 && g->n_expert == 0 && g->n_embd == TWO_WIDTH && g->head_dim == HEAD_DIM &&
+           g->n_head == TWO_HEADS * g->n_head_kv && g->n_head_kv <= TWO_PARTS &&
+           two_mlp_clusters(g) <= TWO_PARTS;
 }
+static bool fits_two(const cuda_model *m) { return m->hopper && has_two_shape(m); }
 
 /* Down as tiles of a block's columns */
 static qwen3_result map_columns(cuda_model *m, const qwen3i_err *err) {
@@ -7987,9 +8001,11 @@ static qwen3_result two_mlp(const pass *p, int layer, const sum_of_parts &x) {
                                        get_map(w->down_columns)), "two_mlp");
 }
 
+/* x, and what the head takes */
 static qwen3_result add_parts(const pass *p, const sum_of_parts &x) {
-    return launched(p, launch_early(p->early, p->s, grid1(1), TWO_WIDTH, 0, add_parts_kernel, p->c->x, x),
-                    "add_parts");
+    cuda_ctx *c = p->c;
+    return launched(p, launch_early(p->early, p->s, grid1(1), TWO_WIDTH, 0, add_parts_kernel, c->x, c->h, x,
+                                    c->m->final_norm, c->m->config.rms_eps), "add_parts");
 }
 
 /* A layer of one row: x comes from c->x and goes back there, but between layers it is in parts. */
@@ -8956,6 +8972,7 @@ static __global__ void logprob_kernel(float *out, const float *logits, const row
 static qwen3_result head_norm(const pass *p, int first, int n) {
     cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
+    if (p->two) return QWEN3_OK;        /* add_parts has done it */
     const float *x = c->x + (p->only_wanted ? (size_t)first * c->embd_ld : 0);
     const row_info *outs = p->only_wanted ? NULL : c->rows + first;
     const cudaError_t e = launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, x, c->embd_ld, outs,

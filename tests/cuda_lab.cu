@@ -283,6 +283,8 @@ static qwen3_result lab_one(const pass *p, lab_op op, int layer) {
     const layer_weights *w = &p->c->m->layers[layer];
     const int n = least(p->n, head_rows(p->c));
     input h = lab_input(p);
+    pass alone = *p;                    /* after no layers: */
+    alone.two = false;
     if (w->router && (op == LAB_MLP || op == LAB_NORM_MLP)) return experts_mlp(p, layer);   /* from X to X */
     if (w->router && op == LAB_DOWN) return QWEN3_OK;
     switch (op) {
@@ -295,7 +297,7 @@ static qwen3_result lab_one(const pass *p, lab_op op, int layer) {
         case LAB_MLP:       return p->path->mlp(p, layer, h);
         case LAB_NORM_MLP:  TRY(norm(p, w->mlp_norm, w->gate_up, &h)); return p->path->mlp(p, layer, h);
         case LAB_DOWN:      return p->path->down(p, layer);
-        case LAB_HEAD:      TRY(head_norm(p, 0, n)); return head_logits(p, 0, n, false);
+        case LAB_HEAD:      TRY(head_norm(&alone, 0, n)); return head_logits(&alone, 0, n, false);
         case LAB_FIRST_HALF:  return lab_half(p, layer, 0);
         case LAB_SECOND_HALF: return lab_half(p, layer, 1);
         case LAB_STEP:      return run_step(p->c, p->n, p->err);

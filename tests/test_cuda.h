@@ -874,6 +874,20 @@ static void lab_first_half(const lab *l, float *x, char *cache_k, char *cache_v,
     free(h); free(q); free(a); free(scratch);
 }
 
+/* W as F16 has it, times any power of two */
+static void lab_unpack(lab *l, qwen3i_matrix *w) {
+    const size_t row = (size_t)qwen3i_row_bytes(w->type, w->cols);
+    float *v = (float *)lab_own(l, floats((size_t)w->rows * (size_t)w->cols));
+    int i;
+    for (i = 0; i < w->rows; i++) qwen3i_decode(v + (size_t)i * (size_t)w->cols, (const char *)w->data + (size_t)i * row, w->type, w->cols);
+    for (i = 0; i < w->rows * w->cols; i++) {
+        const unsigned bits = qwen3i_bits_from_float(v[i]);
+        v[i] = qwen3i_float_from_bits((bits + 0xFFFu + (bits >> 13 & 1u)) & ~0x1FFFu);
+    }
+    w->data = v;
+    w->type = QWEN3I_F32;
+}
+
 static void lab_check_halves(const lab_shape *s, qwen3i_type type, int kv_type, int before) {
     qwen3_ctx_desc desc = ctx_desc(before + 2, 1, 1, kv_type);
     lab *l = (lab *)malloc(sizeof *l);
@@ -883,8 +897,10 @@ static void lab_check_halves(const lab_shape *s, qwen3i_type type, int kv_type, 
         const size_t kv_dim = (size_t)(c->n_head_kv * c->head_dim);
         float *x = lab_values(l, (size_t)c->n_embd, 3), *kv = floats(2 * kv_dim), *want = floats((size_t)c->n_embd), *again = floats((size_t)c->n_embd),
               *h = floats((size_t)c->n_embd), *m = floats((size_t)c->n_ff);
+        qwen3i_matrix *w[7] = {&l->layer.wq, &l->layer.wk, &l->layer.wv, &l->layer.wo, &l->layer.w_gate, &l->layer.w_up, &l->layer.w_down};
         char *k, *v;
         int i;
+        for (i = 0; qwen3i_is_block(type) && i < 7; i++) lab_unpack(l, w[i]);
         lab_fill_cache(l, before + 1, &k, &v);
         lab_make_rows(l, r, 1, 1, before);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
@@ -914,7 +930,10 @@ static void lab_check_halves(const lab_shape *s, qwen3i_type type, int kv_type, 
             qwen3i_matmul_add(&l->exec, want, &l->layer.w_down, m, 1);
             lab_put(l, LAB_X, x);
             lab_run(l, LAB_SECOND_HALF);
+            qwen3i_rmsnorm(&l->exec, h, want, l->model.weights.final_norm, 1, c->n_embd, c->rms_eps);
             lab_check(l, "second half", LAB_X, want, 1, c->n_embd, 4 * CUDA_EXACT);
+            lab_check(l, "what the head takes", LAB_H, h, 1, c->n_embd, 4 * CUDA_EXACT);
+            h = NULL;
         } else free(want);
         free(x); free(kv); free(again); free(h); free(m); free(k); free(v);
     }
@@ -937,6 +956,8 @@ static void test_cuda_two_kernels(void) {
     lab_check_halves(&shape, QWEN3I_F16, QWEN3_KV_BF16, 37);
     lab_check_halves(&shape, QWEN3I_BF16, QWEN3_KV_F16, 511);
     lab_check_halves(&shape, QWEN3I_BF16, QWEN3_KV_F16, 1700);
+    lab_check_halves(&shape, QWEN3I_Q8_0, QWEN3_KV_F16, 37);
+    lab_check_halves(&shape, QWEN3I_Q4_K, QWEN3_KV_F16, 37);
     lab_check_layer(&shape, QWEN3_KV_F16, 1, 1);
     cuda_on_cpu_size(5);
     cuda_on_cpu_chip(80);

@@ -321,6 +321,13 @@ static inline unsigned __ballot_sync(unsigned, int is) {
     for (int o = 16; o > 0; o >>= 1) all |= __shfl_xor_sync(0xFFFFFFFFu, all, o);
     return all;
 }
+static inline unsigned __reduce_max_sync(unsigned, unsigned v) {
+    for (int o = 16; o > 0; o >>= 1) {
+        const unsigned other = __shfl_xor_sync(0xFFFFFFFFu, v, o);
+        v = other > v ? other : v;
+    }
+    return v;
+}
 static inline int __popc(unsigned v) { return __builtin_popcount(v); }
 template <class T> T __ldcg(const T *p) { return *p; }
 template <class T> T atomicAdd(T *p, T v) { const T old = *p; *p = old + v; return old; }
