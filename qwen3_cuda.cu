@@ -116,7 +116,7 @@ const int MATVEC_TILE   = 8192;         /* floats of x that a block holds at a t
 const int HEAD_ROWS     = 64;           /* the most rows whose logits are computed at a time */
 const int MOST_RANKS    = 16;           /* of one process */
 const int PEER_ROWS     = 64;           /* sums over ranks of up to so many rows go by peer access, ... */
-const int PEER_BLOCKS   = 128;          /* ... by up to so many blocks */
+const int PEER_BLOCKS   = 256;          /* ... by up to so many blocks */
 const int PEER_THREADS  = 128;
 const int PEER_PATIENCE = 4096;         /* polls before a block asks the host, over the bus, whether to go on */
 const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
@@ -314,6 +314,18 @@ DEVICE void store_for_all(unsigned *p, unsigned v) {
 DEVICE unsigned load_of_all(const unsigned *p) {
     unsigned v;
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+/* Two values, each beside a tag in eight bytes that are written at once, also to another device: who sees the
+   tag has the value, without a fence. */
+DEVICE void store_tagged(uint4 *p, float2 v, unsigned tag) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(p), "r"(__float_as_uint(v.x)),
+                 "r"(tag), "r"(__float_as_uint(v.y)) : "memory");
+}
+DEVICE uint4 load_tagged(const uint4 *p) {
+    uint4 v;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
 #define QWEN3_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -885,8 +897,9 @@ struct cuda_model {
 
 struct rank_group;                      /* see RANKS */
 struct peer_ranks {                     /* of each rank, on its device: */
-    float    *parts[MOST_RANKS];        /* parts of two sums in turn, [2, n_ranks, PEER_ROWS, embd_ld] */
-    unsigned *flags[MOST_RANKS];        /* [n_ranks, PEER_BLOCKS] which sum a part is of */
+    uint4    *parts[MOST_RANKS];        /* of two sums in turn, [2, n_ranks, PEER_ROWS, embd_ld / 2], tagged */
+    float    *kept[MOST_RANKS];         /* logits */
+    unsigned *flags[MOST_RANKS];        /* [n_ranks, PEER_BLOCKS] how often a block has sent its part of them */
 };
 
 struct row_info {                       /* row i of a batch, and what is wanted of it; in device memory */
@@ -1012,11 +1025,12 @@ struct cuda_ctx {
     expert_buffers experts;
 
     communicator comm;                          /* see RANKS */
-    /* this one's own parts and flags, how many sums each block has done, and where those of the others are */
+    /* this one's own parts and flags, how many sums, and exchanges of logits, each block has done, and where
+       those of the others are */
     peer_ranks   peers;
     bool         has_peers;                     /* all of them can be reached */
-    float       *peer_parts;
-    unsigned    *peer_flags, *peer_sums;
+    uint4       *peer_parts;
+    unsigned    *peer_flags, *peer_counts;      /* [2, PEER_BLOCKS] */
     int         *abandoned;                     /* pinned: another rank's part may never come */
     rank_group  *ranks;                         /* of rank 0: the others, if they are in this process */
     /* of all ranks: logits [n_ranks, head_rows, n_vocab / n_ranks]; ... */
@@ -2602,10 +2616,20 @@ template <int N, class T> DEVICE void load_n(float (&v)[N], const T *p) {
         UNROLL for (int i = 0; i < N; i++) v[i] = to_float(p[i]);
     }
 }
+/* The first n of four, then zeros; at once where all fours lie on their boundaries. */
+DEVICE void load_4(float (&v)[4], const float *p, int n, bool aligned) {
+    if (aligned) load_n<4>(v, p);
+    else UNROLL for (int k = 0; k < 4; k++) v[k] = k < n ? p[k] : 0.0f;
+}
 template <int N> DEVICE void store_n(float *p, const float (&v)[N]) {
     if (N == 4)
         *(float4 *)(void *)p = make_float4(v[0], v[N > 1 ? 1 : 0], v[N > 2 ? 2 : 0], v[N > 3 ? 3 : 0]);
     else p[0] = v[0];
+}
+/* The first n of four, likewise */
+DEVICE void store_4(float *p, const float (&v)[4], int n, bool aligned) {
+    if (aligned) store_n(p, v);
+    else UNROLL for (int k = 0; k < 4; k++) if (k < n) p[k] = v[k];
 }
 DEVICE void store_n(half_t *p, float (&v)[4]) {
     *(uint2 *)(void *)p = make_uint2(pack(v[0], v[1], half_t()), pack(v[2], v[3], half_t()));
@@ -5870,76 +5894,138 @@ static __global__ void spread_kernel(float *logits, const float *gathered, int w
 }
 #endif
 
-/* Sums of few rows by peer access, in one exchange: every rank writes its part to all others and adds up what
-   came, in order of rank. A block does the same elements in every sum and counts its sums, so parts of two
-   sums are enough: who writes the next but one has what all others wrote after they had read. */
-/* The block's elements of this rank's part go to all others as that of sum number `sum`. */
-static __device__ void post_part(const peer_ranks &to, const float4 *part, int n, size_t room, int rank,
-                                 int n_ranks, unsigned sum) {
-    const size_t slot = ((sum & 1) * (unsigned)n_ranks + (unsigned)rank) * room;
-    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += PEER_BLOCKS * PEER_THREADS)
-        for (int r = 0; r < n_ranks; r++)
-            if (r != rank) ((float4 *)(void *)to.parts[r])[slot + (size_t)i] = part[i];
-    __syncthreads();
-    const int r = (int)threadIdx.x;
-    if (r < n_ranks && r != rank) store_for_all(to.flags[r] + rank * PEER_BLOCKS + blockIdx.x, sum);
+/* Sums of few rows by peer access, in one exchange: every rank writes its part to all others, each value with
+   the number of the sum, and adds up what came, in order of rank. A block does the same elements in every sum
+   and counts its sums, so parts of two sums are enough: who writes the next but one has what all others wrote
+   after they had read. */
+struct peer_place {                     /* room: vectors of four of PEER_ROWS rows */
+    int rank, n_ranks; size_t room;
+    unsigned *counts;                   /* of blocks: how many are done */
+    const int *abandoned;
+};
+
+/* Where the part of a rank is, on any device */
+DEVICE size_t part_at(const peer_place &at, int rank, unsigned sum, int i) {
+    return 2 * (((sum & 1) * (unsigned)at.n_ranks + (unsigned)rank) * at.room + (size_t)i);
 }
 
-/* x = sum of all parts, once they are there; own: this rank's. */
-static __device__ void add_parts(const peer_ranks &to, float4 *x, float4 *own, int n, size_t room, int rank,
-                                 int n_ranks, unsigned sum, const int *abandoned) {
-    const int other = (int)threadIdx.x;
-    if (other < n_ranks && other != rank) {
-        const unsigned *flag = to.flags[rank] + other * PEER_BLOCKS + blockIdx.x;
-        for (int polls = 1; (int)(load_of_all(flag) - sum) < 0; polls++)
-            if (polls % PEER_PATIENCE == 0 && load_of_all((const unsigned *)abandoned)) break;
-    }
-    __syncthreads();
-    const float4 *parts = (const float4 *)(void *)to.parts[rank] + (sum & 1) * (size_t)n_ranks * room;
-    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += PEER_BLOCKS * PEER_THREADS) {
+/* A block that has waited for long asks the host now and then, over the bus, whether to go on. */
+DEVICE bool is_abandoned(const peer_place &at, int polls) {
+    return polls % PEER_PATIENCE == 0 && load_of_all((const unsigned *)at.abandoned) != 0;
+}
+
+DEVICE float2 wait_for_tagged(const peer_place &at, const uint4 *p, unsigned sum) {
+    uint4 v = load_tagged(p);
+    for (int polls = 1; (v.y != sum || v.w != sum) && !is_abandoned(at, polls); polls++) v = load_tagged(p);
+    return make_float2(__uint_as_float(v.x), __uint_as_float(v.z));
+}
+
+/* f(i) for the block's vectors */
+template <class F> DEVICE void each_of_peers(int n, F f) {
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += PEER_BLOCKS * PEER_THREADS) f(i);
+}
+
+/* x = sum of what all ranks have in own, which is x itself or becomes zero; n vectors of four. Where blocks of
+   a launch run one after the other, all must post before one waits: in two launches. */
+template <bool POST, bool ADD>
+static __global__ void __launch_bounds__(PEER_THREADS)
+    peer_sum_kernel(peer_ranks to, peer_place at, float4 *x, float4 *own, int n) {
+    let_next_start();
+    wait_for_previous();
+    const unsigned sum = at.counts[blockIdx.x] + 1;
+    if (POST) each_of_peers(n, [&](int i) {
+        const float4 v = own[i];
+        for (int r = 0; r < at.n_ranks; r++) {
+            if (r == at.rank) continue;
+            uint4 *p = to.parts[r] + part_at(at, at.rank, sum, i);
+            store_tagged(p, make_float2(v.x, v.y), sum);
+            store_tagged(p + 1, make_float2(v.z, v.w), sum);
+        }
+    });
+    if (!ADD) return;
+    each_of_peers(n, [&](int i) {
         float4 a = make_float4(0, 0, 0, 0);
-        for (int r = 0; r < n_ranks; r++) {
-            const float4 v = r == rank ? own[i] : __ldcg(parts + (size_t)r * room + i);
+        for (int r = 0; r < at.n_ranks; r++) {
+            float4 v = own[i];
+            if (r != at.rank) {
+                const uint4 *p = to.parts[at.rank] + part_at(at, r, sum, i);
+                const float2 lo = wait_for_tagged(at, p, sum), hi = wait_for_tagged(at, p + 1, sum);
+                v = make_float4(lo.x, lo.y, hi.x, hi.y);
+            }
             a.x += v.x; a.y += v.y; a.z += v.z; a.w += v.w;
         }
         if (own != x) own[i] = make_float4(0, 0, 0, 0);
         x[i] = a;
-    }
+    });
+    __syncthreads();
+    if (threadIdx.x == 0) at.counts[blockIdx.x] = sum;
 }
 
-/* x = sum of what all ranks have in own, which is x itself or becomes zero. room: vectors of four of
-   PEER_ROWS rows. Where blocks of a launch run one after the other, all must post before one waits: in two
-   launches. */
-template <bool POST, bool ADD>
-static __global__ void peer_sum_kernel(peer_ranks to, float4 *x, float4 *own, int n, size_t room, int rank,
-                                       int n_ranks, unsigned *sums, const int *abandoned) {
-    let_next_start();
+/* kept[out_slot, the rank's part] on all ranks = logits[row, :] * scale[row] (NULL: 1) of so many rows, and
+   waits until those of the others are there, too. Nobody reads them yet: all ranks are in this step since its
+   first sum. POST, WAIT: as above. */
+template <bool POST, bool WAIT>
+static __global__ void __launch_bounds__(PEER_THREADS)
+    share_logits_kernel(peer_ranks to, peer_place at, const float *logits, const float *scale,
+                        const row_info *outs, int rows, int width) {
     wait_for_previous();
-    const unsigned sum = sums[blockIdx.x] + 1;
-    if (POST) post_part(to, own, n, room, rank, n_ranks, sum);
-    if (!ADD) return;
-    add_parts(to, x, own, n, room, rank, n_ranks, sum, abandoned);
-    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+    const unsigned count = at.counts[blockIdx.x] + 1;
+    for (int row = 0; POST && row < rows; row++) {
+        const int slot = outs[row].out_slot;
+        const float s = scale ? scale[row] : 1.0f;
+        const size_t first = ((size_t)slot * (unsigned)at.n_ranks + (unsigned)at.rank) * (unsigned)width;
+        if (slot < 0) continue;
+        each_of_peers(ceil_div(width, 4), [&](int i) {
+            float v[4];
+            load_4(v, logits + (size_t)row * (unsigned)width + 4 * i, width - 4 * i, width % 4 == 0);
+            UNROLL for (int k = 0; k < 4; k++) v[k] *= s;
+            for (int r = 0; r < at.n_ranks; r++)
+                store_4(to.kept[r] + first + 4 * i, v, width - 4 * i, width % 4 == 0);
+        });
+    }
+    __syncthreads();
+    const int other = (int)threadIdx.x;
+    if (other < at.n_ranks && other != at.rank) {
+        if (POST) store_for_all(to.flags[other] + at.rank * PEER_BLOCKS + blockIdx.x, count);
+        const unsigned *flag = to.flags[at.rank] + other * PEER_BLOCKS + blockIdx.x;
+        for (int polls = 1; WAIT && load_of_all(flag) != count && !is_abandoned(at, polls); polls++) {}
+    }
+    if (WAIT && threadIdx.x == 0) at.counts[blockIdx.x] = count;
 }
 
 #ifdef QWEN3_CUDA_NCCL
+static peer_place place_of(const cuda_ctx *c, unsigned *counts) {
+    return {c->m->rank, c->m->n_ranks, (size_t)PEER_ROWS * c->embd_ld / 4, counts, c->abandoned};
+}
+
 template <bool POST, bool ADD> static qwen3_result peer_sum_by(const pass *p) {
     cuda_ctx *c = p->c;
     const int n = p->n * c->embd_ld / 4;
     return launched(p, launch_early(p->early, p->s, grid1(least(ceil_div(n, PEER_THREADS), PEER_BLOCKS)),
                                     PEER_THREADS, 0, peer_sum_kernel<POST, ADD>, c->peers,
-                                    (float4 *)(void *)c->x, (float4 *)(void *)c->sum, n,
-                                    (size_t)PEER_ROWS * c->embd_ld / 4, c->m->rank, c->m->n_ranks,
-                                    c->peer_sums, (const int *)c->abandoned), "kernel launch");
+                                    place_of(c, c->peer_counts), (float4 *)(void *)c->x,
+                                    (float4 *)(void *)c->sum, n), "peer_sum");
 }
-static qwen3_result peer_sum(const pass *p) {
+
+template <bool POST, bool WAIT>
+static qwen3_result share_logits_by(const pass *p, int first, int n, const float *scale) {
+    cuda_ctx *c = p->c;
+    return launched(p, launch_early(p->early, p->s, grid1(PEER_BLOCKS), PEER_THREADS, 0,
+                                    share_logits_kernel<POST, WAIT>, c->peers,
+                                    place_of(c, c->peer_counts + PEER_BLOCKS), (const float *)c->logits, scale,
+                                    (const row_info *)c->rows + first, n, c->m->head.rows), "share_logits");
+}
+
 #ifdef QWEN3_CUDA_EMULATED
-    TRY((peer_sum_by<true, false>(p)));
-    return peer_sum_by<false, true>(p);
+#define IN_TURN(CALL, ...) TRY((CALL<true, false>(__VA_ARGS__))); return CALL<false, true>(__VA_ARGS__)
 #else
-    return peer_sum_by<true, true>(p);
+#define IN_TURN(CALL, ...) return CALL<true, true>(__VA_ARGS__)
 #endif
+static qwen3_result peer_sum(const pass *p) { IN_TURN(peer_sum_by, p); }
+static qwen3_result share_logits(const pass *p, int first, int n, const float *scale) {
+    IN_TURN(share_logits_by, p, first, n, scale);
 }
+#undef IN_TURN
 #endif
 
 /* After x = x + W a, which the first rank has added to x, the others to zeros: x becomes the sum on all. */
@@ -6053,12 +6139,6 @@ static qwen3_result vector_down(const pass *p, int layer) {
 }
 
 /* ---- after a product by cuBLASLt ---- */
-/* The first n of four, then zeros; at once where all fours lie on their boundaries. */
-DEVICE void load_4(float (&v)[4], const float *p, int n, bool aligned) {
-    if (aligned) load_n<4>(v, p);
-    else UNROLL for (int k = 0; k < 4; k++) v[k] = k < n ? p[k] : 0.0f;
-}
-
 /* swiglu: m = silu(gate) * up for gate_up [rows, 2 n_ff], times scale[row] before, as the input of the down
    projection [rows, ld], zero from n_ff on. The product is float32; only the scaled result is rounded. One
    block a row; a thread keeps up to VECTORS vectors of four. Equals qwen3i_swiglu, and one rounding. */
@@ -8981,9 +9061,15 @@ static qwen3_result head_norm(const pass *p, int first, int n) {
     return launched(p, e, "rmsnorm");
 }
 
-/* To where they are kept, from c->logits, times scale (NULL: 1). */
-static qwen3_result keep_logits(const pass *p, int first, int n, const float *scale) {
+/* To where they are kept, from c->logits, times scale (NULL: 1); without keep_only they are there, too, of all
+   ranks. */
+static qwen3_result keep_logits(const pass *p, int first, int n, const float *scale, bool keep_only) {
     cuda_ctx *c = p->c;
+#ifdef QWEN3_CUDA_NCCL
+    if (keep_only && c->has_peers) return share_logits(p, first, n, scale);
+#else
+    (void)keep_only;
+#endif
     TRY(gather_logits(p, n));
     RUN(grid2(32, n), 256, 0, keep_logits_kernel, c->kept, (const float *)c->logits, scale,
         (const row_info *)c->rows + first, c->m->config.n_vocab);
@@ -8999,10 +9085,10 @@ static qwen3_result vector_head(const pass *p, int first, int n, bool keep_only)
     const int vocab = c->m->head.rows;
     if (n > most_single(c) && c->m->head.n_parts == 0)
         return c->hopper ? skinny_head(p, first, n, keep_only) : gemm_head(p, first, n, keep_only);
-    if (keep_only)
+    if (keep_only && c->m->n_ranks == 1)
         return matvec(p, c->kept, vocab, c->rows + first, c->m->head, c->h, c->embd_ld, n, false);
     TRY(matvec(p, c->logits, vocab, NULL, c->m->head, c->h, c->embd_ld, n, false));
-    return keep_logits(p, first, n, NULL);
+    return keep_logits(p, first, n, NULL, keep_only);
 }
 
 static qwen3_result gemm_head(const pass *p, int first, int n, bool keep_only) {
@@ -9013,7 +9099,7 @@ static qwen3_result gemm_head(const pass *p, int first, int n, bool keep_only) {
     TRY(round_rows(p, w, c->h, c->embd_ld, n));
     TRY(product(c, p->s, c->logits, vocab, w, 0, w.rows, c->act, n, p->err));
     if (scale && !keep_only) RUN(grid1(n), 1024, 0, scale_rows_kernel, c->logits, scale, vocab, vocab);
-    return keep_logits(p, first, n, keep_only ? scale : NULL);
+    return keep_logits(p, first, n, keep_only ? scale : NULL, keep_only);
 }
 
 /* ---- Hopper: how its products end ---- */
@@ -9034,12 +9120,13 @@ DEVICE void finish_row(const to_logits &, const hopper_args &g, const head_part<
 static qwen3_result skinny_head(const pass *p, int first, int n, bool keep_only) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->head;
+    const bool at_once = keep_only && c->m->n_ranks == 1;
     hopper_args a = hopper_arguments(p, w, c->act_scale);
     a.rows = n;
     a.n = a.ldy = w.rows;
     a.n_tiles = ceil_div(w.rows, HOPPER_N);
-    a.y = keep_only ? c->kept : c->logits;
-    a.outs = keep_only ? c->rows + first : NULL;
+    a.y = at_once ? c->kept : c->logits;
+    a.outs = at_once ? c->rows + first : NULL;
     TRY(hopper_round(p, w, c->h, c->embd_ld, n));
     if (w.n_parts == 0) TRY(skinny_product<to_logits>(p, c->skinny_h_map, w, a));
     for (int i = 0; w.n_parts > 0 && i < w.rows; i += c->halves[HEAD_KIND].rows, a.y += a.n) {
@@ -9049,7 +9136,7 @@ static qwen3_result skinny_head(const pass *p, int first, int n, bool keep_only)
         TRY(make_ready(p, w, i, a.n, &r));
         TRY(skinny_product<to_logits>(&r.p, c->skinny_h_map, *r.w, a));
     }
-    return keep_only ? QWEN3_OK : keep_logits(p, first, n, NULL);
+    return at_once ? QWEN3_OK : keep_logits(p, first, n, NULL, keep_only);
 }
 
 /* ================================================================================================
@@ -9637,7 +9724,7 @@ static qwen3_result norm(const pass *p, const float *gain, const matrix &w, inpu
 }
 
 static qwen3_result head_logits(const pass *p, int first, int n, bool keep_only) {
-    return path_for(p->c, n)->head(p, first, n, keep_only && p->c->m->n_ranks == 1);
+    return path_for(p->c, n)->head(p, first, n, keep_only);
 }
 
 /* The last layer's rows of which nothing is wanted leave it after its attention. */
@@ -9791,9 +9878,9 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->stopped = a->take<int>(1);
     if (c->m->n_ranks > 1) {
         const size_t ranks = (size_t)c->m->n_ranks;
-        c->peer_parts = a->take<float>(2 * ranks * PEER_ROWS * embd);
+        c->peer_parts = a->take<uint4>(ranks * PEER_ROWS * embd);
         c->peer_flags = a->take<unsigned>(ranks * PEER_BLOCKS);
-        c->peer_sums = a->take<unsigned>((size_t)PEER_BLOCKS);
+        c->peer_counts = a->take<unsigned>((size_t)2 * PEER_BLOCKS);
     }
     c->logprobs = a->take<float>((size_t)head_rows(c));
     c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
@@ -10083,11 +10170,12 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)choice_rows(c) * sizeof(candidates), c->stream));
     CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
     *c->abandoned = 0;
-    if (c->peer_sums) {
+    if (c->peer_parts) {
+        const size_t ranks = (size_t)c->m->n_ranks;
         CUDA_TRY(cudaMemsetAsync(c->sum, 0, (size_t)c->max_rows * c->embd_ld * sizeof(float), c->stream));
-        CUDA_TRY(cudaMemsetAsync(c->peer_sums, 0, PEER_BLOCKS * sizeof(unsigned), c->stream));
-        CUDA_TRY(cudaMemsetAsync(c->peer_flags, 0, (size_t)c->m->n_ranks * PEER_BLOCKS * sizeof(unsigned),
-                                 c->stream));
+        CUDA_TRY(cudaMemsetAsync(c->peer_parts, 0, ranks * PEER_ROWS * c->embd_ld * sizeof(uint4), c->stream));
+        CUDA_TRY(cudaMemsetAsync(c->peer_counts, 0, 2 * PEER_BLOCKS * sizeof(unsigned), c->stream));
+        CUDA_TRY(cudaMemsetAsync(c->peer_flags, 0, ranks * PEER_BLOCKS * sizeof(unsigned), c->stream));
     }
     CUDA_TRY(cudaStreamSynchronize(c->stream));
     return QWEN3_OK;
@@ -10709,6 +10797,7 @@ static qwen3_result find_peers(rank_group *g, const qwen3i_err *err) {
     for (int i = 0; i < g->n; i++) {
         const cuda_ctx *c = g->fellows[i].c;
         all.parts[i] = c->peer_parts;
+        all.kept[i] = c->kept;
         all.flags[i] = c->peer_flags;
         for (int j = 0; j < g->n && can; j++)
             if (j != i) TRY(reach(c->m->device, g->fellows[j].c->m->device, &can, err));

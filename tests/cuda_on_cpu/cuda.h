@@ -114,6 +114,17 @@ static inline unsigned load_of_all(const unsigned *p) {
     sched_yield();
     return v;
 }
+static inline void store_tagged(uint4 *p, float2 v, unsigned tag) {
+    uint64_t *to = (uint64_t *)(void *)p;
+    __atomic_store_n(to, (uint64_t)tag << 32 | __float_as_uint(v.x), __ATOMIC_RELEASE);
+    __atomic_store_n(to + 1, (uint64_t)tag << 32 | __float_as_uint(v.y), __ATOMIC_RELEASE);
+}
+static inline uint4 load_tagged(const uint4 *p) {
+    const uint64_t *from = (const uint64_t *)(const void *)p;
+    const uint64_t x = __atomic_load_n(from, __ATOMIC_ACQUIRE), y = __atomic_load_n(from + 1, __ATOMIC_ACQUIRE);
+    sched_yield();
+    return {(unsigned)x, (unsigned)(x >> 32), (unsigned)y, (unsigned)(y >> 32)};
+}
 static inline void barrier_wait(mbarrier *b, unsigned parity) { while (b->phase == parity) emulated::yield(); }
 static inline void barriers_ready() {}
 /* Sent values are there at once; the barrier counts their bytes. */
