@@ -6,8 +6,10 @@
 
 #ifdef QWEN3_TEST_CUDA_ON_CPU
 extern void cuda_on_cpu_devices(int n);
+enum { test_ranks_on_cpu = 1 };
 #else
 static void cuda_on_cpu_devices(int n) { (void)n; }
+enum { test_ranks_on_cpu = 0 };
 #endif
 
 static const int ranks_devices[4] = {0, 1, 2, 3};
@@ -56,6 +58,40 @@ static void test_ranks_models(void) {
             CHECK_MSG(d.worst <= (chunk ? 2e-4 : 1e-2), "%s, %d devices, chunks of %d: %.3g", cases[i].name, cases[i].n, chunk, d.worst);
             fixture_close(&f);
         }
+}
+
+/* Many rows of which the last is wanted: half of them is computed while the sums of the other half are on their way. The same as by few
+   rows, where nothing goes by halves, and twice the same bits. */
+static void test_ranks_halves(void) {
+    static const char *const names[] = {"chat", "plain", "theta"};
+    static const int chunks[] = {0, 0, 5};
+    int i, k;
+    for (i = 0; i < (int)(sizeof names / sizeof *names); i++) {
+        const int n = test_ranks_on_cpu ? 99 : 1500;
+        float *logits[3];
+        qwen3_token *prompt = (qwen3_token *)malloc((size_t)n * sizeof *prompt);
+        fixture f;
+        if (!prompt || !ranks_fixture(&f, names[i], 2)) { free(prompt); return; }
+        for (k = 0; k < 3; k++) {
+            qwen3_ctx_desc desc = ctx_desc(n + 8, 1, chunks[k] ? chunks[k] : n, QWEN3_KV_F16);
+            qwen3_ctx *ctx;
+            uint64_t seed = 5;
+            desc.yarn_factor = 4;
+            ctx = ctx_open_desc(f.model, &desc);
+            logits[k] = floats((size_t)f.info.n_vocab);
+            random_tokens(&seed, prompt, n, f.info.n_vocab);
+            if (ctx) CHECK_OK(ctx, eval(ctx, 0, prompt, n, NULL));
+            if (ctx && CHECK(qwen3_logits(ctx, 0) != NULL))
+                memcpy(logits[k], qwen3_logits(ctx, 0), (size_t)f.info.n_vocab * sizeof(float));
+            qwen3_ctx_free(ctx);
+        }
+        CHECK_MSG(memcmp(logits[0], logits[1], (size_t)f.info.n_vocab * sizeof(float)) == 0, "%s: other bits in the second run", names[i]);
+        CHECK_MSG(parity_error(logits[0], logits[2], 1, f.info.n_vocab) <= 1e-2, "%s: by halves logits differ by %.3g", names[i],
+                  parity_error(logits[0], logits[2], 1, f.info.n_vocab));
+        for (k = 0; k < 3; k++) free(logits[k]);
+        free(prompt);
+        fixture_close(&f);
+    }
 }
 
 /* The devices choose what the host chooses, one sequence or several. */
@@ -278,13 +314,13 @@ static qwen3_result ranks_whole_run(const char *path) {
     qwen3_load_desc load = ranks_load(path, 2);
     qwen3_model *model = NULL;
     qwen3_ctx *ctx = NULL;
-    qwen3_token prompt[20], t;
+    qwen3_token prompt[34], t;
     char err[256] = "";
     int i;
     qwen3_result r = qwen3_load(&model, &load, err, sizeof err);
-    for (i = 0; i < 20; i++) prompt[i] = 3 + i;
+    for (i = 0; i < 34; i++) prompt[i] = 3 + i;
     if (r == QWEN3_OK) r = qwen3_ctx_create(&ctx, model, &desc, err, sizeof err);
-    if (r == QWEN3_OK) r = eval(ctx, 0, prompt, 20, NULL);
+    if (r == QWEN3_OK) r = eval(ctx, 0, prompt, 34, NULL);
     for (i = 0; i < 3 && r == QWEN3_OK; i++) r = qwen3_next(ctx, 0, NULL, &t);
     if (ctx) {                          /* which says why, whichever device it was */
         CHECK((r >= 0) == (qwen3_ctx_error(ctx)[0] == '\0'));
@@ -328,6 +364,7 @@ static void suite_ranks(void) {
     if (ranks_present < 2) { test_skip("test_ranks", err); return; }
     qwen3_free(model);
     RUN(test_ranks_models);
+    RUN(test_ranks_halves);
     RUN(test_ranks_next);
     RUN(test_ranks_states);
     RUN(test_ranks_cancel);
