@@ -896,7 +896,7 @@ struct cuda_model {
     float          *final_norm;
     bool            hopper;               /* products with many rows can go through the kernels for Hopper */
     int             rank, n_ranks;      /* see RANKS; one of one: config and weights are the model's own */
-    int             all_kv;             /* key/value heads of the model */
+    int             all_kv, all_ff, all_ff_expert;      /* of the model: key/value heads, rows of gate and up */
     communicator    comm;
     /* [n_ranks] those of this process; NULL: one device, or one a process */
     cuda_model    **fellows;
@@ -1900,11 +1900,11 @@ static qwen3_result open_uploader(uploader *u, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
-/* Rows of so many bytes of the given type from a matrix, which may be one of `beside` that lie side by side;
+/* Rows of so many bytes of the given type from a matrix, or some columns of one with `whole` of them;
    a dry run (no pieces yet) counts. */
 static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, size_t out, const qwen3i_matrix &w,
-                               int beside, const qwen3i_err *err) {
-    const size_t in = stored_row_bytes((int)w.type, w.cols), stride = in * (size_t)beside;
+                               int whole, const qwen3i_err *err) {
+    const size_t in = stored_row_bytes((int)w.type, w.cols), stride = stored_row_bytes((int)w.type, whole);
     const int step = (int)least((size_t)w.rows, PIECE / out);
     if (step == 0)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: a matrix has rows of %llu bytes",
@@ -1928,7 +1928,14 @@ static qwen3_result add_pieces(uploader *u, char *to, qwen3i_type type, size_t o
 
 static qwen3_result add_gain(uploader *u, float *to, const float *from, int n, const qwen3i_err *err) {
     const qwen3i_matrix w = {from, 1, n, QWEN3I_F32, 0};
-    return add_pieces(u, (char *)to, QWEN3I_F32, (size_t)n * sizeof *to, w, 1, err);
+    return add_pieces(u, (char *)to, QWEN3I_F32, (size_t)n * sizeof *to, w, n, err);
+}
+
+/* Columns of the matrix that a rank has `cols` of */
+static int whole_columns(const cuda_model *m, const matrix &to, int cols) {
+    if (m->n_ranks == 1) return cols;
+    if (to.kind == DOWN_KIND) return to.each > 0 ? m->all_ff_expert : m->all_ff;
+    return to.kind == OUT_KIND ? cols * m->n_ranks : cols;
 }
 
 static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
@@ -1936,7 +1943,7 @@ static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *
     weight_group g;
     for (int i = 0; model_group(m, w, i, &g); i++) {
         const size_t row = (size_t)g.to->ld * qwen3i_type_size(g.to->type);
-        const int beside = g.to->kind == OUT_KIND || g.to->kind == DOWN_KIND ? m->n_ranks : 1;
+        const int whole = whole_columns(m, *g.to, group_from(g, 0).cols);
         char *to = (char *)g.to->data;
         for (int k = 0; k < g.n; k++) {
             const qwen3i_matrix &from = group_from(g, k);
@@ -1944,8 +1951,8 @@ static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *
                 const block_part &p = g.to->parts[k % g.to->n_parts];
                 const size_t first = (size_t)(k / g.to->n_parts) * (size_t)from.rows;
                 TRY(add_pieces(u, (char *)p.data + first * (size_t)p.row_bytes, from.type,
-                               (size_t)p.row_bytes, from, beside, err));
-            } else TRY(add_pieces(u, to, g.to->type, row, from, beside, err));
+                               (size_t)p.row_bytes, from, whole, err));
+            } else TRY(add_pieces(u, to, g.to->type, row, from, whole, err));
             to += (size_t)from.rows * row;
         }
         if (u->pieces) u->pieces[u->n - 1].ends = i;
@@ -2309,6 +2316,7 @@ static void free_model(void *model_state) {
 /* ---- a rank's part of a model, as if it were a model of its own ---- */
 struct model_share {
     qwen3i_config  config;
+    int            first_row, first_expert_row;     /* of gate and up */
     qwen3i_weights weights;
     qwen3i_layer   *layers;             /* [n_layer] */
     qwen3i_experts *experts;            /* [n_layer] */
@@ -2331,8 +2339,7 @@ static qwen3i_matrix some_cols(const qwen3i_matrix &w, int first, int n) {
 
 static qwen3_result check_division(const qwen3i_config *c, int n, const qwen3i_err *err) {
     const struct { const char *what; int count; } counts[] = {
-        {"heads", c->n_head}, {"rows of the MLP", c->n_ff},
-        {"rows of an expert", c->n_ff_expert}, {"tokens", c->n_vocab}
+        {"heads", c->n_head}, {"tokens", c->n_vocab}
     };
     for (const auto &k : counts)
         if (k.count % n != 0)
@@ -2344,21 +2351,45 @@ static qwen3_result check_division(const qwen3i_config *c, int n, const qwen3i_e
 }
 
 /* Columns of blocks begin with a block. */
-static qwen3_result check_columns(const qwen3i_matrix &w, int n, const qwen3i_err *err) {
-    if (w.cols / n % block_elements((int)w.type) == 0) return QWEN3_OK;
+static qwen3_result cannot_divide(int columns, int block, int n, const qwen3i_err *err) {
     return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
-                       "CUDA: rows of %d in blocks of %d cannot be divided among %d devices", w.cols,
-                       block_elements((int)w.type), n);
+                       "CUDA: rows of %d in blocks of %d cannot be divided among %d devices", columns, block, n);
+}
+static qwen3_result check_columns(const qwen3i_matrix &w, int n, const qwen3i_err *err) {
+    const int block = block_elements((int)w.type);
+    return w.cols / n % block == 0 ? QWEN3_OK : cannot_divide(w.cols, block, n, err);
 }
 
-static void share_experts(qwen3i_experts *to, const qwen3i_experts &from, qwen3i_matrix *m, int n, int rank,
+/* The largest blocks that Wdown lies in, of any layer */
+static int largest_down_block(const qwen3i_weights *w, int n_layer) {
+    int block = 1;
+    for (int i = 0; i < n_layer; i++) {
+        const qwen3i_layer &l = w->layers[i];
+        block = most(block, block_elements((int)(l.experts ? l.experts->down[0] : l.w_down).type));
+    }
+    return block;
+}
+
+/* Where a rank's rows of gate and up begin, of ff that lie in such blocks: some ranks may have one more. */
+static int ff_begins(int rank, int ff, int block, int n_ranks) {
+    return (int)((long long)rank * (ff / block) / n_ranks) * block;
+}
+static qwen3_result share_ff(int *own, int *first, int ff, int block, const cuda_model *m,
+                             const qwen3i_err *err) {
+    *first = ff_begins(m->rank, ff, block, m->n_ranks);
+    *own = ff_begins(m->rank + 1, ff, block, m->n_ranks) - *first;
+    if (ff == 0 || (block == 1 ? ff % m->n_ranks == 0 : ff / block >= m->n_ranks)) return QWEN3_OK;
+    return cannot_divide(ff, block, m->n_ranks, err);
+}
+
+static void share_experts(qwen3i_experts *to, const qwen3i_experts &from, qwen3i_matrix *m, int n, int first,
                           int ff) {
     to->router = from.router;
     to->gate = m; to->up = m + n; to->down = m + 2 * n;
     for (int i = 0; i < n; i++) {
-        m[i] = some_rows(from.gate[i], rank * ff, ff);
-        m[n + i] = some_rows(from.up[i], rank * ff, ff);
-        m[2 * n + i] = some_cols(from.down[i], rank * ff, ff);
+        m[i] = some_rows(from.gate[i], first, ff);
+        m[n + i] = some_rows(from.up[i], first, ff);
+        m[2 * n + i] = some_cols(from.down[i], first, ff);
     }
 }
 
@@ -2378,16 +2409,14 @@ static qwen3_result share_layer(model_share *s, const qwen3i_layer &from, int i,
     to->wv = some_rows(from.wv, first_kv, kv);
     to->wo = some_cols(from.wo, m->rank * q, q);
     if (from.experts) {
-        TRY(check_columns(from.experts->down[0], m->n_ranks, err));
         share_experts(&s->experts[i], *from.experts, s->matrices + (size_t)i * 3 * g->n_expert, g->n_expert,
-                      m->rank, g->n_ff_expert);
+                      s->first_expert_row, g->n_ff_expert);
         to->experts = &s->experts[i];
         return QWEN3_OK;
     }
-    TRY(check_columns(from.w_down, m->n_ranks, err));
-    to->w_gate = some_rows(from.w_gate, m->rank * g->n_ff, g->n_ff);
-    to->w_up = some_rows(from.w_up, m->rank * g->n_ff, g->n_ff);
-    to->w_down = some_cols(from.w_down, m->rank * g->n_ff, g->n_ff);
+    to->w_gate = some_rows(from.w_gate, s->first_row, g->n_ff);
+    to->w_up = some_rows(from.w_up, s->first_row, g->n_ff);
+    to->w_down = some_cols(from.w_down, s->first_row, g->n_ff);
     return QWEN3_OK;
 }
 
@@ -2401,6 +2430,7 @@ static qwen3_result make_share(model_share *s, const qwen3i_model_view *view, cu
                                const qwen3i_err *err) {
     const qwen3i_config *all = view->config;
     const int n = m->n_ranks, rows = all->n_vocab / n;
+    const int block = largest_down_block(view->weights, all->n_layer);
     arena measured(NULL);
     s->config = *all;
     s->weights = *view->weights;
@@ -2408,8 +2438,8 @@ static qwen3_result make_share(model_share *s, const qwen3i_model_view *view, cu
     TRY(check_division(all, n, err));
     s->config.n_head /= n;
     s->config.n_head_kv = most(all->n_head_kv / n, 1);
-    s->config.n_ff /= n;
-    s->config.n_ff_expert /= n;
+    TRY(share_ff(&s->config.n_ff, &s->first_row, all->n_ff, block, m, err));
+    TRY(share_ff(&s->config.n_ff_expert, &s->first_expert_row, all->n_ff_expert, block, m, err));
     lay_out_share(s, &measured);
     s->size = (size_t)measured.size();
     s->memory = (char *)host_alloc(view->allocator, s->size);
@@ -2461,6 +2491,8 @@ static qwen3_result create_share(cuda_model **out, const qwen3i_model_view *view
     m->rank = rank;
     m->n_ranks = n_ranks;
     m->all_kv = view->config->n_head_kv;
+    m->all_ff = view->config->n_ff;
+    m->all_ff_expert = view->config->n_ff_expert;
     qwen3_result r = make_share(&s, view, m, err);
     m->config = s.config;
     if (r == QWEN3_OK) r = fill_model(m, &s.weights, device, desc, err);

@@ -2058,21 +2058,18 @@ static void cuda_idle_filter(float *logits, int n_vocab, const qwen3_token *seq,
 
 /* With a grammar, or calls held to tools, the device chooses by the mask what the host would, to the last token, also
    where the text is led to its end; several sequences in a step. */
-static void test_cuda_grammar(void) {
+static void cuda_check_grammar(grammar_bench *b, int rounds) {
     static const char *const tool[1] = {"{\"name\": \"f\", \"parameters\": {\"properties\": {\"n\": {\"type\": \"integer\"}}, \"additionalProperties\": false}}"};
     enum { SEQS = 3 };
     static qwen3_token said[SEQS][300];
-    grammar_bench b;
     qwen3_ctx_desc d = ctx_desc(800, SEQS, 0, 0);
     qwen3_ctx *ctx;
     char err[400];
     int way, round, i, n, lengths[SEQS], led = 0;
-    memset(&b, 0, sizeof b);
-    if (!cuda_fixture(&b.f, "chat")) return;
     d.yarn_factor = 2;
-    ctx = ctx_open_desc(b.f.model, &d);
-    CHECK(grammar_set(&b, 0, grammar_order, 0, err, sizeof err) == QWEN3_OK);
-    for (round = 0; ctx && round < 2; round++) for (way = 0; way < 2; way++) {
+    ctx = ctx_open_desc(b->f.model, &d);
+    CHECK(grammar_set(b, 0, grammar_order, 0, err, sizeof err) == QWEN3_OK);
+    for (round = 0; ctx && round < rounds; round++) for (way = 0; way < 2; way++) {
         qwen3_sampler dice[SEQS];
         qwen3_stream s[SEQS], *list[SEQS];
         qwen3_msg msg;
@@ -2095,7 +2092,7 @@ static void test_cuda_grammar(void) {
             dice[i].presence_penalty = round % 3 ? 0.0f : 0.5f;
             if (way) dice[i].filter = cuda_idle_filter;
             gen.sampler = &dice[i];
-            gen.grammar = i == 1 ? NULL : b.g;
+            gen.grammar = i == 1 ? NULL : b->g;
             gen.max_tokens = 36 + 8 * round;
             list[i] = &s[i];
             CHECK_OK(ctx, qwen3_seq_truncate(ctx, i, 0));
@@ -2112,8 +2109,15 @@ static void test_cuda_grammar(void) {
             else CHECK_MSG(n == lengths[i] && memcmp(said[i], tokens, (size_t)n * sizeof *tokens) == 0, "round %d, sequence %d: not what the host chooses", round, i);
         }
     }
-    CHECK(led > 2);
+    CHECK(led > rounds);
     qwen3_ctx_free(ctx);
+}
+
+static void test_cuda_grammar(void) {
+    grammar_bench b;
+    memset(&b, 0, sizeof b);
+    if (!cuda_fixture(&b.f, "chat")) return;
+    cuda_check_grammar(&b, 2);
     grammar_close(&b);
 }
 

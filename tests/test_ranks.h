@@ -142,6 +142,88 @@ static void test_ranks_states(void) {
     fixture_close(&two); fixture_close(&one); fixture_close(&cpu);
 }
 
+static void ranks_refused(qwen3_load_desc desc, qwen3_result want, const char *says) {
+    char err[512] = "";
+    qwen3_model *model = NULL;
+    CHECK(qwen3_load(&model, &desc, err, sizeof err) == want && !model);
+    CHECK_MSG(strstr(err, says) != NULL, "'%s' does not say '%s'", err, says);
+}
+
+static void test_ranks_grammar(void) {
+    grammar_bench b;
+    memset(&b, 0, sizeof b);
+    if (!ranks_fixture(&b.f, "chat", 2)) return;
+    cuda_check_grammar(&b, 1);
+    grammar_close(&b);
+}
+
+/* With guesses the same text, sampler and state as without. */
+static void test_ranks_speculation(void) {
+    grammar_bench b;
+    fixture other;
+    memset(&b, 0, sizeof b);
+    if (!ranks_fixture(&b.f, "chat", 2)) return;
+    if (fixture_open(&other, "chat")) {
+        speculate_on_prompts(&b, &other, test_ranks_on_cpu ? 1 : 20);
+        fixture_close(&other);
+    }
+    grammar_close(&b);
+}
+
+/* n tokens, evaluated `chunk` at a time, of a model in memory that one device has, or two */
+static float *ranks_logits(const experts_model *x, const char *name, int quantize, int devices, const qwen3_token *tokens, int n,
+                           int chunk) {
+    qwen3_load_desc d = ranks_load(NULL, devices);
+    qwen3_file file;
+    qwen3_model *model = NULL;
+    qwen3_ctx *ctx;
+    float *logits = floats((size_t)n * 64);
+    char err[256] = "";
+    file.name = "m.gguf"; file.data = x->bytes.p; file.size = x->bytes.n;
+    d.files = &file; d.n_files = 1; d.quantize = quantize;
+    if (!CHECK_MSG(qwen3_load(&model, &d, err, sizeof err) == QWEN3_OK, "%s, %d devices: %s", name, devices, err)) return logits;
+    ctx = ctx_open(model, 32, 1, chunk, QWEN3_KV_F32);
+    if (ctx) CHECK_OK(ctx, eval(ctx, 0, tokens, n, logits));
+    qwen3_ctx_free(ctx);
+    qwen3_free(model);
+    return logits;
+}
+
+/* Experts in blocks of each format that can be divided, beside one device. Of seven blocks one device has four. */
+static void test_ranks_formats(void) {
+    static const odd_shape odd = {64, 224, 64, 7, 3, 40};
+    enum { TOKENS = 7 };
+    static const int chunks[] = {1, TOKENS};
+    qwen3_token tokens[TOKENS];
+    uint64_t rng = 3;
+    int type, k;
+    random_tokens(&rng, tokens, TOKENS, 64);
+    for (type = QWEN3I_Q8_0; type <= QWEN3I_N_TYPES; type++) {
+        const int seven = type == QWEN3I_N_TYPES;
+        const qwen3i_format *format = qwen3i_format_of(seven ? QWEN3I_Q8_0 : (qwen3i_type)type);
+        const char *name = seven ? "seven blocks" : format->name;
+        experts_model x;
+        if (format->gguf < 0) continue;
+        if (seven) experts_odd(&x, odd, QWEN3I_BF16, 0, NULL);
+        else experts_of_type(&x, (qwen3i_type)type, 0);
+        if (format->elements > EX_FF / 2) {
+            qwen3_load_desc d = ranks_load(NULL, 2);
+            qwen3_file file;
+            file.name = "m.gguf"; file.data = x.bytes.p; file.size = x.bytes.n;
+            d.files = &file; d.n_files = 1;
+            ranks_refused(d, QWEN3_ERR_UNSUPPORTED, "rows of 256 in blocks of 256 cannot be divided among 2 devices");
+        } else for (k = 0; k < 2; k++) {
+            float *one = ranks_logits(&x, name, seven, 1, tokens, TOKENS, chunks[k]);
+            float *two = ranks_logits(&x, name, seven, 2, tokens, TOKENS, chunks[k]);
+            const double e = experts_off(two, one, TOKENS * 64);
+            if (test_verbose) printf("    %-8s chunks of %d: %.2e\n", name, chunks[k], e);
+            CHECK_MSG(e <= 2e-3, "%s, chunks of %d: off by %.3g", name, chunks[k], e);
+            free(one); free(two);
+        }
+        experts_free(&x);
+    }
+}
+
 /* Cancelling is asked for between steps, and what was evaluated stays. */
 static void test_ranks_cancel(void) {
     qwen3_ctx_desc desc = ctx_desc(200, 1, 20, QWEN3_KV_F16);
@@ -191,13 +273,6 @@ static void test_ranks_loading(void) {
         CHECK(done == 1.0f && model && (n == 1 || strncmp(qwen3_get_info(model).device_name, "2 x ", 4) == 0));
         qwen3_free(model);
     }
-}
-
-static void ranks_refused(qwen3_load_desc desc, qwen3_result want, const char *says) {
-    char err[512] = "";
-    qwen3_model *model = NULL;
-    CHECK(qwen3_load(&model, &desc, err, sizeof err) == want && !model);
-    CHECK_MSG(strstr(err, says) != NULL, "'%s' does not say '%s'", err, says);
 }
 
 static void test_ranks_refuses(void) {
@@ -367,6 +442,9 @@ static void suite_ranks(void) {
     RUN(test_ranks_halves);
     RUN(test_ranks_next);
     RUN(test_ranks_states);
+    RUN(test_ranks_grammar);
+    RUN(test_ranks_speculation);
+    RUN(test_ranks_formats);
     RUN(test_ranks_cancel);
     RUN(test_ranks_loading);
     RUN(test_ranks_refuses);
