@@ -118,7 +118,7 @@ const int MOST_RANKS    = 16;           /* of one process */
 const int PEER_ROWS     = 64;           /* sums over ranks of up to so many rows go by peer access, ... */
 const int PEER_BLOCKS   = 256;          /* ... by up to so many blocks */
 const int PEER_THREADS  = 128;
-const int PEER_PATIENCE = 4096;         /* polls before a block asks the host, over the bus, whether to go on */
+const int PEER_PATIENCE = 4096;         /* polls before a block asks the host, over the bus, if it goes on */
 /* Two ranks take many rows in two parts: from so many on, the first of a multiple of HALF_STEP */
 #ifdef QWEN3_CUDA_EMULATED
 const int HALVES_LEAST = 32, HALF_STEP = 4;
@@ -896,7 +896,7 @@ struct cuda_model {
     float          *final_norm;
     bool            hopper;               /* products with many rows can go through the kernels for Hopper */
     int             rank, n_ranks;      /* see RANKS; one of one: config and weights are the model's own */
-    int             all_kv, all_ff, all_ff_expert;      /* of the model: key/value heads, rows of gate and up */
+    int             all_kv, all_ff, all_ff_expert;      /* of the model: kv heads, rows of gate and up */
     communicator    comm;
     /* [n_ranks] those of this process; NULL: one device, or one a process */
     cuda_model    **fellows;
@@ -904,9 +904,9 @@ struct cuda_model {
 
 struct rank_group;                      /* see RANKS */
 struct peer_ranks {                     /* of each rank, on its device: */
-    uint4    *parts[MOST_RANKS];        /* of two sums in turn, [2, n_ranks, PEER_ROWS, embd_ld / 2], tagged */
+    uint4    *parts[MOST_RANKS];        /* tagged, of two sums in turn: [2, n_ranks, PEER_ROWS, embd_ld / 2] */
     float    *kept[MOST_RANKS];         /* logits */
-    unsigned *flags[MOST_RANKS];        /* [n_ranks, PEER_BLOCKS] how often a block has sent its part of them */
+    unsigned *flags[MOST_RANKS];        /* [n_ranks, PEER_BLOCKS] how often a block has sent its part */
 };
 
 struct row_info {                       /* row i of a batch, and what is wanted of it; in device memory */
@@ -2353,7 +2353,8 @@ static qwen3_result check_division(const qwen3i_config *c, int n, const qwen3i_e
 /* Columns of blocks begin with a block. */
 static qwen3_result cannot_divide(int columns, int block, int n, const qwen3i_err *err) {
     return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
-                       "CUDA: rows of %d in blocks of %d cannot be divided among %d devices", columns, block, n);
+                       "CUDA: rows of %d in blocks of %d cannot be divided among %d devices", columns, block,
+                       n);
 }
 static qwen3_result check_columns(const qwen3i_matrix &w, int n, const qwen3i_err *err) {
     const int block = block_elements((int)w.type);
@@ -5971,8 +5972,8 @@ template <class F> DEVICE void each_of_peers(int n, F f) {
     for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += PEER_BLOCKS * PEER_THREADS) f(i);
 }
 
-/* x = sum of what all ranks have in own, which is x itself or becomes zero; n vectors of four. Where blocks of
-   a launch run one after the other, all must post before one waits: in two launches. */
+/* x = sum of what all ranks have in own, which is x itself or becomes zero; n vectors of four. Where blocks
+   of a launch run one after the other, all must post before one waits: in two launches. */
 template <bool POST, bool ADD>
 static __global__ void __launch_bounds__(PEER_THREADS)
     peer_sum_kernel(peer_ranks to, peer_place at, float4 *x, float4 *own, int n) {
@@ -6058,8 +6059,9 @@ static qwen3_result share_logits_by(const pass *p, int first, int n, const float
     cuda_ctx *c = p->c;
     return launched(p, launch_early(p->early, p->s, grid1(PEER_BLOCKS), PEER_THREADS, 0,
                                     share_logits_kernel<POST, WAIT>, c->peers,
-                                    place_of(c, c->peer_counts + PEER_BLOCKS), (const float *)c->logits, scale,
-                                    (const row_info *)c->rows + first, n, c->m->head.rows), "share_logits");
+                                    place_of(c, c->peer_counts + PEER_BLOCKS), (const float *)c->logits,
+                                    scale, (const row_info *)c->rows + first, n, c->m->head.rows),
+                    "share_logits");
 }
 
 #ifdef QWEN3_CUDA_EMULATED
@@ -9107,8 +9109,8 @@ static qwen3_result head_norm(const pass *p, int first, int n) {
     return launched(p, e, "rmsnorm");
 }
 
-/* To where they are kept, from c->logits, times scale (NULL: 1); without keep_only they are there, too, of all
-   ranks. */
+/* To where they are kept, from c->logits, times scale (NULL: 1); without keep_only they are there, too, of
+   all ranks. */
 static qwen3_result keep_logits(const pass *p, int first, int n, const float *scale, bool keep_only) {
     cuda_ctx *c = p->c;
 #ifdef QWEN3_CUDA_NCCL
@@ -10237,7 +10239,8 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     if (c->peer_parts) {
         const size_t ranks = (size_t)c->m->n_ranks;
         CUDA_TRY(cudaMemsetAsync(c->sum, 0, (size_t)c->max_rows * c->embd_ld * sizeof(float), c->stream));
-        CUDA_TRY(cudaMemsetAsync(c->peer_parts, 0, ranks * PEER_ROWS * c->embd_ld * sizeof(uint4), c->stream));
+        CUDA_TRY(cudaMemsetAsync(c->peer_parts, 0, ranks * PEER_ROWS * c->embd_ld * sizeof(uint4),
+                                 c->stream));
         CUDA_TRY(cudaMemsetAsync(c->peer_counts, 0, 2 * PEER_BLOCKS * sizeof(unsigned), c->stream));
         CUDA_TRY(cudaMemsetAsync(c->peer_flags, 0, ranks * PEER_BLOCKS * sizeof(unsigned), c->stream));
     }
@@ -10525,7 +10528,8 @@ static qwen3_result run_batch(cuda_ctx *c, const qwen3i_batch *b, int n_tiles, c
 /* ---- by halves: while the sums of one half of the rows cross the link, the other half is computed ---- */
 #ifdef QWEN3_CUDA_NCCL
 /* x = x + what the other rank has sent; own: as in peer_sum. n vectors of four. */
-static __global__ void __launch_bounds__(256) add_sent_kernel(float4 *x, float4 *own, const float4 *sent, int n) {
+static __global__ void __launch_bounds__(256)
+    add_sent_kernel(float4 *x, float4 *own, const float4 *sent, int n) {
     for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += (int)(gridDim.x * blockDim.x)) {
         const float4 a = own[i], b = sent[i];
         if (own != x) own[i] = make_float4(0, 0, 0, 0);
@@ -10543,8 +10547,8 @@ static float *place_of_sent(const cuda_ctx *c, long number) {
     return c->sent_here + (size_t)(number % HALF_SENT) * c->half_rows * c->embd_ld;
 }
 
-/* What this rank has computed of the half's sums goes to the other, by a copy engine. What the other has added
-   to before HALF_SENT of them is sure to be free. */
+/* What this rank has computed of the half's sums goes to the other, by a copy engine. The other has added the
+   one HALF_SENT before: it has sent two since then, which this one has added. */
 static qwen3_result send_half(half_pass *h) {
     const pass *p = &h->p;
     const qwen3i_err *err = p->err;
@@ -10553,7 +10557,8 @@ static qwen3_result send_half(half_pass *h) {
     CUDA_TRY(cudaEventRecord(own->computed, p->s));
     CUDA_TRY(cudaStreamWaitEvent(own->link, own->computed, 0));
     CUDA_TRY(cudaMemcpyAsync(place_of_sent(other->c, h->number), p->c->sum,
-                             (size_t)p->n * p->c->embd_ld * sizeof(float), cudaMemcpyDeviceToDevice, own->link));
+                             (size_t)p->n * p->c->embd_ld * sizeof(float), cudaMemcpyDeviceToDevice,
+                             own->link));
     CUDA_TRY(cudaEventRecord(own->sent[h->number % HALF_SENT], own->link));
     own->n_sent++;
     return QWEN3_OK;
@@ -10585,8 +10590,8 @@ static bool goes_by_halves(const cuda_ctx *c, const qwen3i_batch *b) {
            (b->n_outs == 0 || b->outs[0].row >= first_half(b->n_rows));
 }
 
-/* Rows [first, first + n) of a batch, without what is wanted of those before: they have a place of their own in
-   what lasts longer than half a layer. */
+/* Rows [first, first + n) of a batch, without what is wanted of those before: they have a place of their own
+   in what lasts longer than half a layer. */
 static qwen3_result begin_half(half_pass *h, cuda_ctx *c, const qwen3i_batch *all, int first, int n,
                                const qwen3i_err *err) {
     qwen3i_batch b = *all;
