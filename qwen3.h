@@ -8352,9 +8352,9 @@ static qwen3_result qwen3i_bind_head(qwen3i_binder *b) {
     if (cfg->tied && (!head || !embed || (head->end - head->begin == embed->end - embed->begin &&
         memcmp(head->data, embed->data, (size_t)(head->end - head->begin)) == 0))) return QWEN3_OK;
     if (cfg->tied)
-        qwen3i_log(&m->logger, QWEN3_LOG_WARN, "%s: tie_word_embeddings is set, but %s differs from the "
-                                               "embedding: "
-                            "it is used", qwen3i_config_file(b->l), name);
+        qwen3i_log(&m->logger, QWEN3_LOG_WARN,
+                   "%s: tie_word_embeddings is set, but %s differs from the embedding: it is used",
+                   qwen3i_config_file(b->l), name);
     cfg->tied = 0;
     return qwen3i_bind(b, -1, QWEN3I_W_HEAD, cfg->n_vocab, cfg->n_embd, &m->weights.head);
 }

@@ -143,13 +143,41 @@ static const char *const model_names[] = {
 };
 #define N_MODELS ((int)(sizeof model_names / sizeof *model_names))
 
+static qwen3_allocator heap_allocator(test_heap *h) {
+    qwen3_allocator a;
+    memset(h, 0, sizeof *h);
+    a.alloc = heap_alloc;
+    a.free = heap_free;
+    a.user = h;
+    return a;
+}
+
+/* Memory that runs out at each allocation of a model's loading in turn: an error, and nothing leaks. */
+static void check_load_without_memory(const qwen3_load_desc *desc, const char *what) {
+    long at;
+    for (at = 1; at < 1000; at++) {
+        test_heap h;
+        qwen3_load_desc d = *desc;
+        qwen3_model *m = NULL;
+        char err[512] = "";
+        qwen3_result r;
+        d.allocator = heap_allocator(&h);
+        h.fail_at = at;
+        r = qwen3_load(&m, &d, err, sizeof err);
+        if (h.failed == 0) { CHECK(r == QWEN3_OK && at > 10); qwen3_free(m); break; }
+        CHECK_MSG(r == QWEN3_ERR_MEMORY && !m && err[0], "%s, call %ld: %s: '%s'", what, at, qwen3_result_string(r), err);
+        CHECK_MSG(h.live == 0 && h.bad == 0, "%s, call %ld: %ld blocks leak", what, at, h.live);
+    }
+    CHECK(at < 1000);
+}
+
 static void model_path(char *path, size_t cap, const char *model, const char *file) {
     snprintf(path, cap, "%s/models/%s%s%s", test_data, model, file[0] ? "/" : "", file);
 }
 
 typedef struct fixture { qwen3_model *model; qwen3_info info; ref_file ref; } fixture;
 
-static int fixture_open(fixture *f, const char *name) {
+static int fixture_open_on(fixture *f, const char *name, const qwen3_backend *backend) {
     char path[1024], err[512] = "";
     qwen3_load_desc desc;
     qwen3_result r;
@@ -159,11 +187,14 @@ static int fixture_open(fixture *f, const char *name) {
     if (!ref_open(&f->ref, path)) return 0;
     model_path(path, sizeof path, name, "");
     desc.path = path;
+    desc.backend = backend;
     r = qwen3_load(&f->model, &desc, err, sizeof err);
     if (!CHECK_MSG(r == QWEN3_OK, "%s: %s: %s", path, qwen3_result_string(r), err)) { ref_close(&f->ref); return 0; }
     f->info = qwen3_get_info(f->model);
     return 1;
 }
+
+static int fixture_open(fixture *f, const char *name) { return fixture_open_on(f, name, NULL); }
 
 static void fixture_close(fixture *f) {
     qwen3_free(f->model);

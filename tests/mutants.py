@@ -21,15 +21,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # tests that must notice, name, text, replacement
 MUTANTS = [
     # the classic mistakes with this model
-    ("parity", "norm after rope", r"""        qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, g->n_head_kv, g->head_dim, g->rms_eps);
-        qwen3i_rope(q, cosines, sines, g->n_head, g->head_dim);
-        qwen3i_rope(k, cosines, sines, g->n_head_kv, g->head_dim);
-""", r"""        qwen3i_rope(q, cosines, sines, g->n_head, g->head_dim);
-        qwen3i_rope(k, cosines, sines, g->n_head_kv, g->head_dim);
-        qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, g->n_head_kv, g->head_dim, g->rms_eps);
+    ("parity", "norm after rope", r"""        qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, cfg->n_head_kv, cfg->head_dim, cfg->rms_eps);
+        qwen3i_rope(q, cosines, sines, cfg->n_head, cfg->head_dim);
+        qwen3i_rope(k, cosines, sines, cfg->n_head_kv, cfg->head_dim);
+""", r"""        qwen3i_rope(q, cosines, sines, cfg->n_head, cfg->head_dim);
+        qwen3i_rope(k, cosines, sines, cfg->n_head_kv, cfg->head_dim);
+        qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, cfg->n_head_kv, cfg->head_dim, cfg->rms_eps);
 """),
-    ("parity", "norm of q skipped", "        qwen3i_rmsnorm_heads(c->exec.simd, q, w->q_norm, g->n_head, g->head_dim, g->rms_eps);\n", ""),
-    ("parity", "norm of k skipped", "        qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, g->n_head_kv, g->head_dim, g->rms_eps);\n", ""),
+    ("parity", "norm of q skipped", "        qwen3i_rmsnorm_heads(c->exec.simd, q, w->q_norm, cfg->n_head, cfg->head_dim, cfg->rms_eps);\n", ""),
+    ("parity", "norm of k skipped", "        qwen3i_rmsnorm_heads(c->exec.simd, k, w->k_norm, cfg->n_head_kv, cfg->head_dim, cfg->rms_eps);\n", ""),
     ("parity", "interleaved rope", """            float a = x[j], b = x[j + half];
             x[j]        = a * cosines[j] - b * sines[j];
             x[j + half] = b * cosines[j] + a * sines[j];
@@ -37,31 +37,38 @@ MUTANTS = [
             x[2 * j]     = a * cosines[j] - b * sines[j];
             x[2 * j + 1] = b * cosines[j] + a * sines[j];
 """),
-    ("parity", "eps 1e-5", "k->rms_eps = (float)c->eps;", "k->rms_eps = 1e-5f;"),
-    ("parity", "theta 1e4", "k->rope_theta = c->theta;", "k->rope_theta = 1e4;"),
+    ("parity", "eps 1e-5", "cfg->rms_eps = (float)eps;", "cfg->rms_eps = 1e-5f;"),
+    ("parity", "theta 1e4", "cfg->rope_theta = theta;", "cfg->rope_theta = 1e4;"),
     ("parity", "heads share the wrong KV head", "+ (size_t)(h / (a->n_head / a->n_head_kv));", "+ (size_t)(h % a->n_head_kv);"),
     ("parity", "attention scale", "(float)(1.0 / sqrt((double)a->head_dim))", "(float)(1.0 / a->head_dim)"),
-    ("parity", "tokens see the future", "first + i / n_h + 1, (float)", "first + i / n_h + 2, (float)"),
-    ("parity", "yarn without its attention factor", "return factor > 1 ? (float)(0.1 * log(factor) + 1) : 1.0f;", "return 1.0f;"),
-    ("parity", "tied head ignored", "if (r == QWEN3_OK && !c->tied) r = qwen3i_bind(b, \"lm_head.weight\"", "if (r == QWEN3_OK && c->tied) r = qwen3i_bind(b, \"lm_head.weight\""),
+    ("parity", "tokens see the future", "softmax(scores + (size_t)i * ld, first + i / n_h + 1,", "softmax(scores + (size_t)i * ld, first + i / n_h + 2,"),
+    ("parity", "yarn without its attention factor", "return factor > 1 ? 0.1 * mscale * log(factor) + 1 : 1;", "return factor > 1 ? 1 : mscale;"),
+    ("malformed", "tied head ignored", "    cfg->tied = c->values[QWEN3I_KEY_TIED] != 0;\n", ""),
+    ("checkpoints_yarn", "yarn stretches all positions of the file", "cfg->max_ctx == 40960 ? 32768 : cfg->max_ctx;", "cfg->max_ctx;"),
     # sequences
     ("identical", "neighbours mixed up", "a->seqs[t + n_t] == a->seqs[t]; n_t++", "1; n_t++"),
     ("identical", "prefix not compared", "common < s->len && s->tokens[common] == tokens[common]", "common < s->len"),
-    ("identical", "logits kept after truncating", "if (len < c->seqs[seq].len) c->seqs[seq].fresh = 0;", ""),
+    ("identical", "logits kept after truncating", "    if (len < s->len) s->fresh = 0;\n", ""),
     ("identical", "copy forgets the last position", "memcpy(c->v + to, c->v + from, (size_t)n_pos *", "memcpy(c->v + to, c->v + from, (size_t)(n_pos - 1) *"),
     ("state", "restored logits that were not saved", "s->fresh = h.n_tokens > 0 && h.has_logits;", "s->fresh = h.n_tokens > 0;"),
     ("state", "checksum not checked", "if (h->checksum != qwen3i_hash(", "if (0 && h->checksum != qwen3i_hash("),
-    ("fault", "logits of a cancelled step kept", "{ qwen3i_forget_logits(c, &b); return r; }", "{ (void)qwen3i_forget_logits; return r; }"),
+    ("fault", "logits of a cancelled step kept", "{ qwen3i_forget_logits(c, b); return r; }", "{ (void)qwen3i_forget_logits; return r; }"),
     ("fault", "random state of a cancelled step kept", "if (next[i].sampler) next[i].sampler->rng = c->rngs[i];", "{ }"),
     # sampling and text
-    ("sampler", "padding rows chosen", "return m->info.n_tokens ? m->info.n_tokens : m->config.n_vocab; }", "return m->config.n_vocab; }"),
+    ("sampler", "padding rows chosen", "    return m->info.n_tokens ? m->info.n_tokens : m->config.n_vocab;\n", "    return m->config.n_vocab;\n"),
     ("sampler", "ties towards the higher id", "(!(a.logit < b.logit) && a.id < b.id)", "(!(a.logit < b.logit) && a.id > b.id)"),
     ("sampler", "top_p one token short", "while (kept < n && sum < need);\n    memmove", "while (kept < n && sum * 2 < need);\n    memmove"),
     ("sampler", "penalty once for each occurrence", "        mark[seq[i]].id = 1;\n", ""),
-    ("api_", "stop strings not held back", "else *held = qwen3i_max(*held, s->n - i);", "else *held = 0;"),
+    ("api_", "stop strings not held back", "if (common < len) *held = qwen3i_max(*held, s->n_pending - i);", "if (common < len) *held = 0;"),
     ("api_", "half characters delivered", "ready = qwen3i_utf8_complete(s->pending, s->n_pending - held);", "ready = s->n_pending - held;"),
     # memory
-    ("fault", "a leak when embedding", "    qwen3i_free(&c->desc.allocator, joined, size);\n    if (n < 0) return qwen3i_fail(&err", "    if (n < 0) return qwen3i_fail(&err"),
+    ("fault", "a leak when embedding", "    qwen3i_free(&c->desc.allocator, joined, size);\n    if (n < 0) return (qwen3_result)n;", "    if (n < 0) return (qwen3_result)n;"),
+    # what once was wrong
+    ("sampler", "presence before the repeat penalty", "return logit > 0 ? logit / by - presence : fmaf(logit, by, -presence);", "logit -= presence; return logit > 0 ? logit / by : logit * by;"),
+    ("sampler", "what is banned is lifted", "    if (!qwen3i_allowed(logit)) return logit;\n", ""),
+    ("sampler", "weights end six octaves earlier", "if (!(octaves < (float)QWEN3I_OCTAVES)) return 0;", "if (!(octaves < 33)) return 0;"),
+    ("stream", "text held back before thinking is thinking", "    qwen3_result r = qwen3i_flush(s, s->n_pending - newline);\n    s->kind = tag->tag;", "    qwen3_result r = QWEN3_MORE; (void)newline;\n    s->kind = tag->tag;"),
+    ("stream_warnings", "a context's logger has no effect", "qwen3i_log(&c->desc.logger, QWEN3_LOG_WARN,", "qwen3i_log(&c->model->logger, QWEN3_LOG_WARN,"),
 ]
 
 # the same for qwen3_cuda.cu
@@ -72,6 +79,7 @@ CUDA_MUTANTS = [
     ("cuda_draws", "device: the last token is not penalised", "for (int i = from; i < item->n; i++) slot->lists", "for (int i = from; i + 1 < item->n; i++) slot->lists"),
     ("cuda_kernels_clusters", "device: a cluster's head is finished early", "barrier_expect(arrived, (unsigned)dim * 4);", "barrier_expect(arrived, (unsigned)dim * 2);"),
     ("cuda_kernels_clusters", "device: parts of a row joined as if their largest scores were one", "more = exp2f(top - high);", "more = 1.0f;"),
+    ("cuda_kernels_clusters", "device: one row is normed by a factor of its own", "a.gain ? rms_scale(block_sum(sum, shared)", "a.gain ? 1.001f * rms_scale(block_sum(sum, shared)"),
     ("cuda_kernels_hopper", "device: parts of a product forgotten", "        lo.x += v[i].x; lo.y += v[i].y;", "        lo.x += v[i].x;"),
     ("cuda_kernels_batched", "device: tokens of a tile see the future", "rows.last[i] = tile.pos0 + (token < tile.n_tokens ? token : tile.n_tokens - 1);\n        rows.top", "rows.last[i] = tile.pos0 + tile.n_tokens - 1;\n        rows.top"),
     ("cuda_kernels_batched", "device: rows of q, k, v not scaled back", "const float s = scale ? scale[row] : 1.0f;", "const float s = 1.0f; (void)scale;"),
@@ -79,7 +87,7 @@ CUDA_MUTANTS = [
     ("cuda_models_f16", "device: scales of the first piece for all", "qwen3i_float_from_bits(host[i % room])", "qwen3i_float_from_bits(host[0])"),
     ("cuda_kernels_fused", "device: vectors: the second row of a warp forgotten", "first + 1 < mine.end ? first + 1 : -1;", "-1;"),
     ("cuda_invariant", "device: vectors: rows after the eighth end where the first do", "    e->qkv.rows += n;\n", ""),
-    ("cuda_cancel", "device: copies to the caller under way", "any more */\n    if (r != QWEN3_OK) { cudaStreamSynchronize(c->stream); return r; }", "any more */\n    if (r != QWEN3_OK) return r;"),
+    ("cuda_cancel", "device: copies to the caller under way", "give_up(c);\n    cudaStreamSynchronize(c->stream);\n    return r;", "give_up(c);\n    return r;"),
 ]
 
 

@@ -40,7 +40,7 @@ static void test_cache_logits(void) {
     tiny_text file = packed_weights(&packed_schemes[0], &cache_shape, 1);
     qwen3_model *m = NULL;
     char err[512];
-    if (CHECK_MSG(packed_load_from(&m, &cache_shape, "null", &file, NULL, err) == QWEN3_OK, "%s", err)) {
+    if (CHECK_MSG(packed_load_from(&m, &cache_shape, "null", &file, err) == QWEN3_OK, "%s", err)) {
         float *exact = cache_logits(m, QWEN3_KV_F32, 0, 1), *q8 = cache_logits(m, QWEN3_KV_Q8_0, 0, 1), top = 0, off = 0;
         for (int i = 0; i < CACHE_N * 64; i++) {
             top = fabsf(exact[i]) > top ? fabsf(exact[i]) : top;
@@ -63,7 +63,7 @@ static void test_cache_states(void) {
     tiny_text file = packed_weights(&packed_schemes[0], &cache_shape, 1);
     qwen3_model *m = NULL;
     char err[512];
-    if (CHECK_MSG(packed_load_from(&m, &cache_shape, "null", &file, NULL, err) == QWEN3_OK, "%s", err)) {
+    if (CHECK_MSG(packed_load_from(&m, &cache_shape, "null", &file, err) == QWEN3_OK, "%s", err)) {
         qwen3_ctx_desc d = ctx_desc(32, 3, 0, QWEN3_KV_Q8_0), f16 = ctx_desc(32, 3, 0, QWEN3_KV_F16);
         const uint64_t positions = 2 * 3 * 32 * 64;     /* K and V, sequences, positions, numbers */
         CHECK(qwen3_ctx_memory(m, &f16).host_bytes - qwen3_ctx_memory(m, &d).host_bytes == positions * 2 - positions / 32 * 34);
@@ -96,7 +96,7 @@ static void test_cache_refused(void) {
     qwen3_ctx *ctx = NULL;
     qwen3_ctx_desc d = ctx_desc(8, 1, 0, QWEN3_KV_Q8_0);
     char err[512];
-    if (CHECK_MSG(packed_load_from(&m, &packed_least, "null", &file, NULL, err) == QWEN3_OK, "%s", err))
+    if (CHECK_MSG(packed_load_from(&m, &packed_least, "null", &file, err) == QWEN3_OK, "%s", err))
         CHECK(qwen3_ctx_create(&ctx, m, &d, err, sizeof err) == QWEN3_ERR_UNSUPPORTED && !ctx && strstr(err, "blocks of 32"));
     d.kv_type = 5;
     if (m) CHECK(qwen3_ctx_create(&ctx, m, &d, err, sizeof err) == QWEN3_ERR_ARG && strstr(err, "kv_type 5"));

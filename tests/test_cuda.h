@@ -1041,19 +1041,7 @@ static void test_cuda_rmsnorm(void) {
 
 /* ---- whole models ------------------------------------------------------------------------------------------ */
 static int cuda_fixture(fixture *f, const char *name) {
-    char path[1024], err[512] = "";
-    qwen3_load_desc desc;
-    qwen3_result r;
-    memset(f, 0, sizeof *f);
-    memset(&desc, 0, sizeof desc);
-    model_path(path, sizeof path, name, "reference.ref");
-    if (!ref_open(&f->ref, path)) return 0;
-    model_path(path, sizeof path, name, "");
-    desc.path = path;
-    desc.backend = qwen3_cuda_backend();
-    r = qwen3_load(&f->model, &desc, err, sizeof err);
-    if (!CHECK_MSG(r == QWEN3_OK, "%s: %s: %s", path, qwen3_result_string(r), err)) { ref_close(&f->ref); return 0; }
-    f->info = qwen3_get_info(f->model);
+    if (!fixture_open_on(f, name, qwen3_cuda_backend())) return 0;
     CHECK(strcmp(f->info.backend_name, "cuda") == 0 && f->info.device_name[0]);
     return 1;
 }

@@ -8,15 +8,6 @@
 
 static const char *const fault_models[] = {"chat", "sharded", "odd"};
 
-static qwen3_allocator heap_allocator(test_heap *h) {
-    qwen3_allocator a;
-    memset(h, 0, sizeof *h);
-    a.alloc = heap_alloc;
-    a.free = heap_free;
-    a.user = h;
-    return a;
-}
-
 static void check_heap_empty(const test_heap *h, const char *what, long at) {
     CHECK_MSG(h->live == 0 && h->bytes == 0, "%s: %ld blocks leak when allocation %ld fails", what, h->live, at);
     CHECK_MSG(h->bad == 0, "%s: %ld wrong frees when allocation %ld fails", what, h->bad, at);

@@ -136,6 +136,18 @@ static void test_sampler_distribution(void) {
     ref_close(&r);
 }
 
+/* Weights are 2^-octaves as whole numbers down to 1, and then 0: where they end is part of every choice. */
+static void test_sampler_weights(void) {
+    int i;
+    for (i = 0; i < QWEN3I_OCTAVES; i++)
+        CHECK_MSG(qwen3i_weight((float)i) == QWEN3I_WEIGHT_ONE >> i, "%d octaves: %llu", i, (unsigned long long)qwen3i_weight((float)i));
+    CHECK(QWEN3I_OCTAVES == 39 && qwen3i_weight(38.999f) == 1 && qwen3i_weight(39.0f) == 0 && qwen3i_weight(1e30f) == 0);
+    for (i = 1; i < 1000; i++) {
+        const double weight = (double)qwen3i_weight((float)i / 1000), want = 549755813888.0 * pow(2, -(double)i / 1000);
+        CHECK_MSG(fabs(weight - want) < 2e-6 * want, "%d / 1000 octaves: %g, not %g", i, weight, want);
+    }
+}
+
 /* The same seed gives the same choices, on every machine: the sequences are written down here. */
 static void test_sampler_golden(void) {
     static const qwen3_token want[3][16] = {
@@ -321,6 +333,7 @@ static void suite_sampler(void) {
     RUN(test_sampler_greedy);
     RUN(test_sampler_ties);
     RUN(test_sampler_distribution);
+    RUN(test_sampler_weights);
     RUN(test_sampler_golden);
     RUN(test_sampler_bias);
     RUN(test_sampler_penalties);
