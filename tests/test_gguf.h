@@ -5,6 +5,7 @@
 #include "fixture.h"
 #include "tiny_gguf.h"
 #include "test_malformed.h"
+#include "test_tokenizer.h"
 
 #define BAD  QWEN3_ERR_FORMAT
 #define NOT  QWEN3_ERR_UNSUPPORTED
@@ -409,6 +410,79 @@ static void test_gguf_of_gguf_py(void) {
     CHECK_MSG(top > 1 && off <= 1e-4 * top, "off by %g of %g", off, top);
 }
 
+/* ---- the vocabulary of tests/data/tokenizer: the ids that Hugging Face's tokenizers give every string there ---- */
+static void gg_text(tiny_text *out, const char *p, size_t n) {
+    tiny_text word = {NULL, 0};
+    size_t i;
+    tiny_append(&word, "", 0);
+    for (i = 0; i < n; i++) {           /* without JSON's escapes */
+        if (p[i] == '"' || p[i] == '\\') tiny_append(&word, p + i, 1);
+        else tiny_byte(&word, (unsigned char)p[i]);
+    }
+    tiny_append(out, word.p, word.n);
+    free(word.p);
+}
+
+/* The bytes of a token, which is not an added one */
+static void gg_text_of(tiny_text *out, const qwen3i_tokenizer *t, uint32_t id) {
+    gg_text(out, t->bytes.p + t->texts[id].start, t->texts[id].length & ~QWEN3I_WHOLE);
+}
+
+static const qwen3i_added *gg_added(const qwen3i_tokenizer *t, int id) {
+    int i;
+    for (i = 0; i < t->n_added; i++) if (t->added[i].id == id) return &t->added[i];
+    return NULL;
+}
+
+static void gg_set_tokenizer(gg_file *f, const qwen3i_tokenizer *t, int n) {
+    tiny_text *tokens = gg_set_array(f, "tokenizer.ggml.tokens", GG_STR, (uint64_t)n), *types, *merges;
+    int i;
+    for (i = 0; i < n; i++) {
+        const qwen3i_added *a = gg_added(t, i);
+        tiny_text word = {NULL, 0};
+        tiny_append(&word, "", 0);
+        if (a) tiny_append(&word, a->p, a->length); else gg_text_of(&word, t, (uint32_t)i);
+        gg_string(tokens, word.p, word.n);
+        free(word.p);
+    }
+    types = gg_set_array(f, "tokenizer.ggml.token_type", GG_I32, (uint64_t)n);
+    for (i = 0; i < n; i++) gg_number(types, !gg_added(t, i) ? 1 : gg_added(t, i)->kinds & QWEN3I_ADDED_SPECIAL ? 3 : 4, 4);
+    merges = gg_set_array(f, "tokenizer.ggml.merges", GG_STR, t->n_pairs);
+    for (i = 0; i < (int)t->n_pairs; i++) {
+        tiny_text pair = {NULL, 0};
+        gg_text_of(&pair, t, t->pairs[i].left);
+        tiny_append(&pair, " ", 1);
+        gg_text_of(&pair, t, t->pairs[i].right);
+        gg_string(merges, pair.p, pair.n);
+        free(pair.p);
+    }
+}
+
+static void test_gguf_tokenizer(void) {
+    qwen3_model from, *m;
+    tiny_text bytes;
+    tiny_model t;
+    gg_tensor *embed;
+    gg_file f;
+    int i, n;
+    if (!tokenizer_open_small(&from)) return;
+    n = from.tokenizer->n_tokens;
+    for (i = 0; i < from.tokenizer->n_added; i++) n = qwen3i_max(n, from.tokenizer->added[i].id + 1);
+    tiny_make(&t, 0, 0);
+    gg_make(&f, &t);
+    gg_set_tokenizer(&f, from.tokenizer, n);
+    embed = gg_tensor_at(&f, "token_embd.weight");
+    for (i = (int)embed->dims[1]; i < n; i++) tiny_append(&embed->data, "\0\0\0\0\0\0\0\0", 8);
+    embed->dims[1] = (uint64_t)n;
+    m = gg_model_of(&f, &bytes);
+    if (m) tokenizer_check_strings(m, 1);
+    qwen3_free(m);
+    free(bytes.p);
+    qwen3i_tokenizer_free(from.tokenizer);
+    gg_free(&f);
+    tiny_free(&t);
+}
+
 /* ---- factors of whole tensors ---------------------------------------------------------------------------- */
 /* The tensor becomes a quarter of itself, with a factor of 4 beside it: no bit of any sum changes. */
 static void gg_give_factor(gg_file *f, int i) {
@@ -797,6 +871,7 @@ static void suite_gguf(void) {
     RUN(test_gguf_bad_keys);
     RUN(test_gguf_bad_tokens);
     RUN(test_gguf_bad_tensors);
+    RUN(test_gguf_tokenizer);
     RUN(test_gguf_factors);
     RUN(test_gguf_factors_refused);
     RUN(test_gguf_bad_parts);

@@ -189,12 +189,13 @@ static void test_unicode(void) {
 }
 
 /* ---- encoding ------------------------------------------------------------------------------------------------ */
-static void test_tokenizer_strings(void) {
-    qwen3_model m;
+/* Of a vocabulary of tests/data. Its token <norm..>, looked for in normalised text, is one that GGUF files cannot tell
+   from others. */
+static void tokenizer_check_strings(const qwen3_model *m, int gguf) {
     size_t file_n;
     char *file = tokenizer_data("strings.txt", &file_n), *at = file, *line;
     int count = 0;
-    if (!CHECK(file != NULL) || !tokenizer_open_small(&m)) { free(file); return; }
+    if (!CHECK(file != NULL)) return;
     while ((line = tokenizer_line(&at)) != NULL) {
         int special = line[0] == '1', n, again;
         long repeat = strtol(line + 2, &line, 10), i;
@@ -204,13 +205,14 @@ static void test_tokenizer_strings(void) {
         qwen3_token *ids;
         if (!CHECK(expected != NULL)) break;
         *expected++ = '\0';
+        if (gguf && strstr(text, "<norm")) continue;
         unit = tokenizer_unescape(text, strlen(text));
         all = (char *)malloc(unit * (size_t)repeat + 1);
         for (i = 0; i < repeat; i++) memcpy(all + (size_t)i * unit, text, unit);
-        n = qwen3_encode(&m, all, unit * (size_t)repeat, special, NULL, 0, NULL, 0);
+        n = qwen3_encode(m, all, unit * (size_t)repeat, special, NULL, 0, NULL, 0);
         ids = (qwen3_token *)malloc(sizeof *ids * (size_t)(n > 0 ? n + 1 : 1));
         if (n > 0) ids[n] = -7;
-        again = qwen3_encode(&m, all, unit * (size_t)repeat, special, ids, n > 0 ? n : 0, NULL, 0);
+        again = qwen3_encode(m, all, unit * (size_t)repeat, special, ids, n > 0 ? n : 0, NULL, 0);
         CHECK_MSG(n >= 0 && again == n && tokenizer_ids_equal(expected, ids, n) && (n == 0 || ids[n] == -7),
                   "line %d: %d tokens, expected %.60s", count + 1, n, expected);
         free(ids);
@@ -218,8 +220,14 @@ static void test_tokenizer_strings(void) {
         count++;
     }
     CHECK(count > 400);
-    qwen3i_tokenizer_free(m.tokenizer);
     free(file);
+}
+
+static void test_tokenizer_strings(void) {
+    qwen3_model m;
+    if (!tokenizer_open_small(&m)) return;
+    tokenizer_check_strings(&m, 0);
+    qwen3i_tokenizer_free(m.tokenizer);
 }
 
 /* Text in normal form comes back from its tokens, and so does the text of every token. */

@@ -242,6 +242,7 @@ static void gg_make_blocks(gg_file *f) {
     gg_add_blocks(f, "blk.0.ffn_gate.weight", 32, 20, 18);
     gg_add_blocks(f, "blk.0.ffn_up.weight", 32, 39, 17);
     gg_add_blocks(f, "blk.0.ffn_down.weight", 32, 8, 34);
+    gg_add(f, "blk.0.attn_q.scale", 0, 1, 0, "\0\0\0\x40", 4);       /* twice */
     gg_add_blocks(f, "token_embd.weight", 8, 8, 34);
 }
 #endif
