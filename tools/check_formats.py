@@ -7,7 +7,7 @@ llama.cpp is from them on the same file and text.
     tools/check_formats.py MODEL_DIR TEXT --llama DIR       DIR has llama.cpp's llama-quantize and llama-perplexity
 
 Files of Q8_0, Q6_K, Q5_K_M, Q4_K_M and Q4_0 are made by tools/quantize.c, of MXFP4 and NVFP4 here (the layers' matrices; NVFP4
-with a factor for each, as files have it), the others by llama-quantize. gguf-py's
+with a factor for each, as files have it), directories by packed.py, the others by llama-quantize. gguf-py's
 dequantisation of each goes into a float32 copy of the directory for transformers, and from there into a float32 GGUF for
 llama.cpp's own reference. It fails unless max |difference| <= 1e-4 max |logit|; --strict also asks that the mean KL
 divergence from transformers be at most 1/20 of llama.cpp's from its reference. llama-perplexity stores its reference in 16
@@ -28,6 +28,8 @@ import torch
 from gguf.quants import MXFP4, NVFP4, dequantize
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import packed
 
 OURS = ['Q8_0', 'Q6_K', 'Q5_K_M', 'Q4_K_M', 'Q4_0']
 THEIRS = ['Q4_1', 'Q5_0', 'Q5_1', 'Q2_K', 'Q3_K_M', 'IQ4_NL', 'IQ4_XS']
@@ -134,7 +136,10 @@ def llama(args, exact, file, work):
 
 def check(args, name, tokens, work):
     file, exact = os.path.join(work, f'{name}.gguf'), os.path.join(work, name)
-    if name in OURS:
+    if name in packed.CONFIGS:
+        file = os.path.join(work, f'{name}-packed')
+        packed.write(args.model, file, exact, name)
+    elif name in OURS:
         run(args.quantize, args.model, file, name)
     elif name == 'F32':
         run(args.quantize, args.model, file, 'AS_IS')
@@ -142,11 +147,12 @@ def check(args, name, tokens, work):
         run(args.quantize, args.model, f'{file}.16', 'AS_IS')
         if name in FLOATS: float_blocks(f'{file}.16', file, name)
         else: run(os.path.join(args.llama, 'llama-quantize'), f'{file}.16', file, name, '1')
-    float32_copy(args.model, file, exact)
+    if name not in packed.CONFIGS:
+        float32_copy(args.model, file, exact)
     want, got = reference(exact, tokens), ours(args, file, tokens, work)
     off, top, kl = np.abs(want - got).max(), np.abs(want).max(), mean_kl(want, got)
-    theirs = llama(args, exact, None if name == 'F32' else file, work) if args.llama else float('nan')
-    good = off <= 1e-4 * top and (not args.strict or name == 'F32' or kl <= theirs / 20)
+    theirs = llama(args, exact, None if name == 'F32' else file, work) if args.llama and name not in packed.CONFIGS else float('nan')
+    good = off <= 1e-4 * top and (not args.strict or name == 'F32' or name in packed.CONFIGS or kl <= theirs / 20)
     print(f'{"ok" if good else "FAILED"} | {name} | {off / top:.1e} | {kl:.1e} | {theirs:.1e} | {theirs / max(kl, 1e-15):.0f}', flush=True)
     shutil.rmtree(exact)
     return good
@@ -168,7 +174,7 @@ def main():
         tokens = np.array(AutoTokenizer.from_pretrained(args.model)(f.read())['input_ids'][:args.tokens])
     print('| | type | max difference / max logit | mean KL | llama.cpp | ratio |')
     with tempfile.TemporaryDirectory() as work:
-        good = [check(args, name, tokens, work) for name in args.types or ['F32'] + OURS + FLOATS + (THEIRS if args.llama else [])]
+        good = [check(args, name, tokens, work) for name in args.types or ['F32'] + OURS + FLOATS + (THEIRS if args.llama else []) + list(packed.CONFIGS)]
     sys.exit(not all(good))
 
 
