@@ -3513,8 +3513,8 @@ static qwen3_result qwen3i_gguf_read_value(qwen3i_gguf *g, qwen3i_gguf_value *v)
     }
     if (v->item >= QWEN3I_GGUF_KINDS || v->item == QWEN3I_GGUF_ARRAY)
         return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: key '%.*s' has a value of type %lu%s", g->file,
-                           QWEN3I_STR(v->key),
-                           (unsigned long)v->item, v->item == QWEN3I_GGUF_ARRAY ? ", an array of arrays" :
+                           QWEN3I_STR(v->key), (unsigned long)v->item,
+                           v->item == QWEN3I_GGUF_ARRAY ? ", an array of arrays" :
                                ", which is unknown");
     v->p = g->p;
     g->cut |= v->n > qwen3i_gguf_left(g) / (uint64_t)qwen3i_gguf_kind_size(v->item);
@@ -3610,8 +3610,7 @@ static qwen3_result qwen3i_gguf_read_values(qwen3i_gguf *g, const qwen3_allocato
     g->n_values = 0;
     if (n > qwen3i_gguf_left(g) / 13)   /* the least that a key takes */
         return qwen3i_fail(g->err, QWEN3_ERR_FORMAT, "%s: %llu keys cannot be in %llu bytes", g->file,
-                           (unsigned long long)n,
-                           (unsigned long long)qwen3i_gguf_left(g));
+                           (unsigned long long)n, (unsigned long long)qwen3i_gguf_left(g));
     g->values = (qwen3i_gguf_value *)qwen3i_alloc_array(a, (size_t)n, sizeof *g->values);
     if (!g->values) return qwen3i_no_memory(g->err, "the list of keys", n * sizeof *g->values);
     g->n_values = n;
@@ -5156,8 +5155,7 @@ static void qwen3i_table_put(qwen3i_table *table, uint32_t *slot, uint32_t hash,
 /* Room for n more pairs. */
 static int qwen3i_pairs_grow(qwen3i_tokenizer *t, size_t n) {
     qwen3i_pair *p = (qwen3i_pair *)qwen3i_grow(&t->allocator, t->pairs, t->n_pairs, &t->cap_pairs,
-                                                t->n_pairs + n,
-                                                sizeof *p);
+                                                t->n_pairs + n, sizeof *p);
     if (p) t->pairs = p;
     return p != NULL;
 }
@@ -5683,8 +5681,7 @@ static qwen3_result qwen3i_vocab_settings(qwen3i_vocab_reader *l, const char *na
         value.n = (size_t)(l->json.p - value.p);
         if (list[i].key && list[i].allowed && !qwen3i_one_of(value, list[i].allowed))
             return qwen3i_fail(l->v.err, QWEN3_ERR_UNSUPPORTED, "%s: %s: %s is %.*s, supported is %s",
-                               l->v.file, name,
-                               list[i].key, QWEN3I_SHOW(value.p, value.n), list[i].allowed);
+                               l->v.file, name, list[i].key, QWEN3I_SHOW(value.p, value.n), list[i].allowed);
     }
     return l->json.error ? qwen3i_vocab_json(l) : QWEN3_OK;
 }
@@ -6854,8 +6851,7 @@ static qwen3_result qwen3i_config_experts(qwen3i_config *cfg, const qwen3i_raw_c
         if (!qwen3i_config_has(c, key)) continue;
         if (!(c->values[key] >= 1 && c->values[key] <= (i == 2 ? QWEN3I_MAX_DIM : 4096)))
             return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: key '%s' is %.17g; 1 to %d is possible", c->file,
-                               c->keys[key],
-                               c->values[key], i == 2 ? QWEN3I_MAX_DIM : 4096);
+                               c->keys[key], c->values[key], i == 2 ? QWEN3I_MAX_DIM : 4096);
         *sizes[i] = (int)c->values[key];
     }
     if (cfg->n_expert_used > cfg->n_expert)
@@ -6865,8 +6861,7 @@ static qwen3_result qwen3i_config_experts(qwen3i_config *cfg, const qwen3i_raw_c
         return qwen3i_config_missing(c, QWEN3I_KEY_NORM_TOPK, "", err);
     if (c->n_dense > QWEN3I_COUNT(cfg->dense))
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: more than %d layers of a mixture are dense",
-                           c->file,
-                           QWEN3I_COUNT(cfg->dense));
+                           c->file, QWEN3I_COUNT(cfg->dense));
     cfg->norm_topk = c->values[QWEN3I_KEY_NORM_TOPK] != 0;
     cfg->n_dense = c->n_dense;
     memcpy(cfg->dense, c->dense, sizeof cfg->dense);
@@ -6928,8 +6923,7 @@ static qwen3_result qwen3i_config_sizes(qwen3i_config *cfg, const qwen3i_raw_con
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "%s: head_dim %d is odd", c->file, cfg->head_dim);
     if (cfg->n_head % cfg->n_head_kv)
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: %d attention heads cannot share %d key/value heads",
-                           c->file,
-                           cfg->n_head, cfg->n_head_kv);
+                           c->file, cfg->n_head, cfg->n_head_kv);
     if ((int64_t)cfg->n_head * cfg->head_dim > QWEN3I_MAX_DIM)
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: head_dim x heads is out of range", c->file);
     return QWEN3_OK;
@@ -7736,8 +7730,7 @@ static void qwen3i_repack_rows(void *args, int begin, int end, int lane) {
         for (int c = 0; c < blocks; c++)
             for (int row = first; row < end && row < first + 16; row++)
                 qwen3i_pack_block(a->data + ((size_t)row * (size_t)blocks + (size_t)c) * (size_t)a->f->bytes,
-                                  a->p,
-                                  a->f, row, c * a->f->elements);
+                                  a->p, a->f, row, c * a->f->elements);
 }
 
 static qwen3_result qwen3i_repack(qwen3i_binder *b, const char *name, const qwen3i_packed *p,
@@ -8018,8 +8011,7 @@ static qwen3_result qwen3i_bind_stack(qwen3i_binder *b, const char *name, int st
         qwen3i_shape_string(has, sizeof has, t->shape, t->rank);
         qwen3i_shape_string(needs, sizeof needs, want, rank);
         return qwen3i_fail(err, QWEN3_ERR_FORMAT, "%s: tensor '%s' has shape %s; %s asks for %s", t->file,
-                           name, has,
-                           qwen3i_config_file(b->l), needs);
+                           name, has, qwen3i_config_file(b->l), needs);
     }
     r = qwen3i_check_type(b, t, name, out);
     if (r != QWEN3_OK) return r;
@@ -8386,8 +8378,7 @@ static qwen3_result qwen3i_bind_model(qwen3i_binder *b) {
     if ((size_t)cfg->n_layer > b->tensors->n / QWEN3I_LAYER_TENSORS + 1)
         return qwen3i_fail(b->l->err, QWEN3_ERR_FORMAT, "%s: %s is %d, but the files hold only %lu tensors",
                            qwen3i_config_file(b->l), b->l->source->layers_key[cfg->n_expert > 0],
-                               cfg->n_layer,
-                               (unsigned long)b->tensors->n);
+                               cfg->n_layer, (unsigned long)b->tensors->n);
     layers = (qwen3i_layer *)qwen3i_model_alloc(m, (size_t)cfg->n_layer, sizeof *layers);
     if (!layers) return qwen3i_no_memory(b->l->err, "the layers", (uint64_t)cfg->n_layer * sizeof *layers);
     memset(layers, 0, (size_t)cfg->n_layer * sizeof *layers);
@@ -9229,8 +9220,7 @@ static void qwen3i_chat_json(qwen3i_chat *c, const char *text, int i) {
     n = qwen3i_json_members(&j, &c->text, NULL, 0);
     if (!qwen3i_json_end(&j)) {
         c->result = qwen3i_fail(c->err, QWEN3_ERR_ARG, "tools[%d] is not a JSON object: %s at byte %lu", i,
-                                j.error,
-                                (unsigned long)(j.p - text));
+                                j.error, (unsigned long)(j.p - text));
         return;
     }
     if (n > 0) {
@@ -9680,9 +9670,8 @@ typedef struct qwen3i_pairs {
    results belong `apart` floats apart: y[t * ldy + r * apart] = (add ? y : 0) + w[r] . x[t]. What lies \
    `ahead` bytes further on is fetched meanwhile. */ \
 TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *w, size_t stride, \
-                                   size_t ahead, \
-                                   qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
-                                       int add) { \
+                                   size_t ahead, qwen3i_type type, int n_w, const float *x, size_t ldx, \
+                                   int n_x, int n, int add) { \
     V##_v acc[C][R], wv[R], xv; \
     float sums[R]; \
     /* bytes: few pointers, so that none is spilled */ \
@@ -9715,9 +9704,8 @@ TARGET QWEN3I_INLINE void V##_tile(float *y, size_t ldy, int apart, const char *
 /* One tile of w against n_x rows of x. n_x becomes a constant, so that each size gets its own code; it is \
    at most C even in code that is never reached, for analysers. */ \
 TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char *w, size_t stride, \
-                                     size_t ahead, \
-                                     qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, int n, \
-                                         int add) { \
+                                     size_t ahead, qwen3i_type type, int n_w, const float *x, size_t ldx, \
+                                     int n_x, int n, int add) { \
     if (QWEN3I_SMALL && n_x != C) V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, 1, n, add); \
     else if (n_x == C)          V##_tile(y, ldy, apart, w, stride, ahead, type, n_w, x, ldx, C, n, add); \
     else if (n_x == 4 && C > 4) \
@@ -9730,8 +9718,8 @@ TARGET QWEN3I_INLINE void V##_tile_n(float *y, size_t ldy, int apart, const char
    the second. Few: w comes from memory, and each tile of it meets all of x at once. One or two: memory is \
    the limit, and it likes R streams best, each through a part of the block. */ \
 TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size_t row_bytes, \
-                                       qwen3i_type type, \
-                                       int n_w, const float *x, size_t ldx, int n_x, int n_cols, int add) { \
+                                       qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, \
+                                       int n_cols, int add) { \
     int tiles = (n_w + R - 1) / R, few = n_x <= QWEN3I_FEW_ROWS, step = few ? 1 : tiles, i, j, t, k, m; \
     int apart = n_x <= 2 && (size_t)tiles * row_bytes >= 2 * QWEN3I_AHEAD ? tiles : 1; \
     size_t ahead = apart > 1 ? QWEN3I_AHEAD / 2 : type == QWEN3I_F32 && !few ? 512 : \
@@ -9816,8 +9804,8 @@ TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n
 /* R rows in Q8_0 or FP8 at a time against one row of x: the sums of V_dot, without a panel. The type is \
    a constant here. */ \
 TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, \
-                                           int elements, \
-                                           int head, int n_w, const float *x, int n_cols, int add) { \
+                                           int elements, int head, int n_w, const float *x, int n_cols, \
+                                           int add) { \
     const uint8_t *next = w + 2 * R * row_bytes;    /* what is fetched meanwhile, in order of addresses */ \
     for (int r0 = 0; r0 < n_w; r0 += R) { \
         const uint8_t *at[R]; \
@@ -9846,8 +9834,7 @@ TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t ro
     } \
 } \
 TARGET static void V##_dot_bytes(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, \
-                                 const float *x, \
-                                 int n_cols, int add) { \
+                                 const float *x, int n_cols, int add) { \
     if (type == QWEN3I_FP8) V##_dot_bytes_of(y, (const uint8_t *)w, row_bytes, QWEN3I_FP8, 128, 4, n_w, x, \
                                              n_cols, add); \
     else V##_dot_bytes_of(y, (const uint8_t *)w, row_bytes, QWEN3I_Q8_0, 32, 2, n_w, x, n_cols, add); \
@@ -9855,8 +9842,8 @@ TARGET static void V##_dot_bytes(float *y, const void *w, size_t row_bytes, qwen
 QWEN3I_DEFINE_TILES(V, TARGET, R, C) \
 /* The last columns of a number that is not a multiple of 16 join last. */ \
 TARGET static void V##_dot_rest(float *y, size_t ldy, const char *w, size_t row_bytes, qwen3i_type type, \
-                                int n_w, \
-                                const float *x, size_t ldx, int n_x, int done, int n_cols, int add) { \
+                                int n_w, const float *x, size_t ldx, int n_x, int done, int n_cols, \
+                                int add) { \
     float sum; \
     int r, t; \
     for (t = 0; t < n_x; t++, y += ldy, x += ldx) \
@@ -9923,8 +9910,8 @@ TARGET static void V##_mix(float *y, size_t ldy, const float *p, size_t ldp, int
     for (d = 0; d < n_cols; d += 16 * R) \
         for (r = 0; r < n_v; r += QWEN3I_MIX_ROWS) \
             V##_mix_block(y + d, ldy, p + r, ldp, n_p, rows + ((size_t)r * ldv + (size_t)d) * size, \
-                          ldv * size, \
-                          type, qwen3i_min(QWEN3I_MIX_ROWS, n_v - r), qwen3i_min(16 * R, n_cols - d)); \
+                          ldv * size, type, qwen3i_min(QWEN3I_MIX_ROWS, n_v - r), \
+                          qwen3i_min(16 * R, n_cols - d)); \
 } \
 /* e^x = 2^n e^r with |r| <= ln(2) / 2; e^r by a polynomial of degree 6 (error 1e-8 before rounding) */ \
 TARGET QWEN3I_PIECE V##_v V##_exp_v(V##_v x) { \
@@ -10449,9 +10436,8 @@ TARGET static void U##_round_row(qwen3i_rounded *y, const float *x, int n) { \
 } \
 /* One tile over n columns; w: of R panels' columns, whose groups are `group` columns */ \
 TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_panel *w, int n_w, int group, \
-                                         int offsets, \
-                                         const qwen3i_rounded *x, size_t ldx, int n_x, int n, int add, \
-                                         qwen3i_strip *strip) { \
+                                         int offsets, const qwen3i_rounded *x, size_t ldx, int n_x, int n, \
+                                         int add, qwen3i_strip *strip) { \
     V##_v acc[C][R], d[R]; \
     U##_sums sums[C][R]; \
     U##_w wv[R]; \
@@ -10499,9 +10485,8 @@ TARGET QWEN3I_INLINE void U##_block_tile(float *y, size_t ldy, const qwen3i_pane
     } \
 } \
 TARGET static void U##_dot_blocks(float *y, size_t ldy, const void *w, size_t row_bytes, qwen3i_type type, \
-                                  int n_w, \
-                                  const qwen3i_rounded *x, size_t ldx, int n_x, int n_cols, int add, \
-                                  qwen3i_panel *panels) { \
+                                  int n_w, const qwen3i_rounded *x, size_t ldx, int n_x, int n_cols, \
+                                  int add, qwen3i_panel *panels) { \
     const qwen3i_format *f = qwen3i_format_of(type); \
     const int group = qwen3i_group_of(type), offsets = qwen3i_has_offsets(type); \
     int r = QWEN3I_SMALL || n_x > 1 ? 0 : U##_dot_one(y, (const uint8_t *)w, row_bytes, type, n_w, x, \
@@ -12263,8 +12248,7 @@ static void qwen3i_matmul_bytes(const qwen3i_matmul_args *a, const qwen3i_matrix
     int r, k, i, m, n_k;
     if (n == 1 && w->cols % qwen3i_format_of(w->type)->elements == 0) {
         a->simd->dot_bytes(y, (const char *)w->data + (size_t)begin * row_bytes, row_bytes, w->type,
-                           end - begin,
-                           a->x + (size_t)t * cols, w->cols, a->add);
+                           end - begin, a->x + (size_t)t * cols, w->cols, a->add);
         return;
     }
     for (r = begin; r < end; r += m, y += m) {
@@ -12291,8 +12275,7 @@ static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix
     else if (qwen3i_is_block(w->type)) {
         const size_t parts = (size_t)qwen3i_parts(w->cols);
         a->simd->dot_blocks(y, ldy, rows, row_bytes, w->type, end - begin, a->parts + (size_t)t * parts,
-                            parts, n,
-                            w->cols, a->add, panels->whole);
+                            parts, n, w->cols, a->add, panels->whole);
     }
     else if (a->halves && w->type == QWEN3I_BF16)
         a->pairs->dot(y, ldy, rows, end - begin, a->halves + (size_t)t * cols, n, w->cols, a->add);
@@ -12458,8 +12441,7 @@ static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratc
     for (p = 0; p <= last; p += m) {                    /* scores = q . k */
         m = qwen3i_min(QWEN3I_ATTENTION_BLOCK, last + 1 - p);
         a->simd->dot(scores + p, ld, qwen3i_cache_rows(a, panel, k + (size_t)p * row, m), dim, type,
-                     m, q, dim,
-                     n_t * n_h, a->head_dim, 0);
+                     m, q, dim, n_t * n_h, a->head_dim, 0);
     }
     for (i = 0; i < n_t * n_h; i++)                     /* each token sees the positions up to its own */
         a->simd->softmax(scores + (size_t)i * ld, first + i / n_h + 1,
@@ -12474,8 +12456,7 @@ static void qwen3i_attention_piece(const qwen3i_attention_args *a, float *scratc
     const void *rest = qwen3i_cache_rows(a, panel, v + (size_t)p * row, n_t - 1);
     for (i = 1; i < n_t; i++)                           /* ... then the rest */
         a->simd->mix(out + (size_t)i * width, dim, scores + (size_t)(i * n_h) * ld + p, ld, n_h, rest,
-                     dim, type,
-                     i, a->head_dim);
+                     dim, type, i, a->head_dim);
     for (i = 0; i < n_t; i++) memcpy(a->a + at + (size_t)i * q_dim, out + (size_t)i * width, width * 4);
 }
 
@@ -19028,8 +19009,7 @@ QWEN3_API qwen3_result qwen3_eval(qwen3_ctx *c, const qwen3_item *items, int n_i
     if (r != QWEN3_OK) return r;
     if (n_items < 0 || n_items > c->desc.max_seqs || (n_items > 0 && !items))
         return qwen3i_fail(&err, QWEN3_ERR_ARG, "items is NULL, or n_items (%d) not 0 to max_seqs (%d)",
-                           n_items,
-                           c->desc.max_seqs);
+                           n_items, c->desc.max_seqs);
     for (i = 0; i < n_items && r == QWEN3_OK; i++) r = qwen3i_check_item(c, items, i, &err);
     for (i = 0; i < n_items && r == QWEN3_OK; i++) r = qwen3i_first_logprob(c, &items[i], &err);
     for (i = 0; i < n_items && r == QWEN3_OK; i++) c->seqs[items[i].seq].planned = 0;

@@ -669,35 +669,28 @@ static inline cudaError_t cudaMemset2DAsync(void *to, size_t pitch, int v, size_
                                             cudaStream_t s) {
     return emulated_enqueue(s, [=] { for (size_t i = 0; i < height; i++) memset((char *)to + i * pitch, v, width); });
 }
-static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) {
-    *s = NULL;
+/* What a test counts: streams, events and graphs that are there */
+template <class T, class... A> cudaError_t emulated_create(T **made, const A &...from) {
+    *made = NULL;
     if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
-    *s = new emulated_stream();
+    *made = new T(from...);
     emulated_live++;
     return cudaSuccess;
 }
-static inline cudaError_t cudaStreamDestroy(cudaStream_t s) {
+template <class T> cudaError_t emulated_destroy(T *made) {
     emulated_live--;
-    delete s;
+    delete made;
     return cudaSuccess;
 }
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return emulated_create(s); }
+static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return emulated_destroy(s); }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
     emulated_waited = emulated_copies.load();
     return cudaSuccess;
 }
-static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) {
-    *e = NULL;
-    if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
-    *e = new emulated_event();
-    emulated_live++;
-    return cudaSuccess;
-}
+static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned) { return emulated_create(e); }
 static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }
-static inline cudaError_t cudaEventDestroy(cudaEvent_t e) {
-    emulated_live--;
-    delete e;
-    return cudaSuccess;
-}
+static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return emulated_destroy(e); }
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) {
     e->copies = emulated_copies;
     return emulated_call();
@@ -721,22 +714,10 @@ static inline cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) {
     return *g ? cudaSuccess : cudaErrorInvalidValue;
 }
 static inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long) {
-    *e = NULL;
-    if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
-    *e = new std::vector<std::function<void()> >(*g);
-    emulated_live++;
-    return cudaSuccess;
+    return emulated_create(e, *g);
 }
-static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) {
-    emulated_live--;
-    delete g;
-    return cudaSuccess;
-}
-static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) {
-    emulated_live--;
-    delete e;
-    return cudaSuccess;
-}
+static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { return emulated_destroy(g); }
+static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { return emulated_destroy(e); }
 static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t) {
     if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
     for (size_t i = 0; i < e->size(); i++) (*e)[i]();
