@@ -37,6 +37,7 @@ static const char usage[] =
     "  --grammar FILE  decode once more, each batch, held to a JSON Schema: by turns with and without it\n"
     "  --tokenizer FILE    of random weights: a tokenizer.json, which a grammar needs\n"
     "  --draft-model M a directory or SIZE, which is asked for these guesses first: what asking costs, not what it says\n"
+    "  --unpack        quantised weights become F16 on the GPU when they are loaded (QWEN3_LOAD_UNPACK)\n"
     "  --invariant     a token's bits are the same alone and among others (CUDA; see qwen3_ctx_desc)\n"
     "  --bf16          inputs of BF16 matrices are BF16, too (CPU; see qwen3_ctx_desc)\n"
     "  --chunk N --threads N --kv f32|f16|bf16|q8_0 --standard --cuda --cpu\n"
@@ -46,7 +47,7 @@ static const char usage[] =
 
 typedef struct options {
     const char *path, *random, *type, *tests, *batch, *kernels, *draft, *draft_model, *devices, *grammar, *tokenizer;
-    int layers, invariant, bf16, own_tests, first, start, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
+    int layers, invariant, unpack, bf16, own_tests, first, start, sample, repeat, chunk, threads, kv, standard, cuda, cpu, json, fused;
 } options;
 
 static void die(const char *what, const char *detail) {
@@ -81,6 +82,7 @@ static options parse(int argc, char **argv) {
         else if (!strcmp(a, "--first"))    o.first = 1;
         else if (!strcmp(a, "--start"))    o.start = 1;
         else if (!strcmp(a, "--invariant")) o.invariant = 1;
+        else if (!strcmp(a, "--unpack")) o.unpack = 1;
         else if (!strcmp(a, "--bf16"))      o.bf16 = 1;
         else if (!strcmp(a, "--standard")) o.standard = 1;
         else if (!strcmp(a, "--cuda"))     o.cuda = 1;
@@ -736,6 +738,7 @@ static qwen3_model *load_model(const options *o, const char *path, const char *r
         if (end == at) die("--devices: numbers with commas between them, not", o->devices);
     }
     d.devices = devices;
+    if (o->unpack) d.flags |= QWEN3_LOAD_UNPACK;
     if (HAVE_CUDA && !o->cpu) {
         d.backend = o->standard ? cuda_lab_standard() : qwen3_cuda_backend();
         r = qwen3_load(&model, &d, err, sizeof err);

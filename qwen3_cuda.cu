@@ -897,6 +897,7 @@ struct cuda_model {
     bool            hopper;               /* products with many rows can go through the kernels for Hopper */
     int             rank, n_ranks;      /* see RANKS; one of one: config and weights are the model's own */
     int             all_kv, all_ff, all_ff_expert;      /* of the model: kv heads, rows of gate and up */
+    bool            unpack;             /* blocks become F16, see QWEN3_LOAD_UNPACK */
     communicator    comm;
     /* [n_ranks] those of this process; NULL: one device, or one a process */
     cuda_model    **fellows;
@@ -1741,17 +1742,11 @@ static void lay_out_part(block_part *p, const qwen3i_matrix &w, int n, arena *a)
     p->data = a->take<unsigned char>((u64)p->rows, (u64)p->row_bytes);
 }
 
-static bool has_two_shape(const cuda_model *m);         /* see TWO KERNELS A LAYER */
-
-/* Are blocks kept as F16? Those of models whose layers one row goes through by two kernels each: exchanges
-   are what takes their time, not bytes. */
-static bool unpacks_blocks(const cuda_model *m) { return m->capability == 90 && has_two_shape(m); }
-
 /* Lay the weights out; a dry run measures them. packed: blocks that are unpacked; tops: the largest |w| of
    each group, as bits. */
 static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, arena *packed, unsigned **tops) {
     const size_t n_embd = (size_t)m->config.n_embd, head_dim = (size_t)m->config.head_dim;
-    const bool unpack = unpacks_blocks(m);
+    const bool unpack = m->unpack;
     weight_group g;
     int n = 0;
     for (; model_group(m, w, n, &g); n++) {
@@ -2073,7 +2068,7 @@ static qwen3_result fetch_scales(uploader *u, cuda_model *m, const qwen3i_weight
 static qwen3_result unpack_blocks(uploader *u, cuda_model *m, const qwen3i_weights *w,
                                   const qwen3i_err *err) {
     weight_group g;
-    for (int i = 0; unpacks_blocks(m) && model_group(m, w, i, &g); i++) {
+    for (int i = 0; m->unpack && model_group(m, w, i, &g); i++) {
         TRY(decode_rows((half_t *)g.to->data, u->stream, *g.to, 0, g.to->rows, err));
         g.to->n_parts = 0;
     }
@@ -2496,6 +2491,7 @@ static qwen3_result create_share(cuda_model **out, const qwen3i_model_view *view
     m->all_ff_expert = view->config->n_ff_expert;
     qwen3_result r = make_share(&s, view, m, err);
     m->config = s.config;
+    m->unpack = (desc->flags & QWEN3_LOAD_UNPACK) && m->config.n_expert == 0;
     if (r == QWEN3_OK) r = fill_model(m, &s.weights, device, desc, err);
     host_free(view->allocator, s.memory, s.size);
     if (r == QWEN3_OK) *out = m;
@@ -8042,13 +8038,18 @@ static int two_mlp_clusters(const qwen3i_config *g) {
 }
 
 /* Are the shapes such that one row can go this way? */
-static bool has_two_shape(const cuda_model *m) {
+static bool fits_two(const cuda_model *m) {
     const qwen3i_config *g = &m->config;
-    return m->n_ranks == 1 && g->n_expert == 0 && g->n_embd == TWO_WIDTH && g->head_dim == HEAD_DIM &&
-           g->n_head == TWO_HEADS * g->n_head_kv && g->n_head_kv <= TWO_PARTS &&
-           two_mlp_clusters(g) <= TWO_PARTS;
+    if (!m->hopper || m->n_ranks > 1 || g->n_expert > 0 || g->n_embd != TWO_WIDTH || g->head_dim != HEAD_DIM)
+        return false;
+    if (g->n_head != TWO_HEADS * g->n_head_kv || g->n_head_kv > TWO_PARTS) return false;
+    if (two_mlp_clusters(g) > TWO_PARTS) return false;
+    for (int i = 0; i < g->n_layer; i++) {
+        const layer_weights &l = m->layers[i];
+        for (const matrix *w : {&l.qkv, &l.wo, &l.gate_up, &l.w_down}) if (w->n_parts > 0) return false;
+    }
+    return true;
 }
-static bool fits_two(const cuda_model *m) { return m->hopper && has_two_shape(m); }
 
 /* Down as tiles of a block's columns */
 static qwen3_result map_columns(cuda_model *m, const qwen3i_err *err) {

@@ -153,13 +153,14 @@ static void lab_weights(lab *l, const lab_shape *s, qwen3i_type type) {
 }
 
 /* The model; the CPU's side of it on every processor if it is as large as a real one. */
-static int lab_load_mixed(lab *l, const lab_shape *s, qwen3i_type type, qwen3i_type other) {
+static int lab_load_by(lab *l, const lab_shape *s, qwen3i_type type, qwen3i_type other, int flags) {
     qwen3_ctx_desc desc = ctx_desc(0, 0, 0, 0);
     qwen3_load_desc load;
     qwen3i_config *c = &l->model.config;
     memset(l, 0, sizeof *l);
     l->other = other;
     memset(&load, 0, sizeof load);
+    load.flags = flags;
     l->seed = 7 + (uint64_t)s->n_embd;
     l->err.text = l->text;
     l->err.cap = sizeof l->text;
@@ -181,6 +182,7 @@ static int lab_load_mixed(lab *l, const lab_shape *s, qwen3i_type type, qwen3i_t
     return LAB_OK(l, qwen3_cuda_backend()->model_create(&l->state, &l->model, &load, &l->err));
 }
 
+static int lab_load_mixed(lab *l, const lab_shape *s, qwen3i_type type, qwen3i_type other) { return lab_load_by(l, s, type, other, 0); }
 static int lab_load(lab *l, const lab_shape *s, qwen3i_type type) { return lab_load_mixed(l, s, type, QWEN3I_NO_TYPE); }
 
 static const qwen3_backend *lab_backend(int kernels) {
@@ -892,7 +894,7 @@ static void lab_check_halves(const lab_shape *s, qwen3i_type type, int kv_type, 
     qwen3_ctx_desc desc = ctx_desc(before + 2, 1, 1, kv_type);
     lab *l = (lab *)malloc(sizeof *l);
     lab_rows *r = (lab_rows *)malloc(sizeof *r);
-    if (lab_open(l, s, type, &desc)) {
+    if (lab_load_by(l, s, type, QWEN3I_NO_TYPE, QWEN3_LOAD_UNPACK) && lab_context(l, &desc)) {
         const qwen3i_config *c = &l->model.config;
         const size_t kv_dim = (size_t)(c->n_head_kv * c->head_dim);
         float *x = lab_values(l, (size_t)c->n_embd, 3), *kv = floats(2 * kv_dim), *want = floats((size_t)c->n_embd), *again = floats((size_t)c->n_embd),
@@ -1316,7 +1318,7 @@ static void test_cuda_experts_blocks(void) {
 
 /* The logits of a prompt of 40 tokens, `chunk` rows at a time and then three alone, of a model that is quantised when it
    is loaded; NULL backend: the CPU. */
-static float *cuda_quantised_logits(const char *name, int quantize, const qwen3_backend *backend, int chunk, int *vocab) {
+static float *cuda_quantised_logits(const char *name, int quantize, int flags, const qwen3_backend *backend, int chunk, int *vocab) {
     qwen3_ctx_desc ctx_of = ctx_desc(64, 1, chunk, QWEN3_KV_F32);
     char path[1024], err[256] = "";
     qwen3_load_desc desc;
@@ -1328,6 +1330,7 @@ static float *cuda_quantised_logits(const char *name, int quantize, const qwen3_
     memset(&desc, 0, sizeof desc);
     desc.path = path;
     desc.quantize = quantize;
+    desc.flags = flags;
     desc.backend = backend;
     if (!CHECK_MSG(qwen3_load(&model, &desc, err, sizeof err) == QWEN3_OK, "%s: %s", name, err)) return NULL;
     qwen3_ctx *ctx = ctx_open_desc(model, &ctx_of);
@@ -1344,21 +1347,25 @@ static float *cuda_quantised_logits(const char *name, int quantize, const qwen3_
 }
 
 /* Of these, rows of 32 are quantised, and rows of other lengths are not. */
+static void check_models_blocks(const char *name, int quantize, int flags, int chunk) {
+    int vocab = 0;
+    float *want = cuda_quantised_logits(name, quantize, 0, NULL, chunk, &vocab),
+          *got = cuda_quantised_logits(name, quantize, flags, qwen3_cuda_backend(), chunk, &vocab);
+    const double e = want && got ? parity_error(got, want, 43, vocab) : 1;
+    if (test_verbose) printf("    %s, quantized to %d, flags %d, chunks of %d: %.2e\n", name, quantize, flags, chunk, e);
+    CHECK_MSG(e < (chunk > 4 ? 1e-2 : 1e-3), "%s, quantized to %d, flags %d, chunks of %d: logits differ by %.2e",
+              name, quantize, flags, chunk, e);
+    free(want);
+    free(got);
+}
 static void test_cuda_models_blocks(void) {
     static const char *const names[] = {"chat", "plain", "theta", "hot", "odd", "yarn"};
     for (int i = 0; i < (int)QWEN3I_COUNT(names); i++)
-        for (int quantize = QWEN3_Q8_0; quantize <= QWEN3_Q4_K_M; quantize++)
-            for (int chunk = 8; chunk <= 40; chunk += 32) {
-                int vocab = 0;
-                float *want = cuda_quantised_logits(names[i], quantize, NULL, chunk, &vocab),
-                      *got = cuda_quantised_logits(names[i], quantize, qwen3_cuda_backend(), chunk, &vocab);
-                const double e = want && got ? parity_error(got, want, 43, vocab) : 1;
-                if (test_verbose) printf("    %s, quantized to %d, chunks of %d: %.2e\n", names[i], quantize, chunk, e);
-                CHECK_MSG(e < (chunk > 4 ? 1e-2 : 1e-3), "%s, quantized to %d, chunks of %d: logits differ by %.2e",
-                          names[i], quantize, chunk, e);
-                free(want);
-                free(got);
-            }
+        for (int quantize = QWEN3_Q8_0; quantize <= QWEN3_Q4_K_M; quantize++) {
+            check_models_blocks(names[i], quantize, 0, 8);
+            check_models_blocks(names[i], quantize, 0, 40);
+            check_models_blocks(names[i], quantize, QWEN3_LOAD_UNPACK, 8);
+        }
 }
 
 /* At most 8 rows at a time nothing is rounded but the cache. */
