@@ -82,7 +82,7 @@ CUDA_MUTANTS = [
     ("cuda_kernels_clusters", "device: one row is normed by a factor of its own", "a.gain ? rms_scale(block_sum(sum, shared)", "a.gain ? 1.001f * rms_scale(block_sum(sum, shared)"),
     ("cuda_kernels_hopper", "device: parts of a product forgotten", "        lo.x += v[i].x; lo.y += v[i].y;", "        lo.x += v[i].x;"),
     ("cuda_kernels_batched", "device: tokens of a tile see the future", "rows.last[i] = tile.pos0 + (token < tile.n_tokens ? token : tile.n_tokens - 1);\n        rows.top", "rows.last[i] = tile.pos0 + tile.n_tokens - 1;\n        rows.top"),
-    ("cuda_kernels_batched", "device: rows of q, k, v not scaled back", "const float s = scale ? scale[row] : 1.0f;", "const float s = 1.0f; (void)scale;"),
+    ("cuda_kernels_batched", "device: rows of q, k, v not scaled back", "const float s = scale ? scale[row] : 1.0f;\n    const row_angles", "const float s = 1.0f; (void)scale;\n    const row_angles"),
     ("cuda_models_f16", "device: scales of matrices forgotten", "g.to->scale = 1.0f / half_scale(qwen3i_float_from_bits(host[i % room]));", "g.to->scale = 1.0f;"),
     ("cuda_models_f16", "device: scales of the first piece for all", "qwen3i_float_from_bits(host[i % room])", "qwen3i_float_from_bits(host[0])"),
     ("cuda_kernels_fused", "device: vectors: the second row of a warp forgotten", "first + 1 < mine.end ? first + 1 : -1;", "-1;"),
