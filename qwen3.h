@@ -7551,8 +7551,8 @@ static void qwen3i_shape_string(char *dst, size_t cap, const uint64_t *shape, in
     if (at < cap) snprintf(dst + at, cap - at, "]");
 }
 
-/* A float that is NaN or Inf has all exponent bits set: this holds under -ffast-math, too. The numbers are copied,
-   as objects of another type must not be read as whole numbers. */
+/* A float that is NaN or Inf has all exponent bits set: this holds under -ffast-math, too. The numbers are
+   copied, as objects of another type must not be read as whole numbers. */
 static int qwen3i_numbers_finite(const void *data, qwen3i_type type, uint64_t n) {
     const uint32_t mask = type == QWEN3I_F32 ? 0x7F800000u : type == QWEN3I_F16 ? 0x7C00u : 0x7F80u;
     const unsigned char *p = (const unsigned char *)data;
@@ -9643,8 +9643,8 @@ typedef struct qwen3i_simd {
     void (*store)(void *y, const float *x, qwen3i_type type, int n);
 } qwen3i_simd;
 
-/* Products in which both sides are BF16, where a processor has instructions for them; sums are float32. Numbers
-   below 1.2e-38 count as 0. */
+/* Products in which both sides are BF16, where a processor has instructions for them; sums are float32.
+   Numbers below 1.2e-38 count as 0. */
 typedef struct qwen3i_pairs {
     /* as qwen3i_simd's dot; rows of w and x are cols apart, a multiple of 32 */
     void (*dot)(float *y, size_t ldy, const void *w, int n_w, const uint16_t *x, int n_x, int cols, int add);
@@ -10276,8 +10276,8 @@ TARGET static void V##_panel_rare(qwen3i_panel *p, int c, const uint8_t *b, qwen
 
 /* Products of one row of x: what is unpacked is multiplied at once, without a panel; the sums are those of
    a tile. Weights are 0 to 127 here; what they become less is multiplied by the sum of x. V_transpose32 is
-   V_transpose of 32 bytes, U_small U_widen4 of such weights in registers. Each format is a function by itself:
-   in one function they take gcc twice as long. */
+   V_transpose of 32 bytes, U_small U_widen4 of such weights in registers. Each format is a function by
+   itself: in one function they take gcc twice as long. */
 #define QWEN3I_DEFINE_ONE(V, U, TARGET) \
 TARGET QWEN3I_INLINE void V##_take32(V##_i *v, const uint8_t *b, qwen3i_strip *strip) { \
     V##_transpose32(v, b, strip->ld); \
@@ -11349,8 +11349,8 @@ QWEN3I_PAIRS QWEN3I_INLINE __m512 qwen3i_pairs_fma(__m512 w, __m512 x, __m512 su
 
 QWEN3I_DEFINE_TILES(qwen3i_pairs, QWEN3I_PAIRS, 4, 6)
 
-QWEN3I_PAIRS static void qwen3i_dot_pairs(float *y, size_t ldy, const void *w, int n_w, const uint16_t *x, int n_x,
-                                          int cols, int add) {
+QWEN3I_PAIRS static void qwen3i_dot_pairs(float *y, size_t ldy, const void *w, int n_w, const uint16_t *x,
+                                          int n_x, int cols, int add) {
     qwen3i_pairs_dot_type(y, ldy, (const char *)w, 2 * (size_t)cols, QWEN3I_F32, n_w,
                           (const float *)(const void *)x, (size_t)cols / 2, n_x, cols / 2, add);
 }
@@ -11997,7 +11997,7 @@ static const qwen3i_simd qwen3i_wasm_kernels = QWEN3I_KERNELS(qwen3i_wasm, qwen3
 #endif /* QWEN3I_WASM */
 
 #ifdef QWEN3I_X86
-/* registers a, b, c, d of cpuid, zero if the processor does not know the leaf; in its upper half: which part */
+/* Registers a, b, c, d of cpuid, zero if the processor does not know the leaf, in whose upper half is a part */
 static void qwen3i_cpuid(unsigned leaf_and_part, unsigned *r) {
     const unsigned leaf = leaf_and_part & 0xFFFF, part = leaf_and_part >> 16;
 #if defined(_MSC_VER)
@@ -12266,8 +12266,8 @@ static void qwen3i_matmul_bytes(const qwen3i_matmul_args *a, const qwen3i_matrix
     }
 }
 
-/* Rows begin .. end - 1 of W x for rows t .. t + n - 1 of x; y points at row `begin` of the first result. What
-   is added to y has no factor. */
+/* Rows begin .. end - 1 of W x for rows t .. t + n - 1 of x; y points at row `begin` of the first result.
+   What is added to y has no factor. */
 static void qwen3i_matmul_block(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
                                 int begin, int end, int t, int n, int lane) {
     const size_t cols = (size_t)w->cols, row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols);
