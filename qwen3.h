@@ -974,6 +974,12 @@ struct qwen3_backend {
        NULL, both of them: forward delivers them. */
     qwen3_result (*row_logits)(void *ctx_state, int out, const float **logits, const qwen3i_err *err);
     qwen3_result (*keep_row)(void *ctx_state, int seq, int out, const qwen3i_err *err);
+    /* What follows n rows of a sequence, at most QWEN3I_SAME_ROWS, as next() chooses it: chosen[i] comes after
+       item->tokens[0 .. item->n + i) and i choices before it, by the logits of out `out + i`, as row_logits(); or
+       by the kept ones (out -1, n 1). -1: these logits allow none. The item and its sampler stay as they are;
+       neither mask nor filter. NULL, or QWEN3_ERR_UNSUPPORTED: the core does it. */
+    qwen3_result (*choose)(void *ctx_state, const qwen3i_next *item, int out, int n, qwen3_token *chosen,
+                           const qwen3i_err *err);
     int         block_types;            /* does it multiply by any format? 0: only F32, F16 and BF16 */
     int         experts;                /* does it run layers whose MLP is a mixture of experts? */
     int         orders;                 /* does it run layers with an order of inputs? */
@@ -13041,7 +13047,7 @@ static const qwen3_backend *qwen3i_cpu_backend(void) {
         qwen3i_cpu_memory, qwen3i_cpu_create, qwen3i_cpu_free, qwen3i_cpu_forward, qwen3i_cpu_logits,
         NULL,                           /* next: sampling is the core's */
         qwen3i_cpu_seq_copy, qwen3i_cpu_kv_read, qwen3i_cpu_kv_write, qwen3i_cpu_set_logits,
-        NULL, NULL,                     /* rows' logits are on the host at once */
+        NULL, NULL, NULL,               /* rows' logits are on the host at once */
         1, 1, 1, 1, 0, NULL, NULL       /* block_types, experts, orders, factors, devices; nothing to start */
     };
     return &backend;
@@ -20044,6 +20050,36 @@ static int qwen3i_draft_lookup(const qwen3_token *tokens, int n, qwen3_token *ou
     return most;
 }
 
+/* The backend chooses what follows n rows of a sequence, of which the first comes after `len` tokens: see
+   there. Where a grammar counts, or the caller's filter, the host has to. */
+static qwen3_result qwen3i_choose_there(qwen3_ctx *c, qwen3i_next *next, int len, int out, int n,
+                                        qwen3_token *chosen, const qwen3i_err *err) {
+    qwen3_result r = qwen3i_check_sampler(next->sampler, err);
+    qwen3i_next_grammars(next);
+    if (r != QWEN3_OK) return r;
+    if (!c->model->backend->choose || next->grammar || next->tools ||
+        (next->sampler && next->sampler->filter))
+        return QWEN3_ERR_UNSUPPORTED;
+    next->tokens = c->seqs[next->seq].tokens;
+    next->n = len;
+    return c->model->backend->choose(c->state, next, out, n, chosen, err);
+}
+static void qwen3i_chosen_there(const qwen3_ctx *c, qwen3i_next *next, qwen3_token t) {
+    next->out = t;
+    next->ended = qwen3i_is_eos(c->model, t);
+    if (next->sampler && next->sampler->temperature > 0) next->sampler->rng += QWEN3I_RNG_STEP;
+}
+
+/* Choose what follows a sequence, with the backend if it can: then the logits need not come to the host. */
+static qwen3_result qwen3i_sample_there(qwen3_ctx *c, qwen3i_next *next, const qwen3i_err *err) {
+    qwen3_token t = -1;
+    qwen3_result r = qwen3i_refresh(c, next->seq, err);
+    if (r == QWEN3_OK) r = qwen3i_choose_there(c, next, c->seqs[next->seq].len, -1, 1, &t, err);
+    if (r == QWEN3_OK && t >= 0) qwen3i_chosen_there(c, next, t);
+    else if (r == QWEN3_OK || r == QWEN3_ERR_UNSUPPORTED) r = qwen3i_sample(c, next, err);
+    return r;
+}
+
 /* What the smaller model says. Where it cannot go on, as its context is full, there are fewer guesses. */
 static qwen3_result qwen3i_draft_ask(qwen3_ctx *draft, int seq, const qwen3_token *tokens, int n,
                                      qwen3_token *out, int most, int *count, const qwen3i_err *err) {
@@ -20059,7 +20095,8 @@ static qwen3_result qwen3i_draft_ask(qwen3_ctx *draft, int seq, const qwen3_toke
         memset(&next, 0, sizeof next);
         next.seq = seq;
         next.room = most - *count - 1;          /* the last one is not evaluated: it may be wrong */
-        r = next.room > 0 ? qwen3i_next_step(draft, &next, 1, &own) : qwen3i_sample(draft, &next, &own);
+        r = next.room > 0 ? qwen3i_next_step(draft, &next, 1, &own)
+                          : qwen3i_sample_there(draft, &next, &own);
         if (r != QWEN3_OK || next.ended) break;
         out[(*count)++] = next.out;
     }
@@ -20148,6 +20185,16 @@ static qwen3_result qwen3i_keep_guess(qwen3_ctx *c, int seq, int k, const qwen3i
                                          d->logits + (size_t)k * (size_t)c->model->config.n_vocab, err);
 }
 
+/* All of them at once, as if the guesses were right; -1 where the host has to choose. */
+static qwen3_result qwen3i_choose_guesses(qwen3_ctx *c, const qwen3i_draft *d, qwen3i_next *next, int len,
+                                          qwen3_token *chosen, const qwen3i_err *err) {
+    qwen3_result r = QWEN3_ERR_UNSUPPORTED;
+    int k;
+    if (d->n > 0 && c->pace.later) r = qwen3i_choose_there(c, next, len, d->out, d->n, chosen, err);
+    if (r != QWEN3_OK) for (k = 0; k < d->n; k++) chosen[k] = -1;
+    return r == QWEN3_ERR_UNSUPPORTED ? QWEN3_OK : r;
+}
+
 /* Was this guess right? */
 static void qwen3i_learn(qwen3i_draft *d, int right) {
     d->trials = qwen3i_min(d->trials + 1, QWEN3I_TRIALS);
@@ -20161,19 +20208,22 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     qwen3i_seq *seq = &c->seqs[s->seq];
     qwen3i_draft *d = &seq->draft;
     const int len = next->n, evaluated = seq->len - len;
+    qwen3_token there[QWEN3I_MAX_DRAFT];    /* what the backend chose after each */
     qwen3_result r = QWEN3_OK, kept;
     int k;
     qwen3i_feed(s, next->out);
     if (next->ended) return QWEN3_OK;
     d->n = evaluated - 1;
-    for (k = 0; k < d->n && qwen3i_answers(s) && s->forced < 0; k++) {
+    r = qwen3i_choose_guesses(c, d, next, len + 1, there, err);
+    for (k = 0; k < d->n && r == QWEN3_OK && qwen3i_answers(s) && s->forced < 0; k++) {
         const uint64_t rng = next->sampler ? next->sampler->rng : 0;
         const float *logits;
         int right;
         seq->len = len + 1 + k;
         next->room = qwen3i_left(s);
-        r = qwen3i_guess_logits(c, d, k, &logits, err);
-        if (r == QWEN3_OK) r = qwen3i_choose_next(c, next, logits, err);
+        if (there[k] >= 0) qwen3i_chosen_there(c, next, there[k]);
+        else r = qwen3i_guess_logits(c, d, k, &logits, err);
+        if (r == QWEN3_OK && there[k] < 0) r = qwen3i_choose_next(c, next, logits, err);
         right = r == QWEN3_OK && next->out == d->tokens[1 + k] && !next->ended;
         if (r == QWEN3_OK) qwen3i_learn(d, right);
         if (!right && next->sampler) next->sampler->rng = rng;      /* it is chosen again in the next step */
@@ -20215,7 +20265,7 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
     }
     for (i = k = 0; k < active && r == QWEN3_OK; i++) {
         if (streams[i]->seq != next[k].seq) continue;
-        r = qwen3i_sample(c, &next[k], err);
+        r = qwen3i_sample_there(c, &next[k], err);
         if (r == QWEN3_OK && !next[k].ended)
             r = qwen3i_guess(c, streams[i], next[k].out, room - n_guesses, &asked_ms, err);
         if (r == QWEN3_OK && !next[k].ended) {

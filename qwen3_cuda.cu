@@ -938,9 +938,9 @@ const int KEPT       = 3;               /* logits of a sequence: see cuda_ctx */
 struct upload_slot {                    /* pinned memory, copied to its twin on the device or read there */
     row_info       *rows;               /* [max_rows] */
     attention_tile *tiles;              /* [max_rows] */
-    choice         *choices;            /* [max_seqs] */
+    choice         *choices;            /* [choices_at_most] */
     listed         *lists;              /* [LISTED_MAX] */
-    int            *report;             /* [max_seqs] written by the device: the tokens chosen */
+    int            *report;             /* [choices_at_most] written by the device: the tokens chosen */
     unsigned       *masks;              /* [max_seqs, mask_words] bits: which tokens may come */
 };
 
@@ -1027,7 +1027,8 @@ struct cuda_ctx {
     void   *workspace;                          /* of cuBLASLt */
     size_t  workspace_size;
     row_info *rows; attention_tile *tile_list; listed *lists;
-    int    *chosen; u64 *best;                  /* [max_seqs] */
+    int    *chosen;                             /* [max_seqs], and behind them SAME_ROWS guesses' */
+    u64    *best;                               /* [choices_at_most] */
     candidates *listed_keys;                    /* [choice_rows] */
 
     expert_buffers experts;
@@ -1068,8 +1069,9 @@ struct cuda_ctx {
 static int head_rows(const cuda_ctx *c) {
     return least(least(HEAD_ROWS, c->max_rows), most(HEAD_ROWS / 2, c->desc.max_seqs));
 }
-/* Sequences that choose at a time. */
-static int choice_rows(const cuda_ctx *c) { return least(head_rows(c), c->desc.max_seqs); }
+/* Sequences, or rows of guesses, that one call chooses for; and at a time. */
+static int choices_at_most(const cuda_ctx *c) { return most(c->desc.max_seqs, SAME_ROWS); }
+static int choice_rows(const cuda_ctx *c) { return least(head_rows(c), choices_at_most(c)); }
 
 struct pass {                           /* one batch on its way through the layers */
     cuda_ctx          *c;
@@ -9950,22 +9952,23 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
     c->qkv_tickets = a->take<unsigned>((size_t)(g->n_head + g->n_head_kv));
     c->attn_tickets = a->take<unsigned>(attention_tickets(c));
-    c->rows = a->take<row_info>(rows);
+    c->rows = a->take<row_info>((size_t)most(c->max_rows, choices_at_most(c)));
     c->tile_list = a->take<attention_tile>(rows);
     c->listed_keys = a->take<candidates>((size_t)choice_rows(c));
     c->lists = a->take<listed>((size_t)LISTED_MAX);
-    c->chosen = a->take<int>(seqs);
-    c->best = a->take<u64>(seqs);
+    c->chosen = a->take<int>(seqs + SAME_ROWS);
+    c->best = a->take<u64>((size_t)choices_at_most(c));
 }
 
 static void lay_out_pinned(cuda_ctx *c, arena *a) {
-    const size_t rows = (size_t)c->max_rows, seqs = (size_t)c->desc.max_seqs;
+    const size_t rows = (size_t)c->max_rows, seqs = (size_t)c->desc.max_seqs,
+                 choices = (size_t)choices_at_most(c);
     for (int i = 0; i < RING; i++) {
-        c->slots[i].rows = a->take<row_info>(rows);
+        c->slots[i].rows = a->take<row_info>(rows < choices ? choices : rows);
         c->slots[i].tiles = a->take<attention_tile>(rows);
-        c->slots[i].choices = a->take<choice>(seqs);
+        c->slots[i].choices = a->take<choice>(choices);
         c->slots[i].lists = a->take<listed>((size_t)LISTED_MAX);
-        c->slots[i].report = a->take<int>(seqs);
+        c->slots[i].report = a->take<int>(choices);
         c->slots[i].masks = a->take<unsigned>(seqs * (size_t)ceil_div(c->m->config.n_vocab, 32));
     }
     c->host_logits = a->take<float>((size_t)c->m->config.n_vocab);
@@ -10232,10 +10235,10 @@ static qwen3_result fill_ctx(cuda_ctx *c, const qwen3i_err *err) {
     /* for initcheck, which does not see that cuBLASLt writes by bulk stores */
     for (const auto &r : c->results)
         if (r.n > 0) CUDA_TRY(cudaMemsetAsync(r.at, 0, r.n * sizeof(float), c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->best, 0, (size_t)c->desc.max_seqs * sizeof(u64), c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->best, 0, (size_t)choices_at_most(c) * sizeof(u64), c->stream));
     /* read whole */
     CUDA_TRY(cudaMemsetAsync(c->listed_keys, 0, (size_t)choice_rows(c) * sizeof(candidates), c->stream));
-    CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)c->desc.max_seqs * sizeof(int), c->stream));
+    CUDA_TRY(cudaMemsetAsync(c->chosen, 0, (size_t)(c->desc.max_seqs + SAME_ROWS) * sizeof(int), c->stream));
     *c->abandoned = 0;
     if (c->peer_parts) {
         const size_t ranks = (size_t)c->m->n_ranks;
@@ -10518,12 +10521,23 @@ static qwen3_result wait(cuda_ctx *c, const qwen3i_err *err) {
     return wait_for(c, done, err);
 }
 
+/* Need nobody wait for a batch? Rows whose logits are asked for later are, then. */
+static bool is_for_later(const cuda_ctx *c, const qwen3i_batch *b) {
+    bool later = false;
+    for (int i = 0; i < b->n_outs; i++) {
+        const qwen3i_out *o = &b->outs[i];
+        if (o->logits || o->hidden || o->logprob) return false;
+        later = later || o->later;
+    }
+    return later && !c->desc.cancel;
+}
+
 static qwen3_result run_batch(cuda_ctx *c, const qwen3i_batch *b, int n_tiles, const qwen3i_err *err) {
     pass p = make_pass(c, c->stream, b->n_rows, n_tiles, err);
     p.n_outs = b->n_outs;
     TRY(all_layers(&p, true));
     TRY(deliver_all(&p, b));
-    return wait(c, err);
+    return is_for_later(c, b) ? QWEN3_OK : wait(c, err);
 }
 
 /* ---- by halves: while the sums of one half of the rows cross the link, the other half is computed ---- */
@@ -10724,10 +10738,13 @@ static int make_choice(const cuda_ctx *c, const qwen3i_next *item, int index, in
     return 1;
 }
 
-/* Enqueue the choice of a token for n sequences. What a slot holds of it is read where it is, in host
+/* Whose rows the slots of choices are, where those to adjust are copied to, and where the choices go. */
+struct choice_rooms { const float *logits; float *copy; int *chosen; };
+
+/* Enqueue the choice of a token for n sequences or rows. What a slot holds of it is read where it is, in host
    memory. */
 static qwen3_result enqueue_choices(cuda_ctx *c, int n, bool adjust, const upload_slot *slot,
-                                    const qwen3i_err *err) {
+                                    const choice_rooms &of, const qwen3i_err *err) {
     const int vocab = c->m->config.n_vocab, group = choice_rows(c);
     const size_t seen = (size_t)ceil_div(vocab, 32) * 4;
     const bool early = c->m->capability >= 90;
@@ -10735,20 +10752,25 @@ static qwen3_result enqueue_choices(cuda_ctx *c, int n, bool adjust, const uploa
         const int count = least(group, n - i);
         const choice *choices = slot->choices + i;
         const row_info *steps = slot->rows + i;
-        const float *kept = c->kept, *copy = c->logits;
+        const float *copy = of.copy;
         if (adjust) {
-            CUDA_TRY(launch(c->stream, grid2(CHUNKS, count), 256, 0, copy_logits_kernel, c->logits, kept,
+            CUDA_TRY(launch(c->stream, grid2(CHUNKS, count), 256, 0, copy_logits_kernel, of.copy, of.logits,
                             choices, vocab));
-            CUDA_TRY(launch(c->stream, grid1(count), 1024, seen, adjust_kernel, c->logits, choices,
-                            (const listed *)c->lists, (const int *)c->chosen + i, vocab));
+            CUDA_TRY(launch(c->stream, grid1(count), 1024, seen, adjust_kernel, of.copy, choices,
+                            (const listed *)c->lists, (const int *)of.chosen + i, vocab));
         }
         CUDA_TRY(launch_early(early, c->stream, grid2(CHUNKS, count), CHUNK_THREADS, 0, best_kernel,
-                              c->best + i, c->listed_keys, kept, copy, choices, vocab, c->n_choose));
+                              c->best + i, c->listed_keys, of.logits, copy, choices, vocab, c->n_choose));
         CUDA_TRY(launch_early(early, c->stream, grid1(count), CHOOSE_THREADS, sizeof(choose_shared),
-                              choose_kernel, c->rows + i, steps, c->chosen + i, slot->report + i, c->best + i,
-                              (const candidates *)c->listed_keys, kept, copy, choices, vocab, c->n_choose));
+                              choose_kernel, c->rows + i, steps, of.chosen + i, slot->report + i,
+                              c->best + i, (const candidates *)c->listed_keys, of.logits, copy, choices,
+                              vocab, c->n_choose));
     }
     return QWEN3_OK;
+}
+
+static bool may_adjust(const cuda_ctx *c) {
+    return ceil_div(c->m->config.n_vocab, 32) * 4 <= 48 * 1024;
 }
 
 /* Enqueue a step of n sequences: choose from the logits kept after what they hold (and, ahead, the token
@@ -10771,9 +10793,9 @@ static qwen3_result begin_step(cuda_ctx *c, const qwen3i_next *items, int n, int
         r->out_slot = kept_slot(c, items[i].seq, ahead + 1);
         r->out_target = -1;
     }
-    if (adjust && ceil_div(c->m->config.n_vocab, 32) * 4 > 48 * 1024) return QWEN3_ERR_UNSUPPORTED;
+    if (adjust && !may_adjust(c)) return QWEN3_ERR_UNSUPPORTED;
     CUDA_TRY(send(c, c->lists, slot->lists, n_lists));
-    TRY(enqueue_choices(c, n, adjust, slot, err));
+    TRY(enqueue_choices(c, n, adjust, slot, {c->kept, c->logits, c->chosen}, err));
     CUDA_TRY(cudaEventRecord(c->uploaded[*slot_at], c->stream));
     CUDA_TRY(cudaEventRecord(c->reported[*slot_at], c->stream));
     return run_step(c, n, err);
@@ -11163,6 +11185,50 @@ static qwen3_result keep_row(void *ctx_state, int seq, int out, const qwen3i_err
     }, err);
 }
 
+/* How the i-th row after what an item holds is to choose, if those before it were right. */
+static int make_guess_choice(const cuda_ctx *c, const qwen3i_next *item, int out, int i, upload_slot *slot,
+                             int *n_lists) {
+    const bool sampled = item->sampler && item->sampler->temperature > 0;
+    qwen3i_next row = *item;
+    qwen3_sampler sampler;
+    row.n += i;
+    if (sampled) {
+        sampler = *item->sampler;
+        sampler.rng += (u64)i * QWEN3I_RNG_STEP;
+        row.sampler = &sampler;
+    }
+    slot->rows[i] = row_info();
+    if (!make_choice(c, &row, i, 0, slot, &slot->choices[i], n_lists)) return 0;
+    if (out >= 0) slot->choices[i].slot = out + i;
+    return 1;
+}
+
+/* Of rows' logits, copies lie behind the rows themselves; a step begun ahead keeps its choices. */
+static qwen3_result choose(void *ctx_state, const qwen3i_next *item, int out, int n, qwen3_token *chosen,
+                           const qwen3i_err *err) {
+    cuda_ctx *c = (cuda_ctx *)ctx_state;
+    const size_t vocab = (size_t)c->m->config.n_vocab;
+    device_guard guard(c->m->device);
+    bool adjust = false;
+    int n_lists = 0, at;
+    CUDA_TRY(guard.status);
+    TRY(begin_upload(c, &at, err));
+    upload_slot *slot = &c->slots[at];
+    for (int i = 0; i < n; i++) {
+        if (!make_guess_choice(c, item, out, i, slot, &n_lists)) return QWEN3_ERR_UNSUPPORTED;
+        adjust = adjust || slot->choices[i].adjust;
+    }
+    if (adjust && (!may_adjust(c) || (out >= 0 && head_rows(c) < 2 * SAME_ROWS))) return QWEN3_ERR_UNSUPPORTED;
+    CUDA_TRY(send(c, c->lists, slot->lists, n_lists));
+    const choice_rooms kept = {c->kept, c->logits, c->chosen + c->desc.max_seqs},
+                       rows = {c->logits, c->logits + SAME_ROWS * vocab, kept.chosen};
+    TRY(enqueue_choices(c, n, adjust, slot, out >= 0 ? rows : kept, err));
+    CUDA_TRY(cudaEventRecord(c->uploaded[at], c->stream));
+    TRY(wait_for(c, c->uploaded[at], err));
+    for (int i = 0; i < n; i++) chosen[i] = slot->report[i];
+    return QWEN3_OK;
+}
+
 static size_t kv_row_bytes(const cuda_ctx *c) {
     return (size_t)c->kv_dim * qwen3i_type_size((qwen3i_type)c->desc.kv_type);
 }
@@ -11265,7 +11331,7 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
         QWEN3_VERSION, "cuda", 2048,
         create_model, free_model, device_name,
         ctx_memory, create_ctx, free_ctx, forward, logits, next, seq_copy, kv_read, kv_write, set_logits,
-        row_logits, keep_row,
+        row_logits, keep_row, choose,
         1, 1, 0, 0,                     /* matrices in blocks, experts; orders and factors: on the CPU alone */
 #ifdef QWEN3_CUDA_NCCL
         1,                              /* several devices */
