@@ -889,6 +889,7 @@ struct cuda_model {
     /* bytes of shared memory: the most of a block; of a multiprocessor */
     size_t          block_shared, sm_shared;
     size_t          cache_bytes;                /* of the L2 */
+    float           stream;                     /* bytes that memory gives in a microsecond, about */
     char            name[256];
     char           *memory;                     /* all weights */
     layer_weights  *layers;
@@ -2228,6 +2229,15 @@ static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weig
 }
 
 /* Is there such a device, does the driver know this CUDA, and has this build code for the chip? */
+/* Of what the chip's data sheet says, seven eighths come. */
+static qwen3_result find_stream(cuda_model *m, const qwen3i_err *err) {
+    int khz = 0, bits = 0;
+    CUDA_TRY(cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, m->device));
+    CUDA_TRY(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, m->device));
+    m->stream = most((float)khz * 2e-3f * (float)bits / 8 * 0.875f, 1.0f);
+    return QWEN3_OK;
+}
+
 static qwen3_result open_device(cuda_model *m, int device, const qwen3i_err *err) {
     int n = 0;
     cudaError_t e = cudaGetDeviceCount(&n);
@@ -2253,6 +2263,7 @@ static qwen3_result open_device(cuda_model *m, int device, const qwen3i_err *err
     m->sm_shared = prop.sharedMemPerMultiprocessor;
     m->cache_bytes = (size_t)prop.l2CacheSize;
     m->capability = prop.major * 10 + prop.minor;
+    TRY(find_stream(m, err));
     snprintf(m->name, sizeof m->name, "%s", prop.name);
     if (m->capability < 75)
         return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: %s has compute capability %d.%d; 7.5 is the least",
@@ -2994,6 +3005,10 @@ DEVICE void store_row(half_t *to, const float (&v)[4], const row_scale &s) {
     store_n(to, h);
 }
 
+/* Where products norm up to 8 rows themselves, a warp has one: a lane so many times four elements. */
+const int SKINNY_VECTORS = 8;
+const int SKINNY_WIDTH   = SKINNY_VECTORS * 4 * 32;
+
 /* What a norm reads, and the row scales that its product leaves to the one after it. */
 struct norm_args { const float *x; int ldx; const float *gain, *bounds; float eps; float *ff_scale; };
 
@@ -3043,6 +3058,8 @@ static cudaError_t launch_hopper_norm(const pass *p, const norm_args &a) {
     const int width = c->m->config.n_embd;
     norm_shape s = rmsnorm_shape(width / 4, false, p->n);
     s.lanes = round_up(s.lanes, 32);
+    /* in the order of products that norm their input */
+    if (c->desc.invariant && p->n <= SAME_ROWS && width <= SKINNY_WIDTH) s = {SKINNY_VECTORS, 32, 1};
     s.together = p->n > 512 && s.lanes == 32 ? 8 : 1;
 #define QWEN3_SHAPE(K) \
     case K: \
@@ -4049,9 +4066,7 @@ const int SKINNY_X_TILE  = 32;             /* rows of x that are loaded at once 
 const int SKINNY_THREADS = 288;            /* two warpgroups that multiply, a warp that loads */
 const int SKINNY_LD      = HOPPER_M + 4;     /* floats from a row of sums to the next: no bank twice */
 const int SKINNY_PARTS   = 8;              /* blocks of a cluster, at most */
-const int SKINNY_NORM    = 8;              /* rows that its blocks norm themselves, one a warp, ... */
-const int SKINNY_VECTORS = 8;              /* ... of which a lane has so many times four elements, so ... */
-const int SKINNY_WIDTH   = SKINNY_VECTORS * 4 * 32;   /* ... of at most so many */
+const int SKINNY_NORM    = 8;              /* rows that its blocks norm themselves, one a warp */
 const int SKINNY_SHARED  = 112 << 10;      /* bytes of a block: a multiprocessor has room for two */
 
 /* SUMS take the place of the stages. */
@@ -4308,13 +4323,13 @@ static hopper_args hopper_arguments(const pass *p, const matrix &w, const float 
     return a;
 }
 
-/* About how many microseconds so many blocks, all at once, need for so many steps each: the busiest
-   multiprocessor takes in 45 KB of W and x in one, memory gives 22.5 KB of W for each, and the rest of a
-   kernel takes 3. */
-static float skinny_time(const pass *p, int blocks, int steps, int m, int r) {
-    const float w = (float)(m * HOPPER_K * 2), x = (float)(r * HOPPER_K * 2), n_sm = (float)p->c->m->n_sm;
-    const float in = (float)ceil_div(blocks, p->c->m->n_sm) * (w + x) / 45e3f,
-                from = (float)blocks * w / n_sm / 22.5e3f;
+/* About how many microseconds so many blocks in clusters, all at once, need for so many steps each: the
+   busiest multiprocessor takes in 45 KB of W and x in one, memory gives a share of W for each, and the rest of
+   a kernel takes 3. Clusters of four and more do not find places for one block on each multiprocessor. */
+static float skinny_time(const pass *p, int blocks, int parts, int steps, int m, int r) {
+    const float w = (float)(m * HOPPER_K * 2), x = (float)(r * HOPPER_K * 2);
+    const int busiest = parts >= 4 ? 2 : ceil_div(blocks, p->c->m->n_sm);
+    const float in = (float)busiest * (w + x) / 45e3f, from = (float)blocks * w / p->c->m->stream;
     return 3 + (float)steps * (in > from ? in : from);
 }
 
@@ -4326,8 +4341,8 @@ static skinny_plan skinny_better(const pass *p, const hopper_args &a, int m, int
     const int tiles = a.n_tiles * (HOPPER_M / m), steps = a.k / HOPPER_K;
     for (int i = 0, parts = 1; parts <= SKINNY_PARTS && steps % parts == 0; i++, parts *= 2) {
         const int room = p->c->skinny_room[i], left = tiles % room;
-        const float time = (float)(tiles / room) * skinny_time(p, room * parts, steps / parts, m, r) +
-                           (left ? skinny_time(p, left * parts, steps / parts, m, r) : 0);
+        const float time = (float)(tiles / room) * skinny_time(p, room * parts, parts, steps / parts, m, r) +
+                           (left ? skinny_time(p, left * parts, parts, steps / parts, m, r) : 0);
         if (best.m == 0 || time <= best.time) best = {m, parts, steps / parts, time};
     }
     return best;
@@ -5123,7 +5138,7 @@ DEVICE int tile_at(int row, int chunk) { return row * HEAD_DIM + ((chunk ^ (row 
    turn. q and the weights p go in as TERMS 16-bit terms each (2 of F16, 3 of BF16), so what is lost is
    float32's rounding, not theirs; each turn's sums start from zero and are added in float32. The blocks of a
    cluster (`ranks`, sm_90 on) join their parts in each other's shared memory: each finishes a slice of the
-   outputs. A further cluster helps with every DECODE_LEAST positions; then the block that finishes a slice
+   outputs. A further cluster helps where a block would have more than DECODE_EACH positions; then the block that finishes a slice
    last joins those of all clusters, in order. Grid (clusters * ranks, n_head_kv * ceil(group / 8), rows).
    Order of the sums: a warp's turns, warps, blocks, clusters; it depends on the row's own length and the
    grid's shape. Equals qwen3i_attention. Needs head_dim 128 and a 16-bit cache. */
@@ -5135,8 +5150,9 @@ const int DECODE_ROUND  = DECODE_WARPS * DECODE_POS;
 const int DECODE_PIECES = 3;
 /* of rows in shared memory: different banks for different heads */
 const int DECODE_PITCH  = HEAD_DIM + 4;
-const int DECODE_LEAST  = 4096;
+const int DECODE_EACH   = 512;            /* positions of a block, before a further cluster helps */
 const int DECODE_CLUSTERS = 16;         /* at most */
+const int DECODE_SAME   = 8;              /* see shape_decode */
 
 struct decode_shared {
     /* then each warp's part: float [HEADS][PITCH] */
@@ -5171,7 +5187,7 @@ DEVICE decode_share share_of_block(const attention_args &a) {
     w.rank = block_x() % a.ranks;
     w.cluster = block_x() / a.ranks;
     w.clusters = (int)gridDim.x / a.ranks;
-    w.active = least(ceil_div(n, a.ranks * (DECODE_LEAST / DECODE_RANKS)), w.clusters);
+    w.active = least(ceil_div(n, a.ranks * DECODE_EACH), w.clusters);
     const int length = round_up(ceil_div(n, w.active * a.ranks), DECODE_POS);
     w.begin = block_x() * length;
     w.end = least(w.begin + length, n);
@@ -5449,17 +5465,21 @@ static __global__ void __launch_bounds__(32 * DECODE_WARPS, TERMS == 2 ? 2 : 1)
 /* How attention_decode is launched for rows of n_groups groups of heads: ranks 0: not at all. */
 struct decode_shape { int ranks, clusters, n_groups; };
 
-/* Two blocks fit on a multiprocessor, but one each leaves room for the kernels before and after. */
+/* Two blocks fit on a multiprocessor, but one each leaves room for the kernels before and after. In an
+   invariant context all numbers of rows have the shape of DECODE_SAME, with as many clusters as its room for
+   positions can use and half a chip holds: one row of them alone has work for no more. */
 static decode_shape shape_decode(const pass *p, const attention_args &a) {
     const cuda_model *m = p->c->m;
     const bool halves = p->c->desc.kv_type != QWEN3_KV_F32, clusters = m->capability >= 90;
-    const int rows = rows_to_split(p->c, p->n);
+    const bool same = p->c->desc.invariant && p->n <= SAME_ROWS;
+    const int rows = same ? DECODE_SAME : p->n;
     decode_shape s = {0, 1, a.n_head_kv * ceil_div(a.n_head / a.n_head_kv, DECODE_HEADS)};
     if (!halves || a.head_dim != HEAD_DIM || m->capability < 80 || sizeof(decode_shared) > m->block_shared)
         return s;
     s.ranks = 1;
     while (clusters && s.ranks < DECODE_RANKS && 2 * s.ranks * s.n_groups * rows <= 2 * m->n_sm) s.ranks *= 2;
-    s.clusters = least(most(m->n_sm / (s.ranks * s.n_groups * rows), 1), DECODE_CLUSTERS);
+    s.clusters = least(most(m->n_sm / (s.ranks * s.n_groups * (same ? 2 : rows)), 1), DECODE_CLUSTERS);
+    if (same) s.clusters = least(s.clusters, ceil_div(p->c->desc.max_ctx, s.ranks * DECODE_EACH));
     return s;
 }
 template <class T, int TERMS>
@@ -9724,14 +9744,15 @@ static void hopper_memory(cuda_ctx *c, arena *a);
 static qwen3_result prepare_nothing(cuda_ctx *, const qwen3i_err *) { return QWEN3_OK; }
 static qwen3_result prepare_hopper(cuda_ctx *c, const qwen3i_err *err);
 
-/* Up to SAME_ROWS rows alike: no product norms its input, as some do for so many rows and others not. */
+/* Up to SAME_ROWS rows alike. Matrix-vector products norm no input, as some would for so many rows and others
+   not; those of Hopper's that do for up to SKINNY_NORM rows have the order of the norm's kernel. */
 const path SAME_VECTOR_PATH = {
     vector_norm, NULL, vector_qkv, rows_attention, vector_o_proj, vector_mlp, vector_down, vector_head, false,
     false
 };
 const path SAME_SKINNY_PATH = {
-    hopper_norm, NULL, skinny_qkv, rows_attention, skinny_o_proj, skinny_mlp, skinny_down, skinny_head,
-    false, true
+    hopper_norm, skinny_norms_itself, skinny_qkv, rows_attention, skinny_o_proj, skinny_mlp, skinny_down,
+    skinny_head, false, true
 };
 
 const path_set PORTABLE = {

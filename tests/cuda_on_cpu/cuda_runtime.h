@@ -582,9 +582,11 @@ template <class K> cudaError_t cudaOccupancyMaxActiveClusters(int *clusters, K *
     *clusters = 2 * emulated_sms / (int)c->attrs[0].val.clusterDim.x;
     return emulated_call();
 }
-enum cudaDeviceAttr { cudaDevAttrCooperativeLaunch, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr { cudaDevAttrCooperativeLaunch, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                      cudaDevAttrMemoryClockRate, cudaDevAttrGlobalMemoryBusWidth };
 static inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
-    *value = what == cudaDevAttrCooperativeLaunch ? 1 : 232448;
+    static const int values[] = {1, 232448, 2619000, 5120};
+    *value = values[what];
     return cudaSuccess;
 }
 
