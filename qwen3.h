@@ -12114,6 +12114,7 @@ static const qwen3i_pairs *qwen3i_find_pairs(void) {
    ================================================================================================ */
 #define QWEN3I_PANEL_ROWS 64            /* rows of a matrix in Q8_0 or FP8, of QWEN3I_K_BLOCK columns, that
                                            become float32 at a time */
+#define QWEN3I_ROWS_ALONE 8               /* rows of x, up to which such a matrix is not unpacked for them */
 #define QWEN3I_PANEL_LD (QWEN3I_K_BLOCK + 16)   /* floats between them: powers of two collide in caches */
 
 typedef union qwen3i_panels {           /* one lane's part of a matrix, unpacked */
@@ -12248,19 +12249,20 @@ typedef struct qwen3i_matmul_args {
     const qwen3i_pairs  *pairs;
 } qwen3i_matmul_args;
 
-/* A matrix in Q8_0 or FP8 becomes float32 panel by panel: a part that the second-level cache holds, or none
-   for one row of x. The sums run as for a matrix of numbers, so their bits do not depend on the panels. */
+/* A matrix in Q8_0 or FP8 becomes float32 panel by panel: a part that the second-level cache holds. For few rows
+   of x, each by itself, that would cost more than it saves. The sums run as for a matrix of numbers, so their
+   bits do not depend on the panels. */
 static void qwen3i_matmul_bytes(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
                               int begin, int end, int t, int n, float *panel) {
     size_t row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols), cols = (size_t)w->cols;
+    const int few = n <= QWEN3I_ROWS_ALONE && w->cols % qwen3i_format_of(w->type)->elements == 0;
     int r, k, i, m, n_k;
-    if (n == 1 && w->cols % qwen3i_format_of(w->type)->elements == 0) {
-        a->simd->dot_bytes(y, (const char *)w->data + (size_t)begin * row_bytes, row_bytes, w->type,
-                           end - begin, a->x + (size_t)t * cols, w->cols, a->add);
-        return;
-    }
     for (r = begin; r < end; r += m, y += m) {
-        m = qwen3i_min(QWEN3I_PANEL_ROWS, end - r);
+        m = few && n == 1 ? end - r : qwen3i_min(QWEN3I_PANEL_ROWS, end - r);
+        for (i = 0; few && i < n; i++)
+            a->simd->dot_bytes(y + (size_t)i * ldy, (const char *)w->data + (size_t)r * row_bytes, row_bytes,
+                               w->type, m, a->x + (size_t)(t + i) * cols, w->cols, a->add);
+        if (few) continue;
         for (k = 0; k < w->cols; k += n_k) {
             const char *at = (const char *)w->data + (size_t)r * row_bytes + qwen3i_row_bytes(w->type, k);
             n_k = qwen3i_min(QWEN3I_K_BLOCK, w->cols - k);
@@ -18510,6 +18512,9 @@ typedef struct qwen3i_draft {           /* what a sequence speculates with */
     double      rate;                   /* share of the guesses that were right lately, */
     int         trials;                 /* and of how many at most QWEN3I_TRIALS */
     int         idle, patience;         /* steps since the last guess; after so many one is tried */
+    int         right;                  /* of the last step's guesses */
+    int         asked;                  /* this step's guesses are those of the smaller model */
+    double      credit;                 /* plain steps that guesses may take before they bring as many tokens */
 } qwen3i_draft;
 
 typedef struct qwen3i_seq {
@@ -19998,10 +20003,11 @@ static qwen3_result qwen3i_draft_begin(qwen3_ctx *c, int seq, const qwen3_gen_de
     qwen3_result r = gen->draft ? qwen3i_check_draft(c, seq, gen->draft, err) : QWEN3_OK;
     if (r == QWEN3_OK) r = qwen3i_check_head(c->model, err);
     if (r != QWEN3_OK) return r;
-    d->n = d->idle = 0;
+    d->n = d->right = d->idle = 0;
     d->patience = QWEN3I_PATIENCE;
     d->rate = 0.7;
     d->trials = 2;                      /* what is assumed counts as much */
+    d->credit = 1;
     if (most <= d->most) return QWEN3_OK;
     qwen3i_draft_free(c, d);
     d->logits = (float *)qwen3i_alloc(&c->desc.allocator, qwen3i_draft_bytes(c, most));
@@ -20021,20 +20027,38 @@ static double qwen3i_guess_ms(const qwen3i_pace *p, int n) {
     return p->step_ms[below] + slope * (n - below);
 }
 
-/* How many guesses bring the most tokens for their time; 0: none is worth it. Now and then one is tried. */
+/* Steps with this many guesses may be tried: twice as many as were measured, and two. */
+static int qwen3i_draft_limit(const qwen3i_pace *p) {
+    int n = QWEN3I_MAX_DRAFT;
+    while (n > 0 && p->step_ms[n] <= 0) n--;
+    return 2 * n + 2;
+}
+
+/* How many guesses bring the most tokens for their time; 0: none is worth it, or too many were in vain. Now and
+   then two are tried. */
 static int qwen3i_draft_count(const qwen3i_pace *p, const qwen3i_draft *d, int most, int by_model) {
     double best, tokens = 1, chance = 1;
     int n, count = 0;
     if (p->always_guess) return most;
-    if (p->step_ms[0] <= 0) return 0;   /* first a step to compare with */
+    if (p->step_ms[0] <= 0 || d->credit < 0) return 0;      /* first a step to compare with */
     best = 1 / p->step_ms[0];
+    most = qwen3i_min(most, qwen3i_draft_limit(p));
     for (n = 1; n <= most; n++) {
         const double ms = qwen3i_guess_ms(p, n) + (by_model ? n * p->draft_ms : 0);
         chance *= d->rate;
         tokens += chance;
         if (tokens > best * ms) { best = tokens / ms; count = n; }
     }
-    return count == 0 && d->idle >= d->patience ? qwen3i_min(most, 4) : count;
+    return count == 0 && d->idle >= d->patience ? qwen3i_min(most, 2) : count;
+}
+
+/* Each step earns a fiftieth of one; guesses cost their time and bring the tokens that were right. So they
+   never cost much more than that, however wrong what is expected of them is. */
+static void qwen3i_draft_settle(const qwen3i_pace *p, qwen3i_draft *d, int right) {
+    d->credit += 0.02;
+    if (d->n > 0 && p->step_ms[0] > 0)
+        d->credit += 1 + right - (qwen3i_guess_ms(p, d->n) + d->asked * d->n * p->draft_ms) / p->step_ms[0];
+    if (d->credit > 4) d->credit = 4;
 }
 
 /* Prompt lookup: what followed when the sequence's last tokens were said before. The longest match counts, of
@@ -20111,6 +20135,8 @@ static int qwen3i_may_guess(qwen3_ctx *c, const qwen3_stream *s) {
     qwen3_token next;
     if (s->gen.draft_tokens == 0) return 0;
     d->idle++;
+    qwen3i_draft_settle(&c->pace, d, d->right);
+    d->n = d->right = 0;
     if (!c->model->backend->next || c->pace.always_guess) return 1;
     if (s->gen.draft && qwen3i_draft_count(&c->pace, d, s->gen.draft_tokens, 1) > 0) return 1;
     if (qwen3i_draft_count(&c->pace, d, s->gen.draft_tokens, 0) == 0) return 0;
@@ -20138,7 +20164,7 @@ static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_toke
     qwen3_result r = QWEN3_OK;
     most = qwen3i_min(qwen3i_min(most, s->gen.draft_tokens), qwen3i_min(d->most, c->desc.max_ctx - n));
     if (s->gen.max_tokens > 0) most = qwen3i_min(most, s->gen.max_tokens - s->n_tokens - 1);
-    d->n = 0;
+    d->n = d->asked = 0;
     d->tokens[0] = chosen;
     if (s->gen.draft_tokens == 0 || most <= 0) return QWEN3_OK;
     seq->tokens[seq->len] = chosen;
@@ -20147,6 +20173,7 @@ static qwen3_result qwen3i_guess(qwen3_ctx *c, const qwen3_stream *s, qwen3_toke
     if (d->n > 0) d->n = qwen3i_draft_count(&c->pace, d, d->n, 0);
     else if (s->gen.draft && (most = qwen3i_draft_count(&c->pace, d, most, 1)) > 0) {
         behind = n - s->gen.draft->seqs[s->seq].len;
+        d->asked = 1;
         r = qwen3i_draft_ask(s->gen.draft, s->seq, seq->tokens, n, d->tokens + 1, most, &d->n, err);
         *asked_ms += qwen3i_now_ms() - start;
         if (d->n > 0 && behind <= QWEN3I_MAX_DRAFT)
@@ -20233,6 +20260,7 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     seq->len = len + evaluated;
     c->stats.n_drafted += d->n;
     c->stats.n_accepted += k;
+    d->right = k;
     if (k == d->n && seq->fresh) return r;
     qwen3i_truncate(seq, len + 1 + k);
     kept = qwen3i_keep_guess(c, s->seq, k, err);
@@ -20291,7 +20319,7 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
     if (r == QWEN3_OK && n_items == 1 && !c->pace.chosen_there &&
         (n_guesses > 0 || !c->model->backend->next)) {
         const double ms = qwen3i_now_ms() - start - asked_ms;
-        if (c->pace.warm[n_guesses]) qwen3i_smooth(&c->pace.step_ms[n_guesses], ms);
+        if (c->pace.warm[n_guesses] || !c->model->backend->next) qwen3i_smooth(&c->pace.step_ms[n_guesses], ms);
         c->pace.warm[n_guesses] = 1;
     }
     c->pace.chosen_there = 0;
