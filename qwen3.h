@@ -974,10 +974,10 @@ struct qwen3_backend {
        NULL, both of them: forward delivers them. */
     qwen3_result (*row_logits)(void *ctx_state, int out, const float **logits, const qwen3i_err *err);
     qwen3_result (*keep_row)(void *ctx_state, int seq, int out, const qwen3i_err *err);
-    /* What follows n rows of a sequence, at most QWEN3I_SAME_ROWS, as next() chooses it: chosen[i] comes after
-       item->tokens[0 .. item->n + i) and i choices before it, by the logits of out `out + i`, as row_logits(); or
-       by the kept ones (out -1, n 1). -1: these logits allow none. The item and its sampler stay as they are;
-       neither mask nor filter. NULL, or QWEN3_ERR_UNSUPPORTED: the core does it. */
+    /* What follows n rows of a sequence, at most QWEN3I_SAME_ROWS, as next() chooses it: chosen[i] comes
+       after item->tokens[0 .. item->n + i) and i choices before it, by the logits of out `out + i`, as
+       row_logits(); or by the kept ones (out -1, n 1). -1: these logits allow none. The item and its sampler
+       stay as they are; neither mask nor filter. NULL, or QWEN3_ERR_UNSUPPORTED: the core does it. */
     qwen3_result (*choose)(void *ctx_state, const qwen3i_next *item, int out, int n, qwen3_token *chosen,
                            const qwen3i_err *err);
     int         block_types;            /* does it multiply by any format? 0: only F32, F16 and BF16 */
@@ -12249,9 +12249,9 @@ typedef struct qwen3i_matmul_args {
     const qwen3i_pairs  *pairs;
 } qwen3i_matmul_args;
 
-/* A matrix in Q8_0 or FP8 becomes float32 panel by panel: a part that the second-level cache holds. For few rows
-   of x, each by itself, that would cost more than it saves. The sums run as for a matrix of numbers, so their
-   bits do not depend on the panels. */
+/* A matrix in Q8_0 or FP8 becomes float32 panel by panel: a part that the second-level cache holds. For few
+   rows of x, each by itself, that would cost more than it saves. The sums run as for a matrix of numbers, so
+   their bits do not depend on the panels. */
 static void qwen3i_matmul_bytes(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
                               int begin, int end, int t, int n, float *panel) {
     size_t row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols), cols = (size_t)w->cols;
@@ -18514,7 +18514,11 @@ typedef struct qwen3i_draft {           /* what a sequence speculates with */
     int         idle, patience;         /* steps since the last guess; after so many one is tried */
     int         right;                  /* of the last step's guesses */
     int         asked;                  /* this step's guesses are those of the smaller model */
-    double      credit;                 /* plain steps that guesses may take before they bring as many tokens */
+    double      credit;                 /* plain steps that guesses may take before they bring tokens */
+    qwen3_token known;                  /* chosen already: what follows so many tokens, ... */
+    int         known_len;
+    int64_t     known_call;             /* ... in this call of the caller's, as this sampler has it */
+    qwen3_sampler known_by;
 } qwen3i_draft;
 
 typedef struct qwen3i_seq {
@@ -18566,6 +18570,7 @@ struct qwen3_ctx {
     qwen3i_masker     *masker;          /* NULL until a grammar is used */
     qwen3_stats        stats;
     qwen3i_pace        pace;
+    int64_t            n_calls;         /* of public functions */
     char               error[256];
     void              *memory;          /* all of the above lies in one block */
     size_t             memory_size;
@@ -18587,6 +18592,7 @@ static int qwen3i_poll_cancel(void *user) {
 static qwen3_result qwen3i_enter(qwen3_ctx *c, qwen3i_err *err) {
     if (!c) return QWEN3_ERR_ARG;
     *err = qwen3i_ctx_err(c);
+    c->n_calls++;
     c->pace.n_steps = 0;
     c->pace.insist = c->pace.starved;
     c->pace.starved = 0;
@@ -20034,8 +20040,8 @@ static int qwen3i_draft_limit(const qwen3i_pace *p) {
     return 2 * n + 2;
 }
 
-/* How many guesses bring the most tokens for their time; 0: none is worth it, or too many were in vain. Now and
-   then two are tried. */
+/* How many guesses bring the most tokens for their time; 0: none is worth it, or too many were in vain. Now
+   and then two are tried. */
 static int qwen3i_draft_count(const qwen3i_pace *p, const qwen3i_draft *d, int most, int by_model) {
     double best, tokens = 1, chance = 1;
     int n, count = 0;
@@ -20094,11 +20100,34 @@ static void qwen3i_chosen_there(const qwen3_ctx *c, qwen3i_next *next, qwen3_tok
     if (next->sampler && next->sampler->temperature > 0) next->sampler->rng += QWEN3I_RNG_STEP;
 }
 
+/* Within a call only on_text can change a sampler; where it could unseen, nothing counts as known. */
+static int qwen3i_same_sampler(const qwen3_sampler *a, const qwen3_sampler *b) {
+    return a->temperature == b->temperature && a->top_p == b->top_p && a->min_p == b->min_p &&
+           a->top_k == b->top_k && a->repeat_penalty == b->repeat_penalty && a->rng == b->rng &&
+           a->presence_penalty == b->presence_penalty && a->penalty_last_n == b->penalty_last_n &&
+           a->n_bias + b->n_bias == 0;
+}
+
+/* What follows the guesses that were right was chosen with them. -1: it was not, or it may be another now. */
+static qwen3_token qwen3i_known(const qwen3_ctx *c, const qwen3i_next *next) {
+    const qwen3i_seq *s = &c->seqs[next->seq];
+    const qwen3i_draft *d = &s->draft;
+    return d->known_call == c->n_calls && d->known_len == s->len && next->sampler &&
+           qwen3i_same_sampler(next->sampler, &d->known_by) ? d->known : -1;
+}
+static void qwen3i_now_known(const qwen3_ctx *c, const qwen3i_next *next, int len, qwen3_token t) {
+    qwen3i_draft *d = &c->seqs[next->seq].draft;
+    d->known = t;
+    d->known_len = len;
+    d->known_call = c->n_calls;
+    if (next->sampler) d->known_by = *next->sampler;
+}
+
 /* Choose what follows a sequence, with the backend if it can: then the logits need not come to the host. */
 static qwen3_result qwen3i_sample_there(qwen3_ctx *c, qwen3i_next *next, const qwen3i_err *err) {
-    qwen3_token t = -1;
+    qwen3_token t = qwen3i_known(c, next);
     qwen3_result r = qwen3i_refresh(c, next->seq, err);
-    if (r == QWEN3_OK) r = qwen3i_choose_there(c, next, c->seqs[next->seq].len, -1, 1, &t, err);
+    if (r == QWEN3_OK && t < 0) r = qwen3i_choose_there(c, next, c->seqs[next->seq].len, -1, 1, &t, err);
     if (r == QWEN3_OK && t >= 0) qwen3i_chosen_there(c, next, t);
     else if (r == QWEN3_OK || r == QWEN3_ERR_UNSUPPORTED) r = qwen3i_sample(c, next, err);
     return r;
@@ -20212,13 +20241,14 @@ static qwen3_result qwen3i_keep_guess(qwen3_ctx *c, int seq, int k, const qwen3i
                                          d->logits + (size_t)k * (size_t)c->model->config.n_vocab, err);
 }
 
-/* All of them at once, as if the guesses were right; -1 where the host has to choose. */
+/* What follows the token before the guesses, and each of them, chosen at once, as if they were right; -1: the
+   host has to choose. */
 static qwen3_result qwen3i_choose_guesses(qwen3_ctx *c, const qwen3i_draft *d, qwen3i_next *next, int len,
                                           qwen3_token *chosen, const qwen3i_err *err) {
     qwen3_result r = QWEN3_ERR_UNSUPPORTED;
     int k;
-    if (d->n > 0 && c->pace.later) r = qwen3i_choose_there(c, next, len, d->out, d->n, chosen, err);
-    if (r != QWEN3_OK) for (k = 0; k < d->n; k++) chosen[k] = -1;
+    if (d->n > 0 && c->pace.later) r = qwen3i_choose_there(c, next, len, d->out, d->n + 1, chosen, err);
+    if (r != QWEN3_OK) for (k = 0; k <= d->n; k++) chosen[k] = -1;
     return r == QWEN3_ERR_UNSUPPORTED ? QWEN3_OK : r;
 }
 
@@ -20235,7 +20265,7 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     qwen3i_seq *seq = &c->seqs[s->seq];
     qwen3i_draft *d = &seq->draft;
     const int len = next->n, evaluated = seq->len - len;
-    qwen3_token there[QWEN3I_MAX_DRAFT];    /* what the backend chose after each */
+    qwen3_token there[1 + QWEN3I_MAX_DRAFT];    /* what the backend chose */
     qwen3_result r = QWEN3_OK, kept;
     int k;
     qwen3i_feed(s, next->out);
@@ -20261,6 +20291,7 @@ static qwen3_result qwen3i_verify(qwen3_ctx *c, qwen3_stream *s, qwen3i_next *ne
     c->stats.n_drafted += d->n;
     c->stats.n_accepted += k;
     d->right = k;
+    if (r == QWEN3_OK) qwen3i_now_known(c, next, len + 1 + k, there[k]);
     if (k == d->n && seq->fresh) return r;
     qwen3i_truncate(seq, len + 1 + k);
     kept = qwen3i_keep_guess(c, s->seq, k, err);

@@ -108,9 +108,10 @@ const int GROUP_LEAST   = 64, GROUP_LEAST_BLOCKS = 24;
 #endif
 const int MOST_HELPERS  = 14;
 const int MATVEC_ROWS   = 8;            /* up to here matrix-vector kernels, then cuBLASLt */
-/* in an invariant context a row of up to so many has the bits that it has alone, ... */
+/* in an invariant context a row of up to so many has the bits that it has alone; where its attention is not
+   attention_decode's, it is split as that of ... rows */
 const int SAME_ROWS     = QWEN3I_SAME_ROWS;
-const int SAME_SPLIT    = 4;            /* ... and its attention is split as that of so many rows */
+const int SAME_SPLIT    = 4;
 const int MATVEC_WARPS  = 8;
 const int MATVEC_TILE   = 8192;         /* floats of x that a block holds at a time */
 const int HEAD_ROWS     = 64;           /* the most rows whose logits are computed at a time */
@@ -4341,8 +4342,9 @@ static skinny_plan skinny_better(const pass *p, const hopper_args &a, int m, int
     const int tiles = a.n_tiles * (HOPPER_M / m), steps = a.k / HOPPER_K;
     for (int i = 0, parts = 1; parts <= SKINNY_PARTS && steps % parts == 0; i++, parts *= 2) {
         const int room = p->c->skinny_room[i], left = tiles % room;
-        const float time = (float)(tiles / room) * skinny_time(p, room * parts, parts, steps / parts, m, r) +
-                           (left ? skinny_time(p, left * parts, parts, steps / parts, m, r) : 0);
+        const float full = skinny_time(p, room * parts, parts, steps / parts, m, r),
+                    rest = left ? skinny_time(p, left * parts, parts, steps / parts, m, r) : 0,
+                    time = (float)(tiles / room) * full + rest;
         if (best.m == 0 || time <= best.time) best = {m, parts, steps / parts, time};
     }
     return best;
@@ -11239,7 +11241,8 @@ static qwen3_result choose(void *ctx_state, const qwen3i_next *item, int out, in
         if (!make_guess_choice(c, item, out, i, slot, &n_lists)) return QWEN3_ERR_UNSUPPORTED;
         adjust = adjust || slot->choices[i].adjust;
     }
-    if (adjust && (!may_adjust(c) || (out >= 0 && head_rows(c) < 2 * SAME_ROWS))) return QWEN3_ERR_UNSUPPORTED;
+    if (adjust && (!may_adjust(c) || (out >= 0 && head_rows(c) < 2 * SAME_ROWS)))
+        return QWEN3_ERR_UNSUPPORTED;
     CUDA_TRY(send(c, c->lists, slot->lists, n_lists));
     const choice_rooms kept = {c->kept, c->logits, c->chosen + c->desc.max_seqs},
                        rows = {c->logits, c->logits + SAME_ROWS * vocab, kept.chosen};
