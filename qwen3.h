@@ -12114,7 +12114,7 @@ static const qwen3i_pairs *qwen3i_find_pairs(void) {
    ================================================================================================ */
 #define QWEN3I_PANEL_ROWS 64            /* rows of a matrix in Q8_0 or FP8, of QWEN3I_K_BLOCK columns, that
                                            become float32 at a time */
-#define QWEN3I_ROWS_ALONE 8               /* rows of x, up to which such a matrix is not unpacked for them */
+#define QWEN3I_ROWS_ALONE 8             /* rows of x, up to which such a matrix is not unpacked for them */
 #define QWEN3I_PANEL_LD (QWEN3I_K_BLOCK + 16)   /* floats between them: powers of two collide in caches */
 
 typedef union qwen3i_panels {           /* one lane's part of a matrix, unpacked */
@@ -20002,6 +20002,15 @@ static qwen3_result qwen3i_check_draft(const qwen3_ctx *c, int seq, const qwen3_
     return qwen3i_check_head(draft->model, err);
 }
 
+/* A reply begins. */
+static void qwen3i_draft_start(qwen3i_draft *d) {
+    d->n = d->right = d->idle = 0;
+    d->patience = QWEN3I_PATIENCE;
+    d->rate = 0.7;
+    d->trials = 2;                      /* what is assumed counts as much */
+    d->credit = 1;
+}
+
 static qwen3_result qwen3i_draft_begin(qwen3_ctx *c, int seq, const qwen3_gen_desc *gen,
                                        const qwen3i_err *err) {
     qwen3i_draft *d = &c->seqs[seq].draft;
@@ -20009,11 +20018,7 @@ static qwen3_result qwen3i_draft_begin(qwen3_ctx *c, int seq, const qwen3_gen_de
     qwen3_result r = gen->draft ? qwen3i_check_draft(c, seq, gen->draft, err) : QWEN3_OK;
     if (r == QWEN3_OK) r = qwen3i_check_head(c->model, err);
     if (r != QWEN3_OK) return r;
-    d->n = d->right = d->idle = 0;
-    d->patience = QWEN3I_PATIENCE;
-    d->rate = 0.7;
-    d->trials = 2;                      /* what is assumed counts as much */
-    d->credit = 1;
+    qwen3i_draft_start(d);
     if (most <= d->most) return QWEN3_OK;
     qwen3i_draft_free(c, d);
     d->logits = (float *)qwen3i_alloc(&c->desc.allocator, qwen3i_draft_bytes(c, most));
@@ -20350,7 +20355,8 @@ static qwen3_result qwen3i_guessing_step(qwen3_ctx *c, qwen3_stream *const *stre
     if (r == QWEN3_OK && n_items == 1 && !c->pace.chosen_there &&
         (n_guesses > 0 || !c->model->backend->next)) {
         const double ms = qwen3i_now_ms() - start - asked_ms;
-        if (c->pace.warm[n_guesses] || !c->model->backend->next) qwen3i_smooth(&c->pace.step_ms[n_guesses], ms);
+        if (c->pace.warm[n_guesses] || !c->model->backend->next)
+            qwen3i_smooth(&c->pace.step_ms[n_guesses], ms);
         c->pace.warm[n_guesses] = 1;
     }
     c->pace.chosen_there = 0;

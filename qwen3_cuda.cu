@@ -4325,8 +4325,8 @@ static hopper_args hopper_arguments(const pass *p, const matrix &w, const float 
 }
 
 /* About how many microseconds so many blocks in clusters, all at once, need for so many steps each: the
-   busiest multiprocessor takes in 45 KB of W and x in one, memory gives a share of W for each, and the rest of
-   a kernel takes 3. Clusters of four and more do not find places for one block on each multiprocessor. */
+   busiest multiprocessor takes in 45 KB of W and x in one, memory gives W as fast as it can, and the rest of a
+   kernel takes 3. Clusters of four and more do not find places for one block on each multiprocessor. */
 static float skinny_time(const pass *p, int blocks, int parts, int steps, int m, int r) {
     const float w = (float)(m * HOPPER_K * 2), x = (float)(r * HOPPER_K * 2);
     const int busiest = parts >= 4 ? 2 : ceil_div(blocks, p->c->m->n_sm);
@@ -5140,10 +5140,10 @@ DEVICE int tile_at(int row, int chunk) { return row * HEAD_DIM + ((chunk ^ (row 
    turn. q and the weights p go in as TERMS 16-bit terms each (2 of F16, 3 of BF16), so what is lost is
    float32's rounding, not theirs; each turn's sums start from zero and are added in float32. The blocks of a
    cluster (`ranks`, sm_90 on) join their parts in each other's shared memory: each finishes a slice of the
-   outputs. A further cluster helps where a block would have more than DECODE_EACH positions; then the block that finishes a slice
-   last joins those of all clusters, in order. Grid (clusters * ranks, n_head_kv * ceil(group / 8), rows).
-   Order of the sums: a warp's turns, warps, blocks, clusters; it depends on the row's own length and the
-   grid's shape. Equals qwen3i_attention. Needs head_dim 128 and a 16-bit cache. */
+   outputs. A further cluster helps where a block would have more than DECODE_EACH positions; then the block
+   that finishes a slice last joins those of all clusters, in order. Grid (clusters * ranks, n_head_kv *
+   ceil(group / 8), rows). Order of the sums: a warp's turns, warps, blocks, clusters; it depends on the
+   row's own length and the grid's shape. Equals qwen3i_attention. Needs head_dim 128 and a 16-bit cache. */
 const int DECODE_RANKS  = 8;            /* at most */
 const int DECODE_WARPS  = 8;
 const int DECODE_HEADS  = 8;

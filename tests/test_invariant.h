@@ -139,6 +139,19 @@ static void test_cuda_invariant_hopper(void) {
     same_check_lab(&lab_small, QWEN3I_BF16, QWEN3I_NO_TYPE, QWEN3_KV_F16, "sm_90, narrow heads");
     cuda_on_cpu_chip(80);
 }
+/* What the backend chooses behind a sequence is what the host does. */
+static void same_choice(qwen3_ctx *ctx, qwen3_sampler sampler) {
+    const qwen3i_err err = qwen3i_ctx_err(ctx);
+    qwen3i_next item;
+    qwen3_token there = -2, here = -3;
+    memset(&item, 0, sizeof item);
+    item.tokens = qwen3_seq_tokens(ctx, 0, &item.n);
+    item.sampler = &sampler;
+    CHECK(ctx->model->backend->choose(ctx->state, &item, -1, 1, &there, &err) == QWEN3_OK);
+    CHECK_OK(ctx, qwen3_sample(ctx, 0, &sampler, &here));
+    CHECK_MSG(there == here, "%d, not %d", there, here);
+}
+
 /* Speculation in an invariant context: text, sampler, logits, keys and values as without, bit for bit; guesses from the
    text, from a model that is always right when greedy, or where they seem to pay. */
 static void same_speculate(const char *name, int each) {
@@ -169,6 +182,7 @@ static void same_speculate(const char *name, int each) {
             reply_to(b, f.info.n_vocab, (uint64_t)i, gen, &sampler, &guessed);
             check_same(&plain, &guessed, i, gen.draft_tokens);
         }
+        same_choice(b, sampler);
     }
     CHECK(b && qwen3_ctx_stats(b).n_accepted > 20);
     qwen3_ctx_free(a);

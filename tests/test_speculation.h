@@ -330,6 +330,47 @@ static void test_speculation_grammar(void) {
     grammar_close(&b);
 }
 
+/* How long n tokens take, with one a step as 1, where each guess makes a step longer by so much and such a share of
+   them is right. */
+static double time_with_guesses(double each, double share, int n) {
+    qwen3i_pace pace;
+    qwen3i_draft d;
+    uint64_t rng = 1;
+    double time = 0;
+    int k, done = 0;
+    memset(&pace, 0, sizeof pace);
+    memset(&d, 0, sizeof d);
+    qwen3i_draft_start(&d);
+    while (done < n) {
+        d.idle++;
+        qwen3i_draft_settle(&pace, &d, d.right);
+        d.right = 0;
+        d.n = qwen3i_draft_count(&pace, &d, 8, 0);
+        if (d.n > 0) qwen3i_guessed(&pace, &d);
+        pace.step_ms[d.n] = 1 + each * d.n;
+        time += pace.step_ms[d.n];
+        for (k = 0; k < d.n && (double)(qwen3i_random(&rng) % 1000) < 1000 * share; k++) {
+            qwen3i_learn(&d, 1);
+            d.right++;
+        }
+        if (k < d.n) qwen3i_learn(&d, 0);
+        done += 1 + d.right;
+    }
+    return time / done;
+}
+
+/* Guesses never cost more than a twentieth, and bring most of what they could. */
+static void test_speculation_pace(void) {
+    static const double each[] = {0.001, 0.05, 0.3, 0.7, 1, 3};
+    int i, k;
+    for (i = 0; i < 6; i++)
+        for (k = 0; k <= 10; k++) {
+            const double time = time_with_guesses(each[i], 0.1 * k, 400);
+            CHECK_MSG(time < 1.05, "%g a guess, %d %% right: %.3f of plain", each[i], 10 * k, time);
+            if (each[i] <= 0.05 && k >= 6) CHECK_MSG(time < 0.62, "%g a guess, %d %% right: %.3f of plain", each[i], 10 * k, time);
+        }
+}
+
 /* What is refused, and memory that is not there. */
 static void test_speculation_refusals(void) {
     const qwen3_token start[3] = {1, 2, 3};
@@ -380,6 +421,7 @@ static void suite_speculation(void) {
     RUN(test_speculation_moves);
     RUN(test_speculation_together);
     RUN(test_speculation_grammar);
+    RUN(test_speculation_pace);
     RUN(test_speculation_refusals);
 }
 #endif
