@@ -18502,7 +18502,7 @@ QWEN3_API float qwen3_backend_rotation(float *freqs, const qwen3i_config *cfg, d
    ================================================================================================ */
 #define QWEN3I_MAX_DRAFT 16
 #define QWEN3I_PATIENCE  64             /* see qwen3i_draft */
-#define QWEN3I_TRIALS    16
+#define QWEN3I_TRIALS    32
 
 typedef struct qwen3i_draft {           /* what a sequence speculates with */
     float      *logits;                 /* [most + 1, n_vocab] of a step's rows */
