@@ -1480,7 +1480,8 @@ template <int T> DEVICE unit_scales scales_at(const unsigned char *h, int g) {
     } else return both(half_at(h), none);
 }
 template <int T> DEVICE unit_scales load_scales(const unsigned char *tile, int n, int i) {
-    return scales_at<T>(tile + scale_plane(T, n) + i / units_of(T) * scale_bytes(T), i % units_of(T));
+    const unsigned u = (unsigned)i, each = (unsigned)units_of(T);
+    return scales_at<T>(tile + scale_plane(T, n) + (int)(u / each) * scale_bytes(T), (int)(u % each));
 }
 
 /* Four numbers of E4M3 as F16, 2^8 times too small. */
@@ -1525,11 +1526,15 @@ template <int T> DEVICE void unit_values(float (&v)[32], const unsigned char *ti
 }
 
 /* The same of unit u of row r. */
+template <int T> DEVICE void row_values(float (&v)[32], const block_part &p, int r, int u) {
+    constexpr int EACH = tile_units(T), BYTES = tile_bytes(T, EACH);
+    const int tile = (int)((unsigned)u / EACH), first = tile * EACH;
+    unit_values<T>(v, p.data + (size_t)r * p.row_bytes + tile * BYTES, least(EACH, p.units - first),
+                   u - first);
+}
 #define QWEN3_CASE(name, function, gguf, elements, bytes) \
-    case QWEN3I_##name: unit_values<QWEN3I_##name>(v, tile, n, u - first); break;
+    case QWEN3I_##name: row_values<QWEN3I_##name>(v, p, r, u); break;
 DEVICE void part_values(float (&v)[32], const block_part &p, int r, int u) {
-    const int each = tile_units(p.type), first = u / each * each, n = least(each, p.units - first);
-    const unsigned char *tile = p.data + (size_t)r * p.row_bytes + u / each * tile_bytes(p.type, each);
     switch (p.type) { QWEN3I_TYPES(QWEN3_CASE) default: break; }
 }
 #undef QWEN3_CASE
@@ -1543,12 +1548,15 @@ struct block_decoded {
    of n rows. Exact but for one rounding to F16. Equal to qwen3i_decode, qwen3i_embed. */
 static __global__ void __launch_bounds__(256)
     block_decode_kernel(block_decoded out, block_part p, int first, int n, int cols, int ld) {
-    const size_t at = (size_t)blockIdx.x * 256 + threadIdx.x;
+    const unsigned at = blockIdx.x * 256 + threadIdx.x;
     const int i = (int)(at / (unsigned)p.units), u = (int)(at % (unsigned)p.units), row = i < n ? i : n - 1;
     float v[32], largest = 0;
-    wait_for_previous();
-    if (out.rows) let_next_start();     /* but nobody may read F16 early */
+    if (out.rows) {
+        wait_for_previous();
+        let_next_start();               /* but nobody may read F16 early */
+    }
     part_values(v, p, out.rows ? out.rows[row].token : first + row, u);
+    if (!out.rows) wait_for_previous();
     UNROLL for (int e = 0; e < 32; e++) {
         v[e] = 32 * u + e < cols ? v[e] : 0.0f;
         largest = fmaxf(largest, fabsf(v[e]));
@@ -1557,17 +1565,28 @@ static __global__ void __launch_bounds__(256)
         largest = warp_max(largest);
         if (lane_id() == 0) atomicMax(out.top, __float_as_uint(largest));
     }
-    if (i >= n) return;
-    const size_t to = (size_t)(out.each ? row + row / out.each * out.each : row) * ld + 32 * u;
+    const int to_row = out.each ? row + row / out.each * out.each : row, left = i < n ? ld - 32 * u : 0;
     if (out.floats)
-        UNROLL for (int e = 0; e < 32; e++) if (32 * u + e < ld) out.floats[to + e] = v[e];
+        UNROLL for (int e = 0; e < 32; e++)
+            if (e < left) out.floats[(size_t)to_row * ld + 32 * u + e] = v[e];
     if (!out.halves) return;
+    /* a warp's units change places, so that neighbouring lanes store neighbouring bytes */
+    __shared__ uint4 places[256 * 4];
+    uint4 *mine = places + warp_id() * 128;
     UNROLL for (int e = 0; e < 32; e++) v[e] *= out.up;
     UNROLL for (int e = 0; e < 32; e += 8)
-        if (32 * u + e < ld)
-            *(uint4 *)(void *)(out.halves + to + e) =
-                make_uint4(pack(v[e], v[e + 1], half_t()), pack(v[e + 2], v[e + 3], half_t()),
-                           pack(v[e + 4], v[e + 5], half_t()), pack(v[e + 6], v[e + 7], half_t()));
+        mine[4 * lane_id() + (e / 8 ^ lane_id() / 2 % 4)] =
+            make_uint4(pack(v[e], v[e + 1], half_t()), pack(v[e + 2], v[e + 3], half_t()),
+                       pack(v[e + 4], v[e + 5], half_t()), pack(v[e + 6], v[e + 7], half_t()));
+    __syncwarp();
+    UNROLL for (int k = 0; k < 4; k++) {
+        const int from = 8 * k + lane_id() / 4, piece = lane_id() % 4;
+        const int its_row = __shfl_sync(ALL, to_row, from), its_u = __shfl_sync(ALL, u, from),
+                  its_left = __shfl_sync(ALL, left, from);
+        if (8 * piece < its_left)
+            *(uint4 *)(void *)(out.halves + (size_t)its_row * ld + 32 * its_u + 8 * piece) =
+                mine[4 * from + (piece ^ from / 2 % 4)];
+    }
 }
 
 static cudaError_t launch_decode(bool early, cudaStream_t s, const block_decoded &out, const block_part &p,
@@ -1578,14 +1597,14 @@ static cudaError_t launch_decode(bool early, cudaStream_t s, const block_decoded
 }
 
 /* Rows [first, first + n) of W as F16, divided by w.scale. */
-static qwen3_result decode_rows(half_t *to, cudaStream_t s, const matrix &w, int first, int n,
+static qwen3_result decode_rows(half_t *to, bool early, cudaStream_t s, const matrix &w, int first, int n,
                                 const qwen3i_err *err) {
     for (int i = 0; i < w.n_parts && n > 0; first -= w.parts[i++].rows) {
         const block_part &p = w.parts[i];
         if (first >= p.rows) continue;
         const int count = least(n, p.rows - first);
         const block_decoded out = {to, 1 / w.scale, NULL, NULL, NULL, 0};
-        CUDA_TRY(launch_decode(false, s, out, p, first, count, w.cols, w.ld));
+        CUDA_TRY(launch_decode(early, s, out, p, first, count, w.cols, w.ld));
         to += (size_t)count * w.ld;
         n -= count;
         first += count;
@@ -2073,7 +2092,7 @@ static qwen3_result unpack_blocks(uploader *u, cuda_model *m, const qwen3i_weigh
                                   const qwen3i_err *err) {
     weight_group g;
     for (int i = 0; m->unpack && model_group(m, w, i, &g); i++) {
-        TRY(decode_rows((half_t *)g.to->data, u->stream, *g.to, 0, g.to->rows, err));
+        TRY(decode_rows((half_t *)g.to->data, false, u->stream, *g.to, 0, g.to->rows, err));
         g.to->n_parts = 0;
     }
     return QWEN3_OK;
@@ -2169,7 +2188,7 @@ static qwen3_result bound_blocks(uploader *u, const cuda_model *m, const qwen3i_
         if (w.n_parts == 0) continue;
         half_t *data = (half_t *)(void *)memory;
         r = w.each > 0 ? decode_experts(data, u->stream, w, err) :
-                         decode_rows(data, u->stream, w, 0, w.rows, err);
+                         decode_rows(data, false, u->stream, w, 0, w.rows, err);
         if (r == QWEN3_OK) r = bound_rows(u, w, data, err);
     }
     const cudaError_t e = cudaStreamSynchronize(u->stream);
@@ -3302,7 +3321,7 @@ static qwen3_result block_product(cuda_ctx *c, cudaStream_t s, float *y, int ldy
     const int step = (int)least((size_t)n, c->scratch_size / ((size_t)w.ld * sizeof(half_t)));
     for (int i = 0; i < n; i += step) {
         part.rows = least(step, n - i);
-        TRY(decode_rows(c->scratch, s, w, first + i, part.rows, err));
+        TRY(decode_rows(c->scratch, c->m->capability >= 90, s, w, first + i, part.rows, err));
         TRY(product(c, s, y + i, ldy, part, 0, part.rows, x, rows, err));
     }
     return QWEN3_OK;
@@ -4368,7 +4387,7 @@ static qwen3_result make_ready(const pass *p, const matrix &w, int first, int ro
     if (w.n_parts == 0) return QWEN3_OK;
     out->p.early = false;
     out->w = &p->c->halves[w.kind];
-    return decode_rows(p->c->scratch, p->s, w, first, rows, p->err);
+    return decode_rows(p->c->scratch, p->early, p->s, w, first, rows, p->err);
 }
 
 template <class END, int R>
@@ -6421,6 +6440,9 @@ const int BLOCK_ROWS  = 4;              /* of x, at most */
 const int BLOCK_RING  = 10 << 10;       /* bytes of a warp's */
 const int INT_PLANES = 5, FLOAT_PLANES = 8;     /* of 32 units of x: 16 bytes of each in a plane */
 const int MOST_INT   = 32639;           /* 127 * 256 + 127 */
+/* A number plus this has it, rounded, in its low bits, with 128 and 128 * 256 added: so no byte borrows from
+   the next, and the top bit of each, flipped, takes them off. */
+const float INT_MAGIC = 12582912.0f + 0x8080;
 
 struct block_in {
     block_part   parts[3];
@@ -6452,16 +6474,17 @@ DEVICE void block_store_x(const block_in &in, unsigned char *planes, int q, floa
         float top = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
         UNROLL for (int o = 1; o < 8; o *= 2) top = fmaxf(top, __shfl_xor_sync(ALL, top, o));
         const float up = top > 0 ? (float)MOST_INT / top : 0.0f, down = top * (1.0f / (float)MOST_INT);
-        const int a = __float2int_rn(v.x * up), b = __float2int_rn(v.y * up), c = __float2int_rn(v.z * up),
-                  d = __float2int_rn(v.w * up);
-        int sum = a + b + c + d;
+        const unsigned a = __float_as_uint(fmaf(v.x, up, INT_MAGIC)),
+                       b = __float_as_uint(fmaf(v.y, up, INT_MAGIC)),
+                       c = __float_as_uint(fmaf(v.z, up, INT_MAGIC)),
+                       d = __float_as_uint(fmaf(v.w, up, INT_MAGIC)),
+                       ab = __byte_perm(a, b, 0x5140), cd = __byte_perm(c, d, 0x5140);
+        const unsigned low = __byte_perm(ab, cd, 0x5410) ^ 0x80808080u,
+                       high = __byte_perm(ab, cd, 0x7632) ^ 0x80808080u;
+        int sum = (int)(a + b + c + d - 4 * __float_as_uint(INT_MAGIC));
         sum += __shfl_xor_sync(ALL, sum, 1);
         sum += __shfl_xor_sync(ALL, sum, 2);
         const int other = __shfl_xor_sync(ALL, sum, 4);
-        const unsigned low = ((unsigned)a & 255u) | ((unsigned)b & 255u) << 8 | ((unsigned)c & 255u) << 16 |
-                             (unsigned)d << 24,
-                       high = ((unsigned)(a + 128) >> 8 & 255u) | ((unsigned)(b + 128) & 0xFF00u) |
-                              ((unsigned)(c + 128) & 0xFF00u) << 8 | ((unsigned)(d + 128) & 0xFF00u) << 16;
         unsigned *words = (unsigned *)(void *)planes;
         if (u < n) {
             words[4 * x_at<INT_PLANES>(u, w / 4) + w % 4] = high;
