@@ -962,6 +962,7 @@ struct expert_buffers {                 /* of layers with experts; an entry is a
     int    *picked;                     /* [entries] experts, in order */
     float  *share;                      /* [entries] their weights */
     int    *lists, *counts;             /* [n_expert, max_rows] the entries of each; [n_expert] */
+    int    *active;                     /* [1 + n_expert] see route_few_args */
     float  *m, *y; int ldy;             /* [entries of few rows, ff], [entries, ldy] */
     half_t *act, *m16;                  /* the inputs of the products of many rows, and what they stand for */
     float  *act_scale, *m_scale;
@@ -8273,6 +8274,23 @@ struct stored_numbers {
     __device__ float &operator[](int j) { return p[32 * j + lane_id()]; }
 };
 
+/* The largest of all lanes' floats, none of which is negative but -1; the smallest of their numbers. */
+DEVICE float warp_most(float v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __int_as_float(__reduce_max_sync(ALL, __float_as_int(v)));
+#else
+    return warp_max(v);
+#endif
+}
+DEVICE int warp_least(int v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __reduce_min_sync(ALL, v);
+#else
+    UNROLL for (int o = 16; o > 0; o >>= 1) v = least(v, __shfl_xor_sync(ALL, v, o));
+    return v;
+#endif
+}
+
 /* Where a row's largest probability is that was not picked; of equal ones the first. By a warp. */
 template <class P> DEVICE int most_probable(P &p, int n) {
     float best = -1;
@@ -8281,12 +8299,7 @@ template <class P> DEVICE int most_probable(P &p, int n) {
         const int i = 32 * j + lane_id();
         if (i < n && !is_picked(p[j]) && p[j] > best) { best = p[j]; at = i; }
     }
-    UNROLL for (int o = 16; o > 0; o >>= 1) {
-        const float other = __shfl_xor_sync(ALL, best, o);
-        const int there = __shfl_xor_sync(ALL, at, o);
-        if (other > best || (other == best && there < at)) { best = other; at = there; }
-    }
-    return at;
+    return warp_least(best == warp_most(best) ? at : INT_MAX);
 }
 
 /* Softmax over the logits of a row, to p; the `used` most probable in order of index, and their weights. By a
@@ -8353,6 +8366,7 @@ struct route_args {
     unsigned    *ticket;
     int          n_expert, n_embd, used, norm;
     float        eps;
+    bool         choose;                /* else who needs the choice makes it of the logits */
 };
 const int ROUTE_EACH = 8;               /* elements of a row that a thread keeps */
 static __global__ void __launch_bounds__(256) route_one_kernel(route_args a) {
@@ -8383,6 +8397,7 @@ static __global__ void __launch_bounds__(256) route_one_kernel(route_args a) {
     if (tid() == 0) a.logits[block_x()] = acc;
     for (int k = block_x() * 256 + tid(); k < a.n_embd; k += (int)gridDim.x * 256)
         a.h[k] = a.x[k] * r * a.gain[k];
+    if (!a.choose) return;
     __threadfence();
     __syncthreads();
     if (tid() == 0) {
@@ -8573,6 +8588,160 @@ static __global__ void __launch_bounds__(256)
         }
     }
     if (lane == 0) x[row] += sum;
+}
+
+/* ---- one row of 16-bit weights ---- */
+/* Blocks choose the experts for themselves, of the logits: there is no kernel to wait for, and down knows
+   them while up works. */
+const int ONE_WARPS = 16, ONE_EXPERTS = 512, ONE_USED = 32;
+const int UP_VECTORS = 4;               /* of 16 bytes, of a row, that a lane asks for at once */
+const int DOWN_ROWS = 4, DOWN_PARTS = 4, DOWN_VECTORS = 6;
+
+struct one_args {
+    const float  *logits, *h;           /* [n_expert], [n_embd] */
+    int           n_expert, used, norm;
+    const half_t *w;                    /* [n_expert, each, ldw] */
+    float         scale;                /* W = w * scale */
+    int           each, ldw;
+    float        *m; int ldm, ff;       /* [used, ldm] share * silu(gate) * up */
+    float        *y;                    /* [n_embd]: what is added to */
+};
+struct one_choice { float share[ONE_USED]; int picked[ONE_USED]; };
+
+/* By the first warp. p: room for n_expert. */
+DEVICE void choose_one(one_choice &to, const one_args &a, float *p) {
+    if (a.n_expert <= 128) pick_of(kept_numbers(), to.picked, to.share, a.logits, a.n_expert, a.used, a.norm);
+    else pick_of(stored_numbers{p}, to.picked, to.share, a.logits, a.n_expert, a.used, a.norm);
+}
+
+/* Weights that are asked for before wait_for_previous(). */
+DEVICE uint4 load_before(const void *p) {
+#ifdef QWEN3_WGMMA
+    return load_ahead(p);
+#else
+    return load_stream(p);
+#endif
+}
+
+/* Rows of n floats, ld apart, to two planes of float4 each, zero up to a multiple of 256: lanes that read 8
+   elements each read neighbouring 16 bytes. By threads [from, n_threads()). */
+DEVICE void stage_planes(float4 *xs, const float *x, int rows, int n, int ld, int from) {
+    const int each = round_up(n, 256) / 4, step = n_threads() - from;
+    _Pragma("unroll 4") for (int i = tid() - from; i < rows * each; i += step) {
+        const int row = i / each, q = i % each;
+        xs[row * each + q % 2 * (each / 2) + q / 2] = load_up_to_4(x + (size_t)row * ld, 4 * q, n);
+    }
+}
+/* 8 elements of W times those of x */
+DEVICE float dot_8(float sum, uint4 w, float4 lo, float4 hi) {
+    float f[8];
+    unpack(f, w, half_t());
+    sum += f[0] * lo.x; sum += f[1] * lo.y; sum += f[2] * lo.z; sum += f[3] * lo.w;
+    sum += f[4] * hi.x; sum += f[5] * hi.y; sum += f[6] * hi.z; sum += f[7] * hi.w;
+    return sum;
+}
+
+/* up_one: m[pick, i] = share * silu(gate_i) * up_i of one row. The warps of the grid share the pairs evenly.
+   Order: lane l takes elements 8 l on of each 256, lanes are added by exchange. Equals qwen3i_swiglu. */
+static __global__ void __launch_bounds__(32 * ONE_WARPS, 1) up_one_kernel(one_args a) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    __shared__ one_choice choice;
+    float4 *xs = (float4 *)(void *)memory;
+    const int room = round_up(a.ldw, 256), pairs = a.each / 2, chunks = ceil_div(a.ldw, UP_VECTORS * 256);
+    const size_t half = (size_t)pairs * a.ldw;
+    const row_range mine = block_warp_share(a.used * pairs);
+    const int turns = (mine.end - mine.first) * chunks, at = lane_id() * 8;
+    wait_for_previous();
+    let_next_start();                   /* which then knows the logits */
+    if (warp_id() == 0) choose_one(choice, a, (float *)(void *)(xs + room / 4));
+    else stage_planes(xs, a.h, 1, a.ldw, a.ldw, 32);
+    __syncthreads();
+    const auto load = [&](uint4 (&w)[2 * UP_VECTORS], int turn) {
+        const int pair = mine.first + turn / chunks, k = turn % chunks * (UP_VECTORS * 256) + at;
+        if (turn >= turns) return;
+        const half_t *from =
+            a.w + ((size_t)choice.picked[pair / pairs] * a.each + pair % pairs) * a.ldw + k;
+        UNROLL for (int u = 0; u < UP_VECTORS; u++)
+            UNROLL for (int j = 0; j < 2; j++)
+                w[2 * u + j] = k + 256 * u < a.ldw ? load_stream(from + 256 * u + (j ? half : 0)) :
+                                                     make_uint4(0, 0, 0, 0);
+    };
+    uint4 w[2][2 * UP_VECTORS];
+    float gate = 0, up = 0;
+    load(w[0], 0);
+    load(w[1], 1);
+    NO_UNROLL for (int turn = 0; turn < turns; turn += 2)
+        UNROLL for (int j = 0; j < 2; j++) {
+            if (turn + j >= turns) break;
+            const int chunk = (turn + j) % chunks, pair = mine.first + (turn + j) / chunks;
+            UNROLL for (int u = 0; u < UP_VECTORS; u++) {
+                const int v = (chunk * UP_VECTORS + u) * 32 + lane_id();
+                if ((chunk * UP_VECTORS + u) * 256 >= room) break;
+                const float4 lo = xs[v], hi = xs[room / 8 + v];
+                gate = dot_8(gate, w[j][2 * u], lo, hi);
+                up = dot_8(up, w[j][2 * u + 1], lo, hi);
+            }
+            load(w[j], turn + j + 2);
+            if (chunk < chunks - 1) continue;
+            gate = warp_sum(gate) * a.scale;
+            up = warp_sum(up) * a.scale;
+            if (lane_id() == 0)
+                a.m[(size_t)(pair / pairs) * a.ldm + pair % pairs] =
+                    choice.share[pair / pairs] * (silu(gate) * up);
+            gate = up = 0;
+        }
+}
+
+/* down_one: y += the sum of Wdown m over the experts of one row. A block has DOWN_PARTS times DOWN_ROWS rows
+   of W: a warp has so many and a part of the experts, whose weights are on their way before m is there.
+   Order: as up_one's, the experts of a part, the parts. Equals qwen3i_experts_mlp after its qwen3i_swiglu. */
+static __global__ void __launch_bounds__(32 * ONE_WARPS, 1) down_one_kernel(one_args a) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    __shared__ one_choice choice;
+    __shared__ float parts[DOWN_PARTS][DOWN_PARTS * DOWN_ROWS];
+    const int R = DOWN_ROWS, V = DOWN_VECTORS, lane = lane_id(), part = warp_id() / DOWN_PARTS,
+              local = warp_id() % DOWN_PARTS * R, row = block_x() * DOWN_PARTS * R + local;
+    const int room = round_up(a.ldw, 256), each = room / 256, share = ceil_div(a.used, DOWN_PARTS),
+              first = least(part * share, a.used), n = (least(first + share, a.used) - first) * each;
+    float4 *xs = (float4 *)(void *)memory;
+    uint4 w[V][R];
+    float sum[R] = {};
+    if (warp_id() == 0) choose_one(choice, a, (float *)(void *)xs);
+    __syncthreads();
+    const auto load = [&](int from) {
+        UNROLL for (int v = 0; v < V; v++) {
+            const int pick = first + (from + v) / each, k = ((from + v) % each * 32 + lane) * 8;
+            const bool is = from + v < n && k < a.ldw;
+            const half_t *at =
+                a.w + ((size_t)choice.picked[is ? pick : 0] * a.each + row) * a.ldw + (is ? k : 0);
+            UNROLL for (int r = 0; r < R; r++)
+                w[v][r] = is && row + r < a.each ? load_before(at + (size_t)r * a.ldw) :
+                                                   make_uint4(0, 0, 0, 0);
+        }
+    };
+    load(0);
+    wait_for_previous();
+    let_next_start();
+    stage_planes(xs, a.m, a.used, a.ff, a.ldm, 0);
+    __syncthreads();
+    NO_UNROLL for (int from = 0; from < n; from += V) {
+        UNROLL for (int v = 0; v < V; v++) {
+            if (from + v >= n) break;
+            const float4 *x = xs + (first + (from + v) / each) * (room / 4) + (from + v) % each * 32 + lane;
+            UNROLL for (int r = 0; r < R; r++) sum[r] = dot_8(sum[r], w[v][r], x[0], x[room / 8]);
+        }
+        if (from + V < n) load(from + V);
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        sum[r] = warp_sum(sum[r]) * a.scale;
+        if (lane == 0) parts[part][local + r] = sum[r];
+    }
+    __syncthreads();
+    const int out = block_x() * DOWN_PARTS * R + tid();
+    if (tid() >= DOWN_PARTS * R || out >= a.each) return;
+    float all = 0;
+    UNROLL for (int i = 0; i < DOWN_PARTS; i++) all += parts[i][tid()];
+    a.y[out] += all;
 }
 
 /* block_experts: the same of matrices in blocks, R entries at a time; in.parts: all experts' gates and ups,
@@ -8899,6 +9068,358 @@ static int group_tiles(const cuda_ctx *c, int rows) {
     return least(entries, entries / HOPPER_M + n);
 }
 
+/* ---- Hopper: few rows, each expert's weights once ---- */
+/* Rows of x are the columns of products by tensor cores whose left operand is 16 rows of W, straight from
+   memory: lane 4 g + t holds 8 elements of rows g and g + 8, from 8 t of 32 on, in the order in which it has
+   those of x. All columns are multiplied, whoever picked the expert: what is beside a row changes nothing. */
+const int EXPERT_COLUMNS = 16;          /* rows of x at most: tiles are faster from there on */
+const int UP_WARPS = 16, UP_STEPS = 4;          /* a warp takes so many times 32 elements at a time */
+const int DOWN_WARPS = 12, DOWN_STEPS = 2, DOWN_AHEAD = 4;     /* of so many experts at once */
+
+struct route_few_args {
+    route_args    one;                  /* as for one row; x and logits [rows, ...] */
+    int           rows, ldx;
+    const float  *bounds;               /* see hopper_norm: */
+    half_t       *act;                  /* [rows, n_embd] */
+    float        *act_scale, *ff_scale;
+    int          *active;               /* how many experts are picked, then which, in order */
+    int          *lists;                /* [those, rows] the entry of each row, or -1 */
+};
+const int ROUTE_FEW_ROWS = 8;           /* at a time */
+
+/* The experts that are picked, and by which rows. By a block of 256; at [n_expert, rows]. */
+static __device__ void list_active(const route_few_args &a, short *at) {
+    __shared__ int of_warp[8];
+    const int n = a.one.n_expert, rows = a.rows, warp = warp_id(), lane = lane_id();
+    int before = 0;
+    for (int i = tid(); i < n * rows; i += 256) at[i] = -1;
+    __syncthreads();
+    for (int i = tid(); i < rows * a.one.used; i += 256)
+        at[a.one.picked[i] * rows + i / a.one.used] = (short)i;
+    __syncthreads();
+    for (int first = 0; first < n; first += 256) {
+        const int expert = first + tid();
+        bool is = false;
+        for (int r = 0; r < rows && expert < n; r++) is = is || at[expert * rows + r] >= 0;
+        const unsigned those = __ballot_sync(ALL, is);
+        if (lane == 0) of_warp[warp] = __popc(those);
+        __syncthreads();
+        int slot = before + __popc(those & ((1u << lane) - 1));
+        for (int w = 0; w < 8; w++) {
+            if (w < warp) slot += of_warp[w];
+            before += of_warp[w];
+        }
+        if (is) a.active[1 + slot] = expert;
+        for (int r = 0; r < rows && is; r++) a.lists[slot * rows + r] = at[expert * rows + r];
+        __syncthreads();
+    }
+    if (tid() == 0) a.active[0] = before;
+}
+
+/* The logits of some rows and this block's expert. sums: of each row, squares and products. */
+DEVICE void route_rows(const route_few_args &a, int first, float (*sums)[2 * ROUTE_FEW_ROWS]) {
+    const int R = ROUTE_FEW_ROWS, width = a.one.n_embd, row = first + tid();
+    const float *router = a.one.router + (size_t)block_x() * width;
+    float sum[2 * R] = {};
+    _Pragma("unroll 2") for (int k = 4 * tid(); k < width; k += 1024) {
+        const float4 w = *(const float4 *)(const void *)(router + k),
+                     g = *(const float4 *)(const void *)(a.one.gain + k);
+        UNROLL for (int r = 0; r < R; r++) {
+            const float *x = a.one.x + (size_t)least(first + r, a.rows - 1) * a.ldx + k;
+            const float4 v = *(const float4 *)(const void *)x;
+            sum[r] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+            sum[R + r] += w.x * (v.x * g.x) + w.y * (v.y * g.y) + w.z * (v.z * g.z) + w.w * (v.w * g.w);
+        }
+    }
+    __syncthreads();
+    UNROLL for (int i = 0; i < 2 * R; i++) {
+        sum[i] = warp_sum(sum[i]);
+        if (lane_id() == 0) sums[warp_id()][i] = sum[i];
+    }
+    __syncthreads();
+    if (tid() >= R || row >= a.rows) return;
+    float square = 0, dot = 0;
+    for (int w = 0; w < 8; w++) {
+        square += sums[w][tid()];
+        dot += sums[w][R + tid()];
+    }
+    a.one.logits[(size_t)row * a.one.n_expert + block_x()] =
+        dot * rms_scale(square, (float)width, a.one.eps);
+}
+
+/* A row as hopper_norm leaves it, by a block. */
+DEVICE void route_round(const route_few_args &a, int row, float *shared) {
+    const int width = a.one.n_embd;
+    const float *x = a.one.x + (size_t)row * a.ldx;
+    row_sums s = {0, 0, 0};
+    for (int k = tid(); k < width; k += 256) {
+        const float y = x[k] * a.one.gain[k];
+        s.x += x[k] * x[k];
+        s.gained += y * y;
+        s.top = fmaxf(s.top, fabsf(y));
+    }
+    s.x = block_sum(s.x, shared);
+    s.gained = block_sum(s.gained, shared);
+    s.top = block_max(s.top, shared);
+    const row_scale h = scale_row(s, width, a.one.eps, a.bounds);
+    for (int k = 4 * tid(); k < width; k += 1024) {
+        float v[4];
+        UNROLL for (int i = 0; i < 4; i++) v[i] = x[k + i] * a.one.gain[k + i];
+        store_row(a.act + (size_t)row * width + k, v, h);
+    }
+    if (tid() > 0) return;
+    a.act_scale[row] = 1.0f / h.up;
+    a.ff_scale[row] = h.ff;
+}
+
+/* route_few: route_one for some rows: the logits, a block an expert; the choice, by the block that is the
+   last to have them; the rows as F16. at [n_expert, rows]: shared memory. Equals qwen3i_rmsnorm,
+   qwen3i_matmul, qwen3i_route_rows. */
+static __global__ void __launch_bounds__(256) route_few_kernel(route_few_args a) {
+    QWEN3_DYNAMIC_SHARED(at);
+    __shared__ float sums[8][2 * ROUTE_FEW_ROWS], shared[32];
+    __shared__ bool last;
+    for (int k = 32 * tid(); k < a.one.n_embd; k += 8192)
+        prefetch(a.one.router + (size_t)block_x() * a.one.n_embd + k);
+    wait_for_previous();
+    let_next_start();
+    for (int first = 0; first < a.rows; first += ROUTE_FEW_ROWS) route_rows(a, first, sums);
+    __threadfence();
+    __syncthreads();
+    if (tid() == 0) {
+        last = atomicAdd(a.one.ticket, 1u) == gridDim.x - 1;
+        if (last) *a.one.ticket = 0;
+    }
+    __syncthreads();
+    if (last) {
+        __threadfence();
+        for (int r = warp_id(); r < a.rows; r += 8)
+            pick_row(a.one.picked + r * a.one.used, a.one.share + r * a.one.used,
+                     a.one.logits + (size_t)r * a.one.n_expert, a.one.n_expert, a.one.used, a.one.norm);
+        __syncthreads();
+        list_active(a, (short *)(void *)at);
+    }
+    for (int row = block_x(); row < a.rows; row += (int)gridDim.x) route_round(a, row, shared);
+}
+
+struct few_experts {
+    const half_t *w;                    /* [n_expert, each, ldw] */
+    float         scale;                /* W = w * scale */
+    int           each, ldw;            /* rows of an expert; their length */
+    int           rows, used;           /* of x; picks of each */
+    const int    *active, *lists;       /* see route_few_args */
+    const half_t *x;                    /* of up [rows, ldw], of down, the result of up, [entries, ldw] */
+    const float  *x_scale, *ff_scale, *share;
+    half_t       *m; int ldm;           /* the result of up: times share and 1 / ff_scale */
+    float        *y; int ldy;           /* that of down is added to it */
+};
+
+/* sum += 16 rows of W by 32 STEPS elements times 8 NT columns, some of which are: has. x(c, s): this lane's
+   elements of step s of columns 8 c on. */
+template <int NT, int STEPS, class X>
+DEVICE void expert_multiply(float (&sum)[NT][4], const uint4 (&w)[2 * STEPS], int steps, unsigned has, X x) {
+    UNROLL for (int c = 0; c < NT; c++) {
+        float part[4] = {0, 0, 0, 0};
+        if (!(has >> c & 1)) continue;
+        UNROLL for (int s = 0; s < STEPS; s++) {
+            if (s >= steps) continue;
+            const uint4 &g = w[2 * s], &h = w[2 * s + 1], b = x(c, s);
+            const unsigned first[4] = {g.x, h.x, g.y, h.y}, second[4] = {g.z, h.z, g.w, h.w};
+            multiply(part, first, b.x, b.y, half_t());
+            multiply(part, second, b.z, b.w, half_t());
+        }
+        UNROLL for (int i = 0; i < 4; i++) sum[c][i] += part[i];
+    }
+}
+/* Of `k` elements from `at` on, steps of 32 that are there. */
+DEVICE int steps_left(int at, int k) { return at < k ? ceil_div(k - at, 32) : 0; }
+
+/* The sums of all warps, in order, of what this lane holds of columns 8 c on. */
+template <int NT, int WARPS> DEVICE float4 add_warps(const float4 *sums, int c) {
+    float4 v = make_float4(0, 0, 0, 0);
+    UNROLL for (int w = 0; w < WARPS; w++) {
+        const float4 u = sums[(w * NT + c) * 32 + lane_id()];
+        v.x += u.x; v.y += u.y; v.z += u.z; v.w += u.w;
+    }
+    return v;
+}
+
+/* What becomes of the sums of a row and an expert: scale times them; share times the result. entry -1: the
+   row has not picked it. */
+struct picked_row { int entry; float scale, share; };
+
+/* Experts that a block may see, of so many that are active. */
+static int up_experts(int active, int n_sm) { return active / n_sm + 2; }
+static size_t up_shared(int columns, int ldw, int experts) {
+    return (size_t)columns * (2 * (size_t)ldw + 64) + (size_t)2 * UP_WARPS * columns * 64 +
+           (size_t)experts * columns * sizeof(picked_row);
+}
+
+/* experts_up: m[entry, i] = share * silu(gate_i) * up_i. Blocks share the experts' tiles, 8 rows of gate and
+   of up each, evenly; the warps of a block share k. Order: 128 elements by the tensor core, those 2,048
+   further, the warps. Equals qwen3i_swiglu but for the rounding of x and m. */
+template <int NT>
+static __global__ void __launch_bounds__(32 * UP_WARPS, 1) experts_up_kernel(few_experts a) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    const int lane = lane_id(), warp = warp_id(), g = lane / 4, t = lane % 4, pitch = 2 * a.ldw + 64,
+              tiles = a.each / 16, chunks = ceil_div(a.ldw, 32 * UP_STEPS * UP_WARPS);
+    const size_t half = (size_t)(a.each / 2) * a.ldw;
+    float4 *sums = (float4 *)(void *)(memory + 8 * NT * pitch);
+    picked_row *picks = (picked_row *)(void *)(sums + 2 * UP_WARPS * NT * 32);
+    wait_for_previous();
+    let_next_start();           /* which then knows that the experts are chosen */
+    const long long all = (long long)a.active[0] * tiles;
+    const int begin = (int)(all * block_x() / (int)gridDim.x),
+              turns = ((int)(all * (block_x() + 1) / (int)gridDim.x) - begin) * chunks;
+    const auto column = [&](int turn) { return (turn % chunks * UP_WARPS + warp) * 32 * UP_STEPS; };
+    const auto load = [&](uint4 (&w)[2 * UP_STEPS], int turn) {
+        const int tile = begin + turn / chunks, k = column(turn) + 8 * t;
+        if (turn >= turns) return;
+        const half_t *from = a.w + ((size_t)a.active[1 + tile / tiles] * a.each + tile % tiles * 8 + g) *
+                                   a.ldw + k;
+        UNROLL for (int s = 0; s < UP_STEPS; s++)
+            if (k + 32 * s < a.ldw) {
+                w[2 * s] = load_stream(from + 32 * s);
+                w[2 * s + 1] = load_stream(from + half + 32 * s);
+            }
+    };
+    /* a tile's sums, and by some of the warps what becomes of them */
+    const auto finish = [&](float (&sum)[NT][4], int at) {
+        float4 *mine = sums + at % 2 * (UP_WARPS * NT * 32);
+        const int index = (begin + at) / tiles, i = (begin + at) % tiles * 8 + g,
+                  c = (warp + UP_WARPS - at * NT % UP_WARPS) % UP_WARPS;
+        UNROLL for (int k = 0; k < NT; k++) {
+            mine[(warp * NT + k) * 32 + lane] = make_float4(sum[k][0], sum[k][1], sum[k][2], sum[k][3]);
+            UNROLL for (int j = 0; j < 4; j++) sum[k][j] = 0;
+        }
+        __syncthreads();
+        if (c >= NT) return;
+        const float4 v = add_warps<NT, UP_WARPS>(mine, c);
+        UNROLL for (int j = 0; j < 2; j++) {
+            const picked_row &r = picks[(index - begin / tiles) * 8 * NT + 8 * c + 2 * t + j];
+            if (r.entry < 0) continue;
+            const float m = silu((j ? v.y : v.x) * r.scale) * ((j ? v.w : v.z) * r.scale);
+            a.m[(size_t)r.entry * a.ldm + i] = __float2half_rn(m * r.share);
+        }
+    };
+    uint4 w[2][2 * UP_STEPS];
+    load(w[0], 0);
+    load(w[1], 1);
+    for (int i = tid(); i < 8 * NT * (a.ldw / 8); i += 32 * UP_WARPS) {
+        const int row = i / (a.ldw / 8), k = i % (a.ldw / 8) * 8;
+        copy_async(memory + row * pitch + 2 * k, a.x + (row < a.rows ? (size_t)row * a.ldw + k : 0),
+                   row < a.rows);
+    }
+    copy_commit();
+    const int first = begin / tiles, n = turns > 0 ? (begin + turns / chunks - 1) / tiles - first + 1 : 0;
+    for (int i = tid(); i < n * 8 * NT; i += 32 * UP_WARPS) {
+        const int row = i % (8 * NT),
+                  entry = row < a.rows ? a.lists[(first + i / (8 * NT)) * a.rows + row] : -1;
+        const picked_row none = {-1, 0, 0};
+        picks[i] = none;
+        if (entry < 0) continue;
+        const picked_row is = {entry, a.scale * a.x_scale[row], a.share[entry] / a.ff_scale[row]};
+        picks[i] = is;
+    }
+    copy_wait<0>();
+    __syncthreads();
+    float sum[NT][4] = {};
+    const unsigned char *x = memory + g * pitch + 16 * t;
+    NO_UNROLL for (int turn = 0; turn < turns; turn += 2)
+        UNROLL for (int j = 0; j < 2; j++) {
+            if (turn + j >= turns) break;
+            const int k = column(turn + j);
+            expert_multiply<NT, UP_STEPS>(sum, w[j], steps_left(k, a.ldw), ALL, [&](int c, int s) {
+                return *(const uint4 *)(const void *)(x + 8 * c * pitch + 2 * (k + 32 * s));
+            });
+            load(w[j], turn + j + 2);
+            if ((turn + j) % chunks == chunks - 1) finish(sum, (turn + j) / chunks);
+        }
+}
+
+static size_t down_shared(int columns, int n_active) {
+    return (size_t)DOWN_WARPS * columns * 64 + (size_t)n_active * columns * sizeof(int);
+}
+
+/* experts_down: y[row, :] += the sum of Wdown m over the row's entries. A block has 16 rows of every expert's
+   W; its warps share k. The weights are on their way before m is there. Order: 64 elements by the tensor
+   core, those 768 further, the experts, the warps. Equals qwen3i_experts_mlp after its qwen3i_swiglu. */
+template <int NT>
+static __global__ void __launch_bounds__(32 * DOWN_WARPS, 1) experts_down_kernel(few_experts a) {
+    QWEN3_DYNAMIC_SHARED(memory);
+    const int lane = lane_id(), warp = warp_id(), g = lane / 4, t = lane % 4, n = a.active[0],
+              chunks = ceil_div(a.ldw, 32 * DOWN_STEPS * DOWN_WARPS), turns = n * chunks;
+    float4 *sums = (float4 *)(void *)memory;
+    int *entries = (int *)(void *)(sums + DOWN_WARPS * NT * 32);
+    const auto column = [&](int turn) { return (turn % chunks * DOWN_WARPS + warp) * 32 * DOWN_STEPS; };
+    const auto load = [&](uint4 (&w)[2 * DOWN_STEPS], int tile, int turn) {
+        const int k = column(turn) + 8 * t;
+        if (turn >= turns) return;
+        const half_t *from =
+            a.w + ((size_t)a.active[1 + turn / chunks] * a.each + tile * 16 + g) * a.ldw + k;
+        UNROLL for (int s = 0; s < DOWN_STEPS; s++)
+            if (k + 32 * s < a.ldw) {
+                w[2 * s] = load_before(from + 32 * s);
+                w[2 * s + 1] = load_before(from + (size_t)8 * a.ldw + 32 * s);
+            }
+    };
+    /* zeros of rows that have not picked the expert */
+    const auto load_x = [&](uint4 (&x)[NT][DOWN_STEPS], int turn) {
+        const int k = column(turn) + 8 * t;
+        unsigned has = 0;
+        if (turn >= turns) return has;
+        UNROLL for (int c = 0; c < NT; c++) {
+            const int entry = entries[turn / chunks * (8 * NT) + 8 * c + g];
+            const half_t *from = a.x + (size_t)(entry < 0 ? 0 : entry) * a.ldw + k;
+            has |= (unsigned)(__ballot_sync(ALL, entry >= 0) != 0) << c;
+            UNROLL for (int s = 0; s < DOWN_STEPS; s++)
+                x[c][s] = entry >= 0 && k + 32 * s < a.ldw ? *(const uint4 *)(const void *)(from + 32 * s) :
+                                                             make_uint4(0, 0, 0, 0);
+        }
+        return has;
+    };
+    bool stage = true;
+    for (int tile = block_x(); tile < a.each / 16; tile += (int)gridDim.x) {
+        uint4 w[DOWN_AHEAD][2 * DOWN_STEPS], x[2][NT][DOWN_STEPS];
+        float sum[NT][4] = {};
+        unsigned has[2];
+        UNROLL for (int j = 0; j < DOWN_AHEAD; j++) load(w[j], tile, j);
+        if (stage) {
+            for (int i = tid(); i < n * 8 * NT; i += 32 * DOWN_WARPS)
+                entries[i] = i % (8 * NT) < a.rows ? a.lists[i / (8 * NT) * a.rows + i % (8 * NT)] : -1;
+            wait_for_previous();
+            let_next_start();
+            stage = false;
+        }
+        __syncthreads();
+        UNROLL for (int j = 0; j < 2; j++) has[j] = load_x(x[j], j);
+        NO_UNROLL for (int turn = 0; turn < turns; turn += DOWN_AHEAD)
+            UNROLL for (int j = 0; j < DOWN_AHEAD; j++) {
+                if (turn + j >= turns) break;
+                expert_multiply<NT, DOWN_STEPS>(sum, w[j], steps_left(column(turn + j), a.ldw), has[j % 2],
+                                                [&](int c, int s) { return x[j % 2][c][s]; });
+                load(w[j], tile, turn + j + DOWN_AHEAD);
+                has[j % 2] = load_x(x[j % 2], turn + j + 2);
+            }
+        UNROLL for (int c = 0; c < NT; c++)
+            sums[(warp * NT + c) * 32 + lane] = make_float4(sum[c][0], sum[c][1], sum[c][2], sum[c][3]);
+        __syncthreads();
+        for (int c = warp; c < NT; c += DOWN_WARPS) {
+            const float4 v = add_warps<NT, DOWN_WARPS>(sums, c);
+            UNROLL for (int j = 0; j < 2; j++) {
+                const int row = 8 * c + 2 * t + j;
+                if (row >= a.rows) continue;
+                float *y = a.y + (size_t)row * a.ldy + tile * 16 + g;
+                const float scale = a.scale * a.ff_scale[row];
+                y[0] += (j ? v.y : v.x) * scale;
+                y[8] += (j ? v.w : v.z) * scale;
+            }
+        }
+        __syncthreads();
+    }
+    if (stage) wait_for_previous();
+}
+
 /* ---- launching them ---- */
 static expert_args expert_arguments(const pass *p, const matrix &w, int rows, const float *x, int ldx,
                                     int per, float *y, int ldy) {
@@ -8952,16 +9473,33 @@ static qwen3_result block_experts(const pass *p, const matrix &w, const expert_a
                                                            launch_block_experts<1, GLU>(p, in, a);
 }
 
-/* h = RMSNorm(x), and which experts it picks, of one row */
-static qwen3_result route_one(const pass *p, const layer_weights &l) {
-    cuda_ctx *c = p->c;
+/* Do up_one and down_one serve? */
+static size_t one_shared(const layer_weights &l, int used) {
+    return most((size_t)used * (size_t)round_up(l.w_down.ld, 256), (size_t)ONE_EXPERTS) * sizeof(float);
+}
+static bool one_serves(const pass *p, const layer_weights &l) {
+    const qwen3i_config *g = &p->c->m->config;
+    return goes_alone(p->c, p->n) && l.gate_up.type == QWEN3I_F16 && l.w_down.type == QWEN3I_F16 &&
+           l.gate_up.n_parts == 0 && l.w_down.n_parts == 0 && g->n_expert <= ONE_EXPERTS &&
+           g->n_expert_used <= ONE_USED && (size_t)round_up(l.gate_up.ld, 256) * sizeof(float) <= 44 << 10 &&
+           one_shared(l, g->n_expert_used) <= p->c->m->block_shared - 2048;
+}
+
+static route_args route_arguments(const pass *p, const layer_weights &l) {
+    const cuda_ctx *c = p->c;
     const qwen3i_config *g = &c->m->config;
     const expert_buffers &e = c->experts;
     const route_args a = {c->h, e.logits, c->x, l.mlp_norm, l.router, e.picked, e.share, c->qkv_tickets,
-                          g->n_expert, g->n_embd, g->n_expert_used, g->norm_topk, g->rms_eps};
+                          g->n_expert, g->n_embd, g->n_expert_used, g->norm_topk, g->rms_eps,
+                          !one_serves(p, l)};
+    return a;
+}
+
+/* h = RMSNorm(x), and which experts it picks, of one row */
+static qwen3_result route_one(const pass *p, const layer_weights &l) {
     return launched(p,
-                    launch_early(p->early, p->s, grid1(g->n_expert), 256, 0, route_one_kernel,
-                                 a),
+                    launch_early(p->early, p->s, grid1(p->c->m->config.n_expert), 256, 0, route_one_kernel,
+                                 route_arguments(p, l)),
                     "route_one");
 }
 
@@ -9077,6 +9615,76 @@ static bool goes_to_hopper(const pass *p, const layer_weights &l) {
            l.gate_up.type == QWEN3I_F16 && l.w_down.type == QWEN3I_F16;
 }
 
+/* Few rows: do the kernels for them serve? */
+static size_t route_few_shared(const cuda_ctx *c, int rows) {
+    return (size_t)c->m->config.n_expert * (size_t)rows * sizeof(short);
+}
+static int expert_columns(int rows) { return rows <= 8 ? 8 : EXPERT_COLUMNS; }
+static bool experts_few(const pass *p, const layer_weights &l) {
+    const cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const int columns = expert_columns(p->n), active = least(g->n_expert, p->n * g->n_expert_used);
+    const size_t room = c->m->block_shared - 2048;
+    return c->hopper && !goes_alone(c, p->n) && p->n <= EXPERT_COLUMNS && l.gate_up.type == QWEN3I_F16 &&
+           l.w_down.type == QWEN3I_F16 && l.gate_up.n_parts == 0 && l.w_down.n_parts == 0 &&
+           g->n_embd % 32 == 0 && g->n_ff_expert % 32 == 0 && p->n * g->n_expert_used <= 32767 &&
+           route_few_shared(c, p->n) <= room &&
+           up_shared(columns, l.gate_up.ld, up_experts(active, c->m->n_sm)) <= room &&
+           down_shared(columns, active) <= room;
+}
+
+/* One row of 16-bit weights */
+static qwen3_result one_row_of_experts(const pass *p, const layer_weights &l) {
+    const cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const expert_buffers &e = c->experts;
+    const int used = g->n_expert_used, ff = g->n_ff_expert;
+    const one_args up = {e.logits, c->h, g->n_expert, used, g->norm_topk, (const half_t *)l.gate_up.data,
+                         l.gate_up.scale, 2 * ff, l.gate_up.ld, e.m, l.w_down.ld, ff, NULL},
+                   down = {e.logits, NULL, g->n_expert, used, g->norm_topk, (const half_t *)l.w_down.data,
+                           l.w_down.scale, g->n_embd, l.w_down.ld, e.m, l.w_down.ld, ff, c->sum};
+    TRY(route_one(p, l));
+    TRY(launched(p, launch_shared(p->early, 1, p->s, grid1(c->m->n_sm), 32 * ONE_WARPS,
+                                  ((size_t)round_up(up.ldw, 256) + (g->n_expert > 128 ? ONE_EXPERTS : 0)) *
+                                  sizeof(float), up_one_kernel, up), "up_one"));
+    return launched(p, launch_shared(p->early, 1, p->s, grid1(ceil_div(g->n_embd, DOWN_PARTS * DOWN_ROWS)),
+                                     32 * ONE_WARPS, one_shared(l, used), down_one_kernel, down), "down_one");
+}
+
+static qwen3_result route_few(const pass *p, const layer_weights &l) {
+    cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const expert_buffers &e = c->experts;
+    const route_few_args a = {route_arguments(p, l), p->n, c->embd_ld, l.gate_up.bounds, c->hopper_act,
+                              c->act_scale, c->ff_scale, e.active, e.lists};
+    return launched(p, launch_shared(p->early, 1, p->s, grid1(g->n_expert), 256, route_few_shared(c, p->n),
+                                     route_few_kernel, a), "route_few");
+}
+
+template <int NT> static qwen3_result experts_by_columns(const pass *p, const layer_weights &l) {
+    const cuda_ctx *c = p->c;
+    const qwen3i_config *g = &c->m->config;
+    const expert_buffers &e = c->experts;
+    const int active = least(g->n_expert, p->n * g->n_expert_used);
+    const few_experts up = {(const half_t *)l.gate_up.data, l.gate_up.scale, 2 * g->n_ff_expert,
+                            l.gate_up.ld, p->n, g->n_expert_used, e.active, e.lists, c->hopper_act,
+                            c->act_scale, c->ff_scale, e.share, e.m16, l.w_down.ld, NULL, 0},
+                      down = {(const half_t *)l.w_down.data, l.w_down.scale, g->n_embd, l.w_down.ld, p->n,
+                              g->n_expert_used, e.active, e.lists, e.m16, NULL, c->ff_scale, NULL, NULL, 0,
+                              c->sum, c->embd_ld};
+    TRY(launched(p, launch_shared(p->early, 1, p->s, grid1(c->m->n_sm), 32 * UP_WARPS,
+                                  up_shared(8 * NT, up.ldw, up_experts(active, c->m->n_sm)),
+                                  experts_up_kernel<NT>, up), "experts_up"));
+    return launched(p, launch_shared(p->early, 1, p->s, grid1(least(c->m->n_sm, g->n_embd / 16)),
+                                     32 * DOWN_WARPS, down_shared(8 * NT, active), experts_down_kernel<NT>,
+                                     down), "experts_down");
+}
+
+static qwen3_result few_rows_of_experts(const pass *p, const layer_weights &l) {
+    TRY(route_few(p, l));
+    return p->n <= 8 ? experts_by_columns<1>(p, l) : experts_by_columns<2>(p, l);
+}
+
 /* y = W m of all entries, or, of one row, x = x + their sum */
 static qwen3_result experts_down(const pass *p, const layer_weights &l) {
     cuda_ctx *c = p->c;
@@ -9097,6 +9705,8 @@ static qwen3_result experts_mlp(const pass *p, int layer) {
     const qwen3i_config *g = &c->m->config;
     const layer_weights &l = c->m->layers[layer];
     const expert_buffers &e = c->experts;
+    if (one_serves(p, l)) return one_row_of_experts(p, l);
+    if (experts_few(p, l)) return few_rows_of_experts(p, l);
     TRY(route(p, l));
     if (goes_to_hopper(p, l)) TRY(hopper_experts(p, l));
     else if (c->experts.n_tiles == 0 && p->n > GROUP_LEAST && l.gate_up.type == QWEN3I_F16 &&
@@ -9939,6 +10549,7 @@ static void experts_memory(cuda_ctx *c, arena *a) {
     e->share = a->take<float>(entries);
     e->lists = a->take<int>(rows, n);
     e->counts = a->take<int>(n);
+    e->active = a->take<int>(1 + n);
     e->m = a->take<float>(entries, ff);
     e->y = a->take<float>(entries, (u64)e->ldy);
     e->n_tiles = group_fits_hopper(c) ? group_tiles(c, c->max_rows) : 0;
