@@ -346,8 +346,13 @@ DEVICE uint4 load_stream(const void *p) {
     return v;
 }
 
-/* Brings a line to the L2. */
+/* Brings a line to the L2; 16 n bytes (sm_90 on). */
 DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+DEVICE void prefetch_bulk(const void *p, unsigned bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(p), "r"(bytes) : "memory");
+#endif
+}
 
 DEVICE unsigned shared_address(const void *p) {
     return (unsigned)__cvta_generic_to_shared(p);
@@ -3382,6 +3387,7 @@ struct matvec_in {
     const float *gain;                  /* [k]: x is to be normalised first (one row only); NULL: it is */
     float        eps;
     bool         fits_cache;            /* W is small enough for the L2 */
+    bool         ask;                   /* one row: the L2 is asked for what follows the ring, too */
 };
 
 /* k .. k + 3 of n floats, zero past the end */
@@ -3473,6 +3479,7 @@ static matvec_in vector_input(const pass *p, const matrix &w, const input &h, in
     in.x = h.x; in.rows = rows; in.ldx = h.ldx;
     in.gain = h.gain; in.eps = p->c->m->config.rms_eps;
     in.fits_cache = (size_t)w.rows * w.ld * qwen3i_type_size(w.type) <= p->c->m->cache_bytes / 4;
+    in.ask = false;
     return in;
 }
 
@@ -3541,6 +3548,13 @@ template <int NR, bool PAIRS, int RING> struct weight_stream {
     }
     __device__ __forceinline__ void begin() {
         NO_UNROLL for (int i = 0; i < DEPTH - 1; i++) fetch();
+    }
+    /* What is left of the rows in the ring, or else the next ones, to the L2. */
+    __device__ __forceinline__ void ask() const {
+        const int j = lane_id(), i = row + (PAIRS ? j / 2 : j);
+        if (j < NR && i < end)
+            prefetch_bulk(w - j * V + (size_t)i * ldw + (PAIRS && j % 2 ? half : 0) + column,
+                          (unsigned)(ldw - column) * 2);
     }
     /* acc[j] = the sum of row j of the next NR, in every lane: the vectors u, u + U, u + 2 U ... of each lane
        one after the other, then u = 0 .. U - 1, then the lanes by exchange. */
@@ -3665,9 +3679,9 @@ static __host__ __device__ inline size_t stream_bytes(int ldw, int ring) {
            32 * sizeof(float);
 }
 
-/* What the kernels below share: the stream of this warp's rows begins, x comes, ready() is called, and the
-   rows are handed to done(first of NR or of as many pairs, acc), NR / 2 or NR of them at a time, after
-   before(first of them). */
+/* What the kernels below share: the stream of this warp's rows begins, the L2 is asked for more (if in.ask),
+   x comes, ready() is called, and the rows are handed to done(first of NR or of as many pairs, acc), NR / 2
+   or NR of them at a time, after before(first of them). */
 template <int NR, bool PAIRS, int RING, bool NORMS, class R, class S, class F, class X = see_nothing>
 DEVICE void stream_rows(const matvec_in &in, row_range rows, unsigned char *memory, R ready, S before, F done,
                         X see = X()) {
@@ -3678,6 +3692,7 @@ DEVICE void stream_rows(const matvec_in &in, row_range rows, unsigned char *memo
                                      end);
     w.begin();
     let_next_start();
+    if (in.ask) w.ask();
     stage_vector<NORMS>(xs, in, shared);
     ready();
     for (int row = rows.first; row < end; row += step) {
@@ -6212,7 +6227,9 @@ static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].gate_up;
     if (w.n_parts > 0) return block_mlp(p, layer, h);
-    const matvec_in in = vector_input(p, w, h, p->n);
+    matvec_in in = vector_input(p, w, h, p->n);
+    /* attention, before it, leaves memory idle; larger ones do not gain */
+    in.ask = c->m->capability == 90 && (size_t)w.rows * w.ld * qwen3i_type_size(w.type) <= c->m->cache_bytes;
     const int ring = stream_ring(p, in, w);
 #define CALL(RING) stream_mlp<RING>(p, in, c->ff)
     if (ring) return launched(p, BY_RING(ring, CALL), "mlp");

@@ -398,6 +398,7 @@ static inline uint4 load_stream(const void *p) {
 }
 static inline uint4 load_ahead(const void *p) { return load_stream(p); }
 static inline void prefetch(const void *) {}
+static inline void prefetch_bulk(const void *, unsigned) {}
 static inline void cluster_arrive() { emulated::cluster_arrive(); }
 static inline void cluster_wait() { emulated::cluster_wait(); }
 static inline void copy_async(void *dst, const void *src, bool valid) {
