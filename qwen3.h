@@ -336,8 +336,9 @@ enum {
     QWEN3_LOAD_VOCAB_ONLY = 1,          /* tokenizer and configuration only; no weights             */
     QWEN3_LOAD_NO_MMAP    = 2,          /* read the weights into memory: safe if the file changes   */
     QWEN3_LOAD_CHECK      = 4,          /* also look for NaN and Inf in every weight (reads it all) */
-    QWEN3_LOAD_UNPACK     = 8           /* CUDA, dense models: quantised weights become F16, rounded once: up  */
-                                        /* to four times the memory for more speed (0.6B; many sequences)  */
+    QWEN3_LOAD_UNPACK     = 8           /* CUDA, dense models: quantised weights become F16, rounded once: */
+                                        /* up to four times the memory for more speed (0.6B, many          */
+                                        /* sequences)                                                      */
 };
 
 enum {                                  /* how weights of 16 or 32 bits are kept; llama.cpp's mix of types */
@@ -12003,7 +12004,8 @@ static const qwen3i_simd qwen3i_wasm_kernels = QWEN3I_KERNELS(qwen3i_wasm, qwen3
 #endif /* QWEN3I_WASM */
 
 #ifdef QWEN3I_X86
-/* Registers a, b, c, d of cpuid, zero if the processor does not know the leaf, in whose upper half is a part */
+/* Registers a, b, c, d of cpuid, zero if the processor does not know the leaf. The upper half says which part
+   of the leaf. */
 static void qwen3i_cpuid(unsigned leaf_and_part, unsigned *r) {
     const unsigned leaf = leaf_and_part & 0xFFFF, part = leaf_and_part >> 16;
 #if defined(_MSC_VER)
