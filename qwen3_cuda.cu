@@ -120,13 +120,6 @@ const int PEER_ROWS     = 64;           /* sums over ranks of up to so many rows
 const int PEER_BLOCKS   = 256;          /* ... by up to so many blocks */
 const int PEER_THREADS  = 128;
 const int PEER_PATIENCE = 4096;         /* polls before a block asks the host, over the bus, if it goes on */
-/* Two ranks take many rows in two parts: from so many on, the first of a multiple of HALF_STEP */
-#ifdef QWEN3_CUDA_EMULATED
-const int HALVES_LEAST = 32, HALF_STEP = 4;
-#else
-const int HALVES_LEAST = 1024, HALF_STEP = 128;
-#endif
-const int HALF_SENT     = 4;            /* products of halves that are on their way, or wait to be added */
 const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
 const int SPLIT_WARPS   = 4;
 const int TILE_ROWS     = 64;           /* (token, head) rows and ...               */
@@ -1049,10 +1042,6 @@ struct cuda_ctx {
     uint4       *peer_parts;
     unsigned    *peer_flags, *peer_counts;      /* [2, PEER_BLOCKS] */
     int         *abandoned;                     /* pinned: another rank's part may never come */
-    /* [HALF_SENT, most rows of a half, embd_ld] what the other of two ranks has computed of a half, in turn;
-       those rows, 0: it does not go by halves */
-    float       *sent_here;
-    int          half_rows;
     rank_group  *ranks;                         /* of rank 0: the others, if they are in this process */
     /* of all ranks: logits [n_ranks, head_rows, n_vocab / n_ranks]; ... */
     char        *gathered;
@@ -1139,9 +1128,6 @@ static const path *path_for(const cuda_ctx *c, int n) {
     while (n > s->rows) s++;
     return s->path;
 }
-
-/* Of n rows that go by halves so many go first. */
-static int first_half(int n) { return round_up(ceil_div(n, 2), HALF_STEP); }
 
 /* So many rows always go through attention one by one, and at most so many through matrix-vector kernels. */
 static int most_single(const cuda_ctx *c) { return c->desc.invariant ? SAME_ROWS : MATVEC_ROWS; }
@@ -10466,39 +10452,25 @@ static qwen3_result keep_wanted(pass *p) {
     return QWEN3_OK;
 }
 
-/* After its keys and values nothing of the last layer is wanted. */
-static bool is_over(const pass *p, int layer) {
-    return layer == p->c->m->config.n_layer - 1 && p->n_outs == 0;
-}
-
-/* The first part of a layer, x in place; the last layer keeps only the rows that are wanted. */
-static qwen3_result attend(pass *p, int layer) {
+/* One decoder layer: x in place; the last one keeps only the rows that are wanted. */
+static qwen3_result decoder_layer(pass *p, int layer) {
     const layer_weights *w = &p->c->m->layers[layer];
+    const bool last = layer == p->c->m->config.n_layer - 1;
     input h;
+    if (p->two) return two_kernels(p, layer);
     TRY(norm(p, w->attn_norm, w->qkv, &h));         /* h = RMSNorm(x)                                    */
     TRY(p->path->qkv(p, layer, h));                 /* q, k, v = W h; q, k = RoPE(RMSNorm(q, k)); cache  */
-    if (is_over(p, layer)) return QWEN3_OK;
+    if (last && p->n_outs == 0) return QWEN3_OK;
     TRY(p->path->attention(p, layer));              /* a = softmax(q k / sqrt(d)) v                      */
-    if (layer == p->c->m->config.n_layer - 1) TRY(keep_wanted(p));
-    return p->path->o_proj(p, layer);               /* x = x + Wo a                                      */
-}
-
-/* The second */
-static qwen3_result feed_forward(pass *p, int layer) {
-    const layer_weights *w = &p->c->m->layers[layer];
-    input h;
-    if (w->router) return experts_mlp(p, layer);    /* x = x + a sum of experts of RMSNorm(x)            */
-    TRY(norm(p, w->mlp_norm, w->gate_up, &h));      /* h = RMSNorm(x)                                    */
-    TRY(p->path->mlp(p, layer, h));                 /* m = silu(Wgate h) * (Wup h)                       */
-    return p->path->down(p, layer);                 /* x = x + Wdown m                                   */
-}
-
-static qwen3_result decoder_layer(pass *p, int layer) {
-    if (p->two) return two_kernels(p, layer);
-    TRY(attend(p, layer));
-    if (is_over(p, layer)) return QWEN3_OK;
+    if (last) TRY(keep_wanted(p));
+    TRY(p->path->o_proj(p, layer));                 /* x = x + Wo a                                      */
     TRY(sum_ranks(p));
-    TRY(feed_forward(p, layer));
+    if (w->router) TRY(experts_mlp(p, layer));      /* x = x + a sum of experts of RMSNorm(x)            */
+    else {
+        TRY(norm(p, w->mlp_norm, w->gate_up, &h));  /* h = RMSNorm(x)                                    */
+        TRY(p->path->mlp(p, layer, h));             /* m = silu(Wgate h) * (Wup h)                       */
+        TRY(p->path->down(p, layer));               /* x = x + Wdown m                                   */
+    }
     return sum_ranks(p);
 }
 
@@ -10620,7 +10592,6 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
         c->peer_parts = a->take<uint4>(ranks * PEER_ROWS * embd);
         c->peer_flags = a->take<unsigned>(ranks * PEER_BLOCKS);
         c->peer_counts = a->take<unsigned>((size_t)2 * PEER_BLOCKS);
-        c->sent_here = a->take<float>(HALF_SENT * (size_t)c->half_rows * embd);
     }
     c->logprobs = a->take<float>((size_t)head_rows(c));
     c->parts = a->take<float>(part_rows * g->n_head * (size_t)(3 * g->head_dim));
@@ -10682,9 +10653,6 @@ static void shape_ctx(cuda_ctx *c, const cuda_model *m, const qwen3_ctx_desc *de
     c->hopper = paths->hopper;
     c->hopper_kv = c->hopper && desc->kv_type == QWEN3_KV_F16;
     c->narrow_rows = c->hopper ? least(c->max_rows, most(desc->max_seqs, SKINNY_MOST)) : c->max_rows;
-    /* tiles of few rows of an expert would be half empty */
-    if (m->n_ranks == 2 && g->n_expert == 0 && c->max_rows >= HALVES_LEAST)
-        c->half_rows = first_half(c->max_rows);
 }
 
 static const path_set *paths_of(const cuda_model *m, const qwen3_ctx_desc *desc) {
@@ -10963,11 +10931,6 @@ struct fellow {
     char           text[512];
     qwen3i_next   *items;               /* [max_seqs] of the step, with samplers of its own */
     qwen3_sampler *samplers;
-    /* what it sends to the other of two: the copies' stream, and what came before and after them; how many
-       there were */
-    cudaStream_t   link;
-    cudaEvent_t    computed, sent[HALF_SENT];
-    std::atomic<long> n_sent;
 };
 
 struct rank_group {
@@ -11068,9 +11031,8 @@ static int kept_slot(const cuda_ctx *c, int seq, int ahead) {
 }
 static void kept_advance(cuda_ctx *c, int seq) { c->current[seq] = (c->current[seq] + 1) % KEPT; }
 
-/* Rows and outs to the device, as rows from `first` on. n_tiles: 0 if attention is to go row by row. */
-static qwen3_result upload_batch(cuda_ctx *c, const qwen3i_batch *b, int first, int *n_tiles,
-                                 const qwen3i_err *err) {
+/* Rows and outs to the device. n_tiles: 0 if attention is to go row by row. */
+static qwen3_result upload_batch(cuda_ctx *c, const qwen3i_batch *b, int *n_tiles, const qwen3i_err *err) {
     int at;
     TRY(begin_upload(c, &at, err));
     upload_slot *slot = &c->slots[at];
@@ -11080,14 +11042,14 @@ static qwen3_result upload_batch(cuda_ctx *c, const qwen3i_batch *b, int first, 
         r->token = b->tokens[i];
         r->seq = b->seqs[i];
         r->position = b->positions[i];
-        r->out_row = o ? o->row - first : 0;
+        r->out_row = o ? o->row : 0;
         r->out_slot = o && o->keep_seq >= 0 ? kept_slot(c, o->keep_seq, 1) : -1;
         r->out_target = o && o->logprob ? o->target : -1;
     }
     *n_tiles = c->tiles && b->n_rows > most_single(c) && (!one_row_each(b) || b->n_rows > c->narrow_rows)
                    ? make_tiles(c, b, slot->tiles) : 0;
-    CUDA_TRY(send(c, c->rows + first, slot->rows, b->n_rows));
-    CUDA_TRY(send(c, c->tile_list + first, slot->tiles, *n_tiles));
+    CUDA_TRY(send(c, c->rows, slot->rows, b->n_rows));
+    CUDA_TRY(send(c, c->tile_list, slot->tiles, *n_tiles));
     CUDA_TRY(cudaEventRecord(c->uploaded[at], c->stream));
     return QWEN3_OK;
 }
@@ -11170,15 +11132,6 @@ static qwen3_result deliver(const pass *p, const qwen3i_out *outs, int first, in
     return QWEN3_OK;
 }
 
-static qwen3_result deliver_all(const pass *p, const qwen3i_batch *b) {
-    const int most_at_once = head_rows(p->c);
-    for (int i = 0; i < b->n_outs; i += most_at_once) {
-        if (i > 0 && cancelled(p->c)) return qwen3i_fail(p->err, QWEN3_STOPPED, "cancelled");
-        TRY(deliver(p, b->outs, i, least(most_at_once, b->n_outs - i)));
-    }
-    return QWEN3_OK;
-}
-
 /* Wait for all that was enqueued, asking the cancel hook meanwhile. */
 static qwen3_result wait(cuda_ctx *c, const qwen3i_err *err) {
     /* of the upload before, which is over by then */
@@ -11210,123 +11163,11 @@ static qwen3_result run_batch(cuda_ctx *c, const qwen3i_batch *b, int n_tiles, c
     pass p = make_pass(c, c->stream, b->n_rows, n_tiles, err);
     p.n_outs = b->n_outs;
     TRY(all_layers(&p, true));
-    TRY(deliver_all(&p, b));
+    for (int i = 0; i < b->n_outs; i += head_rows(c)) {
+        if (i > 0 && cancelled(c)) return qwen3i_fail(err, QWEN3_STOPPED, "cancelled");
+        TRY(deliver(&p, b->outs, i, least(head_rows(c), b->n_outs - i)));
+    }
     return is_for_later(c, b) ? QWEN3_OK : wait(c, err);
-}
-
-/* ---- by halves: while the sums of one half of the rows cross the link, the other half is computed ---- */
-#ifdef QWEN3_CUDA_NCCL
-/* x = x + what the other rank has sent; own: as in peer_sum. n vectors of four. */
-static __global__ void __launch_bounds__(256)
-    add_sent_kernel(float4 *x, float4 *own, const float4 *sent, int n) {
-    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += (int)(gridDim.x * blockDim.x)) {
-        const float4 a = own[i], b = sent[i];
-        if (own != x) own[i] = make_float4(0, 0, 0, 0);
-        x[i] = make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-    }
-}
-
-struct half_pass {
-    cuda_ctx c;                         /* the context's, with this half's rows */
-    pass     p;
-    long     number;                    /* of what it has sent and not added to; -1: none */
-};
-
-static float *place_of_sent(const cuda_ctx *c, long number) {
-    return c->sent_here + (size_t)(number % HALF_SENT) * c->half_rows * c->embd_ld;
-}
-
-/* What this rank has computed of the half's sums goes to the other, by a copy engine. The other has added the
-   one HALF_SENT before: it has sent two since then, which this one has added. */
-static qwen3_result send_half(half_pass *h) {
-    const pass *p = &h->p;
-    const qwen3i_err *err = p->err;
-    fellow *own = &p->c->ranks->fellows[p->c->m->rank], *other = &p->c->ranks->fellows[1 - p->c->m->rank];
-    h->number = own->n_sent;
-    CUDA_TRY(cudaEventRecord(own->computed, p->s));
-    CUDA_TRY(cudaStreamWaitEvent(own->link, own->computed, 0));
-    CUDA_TRY(cudaMemcpyAsync(place_of_sent(other->c, h->number), p->c->sum,
-                             (size_t)p->n * p->c->embd_ld * sizeof(float), cudaMemcpyDeviceToDevice,
-                             own->link));
-    CUDA_TRY(cudaEventRecord(own->sent[h->number % HALF_SENT], own->link));
-    own->n_sent++;
-    return QWEN3_OK;
-}
-
-/* x = the sum, once what both ranks have sent is there. */
-static qwen3_result add_half(half_pass *h) {
-    const pass *p = &h->p;
-    const qwen3i_err *err = p->err;
-    cuda_ctx *c = &h->c;
-    fellow *both = c->ranks->fellows;
-    const int n = p->n * c->embd_ld / 4;
-    if (h->number < 0) return QWEN3_OK;
-    for (int r = 0; r < 2; r++) {
-        while (both[r].n_sent <= h->number) {
-            if (is_broken(c)) return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: another rank has failed");
-            std::this_thread::yield();
-        }
-        CUDA_TRY(cudaStreamWaitEvent(p->s, both[r].sent[h->number % HALF_SENT], 0));
-    }
-    RUN(grid1(ceil_div(n, 1024)), 256, 0, add_sent_kernel, (float4 *)(void *)c->x, (float4 *)(void *)c->sum,
-        (const float4 *)(const void *)place_of_sent(c, h->number), n);
-    h->number = -1;
-    return QWEN3_OK;
-}
-
-static bool goes_by_halves(const cuda_ctx *c, const qwen3i_batch *b) {
-    return c->has_peers && c->half_rows > 0 && b->n_rows >= HALVES_LEAST &&
-           (b->n_outs == 0 || b->outs[0].row >= first_half(b->n_rows));
-}
-
-/* Rows [first, first + n) of a batch, without what is wanted of those before: they have a place of their own
-   in what lasts longer than half a layer. */
-static qwen3_result begin_half(half_pass *h, cuda_ctx *c, const qwen3i_batch *all, int first, int n,
-                               const qwen3i_err *err) {
-    qwen3i_batch b = *all;
-    int n_tiles;
-    b.tokens += first, b.seqs += first, b.positions += first;
-    b.n_rows = n;
-    b.n_outs = first > 0 ? all->n_outs : 0;
-    TRY(upload_batch(c, &b, first, &n_tiles, err));
-    h->c = *c;
-    h->c.x += (size_t)first * c->embd_ld;
-    h->c.sum += (size_t)first * c->embd_ld;
-    h->c.rows += first;
-    h->c.tile_list += first;
-    h->number = -1;
-    h->p = make_pass(&h->c, c->stream, n, n_tiles, err);
-    h->p.n_outs = b.n_outs;
-    return embed(&h->p);
-}
-
-static qwen3_result run_halves(cuda_ctx *c, const qwen3i_batch *b, const qwen3i_err *err) {
-    const int n = first_half(b->n_rows), last = c->m->config.n_layer - 1;
-    half_pass halves[2];
-    TRY(begin_half(&halves[0], c, b, 0, n, err));
-    TRY(begin_half(&halves[1], c, b, n, b->n_rows - n, err));
-    for (int part = 0; part < 2 * last; part++)
-        for (half_pass &h : halves) {
-            TRY(add_half(&h));
-            TRY(part % 2 ? feed_forward(&h.p, part / 2) : attend(&h.p, part / 2));
-            TRY(send_half(&h));
-        }
-    for (half_pass &h : halves) {
-        TRY(add_half(&h));
-        TRY(decoder_layer(&h.p, last));
-    }
-    TRY(deliver_all(&halves[1].p, b));
-    return wait(c, err);
-}
-#endif
-
-static qwen3_result evaluate(cuda_ctx *c, const qwen3i_batch *b, const qwen3i_err *err) {
-    int n_tiles;
-#ifdef QWEN3_CUDA_NCCL
-    if (goes_by_halves(c, b)) return run_halves(c, b, err);
-#endif
-    TRY(upload_batch(c, b, 0, &n_tiles, err));
-    return is_step(c, b) ? run_step(c, b->n_rows, err) : run_batch(c, b, n_tiles, err);
 }
 
 /* Nothing of the caller's or of an upload is in use any more. */
@@ -11338,9 +11179,11 @@ static qwen3_result end_failed(cuda_ctx *c, qwen3_result r) {
 
 static qwen3_result forward_own(cuda_ctx *c, const qwen3i_batch *b, const qwen3i_err *err) {
     device_guard guard(c->m->device);
+    int n_tiles;
     if (guard.status != cudaSuccess) return end_failed(c, cuda_fail(err, guard.status, "cudaSetDevice"));
     c->ahead.n = 0;
-    const qwen3_result r = evaluate(c, b, err);
+    qwen3_result r = upload_batch(c, b, &n_tiles, err);
+    if (r == QWEN3_OK) r = is_step(c, b) ? run_step(c, b->n_rows, err) : run_batch(c, b, n_tiles, err);
     if (r != QWEN3_OK) return end_failed(c, r);
     for (int i = 0; i < b->n_outs; i++) if (b->outs[i].keep_seq >= 0) kept_advance(c, b->outs[i].keep_seq);
     return QWEN3_OK;
@@ -11616,12 +11459,6 @@ static void serve(rank_group *g, int rank) {
 }
 #endif
 
-static void end_link(fellow *f) {
-    if (f->link) cudaStreamDestroy(f->link);
-    if (f->computed) cudaEventDestroy(f->computed);
-    for (cudaEvent_t e : f->sent) if (e) cudaEventDestroy(e);
-}
-
 static void end_group(rank_group *g, const qwen3_allocator *a, int max_seqs) {
     g->lock.lock();
     g->over = true;
@@ -11631,9 +11468,7 @@ static void end_group(rank_group *g, const qwen3_allocator *a, int max_seqs) {
     for (int i = 0; i < g->n; i++) {
         if (!g->fellows[i].c) continue;
         device_guard guard(g->fellows[i].c->m->device);
-        cudaStreamSynchronize(g->fellows[i].c->stream);
-        if (g->fellows[i].link) cudaStreamSynchronize(g->fellows[i].link);
-        end_link(&g->fellows[i]);
+        if (g->fellows[i].c->stream) cudaStreamSynchronize(g->fellows[i].c->stream);
     }
     for (int i = 1; i < g->n; i++) {
         fellow *f = &g->fellows[i];
@@ -11712,16 +11547,6 @@ static qwen3_result find_peers(rank_group *g, const qwen3i_err *err) {
     return QWEN3_OK;
 }
 
-static qwen3_result begin_link(fellow *f, const qwen3i_err *err) {
-    device_guard guard(f->c->m->device);
-    CUDA_TRY(guard.status);
-    if (f->c->half_rows == 0) return QWEN3_OK;
-    CUDA_TRY(cudaStreamCreateWithFlags(&f->link, cudaStreamNonBlocking));
-    CUDA_TRY(cudaEventCreateWithFlags(&f->computed, cudaEventDisableTiming));
-    for (cudaEvent_t &e : f->sent) CUDA_TRY(cudaEventCreateWithFlags(&e, cudaEventDisableTiming));
-    return QWEN3_OK;
-}
-
 /* The others of a context of rank 0 */
 static qwen3_result begin_group(cuda_ctx *c, const qwen3_model *model, const qwen3_ctx_desc *desc,
                                 const qwen3i_err *err) {
@@ -11737,7 +11562,6 @@ static qwen3_result begin_group(cuda_ctx *c, const qwen3_model *model, const qwe
     for (int i = 1; i < c->ranks->n; i++) TRY(begin_fellow(c->ranks, i, c, model, &theirs, err));
     TRY(split_ranks(c, err));
     TRY(find_peers(c->ranks, err));
-    for (int i = 0; i < c->ranks->n; i++) TRY(begin_link(&c->ranks->fellows[i], err));
     for (int i = 1; i < c->ranks->n; i++)
         if (!begin_thread(&c->ranks->fellows[i].thread, [=] { serve(c->ranks, i); }))
             return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: no thread could be started for device %d",

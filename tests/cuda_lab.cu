@@ -135,7 +135,7 @@ static qwen3_result lab_set_rows(void *ctx_state, const qwen3i_batch *b, const q
     CUDA_TRY(guard.status);
     c->ahead.n = 0;
     lab_batch.rows = b->n_rows;
-    return upload_batch(c, b, 0, &lab_batch.tiles, err);
+    return upload_batch(c, b, &lab_batch.tiles, err);
 }
 
 struct lab_view { float *data; int width, ld; const matrix *act; };     /* act: the rows are c->act, as input of this */

@@ -60,9 +60,8 @@ static void test_ranks_models(void) {
         }
 }
 
-/* Many rows of which the last is wanted: half of them is computed while the sums of the other half are on their way. The same as by few
-   rows, where nothing goes by halves, and twice the same bits. */
-static void test_ranks_halves(void) {
+/* Many rows of which the last is wanted: the same as by few rows, whose sums go another way, and twice the same bits. */
+static void test_ranks_many(void) {
     static const char *const names[] = {"chat", "plain", "theta"};
     static const int chunks[] = {0, 0, 5};
     int i, k;
@@ -86,7 +85,7 @@ static void test_ranks_halves(void) {
             qwen3_ctx_free(ctx);
         }
         CHECK_MSG(memcmp(logits[0], logits[1], (size_t)f.info.n_vocab * sizeof(float)) == 0, "%s: other bits in the second run", names[i]);
-        CHECK_MSG(parity_error(logits[0], logits[2], 1, f.info.n_vocab) <= 1e-2, "%s: by halves logits differ by %.3g", names[i],
+        CHECK_MSG(parity_error(logits[0], logits[2], 1, f.info.n_vocab) <= 1e-2, "%s: of many rows logits differ by %.3g", names[i],
                   parity_error(logits[0], logits[2], 1, f.info.n_vocab));
         for (k = 0; k < 3; k++) free(logits[k]);
         free(prompt);
@@ -439,7 +438,7 @@ static void suite_ranks(void) {
     if (ranks_present < 2) { test_skip("test_ranks", err); return; }
     qwen3_free(model);
     RUN(test_ranks_models);
-    RUN(test_ranks_halves);
+    RUN(test_ranks_many);
     RUN(test_ranks_next);
     RUN(test_ranks_states);
     RUN(test_ranks_grammar);
