@@ -20259,9 +20259,9 @@ static qwen3_result qwen3i_choose_guesses(qwen3_ctx *c, const qwen3i_draft *d, q
     return r == QWEN3_ERR_UNSUPPORTED ? QWEN3_OK : r;
 }
 
-/* Was this guess right? */
+/* Was this guess right? Where text is quoted that changes sooner. */
 static void qwen3i_learn(qwen3i_draft *d, int right) {
-    d->trials = qwen3i_min(d->trials + 1, QWEN3I_TRIALS);
+    d->trials = qwen3i_min(d->trials + 1, d->asked ? QWEN3I_TRIALS : QWEN3I_TRIALS / 2);
     d->rate += (right - d->rate) / d->trials;
 }
 
