@@ -1975,7 +1975,7 @@ static qwen3_result add_model(uploader *u, cuda_model *m, const qwen3i_weights *
         TRY(add_gain(u, m->layers[i].k_norm, l->k_norm, head_dim, err));
         if (l->experts)
             TRY(add_pieces(u, (char *)m->layers[i].router, QWEN3I_F32, (size_t)n_embd * sizeof(float),
-                           l->experts->router, 1, err));
+                           l->experts->router, n_embd, err));
     }
     return add_gain(u, m->final_norm, w->final_norm, n_embd, err);
 }
