@@ -2391,15 +2391,16 @@ static int largest_down_block(const qwen3i_weights *w, int n_layer) {
     return block;
 }
 
-/* Where a rank's rows of gate and up begin, of ff that lie in such blocks: some ranks may have one more. */
+/* Where a rank's rows of gate and up begin, of ff that lie in such blocks, the last of which may not be full:
+   some ranks may have one more. */
 static int ff_begins(int rank, int ff, int block, int n_ranks) {
-    return (int)((long long)rank * (ff / block) / n_ranks) * block;
+    return least((int)((long long)rank * ceil_div(ff, block) / n_ranks) * block, ff);
 }
 static qwen3_result share_ff(int *own, int *first, int ff, int block, const cuda_model *m,
                              const qwen3i_err *err) {
     *first = ff_begins(m->rank, ff, block, m->n_ranks);
     *own = ff_begins(m->rank + 1, ff, block, m->n_ranks) - *first;
-    if (ff == 0 || (block == 1 ? ff % m->n_ranks == 0 : ff / block >= m->n_ranks)) return QWEN3_OK;
+    if (ff == 0 || (block == 1 ? ff % m->n_ranks == 0 : ceil_div(ff, block) >= m->n_ranks)) return QWEN3_OK;
     return cannot_divide(ff, block, m->n_ranks, err);
 }
 
