@@ -118,8 +118,10 @@ const int HEAD_ROWS     = 64;           /* the most rows whose logits are comput
 const int MOST_RANKS    = 16;           /* of one process */
 const int PEER_ROWS     = 64;           /* sums over ranks of up to so many rows go by peer access, ... */
 const int PEER_BLOCKS   = 256;          /* ... by up to so many blocks */
+#ifdef QWEN3_CUDA_NCCL
 const int PEER_THREADS  = 128;
 const int PEER_PATIENCE = 4096;         /* polls before a block asks the host, over the bus, if it goes on */
+#endif
 const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
 const int SPLIT_WARPS   = 4;
 const int TILE_ROWS     = 64;           /* (token, head) rows and ...               */
@@ -306,6 +308,7 @@ DEVICE void let_next_start() {
 
 /* Instructions without a C++ name. An emulator may bring its own. */
 #ifndef QWEN3_CUDA_EMULATED
+#ifdef QWEN3_CUDA_NCCL
 /* What this block has written before its last barrier is there for all devices that see this value; ... */
 DEVICE void store_for_all(unsigned *p, unsigned v) {
     __threadfence_system();
@@ -329,6 +332,7 @@ DEVICE uint4 load_tagged(const uint4 *p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
+#endif
 #define QWEN3_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 
 /* 16 bytes that are read once: past the L1 cache. */
@@ -2695,11 +2699,13 @@ template <int N> DEVICE void store_n(float *p, const float (&v)[N]) {
         *(float4 *)(void *)p = make_float4(v[0], v[N > 1 ? 1 : 0], v[N > 2 ? 2 : 0], v[N > 3 ? 3 : 0]);
     else p[0] = v[0];
 }
+#ifdef QWEN3_CUDA_NCCL
 /* The first n of four, likewise */
 DEVICE void store_4(float *p, const float (&v)[4], int n, bool aligned) {
     if (aligned) store_n(p, v);
     else UNROLL for (int k = 0; k < 4; k++) if (k < n) p[k] = v[k];
 }
+#endif
 DEVICE void store_n(half_t *p, float (&v)[4]) {
     *(uint2 *)(void *)p = make_uint2(pack(v[0], v[1], half_t()), pack(v[2], v[3], half_t()));
 }
@@ -5981,7 +5987,6 @@ static __global__ void spread_kernel(float *logits, const float *gathered, int w
                  to = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * width;
     for (int i = (int)threadIdx.x; i < width; i += (int)blockDim.x) logits[to + i] = gathered[from + i];
 }
-#endif
 
 /* Sums of few rows by peer access, in one exchange: every rank writes its part to all others, each value with
    the number of the sum, and adds up what came, in order of rank. A block does the same elements in every sum
@@ -6082,7 +6087,6 @@ static __global__ void __launch_bounds__(PEER_THREADS)
     if (WAIT && threadIdx.x == 0) at.counts[blockIdx.x] = count;
 }
 
-#ifdef QWEN3_CUDA_NCCL
 static peer_place place_of(const cuda_ctx *c, unsigned *counts) {
     return {c->m->rank, c->m->n_ranks, (size_t)PEER_ROWS * c->embd_ld / 4, counts, c->abandoned};
 }
