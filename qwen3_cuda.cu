@@ -15,8 +15,8 @@
      multiplies it, and what is rounded to it loses 2^-12 instead of 2^-9. Quantised weights stay as they
      are, but for where the parts of a block lie. Up to 4 rows are multiplied by their whole numbers, 5 to
      32 as F16 by tensor cores that take the codes as they are; for more, and without 160 KB of shared
-     memory from 9 on, the matrix in hand becomes F16 in a scratch. Of models as small as 0.6B they become
-     F16 at once on Hopper, where two kernels a layer are faster than fewer bytes.
+     memory from 9 on, the matrix in hand becomes F16 in a scratch. With
+     QWEN3_LOAD_UNPACK they become F16 when they are loaded.
    INPUTS   of a product with at most 8 rows (on Hopper 1) stay float32. With more rows and 16-bit weights
      each row is rounded once, to F16 times a power of two of its own: nothing overflows, whatever its size.
      With quantised weights up to 4 rows become whole numbers of 16 bits instead, with a scale for each 32.
