@@ -9530,6 +9530,7 @@ QWEN3_API int qwen3_chat_render(const qwen3_model *m, const qwen3_chat_desc *cha
       #include <avx512vlbwintrin.h>
       #include <avx512vldqintrin.h>
       #include <avx512vnniintrin.h>
+      #include <avx512bf16intrin.h>
     #endif
   #elif defined(__x86_64__) && defined(__GNUC__) && \
       (!defined(__MINGW32__) || defined(__clang__) || defined(QWEN3_UNALIGNED_MOVES))
