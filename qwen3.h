@@ -10399,6 +10399,7 @@ TARGET QWEN3I_APART int U##_dot_one(float *y, const uint8_t *w, size_t row_bytes
     const size_t bytes = (size_t)(256 / f->elements * f->bytes);   /* of 256 columns */ \
     const int fives = type == QWEN3I_Q5_K, k_type = fives || type == QWEN3I_Q4_K; \
     if (n_cols % 256 != 0 || !(k_type || type == QWEN3I_Q6_K || type == QWEN3I_Q4_0)) return 0; \
+    for (size_t i = 0; i < 16 * row_bytes + QWEN3I_AHEAD; i += 64) QWEN3I_PREFETCH(w + i); \
     for (int r = 0; r < n_w / 16 * 16; r += 16, w += 16 * row_bytes) { \
         V##_v sum = V##_zero(); \
         for (int k = 0; k < n_cols / 256; k++) { \
@@ -12333,8 +12334,11 @@ static qwen3i_matmul_args qwen3i_matmul_begin(const qwen3i_exec *e, const qwen3i
     return a;
 }
 
-/* How many of n_rows make one piece: enough pieces for all lanes, and not too many */
-static int qwen3i_matmul_grain(const qwen3i_pool *pool, int n_rows) {
+/* How many of a matrix's n_rows make one piece, for n rows of x. For few one piece a lane: memory is fetched
+   ahead, beyond the end of a piece, where another lane would read the same. For many enough pieces for all
+   lanes, each of a size that caches hold. */
+static int qwen3i_matmul_grain(const qwen3i_pool *pool, int n_rows, int n) {
+    if (n <= QWEN3I_FEW_ROWS) return (n_rows + 32 * pool->n_lanes - 1) / (32 * pool->n_lanes) * 32;
     return qwen3i_max(32, qwen3i_min(n_rows / (4 * pool->n_lanes), QWEN3I_PIECE_ROWS)) / 32 * 32;
 }
 
@@ -12353,7 +12357,7 @@ static void qwen3i_matmul_to(const qwen3i_exec *e, float *y, const qwen3i_matrix
                              int add) {
     qwen3i_matmul_args a = qwen3i_matmul_begin(e, w, NULL, NULL, 1, x, n, add);
     a.y[0] = y;
-    qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w->rows), qwen3i_matmul_rows, &a);
+    qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w->rows, n), qwen3i_matmul_rows, &a);
 }
 
 static void qwen3i_matmul(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n) {
@@ -12370,7 +12374,7 @@ static void qwen3i_matmul_qkv(const qwen3i_exec *e, float *q, float *k, float *v
     qwen3i_matmul_args a = qwen3i_matmul_begin(e, &layer->wq, &layer->wk, &layer->wv, 3, x, n, 0);
     int rows = layer->wq.rows + layer->wk.rows + layer->wv.rows;
     a.y[0] = q; a.y[1] = k; a.y[2] = v;
-    qwen3i_parallel(e->pool, rows, qwen3i_matmul_grain(e->pool, rows), qwen3i_matmul_rows, &a);
+    qwen3i_parallel(e->pool, rows, qwen3i_matmul_grain(e->pool, rows, n), qwen3i_matmul_rows, &a);
 }
 
 /* w[0] is the gate, w[1] what it lets through. */
@@ -12392,7 +12396,9 @@ static void qwen3i_swiglu_rows(void *args, int begin, int end, int lane) {
    n_ff] */
 static void qwen3i_swiglu(const qwen3i_exec *e, float *y, const qwen3i_matrix *w_gate,
                           const qwen3i_matrix *w_up, const float *x, int n) {
-    int grain = qwen3i_min(qwen3i_matmul_grain(e->pool, w_gate->rows), QWEN3I_GLU_ROWS);
+    const int up_rows = QWEN3I_GLU_ROWS * QWEN3I_GLU_TOKENS / qwen3i_max(n, 1) / 32 * 32;
+    const int grain = qwen3i_min(qwen3i_matmul_grain(e->pool, w_gate->rows, n),
+                                 n <= QWEN3I_FEW_ROWS ? up_rows : QWEN3I_GLU_ROWS);
     qwen3i_matmul_args a = qwen3i_matmul_begin(e, w_gate, w_up, NULL, 2, x, n, 0);
     a.y[0] = y;
     qwen3i_parallel(e->pool, w_gate->rows, grain, qwen3i_swiglu_rows, &a);
