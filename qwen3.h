@@ -12334,12 +12334,15 @@ static qwen3i_matmul_args qwen3i_matmul_begin(const qwen3i_exec *e, const qwen3i
     return a;
 }
 
-/* How many of a matrix's n_rows make one piece, for n rows of x. For few one piece a lane: memory is fetched
-   ahead, beyond the end of a piece, where another lane would read the same. For many enough pieces for all
-   lanes, each of a size that caches hold. */
-static int qwen3i_matmul_grain(const qwen3i_pool *pool, int n_rows, int n) {
-    if (n <= QWEN3I_FEW_ROWS) return (n_rows + 32 * pool->n_lanes - 1) / (32 * pool->n_lanes) * 32;
-    return qwen3i_max(32, qwen3i_min(n_rows / (4 * pool->n_lanes), QWEN3I_PIECE_ROWS)) / 32 * 32;
+static int qwen3i_parts_of(int n, int size) { return (n + size - 1) / size; }
+
+/* How many of a matrix's n_rows make one piece, for n rows of x: at most `most`. For few one piece a lane, if
+   it may be so large: memory is fetched ahead, beyond the end of a piece, where another lane would read the
+   same. For many four, so that lanes end together. */
+static int qwen3i_matmul_grain(const qwen3i_pool *pool, int n_rows, int n, int most) {
+    const int lanes = pool->n_lanes, few = n <= QWEN3I_FEW_ROWS;
+    const int each = qwen3i_max(few ? 1 : 4, qwen3i_parts_of(n_rows, lanes * most));
+    return 32 * qwen3i_parts_of(n_rows, 32 * lanes * each);
 }
 
 static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {
@@ -12352,12 +12355,17 @@ static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {
     }
 }
 
+static void qwen3i_matmul_run(const qwen3i_exec *e, int n_rows, qwen3i_matmul_args *a) {
+    const int most = a->n <= QWEN3I_FEW_ROWS ? n_rows : QWEN3I_PIECE_ROWS;
+    qwen3i_parallel(e->pool, n_rows, qwen3i_matmul_grain(e->pool, n_rows, a->n, most), qwen3i_matmul_rows, a);
+}
+
 /* y = W x, or y = y + W x if add, for each row of x: x [n, cols], y [n, rows] */
 static void qwen3i_matmul_to(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n,
                              int add) {
     qwen3i_matmul_args a = qwen3i_matmul_begin(e, w, NULL, NULL, 1, x, n, add);
     a.y[0] = y;
-    qwen3i_parallel(e->pool, w->rows, qwen3i_matmul_grain(e->pool, w->rows, n), qwen3i_matmul_rows, &a);
+    qwen3i_matmul_run(e, w->rows, &a);
 }
 
 static void qwen3i_matmul(const qwen3i_exec *e, float *y, const qwen3i_matrix *w, const float *x, int n) {
@@ -12374,7 +12382,7 @@ static void qwen3i_matmul_qkv(const qwen3i_exec *e, float *q, float *k, float *v
     qwen3i_matmul_args a = qwen3i_matmul_begin(e, &layer->wq, &layer->wk, &layer->wv, 3, x, n, 0);
     int rows = layer->wq.rows + layer->wk.rows + layer->wv.rows;
     a.y[0] = q; a.y[1] = k; a.y[2] = v;
-    qwen3i_parallel(e->pool, rows, qwen3i_matmul_grain(e->pool, rows, n), qwen3i_matmul_rows, &a);
+    qwen3i_matmul_run(e, rows, &a);
 }
 
 /* w[0] is the gate, w[1] what it lets through. */
@@ -12396,9 +12404,9 @@ static void qwen3i_swiglu_rows(void *args, int begin, int end, int lane) {
    n_ff] */
 static void qwen3i_swiglu(const qwen3i_exec *e, float *y, const qwen3i_matrix *w_gate,
                           const qwen3i_matrix *w_up, const float *x, int n) {
-    const int up_rows = QWEN3I_GLU_ROWS * QWEN3I_GLU_TOKENS / qwen3i_max(n, 1) / 32 * 32;
-    const int grain = qwen3i_min(qwen3i_matmul_grain(e->pool, w_gate->rows, n),
-                                 n <= QWEN3I_FEW_ROWS ? up_rows : QWEN3I_GLU_ROWS);
+    const int most = n > QWEN3I_FEW_ROWS ? QWEN3I_GLU_ROWS
+                                         : QWEN3I_GLU_ROWS * QWEN3I_GLU_TOKENS / qwen3i_max(n, 1) / 32 * 32;
+    const int grain = qwen3i_matmul_grain(e->pool, w_gate->rows, n, most);
     qwen3i_matmul_args a = qwen3i_matmul_begin(e, w_gate, w_up, NULL, 2, x, n, 0);
     a.y[0] = y;
     qwen3i_parallel(e->pool, w_gate->rows, grain, qwen3i_swiglu_rows, &a);
