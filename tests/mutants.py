@@ -3,6 +3,7 @@
 
     python tests/mutants.py              all of them: some minutes
     python tests/mutants.py -k rope      those whose name contains "rope"
+    python tests/mutants.py --apply      whether each can still be made, without running one: no time
 
 A test that passes when the mistake is in is not a test. Each mutant is a text in qwen3.h, or in qwen3_cuda.cu, that
 must occur exactly once, and what to put there instead. The CUDA backend's kernels run on the CPU (tests/cuda_on_cpu).
@@ -129,6 +130,15 @@ def build_and_run(build, folder, cc, tests):
     return "caught: crashes" if done.returncode < 0 else "NOT CAUGHT"
 
 
+def apply_all(o, name_of_file, mutants):
+    source = open(os.path.join(ROOT, name_of_file), encoding="utf-8").read()
+    chosen = [m for m in mutants if o.k in m[1]]
+    stale = [m for m in chosen if broken(source, m[2], m[3]) is None]
+    for _, name, text, _ in stale:
+        print(f"FAIL  {name}: its text occurs {source.count(text)} times in {name_of_file}")
+    return len(chosen) - len(stale), len(stale)
+
+
 def run_all(o, name_of_file, mutants, build):
     path = os.path.join(ROOT, name_of_file)
     source = open(path, encoding="utf-8").read()
@@ -157,9 +167,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("-k", default="", help="part of a name")
     p.add_argument("--cc", default=os.environ.get("CC", "cc"))
+    p.add_argument("--apply", action="store_true", help="only see that the text of each occurs once")
     o = p.parse_args()
-    caught, missed = run_all(o, "qwen3.h", MUTANTS, build)
-    more, worse = run_all(o, "qwen3_cuda.cu", CUDA_MUTANTS, build_cuda)
+    run = (lambda o, file, mutants, _: apply_all(o, file, mutants)) if o.apply else run_all
+    caught, missed = run(o, "qwen3.h", MUTANTS, build)
+    more, worse = run(o, "qwen3_cuda.cu", CUDA_MUTANTS, build_cuda)
     caught, missed = caught + more, missed + worse
     print(f"{caught} passed, {missed} failed")
     return missed != 0
