@@ -865,6 +865,7 @@ struct matrix {
     float       scale;
     stored_map  map, map_more;          /* on Hopper: for tiles of HOPPER_N, of HOPPER_N_MORE rows */
     float      *bounds;                 /* of gate_up, on Hopper: see hopper_norm */
+    int        *order;                  /* column j is for input order[j]; NULL: for input j */
 };
 
 /* Elements from the first term of n rows of a product's input to the second; 0: there is only one. */
@@ -1014,6 +1015,7 @@ struct cuda_ctx {
     /* [max_rows, n_embd padded]: residual, normalised, a product; what products add to: x, or zeros of its
        own (see RANKS) */
     float  *x, *h, *tmp, *sum;
+    float  *ordered;                            /* x as the columns of a matrix with an order meet it */
     float  *qkv, *attn, *gate_up, *ff;          /* [max_rows, qkv_ld | q_dim | 2 n_ff | n_ff padded] */
     struct { float *at; size_t n; } results[4]; /* those of them, and logits, that cuBLASLt writes */
     void   *act; float *act_scale;              /* [max_rows, act_ld] input of a product */
@@ -1084,6 +1086,7 @@ struct pass {                           /* one batch on its way through the laye
     bool               only_wanted;     /* ... they are all that is left, in order */
     bool               early;           /* kernels may start early: see launch_early */
     bool               two;             /* layers go by two_kernels */
+    const float       *x;               /* [n, embd_ld] what a norm reads: the residual, or it in order */
     const qwen3i_err  *err;
 };
 
@@ -1147,6 +1150,7 @@ static pass make_pass(cuda_ctx *c, cudaStream_t s, int n, int n_tiles, const qwe
     p.only_wanted = false;
     p.early = c->m->capability >= 90;
     p.two = c->two && n_tiles == 0 && goes_alone(c, n);
+    p.x = c->x;
     p.err = err;
     return p;
 }
@@ -1761,6 +1765,14 @@ static void lay_out_part(block_part *p, const qwen3i_matrix &w, int n, arena *a)
     p->data = a->take<unsigned char>((u64)p->rows, (u64)p->row_bytes);
 }
 
+/* f(matrix, the order of its inputs, the gain that they come with): NULL: there is none */
+template <class F> static void each_order(layer_weights *to, const qwen3i_layer &from, F f) {
+    f(&to->qkv, from.qkv_order, to->attn_norm);
+    f(&to->wo, from.o_order, (float *)NULL);
+    f(&to->gate_up, from.mlp_order, to->mlp_norm);
+    f(&to->w_down, from.down_order, (float *)NULL);
+}
+
 /* Lay the weights out; a dry run measures them. packed: blocks that are unpacked; tops: the largest |w| of
    each group, as bits. */
 static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, arena *packed, unsigned **tops) {
@@ -1790,6 +1802,9 @@ static void lay_out_model(cuda_model *m, const qwen3i_weights *w, arena *a, aren
     }
     for (int i = 0; i < m->config.n_layer; i++) {
         layer_weights *l = &m->layers[i];
+        each_order(l, w->layers[i], [&](matrix *to, const int32_t *order, float *) {
+            to->order = order ? a->take<int>((size_t)to->cols) : NULL;
+        });
         l->gate_up.few = l->w_down.few = l->gate_up.few && l->w_down.few;
         l->attn_norm = a->take<float>(n_embd);
         l->mlp_norm = a->take<float>(n_embd);
@@ -2226,6 +2241,46 @@ static matrix own_rows(const matrix &w, int rank, int n_ranks) {
     return own;
 }
 
+/* order_rows: y[row, j] = x[row, order[j]] for rows ld apart, of at most ORDER_MOST elements; y may be x.
+   One block a row. Exact. Equals qwen3i_order_rows. */
+const int ORDER_EACH = 32, ORDER_MOST = 1024 * ORDER_EACH;      /* of a thread, of a row */
+template <class T>
+static __global__ void __launch_bounds__(1024)
+    order_rows_kernel(T *y, const T *x, const int *order, int width, int ld) {
+    const size_t base = (size_t)blockIdx.x * ld;
+    T v[ORDER_EACH];
+    UNROLL for (int k = 0; k < ORDER_EACH; k++) {
+        const int i = tid() + k * n_threads();
+        if (i < width) v[k] = x[base + order[i]];
+    }
+    __syncthreads();
+    UNROLL for (int k = 0; k < ORDER_EACH; k++) {
+        const int i = tid() + k * n_threads();
+        if (i < width) y[base + i] = v[k];
+    }
+}
+
+template <class T>
+static cudaError_t launch_order(cudaStream_t s, T *y, const T *x, const int *order, int width, int ld,
+                                int rows) {
+    return launch(s, grid1(rows), least(1024, round_up(width, 32)), 0, order_rows_kernel<T>, y, x, order,
+                  width, ld);
+}
+
+/* The orders of inputs; gains that come with such inputs are put in order. */
+static qwen3_result send_orders(uploader *u, cuda_model *m, const qwen3i_weights *w, const qwen3i_err *err) {
+    cudaError_t e = cudaSuccess;
+    for (int i = 0; i < m->config.n_layer; i++)
+        each_order(&m->layers[i], w->layers[i], [&](matrix *to, const int32_t *order, float *gain) {
+            if (!order || e != cudaSuccess) return;
+            e = cudaMemcpyAsync(to->order, order, (size_t)to->cols * sizeof *order, cudaMemcpyHostToDevice,
+                                u->stream);
+            if (e == cudaSuccess && gain)
+                e = launch_order(u->stream, gain, (const float *)gain, to->order, to->cols, to->cols, 1);
+        });
+    return e == cudaSuccess ? QWEN3_OK : cuda_fail(err, e, "loading");
+}
+
 static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weights *w, unsigned *tops,
                                    const qwen3i_err *err) {
     weight_group g;
@@ -2237,6 +2292,7 @@ static qwen3_result upload_weights(uploader *u, cuda_model *m, const qwen3i_weig
     TRY(send_pieces(u, m, w, tops, err));
     TRY(fetch_scales(u, m, w, tops, n_groups, err));
     TRY(unpack_blocks(u, m, w, err));
+    TRY(send_orders(u, m, w, err));
     if (m->n_ranks > 1 && m->head.rows == 0) m->head = own_rows(m->embed, m->rank, m->n_ranks);
     TRY(prepare_maps(u, m, err));
     if (m->head.rows == 0) m->head = m->embed;
@@ -2301,6 +2357,10 @@ static qwen3_result check_shapes(const qwen3i_config *c, const qwen3i_err *err) 
     if (most(c->n_ff, c->n_ff_expert) > 1024 * 4 * VECTORS)
         return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: the MLP is %d wide; up to %d can be run",
                            most(c->n_ff, c->n_ff_expert), 1024 * 4 * VECTORS);
+    if (c->ordered && most(most(c->n_embd, c->n_ff), c->n_head * c->head_dim) > ORDER_MOST)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                           "CUDA: more than %d inputs of a matrix are in order of activation (g_idx)",
+                           ORDER_MOST);
     return QWEN3_OK;
 }
 
@@ -2369,6 +2429,10 @@ static qwen3_result check_division(const qwen3i_config *c, int n, const qwen3i_e
         if (k.count % n != 0)
             return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED, "CUDA: %d %s cannot be divided among %d devices",
                                k.count, k.what, n);
+    if (c->ordered)
+        return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
+                           "CUDA: inputs in order of activation (g_idx) cannot be divided among %d devices",
+                           n);
     if (c->n_head_kv % n == 0 || n % c->n_head_kv == 0) return QWEN3_OK;
     return qwen3i_fail(err, QWEN3_ERR_UNSUPPORTED,
                        "CUDA: %d key/value heads cannot be divided among %d devices", c->n_head_kv, n);
@@ -2742,6 +2806,15 @@ template <class O, class T> static cudaError_t launch_keep_wanted(const pass *p,
                         (const row_info *)c->rows, p->n_outs);
 }
 
+/* n rows of an input of w, if its columns have an order */
+template <class T>
+static qwen3_result order_rows(const pass *p, const matrix &w, T *y, const T *x, int ld, int n) {
+    return !w.order ? QWEN3_OK : launched(p, launch_order(p->s, y, x, w.order, w.cols, ld, n), "order_rows");
+}
+template <class T> static qwen3_result order_rows(const pass *p, const matrix &w, T *x, int ld) {
+    return order_rows(p, w, x, (const T *)x, ld, p->n);
+}
+
 /* ================================================================================================
    NORM
    ================================================================================================ */
@@ -2929,7 +3002,7 @@ static qwen3_result vector_norm(const pass *p, const float *gain, const matrix &
     const qwen3i_config *g = &c->m->config;
     *h = {c->h, c->embd_ld, NULL, NULL};
     return launched(p,
-                    launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, c->x, c->embd_ld, NULL, gain, p->n, 1,
+                    launch_rmsnorm(p->early, p->s, c->h, c->embd_ld, p->x, c->embd_ld, NULL, gain, p->n, 1,
                                    g->n_embd, c->embd_ld, g->rms_eps),
                     "rmsnorm");
 }
@@ -3068,7 +3141,7 @@ static __global__ void __launch_bounds__(norm_threads(K))
 }
 
 static norm_args norm_arguments(const pass *p, const float *gain, const matrix &w) {
-    const norm_args a = {p->c->x, p->c->embd_ld, gain, w.bounds, p->c->m->config.rms_eps, p->c->ff_scale};
+    const norm_args a = {p->x, p->c->embd_ld, gain, w.bounds, p->c->m->config.rms_eps, p->c->ff_scale};
     return a;
 }
 
@@ -6159,11 +6232,14 @@ static qwen3_result gather_logits(const pass *p, int n) {
    ================================================================================================ */
 static qwen3_result vector_o_proj(const pass *p, int layer) {
     cuda_ctx *c = p->c;
-    return matvec(p, c->sum, c->embd_ld, NULL, c->m->layers[layer].wo, c->attn, c->q_dim, p->n, true);
+    const matrix &w = c->m->layers[layer].wo;
+    TRY(order_rows(p, w, c->attn, c->q_dim));
+    return matvec(p, c->sum, c->embd_ld, NULL, w, c->attn, c->q_dim, p->n, true);
 }
 
 static qwen3_result gemm_o_proj(const pass *p, int layer) {
     const matrix &w = p->c->m->layers[layer].wo;
+    TRY(order_rows(p, w, p->c->attn, p->c->q_dim));
     TRY(round_rows(p, w, p->c->attn, p->c->q_dim, p->n));
     return product_add(p, w);
 }
@@ -6172,6 +6248,7 @@ static qwen3_result gemm_o_proj(const pass *p, int layer) {
 static qwen3_result halve_attention(const pass *p, const matrix &w, const float **scale) {
     cuda_ctx *c = p->c;
     *scale = p->halves ? NULL : c->act_scale;
+    TRY(p->halves ? order_rows(p, w, c->hopper_act, c->q_dim) : order_rows(p, w, c->attn, c->q_dim));
     return p->halves ? QWEN3_OK : hopper_round(p, w, c->attn, c->q_dim, p->n);
 }
 
@@ -6230,8 +6307,10 @@ static qwen3_result vector_mlp(const pass *p, int layer, const input &h) {
 
 static qwen3_result vector_down(const pass *p, int layer) {
     cuda_ctx *c = p->c;
+    const matrix &w = c->m->layers[layer].w_down;
     if (few_pairs(p, layer)) return few_down(p, layer);
-    return matvec(p, c->sum, c->embd_ld, NULL, c->m->layers[layer].w_down, c->ff, c->ff_ld, p->n, true);
+    TRY(order_rows(p, w, c->ff, c->ff_ld));
+    return matvec(p, c->sum, c->embd_ld, NULL, w, c->ff, c->ff_ld, p->n, true);
 }
 
 /* ---- after a product by cuBLASLt ---- */
@@ -6289,7 +6368,10 @@ static qwen3_result gemm_mlp(const pass *p, int layer, const input &) {
 }
 
 static qwen3_result gemm_down(const pass *p, int layer) {
-    return product_add(p, p->c->m->layers[layer].w_down);
+    const matrix &w = p->c->m->layers[layer].w_down;
+    TRY(w.type == QWEN3I_F32 ? order_rows(p, w, (float *)p->c->act, p->c->ff_ld) :
+                               order_rows(p, w, (half_t *)p->c->act, p->c->ff_ld));
+    return product_add(p, w);
 }
 
 /* ---- Hopper: how its products end ---- */
@@ -6349,10 +6431,12 @@ static qwen3_result large_mlp(const pass *p, int layer, const input &h) {
 
 static qwen3_result skinny_down(const pass *p, int layer) {
     const matrix &w = p->c->m->layers[layer].w_down;
+    TRY(order_rows(p, w, p->c->hopper_m, w.cols));
     return skinny_add(p, p->c->skinny_m_map, w, hopper_arguments(p, w, p->c->ff_scale));
 }
 static qwen3_result large_down(const pass *p, int layer) {
     const matrix &w = p->c->m->layers[layer].w_down;
+    TRY(order_rows(p, w, p->c->hopper_m, w.cols));
     return large_add(p, p->c->large_m_map, w, hopper_arguments(p, w, p->c->ff_scale));
 }
 
@@ -6817,7 +6901,7 @@ template <int R> static int block_warps(const pass *p, const block_in &in) {
 
 /* Can the kernel do the norm of its input? */
 static bool block_norms_itself(const pass *p, const matrix &w) {
-    const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
+    const input h = {p->x, p->c->embd_ld, NULL, NULL};
     return goes_alone(p->c, p->n) && w.cols % 4 == 0 &&
            w.cols <= STREAM_NORM * 4 * 32 * block_warps<1>(p, block_input(p, w, h, 0, 1));
 }
@@ -7518,7 +7602,10 @@ static qwen3_result few_down(const pass *p, int layer) {
     cuda_ctx *c = p->c;
     const matrix &w = c->m->layers[layer].w_down;
     const input h = {c->ff, 2 * c->ff_ld, NULL, NULL};
-    return few_product(p, w, h, p->n, c->m->layers[layer].gate_up.rows / 2,
+    const int up = c->m->layers[layer].gate_up.rows / 2;
+    TRY(order_rows(p, w, c->ff, h.ldx));
+    TRY(order_rows(p, w, c->ff + up, h.ldx));
+    return few_product(p, w, h, p->n, up,
                        make_end(END_ADD, c->sum, c->embd_ld, NULL));
 }
 
@@ -8096,8 +8183,8 @@ static int two_mlp_clusters(const qwen3i_config *g) {
 /* Are the shapes such that one row can go this way? */
 static bool fits_two(const cuda_model *m) {
     const qwen3i_config *g = &m->config;
-    if (!m->hopper || m->n_ranks > 1 || g->n_expert > 0 || g->n_embd != TWO_WIDTH || g->head_dim != HEAD_DIM)
-        return false;
+    if (!m->hopper || m->n_ranks > 1 || g->n_expert > 0 || g->ordered) return false;
+    if (g->n_embd != TWO_WIDTH || g->head_dim != HEAD_DIM) return false;
     if (g->n_head != TWO_HEADS * g->n_head_kv || g->n_head_kv > TWO_PARTS) return false;
     if (two_mlp_clusters(g) > TWO_PARTS) return false;
     for (int i = 0; i < g->n_layer; i++) {
@@ -10360,7 +10447,7 @@ static qwen3_result hopper_norm(const pass *p, const float *gain, const matrix &
 
 /* Each of its blocks holds all of the input: */
 static bool vector_norms_itself(const pass *p, const matrix &w) {
-    const input h = {p->c->x, p->c->embd_ld, NULL, NULL};
+    const input h = {p->x, p->c->embd_ld, NULL, NULL};
     if (w.n_parts > 0) return few_serves(p->c, w, p->n) || block_norms_itself(p, w);
     return w.cols % 4 == 0 && w.cols <= STREAM_NORM * 4 * 32 * MATVEC_WARPS &&
            stream_ring(p, vector_input(p, w, h, p->n), w) > 0;
@@ -10433,8 +10520,11 @@ const path_set SAME_FEW_HOPPER = {
     true, hopper_memory, prepare_hopper
 };
 
-static qwen3_result norm(const pass *p, const float *gain, const matrix &w, input *h) {
-    *h = {p->c->x, p->c->embd_ld, NULL, gain};
+/* For w with an order its inputs come in it, x and gain: the sum of squares is the same but for its order. */
+static qwen3_result norm(pass *p, const float *gain, const matrix &w, input *h) {
+    p->x = w.order ? p->c->ordered : p->c->x;
+    TRY(order_rows(p, w, p->c->ordered, (const float *)p->c->x, p->c->embd_ld, p->n));
+    *h = {p->x, p->c->embd_ld, NULL, gain};
     return p->path->norms_itself && p->path->norms_itself(p, w) ? QWEN3_OK : p->path->norm(p, gain, w, h);
 }
 
@@ -10574,6 +10664,7 @@ static void lay_out_device(cuda_ctx *c, arena *a) {
     c->freqs = a->take<float>(half);
     c->x = a->take<float>(rows * embd);
     c->sum = c->m->rank > 0 ? a->take<float>(rows * embd) : c->x;
+    c->ordered = a->take<float>(g->ordered ? rows * embd : 0);
     c->h = a->take<float>((g->n_expert ? rows : narrow) * embd);
     c->qkv = take_result(c, a, 1, (c->hopper_kv ? narrow : rows) * c->qkv_ld);
     c->attn = a->take<float>((c->hopper_kv ? narrow : rows) * c->q_dim);
@@ -11836,7 +11927,7 @@ extern "C" const qwen3_backend *qwen3_cuda_backend(void) {
         create_model, free_model, device_name,
         ctx_memory, create_ctx, free_ctx, forward, logits, next, seq_copy, kv_read, kv_write, set_logits,
         row_logits, keep_row, choose,
-        1, 1, 0, 0,                     /* matrices in blocks, experts; orders and factors: on the CPU alone */
+        1, 1, 1, 0,                     /* matrices in blocks, experts, orders; factors: on the CPU alone */
 #ifdef QWEN3_CUDA_NCCL
         1,                              /* several devices */
 #else

@@ -279,7 +279,7 @@ static qwen3_result lab_half(const pass *p, int layer, int half) {
     return add_parts(p, two_sum(p->c, half));
 }
 
-static qwen3_result lab_one(const pass *p, lab_op op, int layer) {
+static qwen3_result lab_one(pass *p, lab_op op, int layer) {
     const layer_weights *w = &p->c->m->layers[layer];
     const int n = least(p->n, head_rows(p->c));
     input h = lab_input(p);

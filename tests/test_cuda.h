@@ -1368,6 +1368,59 @@ static void test_cuda_models_blocks(void) {
         }
 }
 
+/* The logits of 70 tokens, `chunk` rows at a time and then three alone, of a directory quantised as a scheme has it. */
+static float *cuda_packed_logits(const packed_shape *shape, const packed_scheme *s, const tiny_text *weights, int flags,
+                                 const qwen3_backend *backend, int chunk) {
+    qwen3_ctx_desc ctx_of = ctx_desc(80, 1, chunk, QWEN3_KV_F32);
+    packed_files files;
+    qwen3_model *model = NULL;
+    float *logits = floats((size_t)73 * (size_t)shape->vocab);
+    qwen3_token tokens[73];
+    char err[512] = "";
+    ctx_of.yarn_factor = 4;             /* for more positions than such a model has */
+    packed_files_make(&files, shape, s->config, weights);
+    files.desc.flags |= flags;
+    files.desc.backend = backend;
+    for (int i = 0; i < 73; i++) tokens[i] = (5 + 11 * i) % shape->vocab;
+    CHECK_MSG(qwen3_load(&model, &files.desc, err, sizeof err) == QWEN3_OK, "%s: %s", s->config, err);
+    qwen3_ctx *ctx = model ? ctx_open_desc(model, &ctx_of) : NULL;
+    if (ctx) CHECK_OK(ctx, eval(ctx, 0, tokens, 70, logits));
+    for (int i = 70; i < 73 && ctx; i++)
+        CHECK_OK(ctx, eval(ctx, 0, tokens + i, 1, logits + (size_t)i * (size_t)shape->vocab));
+    qwen3_ctx_free(ctx);
+    qwen3_free(model);
+    free(files.config.p);
+    return logits;
+}
+
+static void cuda_check_packed(const packed_shape *shape, int scheme, int flags, int chunk) {
+    const packed_scheme *s = &packed_schemes[scheme];
+    tiny_text weights = packed_weights(s, shape, 0);
+    float *want = cuda_packed_logits(shape, s, &weights, 0, NULL, chunk),
+          *got = cuda_packed_logits(shape, s, &weights, flags, qwen3_cuda_backend(), chunk),
+          *again = chunk == 70 ? cuda_packed_logits(shape, s, &weights, flags, qwen3_cuda_backend(), chunk) : NULL;
+    const double e = parity_error(got, want, 73, shape->vocab);
+    if (test_verbose) printf("    scheme %d, flags %d, chunks of %d: %.2e\n", scheme, flags, chunk, e);
+    CHECK_MSG(e < (chunk > 4 ? 1e-2 : 1e-3), "scheme %d, chunks of %d: logits differ by %.2e", scheme, chunk, e);
+    CHECK_MSG(!again || same_floats(got, again, 73 * shape->vocab), "scheme %d, chunks of %d: other bits", scheme, chunk);
+    free(weights.p); free(want); free(got); free(again);
+}
+
+/* Directories quantised as others do it, with inputs in order of activation, too: every way through the layers. */
+static void test_cuda_models_packed(void) {
+    static const packed_shape large = {256, 2, 1, 128, 256, 64, "model.", 0};
+    for (int i = 0; i < PACKED_SCHEMES; i++) {
+        const int ordered = packed_is_ordered(&packed_schemes[i]);
+        if (ordered || i % 3 == 0) cuda_check_packed(&packed_usual, i, 0, i % 2 ? 35 : 8);
+        if (!ordered) continue;
+        cuda_check_packed(&packed_usual, i, 0, i % 2 ? 2 : 20);
+        cuda_on_cpu_chip(90);
+        cuda_check_packed(&large, i, 0, i % 2 ? 70 : 50);
+        if (i % 2) cuda_check_packed(&large, i, QWEN3_LOAD_UNPACK, 6);
+        cuda_on_cpu_chip(80);
+    }
+}
+
 /* At most 8 rows at a time nothing is rounded but the cache. */
 static void test_cuda_models_exact(void)    { cuda_check_models(QWEN3_KV_F32, LAB_FUSED, 8, 2e-4, 1e-7); }
 static void test_cuda_models_fused(void)    { cuda_check_models(QWEN3_KV_F32, LAB_FUSED, 0, 1e-2, 1e-5); }
@@ -2142,6 +2195,7 @@ static void suite_cuda(void) {
     if (test_verbose) { RUN(test_cuda_speed_one); RUN(test_cuda_speed_more); }
 #endif
     RUN(test_cuda_models_blocks);
+    RUN(test_cuda_models_packed);
     RUN(test_cuda_models_exact);
     RUN(test_cuda_experts);
     RUN(test_cuda_experts_odd);
