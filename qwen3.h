@@ -9621,10 +9621,10 @@ typedef struct qwen3i_simd {
        elements; w of numbers: F32, F16 or BF16 */
     void (*dot)(float *y, size_t ldy, const void *w, size_t ldw, qwen3i_type type, int n_w,
                 const float *x, size_t ldx, int n_x, int n_cols, int add);
-    /* y[r] = w[r] . x, or += if add, for n_w rows of w in Q8_0 or FP8, all of whose blocks are full, and one
-       row of x: the same bits as dot gives when they have become float32 */
-    void (*dot_bytes)(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, const float *x,
-                      int n_cols, int add);
+    /* The same with w in Q8_0 or FP8, all of whose blocks are full, row_bytes apart, for few rows of x: the
+       bits that dot gives when w has become float32 */
+    void (*dot_bytes)(float *y, size_t ldy, const void *w, size_t row_bytes, qwen3i_type type, int n_w,
+                      const float *x, size_t ldx, int n_x, int n_cols, int add);
     /* x [n] to parts, as dot_blocks wants them; columns beyond n are zeros. If x is not finite, neither
        are its products. */
     void (*round_row)(qwen3i_rounded *y, const float *x, int n);
@@ -9669,6 +9669,11 @@ typedef struct qwen3i_pairs {
 #define QWEN3I_MIX_ROWS 48      /* rows of v that become float32 at a time: at most 12 KB on the stack */
 #define QWEN3I_EXP_LOW  (-87.3f)
 #define QWEN3I_EXP_HIGH 88.3f
+
+/* How many of n rows of x, C at most, the next tile has; 8: 4 + 4 */
+#define QWEN3I_TILE_X(n, C) \
+    ((n) >= (C) && (QWEN3I_SMALL || (n) != 8) ? (C) : \
+     QWEN3I_SMALL ? 1 : (n) >= 4 && (C) > 4 ? 4 : (n) >= 2 ? 2 : 1)
 
 /* The kernels, written once. V is the prefix of the instruction set's lane operations: the type V_v and the
    functions V_zero, set1, load, load_once (not again for each use), load_bf16, load_f16, load_i8, all_half (a
@@ -9737,9 +9742,7 @@ TARGET QWEN3I_INLINE void V##_dot_type(float *y, size_t ldy, const char *w, size
     for (i = 0; i < tiles; i += step) \
         for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) \
             for (t = 0; t < n_x; t += m) { \
-                /* 8: 4 + 4 */ \
-                m = n_x - t >= C && (QWEN3I_SMALL || n_x - t != 8) ? C : QWEN3I_SMALL ? 1 : \
-                    n_x - t >= 4 && C > 4 ? 4 : n_x - t >= 2 ? 2 : 1; \
+                m = QWEN3I_TILE_X(n_x - t, C); \
                 for (j = i; j < i + step; j++) { \
                     int r = apart > 1 ? j : j * R; \
                     V##_tile_n(y + (size_t)t * ldy + r, ldy, apart, \
@@ -9811,43 +9814,73 @@ TARGET static void V##_load_row(float *y, const void *x, qwen3i_type type, int n
         V##_store_n(y + i, v, n - i); \
     } \
 } \
-/* R rows in Q8_0 or FP8 at a time against one row of x: the sums of V_dot, without a panel. The type is \
-   a constant here. */ \
-TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, const uint8_t *w, size_t row_bytes, qwen3i_type type, \
-                                           int elements, int head, int n_w, const float *x, int n_cols, \
-                                           int add) { \
-    const uint8_t *next = w + 2 * R * row_bytes;    /* what is fetched meanwhile, in order of addresses */ \
-    for (int r0 = 0; r0 < n_w; r0 += R) { \
-        const uint8_t *at[R]; \
-        QWEN3I_UNROLL for (int r = 0; r < R; r++) \
-            at[r] = w + (size_t)qwen3i_min(r0 + r, n_w - 1) * row_bytes; \
-        for (int k = 0; k < n_cols; k += QWEN3I_K_BLOCK) { \
-            V##_v acc[R]; \
-            float sums[R]; \
-            int end = qwen3i_min(k + QWEN3I_K_BLOCK, n_cols); \
-            QWEN3I_UNROLL for (int r = 0; r < R; r++) acc[r] = V##_zero(); \
-            for (int c = k; c < end; c += elements) { \
-                QWEN3I_UNROLL for (int r = 0; r < R; r++) { \
-                    const V##_v d = type == QWEN3I_FP8 ? V##_set1(qwen3i_f32_at(at[r])) : \
-                                    V##_all_half(at[r]); \
-                    QWEN3I_UNROLL_MORE for (int j = 0; j < elements; j += 16) \
-                        acc[r] = V##_fma(V##_bytes(at[r] + head + j, d, type), V##_load(x + c + j), acc[r]); \
-                    at[r] += elements + head; \
-                } \
-                QWEN3I_UNROLL for (int i = 0; i < R * (elements + head); i += 64) QWEN3I_PREFETCH(next + i); \
-                next += R * (elements + head); \
+/* A tile of n_w of at most R rows in Q8_0 or FP8 and n_x of x, over n columns: the sums of V_tile, without \
+   a panel. What lies at `next` is fetched meanwhile. The type and n_x are constants here. */ \
+TARGET QWEN3I_INLINE void V##_tile_bytes(float *y, size_t ldy, const uint8_t *w, size_t row_bytes, \
+                                         const uint8_t *next, qwen3i_type type, int n_w, const float *x, \
+                                         size_t ldx, int n_x, int n, int add) { \
+    const int elements = type == QWEN3I_FP8 ? 128 : 32, head = type == QWEN3I_FP8 ? 4 : 2; \
+    const uint8_t *at[R]; \
+    V##_v acc[C][R]; \
+    float sums[R]; \
+    int r, t, j; \
+    QWEN3I_UNROLL for (r = 0; r < R; r++) at[r] = w + (size_t)qwen3i_min(r, n_w - 1) * row_bytes; \
+    QWEN3I_UNROLL for (t = 0; t < n_x; t++) { \
+        QWEN3I_UNROLL for (r = 0; r < R; r++) acc[t][r] = V##_zero(); \
+    } \
+    for (const float *end = x + n; x != end; x += elements) { \
+        QWEN3I_UNROLL for (r = 0; r < R; r++) { \
+            const V##_v d = type == QWEN3I_FP8 ? V##_set1(qwen3i_f32_at(at[r])) : V##_all_half(at[r]); \
+            QWEN3I_UNROLL_MORE for (j = 0; j < elements; j += 16) { \
+                const V##_v wv = V##_bytes(at[r] + head + j, d, type); \
+                QWEN3I_UNROLL for (t = 0; t < n_x; t++) \
+                    acc[t][r] = V##_fma(wv, V##_load(x + (size_t)t * ldx + j), acc[t][r]); \
             } \
-            V##_sum(sums, acc); \
-            for (int r = 0; r < R && r0 + r < n_w; r++) \
-                y[r0 + r] = add || k > 0 ? y[r0 + r] + sums[r] : sums[r]; \
+            at[r] += elements + head; \
         } \
+        QWEN3I_UNROLL for (j = 0; j < R * (elements + head); j += 64) QWEN3I_PREFETCH(next + j); \
+        next += R * (elements + head); \
+    } \
+    QWEN3I_UNROLL for (t = 0; t < n_x; t++, y += ldy) { \
+        V##_sum(sums, acc[t]); \
+        for (r = 0; r < n_w; r++) y[r] = add ? y[r] + sums[r] : sums[r]; \
     } \
 } \
-TARGET static void V##_dot_bytes(float *y, const void *w, size_t row_bytes, qwen3i_type type, int n_w, \
-                                 const float *x, int n_cols, int add) { \
-    if (type == QWEN3I_FP8) V##_dot_bytes_of(y, (const uint8_t *)w, row_bytes, QWEN3I_FP8, 128, 4, n_w, x, \
-                                             n_cols, add); \
-    else V##_dot_bytes_of(y, (const uint8_t *)w, row_bytes, QWEN3I_Q8_0, 32, 2, n_w, x, n_cols, add); \
+/* n_x becomes a constant, as in V_tile_n. Small code takes each row of x by itself. */ \
+TARGET QWEN3I_INLINE void V##_tile_bytes_n(float *y, size_t ldy, const uint8_t *w, size_t row_bytes, \
+                                           const uint8_t *next, qwen3i_type type, int n_w, const float *x, \
+                                           size_t ldx, int n_x, int n, int add) { \
+    if (QWEN3I_SMALL || n_x == 1) \
+        V##_tile_bytes(y, ldy, w, row_bytes, next, type, n_w, x, ldx, 1, n, add); \
+    else if (n_x == 4 && C > 4) \
+        V##_tile_bytes(y, ldy, w, row_bytes, next, type, n_w, x, ldx, C > 4 ? 4 : 1, n, add); \
+    else if (n_x == 2 && C > 2) \
+        V##_tile_bytes(y, ldy, w, row_bytes, next, type, n_w, x, ldx, C > 2 ? 2 : 1, n, add); \
+    else V##_tile_bytes(y, ldy, w, row_bytes, next, type, n_w, x, ldx, C, n, add); \
+} \
+/* Each tile of w meets all rows of x at once. What is fetched ahead is in order of addresses. */ \
+TARGET QWEN3I_INLINE void V##_dot_bytes_of(float *y, size_t ldy, const uint8_t *w, size_t row_bytes, \
+                                           qwen3i_type type, int n_w, const float *x, size_t ldx, int n_x, \
+                                           int n_cols, int add) { \
+    int r, k, t, m; \
+    for (r = 0; r < n_w; r += R, w += R * row_bytes) \
+        for (k = 0; k < n_cols; k += QWEN3I_K_BLOCK) { \
+            const size_t done = (size_t)(type == QWEN3I_FP8 ? k / 128 * 132 : k / 32 * 34); \
+            for (t = 0; t < n_x; t += m) { \
+                m = QWEN3I_SMALL ? 1 : QWEN3I_TILE_X(n_x - t, C); \
+                V##_tile_bytes_n(y + (size_t)t * ldy + r, ldy, w + done, row_bytes, \
+                                 w + 2 * R * row_bytes + R * done, type, qwen3i_min(R, n_w - r), \
+                                 x + (size_t)t * ldx + k, ldx, m, qwen3i_min(QWEN3I_K_BLOCK, n_cols - k), \
+                                 k > 0 || add); \
+            } \
+        } \
+} \
+TARGET static void V##_dot_bytes(float *y, size_t ldy, const void *w, size_t row_bytes, qwen3i_type type, \
+                                 int n_w, const float *x, size_t ldx, int n_x, int n_cols, int add) { \
+    const uint8_t *rows = (const uint8_t *)w; \
+    if (type == QWEN3I_FP8) \
+        V##_dot_bytes_of(y, ldy, rows, row_bytes, QWEN3I_FP8, n_w, x, ldx, n_x, n_cols, add); \
+    else V##_dot_bytes_of(y, ldy, rows, row_bytes, QWEN3I_Q8_0, n_w, x, ldx, n_x, n_cols, add); \
 } \
 QWEN3I_DEFINE_TILES(V, TARGET, R, C) \
 /* The last columns of a number that is not a multiple of 16 join last. */ \
@@ -12118,7 +12151,7 @@ static const qwen3i_pairs *qwen3i_find_pairs(void) {
    ================================================================================================ */
 #define QWEN3I_PANEL_ROWS 64            /* rows of a matrix in Q8_0 or FP8, of QWEN3I_K_BLOCK columns, that
                                            become float32 at a time */
-#define QWEN3I_ROWS_ALONE 8             /* rows of x, up to which such a matrix is not unpacked for them */
+#define QWEN3I_FEW_BYTES  32            /* rows of x, up to which such a matrix is not unpacked for them */
 #define QWEN3I_PANEL_LD (QWEN3I_K_BLOCK + 16)   /* floats between them: powers of two collide in caches */
 
 typedef union qwen3i_panels {           /* one lane's part of a matrix, unpacked */
@@ -12254,26 +12287,27 @@ typedef struct qwen3i_matmul_args {
 } qwen3i_matmul_args;
 
 /* A matrix in Q8_0 or FP8 becomes float32 panel by panel: a part that the second-level cache holds. For few
-   rows of x, each by itself, that would cost more than it saves. The sums run as for a matrix of numbers, so
-   their bits do not depend on the panels. */
+   rows of x it stays what it is. The sums run as for a matrix of numbers, so their bits do not depend on the
+   panels. */
 static void qwen3i_matmul_bytes(const qwen3i_matmul_args *a, const qwen3i_matrix *w, float *y, size_t ldy,
-                              int begin, int end, int t, int n, float *panel) {
-    size_t row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols), cols = (size_t)w->cols;
-    const int few = n <= QWEN3I_ROWS_ALONE && w->cols % qwen3i_format_of(w->type)->elements == 0;
+                                int begin, int end, int t, int n, float *panel) {
+    const size_t row_bytes = (size_t)qwen3i_row_bytes(w->type, w->cols), cols = (size_t)w->cols;
+    const char *data = (const char *)w->data;
+    const float *x = a->x + (size_t)t * cols;
     int r, k, i, m, n_k;
+    if (n <= QWEN3I_FEW_BYTES && w->cols % qwen3i_format_of(w->type)->elements == 0) {
+        a->simd->dot_bytes(y, ldy, data + (size_t)begin * row_bytes, row_bytes, w->type, end - begin, x, cols,
+                           n, w->cols, a->add);
+        return;
+    }
     for (r = begin; r < end; r += m, y += m) {
-        m = few && n == 1 ? end - r : qwen3i_min(QWEN3I_PANEL_ROWS, end - r);
-        for (i = 0; few && i < n; i++)
-            a->simd->dot_bytes(y + (size_t)i * ldy, (const char *)w->data + (size_t)r * row_bytes, row_bytes,
-                               w->type, m, a->x + (size_t)(t + i) * cols, w->cols, a->add);
-        if (few) continue;
+        m = qwen3i_min(QWEN3I_PANEL_ROWS, end - r);
         for (k = 0; k < w->cols; k += n_k) {
-            const char *at = (const char *)w->data + (size_t)r * row_bytes + qwen3i_row_bytes(w->type, k);
+            const char *at = data + (size_t)r * row_bytes + qwen3i_row_bytes(w->type, k);
             n_k = qwen3i_min(QWEN3I_K_BLOCK, w->cols - k);
             for (i = 0; i < m; i++, at += row_bytes)
                 a->simd->load(panel + i * QWEN3I_PANEL_LD, at, w->type, n_k);
-            a->simd->dot(y, ldy, panel, QWEN3I_PANEL_LD, QWEN3I_F32, m, a->x + (size_t)t * cols + k, cols, n,
-                         n_k, a->add || k > 0);
+            a->simd->dot(y, ldy, panel, QWEN3I_PANEL_LD, QWEN3I_F32, m, x + k, cols, n, n_k, a->add || k > 0);
         }
     }
 }

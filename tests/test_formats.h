@@ -223,9 +223,9 @@ static void formats_product(const qwen3i_simd *simd, qwen3i_type type, int rows,
 }
 
 static void test_formats_products(void) {
-    static const int shapes[5][3] = {{5, 256, 3}, {70, 1536, 7}, {66, 1024, 1}, {9, 328, 3}, {5, 1100, 2}};
+    static const int shapes[7][3] = {{5, 256, 3}, {70, 1536, 7}, {66, 1024, 1}, {11, 1280, 13}, {6, 1280, 33}, {9, 328, 3}, {5, 1100, 2}};
     for (int type = QWEN3I_BF16 + 1; type < QWEN3I_N_TYPES; type++)
-        for (int i = 0; i < (type < QWEN3I_FP8 ? 3 : 5); i++) {    /* in the last ones, blocks are not full */
+        for (int i = 0; i < (type < QWEN3I_FP8 ? 5 : 7); i++) {    /* in the last ones, blocks are not full */
             const qwen3i_simd *simd;
             float *same = NULL;
             for (int level = 0; (simd = qwen3i_simd_level(level)) != NULL; level++)
