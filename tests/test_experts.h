@@ -62,6 +62,50 @@ static void test_experts_same_bits(void) {
     }
 }
 
+/* The logits of 16 sequences, which step in groups of `group`: [16, n_vocab] */
+static float *experts_grouped(qwen3_model *model, const qwen3_token *tokens, int n, int group) {
+    qwen3_ctx_desc desc = ctx_desc(64, 16, 0, QWEN3_KV_F32);
+    const size_t n_vocab = (size_t)model->info.n_vocab;
+    float *out = floats(16 * n_vocab);
+    qwen3_item items[16];
+    qwen3_ctx *ctx;
+    int i, s;
+    desc.threads = group % 2 + 1;
+    ctx = ctx_open_desc(model, &desc);
+    for (s = 0; s < 16; s++) {
+        items[s] = item_of(s, tokens + s % n, qwen3i_min(3, n - s % n));
+        CHECK_OK(ctx, qwen3_eval(ctx, items + s, 1));
+        items[s] = item_of(s, tokens + s * 5 % n, 1);
+    }
+    for (s = 0; s < 16; s += group) {
+        const int m = qwen3i_min(group, 16 - s);
+        CHECK_OK(ctx, qwen3_eval(ctx, items + s, m));
+        for (i = s; i < s + m; i++) memcpy(out + (size_t)i * n_vocab, qwen3_logits(ctx, i), n_vocab * sizeof *out);
+    }
+    qwen3_ctx_free(ctx);
+    return out;
+}
+
+/* A row of a step has the bits that it has alone, whichever experts the other 1 to 15 choose. */
+static void test_experts_neighbours(void) {
+    for (int i = 0; i < N_EXPERTS_MODELS; i++) {
+        const qwen3_token *tokens;
+        fixture f;
+        float *alone;
+        int n;
+        if (!fixture_open(&f, experts_names[i])) continue;
+        tokens = ref_tokens(&f.ref, 1, "tokens", &n);
+        alone = experts_grouped(f.model, tokens, n, 1);
+        for (int group = 2; group <= 16; group++) {
+            float *among = experts_grouped(f.model, tokens, n, group);
+            CHECK_MSG(memcmp(among, alone, (size_t)(16 * f.info.n_vocab) * sizeof *alone) == 0, "%s: groups of %d differ", experts_names[i], group);
+            free(among);
+        }
+        free(alone);
+        fixture_close(&f);
+    }
+}
+
 /* Each mistake shows: weights that are or are not made to add up to 1 (which softmax after the choice would do, too), one
    expert fewer, two experts swapped. */
 static void test_experts_tell_mistakes(void) {
@@ -511,6 +555,7 @@ static void test_experts_memory(void) {
 static void suite_experts(void) {
     RUN(test_experts_parity);
     RUN(test_experts_same_bits);
+    RUN(test_experts_neighbours);
     RUN(test_experts_tell_mistakes);
     RUN(test_experts_pick);
     RUN(test_experts_malformed);
