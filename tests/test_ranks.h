@@ -169,18 +169,15 @@ static void test_ranks_speculation(void) {
     grammar_close(&b);
 }
 
-/* n tokens, evaluated `chunk` at a time, of a model in memory that one device has, or two */
-static float *ranks_logits(const experts_model *x, const char *name, int quantize, int devices, const qwen3_token *tokens, int n,
-                           int chunk) {
-    qwen3_load_desc d = ranks_load(NULL, devices);
-    qwen3_file file;
+/* Logits of n tokens, evaluated `chunk` at a time */
+static float *ranks_logits(const qwen3_load_desc *d, const char *name, const qwen3_token *tokens, int n, int chunk, int *n_vocab) {
     qwen3_model *model = NULL;
     qwen3_ctx *ctx;
-    float *logits = floats((size_t)n * 64);
-    char err[256] = "";
-    file.name = "m.gguf"; file.data = x->bytes.p; file.size = x->bytes.n;
-    d.files = &file; d.n_files = 1; d.quantize = quantize;
-    if (!CHECK_MSG(qwen3_load(&model, &d, err, sizeof err) == QWEN3_OK, "%s, %d devices: %s", name, devices, err)) return logits;
+    float *logits;
+    char err[512] = "";
+    if (!CHECK_MSG(qwen3_load(&model, d, err, sizeof err) == QWEN3_OK, "%s, %d devices: %s", name, d->n_devices, err)) return NULL;
+    *n_vocab = qwen3_get_info(model).n_vocab;
+    logits = floats((size_t)n * (size_t)*n_vocab);
     ctx = ctx_open(model, 32, 1, chunk, QWEN3_KV_F32);
     if (ctx) CHECK_OK(ctx, eval(ctx, 0, tokens, n, logits));
     qwen3_ctx_free(ctx);
@@ -188,38 +185,100 @@ static float *ranks_logits(const experts_model *x, const char *name, int quantiz
     return logits;
 }
 
-/* Experts in blocks of each format that can be divided, beside one device. Of seven blocks one device has four. */
-static void test_ranks_formats(void) {
-    static const odd_shape odd = {64, 224, 64, 7, 3, 40};
+/* A model that several devices have, beside one: tokens one at a time, which differ by up to `bound`, and all at once */
+static void ranks_compare(qwen3_load_desc d, const char *name, double bound) {
     enum { TOKENS = 7 };
     static const int chunks[] = {1, TOKENS};
+    const int n = d.n_devices;
     qwen3_token tokens[TOKENS];
     uint64_t rng = 3;
-    int type, k;
+    int k, n_vocab = 0;
     random_tokens(&rng, tokens, TOKENS, 64);
+    for (k = 0; k < 2; k++) {
+        float *one, *all;
+        double e = 1;
+        d.n_devices = 1;
+        one = ranks_logits(&d, name, tokens, TOKENS, chunks[k], &n_vocab);
+        d.n_devices = n;
+        all = ranks_logits(&d, name, tokens, TOKENS, chunks[k], &n_vocab);
+        if (one && all) e = experts_off(all, one, TOKENS * n_vocab);
+        if (test_verbose) printf("    %-24s %d devices, chunks of %d: %.2e\n", name, n, chunks[k], e);
+        CHECK_MSG(e <= (k == 0 ? bound : 2e-3), "%s, %d devices, chunks of %d: off by %.3g", name, n, chunks[k], e);
+        free(one); free(all);
+    }
+}
+
+/* Experts in blocks of each format that can be divided. Of seven blocks one device has four. */
+static void test_ranks_formats(void) {
+    static const odd_shape odd = {64, 224, 64, 7, 3, 40};
+    int type;
     for (type = QWEN3I_Q8_0; type <= QWEN3I_N_TYPES; type++) {
         const int seven = type == QWEN3I_N_TYPES;
         const qwen3i_format *format = qwen3i_format_of(seven ? QWEN3I_Q8_0 : (qwen3i_type)type);
-        const char *name = seven ? "seven blocks" : format->name;
+        qwen3_load_desc d = ranks_load(NULL, 2);
         experts_model x;
+        qwen3_file file;
         if (format->gguf < 0) continue;
         if (seven) experts_odd(&x, odd, QWEN3I_BF16, 0, NULL);
         else experts_of_type(&x, (qwen3i_type)type, 0);
-        if (format->elements > EX_FF / 2) {
-            qwen3_load_desc d = ranks_load(NULL, 2);
-            qwen3_file file;
-            file.name = "m.gguf"; file.data = x.bytes.p; file.size = x.bytes.n;
-            d.files = &file; d.n_files = 1;
-            ranks_refused(d, QWEN3_ERR_UNSUPPORTED, "rows of 256 in blocks of 256 cannot be divided among 2 devices");
-        } else for (k = 0; k < 2; k++) {
-            float *one = ranks_logits(&x, name, seven, 1, tokens, TOKENS, chunks[k]);
-            float *two = ranks_logits(&x, name, seven, 2, tokens, TOKENS, chunks[k]);
-            const double e = experts_off(two, one, TOKENS * 64);
-            if (test_verbose) printf("    %-8s chunks of %d: %.2e\n", name, chunks[k], e);
-            CHECK_MSG(e <= 2e-3, "%s, chunks of %d: off by %.3g", name, chunks[k], e);
-            free(one); free(two);
-        }
+        file.name = "m.gguf"; file.data = x.bytes.p; file.size = x.bytes.n;
+        d.files = &file; d.n_files = 1; d.quantize = seven ? QWEN3_Q8_0 : 0;
+        if (format->elements > EX_FF / 2) ranks_refused(d, QWEN3_ERR_UNSUPPORTED, "rows of 256 in blocks of 256 cannot be divided among 2 devices");
+        else ranks_compare(d, seven ? "seven blocks" : format->name, 2e-3);
         experts_free(&x);
+    }
+}
+
+/* A quantised directory on several devices */
+static void ranks_packed(const packed_shape *shape, int scheme, int n, const char *refused) {
+    const packed_scheme *s = &packed_schemes[scheme];
+    tiny_text weights = packed_weights(s, shape, 0);
+    packed_files p;
+    char name[64];
+    packed_files_make(&p, shape, s->config, &weights);
+    p.desc.backend = qwen3_cuda_backend();
+    p.desc.devices = ranks_devices;
+    p.desc.n_devices = n;
+    snprintf(name, sizeof name, "scheme %d, %d wide%s", scheme, shape->ff, shape->experts ? ", experts" : "");
+    if (refused) ranks_refused(p.desc, QWEN3_ERR_UNSUPPORTED, refused);
+    else ranks_compare(p.desc, name, packed_is_fp8(s) ? 2e-6 : 2e-3);    /* one row of x is not rounded beside FP8 */
+    free(p.config.p);
+    free(weights.p);
+}
+
+/* An MLP whose last block is not full: of 336 rows in blocks of 128 two devices have 128 and 208. Three blocks cannot be divided
+   among four. */
+static void test_ranks_half_blocks(void) {
+    static const packed_shape shape = {256, 4, 4, 64, 336, 64, "model.", 0}, experts = {256, 4, 1, 64, 336, 64, "model.", 8};
+    int i;
+    for (i = 0; i < QWEN3I_COUNT(packed_schemes) && packed_is_fp8(&packed_schemes[i]); i++) ranks_packed(&shape, i, 2, NULL);
+    ranks_packed(&experts, 0, 2, NULL);
+    if (ranks_present >= 4) ranks_packed(&shape, 0, 4, "rows of 336 in blocks of 128 cannot be divided among 4 devices");
+}
+
+/* Quantised directories among three: half a block is the last one's; four groups of 128, in blocks of 32, are 5, 5 and 6. */
+static void test_ranks_three(void) {
+    static const packed_shape half = {256, 6, 6, 64, 336, 66, "model.", 0}, groups = {256, 6, 3, 64, 512, 66, "model.", 0};
+    static const int schemes[] = {0, 3, 4, 6, 7, 8, 15};        /* each format and size of a group */
+    int i;
+    for (i = 0; ranks_present >= 3 && i < QWEN3I_COUNT(schemes); i++)
+        ranks_packed(packed_is_fp8(&packed_schemes[schemes[i]]) ? &half : &groups, schemes[i], 3, NULL);
+}
+
+/* Quantised while they are loaded: three blocks; two and a half, which stay BF16; and widened again. */
+static void test_ranks_quantised(void) {
+    static const struct { const char *name; int quantize, flags; } cases[] = {
+        {"chat", QWEN3_Q8_0, 0}, {"sharded", QWEN3_Q8_0, 0}, {"chat", QWEN3_Q8_0, QWEN3_LOAD_UNPACK}
+    };
+    int i;
+    for (i = 0; i < QWEN3I_COUNT(cases); i++) {
+        char path[1024];
+        qwen3_load_desc d;
+        model_path(path, sizeof path, cases[i].name, "");
+        d = ranks_load(path, 2);
+        d.quantize = cases[i].quantize;
+        d.flags = cases[i].flags;
+        ranks_compare(d, cases[i].name, 2e-3);
     }
 }
 
@@ -441,6 +500,9 @@ static void suite_ranks(void) {
     RUN(test_ranks_grammar);
     RUN(test_ranks_speculation);
     RUN(test_ranks_formats);
+    RUN(test_ranks_half_blocks);
+    RUN(test_ranks_three);
+    RUN(test_ranks_quantised);
     RUN(test_ranks_cancel);
     RUN(test_ranks_loading);
     RUN(test_ranks_refuses);
