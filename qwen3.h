@@ -359,7 +359,8 @@ typedef struct qwen3_load_desc {
                                         /* then asked for between steps                             */
     int               rank, n_ranks;    /* this process is one of n_ranks, each with its device, that */
     const void       *nccl_id;          /* share a model; all have the same ncclUniqueId and make the */
-                                        /* same calls in the same order. It is read while loading   */
+                                        /* same calls in the same order. A call that waits for      */
+                                        /* another rank for 30 seconds is an error. Read by loading  */
     int               flags;            /* QWEN3_LOAD_*                                             */
     int               quantize;         /* 0: weights as they are; QWEN3_Q8_0 or QWEN3_Q4_K_M: smaller. */
                                         /* Takes a fraction of a microsecond a weight; tools/quantize.c */

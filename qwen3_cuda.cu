@@ -4,7 +4,8 @@
        cc -O2 app.c qwen3_cuda.o -lcublasLt -lcudart -lstdc++ -lm -lpthread
    With -DQWEN3_CUDA_NO_CUBLASLT that library is not needed: products of many rows are then done by a kernel
    of this file's wherever Hopper's own do not serve. With -DQWEN3_CUDA_NCCL and -lnccl (2.18 or later)
-   several devices can share a model.
+   several devices can share a model; a rank that waits for another longer than QWEN3_CUDA_RANK_SECONDS (30)
+   gives up with an error.
 
    Compute capability 7.5 and up. Everything between the matrices is float32: residual, norms, gains,
    rotation, scores, softmax, the SwiGLU product and all accumulators.
@@ -60,10 +61,14 @@
 #endif
 #ifdef QWEN3_CUDA_NCCL
   #include <nccl.h>
+  #ifndef QWEN3_CUDA_RANK_SECONDS
+    #define QWEN3_CUDA_RANK_SECONDS 30
+  #endif
 #endif
 #include <limits.h>
 #include <stdlib.h>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -121,6 +126,7 @@ const int PEER_BLOCKS   = 256;          /* ... by up to so many blocks */
 #ifdef QWEN3_CUDA_NCCL
 const int PEER_THREADS  = 128;
 const int PEER_PATIENCE = 4096;         /* polls before a block asks the host, over the bus, if it goes on */
+const int RANK_SECONDS  = QWEN3_CUDA_RANK_SECONDS;      /* that a rank waits for another */
 #endif
 const int MAX_SPLITS    = 32;           /* of one row's positions, in attention */
 const int SPLIT_WARPS   = 4;
@@ -11061,26 +11067,70 @@ static void give_up(cuda_ctx *c) {
 #endif
 }
 
-/* Waits for an event, and sees meanwhile if another rank is lost. */
-static qwen3_result wait_for(cuda_ctx *c, cudaEvent_t event, const qwen3i_err *err) {
 #ifdef QWEN3_CUDA_NCCL
+/* An error that names the lost rank, if there is one other or it has said so itself */
+static qwen3_result lost(cuda_ctx *c, const char *how, const qwen3i_err *err) {
+    const int rank = c->m->rank, n = c->m->n_ranks, by = c->ranks ? (int)c->ranks->broken_by : -1;
+    char other[32] = "another rank";
+    if (n == 2 || (by >= 0 && by != rank)) snprintf(other, sizeof other, "rank %d", n == 2 ? 1 - rank : by);
+    give_up(c);
+    return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: rank %d of %d: %s %s", rank, n, other, how);
+}
+
+/* Until an event has come, but no longer than RANK_SECONDS, or until another rank is lost */
+static qwen3_result wait_for_ranks(cuda_ctx *c, cudaEvent_t event, const qwen3i_err *err) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(RANK_SECONDS);
     cudaError_t e = cudaErrorNotReady;
-    while (c->m->n_ranks > 1 && e == cudaErrorNotReady) {
+    while (e == cudaErrorNotReady) {
         ncclResult_t state = ncclSuccess;
         e = cudaEventQuery(event);
         if (c->comm && !is_broken(c)) NCCL_TRY(ncclCommGetAsyncError(c->comm, &state));
-        if (is_broken(c) || !c->comm || (state != ncclSuccess && state != ncclInProgress)) {
-            give_up(c);
-            return qwen3i_fail(err, QWEN3_ERR_DEVICE, "CUDA: rank %d of %d: another rank has failed",
-                               c->m->rank, c->m->n_ranks);
-        }
-        if (e == cudaErrorNotReady) std::this_thread::yield();
+        if (is_broken(c) || !c->comm || (state != ncclSuccess && state != ncclInProgress))
+            return lost(c, "has failed", err);
+        if (e != cudaErrorNotReady) break;
+        if (std::chrono::steady_clock::now() > end)
+            return lost(c, "does not answer (QWEN3_CUDA_RANK_SECONDS)", err);
+        std::this_thread::yield();
     }
+    return QWEN3_OK;
+}
+#endif
+
+static qwen3_result wait_for(cuda_ctx *c, cudaEvent_t event, const qwen3i_err *err) {
+#ifdef QWEN3_CUDA_NCCL
+    if (c->m->n_ranks > 1) TRY(wait_for_ranks(c, event, err));
 #else
     (void)c;
 #endif
     CUDA_TRY(cudaEventSynchronize(event));
     return QWEN3_OK;
+}
+
+/* For all that was enqueued; an upload's event does, which is then over, too. */
+static qwen3_result wait_for_all(cuda_ctx *c, const qwen3i_err *err) {
+    cudaEvent_t done = c->uploaded[c->next_slot];
+    CUDA_TRY(cudaEventRecord(done, c->stream));
+    return wait_for(c, done, err);
+}
+
+/* Nothing of the caller's or of an upload is in use any more. */
+static qwen3_result end_failed(cuda_ctx *c, qwen3_result r) {
+    if (c->m->n_ranks > 1 && (r == QWEN3_ERR_DEVICE || r == QWEN3_ERR_DEVICE_MEMORY)) give_up(c);
+    cudaStreamSynchronize(c->stream);
+    return r;
+}
+
+/* Before a context is released: a step begun ahead may wait for a rank that is lost. */
+static void end_work(cuda_ctx *c) {
+    const qwen3i_err nobody = {NULL, 0};
+    if (!c->stream) return;
+    device_guard guard(c->m->device);
+#ifdef QWEN3_CUDA_NCCL
+    if (c->comm) end_failed(c, wait_for_all(c, &nobody));
+#else
+    (void)nobody;
+#endif
+    cudaStreamSynchronize(c->stream);
 }
 
 /* ================================================================================================
@@ -11264,13 +11314,6 @@ static qwen3_result run_batch(cuda_ctx *c, const qwen3i_batch *b, int n_tiles, c
         TRY(deliver(&p, b->outs, i, least(head_rows(c), b->n_outs - i)));
     }
     return is_for_later(c, b) ? QWEN3_OK : wait(c, err);
-}
-
-/* Nothing of the caller's or of an upload is in use any more. */
-static qwen3_result end_failed(cuda_ctx *c, qwen3_result r) {
-    if (c->m->n_ranks > 1 && (r == QWEN3_ERR_DEVICE || r == QWEN3_ERR_DEVICE_MEMORY)) give_up(c);
-    cudaStreamSynchronize(c->stream);
-    return r;
 }
 
 static qwen3_result forward_own(cuda_ctx *c, const qwen3i_batch *b, const qwen3i_err *err) {
@@ -11494,7 +11537,9 @@ static float *kept_logits(const cuda_ctx *c, int seq) {
 }
 
 /* Waits for copies from or to the caller, also if one of them could not be enqueued (e). */
-static qwen3_result finish_copies(const cuda_ctx *c, cudaError_t e, const qwen3i_err *err) {
+static qwen3_result finish_copies(cuda_ctx *c, cudaError_t e, const qwen3i_err *err) {
+    const qwen3_result r = c->m->n_ranks > 1 ? wait_for_all(c, err) : QWEN3_OK;
+    if (r != QWEN3_OK) return end_failed(c, r);
     const cudaError_t done = cudaStreamSynchronize(c->stream);
     if (e == cudaSuccess) e = done;
     return e == cudaSuccess ? QWEN3_OK : cuda_fail(err, e, "a copy");
@@ -11561,11 +11606,7 @@ static void end_group(rank_group *g, const qwen3_allocator *a, int max_seqs) {
     g->lock.unlock();
     g->begun.notify_all();
     /* one writes to the memory of another */
-    for (int i = 0; i < g->n; i++) {
-        if (!g->fellows[i].c) continue;
-        device_guard guard(g->fellows[i].c->m->device);
-        if (g->fellows[i].c->stream) cudaStreamSynchronize(g->fellows[i].c->stream);
-    }
+    for (int i = 0; i < g->n; i++) if (g->fellows[i].c) end_work(g->fellows[i].c);
     for (int i = 1; i < g->n; i++) {
         fellow *f = &g->fellows[i];
         if (f->thread.joinable()) f->thread.join();
@@ -11573,6 +11614,7 @@ static void end_group(rank_group *g, const qwen3_allocator *a, int max_seqs) {
         host_free(a, f->items, (size_t)max_seqs * sizeof *f->items);
         host_free(a, f->samplers, (size_t)max_seqs * sizeof *f->samplers);
     }
+    g->fellows[0].c->ranks = NULL;
     g->~rank_group();
     host_free(a, g, sizeof *g);
 }
@@ -11580,6 +11622,7 @@ static void end_group(rank_group *g, const qwen3_allocator *a, int max_seqs) {
 static void free_ctx(void *ctx_state) {
     cuda_ctx *c = (cuda_ctx *)ctx_state;
     if (c && c->ranks) end_group(c->ranks, &c->desc.allocator, c->desc.max_seqs);
+    else if (c) end_work(c);
     free_own(c);
 }
 
@@ -11692,8 +11735,7 @@ static qwen3_result agree(cuda_ctx *c, int *stop, const qwen3i_err *err) {
     CUDA_TRY(cudaMemcpyAsync(c->stopped, stop, sizeof *stop, cudaMemcpyHostToDevice, c->stream));
     NCCL_TRY(ncclAllReduce(c->stopped, c->stopped, 1, ncclInt, ncclMax, c->comm, c->stream));
     CUDA_TRY(cudaMemcpyAsync(stop, c->stopped, sizeof *stop, cudaMemcpyDeviceToHost, c->stream));
-    CUDA_TRY(cudaEventRecord(c->uploaded[c->next_slot], c->stream));
-    return wait_for(c, c->uploaded[c->next_slot], err);
+    return wait_for_all(c, err);
 }
 #endif
 

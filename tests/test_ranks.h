@@ -6,6 +6,7 @@
 
 #ifdef QWEN3_TEST_CUDA_ON_CPU
 extern void cuda_on_cpu_devices(int n);
+extern void cuda_on_cpu_leave(int rank);
 enum { test_ranks_on_cpu = 1 };
 #else
 static void cuda_on_cpu_devices(int n) { (void)n; }
@@ -438,6 +439,85 @@ static void test_ranks_processes(void) {
     fixture_close(&f);
 }
 
+/* A rank that is gone, without a word: whatever call the other is in ends with an error that names it, and releasing does not wait
+   either. Its device is stuck meanwhile: to synchronise with it, before the sum is given up, would abort. */
+typedef struct ranks_lonely { int rank, steps; qwen3_model *model; qwen3_ctx *ctx; } ranks_lonely;
+
+static int ranks_go_on(void *nothing) { (void)nothing; return 0; }
+
+static void *ranks_steps(void *arg) {
+    static const char id[128] = {9};
+    ranks_lonely *p = (ranks_lonely *)arg;
+    qwen3_ctx_desc desc = ctx_desc(100, 2, 0, QWEN3_KV_F16);
+    qwen3_load_desc load;
+    qwen3_token prompt[30], t;
+    char path[1024], err[256] = "";
+    uint64_t seed = 3;
+    int i;
+    model_path(path, sizeof path, "plain", "");
+    load = ranks_load(path, 0);
+    load.device = load.rank = p->rank;
+    load.n_ranks = 2;
+    load.nccl_id = id;
+    if (p->steps == 0) desc.cancel = ranks_go_on;       /* which is a meeting, too */
+    random_tokens(&seed, prompt, 30, 200);
+    CHECK_MSG(qwen3_load(&p->model, &load, err, sizeof err) == QWEN3_OK, "%s", err);
+    if (p->model) CHECK_MSG(qwen3_ctx_create(&p->ctx, p->model, &desc, err, sizeof err) == QWEN3_OK, "%s", err);
+    for (i = 0; p->ctx && i < p->steps; i++) {
+        if (i == 0) CHECK_OK(p->ctx, eval(p->ctx, 0, prompt, 30, NULL));
+        else CHECK_OK(p->ctx, qwen3_next(p->ctx, 0, NULL, &t));
+    }
+    if (p->rank == 1) cuda_on_cpu_leave(1);
+    return NULL;
+}
+
+static void test_ranks_lost(void) {
+    static const char *const calls[] = {"eval", "next", "logits", "save", "free"};
+    const long live = cuda_on_cpu_live(), blocks = heap_default.live;
+    int way, i;
+    for (way = 0; way < QWEN3I_COUNT(calls); way++) {
+        const char *says = "rank 0 of 2: rank 1 does not answer";
+        ranks_lonely p[2];
+        pthread_t thread;
+        qwen3_result r = QWEN3_OK;
+        qwen3_token t;
+        memset(p, 0, sizeof p);
+        p[1].rank = 1;
+        p[0].steps = p[1].steps = way == 0 ? 0 : 2;
+        if (!CHECK(pthread_create(&thread, NULL, ranks_steps, &p[1]) == 0)) return;
+        ranks_steps(&p[0]);
+        pthread_join(thread, NULL);
+        if (!CHECK(p[0].ctx && p[1].ctx)) return;
+        t = 5;
+        if (way == 0) r = eval(p[0].ctx, 0, &t, 1, NULL);
+        for (i = 0; way > 0 && r >= 0 && i < (way == 1 ? 9 : 1); i++) r = qwen3_next(p[0].ctx, 0, NULL, &t);
+        if (way > 1) CHECK_MSG(r >= 0, "%s: %s", calls[way], qwen3_ctx_error(p[0].ctx));
+        if (way == 2) CHECK(!qwen3_logits(p[0].ctx, 0));
+        if (way == 3) {
+            const uint64_t size = state_size(p[0].ctx, 0);
+            void *state = malloc((size_t)size);
+            r = state_save(p[0].ctx, 0, state, size, NULL);
+            free(state);
+        }
+        if (way < 2 || way == 3) CHECK_MSG(r == QWEN3_ERR_DEVICE, "%s: %d", calls[way], (int)r);
+        t = 5;
+        if (way < 4) {
+            CHECK_MSG(strstr(qwen3_ctx_error(p[0].ctx), says) != NULL, "%s: '%s'", calls[way], qwen3_ctx_error(p[0].ctx));
+            CHECK(eval(p[0].ctx, 1, &t, 1, NULL) == QWEN3_ERR_DEVICE);  /* at once: nothing can be done with it any more */
+        }
+        qwen3_ctx_free(p[0].ctx);
+        qwen3_free(p[0].model);
+        cuda_on_cpu_leave(-1);
+        if (way == 1) {                 /* and who is told that the other has given up */
+            CHECK(eval(p[1].ctx, 1, &t, 1, NULL) == QWEN3_ERR_DEVICE);
+            CHECK_MSG(strstr(qwen3_ctx_error(p[1].ctx), "rank 1 of 2: rank 0 has failed") != NULL, "'%s'", qwen3_ctx_error(p[1].ctx));
+        }
+        qwen3_ctx_free(p[1].ctx);
+        qwen3_free(p[1].model);
+        CHECK(cuda_on_cpu_live() == live && heap_default.live == blocks);
+    }
+}
+
 /* Every seventh call of CUDA or NCCL fails once: an error on all ranks, nobody waits for ever, everything is released. */
 static qwen3_result ranks_whole_run(const char *path) {
     qwen3_ctx_desc desc = ctx_desc(64, 2, 32, QWEN3_KV_F16);
@@ -454,7 +534,7 @@ static qwen3_result ranks_whole_run(const char *path) {
     for (i = 0; i < 3 && r == QWEN3_OK; i++) r = qwen3_next(ctx, 0, NULL, &t);
     if (ctx) {                          /* which says why, whichever device it was */
         CHECK((r >= 0) == (qwen3_ctx_error(ctx)[0] == '\0'));
-        CHECK_MSG(!strstr(qwen3_ctx_error(ctx), "another rank"), "'%s'", qwen3_ctx_error(ctx));
+        CHECK_MSG(!strstr(qwen3_ctx_error(ctx), "rank 0 of 2") && !strstr(qwen3_ctx_error(ctx), "rank 1 of 2"), "'%s'", qwen3_ctx_error(ctx));
     }
     qwen3_ctx_free(ctx);
     qwen3_free(model);
@@ -508,6 +588,7 @@ static void suite_ranks(void) {
     RUN(test_ranks_refuses);
 #ifdef QWEN3_TEST_CUDA_ON_CPU
     RUN(test_ranks_processes);
+    RUN(test_ranks_lost);
     RUN(test_ranks_faults);
     cuda_on_cpu_devices(1);
 #endif

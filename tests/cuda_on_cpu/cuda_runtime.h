@@ -490,7 +490,10 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 typedef std::vector<std::function<void()> > *cudaGraph_t, *cudaGraphExec_t;
 struct emulated_stream { cudaGraph_t graph; };
 typedef emulated_stream *cudaStream_t;
-struct emulated_event { long copies; };          /* to the host, that were enqueued before it */
+struct emulated_event {
+    long copies;                        /* to the host, that were enqueued before it */
+    int  device; bool behind;           /* what a device that is stuck does not get to */
+};
 typedef emulated_event *cudaEvent_t;
 struct cudaDeviceProp {
     int major, minor, multiProcessorCount, l2CacheSize;
@@ -537,6 +540,14 @@ extern "C" __attribute__((used)) inline long cuda_on_cpu_calls(void) { return em
 extern "C" __attribute__((used)) inline long cuda_on_cpu_live(void) { return emulated_live; }
 /* Copies to or from the host that nobody has waited for. (They are done at once, but a GPU would still be at them.) */
 extern "C" __attribute__((used)) inline long cuda_on_cpu_under_way(void) { return emulated_copies - emulated_waited; }
+
+/* A device is stuck while it waits for a rank that is gone: it does nothing more, and nothing ends. */
+inline std::atomic<bool> emulated_stuck[8];
+inline std::atomic<int> emulated_gone{-1};      /* this rank does not come to meetings any more; -1: all do */
+extern "C" __attribute__((used)) inline void cuda_on_cpu_leave(int rank) { emulated_gone = rank; }
+static inline void emulated_sync(int device) {
+    if (emulated_stuck[device]) emulated::die("the host waits for ever");
+}
 
 static inline cudaError_t emulated_call() {
     return ++emulated_calls == emulated_fail_at ? cudaErrorMemoryAllocation : cudaSuccess;
@@ -644,7 +655,7 @@ static inline cudaError_t emulated_enqueue(cudaStream_t s, const std::function<v
     const cudaError_t e = emulated_call();
     if (e != cudaSuccess) return e;
     if (s && s->graph) s->graph->push_back(work);
-    else work();
+    else if (!emulated_stuck[emulated_device]) work();
     return cudaSuccess;
 }
 static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind kind, cudaStream_t s) {
@@ -688,6 +699,7 @@ template <class T> cudaError_t emulated_destroy(T *made) {
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned) { return emulated_create(s); }
 static inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return emulated_destroy(s); }
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    emulated_sync(emulated_device);
     emulated_waited = emulated_copies.load();
     return cudaSuccess;
 }
@@ -696,14 +708,19 @@ static inline cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCrea
 static inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return emulated_destroy(e); }
 static inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t) {
     e->copies = emulated_copies;
+    e->device = emulated_device;
+    e->behind = emulated_stuck[emulated_device];
     return emulated_call();
 }
 static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return emulated_call(); }
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+    if (e->behind) emulated_sync(e->device);
     if (e->copies > emulated_waited) emulated_waited = e->copies;
     return cudaSuccess;
 }
-static inline cudaError_t cudaEventQuery(cudaEvent_t e) { return cudaEventSynchronize(e); }
+static inline cudaError_t cudaEventQuery(cudaEvent_t e) {
+    return e->behind && emulated_stuck[e->device] ? cudaErrorNotReady : cudaEventSynchronize(e);
+}
 static inline cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) { *ms = 0; return cudaSuccess; }
 static inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode) {
     if (s->graph) return cudaErrorInvalidValue;
@@ -723,7 +740,7 @@ static inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { return emulated_dest
 static inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { return emulated_destroy(e); }
 static inline cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t) {
     if (emulated_call() != cudaSuccess) return cudaErrorMemoryAllocation;
-    for (size_t i = 0; i < e->size(); i++) (*e)[i]();
+    for (size_t i = 0; i < e->size() && !emulated_stuck[emulated_device]; i++) (*e)[i]();
     return cudaSuccess;
 }
 template <class... P, class... A>

@@ -3,9 +3,12 @@
 #define CUDA_ON_CPU_NCCL_H
 #include "cuda_runtime.h"
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+
+#define QWEN3_CUDA_RANK_SECONDS 1
 
 enum ncclResult_t { ncclSuccess = 0, ncclUnhandledCudaError = 1, ncclRemoteError = 6, ncclInProgress = 7 };
 enum ncclDataType_t { ncclChar = 0, ncclInt = 2, ncclFloat = 7 };
@@ -21,17 +24,18 @@ struct clique {                         /* the communicators that meet */
     std::mutex lock;
     std::condition_variable all;
     explicit clique(int ranks) : n(ranks), arrived(0), left(0), turn(0), broken(false) {}
-    /* All ranks have come here, or one has given up. */
+    /* All ranks have come here, or one has given up. If one is gone the device is stuck from here on, the host is not. */
     bool meet(std::unique_lock<std::mutex> &held) {
         const long mine = turn;
         if (++arrived == n) { arrived = 0; turn++; all.notify_all(); }
-        while (turn == mine && !broken) all.wait(held);
-        return !broken;
+        while (turn == mine && !broken && emulated_gone < 0) all.wait_for(held, std::chrono::milliseconds(10));
+        if (turn == mine && !broken) emulated_stuck[emulated_device] = true;
+        return turn != mine && !broken;
     }
 };
 } /* namespace emulated */
 
-struct emulated_communicator { std::shared_ptr<emulated::clique> clique; int rank; long splits; };
+struct emulated_communicator { std::shared_ptr<emulated::clique> clique; int rank; long splits; int device; };
 typedef emulated_communicator *ncclComm_t;
 struct emulated_splits { int n; std::shared_ptr<emulated::clique> made; };
 
@@ -41,7 +45,7 @@ static inline ncclResult_t emulated_communicate() {
 }
 static inline ncclComm_t emulated_join(const std::shared_ptr<emulated::clique> &clique, int rank) {
     emulated_live++;
-    return new emulated_communicator{clique, rank, 0};
+    return new emulated_communicator{clique, rank, 0, emulated_device};
 }
 static inline ncclResult_t ncclCommInitAll(ncclComm_t *comms, int n, const int *) {
     if (emulated_communicate() != ncclSuccess) return ncclUnhandledCudaError;
@@ -81,6 +85,7 @@ static inline ncclResult_t ncclCommAbort(ncclComm_t c) {
     {
         std::unique_lock<std::mutex> held(c->clique->lock);
         c->clique->broken = true;
+        emulated_stuck[c->device] = false;
         c->clique->all.notify_all();
     }
     return ncclCommDestroy(c);
