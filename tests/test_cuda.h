@@ -631,6 +631,13 @@ static void test_cuda_kernels_blocks(void) {
     lab_check_blocks(&shape, &odd, 9, 3, 1);
 }
 
+/* Every format at the row counts where one kernel takes over from another. */
+static void test_cuda_kernels_blocks_rows(void) {
+    static const lab_shape shape = {256, 2, 1, 64, 256, 64, 1};
+    static const int rows[] = {2, 8, 63, 64, 65};
+    for (int i = 0; i < (int)QWEN3I_COUNT(rows); i++) lab_check_blocks(&shape, &shape, rows[i], 1, 1);
+}
+
 /* The same where there are kernels for Hopper: from two rows on through F16. */
 static void test_cuda_kernels_hopper_blocks(void) {
     static const lab_shape shape = {256, 2, 1, 128, 256, 300, 1};
@@ -2178,6 +2185,7 @@ static void suite_cuda(void) {
     RUN(test_cuda_rmsnorm);
     RUN(test_cuda_kernels_fused);
     RUN(test_cuda_kernels_blocks);
+    RUN(test_cuda_kernels_blocks_rows);
     RUN(test_cuda_kernels_one);
     RUN(test_cuda_kernels_hopper_blocks);
     RUN(test_cuda_kernels_clusters);
