@@ -916,7 +916,7 @@ struct cuda_model {
 
 struct rank_group;                      /* see RANKS */
 struct peer_ranks {                     /* of each rank, on its device: */
-    uint4    *parts[MOST_RANKS];        /* tagged, of two sums in turn: [2, n_ranks, PEER_ROWS, embd_ld / 2] */
+    uint4    *parts[MOST_RANKS];        /* tagged, two sums by turns [2, n_ranks, PEER_ROWS, embd_ld / 2] */
     float    *kept[MOST_RANKS];         /* logits */
     unsigned *flags[MOST_RANKS];        /* [n_ranks, PEER_BLOCKS] how often a block has sent its part */
 };
@@ -4432,8 +4432,8 @@ static hopper_args hopper_arguments(const pass *p, const matrix &w, const float 
 }
 
 /* About how many microseconds so many blocks in clusters, all at once, need for so many steps each: the
-   busiest multiprocessor takes in 45 KB of W and x in one, memory gives W as fast as it can, and the rest of a
-   kernel takes 3. Clusters of four and more do not find places for one block on each multiprocessor. */
+   busiest multiprocessor takes in 45 KB of W and x in one, memory gives W as fast as it can, and the rest of
+   a kernel takes 3. Clusters of four and more do not find places for one block on each multiprocessor. */
 static float skinny_time(const pass *p, int blocks, int parts, int steps, int m, int r) {
     const float w = (float)(m * HOPPER_K * 2), x = (float)(r * HOPPER_K * 2);
     const int busiest = parts >= 4 ? 2 : ceil_div(blocks, p->c->m->n_sm);
@@ -8117,9 +8117,10 @@ static __global__ void __launch_bounds__(TWO_THREADS, 1)
     UNROLL for (int i = 0; i < 4; i++)
         UNROLL for (int c = 0; c < 2; c++)
             UNROLL for (int j = 0; j < 2; j++)
-                rows[i][c][j] = 4 * c + lane % 4 >= TWO_UNITS ? make_uint4(0, 0, 0, 0) :
-                                *(const uint4 *)(const void *)(m.down + lane % 4 * 16 + 64 * c +
-                                                               (64 * warp + 16 * i + 8 * j + order) * TWO_DOWN);
+                rows[i][c][j] = 4 * c + lane % 4 >= TWO_UNITS
+                    ? make_uint4(0, 0, 0, 0)
+                    : *(const uint4 *)(const void *)(m.down + lane % 4 * 16 + 64 * c +
+                                                     (64 * warp + 16 * i + 8 * j + order) * TWO_DOWN);
     __syncthreads();
 
     /* m, four threads an element, to terms in each warp */
