@@ -1382,6 +1382,7 @@ static inline int qwen3i_penalty_begin(const qwen3_sampler *s, int n) {
 
 static int     qwen3i_min(int a, int b)         { return a < b ? a : b; }
 static int     qwen3i_max(int a, int b)         { return a > b ? a : b; }
+static int     qwen3i_ceil_div(int a, int b)    { return (a + b - 1) / b; }
 static size_t  qwen3i_min_size(size_t a, size_t b) { return a < b ? a : b; }
 
 /* *out = a * b, or 0 if that overflows: sizes from files are multiplied with nothing else. */
@@ -6717,7 +6718,7 @@ static void qwen3i_parallel(qwen3i_pool *p, int n_items, int grain, qwen3i_loop_
     p->n_items = n_items;
     p->grain = grain;
     qwen3i_atomic_set(&p->done, 0);
-    qwen3i_atomic_set(&p->n_chunks, (uint64_t)((n_items + grain - 1) / grain));
+    qwen3i_atomic_set(&p->n_chunks, (uint64_t)qwen3i_ceil_div(n_items, grain));
     qwen3i_atomic_set(&p->ticket, (loop + 1) << 32);
     if (p->jobs.parallel_for) {
         p->jobs.parallel_for(p->jobs.user, p->n_lanes, qwen3i_pool_job, p);
@@ -12152,7 +12153,7 @@ static const qwen3i_pairs *qwen3i_find_pairs(void) {
    ================================================================================================ */
 #define QWEN3I_PANEL_ROWS 64            /* rows of a matrix in Q8_0 or FP8, of QWEN3I_K_BLOCK columns, that
                                            become float32 at a time */
-#define QWEN3I_FEW_BYTES  32            /* rows of x, up to which such a matrix is not unpacked for them */
+#define QWEN3I_ROWS_DIRECT 32           /* rows of x up to which such a matrix is not unpacked for them */
 #define QWEN3I_PANEL_LD (QWEN3I_K_BLOCK + 16)   /* floats between them: powers of two collide in caches */
 
 typedef union qwen3i_panels {           /* one lane's part of a matrix, unpacked */
@@ -12296,7 +12297,7 @@ static void qwen3i_matmul_bytes(const qwen3i_matmul_args *a, const qwen3i_matrix
     const char *data = (const char *)w->data;
     const float *x = a->x + (size_t)t * cols;
     int r, k, i, m, n_k;
-    if (n <= QWEN3I_FEW_BYTES && w->cols % qwen3i_format_of(w->type)->elements == 0) {
+    if (n <= QWEN3I_ROWS_DIRECT && w->cols % qwen3i_format_of(w->type)->elements == 0) {
         a->simd->dot_bytes(y, ldy, data + (size_t)begin * row_bytes, row_bytes, w->type, end - begin, x, cols,
                            n, w->cols, a->add);
         return;
@@ -12369,15 +12370,13 @@ static qwen3i_matmul_args qwen3i_matmul_begin(const qwen3i_exec *e, const qwen3i
     return a;
 }
 
-static int qwen3i_parts_of(int n, int size) { return (n + size - 1) / size; }
-
 /* How many of a matrix's n_rows make one piece, for n rows of x: at most `most`. For few one piece a lane, if
    it may be so large: memory is fetched ahead, beyond the end of a piece, where another lane would read the
    same. For many four, so that lanes end together. */
 static int qwen3i_matmul_grain(const qwen3i_pool *pool, int n_rows, int n, int most) {
     const int lanes = pool->n_lanes, few = n <= QWEN3I_FEW_ROWS;
-    const int each = qwen3i_max(few ? 1 : 4, qwen3i_parts_of(n_rows, lanes * most));
-    return 32 * qwen3i_parts_of(n_rows, 32 * lanes * each);
+    const int each = qwen3i_max(few ? 1 : 4, qwen3i_ceil_div(n_rows, lanes * most));
+    return 32 * qwen3i_ceil_div(n_rows, 32 * lanes * each);
 }
 
 static void qwen3i_matmul_rows(void *args, int begin, int end, int lane) {

@@ -7611,8 +7611,7 @@ static qwen3_result few_down(const pass *p, int layer) {
     const int up = c->m->layers[layer].gate_up.rows / 2;
     TRY(order_rows(p, w, c->ff, h.ldx));
     TRY(order_rows(p, w, c->ff + up, h.ldx));
-    return few_product(p, w, h, p->n, up,
-                       make_end(END_ADD, c->sum, c->embd_ld, NULL));
+    return few_product(p, w, h, p->n, up, make_end(END_ADD, c->sum, c->embd_ld, NULL));
 }
 
 /* Rows of h times W, whichever kernels serve; units: rows of W, or pairs of them. */
@@ -11090,7 +11089,7 @@ static qwen3_result wait_for_ranks(cuda_ctx *c, cudaEvent_t event, const qwen3i_
             return lost(c, "has failed", err);
         if (e != cudaErrorNotReady) break;
         if (std::chrono::steady_clock::now() > end)
-            return lost(c, "does not answer (QWEN3_CUDA_RANK_SECONDS)", err);
+            return lost(c, "does not answer within QWEN3_CUDA_RANK_SECONDS", err);
         std::this_thread::yield();
     }
     return QWEN3_OK;

@@ -357,6 +357,15 @@ static void test_ranks_refuses(void) {
 }
 
 #ifdef QWEN3_TEST_CUDA_ON_CPU
+/* For one of two processes, each with its device */
+static qwen3_load_desc ranks_load_one(const char *path, int rank, const void *id) {
+    qwen3_load_desc d = ranks_load(path, 0);
+    d.device = d.rank = rank;
+    d.n_ranks = 2;
+    d.nccl_id = id;
+    return d;
+}
+
 /* Two ranks that are processes of their own, but for the test: the same calls, the same choices. */
 typedef struct ranks_process {
     int rank, polls;                    /* the caller of rank 1 cancels once, both stop */
@@ -383,10 +392,7 @@ static void *ranks_main(void *arg) {
     qwen3_load_desc load;
     int i;
     model_path(path, sizeof path, "chat", "");
-    load = ranks_load(path, 0);
-    load.device = load.rank = p->rank;
-    load.n_ranks = 2;
-    load.nccl_id = id;
+    load = ranks_load_one(path, p->rank, id);
     desc.cancel = ranks_cancel_once;
     desc.cancel_user = p;
     p->result = qwen3_load(&model, &load, p->err, sizeof p->err);
@@ -455,10 +461,7 @@ static void *ranks_steps(void *arg) {
     uint64_t seed = 3;
     int i;
     model_path(path, sizeof path, "plain", "");
-    load = ranks_load(path, 0);
-    load.device = load.rank = p->rank;
-    load.n_ranks = 2;
-    load.nccl_id = id;
+    load = ranks_load_one(path, p->rank, id);
     if (p->steps == 0) desc.cancel = ranks_go_on;       /* which is a meeting, too */
     random_tokens(&seed, prompt, 30, 200);
     CHECK_MSG(qwen3_load(&p->model, &load, err, sizeof err) == QWEN3_OK, "%s", err);
